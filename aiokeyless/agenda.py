@@ -1,0 +1,88 @@
+"""A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be taken back.
+
+Taking back marks the entry as stale. Stale entries are swept out a few at a time, so that no single call is long: a
+heap of this size rebuilt in one go would block the event loop for tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import Final, Generic, Protocol, TypeVar
+
+_SWEEP: Final = 4  # entries moved a call, while there are many stale ones
+_SLACK: Final = 64  # stale entries that are not worth sweeping
+
+
+class Bookable(Protocol):
+    """What an agenda takes: an object with room for the number of its one entry, 0 where it has none."""
+
+    booking: int
+
+
+B = TypeVar("B", bound=Bookable)
+
+
+class Agenda(Generic[B]):
+    """A queue ordered by time, then by the order of booking; an item has at most one entry."""
+
+    __slots__ = ("_heap", "_live", "_number", "_old")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, B]] = []
+        self._old: list[tuple[float, int, B]] = []  # the heap before a sweep: a prefix of a heap is a heap
+        self._live = 0
+        self._number = 0
+
+    def __len__(self) -> int:
+        return self._live
+
+    def book(self, item: B, when: float) -> None:
+        """Enter an item, or move its entry."""
+        if not item.booking:
+            self._live += 1
+        self._number += 1
+        item.booking = self._number
+        heappush(self._heap, (when, self._number, item))
+        self._sweep()
+
+    def cancel(self, item: B) -> None:
+        """Take an item's entry back, if it has one."""
+        if item.booking:
+            item.booking = 0
+            self._live -= 1
+            self._sweep()
+
+    def first(self) -> float | None:
+        """Return the time of the earliest entry, or None where there is none."""
+        heap = self._front()
+        return heap[0][0] if heap else None
+
+    def take(self, now: float) -> B | None:
+        """Take out the earliest entry that is due at `now`, or return None."""
+        heap = self._front()
+        if not heap or heap[0][0] > now:
+            return None
+        item = heappop(heap)[2]
+        item.booking = 0
+        self._live -= 1
+        self._sweep()
+        return item
+
+    def _front(self) -> list[tuple[float, int, B]]:
+        """Return the heap, of the two, whose top is the earliest live entry."""
+        heap, old = self._heap, self._old
+        while heap and heap[0][2].booking != heap[0][1]:
+            heappop(heap)
+        while old and old[0][2].booking != old[0][1]:
+            heappop(old)
+        return old if old and (not heap or old[0] < heap[0]) else heap
+
+    def _sweep(self) -> None:
+        if not self._old:
+            if len(self._heap) <= 2 * self._live + _SLACK:
+                return
+            self._old, self._heap = self._heap, []
+        for _ in range(min(_SWEEP, len(self._old))):
+            entry = self._old.pop()
+            if entry[2].booking == entry[1]:
+                heappush(self._heap, entry)

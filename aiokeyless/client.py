@@ -1,0 +1,578 @@
+"""`KeylessClient`, the face of the library: it checks arguments, and hands the work to the rooms below."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import math
+import os
+import uuid
+import warnings
+from datetime import UTC, datetime, timedelta
+from types import EllipsisType
+from typing import TYPE_CHECKING, Final, Literal, Self, TypedDict, TypeVar, get_args
+
+import aiohttp
+import anyio
+from tenacity.wait import wait_base
+
+from . import protocol
+from .creation import Creation
+from .errors import ClientClosedError, ConfigurationError, KeylessError
+from .models import (
+    ApprovalOutcome,
+    ApprovalTicket,
+    ApprovalUpdate,
+    ClientStatistics,
+    NewOperation,
+    Operation,
+    PendingOperation,
+    Region,
+    payload_digest,
+    seconds,
+)
+from .poller import Poller, Wait
+from .schedule import wait_adaptive
+from .transport import Transport
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+    from types import TracebackType
+
+    from anyio.streams.memory import MemoryObjectSendStream
+
+    from .poller import Outcome
+
+IfMissing = Literal["raise", "wait"]
+Timeout = float | None | EllipsisType
+T = TypeVar("T")
+
+_DEFAULT_TIMEOUT: Final = 120.0
+_BATCH: Final = 128  # waits begun without giving the loop a turn
+
+
+_OTHER_LOOP: Final = (
+    "the client belongs to the event loop of its first use, and this is another one: make one client a loop"
+)
+
+
+class _WaitOptions(TypedDict):
+    """The checked arguments of a wait, as the poller takes them."""
+
+    operation_id: str
+    ticket: ApprovalTicket | None
+    timeout: float | None
+    schedule: wait_base | None
+    may_be_missing: bool
+
+
+class KeylessClient:
+    """A client of the Keyless Operations API; one is enough for a process, and shares what it learns.
+
+    It can be made where no event loop runs; it belongs to the loop of its first use. Close it with ``async with`` or
+    `aclose`.
+
+    Args:
+        api_key: The API key. Default: ``$KEYLESS_API_KEY``.
+        region: Where the tenant lives: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
+        base_url: Address of the API in place of a region's: https, or http to a loopback host. Default:
+            ``$KEYLESS_BASE_URL``.
+        session: An aiohttp session to borrow, for proxies, tracing or one's own TLS settings; it is never closed here.
+            Its default headers, cookies and middlewares go along; its timeouts, redirects and error handling do not.
+        request_timeout: Seconds for one HTTP exchange, connect to last byte. Default: 10.
+        max_attempts: Attempts of one call on transient failures; 1 is no retry. Default: 3.
+        max_in_flight: Polls under way at once, of all waits together. Default: 64.
+        schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive` of
+            this client's own.
+
+    Raises:
+        ConfigurationError: An argument is wrong; the message says which and what is right.
+
+    Example:
+        >>> async with KeylessClient() as client:
+        ...     operation = await client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        region: Region | str | None = None,
+        base_url: str | None = None,
+        session: aiohttp.ClientSession | None = None,
+        request_timeout: float = 10.0,
+        max_attempts: int = 3,
+        max_in_flight: int = 64,
+        schedule: wait_base | None = None,
+    ) -> None:
+        self._transport: Transport | None = None  # set first: __del__ looks at it, however the rest goes
+        self._closed = False
+        if session is not None and not isinstance(session, aiohttp.ClientSession):
+            raise ConfigurationError(f"session must be an aiohttp.ClientSession, not {type(session).__name__}")
+        self._api_key = protocol.check_api_key(_given(api_key, "KEYLESS_API_KEY"))
+        base_url = _given(base_url, "KEYLESS_BASE_URL")
+        self._region: Region | None = None
+        if base_url is None:
+            region = _given(region, "KEYLESS_REGION")
+            self._region = Region.EU if region is None else protocol.check_region(region)
+            base_url = protocol.BASE_URLS[self._region]
+        self._base_url = protocol.check_base_url(base_url)
+        self._session = session
+        self._request_timeout = _finite(request_timeout, "request_timeout")
+        self._max_attempts = _count(max_attempts, "max_attempts")
+        self._max_in_flight = _count(max_in_flight, "max_in_flight")
+        self._schedule = _check_schedule(schedule) or wait_adaptive()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._poller: Poller | None = None
+
+    def __repr__(self) -> str:
+        where = f"region={self._region.value!r}" if self._region is not None else f"base_url={self._base_url!r}"
+        return f"<KeylessClient {where}{' closed' if self._closed else ''}>"
+
+    # -- opening and closing
+
+    async def __aenter__(self) -> Self:
+        self._open()
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the client; harmless when it is closed already.
+
+        Every call and every wait under way ends with `ClientClosedError`. A borrowed session stays open.
+
+        Raises:
+            ConfigurationError: The client belongs to another event loop.
+        """
+        if self._closed:
+            return
+        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+            raise ConfigurationError(_OTHER_LOOP)
+        self._closed = True
+        try:
+            if self._poller is not None:
+                await self._poller.aclose()
+        finally:
+            if self._transport is not None:
+                await self._transport.aclose()
+
+    def __del__(self) -> None:
+        if self._transport is not None and not self._closed:
+            warnings.warn(
+                f"unclosed {self!r}: use 'async with' or aclose()", ResourceWarning, source=self, stacklevel=2
+            )
+
+    def _open(self) -> tuple[Transport, Poller]:
+        """Return the rooms below, made on first use: only then is there a loop to belong to."""
+        if self._closed:
+            raise ClientClosedError("the client is closed; make a new one, or close it later")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            transport = Transport(
+                self._base_url,
+                self._api_key,
+                session=self._session,
+                request_timeout=self._request_timeout,
+                max_attempts=self._max_attempts,
+            )
+            self._poller = Poller(transport, schedule=self._schedule, max_in_flight=self._max_in_flight)
+            self._transport = transport
+            self._loop = loop
+        elif self._loop is not loop:
+            raise ConfigurationError(_OTHER_LOOP)
+        assert self._transport is not None  # noqa: S101  # both are set together with the loop
+        assert self._poller is not None  # noqa: S101
+        return self._transport, self._poller
+
+    # -- single calls
+
+    async def get_pending_operations(self, user_id: str) -> list[PendingOperation]:
+        """Return what waits for a user's approval.
+
+        That an operation is absent is no proof of its approval.
+
+        Args:
+            user_id: The user, in hex of either case.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex.
+            StatusError: The service refused; see its subclasses.
+            TransportError: No usable answer came, after `max_attempts`.
+            DecodeError: The answer is of another shape than documented.
+
+        Source: Keyless documentation, Server API / Operations, "Get pending operations".
+        """
+        return await self._call(protocol.get_pending_operations(user_id))
+
+    async def get_operation(self, operation_id: str) -> Operation:
+        """Return an operation as it is now.
+
+        Whether it is approved is `Operation.is_approved`; that it is the one you mean is for you to compare.
+
+        Args:
+            operation_id: The customer's id of the operation: 1 to 512 characters, no control characters.
+
+        Raises:
+            InvalidIdentifierError: The id cannot be sent.
+            NotFoundError: There is no such operation.
+            StatusError: The service refused; see its subclasses.
+            TransportError: No usable answer came, after `max_attempts`.
+            DecodeError: The answer is of another shape than documented.
+
+        Source: Keyless documentation, Server API / Operations, "Get operation".
+        """
+        return await self._call(protocol.get_operation(operation_id))
+
+    async def create_operation(
+        self,
+        user_id: str,
+        *,
+        operation_id: str | None = None,
+        operation_payload: str | None = None,
+        external_user_id: str | None = None,
+        expires_in: float = _DEFAULT_TIMEOUT,
+    ) -> ApprovalTicket:
+        """Create an operation for a user to approve, once and only once.
+
+        After a lost or ambiguous answer the client looks whether the operation is there before it sends it again.
+
+        Args:
+            user_id: The user, in hex of either case.
+            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
+            operation_payload: What the user is asked to approve. Default: nothing.
+            external_user_id: Your own id of the user. Default: nothing.
+            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service knows no
+                expiry: the user can approve later.
+
+        Returns:
+            The ticket to wait for, here or in another process.
+
+        Raises:
+            ConfigurationError: An argument is wrong; nothing was sent.
+            ConflictError: The id is taken by another operation.
+            KeylessError: It failed; where it may have taken effect, the operation was looked for and not found, or
+                could not be looked for.
+
+        Source: Keyless documentation, Server API / Operations, "Create operation".
+        """
+        transport, poller = self._open()
+        operation = NewOperation(
+            operation_id=str(uuid.uuid4()) if operation_id is None else protocol.check_operation_id(operation_id),
+            operation_payload=protocol.check_text(operation_payload, "operation_payload"),
+            external_user_id=protocol.check_text(external_user_id, "external_user_id"),
+        )
+        user_id = protocol.check_user_id(user_id)
+        lifetime = _lifetime(expires_in)
+        with transport.call():
+            await Creation(transport, user_id, operation).run()
+        poller.created(operation.operation_id)
+        created_at = datetime.now(UTC)
+        return ApprovalTicket(
+            operation_id=operation.operation_id,
+            user_id=user_id,
+            external_user_id=external_user_id,
+            payload_sha256=payload_digest(operation_payload),
+            created_at=created_at,
+            expires_at=created_at + lifetime,
+        )
+
+    async def _call(self, request: protocol.Request[T]) -> T:
+        transport, _ = self._open()
+        with transport.call():
+            return await transport.retry(lambda: transport.send(request))
+
+    # -- waits
+
+    async def wait_for_approval(
+        self,
+        target: str | ApprovalTicket,
+        *,
+        timeout: Timeout = ...,  # noqa: ASYNC109  # the budget of a wait, kept by the poller for all of them
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+        on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object] | None = None,
+    ) -> Operation:
+        """Wait until the user approved this operation; return then, and only then.
+
+        Args:
+            target: An operation id, or the ticket of `create_operation`: with a ticket the user, the payload and the
+                external user id of each answer are checked too.
+            timeout: Seconds for the whole wait, None for no end. Default: for a ticket what is left until its
+                ``expires_at``, for an id 120. A final look starts at the deadline and may take 2 seconds more.
+            schedule: When to poll. Default: the client's schedule.
+            if_missing: What a 404 means: ``"raise"``, or ``"wait"`` for an operation that the phone will create.
+            on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
+                raises ends the wait.
+
+        Returns:
+            The approved operation.
+
+        Raises:
+            ConfigurationError: An argument is wrong, or the schedule returned no number.
+            ApprovalTimeoutError: Time is up and the operation is pending. It can still be approved later.
+            ApprovalUnknownError: Time is up and the final look got no answer. It is an `ApprovalTimeoutError` too.
+            OperationMismatchError: An answer is about another operation, user or payload.
+            InconsistentOperationError: An answer contradicts itself, or its state is unknown.
+            NotFoundError: There is no such operation, and `if_missing` is ``"raise"``.
+            StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are waited out.
+            DecodeError: An answer is JSON of another shape than documented.
+            ClientClosedError: The client was closed.
+
+        Source: section "What a wait promises" of the README.
+        """
+        options = self._options(target, timeout, schedule, if_missing)
+        if on_poll is not None and not callable(on_poll):
+            raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}")
+        if on_poll is not None:
+            return await self._wait_reporting(options, on_poll)
+        _, poller = self._open()
+        wait = poller.start(**options)
+        try:
+            return _result(await wait.future)
+        finally:
+            poller.leave(wait)
+
+    async def request_approval(
+        self,
+        user_id: str,
+        *,
+        operation_id: str | None = None,
+        operation_payload: str | None = None,
+        external_user_id: str | None = None,
+        expires_in: float = _DEFAULT_TIMEOUT,
+        on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object] | None = None,
+    ) -> Operation:
+        """Create an operation and wait until the user approved it: `create_operation`, then `wait_for_approval`.
+
+        Args:
+            user_id: The user, in hex of either case.
+            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
+            operation_payload: What the user is asked to approve. Default: nothing.
+            external_user_id: Your own id of the user. Default: nothing.
+            expires_in: Seconds for the wait. Default: 120.
+            on_poll: Called with an `ApprovalUpdate` for each poll; may be async.
+
+        Returns:
+            The approved operation.
+
+        Raises:
+            KeylessError: What `create_operation` and `wait_for_approval` raise.
+        """
+        if on_poll is not None and not callable(on_poll):  # before anything is created
+            raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}")
+        ticket = await self.create_operation(
+            user_id,
+            operation_id=operation_id,
+            operation_payload=operation_payload,
+            external_user_id=external_user_id,
+            expires_in=expires_in,
+        )
+        return await self.wait_for_approval(ticket, on_poll=on_poll)
+
+    def watch_approval(
+        self,
+        target: str | ApprovalTicket,
+        *,
+        timeout: Timeout = ...,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+    ) -> AsyncGenerator[ApprovalUpdate, None]:
+        """Wait as `wait_for_approval` does, and iterate over what each poll showed.
+
+        Looks go on while the caller works on an update. The wait begins with the first iteration and ends with the
+        iterator: exhausted, closed with ``aclose()``, or left by ``break``.
+
+        Args:
+            target: See `wait_for_approval`.
+            timeout: See `wait_for_approval`.
+            schedule: See `wait_for_approval`.
+            if_missing: See `wait_for_approval`.
+
+        Yields:
+            One update a poll; the operation of the last one is approved.
+
+        Raises:
+            KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
+        """
+        return self._watch(self._options(target, timeout, schedule, if_missing))
+
+    def wait_for_approvals(
+        self,
+        targets: Iterable[str | ApprovalTicket],
+        *,
+        timeout: Timeout = ...,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+    ) -> AsyncGenerator[ApprovalOutcome, None]:
+        """Wait for many operations, and iterate over how they end, in the order in which they end.
+
+        One that fails does not end the others. A target that is given twice has two outcomes.
+
+        Args:
+            targets: Operation ids and tickets.
+            timeout: Of each wait, see `wait_for_approval`.
+            schedule: See `wait_for_approval`.
+            if_missing: See `wait_for_approval`.
+
+        Yields:
+            One outcome a target: its approved operation, or the error that `wait_for_approval` would have raised.
+
+        Raises:
+            ConfigurationError: At the call: an argument is wrong.
+            ClientClosedError: The client was closed before the iteration began; later it is the outcome of each wait.
+        """
+        if isinstance(targets, str | bytes | ApprovalTicket):
+            raise ConfigurationError(
+                "targets must be several operation ids or tickets, such as a list, not a single one"
+            )
+        return self._outcomes([self._options(target, timeout, schedule, if_missing) for target in targets])
+
+    @property
+    def statistics(self) -> ClientStatistics:
+        """The client's waits now, and its counts since it was made."""
+        if self._poller is None:
+            return ClientStatistics(
+                waiting=0, in_flight=0, polls=0, approvals=0, timeouts=0, transient_failures=0, lag=0.0
+            )
+        return self._poller.statistics()
+
+    def _options(
+        self, target: str | ApprovalTicket, timeout: Timeout, schedule: wait_base | None, if_missing: IfMissing
+    ) -> _WaitOptions:
+        """Check the arguments of a wait."""
+        ticket: ApprovalTicket | None = None
+        if isinstance(target, ApprovalTicket):
+            ticket, target = target, target.operation_id
+        if not isinstance(target, str):
+            raise ConfigurationError(
+                f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}"
+            )
+        if if_missing not in get_args(IfMissing):
+            raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}")
+        return _WaitOptions(
+            operation_id=protocol.check_operation_id(target),
+            ticket=ticket,
+            timeout=_budget(timeout, ticket),
+            schedule=_check_schedule(schedule),
+            may_be_missing=if_missing == "wait",
+        )
+
+    async def _wait_reporting(
+        self, options: _WaitOptions, on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object]
+    ) -> Operation:
+        operation: Operation | None = None
+        updates = self._watch(options)
+        try:
+            async for update in updates:
+                operation = update.operation
+                result = on_poll(update)
+                if inspect.isawaitable(result):
+                    await result
+        finally:
+            await updates.aclose()
+        assert operation is not None  # noqa: S101  # the last update of a watch that raised nothing is the approval
+        return operation
+
+    async def _watch(self, options: _WaitOptions) -> AsyncGenerator[ApprovalUpdate, None]:
+        _, poller = self._open()
+        # Unbounded: the pace of looks bounds it, and a look must not wait for a slow reader.
+        send, receive = anyio.create_memory_object_stream[ApprovalUpdate](math.inf)
+        with send, receive:
+            wait = poller.start(**options, updates=send)
+            try:
+                async for update in receive:
+                    yield update
+                _result(wait.future.result())
+            finally:
+                poller.leave(wait)
+
+    async def _outcomes(self, waits: list[_WaitOptions]) -> AsyncGenerator[ApprovalOutcome, None]:
+        _, poller = self._open()
+        send, receive = anyio.create_memory_object_stream[ApprovalOutcome](math.inf)
+        begun: list[Wait] = []
+        with send, receive:
+            try:
+                for count, options in enumerate(waits, 1):
+                    try:
+                        wait = poller.start(**options)
+                    except KeylessError as error:
+                        send.send_nowait(_outcome(options["operation_id"], error))
+                        continue
+                    begun.append(wait)
+                    wait.future.add_done_callback(functools.partial(_report, send, options["operation_id"]))
+                    if count % _BATCH == 0:
+                        await asyncio.sleep(0)
+                for _ in waits:
+                    yield await receive.receive()
+            finally:
+                for wait in begun:
+                    poller.leave(wait)
+
+
+def _result(outcome: Outcome) -> Operation:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _outcome(operation_id: str, outcome: Outcome) -> ApprovalOutcome:
+    if isinstance(outcome, KeylessError):
+        return ApprovalOutcome(operation_id=operation_id, operation=None, error=outcome)
+    return ApprovalOutcome(operation_id=operation_id, operation=_result(outcome), error=None)
+
+
+def _report(send: MemoryObjectSendStream[ApprovalOutcome], operation_id: str, future: asyncio.Future[Outcome]) -> None:
+    if future.cancelled():  # the iterator was closed, and has left its waits
+        return
+    with contextlib.suppress(anyio.ClosedResourceError):  # closed since the wait ended: nobody wants to know
+        send.send_nowait(_outcome(operation_id, future.result()))
+
+
+def _given(value: T | None, variable: str) -> T | str | None:
+    """Return an argument, or the environment variable in its place; an empty one counts as unset."""
+    return value if value is not None else os.environ.get(variable) or None
+
+
+def _finite(value: object, name: str) -> float:
+    number = seconds(value, name)
+    if math.isinf(number):
+        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}")
+    return number
+
+
+def _count(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}")
+    return value
+
+
+def _check_schedule(schedule: wait_base | None) -> wait_base | None:
+    if schedule is not None and not isinstance(schedule, wait_base):
+        raise ConfigurationError(
+            f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}"
+        )
+    return schedule
+
+
+def _budget(timeout: Timeout, ticket: ApprovalTicket | None) -> float | None:
+    """Return the seconds of a wait: infinity for no end, None for what the ticket has left."""
+    if timeout is None:
+        return math.inf
+    if isinstance(timeout, EllipsisType):
+        return _DEFAULT_TIMEOUT if ticket is None else None
+    return seconds(timeout, "timeout")
+
+
+def _lifetime(expires_in: float) -> timedelta:
+    try:
+        lifetime = timedelta(seconds=_finite(expires_in, "expires_in"))
+        datetime.now(UTC) + lifetime
+    except OverflowError:
+        raise ConfigurationError(f"expires_in must end before the year 10000, not be {expires_in!r} seconds") from None
+    return lifetime

@@ -1,0 +1,315 @@
+"""Every exception that leaves the library, under one root.
+
+An exception here knows its facts (status, path, operation) and says in one line what happened and what to do.
+It never holds an API key, a payload or a raw body in its message, and it survives pickling.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:  # for annotations only: errors.py stands below models.py and must not load it
+    from .models import ApprovalTicket, Operation
+
+__all__ = [
+    "ApprovalError",
+    "ApprovalTimeoutError",
+    "ApprovalUnknownError",
+    "AuthenticationError",
+    "BadRequestError",
+    "ClientClosedError",
+    "ConfigurationError",
+    "ConflictError",
+    "DecodeError",
+    "InconsistentOperationError",
+    "InvalidIdentifierError",
+    "KeylessError",
+    "NotAcceptableError",
+    "NotFoundError",
+    "NotJsonError",
+    "OperationMismatchError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RequestTimeoutError",
+    "ServerError",
+    "StatusError",
+    "TransportError",
+    "UnsupportedMediaTypeError",
+]
+
+
+def _restore(cls: type[KeylessError], args: tuple[Any, ...]) -> KeylessError:
+    """Make an exception without running its ``__init__``: that builds a message, and the message is there already."""
+    error = cls.__new__(cls)
+    error.args = args  # OSError.__new__, under the timeouts here, leaves args empty
+    return error
+
+
+class KeylessError(Exception):
+    """Root of all errors of this library.
+
+    Catch it to handle "Keyless did not work" in one place; catch what is below it to tell why.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args), self.__dict__
+
+
+class ConfigurationError(KeylessError, ValueError):
+    """An argument, key, region, URL or event loop is wrong; nothing was sent.
+
+    What to do: mend the call; the message names the argument, what was wrong and what is right.
+    """
+
+
+class InvalidIdentifierError(ConfigurationError):
+    """A user id or an operation id cannot be sent; nothing was sent.
+
+    What to do: check where the id comes from. User ids are hex; operation ids are 1 to 512 characters without
+    control characters.
+    """
+
+
+class ClientClosedError(KeylessError, RuntimeError):
+    """The client was closed before the call or while it ran.
+
+    What to do: close the client only after its work is done. A create or a wait that was cut off here may have
+    taken effect: look with ``get_operation``.
+    """
+
+
+class TransportError(KeylessError):
+    """No usable answer came: no connection, TLS failure, reset, cut off, or a body over the limit.
+
+    What to do: try again later; single calls already did, ``max_attempts`` times, and waits do until their deadline.
+
+    Attributes:
+        method: HTTP method of the request.
+        path: Path of the request, percent-encoded.
+        sent: False where the request certainly never left this machine, so that it cannot have had an effect.
+    """
+
+    def __init__(self, message: str, *, method: str, path: str, sent: bool = True) -> None:
+        super().__init__(message)
+        self.method = method
+        self.path = path
+        self.sent = sent
+
+
+class RequestTimeoutError(TransportError, TimeoutError):
+    """One HTTP exchange took longer than ``request_timeout``.
+
+    What to do: as for `TransportError`; if it is frequent, raise ``request_timeout`` or look at the network.
+    """
+
+
+class DecodeError(KeylessError):
+    """A 2xx whose body is JSON of the wrong shape: the service and this library disagree about the API.
+
+    What to do: check ``base_url``; if it is right, upgrade the library or report the message.
+
+    Attributes:
+        status: HTTP status, 2xx.
+        method: HTTP method of the request.
+        path: Path of the request, percent-encoded.
+        request_id: The service's id of the exchange, where it sent one.
+    """
+
+    def __init__(self, message: str, *, status: int, method: str, path: str, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.method = method
+        self.path = path
+        self.request_id = request_id
+
+
+class NotJsonError(DecodeError):
+    """A 2xx whose body is not JSON at all: most often the page of a gateway or of a captive portal.
+
+    What to do: it is treated as passing; if it stays, something between you and Keyless answers in its place.
+    """
+
+
+class StatusError(KeylessError):
+    """The service, or a gateway in front of it, answered with an error status; also with a redirect.
+
+    What to do: see the subclass. A plain `StatusError` is a status that the API does not document; a 3xx means
+    that ``base_url`` is not the API's (redirects are never followed: that would hand the key to another host).
+
+    Attributes:
+        status: HTTP status.
+        method: HTTP method of the request.
+        path: Path of the request, percent-encoded.
+        request_id: The service's id of the exchange, where it sent one.
+        retry_after: Seconds after which the service wants to be asked again, where it said so.
+        detail: At most 200 printable characters of the error body, the API key struck out. It may quote what you
+            sent, a payload too: think before you log it.
+    """
+
+    advice: ClassVar[str] = "the API does not document this status; check base_url"
+
+    def __init__(
+        self,
+        *,
+        status: int,
+        method: str,
+        path: str,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+        detail: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(f"{method} {path} answered {status}: {advice or self.advice}")
+        self.status = status
+        self.method = method
+        self.path = path
+        self.request_id = request_id
+        self.retry_after = retry_after
+        self.detail = detail
+
+
+class BadRequestError(StatusError):
+    """400: the service finds the request malformed.
+
+    What to do: change the request; unchanged it will fail again. `detail` may say what is wrong.
+    """
+
+    advice = "the request is malformed; do not repeat it unchanged, .detail may say what is wrong"
+
+
+class AuthenticationError(StatusError):
+    """401: the API key is wrong, missing, or of another region.
+
+    What to do: check the key and that region or ``base_url`` is the one it was issued for.
+    """
+
+    advice = "the API key is wrong or belongs to another region; check KEYLESS_API_KEY and the region"
+
+
+class PermissionDeniedError(StatusError):
+    """403: the key is not allowed to do this, or a gateway refuses this network.
+
+    What to do: check what the key may do, and whether your address is on the gateway's allow list.
+    """
+
+    advice = "not allowed; check what the API key may do and whether a gateway blocks your address"
+
+
+class NotFoundError(StatusError):
+    """404: no such operation or user.
+
+    What to do: check the id. An operation that the phone will create does not exist until the user approved it:
+    wait for it with ``if_missing="wait"``.
+    """
+
+    advice = 'no such operation or user; check the id (a phone-made operation: wait with if_missing="wait")'
+
+
+class NotAcceptableError(StatusError):
+    """406: the service does not send what ``Accept`` asks for.
+
+    What to do: something between you and Keyless rewrites the ``Accept`` header; remove it.
+    """
+
+    advice = "the Accept header did not arrive as sent; check proxies in between"
+
+
+class ConflictError(StatusError):
+    """409: the operation id is taken by another operation.
+
+    What to do: use a fresh id (``operation_id=None`` makes one), or look at what is there with ``get_operation``.
+    """
+
+    advice = "the operation id is taken; use a fresh one, or look at it with get_operation"
+
+
+class UnsupportedMediaTypeError(StatusError):
+    """415: the service does not take the body's content type.
+
+    What to do: something between you and Keyless rewrites the ``Content-Type`` header; remove it.
+    """
+
+    advice = "the Content-Type header did not arrive as sent; check proxies in between"
+
+
+class RateLimitError(StatusError):
+    """429: too many requests.
+
+    What to do: wait ``retry_after`` seconds where it is given; share one client, and so one pace, in the process.
+    """
+
+    advice = "too many requests; slow down, .retry_after says how long where the service does"
+
+
+class ServerError(StatusError):
+    """5xx: the service or its gateway failed.
+
+    What to do: try again later; single calls already did, ``max_attempts`` times, and waits do until their deadline.
+    """
+
+    advice = "the service failed; try again later"
+
+
+class ApprovalError(KeylessError):
+    """A wait ended without an approval; the subclass says why.
+
+    What to do: do not treat the operation as approved. See the subclass.
+
+    Attributes:
+        operation_id: The operation that was waited for.
+        last_operation: The operation as it was last seen, or None where it never was.
+        last_error: The last transient failure of the wait, or None where it had none.
+        polls: Looks sent on behalf of this wait.
+        elapsed: Seconds that the wait lasted.
+        ticket: The ticket that was waited for, or None where the wait was given an id.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        operation_id: str,
+        last_operation: Operation | None = None,
+        last_error: KeylessError | None = None,
+        polls: int = 0,
+        elapsed: float = 0.0,
+        ticket: ApprovalTicket | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.operation_id = operation_id
+        self.last_operation = last_operation
+        self.last_error = last_error
+        self.polls = polls
+        self.elapsed = elapsed
+        self.ticket = ticket
+
+
+class ApprovalTimeoutError(ApprovalError, TimeoutError):
+    """Time is up, and the final look at the deadline saw the operation still pending.
+
+    What to do: refuse what the user wanted to do. A timeout is not a denial: the API has no cancel, so the user can
+    still approve later. Look again with ``get_operation(operation_id)`` before you repeat anything, and never take a
+    late approval for an answer to a newer question.
+    """
+
+
+class ApprovalUnknownError(ApprovalTimeoutError):
+    """Time is up, and the final look got no answer: approved or not, nobody knows.
+
+    What to do: refuse for now, and look again with ``get_operation(operation_id)`` when the service answers; do not
+    create a second operation before you know about the first.
+    """
+
+
+class OperationMismatchError(ApprovalError):
+    """The answer is about another operation, another user or another payload than the one that was asked for.
+
+    What to do: refuse, and investigate: a proxy mixes up answers, or somebody uses your operation ids.
+    """
+
+
+class InconsistentOperationError(ApprovalError):
+    """The answer contradicts itself (approved, but result is false), or its state is one that nobody knows.
+
+    What to do: refuse; if the state is new in the API, upgrade the library.
+    """

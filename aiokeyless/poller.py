@@ -1,0 +1,756 @@
+"""All the waits of one client: two agendas, one timer, and few workers that look at what is due.
+
+A wait is one slotted object and one future. Waits for the same operation share a `_Watch` and its looks. Workers are
+tasks that take the next due look from the agenda themselves and exit when nothing is due, so that ten thousand waits
+due at once cost the event loop no more than ``max_in_flight`` of them. What an answer means is `approval`'s to decide,
+when to look next `schedule`'s, how much the service bears `health`'s; here is only the awaiting and the book-keeping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import logging
+import math
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from .agenda import Agenda
+from .approval import Distrust, Verdict, WaitRecord, distrusted, judge, timed_out, unknown
+from .errors import (
+    ApprovalTimeoutError,
+    ClientClosedError,
+    KeylessError,
+    NotFoundError,
+    RequestTimeoutError,
+    StatusError,
+)
+from .health import Health, error_delay
+from .models import ApprovalUpdate, ClientStatistics, Operation
+from .protocol import GET_OPERATION, get_operation, is_transient
+from .schedule import next_delay, wait_adaptive
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from anyio.streams.memory import MemoryObjectSendStream
+    from tenacity.wait import wait_base
+    from yarl import URL
+
+    from .models import ApprovalTicket
+    from .transport import Transport
+
+FINAL_LOOK: Final = 2.0  # seconds that the look at the deadline may take
+YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
+FRESH: Final = 1.0  # seconds within which nobody approves what was just created
+_BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
+# The clocks in use round to a microsecond or better; a timer that fired within it is not early.
+_RESOLUTION: Final = 1e-6
+
+Outcome = Operation | Exception
+
+logger = logging.getLogger("aiokeyless")
+
+
+class Wait:
+    """One wait. Whoever made it awaits `future`, which never raises: errors are results too."""
+
+    __slots__ = (
+        "attempt",
+        "began",
+        "booking",
+        "deadline",
+        "error",
+        "final",
+        "future",
+        "listed",
+        "may_be_missing",
+        "origin",
+        "overtime",
+        "polls",
+        "schedule",
+        "seen",
+        "ticket",
+        "updates",
+        "watch",
+    )
+
+    def __init__(
+        self,
+        watch: _Watch,
+        future: asyncio.Future[Outcome],
+        *,
+        began: float,
+        origin: float,
+        deadline: float,
+        schedule: wait_base,
+        ticket: ApprovalTicket | None,
+        may_be_missing: bool,
+        updates: MemoryObjectSendStream[ApprovalUpdate] | None,
+    ) -> None:
+        self.watch = watch
+        self.future = future
+        self.began = began
+        self.origin = origin  # when the operation was created, as far as this wait knows
+        self.deadline = deadline
+        self.schedule = schedule
+        self.ticket = ticket
+        self.may_be_missing = may_be_missing
+        self.updates = updates
+        self.attempt = 1  # for the schedule: delays asked for, of pending answers only
+        self.polls = 0
+        self.seen: bytes | None = None  # the last pending answer: bytes are a third of the size of what they decode to
+        self.error: KeylessError | None = None
+        self.overtime = False  # its deadline has passed
+        self.final: _Look | None = None  # its final look, once that is under way
+        self.listed = True  # in the poller's books
+        self.booking = 0
+
+    def record(self, now: float) -> WaitRecord:
+        """Return what an error tells of this wait."""
+        seen = GET_OPERATION.decode(self.seen) if self.seen is not None else None
+        return WaitRecord(self.watch.operation_id, seen, self.error, self.polls, now - self.began, self.ticket)
+
+
+class _Watch:
+    """One operation that is looked at, for one wait or for many."""
+
+    __slots__ = (
+        "booking",
+        "dated",
+        "due",
+        "failures",
+        "final_wanted",
+        "live",
+        "look",
+        "looks",
+        "operation_id",
+        "origin",
+        "patient",
+        "pending_at",
+        "pupils",
+        "url",
+        "waits",
+    )
+
+    def __init__(self, operation_id: str, url: URL, origin: float) -> None:
+        self.operation_id = operation_id
+        self.url = url
+        self.origin = origin
+        self.dated = False  # whether origin is the operation's creation, from a ticket, and not just a wait's start
+        self.waits: list[Wait] = []  # ended ones too, until there are many
+        self.live = 0  # those that have not ended
+        self.patient = 0  # those of them whose deadline is still to come
+        self.look: _Look | None = None  # the ordinary look under way
+        self.looks = 0  # looks under way, final ones too
+        self.due = math.inf  # of the next ordinary look; while one is under way: of the one that latecomers want
+        self.final_wanted = False
+        self.failures = 0  # transient ones in a row
+        self.pending_at: float | None = None  # start of the last look that was answered with pending
+        self.pupils: tuple[wait_adaptive, ...] = ()
+        self.booking = 0
+
+    def current(self) -> list[Wait]:
+        """Return the waits that have not ended."""
+        return [wait for wait in self.waits if not wait.future.done()]
+
+
+class _Look:
+    """One request: for which waits it is made, and whether and why it was cut off."""
+
+    __slots__ = ("counted_bad", "cut", "final", "members", "overdue", "sent_at", "task", "under_way", "watch")
+
+    def __init__(self, watch: _Watch, now: float, *, final: bool) -> None:
+        self.watch = watch
+        self.sent_at = now
+        self.final = final
+        self.members: list[Wait] = []
+        self.task: asyncio.Task[None] | None = None
+        self.under_way = False
+        self.cut = False
+        self.overdue = False
+        self.counted_bad = False
+
+    def stop(self) -> None:
+        """Cut the exchange off."""
+        self.cut = True
+        if self.under_way and self.task is not None:  # one that has not begun sees the mark when it does
+            self.task.cancel()
+
+
+class Poller:
+    """The waits of one client.
+
+    Args:
+        transport: What sends the looks.
+        schedule: When to look, for waits that bring no schedule of their own.
+        max_in_flight: Looks under way at once.
+    """
+
+    def __init__(self, transport: Transport, *, schedule: wait_base, max_in_flight: int) -> None:
+        self._transport = transport
+        self._schedule = schedule
+        self._max_in_flight = max_in_flight
+        self._overtime = min(transport.request_timeout, FINAL_LOOK)
+        self._loop = asyncio.get_running_loop()
+        # Not the context of whoever happened to be first: its trace and its logging variables are not ours.
+        self._context = contextvars.Context()
+        self._health = Health(max_in_flight)
+        self._watches: dict[str, _Watch] = {}
+        self._looks: Agenda[_Watch] = Agenda()
+        self._deadlines: Agenda[Wait] = Agenda()
+        self._finals: deque[_Watch] = deque()  # in the order of their deadlines
+        self._flying: dict[_Look, None] = {}  # looks under way, oldest first
+        self._finals_flying = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._created: dict[str, float] = {}
+        self._waiting = 0
+        self._polls = 0
+        self._approvals = 0
+        self._timeouts = 0
+        self._failures = 0
+        self.closed = False
+
+    # -- what the client calls
+
+    def created(self, operation_id: str) -> None:
+        """Remember on the loop's clock that an operation was created just now."""
+        now = self._loop.time()
+        self._created.pop(operation_id, None)
+        while self._created and now - self._created[oldest := next(iter(self._created))] > YOUNG:
+            del self._created[oldest]
+        self._created[operation_id] = now
+
+    def start(
+        self,
+        operation_id: str,
+        *,
+        ticket: ApprovalTicket | None,
+        timeout: float | None,
+        schedule: wait_base | None,
+        may_be_missing: bool,
+        updates: MemoryObjectSendStream[ApprovalUpdate] | None = None,
+    ) -> Wait:
+        """Begin a wait. Whoever calls this must `leave` it.
+
+        Args:
+            operation_id: What to wait for.
+            ticket: What is known about it; None for a bare id.
+            timeout: Seconds; infinity for no end; None for what the ticket has left.
+            schedule: When to look; None for the client's.
+            may_be_missing: Whether 404 counts as pending.
+            updates: Where an update goes for each look; closed when the wait ends.
+        """
+        if self.closed:
+            raise ClientClosedError("the client is closed; look at the operation with get_operation of another client")
+        now = self._loop.time()
+        age = self._age(ticket, now)
+        schedule = schedule or self._schedule
+        fresh = ticket is not None and operation_id in self._created and age < FRESH
+        first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
+        watch = self._watch(operation_id, now - age, ticket)
+        wait = Wait(
+            watch,
+            self._loop.create_future(),
+            began=now,
+            origin=now - age,
+            deadline=now + (self._left(ticket, age) if timeout is None else timeout),
+            schedule=schedule,
+            ticket=ticket,
+            may_be_missing=may_be_missing,
+            updates=updates,
+        )
+        wait.attempt += fresh
+        watch.waits.append(wait)
+        watch.live += 1
+        watch.patient += 1
+        self._waiting += 1
+        if isinstance(schedule, wait_adaptive) and schedule not in watch.pupils:
+            watch.pupils += (schedule,)
+        if wait.deadline < math.inf:
+            self._deadlines.book(wait, wait.deadline)
+        if first < wait.deadline:
+            self._want(watch, first)
+        self._arm(now)
+        return wait
+
+    def leave(self, wait: Wait) -> None:
+        """End a wait that nobody awaits any more; harmless after it has ended."""
+        if wait.listed:
+            wait.future.cancel()
+            self._close(wait)
+
+    async def aclose(self) -> None:
+        """End all waits with `ClientClosedError`, and what is in flight for them."""
+        self.closed = True
+        count = 0
+        for watch in tuple(self._watches.values()):
+            for wait in watch.current():
+                self._end(
+                    wait,
+                    ClientClosedError(
+                        f"the client was closed while operation {watch.operation_id!r} was waited for; "
+                        "look at it with get_operation of another client"
+                    ),
+                )
+                count += 1
+                if count % _BATCH == 0:
+                    await asyncio.sleep(0)
+        while tasks := [look.task for look in self._flying if look.task is not None]:
+            await asyncio.wait(tasks)
+        self._disarm()
+
+    def statistics(self) -> ClientStatistics:
+        """Return the counts as of now."""
+        now = self._loop.time()
+        due = self._looks.first()
+        late = [0.0] if due is None else [0.0, now - due]
+        if self._finals:  # the oldest comes first
+            late += [now - w.deadline for w in self._finals[0].current() if w.overtime and w.final is None]
+        return ClientStatistics(
+            waiting=self._waiting,
+            in_flight=len(self._flying),
+            polls=self._polls,
+            approvals=self._approvals,
+            timeouts=self._timeouts,
+            transient_failures=self._failures,
+            lag=max(late),
+        )
+
+    # -- times
+
+    def _age(self, ticket: ApprovalTicket | None, now: float) -> float:
+        """Return the seconds since the operation was created: 0 for a bare id, whose clock starts with the wait."""
+        if ticket is None:
+            return 0.0
+        created = self._created.get(ticket.operation_id)
+        if created is not None:
+            return now - created
+        return max(0.0, (datetime.now(UTC) - ticket.created_at).total_seconds())
+
+    def _left(self, ticket: ApprovalTicket | None, age: float) -> float:
+        if ticket is None:
+            return math.inf
+        if ticket.operation_id in self._created:  # the loop's clock, exactly
+            return max(0.0, (ticket.expires_at - ticket.created_at).total_seconds() - age)
+        return ticket.remaining()
+
+    # -- watches and waits
+
+    def _watch(self, operation_id: str, origin: float, ticket: ApprovalTicket | None) -> _Watch:
+        watch = self._watches.get(operation_id)
+        if watch is None:
+            watch = _Watch(operation_id, self._transport.url(get_operation(operation_id)), origin)
+            self._watches[operation_id] = watch
+        watch.origin = min(watch.origin, origin)
+        watch.dated = watch.dated or ticket is not None
+        return watch
+
+    def _end(self, wait: Wait, outcome: Outcome) -> None:
+        """Give a wait its outcome."""
+        wait.future.set_result(outcome)
+        if isinstance(outcome, Operation):
+            self._approvals += 1
+        elif isinstance(outcome, ApprovalTimeoutError):
+            self._timeouts += 1
+        self._close(wait)
+
+    def _close(self, wait: Wait) -> None:
+        """Take a wait that has ended out of the books; the last one stops the looks."""
+        watch = wait.watch
+        wait.listed = False
+        self._deadlines.cancel(wait)
+        if wait.updates is not None:
+            wait.updates.close()
+        watch.live -= 1
+        watch.patient -= not wait.overtime
+        self._waiting -= 1
+        if len(watch.waits) > 2 * watch.live:
+            watch.waits = watch.current()
+        if not watch.live:
+            self._unwatch(watch)
+
+    def _unwatch(self, watch: _Watch) -> None:
+        del self._watches[watch.operation_id]
+        self._do_not_want(watch)
+        if watch.looks:
+            for look in self._flying:
+                if look.watch is watch and not look.cut:
+                    look.stop()
+        if not self._watches:
+            self._finals.clear()
+            self._disarm()
+        if watch.pending_at is not None:
+            self._teach(watch, watch.pending_at, None)
+
+    def _teach(self, watch: _Watch, after: float | None, until: float | None) -> None:
+        """Tell the schedules when the operation was approved, or until when it was not; once an operation."""
+        pupils, watch.pupils = watch.pupils, ()
+        for pupil in pupils:
+            try:
+                pupil.observe(
+                    0.0 if after is None else max(0.0, after - watch.origin),
+                    None if until is None else max(0.0, until - watch.origin),
+                )
+            except Exception:
+                # A subclass of somebody's. What is not learned costs requests; an approval it must not cost.
+                logger.exception("the schedule %r failed to learn from an observation", pupil)
+
+    def _do_not_want(self, watch: _Watch) -> None:
+        self._looks.cancel(watch)
+        watch.due = math.inf
+
+    def _want(self, watch: _Watch, due: float) -> None:
+        """See to it that an ordinary look comes by then; after the one under way, if there is one."""
+        if due < watch.due:
+            watch.due = due
+            if watch.look is None:
+                self._looks.book(watch, due)
+
+    # -- the timer
+
+    def _arm(self, now: float) -> None:
+        """Set the timer for the next thing that time alone brings about; what awaits a landing needs none."""
+        when = self._next_event(now)
+        if when < math.inf and (self._timer is None or when < self._timer.when()):
+            self._disarm()
+            self._timer = self._loop.call_at(when, self._wake, context=self._context)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _next_event(self, now: float) -> float:
+        deadline = self._deadlines.first()
+        when = math.inf if deadline is None else deadline
+        for look in self._flying:  # the oldest comes first
+            if not look.cut:
+                when = min(when, look.sent_at + self._transport.request_timeout)
+                break
+        if len(self._flying) < self._max_in_flight and self._counted() < self._health.limit:
+            due = self._looks.first()
+            if due is not None:
+                when = min(when, max(due, self._health.opens_at()))
+        return max(when, now)
+
+    def _wake(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        self._cut_overdue(now)
+        self._expire(now)
+        self._dispatch(now)
+        self._arm(now)
+
+    def _cut_overdue(self, now: float) -> None:
+        for look in self._flying:
+            if look.sent_at + self._transport.request_timeout > now + _RESOLUTION:
+                break
+            if not look.cut:
+                look.overdue = True
+                look.stop()
+
+    def _expire(self, now: float) -> None:
+        """Handle deadlines: first a final look is wanted, and when that had its time, the wait ends."""
+        hanging: set[_Look] = set()
+        for _ in range(_BATCH):
+            wait = self._deadlines.take(now + _RESOLUTION)
+            if wait is None:
+                break
+            if wait.overtime:
+                self._end_unanswered(wait, now)
+                continue
+            watch = wait.watch
+            wait.overtime = True
+            watch.patient -= 1
+            if not watch.patient:
+                self._do_not_want(watch)
+            self._deadlines.book(wait, wait.deadline + self._overtime)
+            if not watch.final_wanted:
+                watch.final_wanted = True
+                self._finals.append(watch)
+            if watch.look is not None:
+                hanging.add(watch.look)
+        for look in hanging:
+            # A look that began before the deadline does not count at the deadline; others may still need it.
+            if not look.cut and all(wait.future.done() or wait.overtime for wait in look.members):
+                look.stop()
+
+    def _end_unanswered(self, wait: Wait, now: float) -> None:
+        """End a wait whose final look had its time, or never found a slot."""
+        look = wait.final
+        if look is not None:
+            wait.error = self._no_answer(wait.watch, self._overtime)
+            if not look.counted_bad:  # it may be the final look of many
+                look.counted_bad = True
+                self._failures += 1
+                self._health.bad(now, sent_at=look.sent_at, is_probe=False)
+        self._end(wait, unknown(wait.record(now)))
+
+    # -- looks
+
+    def _counted(self) -> int:
+        """Return the looks under way that take room: while the service recovers, those of better days do not."""
+        if self._health.is_open:
+            return len(self._flying)
+        return sum(look.sent_at >= self._health.since for look in self._flying)
+
+    def _dispatch(self, now: float) -> None:
+        """Start workers for what is due, as many as there is room for."""
+        while (look := self._take(now)) is not None:
+            look.task = self._loop.create_task(self._work(look), context=self._context)
+            look.task.add_done_callback(self._worker_gone)
+
+    def _take(self, now: float) -> _Look | None:
+        """Take the next look that may be sent now: final looks first, then what has been due longest."""
+        if len(self._flying) >= self._max_in_flight or self.closed:
+            return None
+        room = self._health.room(now + _RESOLUTION) - self._counted()
+        while self._finals and (self._finals_flying == 0 or (room > 0 and not self._health.gated(now))):
+            watch = self._finals.popleft()
+            watch.final_wanted = False
+            if any(wait.overtime and wait.final is None for wait in watch.current()):
+                return self._new_look(watch, now, final=True)
+        if room > 0:
+            due = self._looks.take(now + _RESOLUTION)
+            if due is not None:
+                return self._new_look(due, now, final=False)
+        return None
+
+    def _new_look(self, watch: _Watch, now: float, *, final: bool) -> _Look:
+        look = _Look(watch, now, final=final)
+        self._flying[look] = None
+        watch.looks += 1
+        if final:
+            self._finals_flying += 1
+        else:
+            watch.look = look
+        if not final or watch.due <= now + _RESOLUTION:  # a final look does for an ordinary one that is due
+            self._looks.cancel(watch)
+            watch.due = math.inf
+        return look
+
+    async def _work(self, look: _Look | None) -> None:
+        """Send looks as long as there are any to send."""
+        while look is not None:
+            try:
+                await self._send(look)
+            finally:
+                now = self._loop.time()
+                self._land(look, now)
+            task = look.task
+            look = self._take(now)
+            if look is not None:
+                look.task = task
+            self._dispatch(now)
+            self._arm(now)
+
+    def _worker_gone(self, task: asyncio.Task[None]) -> None:
+        """Clean up behind a worker that somebody else cancelled, perhaps before it began."""
+        now = self._loop.time()
+        for look in tuple(self._flying):
+            if look.task is task:
+                self._land(look, now)
+        if self._watches and not self.closed:
+            self._arm(now)
+
+    async def _send(self, look: _Look) -> None:
+        if look.cut:  # everybody left before it began
+            return
+        self._begin(look)
+        try:
+            brought = await self._fetch(look)
+            if isinstance(brought, KeylessError):
+                self._failed(look, brought)
+            elif brought is not None:
+                self._answered(look, *brought)
+        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not hang them
+            for wait in look.watch.current():
+                self._end(wait, error)
+
+    async def _fetch(self, look: _Look) -> tuple[Operation, bytes] | KeylessError | None:
+        """Do the exchange; None where it was cut off because nobody could use it any more."""
+        try:
+            return await self._transport.look(look.watch.url)
+        except asyncio.CancelledError:
+            # Ours, by look.stop(), or somebody's who cancels this task: that one is not ours to swallow.
+            if not look.cut or (look.task is not None and look.task.uncancel() > 0):
+                raise
+            return self._no_answer(look.watch, self._transport.request_timeout) if look.overdue else None
+        except KeylessError as error:
+            return error
+        finally:
+            look.under_way = False
+
+    def _begin(self, look: _Look) -> None:
+        look.under_way = True
+        look.sent_at = self._loop.time()
+        look.members = look.watch.current()
+        self._polls += 1
+        for wait in look.members:
+            wait.polls += 1
+            if wait.overtime and wait.final is None:
+                wait.final = look
+
+    def _land(self, look: _Look, now: float) -> None:
+        """Take a look out of the books, and see to it that another one follows if one is needed."""
+        del self._flying[look]
+        watch = look.watch
+        watch.looks -= 1
+        if look.final:
+            self._finals_flying -= 1
+        elif watch.look is look:
+            watch.look = None
+        if not watch.live or watch.look is not None:
+            return
+        if watch.due == math.inf and watch.patient:
+            watch.due = now  # it was cut off, or came to nothing, and somebody still waits
+        if watch.due < math.inf and not watch.booking:
+            self._looks.book(watch, watch.due)
+
+    def _no_answer(self, watch: _Watch, seconds: float) -> RequestTimeoutError:
+        path = self._transport.path(watch.url)
+        return RequestTimeoutError(f"GET {path} got no answer within {seconds:g} s", method="GET", path=path)
+
+    # -- what a look brought
+
+    def _answered(self, look: _Look, operation: Operation, body: bytes) -> None:
+        now = self._loop.time()
+        self._health.good(now, sent_at=look.sent_at)
+        watch = look.watch
+        watch.failures = 0
+        verdicts = [(wait, judge(operation, watch.operation_id, wait.ticket)) for wait in watch.current()]
+        if any(verdict is Verdict.APPROVED for _, verdict in verdicts):
+            if watch.dated or watch.pending_at is not None:
+                self._teach(watch, watch.pending_at, now)
+            watch.pupils = ()
+        members = set(look.members)
+        pending: list[Wait] = []
+        for wait, verdict in verdicts:
+            if verdict is Verdict.APPROVED:  # counts for whoever came later, too
+                wait.polls = max(wait.polls, 1)
+                self._update(wait, now, operation=operation)
+                self._end(wait, operation)
+            elif wait not in members:
+                continue
+            elif isinstance(verdict, Distrust):
+                wait.seen = body
+                self._end(wait, distrusted(verdict, wait.record(now)))
+            else:
+                wait.seen = body
+                wait.error = None
+                pending.append(wait)
+        self._still_pending(look, pending, now, operation=operation)
+
+    def _failed(self, look: _Look, error: KeylessError) -> None:
+        now = self._loop.time()
+        members = [wait for wait in look.members if not wait.future.done()]
+        if is_transient(error):
+            self._failed_for_now(look, members, error, now)
+            return
+        self._health.good(now, sent_at=look.sent_at)
+        look.watch.failures = 0
+        pending: list[Wait] = []
+        for wait in members:
+            young = wait.ticket is not None and look.sent_at - wait.origin < YOUNG
+            if isinstance(error, NotFoundError) and (wait.may_be_missing or young):
+                wait.error = error
+                pending.append(wait)
+            else:
+                self._end(wait, _own(error, members))
+        self._still_pending(look, pending, now, error=error)
+
+    def _failed_for_now(self, look: _Look, members: list[Wait], error: KeylessError, now: float) -> None:
+        self._failures += 1
+        hold = error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
+        self._health.bad(now, sent_at=look.sent_at, is_probe=not look.final, hold=hold)
+        watch = look.watch
+        watch.failures += 1
+        # While the service is down, its health paces the probes, and this wait takes its turn.
+        if watch.patient:
+            self._want(watch, now if self._health.is_down else now + error_delay(watch.failures))
+        for wait in members:
+            wait.error = error
+            if wait.final is look:
+                self._update(wait, now, error=error)
+                self._end(wait, unknown(wait.record(now)))
+            else:
+                self._update(wait, now, error=error, due=max(watch.due, self._health.opens_at()))
+
+    def _still_pending(
+        self,
+        look: _Look,
+        waits: list[Wait],
+        now: float,
+        *,
+        operation: Operation | None = None,
+        error: KeylessError | None = None,
+    ) -> None:
+        """Go on with waits whose operation is pending, or end those whose final look this was."""
+        if not waits:
+            return
+        watch = look.watch
+        watch.pending_at = look.sent_at if watch.pending_at is None else max(watch.pending_at, look.sent_at)
+        going_on: list[Wait] = []
+        for wait in waits:
+            if wait.final is look:
+                self._update(wait, now, operation=operation, error=error)
+                self._end(wait, timed_out(wait.record(now)))
+            elif not wait.overtime:
+                going_on.append(wait)
+        going_on = self._schedule_next(watch, going_on, now)
+        for wait in going_on:
+            self._update(wait, now, operation=operation, error=error, due=watch.due)
+
+    def _schedule_next(self, watch: _Watch, waits: list[Wait], now: float) -> list[Wait]:
+        """Ask the schedules of these waits, each but once, and take the soonest; return those whose schedule answered."""
+        delays: dict[int, float | Exception] = {}
+        for wait in waits:
+            if id(wait.schedule) not in delays:
+                try:
+                    delays[id(wait.schedule)] = next_delay(
+                        wait.schedule, attempt_number=wait.attempt, since_start=now - watch.origin
+                    )
+                except KeylessError as error:
+                    delays[id(wait.schedule)] = error
+            wait.attempt += 1
+        for wait in waits:
+            delay = delays[id(wait.schedule)]
+            if isinstance(delay, Exception):
+                self._end(wait, copy.copy(delay))
+        good = [delay for delay in delays.values() if isinstance(delay, float)]
+        if good:
+            self._want(watch, now + min(good))
+        return [wait for wait in waits if not wait.future.done()]
+
+    def _update(
+        self,
+        wait: Wait,
+        now: float,
+        *,
+        operation: Operation | None = None,
+        error: KeylessError | None = None,
+        due: float | None = None,
+    ) -> None:
+        if wait.updates is None:
+            return
+        wait.updates.send_nowait(
+            ApprovalUpdate(
+                operation=operation,
+                error=error,
+                polls=wait.polls,
+                elapsed=now - wait.began,
+                next_poll_in=None if due is None else max(0.0, min(due, wait.deadline) - now),
+            )
+        )
+
+
+def _own(error: KeylessError, members: Iterable[Wait]) -> KeylessError:
+    """Return the error itself where one wait raises it, else a copy for each: tracebacks must not pile up on one."""
+    if len(list(members)) == 1:
+        return error
+    twin = copy.copy(error)
+    twin.__cause__ = error.__cause__
+    return twin

@@ -1,0 +1,204 @@
+"""The three endpoints as the service answers them: from the parts of a request to a status and a body.
+
+Strict where the documentation is: a request that the real service refuses is refused here. It knows neither aiohttp
+nor time nor faults.
+
+Source: Keyless documentation, Server API / Operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from urllib.parse import unquote
+
+import msgspec
+
+from .store import is_user_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aiokeyless.models import Operation
+
+    from .store import OperationStore
+
+    _Endpoint = Callable[[str, bytes], "Answer"]
+
+JSON: Final = "application/json"
+_JSON_HEADERS: Final = {"Content-Type": JSON}
+_RANGES_OF_JSON: Final = (JSON, "application/*", "*/*")  # the more specific range overrules
+
+_QUOTED: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
+_WEIGHT: Final = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+# Not percent-encoded: a percent sign that starts nothing, a fragment, a character that is no printable ASCII.
+_BAD_SEGMENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|[^!-~]|#")
+
+
+class Answer(NamedTuple):
+    """A status, a body and the headers that go with them."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = _JSON_HEADERS
+
+
+class _Creation(msgspec.Struct, rename="camel"):
+    """The body of a creation: what is absent is left out, so null is refused."""
+
+    operation_id: Annotated[str, msgspec.Meta(min_length=1)]
+    operation_payload: str | msgspec.UnsetType = msgspec.UNSET
+    external_user_id: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_CREATION: Final = msgspec.json.Decoder(_Creation)
+_CREATED: Final = Answer(HTTPStatus.OK, b'{"success":true}')
+
+
+def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """An error: the documentation gives its body no shape, so it is JSON of the sandbox's own."""
+    return Answer(status, msgspec.json.encode({"error": message}), {**_JSON_HEADERS, **(headers or {})})
+
+
+class _RefusedError(Exception):
+    """The request is refused; the text goes into the answer's body."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+class KeylessApi:
+    """The endpoints over a store.
+
+    Args:
+        store: Where the operations are.
+        api_key: The key that requests must carry.
+        on_created: Called with each operation that a request created, before it is answered.
+    """
+
+    def __init__(self, store: OperationStore, api_key: str, on_created: Callable[[Operation], None]) -> None:
+        self._store = store
+        self._key = api_key.encode()
+        self._on_created = on_created
+
+    def answer(self, method: str, target: str, *, api_key: str, accept: str, content_type: str, body: bytes) -> Answer:
+        """Answer one request; a POST's effect has then happened.
+
+        What is wrong first decides: key, route, method, ``Accept``, ``Content-Type``, ids and body, and at last
+        whether the operation is there.
+
+        Args:
+            method: HTTP method.
+            target: Request target as it came: percent-encoded, query included.
+            api_key: ``X-Api-Key``, "" where there is none.
+            accept: All ``Accept`` headers, joined by commas, "" where there is none.
+            content_type: ``Content-Type``, "" where there is none.
+            body: Body of the request.
+        """
+        try:
+            endpoint, segment = self._admit(method, target, api_key, accept, content_type)
+            return endpoint(_decoded(segment), body)
+        except _RefusedError as error:
+            return error_answer(error.status, str(error), error.headers)
+
+    def _admit(self, method: str, target: str, api_key: str, accept: str, content_type: str) -> tuple[_Endpoint, str]:
+        """Check all that is not of one endpoint, and find the endpoint with its id, still encoded."""
+        if not hmac.compare_digest(api_key.encode("utf-8", "surrogateescape"), self._key):
+            raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
+        allowed, endpoint, segment = self._route(target)
+        if method != allowed:
+            raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"only {allowed}", {"Allow": allowed})
+        if not admits_json(accept):
+            raise _RefusedError(HTTPStatus.NOT_ACCEPTABLE, "Accept does not admit application/json")
+        if method == "POST" and content_type.partition(";")[0].strip().lower() != JSON:
+            raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
+        return endpoint, segment
+
+    def _route(self, target: str) -> tuple[str, _Endpoint, str]:
+        """Find the method, the endpoint and its id, still encoded."""
+        # Split before decoding: an encoded slash belongs to an id and must never become a step in the path.
+        match target.partition("?")[0].split("/"):
+            case ["", "v2", "operations", operation_id] if operation_id:
+                return "GET", self._get_operation, operation_id
+            case ["", "v2", "users", user_id, "operations", "pending"]:
+                return "GET", self._get_pending, user_id
+            case ["", "v2", "users", user_id, "operations"]:
+                return "POST", self._create, user_id
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "no such path; the API is under /v2")
+
+    def _get_operation(self, operation_id: str, _body: bytes) -> Answer:
+        found = self._store.operation_json(operation_id)
+        if found is None:
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "no such operation")
+        return Answer(HTTPStatus.OK, found)
+
+    def _get_pending(self, user_id: str, _body: bytes) -> Answer:
+        _check_user_id(user_id)
+        return Answer(HTTPStatus.OK, self._store.pending_json(user_id))
+
+    def _create(self, user_id: str, body: bytes) -> Answer:
+        _check_user_id(user_id)
+        try:
+            # Decoded first: msgspec does not look at the bytes of fields that it skips.
+            creation = _CREATION.decode(body.decode())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not an operation: {error}") from None
+        operation = self._store.create(
+            user_id,
+            creation.operation_id,
+            operation_payload=_given(creation.operation_payload),
+            external_user_id=_given(creation.external_user_id),
+        )
+        if operation is None:
+            raise _RefusedError(HTTPStatus.CONFLICT, "the operationId is taken")
+        self._on_created(operation)
+        return _CREATED
+
+
+def _given(value: str | msgspec.UnsetType) -> str | None:
+    return None if value is msgspec.UNSET else value
+
+
+def _check_user_id(text: str) -> None:
+    if not is_user_id(text):
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the user id must be hex in upper case")
+
+
+def _decoded(segment: str) -> str:
+    """Decode one segment of a path, once.
+
+    Raises:
+        _RefusedError: It is not percent-encoded UTF-8.
+    """
+    try:
+        text = unquote(segment, errors="strict")
+    except UnicodeDecodeError:
+        text = ""
+    if not text or _BAD_SEGMENT.search(segment):
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the id in the path must be percent-encoded UTF-8, not empty")
+    return text
+
+
+@functools.lru_cache(maxsize=64)
+def admits_json(accept: str) -> bool:
+    """Whether an ``Accept`` header admits ``application/json``; an empty one asks for nothing and admits all.
+
+    Parameters of a range other than its weight are not looked at; a range with a malformed weight is passed over.
+
+    Source: RFC 9110, section 12.5.1.
+    """
+    admitted: dict[str, bool] = {}
+    for media_range in _QUOTED.sub('""', accept).split(","):
+        name, *parameters = (part.strip().lower() for part in media_range.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        if name and _WEIGHT.fullmatch(weight):
+            admitted[name] = admitted.get(name, False) or float(weight) > 0
+    for name in _RANGES_OF_JSON:
+        if name in admitted:
+            return admitted[name]
+    return not accept.strip(", \t")

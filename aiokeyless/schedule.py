@@ -1,0 +1,378 @@
+"""When to look next: `wait_adaptive`, and how any tenacity strategy is asked for a delay.
+
+Numbers in, numbers out. Nothing here looks at a clock, sleeps or sends; the poller does, and it teaches the schedule
+what it saw. Times are seconds since the operation was created.
+
+Three ideas carry the room:
+
+* **Look when the lateness is worth a look.** For an event with hazard rate h the best spacing of looks is about
+  ``sqrt(2 * poll_cost / h)`` (J. B. Keller, "Optimum checking schedules for systems subject to random failure",
+  Management Science 21, 1974; R. E. Barlow, L. C. Hunter, F. Proschan, "Optimum checking procedures", J. SIAM 11,
+  1963). `_Curve.step` says what that means where h changes before the next look.
+* **Learn from what polling shows.** A look tells only that the approval came since the last one, a timeout only
+  that it had not come yet. Both are counted as what they are: `_add_approval`, `_add_pending`, `_estimate`.
+* **Forget.** Old waits count half after 500 new ones, so that a change in how people behave is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Self
+
+import msgspec
+from tenacity import RetryCallState, Retrying
+from tenacity.wait import wait_base
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["next_delay", "wait_adaptive"]
+
+#: Edges of the histogram's bins in seconds: 0, then three an octave from 0.5 s to 4096 s. Finer bins were not
+#: measurably better, and every observation walks them all.
+_EDGES: Final = (0.0, *(0.5 * 2.0 ** (k / 3) for k in range(40)))
+_WIDTHS: Final = tuple(high - low for low, high in pairwise(_EDGES))
+_BINS: Final = len(_WIDTHS)
+_END: Final = _EDGES[-1]
+_EDGE_NUMBERS: Final = range(_BINS + 1)
+
+#: The prior: approvals log-uniform between these times, and people who never approve...
+_PRIOR_FIRST: Final = 1.0
+_PRIOR_LAST: Final = 120.0
+_PRIOR_NEVER: Final = 0.2
+#: ... weighing as much as this many waits: few, since real ones should soon outvote it.
+_PRIOR_WAITS: Final = 3.0
+
+#: What one more observation leaves of the weight of all before it: a half-life of 500.
+_KEPT: Final = 0.5 ** (1 / 500)
+
+#: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time): thirty
+#: observations in forty bins are spikes, and a schedule made for spikes looks in the wrong places.
+_KERNEL: Final = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+_REACH: Final = len(_KERNEL) // 2
+
+#: Least width of the interval of an approval, in seconds: looks at equal times still mean some moment.
+_INSTANT: Final = 0.001
+#: Density (a second) below which the estimate has no opinion: such an interval is filled evenly.
+_NO_OPINION: Final = 1e-6
+
+#: The smallest and the largest float, as bounds of "above zero" and "finite".
+_ABOVE_ZERO: Final = math.ulp(0.0)
+_FINITE: Final = sys.float_info.max
+
+#: Bounds of what a strategy may ask for, in seconds.
+_SHORTEST_DELAY: Final = 0.02
+_LONGEST_DELAY: Final = 3600.0
+#: Whom tenacity's states belong to, for strategies that look. It never runs anything.
+_RETRYING: Final = Retrying()
+
+_STATE_VERSION: Final = 1
+#: No real weight comes near: one observation is 1, and all together, fading, stay below 722.
+_Weight = Annotated[float, msgspec.Meta(ge=0, le=1000)]
+
+
+class _StateVersion(msgspec.Struct):
+    version: int
+
+
+class _State(_StateVersion):
+    approved: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS, max_length=_BINS)]
+    pending: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS + 1, max_length=_BINS + 1)]
+
+
+class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so, and this is one of them
+    """Look often when approval is likely, seldom when it is not, and learn from every wait which is when.
+
+    Each delay is the one after which the lateness to be expected is worth one more request. It starts from a broad
+    prior (approval log-uniform over 1..120 s, one in five never) and follows what `observe` tells; the client tells
+    it about each of its waits. Works wherever tenacity takes a wait strategy: in sums, in ``wait_chain``, in a plain
+    ``AsyncRetrying``. One instance may be shared by all clients of one event loop; it has no lock.
+
+    Args:
+        poll_cost: How many seconds of lateness one request is worth; above 0. More: fewer requests, later answers.
+        min_interval: Shortest delay, seconds; above 0.
+        max_interval: Longest delay, seconds; at least ``min_interval``.
+        jitter: Fraction, 0 to 1, by which a delay varies at random to both sides, within the two bounds; 0: not at
+            all. It keeps fleets from marching in step and is small on purpose: full jitter costs lateness.
+
+    Raises:
+        ConfigurationError: An argument is no number or out of its range.
+
+    Example:
+        >>> schedule = wait_adaptive(poll_cost=1.0, jitter=0)
+        >>> schedule
+        wait_adaptive(poll_cost=1.0, min_interval=0.25, max_interval=20.0, jitter=0.0)
+        >>> schedule.observe(4.0, 6.5)  # pending at 4 s, approved at 6.5 s
+        >>> schedule.observe(120.0, None)  # still pending when the wait ended
+        >>> restarted = wait_adaptive.from_json(schedule.to_json(), poll_cost=1.0, jitter=0)
+    """
+
+    def __init__(
+        self,
+        *,
+        poll_cost: float = 0.3,
+        min_interval: float = 0.25,
+        max_interval: float = 20.0,
+        jitter: float = 0.1,
+    ) -> None:
+        self._poll_cost = _number("poll_cost", poll_cost, _ABOVE_ZERO, _FINITE, "a number of seconds above 0")
+        self._min_interval = _number("min_interval", min_interval, _ABOVE_ZERO, _FINITE, "a number of seconds above 0")
+        self._max_interval = _number(
+            "max_interval", max_interval, self._min_interval, _FINITE, "a number of seconds, at least min_interval"
+        )
+        self._jitter = _number("jitter", jitter, 0.0, 1.0, "a fraction from 0 to 1")
+        self._approved = [0.0] * _BINS
+        self._pending = [0.0] * (_BINS + 1)
+        self._curve = _estimate(self._approved, self._pending)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        """Say how long to wait before the next look.
+
+        Args:
+            retry_state: tenacity's state of the call, of which only ``seconds_since_start`` is read: seconds since
+                the operation was created, at the time of the answer from which the delay counts; None is 0.
+
+        Returns:
+            Seconds, from ``min_interval`` to ``max_interval``.
+        """
+        start = retry_state.seconds_since_start
+        # Asked this way round None, a clock that ran backwards and NaN all mean: at the beginning.
+        step = self._curve.step(start if start and start > 0.0 else 0.0, self._poll_cost)
+        # Not min(): what overflowed on the way is NaN, and that is a long delay as well.
+        delay = max(step, self._min_interval) if step < self._max_interval else self._max_interval
+        shortest = max(delay * (1.0 - self._jitter), self._min_interval)
+        longest = min(delay * (1.0 + self._jitter), self._max_interval)
+        return shortest + (longest - shortest) * random.random()  # noqa: S311 - spreads load, guards nothing
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(poll_cost={self._poll_cost!r}, min_interval={self._min_interval!r}, "
+            f"max_interval={self._max_interval!r}, jitter={self._jitter!r})"
+        )
+
+    def observe(self, after: float, until: float | None) -> None:
+        """Learn how one operation fared; the client calls this, once for each operation it waited for.
+
+        Args:
+            after: Start of the last look that found it pending, seconds since the operation was created; 0 where
+                there was none.
+            until: The look that found it approved, in the same seconds, so that approval came in ``(after, until]``;
+                None where nobody looked again, so that all that is known is: still pending at ``after``.
+
+        Raises:
+            ConfigurationError: A time is no number, negative, not finite, or ``until`` lies before ``after``.
+        """
+        after = _number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
+        if until is not None:
+            until = _number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
+        self._approved = [weight * _KEPT for weight in self._approved]
+        self._pending = [weight * _KEPT for weight in self._pending]
+        if until is None or after >= _END:  # past the end an approval teaches no more than that it was late
+            _add_pending(self._pending, after)
+        else:
+            _add_approval(self._approved, after, until, self._curve.density)
+        self._curve = _estimate(self._approved, self._pending)
+
+    def to_json(self) -> str:
+        """Return what was learned as one line of JSON, for `from_json`; the options are not in it."""
+        state = _State(version=_STATE_VERSION, approved=self._approved, pending=self._pending)
+        return msgspec.json.encode(state).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes, **options: float) -> Self:
+        """Make a schedule that knows what another one had learned, after a restart or in another process.
+
+        Args:
+            text: What `to_json` returned.
+            **options: As for the class: ``poll_cost``, ``min_interval``, ``max_interval``, ``jitter``.
+
+        Returns:
+            A schedule that gives the same delays as the one that was saved, under the same options.
+
+        Raises:
+            ConfigurationError: The text is no saved schedule or of a version that this library does not know, or an
+                option is wrong.
+        """
+        schedule = cls(**options)
+        state = _decode_state(text)
+        schedule._approved, schedule._pending = state.approved, state.pending
+        schedule._curve = _estimate(state.approved, state.pending)
+        return schedule
+
+
+def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) -> float:
+    """Ask any tenacity wait strategy how long to wait before the next look.
+
+    The strategy sees a real ``RetryCallState`` with these two facts and no outcome: a pending answer is neither a
+    result to keep nor a failure.
+
+    Args:
+        schedule: The strategy.
+        attempt_number: Number of the look that was answered, from 1.
+        since_start: Seconds since the operation was created; the state's ``seconds_since_start``.
+
+    Returns:
+        Seconds, clamped to 0.02..3600.
+
+    Raises:
+        ConfigurationError: The strategy raised, or returned something that is not a number.
+    """
+    state = RetryCallState(_RETRYING, None, (), {})
+    state.attempt_number = attempt_number
+    state.start_time = 0.0
+    state.outcome_timestamp = since_start
+    try:
+        delay: object = schedule(state)
+    except Exception as error:
+        raise ConfigurationError(
+            f"schedule {type(schedule).__name__} raised {type(error).__name__} when asked for a delay; pass a tenacity "
+            "wait strategy that needs no outcome, such as wait_fixed(2)"
+        ) from error
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or math.isnan(delay):
+        raise ConfigurationError(
+            f"schedule {type(schedule).__name__} returned {delay!r:.80} as a delay; it must return a number of seconds"
+        )
+    return float(min(max(delay, _SHORTEST_DELAY), _LONGEST_DELAY))
+
+
+class _Curve(NamedTuple):
+    """How many are still waiting: the inverse of the share S(t) that is still pending, and what follows from it.
+
+    Between two edges 1/S is taken as a straight line. After the last edge nobody approves any more.
+    """
+
+    inverse: list[float]  # 1/S at each edge
+    area: list[float]  # the integral of 1/S from 0 to each edge
+    slope: list[float]  # of 1/S after each edge
+    density: list[float]  # approvals a second, in each bin
+
+    def step(self, start: float, poll_cost: float) -> float:
+        """Return the delay after which the expected lateness has become worth one look.
+
+        It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``: lateness grows with those who
+        approve unseen, measured against those who are left to look for. For a constant hazard h that reads
+        ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps. Unlike
+        that formula it sees what is ahead: it does not sleep through the rise of a hazard that is still zero, and at
+        the end it does not look again and again for the last few who might still come.
+
+        Args:
+            start: t, seconds since the operation was created, from 0.
+            poll_cost: Seconds.
+
+        Returns:
+            Seconds; infinite where nobody is expected any more.
+        """
+        if start >= _END:
+            return math.inf
+        inverse, area, slope, _ = self
+        here = bisect_right(_EDGES, start) - 1
+        into = start - _EDGES[here]
+        level = inverse[here] + slope[here] * into
+        goal = poll_cost * level
+        # Times `level`, the integral from start to edge k is area[k] - level * _EDGES[k] - (the same at start).
+        target = area[here] + into * (inverse[here] + slope[here] * into / 2) - level * start + goal
+        edge = bisect_right(_EDGE_NUMBERS, target, lo=here + 1, key=lambda k: area[k] - level * _EDGES[k]) - 1
+        if edge == here:
+            covered, rise, rest = 0.0, 0.0, goal
+        else:
+            covered = _EDGES[edge] - start
+            rise = inverse[edge] - level
+            rest = target - (area[edge] - level * _EDGES[edge])
+        # The rest lies where 1/S is a straight line: rise * x + slope/2 * x**2 == rest, solved for x so that neither
+        # a slope of zero nor a rise of zero divides by zero.
+        pace = rise + math.sqrt(rise * rise + 2.0 * slope[edge] * rest)
+        return covered + 2.0 * rest / pace if pace > 0.0 else math.inf
+
+
+def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
+    """Turn the histograms and the prior into the curve of those still waiting.
+
+    This is the product-limit estimate (E. L. Kaplan, P. Meier 1958): in each bin the approvals are set against those
+    who were still being watched, so a wait that was given up says nothing about later.
+    """
+    watched = _PRIOR_WAITS + sum(approved) + sum(pending)
+    inverse, area, slope, density = [1.0], [0.0], [], []
+    level, total, share = 1.0, 0.0, 1.0
+    for width, expected, seen, given_up in zip(_WIDTHS, _PRIOR, approved, pending, strict=False):
+        before = watched - given_up
+        watched = before - expected - seen
+        next_level = level * before / watched
+        next_share = 1.0 / next_level
+        slope.append((next_level - level) / width)
+        density.append((share - next_share) / width)
+        total += width * (level + next_level) / 2.0
+        inverse.append(next_level)
+        area.append(total)
+        level, share = next_level, next_share
+    slope.append(0.0)
+    return _Curve(inverse, area, slope, density)
+
+
+def _add_approval(approved: list[float], after: float, until: float, density: Sequence[float]) -> None:
+    """Count one approval somewhere in ``(after, until]``.
+
+    It is spread over the interval in proportion to the present estimate: self-consistency (B. W. Turnbull 1976), with
+    each observation spread once, when it comes (M. A. Newton 2002, predictive recursion).
+    """
+    until = min(max(until, after + _INSTANT), _END)
+    first = bisect_right(_EDGES, after) - 1
+    last = bisect_left(_EDGES, until) - 1
+    parts = [
+        (density[k] + _NO_OPINION) * (min(until, _EDGES[k + 1]) - max(after, _EDGES[k])) for k in range(first, last + 1)
+    ]
+    total = sum(parts)
+    for k, part in enumerate(parts, first - _REACH):
+        for neighbour, weight in enumerate(_KERNEL, k):
+            approved[min(max(neighbour, 0), _BINS - 1)] += weight * part / total
+
+
+def _add_pending(pending: list[float], after: float) -> None:
+    """Count one wait that was watched until ``after`` and no longer.
+
+    ``pending[k]`` counts those who left at edge k, so one who left between two edges is shared between them.
+    """
+    if after >= _END:
+        pending[_BINS] += 1.0
+        return
+    k = bisect_right(_EDGES, after) - 1
+    passed = (after - _EDGES[k]) / _WIDTHS[k]
+    pending[k] += 1.0 - passed
+    pending[k + 1] += passed
+
+
+def _prior() -> tuple[float, ...]:
+    """Return the approvals that the prior expects in each bin, as a number of waits."""
+    rate = _PRIOR_WAITS * (1.0 - _PRIOR_NEVER) / math.log(_PRIOR_LAST / _PRIOR_FIRST)
+    return tuple(
+        rate * max(math.log(min(high, _PRIOR_LAST) / max(low, _PRIOR_FIRST)), 0.0) for low, high in pairwise(_EDGES)
+    )
+
+
+_PRIOR: Final = _prior()
+
+
+def _decode_state(text: str | bytes) -> _State:
+    try:
+        version = msgspec.json.decode(text, type=_StateVersion).version
+        if version == _STATE_VERSION:
+            return msgspec.json.decode(text, type=_State)
+    except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
+        raise ConfigurationError(
+            f"text is no saved schedule ({error}); pass what wait_adaptive.to_json() returned"
+        ) from None
+    raise ConfigurationError(
+        f"text is a saved schedule of version {version}, and only {_STATE_VERSION} is known here; start afresh with "
+        "wait_adaptive(), or use the release of aiokeyless that wrote it"
+    )
+
+
+def _number(name: str, value: object, least: float, most: float, right: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ConfigurationError(f"{name} is {value!r:.80}; it must be {right}, and finite")
+    return float(value)

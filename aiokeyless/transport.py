@@ -1,0 +1,296 @@
+"""The only room that knows aiohttp: it sends a `Request`, returns status, headers and body, and repeats a single call.
+
+It makes no sense of answers; `protocol` does. Every failure of the exchange itself leaves here as `TransportError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import aiohttp
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from yarl import URL
+
+from . import protocol
+from ._version import __version__
+from .errors import (
+    ClientClosedError,
+    ConfigurationError,
+    KeylessError,
+    RequestTimeoutError,
+    StatusError,
+    TransportError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
+
+    from .models import Operation
+
+T = TypeVar("T")
+
+logger = logging.getLogger("aiokeyless")
+
+MAX_RETRY_AFTER: Final = 30.0  # seconds: longer is for the caller to decide, who has the number in .retry_after
+_FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
+
+
+class Transport:
+    """The HTTP of one client, bound to the event loop of its making.
+
+    Args:
+        base_url: Checked base URL, without a trailing slash.
+        api_key: Checked API key.
+        session: A session to borrow, or None to have one of its own.
+        request_timeout: Seconds for one exchange, connect to last byte.
+        max_attempts: Of one call, on transient failures.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        *,
+        session: aiohttp.ClientSession | None,
+        request_timeout: float,
+        max_attempts: int,
+    ) -> None:
+        self._base = str(URL(base_url)).rstrip("/")
+        self._base_path = len(URL(base_url).raw_path.rstrip("/"))
+        self._api_key = api_key
+        self._max_attempts = max_attempts
+        self.request_timeout = request_timeout
+        headers = {"X-Api-Key": api_key, "Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
+        # What the session says counts for nothing: a borrowed one may raise for statuses, follow redirects, not unzip.
+        self._options: dict[str, Any] = {"allow_redirects": False, "raise_for_status": False, "auto_decompress": True}
+        self._owns_session = session is None
+        if session is None:
+            session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),  # the poller bounds what is in flight, and does it cheaper
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=headers,  # cheaper than with each request: aiohttp then merges nothing
+            )
+        else:
+            self._options["headers"] = headers
+        self._session = session
+        # aiohttp rounds a timeout of 5 s and more up to a whole second of the loop's clock: not here.
+        self._call_timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=math.inf)
+        self._poll_timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=request_timeout, sock_read=request_timeout, ceil_threshold=math.inf
+        )
+        self._calls: set[_Call] = set()
+        self._closed = False
+
+    async def aclose(self) -> None:
+        """End the calls under way with `ClientClosedError`, and the session if it is our own."""
+        self._closed = True
+        for call in tuple(self._calls):
+            call.close()
+        if self._owns_session:
+            await self._session.close()
+
+    def call(self) -> _Call:
+        """Guard a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
+        return _Call(self._calls)
+
+    def url(self, request: protocol.Request[Any]) -> URL:
+        """Make the URL of a request; the path is encoded already and must arrive as it is."""
+        return URL(self._base + request.path, encoded=True)
+
+    def path(self, url: URL) -> str:
+        """Return the API's path of such a URL, without the base path, for messages."""
+        return url.raw_path[self._base_path :]
+
+    async def send(self, request: protocol.Request[T]) -> T:
+        """Send a request once and read its answer."""
+        endpoint = request.endpoint
+        options = self._options
+        if request.body is not None:
+            content_type = {"Content-Type": "application/json"}
+            options = {**options, "data": request.body, "headers": {**options.get("headers", {}), **content_type}}
+        answer = await self._exchange(
+            endpoint.method, self.url(request), endpoint.max_body, timeouts=self._call_timeout, options=options
+        )
+        return protocol.read(endpoint, request.path, answer, api_key=self._api_key)
+
+    async def look(self, url: URL) -> tuple[Operation, bytes]:
+        """Poll an operation once; the caller bounds the exchange by cancelling it.
+
+        Returns:
+            The operation, and the body that it was read from.
+        """
+        endpoint = protocol.GET_OPERATION
+        answer = await self._exchange("GET", url, endpoint.max_body, timeouts=self._poll_timeout, options=self._options)
+        return protocol.read(endpoint, self.path(url), answer, api_key=self._api_key), answer.body
+
+    async def retry(
+        self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = protocol.is_transient
+    ) -> T:
+        """Run an attempt, and again while it fails transiently, `max_attempts` times in all.
+
+        tenacity is entered when the first attempt has failed: where nothing fails, it costs nothing.
+
+        Args:
+            attempt: What to do.
+            may_repeat: Whether a failure is worth another attempt.
+        """
+        try:
+            return await attempt()
+        except KeylessError as error:
+            if self._max_attempts == 1 or not _worth_repeating(error, may_repeat):
+                raise
+            first: KeylessError | None = error
+
+        async def again() -> T:
+            nonlocal first
+            if first is not None:
+                error, first = first, None
+                raise error
+            return await attempt()
+
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._max_attempts),
+            wait=_pause,
+            retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _worth_repeating(e, may_repeat)),
+            reraise=True,
+        )
+        return await retrying(again)
+
+    async def _exchange(
+        self, method: str, url: URL, max_body: int, *, timeouts: aiohttp.ClientTimeout, options: dict[str, Any]
+    ) -> protocol.Answer:
+        if self._closed:
+            raise ClientClosedError("the client is closed; nothing was sent")
+        started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
+        failure: Exception
+        try:
+            response = await self._session.request(method, url, timeout=timeouts, **options)
+            try:
+                body = await _read(response, max_body)
+            except BaseException:
+                response.close()
+                raise
+        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
+            failure = error
+        else:
+            if started:
+                elapsed = (time.perf_counter() - started) * 1000
+                logger.debug("%s %s -> %d in %.0f ms", method, self.path(url), response.status, elapsed)
+            if body is None:
+                raise TransportError(
+                    f"{method} {self.path(url)}: the answer is larger than {max_body} bytes and was cut off",
+                    method=method,
+                    path=self.path(url),
+                )
+            return protocol.Answer(response.status, response.headers, body)
+        # Raised out here, so that the failure does not become the context of what is raised: see _fit_to_show.
+        raise self._failed(method, self.path(url), failure) from _fit_to_show(failure)
+
+    def _failed(self, method: str, path: str, failure: Exception) -> KeylessError:
+        if self._closed:
+            return ClientClosedError(
+                f"the client was closed during {method} {path}; what it asked may have taken effect"
+            )
+        if self._session.closed:
+            return ClientClosedError("the session that the client borrowed is closed; close it after the client")
+        logger.debug("%s %s failed: %s", method, path, type(failure).__name__)
+        # Connecting failed, so nothing was sent. A total timeout does not tell how far it came.
+        sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        if isinstance(failure, TimeoutError):
+            return RequestTimeoutError(
+                f"{method} {path} took longer than request_timeout={self.request_timeout:g} s; try again later",
+                method=method,
+                path=path,
+                sent=sent,
+            )
+        reason = f"{type(failure).__name__}{_os_reason(failure)}"
+        return TransportError(
+            f"{method} {path} got no answer ({reason}); try again later", method=method, path=path, sent=sent
+        )
+
+
+class _Call:
+    """One call of a client's method: on `close` it is cancelled, and its cancellation becomes `ClientClosedError`.
+
+    The way of ``asyncio.timeout``: a cancellation by the caller, even at the same instant, stays a cancellation.
+    """
+
+    __slots__ = ("_calls", "_cancelling", "_closed", "_task")
+
+    def __init__(self, calls: set[_Call]) -> None:
+        self._calls = calls
+        self._closed = False
+
+    def close(self) -> None:
+        self._closed = True
+        self._task.cancel()
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        if task is None:
+            raise ConfigurationError("a client's methods must be awaited inside a task, such as by asyncio.run()")
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._calls.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._calls.discard(self)
+        if not self._closed:
+            return
+        if self._task.uncancel() <= self._cancelling and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise ClientClosedError(
+                "the client was closed while this call was under way; what it asked may have taken effect"
+            ) from None
+
+
+async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:
+    """Read a body; None where it is larger than that, after decompression. The connection is then closed."""
+    content = response.content
+    body = await content.readany()
+    if content.at_eof():
+        return body if len(body) <= max_body else None
+    chunks = [body]
+    size = len(body)
+    while chunk := await content.readany():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > max_body:
+            response.close()
+            return None
+    return b"".join(chunks)
+
+
+def _worth_repeating(error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
+    return may_repeat(error) and (_retry_after(error) or 0.0) <= MAX_RETRY_AFTER
+
+
+def _retry_after(error: BaseException | None) -> float | None:
+    return error.retry_after if isinstance(error, StatusError) else None
+
+
+def _pause(retry_state: RetryCallState) -> float:
+    """Full jitter, and not before the service wants to be asked again."""
+    error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+    return max(_FULL_JITTER(retry_state), _retry_after(error) or 0.0)
+
+
+def _fit_to_show(failure: Exception) -> Exception | None:
+    """Return a failure that may be shown as a cause: the operating system's.
+
+    Of aiohttp's own, some carry the request's headers and some quote what the server sent, which may be the key.
+    """
+    return failure if isinstance(failure, OSError) else None
+
+
+def _os_reason(failure: Exception) -> str:
+    """Return the operating system's words for it, where it has some; a server has no say in them."""
+    os_error = getattr(failure, "os_error", failure)
+    return f": {os_error.strerror}" if isinstance(os_error, OSError) and os_error.strerror else ""

@@ -1,0 +1,356 @@
+"""What the endpoints answer to each request, without a socket."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+
+from aiokeyless.sandbox.api import Answer, KeylessApi, admits_json
+from aiokeyless.sandbox.store import OperationStore
+
+if TYPE_CHECKING:
+    from aiokeyless.models import Operation
+
+USER = "C0FFEE"
+CREATE = f"/v2/users/{USER}/operations"
+PENDING = f"/v2/users/{USER}/operations/pending"
+
+
+class Service:
+    """The endpoints over a store, asked as a well-behaved client asks unless a test says otherwise."""
+
+    def __init__(self) -> None:
+        self.store = OperationStore()
+        self.created: list[Operation] = []
+        self.api = KeylessApi(self.store, "key", self.created.append)
+
+    def ask(self, method: str, target: str, body: bytes = b"", **changed: str) -> Answer:
+        fields = {"api_key": "key", "accept": "application/json", "content_type": "application/json", **changed}
+        return self.api.answer(method, target, body=body, **fields)
+
+    def create(self, **fields: object) -> Answer:
+        return self.ask("POST", CREATE, json.dumps(fields).encode())
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service()
+
+
+def document(answer: Answer) -> Any:
+    assert answer.headers["Content-Type"] == "application/json"
+    return json.loads(answer.body)
+
+
+# What is asked for is there
+
+
+def test_creation_answers_success_and_stores_a_pending_operation(service: Service) -> None:
+    answer = service.create(operationId="txn-1", operationPayload="Pay 5", externalUserId="ann")
+    assert (answer.status, document(answer)) == (200, {"success": True})
+    operation = service.store.operations["txn-1"]
+    assert (operation.user_id, operation.operation_payload, operation.external_user_id) == (USER, "Pay 5", "ann")
+    assert service.created == [operation]
+
+
+def test_only_the_operation_id_is_required(service: Service) -> None:
+    assert service.create(operationId="txn-1").status == 200
+    operation = service.store.operations["txn-1"]
+    assert (operation.operation_payload, operation.external_user_id) == (None, None)
+
+
+def test_fields_that_the_service_does_not_know_are_passed_over(service: Service) -> None:
+    assert service.create(operationId="txn-1", colour={"deep": [1]}).status == 200
+
+
+def test_operation_is_answered(service: Service) -> None:
+    service.create(operationId="txn-1")
+    answer = service.ask("GET", "/v2/operations/txn-1")
+    assert (answer.status, document(answer)["operationId"]) == (200, "txn-1")
+
+
+def test_pending_operations_are_answered(service: Service) -> None:
+    service.create(operationId="txn-1")
+    answer = service.ask("GET", PENDING)
+    assert (answer.status, document(answer)) == (200, [{"operationId": "txn-1"}])
+
+
+def test_query_is_passed_over(service: Service) -> None:
+    service.create(operationId="txn-1")
+    assert service.ask("GET", "/v2/operations/txn-1?verbose=1/2").status == 200
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("key", ["", "KEY", "key ", "ke", "keyy", "k\xe9y", "\udcff"])
+def test_wrong_key_is_unauthorized(service: Service, key: str) -> None:
+    answer = service.ask("POST", CREATE, b'{"operationId": "a"}', api_key=key)
+    assert answer.status == 401
+    assert not service.store.operations
+    assert "X-Api-Key" in document(answer)["error"]
+
+
+def test_unknown_operation_is_not_found(service: Service) -> None:
+    answer = service.ask("GET", "/v2/operations/nothing")
+    assert (answer.status, document(answer)) == (404, {"error": "no such operation"})
+
+
+def test_taken_id_conflicts_and_changes_nothing(service: Service) -> None:
+    service.create(operationId="a", operationPayload="Pay 5")
+    answer = service.create(operationId="a", operationPayload="Pay 9000")
+    assert answer.status == 409
+    assert service.store.operations["a"].operation_payload == "Pay 5"
+    assert len(service.created) == 1
+    assert "Pay" not in document(answer)["error"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "",
+        "/",
+        "*",
+        "/v2",
+        "/v2/",
+        "/v2/operations",
+        "/v2/operations/",
+        "/v2/operations/a/",
+        "/v2/operations/a/b",
+        "//v2/operations/a",
+        "/v1/operations/a",
+        "/V2/operations/a",
+        "/keyless/v2/operations/a",
+        "/v2/users",
+        f"/v2/users/{USER}",
+        f"/v2/users/{USER}/operations/",
+        f"/v2/users/{USER}/operations/approved",
+        f"/v2/users/{USER}/operations/pending/",
+        f"/v2/users/{USER}%2Foperations",
+        f"/v2/users/{USER}/operations%2Fpending",
+        f"/v2/users%2F{USER}/operations/pending",
+        "/v2%2Foperations/a",
+        "/v2/operations%2Fa",
+        "http://127.0.0.1/v2/operations/a",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_other_paths_are_not_found(service: Service, method: str, target: str) -> None:
+    service.create(operationId="a")
+    assert service.ask(method, target, b'{"operationId": "b"}').status == 404
+    assert list(service.store.operations) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("target", "allowed"), [("/v2/operations/a", "GET"), (PENDING, "GET"), (CREATE, "POST")], ids=["one", "list", "new"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "get", "BREW"])
+def test_other_methods_are_not_allowed(service: Service, method: str, target: str, allowed: str) -> None:
+    service.create(operationId="a")
+    if method == allowed:
+        return
+    answer = service.ask(method, target, b'{"operationId": "b"}')
+    assert answer.status == 405
+    assert answer.headers["Allow"] == allowed
+    assert list(service.store.operations) == ["a"]
+
+
+@pytest.mark.parametrize("user_id", ["", "c0ffee", "C0FFEe", "XYZ", "C0%20FFEE", "C0FFEE%0A", "%EF%BC%A1", "%C3", "%"])
+@pytest.mark.parametrize("target", ["/v2/users/{}/operations", "/v2/users/{}/operations/pending"])
+def test_user_id_that_is_not_upper_case_hex_is_a_bad_request(service: Service, target: str, user_id: str) -> None:
+    method = "GET" if target.endswith("pending") else "POST"
+    assert service.ask(method, target.format(user_id), b'{"operationId": "a"}').status == 400
+    assert not service.store.operations
+
+
+def test_user_id_may_be_percent_encoded(service: Service) -> None:
+    service.create(operationId="a")
+    assert document(service.ask("GET", "/v2/users/%430FFE%45/operations/pending")) == [{"operationId": "a"}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"operationId=a",
+        b'{"operationId": "a"',
+        b'{"operationId": "a"} {}',
+        b"\xef\xbb\xbf" + b'{"operationId": "a"}',
+        b"[]",
+        b'"a"',
+        b"null",
+        b"{}",
+        b'{"operation_id": "a"}',
+        b'{"operationid": "a"}',
+        b'{"operationId": ""}',
+        b'{"operationId": null}',
+        b'{"operationId": 7}',
+        b'{"operationId": ["a"]}',
+        b'{"operationId": "\\ud800"}',
+        b'{"operationId": "a", "operationPayload": null}',
+        b'{"operationId": "a", "operationPayload": {"amount": 5}}',
+        b'{"operationId": "a", "externalUserId": null}',
+        b'{"operationId": "a", "externalUserId": 12}',
+        b'{"operationId": "\xff"}',
+        b'{"operationId": "a", "colour": "\xff"}',
+        '{"operationId": "a"}'.encode("utf-16"),
+        b'{"operationId": "a", "colour": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+def test_body_that_is_no_operation_is_a_bad_request(service: Service, body: bytes) -> None:
+    answer = service.ask("POST", CREATE, body)
+    assert answer.status == 400
+    assert document(answer)["error"].startswith("the body is not an operation: ")
+    assert not service.store.operations
+    assert not service.created
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON", 200),
+        ("application/json; charset=utf-8", 200),
+        (" application/json ;charset=utf-8", 200),
+        ("", 415),
+        ("text/json", 415),
+        ("application/jsonp", 415),
+        ("application/problem+json", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("text/plain; application/json", 415),
+    ],
+)
+def test_body_must_be_declared_json(service: Service, content_type: str, status: int) -> None:
+    answer = service.ask("POST", CREATE, b'{"operationId": "a"}', content_type=content_type)
+    assert answer.status == status
+    assert len(service.store.operations) == (status == 200)
+
+
+def test_get_needs_no_content_type(service: Service) -> None:
+    assert service.ask("GET", PENDING, content_type="").status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "target"), [("GET", "/v2/operations/a"), ("GET", PENDING), ("POST", CREATE)], ids=["one", "list", "new"]
+)
+def test_accept_must_admit_json(service: Service, method: str, target: str) -> None:
+    assert service.ask(method, target, b'{"operationId": "a"}', accept="text/html").status == 406
+    assert not service.store.operations
+
+
+@pytest.mark.parametrize(
+    ("accept", "admits"),
+    [
+        ("", True),
+        (" , ", True),
+        ("application/json", True),
+        ("APPLICATION/Json", True),
+        ("application/*", True),
+        ("*/*", True),
+        ("text/html, application/json;q=0.1", True),
+        ("application/json; charset=utf-8", True),
+        ("application/json;q=1.000", True),
+        ("application/json;Q=0.001", True),
+        ('application/json;profile="a,b;q=0"', True),
+        ('text/html;note="\\"", application/json', True),
+        ("*/*;q=0, application/json", True),
+        ("application/*;q=0, application/json;q=0.5", True),
+        ("text/html, image/gif, *; q=.2, */*; q=.2", False),
+        ("text/html, image/gif, *; q=.2, */*; q=0.2", True),
+        ("application/json;version=2;q=0, application/json", True),
+        ("application/json;q=0", False),
+        ("application/json;q=0.000", False),
+        ("application/json;q=0, */*", False),
+        ("application/json;q=0, application/*;q=1", False),
+        ("application/*;q=0, */*", False),
+        ("*/*;q=0", False),
+        ("text/html", False),
+        ("text/*", False),
+        ("*/json", False),
+        ("*", False),
+        ("application", False),
+        ("application/jsonp", False),
+        ("application/problem+json", False),
+        ("text/html;note=application/json", False),
+        ('text/html;note=", application/json,"', False),
+        ("application/json;q=", False),
+        ("application/json;q=nan", False),
+        ("application/json;q=1.5", False),
+        ("application/json;q=-1", False),
+        ("application/json;q=\u0661", False),
+        (";q=1", False),
+    ],
+)
+def test_accept_is_read_as_the_standard_says(accept: str, admits: bool) -> None:
+    assert admits_json(accept) is admits
+
+
+def test_what_is_wrong_first_decides(service: Service) -> None:
+    service.create(operationId="a")
+    request: dict[str, str] = {"api_key": "no", "accept": "text/html", "content_type": "text/html"}
+    target, body = "/v2/users/xyz/operations", b'{"operationId": "a"}'
+    assert service.ask("PUT", target, body, **request).status == 401
+    del request["api_key"]
+    assert service.ask("PUT", target, body, **request).status == 405
+    assert service.ask("POST", target, body, **request).status == 406
+    del request["accept"]
+    assert service.ask("POST", target, body, **request).status == 415
+    del request["content_type"]
+    assert service.ask("POST", target, body, **request).status == 400
+    assert service.ask("POST", CREATE, body, **request).status == 409
+
+
+def test_unknown_path_tells_nothing_to_who_has_no_key(service: Service) -> None:
+    assert service.ask("GET", "/v1", api_key="").status == 401
+
+
+# Operation ids in the path
+
+
+@pytest.mark.parametrize(
+    "operation_id",
+    [
+        "a/b?c#d%2F é",
+        "/",
+        "..",
+        ".",
+        "%",
+        "%2F",
+        "%252F",
+        "a+b",
+        "a b",
+        "a;b=c:d@e!$&'()*,",
+        "pending",
+        "../users/C0FFEE/operations/pending",
+        "\U0001f9d1\u200d\U0001f680",
+        "e\u0301",
+        "\x00\r\n",
+    ],
+)
+@pytest.mark.parametrize("safe", ["", ":@!$&'()*+,;="])
+def test_any_operation_id_comes_back_the_same(service: Service, operation_id: str, safe: str) -> None:
+    service.create(operationId=operation_id)
+    answer = service.ask("GET", f"/v2/operations/{quote(operation_id, safe=safe)}")
+    assert answer.status == 200
+    assert document(answer)["operationId"] == operation_id
+
+
+def test_operation_id_is_decoded_once(service: Service) -> None:
+    service.create(operationId="a/b")
+    assert service.ask("GET", "/v2/operations/a%252Fb").status == 404
+
+
+def test_plus_is_no_space(service: Service) -> None:
+    service.create(operationId="a b")
+    assert service.ask("GET", "/v2/operations/a+b").status == 404
+
+
+@pytest.mark.parametrize(
+    "segment",
+    ["%", "a%", "%zz", "%4", "%FF", "%C3%28", "%ED%A0%80", "%u0041", "a#b", "a b", "é", "\udcff", "\udcc3\udca9"],
+)
+def test_segment_that_is_not_percent_encoded_utf8_is_a_bad_request(service: Service, segment: str) -> None:
+    assert service.ask("GET", f"/v2/operations/{segment}").status == 400

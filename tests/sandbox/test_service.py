@@ -1,0 +1,808 @@
+"""The sandbox over real sockets: what is answered, when, whether at all, and what is left when it closes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import math
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import pytest
+
+from aiokeyless.client import KeylessClient
+from aiokeyless.errors import ConfigurationError
+from aiokeyless.sandbox import RequestRecord, Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.models import Operation
+
+    Raw = Callable[..., Awaitable[tuple[int, bytes]]]
+
+USER = "C0FFEE"
+CREATE = f"/v2/users/{USER}/operations"
+PENDING = f"/v2/users/{USER}/operations/pending"
+ODD_ID = "a/b?c#d%2F é"
+
+
+async def create(http: aiohttp.ClientSession, operation_id: str = "a", **fields: str) -> int:
+    async with http.post(CREATE, json={"operationId": operation_id, **fields}) as response:
+        return response.status
+
+
+async def get(http: aiohttp.ClientSession, path: str = "/v2/operations/a") -> tuple[int, Any]:
+    async with http.get(path) as response:
+        return response.status, await response.json()
+
+
+async def state(http: aiohttp.ClientSession, operation_id: str = "a") -> str:
+    _, operation = await get(http, f"/v2/operations/{operation_id}")
+    return str(operation["state"])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until what other tasks do has come about."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it never came about")
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# An operation's life
+
+
+@pytest.mark.real_clock
+async def test_operation_is_created_shown_pending_and_approved(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    async with http.post(CREATE, json={"operationId": "a", "operationPayload": "Pay 5"}) as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        assert await response.json() == {"success": True}
+    assert await get(http, PENDING) == (200, [{"operationId": "a", "operationPayload": "Pay 5"}])
+    assert await state(http) == "pending"
+    approved = sandbox.approve("a", auth_type="pin")
+    assert sandbox.operations == {"a": approved}
+    assert await get(http, PENDING) == (200, [])
+    status, operation = await get(http)
+    assert status == 200
+    assert (operation["state"], operation["result"], operation["authType"]) == ("approved", True, "pin")
+
+
+async def test_taken_id_conflicts(http: aiohttp.ClientSession) -> None:
+    assert await create(http) == 200
+    assert await create(http) == 409
+
+
+async def test_forgotten_operation_is_not_found(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http)
+    sandbox.forget("a")
+    assert (await get(http))[0] == 404
+    assert await create(http) == 200
+
+
+async def test_operation_of_the_phone_is_there_once_approved(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    assert (await get(http))[0] == 404
+    sandbox.approve("a", user_id=USER, external_user_id="ann", operation_payload="Pay 5")
+    status, operation = await get(http)
+    assert (status, operation["userId"], operation["externalUserId"]) == (200, USER, "ann")
+
+
+async def test_tampered_operation_lies(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http)
+    sandbox.tamper("a", state="denied", user_id="BAD")
+    _, operation = await get(http)
+    assert (operation["state"], operation["userId"]) == ("denied", "BAD")
+
+
+# The wire
+
+
+async def test_odd_operation_id_comes_back_the_same_from_raw_bytes(http: aiohttp.ClientSession, raw: Raw) -> None:
+    await create(http, ODD_ID)
+    status, body = await raw(b"/v2/operations/a%2Fb%3Fc%23d%252F%20%C3%A9")
+    assert (status, json.loads(body)["operationId"]) == (200, ODD_ID)
+
+
+@pytest.mark.parametrize("operation_id", ["..", ".", "%2e%2e", "../../sandbox", "/v2/operations/b", "b?x=1"])
+async def test_no_operation_id_leads_elsewhere(http: aiohttp.ClientSession, raw: Raw, operation_id: str) -> None:
+    await create(http, operation_id)
+    await create(http, "b")
+    status, body = await raw(b"/v2/operations/" + quote(operation_id, safe="").encode())
+    assert (status, json.loads(body)["operationId"]) == (200, operation_id)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/v2/users/C0FFEE%2Foperations/pending",
+        b"/v2/users/C0FFEE%2Foperations%2Fpending",
+        b"/v2%2Foperations%2Fa",
+        b"/v2/operations%2Fa",
+        b"/v2/operations/../operations/a",
+        b"//v2/operations/a",
+        b"http://127.0.0.1/v2/operations/a",
+        b"/",
+        b"/favicon.ico",
+        b"/keyless/v2/operations/a",
+    ],
+)
+async def test_other_paths_are_not_found_in_json(http: aiohttp.ClientSession, raw: Raw, target: bytes) -> None:
+    await create(http)
+    status, body = await raw(target)
+    assert (status, list(json.loads(body))) == (404, ["error"])
+
+
+@pytest.mark.parametrize("segment", [b"%FF", b"%zz", b"\xff", b"\xc3\xa9"])
+async def test_path_that_is_not_percent_encoded_utf8_is_a_bad_request(raw: Raw, segment: bytes) -> None:
+    assert (await raw(b"/v2/operations/" + segment))[0] == 400
+
+
+async def test_server_wide_options_are_answered_too(raw: Raw) -> None:
+    assert (await raw(b"*", method=b"OPTIONS"))[0] == 404
+
+
+async def test_other_method_is_not_allowed(http: aiohttp.ClientSession) -> None:
+    async with http.delete("/v2/operations/a") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize("headers", [b"", b"X-Api-Key: other\r\n", b"X-Api-Key: \xff\xc3\xa9\r\n"])
+async def test_request_without_the_key_is_unauthorized(raw: Raw, headers: bytes) -> None:
+    status, body = await raw(b"/v2/operations/a", headers=headers)
+    assert (status, list(json.loads(body))) == (401, ["error"])
+
+
+async def test_key_is_the_one_that_was_asked_for() -> None:
+    async with Sandbox(api_key="other") as other, aiohttp.ClientSession(other.url) as http:
+        assert other.api_key == "other"
+        async with http.get(PENDING, headers={"X-Api-Key": "other"}) as response:
+            assert response.status == 200
+        async with http.get(PENDING, headers={"X-Api-Key": "sandbox-key"}) as response:
+            assert response.status == 401
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [
+        (b"", 200),
+        (b"Accept: text/html\r\n", 406),
+        (b"Accept: text/html\r\nAccept: application/json\r\n", 200),
+        (b"Accept: */*\r\nAccept: application/json;q=0\r\n", 406),
+    ],
+)
+async def test_all_accept_headers_count_together(raw: Raw, accept: bytes, status: int) -> None:
+    assert (await raw(PENDING.encode(), headers=b"X-Api-Key: sandbox-key\r\n" + accept))[0] == status
+
+
+async def test_body_that_is_not_declared_json_is_refused(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    async with http.post(CREATE, data={"operationId": "a"}) as response:
+        assert response.status == 415
+    async with http.post(CREATE, json={"operationId": "a"}, headers={"Accept": "text/html"}) as response:
+        assert response.status == 406
+    async with http.post(CREATE, json={"operationId": None}) as response:
+        assert response.status == 400
+    assert not sandbox.operations
+
+
+@pytest.mark.parametrize(("size", "status"), [(1024 * 1024, 200), (1024 * 1024 + 1, 413), (3 * 1024 * 1024, 413)])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_body_over_the_limit_is_too_large(
+    sandbox: Sandbox, http: aiohttp.ClientSession, size: int, status: int, chunked: bool
+) -> None:
+    body = io.BytesIO(b'{"operationId": "a", "operationPayload": "%s"}' % (b"x" * (size - 44)))
+    headers = {"Content-Type": "application/json"}
+    async with http.post(CREATE, data=body, headers=headers, chunked=chunked or None) as response:
+        assert (response.status, list(await response.json())) == (status, ["success" if status == 200 else "error"])
+    assert [record.status for record in sandbox.requests] == [status]
+
+
+async def test_body_that_cannot_be_unpacked_is_a_bad_request(sandbox: Sandbox, raw: Raw) -> None:
+    headers = b"X-Api-Key: sandbox-key\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    status, _ = await raw(CREATE.encode(), b"POST", headers + b"Content-Length: 4\r\n", b"nope")
+    assert status == 400
+    assert sandbox.requests[0].status == 400
+
+
+async def test_client_that_leaves_within_its_body_is_nobodys_error(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    address = urlsplit(sandbox.url)
+    _, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % CREATE.encode())
+    await until(lambda: sandbox.requests)
+    writer.transport.abort()
+    await until(lambda: not sandbox._handlers)  # noqa: SLF001  # nothing public tells that a handler is gone
+    await asyncio.sleep(0)
+    assert [record.status for record in sandbox.requests] == [None]
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
+async def test_requests_are_not_logged(http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await get(http)
+    assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
+# Faults
+
+
+async def test_next_requests_fail_and_then_it_is_over(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.approve("a", user_id=USER)
+    sandbox.fail_next(status=502, times=2)
+    statuses = [(await get(http))[0] for _ in range(3)]
+    assert statuses == [502, 502, 200]
+    assert [record.status for record in sandbox.requests] == statuses
+
+
+async def test_fault_is_503_once_in_json_by_default(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.fail_next()
+    assert await get(http) == (503, {"error": "the sandbox was told to answer 503"})
+    assert (await get(http))[0] == 404
+
+
+async def test_faults_come_in_the_order_in_which_they_were_asked_for(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    sandbox.fail_next(status=500)
+    sandbox.drop_next()
+    sandbox.fail_next(status=429)
+    assert (await get(http))[0] == 500
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http)
+    assert (await get(http))[0] == 429
+
+
+async def test_fault_reaches_requests_that_would_be_refused(sandbox: Sandbox, raw: Raw) -> None:
+    sandbox.fail_next(status=500, times=2)
+    assert (await raw(b"/elsewhere"))[0] == 500
+    assert (await raw(PENDING.encode(), headers=b""))[0] == 500
+
+
+async def test_creation_that_fails_is_not_stored(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.fail_next()
+    assert await create(http) == 503
+    assert not sandbox.operations
+
+
+async def test_creation_that_fails_can_be_stored_nevertheless(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.fail_next(status=504, stored=True)
+    assert await create(http) == 504
+    assert list(sandbox.operations) == ["a"]
+    assert await create(http) == 409
+
+
+@pytest.mark.parametrize("method", ["POST", "post"])
+async def test_fault_of_one_method_waits_for_it(sandbox: Sandbox, http: aiohttp.ClientSession, method: str) -> None:
+    sandbox.fail_next(status=500, method=method)
+    sandbox.fail_next(status=502)
+    assert (await get(http))[0] == 502
+    assert (await get(http))[0] == 404
+    assert await create(http) == 500
+    assert await create(http) == 200
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "header"),
+    [
+        (1, "1"),
+        (0, "0"),
+        (2.0, "2"),
+        (0.5, "0.5"),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", "Wed, 21 Oct 2026 07:28:00 GMT"),
+        ("soon", "soon"),
+    ],
+)
+async def test_fault_says_when_to_retry(
+    sandbox: Sandbox, http: aiohttp.ClientSession, retry_after: float | str, header: str
+) -> None:
+    sandbox.fail_next(status=429, retry_after=retry_after)
+    async with http.get(PENDING) as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, header)
+
+
+async def test_captive_portal_answers_its_page(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.fail_next(status=200, body=b"<html>Log in", content_type="text/html")
+    async with http.get(PENDING) as response:
+        assert (response.status, response.content_type, await response.read()) == (200, "text/html", b"<html>Log in")
+        assert "Retry-After" not in response.headers
+
+
+async def test_fault_has_the_headers_that_it_is_given(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.fail_next(302, headers={"location": "/elsewhere", "content-type": "text/plain"}, body=b"")
+    async with http.get(PENDING, allow_redirects=False) as response:
+        assert (response.status, response.headers["Location"]) == (302, "/elsewhere")
+        assert response.headers.getall("Content-Type") == ["text/plain"]
+
+
+@pytest.mark.real_clock
+async def test_dropped_connection_has_no_answer(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.drop_next()
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http)
+    assert not sandbox.operations
+    assert [record.status for record in sandbox.requests] == [None]
+    assert await create(http) == 200
+
+
+async def test_dropped_creation_can_be_stored_nevertheless(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.drop_next(stored=True)
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http)
+    assert list(sandbox.operations) == ["a"]
+
+
+async def test_dropped_connection_sends_not_one_byte(sandbox: Sandbox) -> None:
+    sandbox.drop_next(method="GET")
+    address = urlsplit(sandbox.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_outage_lasts_until_it_recovers(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.fail_next(times=None)
+    sandbox.fail_next(status=500)
+    assert {(await get(http, PENDING))[0] for _ in range(20)} == {503}
+    sandbox.recover()
+    assert (await get(http, PENDING))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"status": 99},
+        {"status": 101},
+        {"status": 600},
+        {"status": True},
+        {"status": "503"},
+        {"times": 0},
+        {"times": -1},
+        {"times": 1.5},
+        {"times": True},
+        {"method": ""},
+        {"method": 7},
+        {"retry_after": -1},
+        {"retry_after": math.nan},
+        {"retry_after": math.inf},
+        {"retry_after": "1\r\nSet-Cookie: a=b"},
+        {"retry_after": ""},
+        {"content_type": "text/html\n"},
+        {"headers": {"A": "b\r\nC: d"}},
+        {"headers": {"A\r\nC": "b"}},
+        {"headers": {"": "b"}},
+        {"headers": {"A": 7}},
+        {"headers": {7: "A"}},
+    ],
+)
+async def test_wrong_fault_is_refused_and_not_queued(
+    sandbox: Sandbox, http: aiohttp.ClientSession, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError):
+        sandbox.fail_next(**wrong)
+    assert (await get(http, PENDING))[0] == 200
+
+
+async def test_wrong_drop_is_refused(sandbox: Sandbox) -> None:
+    with pytest.raises(ConfigurationError, match="times"):
+        sandbox.drop_next(times=0)
+
+
+# Latency
+
+
+@pytest.mark.looptime
+async def test_answers_come_late_by_the_latency(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 0.2
+    assert sandbox.latency == 0.2
+    assert await create(http) == 200
+    assert now() == pytest.approx(0.2)
+    assert (await get(http))[0] == 200
+    assert now() == pytest.approx(0.4)
+
+
+@pytest.mark.looptime
+async def test_refusals_and_faults_come_late_too(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 1
+    sandbox.fail_next()
+    assert (await get(http))[0] == 503
+    assert now() == pytest.approx(1)
+    assert (await get(http, "/elsewhere"))[0] == 404
+    assert now() == pytest.approx(2)
+    sandbox.drop_next(method="POST")
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http)
+    assert now() == pytest.approx(3)
+
+
+@pytest.mark.looptime
+async def test_poll_shows_what_was_true_when_it_arrived(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http)
+    sandbox.latency = 1
+    asyncio.get_running_loop().call_later(0.5, sandbox.approve, "a")
+    assert await state(http) == "pending"
+    assert await state(http) == "approved"
+
+
+@pytest.mark.looptime
+async def test_creation_that_nobody_waited_for_is_stored(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 3600
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(10):
+            await create(http)
+    assert now() == pytest.approx(10)
+    assert list(sandbox.operations) == ["a"]
+
+
+@pytest.mark.looptime
+async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 3600
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await get(http)
+    await until(lambda: not sandbox._handlers)  # noqa: SLF001  # nothing public tells that a handler is gone
+    assert sandbox.requests[0].status is None
+    assert now() == pytest.approx(1)
+
+
+@pytest.mark.looptime
+async def test_changed_latency_counts_for_requests_after_it(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 5
+    slow = asyncio.create_task(get(http))
+    await until(lambda: sandbox.requests)
+    sandbox.latency = 0
+    assert (await get(http))[0] == 404
+    assert now() == 0
+    await slow
+    assert now() == pytest.approx(5)
+
+
+@pytest.mark.looptime
+async def test_requests_are_served_side_by_side(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 1
+    await asyncio.gather(*(get(http, PENDING) for _ in range(50)))
+    assert now() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("latency", [-0.1, math.nan, math.inf, "1", None, True])
+async def test_latency_is_a_finite_number_of_seconds(sandbox: Sandbox, latency: float) -> None:
+    with pytest.raises(ConfigurationError, match="latency"):
+        sandbox.latency = latency
+    assert sandbox.latency == 0
+
+
+# The simulated user
+
+
+@pytest.mark.looptime
+async def test_operation_is_approved_after_the_time_that_was_asked_for() -> None:
+    async with Sandbox(auto_approve=8) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        await create(http)
+        await asyncio.sleep(7.999)
+        assert await state(http) == "pending"
+        await asyncio.sleep(0.002)
+        assert await state(http) == "approved"
+
+
+async def test_operation_is_approved_at_once_when_that_was_asked_for() -> None:
+    async with Sandbox(auto_approve=0) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        await create(http)
+        assert sandbox.operations["a"].is_approved
+
+
+@pytest.mark.looptime
+async def test_callable_decides_for_each_operation_when_it_is_approved() -> None:
+    def patience(operation: Operation) -> float | None:
+        return {"a": 3, "b": None, "c": 0}[operation.operation_id]
+
+    async with Sandbox(auto_approve=patience) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        for operation_id in "abc":
+            await create(http, operation_id)
+        assert [operation.is_approved for operation in sandbox.operations.values()] == [False, False, True]
+        await asyncio.sleep(1000)
+        assert [operation.is_approved for operation in sandbox.operations.values()] == [True, False, True]
+
+
+@pytest.mark.parametrize("answer", [-1, math.nan, "soon", ZeroDivisionError])
+async def test_callable_that_fails_is_logged_and_the_creation_answers_500(
+    answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def patience(_operation: Operation) -> float | None:
+        if isinstance(answer, type):
+            raise answer
+        result: float = answer
+        return result
+
+    async with Sandbox(auto_approve=patience) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        assert await create(http) == 500
+        assert [record.status for record in sandbox.requests] == [500]
+        assert (await get(http))[0] == 200
+    assert any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.looptime
+async def test_simulated_user_does_not_approve_what_was_forgotten() -> None:
+    async with Sandbox(auto_approve=5) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        await create(http)
+        await asyncio.sleep(4)
+        sandbox.forget("a")
+        await create(http)
+        await asyncio.sleep(4)
+        assert await state(http) == "pending"
+        await asyncio.sleep(2)
+        assert await state(http) == "approved"
+
+
+@pytest.mark.looptime
+async def test_simulated_user_comes_too_late_without_harm() -> None:
+    async with Sandbox(auto_approve=5) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        await create(http)
+        approved = sandbox.approve("a", auth_type="pin")
+        await asyncio.sleep(6)
+        assert sandbox.operations["a"] is approved
+
+
+@pytest.mark.looptime
+async def test_closed_sandbox_approves_nothing() -> None:
+    async with Sandbox(auto_approve=5) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        await create(http)
+    await asyncio.sleep(10)
+    assert not sandbox.operations["a"].is_approved
+
+
+# The journal
+
+
+@pytest.mark.looptime
+async def test_journal_tells_what_came_and_when_and_how_it_was_answered(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    await asyncio.sleep(1.5)
+    await get(http, "/v2/operations/a%2Fb?x=1")
+    assert sandbox.requests == [
+        RequestRecord("POST", CREATE, 200, 0),
+        RequestRecord("GET", "/v2/operations/a%2Fb?x=1", 404, 1.5),
+    ]
+    assert sandbox.request_count == 2
+    assert type(sandbox.requests[0].status) is int
+
+
+@pytest.mark.looptime
+async def test_request_under_way_has_no_status_yet(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 1
+    asking = asyncio.create_task(get(http))
+    await until(lambda: sandbox.requests)
+    [record] = sandbox.requests
+    assert (record.status, record.at) == (None, 0)
+    await asking
+    assert record.status == 404
+
+
+async def test_records_cannot_be_written_to(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await get(http)
+    with pytest.raises(AttributeError):
+        sandbox.requests[0].status = 200  # type: ignore[misc]  # that is what must fail
+
+
+async def test_journal_is_the_callers_to_clear_and_the_count_goes_on(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    await get(http)
+    sandbox.requests.clear()
+    await get(http, PENDING)
+    assert [record.path for record in sandbox.requests] == [PENDING]
+    assert sandbox.request_count == 2
+
+
+async def test_journal_does_not_grow_without_end(
+    sandbox: Sandbox, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sandbox, "JOURNAL_LIMIT", 20)
+    for number in range(21):
+        await get(http, f"/v2/operations/{number}")
+    assert [record.path for record in sandbox.requests] == [f"/v2/operations/{number}" for number in range(2, 21)]
+    assert sandbox.request_count == 21
+
+
+# Opening and closing
+
+
+async def test_url_is_there_only_while_it_runs() -> None:
+    sandbox = Sandbox()
+    with pytest.raises(ConfigurationError, match="async with"):
+        _ = sandbox.url
+    async with sandbox:
+        assert sandbox.url.startswith("http://127.0.0.1:")
+    with pytest.raises(ConfigurationError, match="async with"):
+        _ = sandbox.url
+
+
+@pytest.mark.real_clock
+async def test_it_serves_again_on_the_same_port_with_the_same_operations() -> None:
+    sandbox = Sandbox()
+    async with sandbox:
+        url = sandbox.url
+        sandbox.approve("a", user_id=USER)
+    async with sandbox, aiohttp.ClientSession(url, headers={"X-Api-Key": sandbox.api_key}) as http:
+        assert sandbox.url == url
+        assert (await get(http))[0] == 200
+
+
+async def test_it_serves_again_in_another_loop() -> None:
+    sandbox = Sandbox()
+
+    async def use() -> int:
+        async with sandbox, aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http:
+            return (await get(http, PENDING))[0]
+
+    assert await use() == 200
+    assert await asyncio.to_thread(asyncio.run, use()) == 200
+
+
+async def test_running_sandbox_is_not_entered_twice(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    with pytest.raises(ConfigurationError, match="running already"):
+        await sandbox.start()
+    assert (await get(http, PENDING))[0] == 200
+
+
+async def test_closing_twice_or_before_the_start_does_nothing() -> None:
+    sandbox = Sandbox()
+    await sandbox.aclose()
+    await sandbox.start()
+    await sandbox.aclose()
+    await sandbox.aclose()
+
+
+async def test_taken_port_is_an_os_error_and_can_be_tried_again(sandbox: Sandbox) -> None:
+    second = Sandbox(port=urlsplit(sandbox.url).port or 0)
+    with pytest.raises(OSError, match="address already in use"):
+        await second.start()
+    with pytest.raises(ConfigurationError):
+        _ = second.url
+    await sandbox.aclose()
+    async with second:
+        assert second.url
+
+
+@pytest.mark.real_clock
+async def test_closing_does_not_wait_for_requests_that_hang() -> None:
+    before = asyncio.all_tasks()
+    async with aiohttp.ClientSession() as http:
+        async with Sandbox() as sandbox:
+            sandbox.latency = 3600
+            url, http.headers["X-Api-Key"] = sandbox.url, sandbox.api_key
+            asking = [asyncio.create_task(get(http, url + PENDING)) for _ in range(5)]
+            await until(lambda: len(sandbox.requests) == 5)
+            started = now()
+        assert now() - started < 1
+        results = await asyncio.gather(*asking, return_exceptions=True)
+    assert {type(result) for result in results} <= {
+        aiohttp.ServerDisconnectedError,
+        aiohttp.ClientOSError,
+        aiohttp.ClientConnectorError,
+    }
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.looptime
+async def test_nothing_is_left_when_it_is_closed() -> None:
+    loop = asyncio.get_running_loop()
+    before = asyncio.all_tasks()
+    async with Sandbox(auto_approve=60) as sandbox:
+        address = urlsplit(sandbox.url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        async with aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http:
+            await create(http)
+        sandbox.latency = 3600
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: len(sandbox.requests) == 2)
+    assert asyncio.all_tasks() == before
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+    timers: list[asyncio.TimerHandle] = loop._scheduled  # type: ignore[attr-defined]  # noqa: SLF001  # no public list
+    assert [timer for timer in timers if not timer.cancelled()] == []
+    assert loop.time() == 0
+
+
+async def test_closing_does_not_wait_for_bodies_that_do_not_end() -> None:
+    before = asyncio.all_tasks()
+    async with Sandbox() as sandbox:
+        sandbox.fail_next()
+        address = urlsplit(sandbox.url)
+        connections = []
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            connections.append((reader, writer))
+        await until(lambda: len(sandbox.requests) == 2)
+        assert await connections[0][0].readline() == b"HTTP/1.1 503 Service Unavailable\r\n"
+        started = now()
+    assert now() - started < 1
+    for reader, writer in connections:
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104  # to see what it makes of it
+async def test_url_can_be_reached_whatever_it_listens_on(host: str) -> None:
+    async with Sandbox(host=host) as sandbox, aiohttp.ClientSession(sandbox.url) as http, http.get("/") as response:
+        assert response.status == 401
+    assert urlsplit(str(response.url)).hostname in {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+async def test_url_of_an_ipv6_address_has_brackets(host: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    async with Sandbox(host=host) as sandbox, aiohttp.ClientSession(sandbox.url) as http, http.get("/") as response:
+        assert response.status == 401
+        assert sandbox.url.startswith("http://[::1]:")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": -1},
+        {"port": 65536},
+        {"port": "80"},
+        {"port": True},
+        {"port": None},
+        {"host": ""},
+        {"host": None},
+        {"host": "a\nb"},
+        {"api_key": ""},
+        {"api_key": None},
+        {"api_key": " key"},
+        {"api_key": "kéy"},
+        {"api_key": "k\ney"},
+        {"auto_approve": -1},
+        {"auto_approve": math.nan},
+        {"auto_approve": math.inf},
+        {"auto_approve": "2"},
+        {"auto_approve": True},
+    ],
+)
+def test_wrong_argument_is_refused_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        Sandbox(**wrong)
+
+
+# Its client
+
+
+async def test_client_is_made_for_this_sandbox(sandbox: Sandbox) -> None:
+    client = sandbox.client(max_attempts=1)
+    assert isinstance(client, KeylessClient)
+    try:
+        assert await client.get_pending_operations(USER) == []
+    finally:
+        await client.aclose()
+
+
+async def test_there_is_no_client_before_the_start() -> None:
+    with pytest.raises(ConfigurationError, match="async with"):
+        Sandbox().client()

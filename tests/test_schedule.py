@@ -1,0 +1,632 @@
+"""When to look next: what the schedule promises about single delays, and what it costs over many waits.
+
+The figures at the end are computed, not sampled, wherever that can be: a learned schedule with no jitter looks at
+fixed times, so its expected cost follows from the distribution, and so does the least cost that any schedule could
+have (dynamic programming over a grid of looks). Only the learning itself is drawn, from fixed seeds.
+"""
+
+from __future__ import annotations
+
+import doctest
+import json
+import math
+import pickle
+import random
+import statistics
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tenacity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aiokeyless import schedule as schedule_room
+from aiokeyless.errors import ConfigurationError
+from aiokeyless.schedule import next_delay, wait_adaptive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Observation = tuple[float, float | None]
+
+NOT_NUMBERS = [None, "1", True, 1j, Decimal(1), timedelta(seconds=1), [1.0]]
+NOT_FINITE = [math.nan, math.inf, -math.inf, 10**400]
+
+seconds = st.one_of(
+    st.floats(0, 1e9), st.floats(0, 200), st.sampled_from([0.0, 5e-324, 0.5, 1.0, 120.0, 4096.0, 1e308])
+)
+observations = st.lists(
+    st.one_of(
+        st.tuples(seconds, st.none()),
+        st.tuples(seconds, seconds).map(lambda pair: (min(pair), max(pair))),
+        seconds.map(lambda moment: (moment, moment)),
+    ),
+    max_size=60,
+)
+
+
+def state_at(elapsed: float | None) -> tenacity.RetryCallState:
+    """Make tenacity's state of a call that was last answered ``elapsed`` seconds after its start."""
+    state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+    state.start_time = 0.0
+    state.outcome_timestamp = elapsed
+    return state
+
+
+def delay_at(schedule: tenacity.wait.wait_base, elapsed: float) -> float:
+    return schedule(state_at(elapsed))
+
+
+def taught(observed: Iterable[Observation], **options: float) -> wait_adaptive:
+    schedule = wait_adaptive(**options)
+    for after, until in observed:
+        schedule.observe(after, until)
+    return schedule
+
+
+# --- one delay
+
+
+@given(observed=observations, elapsed=seconds, jitter=st.floats(0, 1))
+@settings(deadline=None)
+def test_whatever_was_observed_a_delay_stays_within_the_bounds(
+    observed: list[Observation], elapsed: float, jitter: float
+) -> None:
+    schedule = taught(observed, min_interval=0.5, max_interval=30.0, jitter=jitter)
+    assert 0.5 <= delay_at(schedule, elapsed) <= 30.0
+
+
+@given(
+    observed=observations,
+    elapsed=seconds,
+    poll_cost=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+)
+@settings(deadline=None)
+def test_no_poll_cost_however_odd_gives_a_delay_out_of_bounds(
+    observed: list[Observation], elapsed: float, poll_cost: float
+) -> None:
+    schedule = taught(observed, poll_cost=poll_cost, max_interval=1e300, jitter=0)
+    assert 0.25 <= delay_at(schedule, elapsed) <= 1e300
+
+
+@given(observed=observations, elapsed=seconds, cheap=st.floats(0.01, 10), factor=st.floats(1, 100))
+@settings(deadline=None)
+def test_the_dearer_a_request_the_longer_the_delay(
+    observed: list[Observation], elapsed: float, cheap: float, factor: float
+) -> None:
+    options = {"min_interval": 1e-9, "max_interval": 1e9, "jitter": 0.0}
+    often = delay_at(taught(observed, poll_cost=cheap, **options), elapsed)
+    seldom = delay_at(taught(observed, poll_cost=cheap * factor, **options), elapsed)
+    assert seldom >= often * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("elapsed", [None, 0.0, -3.0, math.nan])
+def test_a_state_without_a_usable_time_counts_as_the_beginning(elapsed: float | None) -> None:
+    schedule = wait_adaptive(jitter=0)
+    assert schedule(state_at(elapsed)) == delay_at(schedule, 0.0)
+
+
+def test_the_delay_depends_on_the_time_alone() -> None:
+    schedule = wait_adaptive(jitter=0)
+    third_attempt = state_at(7.0)
+    third_attempt.attempt_number = 3
+    third_attempt.idle_for = 5.0
+    assert schedule(third_attempt) == delay_at(schedule, 7.0)
+
+
+def test_nobody_approves_in_no_time_so_the_first_delay_is_long_but_does_not_sleep_through_the_first_approvals() -> None:
+    schedule = wait_adaptive(max_interval=60, jitter=0)
+    assert 1.0 < delay_at(schedule, 0.0) < 5.0
+    assert delay_at(schedule, 0.9) < delay_at(schedule, 0.0)
+
+
+def test_the_longer_nobody_approved_the_longer_the_delay() -> None:
+    schedule = wait_adaptive(max_interval=60, jitter=0)
+    delays = [delay_at(schedule, elapsed) for elapsed in (2.0, 5.0, 10.0, 20.0, 40.0)]
+    assert delays == sorted(delays)
+
+
+@pytest.mark.parametrize("elapsed", [300.0, 4095.9, 4096.0, 1e6, 1e308, math.inf])
+def test_where_no_approval_is_expected_any_more_the_delay_is_the_longest(elapsed: float) -> None:
+    assert delay_at(wait_adaptive(max_interval=45, jitter=0), elapsed) == 45.0
+
+
+def test_a_constant_hazard_gets_the_spacing_of_keller() -> None:
+    rate = 0.1
+    schedule = wait_adaptive(poll_cost=0.3, jitter=0)
+    people = random.Random(1)
+    for _ in range(3000):
+        approved = people.expovariate(rate)
+        schedule.observe(approved, approved)
+    for elapsed in (4.0, 8.0, 12.0):
+        assert delay_at(schedule, elapsed) == pytest.approx(math.sqrt(2 * 0.3 / rate), rel=0.15)
+
+
+def test_without_jitter_the_delay_is_exact() -> None:
+    schedule = wait_adaptive(jitter=0)
+    assert len({delay_at(schedule, 8.0) for _ in range(20)}) == 1
+
+
+def test_jitter_varies_the_delay_to_both_sides_equally() -> None:
+    random.seed(1)
+    exact = delay_at(wait_adaptive(jitter=0), 8.0)
+    schedule = wait_adaptive(jitter=0.1)
+    delays = [delay_at(schedule, 8.0) for _ in range(2000)]
+    assert exact * 0.9 <= min(delays) < exact * 0.91
+    assert exact * 1.09 < max(delays) <= exact * 1.1
+    assert statistics.mean(delays) == pytest.approx(exact, rel=0.01)
+
+
+def test_jitter_spreads_the_longest_delays_too() -> None:
+    random.seed(1)
+    schedule = wait_adaptive(max_interval=20, jitter=0.1)
+    delays = {delay_at(schedule, 1000.0) for _ in range(100)}
+    assert len(delays) == 100
+    assert min(delays) >= 18.0
+    assert max(delays) <= 20.0
+
+
+# --- learning
+
+
+def test_waits_that_were_approved_early_bring_early_looks() -> None:
+    before = wait_adaptive(jitter=0)
+    schedule = taught([(4.0, 5.0)] * 50, jitter=0)
+    assert delay_at(schedule, 4.0) < delay_at(before, 4.0) / 2
+    assert delay_at(schedule, 15.0) > delay_at(before, 15.0)
+
+
+def test_a_wait_that_timed_out_teaches_that_people_may_never_approve() -> None:
+    before = wait_adaptive(max_interval=60, jitter=0)
+    schedule = taught([(120.0, None)] * 5, max_interval=60, jitter=0)
+    for elapsed in (0.0, 5.0, 20.0, 80.0):
+        assert delay_at(schedule, elapsed) > delay_at(before, elapsed)
+
+
+def test_a_wait_that_was_given_up_early_teaches_nothing_about_later() -> None:
+    schedule = taught([(4.0, 5.0), (30.0, 33.0)], jitter=0)
+    later = delay_at(schedule, 20.0)
+    for _ in range(20):
+        schedule.observe(2.0, None)
+    assert delay_at(schedule, 20.0) == pytest.approx(later, rel=0.05)
+    assert delay_at(schedule, 0.0) > delay_at(taught([(4.0, 5.0), (30.0, 33.0)], jitter=0), 0.0)
+
+
+def test_an_approval_between_two_distant_looks_is_sought_where_others_approved() -> None:
+    known = [(8.0, 8.2)] * 40
+    schedule = taught([*known, *[(3.0, 40.0)] * 40], max_interval=60, jitter=0)
+    ignorant = taught([(3.0, 40.0)] * 40, max_interval=60, jitter=0)
+    assert delay_at(schedule, 25.0) > delay_at(ignorant, 25.0)
+
+
+def test_approvals_later_than_anybody_expected_are_learned() -> None:
+    schedule = taught([(600.0, 610.0)] * 40, max_interval=60, jitter=0)
+    assert delay_at(schedule, 590.0) < 10.0
+    assert delay_at(wait_adaptive(max_interval=60, jitter=0), 590.0) == 60.0
+
+
+@pytest.mark.parametrize("moment", [0.0, 1e-12, 4095.9999, 4096.0, 1e300])
+def test_two_looks_at_the_same_time_can_be_observed(moment: float) -> None:
+    schedule = taught([(moment, moment)] * 3, jitter=0)
+    assert 0.25 <= delay_at(schedule, moment) <= 20.0
+
+
+def test_approvals_past_the_end_of_the_histogram_teach_only_that_it_was_late() -> None:
+    late = taught([(5000.0, 6000.0)] * 5, jitter=0)
+    never = taught([(5000.0, None)] * 5, jitter=0)
+    assert late.to_json() == never.to_json()
+
+
+def test_an_observation_counts_half_after_five_hundred_more() -> None:
+    schedule = taught([(4096.0, None)])
+    for _ in range(500):
+        schedule.observe(0.0, None)
+    assert json.loads(schedule.to_json())["pending"][-1] == pytest.approx(0.5)
+
+
+def test_old_ways_are_forgotten() -> None:
+    schedule = taught([(40.0, 41.0)] * 500, jitter=0)
+    for _ in range(5000):
+        schedule.observe(4.0, 5.0)
+    assert delay_at(schedule, 4.0) == pytest.approx(delay_at(taught([(4.0, 5.0)] * 5000, jitter=0), 4.0), rel=0.01)
+
+
+# --- saving
+
+
+@given(observed=observations, more=observations, elapsed=seconds)
+@settings(deadline=None)
+def test_a_saved_schedule_goes_on_as_if_nothing_had_happened(
+    observed: list[Observation], more: list[Observation], elapsed: float
+) -> None:
+    schedule = taught(observed, jitter=0)
+    restored = wait_adaptive.from_json(schedule.to_json(), jitter=0)
+    assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
+    for after, until in more:
+        schedule.observe(after, until)
+        restored.observe(after, until)
+    assert restored.to_json() == schedule.to_json()
+    assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
+
+
+def test_what_is_saved_is_what_was_learned_and_not_the_options() -> None:
+    text = taught([(4.0, 5.0)], poll_cost=2.0, max_interval=99).to_json()
+    assert repr(wait_adaptive.from_json(text, poll_cost=1)) == repr(wait_adaptive(poll_cost=1))
+    assert "\n" not in text
+
+
+def test_a_saved_schedule_can_be_read_from_bytes() -> None:
+    schedule = taught([(4.0, 5.0)])
+    assert wait_adaptive.from_json(schedule.to_json().encode()).to_json() == schedule.to_json()
+
+
+def test_a_subclass_is_restored_as_itself() -> None:
+    class Mine(wait_adaptive):
+        pass
+
+    assert type(Mine.from_json(wait_adaptive().to_json())) is Mine
+
+
+def test_a_pickled_schedule_gives_the_same_delays() -> None:
+    schedule = taught([(4.0, 5.0)] * 9, jitter=0)
+    assert delay_at(pickle.loads(pickle.dumps(schedule)), 3.0) == delay_at(schedule, 3.0)  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "null", "{", '{"version": "1"}', '{"version": 1}', "\ud800", b"\xff", "[" * 100_000, None, 7],
+)
+def test_text_that_is_no_saved_schedule_is_refused(text: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"text is no saved schedule .*to_json"):
+        wait_adaptive.from_json(text)
+
+
+@pytest.mark.parametrize("key", ["approved", "pending"])
+@pytest.mark.parametrize("damage", [lambda w: w[1:], lambda w: [*w, 0.0], lambda w: [-1.0, *w[1:]], lambda _: None])
+def test_a_damaged_saved_schedule_is_refused(key: str, damage: Callable[[list[float]], object]) -> None:
+    saved = json.loads(wait_adaptive().to_json())
+    saved[key] = damage(saved[key])
+    with pytest.raises(ConfigurationError, match="text is no saved schedule"):
+        wait_adaptive.from_json(json.dumps(saved))
+
+
+def test_a_schedule_saved_in_another_format_is_refused_by_its_version() -> None:
+    with pytest.raises(ConfigurationError, match=r"version 2, and only 1 is known"):
+        wait_adaptive.from_json('{"version": 2, "approved": "quite another thing"}')
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize("option", ["poll_cost", "min_interval", "max_interval", "jitter"])
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, -1, -0.001])
+def test_a_wrong_option_is_refused_by_name(option: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{option} is .*; it must be a"):
+        wait_adaptive(**{option: value})
+    with pytest.raises(ConfigurationError, match=rf"{option} is .*; it must be a"):
+        wait_adaptive.from_json(wait_adaptive().to_json(), **{option: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"poll_cost": 0}, {"min_interval": 0}, {"max_interval": 0.2}, {"min_interval": 30}, {"jitter": 1.01}],
+)
+def test_an_option_out_of_its_range_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigurationError, match="it must be a"):
+        wait_adaptive(**options)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    schedule = wait_adaptive(poll_cost=1, min_interval=2, max_interval=2, jitter=0)
+    schedule.observe(3, 4)
+    assert delay_at(schedule, 8) == 2.0
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, -1e-9])
+def test_a_wrong_last_pending_look_is_refused_and_teaches_nothing(value: Any) -> None:
+    schedule = wait_adaptive()
+    with pytest.raises(ConfigurationError, match=r"after is .*; it must be a number of seconds, at least 0"):
+        schedule.observe(value, 5.0)
+    assert schedule.to_json() == wait_adaptive().to_json()
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS[1:], *NOT_FINITE, -1.0, 2.999])
+def test_a_wrong_approving_look_is_refused_and_teaches_nothing(value: Any) -> None:
+    schedule = wait_adaptive()
+    with pytest.raises(ConfigurationError, match=r"until is .*; it must be a number of seconds, at least after"):
+        schedule.observe(3.0, value)
+    assert schedule.to_json() == wait_adaptive().to_json()
+
+
+def test_the_repr_shows_the_options() -> None:
+    assert repr(wait_adaptive(poll_cost=1, jitter=0)) == (
+        "wait_adaptive(poll_cost=1.0, min_interval=0.25, max_interval=20.0, jitter=0.0)"
+    )
+
+
+def test_the_example_in_the_documentation_runs() -> None:
+    results = doctest.testmod(schedule_room)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+# --- among tenacity's strategies
+
+
+def test_it_can_be_added_to_other_strategies() -> None:
+    schedule = wait_adaptive(jitter=0)
+    exact = delay_at(schedule, 8.0)
+    assert delay_at(schedule + tenacity.wait_fixed(2), 8.0) == exact + 2.0
+    assert delay_at(tenacity.wait_fixed(2) + schedule, 8.0) == exact + 2.0
+    summed = sum([schedule, tenacity.wait_fixed(1)])
+    assert isinstance(summed, tenacity.wait.wait_base)
+    assert delay_at(summed, 8.0) == exact + 1.0
+
+
+def test_it_can_stand_in_a_chain() -> None:
+    schedule = wait_adaptive(jitter=0)
+    chain = tenacity.wait_chain(tenacity.wait_fixed(7), schedule)
+    assert next_delay(chain, attempt_number=1, since_start=8.0) == 7.0
+    assert next_delay(chain, attempt_number=2, since_start=8.0) == delay_at(schedule, 8.0)
+
+
+async def test_it_paces_a_plain_async_retrying() -> None:
+    slept: list[float] = []
+
+    async def sleep(delay: float) -> None:
+        slept.append(delay)
+
+    async def look() -> str:
+        return "pending" if len(slept) < 4 else "approved"
+
+    retrying = tenacity.AsyncRetrying(
+        wait=wait_adaptive(), sleep=sleep, retry=tenacity.retry_if_result(lambda state: state == "pending")
+    )
+    assert await retrying(look) == "approved"
+    assert len(slept) == 4
+    assert all(0.25 <= delay <= 20.0 for delay in slept)
+
+
+# --- asking a strategy
+
+
+class Seen(tenacity.wait.wait_base):
+    """Returns, or raises, what it is given, and keeps the state that it was asked with."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.states: list[tenacity.RetryCallState] = []
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        self.states.append(retry_state)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        answer: float = self.answer
+        return answer
+
+
+@given(attempt_number=st.integers(1, 10**6), since_start=seconds)
+@settings(deadline=None)
+def test_a_strategy_sees_the_attempt_and_the_time_exactly_and_no_outcome(
+    attempt_number: int, since_start: float
+) -> None:
+    strategy = Seen(1.0)
+    next_delay(strategy, attempt_number=attempt_number, since_start=since_start)
+    (state,) = strategy.states
+    assert type(state) is tenacity.RetryCallState
+    assert state.attempt_number == attempt_number
+    assert state.seconds_since_start == since_start
+    assert state.outcome is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "delay"),
+    [
+        (2, 2.0),
+        (0.5, 0.5),
+        (0, 0.02),
+        (-3.0, 0.02),
+        (0.02, 0.02),
+        (3600, 3600.0),
+        (3601, 3600.0),
+        (math.inf, 3600.0),
+        (-math.inf, 0.02),
+        (10**400, 3600.0),
+    ],
+)
+def test_a_delay_is_clamped_to_what_a_wait_can_use(answer: float, delay: float) -> None:
+    assert next_delay(Seen(answer), attempt_number=1, since_start=0.0) == delay
+    assert type(next_delay(Seen(answer), attempt_number=1, since_start=0.0)) is float
+
+
+@pytest.mark.parametrize("answer", [*NOT_NUMBERS, math.nan])
+def test_a_strategy_that_returns_no_number_is_a_configuration_error(answer: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"schedule Seen returned .*; it must return a number of seconds"):
+        next_delay(Seen(answer), attempt_number=1, since_start=0.0)
+
+
+def test_a_strategy_that_raises_is_a_configuration_error_with_its_cause() -> None:
+    broken = ZeroDivisionError("division by zero")
+    with pytest.raises(ConfigurationError, match="schedule Seen raised ZeroDivisionError") as caught:
+        next_delay(Seen(broken), attempt_number=1, since_start=0.0)
+    assert caught.value.__cause__ is broken
+
+
+def test_a_strategy_that_needs_an_outcome_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match="pass a tenacity wait strategy that needs no outcome"):
+        next_delay(tenacity.wait_exception(lambda _: 1.0), attempt_number=1, since_start=0.0)
+
+
+def test_strategies_that_count_attempts_work() -> None:
+    doubling = tenacity.wait_exponential(multiplier=1, max=10)
+    asked = [next_delay(doubling, attempt_number=number, since_start=0.0) for number in (1, 2, 3, 9)]
+    assert asked == [1.0, 2.0, 4.0, 10.0]
+
+
+# --- what it costs
+
+#: A wait in the figures: it starts with the operation, the schedule sets every look, and the last look is at the
+#: timeout, for every schedule and for the optimum.
+TIMEOUT = 120.0
+POLL_COSTS = (0.1, 0.3, 1.0)
+
+Schedule = tenacity.wait.wait_base
+
+
+@dataclass(frozen=True)
+class People:
+    """How long people take: a mixture of log-normal groups (share, median in seconds, sigma); some never approve."""
+
+    groups: tuple[tuple[float, float, float], ...]
+    never: float = 0.2
+
+    def approved_by(self, moment: float) -> float:
+        """Return the share that approves up to ``moment``."""
+        return self._sum(lambda share, median, sigma: share * _normal_cdf(math.log(moment / median) / sigma))
+
+    def mean_time_by(self, moment: float) -> float:
+        """Return the integral of time over those who approve up to ``moment``."""
+        return self._sum(
+            lambda share, median, sigma: (
+                share * median * math.exp(sigma**2 / 2) * _normal_cdf(math.log(moment / median) / sigma - sigma)
+            )
+        )
+
+    def _sum(self, term: Callable[[float, float, float], float]) -> float:
+        return (1.0 - self.never) * sum(term(*group) for group in self.groups)
+
+    def draw(self, source: random.Random) -> float:
+        """Return when one of them approves: seconds, or infinity."""
+        if source.random() < self.never:
+            return math.inf
+        ((_, median, sigma),) = source.choices(self.groups, [share for share, _, _ in self.groups])
+        return source.lognormvariate(math.log(median), sigma)
+
+
+TYPICAL = People(((1.0, 8.0, 0.8),))
+SLOW = People(((1.0, 25.0, 1.2),))
+TWO_GROUPS = People(((0.6, 4.0, 0.5), (0.4, 40.0, 0.6)))
+
+
+def _normal_cdf(value: float) -> float:
+    return math.erfc(-value / math.sqrt(2)) / 2
+
+
+@cache
+def least_cost(people: People, poll_cost: float) -> float:
+    """Return the expected cost of the schedule that knows the people and the timeout.
+
+    ``ahead[k]`` is the least cost to come after a look at ``grid[k]`` that found nothing, times the share for whom
+    that happens. Closer grids change the result by less than 0.0002 of it.
+    """
+    points = 500
+    grid = [TIMEOUT * (k / points) ** 2 for k in range(points + 1)]
+    share = [0.0, *(people.approved_by(moment) for moment in grid[1:])]
+    ahead = [0.0] * (points + 1)
+    for k in reversed(range(points)):
+        best = min(grid[n] * (share[n] - share[k]) + ahead[n] for n in range(k + 1, points + 1))
+        ahead[k] = poll_cost * (1.0 - share[k]) + best
+    return ahead[0] - people.mean_time_by(TIMEOUT)
+
+
+def expected_cost(schedule: Schedule, people: People, poll_cost: float) -> float:
+    """Return ``poll_cost`` * looks + lateness that a schedule without randomness costs on average."""
+    moment, share, looks = 0.0, 0.0, 0
+    cost = -people.mean_time_by(TIMEOUT)
+    while moment < TIMEOUT:
+        looks += 1
+        cost += poll_cost * (1.0 - share)
+        moment = min(moment + next_delay(schedule, attempt_number=looks, since_start=moment), TIMEOUT)
+        share, before = people.approved_by(moment), share
+        cost += moment * (share - before)
+    return cost
+
+
+def ratio(schedule: Schedule, people: People, poll_cost: float) -> float:
+    return expected_cost(schedule, people, poll_cost) / least_cost(people, poll_cost)
+
+
+def learned_ratio(schedule: wait_adaptive, people: People, poll_cost: float) -> float:
+    """Return the ratio of what was learned, without the chance of the jitter."""
+    exact = wait_adaptive.from_json(schedule.to_json(), poll_cost=poll_cost, max_interval=60, jitter=0)
+    return ratio(exact, people, poll_cost)
+
+
+def live(schedule: wait_adaptive, people: People, waits: int, source: random.Random) -> None:
+    """Let the schedule pace waits and learn from them what a poller can know: between which looks, or not at all."""
+    for _ in range(waits):
+        approved = people.draw(source)
+        last = 0.0
+        while last < TIMEOUT:
+            look = min(last + delay_at(schedule, last), TIMEOUT)
+            if approved <= look:
+                schedule.observe(last, look)
+                break
+            last = look
+        else:
+            schedule.observe(TIMEOUT, None)
+
+
+def learn(people: People, poll_cost: float, waits: int, seed: int) -> wait_adaptive:
+    random.seed(seed)  # the jitter's
+    schedule = wait_adaptive(poll_cost=poll_cost, max_interval=60)
+    live(schedule, people, waits, random.Random(seed))
+    return schedule
+
+
+def mean_learned_ratio(people: People, poll_cost: float, waits: int, seeds: int = 16) -> float:
+    return statistics.mean(
+        learned_ratio(learn(people, poll_cost, waits, seed), people, poll_cost) for seed in range(seeds)
+    )
+
+
+def test_the_optimum_is_at_least_as_good_as_the_best_fixed_interval() -> None:
+    fixed = min(expected_cost(tenacity.wait_fixed(tenths / 10), TYPICAL, 0.3) for tenths in range(10, 80))
+    assert least_cost(TYPICAL, 0.3) < fixed
+
+
+@pytest.mark.parametrize("poll_cost", POLL_COSTS)
+@pytest.mark.parametrize("people", [TYPICAL, SLOW, TWO_GROUPS])
+def test_knowing_nobody_it_costs_at_most_a_fifth_more_than_the_optimum(people: People, poll_cost: float) -> None:
+    assert ratio(wait_adaptive(poll_cost=poll_cost, max_interval=60, jitter=0), people, poll_cost) <= 1.20
+
+
+@pytest.mark.parametrize("poll_cost", POLL_COSTS)
+@pytest.mark.parametrize("people", [TYPICAL, SLOW, TWO_GROUPS])
+def test_thirty_waits_teach_it_to_cost_at_most_seven_percent_more_than_the_optimum(
+    people: People, poll_cost: float
+) -> None:
+    assert mean_learned_ratio(people, poll_cost, waits=30) <= 1.07
+
+
+@pytest.mark.parametrize("poll_cost", POLL_COSTS)
+@pytest.mark.parametrize("people", [TYPICAL, SLOW, TWO_GROUPS])
+def test_a_hundred_waits_teach_it_to_cost_at_most_six_percent_more_than_the_optimum(
+    people: People, poll_cost: float
+) -> None:
+    assert mean_learned_ratio(people, poll_cost, waits=100) <= 1.06
+
+
+def test_after_hundreds_of_waits_hardly_anything_is_left_to_gain() -> None:
+    assert mean_learned_ratio(TYPICAL, 0.3, waits=500, seeds=4) <= 1.03
+
+
+@pytest.mark.parametrize(("before", "after"), [(TYPICAL, SLOW), (SLOW, TYPICAL), (TYPICAL, TWO_GROUPS)])
+def test_when_people_change_it_follows_within_five_hundred_waits(before: People, after: People) -> None:
+    for seed in range(2):
+        schedule = learn(before, 0.3, 1000, seed)
+        assert learned_ratio(schedule, after, 0.3) > 1.15
+        live(schedule, after, 500, random.Random(seed))
+        assert learned_ratio(schedule, after, 0.3) <= 1.15
+
+
+@pytest.mark.parametrize("poll_cost", POLL_COSTS)
+def test_the_usual_backoff_and_the_usual_fixed_second_cost_far_more(poll_cost: float) -> None:
+    backoff = tenacity.wait_exponential(multiplier=0.5, exp_base=1.5, max=5)
+    adaptive = ratio(wait_adaptive(poll_cost=poll_cost, max_interval=60, jitter=0), TYPICAL, poll_cost)
+    assert ratio(backoff, TYPICAL, poll_cost) > adaptive * 1.2
+    assert ratio(tenacity.wait_fixed(1), TYPICAL, poll_cost) > adaptive * 1.7
