@@ -33,7 +33,7 @@ from .models import (
     payload_digest,
     seconds,
 )
-from .poller import Poller, Wait
+from .poller import Poller
 from .schedule import wait_adaptive
 from .transport import Transport
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from anyio.streams.memory import MemoryObjectSendStream
 
-    from .poller import Outcome
+    from .waits import Outcome, Wait
 
 IfMissing = Literal["raise", "wait"]
 Timeout = float | None | EllipsisType

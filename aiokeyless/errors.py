@@ -48,7 +48,7 @@ def _restore(cls: type[KeylessError], args: tuple[Any, ...]) -> KeylessError:
 class KeylessError(Exception):
     """Root of all errors of this library.
 
-    Catch it to handle "Keyless did not work" in one place; catch what is below it to tell why.
+    What to do: catch it to handle "Keyless did not work" in one place; catch what is below it to tell why.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -74,14 +74,16 @@ class Health:
     def good(self, now: float, *, sent_at: float) -> None:
         """Take note of an answer that is no transient failure."""
         self._failures = 0
-        if self._held_until <= now:
+        held = now < self._held_until  # a final look's good answer then: no reason to open up before the hold ends
+        if not held:
             self._held_until = -math.inf
         if self.is_down:
             self._probes = 0
             self._probe_at = -math.inf
             self._narrow(now)
-            self.limit = min(2, self._full)  # the probe was the first round
-        elif self.limit < self._full and sent_at >= self.since:
+            if not held:
+                self.limit = min(2, self._full)  # the probe was the first round
+        elif self.limit < self._full and sent_at >= self.since and not held:
             self._good += 1
             if self._good >= self.limit:
                 self.limit = min(2 * self.limit, self._full)
@@ -99,7 +101,8 @@ class Health:
         self._failures += 1
         if hold:
             self._held_until = max(self._held_until, now + min(hold, MAX_HOLD))
-            self._narrow(now)
+            if not self.is_down:  # there its probe in flight goes on to count: a hold is no new start of the pace
+                self._narrow(now)
         if self.is_down:
             if is_probe and sent_at >= self.since:
                 self._pace(now)

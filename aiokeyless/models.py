@@ -346,9 +346,12 @@ def _checked(ticket: ApprovalTicket) -> ApprovalTicket:
         raise ConfigurationError("created_at and expires_at of a ticket must have a zone")
     if not _SHA256.fullmatch(ticket.payload_sha256):
         raise ConfigurationError("payload_sha256 of a ticket must be 64 lower-case hex digits")
-    return msgspec.structs.replace(
-        ticket, created_at=ticket.created_at.astimezone(UTC), expires_at=ticket.expires_at.astimezone(UTC)
-    )
+    try:
+        return msgspec.structs.replace(
+            ticket, created_at=ticket.created_at.astimezone(UTC), expires_at=ticket.expires_at.astimezone(UTC)
+        )
+    except OverflowError:  # the first or the last day of the calendar, and another year in UTC
+        raise ConfigurationError("created_at and expires_at of a ticket must be in the years 1 to 9999, UTC") from None
 
 
 class _TicketVersion(msgspec.Struct):
@@ -375,7 +378,7 @@ def decode_hook(kind: type, value: object) -> object:
     """Make a `Secret` of a JSON string, for msgspec decoders."""
     if kind is Secret and isinstance(value, str):
         return Secret(value)
-    raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")
+    raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the field's path
 
 
 def seconds(value: object, name: str, *, zero: bool = False) -> float:
@@ -389,8 +392,12 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
     Raises:
         ConfigurationError: It is not a number, is NaN, or is not positive.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        raise ConfigurationError(f"{name} must be a number of seconds, not an integer beyond any float") from None
+    if math.isnan(number):
         raise ConfigurationError(f"{name} must be a number of seconds, not {value!r}")
-    if value < 0 or (value == 0 and not zero):
+    if number < 0 or (number == 0 and not zero):
         raise ConfigurationError(f"{name} must be {'at least 0' if zero else 'more than 0'} seconds, not {value!r}")
-    return float(value)
+    return number

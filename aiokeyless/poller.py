@@ -1,6 +1,6 @@
 """All the waits of one client: two agendas, one timer, and few workers that look at what is due.
 
-A wait is one slotted object and one future. Waits for the same operation share a `_Watch` and its looks. Workers are
+A wait is one slotted object and one future. Waits for the same operation share a `Watch` and its looks. Workers are
 tasks that take the next due look from the agenda themselves and exit when nothing is due, so that ten thousand waits
 due at once cost the event loop no more than ``max_in_flight`` of them. What an answer means is `approval`'s to decide,
 when to look next `schedule`'s, how much the service bears `health`'s; here is only the awaiting and the book-keeping.
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from .agenda import Agenda
-from .approval import Distrust, Verdict, WaitRecord, distrusted, judge, timed_out, unknown
+from .approval import Distrust, Verdict, distrusted, judge, timed_out, unknown
 from .errors import (
     ApprovalTimeoutError,
     ClientClosedError,
@@ -29,18 +29,19 @@ from .errors import (
 )
 from .health import Health, error_delay
 from .models import ApprovalUpdate, ClientStatistics, Operation
-from .protocol import GET_OPERATION, get_operation, is_transient
+from .protocol import get_operation, is_transient
 from .schedule import next_delay, wait_adaptive
+from .waits import Look, Wait, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
-    from yarl import URL
 
     from .models import ApprovalTicket
     from .transport import Transport
+    from .waits import Outcome
 
 FINAL_LOOK: Final = 2.0  # seconds that the look at the deadline may take
 YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
@@ -49,135 +50,7 @@ _BATCH: Final = 128  # deadlines handled in one callback: many at once must not 
 # The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 _RESOLUTION: Final = 1e-6
 
-Outcome = Operation | Exception
-
 logger = logging.getLogger("aiokeyless")
-
-
-class Wait:
-    """One wait. Whoever made it awaits `future`, which never raises: errors are results too."""
-
-    __slots__ = (
-        "attempt",
-        "began",
-        "booking",
-        "deadline",
-        "error",
-        "final",
-        "future",
-        "listed",
-        "may_be_missing",
-        "origin",
-        "overtime",
-        "polls",
-        "schedule",
-        "seen",
-        "ticket",
-        "updates",
-        "watch",
-    )
-
-    def __init__(
-        self,
-        watch: _Watch,
-        future: asyncio.Future[Outcome],
-        *,
-        began: float,
-        origin: float,
-        deadline: float,
-        schedule: wait_base,
-        ticket: ApprovalTicket | None,
-        may_be_missing: bool,
-        updates: MemoryObjectSendStream[ApprovalUpdate] | None,
-    ) -> None:
-        self.watch = watch
-        self.future = future
-        self.began = began
-        self.origin = origin  # when the operation was created, as far as this wait knows
-        self.deadline = deadline
-        self.schedule = schedule
-        self.ticket = ticket
-        self.may_be_missing = may_be_missing
-        self.updates = updates
-        self.attempt = 1  # for the schedule: delays asked for, of pending answers only
-        self.polls = 0
-        self.seen: bytes | None = None  # the last pending answer: bytes are a third of the size of what they decode to
-        self.error: KeylessError | None = None
-        self.overtime = False  # its deadline has passed
-        self.final: _Look | None = None  # its final look, once that is under way
-        self.listed = True  # in the poller's books
-        self.booking = 0
-
-    def record(self, now: float) -> WaitRecord:
-        """Return what an error tells of this wait."""
-        seen = GET_OPERATION.decode(self.seen) if self.seen is not None else None
-        return WaitRecord(self.watch.operation_id, seen, self.error, self.polls, now - self.began, self.ticket)
-
-
-class _Watch:
-    """One operation that is looked at, for one wait or for many."""
-
-    __slots__ = (
-        "booking",
-        "dated",
-        "due",
-        "failures",
-        "final_wanted",
-        "live",
-        "look",
-        "looks",
-        "operation_id",
-        "origin",
-        "patient",
-        "pending_at",
-        "pupils",
-        "url",
-        "waits",
-    )
-
-    def __init__(self, operation_id: str, url: URL, origin: float) -> None:
-        self.operation_id = operation_id
-        self.url = url
-        self.origin = origin
-        self.dated = False  # whether origin is the operation's creation, from a ticket, and not just a wait's start
-        self.waits: list[Wait] = []  # ended ones too, until there are many
-        self.live = 0  # those that have not ended
-        self.patient = 0  # those of them whose deadline is still to come
-        self.look: _Look | None = None  # the ordinary look under way
-        self.looks = 0  # looks under way, final ones too
-        self.due = math.inf  # of the next ordinary look; while one is under way: of the one that latecomers want
-        self.final_wanted = False
-        self.failures = 0  # transient ones in a row
-        self.pending_at: float | None = None  # start of the last look that was answered with pending
-        self.pupils: tuple[wait_adaptive, ...] = ()
-        self.booking = 0
-
-    def current(self) -> list[Wait]:
-        """Return the waits that have not ended."""
-        return [wait for wait in self.waits if not wait.future.done()]
-
-
-class _Look:
-    """One request: for which waits it is made, and whether and why it was cut off."""
-
-    __slots__ = ("counted_bad", "cut", "final", "members", "overdue", "sent_at", "task", "under_way", "watch")
-
-    def __init__(self, watch: _Watch, now: float, *, final: bool) -> None:
-        self.watch = watch
-        self.sent_at = now
-        self.final = final
-        self.members: list[Wait] = []
-        self.task: asyncio.Task[None] | None = None
-        self.under_way = False
-        self.cut = False
-        self.overdue = False
-        self.counted_bad = False
-
-    def stop(self) -> None:
-        """Cut the exchange off."""
-        self.cut = True
-        if self.under_way and self.task is not None:  # one that has not begun sees the mark when it does
-            self.task.cancel()
 
 
 class Poller:
@@ -192,17 +65,18 @@ class Poller:
     def __init__(self, transport: Transport, *, schedule: wait_base, max_in_flight: int) -> None:
         self._transport = transport
         self._schedule = schedule
+        self._pupils = (schedule,) if isinstance(schedule, wait_adaptive) else ()
         self._max_in_flight = max_in_flight
         self._overtime = min(transport.request_timeout, FINAL_LOOK)
         self._loop = asyncio.get_running_loop()
         # Not the context of whoever happened to be first: its trace and its logging variables are not ours.
         self._context = contextvars.Context()
         self._health = Health(max_in_flight)
-        self._watches: dict[str, _Watch] = {}
-        self._looks: Agenda[_Watch] = Agenda()
+        self._watches: dict[str, Watch] = {}
+        self._looks: Agenda[Watch] = Agenda()
         self._deadlines: Agenda[Wait] = Agenda()
-        self._finals: deque[_Watch] = deque()  # in the order of their deadlines
-        self._flying: dict[_Look, None] = {}  # looks under way, oldest first
+        self._finals: deque[Watch] = deque()  # in the order of their deadlines
+        self._flying: dict[Look, None] = {}  # looks under way, oldest first
         self._finals_flying = 0
         self._timer: asyncio.TimerHandle | None = None
         self._created: dict[str, float] = {}
@@ -247,6 +121,8 @@ class Poller:
             raise ClientClosedError("the client is closed; look at the operation with get_operation of another client")
         now = self._loop.time()
         age = self._age(ticket, now)
+        if timeout is None:
+            timeout = math.inf if ticket is None else self._left(ticket, age)
         schedule = schedule or self._schedule
         fresh = ticket is not None and operation_id in self._created and age < FRESH
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
@@ -256,7 +132,7 @@ class Poller:
             self._loop.create_future(),
             began=now,
             origin=now - age,
-            deadline=now + (self._left(ticket, age) if timeout is None else timeout),
+            deadline=now + timeout,
             schedule=schedule,
             ticket=ticket,
             may_be_missing=may_be_missing,
@@ -267,7 +143,9 @@ class Poller:
         watch.live += 1
         watch.patient += 1
         self._waiting += 1
-        if isinstance(schedule, wait_adaptive) and schedule not in watch.pupils:
+        if schedule is self._schedule and not watch.pupils:
+            watch.pupils = self._pupils  # one tuple for all, as nearly all are
+        elif isinstance(schedule, wait_adaptive) and schedule not in watch.pupils:
             watch.pupils += (schedule,)
         if wait.deadline < math.inf:
             self._deadlines.book(wait, wait.deadline)
@@ -330,19 +208,17 @@ class Poller:
             return now - created
         return max(0.0, (datetime.now(UTC) - ticket.created_at).total_seconds())
 
-    def _left(self, ticket: ApprovalTicket | None, age: float) -> float:
-        if ticket is None:
-            return math.inf
+    def _left(self, ticket: ApprovalTicket, age: float) -> float:
         if ticket.operation_id in self._created:  # the loop's clock, exactly
             return max(0.0, (ticket.expires_at - ticket.created_at).total_seconds() - age)
         return ticket.remaining()
 
     # -- watches and waits
 
-    def _watch(self, operation_id: str, origin: float, ticket: ApprovalTicket | None) -> _Watch:
+    def _watch(self, operation_id: str, origin: float, ticket: ApprovalTicket | None) -> Watch:
         watch = self._watches.get(operation_id)
         if watch is None:
-            watch = _Watch(operation_id, self._transport.url(get_operation(operation_id)), origin)
+            watch = Watch(operation_id, self._transport.url(get_operation(operation_id)), origin)
             self._watches[operation_id] = watch
         watch.origin = min(watch.origin, origin)
         watch.dated = watch.dated or ticket is not None
@@ -350,6 +226,8 @@ class Poller:
 
     def _end(self, wait: Wait, outcome: Outcome) -> None:
         """Give a wait its outcome."""
+        if wait.future.done():  # cancelled in this very turn of the loop: whoever awaited it is about to leave
+            return
         wait.future.set_result(outcome)
         if isinstance(outcome, Operation):
             self._approvals += 1
@@ -372,12 +250,12 @@ class Poller:
         if not watch.live:
             self._unwatch(watch)
 
-    def _unwatch(self, watch: _Watch) -> None:
+    def _unwatch(self, watch: Watch) -> None:
         del self._watches[watch.operation_id]
         self._do_not_want(watch)
         if watch.looks:
             for look in self._flying:
-                if look.watch is watch and not look.cut:
+                if look.watch is watch:
                     look.stop()
         if not self._watches:
             self._finals.clear()
@@ -385,7 +263,7 @@ class Poller:
         if watch.pending_at is not None:
             self._teach(watch, watch.pending_at, None)
 
-    def _teach(self, watch: _Watch, after: float | None, until: float | None) -> None:
+    def _teach(self, watch: Watch, after: float | None, until: float | None) -> None:
         """Tell the schedules when the operation was approved, or until when it was not; once an operation."""
         pupils, watch.pupils = watch.pupils, ()
         for pupil in pupils:
@@ -398,11 +276,11 @@ class Poller:
                 # A subclass of somebody's. What is not learned costs requests; an approval it must not cost.
                 logger.exception("the schedule %r failed to learn from an observation", pupil)
 
-    def _do_not_want(self, watch: _Watch) -> None:
+    def _do_not_want(self, watch: Watch) -> None:
         self._looks.cancel(watch)
         watch.due = math.inf
 
-    def _want(self, watch: _Watch, due: float) -> None:
+    def _want(self, watch: Watch, due: float) -> None:
         """See to it that an ordinary look comes by then; after the one under way, if there is one."""
         if due < watch.due:
             watch.due = due
@@ -448,13 +326,11 @@ class Poller:
         for look in self._flying:
             if look.sent_at + self._transport.request_timeout > now + _RESOLUTION:
                 break
-            if not look.cut:
-                look.overdue = True
-                look.stop()
+            look.stop(overdue=True)
 
     def _expire(self, now: float) -> None:
         """Handle deadlines: first a final look is wanted, and when that had its time, the wait ends."""
-        hanging: set[_Look] = set()
+        hanging: set[Look] = set()
         for _ in range(_BATCH):
             wait = self._deadlines.take(now + _RESOLUTION)
             if wait is None:
@@ -463,11 +339,13 @@ class Poller:
                 self._end_unanswered(wait, now)
                 continue
             watch = wait.watch
-            wait.overtime = True
-            watch.patient -= 1
+            for other in watch.waits:  # with all whose time is up as well, so that they share the final look
+                if other.deadline <= now + _RESOLUTION and other.listed and not other.overtime:
+                    other.overtime = True
+                    watch.patient -= 1
+                    self._deadlines.book(other, other.deadline + self._overtime)
             if not watch.patient:
                 self._do_not_want(watch)
-            self._deadlines.book(wait, wait.deadline + self._overtime)
             if not watch.final_wanted:
                 watch.final_wanted = True
                 self._finals.append(watch)
@@ -475,7 +353,7 @@ class Poller:
                 hanging.add(watch.look)
         for look in hanging:
             # A look that began before the deadline does not count at the deadline; others may still need it.
-            if not look.cut and all(wait.future.done() or wait.overtime for wait in look.members):
+            if not any(look.serves(wait) for wait in look.members):
                 look.stop()
 
     def _end_unanswered(self, wait: Wait, now: float) -> None:
@@ -503,7 +381,7 @@ class Poller:
             look.task = self._loop.create_task(self._work(look), context=self._context)
             look.task.add_done_callback(self._worker_gone)
 
-    def _take(self, now: float) -> _Look | None:
+    def _take(self, now: float) -> Look | None:
         """Take the next look that may be sent now: final looks first, then what has been due longest."""
         if len(self._flying) >= self._max_in_flight or self.closed:
             return None
@@ -519,8 +397,8 @@ class Poller:
                 return self._new_look(due, now, final=False)
         return None
 
-    def _new_look(self, watch: _Watch, now: float, *, final: bool) -> _Look:
-        look = _Look(watch, now, final=final)
+    def _new_look(self, watch: Watch, now: float, *, final: bool) -> Look:
+        look = Look(watch, now, final=final)
         self._flying[look] = None
         watch.looks += 1
         if final:
@@ -532,7 +410,7 @@ class Poller:
             watch.due = math.inf
         return look
 
-    async def _work(self, look: _Look | None) -> None:
+    async def _work(self, look: Look | None) -> None:
         """Send looks as long as there are any to send."""
         while look is not None:
             try:
@@ -556,21 +434,23 @@ class Poller:
         if self._watches and not self.closed:
             self._arm(now)
 
-    async def _send(self, look: _Look) -> None:
+    async def _send(self, look: Look) -> None:
         if look.cut:  # everybody left before it began
             return
         self._begin(look)
+        brought = await self._fetch(look)
+        if brought is None:  # everybody left while it was under way
+            return
         try:
-            brought = await self._fetch(look)
             if isinstance(brought, KeylessError):
                 self._failed(look, brought)
-            elif brought is not None:
+            else:
                 self._answered(look, *brought)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not hang them
             for wait in look.watch.current():
                 self._end(wait, error)
 
-    async def _fetch(self, look: _Look) -> tuple[Operation, bytes] | KeylessError | None:
+    async def _fetch(self, look: Look) -> tuple[Operation, bytes] | KeylessError | None:
         """Do the exchange; None where it was cut off because nobody could use it any more."""
         try:
             return await self._transport.look(look.watch.url)
@@ -584,7 +464,7 @@ class Poller:
         finally:
             look.under_way = False
 
-    def _begin(self, look: _Look) -> None:
+    def _begin(self, look: Look) -> None:
         look.under_way = True
         look.sent_at = self._loop.time()
         look.members = look.watch.current()
@@ -594,14 +474,14 @@ class Poller:
             if wait.overtime and wait.final is None:
                 wait.final = look
 
-    def _land(self, look: _Look, now: float) -> None:
+    def _land(self, look: Look, now: float) -> None:
         """Take a look out of the books, and see to it that another one follows if one is needed."""
         del self._flying[look]
         watch = look.watch
         watch.looks -= 1
         if look.final:
             self._finals_flying -= 1
-        elif watch.look is look:
+        else:
             watch.look = None
         if not watch.live or watch.look is not None:
             return
@@ -610,13 +490,13 @@ class Poller:
         if watch.due < math.inf and not watch.booking:
             self._looks.book(watch, watch.due)
 
-    def _no_answer(self, watch: _Watch, seconds: float) -> RequestTimeoutError:
+    def _no_answer(self, watch: Watch, seconds: float) -> RequestTimeoutError:
         path = self._transport.path(watch.url)
         return RequestTimeoutError(f"GET {path} got no answer within {seconds:g} s", method="GET", path=path)
 
     # -- what a look brought
 
-    def _answered(self, look: _Look, operation: Operation, body: bytes) -> None:
+    def _answered(self, look: Look, operation: Operation, body: bytes) -> None:
         now = self._loop.time()
         self._health.good(now, sent_at=look.sent_at)
         watch = look.watch
@@ -640,11 +520,10 @@ class Poller:
                 self._end(wait, distrusted(verdict, wait.record(now)))
             else:
                 wait.seen = body
-                wait.error = None
                 pending.append(wait)
         self._still_pending(look, pending, now, operation=operation)
 
-    def _failed(self, look: _Look, error: KeylessError) -> None:
+    def _failed(self, look: Look, error: KeylessError) -> None:
         now = self._loop.time()
         members = [wait for wait in look.members if not wait.future.done()]
         if is_transient(error):
@@ -662,7 +541,7 @@ class Poller:
                 self._end(wait, _own(error, members))
         self._still_pending(look, pending, now, error=error)
 
-    def _failed_for_now(self, look: _Look, members: list[Wait], error: KeylessError, now: float) -> None:
+    def _failed_for_now(self, look: Look, members: list[Wait], error: KeylessError, now: float) -> None:
         self._failures += 1
         hold = error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
         self._health.bad(now, sent_at=look.sent_at, is_probe=not look.final, hold=hold)
@@ -681,7 +560,7 @@ class Poller:
 
     def _still_pending(
         self,
-        look: _Look,
+        look: Look,
         waits: list[Wait],
         now: float,
         *,
@@ -704,8 +583,8 @@ class Poller:
         for wait in going_on:
             self._update(wait, now, operation=operation, error=error, due=watch.due)
 
-    def _schedule_next(self, watch: _Watch, waits: list[Wait], now: float) -> list[Wait]:
-        """Ask the schedules of these waits, each but once, and take the soonest; return those whose schedule answered."""
+    def _schedule_next(self, watch: Watch, waits: list[Wait], now: float) -> list[Wait]:
+        """Ask each schedule once and take the soonest delay; return the waits whose schedule answered."""
         delays: dict[int, float | Exception] = {}
         for wait in waits:
             if id(wait.schedule) not in delays:

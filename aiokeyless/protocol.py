@@ -8,7 +8,6 @@ Source: Keyless documentation, Server API / Operations.
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import time
 import unicodedata
@@ -337,19 +336,41 @@ def _request_id(answer: Answer, api_key: str) -> str | None:
 
 def _printable(text: str, api_key: str) -> str | None:
     """At most 200 printable characters of a text, the API key struck out in every form in which it may be echoed."""
-    text = " ".join(text.split())
-    for form in _echoes(api_key):  # before anything is cut, so that no half of a key stays
-        text = text.replace(form, "***")
-    text = "".join(c if c.isprintable() else " " for c in text[: 2 * MAX_DETAIL])
-    return text[:MAX_DETAIL] or None
+    # Struck out before the cut, so that no half of a key stays. Only what 200 characters can come from is searched: a
+    # character stands for one of the text or, as a part of "***", for one echo.
+    text = " ".join(text.split())[: MAX_DETAIL * _WIDEST * (len(api_key) + 1)]
+    text = _echo(api_key).sub("***", text)
+    text = "".join(c if c.isprintable() else " " for c in text[:MAX_DETAIL])
+    return text.strip() or None
 
 
-def _echoes(api_key: str) -> list[str]:
-    """List the key as it is, as JSON, as a URL and as HTML write it, with blanks folded as `_printable` folds them."""
-    in_json = json.dumps(api_key)[1:-1]
-    in_html = api_key.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-    forms = {api_key, in_json, in_json.replace("/", "\\/"), quote(api_key, safe=""), quote(api_key), in_html}
-    return sorted((" ".join(form.split()) for form in forms), key=len, reverse=True)
+_WIDEST: Final = 10  # characters in the longest spelling of one: &#x00002F;
+_ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apos", "'"))
+
+
+def _echo(api_key: str) -> re.Pattern[str]:
+    """Match the key as it is, and as JSON, a URL and HTML write it, with blanks folded as `_printable` folds them."""
+    return re.compile("".join(_spellings(character) for character in " ".join(api_key.split())))
+
+
+def _spellings(character: str) -> str:
+    """Match one character of the key: letters and digits as they are, whatever else escaped too."""
+    if character.isalnum():
+        return character
+    code = ord(character)
+    code_hex = "".join(f"[{digit}{digit.upper()}]" for digit in f"{code:02x}")
+    forms = [  # the longer first, so that nothing of one is left over
+        f"%{code_hex}",
+        rf"\\u00{code_hex}",
+        rf"\\{re.escape(character)}",
+        f"&#0{{0,4}}{code};",
+        f"&#[xX]0{{0,4}}{code_hex};",
+        *(f"&{name};" for name, meant in _ENTITIES if meant == character),
+        re.escape(character),
+    ]
+    if character == " ":
+        return f"(?:{'|'.join(forms)}|[+])+"  # a run of blanks was folded into one in the key, and may not be here
+    return f"(?:{'|'.join(forms)})"
 
 
 _SECONDS: Final = re.compile(r"\d{1,15}(\.\d{1,9})?", re.ASCII)

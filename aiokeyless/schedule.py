@@ -54,8 +54,11 @@ _KEPT: Final = 0.5 ** (1 / 500)
 
 #: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time): thirty
 #: observations in forty bins are spikes, and a schedule made for spikes looks in the wrong places.
-_KERNEL: Final = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
-_REACH: Final = len(_KERNEL) // 2
+_KERNEL: Final = ((-2, 1 / 16), (-1, 4 / 16), (0, 6 / 16), (1, 4 / 16), (2, 1 / 16))
+#: For each bin, which bins an approval in it counts in, and how much; at the ends what would fall off stays in.
+_SMEARED: Final = tuple(
+    tuple((min(max(k + offset, 0), _BINS - 1), weight) for offset, weight in _KERNEL) for k in range(_BINS)
+)
 
 #: Least width of the interval of an approval, in seconds: looks at equal times still mean some moment.
 _INSTANT: Final = 0.001
@@ -234,7 +237,7 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
             f"schedule {type(schedule).__name__} raised {type(error).__name__} when asked for a delay; pass a tenacity "
             "wait strategy that needs no outcome, such as wait_fixed(2)"
         ) from error
-    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or math.isnan(delay):
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not -math.inf <= delay <= math.inf:
         raise ConfigurationError(
             f"schedule {type(schedule).__name__} returned {delay!r:.80} as a delay; it must return a number of seconds"
         )
@@ -327,9 +330,10 @@ def _add_approval(approved: list[float], after: float, until: float, density: Se
         (density[k] + _NO_OPINION) * (min(until, _EDGES[k + 1]) - max(after, _EDGES[k])) for k in range(first, last + 1)
     ]
     total = sum(parts)
-    for k, part in enumerate(parts, first - _REACH):
-        for neighbour, weight in enumerate(_KERNEL, k):
-            approved[min(max(neighbour, 0), _BINS - 1)] += weight * part / total
+    for k, part in enumerate(parts, first):
+        share = part / total
+        for neighbour, weight in _SMEARED[k]:
+            approved[neighbour] += weight * share
 
 
 def _add_pending(pending: list[float], after: float) -> None:

@@ -254,18 +254,15 @@ class _Call:
 async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:
     """Read a body; None where it is larger than that, after decompression. The connection is then closed."""
     content = response.content
-    body = await content.readany()
-    if content.at_eof():
-        return body if len(body) <= max_body else None
-    chunks = [body]
-    size = len(body)
+    chunks: list[bytes] = []
+    size = 0
     while chunk := await content.readany():
-        chunks.append(chunk)
         size += len(chunk)
-        if size > max_body:
+        if size > max_body:  # the first one too: compressed, it may be a little of the wire and much of a body
             response.close()
             return None
-    return b"".join(chunks)
+        chunks.append(chunk)
+    return b"".join(chunks)  # of a single chunk no copy
 
 
 def _worth_repeating(error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:

@@ -257,7 +257,7 @@ class Sandbox:
         self._store.forget(operation_id)
         self._cancel_approval(operation_id)
 
-    def tamper(self, operation_id: str, **fields: object) -> None:
+    def tamper(self, operation_id: str, /, **fields: object) -> None:
         """Make ``GET`` of an operation lie, to test how a client takes it.
 
         Only that answer changes, not `operations` and not the pending list. Each call replaces the lies before;

@@ -1,0 +1,22 @@
+"""Where the command ``aiokeyless`` and ``python -m aiokeyless`` begin; whether its extra is installed is asked here.
+
+The command line itself is in cli.py, which is imported here and nowhere else.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Run the command line; return its exit code."""
+    try:
+        from .cli import run  # noqa: PLC0415  # needs the extra
+    except ModuleNotFoundError as error:
+        if error.name not in {"cyclopts", "rich"}:
+            raise
+        sys.stderr.write('aiokeyless: the command line is an extra: pip install "aiokeyless[cli]"\n')
+        return 1
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Benchmarks of aiokeyless against what people would use instead: ``python -m benchmarks``."""

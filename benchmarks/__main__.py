@@ -1,0 +1,111 @@
+"""The command line: ``python -m benchmarks [NAME ...] [--quick] [--json PATH] [--save]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from . import suite
+from .bench import Bench, Effort
+from .report import CannotMeasureError, Report
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from .report import Json
+
+RESULTS: Final = Path(__file__).parent / "results" / "results.json"
+_PACKAGES: Final = ("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio")
+
+
+def main() -> int:
+    """Run the benchmarks that were asked for; 1 where one of them could not measure."""
+    modules = {name: importlib.import_module(f"{suite.__name__}.{name}") for name in _names()}
+    parser = _parser(modules)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - modules.keys():
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(modules)}")
+    bench = Bench(Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL)
+    reports = {name: _run(name, modules[name], bench) for name in arguments.names or modules}
+    print(_machine_text())
+    for report in reports.values():
+        print(f"\n{report.text()}")
+    for path in [arguments.json] * (arguments.json is not None) + [RESULTS] * arguments.save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_data(bench, reports), indent=1) + "\n")
+    return 1 if any(not report.tables for report in reports.values()) else 0
+
+
+def _names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(suite.__path__))
+
+
+def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:10} {(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Benchmarks of aiokeyless; all of them, or those that are named.",
+        epilog=f"benchmarks:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds: a minute in all")
+    effort.add_argument("--smoke", action="store_true", help="tiny sizes: the figures mean nothing")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw numbers there")
+    parser.add_argument("--save", action="store_true", help="write the raw numbers to benchmarks/results/results.json")
+    return parser
+
+
+def _run(name: str, module: ModuleType, bench: Bench) -> Report:
+    bench.say(f"{name}: begins")
+    started = time.perf_counter()
+    try:
+        report: Report = module.run(bench)
+    except CannotMeasureError as error:
+        report = Report(f"{name}: not measured", notes=[str(error)])
+    bench.say(f"{name}: done in {time.perf_counter() - started:.0f} s")
+    return report
+
+
+def _machine() -> dict[str, Json]:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "load": load,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def _machine_text() -> str:
+    facts = _machine()
+    versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
+    return (
+        f"{facts['date']}: Python {facts['python']} on {facts['system']}, {facts['cores']} cores, load {facts['load']}"
+        f"\n{versions}"
+    )
+
+
+def _data(bench: Bench, reports: dict[str, Report]) -> dict[str, Json]:
+    return {
+        "machine": _machine(),
+        "effort": bench.effort,
+        "benchmarks": {name: report.data() for name, report in reports.items()},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a benchmark is given to measure with: how much to do, a fresh process, a place for progress, paired runs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from .report import CannotMeasureError, Spread
+from .server import pin, split_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Effort(StrEnum):
+    """How much is done: all of it, a minute's worth, or just enough to see that it runs."""
+
+    FULL = "full"
+    QUICK = "quick"
+    SMOKE = "smoke"
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One run of the benchmarks."""
+
+    effort: Effort
+
+    def pick(self, *, full: T, quick: T, smoke: T) -> T:
+        """Return the size that belongs to the effort."""
+        return {Effort.FULL: full, Effort.QUICK: quick, Effort.SMOKE: smoke}[self.effort]
+
+    def say(self, text: str) -> None:
+        """Show progress on stderr."""
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    def apart(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function of a module in a fresh interpreter, on the clients' core.
+
+        Raises:
+            CannotMeasureError: The function raised it, or its process died, as for want of memory.
+        """
+        clients, _ = split_cores()
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=pin, initargs=(clients,)) as pool:
+            try:
+                return pool.submit(function, *args, **kwargs).result()
+            except BrokenProcessPool as error:
+                raise CannotMeasureError("the process that measured died") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Two things measured in turn, each pair under the same weather."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> Spread:
+        """Ours over theirs, pair by pair."""
+        return Spread.of([a / b for a, b in zip(self.ours, self.theirs, strict=True)])
+
+
+def order(variants: list[T], round_number: int) -> list[T]:
+    """Return the order of a round: forwards and backwards in turn, so that none always comes first."""
+    return variants if round_number % 2 == 0 else variants[::-1]

@@ -1,0 +1,98 @@
+"""What a benchmark hands back: tables for people, goals to be judged by, raw numbers for machines.
+
+Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass, field
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class CannotMeasureError(Exception):
+    """The number that would come out would not be what it claims to be; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of repeated measurements, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Summarize; a single value has no spread."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def text(self, digits: int) -> str:
+        """Write ``median [quartile, quartile]``."""
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text under columns."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Write it with aligned columns: names to the left, figures to the right."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        lines = [self.title]
+        for row in [self.columns, ["-" * width for width in widths], *self.rows]:
+            first, *rest = (
+                cell.rjust(width) if k else cell.ljust(width)
+                for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            lines.append("  ".join([first, *rest]).rstrip())
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A figure that is to be reached. The figure is None where it could not be measured."""
+
+    what: str
+    at_most: float
+    figure: float | None
+    unit: str = ""
+
+    def text(self) -> str:
+        """Write it as one line with its verdict."""
+        limit = f"{self.what}: at most {self.at_most:g}{self.unit}"
+        if self.figure is None:
+            return f"[  ?   ] {limit}; not measured"
+        verdict = "reached" if self.figure <= self.at_most else "MISSED"
+        return f"[{verdict:^7}] {limit}; is {self.figure:.4g}{self.unit}"
+
+
+@dataclass(slots=True)
+class Report:
+    """The results of one benchmark."""
+
+    title: str
+    tables: list[Table] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    raw: dict[str, Json] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """Write it all, for a terminal."""
+        parts = [f"== {self.title}", *(table.text() for table in self.tables)]
+        lines = [goal.text() for goal in self.goals] + [f"note: {note}" for note in self.notes]
+        return "\n\n".join(parts + (["\n".join(lines)] if lines else []))
+
+    def data(self) -> dict[str, Json]:
+        """Return it as plain data."""
+        data: dict[str, Json] = dataclasses.asdict(self)
+        return data

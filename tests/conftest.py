@@ -1,0 +1,33 @@
+"""What all tests share: a sandbox and a client for it, from the plugin that users get, and a clock that moves."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+# looptime asks for the current loop before tests that have none, too. Unless told that there is none, asyncio makes
+# one, which nobody closes.
+asyncio.set_event_loop(None)
+
+
+@pytest.fixture
+def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
+    return keyless_sandbox
+
+
+@pytest.fixture
+def client(keyless_client: KeylessClient) -> KeylessClient:
+    return keyless_client
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests must not depend on the key of whoever runs them."""
+    for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,170 @@
+"""A server on loopback that answers with any bytes, or with none, and tells what it was sent: for the tests of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+
+
+class RawServer:
+    """Answers each request with the next of its answers, with the last one from then on.
+
+    Bytes are sent as they are and the connection is closed; a handler is given the streams, and the connection is
+    closed when it returns.
+    """
+
+    def __init__(self, *answers: bytes | Handler) -> None:
+        self._answers = list(answers)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.url = ""
+        self.heads: list[bytes] = []
+        self.bodies: list[bytes] = []
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open now."""
+        return len(self._tasks)
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            # The client leaves whenever it likes; that is no failure of the server's.
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = _LENGTH.search(head)
+                body = await reader.readexactly(int(length[1])) if length else b""
+                self.heads.append(head)
+                self.bodies.append(body)
+                answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+                if isinstance(answer, bytes):
+                    writer.write(answer)
+                    await writer.drain()
+                else:
+                    await answer(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+def answer(body: bytes = b"", *headers: bytes, status: bytes = b"200 OK", length: int | None = None) -> bytes:
+    """Build the bytes of an answer, as a rule of a right one."""
+    size = b"Content-Length: %d" % (len(body) if length is None else length)
+    return b"\r\n".join([b"HTTP/1.1 " + status, size, *headers, b"", body])
+
+
+def operation(**fields: object) -> bytes:
+    """Build the body of a right answer to `get_operation`, with other fields where they are given."""
+    plain = {
+        "id": 1,
+        "timestamp": "2020-01-02T03:04:05.68",
+        "nodeId": "n",
+        "userId": "C0FFEE",
+        "apiKey": "sdk-key",
+        "operationId": "a",
+        "result": False,
+        "state": "pending",
+    }
+    return msgspec.json.encode(plain | fields)
+
+
+async def hang(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+    """Answer nothing, until the client leaves."""
+    await reader.read()
+
+
+def then_hang(start: bytes) -> Handler:
+    """Answer the start of something, and no more."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(start)
+        await hang(reader, writer)
+
+    return handler
+
+
+def drip(start: bytes, drop: bytes, every: float = 0.25) -> Handler:
+    """Answer without end, a drop at a time."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(start)
+        while not reader.at_eof():
+            writer.write(drop)
+            await writer.drain()
+            await asyncio.sleep(every)
+
+    return handler
+
+
+async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Reset the connection."""
+    peer: socket.socket = writer.get_extra_info("socket")
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@contextlib.contextmanager
+def unanswered() -> Iterator[str]:
+    """Give the URL of a host to which nobody can connect, and who does not refuse either."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):  # the queue of a listener who accepts nobody is full then
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)  # noqa: FBT003  # the socket's own way
+            caller.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def refused() -> str:
+    """Give the URL of a port at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until what other tasks do has come about; the loop's clock stands still."""
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it never came about")
+
+
+def now() -> float:
+    """Return the loop's time."""
+    return asyncio.get_running_loop().time()

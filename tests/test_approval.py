@@ -1,0 +1,292 @@
+"""The verdict on one answer: what counts as approved, and everything that claims it and does not."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiokeyless.approval import Distrust, Verdict, WaitRecord, distrusted, judge, timed_out, unknown
+from aiokeyless.errors import (
+    ApprovalError,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    InconsistentOperationError,
+    OperationMismatchError,
+    ServerError,
+)
+from aiokeyless.models import ApprovalTicket, Operation, Secret, payload_digest
+
+KEY = "sdk-key-0123456789"
+PAYLOAD = "Approve wire transfer of $500"
+EXTERNAL = "someone@example.com"
+
+
+def operation(**changed: Any) -> Operation:
+    fields: dict[str, Any] = {
+        "id": 1,
+        "timestamp": "2020-01-02T03:04:05.68",
+        "node_id": "node",
+        "user_id": "0123456789ABCDEF",
+        "api_key": Secret(KEY),
+        "external_user_id": EXTERNAL,
+        "operation_id": "txn-1",
+        "operation_payload": PAYLOAD,
+        "result": True,
+        "state": "approved",
+    }
+    return Operation(**fields | changed)
+
+
+def ticket(*, payload: str | None = PAYLOAD, **changed: Any) -> ApprovalTicket:
+    fields: dict[str, Any] = {
+        "operation_id": "txn-1",
+        "user_id": "0123456789ABCDEF",
+        "external_user_id": EXTERNAL,
+        "payload_sha256": payload_digest(payload),
+        "created_at": datetime(2026, 11, 24, 12, tzinfo=UTC),
+        "expires_at": datetime(2026, 11, 24, 12, 2, tzinfo=UTC),
+    }
+    return ApprovalTicket(**fields | changed)
+
+
+with_or_without_ticket = pytest.mark.parametrize("known", [None, ticket()], ids=["id", "ticket"])
+pending_too = pytest.mark.parametrize(
+    ("state", "result"), [("approved", True), ("pending", False), ("pending", True), ("approved", False)]
+)
+
+
+# -- state and result
+
+
+@pytest.mark.parametrize(
+    ("state", "result", "verdict"),
+    [
+        ("approved", False, InconsistentOperationError),
+        ("denied", False, InconsistentOperationError),
+        ("denied", True, InconsistentOperationError),
+        ("Approved", True, InconsistentOperationError),
+        ("approved ", True, InconsistentOperationError),
+        ("PENDING", False, InconsistentOperationError),
+        ("", True, InconsistentOperationError),
+        ("pending", False, Verdict.PENDING),
+        ("pending", True, Verdict.PENDING),
+        ("approved", True, Verdict.APPROVED),
+    ],
+)
+@with_or_without_ticket
+def test_only_approved_with_result_true_is_an_approval(
+    known: ApprovalTicket | None, state: str, result: bool, verdict: Verdict | type[ApprovalError]
+) -> None:
+    got = judge(operation(state=state, result=result), "txn-1", known)
+    assert (got.error if isinstance(got, Distrust) else got) is verdict
+
+
+@pytest.mark.parametrize("result", [1, "true", [True], 1.0])
+def test_a_result_that_is_only_truthy_approves_nothing(result: object) -> None:
+    assert isinstance(judge(operation(result=result), "txn-1"), Distrust)
+
+
+# -- the right operation
+
+
+@pytest.mark.parametrize("other", ["txn-2", "", "TXN-1", "txn-1 ", "txn-10"])
+@pending_too
+@with_or_without_ticket
+def test_an_answer_about_another_operation_is_a_mismatch_in_any_state(
+    known: ApprovalTicket | None, state: str, result: bool, other: str
+) -> None:
+    got = judge(operation(operation_id=other, state=state, result=result), "txn-1", known)
+    assert got == Distrust(OperationMismatchError, f"the answer is about operation {other!r}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "known", "reason"),
+    [
+        ({"user_id": "FEDC"}, ticket(), "user"),
+        ({"user_id": ""}, ticket(), "user"),
+        ({"user_id": "0123456789ABCDE"}, ticket(), "user"),
+        ({"operation_payload": "Approve wire transfer of $5000"}, ticket(), "payload"),
+        ({"operation_payload": PAYLOAD + " "}, ticket(), "payload"),
+        ({"operation_payload": PAYLOAD.upper()}, ticket(), "payload"),
+        ({"operation_payload": None}, ticket(), "payload"),
+        ({"operation_payload": ""}, ticket(), "payload"),
+        ({}, ticket(payload=None), "payload"),
+        ({}, ticket(payload=""), "payload"),
+        ({"operation_payload": "\ud800"}, ticket(), "payload"),
+        ({"external_user_id": "another@example.com"}, ticket(), "external user id"),
+        ({"external_user_id": EXTERNAL.upper()}, ticket(), "external user id"),
+        ({"external_user_id": None}, ticket(), "external user id"),
+        ({"external_user_id": ""}, ticket(), "external user id"),
+    ],
+)
+@pending_too
+def test_whatever_contradicts_the_ticket_is_a_mismatch_in_any_state(
+    state: str, result: bool, changed: dict[str, Any], known: ApprovalTicket, reason: str
+) -> None:
+    got = judge(operation(**changed, state=state, result=result), "txn-1", known)
+    assert isinstance(got, Distrust)
+    assert got.error is OperationMismatchError
+    assert reason in got.reason
+    assert PAYLOAD not in got.reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "known"),
+    [
+        ({"user_id": "0123456789abcdef"}, ticket()),
+        ({}, ticket(user_id="0123456789abcdef")),
+        ({"operation_payload": None}, ticket(payload=None)),
+        ({"operation_payload": ""}, ticket(payload=None)),
+        ({"operation_payload": None}, ticket(payload="")),
+        ({"external_user_id": None}, ticket(external_user_id=None)),
+        ({"external_user_id": ""}, ticket(external_user_id=None)),
+        ({"external_user_id": None}, ticket(external_user_id="")),
+        ({}, ticket(external_user_id=None)),
+        ({}, ticket(external_user_id="")),
+    ],
+    ids=[
+        "user id in lower case",
+        "ticket in lower case",
+        "no payload",
+        "empty payload, none wanted",
+        "no payload, empty wanted",
+        "no external id",
+        "empty external id, none wanted",
+        "no external id, empty wanted",
+        "external id, none wanted",
+        "external id, empty wanted",
+    ],
+)
+def test_what_means_the_same_as_the_ticket_agrees_with_it(changed: dict[str, Any], known: ApprovalTicket) -> None:
+    assert judge(operation(**changed), "txn-1", known) is Verdict.APPROVED
+    assert judge(operation(**changed, state="pending"), "txn-1", known) is Verdict.PENDING
+
+
+def test_a_bare_id_asks_for_nothing_but_the_id() -> None:
+    other = operation(user_id="FF", operation_payload="other", external_user_id="other")
+    assert judge(other, "txn-1") is Verdict.APPROVED
+
+
+some = st.sampled_from
+users = some(["AB", "ab", "AC", "", "ß", "SS"])
+payloads = some([None, "", "a", "b", "\ud800"])
+externals = some([None, "", "x", "y"])
+
+
+@given(
+    got=st.builds(
+        operation,
+        operation_id=some(["txn-1", "txn-2", ""]),
+        user_id=users,
+        operation_payload=payloads,
+        external_user_id=externals,
+        state=some(["approved", "approved", "pending", "denied", ""]) | st.text(max_size=3),
+        result=some([True, True, False]),
+    ),
+    known=st.none() | st.builds(ticket, user_id=users, payload=payloads, external_user_id=externals),
+)
+def test_approved_only_if_everything_agrees(got: Operation, known: ApprovalTicket | None) -> None:
+    agrees = got.operation_id == "txn-1" and (
+        known is None
+        or (
+            got.user_id.upper() == known.user_id.upper()
+            and payload_digest(got.operation_payload) == known.payload_sha256
+            and (not known.external_user_id or got.external_user_id == known.external_user_id)
+        )
+    )
+    verdict = judge(got, "txn-1", known)
+    assert (verdict is Verdict.APPROVED) is (agrees and got.state == "approved" and got.result is True)
+    assert (verdict is Verdict.PENDING) is (agrees and got.state == "pending")
+    if isinstance(verdict, Distrust):
+        assert (verdict.error is OperationMismatchError) is not agrees
+        assert verdict.reason.isprintable()
+
+
+# -- the errors that end a wait
+
+
+def record(**changed: Any) -> WaitRecord:
+    fields: dict[str, Any] = {
+        "operation_id": "txn-1",
+        "last_operation": operation(state="pending", result=False),
+        "last_error": ServerError(status=503, method="GET", path="/v2/operations/txn-1"),
+        "polls": 7,
+        "elapsed": 120.04,
+        "ticket": ticket(),
+    }
+    return WaitRecord(**fields | changed)
+
+
+ERRORS = [
+    pytest.param(timed_out, ApprovalTimeoutError, id="timed out"),
+    pytest.param(unknown, ApprovalUnknownError, id="unknown"),
+    pytest.param(
+        lambda told: distrusted(Distrust(OperationMismatchError, "mixed up"), told),
+        OperationMismatchError,
+        id="mismatch",
+    ),
+    pytest.param(
+        lambda told: distrusted(Distrust(InconsistentOperationError, "odd"), told),
+        InconsistentOperationError,
+        id="inconsistent",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "kind"), ERRORS)
+def test_an_error_carries_all_that_is_known_of_the_wait(make: Any, kind: type[ApprovalError]) -> None:
+    told = record()
+    error = make(told)
+    assert type(error) is kind
+    assert vars(error) == told._asdict()
+
+
+@pytest.mark.parametrize(("make", "kind"), ERRORS)
+def test_a_message_names_the_operation_in_one_line_and_shows_no_payload(make: Any, kind: type[ApprovalError]) -> None:
+    for operation_id in ("txn-1", "a\u2028b\x85", "'\"\\", "x" * 512):
+        message = str(make(record(operation_id=operation_id)))
+        assert repr(operation_id) in message
+        assert message.isprintable()
+        assert PAYLOAD not in message
+        assert KEY not in f"{message} {pickle.dumps(make(record()))!r}"
+    assert issubclass(kind, ApprovalError)
+
+
+@pytest.mark.parametrize(
+    "hostile", ["x" * 10_000, "a\nb\u2028\x1b[31m\u202e", "\ud800"], ids=["long", "odd", "surrogate"]
+)
+@pytest.mark.parametrize("field", ["operation_id", "user_id", "operation_payload", "external_user_id", "state"])
+def test_a_hostile_answer_makes_no_long_or_unprintable_message(field: str, hostile: str) -> None:
+    got = judge(operation(**{field: hostile}), "txn-1", ticket())
+    assert isinstance(got, Distrust)
+    message = str(distrusted(got, record()))
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
+    assert str(timed_out(record())) == (
+        "operation 'txn-1' was still pending after 120.0 s and 7 polls; a timeout is not a denial: it can still be "
+        "approved, look again with get_operation"
+    )
+    assert "was still missing after" in str(timed_out(record(last_operation=None)))
+
+
+def test_an_unanswered_final_look_says_that_nobody_knows() -> None:
+    assert str(unknown(record())) == (
+        "operation 'txn-1': time is up after 120.0 s and 7 polls, and the final look got no answer; approved or not, "
+        "nobody knows: look again with get_operation before you repeat it"
+    )
+
+
+def test_what_is_not_to_be_trusted_is_to_be_treated_as_refused() -> None:
+    got = judge(operation(result=False), "txn-1")
+    assert isinstance(got, Distrust)
+    assert str(distrusted(got, record())) == (
+        "operation 'txn-1' is not to be trusted: its state is 'approved', but its result is false; treat it as refused"
+    )

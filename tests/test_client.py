@@ -1,0 +1,575 @@
+"""The face: arguments, the environment, opening and closing, and the five ways to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import math
+import subprocess
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_fixed
+
+import aiokeyless
+from aiokeyless import (
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUpdate,
+    ClientClosedError,
+    ConfigurationError,
+    InvalidIdentifierError,
+    KeylessClient,
+    NotFoundError,
+    Operation,
+    Region,
+    wait_adaptive,
+)
+
+if TYPE_CHECKING:
+    from aiokeyless.sandbox import Sandbox
+
+USER = "0123456789ABCDEF"
+KEY = "the-secret-key"
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class TestConstruction:
+    def test_it_can_be_made_where_no_loop_runs(self) -> None:
+        assert KeylessClient(KEY).statistics.waiting == 0
+
+    def test_the_key_comes_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KEYLESS_API_KEY", " from-the-environment\n")
+        assert KeylessClient()._api_key == "from-the-environment"
+
+    @pytest.mark.parametrize("value", [None, ""])
+    def test_no_key_is_an_error_that_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+        if value is not None:
+            monkeypatch.setenv("KEYLESS_API_KEY", value)
+        with pytest.raises(ConfigurationError, match="KEYLESS_API_KEY"):
+            KeylessClient()
+
+    @pytest.mark.parametrize("key", ["", "  ", "käy", "a\nb", "a\x00b"])
+    def test_a_key_that_cannot_be_sent_is_refused(self, key: str) -> None:
+        with pytest.raises(ConfigurationError, match="api_key"):
+            KeylessClient(key)
+
+    def test_the_region_is_europe_by_default(self) -> None:
+        assert repr(KeylessClient(KEY)) == "<KeylessClient region='eu'>"
+
+    def test_the_region_comes_from_the_argument_before_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KEYLESS_REGION", "us")
+        assert repr(KeylessClient(KEY)) == "<KeylessClient region='us'>"
+        assert repr(KeylessClient(KEY, region=Region.SG)) == "<KeylessClient region='sg'>"
+
+    def test_an_empty_region_in_the_environment_counts_as_unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KEYLESS_REGION", "")
+        monkeypatch.setenv("KEYLESS_BASE_URL", "")
+        assert repr(KeylessClient(KEY)) == "<KeylessClient region='eu'>"
+
+    def test_the_base_url_wins_over_the_region(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KEYLESS_BASE_URL", "https://gw.example/keyless/")
+        assert repr(KeylessClient(KEY, region="us")) == "<KeylessClient base_url='https://gw.example/keyless'>"
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            ({"region": "mars"}, "region"),
+            ({"region": ""}, "region"),
+            ({"base_url": "http://api.keyless.io"}, "base_url"),
+            ({"base_url": ""}, "base_url"),
+            ({"session": object()}, "session"),
+            ({"request_timeout": 0}, "request_timeout"),
+            ({"request_timeout": -1}, "request_timeout"),
+            ({"request_timeout": math.nan}, "request_timeout"),
+            ({"request_timeout": math.inf}, "request_timeout"),
+            ({"request_timeout": "10"}, "request_timeout"),
+            ({"request_timeout": True}, "request_timeout"),
+            ({"max_attempts": 0}, "max_attempts"),
+            ({"max_attempts": 2.5}, "max_attempts"),
+            ({"max_attempts": True}, "max_attempts"),
+            ({"max_in_flight": 0}, "max_in_flight"),
+            ({"schedule": 2}, "schedule"),
+            ({"schedule": wait_fixed}, "schedule"),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_argument_is_named(self, arguments: dict[str, Any], name: str) -> None:
+        with pytest.raises(ConfigurationError, match=name):
+            KeylessClient(KEY, **arguments)
+
+    def test_the_repr_shows_no_key(self) -> None:
+        assert KEY not in repr(KeylessClient(KEY))
+
+
+class TestOpeningAndClosing:
+    async def test_it_closes_with_async_with(self, sandbox: Sandbox) -> None:
+        async with sandbox.client() as client:
+            assert await client.get_pending_operations(USER) == []
+        assert repr(client).endswith(" closed>")
+        with pytest.raises(ClientClosedError):
+            await client.get_pending_operations(USER)
+        with pytest.raises(ClientClosedError):
+            async with client:
+                pass
+
+    async def test_closing_twice_is_harmless(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        await client.get_pending_operations(USER)
+        await client.aclose()
+        await client.aclose()
+
+    async def test_closing_one_that_was_never_used_is_harmless(self) -> None:
+        await KeylessClient(KEY).aclose()
+
+    async def test_everything_raises_once_it_is_closed(self, client: KeylessClient) -> None:
+        await client.aclose()
+        for call in (
+            client.create_operation(USER),
+            client.get_operation("op"),
+            client.wait_for_approval("op"),
+            client.request_approval(USER),
+            anext(client.watch_approval("op")),
+            anext(client.wait_for_approvals(["op"])),
+        ):
+            with pytest.raises(ClientClosedError):
+                await call
+
+    def test_it_belongs_to_the_loop_of_its_first_use(self) -> None:
+        client = KeylessClient(KEY, base_url="http://127.0.0.1:9")
+
+        async def use() -> None:
+            async with client:
+                pass
+
+        async def hold() -> None:
+            await client.__aenter__()
+
+        first = asyncio.new_event_loop()
+        try:
+            first.run_until_complete(hold())
+            for coroutine in (client.get_operation("op"), client.wait_for_approval("op"), client.aclose(), use()):
+                with pytest.raises(ConfigurationError, match="event loop"):
+                    asyncio.run(coroutine)
+            first.run_until_complete(client.aclose())
+        finally:
+            first.close()
+
+    async def test_dropped_without_closing_it_warns(self, sandbox: Sandbox) -> None:
+        async with aiohttp.ClientSession() as session:
+            client = sandbox.client(session=session)
+            await client.get_pending_operations(USER)
+            holder = [client]
+            del client
+            with pytest.warns(ResourceWarning, match="unclosed <KeylessClient"):
+                holder.clear()
+
+    def test_dropped_without_use_it_does_not_warn(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            KeylessClient(KEY)
+            gc.collect()
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            ({"timeout": 0}, "timeout"),
+            ({"timeout": -1}, "timeout"),
+            ({"timeout": math.nan}, "timeout"),
+            ({"timeout": "10"}, "timeout"),
+            ({"timeout": False}, "timeout"),
+            ({"schedule": 2}, "schedule"),
+            ({"if_missing": "ignore"}, "if_missing"),
+            ({"if_missing": None}, "if_missing"),
+            ({"target": 5}, "target"),
+            ({"target": None}, "target"),
+            ({"target": ""}, "operation_id"),
+            ({"target": ".."}, "operation_id"),
+            ({"target": "a\nb"}, "operation_id"),
+        ],
+        ids=str,
+    )
+    async def test_a_wrong_argument_of_a_wait_is_named_before_anything_is_sent(
+        self, sandbox: Sandbox, client: KeylessClient, arguments: dict[str, Any], name: str
+    ) -> None:
+        target = arguments.pop("target", "op")
+        with pytest.raises(ConfigurationError, match=name):
+            await client.wait_for_approval(target, **arguments)
+        with pytest.raises(ConfigurationError, match=name):
+            client.watch_approval(target, **arguments)
+        with pytest.raises(ConfigurationError, match=name):
+            client.wait_for_approvals([target], **arguments)
+        assert sandbox.requests == []
+
+    @pytest.mark.parametrize("targets", ["op", b"op"])
+    async def test_a_single_target_is_not_many(self, client: KeylessClient, targets: Any) -> None:
+        with pytest.raises(ConfigurationError, match="targets"):
+            client.wait_for_approvals(targets)
+
+    async def test_a_single_ticket_is_not_many(self, client: KeylessClient) -> None:
+        ticket = await client.create_operation(USER)
+        with pytest.raises(ConfigurationError, match="targets"):
+            client.wait_for_approvals(ticket)  # type: ignore[arg-type]  # that is the mistake
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            ({"user_id": "xyz"}, "user_id"),
+            ({"user_id": ""}, "user_id"),
+            ({"user_id": 5}, "user_id"),
+            ({"operation_id": ""}, "operation_id"),
+            ({"operation_id": "."}, "operation_id"),
+            ({"operation_payload": 5}, "operation_payload"),
+            ({"operation_payload": "\ud800"}, "operation_payload"),
+            ({"external_user_id": 5}, "external_user_id"),
+            ({"expires_in": 0}, "expires_in"),
+            ({"expires_in": math.inf}, "expires_in"),
+            ({"expires_in": 1e300}, "expires_in"),
+            ({"expires_in": 1e12}, "expires_in"),
+            ({"expires_in": None}, "expires_in"),
+        ],
+        ids=str,
+    )
+    async def test_a_wrong_argument_of_a_create_is_named_before_anything_is_sent(
+        self, sandbox: Sandbox, client: KeylessClient, arguments: dict[str, Any], name: str
+    ) -> None:
+        user_id = arguments.pop("user_id", USER)
+        for method in (client.create_operation, client.request_approval):
+            with pytest.raises(ConfigurationError, match=name):
+                await method(user_id, **arguments)
+        assert sandbox.requests == []
+
+    async def test_on_poll_must_be_callable_before_anything_is_sent(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        with pytest.raises(ConfigurationError, match="on_poll"):
+            await client.wait_for_approval("op", on_poll=5)  # type: ignore[arg-type]  # that is the mistake
+        with pytest.raises(ConfigurationError, match="on_poll"):
+            await client.request_approval(USER, on_poll=5)  # type: ignore[arg-type]  # that is the mistake
+        assert sandbox.requests == []
+
+    async def test_ids_that_cannot_be_sent_are_refused_by_the_single_calls(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        with pytest.raises(InvalidIdentifierError):
+            await client.get_operation("")
+        with pytest.raises(InvalidIdentifierError):
+            await client.get_pending_operations("not hex")
+        assert sandbox.requests == []
+
+
+@pytest.mark.looptime
+class TestTheWayThrough:
+    async def test_create_wait_be_sure(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await client.create_operation(USER, operation_payload="Pay 40", external_user_id="alice")
+        assert [p.operation_id for p in await client.get_pending_operations(USER)] == [ticket.operation_id]
+        asyncio.get_running_loop().call_later(8, sandbox.approve, ticket.operation_id)
+        operation = await client.wait_for_approval(ticket)
+        assert operation == await client.get_operation(ticket.operation_id)
+        assert operation.is_approved
+        assert operation.operation_payload == "Pay 40"
+        assert await client.get_pending_operations(USER) == []
+
+    async def test_a_ticket_is_resumed_in_another_process(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        text = (await client.create_operation(USER, operation_payload="Pay 40")).to_json()
+        async with sandbox.client() as other:
+            asyncio.get_running_loop().call_later(8, lambda: sandbox.approve(next(iter(sandbox.operations))))
+            assert (await other.wait_for_approval(ApprovalTicket.from_json(text))).is_approved
+
+    async def test_request_approval_creates_and_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        sandbox._auto_approve = 5.0
+        updates: list[ApprovalUpdate] = []
+        operation = await client.request_approval(
+            USER.lower(),
+            operation_id="op",
+            operation_payload="Pay 40",
+            external_user_id="alice",
+            expires_in=60,
+            on_poll=updates.append,
+        )
+        assert operation.is_approved
+        assert (operation.user_id, operation.operation_id) == (USER, "op")
+        assert (operation.operation_payload, operation.external_user_id) == ("Pay 40", "alice")
+        assert updates[-1].operation is operation
+
+    async def test_request_approval_ends_when_the_operation_expires(self, client: KeylessClient) -> None:
+        start = now()
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.request_approval(USER, expires_in=30)
+        assert now() - start == pytest.approx(30)
+        assert caught.value.ticket is not None
+
+
+@pytest.mark.looptime
+class TestWatching:
+    async def test_one_update_a_poll_the_last_one_approved(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(3, sandbox.approve, "op")
+        updates = [update async for update in client.watch_approval("op", schedule=wait_fixed(2))]
+        assert [update.polls for update in updates] == [1, 2, 3]
+        approved = [update.operation is not None and update.operation.is_approved for update in updates]
+        assert approved == [False, False, True]
+
+    async def test_it_raises_what_the_wait_would(self, client: KeylessClient) -> None:
+        with pytest.raises(NotFoundError):
+            await anext(client.watch_approval("nobody-made-it"))
+
+    async def test_a_break_frees_the_wait(self, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        async for _ in client.watch_approval("op"):
+            assert client.statistics.waiting == 1
+            break
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert client.statistics.waiting == 0
+
+    async def test_aclose_frees_the_wait(self, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        updates = client.watch_approval("op")
+        await anext(updates)
+        await updates.aclose()
+        assert client.statistics.waiting == 0
+
+    async def test_looks_go_on_while_the_reader_is_slow(self, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        start = now()
+        elapsed = []
+        async with contextlib.aclosing(client.watch_approval("op", schedule=wait_fixed(2), timeout=5)) as updates:
+            for _ in range(4):
+                elapsed.append((await anext(updates)).elapsed)
+                await asyncio.sleep(10)
+            with pytest.raises(ApprovalTimeoutError):
+                await anext(updates)
+        assert elapsed == pytest.approx([0, 2, 4, 5])
+        assert now() - start == pytest.approx(40)
+
+    async def test_cancelling_the_reader_frees_the_wait(self, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+
+        async def read() -> None:
+            async for _ in client.watch_approval("op"):
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert client.statistics.waiting == 0
+
+    async def test_an_iterator_that_never_began_holds_nothing(self, client: KeylessClient) -> None:
+        updates = client.watch_approval("op")
+        await updates.aclose()
+        assert client.statistics.waiting == 0
+
+    async def test_it_can_be_read_by_one_task_and_closed_by_another(self, client: KeylessClient) -> None:
+        """No cancel scope is held open across a yield: that would be an error here."""
+        await client.create_operation(USER, operation_id="op")
+        updates = client.watch_approval("op")
+        await asyncio.create_task(anext(updates))
+        await asyncio.create_task(updates.aclose())
+
+
+@pytest.mark.looptime
+class TestManyWaits:
+    async def test_outcomes_come_in_the_order_in_which_the_waits_end(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        for number in range(3):
+            await client.create_operation(USER, operation_id=f"op{number}")
+        for number, at in ((0, 9), (1, 3), (2, 6)):
+            asyncio.get_running_loop().call_later(at, sandbox.approve, f"op{number}")
+        targets = (f"op{number}" for number in range(3))
+        outcomes = [outcome async for outcome in client.wait_for_approvals(targets, schedule=wait_fixed(1))]
+        assert [outcome.operation_id for outcome in outcomes] == ["op1", "op2", "op0"]
+        assert all(outcome.operation is not None and outcome.error is None for outcome in outcomes)
+
+    async def test_one_that_fails_does_not_end_the_others(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(3, sandbox.approve, "op")
+        outcomes = [outcome async for outcome in client.wait_for_approvals(["op", "nobody-made-it"])]
+        assert [outcome.operation_id for outcome in outcomes] == ["nobody-made-it", "op"]
+        assert isinstance(outcomes[0].error, NotFoundError)
+        assert outcomes[0].operation is None
+        assert isinstance(outcomes[1].operation, Operation)
+
+    async def test_a_target_given_twice_has_two_outcomes(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await client.create_operation(USER, operation_id="op")
+        sandbox.approve("op")
+        outcomes = [outcome async for outcome in client.wait_for_approvals([ticket, "op", "op"])]
+        assert [outcome.operation_id for outcome in outcomes] == ["op"] * 3
+
+    async def test_no_target_has_no_outcome(self, client: KeylessClient) -> None:
+        assert [outcome async for outcome in client.wait_for_approvals([])] == []
+
+    async def test_a_wait_that_cannot_begin_has_its_outcome_too(self, client: KeylessClient) -> None:
+        class Broken(wait_adaptive):
+            def __call__(self, retry_state: object) -> float:
+                raise ZeroDivisionError
+
+        ticket = await client.create_operation(USER)
+        outcomes = [outcome async for outcome in client.wait_for_approvals([ticket], schedule=Broken())]
+        assert isinstance(outcomes[0].error, ConfigurationError)
+
+    async def test_a_break_frees_all_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        for number in range(5):
+            await client.create_operation(USER, operation_id=f"op{number}")
+        sandbox.approve("op3")
+        async for outcome in client.wait_for_approvals([f"op{number}" for number in range(5)]):
+            assert outcome.operation_id == "op3"
+            break
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert client.statistics.waiting == 0
+
+    async def test_waits_that_end_as_the_iterator_closes_are_not_missed_noisily(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        failures: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
+        await client.create_operation(USER, operation_id="op")
+        sandbox.approve("op")
+        outcomes = client.wait_for_approvals(["op", "op"])
+        await anext(outcomes)
+        await outcomes.aclose()
+        await asyncio.sleep(1)
+        assert failures == []
+
+    async def test_closing_the_client_is_the_outcome_of_each(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        for number in range(3):
+            await client.create_operation(USER, operation_id=f"op{number}")
+        asyncio.get_running_loop().call_later(1, lambda: asyncio.ensure_future(client.aclose()))
+        outcomes = [outcome async for outcome in client.wait_for_approvals([f"op{number}" for number in range(3)])]
+        assert [type(outcome.error) for outcome in outcomes] == [ClientClosedError] * 3
+
+    async def test_closing_while_many_begin_is_the_outcome_of_those_that_did_not(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(client.aclose()))
+        outcomes = [outcome async for outcome in client.wait_for_approvals(["op"] * 1000)]
+        assert len(outcomes) == 1000
+        assert {type(outcome.error) for outcome in outcomes} == {ClientClosedError}
+
+    async def test_ten_thousand_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ids = [f"op{number}" for number in range(10_000)]
+        for operation_id in ids:
+            sandbox.approve(operation_id, user_id=USER)
+        outcomes = [outcome async for outcome in client.wait_for_approvals(ids)]
+        assert sorted(outcome.operation_id for outcome in outcomes) == sorted(ids)
+        assert all(outcome.operation is not None for outcome in outcomes)
+        assert client.statistics.polls == 10_000
+
+
+@pytest.mark.looptime
+async def test_wait_adaptive_works_in_a_plain_retry_loop(sandbox: Sandbox, client: KeylessClient) -> None:
+    await client.create_operation(USER, operation_id="op")
+    asyncio.get_running_loop().call_later(8, sandbox.approve, "op")
+    retrying = AsyncRetrying(
+        wait=wait_adaptive(), retry=retry_if_result(lambda op: not op.is_approved), stop=stop_after_attempt(60)
+    )
+    assert (await retrying(client.get_operation, "op")).is_approved
+
+
+class TestPublicNames:
+    def test_every_public_name_is_there_by_a_plain_import(self) -> None:
+        for name in aiokeyless.__all__:
+            assert getattr(aiokeyless, name) is not None
+
+    def test_the_package_loads_neither_the_sandbox_nor_the_command_line(self) -> None:
+        code = "import sys, aiokeyless; print(*sys.modules)"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        assert "aiokeyless.client" in loaded
+        assert {"aiokeyless.sandbox", "aiokeyless.cli", "aiokeyless.pytest_plugin", "cyclopts", "rich"}.isdisjoint(
+            loaded
+        )
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            "get_pending_operations",
+            "get_operation",
+            "create_operation",
+            "wait_for_approval",
+            "request_approval",
+            "watch_approval",
+            "wait_for_approvals",
+        ],
+    )
+    def test_every_public_argument_is_documented(self, method: str) -> None:
+        function = getattr(KeylessClient, method)
+        for name in list(inspect.signature(function).parameters)[1:]:
+            assert f"{name}:" in (inspect.getdoc(function) or ""), name
+
+    def test_the_signatures_are_those_of_the_design(self) -> None:
+        wait = inspect.signature(KeylessClient.wait_for_approval)
+        assert [p.default for p in wait.parameters.values()][2:] == [..., None, "raise", None]
+        create = inspect.signature(KeylessClient.create_operation)
+        assert create.parameters["expires_in"].default == 120.0
+        made = inspect.signature(KeylessClient)
+        assert {n: p.default for n, p in made.parameters.items()} == {
+            "api_key": None,
+            "region": None,
+            "base_url": None,
+            "session": None,
+            "request_timeout": 10.0,
+            "max_attempts": 3,
+            "max_in_flight": 64,
+            "schedule": None,
+        }
+
+
+@pytest.mark.real_clock
+class TestOnTheRealClock:
+    """A small set that shows that nothing depends on a moved clock."""
+
+    async def test_a_wait_returns_soon_after_the_approval(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(0.2, sandbox.approve, "op")
+        start = now()
+        assert (await client.wait_for_approval("op", schedule=wait_fixed(0.05))).is_approved
+        assert 0.2 <= now() - start < 2
+
+    async def test_a_wait_ends_at_its_deadline(self, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", timeout=0.2)
+        assert 0.2 <= now() - start < 2
+
+    async def test_a_hanging_server_does_not_hang_the_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        sandbox.latency = 60
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", timeout=0.1)
+        assert 2.1 <= now() - start < 4
+
+    async def test_a_thousand_waits_share_their_looks(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(0.5, sandbox.approve, "op")
+        await asyncio.gather(*(client.wait_for_approval("op", schedule=wait_fixed(0.2)) for _ in range(1000)))
+        assert client.statistics.polls <= 8
+
+    async def test_closing_is_prompt(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        await client.create_operation(USER, operation_id="op")
+        sandbox.latency = 60
+        waits = [asyncio.create_task(client.wait_for_approval("op")) for _ in range(3)]
+        calls = [asyncio.create_task(client.get_operation("op")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        start = now()
+        await client.aclose()
+        outcomes = await asyncio.gather(*waits, *calls, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
+        assert now() - start < 1

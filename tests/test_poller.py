@@ -1,0 +1,1367 @@
+"""The nine rules of a wait, each with its tests, on real HTTP and a clock that moves by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import logging
+import math
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from tenacity import wait_chain, wait_exponential, wait_fixed
+from tenacity.wait import wait_base
+
+from aiokeyless import (
+    ApprovalError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ApprovalUpdate,
+    AuthenticationError,
+    ClientClosedError,
+    ConfigurationError,
+    DecodeError,
+    InconsistentOperationError,
+    KeylessClient,
+    NotFoundError,
+    Operation,
+    OperationMismatchError,
+    RequestTimeoutError,
+    ServerError,
+    StatusError,
+    wait_adaptive,
+)
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+USER = "0123456789ABCDEF"
+EVERY_SECOND = wait_fixed(1)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def looks(sandbox: Sandbox, operation_id: str | None = None) -> list[float]:
+    """When the sandbox was polled."""
+    return [
+        record.at
+        for record in sandbox.requests
+        if record.method == "GET" and (operation_id is None or record.path.endswith(f"/{operation_id}"))
+    ]
+
+
+async def pending(client: KeylessClient, operation_id: str = "op", **options: Any) -> str:
+    """Create an operation, and return its bare id once it is of some age."""
+    await client.create_operation(USER, operation_id=operation_id, **options)
+    return operation_id
+
+
+async def settle() -> None:
+    """Give callbacks that are ready their turns; no time passes."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def left_behind(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+    """Return the client's tasks that are still there; the sandbox's handlers are not ours."""
+    return {
+        task for task in asyncio.all_tasks() - before if "aiohttp/web" not in repr(task) and "sandbox" not in repr(task)
+    }
+
+
+def timers() -> int:
+    """How many timers of the poller are armed."""
+    handles: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+    return sum(not handle.cancelled() and "Poller" in repr(handle) for handle in handles)
+
+
+class TestRule1FirstLook:
+    async def test_an_approval_that_is_already_there_is_found_at_once(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        start = now()
+        operation = await client.wait_for_approval("op")
+        assert operation.is_approved
+        assert now() == start
+        assert client.statistics.polls == 1
+
+    async def test_an_approval_that_is_already_there_is_found_with_a_tiny_timeout(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.latency = 0.5
+        assert (await client.wait_for_approval("op", timeout=0.001)).is_approved
+
+    async def test_a_ticket_made_just_now_is_first_looked_at_when_the_schedule_says(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=7)
+        assert looks(sandbox) == pytest.approx([start + 3, start + 6, start + 7])
+
+    async def test_a_ticket_made_a_second_ago_is_looked_at_at_once(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER)
+        await asyncio.sleep(1)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=4)
+        assert looks(sandbox) == pytest.approx([start, start + 3, start + 4])
+
+    async def test_a_ticket_of_another_client_is_looked_at_at_once(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        async with sandbox.client() as creator:
+            ticket = await creator.create_operation(USER)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=4)
+        assert looks(sandbox) == pytest.approx([start, start + 3, start + 4])
+
+    async def test_the_clock_of_the_schedule_starts_at_the_creation(self, client: KeylessClient) -> None:
+        ticket = await client.create_operation(USER)
+        await asyncio.sleep(10)
+        asked: list[float | None] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=Recording(2, asked), timeout=5)
+        assert asked == pytest.approx([10, 12, 14])
+
+    async def test_the_clock_of_the_schedule_starts_with_the_wait_for_a_bare_id(self, client: KeylessClient) -> None:
+        await pending(client)
+        await asyncio.sleep(10)
+        asked: list[float | None] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=Recording(2, asked), timeout=5)
+        assert asked == pytest.approx([0, 2, 4])
+
+    async def test_the_age_of_a_ticket_of_another_process_is_taken_from_the_wall_clock(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=60)
+        asked: list[float | None] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=Recording(2, asked), timeout=1)
+        assert asked == [pytest.approx(60, abs=1)]
+
+    async def test_a_ticket_from_the_future_is_as_old_as_the_wait(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=-60)
+        asked: list[float | None] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=Recording(2, asked), timeout=1)
+        assert asked == [pytest.approx(0, abs=0.01)]
+
+    async def test_looks_are_served_in_the_order_in_which_they_are_due(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=1) as client:
+            for name in ("a", "b", "c", "d"):
+                await pending(client, name)
+            sandbox.requests.clear()
+            sandbox.latency = 1
+            waits = [asyncio.create_task(client.wait_for_approval(n, schedule=wait_fixed(0.02))) for n in "abcd"]
+            await asyncio.sleep(12.5)
+            assert [record.path[-1] for record in sandbox.requests[:12]] == list("abcdabcdabcd")
+            await cancel(waits)
+
+    async def test_what_was_created_is_forgotten_after_some_seconds(self, client: KeylessClient) -> None:
+        for number in range(10):
+            await client.create_operation(USER, operation_id=f"op{number}")
+            await asyncio.sleep(1)
+        assert len(client._poller._created) <= 6  # type: ignore[union-attr]
+
+
+class TestRule2Approved:
+    @pytest.mark.parametrize(
+        ("change", "error"),
+        [
+            ({"operation_id": "other", "state": "approved", "result": True}, OperationMismatchError),
+            ({"user_id": "FFFF", "state": "approved", "result": True}, OperationMismatchError),
+            ({"operation_payload": "Pay 4000", "state": "approved", "result": True}, OperationMismatchError),
+            ({"external_user_id": "mallory", "state": "approved", "result": True}, OperationMismatchError),
+            ({"operation_id": "other"}, OperationMismatchError),
+            ({"user_id": "FFFF"}, OperationMismatchError),
+            ({"operation_payload": "Pay 4000"}, OperationMismatchError),
+            ({"external_user_id": msgspec.UNSET}, OperationMismatchError),
+            ({"state": "approved", "result": False}, InconsistentOperationError),
+            ({"state": "denied"}, InconsistentOperationError),
+        ],
+        ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    )
+    async def test_what_is_not_the_approval_of_this_operation_raises_at_the_first_look(
+        self, sandbox: Sandbox, client: KeylessClient, change: dict[str, Any], error: type[ApprovalError]
+    ) -> None:
+        ticket = await client.create_operation(USER, operation_payload="Pay 40", external_user_id="alice")
+        sandbox.tamper(ticket.operation_id, **change)
+        with pytest.raises(error) as caught:
+            await client.wait_for_approval(ticket, schedule=EVERY_SECOND)
+        assert client.statistics.polls == 1
+        assert client.statistics.approvals == 0
+        assert caught.value.ticket == ticket
+        assert caught.value.operation_id == ticket.operation_id
+        assert caught.value.last_operation is not None
+        assert caught.value.polls == 1
+        assert "Pay" not in str(caught.value)
+
+    async def test_an_answer_about_another_operation_raises_for_a_bare_id_too(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.tamper("op", operation_id="other", state="approved", result=True)
+        with pytest.raises(OperationMismatchError):
+            await client.wait_for_approval("op")
+
+    async def test_pending_with_result_true_stays_pending(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.tamper("op", result=True)
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", timeout=5)
+
+    async def test_a_user_id_in_lower_case_is_the_same_user(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await client.create_operation("abcdef")
+        sandbox.tamper(ticket.operation_id, user_id="abcdef", state="approved", result=True)
+        assert (await client.wait_for_approval(ticket)).is_approved
+
+    async def test_a_mix_up_concerns_only_the_wait_that_knows_better(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER, operation_id="op", operation_payload="Pay 40")
+        sandbox.approve("op")
+        sandbox.tamper("op", operation_payload="Pay 4000", state="approved", result=True)
+        by_ticket, by_id = await asyncio.gather(
+            client.wait_for_approval(ticket), client.wait_for_approval("op"), return_exceptions=True
+        )
+        assert isinstance(by_ticket, OperationMismatchError)
+        assert isinstance(by_id, Operation)
+
+
+class TestRule3OneBudget:
+    async def test_a_final_look_starts_exactly_at_the_deadline(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(4), timeout=10)
+        assert looks(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10])
+        assert not isinstance(caught.value, ApprovalUnknownError)
+        assert caught.value.polls == 4
+        assert caught.value.elapsed == pytest.approx(10)
+        assert caught.value.last_operation is not None
+        assert caught.value.last_operation.state == "pending"
+        assert caught.value.ticket is None
+        assert client.statistics.timeouts == 1
+
+    async def test_an_approval_just_before_the_deadline_is_found(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(9.99, sandbox.approve, "op")
+        start = now()
+        assert (await client.wait_for_approval("op", schedule=wait_fixed(8), timeout=10)).is_approved
+        assert now() - start == pytest.approx(10)
+
+    async def test_a_look_that_is_due_at_the_deadline_is_the_final_look(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(5), timeout=10)
+        assert looks(sandbox) == pytest.approx([start, start + 5, start + 10])
+
+    async def test_a_hanging_server_does_not_hang_the_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.latency = 3600
+        start = now()
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", timeout=5)
+        assert now() - start == pytest.approx(7)
+        assert isinstance(caught.value.last_error, RequestTimeoutError)
+        assert isinstance(caught.value, ApprovalTimeoutError | TimeoutError)
+        assert looks(sandbox) == pytest.approx([start, start + 5])  # the first was cut for the final one
+
+    async def test_the_final_look_takes_no_longer_than_the_request_timeout(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(request_timeout=0.5) as client:
+            await pending(client)
+            sandbox.latency = 3600
+            start = now()
+            with pytest.raises(ApprovalUnknownError) as caught:
+                await client.wait_for_approval("op", timeout=5)
+            assert now() - start == pytest.approx(5.5)
+            assert isinstance(caught.value.last_error, RequestTimeoutError)
+
+    async def test_a_slow_answer_to_the_final_look_counts(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.latency = 1.9
+        start = now()
+        assert (await client.wait_for_approval("op", timeout=0.5)).is_approved
+        assert now() - start == pytest.approx(2.4)
+
+    async def test_a_poll_that_hangs_is_cut_after_the_request_timeout_and_repeated(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(request_timeout=3.0) as client:
+            await pending(client)
+            sandbox.latency = 3600
+            start = now()
+            asyncio.get_running_loop().call_later(2, setattr, sandbox, "latency", 0)
+            asyncio.get_running_loop().call_later(2, sandbox.approve, "op")
+            assert (await client.wait_for_approval("op")).is_approved
+            assert 3 <= now() - start <= 3.5  # the error pace begins within half a second
+            assert client.statistics.transient_failures == 1
+
+    async def test_too_many_waits_do_not_make_one_last_longer(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=2) as client:
+            for number in range(20):
+                await pending(client, f"op{number}")
+            sandbox.latency = 0.9
+            start = now()
+            outcomes = await asyncio.gather(
+                *(client.wait_for_approval(f"op{number}", timeout=0.5) for number in range(20)), return_exceptions=True
+            )
+            assert now() - start <= 2.5 + 1e-6
+            kinds = [type(outcome) for outcome in outcomes]
+            assert kinds.count(ApprovalTimeoutError) == 4  # two at a time, twice in two seconds
+            assert kinds.count(ApprovalUnknownError) == 16
+
+    async def test_deadlines_that_pass_before_a_slot_is_free_share_the_final_look(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=1) as client:
+            for name in ("busy", "op"):
+                await pending(client, name)
+            sandbox.latency = 1.6
+            busy = asyncio.create_task(client.wait_for_approval("busy", schedule=wait_fixed(100)))
+            await asyncio.sleep(0)
+            sandbox.requests.clear()
+            outcomes = await asyncio.gather(
+                *(client.wait_for_approval("op", timeout=timeout) for timeout in (1.3, 1.4, 1.5)),
+                return_exceptions=True,
+            )
+            assert [type(outcome) for outcome in outcomes] == [ApprovalTimeoutError] * 3
+            assert len(looks(sandbox, "op")) == 1
+            await cancel([busy])
+
+    async def test_final_looks_come_before_ordinary_ones(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=1) as client:
+            for name in ("a", "b", "late"):
+                await pending(client, name)
+            sandbox.latency = 0.9
+            busy = [asyncio.create_task(client.wait_for_approval(n, schedule=wait_fixed(0.02))) for n in "ab"]
+            await asyncio.sleep(0)
+            with pytest.raises(ApprovalTimeoutError) as caught:
+                await client.wait_for_approval("late", timeout=2)
+            assert not isinstance(caught.value, ApprovalUnknownError)
+            await cancel(busy)
+
+    async def test_a_shared_poll_is_not_cut_for_the_deadline_of_one(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 3
+        start = now()
+        patient = asyncio.create_task(client.wait_for_approval("op", timeout=60))
+        with pytest.raises(ApprovalUnknownError):
+            await client.wait_for_approval("op", timeout=0.5)
+        assert now() - start == pytest.approx(2.5)
+        assert looks(sandbox) == pytest.approx([start, start + 0.5])  # the final look was a request of its own
+        sandbox.approve("op")
+        await patient
+        assert sandbox.requests[1].status == 200  # and the shared one was answered
+
+    async def test_waits_with_the_same_deadline_share_their_final_look(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        outcomes = await asyncio.gather(
+            *(client.wait_for_approval("op", timeout=10, schedule=wait_fixed(20)) for _ in range(300)),
+            return_exceptions=True,
+        )
+        assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
+        assert len(looks(sandbox)) == 2
+
+    async def test_a_pending_answer_counts_only_for_who_was_there_when_its_poll_began(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 1
+        start = now()
+        first = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(50), timeout=30))
+        await asyncio.sleep(0.5)
+        updates: list[ApprovalUpdate] = []
+        second = asyncio.create_task(
+            client.wait_for_approval("op", schedule=wait_fixed(50), timeout=30, on_poll=updates.append)
+        )
+        await asyncio.sleep(3)
+        assert looks(sandbox) == pytest.approx([start, start + 1])  # the latecomer's, as soon as the first has landed
+        assert [update.polls for update in updates] == [1]
+        await cancel([first, second])
+
+    async def test_an_approval_counts_for_who_came_later_too(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.latency = 1
+        start = now()
+        first = asyncio.create_task(client.wait_for_approval("op"))
+        await asyncio.sleep(0.5)
+        updates: list[ApprovalUpdate] = []
+        assert (await client.wait_for_approval("op", on_poll=updates.append)).is_approved
+        assert now() - start == pytest.approx(1)
+        assert [update.polls for update in updates] == [1]
+        assert len(looks(sandbox)) == 1
+        await first
+
+    async def test_a_final_look_also_counts_for_those_who_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.tamper("op", state="pending", result=False)
+        start = now()
+        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(8), timeout=60))
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(8), timeout=5)
+        sandbox.tamper("op")
+        assert (await patient).is_approved
+        assert looks(sandbox) == pytest.approx([start, start + 5, start + 8])
+
+    async def test_a_final_look_at_the_time_of_an_ordinary_one_does_for_both(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        start = now()
+        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5), timeout=11))
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(5), timeout=5)
+        with pytest.raises(ApprovalTimeoutError):
+            await patient
+        assert looks(sandbox) == pytest.approx([start, start + 5, start + 10, start + 11])
+
+    async def test_deadlines_one_after_the_other_get_a_look_each(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.latency = 1.5
+        start = now()
+        outcomes = await asyncio.gather(
+            *(client.wait_for_approval("op", timeout=10 + delay, schedule=wait_fixed(50)) for delay in (0, 0.5, 1)),
+            return_exceptions=True,
+        )
+        assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
+        assert now() - start == pytest.approx(12.5)
+        assert looks(sandbox)[-3:] == pytest.approx([start + 10, start + 10.5, start + 11])
+
+    async def test_the_default_budget_of_a_ticket_is_what_is_left_until_it_expires(self, client: KeylessClient) -> None:
+        ticket = await client.create_operation(USER, expires_in=30)
+        start = now()
+        await asyncio.sleep(20)
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket)
+        assert now() - start == pytest.approx(30)
+
+    async def test_the_default_budget_of_a_ticket_of_another_process_is_told_by_the_wall_clock(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=90)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket)
+        assert now() - start == pytest.approx(30, abs=1)
+
+    async def test_an_expired_ticket_gets_one_look_the_final_one(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.wait_for_approval(ticket)
+        assert now() == start
+        assert caught.value.polls == len(looks(sandbox)) == 1
+        sandbox.approve(ticket.operation_id)
+        assert (await client.wait_for_approval(ticket)).is_approved
+
+    async def test_the_default_budget_of_an_id_is_two_minutes(self, client: KeylessClient) -> None:
+        await pending(client)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op")
+        assert now() - start == pytest.approx(120)
+
+    @pytest.mark.parametrize("timeout", [None, math.inf])
+    async def test_no_budget_has_no_end(self, sandbox: Sandbox, client: KeylessClient, timeout: float | None) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(10_000, sandbox.approve, "op")
+        assert (await client.wait_for_approval("op", timeout=timeout)).is_approved
+
+    async def test_many_deadlines_at_once_do_not_block_the_loop(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=4) as client:
+            for number in range(300):
+                await pending(client, f"op{number}")
+            sandbox.latency = 3600
+            outcomes = await asyncio.gather(
+                *(client.wait_for_approval(f"op{number}", timeout=5) for number in range(300)), return_exceptions=True
+            )
+            assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
+
+
+class TestRule4TransientFailures:
+    @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+    async def test_one_transient_failure_never_costs_an_approval(
+        self, sandbox: Sandbox, client: KeylessClient, status: int
+    ) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.fail_next(status)
+        start = now()
+        assert (await client.wait_for_approval("op")).is_approved
+        assert now() - start <= 0.5
+        assert client.statistics.transient_failures == 1
+
+    async def test_a_dropped_connection_never_costs_an_approval(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.drop_next(times=2)  # aiohttp repeats a dropped GET once by itself
+        assert (await client.wait_for_approval("op")).is_approved
+
+    async def test_the_page_of_a_gateway_never_costs_an_approval(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.fail_next(200, body=b"<html>back soon</html>", content_type="text/html")
+        assert (await client.wait_for_approval("op")).is_approved
+
+    async def test_a_minute_of_503_never_costs_an_approval(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.fail_next(503, times=None)
+        asyncio.get_running_loop().call_later(30, sandbox.approve, "op")
+        asyncio.get_running_loop().call_later(60, sandbox.recover)
+        start = now()
+        assert (await client.wait_for_approval("op")).is_approved
+        assert now() - start <= 91
+        assert len(looks(sandbox)) <= 40
+
+    async def test_failures_have_a_pace_of_their_own(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.fail_next(503, times=4)
+        start = now()
+        updates: list[ApprovalUpdate] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(100), timeout=30, on_poll=updates.append)
+        gaps = [b - a for a, b in pairwise(looks(sandbox))]
+        assert all(gap <= most for gap, most in zip(gaps[:4], (0.5, 1, 2, 4), strict=True))
+        assert [isinstance(update.error, ServerError) for update in updates] == [True] * 4 + [False] * 2
+        assert all(u.next_poll_in is not None and u.next_poll_in <= 4 for u in updates[:4])
+        assert looks(sandbox)[-1] == pytest.approx(start + 30)
+
+    async def test_failed_polls_do_not_advance_the_attempts_of_a_schedule(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.fail_next(503, times=3)
+        attempts: list[int] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=Recording(5, attempts=attempts), timeout=20)
+        assert attempts == list(range(1, len(attempts) + 1))
+
+    async def test_a_service_that_is_down_is_probed_whatever_the_number_of_waits(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        sandbox.latency = 0.05
+        for number in range(1000):
+            sandbox.approve(f"op{number}", user_id=USER)
+        sandbox.fail_next(503, times=None)
+        start = now()
+        asyncio.get_running_loop().call_later(60, sandbox.recover)
+        outcomes = await asyncio.gather(*(client.wait_for_approval(f"op{number}") for number in range(1000)))
+        assert all(operation.is_approved for operation in outcomes)
+        during = [at for at in looks(sandbox) if at - start < 60]
+        assert len(during) <= 64 + 40  # what was in flight when it went down, then probes
+        assert len(looks(sandbox)) == len(during) + 1000
+        assert now() - start <= 60 + 30 + 10
+
+    async def test_probes_go_one_at_a_time(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        for number in range(20):
+            await pending(client, f"op{number}")
+        sandbox.fail_next(503, times=None)
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(20)]
+        await asyncio.sleep(1)
+        sandbox.latency = 3600  # now it hangs, and each probe takes the whole request timeout
+        sandbox.requests.clear()
+        await asyncio.sleep(40)
+        hanging = [record for record in sandbox.requests if record.status is None]
+        assert 1 <= len(hanging) <= 4
+        gaps = [b - a for a, b in pairwise(looks(sandbox))]
+        assert all(gap >= 10 for gap in gaps)
+        await cancel(waits)
+
+    async def test_after_an_outage_the_client_opens_up_step_by_step(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=16) as client:
+            sandbox.latency = 1
+            for number in range(100):
+                sandbox.approve(f"op{number}", user_id=USER)
+            sandbox.fail_next(503, times=None)
+            asyncio.get_running_loop().call_later(20, sandbox.recover)
+            await asyncio.gather(*(client.wait_for_approval(f"op{number}") for number in range(100)))
+            rounds: dict[float, int] = {}
+            for record in sandbox.requests:
+                if record.status == 200:
+                    rounds[round(record.at, 3)] = rounds.get(round(record.at, 3), 0) + 1
+            assert list(rounds.values())[:5] == [1, 2, 4, 8, 16]
+            assert max(rounds.values()) <= 16
+
+    async def test_retry_after_holds_all_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        for name in ("a", "b", "c"):
+            await pending(client, name)
+        waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in "abc"]
+        await asyncio.sleep(0.5)
+        sandbox.fail_next(429, retry_after=20)
+        await asyncio.sleep(0.6)
+        sandbox.requests.clear()
+        start = now()
+        await asyncio.sleep(18.5)
+        assert sandbox.requests == []
+        assert client.statistics.lag > 10
+        await asyncio.sleep(5)
+        assert {record.path[-1] for record in sandbox.requests} == {"a", "b", "c"}
+        assert min(looks(sandbox)) >= start + 19
+        await cancel(waits)
+
+    async def test_retry_after_holds_two_minutes_at_most(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.fail_next(503, retry_after=86_400)
+        start = now()
+        assert (await client.wait_for_approval("op", timeout=600)).is_approved
+        assert now() - start == pytest.approx(120)
+
+    async def test_a_final_look_goes_while_the_service_holds_us(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        sandbox.fail_next(503, retry_after=100)
+        start = now()
+        assert (await client.wait_for_approval("op", timeout=10)).is_approved
+        assert looks(sandbox) == pytest.approx([start, start + 10])
+
+    async def test_final_looks_go_one_at_a_time_while_the_service_is_down(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        for number in range(10):
+            await pending(client, f"op{number}")
+        sandbox.fail_next(503, times=6)
+        sandbox.fail_next(503, times=1, retry_after=100)
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=20)) for number in range(10)]
+        await asyncio.sleep(19)
+        sandbox.requests.clear()
+        sandbox.latency = 0.5
+        outcomes = await asyncio.gather(*waits, return_exceptions=True)
+        at = looks(sandbox)
+        assert all(b - a >= 0.5 - 1e-6 for a, b in pairwise(at[:3]))
+        assert {type(outcome) for outcome in outcomes} <= {ApprovalTimeoutError, ApprovalUnknownError}
+
+    async def test_an_unanswered_final_look_is_a_failure_of_the_service(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 3600
+        for _ in range(5):
+            with pytest.raises(ApprovalUnknownError):
+                await client.wait_for_approval("op", timeout=0.01)
+        assert client.statistics.transient_failures == 5
+        sandbox.latency = 0
+        sandbox.requests.clear()
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):  # down: no first look at once, but the final one goes
+            await client.wait_for_approval("op", timeout=0.001)
+        assert looks(sandbox) == pytest.approx([start + 0.001])
+
+    async def test_an_unanswered_final_look_of_many_is_one_failure(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 3600
+        outcomes = await asyncio.gather(
+            *(client.wait_for_approval("op", timeout=1) for _ in range(10)), return_exceptions=True
+        )
+        assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
+        assert client.statistics.transient_failures == 1
+
+    async def test_a_poll_that_was_cut_is_neither_good_nor_bad(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.latency = 3600
+        for _ in range(10):
+            task = asyncio.create_task(client.wait_for_approval("op"))
+            await asyncio.sleep(1)
+            await cancel([task])
+        assert client.statistics.transient_failures == 0
+        sandbox.latency = 0
+        sandbox.approve("op")
+        start = now()
+        await client.wait_for_approval("op")
+        assert now() == start
+
+    async def test_a_404_is_a_good_answer(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.fail_next(503, times=4)
+        sandbox.fail_next(404)
+        sandbox.fail_next(503, times=4)
+        sandbox.approve("op")
+        start = now()
+        assert (await client.wait_for_approval("op", if_missing="wait", schedule=EVERY_SECOND)).is_approved
+        assert len(looks(sandbox)) == 10
+        assert now() - start <= 2 * 7.5 + 1
+
+    async def test_single_calls_are_neither_held_nor_counted(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.fail_next(503, retry_after=100)
+        wait = asyncio.create_task(client.wait_for_approval("op"))
+        await asyncio.sleep(1)
+        start = now()
+        await client.get_operation("op")
+        assert now() == start
+        assert client.statistics.polls == 1
+        await cancel([wait])
+
+    async def test_a_final_look_that_fails_leaves_the_outcome_unknown(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4, sandbox.fail_next, 503, 1)
+        updates: list[ApprovalUpdate] = []
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5, on_poll=updates.append)
+        assert isinstance(caught.value.last_error, ServerError)
+        assert caught.value.last_operation is not None
+        assert updates[-1].error is caught.value.last_error
+        assert updates[-1].next_poll_in is None
+
+
+class TestRule5EverythingElse:
+    @pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404, 406, 409, 415, 418])
+    async def test_other_statuses_end_the_wait_at_once(
+        self, sandbox: Sandbox, client: KeylessClient, status: int
+    ) -> None:
+        await pending(client)
+        sandbox.fail_next(status)
+        with pytest.raises(StatusError) as caught:
+            await client.wait_for_approval("op")
+        assert caught.value.status == status
+        assert client.statistics.polls == 1
+
+    async def test_json_of_the_wrong_shape_ends_the_wait_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.fail_next(200, body=b'{"state": "approved", "result": true}')
+        with pytest.raises(DecodeError):
+            await client.wait_for_approval("op")
+
+    async def test_each_of_many_waits_gets_an_error_of_its_own(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.fail_next(401, times=1)
+        errors = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(3)), return_exceptions=True)
+        assert [type(error) for error in errors] == [AuthenticationError] * 3
+        assert len({id(error) for error in errors}) == 3
+
+    async def test_a_missing_operation_raises(self, client: KeylessClient) -> None:
+        with pytest.raises(NotFoundError):
+            await client.wait_for_approval("nobody-made-it")
+
+    async def test_a_missing_operation_counts_as_pending_where_the_phone_will_create_it(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        asyncio.get_running_loop().call_later(7, lambda: sandbox.approve("by-phone", user_id=USER))
+        updates: list[ApprovalUpdate] = []
+        operation = await client.wait_for_approval("by-phone", if_missing="wait", on_poll=updates.append)
+        assert operation.is_approved
+        assert all(isinstance(update.error, NotFoundError) for update in updates[:-1])
+        assert updates[0].operation is None
+
+    async def test_an_operation_that_never_came_into_being_times_out(self, client: KeylessClient) -> None:
+        with pytest.raises(ApprovalTimeoutError, match="missing") as caught:
+            await client.wait_for_approval("by-phone", if_missing="wait", timeout=5)
+        assert not isinstance(caught.value, ApprovalUnknownError)
+        assert caught.value.last_operation is None
+        assert isinstance(caught.value.last_error, NotFoundError)
+
+    async def test_a_missing_operation_counts_as_pending_while_its_ticket_is_young(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER)
+        sandbox.fail_next(404, times=2)
+        asyncio.get_running_loop().call_later(3, sandbox.approve, ticket.operation_id)
+        assert (await client.wait_for_approval(ticket, schedule=wait_fixed(2))).is_approved
+
+    async def test_a_missing_operation_raises_once_its_ticket_is_five_seconds_old(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER)
+        sandbox.forget(ticket.operation_id)
+        start = now()
+        with pytest.raises(NotFoundError):
+            await client.wait_for_approval(ticket, schedule=EVERY_SECOND)
+        assert now() - start == pytest.approx(5)
+
+    async def test_a_missing_operation_ends_one_wait_and_not_the_other(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        asyncio.get_running_loop().call_later(3, lambda: sandbox.approve("op", user_id=USER))
+        one, other = await asyncio.gather(
+            client.wait_for_approval("op"), client.wait_for_approval("op", if_missing="wait"), return_exceptions=True
+        )
+        assert isinstance(one, NotFoundError)
+        assert isinstance(other, Operation)
+
+
+class TestRule6SingleFlight:
+    async def test_a_thousand_waits_for_one_operation_make_as_many_requests_as_one(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(9.5, sandbox.approve, "op")
+        start = now()
+        operations = await asyncio.gather(
+            *(client.wait_for_approval("op", schedule=wait_fixed(2)) for _ in range(1000))
+        )
+        assert len(operations) == 1000
+        assert looks(sandbox) == pytest.approx([start + at for at in (0, 2, 4, 6, 8, 10)])
+        assert client.statistics.approvals == 1000
+
+    async def test_a_thousand_waits_on_the_adaptive_schedule_share_their_looks_too(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(9.5, sandbox.approve, "op")
+        await asyncio.gather(*(client.wait_for_approval(ticket) for _ in range(1000)))
+        assert len(looks(sandbox)) <= 8
+
+    async def test_a_cancelled_wait_takes_nothing_from_the_others(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 1
+        first, second, third = (asyncio.create_task(client.wait_for_approval("op")) for _ in range(3))
+        await asyncio.sleep(0.5)  # while their look is under way
+        await cancel([first])
+        sandbox.approve("op")
+        assert (await second).is_approved
+        assert (await third).is_approved
+
+    async def test_the_last_one_leaving_stops_the_polling(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        waits = [asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND)) for _ in range(3)]
+        await asyncio.sleep(3.5)
+        await cancel(waits)
+        sandbox.requests.clear()
+        await asyncio.sleep(60)
+        assert sandbox.requests == []
+
+    async def test_the_most_eager_schedule_sets_the_pace(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        start = now()
+        slow = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(10), timeout=21))
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(2), timeout=5)
+        with pytest.raises(ApprovalTimeoutError):
+            await slow
+        assert looks(sandbox)[:4] == pytest.approx([start, start + 2, start + 4, start + 5])
+        assert len(looks(sandbox)) <= 8
+
+    async def test_a_schedule_of_its_own_counts_the_attempts_of_its_own_wait(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        slow = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(100), timeout=200))
+        await asyncio.sleep(50)
+        sandbox.requests.clear()
+        start = now()
+        schedule = wait_chain(wait_fixed(1), wait_fixed(1), wait_fixed(30))
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=schedule, timeout=20)
+        assert looks(sandbox) == pytest.approx([start, start + 1, start + 2, start + 20])
+        await cancel([slow])
+
+
+class TestRule7Cancellation:
+    @pytest.mark.parametrize("after", [0.0, 0.2, 0.7, 3.0])
+    @pytest.mark.parametrize("latency", [0.0, 0.5, 100.0])
+    async def test_cancelling_a_wait_leaves_nothing_behind(
+        self, sandbox: Sandbox, client: KeylessClient, after: float, latency: float
+    ) -> None:
+        await pending(client)
+        sandbox.latency = latency
+        before = asyncio.all_tasks()
+        start = now()
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+        await asyncio.sleep(after)
+        await cancel([wait])
+        assert now() - start == pytest.approx(after)
+        assert left_behind(before) == set()
+        assert timers() == 0
+        assert client.statistics.waiting == 0
+        assert client.statistics.in_flight == 0
+
+    async def test_cancelling_at_any_turn_of_the_loop_leaves_nothing_behind(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        before = asyncio.all_tasks()
+        for turns in range(40):
+            wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await cancel([wait])
+            await asyncio.sleep(0)
+            assert left_behind(before) == set()
+            assert timers() == 0
+        sandbox.approve("op")
+        assert (await client.wait_for_approval("op")).is_approved
+
+    async def test_cancelling_all_of_many_leaves_nothing_behind(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        for number in range(200):
+            await pending(client, f"op{number}")
+        before = asyncio.all_tasks()
+        sandbox.latency = 0.3
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{n}", timeout=t)) for n in range(200) for t in (1, 9)]
+        await asyncio.sleep(1.1)
+        await cancel(waits)
+        assert left_behind(before) == set()
+        assert timers() == 0
+        assert len(client._poller._looks) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
+
+    async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 3600
+        wait = asyncio.create_task(client.wait_for_approval("op", timeout=5))
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(1)
+        loop.call_at(loop.time() + 6, wait.cancel)  # the very instant at which the final look had its time
+        with pytest.raises(asyncio.CancelledError):
+            await wait
+
+    async def test_somebody_who_cancels_all_tasks_does_not_hang_a_wait_that_survives(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 1
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+        await asyncio.sleep(0.5)
+        for task in asyncio.all_tasks() - {wait, asyncio.current_task()}:
+            if "Poller" in repr(task):
+                task.cancel()
+        await settle()
+        sandbox.approve("op")
+        assert (await wait).is_approved
+
+    async def test_a_worker_that_is_cancelled_before_it_began_does_not_hang_the_wait(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.approve("op")
+        loop = asyncio.get_running_loop()
+        killed: list[asyncio.Task[Any]] = []
+
+        def killing(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+            task = asyncio.Task(coro, loop=loop, **options)
+            if "Poller" in repr(task) and not killed:
+                killed.append(task)
+                task.cancel()
+            return task
+
+        loop.set_task_factory(killing)
+        try:
+            assert (await client.wait_for_approval("op")).is_approved
+        finally:
+            loop.set_task_factory(None)
+        assert killed[0].cancelled()
+
+    async def test_waits_do_not_inherit_the_context_of_whoever_came_first(self, client: KeylessClient) -> None:
+        variable = contextvars.ContextVar("variable", default="unset")
+        seen: list[str] = []
+
+        class Spy(wait_base):
+            def __call__(self, retry_state: RetryCallState) -> float:
+                seen.append(variable.get())
+                return 1.0
+
+        await pending(client)
+        variable.set("of the first")
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=Spy(), timeout=5)
+        assert set(seen) == {"unset"}
+
+
+class TestRule8OnPoll:
+    async def test_updates_come_in_order_and_the_approved_one_before_the_wait_returns(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.5, sandbox.approve, "op")
+        updates: list[ApprovalUpdate] = []
+        tasks = set()
+
+        async def on_poll(update: ApprovalUpdate) -> None:
+            tasks.add(asyncio.current_task())
+            updates.append(update)
+            await asyncio.sleep(0)
+
+        operation = await client.wait_for_approval("op", schedule=wait_fixed(2), on_poll=on_poll)
+        assert [update.polls for update in updates] == [1, 2, 3, 4]
+        assert [update.elapsed for update in updates] == pytest.approx([0, 2, 4, 6])
+        assert [update.next_poll_in for update in updates] == [pytest.approx(2)] * 3 + [None]
+        assert updates[-1].operation is operation
+        assert all(update.operation is not None and not update.operation.is_approved for update in updates[:-1])
+        assert tasks == {asyncio.current_task()}
+
+    async def test_looks_go_on_while_on_poll_runs(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        start = now()
+
+        async def slow(_update: ApprovalUpdate) -> None:
+            await asyncio.sleep(7)
+
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(2), timeout=5, on_poll=slow)
+        assert looks(sandbox) == pytest.approx([start, start + 2, start + 4, start + 5])
+        assert now() - start == pytest.approx(28)  # its own time is not in the budget
+
+    async def test_what_on_poll_raises_ends_the_wait(self, client: KeylessClient) -> None:
+        await pending(client)
+        before = asyncio.all_tasks()
+
+        def explode(_update: ApprovalUpdate) -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await client.wait_for_approval("op", on_poll=explode)
+        assert client.statistics.waiting == 0
+        assert timers() == 0
+        assert left_behind(before) == set()
+
+    async def test_a_look_that_serves_one_with_and_one_without_on_poll_serves_both(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        updates: list[ApprovalUpdate] = []
+        outcomes = await asyncio.gather(
+            client.wait_for_approval("op", timeout=3),
+            client.wait_for_approval("op", timeout=3, on_poll=updates.append),
+            return_exceptions=True,
+        )
+        assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
+        assert len(updates) == len(looks(sandbox))
+
+    async def test_the_final_update_precedes_the_timeout(self, client: KeylessClient) -> None:
+        await pending(client)
+        updates: list[ApprovalUpdate] = []
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(3), timeout=4, on_poll=updates.append)
+        assert [update.next_poll_in for update in updates] == [pytest.approx(3), pytest.approx(1), None]
+
+
+class TestRule9NotADenial:
+    async def test_a_timeout_carries_what_is_needed_to_look_again(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER, expires_in=10)
+        with pytest.raises(ApprovalTimeoutError, match="not a denial") as caught:
+            await client.wait_for_approval(ticket)
+        sandbox.approve(ticket.operation_id)
+        assert caught.value.ticket == ticket
+        assert (await client.wait_for_approval(ticket)).is_approved
+
+    async def test_nothing_creates_a_second_operation(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        with pytest.raises(ApprovalTimeoutError):
+            await client.request_approval(USER, expires_in=10)
+        assert len(sandbox.operations) == 1
+
+
+class TestSchedules:
+    @pytest.mark.parametrize(
+        ("schedule", "expected"),
+        [
+            (wait_exponential(multiplier=1, max=8), [0, 1, 3, 7, 15, 20]),
+            (wait_chain(wait_fixed(2), wait_fixed(9)), [0, 2, 11, 20]),
+            (wait_fixed(2) + wait_fixed(4), [0, 6, 12, 18, 20]),
+            (wait_fixed(10_000), [0, 20]),
+        ],
+        ids=["exponential", "chain", "sum", "long"],
+    )
+    async def test_any_strategy_of_tenacity_paces_a_wait(
+        self, sandbox: Sandbox, client: KeylessClient, schedule: wait_base, expected: list[float]
+    ) -> None:
+        await pending(client)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=schedule, timeout=20)
+        assert [at - start for at in looks(sandbox)] == pytest.approx(expected)
+
+    async def test_a_strategy_of_nothing_does_not_spin(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=wait_fixed(0), timeout=1)
+        assert len(looks(sandbox)) <= 51
+
+    @pytest.mark.parametrize("value", ["2", None, math.nan, timedelta(seconds=2)])
+    async def test_a_schedule_that_returns_no_number_ends_the_wait(self, client: KeylessClient, value: object) -> None:
+        await pending(client)
+
+        class Broken(wait_base):
+            def __call__(self, retry_state: RetryCallState) -> Any:
+                return value
+
+        with pytest.raises(ConfigurationError):
+            await client.wait_for_approval("op", schedule=Broken())
+        assert client.statistics.waiting == 0
+
+    async def test_a_broken_schedule_ends_only_its_own_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(3, sandbox.approve, "op")
+
+        class Broken(wait_base):
+            def __call__(self, retry_state: RetryCallState) -> float:
+                raise ZeroDivisionError
+
+        broken, good = await asyncio.gather(
+            client.wait_for_approval("op", schedule=Broken()), client.wait_for_approval("op"), return_exceptions=True
+        )
+        assert isinstance(broken, ConfigurationError)
+        assert isinstance(good, Operation)
+
+    async def test_the_schedule_of_the_client_is_the_default(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(schedule=wait_fixed(7)) as client:
+            await pending(client)
+            start = now()
+            with pytest.raises(ApprovalTimeoutError):
+                await client.wait_for_approval("op", timeout=15)
+            assert looks(sandbox) == pytest.approx([start, start + 7, start + 14, start + 15])
+
+
+class Lessons(wait_adaptive):
+    """Looks every two seconds, and writes down what it is taught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taught: list[tuple[float, float | None]] = []
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        return 2.0
+
+    def observe(self, after: float, until: float | None) -> None:
+        self.taught.append((round(after, 6), None if until is None else round(until, 6)))
+
+
+class TestLearning:
+    async def test_an_approval_teaches_between_which_looks_it_came(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = Lessons()
+        ticket = await client.create_operation(USER)
+        sandbox.latency = 0.5
+        asyncio.get_running_loop().call_later(3, sandbox.approve, ticket.operation_id)
+        await client.wait_for_approval(ticket, schedule=schedule)
+        # looks at 2 (answered 2.5) and 4.5 (answered 5): the answer may be as old as its arrival
+        assert schedule.taught == [(2.0, 5.0)]
+
+    async def test_an_approval_at_the_first_look_of_a_ticket_teaches_since_its_creation(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = Lessons()
+        ticket = await client.create_operation(USER)
+        sandbox.approve(ticket.operation_id)
+        await client.wait_for_approval(ticket, schedule=schedule)
+        assert schedule.taught == [(0.0, 2.0)]
+
+    async def test_a_bare_id_approved_at_its_first_look_teaches_nothing(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = Lessons()
+        await pending(client)
+        sandbox.approve("op")
+        await client.wait_for_approval("op", schedule=schedule)
+        assert schedule.taught == []
+
+    async def test_a_timeout_teaches_until_when_it_was_pending(self, client: KeylessClient) -> None:
+        schedule = Lessons()
+        await pending(client)
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval("op", schedule=schedule, timeout=5)
+        assert schedule.taught == [(5.0, None)]
+
+    async def test_a_cancelled_wait_teaches_what_its_last_look_showed(self, client: KeylessClient) -> None:
+        schedule = Lessons()
+        await pending(client)
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=schedule))
+        await asyncio.sleep(3)
+        await cancel([wait])
+        assert schedule.taught == [(2.0, None)]
+
+    async def test_a_failed_wait_teaches_what_its_last_look_showed(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = Lessons()
+        await pending(client)
+        asyncio.get_running_loop().call_later(3, lambda: sandbox.fail_next(401))
+        with pytest.raises(AuthenticationError):
+            await client.wait_for_approval("op", schedule=schedule)
+        assert schedule.taught == [(2.0, None)]
+
+    async def test_a_wait_that_saw_nothing_teaches_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        schedule = Lessons()
+        await pending(client)
+        sandbox.fail_next(401)
+        with pytest.raises(AuthenticationError):
+            await client.wait_for_approval("op", schedule=schedule)
+        assert schedule.taught == []
+
+    async def test_an_operation_teaches_once_however_many_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        schedule, other = Lessons(), Lessons()
+        await pending(client)
+        asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+        impatient = client.wait_for_approval("op", schedule=schedule, timeout=3)
+        waits = [client.wait_for_approval("op", schedule=s) for s in (schedule, schedule, other)]
+        await asyncio.gather(impatient, *waits, return_exceptions=True)
+        assert schedule.taught == [(4.0, 6.0)]
+        assert other.taught == [(4.0, 6.0)]
+
+    async def test_the_schedule_of_the_client_is_taught_by_default(self, sandbox: Sandbox) -> None:
+        schedule = Lessons()
+        async with sandbox.client(schedule=schedule) as client:
+            await pending(client)
+            asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+            await client.wait_for_approval("op")
+        assert schedule.taught == [(4.0, 6.0)]
+
+    async def test_a_schedule_that_cannot_learn_costs_no_approval(
+        self, sandbox: Sandbox, client: KeylessClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Dull(Lessons):
+            def observe(self, after: float, until: float | None) -> None:
+                raise ZeroDivisionError
+
+        await pending(client)
+        asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+        with caplog.at_level(logging.ERROR, "aiokeyless"):
+            assert (await client.wait_for_approval("op", schedule=Dull())).is_approved
+        assert "failed to learn" in caplog.text
+
+
+class TestClosing:
+    @pytest.mark.parametrize("latency", [0.0, 100.0])
+    @pytest.mark.parametrize("count", [3, 200])
+    async def test_closing_ends_the_waits_under_way(self, sandbox: Sandbox, latency: float, count: int) -> None:
+        client = sandbox.client()
+        for number in range(count):
+            await pending(client, f"op{number}")
+        before = asyncio.all_tasks()
+        sandbox.latency = latency
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(count)]
+        await asyncio.sleep(0.5)
+        start = now()
+        await client.aclose()
+        outcomes = await asyncio.gather(*waits, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
+        assert now() == start
+        assert timers() == 0
+        assert left_behind(before) == set()
+
+    async def test_a_wait_on_a_closed_client_raises(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        await client.aclose()
+        with pytest.raises(ClientClosedError):
+            await client.wait_for_approval("op")
+
+    async def test_a_wait_that_is_cancelled_as_the_client_closes_is_cancelled(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        await pending(client)
+        wait = asyncio.create_task(client.wait_for_approval("op"))
+        await asyncio.sleep(0.5)
+        wait.cancel()
+        await client.aclose()
+        with pytest.raises(asyncio.CancelledError):
+            await wait
+
+    async def test_a_bug_in_here_ends_the_waits_that_it_concerns(
+        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await pending(client)
+
+        def broken(*_: object, **__: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("aiokeyless.poller.judge", broken)
+        with pytest.raises(ZeroDivisionError):
+            await client.wait_for_approval("op")
+
+
+class TestNothingGrows:
+    async def test_ended_waits_are_freed(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        for number in range(300):
+            sandbox.approve(f"op{number}", user_id=USER)
+            await client.wait_for_approval(f"op{number}", timeout=10_000)
+        gc.collect()
+        from aiokeyless.waits import Wait, Watch
+
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, Wait | Watch)]
+        assert len(kept) <= 2 * 70  # the agenda sweeps what was taken back when there is enough of it
+
+    async def test_statistics_count_what_happened(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        sandbox.latency = 1
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+        await asyncio.sleep(0.5)
+        assert (client.statistics.waiting, client.statistics.in_flight, client.statistics.polls) == (1, 1, 1)
+        assert client.statistics.lag == 0
+        sandbox.approve("op")
+        await wait
+        assert (client.statistics.waiting, client.statistics.in_flight) == (0, 0)
+        assert (client.statistics.approvals, client.statistics.timeouts) == (1, 0)
+
+    async def test_lag_tells_that_there_are_too_many_waits(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=1) as client:
+            for number in range(10):
+                await pending(client, f"op{number}")
+            sandbox.latency = 1
+            waits = [asyncio.create_task(client.wait_for_approval(f"op{n}", timeout=5.5)) for n in range(10)]
+            await asyncio.sleep(4.75)
+            assert client.statistics.lag == pytest.approx(4.75)
+            await asyncio.sleep(1.5)
+            assert client.statistics.lag == pytest.approx(0.75)  # of the final looks
+            await cancel(waits)
+
+
+class Recording(wait_base):
+    """A fixed pace that writes down what it is asked with."""
+
+    def __init__(self, delay: float, ages: list[float | None] | None = None, attempts: list[int] | None = None) -> None:
+        self._delay = delay
+        self._ages = [] if ages is None else ages
+        self._attempts = [] if attempts is None else attempts
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        self._ages.append(retry_state.seconds_since_start)
+        self._attempts.append(retry_state.attempt_number)
+        return self._delay
+
+
+async def _ticket_of_another_client(sandbox: Sandbox) -> ApprovalTicket:
+    async with sandbox.client() as creator:
+        return await creator.create_operation(USER)
+
+
+def aged(ticket: ApprovalTicket, *, seconds: float) -> ApprovalTicket:
+    """The same ticket, made so long ago."""
+    earlier = timedelta(seconds=seconds)
+    assert ticket.created_at.tzinfo is UTC
+    assert isinstance(ticket.created_at, datetime)
+    return msgspec.structs.replace(
+        ticket, created_at=ticket.created_at - earlier, expires_at=ticket.expires_at - earlier
+    )
+
+
+async def cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,899 @@
+"""The API as tables: which ids travel and how, which status is which error, and what no answer can bring about."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import time
+import unicodedata
+from email.utils import formatdate
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote, urlsplit
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    ConflictError,
+    DecodeError,
+    InvalidIdentifierError,
+    KeylessError,
+    NotAcceptableError,
+    NotFoundError,
+    NotJsonError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    StatusError,
+    TransportError,
+    UnsupportedMediaTypeError,
+)
+from aiokeyless.models import CreateAnswer, NewOperation, Operation, PendingOperation, Region
+from aiokeyless.protocol import (
+    BASE_URLS,
+    GET_OPERATION,
+    GET_PENDING,
+    MAX_DETAIL,
+    MAX_IDENTIFIER,
+    POST_OPERATION,
+    Answer,
+    Endpoint,
+    check_api_key,
+    check_base_url,
+    check_operation_id,
+    check_region,
+    check_text,
+    check_user_id,
+    create_operation,
+    get_operation,
+    get_pending_operations,
+    is_transient,
+    read,
+    retry_after,
+)
+
+KEY = "k3y/with+blanks and=\"quotes\" & <tags> 'n' 100%\\"
+PATH = "/v2/operations/txn-1"
+ENDPOINTS: dict[str, Endpoint[Any]] = {"operation": GET_OPERATION, "pending": GET_PENDING, "create": POST_OPERATION}
+WIRE: dict[str, Any] = {
+    "id": 1,
+    "timestamp": "2020-01-02T03:04:05.68",
+    "nodeId": "text",
+    "userId": "0123456789ABCDEF",
+    "apiKey": "sdk-key-0123456789",
+    "operationId": "txn-1",
+    "result": True,
+    "state": "approved",
+}
+GOOD = {
+    "operation": json.dumps(WIRE).encode(),
+    "pending": b'[{"operationId": "a", "operationPayload": "b"}, {"operationId": "c"}]',
+    "create": b'{"success": true}',
+}
+PAGE = b"<!doctype html><html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
+every_endpoint = pytest.mark.parametrize("name", list(ENDPOINTS))
+
+
+def answered(
+    status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, name: str = "operation", key: str = KEY
+) -> Any:
+    return read(ENDPOINTS[name], PATH, Answer(status, headers or {}, body), api_key=key)
+
+
+def failed(status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, key: str = KEY) -> StatusError:
+    with pytest.raises(StatusError) as caught:
+        answered(status, body, headers, key=key)
+    return caught.value
+
+
+def undecoded(body: bytes, name: str = "operation", **headers: str) -> DecodeError:
+    with pytest.raises(DecodeError) as caught:
+        answered(200, body, headers, name=name)
+    return caught.value
+
+
+# -- identifiers
+
+
+def travels(operation_id: str) -> bool:
+    """Say, independently of the code, whether the design lets an operation id travel."""
+    return (
+        1 <= len(operation_id) <= 512
+        and operation_id not in {".", ".."}
+        and all(unicodedata.category(character) not in {"Cc", "Cs"} for character in operation_id)
+    )
+
+
+@pytest.mark.parametrize(
+    ("operation_id", "message"),
+    [
+        (None, "must be a string, not NoneType"),
+        (1, "must be a string, not int"),
+        (b"txn-1", "must be a string, not bytes"),
+        ("", "1 to 512 characters, not 0"),
+        ("x" * 513, "1 to 512 characters, not 513"),
+        (".", "must not be '.'"),
+        ("..", "must not be '..'"),
+        ("a\nb", "control characters"),
+        ("a\r\nX-Api-Key: other", "control characters"),
+        ("\x00", "control characters"),
+        ("a\x7f", "control characters"),
+        ("a\x85", "control characters"),
+        ("a\ud800", "lone surrogates"),
+        ("\udfff" * 512, "lone surrogates"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_an_operation_id_that_cannot_travel_is_refused_by_name(operation_id: Any, message: str) -> None:
+    for build in (
+        check_operation_id,
+        get_operation,
+        lambda bad: create_operation("AB", NewOperation(operation_id=bad)),
+    ):
+        with pytest.raises(InvalidIdentifierError) as caught:
+            build(operation_id)
+        assert str(caught.value).startswith("operation_id must ")
+        assert message in str(caught.value)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1100
+
+
+@pytest.mark.parametrize(
+    ("operation_id", "segment"),
+    [
+        ("txn-20250521-001", "txn-20250521-001"),
+        ("a/b", "a%2Fb"),
+        ("../users/AB", "..%2Fusers%2FAB"),
+        ("a?b=c#d", "a%3Fb%3Dc%23d"),
+        ("100%", "100%25"),
+        ("%2F", "%252F"),
+        ("%2e%2e", "%252e%252e"),
+        ("a b", "a%20b"),
+        ("a+b", "a%2Bb"),
+        ("é", "%C3%A9"),
+        ("😀", "%F0%9F%98%80"),
+        ("...", "..."),
+        ("a\\b;c:d@e&f", "a%5Cb%3Bc%3Ad%40e%26f"),
+        ("~._-", "~._-"),
+        ("x" * 512, "x" * 512),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_an_operation_id_is_percent_encoded_as_one_segment(operation_id: str, segment: str) -> None:
+    request = get_operation(operation_id)
+    assert request.path == f"/v2/operations/{segment}"
+    assert (request.endpoint, request.body) == (GET_OPERATION, None)
+
+
+awkward = st.text(st.sampled_from(list("./?#%\\ :@&=+;2eEfF~\u2028\u200b\u202eé\ufeff😀\x00\n\x7f\x9f\ud800\udfffx")))
+
+
+@given(st.text() | awkward | st.integers(500, 520).map(lambda length: "é" * length))
+@example(".")
+@example("..")
+def test_every_allowed_id_comes_back_from_its_path_and_no_other_gets_one(operation_id: str) -> None:
+    if not travels(operation_id):
+        with pytest.raises(InvalidIdentifierError):
+            get_operation(operation_id)
+        return
+    url = f"https://api.keyless.io{get_operation(operation_id).path}"
+    assert url.isascii()
+    parts = urlsplit(url)
+    assert (parts.query, parts.fragment) == ("", "")
+    segments = parts.path.split("/")
+    assert segments[:-1] == ["", "v2", "operations"]
+    assert unquote(segments[-1]) == operation_id
+
+
+@pytest.mark.parametrize(
+    "user_id",
+    [
+        None,
+        1,
+        b"AB",
+        "",
+        "xyz",
+        "AB ",
+        " AB",
+        "AB\n",
+        "A/B",
+        "..",
+        "AB-CD",
+        "0xAB",
+        "\u0660\u0661",
+        "\uff21\uff22",
+        "\ud800",
+        "A" * 513,
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_user_id_that_is_not_hex_is_refused_by_name(user_id: Any) -> None:
+    for build in (
+        check_user_id,
+        get_pending_operations,
+        lambda bad: create_operation(bad, NewOperation(operation_id="a")),
+    ):
+        with pytest.raises(InvalidIdentifierError, match=r"^user_id must be .*hex digits.*, not ") as caught:
+            build(user_id)
+        assert str(caught.value).isprintable()
+
+
+@given(st.from_regex(r"[0-9a-fA-F]{1,512}", fullmatch=True))
+def test_a_user_id_is_sent_in_upper_case(user_id: str) -> None:
+    assert check_user_id(user_id) == user_id.upper()
+    assert get_pending_operations(user_id).path == f"/v2/users/{user_id.upper()}/operations/pending"
+    assert create_operation(user_id, NewOperation(operation_id="a")).path == f"/v2/users/{user_id.upper()}/operations"
+
+
+# -- requests
+
+
+def test_the_list_of_pending_operations_is_a_get_without_a_body() -> None:
+    request = get_pending_operations("ab")
+    assert request.endpoint.method == "GET"
+    assert request == (GET_PENDING, "/v2/users/AB/operations/pending", None)
+
+
+@pytest.mark.parametrize(
+    ("operation", "body"),
+    [
+        (NewOperation(operation_id="a"), '{"operationId":"a"}'),
+        (NewOperation(operation_id="a", operation_payload="p"), '{"operationId":"a","operationPayload":"p"}'),
+        (NewOperation(operation_id="a", external_user_id="e"), '{"operationId":"a","externalUserId":"e"}'),
+        (
+            NewOperation(operation_id="a/b", operation_payload='"$500"\n', external_user_id="é"),
+            '{"operationId":"a/b","operationPayload":"\\"$500\\"\\n","externalUserId":"é"}',
+        ),
+        (NewOperation(operation_id="a", operation_payload=""), '{"operationId":"a","operationPayload":""}'),
+    ],
+    ids=["id", "payload", "external id", "all, awkward", "empty is not absent"],
+)
+def test_a_create_sends_these_bytes_and_leaves_out_what_is_absent(operation: NewOperation, body: str) -> None:
+    request = create_operation("ab", operation)
+    assert (request.endpoint, request.path) == (POST_OPERATION, "/v2/users/AB/operations")
+    assert request.body == body.encode()
+
+
+def test_only_the_list_may_be_large() -> None:
+    assert {name: endpoint.max_body for name, endpoint in ENDPOINTS.items()} == {
+        "operation": 1 << 20,
+        "pending": 16 << 20,
+        "create": 1 << 20,
+    }
+    assert [endpoint.method for endpoint in ENDPOINTS.values()] == ["GET", "GET", "POST"]
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize("text", [1, b"x", ["x"], True], ids=repr)
+def test_a_text_that_is_none_is_refused_by_name(text: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^operation_payload must be a string or None, not \w+$"):
+        check_text(text, "operation_payload")
+
+
+def test_a_text_that_json_cannot_carry_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigurationError, match=r"^operation_payload must .* lone surrogate$") as caught:
+        check_text("secret\ud800", "operation_payload")
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("text", [None, "", "Approve\n\x00 é 😀"], ids=repr)
+def test_any_other_text_is_left_alone(text: str | None) -> None:
+    assert check_text(text, "operation_payload") == text
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (None, "no API key: pass api_key or set KEYLESS_API_KEY"),
+        ("", "api_key is empty"),
+        (" \t\r\n", "api_key is empty"),
+        (b"hunter2", "api_key must be a string, not bytes"),
+        (7, "api_key must be a string, not int"),
+        ("hunter2\nX: y", "api_key must be printable ASCII"),
+        ("hunter2\x00", "api_key must be printable ASCII"),
+        ("hunter2\x7f", "api_key must be printable ASCII"),
+        ("hunter2é", "api_key must be printable ASCII"),
+        ("hunter2\u200b", "api_key must be printable ASCII"),
+        ("“hunter2”", "api_key must be printable ASCII"),
+        ("hunter2\ud800", "api_key must be printable ASCII"),
+        ("hunter2\thunter2", "api_key must be printable ASCII"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_bad_key_is_refused_and_never_shown(key: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_api_key(key)
+    assert str(caught.value).startswith(message)
+    assert "hunter2" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["key", " key", "key\n", "\t key \r\n", "\xa0key\u2003"], ids=repr)
+def test_blanks_around_a_key_are_stripped(key: str) -> None:
+    assert check_api_key(key) == "key"
+    assert check_api_key(f" {KEY} ") == KEY
+
+
+@pytest.mark.parametrize("region", ["EU", "europe", "", None, 1, [], "eu "], ids=repr)
+def test_an_unknown_region_is_refused_with_the_known_ones_named(region: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^region must be one of eu, us, latam, sg, not .* base_url$"):
+        check_region(region)
+
+
+@pytest.mark.parametrize("region", list(Region))
+def test_every_region_has_an_address_that_is_good_as_a_base_url(region: Region) -> None:
+    assert check_region(region.value) is region
+    assert check_region(region) is region
+    assert check_base_url(BASE_URLS[region]) == BASE_URLS[region]
+
+
+@pytest.mark.parametrize(
+    ("url", "good"),
+    [
+        ("https://api.keyless.io", "https://api.keyless.io"),
+        ("https://api.keyless.io/", "https://api.keyless.io"),
+        ("https://api.keyless.io//", "https://api.keyless.io"),
+        (" https://api.keyless.io\n", "https://api.keyless.io"),
+        ("HTTPS://API.keyless.io", "HTTPS://API.keyless.io"),
+        ("https://gw.example/keyless", "https://gw.example/keyless"),
+        ("https://gw.example/keyless/", "https://gw.example/keyless"),
+        ("https://gw.example:8443/a/b...c/.hidden", "https://gw.example:8443/a/b...c/.hidden"),
+        ("https://gw.example/a%20b", "https://gw.example/a%20b"),
+        ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443"),
+        ("http://localhost:8080", "http://localhost:8080"),
+        ("http://LOCALHOST", "http://LOCALHOST"),
+        ("http://127.0.0.1:8080/x", "http://127.0.0.1:8080/x"),
+        ("http://127.8.8.8", "http://127.8.8.8"),
+        ("http://[::1]:8080", "http://[::1]:8080"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_good_base_url_loses_its_last_slash_and_keeps_its_path(url: str, good: str) -> None:
+    assert check_base_url(url) == good
+
+
+HTTPS = "must be https: over http anyone on the way reads the API key"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (None, "must be a string, not NoneType"),
+        (b"https://api.keyless.io", "must be a string, not bytes"),
+        ("", "must be an absolute URL such as https://"),
+        ("api.keyless.io", "must be an absolute URL such as https://"),
+        ("//api.keyless.io", "must be an absolute URL such as https://"),
+        ("/v2", "must be an absolute URL such as https://"),
+        ("https:api.keyless.io", "must be an absolute URL such as https://"),
+        ("https:///v2", "must be an absolute URL such as https://"),
+        ("https://:443", "must be an absolute URL such as https://"),
+        ("ftp://api.keyless.io", "must be an absolute URL such as https://"),
+        ("file:///etc/passwd", "must be an absolute URL such as https://"),
+        ("http://api.keyless.io", HTTPS),
+        ("http://127.0.0.1.evil.example", HTTPS),
+        ("http://localhost.evil.example", HTTPS),
+        ("http://127.1", HTTPS),
+        ("http://0.0.0.0", HTTPS),
+        ("http://10.0.0.1", HTTPS),
+        ("http://[::2]", HTTPS),
+        ("http://\uff4cocalhost", HTTPS),
+        ("https://hunter2@api.keyless.io", "must not hold userinfo; the key goes into api_key"),
+        ("https://user:hunter2@api.keyless.io", "must not hold userinfo"),
+        ("https://@api.keyless.io", "must not hold userinfo"),
+        ("http://localhost@evil.example", "must not hold userinfo"),
+        ("https://api.keyless.io?key=hunter2", "must not hold a query or a fragment"),
+        ("https://api.keyless.io/?", "must not hold a query or a fragment"),
+        ("https://api.keyless.io#", "must not hold a query or a fragment"),
+        ("https://api.keyless.io/#hunter2", "must not hold a query or a fragment"),
+        ("https://api.keyless.io/..", "must not hold '.' or '..' segments"),
+        ("https://api.keyless.io/a/../b", "must not hold '.' or '..' segments"),
+        ("https://api.keyless.io/%2e%2E/b", "must not hold '.' or '..' segments"),
+        ("https://api.keyless.io/.", "must not hold '.' or '..' segments"),
+        ("https://api keyless.io", "must not hold blanks, control characters or backslashes"),
+        ("https://api.keyless.io/\n/x", "must not hold blanks, control characters or backslashes"),
+        ("https://api.keyless.io\\@evil.example", "must not hold blanks, control characters or backslashes"),
+        ("https://api.keyless.io\x00", "must not hold blanks, control characters or backslashes"),
+        ("https://api.keyless.io/\u200b", "must not hold blanks, control characters or backslashes"),
+        ("https://api.keyless.io/\ud800", "must not hold blanks, control characters or backslashes"),
+        ("https://api.keyless.io:port", "is no URL (Port could not be cast"),
+        ("https://api.keyless.io:70000", "is no URL (Port out of range"),
+        ("https://[::1", "is no URL (Invalid IPv6 URL)"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_bad_base_url_is_refused_with_the_reason(url: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_base_url(url)
+    assert str(caught.value).startswith(f"base_url {message}")
+    assert "hunter2" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@given(st.text() | st.text(st.sampled_from("https:/@.[]%2eE#?\\ 17localhost")).map(lambda rest: "https://" + rest))
+def test_whatever_the_base_url_it_is_good_or_a_configuration_error(url: str) -> None:
+    try:
+        good = check_base_url(url)
+    except ConfigurationError:
+        return
+    parts = urlsplit(good)
+    assert parts.scheme in {"http", "https"}
+    assert parts.hostname
+    assert "@" not in parts.netloc
+    assert (parts.query, parts.fragment) == ("", "")
+
+
+# -- statuses
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "transient"),
+    [
+        (100, StatusError, False),
+        (199, StatusError, False),
+        (300, StatusError, False),
+        (301, StatusError, False),
+        (302, StatusError, False),
+        (304, StatusError, False),
+        (307, StatusError, False),
+        (399, StatusError, False),
+        (400, BadRequestError, False),
+        (401, AuthenticationError, False),
+        (402, StatusError, False),
+        (403, PermissionDeniedError, False),
+        (404, NotFoundError, False),
+        (405, StatusError, False),
+        (406, NotAcceptableError, False),
+        (407, StatusError, False),
+        (408, StatusError, True),
+        (409, ConflictError, False),
+        (410, StatusError, False),
+        (413, StatusError, False),
+        (415, UnsupportedMediaTypeError, False),
+        (418, StatusError, False),
+        (421, StatusError, False),
+        (425, StatusError, True),
+        (429, RateLimitError, True),
+        (451, StatusError, False),
+        (499, StatusError, False),
+        (500, ServerError, True),
+        (501, ServerError, True),
+        (502, ServerError, True),
+        (503, ServerError, True),
+        (504, ServerError, True),
+        (520, ServerError, True),
+        (599, ServerError, True),
+        (600, StatusError, False),
+        (999, StatusError, False),
+    ],
+)
+@every_endpoint
+def test_a_status_is_this_error_and_passes_or_not(
+    name: str, status: int, kind: type[StatusError], transient: bool
+) -> None:
+    with pytest.raises(StatusError) as caught:
+        answered(status, GOOD[name], name=name)  # a good body makes no bad status good
+    assert type(caught.value) is kind
+    assert is_transient(caught.value) is transient
+    assert (caught.value.status, caught.value.path) == (status, PATH)
+    assert caught.value.method == ENDPOINTS[name].method
+    assert str(caught.value).startswith(f"{ENDPOINTS[name].method} {PATH} answered {status}: ")
+
+
+def test_a_redirect_says_that_it_was_not_followed_and_why() -> None:
+    assert "redirect, not followed" in str(failed(302, headers={"Location": "https://evil.example"}))
+    assert "evil.example" not in str(failed(302, headers={"Location": "https://evil.example"}))
+
+
+@pytest.mark.parametrize("status", [408, 425])
+def test_a_passing_status_without_a_class_does_not_blame_the_base_url(status: int) -> None:
+    assert "try again later" in str(failed(status))
+    assert "base_url" not in str(failed(status))
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (TransportError("m", method="GET", path=PATH), True),
+        (RequestTimeoutError("m", method="GET", path=PATH), True),
+        (NotJsonError("m", status=200, method="GET", path=PATH), True),
+        (DecodeError("m", status=200, method="GET", path=PATH), False),
+        (ConfigurationError("m"), False),
+        (ClientClosedError("m"), False),
+        (ApprovalTimeoutError("m", operation_id="a"), False),
+        (KeylessError("m"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_passes_and_what_does_not(error: KeylessError, transient: bool) -> None:
+    assert is_transient(error) is transient
+
+
+# -- what an error tells of its body
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        (b"", None),
+        (b" \r\n\t", None),
+        (b"\x00\x01", None),
+        (b'{"error": "no such user"}', '{"error": "no such user"}'),
+        (b"two\r\n  lines", "two lines"),
+        (PAGE, PAGE.decode()),
+        (b"a\x00b\x1b[31m\xe2\x80\xaec", "a b [31m c"),
+        (b"\xff\xfe", "��"),
+        ("é😀".encode(), "é😀"),
+        (b"x" * 201, "x" * 200),
+        ("é".encode() * (1 << 19), "é" * 200),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_detail_is_two_hundred_printable_characters_of_the_body(body: bytes, detail: str | None) -> None:
+    error = failed(500, body)
+    assert error.detail == detail
+    assert detail is None or detail not in str(error)
+
+
+def echoes(key: str) -> dict[str, str]:
+    """Spell a key in the ways in which services and gateways quote what they were sent."""
+    in_json = json.dumps(key)[1:-1]
+    percent = quote(key, safe="")
+    return {
+        "raw": key,
+        "JSON": in_json,
+        "JSON with slashes": in_json.replace("/", "\\/"),
+        "JSON for HTML": in_json.replace("<", "\\u003c").replace(">", "\\u003E").replace("&", "\\u0026"),
+        "JSON for all": "".join(c if c.isalnum() else f"\\u{ord(c):04X}" for c in key),
+        "URL": percent,
+        "URL in lower case": "".join(c if c.isalnum() else quote(c, safe="").lower() for c in key),
+        "URL path": quote(key),
+        "form": quote_plus(key),
+        "HTML": html.escape(key),
+        "HTML, no quotes": html.escape(key, quote=False),
+        "HTML in decimals": "".join(c if c.isalnum() else f"&#{ord(c)};" for c in key),
+        "HTML in hex": "".join(c if c.isalnum() else f"&#x{ord(c):02X};" for c in key),
+        "XML": html.escape(key).replace("&#x27;", "&apos;"),
+    }
+
+
+@pytest.mark.parametrize("form", list(echoes(KEY)))
+def test_the_key_is_struck_out_in_every_form_in_which_it_may_be_echoed(form: str) -> None:
+    echo = echoes(KEY)[form]
+    assert failed(401, f"bad key {echo}, sorry: {echo}".encode()).detail == "bad key ***, sorry: ***"
+
+
+@pytest.mark.parametrize("form", list(echoes(KEY)))
+def test_the_key_is_struck_out_of_the_request_id_too(form: str) -> None:
+    echo = echoes(KEY)[form]
+    assert failed(401, headers={"X-Request-Id": f"id-{echo}"}).request_id == "id-***"
+    with pytest.raises(NotJsonError) as caught:
+        answered(200, PAGE, {"X-Request-Id": f"id-{echo}"})
+    assert caught.value.request_id == "id-***"
+
+
+@pytest.mark.parametrize("form", list(echoes(KEY)))
+def test_no_half_of_the_key_is_left_by_the_cut(form: str) -> None:
+    echo = echoes(KEY)[form]
+    for before in range(100, MAX_DETAIL + 3):
+        detail = failed(401, ("." * before + echo).encode()).detail
+        assert detail == ("." * before + "***")[:MAX_DETAIL]
+    assert failed(401, (echo * 500).encode()).detail == ("***" * 500)[:MAX_DETAIL]
+
+
+def test_a_key_with_blanks_is_struck_out_wherever_lines_were_folded() -> None:
+    assert failed(401, b"bad key a \r\n b!", key="a  b").detail == "bad key ***!"
+    assert failed(401, b"bad key a%20%20b!", key="a  b").detail == "bad key ***!"
+
+
+def test_what_only_resembles_the_key_stays() -> None:
+    assert failed(401, b"a&amp;b a+b aXb", key="a/b").detail == "a&amp;b a+b aXb"
+    assert failed(401, b"aXb a.b", key="a.b").detail == "aXb ***"
+    assert failed(401, b"ABC abc", key="abc").detail == "ABC ***"
+
+
+keys = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=4, max_size=40)
+
+
+@given(keys, st.text(max_size=300), st.text(max_size=300), st.data())
+def test_no_key_is_ever_in_a_detail_or_a_request_id(key: str, before: str, after: str, data: st.DataObject) -> None:
+    echo = data.draw(st.sampled_from(sorted(echoes(key).values())))
+    text = (before + echo + after).encode("utf-8", "replace")
+    error = failed(401, text, {"X-Request-Id": before + echo + after}, key=key)
+    for shown in (error.detail, error.request_id):
+        assert shown is None or (len(shown) <= MAX_DETAIL and shown.isprintable())
+        if "*" not in key:  # else the stars themselves may spell it
+            assert shown is None or (key not in shown and echo not in shown)
+    assert key not in str(error) or key in str(failed(401))
+
+
+@pytest.mark.parametrize(
+    ("headers", "request_id"),
+    [
+        ({}, None),
+        ({"X-Request-Id": ""}, None),
+        ({"X-Request-Id": "a"}, "a"),
+        ({"X-Correlation-Id": "b"}, "b"),
+        ({"X-Amzn-RequestId": "c"}, "c"),
+        ({"X-Amzn-Trace-Id": "Root=1-d"}, "Root=1-d"),
+        ({"CF-Ray": "e"}, "e"),
+        ({"CF-Ray": "e", "X-Request-Id": "a"}, "a"),
+        ({"X-Request-Id": "", "CF-Ray": "e"}, "e"),
+        ({"X-Request-Id": "a\tb\x1b\udcff"}, "a b"),
+        ({"X-Request-Id": "x" * 1000}, "x" * 200),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_the_id_of_the_exchange_is_found_in_the_usual_headers(headers: dict[str, str], request_id: str | None) -> None:
+    assert failed(500, headers=headers).request_id == request_id
+    assert undecoded(PAGE, **headers).request_id == request_id
+
+
+# -- Retry-After
+
+NOW = "Tue, 24 Nov 2026 12:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        (" 7 ", 7.0),
+        ("1.5", 1.5),
+        ("007", 7.0),
+        ("999999999999999", 999999999999999.0),
+        ("9" * 5000, None),
+        ("-5", None),
+        ("+5", None),
+        ("1e3", None),
+        ("inf", None),
+        ("nan", None),
+        ("1,5", None),
+        ("\u0665", None),
+        ("soon", None),
+        ("", None),
+        (",", None),
+        ("Tue, 24 Nov 2026 12:01:40 GMT", 100.0),
+        ("Tuesday, 24-Nov-26 12:01:40 GMT", 100.0),
+        ("Tue, 24 Nov 2026 14:01:40 +0200", 100.0),
+        ("Tue, 24 Nov 2026 12:01:40 -0000", 100.0),
+        ("Tue, 24 Nov 2026 11:00:00 GMT", 0.0),
+        ("Mon, 01 Jan 0001 00:00:00 GMT", 0.0),
+        ("Tue, 31 Feb 2026 12:00:00 GMT", None),
+        ("Tue, 24 Nov 2026 99:00:00 GMT", None),
+        ("Tue, 24 Nov 99999 12:00:00 GMT", None),
+        ("Tue, 24 Nov 2026 12:00:00 +9999999", None),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_retry_after_is_seconds_or_a_date_by_the_servers_own_clock(text: str, seconds: float | None) -> None:
+    assert retry_after({"Retry-After": text, "Date": NOW}) == seconds
+    assert failed(503, headers={"Retry-After": text, "Date": NOW}).retry_after == seconds
+
+
+@pytest.mark.parametrize("headers", [{}, {"Date": "garbage"}, {"Date": ""}], ids=repr)
+def test_a_date_with_no_date_to_compare_it_with_counts_from_this_machines_clock(headers: dict[str, str]) -> None:
+    got = retry_after({"Retry-After": formatdate(time.time() + 100, usegmt=True), **headers})
+    assert got is not None
+    assert 90 < got <= 100
+
+
+def test_no_retry_after_is_none() -> None:
+    assert retry_after({}) is None
+    assert failed(503, headers={"Date": NOW}).retry_after is None
+
+
+dates = st.lists(
+    st.sampled_from(
+        ["Tue,", "Tue", "24", "Nov", "2026", "0", "99999", "12:00:00", "12", "25:61", "GMT", "+2500", "-", ","]
+    )
+).map(" ".join)
+
+
+@given(st.text() | dates, st.none() | st.text() | dates)
+def test_no_retry_after_whatever_raises_or_is_negative(text: str, date: str | None) -> None:
+    got = retry_after({"Retry-After": text} | ({} if date is None else {"Date": date}))
+    assert got is None or (got >= 0 and math.isfinite(got))
+
+
+# -- good answers
+
+
+def test_the_three_good_answers_are_decoded() -> None:
+    operation = answered(200, GOOD["operation"])
+    assert isinstance(operation, Operation)
+    assert (operation.operation_id, operation.is_approved) == ("txn-1", True)
+    assert operation.api_key.reveal() == "sdk-key-0123456789"
+    assert answered(200, GOOD["pending"], name="pending") == [
+        PendingOperation(operation_id="a", operation_payload="b"),
+        PendingOperation(operation_id="c"),
+    ]
+    assert answered(200, b"[]", name="pending") == []
+    assert answered(200, GOOD["create"], name="create") == CreateAnswer(success=True)
+
+
+@every_endpoint
+@pytest.mark.parametrize("status", [200, 201, 202, 299])
+def test_any_2xx_with_a_good_body_is_good(name: str, status: int) -> None:
+    answered(status, GOOD[name], {"Content-Type": "text/plain"}, name=name)
+    answered(status, b"\r\n " + GOOD[name] + b" \n", name=name)
+
+
+def test_the_last_of_two_fields_of_one_name_counts() -> None:
+    twice = GOOD["operation"][:-1] + b', "state": "pending"}'
+    assert answered(200, twice).state == "pending"
+
+
+def test_pairs_of_surrogates_are_text() -> None:
+    body = GOOD["operation"].replace(b'"nodeId": "text"', b'"nodeId": "\\ud83d\\ude00"')
+    assert answered(200, body).node_id == "😀"
+
+
+# -- 2xx that are none
+
+
+def deep(opening: bytes) -> bytes:
+    return opening * 100_000
+
+
+@every_endpoint
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" \n",
+        PAGE,
+        b"OK",
+        b"\xff\xfe\x00",
+        b"{",
+        b"[",
+        b"[{",
+        b'{"success": true',
+        b'{"success": true}}',
+        b"[1, <html>",
+        b"nul",
+        b"NaN",
+        b"[NaN]",
+        b'{"success": NaN}',
+        b'[{"operationId": -Infinity}]',
+        b"'single'",
+        b'{"operationId": "\xff"}',
+        b'[{"operationId": "\xff"}]',
+        b'[{"operationId": "\xed\xa0\x80"}]',
+        b'["\\ud800"]',
+        b'{"success": true, "success": tru}',
+        deep(b"["),
+        deep(b'{"a":'),
+        deep(b'{"success":['),
+        deep(b"[[") + b"1" + b"]]" * 100_000,
+        b"\xef\xbb\xbf{}",
+        b"\x1f\x8b\x08",
+    ],
+    ids=lambda body: repr(body)[:24],
+)
+def test_a_2xx_that_is_not_json_is_told_from_json_of_another_shape(name: str, body: bytes) -> None:
+    error = undecoded(body, name)
+    assert type(error) is NotJsonError
+    assert is_transient(error)
+    assert str(error).startswith(f"{ENDPOINTS[name].method} {PATH} answered 200 with ")
+    assert ("an empty body" in str(error)) is (not body.strip())
+    assert str(error).isprintable()
+    assert "nginx" not in str(error)
+
+
+def test_a_good_answer_with_a_bottomless_field_is_not_json() -> None:
+    assert type(undecoded(GOOD["operation"][:-1] + b', "new": ' + deep(b"["))) is NotJsonError
+
+
+@pytest.mark.parametrize("name", ["operation", "pending"])
+def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
+    for length in range(len(GOOD[name])):
+        assert type(undecoded(GOOD[name][:length], name)) is NotJsonError
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "reason"),
+    [
+        ("operation", b"{}", "Object missing required field `id`"),
+        ("operation", b"[]", "Expected `object`, got `array`"),
+        ("operation", b"null", "Expected `object`, got `null`"),
+        ("operation", b'"text"', "Expected `object`, got `str`"),
+        ("operation", b"1", "Expected `object`, got `int`"),
+        ("operation", b'{"error": "hunter2"}', "Object missing required field `id`"),
+        ("operation", GOOD["operation"].replace(b"true", b'"hunter2"'), "Expected `bool`, got `str` - at `$.result`"),
+        ("operation", GOOD["operation"].replace(b"true", b"null"), "Expected `bool`, got `null` - at `$.result`"),
+        ("operation", GOOD["operation"].replace(b"1,", b'"1",', 1), "Expected `int`, got `str` - at `$.id`"),
+        ("operation", GOOD["operation"].replace(b'"approved"', b"7"), "Expected `str`, got `int` - at `$.state`"),
+        (
+            "operation",
+            GOOD["operation"].replace(b'"sdk-key-0123456789"', b'["hunter2"]'),
+            "Expected `str`, got `list` - at `$.apiKey`",
+        ),
+        ("pending", b"{}", "Expected `array`, got `object`"),
+        ("pending", b'[{"operationId": "a"}, {}]', "Object missing required field `operationId` - at `$[1]`"),
+        ("pending", b'[{"operationId": null}]', "Expected `str`, got `null` - at `$[0].operationId`"),
+        ("create", b"{}", "Object missing required field `success`"),
+        ("create", b'{"success": "true"}', "Expected `bool`, got `str` - at `$.success`"),
+        ("create", b'{"success": 1}', "Expected `bool`, got `int` - at `$.success`"),
+        ("create", b"true", "Expected `object`, got `bool`"),
+    ],
+)
+def test_json_of_another_shape_says_where_it_differs_and_shows_no_value(name: str, body: bytes, reason: str) -> None:
+    error = undecoded(body, name)
+    assert type(error) is DecodeError
+    assert not is_transient(error)
+    method = ENDPOINTS[name].method
+    assert str(error) == f"{method} {PATH} answered 200 with JSON of another shape: {reason}; check base_url or upgrade"
+    assert (error.status, error.method, error.path) == (200, method, PATH)
+
+
+def test_an_error_keeps_no_body_alive_in_its_cause() -> None:
+    for error in (undecoded(PAGE), undecoded(b"{}"), failed(500, PAGE)):
+        assert error.__cause__ is None
+        assert error.__context__ is None
+
+
+# -- whatever comes
+
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.just(value) | st.none() | st.text() | st.integers() | st.booleans() | st.floats()
+        for name, value in {**WIRE, "success": True, "operationPayload": "p"}.items()
+    },
+)
+bodies = (
+    st.binary()
+    | st.text().map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.recursive(st.none() | st.booleans() | st.floats() | st.text() | fields, st.lists, max_leaves=6).map(
+        lambda value: json.dumps(value).encode()
+    )
+    | st.builds(
+        lambda body, cut, junk: body[:cut] + junk,
+        st.sampled_from(list(GOOD.values())),
+        st.integers(0, 250),
+        st.binary(),
+    )
+)
+headers_of_any_kind = st.dictionaries(
+    st.sampled_from(["Retry-After", "Date", "X-Request-Id", "CF-Ray"]), st.text() | dates, max_size=3
+)
+
+
+@every_endpoint
+@given(status=st.integers(100, 599) | st.integers() | st.just(200), headers=headers_of_any_kind, body=bodies)
+@example(status=200, headers={}, body=deep(b"["))
+@example(status=200, headers={}, body=b'{"id": ' + b"1" * 5000)
+@example(status=200, headers={}, body=GOOD["operation"].replace(b"1,", b"1" * 5000 + b",", 1))
+@example(status=500, headers={}, body=deep(b"["))
+def test_no_answer_whatever_raises_anything_but_the_two_documented_roots(
+    name: str, status: int, headers: dict[str, str], body: bytes
+) -> None:
+    got: object
+    try:
+        got = answered(status, body, headers, name=name)
+    except (DecodeError, StatusError) as error:
+        got = error
+    assert isinstance(got, StatusError) is not (200 <= status < 300)
+    assert isinstance(got, KeylessError | Operation | CreateAnswer | list)
+    if isinstance(got, KeylessError):
+        assert str(got).isprintable()
+    if isinstance(got, StatusError):
+        assert got.retry_after is None or got.retry_after >= 0
+        assert got.detail is None or (len(got.detail) <= MAX_DETAIL and got.detail.isprintable())
+
+
+def test_the_limit_of_identifiers_is_the_documented_one() -> None:
+    assert MAX_IDENTIFIER == 512

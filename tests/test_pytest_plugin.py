@@ -1,0 +1,184 @@
+"""The fixtures, in test suites such as users have: each runs in a pytest of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+pytest_plugins = ["pytester"]
+
+APPROVED = """
+import asyncio
+import pytest
+
+{mark}
+async def test_the_client_sees_what_the_sandbox_approved(keyless_sandbox, keyless_client):
+    await keyless_client.create_operation("C0FFEE", operation_id="txn-1")
+    keyless_sandbox.approve("txn-1")
+    async with asyncio.timeout(10):
+        assert (await keyless_client.wait_for_approval("txn-1")).is_approved
+"""
+STRICT = ("-o", "asyncio_mode=strict", "-o", "asyncio_default_fixture_loop_scope=function")
+AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
+
+
+def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = "") -> None:
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(test)
+    result = pytester.runpytest_inprocess("-W", "error", *options)
+    result.assert_outcomes(passed=1)
+
+
+def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str, conftest: str = "") -> None:
+    pytester.makeconftest(conftest)
+    pytester.makepyfile(test)
+    result = pytester.runpytest_inprocess("-W", "error", *options)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*{message}*"])
+
+
+# -- in these tests themselves
+
+
+async def test_the_sandbox_is_started_and_the_client_is_its_own(
+    keyless_sandbox: Sandbox, keyless_client: KeylessClient
+) -> None:
+    await keyless_client.get_pending_operations("C0FFEE")
+    assert keyless_sandbox.request_count == 1
+
+
+async def test_the_client_can_be_asked_for_alone(keyless_client: KeylessClient) -> None:
+    assert await keyless_client.get_pending_operations("C0FFEE") == []
+
+
+# -- in other suites
+
+
+def test_pytest_asyncio_in_auto_mode_runs_them(pytester: pytest.Pytester) -> None:
+    passes(pytester, APPROVED.format(mark=""), *AUTO)
+
+
+def test_pytest_asyncio_in_strict_mode_runs_them(pytester: pytest.Pytester) -> None:
+    passes(pytester, APPROVED.format(mark="@pytest.mark.asyncio"), *STRICT)
+
+
+@pytest.mark.parametrize("scope", ["class", "module", "package", "session"])
+def test_they_live_in_the_loop_of_the_test_whatever_its_scope(pytester: pytest.Pytester, scope: str) -> None:
+    passes(pytester, APPROVED.format(mark=f'@pytest.mark.asyncio(loop_scope="{scope}")'), *STRICT)
+
+
+def test_they_live_in_the_loop_of_the_test_when_fixtures_default_to_another(pytester: pytest.Pytester) -> None:
+    options = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=session")
+    passes(pytester, APPROVED.format(mark=""), *options)
+
+
+def test_they_live_in_the_loop_of_the_test_when_all_tests_share_one(pytester: pytest.Pytester) -> None:
+    passes(pytester, APPROVED.format(mark=""), *AUTO, "-o", "asyncio_default_test_loop_scope=session")
+
+
+@pytest.mark.parametrize(
+    "options", [("-p", "no:looptime_plugin", "-p", "no:asyncio"), STRICT], ids=["alone", "beside it"]
+)
+def test_anyio_runs_them(pytester: pytest.Pytester, options: tuple[str, ...]) -> None:
+    test = APPROVED.format(mark="@pytest.mark.anyio")
+    backend = "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'"
+    passes(pytester, test, *options, conftest=backend)
+
+
+def test_an_override_of_the_sandbox_is_what_the_client_belongs_to(pytester: pytest.Pytester) -> None:
+    override = """
+        import pytest_asyncio
+        from aiokeyless.sandbox import Sandbox
+
+        @pytest_asyncio.fixture
+        async def keyless_sandbox():
+            async with Sandbox(api_key="another", auto_approve=0) as sandbox:
+                yield sandbox
+    """
+    test = """
+        async def test_it_is_approved_at_once(keyless_sandbox, keyless_client):
+            assert (await keyless_client.request_approval("C0FFEE")).is_approved
+            assert keyless_sandbox.api_key == "another"
+    """
+    passes(pytester, test, *AUTO, conftest=override)
+
+
+def test_both_are_closed_after_the_test(pytester: pytest.Pytester) -> None:
+    test = """
+        import pytest
+        from aiokeyless import ClientClosedError, ConfigurationError
+
+        kept = []
+
+        async def test_first(keyless_sandbox, keyless_client):
+            kept[:] = keyless_sandbox, keyless_client
+
+        async def test_second():
+            sandbox, client = kept
+            with pytest.raises(ConfigurationError, match="no URL"):
+                sandbox.url
+            with pytest.raises(ClientClosedError):
+                await client.get_operation("txn-1")
+    """
+    pytester.makepyfile(test)
+    pytester.runpytest_inprocess("-W", "error", *AUTO).assert_outcomes(passed=2)
+
+
+# -- where they cannot live
+
+
+def test_a_test_that_is_not_async_is_told_so(pytester: pytest.Pytester) -> None:
+    fails_with(pytester, "make the test async", "def test_sync(keyless_sandbox): pass", *STRICT)
+
+
+def test_a_backend_other_than_asyncio_is_told_so(pytester: pytest.Pytester) -> None:
+    backend = "import pytest\n@pytest.fixture\ndef anyio_backend(): return 'trio'"
+    test = "import pytest\n@pytest.mark.anyio\nasync def test_trio(keyless_client): pass"
+    fails_with(pytester, "aiokeyless runs on asyncio, not on trio", test, *STRICT, conftest=backend)
+
+
+def test_without_pytest_asyncio_the_plugin_loads_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"_keyless_sandbox_anyio", "_keyless_sandbox_function"} <= fresh_plugin().keys()
+    monkeypatch.setitem(sys.modules, "pytest_asyncio", None)
+    names = fresh_plugin().keys()
+    assert "_keyless_sandbox_anyio" in names
+    assert "_keyless_sandbox_function" not in names
+
+
+def fresh_plugin() -> dict[str, object]:
+    """What is in the plugin's module when it is loaded now: pytest loaded its own before any test could look."""
+    spec = importlib.util.find_spec("aiokeyless.pytest_plugin")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+# -- what it costs
+
+
+def test_the_sandbox_and_its_server_are_not_imported_until_a_fixture_is_used() -> None:
+    program = "import sys, aiokeyless.pytest_plugin; print({'aiokeyless.sandbox', 'aiohttp.web'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    assert run.stdout == "set()\n"
+
+
+def test_the_plugin_itself_imports_nothing_beyond_pytest_and_its_plugin() -> None:
+    program = """
+import sys, pytest, pytest_asyncio, aiokeyless
+before = set(sys.modules)
+import aiokeyless.pytest_plugin
+print(set(sys.modules) - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    assert run.stdout == "{'aiokeyless.pytest_plugin'}\n"

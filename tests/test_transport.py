@@ -1,0 +1,1093 @@
+"""The HTTP of single calls: what is tried again and when, what is cut off, what is left behind, what is never shown."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import gzip
+import logging
+import re
+import tracemalloc
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from raw_server import (
+    RawServer,
+    answer,
+    drip,
+    hang,
+    now,
+    operation,
+    refused,
+    reset,
+    then_hang,
+    unanswered,
+    until,
+)
+
+from aiokeyless import (
+    AuthenticationError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    ConflictError,
+    DecodeError,
+    KeylessClient,
+    KeylessError,
+    NotAcceptableError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    StatusError,
+    TransportError,
+    UnsupportedMediaTypeError,
+    transport,
+)
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+
+    from raw_server import Handler
+
+pytestmark = pytest.mark.looptime
+
+USER = "C0FFEE"
+KEY = "k3y/S3CRET+odd"
+MIB = 1 << 20
+TRUNCATED = answer(b"{", length=100)
+BUSY = answer(b"busy", b"Retry-After: 30", status=b"503 Busy")
+START = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"
+
+
+@pytest.fixture
+def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
+    keyless_sandbox.approve("a", user_id=USER)
+    return keyless_sandbox
+
+
+@pytest.fixture
+async def session() -> AsyncGenerator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as borrowed:
+        yield borrowed
+
+
+def once(url: str, **options: Any) -> KeylessClient:
+    """Make a client that tries once."""
+    return KeylessClient(KEY, base_url=url, max_attempts=1, **options)
+
+
+async def failure(call: Awaitable[object]) -> KeylessError:
+    with pytest.raises(KeylessError) as caught:
+        await call
+    return caught.value
+
+
+async def asked(*answers: bytes | Handler, **options: Any) -> object:
+    """What a client makes of a server's answers, tried once."""
+    async with RawServer(*answers) as server, once(server.url, **options) as client:
+        return await client.get_operation("a")
+
+
+async def failed(*answers: bytes | Handler, **options: Any) -> KeylessError:
+    """How a client fails with a server's answers, tried once."""
+    return await failure(asked(*answers, **options))
+
+
+def pauses(sandbox: Sandbox) -> list[float]:
+    times = [record.at for record in sandbox.requests]
+    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+
+
+@pytest.fixture
+def longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let chance choose the longest pause always."""
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high)
+
+
+@pytest.fixture
+def shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda low, _high: low)
+
+
+# What is tried again
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+async def test_transient_status_is_tried_again(sandbox: Sandbox, client: KeylessClient, status: int) -> None:
+    sandbox.fail_next(status, times=2)
+    assert (await client.get_operation("a")).is_approved
+    assert sandbox.request_count == 3
+
+
+async def test_page_of_a_gateway_is_tried_again(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(200, times=2, body=b"<html>Sign in</html>", content_type="text/html")
+    assert (await client.get_operation("a")).is_approved
+    assert sandbox.request_count == 3
+
+
+async def test_cut_off_answer_is_tried_again() -> None:
+    async with (
+        RawServer(TRUNCATED, TRUNCATED, answer(b"[]")) as server,
+        KeylessClient(KEY, base_url=server.url) as client,
+    ):
+        assert await client.get_pending_operations(USER) == []
+        assert len(server.heads) == 3
+
+
+async def test_timeout_is_tried_again() -> None:
+    async with (
+        RawServer(hang, hang, answer(operation())) as server,
+        KeylessClient(KEY, base_url=server.url) as client,
+    ):
+        assert (await client.get_operation("a")).operation_id == "a"
+
+
+@pytest.mark.parametrize("attempts", [2, 3, 7])
+async def test_last_failure_is_raised_when_the_attempts_are_used_up(sandbox: Sandbox, attempts: int) -> None:
+    sandbox.fail_next(500, times=attempts - 1)
+    sandbox.fail_next(502, times=None)
+    async with sandbox.client(max_attempts=attempts) as client:
+        error = await failure(client.get_operation("a"))
+    assert isinstance(error, ServerError)
+    assert error.status == 502
+    assert sandbox.request_count == attempts
+
+
+async def test_one_attempt_is_no_retry(sandbox: Sandbox) -> None:
+    sandbox.fail_next(503)
+    async with sandbox.client(max_attempts=1) as client:
+        assert isinstance(await failure(client.get_operation("a")), ServerError)
+    assert sandbox.request_count == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, BadRequestError),
+        (401, AuthenticationError),
+        (403, PermissionDeniedError),
+        (404, NotFoundError),
+        (406, NotAcceptableError),
+        (409, ConflictError),
+        (415, UnsupportedMediaTypeError),
+        (304, StatusError),
+        (418, StatusError),
+    ],
+)
+async def test_other_status_is_raised_at_once(
+    sandbox: Sandbox, client: KeylessClient, status: int, kind: type[StatusError]
+) -> None:
+    sandbox.fail_next(status, times=None)
+    error = await failure(client.get_operation("a"))
+    assert type(error) is kind
+    assert sandbox.request_count == 1
+
+
+async def test_json_of_the_wrong_shape_is_raised_at_once(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(200, body=b'{"id": 1}')
+    assert type(await failure(client.get_operation("a"))) is DecodeError
+    assert sandbox.request_count == 1
+
+
+async def test_lasting_failure_ends_the_attempts(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503)
+    sandbox.fail_next(401)
+    assert isinstance(await failure(client.get_operation("a")), AuthenticationError)
+    assert sandbox.request_count == 2
+
+
+async def test_tenacity_is_not_entered_where_nothing_fails(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(transport, "AsyncRetrying")
+    assert (await client.get_operation("a")).is_approved
+
+
+async def test_calls_at_the_same_time_have_attempts_of_their_own(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503, times=None)
+    errors = await asyncio.gather(*(failure(client.get_operation("a")) for _ in range(20)))
+    assert len({id(error) for error in errors}) == 20
+    assert sandbox.request_count == 60
+
+
+# When it is tried again
+
+
+@pytest.mark.usefixtures("longest")
+async def test_longest_pause_doubles_from_a_quarter_second_up_to_30(sandbox: Sandbox) -> None:
+    sandbox.fail_next(503, times=None)
+    async with sandbox.client(max_attempts=10) as client:
+        await failure(client.get_operation("a"))
+    assert pauses(sandbox) == pytest.approx([0.25, 0.5, 1, 2, 4, 8, 16, 30, 30], abs=1e-3)
+
+
+@pytest.mark.usefixtures("shortest")
+async def test_shortest_pause_is_none(sandbox: Sandbox) -> None:
+    sandbox.fail_next(503, times=None)
+    async with sandbox.client(max_attempts=5) as client:
+        await failure(client.get_operation("a"))
+    assert pauses(sandbox) == pytest.approx([0, 0, 0, 0], abs=1e-3)
+
+
+async def test_pause_is_left_to_chance(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503, times=None)
+    started = now()
+    await asyncio.gather(*(failure(client.get_operation("a")) for _ in range(50)))
+    second = sorted(record.at - started for record in sandbox.requests)[50:]
+    assert second[0] < 0.1
+    assert 0.15 < second[-1] <= 0.751
+    assert len(set(second)) > 20
+
+
+@pytest.mark.usefixtures("longest")
+@pytest.mark.parametrize("status", [429, 503, 500, 408])
+async def test_next_attempt_is_made_when_the_service_wants_it(
+    sandbox: Sandbox, client: KeylessClient, status: int
+) -> None:
+    sandbox.fail_next(status, retry_after=30)
+    sandbox.fail_next(status, retry_after=2.5)
+    assert (await client.get_operation("a")).is_approved
+    assert pauses(sandbox) == pytest.approx([30, 2.5], abs=1e-3)
+
+
+@pytest.mark.usefixtures("longest")
+async def test_service_does_not_shorten_the_pause(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503, retry_after=0)
+    await client.get_operation("a")
+    assert pauses(sandbox) == pytest.approx([0.25], abs=1e-3)
+
+
+async def test_service_may_want_it_at_a_date(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(
+        429, retry_after="Wed, 21 Oct 2015 07:28:20 GMT", headers={"Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    )
+    await client.get_operation("a")
+    assert pauses(sandbox) == pytest.approx([20], abs=1e-3)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_longer_than_30_seconds_is_for_the_caller_to_decide(
+    sandbox: Sandbox, client: KeylessClient, status: int
+) -> None:
+    sandbox.fail_next(status, retry_after=31)
+    started = now()
+    error = await failure(client.get_operation("a"))
+    assert isinstance(error, RateLimitError | ServerError)
+    assert error.retry_after == 31
+    assert now() == pytest.approx(started, abs=1e-3)
+    assert sandbox.request_count == 1
+
+
+async def test_longer_than_30_seconds_ends_later_attempts_too(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503)
+    sandbox.fail_next(503, retry_after=31)
+    error = await failure(client.get_operation("a"))
+    assert isinstance(error, ServerError)
+    assert error.retry_after == 31
+    assert sandbox.request_count == 2
+
+
+# The time of one exchange
+
+
+ENDLESS: dict[str, Handler] = {
+    "no answer": hang,
+    "half a status line": then_hang(b"HTTP/1.1 2"),
+    "half of the headers": then_hang(b"HTTP/1.1 200 OK\r\nContent-Le"),
+    "headers and no body": then_hang(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"),
+    "half a body": then_hang(START),
+    "half a chunk": then_hang(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{"),
+    "a body without end": drip(b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+    "chunks without end": drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "headers without end": drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"a"),
+    "100 Continue without end": drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("handler", ENDLESS.values(), ids=ENDLESS.keys())
+async def test_exchange_ends_after_request_timeout(handler: Handler) -> None:
+    async with RawServer(handler) as server, once(server.url, request_timeout=7.3) as client:
+        started = now()
+        error = await failure(client.get_operation("a"))
+        assert now() - started == pytest.approx(7.3, abs=1e-3)
+        assert isinstance(error, RequestTimeoutError)
+        assert isinstance(error, TimeoutError)
+        assert error.sent
+        await asyncio.sleep(1)  # a server that drips notices with the next drop
+        assert not server.connections
+
+
+@pytest.mark.parametrize("seconds", [0.3, 4.9, 5.0, 5.4, 12.5, 100.1])
+async def test_request_timeout_is_exact(seconds: float) -> None:
+    async with RawServer(hang) as server, once(server.url, request_timeout=seconds) as client:
+        await asyncio.sleep(0.77)  # aiohttp likes to round to whole seconds of the loop's clock
+        started = now()
+        error = await failure(client.get_operation("a"))
+        assert now() - started == pytest.approx(seconds, abs=1e-3)
+    assert f"request_timeout={seconds:g} s" in str(error)
+
+
+async def test_connecting_counts_into_request_timeout() -> None:
+    with unanswered() as url:
+        async with once(url, request_timeout=6.2) as client:
+            started = now()
+            assert isinstance(await failure(client.get_operation("a")), RequestTimeoutError)
+            assert now() - started == pytest.approx(6.2, abs=1e-3)
+
+
+async def test_each_attempt_has_its_own_request_timeout(sandbox: Sandbox) -> None:
+    sandbox.latency = 2
+    async with sandbox.client(request_timeout=1.5) as client:
+        started = now()
+        await failure(client.get_operation("a"))
+        assert 4.5 <= now() - started <= 5.25 + 1e-3
+    assert sandbox.request_count == 3
+
+
+async def test_slow_answer_in_time_is_an_answer(sandbox: Sandbox) -> None:
+    sandbox.latency = 9.9
+    async with sandbox.client(max_attempts=1) as client:
+        assert (await client.get_operation("a")).is_approved
+
+
+# No answer
+
+
+async def test_refused_connection_was_not_sent() -> None:
+    async with once(refused()) as client:
+        error = await failure(client.get_operation("a"))
+    assert type(error) is TransportError
+    assert not error.sent
+    assert (error.method, error.path) == ("GET", "/v2/operations/a")
+    assert "ClientConnectorError" in str(error)
+
+
+async def test_failed_tls_was_not_sent() -> None:
+    def plain(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(operation()))
+        writer.close()
+
+    async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
+        async with once(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+            error = await failure(client.get_operation("a"))
+    assert type(error) is TransportError
+    assert not error.sent
+
+
+BROKEN: dict[str, bytes | Handler] = {
+    "reset": reset,
+    "closed": b"",
+    "half of the headers": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "cut off": TRUNCATED,
+    "cut off in a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n20\r\n{}",
+    "no chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    "no second chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\nzz",
+    "no HTTP": b"220 mail.example ESMTP\r\n\r\n",
+    "headers without end": answer(b"{}", b"X-Long: " + b"a" * 9000),
+    "two lengths": answer(operation(), b"Content-Length: 3"),
+    "not gzip": answer(b"plain", b"Content-Encoding: gzip"),
+    "not deflate": answer(b"\xff\xffplain", b"Content-Encoding: deflate"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+async def test_broken_answer_is_a_transport_error(broken: bytes | Handler) -> None:
+    error = await failed(broken)
+    assert type(error) is TransportError
+    assert error.sent
+    assert str(error).startswith("GET /v2/operations/a got no answer (")
+
+
+async def test_broken_answer_breaks_no_other_call() -> None:
+    async with (
+        RawServer(BROKEN["no chunk size"], answer(operation())) as server,
+        once(server.url) as client,
+    ):
+        await failure(client.get_operation("a"))
+        assert await client.get_operation("a")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)]
+)
+async def test_compressed_answer_is_read(encoding: str, compress: Callable[[bytes], bytes]) -> None:
+    assert await asked(answer(compress(operation()), b"Content-Encoding: " + encoding.encode()))
+
+
+# Answers over the limit
+
+
+def with_length(body: bytes) -> bytes:
+    return answer(body)
+
+
+def without_length(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\n\r\n" + body
+
+
+def in_chunks(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+
+
+def gzipped(body: bytes) -> bytes:
+    return answer(gzip.compress(body, 1), b"Content-Encoding: gzip")
+
+
+FRAMINGS = [with_length, without_length, in_chunks, gzipped]
+
+
+@pytest.mark.parametrize("frame", FRAMINGS)
+async def test_answer_of_a_mebibyte_is_read(frame: Callable[[bytes], bytes]) -> None:
+    assert await asked(frame(operation().ljust(MIB)))
+
+
+@pytest.mark.parametrize("frame", FRAMINGS)
+async def test_answer_of_more_is_cut_off(frame: Callable[[bytes], bytes]) -> None:
+    async with RawServer(frame(operation().ljust(MIB + 1))) as server, once(server.url) as client:
+        error = await failure(client.get_operation("a"))
+        assert type(error) is TransportError
+        assert error.sent
+        assert f"larger than {MIB} bytes" in str(error)
+        await until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found", b"500 Oh"])
+async def test_limit_goes_for_every_status(status: bytes) -> None:
+    assert type(await failed(answer(b" " * (MIB + 1), status=status))) is TransportError
+
+
+async def test_pending_list_of_16_mebibytes_is_read() -> None:
+    async with RawServer(answer(b"[]".ljust(16 * MIB))) as server, once(server.url) as client:
+        assert await client.get_pending_operations(USER) == []
+
+
+async def test_pending_list_of_more_is_cut_off() -> None:
+    async with RawServer(gzipped(b"[]".ljust(16 * MIB + 1))) as server, once(server.url) as client:
+        error = await failure(client.get_pending_operations(USER))
+    assert f"larger than {16 * MIB} bytes" in str(error)
+
+
+async def test_limit_goes_for_the_first_piece_too() -> None:
+    piece = gzip.compress(operation().ljust(2 * MIB))
+
+    async def handler(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n\r\n")
+        writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        await writer.drain()
+        await asyncio.sleep(1)
+        writer.write(b"0\r\n\r\n")
+
+    async with (
+        RawServer(handler) as server,
+        aiohttp.ClientSession(read_bufsize=4 * MIB) as session,
+        once(server.url, session=session) as client,
+    ):
+        error = await failure(client.get_operation("a"))
+    assert "larger than" in str(error)
+
+
+async def test_bomb_takes_little_memory() -> None:
+    bomb = gzipped(bytes(64 * MIB))
+    async with RawServer(bomb) as server, once(server.url) as client:
+        tracemalloc.start()
+        try:
+            error = await failure(client.get_operation("a"))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert "larger than" in str(error)
+    assert peak < 6 * MIB
+
+
+async def test_answer_without_end_is_cut_off() -> None:
+    error = await failed(drip(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 100_000, every=0), request_timeout=60)
+    assert "larger than" in str(error)
+
+
+# The key stays here
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirect_is_not_followed(sandbox: Sandbox, client: KeylessClient, status: int) -> None:
+    async with Sandbox() as other:
+        sandbox.fail_next(status, headers={"Location": f"{other.url}/v2/operations/a"})
+        error = await failure(client.get_operation("a"))
+        assert type(error) is StatusError
+        assert error.status == status
+        assert "redirect" in str(error)
+        assert other.requests == []
+    assert sandbox.request_count == 1
+
+
+async def test_cookies_are_not_kept() -> None:
+    async with (
+        RawServer(answer(operation(), b"Set-Cookie: session=1; Path=/")) as server,
+        once(server.url) as client,
+    ):
+        for _ in range(2):
+            await client.get_operation("a")
+        assert b"cookie" not in server.heads[1].lower()
+
+
+ECHOES: dict[str, bytes | Handler] = {
+    name: raw.replace(b"KEY", KEY.encode())
+    for name, raw in {
+        "a status line": b"KEY/1.1 200 OK\r\n\r\n",
+        "a status": b"HTTP/1.1 KEY OK\r\n\r\n",
+        "a reason": b"HTTP/1.1 500 KEY\r\nContent-Length: 0\r\n\r\n",
+        "a header": b"HTTP/1.1 200 OK\r\nX-Api-Key KEY\r\n\r\n",
+        "the name of a header": b"HTTP/1.1 200 OK\r\nKEY\x00: 1\r\n\r\n",
+        "a control character": b"HTTP/1.1 200 OK\r\nX-Api-Key: KEY\x00\r\n\r\n",
+        "a long header": answer(b"", b"X-Long: " + b"KEY " * 3000),
+        "a length": b"HTTP/1.1 200 OK\r\nContent-Length: KEY\r\n\r\n",
+        "a transfer encoding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: KEY\r\n\r\n",
+        "a content encoding": answer(b"KEY", b"Content-Encoding: KEY"),
+        "a chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nKEY\r\n\r\n",
+        "a later chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\nKEY\r\n\r\n",
+        "a trailer": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nKEY\x00\r\n\r\n",
+        "a gzip": answer(b"KEY", b"Content-Encoding: gzip"),
+        "a deflate": answer(b"KEY", b"Content-Encoding: deflate"),
+        "a redirect": answer(b"", b"Location: https://KEY@[", status=b"302 Found"),
+        "a cookie": answer(b"", b"Set-Cookie: KEY\xff=KEY; KEY", status=b"400 Bad"),
+        "a request id": answer(b"", b"X-Request-Id: KEY", status=b"500 Oh"),
+        "a request id of a good answer": answer(b"[]", b"X-Request-Id: KEY"),
+        "a wait": answer(b"", b"Retry-After: KEY", status=b"503 Busy"),
+        "a date": answer(b"", b"Date: KEY", b"Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", status=b"503 Busy"),
+        "a page": answer(b"<html>KEY</html>", b"Content-Type: KEY"),
+        "a value": answer(b'{"id": "KEY", "KEY": "KEY"}'),
+        "a bad UTF-8": answer(b'{"timestamp": "KEY\xff"}'),
+        "a refusal": answer(b"wrong key: KEY", status=b"401 No"),
+        "a conflict": answer(b'{"key": "KEY"}', status=b"409 No"),
+        "a cut off answer": answer(b'"KEY', length=1000),
+        "a switch": b"HTTP/1.1 101 KEY\r\nUpgrade: KEY\r\nConnection: upgrade\r\n\r\nKEY",
+    }.items()
+} | {"a reset": reset, "silence": hang, "a closed connection": b""}
+
+
+def shown(error: BaseException) -> Iterator[str]:
+    """All texts that an error shows, and those that its causes, its context and its facts show."""
+    left: list[object] = [error]
+    seen: set[int] = set()
+    while left:
+        thing = left.pop()
+        if thing is None or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        yield f"{thing} {thing!r}"
+        if isinstance(thing, BaseException):
+            left += [thing.__cause__, thing.__context__, thing.args, vars(thing), getattr(thing, "__notes__", None)]
+            left += [getattr(thing, name) for name in ("os_error", "filename", "headers", "request_info", "message")
+                     if hasattr(thing, name)]
+        elif isinstance(thing, dict):
+            left += [*thing, *thing.values()]
+        elif isinstance(thing, list | tuple):
+            left += thing
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    formatter = logging.Formatter()
+    for record in caplog.records:
+        yield f"{formatter.format(record)} {record.args!r} {record.msg!r}"
+
+
+@pytest.mark.parametrize("borrowed", [False, True], ids=["own session", "borrowed session"])
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES.keys())
+async def test_no_failure_shows_the_key(
+    session: aiohttp.ClientSession, echo: bytes | Handler, borrowed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    options = {"session": session} if borrowed else {}
+    async with RawServer(echo) as server, KeylessClient(KEY, base_url=server.url, max_attempts=2, **options) as client:
+        errors = [
+            await failure(client.get_operation("a")),
+            await failure(client.create_operation(USER, operation_payload="Pay")),
+        ]
+    for text in [*(text for error in errors for text in shown(error)), *logged(caplog)]:
+        assert KEY not in text
+        assert "S3CRET" not in text
+
+
+@pytest.mark.parametrize("url", [refused(), refused().replace("http", "https"), "https://127.0.0.1:99999999"[:-4]])
+async def test_no_failure_to_connect_shows_the_key(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with once(url) as client:
+        error = await failure(client.get_operation("a"))
+    for text in [*shown(error), *logged(caplog)]:
+        assert "S3CRET" not in text
+
+
+async def test_no_timeout_to_connect_shows_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with unanswered() as url:
+        async with once(url) as client:
+            error = await failure(client.get_operation("a"))
+    for text in [*shown(error), *logged(caplog)]:
+        assert "S3CRET" not in text
+
+
+# The log
+
+
+def own(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "aiokeyless"]
+
+
+async def test_each_exchange_is_logged(
+    sandbox: Sandbox, client: KeylessClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiokeyless")
+    sandbox.fail_next(503, body=b"a body")
+    await client.get_operation("a")
+    refusal, success = own(caplog)
+    assert re.fullmatch(r"GET /v2/operations/a -> 503 in \d+ ms", refusal)
+    assert re.fullmatch(r"GET /v2/operations/a -> 200 in \d+ ms", success)
+    assert {record.levelname for record in caplog.records} == {"DEBUG"}
+
+
+async def test_failed_exchange_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "aiokeyless")
+    await failed(TRUNCATED)
+    assert own(caplog) == ["GET /v2/operations/a failed: ClientPayloadError"]
+
+
+async def test_log_is_silent_by_default(client: KeylessClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless")
+    await client.get_operation("a")
+    assert own(caplog) == []
+
+
+# A borrowed session
+
+
+async def test_borrowed_session_is_not_closed(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    async with sandbox.client(session=session) as client:
+        assert (await client.get_operation("a")).is_approved
+    assert not session.closed
+    async with session.get(sandbox.url) as response:
+        assert response.status == 401
+
+
+async def test_key_is_not_put_on_a_borrowed_session(session: aiohttp.ClientSession) -> None:
+    async with RawServer(answer(operation())) as server, once(server.url, session=session) as client:
+        await client.get_operation("a")
+        async with session.get(server.url):
+            pass
+        assert b"X-Api-Key: " + KEY.encode() in server.heads[0]
+        assert b"x-api-key" not in server.heads[1].lower()
+    assert "X-Api-Key" not in session.headers
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "statuses raise": {"raise_for_status": True},
+    "a base URL": {"base_url": "http://127.0.0.1:9/other/"},
+    "no unzipping": {"auto_decompress": False},
+    "a short timeout": {"timeout": aiohttp.ClientTimeout(total=0.1, sock_read=0.1, sock_connect=0.1)},
+    "headers": {"headers": {"X-Api-Key": "other", "Accept": "text/html", "User-Agent": "other", "Content-Type": "x/y"}},
+    "headers left out": {"skip_auto_headers": ["Accept", "User-Agent", "Content-Type"]},
+    "tiny buffers": {"read_bufsize": 1},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+async def test_settings_of_a_borrowed_session_do_not_matter(sandbox: Sandbox, settings: dict[str, Any]) -> None:
+    sandbox.latency = 1
+    async with aiohttp.ClientSession(**settings) as session, sandbox.client(session=session) as client:
+        await client.create_operation(USER, operation_id="b")
+        assert (await client.get_operation("b")).operation_id == "b"
+        assert isinstance(await failure(client.get_operation("c")), NotFoundError)
+        sandbox.fail_next(200, body=gzip.compress(operation()), headers={"Content-Encoding": "gzip"})
+        assert (await client.get_operation("a")).user_id == USER
+
+
+async def test_session_that_its_owner_closed_ends_the_call(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    async with sandbox.client(session=session) as client:
+        await client.get_operation("a")
+        await session.close()
+        started = now()
+        error = await failure(client.get_operation("a"))
+    assert isinstance(error, ClientClosedError)
+    assert "borrowed" in str(error)
+    assert now() == pytest.approx(started, abs=1e-3)
+
+
+async def test_session_that_its_owner_closes_ends_the_call_under_way(session: aiohttp.ClientSession) -> None:
+    async with RawServer(hang) as server, KeylessClient(KEY, base_url=server.url, session=session) as client:
+        call = asyncio.create_task(client.get_operation("a"))
+        await until(lambda: server.heads)
+        await session.close()
+        assert isinstance(await failure(call), ClientClosedError)
+        assert len(server.heads) == 1
+
+
+# The end of a call that is under way
+
+
+class Phase:
+    """A server, and how to tell that a client's call has come to a phase."""
+
+    def __init__(self, *answers: bytes | Handler, heads: int = 1) -> None:
+        self.answers = answers
+        self.heads = heads
+
+
+PHASES = {
+    "waiting for the answer": Phase(hang),
+    "reading the headers": Phase(then_hang(b"HTTP/1.1 200 OK\r\nContent-Le")),
+    "reading the body": Phase(then_hang(START)),
+    "pausing": Phase(BUSY),
+    "in the second attempt": Phase(TRUNCATED, hang, heads=2),
+}
+CALLS: dict[str, Callable[[KeylessClient], Coroutine[Any, Any, object]]] = {
+    "get_operation": lambda client: client.get_operation("a"),
+    "get_pending_operations": lambda client: client.get_pending_operations(USER),
+    "create_operation": lambda client: client.create_operation(USER),
+}
+by_phase = pytest.mark.parametrize("phase", PHASES.values(), ids=PHASES.keys())
+by_session = pytest.mark.parametrize("borrowed", [False, True], ids=["own session", "borrowed session"])
+
+
+def begin(client: KeylessClient) -> asyncio.Task[object]:
+    return asyncio.create_task(CALLS["get_operation"](client))
+
+
+async def reach(phase: Phase, server: RawServer) -> None:
+    while len(server.heads) < phase.heads:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(1)
+
+
+def others() -> set[asyncio.Task[Any]]:
+    return asyncio.all_tasks()
+
+
+@by_session
+@by_phase
+async def test_closing_ends_a_call(phase: Phase, borrowed: bool, session: aiohttp.ClientSession) -> None:
+    options = {"session": session} if borrowed else {}
+    async with RawServer(*phase.answers) as server:
+        before = others()
+        client = KeylessClient(KEY, base_url=server.url, **options)
+        call = begin(client)
+        await reach(phase, server)
+        started = now()
+        await client.aclose()
+        assert isinstance(await failure(call), ClientClosedError)
+        assert now() == started
+        await until(lambda: not server.connections)
+        await until(lambda: others() <= before)
+        assert session.closed is False
+
+
+@by_session
+@pytest.mark.parametrize("name", CALLS)
+async def test_closing_ends_every_kind_of_call(name: str, borrowed: bool, session: aiohttp.ClientSession) -> None:
+    options = {"session": session} if borrowed else {}
+    async with RawServer(hang) as server:
+        client = KeylessClient(KEY, base_url=server.url, **options)
+        call = asyncio.create_task(CALLS[name](client))
+        await until(lambda: server.heads)
+        await client.aclose()
+        error = await failure(call)
+    assert isinstance(error, ClientClosedError)
+    assert isinstance(error, RuntimeError)
+    assert "may have taken effect" in str(error)
+
+
+@by_session
+async def test_closing_ends_a_call_that_is_connecting(borrowed: bool, session: aiohttp.ClientSession) -> None:
+    options = {"session": session} if borrowed else {}
+    with unanswered() as url:
+        client = KeylessClient(KEY, base_url=url, **options)
+        call = begin(client)
+        await asyncio.sleep(1)
+        started = now()
+        await client.aclose()
+        assert isinstance(await failure(call), ClientClosedError)
+        assert now() == started
+
+
+async def test_closing_ends_a_call_that_has_not_run_yet(sandbox: Sandbox) -> None:
+    client = sandbox.client()
+    call = begin(client)
+    await client.aclose()
+    assert isinstance(await failure(call), ClientClosedError)
+    assert sandbox.requests == []
+
+
+async def test_closing_ends_all_calls(sandbox: Sandbox) -> None:
+    sandbox.latency = 5
+    client = sandbox.client()
+    calls = [begin(client) for _ in range(50)]
+    await asyncio.sleep(1)
+    await client.aclose()
+    assert all([isinstance(await failure(call), ClientClosedError) for call in calls])
+
+
+async def test_task_goes_on_after_its_call_was_closed(sandbox: Sandbox) -> None:
+    sandbox.latency = 5
+
+    async def use() -> int:
+        await failure(client.get_operation("a"))
+        await asyncio.sleep(1)
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    client = sandbox.client()
+    task = asyncio.create_task(use())
+    await asyncio.sleep(1)
+    await client.aclose()
+    assert await task == 0
+
+
+async def test_failure_of_closing_shows_no_cancellation(sandbox: Sandbox) -> None:
+    sandbox.latency = 5
+    client = sandbox.client()
+    call = begin(client)
+    await asyncio.sleep(1)
+    await client.aclose()
+    assert (await failure(call)).__cause__ is None
+
+
+@by_session
+@pytest.mark.parametrize("first", ["cancel", "close"])
+@by_phase
+async def test_cancellation_at_the_instant_of_closing_stays_one(
+    phase: Phase, first: str, borrowed: bool, session: aiohttp.ClientSession
+) -> None:
+    options = {"session": session} if borrowed else {}
+    async with RawServer(*phase.answers) as server:
+        client = KeylessClient(KEY, base_url=server.url, **options)
+        call = begin(client)
+        await reach(phase, server)
+        if first == "cancel":
+            call.cancel()
+            await client.aclose()
+        else:
+            asyncio.get_running_loop().call_soon(call.cancel)
+            closing = asyncio.create_task(client.aclose())
+            call.cancel()
+            await closing
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert call.cancelled()
+
+
+async def test_cancellation_before_the_call_stays_one(sandbox: Sandbox) -> None:
+    client = sandbox.client()
+
+    async def use() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await client.get_operation("a")  # a last look, such as a careful caller takes
+
+    task = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    sandbox.latency = 5
+    task.cancel()
+    await asyncio.sleep(1)
+    await client.aclose()
+    error = await failure(task)
+    assert isinstance(error, ClientClosedError)
+    assert isinstance(error.__context__, asyncio.CancelledError)
+
+
+async def test_deadline_at_the_instant_of_closing_stays_one(sandbox: Sandbox) -> None:
+    sandbox.latency = 5
+    client = sandbox.client()
+
+    async def use() -> None:
+        async with asyncio.timeout(2):
+            await client.get_operation("a")
+
+    task = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_at(now() + 2, lambda: closings.append(asyncio.create_task(client.aclose())))
+    closings: list[asyncio.Task[None]] = []
+    with pytest.raises((TimeoutError, ClientClosedError)):
+        await task
+    await closings[0]
+
+
+async def test_failure_in_place_of_the_cancellation_is_that_of_closing() -> None:
+    async def middleware(
+        request: aiohttp.ClientRequest, handle: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        try:
+            return await handle(request)
+        except asyncio.CancelledError:
+            raise aiohttp.ClientConnectionError("gone") from None
+
+    async with RawServer(hang) as server, aiohttp.ClientSession(middlewares=[middleware]) as session:
+        client = KeylessClient(KEY, base_url=server.url, session=session)
+        call = begin(client)
+        await until(lambda: server.heads)
+        await client.aclose()
+        error = await failure(call)
+    assert isinstance(error, ClientClosedError)
+    assert "during GET /v2/operations/a" in str(error)
+
+
+@by_session
+@by_phase
+async def test_cancelled_call_leaves_nothing(phase: Phase, borrowed: bool, session: aiohttp.ClientSession) -> None:
+    options = {"session": session} if borrowed else {}
+    async with RawServer(*phase.answers) as server, KeylessClient(KEY, base_url=server.url, **options) as client:
+        before = others()
+        call = begin(client)
+        await reach(phase, server)
+        started = now()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert now() == started
+        await until(lambda: not server.connections)
+        await until(lambda: others() <= before)
+        heads = len(server.heads)
+        await asyncio.sleep(60)
+        assert len(server.heads) == heads
+
+
+async def test_cancelled_connecting_leaves_nothing() -> None:
+    with unanswered() as url:
+        async with KeylessClient(KEY, base_url=url) as client:
+            before = others()
+            call = begin(client)
+            await asyncio.sleep(1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await until(lambda: others() <= before)
+
+
+async def test_callers_own_deadline_is_kept(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.latency = 5
+    started = now()
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(2):
+            await client.get_operation("a")
+    assert not isinstance(caught.value, KeylessError)
+    assert now() - started == pytest.approx(2, abs=1e-3)
+
+
+# A closed client
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_closed_client_sends_nothing(sandbox: Sandbox, name: str) -> None:
+    async with sandbox.client() as client:
+        await client.get_operation("a")
+    assert isinstance(await failure(CALLS[name](client)), ClientClosedError)
+    assert sandbox.request_count == 1
+
+
+async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
+    room = transport.Transport(sandbox.url, KEY, session=None, request_timeout=1.0, max_attempts=1)
+    await room.aclose()
+    assert isinstance(await failure(room.look(room.url(transport.protocol.get_operation("a")))), ClientClosedError)
+    assert sandbox.requests == []
+
+
+@pytest.mark.parametrize("used", [False, True])
+async def test_closing_again_is_harmless(sandbox: Sandbox, used: bool) -> None:
+    client = sandbox.client()
+    if used:
+        await client.get_operation("a")
+    await asyncio.gather(client.aclose(), client.aclose())
+    await client.aclose()
+
+
+@by_session
+async def test_closed_twice_at_once(borrowed: bool, session: aiohttp.ClientSession) -> None:
+    options = {"session": session} if borrowed else {}
+    async with RawServer(hang) as server:
+        client = KeylessClient(KEY, base_url=server.url, **options)
+        call = begin(client)
+        await until(lambda: server.heads)
+        await asyncio.gather(client.aclose(), client.aclose())
+        assert isinstance(await failure(call), ClientClosedError)
+
+
+# Loops and tasks
+
+
+@pytest.fixture
+def sandbox_elsewhere() -> Iterator[tuple[asyncio.Runner, Sandbox]]:
+    """A sandbox in a loop of its own, and what runs that loop."""
+    with asyncio.Runner() as runner:
+        sandbox = Sandbox()
+        runner.run(sandbox.start())
+        sandbox.approve("a", user_id=USER)
+        yield runner, sandbox
+        runner.run(sandbox.aclose())
+
+
+def test_client_made_without_a_loop_belongs_to_the_first(sandbox_elsewhere: tuple[asyncio.Runner, Sandbox]) -> None:
+    runner, sandbox = sandbox_elsewhere
+    client = sandbox.client()
+
+    async def use() -> None:
+        async with client:
+            assert (await client.get_operation("a")).is_approved
+
+    runner.run(use())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_loop_is_refused(sandbox_elsewhere: tuple[asyncio.Runner, Sandbox], name: str) -> None:
+    runner, sandbox = sandbox_elsewhere
+    client = sandbox.client()
+    runner.run(client.get_operation("a"))
+
+    async def use_elsewhere() -> None:
+        async with asyncio.timeout(5):
+            error = await failure(CALLS[name](client))
+            assert type(error) is ConfigurationError
+            assert "loop" in str(error)
+            assert type(await failure(client.aclose())) is ConfigurationError
+
+    with asyncio.Runner() as other:
+        other.run(use_elsewhere())
+    assert runner.run(client.get_operation("a"))
+    runner.run(client.aclose())
+    assert sandbox.request_count == 2
+
+
+async def test_call_outside_a_task_is_refused(client: KeylessClient) -> None:
+    outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def drive() -> None:
+        try:
+            client.get_operation("a").send(None)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the test shall see it
+            outcome.set_exception(error)
+
+    asyncio.get_running_loop().call_soon(drive)
+    error = await failure(outcome)
+    assert isinstance(error, ConfigurationError)
+    assert "task" in str(error)
+
+
+async def test_dropped_client_is_a_resource_warning(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    client = sandbox.client(session=session)
+    await client.get_operation("a")
+    with pytest.warns(ResourceWarning, match="unclosed <KeylessClient base_url="):
+        del client
+        gc.collect()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+async def test_client_dropped_before_its_use_or_after_closing_warns_of_nothing(sandbox: Sandbox) -> None:
+    client = sandbox.client()
+    del client
+    client = sandbox.client()
+    await client.get_operation("a")
+    await client.aclose()
+    del client
+    gc.collect()

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tenacity import wait_fixed
+from yarl import URL
+
+from aiokeyless.waits import Look, Wait, Watch
+
+
+@pytest.fixture
+def watch() -> Watch:
+    return Watch("op", URL("http://localhost/v2/operations/op"), 0.0)
+
+
+def make_wait(watch: Watch) -> Wait:
+    return Wait(
+        watch,
+        asyncio.get_running_loop().create_future(),
+        began=0.0,
+        origin=0.0,
+        deadline=10.0,
+        schedule=wait_fixed(1),
+        ticket=None,
+        may_be_missing=False,
+        updates=None,
+    )
+
+
+async def test_a_look_is_cut_off_once(watch: Watch) -> None:
+    look = Look(watch, 0.0, final=False)
+    look.task = asyncio.create_task(asyncio.sleep(3600))
+    look.under_way = True
+    look.stop()
+    look.stop(overdue=True)
+    assert look.cut
+    assert not look.overdue  # the first reason stays
+    assert look.task.cancelling() == 1
+    with pytest.raises(asyncio.CancelledError):
+        await look.task
+
+
+async def test_a_look_that_has_not_begun_is_only_marked(watch: Watch) -> None:
+    look = Look(watch, 0.0, final=False)
+    look.task = asyncio.create_task(asyncio.sleep(0))
+    look.stop()
+    await look.task
+    assert look.cut
+
+
+async def test_a_look_serves_a_wait_in_time(watch: Watch) -> None:
+    assert Look(watch, 0.0, final=False).serves(make_wait(watch))
+
+
+async def test_a_look_does_not_serve_a_wait_that_ended(watch: Watch) -> None:
+    wait = make_wait(watch)
+    wait.future.cancel()
+    assert not Look(watch, 0.0, final=False).serves(wait)
+
+
+async def test_in_overtime_only_the_final_look_serves(watch: Watch) -> None:
+    wait, final, other = make_wait(watch), Look(watch, 0.0, final=True), Look(watch, 0.0, final=False)
+    wait.overtime = True
+    wait.final = final
+    assert final.serves(wait)
+    assert not other.serves(wait)
+
+
+async def test_waits_and_watches_hold_nothing_else(watch: Watch) -> None:
+    for thing in (watch, make_wait(watch), Look(watch, 0.0, final=False)):
+        assert not hasattr(thing, "__dict__")
