@@ -438,17 +438,7 @@ class Poller:
         if look.cut:  # everybody left before it began
             return
         self._begin(look)
-        brought = await self._fetch(look)
-        if brought is None:  # everybody left while it was under way
-            return
-        try:
-            if isinstance(brought, KeylessError):
-                self._failed(look, brought)
-            else:
-                self._answered(look, *brought)
-        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not hang them
-            for wait in look.watch.current():
-                self._end(wait, error)
+        self._process(look, await self._fetch(look))
 
     async def _fetch(self, look: Look) -> tuple[Operation, bytes] | KeylessError | None:
         """Do the exchange; None where it was cut off because nobody could use it any more."""
@@ -495,6 +485,18 @@ class Poller:
         return RequestTimeoutError(f"GET {path} got no answer within {seconds:g} s", method="GET", path=path)
 
     # -- what a look brought
+
+    def _process(self, look: Look, brought: tuple[Operation, bytes] | KeylessError | None) -> None:
+        if brought is None:  # cut off, and neither good nor bad
+            return
+        try:
+            if isinstance(brought, KeylessError):
+                self._failed(look, brought)
+            else:
+                self._answered(look, *brought)
+        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not hang them
+            for wait in look.watch.current():
+                self._end(wait, error)
 
     def _answered(self, look: Look, operation: Operation, body: bytes) -> None:
         now = self._loop.time()

@@ -37,6 +37,7 @@ T = TypeVar("T")
 logger = logging.getLogger("aiokeyless")
 
 MAX_RETRY_AFTER: Final = 30.0  # seconds: longer is for the caller to decide, who has the number in .retry_after
+_BUFFER: Final = 1 << 16  # bytes: what aiohttp reads ahead, and unzips at once
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
 
@@ -66,8 +67,14 @@ class Transport:
         self._max_attempts = max_attempts
         self.request_timeout = request_timeout
         headers = {"X-Api-Key": api_key, "Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
-        # What the session says counts for nothing: a borrowed one may raise for statuses, follow redirects, not unzip.
-        self._options: dict[str, Any] = {"allow_redirects": False, "raise_for_status": False, "auto_decompress": True}
+        # What the session says counts for nothing: a borrowed one may raise for statuses, follow redirects, not unzip,
+        # or unzip a bomb at once into a buffer as large as it likes.
+        self._options: dict[str, Any] = {
+            "allow_redirects": False,
+            "raise_for_status": False,
+            "auto_decompress": True,
+            "read_bufsize": _BUFFER,
+        }
         self._owns_session = session is None
         if session is None:
             session = aiohttp.ClientSession(

@@ -76,8 +76,8 @@ class Probe:
         """Watch, from this turn of the loop on, until the end of the block."""
         loop = asyncio.get_running_loop()
         gc.callbacks.append(self._collector)
-        original = asyncio.Handle._run  # type: ignore[attr-defined]  # noqa: SLF001  # there is no public way
-        asyncio.Handle._run = self._timed(original)  # type: ignore[attr-defined]  # noqa: SLF001
+        original = asyncio.Handle._run  # noqa: SLF001  # there is no public way
+        asyncio.Handle._run = self._timed(original)  # type: ignore[method-assign, assignment]  # noqa: SLF001
         self._woke()
         self._on = True
         beat = loop.call_later(_BEAT, self._beat, loop, loop.time() + _BEAT)
@@ -87,14 +87,14 @@ class Probe:
             self._sleeps()
             self._on = False
             beat.cancel()
-            asyncio.Handle._run = original  # type: ignore[attr-defined]  # noqa: SLF001
+            asyncio.Handle._run = original  # type: ignore[method-assign]  # noqa: SLF001
             gc.callbacks.remove(self._collector)
 
     def blocks(self) -> Blocks:
         """Return what was seen."""
-        late = sorted(self._late)
-        p99 = statistics.quantiles(late, n=100)[-1] if len(late) > 1 else max(late, default=0.0)
-        return Blocks(self._block, self._wall_block, self._callback, max(late, default=0.0), p99, self._collection)
+        late = self._late
+        p99 = statistics.quantiles(late, n=100, method="inclusive")[-1]
+        return Blocks(self._block, self._wall_block, self._callback, max(late), p99, self._collection)
 
     def _woke(self) -> None:
         self._since = _Clocks(time.perf_counter(), time.thread_time())
@@ -112,7 +112,9 @@ class Probe:
         def timed(handle: asyncio.Handle) -> None:
             before, collected = time.thread_time(), self._collected.cpu
             run(handle)
-            self._callback = max(self._callback, time.thread_time() - before - (self._collected.cpu - collected))
+            if self._on:
+                spent = time.thread_time() - before - (self._collected.cpu - collected)
+                self._callback = max(self._callback, spent)
 
         return timed
 

@@ -48,6 +48,6 @@ async def spent_in_turn(
     for k in range(rounds):
         for name in order(list(calls), k):
             spendings[name].append(await spent(calls[name], operation_ids, in_flight))
-        if (k + 1) % 5 == 0:
+        if (k + 1) % 20 == 0:
             bench.say(f"  {in_flight} in flight: round {k + 1} of {rounds}")
     return spendings

@@ -7,6 +7,7 @@ import gc
 import gzip
 import logging
 import re
+import sys
 import tracemalloc
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -201,6 +202,7 @@ async def test_lasting_failure_ends_the_attempts(sandbox: Sandbox, client: Keyle
     assert sandbox.request_count == 2
 
 
+@pytest.mark.usefixtures("sandbox")
 async def test_tenacity_is_not_entered_where_nothing_fails(
     client: KeylessClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,9 +493,14 @@ async def test_limit_goes_for_the_first_piece_too() -> None:
     assert "larger than" in str(error)
 
 
-async def test_bomb_takes_little_memory() -> None:
+@pytest.mark.parametrize("settings", [{}, {"read_bufsize": sys.maxsize}], ids=["as it is", "buffers without end"])
+async def test_bomb_takes_little_memory(settings: dict[str, Any]) -> None:
     bomb = gzipped(bytes(64 * MIB))
-    async with RawServer(bomb) as server, once(server.url) as client:
+    async with (
+        RawServer(bomb) as server,
+        aiohttp.ClientSession(**settings) as session,
+        once(server.url, session=session) as client,
+    ):
         tracemalloc.start()
         try:
             error = await failure(client.get_operation("a"))
@@ -655,6 +662,7 @@ async def test_failed_exchange_is_logged(caplog: pytest.LogCaptureFixture) -> No
     assert own(caplog) == ["GET /v2/operations/a failed: ClientPayloadError"]
 
 
+@pytest.mark.usefixtures("sandbox")
 async def test_log_is_silent_by_default(client: KeylessClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "aiokeyless")
     await client.get_operation("a")

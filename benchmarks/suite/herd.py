@@ -176,9 +176,9 @@ class _Herd:
         tasks = []
         for k in range(self.size):
             tasks.append(loop.create_task(self._one(begin, ended)))
-            while k - (begun() - before) > _BATCH:
+            while k - (begun() - before) > _BATCH:  # noqa: ASYNC110  # statistics are no event
                 await asyncio.sleep(0)
-        while begun() - before < self.size:
+        while begun() - before < self.size:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         if self.sleep() < 0.2:
             raise CannotMeasureError("the waits were not begun before they were due")

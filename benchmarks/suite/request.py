@@ -63,8 +63,8 @@ async def _measure(bench: Bench, server: Server, in_flight: int) -> tuple[dict[s
                 bench,
                 calls,
                 in_flight=in_flight,
-                rounds=bench.pick(full=30, quick=8, smoke=2),
-                count=bench.pick(full=1000, quick=500, smoke=50),
+                rounds=bench.pick(full=100, quick=20, smoke=2),
+                count=bench.pick(full=300, quick=200, smoke=50),
             )
     return spendings, workload.share, workload.bound
 

@@ -70,8 +70,8 @@ async def _measure(bench: Bench, server: Server) -> tuple[dict[str, list[float]]
                 bench,
                 {WITH: client.get_operation, WITHOUT: without, AGAIN: without},
                 in_flight=_IN_FLIGHT,
-                rounds=bench.pick(full=60, quick=10, smoke=2),
-                count=bench.pick(full=1000, quick=500, smoke=50),
+                rounds=bench.pick(full=200, quick=20, smoke=2),
+                count=bench.pick(full=300, quick=200, smoke=50),
             )
         if workload.bound:
             raise CannotMeasureError(f"the server was the bottleneck ({workload.share:.0%} of its core)")

@@ -237,14 +237,14 @@ class _Coroutines:
 
     async def asyncio_timeout(self, operation_id: str) -> PlainOperation:
         async with asyncio.timeout(_TIMEOUT):
-            while (operation := await self.look(operation_id)).state != "approved":
-                await asyncio.sleep(_SLEEP)  # noqa: ASYNC110  # the service sends no event
+            while (operation := await self.look(operation_id)).state != "approved":  # noqa: ASYNC110
+                await asyncio.sleep(_SLEEP)
         return operation
 
     async def fail_after(self, operation_id: str) -> PlainOperation:
         with anyio.fail_after(_TIMEOUT):
-            while (operation := await self.look(operation_id)).state != "approved":
-                await anyio.sleep(_SLEEP)  # noqa: ASYNC110
+            while (operation := await self.look(operation_id)).state != "approved":  # noqa: ASYNC110
+                await anyio.sleep(_SLEEP)
         return operation
 
     async def tenacity(self, operation_id: str) -> PlainOperation:
