@@ -9,9 +9,9 @@ import sys
 def main() -> int:
     """Run the command line; return its exit code."""
     try:
-        from .cli import run  # noqa: PLC0415  # needs the extra
+        from aiokeyless.cli import run  # noqa: PLC0415  # needs the extra
     except ModuleNotFoundError as error:
-        if error.name not in {"cyclopts", "rich"}:
+        if str(error.name).partition(".")[0] not in {"cyclopts", "rich"}:
             raise
         sys.stderr.write('aiokeyless: the command line is an extra: pip install "aiokeyless[cli]"\n')
         return 1

@@ -40,8 +40,6 @@ _LONGEST_AFTER: Final = 3600.0
 _PATIENCE: Final = 60.0
 #: Seconds between two looks of the fixed loop that the demo compares with.
 _FIXED_INTERVAL: Final = 1.0
-#: Seconds between two drawings of what is shown while waiting.
-_FRAME: Final = 0.125
 
 
 class Exit(IntEnum):
@@ -112,16 +110,17 @@ async def demo(
     after: Annotated[float, Parameter(validator=_check_after)] = 7.5,
     json: Annotated[bool, Parameter(negative="", show_default=False)] = False,
 ) -> int:
-    """Wait for a simulated user: the real client, real HTTP, no key, no network.
+    """Wait for a simulated user, with no key and no network.
 
-    Starts a sandbox on this machine, creates an operation, waits until it is approved, and tells how many requests
-    that took and how late the approval was noticed.
+    Starts a sandbox on this machine, creates an operation over real HTTP, waits
+    until it is approved, and tells how many requests that took and how late the
+    approval was noticed.
 
     Args:
         after: Seconds until the simulated user approves, 0 to 3600.
         json: Print one JSON object when it is over, and nothing else.
     """
-    console = Console(highlight=False, emoji=False)
+    console = Console(highlight=False)
     if json:
         result = await run_demo(after, _Display())
         console.out(json_lines.dumps(result.to_dict()), highlight=False)
@@ -241,7 +240,7 @@ async def _watch(
     try:
         while not waiting.done():
             display.draw(progress)
-            await asyncio.wait([waiting], timeout=_FRAME)
+            await asyncio.wait([waiting], timeout=display.frame)
         return waiting.result()
     finally:
         waiting.cancel()
@@ -272,6 +271,9 @@ class _Progress:
 class _Display:
     """Shows a wait: this one nothing, those below more."""
 
+    frame: float | None = None
+    """Seconds between two drawings; None where there is nothing to draw."""
+
     def begin(self, operation: Operation, after: float) -> None:
         """Say what is waited for."""
 
@@ -281,7 +283,7 @@ class _Display:
         yield
 
     def draw(self, progress: _Progress) -> None:
-        """Show how far it is; called many times a second."""
+        """Show how far it is; called each `frame`."""
 
     def poll(self, progress: _Progress, update: ApprovalUpdate) -> None:
         """Show what a poll showed."""
@@ -289,6 +291,8 @@ class _Display:
 
 class _Facts(_Display):
     """Shows what is waited for."""
+
+    frame = 0.125
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -304,6 +308,11 @@ class _PlainLines(_Facts):
     """A line for what happens: each poll, and the approval. For files, pipes and dumb terminals."""
 
     _approval_shown = False
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        yield
+        self._console.print()
 
     def draw(self, progress: _Progress) -> None:
         if progress.approved_after is not None and not self._approval_shown:

@@ -63,8 +63,13 @@ class Creation:
                 raise
 
     def _may_repeat(self, error: KeylessError) -> bool:
-        # A success that does not decode is no transient failure, but the operation was seen to be missing.
-        return not self._given_up and (protocol.is_transient(error) or type(error) is DecodeError)
+        # A success that does not decode is no transient failure, nor is a conflict with what may be our own. But the
+        # operation was seen to be missing, or it would have been final.
+        return not self._given_up and (
+            protocol.is_transient(error)
+            or type(error) is DecodeError
+            or (isinstance(error, ConflictError) and self._doubt is not None)
+        )
 
     async def _is_there(self, doubt: KeylessError) -> bool:
         """Whether our operation exists; where that cannot be told, the failure that raised the doubt is final."""
@@ -81,6 +86,7 @@ class Creation:
             raise doubt
         if self._is_ours(found):
             return True
+        self._given_up = True
         raise ConflictError(status=409, method="POST", path=self._post.path)
 
     def _is_ours(self, found: Operation) -> bool:

@@ -37,7 +37,7 @@ T = TypeVar("T")
 logger = logging.getLogger("aiokeyless")
 
 MAX_RETRY_AFTER: Final = 30.0  # seconds: longer is for the caller to decide, who has the number in .retry_after
-_BUFFER: Final = 1 << 16  # bytes: what aiohttp reads ahead, and unzips at once
+_BUFFER: Final = 1 << 18  # bytes: what aiohttp reads ahead, and unzips at once
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
 

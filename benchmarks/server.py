@@ -57,7 +57,7 @@ class _Service:
             "state": "approved" if approved else "pending",
             "operationId": "?",
         }
-        self.body_head, self.body_tail = json.dumps(answer).encode().rsplit(b"?", 1)
+        self.body_head, self.body_tail = json.dumps(answer, separators=(",", ":")).encode().rsplit(b"?", 1)
 
     def control(self, command: bytes) -> bytes:
         if command != b"facts":

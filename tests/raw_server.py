@@ -31,6 +31,7 @@ class RawServer:
         self._answers = list(answers)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._news = asyncio.Condition()
         self.url = ""
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
@@ -39,6 +40,11 @@ class RawServer:
     def connections(self) -> int:
         """How many connections are open now."""
         return len(self._tasks)
+
+    async def asked(self, times: int) -> None:
+        """Wait until it was asked so many times, while the loop's clock goes on."""
+        async with self._news:
+            await self._news.wait_for(lambda: len(self.heads) >= times)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -67,6 +73,8 @@ class RawServer:
                 body = await reader.readexactly(int(length[1])) if length else b""
                 self.heads.append(head)
                 self.bodies.append(body)
+                async with self._news:
+                    self._news.notify_all()
                 answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
                 if isinstance(answer, bytes):
                     writer.write(answer)
@@ -80,9 +88,9 @@ class RawServer:
 
 
 def answer(body: bytes = b"", *headers: bytes, status: bytes = b"200 OK", length: int | None = None) -> bytes:
-    """Build the bytes of an answer, as a rule of a right one."""
+    """Build the bytes of an answer, as a rule of a right one, that closes the connection."""
     size = b"Content-Length: %d" % (len(body) if length is None else length)
-    return b"\r\n".join([b"HTTP/1.1 " + status, size, *headers, b"", body])
+    return b"\r\n".join([b"HTTP/1.1 " + status, size, b"Connection: close", *headers, b"", body])
 
 
 def operation(**fields: object) -> bytes:

@@ -144,6 +144,17 @@ def test_memory_follows_what_is_live_when_all_is_taken_back() -> None:
     assert len(agenda) == 0
 
 
+def test_memory_follows_what_is_live_when_the_rest_is_taken() -> None:
+    agenda: Agenda[Item] = Agenda()
+    items = [Item(name) for name in range(1000)]
+    for item in items:
+        agenda.book(item, float(item.name))
+    for item in items[520:]:  # the last ones, which no look at the front would come upon
+        agenda.cancel(item)
+    while agenda.take(1e9) is not None:
+        assert held(agenda) <= 3 * len(agenda) + SLACK
+
+
 def test_memory_stays_small_where_waits_are_moved_without_end() -> None:
     agenda: Agenda[Item] = Agenda()
     items = [Item(name) for name in range(100)]

@@ -169,6 +169,15 @@ def test_a_good_answer_ends_down() -> None:
     assert health.room(130.0) == 2  # the probe was the round of one
 
 
+@pytest.mark.usefixtures("paced")
+def test_a_good_answer_to_anything_ends_the_wait_for_the_next_probe() -> None:
+    health = down_at(0.0)
+    fail(health, 0.5)
+    assert health.opens_at() == 1.5
+    health.good(0.6, sent_at=0.55)
+    assert health.room(0.6) == 2
+
+
 # -- opening up
 
 
@@ -218,6 +227,19 @@ def test_five_failures_on_the_way_up_are_down_again() -> None:
     assert health.is_down
     health.good(150.0, sent_at=150.0)
     assert health.room(150.0) == 2
+
+
+def test_a_round_that_was_broken_off_counts_for_nothing_in_the_next_opening() -> None:
+    health = down_at(0.0)
+    health.good(100.0, sent_at=100.0)
+    for _ in range(3):
+        one_round(health, 100.0)
+    for _ in range(15):  # of 16
+        health.good(101.0, sent_at=101.0)
+    fail(health, 102.0, 5)
+    health.good(150.0, sent_at=150.0)
+    health.good(151.0, sent_at=151.0)
+    assert health.room(151.0) == 2
 
 
 def test_good_answers_to_polls_of_better_days_do_not_widen() -> None:
@@ -329,8 +351,9 @@ def test_a_short_hold_with_every_failure_does_not_let_probes_run_faster_than_the
     gaps = []
     for _ in range(8):
         gaps.append(health.opens_at() - now)
-        now = health.opens_at()
-        fail(health, now, hold=hold)
+        sent_at = health.opens_at()
+        now = sent_at + 0.25  # an answer takes its time, and the probe was sent before the hold that it brings
+        health.bad(now, sent_at=sent_at, is_probe=True, hold=hold)
     assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 

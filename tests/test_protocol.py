@@ -690,6 +690,16 @@ def test_a_date_with_no_date_to_compare_it_with_counts_from_this_machines_clock(
     assert 90 < got <= 100
 
 
+def test_a_date_without_a_zone_is_utc_wherever_this_machine_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "FAR-9")
+    time.tzset()
+    try:
+        assert retry_after({"Retry-After": "Tue, 24 Nov 2026 12:01:40 -0000", "Date": NOW}) == 100.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_no_retry_after_is_none() -> None:
     assert retry_after({}) is None
     assert failed(503, headers={"Date": NOW}).retry_after is None

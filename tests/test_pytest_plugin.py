@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,17 +24,17 @@ async def test_the_client_sees_what_the_sandbox_approved(keyless_sandbox, keyles
     await keyless_client.create_operation("C0FFEE", operation_id="txn-1")
     keyless_sandbox.approve("txn-1")
     async with asyncio.timeout(10):
-        assert (await keyless_client.wait_for_approval("txn-1")).is_approved
+        assert (await keyless_client.get_operation("txn-1")).is_approved
 """
 STRICT = ("-o", "asyncio_mode=strict", "-o", "asyncio_default_fixture_loop_scope=function")
 AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
 
 
-def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = "") -> None:
+def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = "", passed: int = 1) -> None:
     pytester.makeconftest(conftest)
     pytester.makepyfile(test)
     result = pytester.runpytest_inprocess("-W", "error", *options)
-    result.assert_outcomes(passed=1)
+    result.assert_outcomes(passed=passed)
 
 
 def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str, conftest: str = "") -> None:
@@ -71,9 +70,25 @@ def test_pytest_asyncio_in_strict_mode_runs_them(pytester: pytest.Pytester) -> N
     passes(pytester, APPROVED.format(mark="@pytest.mark.asyncio"), *STRICT)
 
 
-@pytest.mark.parametrize("scope", ["class", "module", "package", "session"])
-def test_they_live_in_the_loop_of_the_test_whatever_its_scope(pytester: pytest.Pytester, scope: str) -> None:
-    passes(pytester, APPROVED.format(mark=f'@pytest.mark.asyncio(loop_scope="{scope}")'), *STRICT)
+def test_they_live_in_the_loop_of_the_test_whatever_its_scope(pytester: pytest.Pytester) -> None:
+    test = """
+        import pytest
+
+        @pytest.mark.parametrize("time", [1, 2])
+        class TestScopes:
+            @pytest.mark.asyncio(loop_scope="class")
+            async def test_class(self, time, keyless_client):
+                await keyless_client.get_pending_operations("C0FFEE")
+
+            @pytest.mark.asyncio(loop_scope="module")
+            async def test_module(self, time, keyless_client):
+                await keyless_client.get_pending_operations("C0FFEE")
+
+            @pytest.mark.asyncio(loop_scope="session")
+            async def test_session(self, time, keyless_client):
+                await keyless_client.get_pending_operations("C0FFEE")
+    """
+    passes(pytester, test, *STRICT, "-o", "asyncio_default_test_loop_scope=package", passed=6)
 
 
 def test_they_live_in_the_loop_of_the_test_when_fixtures_default_to_another(pytester: pytest.Pytester) -> None:
@@ -106,7 +121,8 @@ def test_an_override_of_the_sandbox_is_what_the_client_belongs_to(pytester: pyte
     """
     test = """
         async def test_it_is_approved_at_once(keyless_sandbox, keyless_client):
-            assert (await keyless_client.request_approval("C0FFEE")).is_approved
+            ticket = await keyless_client.create_operation("C0FFEE")
+            assert (await keyless_client.get_operation(ticket.operation_id)).is_approved
             assert keyless_sandbox.api_key == "another"
     """
     passes(pytester, test, *AUTO, conftest=override)
@@ -129,8 +145,7 @@ def test_both_are_closed_after_the_test(pytester: pytest.Pytester) -> None:
             with pytest.raises(ClientClosedError):
                 await client.get_operation("txn-1")
     """
-    pytester.makepyfile(test)
-    pytester.runpytest_inprocess("-W", "error", *AUTO).assert_outcomes(passed=2)
+    passes(pytester, test, *AUTO, passed=2)
 
 
 # -- where they cannot live
@@ -169,7 +184,7 @@ def fresh_plugin() -> dict[str, object]:
 
 def test_the_sandbox_and_its_server_are_not_imported_until_a_fixture_is_used() -> None:
     program = "import sys, aiokeyless.pytest_plugin; print({'aiokeyless.sandbox', 'aiohttp.web'} & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 
 
@@ -180,5 +195,5 @@ before = set(sys.modules)
 import aiokeyless.pytest_plugin
 print(set(sys.modules) - before)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "{'aiokeyless.pytest_plugin'}\n"

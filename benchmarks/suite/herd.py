@@ -15,6 +15,7 @@ import sys
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import aiohttp
 from tenacity.wait import wait_base
 
 from aiokeyless import KeylessClient
@@ -56,8 +57,8 @@ def run(bench: Bench) -> Report:
     """Measure herds of 10 000 and of 100 000."""
     report = Report(f"herd: waits that are due at the same moment, ours and the semaphore with {_IN_FLIGHT} in flight")
     goals = {10_000: 0.005, 100_000: 0.010}
-    for size in bench.pick(full=[10_000, 100_000], quick=[10_000], smoke=[200]):
-        rounds = bench.pick(full=5 if size <= 10_000 else 3, quick=1, smoke=1)
+    for size in bench.pick(full=[10_000, 100_000], quick=[3_000], smoke=[200]):
+        rounds = bench.pick(full=5 if size <= 10_000 else 1, quick=1, smoke=1)
         outcomes = _measured(bench, size, rounds, report)
         report.tables.append(_table(size, outcomes))
         report.raw[str(size)] = {
@@ -72,7 +73,7 @@ def run(bench: Bench) -> Report:
 def _measured(bench: Bench, size: int, rounds: int, report: Report) -> dict[str, list[Outcome]]:
     outcomes: dict[str, list[Outcome]] = {}
     for k in range(rounds):
-        for name in order(list(_HERDS), k):
+        for name in order(bench.pick(full=[*_HERDS], quick=[*_HERDS], smoke=[OURS, LIMIT]), k):
             bench.say(f"  {size} waits, round {k + 1} of {rounds}: {name}")
             try:
                 with serving() as server:
@@ -130,7 +131,10 @@ def measure(server: Server, name: str, size: int) -> Outcome:
     if name == UNBOUNDED and size > allowed:
         raise CannotMeasureError(f"it opens {size} sockets, and this system allows {allowed}")
     herd = _Herd(server, size)
-    herd.probe.run(_HERDS[name](herd))
+    try:
+        herd.probe.run(_HERDS[name](herd))
+    except aiohttp.ClientError as error:
+        raise CannotMeasureError(f"its requests failed ({type(error).__name__})") from error
     return herd.outcome
 
 
@@ -159,7 +163,7 @@ class _Herd:
         self.moment = started
         for _ in range(count // _BATCH + 1):
             await asyncio.gather(*(begin(str(uuid.uuid4())) for _ in range(_BATCH)))
-        self.moment = loop.time() + 0.5 + 2 * (loop.time() - started) * self.size / count
+        self.moment = loop.time() + 0.4 + 1.6 * (loop.time() - started) * self.size / count
 
     async def charge(self, begin: Callable[[str], Coroutine[None, None, object]], begun: Callable[[], int]) -> None:
         """Begin the waits, a few at a time, and watch the loop from just before the moment until the last has ended.

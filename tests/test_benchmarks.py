@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["request", "retry", "waits", "herd"])
+def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    done = benchmarks(name, "--smoke", "--json", str(results))
+    assert done.returncode == 0, done.stderr
+    assert f"== {name}: " in done.stdout
+    report = json.loads(results.read_text())["benchmarks"][name]
+    assert report["tables"]
+    assert all(goal["figure"] is not None for goal in report["goals"])
+    assert report["raw"]
+
+
+def test_unknown_benchmark_is_refused_with_the_names_that_there_are() -> None:
+    done = benchmarks("nonesuch")
+    assert done.returncode == 2
+    assert "request, retry, waits" in done.stderr

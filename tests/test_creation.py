@@ -1,0 +1,476 @@
+"""A creation whose answer is lost: it is found, or sent again, or refused, and never made twice."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from raw_server import RawServer, answer, hang, now, operation, refused, reset, until
+
+from aiokeyless import (
+    ApprovalTicket,
+    AuthenticationError,
+    BadRequestError,
+    ClientClosedError,
+    ConflictError,
+    DecodeError,
+    InvalidIdentifierError,
+    KeylessClient,
+    KeylessError,
+    NotJsonError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    StatusError,
+    TransportError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+USER = "C0FFEE"
+CREATED = answer(b'{"success": true}')
+CONFLICT = answer(b"taken", status=b"409 Conflict")
+MISSING = answer(b"", status=b"404 Not Found")
+BUSY = answer(b"", status=b"503 Busy")
+LIMITED = answer(b"", status=b"429 Slow")
+
+
+async def failure(call: Awaitable[object]) -> KeylessError:
+    with pytest.raises(KeylessError) as caught:
+        await call
+    return caught.value
+
+
+def sent(sandbox: Sandbox) -> list[str]:
+    """The methods of all requests that came, in order."""
+    return [record.method for record in sandbox.requests]
+
+
+def methods(server: RawServer) -> list[str]:
+    return [head.split()[0].decode() for head in server.heads]
+
+
+class Talk:
+    """A creation of "a" against a server that answers this and then that."""
+
+    def __init__(self, *answers: Any, **options: Any) -> None:
+        self.server = RawServer(*answers)
+        self.options = options
+
+    async def create(self, **fields: Any) -> ApprovalTicket:
+        async with (
+            self.server as server,
+            KeylessClient("key", base_url=server.url, **self.options) as client,
+        ):
+            return await client.create_operation(USER, operation_id="a", **fields)
+
+    @property
+    def methods(self) -> list[str]:
+        return methods(self.server)
+
+
+# What may have taken effect
+
+
+LOST: dict[str, Callable[[Sandbox, bool], None]] = {
+    "dropped": lambda sandbox, stored: sandbox.drop_next(stored=stored),
+    "500": lambda sandbox, stored: sandbox.fail_next(500, stored=stored),
+    "503": lambda sandbox, stored: sandbox.fail_next(503, stored=stored),
+    "504": lambda sandbox, stored: sandbox.fail_next(504, stored=stored),
+    "408": lambda sandbox, stored: sandbox.fail_next(408, stored=stored),
+    "a page": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, body=b"<html>"),
+    "nothing": lambda sandbox, stored: sandbox.fail_next(204, stored=stored, body=b""),
+    "another shape": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, body=b"{}"),
+    "no success": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, body=b'{"success": false}'),
+}
+lost = pytest.mark.parametrize("lose", LOST.values(), ids=LOST.keys())
+
+
+@lost
+async def test_lost_creation_is_found(
+    sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
+) -> None:
+    lose(sandbox, True)  # noqa: FBT003  # stored
+    ticket = await client.create_operation(USER, operation_payload="Pay", external_user_id="ann")
+    assert list(sandbox.operations) == [ticket.operation_id]
+    assert sent(sandbox) == ["POST", "GET"]
+
+
+@lost
+async def test_creation_that_did_not_arrive_is_sent_again(
+    sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
+) -> None:
+    lose(sandbox, False)  # noqa: FBT003  # not stored
+    ticket = await client.create_operation(USER)
+    assert list(sandbox.operations) == [ticket.operation_id]
+    assert sent(sandbox) == ["POST", "GET", "POST"]
+
+
+@lost
+async def test_lost_last_attempt_is_found(sandbox: Sandbox, lose: Callable[[Sandbox, bool], None]) -> None:
+    lose(sandbox, True)  # noqa: FBT003  # stored
+    async with sandbox.client(max_attempts=1) as client:
+        ticket = await client.create_operation(USER)
+    assert list(sandbox.operations) == [ticket.operation_id]
+    assert sent(sandbox) == ["POST", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("lose", "kind"),
+    [
+        ("dropped", TransportError),
+        ("500", ServerError),
+        ("408", StatusError),
+        ("a page", NotJsonError),
+        ("no success", DecodeError),
+    ],
+)
+async def test_creation_that_never_arrives_fails_with_the_last_failure(
+    sandbox: Sandbox, lose: str, kind: type[KeylessError]
+) -> None:
+    for _ in range(3):
+        LOST[lose](sandbox, False)  # noqa: FBT003  # not stored
+        sandbox.fail_next(404, method="GET")
+    async with sandbox.client() as client:
+        assert type(await failure(client.create_operation(USER))) is kind
+    assert sent(sandbox) == ["POST", "GET"] * 3
+    assert sandbox.operations == {}
+
+
+async def test_timeout_may_have_taken_effect(sandbox: Sandbox) -> None:
+    sandbox.latency = 60
+    async with sandbox.client(request_timeout=2) as client:
+        call = asyncio.create_task(client.create_operation(USER))
+        await until(lambda: sandbox.operations)
+        sandbox.latency = 0
+        ticket = await call
+    assert list(sandbox.operations) == [ticket.operation_id]
+    assert sent(sandbox) == ["POST", "GET"]
+
+
+async def test_creation_is_looked_for_at_once(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503, stored=True, retry_after=20)
+    started = now()
+    await client.create_operation(USER)
+    assert now() == pytest.approx(started, abs=1e-3)
+
+
+async def test_creation_is_looked_for_where_the_service_wants_a_long_pause(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    sandbox.fail_next(503, stored=True, retry_after=3600)
+    await client.create_operation(USER)
+    assert len(sandbox.operations) == 1
+
+
+async def test_long_pause_is_for_the_caller_to_decide(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(503, retry_after=3600)
+    error = await failure(client.create_operation(USER))
+    assert isinstance(error, ServerError)
+    assert error.retry_after == 3600
+    assert sent(sandbox) == ["POST", "GET"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_looking_is_no_attempt(sandbox: Sandbox, client: KeylessClient, times: int) -> None:
+    for _ in range(times):
+        sandbox.fail_next(500, method="POST")
+    await client.create_operation(USER)
+    assert sent(sandbox) == ["POST", "GET"] * times + ["POST"]
+
+
+# What did not take effect
+
+
+async def test_429_is_sent_again_without_a_look(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(429, retry_after=3)
+    started = now()
+    await client.create_operation(USER)
+    assert now() - started == pytest.approx(3, abs=1e-3)
+    assert sent(sandbox) == ["POST", "POST"]
+
+
+async def test_refused_connection_is_tried_again_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high)
+    async with KeylessClient("key", base_url=refused()) as client:
+        started = now()
+        error = await failure(client.create_operation(USER))
+        assert now() - started == pytest.approx(0.75, abs=1e-3)  # the pauses of three attempts, and no look's
+    assert isinstance(error, TransportError)
+    assert not error.sent
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, BadRequestError), (401, AuthenticationError), (403, PermissionDeniedError), (302, StatusError)],
+)
+async def test_refusal_is_raised_at_once(
+    sandbox: Sandbox, client: KeylessClient, status: int, kind: type[StatusError]
+) -> None:
+    sandbox.fail_next(status)
+    assert type(await failure(client.create_operation(USER))) is kind
+    assert sent(sandbox) == ["POST"]
+
+
+async def test_429_of_the_last_attempt_is_raised(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.fail_next(429, times=None)
+    assert type(await failure(client.create_operation(USER))) is RateLimitError
+    assert sent(sandbox) == ["POST"] * 3
+
+
+async def test_refusal_after_a_doubt_that_was_settled_is_raised() -> None:
+    talk = Talk(BUSY, MISSING, answer(b"", status=b"401 No"))
+    assert type(await failure(talk.create())) is AuthenticationError
+    assert talk.methods == ["POST", "GET", "POST"]
+
+
+# Conflicts
+
+
+async def test_taken_id_conflicts(sandbox: Sandbox, client: KeylessClient) -> None:
+    await client.create_operation(USER, operation_id="a")
+    error = await failure(client.create_operation(USER, operation_id="a"))
+    assert type(error) is ConflictError
+    assert (error.status, error.method, error.path) == (409, "POST", f"/v2/users/{USER}/operations")
+    assert sent(sandbox) == ["POST", "POST"]
+
+
+@pytest.mark.parametrize("first", [LIMITED, answer(b"", status=b"425 Early")])
+async def test_conflict_after_what_had_no_effect_conflicts(first: bytes) -> None:
+    talk = Talk(first, CONFLICT)
+    assert type(await failure(talk.create())) is ConflictError
+    assert talk.methods == ["POST", "POST"]
+
+
+async def test_conflict_with_our_own_lost_creation_is_a_success() -> None:
+    talk = Talk(BUSY, MISSING, CONFLICT, answer(operation()))
+    assert (await talk.create()).operation_id == "a"
+    assert talk.methods == ["POST", "GET", "POST", "GET"]
+
+
+async def test_conflict_long_after_the_doubt_is_looked_into() -> None:
+    talk = Talk(BUSY, MISSING, LIMITED, CONFLICT, answer(operation()))
+    assert (await talk.create()).operation_id == "a"
+    assert talk.methods == ["POST", "GET", "POST", "POST", "GET"]
+
+
+async def test_conflict_after_a_doubt_with_somebody_elses_conflicts() -> None:
+    talk = Talk(BUSY, MISSING, CONFLICT, answer(operation(userId="BAD")))
+    error = await failure(talk.create())
+    assert type(error) is ConflictError
+    assert error.status == 409
+    assert talk.methods == ["POST", "GET", "POST", "GET"]
+
+
+async def test_conflict_with_nothing_is_sent_again() -> None:
+    talk = Talk(BUSY, MISSING, CONFLICT, MISSING, CREATED)
+    assert (await talk.create()).operation_id == "a"
+    assert talk.methods == ["POST", "GET", "POST", "GET", "POST"]
+
+
+async def test_conflict_with_nothing_is_raised_when_the_attempts_are_used_up() -> None:
+    talk = Talk(BUSY, MISSING, CONFLICT, MISSING, max_attempts=2)
+    assert type(await failure(talk.create())) is ConflictError
+    assert talk.methods == ["POST", "GET", "POST", "GET"]
+
+
+MINE = {"operation_payload": "Pay 5", "external_user_id": "ann"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"userId": "BAD"},
+        {"operationPayload": "Pay 6"},
+        {"operationPayload": ""},
+        {"operationPayload": None},
+        {"operationPayload": "pay 5"},
+        {"externalUserId": "bob"},
+        {"externalUserId": None},
+    ],
+)
+@pytest.mark.parametrize("attempts", [1, 3])
+async def test_operation_that_is_not_ours_conflicts(other: dict[str, object], attempts: int) -> None:
+    there = operation(**({"operationPayload": "Pay 5", "externalUserId": "ann"} | other))
+    talk = Talk(BUSY, answer(there), max_attempts=attempts)
+    assert type(await failure(talk.create(**MINE))) is ConflictError
+    assert talk.methods == ["POST", "GET"]
+
+
+async def test_approved_operation_of_ours_is_ours() -> None:
+    there = operation(operationPayload="Pay 5", externalUserId="ann", state="approved", result=True, userId="c0ffee")
+    assert (await Talk(BUSY, answer(there)).create(**MINE)).operation_id == "a"
+
+
+@pytest.mark.parametrize("mine", [None, ""])
+@pytest.mark.parametrize("theirs", [None, ""])
+async def test_absent_text_is_an_empty_one(mine: str | None, theirs: str | None) -> None:
+    there = operation(operationPayload=theirs, externalUserId=theirs)
+    ticket = await Talk(BUSY, answer(there)).create(operation_payload=mine, external_user_id=mine)
+    assert ticket.payload_sha256 == hashlib.sha256(b"").hexdigest()
+
+
+# Where it cannot be told
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        BUSY,
+        LIMITED,
+        reset,
+        answer(b"", status=b"401 No"),
+        answer(b"", status=b"302 Found"),
+        answer(b"<html>"),
+        answer(b"{}"),
+        answer(b"{", length=9),
+        answer(operation(operationId="b")),
+    ],
+)
+@pytest.mark.parametrize("attempts", [1, 3])
+async def test_failed_look_raises_what_raised_the_doubt(look: Any, attempts: int) -> None:
+    talk = Talk(answer(b"", b"X-Request-Id: first", status=b"504 Slow"), look, max_attempts=attempts)
+    error = await failure(talk.create())
+    assert isinstance(error, ServerError)
+    assert (error.status, error.method, error.request_id) == (504, "POST", "first")
+    assert talk.methods[:2] == ["POST", "GET"]
+    assert "POST" not in talk.methods[1:]
+
+
+async def test_failed_look_after_a_conflict_raises_what_raised_the_doubt() -> None:
+    talk = Talk(answer(b"", status=b"504 Slow"), MISSING, CONFLICT, answer(b"", status=b"401 No"))
+    error = await failure(talk.create())
+    assert isinstance(error, ServerError)
+    assert error.status == 504
+    assert isinstance(error.__cause__, AuthenticationError)
+
+
+async def test_look_is_tried_again(sandbox: Sandbox, client: KeylessClient) -> None:
+    sandbox.drop_next(stored=True, method="POST")
+    sandbox.fail_next(503, times=2, method="GET")
+    await client.create_operation(USER)
+    assert sent(sandbox) == ["POST", "GET", "GET", "GET"]
+
+
+async def test_look_that_hangs_ends(sandbox: Sandbox) -> None:
+    sandbox.latency = 3600
+    async with sandbox.client(request_timeout=2, max_attempts=1) as client:
+        started = now()
+        error = await failure(client.create_operation(USER))
+        assert now() - started == pytest.approx(4, abs=1e-3)
+    assert isinstance(error, RequestTimeoutError)
+    assert error.method == "POST"
+    assert len(sandbox.operations) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_there_are_never_two(sandbox: Sandbox, client: KeylessClient, seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311  # of faults, not of secrets
+    for _ in range(chance.randint(1, 6)):
+        LOST[chance.choice(list(LOST))](sandbox, chance.random() < 0.5)
+    try:
+        ticket = await client.create_operation(USER)
+    except ConflictError:
+        raise  # with whom?
+    except KeylessError:
+        assert len(sandbox.operations) <= 1
+    else:
+        assert list(sandbox.operations) == [ticket.operation_id]
+
+
+# The end of a creation that is under way
+
+
+@pytest.mark.parametrize("closing", [False, True], ids=["cancelled", "closed"])
+@pytest.mark.parametrize(
+    ("answers", "heads"),
+    [([hang], 1), ([BUSY, hang], 2), ([BUSY, MISSING, hang], 3), ([LIMITED], 1), ([BUSY, BUSY], 2)],
+    ids=["sending", "looking", "sending again", "pausing", "pausing before the next look"],
+)
+async def test_ended_creation_leaves_nothing(
+    answers: list[Any], heads: int, closing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high)
+    async with RawServer(*answers) as server:
+        before = asyncio.all_tasks()
+        client = KeylessClient("key", base_url=server.url)
+        call = asyncio.create_task(client.create_operation(USER))
+        await server.asked(heads)
+        await asyncio.sleep(0.1)
+        started = now()
+        if closing:
+            await client.aclose()
+            assert type(await failure(call)) is ClientClosedError
+        else:
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        assert now() == started
+        await until(lambda: not server.connections)
+        assert asyncio.all_tasks() <= before
+        await asyncio.sleep(60)
+        assert len(server.heads) == heads
+        await client.aclose()
+
+
+# The ticket
+
+
+async def test_ticket_tells_what_was_created(sandbox: Sandbox, client: KeylessClient) -> None:
+    before = datetime.now(UTC)
+    ticket = await client.create_operation(
+        "c0ffee", operation_id="a", operation_payload="Pay 5 €", external_user_id="ann", expires_in=90.5
+    )
+    assert before <= ticket.created_at <= datetime.now(UTC)
+    assert ticket == ApprovalTicket(
+        operation_id="a",
+        user_id=USER,
+        external_user_id="ann",
+        payload_sha256=hashlib.sha256("Pay 5 €".encode()).hexdigest(),
+        created_at=ticket.created_at,
+        expires_at=ticket.created_at + timedelta(seconds=90.5),
+    )
+    assert ticket.created_at.tzinfo is ticket.expires_at.tzinfo is UTC
+    created = sandbox.operations["a"]
+    assert (created.user_id, created.operation_payload, created.external_user_id) == (USER, "Pay 5 €", "ann")
+
+
+async def test_ticket_lasts_two_minutes_by_default(client: KeylessClient) -> None:
+    ticket = await client.create_operation(USER)
+    assert ticket.expires_at - ticket.created_at == timedelta(seconds=120)
+
+
+async def test_id_is_a_fresh_uuid4_by_default(client: KeylessClient) -> None:
+    ids = {(await client.create_operation(USER)).operation_id for _ in range(3)}
+    assert len(ids) == 3
+    assert all(uuid.UUID(made).version == 4 and str(uuid.UUID(made)) == made for made in ids)
+
+
+async def test_id_is_the_same_in_every_attempt() -> None:
+    talk = Talk(LIMITED, BUSY, MISSING, CREATED)
+    await talk.create()
+    bodies = [body for body in talk.server.bodies if body]
+    assert len(bodies) == 3
+    assert len(set(bodies)) == 1
+
+
+async def test_user_id_is_sent_in_upper_case(sandbox: Sandbox, client: KeylessClient) -> None:
+    await client.create_operation("0123456789abcdef")
+    assert sandbox.requests[0].path == "/v2/users/0123456789ABCDEF/operations"
+
+
+@pytest.mark.parametrize("operation_id", ["", ".", "..", "a\nb", "a" * 513, "\ud800"])
+async def test_id_that_cannot_be_sent_is_refused(sandbox: Sandbox, client: KeylessClient, operation_id: str) -> None:
+    assert type(await failure(client.create_operation(USER, operation_id=operation_id))) is InvalidIdentifierError
+    assert sandbox.requests == []

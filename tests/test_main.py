@@ -1,0 +1,56 @@
+"""Where the command begins: with its extra and without, and at no cost to who imports the library."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+import aiokeyless.__main__
+from aiokeyless import __version__
+from aiokeyless.__main__ import main
+
+
+@pytest.mark.parametrize("missing", ["cyclopts", "rich"])
+def test_without_the_extra_one_line_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    block(monkeypatch, missing)
+    assert main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == 'aiokeyless: the command line is an extra: pip install "aiokeyless[cli]"\n'
+
+
+def test_another_module_that_is_missing_is_not_blamed_on_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    block(monkeypatch, "contextlib")
+    with pytest.raises(ModuleNotFoundError, match="contextlib"):
+        main()
+
+
+def block(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.delitem(sys.modules, "aiokeyless.cli", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in list(sys.modules):
+        if name.startswith(f"{module}."):
+            monkeypatch.delitem(sys.modules, name)
+
+
+def test_python_dash_m_is_the_same_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["aiokeyless", "--version"])
+    with pytest.raises(SystemExit) as end:
+        # not run_module: pytest rewrites the assertions of plugins' packages, and its loader has no code to give
+        runpy.run_path(aiokeyless.__main__.__file__, run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"aiokeyless {__version__}\n"
+
+
+def test_importing_the_library_imports_neither_the_command_line_nor_the_sandbox() -> None:
+    program = """
+import sys, aiokeyless
+print({"aiokeyless.cli", "aiokeyless.__main__", "aiokeyless.sandbox", "cyclopts", "rich"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
