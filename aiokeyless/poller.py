@@ -79,6 +79,7 @@ class Poller:
         self._flying: dict[Look, None] = {}  # looks under way, oldest first
         self._finals_flying = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
         self._created: dict[str, float] = {}
         self._waiting = 0
         self._polls = 0
@@ -292,14 +293,16 @@ class Poller:
     def _arm(self, now: float) -> None:
         """Set the timer for the next thing that time alone brings about; what awaits a landing needs none."""
         when = self._next_event(now)
-        if when < math.inf and (self._timer is None or when < self._timer.when()):
+        if when < self._timer_at:
             self._disarm()
             self._timer = self._loop.call_at(when, self._wake, context=self._context)
+            self._timer_at = when
 
     def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self._timer_at = math.inf
 
     def _next_event(self, now: float) -> float:
         deadline = self._deadlines.first()
@@ -316,6 +319,7 @@ class Poller:
 
     def _wake(self) -> None:
         self._timer = None
+        self._timer_at = math.inf
         now = self._loop.time()
         self._cut_overdue(now)
         self._expire(now)

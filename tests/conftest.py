@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
 # looptime asks for the current loop before tests that have none, too. Unless told that there is none, asyncio makes
 # one, which nobody closes.
 asyncio.set_event_loop(None)
+
+if os.environ.get("TEST_LOOP") == "uvloop":
+    import uvloop
+
+    def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+        """Run the async tests on uvloop; its clock does not move, so those marked looptime are left out."""
+        return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

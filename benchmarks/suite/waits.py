@@ -148,10 +148,11 @@ class _Meter:
         """
         if self._method is Method.ALLOCATED:
             tracemalloc.start()  # before the warm-up: what takes the place of its leftovers is no growth
-        warm = [begin(str(uuid.uuid4())) for _ in range(4 * _BATCH)]
-        await _until(lambda: looked() >= 4 * _BATCH)
+        warm = [begin(str(uuid.uuid4())) for _ in range(_BATCH)]
+        await _until(lambda: looked() >= _BATCH)
         await _cancel(warm)
         del warm
+        await asyncio.sleep(0.01)  # the loop and the connections let go of them
         answered = looked()
         before, cpu_before = self._memory(), time.process_time()
         for k in range(0, self._size, _BATCH):
