@@ -1,0 +1,69 @@
+"""What the README says runs, runs: its Python blocks, and the names that its tables promise."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import aiokeyless
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TESTS = [block for block in BLOCKS if "def test_" in block]
+PROGRAMS = [block for block in BLOCKS if block not in TESTS]
+
+
+async def run(*arguments: str, cwd: Path, environment: Mapping[str, str]) -> str:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-W",
+        "error",
+        *arguments,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=range(len(PROGRAMS)))
+async def test_a_program_of_the_readme_runs(block: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(block)
+    async with Sandbox(auto_approve=0.1) as sandbox:
+        environment = {"KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}
+        assert await run("program.py", cwd=tmp_path, environment=environment)
+
+
+@pytest.mark.parametrize("block", TESTS, ids=range(len(TESTS)))
+async def test_a_test_of_the_readme_passes(block: str, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(block)
+    scope = "asyncio_default_fixture_loop_scope=function"
+    options = ("-q", "-o", "asyncio_mode=auto", "-o", scope, "-p", "no:cacheprovider")
+    output = await run("-m", "pytest", *options, "test_it.py", cwd=tmp_path, environment={})
+    assert f"{block.count('def test_')} passed" in output
+
+
+def test_every_exception_stands_in_the_table() -> None:
+    table = README.partition("## When it fails")[2].partition("```")[0]
+    roots = {"KeylessError", "ApprovalError"}
+    for name in aiokeyless.__all__:
+        if name.endswith("Error") and name not in roots:
+            assert f"`{name}`" in table, name
+
+
+def test_the_two_commands_stand_there_as_agreed() -> None:
+    assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cli]" && .venv/bin/aiokeyless demo\n' in README
+    assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && .venv/bin/pytest\n' in README

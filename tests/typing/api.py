@@ -1,0 +1,76 @@
+"""Never run: it is type-checked only, so that the public signatures stay what callers rely on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_type
+
+from tenacity import AsyncRetrying, wait_chain, wait_fixed
+
+from aiokeyless import (
+    ApprovalOutcome,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUpdate,
+    ClientStatistics,
+    KeylessClient,
+    KeylessError,
+    Operation,
+    PendingOperation,
+    Region,
+    wait_adaptive,
+)
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+async def calls(client: KeylessClient) -> None:
+    assert_type(await client.get_pending_operations("C0FFEE"), list[PendingOperation])
+    operation = await client.get_operation("op")
+    assert_type(operation, Operation)
+    assert_type(operation.is_approved, bool)
+    assert_type(operation.created_at, "datetime | None")
+    assert_type(operation.api_key.reveal(), str)
+    ticket = await client.create_operation("C0FFEE", operation_payload="Pay", expires_in=60)
+    assert_type(ticket, ApprovalTicket)
+    assert_type(ApprovalTicket.from_json(ticket.to_json()), ApprovalTicket)
+    assert_type(client.statistics, ClientStatistics)
+
+
+async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
+    async def async_on_poll(update: ApprovalUpdate) -> None:
+        assert_type(update.operation, Operation | None)
+        assert_type(update.error, KeylessError | None)
+
+    assert_type(await client.wait_for_approval(ticket), Operation)
+    assert_type(await client.wait_for_approval("op", timeout=None, on_poll=async_on_poll), Operation)
+    assert_type(await client.wait_for_approval("op", timeout=..., on_poll=print, if_missing="wait"), Operation)
+    assert_type(await client.request_approval("C0FFEE", on_poll=print), Operation)
+    async for update in client.watch_approval(ticket, schedule=wait_fixed(2) + wait_fixed(1)):
+        assert_type(update, ApprovalUpdate)
+    async for outcome in client.wait_for_approvals(["op", ticket], schedule=wait_chain(wait_fixed(1))):
+        assert_type(outcome, ApprovalOutcome)
+    updates = client.watch_approval("op")
+    assert_type(await anext(updates), ApprovalUpdate)
+    await updates.aclose()
+
+
+async def errors(client: KeylessClient) -> None:
+    try:
+        await client.wait_for_approval("op")
+    except ApprovalTimeoutError as error:
+        assert_type(error.last_operation, Operation | None)
+        assert_type(error.ticket, ApprovalTicket | None)
+        assert_type(error.elapsed, float)
+
+
+async def sandboxes() -> None:
+    async with Sandbox(auto_approve=lambda operation: 1.0 if operation.operation_payload else None) as sandbox:
+        assert_type(sandbox.client(), KeylessClient)
+        assert_type(sandbox.operations["op"], Operation)
+
+
+KeylessClient("key", region=Region.EU, schedule=wait_adaptive(poll_cost=1))
+KeylessClient("key", region="us", schedule=wait_fixed(2))
+AsyncRetrying(wait=wait_adaptive())
