@@ -342,23 +342,26 @@ class Poller:
             if wait.overtime:
                 self._end_unanswered(wait, now)
                 continue
-            watch = wait.watch
-            for other in watch.waits:  # with all whose time is up as well, so that they share the final look
-                if other.deadline <= now + _RESOLUTION and other.listed and not other.overtime:
-                    other.overtime = True
-                    watch.patient -= 1
-                    self._deadlines.book(other, other.deadline + self._overtime)
-            if not watch.patient:
-                self._do_not_want(watch)
-            if not watch.final_wanted:
-                watch.final_wanted = True
-                self._finals.append(watch)
-            if watch.look is not None:
-                hanging.add(watch.look)
+            self._begin_overtime(wait.watch, now)
+            if wait.watch.look is not None:
+                hanging.add(wait.watch.look)
         for look in hanging:
             # A look that began before the deadline does not count at the deadline; others may still need it.
             if not any(look.serves(wait) for wait in look.members):
                 look.stop()
+
+    def _begin_overtime(self, watch: Watch, now: float) -> None:
+        """See to it that all waits of an operation whose time is up share one final look."""
+        for wait in watch.waits:
+            if wait.deadline <= now + _RESOLUTION and wait.listed and not wait.overtime:
+                wait.overtime = True
+                watch.patient -= 1
+                self._deadlines.book(wait, wait.deadline + self._overtime)
+        if not watch.patient:
+            self._do_not_want(watch)
+        if not watch.final_wanted:
+            watch.final_wanted = True
+            self._finals.append(watch)
 
     def _end_unanswered(self, wait: Wait, now: float) -> None:
         """End a wait whose final look had its time, or never found a slot."""

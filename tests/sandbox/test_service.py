@@ -221,7 +221,7 @@ async def test_client_that_leaves_within_its_body_is_nobodys_error(
     writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % CREATE.encode())
     await until(lambda: sandbox.requests)
     writer.transport.abort()
-    await until(lambda: not sandbox._handlers)  # noqa: SLF001  # nothing public tells that a handler is gone
+    await until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
     await asyncio.sleep(0)
     assert [record.status for record in sandbox.requests] == [None]
     assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
@@ -451,7 +451,7 @@ async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aioht
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):
             await get(http)
-    await until(lambda: not sandbox._handlers)  # noqa: SLF001  # nothing public tells that a handler is gone
+    await until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
     assert sandbox.requests[0].status is None
     assert now() == pytest.approx(1)
 
@@ -719,7 +719,7 @@ async def test_nothing_is_left_when_it_is_closed() -> None:
     assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
-    timers: list[asyncio.TimerHandle] = loop._scheduled  # type: ignore[attr-defined]  # noqa: SLF001  # no public list
+    timers: list[asyncio.TimerHandle] = loop._scheduled  # type: ignore[attr-defined]  # no public list
     assert [timer for timer in timers if not timer.cancelled()] == []
     assert loop.time() == 0
 

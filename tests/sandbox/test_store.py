@@ -143,7 +143,7 @@ def test_user_without_pending_operations_leaves_nothing_behind(store: OperationS
     store.create(USER, "b")
     store.approve("a")
     store.forget("b")
-    assert store._pending == {}  # noqa: SLF001  # memory has no other face
+    assert store._pending == {}  # memory has no other face
 
 
 # Approval

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_type
+from datetime import datetime
+from typing import assert_type
 
 from tenacity import AsyncRetrying, wait_chain, wait_fixed
 
@@ -21,16 +22,13 @@ from aiokeyless import (
 )
 from aiokeyless.sandbox import Sandbox
 
-if TYPE_CHECKING:
-    from datetime import datetime
-
 
 async def calls(client: KeylessClient) -> None:
     assert_type(await client.get_pending_operations("C0FFEE"), list[PendingOperation])
     operation = await client.get_operation("op")
     assert_type(operation, Operation)
     assert_type(operation.is_approved, bool)
-    assert_type(operation.created_at, "datetime | None")
+    assert_type(operation.created_at, datetime | None)
     assert_type(operation.api_key.reveal(), str)
     ticket = await client.create_operation("C0FFEE", operation_payload="Pay", expires_in=60)
     assert_type(ticket, ApprovalTicket)
