@@ -7,48 +7,55 @@ heap of this size rebuilt in one go would block the event loop for tens of milli
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 _SWEEP: Final = 4  # entries moved a call, while there are many stale ones
 _SLACK: Final = 64  # stale entries that are not worth sweeping
 
 
 class Bookable(Protocol):
-    """What an agenda takes: an object with room for the number of its one entry, 0 where it has none."""
+    """What an agenda takes: an object with room for the time of its one entry, None where it has none."""
 
-    booking: int
+    booking: float | None
+
+    def __lt__(self, other: Any, /) -> bool:
+        """Decide between equal times."""
 
 
 B = TypeVar("B", bound=Bookable)
 
 
 class Agenda(Generic[B]):
-    """A queue ordered by time, then by the order of booking; an item has at most one entry."""
+    """A queue ordered by time, and where that is equal by the items; an item has at most one entry.
 
-    __slots__ = ("_heap", "_live", "_number", "_old")
+    An entry is live while its time is the very float that its item has as `booking`, and not just an equal one: a
+    number for each entry would be another object for each of them.
+    """
+
+    __slots__ = ("_heap", "_live", "_old")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, B]] = []
-        self._old: list[tuple[float, int, B]] = []  # the heap before a sweep: a prefix of a heap is a heap
+        self._heap: list[tuple[float, B]] = []
+        self._old: list[tuple[float, B]] = []  # the heap before a sweep: a prefix of a heap is a heap
         self._live = 0
-        self._number = 0
 
     def __len__(self) -> int:
         return self._live
 
     def book(self, item: B, when: float) -> None:
         """Enter an item, or move its entry."""
-        if not item.booking:
+        if item.booking is None:
             self._live += 1
-        self._number += 1
-        item.booking = self._number
-        heappush(self._heap, (when, self._number, item))
+        elif item.booking is when:
+            return
+        item.booking = when
+        heappush(self._heap, (when, item))
         self._sweep()
 
     def cancel(self, item: B) -> None:
         """Take an item's entry back, if it has one."""
-        if item.booking:
-            item.booking = 0
+        if item.booking is not None:
+            item.booking = None
             self._live -= 1
             self._sweep()
 
@@ -62,18 +69,18 @@ class Agenda(Generic[B]):
         heap = self._front()
         if not heap or heap[0][0] > now:
             return None
-        item = heappop(heap)[2]
-        item.booking = 0
+        item = heappop(heap)[1]
+        item.booking = None
         self._live -= 1
         self._sweep()
         return item
 
-    def _front(self) -> list[tuple[float, int, B]]:
+    def _front(self) -> list[tuple[float, B]]:
         """Return the heap, of the two, whose top is the earliest live entry."""
         heap, old = self._heap, self._old
-        while heap and heap[0][2].booking != heap[0][1]:
+        while heap and heap[0][1].booking is not heap[0][0]:
             heappop(heap)
-        while old and old[0][2].booking != old[0][1]:
+        while old and old[0][1].booking is not old[0][0]:
             heappop(old)
         return old if old and (not heap or old[0] < heap[0]) else heap
 
@@ -84,5 +91,5 @@ class Agenda(Generic[B]):
             self._old, self._heap = self._heap, []
         for _ in range(min(_SWEEP, len(self._old))):
             entry = self._old.pop()
-            if entry[2].booking == entry[1]:
+            if entry[1].booking is entry[0]:
                 heappush(self._heap, entry)

@@ -208,7 +208,8 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Operations, "Get pending operations".
         """
-        return await self._call(protocol.get_pending_operations(user_id))
+        transport, _ = self._open()
+        return await transport.fetch(protocol.get_pending_operations(user_id))
 
     async def get_operation(self, operation_id: str) -> Operation:
         """Return an operation as it is now.
@@ -227,7 +228,8 @@ class KeylessClient:
 
         Source: Keyless documentation, Server API / Operations, "Get operation".
         """
-        return await self._call(protocol.get_operation(operation_id))
+        transport, _ = self._open()
+        return await transport.fetch(protocol.get_operation(operation_id))
 
     async def create_operation(
         self,
@@ -282,11 +284,6 @@ class KeylessClient:
             expires_at=created_at + lifetime,
         )
 
-    async def _call(self, request: protocol.Request[T]) -> T:
-        transport, _ = self._open()
-        with transport.call():
-            return await transport.retry(lambda: transport.send(request))
-
     # -- waits
 
     async def wait_for_approval(
@@ -326,13 +323,10 @@ class KeylessClient:
 
         Source: section "What a wait promises" of the README.
         """
-        options = self._options(target, timeout, schedule, if_missing)
-        if on_poll is not None and not callable(on_poll):
-            raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}")
         if on_poll is not None:
-            return await self._wait_reporting(options, on_poll)
-        _, poller = self._open()
-        wait = poller.start(**options)
+            return await self._wait_reporting(self._options(target, timeout, schedule, if_missing), on_poll)
+        # The options are not kept: they would sleep along with each wait.
+        poller, wait = self._start(self._options(target, timeout, schedule, if_missing))
         try:
             return _result(await wait.future)
         finally:
@@ -364,8 +358,7 @@ class KeylessClient:
         Raises:
             KeylessError: What `create_operation` and `wait_for_approval` raise.
         """
-        if on_poll is not None and not callable(on_poll):  # before anything is created
-            raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}")
+        _check_on_poll(on_poll)  # before anything is created
         ticket = await self.create_operation(
             user_id,
             operation_id=operation_id,
@@ -463,9 +456,14 @@ class KeylessClient:
             may_be_missing=if_missing == "wait",
         )
 
+    def _start(self, options: _WaitOptions) -> tuple[Poller, Wait]:
+        _, poller = self._open()
+        return poller, poller.start(**options)
+
     async def _wait_reporting(
         self, options: _WaitOptions, on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object]
     ) -> Operation:
+        _check_on_poll(on_poll)
         operation: Operation | None = None
         updates = self._watch(options)
         try:
@@ -558,6 +556,11 @@ def _check_schedule(schedule: wait_base | None) -> wait_base | None:
             f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}"
         )
     return schedule
+
+
+def _check_on_poll(on_poll: object) -> None:
+    if on_poll is not None and not callable(on_poll):
+        raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}")
 
 
 def _budget(timeout: Timeout, ticket: ApprovalTicket | None) -> float | None:

@@ -75,7 +75,7 @@ class Creation:
         """Whether our operation exists; where that cannot be told, the failure that raised the doubt is final."""
         request = protocol.get_operation(self._operation.operation_id)
         try:
-            found = await self._transport.retry(lambda: self._transport.send(request))
+            found = await self._transport.fetch(request)
         except NotFoundError:
             return False
         except KeylessError as failure:

@@ -81,6 +81,7 @@ class Poller:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
         self._created: dict[str, float] = {}
+        self._watched = 0
         self._waiting = 0
         self._polls = 0
         self._approvals = 0
@@ -127,12 +128,13 @@ class Poller:
         schedule = schedule or self._schedule
         fresh = ticket is not None and operation_id in self._created and age < FRESH
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
-        watch = self._watch(operation_id, now - age, ticket)
+        origin = now - age if age else now  # the same float twice, not two of them: there are many waits
+        watch = self._watch(operation_id, origin, ticket)
         wait = Wait(
             watch,
             self._loop.create_future(),
             began=now,
-            origin=now - age,
+            origin=origin,
             deadline=now + timeout,
             schedule=schedule,
             ticket=ticket,
@@ -140,7 +142,10 @@ class Poller:
             updates=updates,
         )
         wait.attempt += fresh
-        watch.waits.append(wait)
+        if watch.waits:
+            watch.waits.append(wait)
+        else:
+            watch.waits = [wait]  # with no room for more, which nearly none needs
         watch.live += 1
         watch.patient += 1
         self._waiting += 1
@@ -219,7 +224,8 @@ class Poller:
     def _watch(self, operation_id: str, origin: float, ticket: ApprovalTicket | None) -> Watch:
         watch = self._watches.get(operation_id)
         if watch is None:
-            watch = Watch(operation_id, self._transport.url(get_operation(operation_id)), origin)
+            self._watched += 1
+            watch = Watch(self._watched, operation_id, self._transport.url(get_operation(operation_id)), origin)
             self._watches[operation_id] = watch
         watch.origin = min(watch.origin, origin)
         watch.dated = watch.dated or ticket is not None
@@ -240,6 +246,7 @@ class Poller:
         """Take a wait that has ended out of the books; the last one stops the looks."""
         watch = wait.watch
         wait.listed = False
+        wait.seen = None  # the agenda may keep the wait for a while
         self._deadlines.cancel(wait)
         if wait.updates is not None:
             wait.updates.close()
@@ -484,7 +491,7 @@ class Poller:
             return
         if watch.due == math.inf and watch.patient:
             watch.due = now  # it was cut off, or came to nothing, and somebody still waits
-        if watch.due < math.inf and not watch.booking:
+        if watch.due < math.inf and watch.booking is None:
             self._looks.book(watch, watch.due)
 
     def _no_answer(self, watch: Watch, seconds: float) -> RequestTimeoutError:

@@ -13,7 +13,7 @@ import time
 import unicodedata
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -56,7 +56,7 @@ MAX_PENDING_BODY: Final = 16 << 20
 MAX_DETAIL: Final = 200
 
 
-class Answer(NamedTuple):
+class Answer(msgspec.Struct, frozen=True):
     """What came back over the wire. `headers` looks names up without regard to case."""
 
     status: int
@@ -80,7 +80,7 @@ GET_PENDING: Final = Endpoint("GET", list[PendingOperation], MAX_PENDING_BODY)
 POST_OPERATION: Final = Endpoint("POST", CreateAnswer)
 
 
-class Request(NamedTuple, Generic[T]):
+class Request(msgspec.Struct, Generic[T], frozen=True):
     """One request as data. `path` is percent-encoded and follows the base URL."""
 
     endpoint: Endpoint[T]
@@ -120,7 +120,8 @@ def check_operation_id(operation_id: str) -> str:
         )
     if operation_id in {".", ".."}:
         raise InvalidIdentifierError(f"operation_id must not be {operation_id!r}: a URL path cannot carry it")
-    if any(unicodedata.category(character) in {"Cc", "Cs"} for character in operation_id):
+    # What is printable holds neither, and is told in far less time.
+    if not operation_id.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in operation_id):
         raise InvalidIdentifierError(
             f"operation_id must not hold control characters or lone surrogates: {operation_id[:80]!r}"
         )

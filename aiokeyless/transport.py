@@ -61,8 +61,8 @@ class Transport:
         request_timeout: float,
         max_attempts: int,
     ) -> None:
-        self._base = str(URL(base_url)).rstrip("/")
-        self._base_path = len(URL(base_url).raw_path.rstrip("/"))
+        self._base = URL(base_url)
+        self._base_path = self._base.raw_path.rstrip("/")
         self._api_key = api_key
         self._max_attempts = max_attempts
         self.request_timeout = request_timeout
@@ -107,11 +107,11 @@ class Transport:
 
     def url(self, request: protocol.Request[Any]) -> URL:
         """Make the URL of a request; the path is encoded already and must arrive as it is."""
-        return URL(self._base + request.path, encoded=True)
+        return self._base.with_path(self._base_path + request.path, encoded=True)
 
     def path(self, url: URL) -> str:
         """Return the API's path of such a URL, without the base path, for messages."""
-        return url.raw_path[self._base_path :]
+        return url.raw_path.removeprefix(self._base_path)
 
     async def send(self, request: protocol.Request[T]) -> T:
         """Send a request once and read its answer."""
@@ -135,12 +135,16 @@ class Transport:
         answer = await self._exchange("GET", url, endpoint.max_body, timeouts=self._poll_timeout, options=self._options)
         return protocol.read(endpoint, self.path(url), answer, api_key=self._api_key), answer.body
 
-    async def retry(
-        self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = protocol.is_transient
-    ) -> T:
-        """Run an attempt, and again while it fails transiently, `max_attempts` times in all.
+    async def fetch(self, request: protocol.Request[T]) -> T:
+        """Send a request, again while it fails transiently, `max_attempts` times in all, and read its answer."""
+        with self.call():
+            try:
+                return await self.send(request)
+            except KeylessError as error:
+                return await self._again(lambda: self.send(request), error, protocol.is_transient)
 
-        tenacity is entered when the first attempt has failed: where nothing fails, it costs nothing.
+    async def retry(self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
+        """Run an attempt, and again while it fails in a way that is worth repeating, `max_attempts` times in all.
 
         Args:
             attempt: What to do.
@@ -149,15 +153,24 @@ class Transport:
         try:
             return await attempt()
         except KeylessError as error:
-            if self._max_attempts == 1 or not _worth_repeating(error, may_repeat):
-                raise
-            first: KeylessError | None = error
+            return await self._again(attempt, error, may_repeat)
+
+    async def _again(
+        self, attempt: Callable[[], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
+    ) -> T:
+        """Go on after the first attempt has failed; where nothing fails, tenacity costs nothing.
+
+        tenacity takes the failure that was for its first attempt.
+        """
+        if self._max_attempts == 1 or not _worth_repeating(error, may_repeat):
+            raise error
+        first: KeylessError | None = error
 
         async def again() -> T:
             nonlocal first
             if first is not None:
-                error, first = first, None
-                raise error
+                failure, first = first, None
+                raise failure
             return await attempt()
 
         retrying = AsyncRetrying(

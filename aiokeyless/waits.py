@@ -79,7 +79,10 @@ class Wait:
         self.overtime = False  # its deadline has passed
         self.final: Look | None = None  # its final look, once that is under way
         self.listed = True  # in the poller's books
-        self.booking = 0
+        self.booking: float | None = None
+
+    def __lt__(self, other: Wait) -> bool:
+        return self.watch < other.watch
 
     def record(self, now: float) -> WaitRecord:
         """Return what an error tells of this wait."""
@@ -99,6 +102,7 @@ class Watch:
         "live",
         "look",
         "looks",
+        "number",
         "operation_id",
         "origin",
         "patient",
@@ -108,7 +112,8 @@ class Watch:
         "waits",
     )
 
-    def __init__(self, operation_id: str, url: URL, origin: float) -> None:
+    def __init__(self, number: int, operation_id: str, url: URL, origin: float) -> None:
+        self.number = number  # in the order of their coming
         self.operation_id = operation_id
         self.url = url
         self.origin = origin
@@ -123,7 +128,10 @@ class Watch:
         self.failures = 0  # transient ones in a row
         self.pending_at: float | None = None  # start of the last look that was answered with pending
         self.pupils: tuple[wait_adaptive, ...] = ()
-        self.booking = 0
+        self.booking: float | None = None
+
+    def __lt__(self, other: Watch) -> bool:
+        return self.number < other.number  # of those due at the same time, the first to come
 
     def current(self) -> list[Wait]:
         """Return the waits that have not ended."""

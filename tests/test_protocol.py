@@ -46,6 +46,7 @@ from aiokeyless.protocol import (
     POST_OPERATION,
     Answer,
     Endpoint,
+    Request,
     check_api_key,
     check_base_url,
     check_operation_id,
@@ -239,7 +240,7 @@ def test_a_user_id_is_sent_in_upper_case(user_id: str) -> None:
 def test_the_list_of_pending_operations_is_a_get_without_a_body() -> None:
     request = get_pending_operations("ab")
     assert request.endpoint.method == "GET"
-    assert request == (GET_PENDING, "/v2/users/AB/operations/pending", None)
+    assert request == Request(GET_PENDING, "/v2/users/AB/operations/pending", None)
 
 
 @pytest.mark.parametrize(

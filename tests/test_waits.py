@@ -11,7 +11,7 @@ from aiokeyless.waits import Look, Wait, Watch
 
 @pytest.fixture
 def watch() -> Watch:
-    return Watch("op", URL("http://localhost/v2/operations/op"), 0.0)
+    return Watch(1, "op", URL("http://localhost/v2/operations/op"), 0.0)
 
 
 def make_wait(watch: Watch) -> Wait:
@@ -70,3 +70,10 @@ async def test_in_overtime_only_the_final_look_serves(watch: Watch) -> None:
 async def test_waits_and_watches_hold_nothing_else(watch: Watch) -> None:
     for thing in (watch, make_wait(watch), Look(watch, 0.0, final=False)):
         assert not hasattr(thing, "__dict__")
+
+
+async def test_of_those_due_at_the_same_time_the_first_to_come_is_first(watch: Watch) -> None:
+    later = Watch(2, "other", watch.url, 0.0)
+    assert watch < later
+    assert not later < watch
+    assert make_wait(watch) < make_wait(later)
