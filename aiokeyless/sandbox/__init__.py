@@ -4,6 +4,7 @@ It speaks the documented API over a real socket and knows no more of the client 
 `Sandbox.client` makes one. ``import aiokeyless`` does not load it.
 """
 
-from .service import RequestRecord, Sandbox
+from .journal import RequestRecord
+from .service import Sandbox
 
 __all__ = ["RequestRecord", "Sandbox"]

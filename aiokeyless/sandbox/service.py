@@ -20,6 +20,8 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import AuthType, seconds
 
 from .api import JSON, Answer, KeylessApi, error_answer
+from .journal import RequestRecord
+from .phone import Phones, wants_page
 from .store import OperationStore
 
 if TYPE_CHECKING:
@@ -36,23 +38,6 @@ _BODY_LIMIT: Final = 1024 * 1024
 # Only a connection that is still swallowing a refused body makes a shutdown wait for so long.
 _SHUTDOWN_GRACE: Final = 0.1
 _REACHABLE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # looked up, not bound to
-
-
-class RequestRecord(msgspec.Struct, frozen=True):
-    """One request in `Sandbox.requests`.
-
-    Attributes:
-        method: HTTP method.
-        path: Request target as it came: percent-encoded, query included.
-        status: Status of the answer; None while there is none, and for good where none came: the connection was
-            dropped, the client left, or the sandbox closed.
-        at: When the request arrived, by the loop's clock, in seconds.
-    """
-
-    method: str
-    path: str
-    status: int | None
-    at: float
 
 
 class ClientOptions(TypedDict, total=False):
@@ -74,8 +59,19 @@ class _Fault(msgspec.Struct):
     answer: Answer | None  # None: the connection is dropped
 
 
+_CONNECTION_LOST: Final = _Fault(
+    math.inf,
+    method=None,
+    stored=False,
+    answer=error_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the connection was switched off on the sandbox's page"),
+)
+
+
 class Sandbox:
     """A Keyless service on localhost that behaves as the documented one does, strictly.
+
+    Opened in a browser, its URL shows a phone for each user, where a person approves operations and sees the requests
+    that come; ``/?user=C0FFEE`` shows one user's phone alone.
 
     Enter it with ``async with``, or `start` and `aclose` it. Entered again, it serves again, on the same port and with
     the operations it had: that is how a test takes the service down and brings it back.
@@ -118,6 +114,7 @@ class Sandbox:
         self._auto_approve = auto_approve
         self._store = OperationStore()
         self._api = KeylessApi(self._store, api_key, self._created)
+        self._phones = Phones(self._store, lambda: self.requests, self._approve_on_phone, host)
         self._latency = 0.0
         self._faults: list[_Fault] = []
         self._approvals: dict[str, asyncio.TimerHandle] = {}
@@ -238,6 +235,7 @@ class Sandbox:
             ConfigurationError: There is no such operation and no `user_id`, or an argument is wrong. It is this one,
                 and no `LookupError`, since a wrong argument is what it is and has one exception in this library.
         """
+        before = self._store.operations.get(operation_id)
         operation = self._store.approve(
             operation_id,
             user_id=user_id,
@@ -246,6 +244,8 @@ class Sandbox:
             operation_payload=operation_payload,
         )
         self._cancel_approval(operation_id)
+        if operation is not before:
+            self._phones.approved(operation)
         return operation
 
     def forget(self, operation_id: str) -> None:
@@ -256,6 +256,7 @@ class Sandbox:
         """
         self._store.forget(operation_id)
         self._cancel_approval(operation_id)
+        self._phones.refresh()
 
     def tamper(self, operation_id: str, /, **fields: object) -> None:
         """Make ``GET`` of an operation lie, to test how a client takes it.
@@ -376,38 +377,51 @@ class Sandbox:
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=_BODY_LIMIT)
-        # All paths, not those of the API only: what goes astray is answered and journaled like the rest. Paths of the
-        # sandbox's own have their routes before this one.
+        application.router.add_get("/", self._serve_root)
+        application.router.add_route("*", "/sandbox/{path:.*}", self._phones.serve)
+        # All other paths, not those of the API only: what goes astray is answered and journaled like the rest.
         application.router.add_route("*", "/{path:.*}", self._serve)
         application.on_shutdown.append(self._cancel_handlers)
         return application
 
     async def _cancel_handlers(self, _application: web.Application) -> None:
+        self._phones.close()
         for task in self._handlers:
             task.cancel()
 
+    async def _serve_root(self, request: web.Request) -> web.Response:
+        return self._phones.page(request) if wants_page(request) else await self._serve(request)
+
     async def _serve(self, request: web.Request) -> web.Response:
         record = self._journal(request)
-        latency = self._latency
-        fault = self._next_fault(request.method)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a coroutine that runs is in a task
         self._handlers.add(task)
         try:
-            if fault is None:
-                answer: Answer | None = await self._take_effect(request)
-            else:
-                if fault.stored:
-                    await self._take_effect(request)
-                answer = fault.answer
-            if latency:
-                await asyncio.sleep(latency)
+            answer = await self._answer(request)
+            if answer is None:
+                _drop(request)
+            msgspec.structs.force_setattr(record, "status", int(answer.status))
         finally:
             self._handlers.discard(task)
-        if answer is None:
-            _drop(request)
-        msgspec.structs.force_setattr(record, "status", int(answer.status))
+            msgspec.structs.force_setattr(record, "duration", asyncio.get_running_loop().time() - record.at)
+            self._phones.refresh()
         return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+
+    async def _answer(self, request: web.Request) -> Answer | None:
+        """Let a request take effect and wait out the latency; None: the connection is to be dropped."""
+        latency = self._latency
+        # The switch on the page takes no fault from those that a test has queued.
+        fault = _CONNECTION_LOST if self._phones.connection_lost else self._next_fault(request.method)
+        if fault is None:
+            answer: Answer | None = await self._take_effect(request)
+        else:
+            if fault.stored:
+                await self._take_effect(request)
+            answer = fault.answer
+        if latency:
+            await asyncio.sleep(latency)
+        return answer
 
     def _journal(self, request: web.Request) -> RequestRecord:
         record = RequestRecord(request.method, request.raw_path, None, asyncio.get_running_loop().time())
@@ -415,6 +429,7 @@ class Sandbox:
         self.request_count += 1
         if len(self.requests) > self.JOURNAL_LIMIT:
             del self.requests[: self.JOURNAL_LIMIT // 10]
+        self._phones.refresh()
         return record
 
     async def _take_effect(self, request: web.Request) -> Answer:
@@ -440,7 +455,11 @@ class Sandbox:
             _LOGGER.exception("the sandbox failed in %s %s", request.method, request.raw_path)
             return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; its log says why")
 
+    def _approve_on_phone(self, operation_id: str, auth_type: str) -> None:
+        self.approve(operation_id, auth_type=auth_type)
+
     def _created(self, operation: Operation) -> None:
+        self._phones.created(operation)
         delay = self._auto_approve
         if callable(delay):
             delay = delay(operation)
@@ -449,7 +468,7 @@ class Sandbox:
         if delay is None:
             return
         if delay == 0:
-            self._store.approve(operation.operation_id)
+            self.approve(operation.operation_id)
             return
         self._approvals[operation.operation_id] = asyncio.get_running_loop().call_later(
             delay, self.approve, operation.operation_id

@@ -155,10 +155,14 @@ class OperationStore:
             answer = {name: value for name, value in answer.items() if value is not msgspec.UNSET}
         return msgspec.json.encode(answer)
 
+    def pending(self, user_id: str) -> MappingProxyType[str, Operation]:
+        """The pending operations of a user by operation id, oldest first: a live view while there are any."""
+        return MappingProxyType(self._pending.get(user_id, {}))
+
     def pending_json(self, user_id: str) -> bytes:
         """What ``GET /v2/users/{userId}/operations/pending`` answers, oldest first."""
         items = []
-        for operation in self._pending.get(user_id, {}).values():
+        for operation in self.pending(user_id).values():
             item = {"operationId": operation.operation_id}
             if operation.operation_payload is not None:
                 item["operationPayload"] = operation.operation_payload

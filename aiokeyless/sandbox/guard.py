@@ -1,0 +1,72 @@
+"""Who may speak to the phone's own endpoints: the page that this sandbox served, and no other page in the browser.
+
+The endpoints need no key, so any page that the developer happens to visit could approve operations if it were let in.
+Three things keep it out: its requests name it (``Origin``, ``Sec-Fetch-Site``); a POST of JSON needs a preflight,
+which nothing here answers; and a name of its own that it makes resolve to this machine (DNS rebinding) is no name of
+ours. It knows neither sockets nor operations.
+
+Source: Fetch Standard, "Origin header"; Fetch Metadata Request Headers, section 2.3.
+"""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Final
+
+from .api import JSON, Answer, error_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+_HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::[0-9]+)?")
+
+
+def refuse_host(host: str, own: Collection[str]) -> Answer | None:
+    """Refuse a request that was sent to a name that is not this server's; None: it is let in.
+
+    A loopback name or address always is, with any port, since ports are forwarded; an address cannot be rebound.
+
+    Args:
+        host: ``Host`` header, "" where there is none.
+        own: Names and addresses of the server, in lower case, without brackets.
+    """
+    match = _HOST.fullmatch(host.lower())
+    name = match[1].strip("[]") if match else ""
+    if name == "localhost" or name in own or _is_loopback(name):
+        return None
+    return error_answer(
+        HTTPStatus.MISDIRECTED_REQUEST, "the sandbox does not answer to this name; use localhost or its own address"
+    )
+
+
+def refuse_stranger(method: str, headers: Mapping[str, str]) -> Answer | None:
+    """Refuse what another page, or none, has sent, to a host that is ours; None: it is let in.
+
+    A GET without a word of where it comes from is let in: some browsers send none to addresses that are not loopback,
+    and what is not of the same origin cannot read the answer. A POST has an effect, so it must say.
+
+    Args:
+        method: HTTP method.
+        headers: Headers of the request.
+    """
+    origin = headers.get("Origin")
+    own_origin = f"http://{headers.get('Host', '')}".lower()
+    foreign = origin is not None and origin.lower() != own_origin
+    if foreign or headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
+        return error_answer(HTTPStatus.FORBIDDEN, "only the sandbox's own page may ask for this")
+    if method != "POST":
+        return None
+    if origin is None:
+        return error_answer(HTTPStatus.FORBIDDEN, "Origin is missing; only the sandbox's own page may ask for this")
+    if headers.get("Content-Type", "").partition(";")[0].strip().lower() != JSON:
+        return error_answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
+    return None
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,342 @@
+"""The phones of the sandbox's users, as a web page: what it is shown, and what its buttons do.
+
+The page is phone.html, served as it is. It follows the sandbox by server-sent events, each one the whole picture: a
+reader that is slow misses pictures, never the last one, and nothing piles up for it. Who may ask is decided in
+guard.py; operations are approved as `Sandbox.approve` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+import secrets
+import time
+from collections import deque
+from contextlib import suppress
+from datetime import UTC
+from functools import cache
+from http import HTTPStatus
+from importlib import resources
+from itertools import count, islice
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from .api import Answer, error_answer
+from .guard import refuse_host, refuse_stranger
+from .store import is_user_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from aiokeyless.models import Operation
+
+    from .journal import RequestRecord
+    from .store import OperationStore
+
+_Body = TypeVar("_Body")
+
+#: Seconds between two pictures: soon enough for a person, and a bound on what a flood of requests costs.
+_PACE: Final = 0.1
+# What a picture holds at most, so that a load test with the page open stays a load test of the API.
+_MOST_PHONES: Final = 24
+_MOST_OPERATIONS: Final = 20  # of one phone
+_MOST_CHARACTERS: Final = 2000  # of one text
+_MOST_REQUESTS: Final = 12
+_MOST_APPROVALS: Final = 50
+
+_PAGE_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # Not no-referrer: under that one a browser may send "Origin: null" with the page's own POSTs.
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_EVENT_HEADERS: Final = {**_PAGE_HEADERS, "Content-Type": "text/event-stream"}
+
+
+class _Camel(msgspec.Struct, rename="camel"):
+    """What goes over the wire, either way."""
+
+
+class _Card(_Camel):
+    key: str
+    number: int
+    operation_id: str
+    operation_payload: str | None
+    external_user_id: str | None
+    age: float
+
+
+class _Phone(_Camel):
+    user: str
+    pending: list[_Card]
+    more: int
+
+
+class _Approved(_Camel):
+    key: str
+    auth_type: str | None
+
+
+class _Request(_Camel):
+    method: str
+    path: str
+    status: int | None
+    age: float
+    duration: float
+
+
+class _Picture(_Camel):
+    boot: str
+    connection_lost: bool
+    crowded: bool
+    phones: list[_Phone]
+    approved: list[_Approved]
+    requests: list[_Request]
+
+
+class _Approval(_Camel):
+    """The body of ``POST /sandbox/approve``."""
+
+    user: str
+    key: str
+    auth_type: Literal["biom", "pin"]
+
+
+class _Connection(_Camel):
+    """The body of ``POST /sandbox/connection``."""
+
+    lost: bool
+
+
+class Page(NamedTuple):
+    """The page and the policy that lets it run its own script and style, and nothing else."""
+
+    html: bytes
+    headers: Mapping[str, str]
+
+
+class Phones:
+    """The page's own endpoints, over a store and a journal.
+
+    Args:
+        store: Where the operations are.
+        requests: Gives the journal, oldest first.
+        approve: Approves an operation, given its id and how the user did it.
+        host: Name or address that the server was told to listen on.
+    """
+
+    def __init__(
+        self,
+        store: OperationStore,
+        requests: Callable[[], Sequence[RequestRecord]],
+        approve: Callable[[str, str], object],
+        host: str,
+    ) -> None:
+        self._store = store
+        self._requests = requests
+        self._approve_operation = approve
+        self._host = host.lower()
+        # A sandbox that starts anew counts its operations anew: a page that stayed open must not take one for another.
+        self._boot = secrets.token_hex(4)
+        self._users: dict[str, int] = {}  # those that a page shows, last active last, and when each came
+        self._arrivals = count()
+        self._crowded = False  # whether a phone had to make room for another
+        self._approved: deque[Operation] = deque(maxlen=_MOST_APPROVALS)
+        self._readers: dict[asyncio.Task[Any], asyncio.Event] = {}
+        self.connection_lost = False
+        """Whether a person has switched the API off: it then answers 503 to everyone."""
+
+    def created(self, operation: Operation) -> None:
+        """Show an operation that came in, on its user's phone."""
+        user = operation.user_id
+        arrival = self._users.pop(user, None)
+        self._users[user] = next(self._arrivals) if arrival is None else arrival
+        if len(self._users) > _MOST_PHONES:
+            del self._users[next(iter(self._users))]
+            self._crowded = True
+        self.refresh()
+
+    def approved(self, operation: Operation) -> None:
+        """Show that an operation was approved, whoever did it."""
+        self._approved.append(operation)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Have the pages show what there is now."""
+        for news in self._readers.values():
+            news.set()
+
+    def close(self) -> None:
+        """End the streams to the pages."""
+        for reader in self._readers:
+            reader.cancel()
+
+    def page(self, request: web.Request) -> web.Response:
+        """Answer ``GET /``."""
+        if refused := self._refuse_host(request):
+            return _response(refused)
+        page = load_page()
+        return web.Response(body=page.html, headers=page.headers)
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """Answer all that is under ``/sandbox/``."""
+        if refused := self._refuse_host(request) or refuse_stranger(request.method, request.headers):
+            return _response(refused)
+        match request.match_info["path"], request.method:
+            case "events", "GET":
+                return await self._events(request)
+            case "approve", "POST":
+                return _response(self._approve(await _decoded(request, _Approval)))
+            case "connection", "POST":
+                return _response(self._connection(await _decoded(request, _Connection)))
+        return _response(error_answer(HTTPStatus.NOT_FOUND, "the phone has no such endpoint"))
+
+    def _refuse_host(self, request: web.Request) -> Answer | None:
+        transport = request.transport
+        address = transport.get_extra_info("sockname")[0] if transport else ""
+        return refuse_host(request.headers.get("Host", ""), {self._host, address})
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """Send a picture now, and one after each change, until the page is closed or the sandbox is."""
+        user = request.query.get("user", "").upper()
+        if user and not is_user_id(user):
+            return _response(error_answer(HTTPStatus.BAD_REQUEST, "the user id must be hex"))
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # a coroutine that runs is in a task
+        news = self._readers[task] = asyncio.Event()
+        news.set()
+        response = web.StreamResponse(headers=_EVENT_HEADERS)
+        try:
+            with suppress(ConnectionError):  # the page was closed
+                await response.prepare(request)
+                await response.write(b"retry: 500\n\n")
+                while True:
+                    await news.wait()
+                    news.clear()
+                    # Encoded when it is sent and not when it happens; write() waits for a reader that is behind.
+                    await response.write(b"data: %b\n\n" % msgspec.json.encode(self._picture(user)))
+                    await asyncio.sleep(_PACE)
+        finally:
+            del self._readers[task]
+        return response
+
+    def _approve(self, approval: _Approval | Answer) -> Answer:
+        """Approve the very operation that the page has shown, and no other that has since taken its id."""
+        if isinstance(approval, Answer):
+            return approval
+        for operation in self._store.pending(approval.user).values():
+            if self._key(operation) == approval.key:
+                self._approve_operation(operation.operation_id, approval.auth_type)
+                return _DONE
+        return error_answer(HTTPStatus.CONFLICT, "This operation is no longer pending.")
+
+    def _connection(self, connection: _Connection | Answer) -> Answer:
+        if isinstance(connection, Answer):
+            return connection
+        self.connection_lost = connection.lost
+        self.refresh()
+        return _DONE
+
+    def _picture(self, user: str) -> _Picture:
+        """Draw one user's phone alone, or, for "", all phones and the journal."""
+        users = [user] if user else sorted(self._users, key=self._users.__getitem__)
+        return _Picture(
+            boot=self._boot,
+            connection_lost=self.connection_lost,
+            crowded=self._crowded and not user,
+            phones=[self._phone(user) for user in users],
+            approved=[
+                _Approved(self._key(operation), operation.auth_type)
+                for operation in self._approved
+                if user in ("", operation.user_id)
+            ],
+            requests=[] if user else _latest(self._requests()),
+        )
+
+    def _phone(self, user: str) -> _Phone:
+        """Draw a phone, the newest operation first: the old ones that nobody approved stay for good."""
+        pending = self._store.pending(user)
+        cards = [self._card(pending[each]) for each in islice(reversed(pending), _MOST_OPERATIONS)]
+        return _Phone(user, cards, len(pending) - len(cards))
+
+    def _card(self, operation: Operation) -> _Card:
+        created = operation.created_at
+        assert created is not None  # noqa: S101  # the store writes timestamps only
+        return _Card(
+            key=self._key(operation),
+            number=operation.id,
+            operation_id=_short(operation.operation_id),
+            operation_payload=operation.operation_payload and _short(operation.operation_payload),
+            external_user_id=operation.external_user_id and _short(operation.external_user_id),
+            age=max(0.0, time.time() - created.replace(tzinfo=UTC).timestamp()),
+        )
+
+    def _key(self, operation: Operation) -> str:
+        return f"{self._boot}-{operation.id}"
+
+
+_DONE: Final = Answer(HTTPStatus.OK, b"{}")
+
+
+def wants_page(request: web.Request) -> bool:
+    """Whether a request for ``/`` is a person's, in a browser; everybody else means the API."""
+    return "text/html" in request.headers.get("Accept", "")
+
+
+@cache
+def load_page() -> Page:
+    """Read the page; its policy names its script and its style by their hashes, so nothing slips in beside them."""
+    html = resources.files(__package__).joinpath("phone.html").read_bytes()
+    hashes = {tag: _hash(html, tag) for tag in ("script", "style")}
+    policy = [
+        "default-src 'none'",
+        f"script-src {hashes['script']}",
+        f"style-src {hashes['style']}",
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
+    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
+    return Page(html, {**_PAGE_HEADERS, **headers})
+
+
+def _hash(html: bytes, tag: str) -> str:
+    [content] = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
+
+
+def _response(answer: Answer) -> web.Response:
+    return web.Response(status=answer.status, body=answer.body, headers={**_PAGE_HEADERS, **answer.headers})
+
+
+async def _decoded(request: web.Request, kind: type[_Body]) -> _Body | Answer:
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
+        return error_answer(HTTPStatus.BAD_REQUEST, f"the body is not what the page sends: {error}")
+
+
+def _latest(requests: Sequence[RequestRecord]) -> list[_Request]:
+    """Write the latest requests, the newest first."""
+    now = asyncio.get_running_loop().time()
+    return [
+        _Request(record.method, _short(record.path), record.status, now - record.at, record.duration)
+        for record in reversed(requests[-_MOST_REQUESTS:])
+    ]
+
+
+def _short(text: str) -> str:
+    """Cut a text that nobody reads to its end; the page shows that it was."""
+    more = len(text) - _MOST_CHARACTERS
+    return text if more <= 0 else f"{text[:_MOST_CHARACTERS]}… ({more} more characters)"

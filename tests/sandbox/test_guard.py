@@ -1,0 +1,110 @@
+"""Who is let in to the phone's endpoints, and who is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from aiokeyless.sandbox.guard import refuse_host, refuse_stranger
+
+OWN = {"0.0.0.0", "192.168.1.5", "fd00::5", "laptop.lan"}  # noqa: S104  # compared with, not bound to
+PAGE = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LocalHost:8000",
+        "127.0.0.1:8000",
+        "127.1.2.3",
+        "[::1]:8000",
+        "[::1]",
+        "192.168.1.5:8000",
+        "[fd00::5]:8000",
+        "0.0.0.0:8000",
+        "Laptop.lan:80",
+    ],
+)
+def test_host_of_the_server_is_let_in(host: str) -> None:
+    assert refuse_host(host, OWN) is None
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "evil.localhost",
+        "localhost@evil.example",
+        "localhost:8000:9",
+        "localhost:x",
+        "localhost/",
+        "[localhost]",
+        "192.168.1.6",
+        "[fd00::6]",
+        "::1",
+        "127.1",
+        "2130706433",
+        " localhost",
+    ],
+)
+def test_host_that_is_not_the_servers_is_misdirected(host: str) -> None:
+    refused = refuse_host(host, OWN)
+    assert refused is not None
+    assert refused.status == 421
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        PAGE,
+        {**PAGE, "Sec-Fetch-Site": "same-origin"},
+        {**PAGE, "Content-Type": "Application/JSON; charset=utf-8"},
+        {**PAGE, "Host": "[::1]:8000", "Origin": "http://[::1]:8000"},
+    ],
+)
+def test_own_page_is_let_in(headers: dict[str, str]) -> None:
+    assert refuse_stranger("POST", headers) is None
+
+
+@pytest.mark.parametrize("headers", [{"Host": "localhost"}, {"Host": "localhost", "Sec-Fetch-Site": "same-origin"}])
+def test_reading_needs_no_word_of_where_it_comes_from(headers: dict[str, str]) -> None:
+    assert refuse_stranger("GET", headers) is None
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://localhost:8001"},
+        {"Origin": "https://localhost:8000"},
+        {"Origin": "http://127.0.0.1:8000"},
+        {"Origin": "http://localhost"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "none"},
+    ],
+)
+def test_other_page_is_forbidden(method: str, stranger: dict[str, str]) -> None:
+    refused = refuse_stranger(method, {**PAGE, **stranger})
+    assert refused is not None
+    assert refused.status == 403
+
+
+def test_post_without_an_origin_is_forbidden() -> None:
+    refused = refuse_stranger("POST", {"Host": "localhost", "Content-Type": "application/json"})
+    assert refused is not None
+    assert refused.status == 403
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+def test_post_that_needs_no_preflight_is_an_unsupported_type(content_type: str) -> None:
+    refused = refuse_stranger("POST", {**PAGE, "Content-Type": content_type})
+    assert refused is not None
+    assert refused.status == 415

@@ -1,0 +1,580 @@
+"""The phone's page and its endpoints over real sockets: what they show, what they do, and whom they refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.sandbox.phone import Phones
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    Raw = Callable[..., Awaitable[tuple[int, bytes]]]
+
+USER = "C0FFEE"
+OTHER = "BADA55"
+BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+
+@pytest.fixture
+async def page(sandbox: Sandbox) -> AsyncGenerator[aiohttp.ClientSession]:
+    """The sandbox's own page, as far as its requests show."""
+    async with aiohttp.ClientSession(sandbox.url, headers={"Origin": sandbox.url}) as session:
+        yield session
+
+
+async def create(http: aiohttp.ClientSession, operation_id: str = "a", user: str = USER, **fields: str) -> None:
+    async with http.post(f"/v2/users/{user}/operations", json={"operationId": operation_id, **fields}) as response:
+        assert response.status == 200
+
+
+async def get(http: aiohttp.ClientSession, operation_id: str = "a") -> int:
+    async with http.get(f"/v2/operations/{operation_id}") as response:
+        return response.status
+
+
+class Events:
+    """The pictures that a page is sent."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+
+    async def next(self) -> Any:
+        async for line in self.response.content:
+            if line.startswith(b"data: "):
+                return json.loads(line.removeprefix(b"data: "))
+        raise EOFError
+
+    async def until(self, condition: Callable[[Any], bool]) -> Any:
+        async with asyncio.timeout(10):
+            while not condition(picture := await self.next()):
+                pass
+        return picture
+
+
+@asynccontextmanager
+async def events(page: aiohttp.ClientSession, **query: str) -> AsyncGenerator[Events]:
+    async with page.get("/sandbox/events", params=query) as response:
+        assert (response.status, response.content_type) == (200, "text/event-stream")
+        yield Events(response)
+
+
+async def picture(page: aiohttp.ClientSession, **query: str) -> Any:
+    async with events(page, **query) as stream:
+        return await stream.next()
+
+
+async def key_of(page: aiohttp.ClientSession, user: str = USER) -> str:
+    return str((await picture(page, user=user))["phones"][0]["pending"][0]["key"])
+
+
+async def post(page: aiohttp.ClientSession, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+    async with page.post(f"/sandbox/{path}", json=body, headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def approve(page: aiohttp.ClientSession, key: str, user: str = USER, how: str = "biom") -> int:
+    status, _ = await post(page, "approve", {"user": user, "key": key, "authType": how})
+    return status
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until what other tasks do has come about."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it never came about")
+
+
+# The page
+
+
+async def test_browser_is_given_the_page_that_runs_its_own_script_and_nothing_else(
+    page: aiohttp.ClientSession,
+) -> None:
+    async with page.get("/", headers=BROWSER) as response:
+        assert (response.status, response.content_type, response.charset) == (200, "text/html", "utf-8")
+        html, headers = await response.text(), response.headers
+    policy = dict(directive.split(" ", 1) for directive in headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        [content] = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == "'none'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["X-Frame-Options"] == "DENY"
+    assert headers["Referrer-Policy"] == "same-origin"
+    assert headers["Cache-Control"] == "no-store"
+
+
+async def test_page_needs_nothing_from_outside_and_sets_no_html(page: aiohttp.ClientSession) -> None:
+    async with page.get("/", headers=BROWSER) as response:
+        html = await response.text()
+    assert not re.search(r"""(?:src|href)=(?!"data:|"/)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)""", html)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\bon\w+=|style=", html)
+
+
+async def test_page_of_one_user_is_the_same_page(page: aiohttp.ClientSession) -> None:
+    async with page.get("/", headers=BROWSER) as all_phones, page.get(f"/?user={USER}", headers=BROWSER) as one:
+        assert await all_phones.read() == await one.read()
+
+
+async def test_client_that_goes_astray_to_the_root_is_answered_by_the_api(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    for headers in ({}, {"Accept": "application/json"}):
+        async with http.get("/", headers=headers) as response:
+            assert (response.status, response.content_type) == (404, "application/json")
+    async with http.post("/", headers=BROWSER) as response:
+        assert response.status == 404
+    assert [record.status for record in sandbox.requests] == [404] * 3
+
+
+async def test_page_is_not_given_to_who_asks_by_another_name(raw: Raw) -> None:
+    status, body = await raw(b"/", headers=b"Accept: text/html\r\n")  # its Host is x
+    assert status == 421
+    assert list(json.loads(body)) == ["error"]
+
+
+async def test_page_and_its_requests_stay_out_of_the_journal_and_take_no_faults(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    sandbox.latency = 3600
+    sandbox.fail_next(500, times=2)
+    sandbox.drop_next()
+    async with page.get("/", headers=BROWSER) as response:
+        assert response.status == 200
+    assert (await picture(page))["phones"] == []
+    assert await approve(page, "none") == 409
+    async with page.get("/sandbox/elsewhere") as response:
+        assert response.status == 404
+    assert (sandbox.requests, sandbox.request_count) == ([], 0)
+    sandbox.latency = 0
+    assert [await get(http), await get(http)] == [500, 500]
+
+
+# What it is shown
+
+
+async def test_operation_is_shown_on_its_users_phone(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    await create(http, operationPayload="Pay 5", externalUserId="ann@example.com")
+    await create(http, "b", OTHER)
+    shown = await picture(page)
+    assert [phone["user"] for phone in shown["phones"]] == [USER, OTHER]
+    [first], [second] = (phone["pending"] for phone in shown["phones"])
+    assert 0 <= first.pop("age") < 60
+    key = first.pop("key")
+    assert key != second["key"]
+    assert first == {"number": 1, "operationId": "a", "operationPayload": "Pay 5", "externalUserId": "ann@example.com"}
+    assert (second["operationPayload"], second["externalUserId"]) == (None, None)
+
+
+@pytest.mark.looptime
+async def test_what_happens_is_shown_as_it_happens(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    async with events(page) as stream:
+        assert (await stream.next())["phones"] == []
+        await create(http)
+        shown = await stream.until(lambda shown: shown["phones"])
+        key = shown["phones"][0]["pending"][0]["key"]
+        await create(http, "b")
+        shown = await stream.until(lambda shown: len(shown["phones"][0]["pending"]) == 2)
+        assert [card["operationId"] for card in shown["phones"][0]["pending"]] == ["b", "a"]
+        sandbox.forget("b")
+        shown = await stream.until(lambda shown: len(shown["phones"][0]["pending"]) == 1)
+        assert shown["approved"] == []
+        sandbox.approve("a", auth_type="pin")
+        sandbox.approve("a")
+        shown = await stream.until(lambda shown: not shown["phones"][0]["pending"])
+        assert shown["approved"] == [{"key": key, "authType": "pin"}]
+
+
+async def test_simulated_user_is_shown_too() -> None:
+    async with (
+        Sandbox(auto_approve=0) as sandbox,
+        aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http,
+    ):
+        await create(http)
+        shown = await picture(http)
+    assert [each["authType"] for each in shown["approved"]] == ["biom"]
+    assert shown["phones"] == [{"user": USER, "pending": [], "more": 0}]
+
+
+async def test_phone_alone_shows_nothing_of_others(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    await create(http, "secret-of-the-other", OTHER)
+    await create(http, "secret-too", OTHER)
+    sandbox.approve("secret-too")
+    shown = await picture(page, user=USER.lower())
+    assert [phone["user"] for phone in shown["phones"]] == [USER]
+    assert (shown["approved"], shown["requests"]) == ([], [])
+    assert "secret" not in json.dumps(shown)
+    assert OTHER not in json.dumps(shown)
+
+
+async def test_phone_of_a_user_nobody_knows_is_empty(page: aiohttp.ClientSession) -> None:
+    assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", "pending": [], "more": 0}]
+
+
+async def test_user_that_is_not_hex_is_a_bad_request(page: aiohttp.ClientSession) -> None:
+    async with page.get("/sandbox/events?user=%3Cb%3E") as response:
+        assert response.status == 400
+
+
+@pytest.mark.looptime
+async def test_journal_is_shown_latest_first_with_status_and_duration(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    sandbox.latency = 0.25
+    await create(http)
+    sandbox.drop_next(method="POST")
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http, "b")
+    asking = asyncio.create_task(get(http))
+    await until(lambda: len(sandbox.requests) == 3)
+    shown = await picture(page)
+    assert [(each["method"], each["status"]) for each in shown["requests"]] == [
+        ("GET", None),
+        ("POST", None),
+        ("POST", 200),
+    ]
+    assert [each["duration"] for each in shown["requests"]] == [0, pytest.approx(0.25), pytest.approx(0.25)]
+    assert [each["age"] for each in shown["requests"]] == [0, pytest.approx(0.25), pytest.approx(0.5)]
+    await asking
+    sandbox.latency = 0
+    for number in range(15):
+        await get(http, str(number))
+    shown = await picture(page)
+    assert [each["path"] for each in shown["requests"]] == [f"/v2/operations/{n}" for n in range(14, 2, -1)]
+
+
+async def test_picture_has_no_key_in_it(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    await get(http)
+    shown = json.dumps(await picture(page))
+    assert sandbox.api_key not in shown
+    assert "sandbox-sdk-key" not in shown
+
+
+async def test_only_the_newest_operations_are_shown_and_the_others_counted(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    for number in range(23):
+        await create(http, str(number))
+    [phone] = (await picture(page))["phones"]
+    assert [card["operationId"] for card in phone["pending"]] == [str(number) for number in range(22, 2, -1)]
+    assert phone["more"] == 3
+
+
+async def test_only_the_users_who_were_active_last_are_shown_and_none_changes_places(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    users = [f"AB{number:02}" for number in range(24)]
+    for user in users:
+        await create(http, user, user)
+    assert not (await picture(page))["crowded"]
+    await create(http, "again", users[0])
+    await create(http, "one more", "FF")
+    shown = await picture(page)
+    assert [phone["user"] for phone in shown["phones"]] == [users[0], *users[2:], "FF"]
+    assert shown["crowded"]
+    assert not (await picture(page, user=users[0]))["crowded"]
+
+
+async def test_text_without_end_is_cut(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    await create(http, "i" * 2001, operationPayload="p" * 500_000, externalUserId="e" * 2000)
+    [card] = (await picture(page))["phones"][0]["pending"]
+    assert card["operationPayload"] == "p" * 2000 + "… (498000 more characters)"
+    assert card["operationId"] == "i" * 2000 + "… (1 more characters)"
+    assert card["externalUserId"] == "e" * 2000
+
+
+# How it is sent
+
+
+@pytest.mark.looptime
+async def test_many_changes_are_one_picture(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
+    async with events(page) as stream:
+        await stream.next()
+        for number in range(1000):
+            sandbox.approve(str(number), user_id=USER)
+        sandbox.requests.clear()
+        assert len((await stream.next())["approved"]) == 50
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(10):
+                await stream.next()
+        assert asyncio.get_running_loop().time() == pytest.approx(started + 10)
+
+
+@pytest.mark.looptime
+async def test_reader_that_does_not_read_piles_nothing_up_and_holds_nobody_up(
+    sandbox: Sandbox, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = 0
+    draw = Phones._picture  # nothing public tells how often
+
+    def count_and_draw(phones: Phones, user: str) -> Any:
+        nonlocal drawn
+        drawn += 1
+        return draw(phones, user)
+
+    monkeypatch.setattr(Phones, "_picture", count_and_draw)
+    for number in range(20):
+        await create(http, str(number), operationPayload="€" * 2000)
+    address = urlsplit(sandbox.url)
+    with socket.create_connection((address.hostname, address.port)) as lazy:
+        lazy.sendall(b"GET /sandbox/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        before = -1
+        while before < drawn:  # until neither the kernel nor the server takes any more
+            before = drawn
+            for _ in range(20):
+                sandbox.approve("x", user_id=USER)
+                sandbox.forget("x")
+                await asyncio.sleep(0.2)
+        assert drawn < 1000
+        assert await get(http, "0") == 200
+        await sandbox.aclose()  # does not wait for it either
+
+
+async def test_closing_ends_the_streams_and_leaves_nothing() -> None:
+    before = asyncio.all_tasks()
+    async with Sandbox() as sandbox, aiohttp.ClientSession(sandbox.url) as http, events(http) as stream:
+        await stream.next()
+        started = asyncio.get_running_loop().time()
+        await sandbox.aclose()
+        with pytest.raises((EOFError, aiohttp.ClientPayloadError)):
+            await stream.next()
+        assert asyncio.get_running_loop().time() - started < 1
+    assert asyncio.all_tasks() == before
+
+
+async def test_page_that_is_closed_leaves_nothing(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
+    async with events(page) as stream:
+        await stream.next()
+        assert len(sandbox._phones._readers) == 1  # nothing public tells who reads
+        stream.response.close()
+    await until(lambda: not sandbox._phones._readers)
+    sandbox.approve("a", user_id=USER)
+
+
+async def test_stream_that_cannot_be_written_to_ends(
+    page: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def write(*_: object) -> None:
+        raise ConnectionResetError  # as aiohttp does when the page was closed a moment ago
+
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+    async with events(page) as stream:
+        with pytest.raises(EOFError):
+            await stream.next()
+    assert caplog.records == []
+
+
+async def test_page_follows_a_sandbox_that_comes_back() -> None:
+    sandbox = Sandbox()
+    async with sandbox, aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http:
+        await create(http)
+        before = await picture(http)
+    async with sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        after = await picture(http)
+    assert [phone["pending"][0]["key"] for phone in before["phones"]] == [after["phones"][0]["pending"][0]["key"]]
+    assert before["boot"] == after["boot"]
+
+
+# Approving
+
+
+@pytest.mark.parametrize("how", ["biom", "pin"])
+async def test_button_approves_as_it_says(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession, how: str
+) -> None:
+    await create(http, "first")
+    await create(http)
+    assert await approve(page, await key_of(page), how=how) == 200
+    assert sandbox.operations["a"].is_approved
+    assert sandbox.operations["a"].auth_type == how
+    assert not sandbox.operations["first"].is_approved
+
+
+async def test_only_what_is_pending_is_approved(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    key = await key_of(page)
+    assert await approve(page, key, user=OTHER) == 409
+    assert await approve(page, "00000000-1") == 409  # of another run of the sandbox
+    assert not sandbox.operations["a"].is_approved
+    assert await approve(page, key) == 200
+    assert await approve(page, key, how="pin") == 409
+    assert sandbox.operations["a"].auth_type == "biom"
+
+
+async def test_operation_that_took_the_id_of_the_one_shown_is_not_approved(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http, operationPayload="Pay 5")
+    key = await key_of(page)
+    sandbox.forget("a")
+    await create(http, operationPayload="Pay 9000 to mallory")
+    assert await approve(page, key) == 409
+    assert not sandbox.operations["a"].is_approved
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"user": "C0FFEE", "key": "k"}',
+        b'{"user": "C0FFEE", "key": "k", "authType": "voice"}',
+        b'{"user": null, "key": "k", "authType": "pin"}',
+    ],
+)
+async def test_body_that_the_page_does_not_send_is_a_bad_request(page: aiohttp.ClientSession, body: bytes) -> None:
+    for path in ("approve", "connection"):
+        headers = {"Content-Type": "application/json"}
+        async with page.post(f"/sandbox/{path}", data=body, headers=headers) as response:
+            assert (response.status, list(await response.json())) == (400, ["error"])
+
+
+async def test_body_that_cannot_be_unpacked_is_a_bad_request(page: aiohttp.ClientSession) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with page.post("/sandbox/approve", data=b"nope", headers=headers) as response:
+        assert response.status == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"}, 421),
+    ],
+)
+async def test_other_page_approves_nothing(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession, headers: dict[str, str], status: int
+) -> None:
+    await create(http)
+    body = json.dumps({"user": USER, "key": await key_of(page), "authType": "biom"})
+    headers = {"Content-Type": "application/json", **headers}
+    async with page.post("/sandbox/approve", data=body, headers=headers) as response:
+        assert (response.status, list(await response.json())) == (status, ["error"])
+        assert not [name for name in response.headers if name.startswith("Access-Control")]
+    assert not sandbox.operations["a"].is_approved
+
+
+async def test_other_page_cannot_follow_nor_ask_whether_it_may(raw: Raw, sandbox: Sandbox) -> None:
+    host = urlsplit(sandbox.url).netloc
+    async with aiohttp.ClientSession(sandbox.url, headers={"Origin": "http://evil.example"}) as evil:
+        async with evil.get("/sandbox/events") as response:
+            assert response.status == 403
+        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        async with evil.options("/sandbox/approve", headers=preflight) as response:
+            assert response.status == 403
+            assert not [name for name in response.headers if name.startswith("Access-Control")]
+    status, _ = await raw(b"/sandbox/events", headers=f"Origin: http://{host}\r\n".encode())  # its Host is x
+    assert status == 421
+    assert sandbox.requests == []
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "localhost"])  # noqa: S104  # to see what it makes of it
+async def test_page_works_whatever_the_sandbox_listens_on(host: str) -> None:
+    async with Sandbox(host=host) as sandbox:
+        for name in ("localhost", "127.0.0.1"):
+            url = f"http://{name}:{urlsplit(sandbox.url).port}"
+            async with (
+                aiohttp.ClientSession(sandbox.url, headers={"Host": urlsplit(url).netloc, "Origin": url}) as page,
+                page.get("/", headers=BROWSER) as response,
+            ):
+                assert response.status == 200
+                assert await approve(page, "none") == 409
+
+
+# The switch
+
+
+async def test_switch_loses_the_connection_of_everyone_and_gives_it_back(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    assert await post(page, "connection", {"lost": True}) == (200, {})
+    assert (await picture(page))["connectionLost"]
+    assert [await get(http) for _ in range(3)] == [503] * 3
+    async with aiohttp.ClientSession(sandbox.url) as nobody, nobody.get("/v2/operations/a") as response:
+        assert (response.status, list(await response.json())) == (503, ["error"])
+    assert await approve(page, await key_of(page)) == 200
+    assert await post(page, "connection", {"lost": False}) == (200, {})
+    assert not (await picture(page))["connectionLost"]
+    assert await get(http) == 200
+    assert [record.status for record in sandbox.requests] == [200, 503, 503, 503, 503, 200]
+
+
+async def test_switch_leaves_the_faults_of_a_test_alone(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    sandbox.fail_next(500)
+    await post(page, "connection", {"lost": True})
+    assert await get(http) == 503
+    await post(page, "connection", {"lost": False})
+    assert [await get(http), await get(http)] == [500, 404]
+
+
+async def test_request_that_the_switch_fails_does_not_take_effect(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await post(page, "connection", {"lost": True})
+    async with http.post(f"/v2/users/{USER}/operations", json={"operationId": "a"}) as response:
+        assert response.status == 503
+    assert not sandbox.operations
+
+
+# The journal
+
+
+@pytest.mark.looptime
+async def test_journal_tells_how_long_an_answer_took(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 0.2
+    asking = asyncio.create_task(get(http))
+    await until(lambda: sandbox.requests)
+    assert sandbox.requests[0].duration == 0
+    await asking
+    assert sandbox.requests[0].duration == pytest.approx(0.2)
+
+
+@pytest.mark.looptime
+async def test_journal_tells_how_long_a_client_waited_that_left(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    sandbox.latency = 3600
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await get(http)
+    await until(lambda: sandbox.requests[0].duration)
+    assert sandbox.requests[0].status is None
+    assert sandbox.requests[0].duration == pytest.approx(1)
