@@ -212,8 +212,8 @@ def check_base_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
         host, _port = parts.hostname, parts.port  # .port raises on a bad one
-    except ValueError as error:
-        raise ConfigurationError(f"base_url is no URL ({error}); it looks like https://api.keyless.io") from None
+    except ValueError:  # its text may quote userinfo
+        raise ConfigurationError("base_url is no URL; it looks like https://api.keyless.io") from None
     if parts.scheme not in {"https", "http"} or not host:
         raise ConfigurationError("base_url must be an absolute URL such as https://api.keyless.io")
     if "@" in parts.netloc:
