@@ -55,7 +55,7 @@ class RawServer:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        for _ in range(3):  # what was accepted just now still arrives at _connected
+        for _turn in range(3):  # what was accepted just now still arrives at _connected
             await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()

@@ -17,9 +17,8 @@ from benchmarks.server import API_KEY, Server, Workload, serving
 from benchmarks.spending import spent_in_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from aiokeyless.models import Operation
+    from aiokeyless.transport import Transport
     from benchmarks.bench import Bench
 
 _IN_FLIGHT: Final = 16
@@ -76,17 +75,17 @@ async def _measure(bench: Bench, server: Server) -> tuple[dict[str, list[float]]
         if workload.bound:
             raise CannotMeasureError(f"the server was the bottleneck ({workload.share:.0%} of its core)")
         layer = [
-            await _layer_alone(transport.retry, bench.pick(full=100_000, quick=50_000, smoke=1000))
+            await _layer_alone(transport, bench.pick(full=100_000, quick=50_000, smoke=1000))
             for _ in range(bench.pick(full=10, quick=5, smoke=2))
         ]
         return spendings, layer
 
 
-async def _layer_alone(retry: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]], count: int) -> float:
+async def _layer_alone(transport: Transport, count: int) -> float:
     async def nothing(_request: object) -> None: ...
 
     async def layered(request: object) -> None:
-        await retry(lambda: nothing(request))
+        await transport.retry(lambda: nothing(request), protocol.is_transient)
 
     spent: list[float] = []
     for attempt in (nothing, layered):
