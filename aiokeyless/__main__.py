@@ -1,6 +1,6 @@
 """Where the command ``aiokeyless`` and ``python -m aiokeyless`` begin; whether its extra is installed is asked here.
 
-The command line itself is in cli.py, which is imported here and nowhere else.
+The command line itself is in cli/, which is imported here and nowhere else.
 """
 
 import sys

@@ -31,11 +31,10 @@ def test_another_module_that_is_missing_is_not_blamed_on_the_extra(monkeypatch: 
 
 
 def block(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    monkeypatch.delitem(sys.modules, "aiokeyless.cli", raising=False)
-    monkeypatch.setitem(sys.modules, module, None)
     for name in list(sys.modules):
-        if name.startswith(f"{module}."):
+        if name == "aiokeyless.cli" or name.startswith(("aiokeyless.cli.", f"{module}.")):
             monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
 
 
 def test_python_dash_m_is_the_same_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,149 @@
+"""``aiokeyless create``, ``get`` and ``pending``: the three endpoints, one call each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import msgspec
+
+from aiokeyless.models import Operation, OperationState
+
+from .screen import method_in_words, new_console, print_command, print_fact, print_json, print_pending
+from .words import (
+    AsJson,
+    CommandError,
+    Exit,
+    OperationId,
+    OptionalOperationId,
+    Seconds,
+    UserId,
+    app,
+    new_client,
+)
+
+
+@app.command(
+    help_epilogue="""\
+Example:
+  aiokeyless create C0FFEE --payload "Pay 40 to Alice"
+
+Example, with the ticket, so that the wait checks user and payload too:
+  aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
+  aiokeyless wait --ticket ticket.json"""
+)
+async def create(
+    user_id: UserId,
+    /,
+    *,
+    operation_id: OptionalOperationId = None,
+    payload: str | None = None,
+    external_user_id: str | None = None,
+    expires_in: Seconds = 120.0,
+    as_json: AsJson = False,
+) -> int:
+    """Create an operation for a user to approve.
+
+    Args:
+        user_id: The user, in hex.
+        operation_id: The operation's id, unique in the tenant; a new UUID if left out.
+        payload: What the user is asked to approve.
+        external_user_id: Your own id of the user.
+        expires_in: Seconds after which a wait for the ticket ends. The user can approve later.
+        as_json: Print the ticket, for wait --ticket, and nothing else.
+    """
+    async with new_client() as client:
+        ticket = await client.create_operation(
+            user_id,
+            operation_id=operation_id,
+            operation_payload=payload,
+            external_user_id=external_user_id,
+            expires_in=expires_in,
+        )
+    console = new_console()
+    if as_json:
+        print_json(console, json.loads(ticket.to_json()))
+        return Exit.DONE
+    print_fact(console, "Created", ticket.operation_id, "bold")
+    print_fact(console, "User", ticket.user_id)
+    console.print()
+    console.print("Wait for it:")
+    console.print()
+    print_command(console, f"aiokeyless wait {shlex.quote(ticket.operation_id)}")
+    return Exit.DONE
+
+
+@app.command(help_epilogue="Example:\n  aiokeyless get txn-1\n  aiokeyless get txn-1 --json")
+async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
+    """Show an operation as it is now.
+
+    Args:
+        operation_id: The operation.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        operation = await client.get_operation(operation_id)
+    if operation.operation_id != operation_id:
+        raise CommandError(
+            f"the answer is about another operation, {operation.operation_id[:80]}: do not trust it, and look at what "
+            "stands between you and Keyless"
+        )
+    console = new_console()
+    if as_json:
+        print_json(console, {**operation.to_dict(), "is_approved": operation.is_approved})
+        return Exit.DONE
+    facts = {
+        "Operation": operation.operation_id,
+        "State": _state_in_words(operation),
+        "Payload": operation.operation_payload,
+        "User": operation.user_id,
+        "External": operation.external_user_id,
+        "Created": operation.timestamp,
+        "Number": str(operation.id),
+        "Node": operation.node_id,
+    }
+    for name, value in facts.items():
+        if value is not None:
+            print_fact(console, name, value, "bold" if name == "State" else "")
+    return Exit.DONE
+
+
+def _state_in_words(operation: Operation) -> str:
+    if operation.is_approved:
+        return f"approved{method_in_words(operation.auth_type)}"
+    if operation.state == OperationState.PENDING:
+        return "pending"
+    return f"{operation.state}, with result {operation.result}: contradictory or unknown, not to be trusted"
+
+
+@app.command(help_epilogue="Example:\n  aiokeyless pending C0FFEE\n  aiokeyless pending C0FFEE --json")
+async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
+    """List what waits for a user's approval.
+
+    That an operation is not in the list is no proof of its approval.
+
+    Args:
+        user_id: The user, in hex.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        operations = await client.get_pending_operations(user_id)
+    console = new_console()
+    if as_json:
+        print_json(console, {"user_id": user_id.upper(), "pending": [msgspec.structs.asdict(o) for o in operations]})
+    elif operations:
+        print_pending(
+            console,
+            [
+                {
+                    "Operation": operation.operation_id,
+                    "Payload": operation.operation_payload,
+                    "External user": operation.external_user_id,
+                    "By": operation.auth_type,
+                }
+                for operation in operations
+            ],
+        )
+    else:
+        console.print(f"Nothing waits for {user_id.upper()}.")
+    return Exit.DONE

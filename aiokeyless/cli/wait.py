@@ -1,0 +1,203 @@
+"""``aiokeyless wait``: for an operation that this process need not have created, and how that looks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+
+from cyclopts import Parameter
+
+from aiokeyless.client import IfMissing  # noqa: TC001  # cyclopts reads the signature of a command
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ConfigurationError,
+    InconsistentOperationError,
+    KeylessError,
+    OperationMismatchError,
+)
+from aiokeyless.models import ApprovalTicket
+
+from .screen import (
+    Display,
+    Progress,
+    counted,
+    display_for,
+    follow,
+    method_in_words,
+    new_console,
+    print_fact,
+    print_json,
+)
+from .words import (
+    AsJson,
+    CommandError,
+    Exit,
+    OptionalOperationId,
+    OptionalSeconds,
+    app,
+    in_words,
+    new_client,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cyclopts import Token
+    from rich.console import Console
+
+    from aiokeyless.models import ApprovalUpdate, Operation
+
+_DEFAULT_TIMEOUT: Final = 120.0
+_TICKET_LIMIT: Final = 1 << 20
+_STDIN: Final = "-"
+_HOW_TO_HAVE_ONE: Final = "make one: aiokeyless create USER_ID --json > FILE"
+
+#: How a wait ended, as ``--json`` names it, the more specific first; whatever else ended it is an "error".
+_OUTCOMES: Final = (
+    (ApprovalUnknownError, "unknown"),
+    (ApprovalTimeoutError, "timed_out"),
+    (OperationMismatchError, "mismatch"),
+    (InconsistentOperationError, "inconsistent"),
+)
+
+
+class File(NamedTuple):
+    """What ``--ticket FILE`` has become; the help takes FILE from here."""
+
+    ticket: ApprovalTicket
+
+
+def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
+    """Read the ticket from the file that a word names.
+
+    While the words are read, and not by the command: in a running loop, Ctrl-C would not end the reading of a terminal.
+    """
+    name = tokens[0].value
+    try:
+        if name == _STDIN:
+            content = sys.stdin.buffer.read(_TICKET_LIMIT)
+        else:
+            with Path(name).open("rb") as file:
+                content = file.read(_TICKET_LIMIT)
+    except (OSError, ValueError) as error:  # a name may hold what no name can
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_HAVE_ONE}") from None
+    try:
+        return File(ApprovalTicket.from_json(content))
+    except ConfigurationError as error:
+        reason = str(error).partition(";")[0]
+        raise CommandError(f"{'stdin' if name == _STDIN else name}: {reason}; {_HOW_TO_HAVE_ONE}") from None
+
+
+def _check_target(operation_id: str | None = None, *, ticket: File | None = None, **_others: object) -> None:
+    if (operation_id is None) == (ticket is None):
+        raise ValueError("Name what to wait for: either OPERATION_ID or --ticket FILE.")
+
+
+@app.command(
+    validator=_check_target,
+    usage="Usage: aiokeyless wait [OPTIONS] OPERATION_ID\n       aiokeyless wait [OPTIONS] --ticket FILE",
+    help_epilogue="""\
+Example:
+  aiokeyless wait txn-1 --timeout 60
+
+Example, with the ticket, so that user and payload are checked too:
+  aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
+  aiokeyless wait --ticket ticket.json
+
+Example, for an operation that the phone will make:
+  aiokeyless wait txn-2 --if-missing wait
+
+Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 130 interrupted.""",
+)
+async def wait(
+    operation_id: OptionalOperationId = None,
+    /,
+    *,
+    # allow_leading_hyphen: for the one that is stdin
+    ticket: Annotated[
+        File | None, Parameter(converter=_read_ticket, accepts_keys=False, allow_leading_hyphen=True)
+    ] = None,
+    timeout: OptionalSeconds = None,  # noqa: ASYNC109  # the client's own
+    if_missing: IfMissing = "raise",
+    as_json: AsJson = False,
+) -> int:
+    """Wait until an operation is approved.
+
+    Args:
+        operation_id: The operation.
+        ticket: In place of an id, a file with the ticket of create --json; - is stdin.
+        timeout: Seconds, inf for no end. If left out: for a ticket what it has left, else 120.
+        if_missing: What it means that there is no such operation: that something is wrong, or that it is yet to come.
+        as_json: Print a line of JSON for each poll, and at last the outcome.
+    """
+    target = operation_id if ticket is None else ticket.ticket
+    assert target is not None  # noqa: S101  # see _check_target
+    budget = timeout or (_DEFAULT_TIMEOUT if isinstance(target, str) else target.remaining())
+    console = new_console()
+    async with new_client() as client:
+        progress = Progress(None if math.isinf(budget) else budget)
+        display = _JsonLines(console) if as_json else display_for(console)
+        display.begin(_facts(target, budget))
+        try:
+            operation, elapsed = await follow(
+                client, target, progress, display, timeout=... if timeout is None else timeout, if_missing=if_missing
+            )
+        except KeylessError as error:
+            if as_json:
+                print_json(console, _outcome(progress, error=error))
+            raise
+    if as_json:
+        print_json(console, _outcome(progress, operation=operation))
+        return Exit.DONE
+    approved = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}{method_in_words(operation.auth_type)}"
+    print_fact(console, "Approved", approved, "bold green")
+    print_fact(console, "User", operation.user_id)
+    return Exit.DONE
+
+
+def _facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
+    facts = {"Time": "no end" if math.isinf(budget) else f"{budget:.0f} s at most"}
+    if isinstance(target, str):
+        return {"Operation": target, **facts}
+    return {"Operation": target.operation_id, "User": target.user_id, **facts}
+
+
+class _JsonLines(Display):
+    """A line of JSON for each poll."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
+        """Print what a poll showed; the operation itself only when it is approved, see `_outcome`."""
+        line = {
+            "event": "poll",
+            "poll": update.polls,
+            "elapsed": round(progress.elapsed, 3),
+            "state": None if update.operation is None else update.operation.state,
+            "error": _error(update.error),
+            "next_poll_in": None if update.next_poll_in is None else round(update.next_poll_in, 3),
+        }
+        print_json(self._console, line)
+
+
+def _outcome(
+    progress: Progress, *, operation: Operation | None = None, error: KeylessError | None = None
+) -> dict[str, object]:
+    names = (name for kind, name in _OUTCOMES if isinstance(error, kind))
+    return {
+        "event": "outcome",
+        "outcome": "approved" if error is None else next(names, "error"),
+        "polls": progress.polls,
+        "elapsed": round(progress.elapsed, 3),
+        "operation": None if operation is None else operation.to_dict(),
+        "error": _error(error),
+    }
+
+
+def _error(error: KeylessError | None) -> dict[str, str] | None:
+    return None if error is None else {"type": type(error).__name__, "message": in_words(error)}
