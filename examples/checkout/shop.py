@@ -1,0 +1,149 @@
+"""A shop that is paid by an approval on the customer's phone, and takes neither silence nor a lie for one."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import sqlite3
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from socket import socket
+from typing import Annotated
+
+import uvicorn
+from fastapi import Cookie, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel, Field
+
+import aiokeyless
+
+FINAL = ("paid", "refused", "cancelled")
+log = logging.getLogger("uvicorn.error")
+client = aiokeyless.KeylessClient()  # one for all customers; key and address come from the environment
+app = FastAPI()
+
+
+class Order(BaseModel):
+    """An order, and a row on disk. Its id is the operation's id too, so that nobody is asked twice for one order."""
+
+    id: str = Field(default_factory=lambda: secrets.token_hex(8))
+    session: str = Field(exclude=True)  # the page is told neither this nor the ticket
+    user_id: str  # who must approve, in Keyless: a real shop has it from the customer's enrolment
+    price: str = "38.00 EUR"
+    payload: str = Field(default_factory=lambda o: f"Pay {o['price']} to Fern & Clay, order {o['id'][:6].upper()}")
+    state: str = "open"  # then waiting, timed_out or unknown (both may still be approved), one of FINAL
+    lifetime: float = float(os.environ.get("CHECKOUT_EXPIRES_IN", "120"))
+    ticket: str | None = Field(default=None, exclude=True)
+
+
+db = sqlite3.connect(os.environ.get("CHECKOUT_DB", "checkout.sqlite3"), isolation_level=None)  # autocommit
+db.row_factory = sqlite3.Row
+db.execute(f"CREATE TABLE IF NOT EXISTS orders ({', '.join(Order.model_fields)}, PRIMARY KEY (id))")
+
+
+def find(session: str, order_id: str | None = None) -> Order | None:
+    """Return a customer's order: the one with this id, or the latest."""
+    query = "SELECT * FROM orders WHERE session = ? AND id = coalesce(?, id) ORDER BY rowid DESC"
+    row = db.execute(query, (session, order_id)).fetchone()
+    return Order(**row) if row else None
+
+
+def move(order: Order, state: str, ticket: str | None = None) -> Order:
+    """Move an order on, unless it is final, and keep its first ticket; return the order as it is then."""
+    query = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?) WHERE id = ? AND state NOT IN (?, ?, ?)"
+    db.execute(query, (state, ticket, order.id, *FINAL))
+    return find(order.session, order.id) or order
+
+
+async def own_order(order_id: str, session: Annotated[str, Cookie()] = "") -> Order:
+    """Return the order that the path names, to the customer who made it only."""
+    if order := find(session, order_id):
+        return order
+    raise HTTPException(404, "no such order")
+
+
+async def same_origin(request: Request) -> None:
+    """Refuse what another site's page posts in the customer's name; browsers send Origin with every POST."""
+    if request.headers.get("origin", "").partition("://")[2] != request.headers.get("host"):
+        raise HTTPException(403, "posted from another site")
+
+
+@app.get("/")
+async def page() -> FileResponse:
+    """Show the shop."""
+    return FileResponse(Path(__file__).with_name("shop.html"), headers={"X-Frame-Options": "DENY"})
+
+
+@app.post("/order", dependencies=[Depends(same_origin)])
+async def start(req: Request, response: Response, session: Annotated[str, Cookie()] = "", after: str = "") -> Order:
+    """Return the latest order; a new one to a new customer, and `after` one that is over and must not be paid late."""
+    last = find(session)
+    if last and (last.id != after or last.state in ("open", "waiting")):
+        return last
+    if last:
+        move(last, "cancelled")
+    session = session if last else secrets.token_urlsafe(32)
+    response.set_cookie("session", session, httponly=True, samesite="lax", secure=req.url.scheme == "https")
+    order = Order(session=session, user_id=last.user_id if last else secrets.token_hex(8).upper())
+    db.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(dict(order).values()))
+    return order
+
+
+@app.post("/order/{order_id}/pay", dependencies=[Depends(same_origin)])
+async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
+    """Ask the customer's phone: once an order, however often and in however many tabs Pay is clicked."""
+    if order.ticket:
+        return order
+    try:
+        ticket = await client.create_operation(
+            order.user_id, operation_id=order.id, operation_payload=order.payload, expires_in=order.lifetime
+        )
+    except aiokeyless.ConflictError:  # another click was first, or one before a crash; the wait compares what is there
+        now, sha = datetime.now(UTC), hashlib.sha256(order.payload.encode()).hexdigest()
+        end = now + timedelta(seconds=order.lifetime)
+        ticket = aiokeyless.ApprovalTicket(
+            operation_id=order.id, user_id=order.user_id, payload_sha256=sha, created_at=now, expires_at=end
+        )
+    except aiokeyless.KeylessError as error:  # perhaps it came through: to click again is safe, and finds it
+        log.warning("order %s: %s", order.id, error)
+        raise HTTPException(503, "the phone could not be asked") from error
+    return move(order, "waiting", ticket.to_json())
+
+
+@app.get("/order/{order_id}/events", response_class=EventSourceResponse)
+async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[ServerSentEvent]:
+    """Follow the wait from where it is; where its time is up, look once more."""
+    if order.ticket and order.state not in FINAL:
+        ticket = aiokeyless.ApprovalTicket.from_json(order.ticket)
+        yield ServerSentEvent(data={"state": "waiting", "left": ticket.remaining()}, retry=1000)
+        try:
+            async with contextlib.aclosing(client.watch_approval(ticket)) as updates:
+                async for update in updates:
+                    yield ServerSentEvent(data={"state": "waiting", "trouble": update.error is not None})
+            end = "paid"  # only an approval of this ticket leads here: all else raises
+        except aiokeyless.ApprovalTimeoutError:
+            end = "timed_out"  # no denial: whoever follows this order later looks again
+        except aiokeyless.ClientClosedError:
+            return  # we are stopping; the browser comes back by itself, and takes up the wait
+        except aiokeyless.KeylessError as error:  # an answer not to be trusted; or a wrong key and the like
+            log.warning("order %s: %s", order.id, error)
+            end = "refused" if isinstance(error, aiokeyless.ApprovalError) else "unknown"
+        order = move(order, end)
+    yield ServerSentEvent(data={"state": order.state})
+
+
+class Server(uvicorn.Server):
+    """uvicorn stops once all streams have ended, and ours end with their waits: so the client closes first."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """End all waits, then stop."""
+        await client.aclose()
+        await super().shutdown(sockets)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, port=int(os.environ.get("CHECKOUT_PORT", "8000")))).run()

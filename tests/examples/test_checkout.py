@@ -1,0 +1,504 @@
+"""The checkout example as its users have it: a real server in a process of its own, a sandbox, and a real browser."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from aiokeyless.sandbox import Sandbox
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Iterator
+
+    from playwright.async_api import Browser, Locator, Page
+    from playwright.async_api._generated import LocatorAssertions
+
+    from aiokeyless import Operation
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SHOP = Path(__file__).parents[2] / "examples" / "checkout" / "shop.py"
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+PATIENCE = 10.0  # seconds within which what must happen has happened, on a busy machine too
+
+
+class Backend:
+    """The shop in a process of its own, which can be killed and started again on the same port with the same file."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path, *, expires_in: float) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.database = folder / "orders.sqlite3"
+        self.log = folder / "log"
+        self._environment = os.environ | {
+            "KEYLESS_BASE_URL": sandbox.url,
+            "KEYLESS_API_KEY": sandbox.api_key,
+            "CHECKOUT_DB": str(self.database),
+            "CHECKOUT_PORT": str(port),
+            "CHECKOUT_EXPIRES_IN": str(expires_in),
+        }
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-W", "error", str(SHOP), env=self._environment, stdout=log, stderr=log
+            )
+        async with aiohttp.ClientSession() as session:
+            await eventually(lambda: self._serves(session))
+
+    async def _serves(self, session: aiohttp.ClientSession) -> bool:
+        assert self._process is not None
+        assert self._process.returncode is None, self.log.read_text()
+        with contextlib.suppress(aiohttp.ClientError):
+            async with session.get(self.url) as answer:
+                return answer.status == 200
+        return False
+
+    async def end(self, number: signal.Signals) -> float:
+        """Send a signal and return how many seconds the end took."""
+        process, self._process = self._process, None
+        assert process is not None
+        began = time.monotonic()
+        process.send_signal(number)
+        async with asyncio.timeout(PATIENCE):
+            await process.wait()
+        return time.monotonic() - began
+
+    def sql(self, statement: str, *values: str) -> None:
+        with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as database:
+            database.execute(statement, values)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._process is not None:
+            await self.end(signal.SIGKILL)
+
+
+class Customer:
+    """A browser without a screen: the requests that the page makes, and the cookies that it keeps."""
+
+    def __init__(self, backend: Backend, http: aiohttp.ClientSession) -> None:
+        self.backend = backend
+        self.http = http
+        self.order: dict[str, object] = {}
+
+    @property
+    def order_id(self) -> str:
+        return str(self.order["id"])
+
+    async def post(self, path: str, *, origin: str | None = None) -> tuple[int, dict[str, object]]:
+        headers = {"Origin": self.backend.url if origin is None else origin}
+        async with self.http.post(f"{self.backend.url}{path}", headers=headers) as answer:
+            return answer.status, await answer.json()
+
+    async def open_shop(self, after: str = "") -> Self:
+        status, self.order = await self.post(f"/order?after={after}")
+        assert status == 200
+        return self
+
+    async def pay(self) -> int:
+        status, _ = await self.post(f"/order/{self.order_id}/pay")
+        return status
+
+    async def follow(self) -> list[dict[str, object]]:
+        """Return the news of one stream, once it has ended."""
+        return [news async for news in self.news()]
+
+    async def news(self) -> AsyncGenerator[dict[str, object]]:
+        async with self.http.get(f"{self.backend.url}/order/{self.order_id}/events") as answer:
+            assert answer.status == 200
+            assert answer.content_type == "text/event-stream"
+            async for line in answer.content:
+                if line.startswith(b"data: "):
+                    yield json.loads(line.removeprefix(b"data: "))
+
+    async def outcome(self) -> object:
+        return (await self.follow())[-1]["state"]
+
+
+async def eventually(holds: Callable[[], object]) -> None:
+    """Wait until something holds, sync or async; fail when it does not within `PATIENCE`."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            found = holds()
+            if asyncio.iscoroutine(found):
+                found = await found
+            if found:
+                return
+            await asyncio.sleep(0.02)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def keyless() -> AsyncGenerator[Sandbox]:
+    async with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def backend(keyless: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Backend]:
+    async with Backend(keyless, tmp_path_factory.mktemp("shop"), expires_in=90) as backend:
+        yield backend
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hasty_backend(keyless: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Backend]:
+    """One whose customers have hardly any time: where the last look says all that a test wants to know."""
+    async with Backend(keyless, tmp_path_factory.mktemp("hasty"), expires_in=0.3) as backend:
+        yield backend
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def http() -> AsyncGenerator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
+        yield session
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def customer(backend: Backend, http: aiohttp.ClientSession) -> Customer:
+    return await Customer(backend, http).open_shop()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def hasty(hasty_backend: Backend, http: aiohttp.ClientSession) -> Customer:
+    return await Customer(hasty_backend, http).open_shop()
+
+
+def asked(sandbox: Sandbox, user_id: object) -> list[Operation]:
+    """Return what a user was asked to approve."""
+    return [operation for operation in sandbox.operations.values() if operation.user_id == user_id]
+
+
+@contextlib.contextmanager
+def slow(sandbox: Sandbox, latency: float) -> Iterator[None]:
+    """Let answers come late, and begin a new journal."""
+    sandbox.latency = latency
+    sandbox.requests.clear()
+    try:
+        yield
+    finally:
+        sandbox.latency = 0
+
+
+class TestOverHttp:
+    async def test_an_approval_pays_the_order(self, keyless: Sandbox, hasty: Customer) -> None:
+        assert await hasty.pay() == 200
+        [operation] = asked(keyless, hasty.order["user_id"])
+        assert operation.operation_payload == hasty.order["payload"]
+        states = []
+        async for news in hasty.news():
+            states.append(news["state"])
+            keyless.approve(hasty.order_id)
+        assert states[0] == "waiting"
+        assert states[-1] == "paid"
+        assert (await hasty.open_shop()).order["state"] == "paid"
+
+    async def test_many_clicks_on_pay_ask_once(self, keyless: Sandbox, hasty: Customer) -> None:
+        with slow(keyless, 0.2):
+            assert await asyncio.gather(*[hasty.pay() for _ in range(5)]) == [200] * 5
+        assert len(asked(keyless, hasty.order["user_id"])) == 1
+        keyless.approve(hasty.order_id)
+        assert await hasty.outcome() == "paid"
+        assert await hasty.pay() == 200
+        assert len(asked(keyless, hasty.order["user_id"])) == 1
+
+    async def test_a_crash_between_asking_and_writing_it_down_does_not_ask_twice(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        hasty.backend.sql("UPDATE orders SET state = 'open', ticket = NULL WHERE id = ?", hasty.order_id)
+        assert (await hasty.open_shop()).order["state"] == "open"
+        assert await hasty.pay() == 200
+        assert len(asked(keyless, hasty.order["user_id"])) == 1
+        keyless.approve(hasty.order_id)
+        assert await hasty.outcome() == "paid"
+
+    async def test_pay_that_does_not_get_through_can_be_clicked_again(self, keyless: Sandbox, hasty: Customer) -> None:
+        keyless.fail_next(429, method="POST", retry_after=60)
+        assert await hasty.pay() == 503
+        assert (await hasty.open_shop()).order["state"] == "open"
+        assert await hasty.pay() == 200
+        assert len(asked(keyless, hasty.order["user_id"])) == 1
+
+    @pytest.mark.parametrize("lie", [{"operation_payload": "Pay 1.00 EUR"}, {"user_id": "BAD0"}, {"result": False}])
+    async def test_an_answer_that_does_not_match_is_refused_for_good(
+        self, keyless: Sandbox, hasty: Customer, lie: dict[str, object]
+    ) -> None:
+        await hasty.pay()
+        keyless.approve(hasty.order_id)
+        keyless.tamper(hasty.order_id, **lie)
+        assert await hasty.outcome() == "refused"
+        keyless.tamper(hasty.order_id)
+        assert await hasty.outcome() == "refused"
+
+    async def test_an_error_of_ours_pays_nothing_and_loses_nothing(self, keyless: Sandbox, hasty: Customer) -> None:
+        await hasty.pay()
+        keyless.approve(hasty.order_id)
+        keyless.fail_next(401, method="GET")
+        assert await hasty.outcome() == "unknown"
+        assert (await hasty.open_shop()).order["state"] == "unknown"
+        assert await hasty.outcome() == "paid"
+
+    async def test_a_timeout_is_not_paid_and_a_late_approval_is_found_by_looking_again(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        assert await hasty.outcome() == "timed_out"
+        assert await hasty.pay() == 200
+        assert await hasty.outcome() == "timed_out"
+        keyless.approve(hasty.order_id)
+        assert await hasty.outcome() == "paid"
+        assert len(asked(keyless, hasty.order["user_id"])) == 1
+
+    async def test_an_order_that_was_started_over_is_not_paid_late(self, keyless: Sandbox, hasty: Customer) -> None:
+        await hasty.pay()
+        assert await hasty.outcome() == "timed_out"
+        old = hasty.order_id
+        new = (await hasty.open_shop(after=old)).order_id
+        assert new != old
+        assert (await hasty.open_shop(after=old)).order_id == new  # clicked twice
+        keyless.approve(old)
+        assert await hasty.outcome() == "open"
+        _, hasty.order = await hasty.post(f"/order/{old}/pay")
+        assert await hasty.outcome() == "cancelled"
+
+    async def test_an_order_that_is_started_over_while_its_approval_comes_in_is_not_paid(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        assert await hasty.outcome() == "timed_out"
+        keyless.approve(hasty.order_id)
+        with slow(keyless, 0.4):
+            stream = asyncio.create_task(hasty.outcome())
+            await eventually(lambda: keyless.requests)
+            await hasty.post(f"/order?after={hasty.order_id}")
+            assert await stream == "cancelled"
+
+    async def test_an_order_under_way_cannot_be_started_over(self, customer: Customer) -> None:
+        first = customer.order_id
+        assert (await customer.open_shop(after=first)).order_id == first
+        await customer.pay()
+        assert (await customer.open_shop(after=first)).order_id == first
+
+    @pytest.mark.parametrize("origin", ["http://evil.example", "null", "", "https://127.0.0.1"])
+    async def test_a_foreign_page_cannot_pay(self, keyless: Sandbox, customer: Customer, origin: str) -> None:
+        status, _ = await customer.post(f"/order/{customer.order_id}/pay", origin=origin)
+        assert status == 403
+        assert asked(keyless, customer.order["user_id"]) == []
+
+    async def test_the_session_is_out_of_reach_of_scripts_and_of_other_sites(
+        self, backend: Backend, http: aiohttp.ClientSession
+    ) -> None:
+        async with http.post(f"{backend.url}/order", headers={"Origin": backend.url}) as answer:
+            order = await answer.json()
+            cookie = answer.cookies["session"]
+        assert cookie["httponly"] is True
+        assert cookie["samesite"] == "lax"
+        assert not order.keys() & {"session", "ticket"}
+
+    async def test_nobody_sees_the_order_of_another(
+        self, keyless: Sandbox, backend: Backend, customer: Customer
+    ) -> None:
+        async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
+            stranger = await Customer(backend, session).open_shop()
+            assert stranger.order["user_id"] != customer.order["user_id"]
+            status, _ = await stranger.post(f"/order/{customer.order_id}/pay")
+            assert status == 404
+            async with session.get(f"{backend.url}/order/{customer.order_id}/events") as answer:
+                assert answer.status == 404
+        assert asked(keyless, customer.order["user_id"]) == []
+
+    async def test_leaving_the_page_stops_the_looking(self, keyless: Sandbox, hasty: Customer) -> None:
+        await hasty.pay()
+        assert await hasty.outcome() == "timed_out"
+        with slow(keyless, 0.8):
+            stream = asyncio.create_task(hasty.follow())
+            await eventually(lambda: keyless.requests)
+            stream.cancel()
+            async with keyless.client() as client:  # what comes later is answered later
+                await client.get_operation(hasty.order_id)
+        assert [record.status for record in keyless.requests] == [None, 200]  # nobody was there to be answered
+
+    async def test_stopping_the_backend_ends_open_streams_at_once_and_loses_no_wait(
+        self, keyless: Sandbox, backend: Backend, customer: Customer
+    ) -> None:
+        await customer.pay()
+        stream = customer.news()
+        assert (await anext(stream))["state"] == "waiting"
+        assert await backend.end(signal.SIGTERM) < 2
+        assert {news["state"] async for news in stream} <= {"waiting"}
+        assert "Traceback" not in backend.log.read_text()
+        keyless.approve(customer.order_id)
+        await backend.start()
+        assert await customer.outcome() == "paid"
+
+    async def test_killing_the_backend_loses_no_wait(
+        self, keyless: Sandbox, backend: Backend, customer: Customer
+    ) -> None:
+        await customer.pay()
+        await backend.end(signal.SIGKILL)
+        await backend.start()
+        assert (await customer.open_shop()).order["state"] == "waiting"
+        keyless.approve(customer.order_id)
+        assert await customer.outcome() == "paid"
+        assert len(asked(keyless, customer.order["user_id"])) == 1
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncGenerator[Browser]:
+    playwright_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium on this machine")
+    playwright_api.expect.set_options(timeout=PATIENCE * 1000)
+    async with playwright_api.async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+        yield browser
+        await browser.close()
+
+
+class Visitor:
+    """A customer with a browser, of their own cookies, whose console must stay empty of errors."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self.errors: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        self._context = await self._browser.new_context()
+        self._context.set_default_timeout(PATIENCE * 1000)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._context.close()
+
+    async def tab(self, backend: Backend) -> Page:
+        page = await self._context.new_page()
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        await page.goto(backend.url)
+        return page
+
+    async def user_id(self, page: Page) -> str:
+        await shows(page, "open")
+        return (await page.locator("#footer").inner_text()).rpartition(" ")[2].rstrip(".")
+
+
+def expect(locator: Locator) -> LocatorAssertions:
+    from playwright.async_api import expect  # only where there is a browser
+
+    return expect(locator)
+
+
+async def shows(page: Page, state: str) -> None:
+    await expect(page.locator("#panel")).to_have_attribute("data-state", state)
+
+
+async def click(page: Page, label: str) -> None:
+    await page.get_by_role("button", name=label).click()
+
+
+class TestInTheBrowser:
+    async def test_two_customers_with_three_tabs_outlive_a_kill_and_a_reload_and_end_paid(
+        self, keyless: Sandbox, backend: Backend, browser: Browser
+    ) -> None:
+        async with Visitor(browser) as ada, Visitor(browser) as bob:
+            pages = [await ada.tab(backend), await ada.tab(backend), await bob.tab(backend)]
+            users = [await ada.user_id(pages[0]), await bob.user_id(pages[2])]
+            assert await ada.user_id(pages[1]) == users[0] != users[1]
+            await pages[0].get_by_role("button", name="Pay 38.00 EUR").dblclick()
+            await click(pages[2], "Pay 38.00 EUR")
+            for page in pages:  # Ada's second tab follows without a click
+                await shows(page, "waiting")
+
+            await backend.end(signal.SIGKILL)
+            for page in pages:
+                await expect(page.locator("#note")).to_contain_text("connection is lost")
+            await backend.start()
+            for page in pages:
+                await expect(page.locator("#note")).to_be_hidden(timeout=PATIENCE * 1000)
+                await shows(page, "waiting")
+                await expect(page.locator("#elapsed")).to_have_text(re.compile(r"^0:(?!00)\d\d$"))
+
+            await pages[2].reload()
+            await shows(pages[2], "waiting")
+            [of_ada], [of_bob] = asked(keyless, users[0]), asked(keyless, users[1])  # one each: nobody was asked again
+            await expect(pages[2].locator("#payload")).to_have_text(str(of_bob.operation_payload))
+            keyless.approve(of_ada.operation_id)
+            keyless.approve(of_bob.operation_id)
+            for page in pages:
+                await shows(page, "paid")
+            assert [len(asked(keyless, user)) for user in users] == [1, 1]
+            assert all("ERR_" in error for error in ada.errors + bob.errors)  # the connection that was lost
+
+    async def test_a_timed_out_order_is_looked_at_again(
+        self, keyless: Sandbox, hasty_backend: Backend, browser: Browser
+    ) -> None:
+        async with Visitor(browser) as visitor:
+            page = await visitor.tab(hasty_backend)
+            user = await visitor.user_id(page)
+            await click(page, "Pay")
+            await shows(page, "timed_out")
+            await page.reload()
+            await shows(page, "timed_out")
+            [operation] = asked(keyless, user)
+            keyless.approve(operation.operation_id)
+            await click(page, "Look again")
+            await shows(page, "paid")
+            await page.reload()
+            await shows(page, "paid")
+            await click(page, "Order another")
+            await shows(page, "open")
+            assert len(asked(keyless, user)) == 1
+            assert visitor.errors == []
+
+    async def test_a_lie_is_shown_as_refused_and_text_stays_text(
+        self, keyless: Sandbox, hasty_backend: Backend, browser: Browser
+    ) -> None:
+        async with Visitor(browser) as visitor:
+            page = await visitor.tab(hasty_backend)
+            user = await visitor.user_id(page)
+            hostile = "<img src=x onerror=document.title='owned'>"
+            hasty_backend.sql("UPDATE orders SET payload = ? WHERE user_id = ?", hostile, user)
+            await page.reload()
+            await click(page, "Pay")
+            await expect(page.locator("#payload")).to_have_text(hostile)
+            await shows(page, "timed_out")
+            [operation] = asked(keyless, user)
+            keyless.approve(operation.operation_id)
+            keyless.tamper(operation.operation_id, operation_payload="Pay 9000.00 EUR to Mallory")
+            await click(page, "Look again")
+            await shows(page, "refused")
+            assert await page.locator("#panel img").count() == 0
+            assert await page.title() == "Fern & Clay"
+            assert visitor.errors == []

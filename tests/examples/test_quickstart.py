@@ -1,0 +1,45 @@
+"""The README's example as a file: run as a user runs it, against a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from aiokeyless.sandbox import Sandbox
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
+
+
+async def run(script: Path, sandbox: Sandbox) -> tuple[int | None, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-W",
+        "error",
+        str(script),
+        env=os.environ | {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, errors = await process.communicate()
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def test_an_approval_is_told() -> None:
+    async with Sandbox(auto_approve=0.2) as sandbox:
+        assert await run(QUICKSTART, sandbox) == (0, "Approved (biom): pay.\n", "")
+        [operation] = sandbox.operations.values()
+        assert operation.is_approved
+
+
+async def test_a_timeout_is_told_with_what_is_needed_to_look_again(tmp_path: Path) -> None:
+    hasty = tmp_path / "quickstart.py"
+    text = QUICKSTART.read_text()
+    assert text.count("expires_in=60") == 1
+    hasty.write_text(text.replace("expires_in=60", "expires_in=0.2"))  # the same program, with less patience
+    async with Sandbox() as sandbox:
+        code, output, errors = await run(hasty, sandbox)
+        [operation_id] = sandbox.operations
+        assert (code, errors) == (0, "")
+        assert output == f"Not paid. Before you ask again, look again: get_operation({operation_id!r})\n"
