@@ -1,0 +1,144 @@
+"""A Telegram bot that moves money only once its owner approved on the phone: `/transfer 40 alice`.
+
+Each chat waits in its own handler, all of them on one client. Whatever goes wrong, nothing is transferred, and the
+chat is told: also that a later approval changes nothing, since an operation of Keyless cannot be taken back.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+
+from aiogram import Bot, Dispatcher, F, html
+from aiogram.client.default import DefaultBotProperties
+from aiogram.client.session.aiohttp import AiohttpSession
+from aiogram.client.telegram import TelegramAPIServer
+from aiogram.exceptions import AiogramError, TelegramBadRequest, TelegramRetryAfter
+from aiogram.filters import Command, CommandObject
+from aiogram.types import Message
+
+import aiokeyless
+
+ORDER = re.compile(r"(?=.*[1-9])([0-9]{1,6}(?:\.[0-9]{2})?) +(\S.{0,63})")
+USAGE = "Send /transfer 40 alice, and approve it on your phone."
+TOO_LATE = "Nothing was transferred. If you approve it later, nothing is transferred either."
+EDITS_APART = 0.05  # seconds, of all chats together: Telegram allows a bot some 30 messages a second
+GRACE = 5.0  # seconds in which the chats are told that the bot stops
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Teller:
+    """Takes orders from Telegram users, whom `users` maps to Keyless users; shows progress every few seconds."""
+
+    def __init__(
+        self, client: aiokeyless.KeylessClient, users: dict[int, str], *, lifetime: float = 120, edit_every: float = 5
+    ) -> None:
+        self.transfers: list[tuple[str, str, str]] = []  # what a bank would do: user, amount, payee
+        self._client = client
+        self._users = users
+        self._lifetime = lifetime
+        self._edit_every = edit_every
+        self._next_edit = 0.0
+        self._asked: dict[str, asyncio.Task[object]] = {}  # by Keyless user: one question at a time
+
+    def dispatcher(self) -> Dispatcher:
+        """Return what aiogram runs. Private chats only: money is nobody else's business."""
+        dispatcher = Dispatcher()
+        dispatcher.message.register(self.transfer, Command("transfer"), F.chat.type == "private")
+        dispatcher.shutdown.register(self.stop)
+        return dispatcher
+
+    async def transfer(self, message: Message, command: CommandObject, bot: Bot) -> None:
+        """Handle `/transfer AMOUNT PAYEE`, from the order to its end."""
+        user = self._users.get(message.from_user.id) if message.from_user else None
+        order = ORDER.fullmatch(command.args or "")
+        task = asyncio.current_task()
+        if user is None or task is None:
+            await message.answer("This bot does not know you.")
+        elif order is None or not order[0].isprintable():
+            await message.answer(USAGE)
+        elif user in self._asked:
+            await message.answer("Another transfer waits for you. Approve it, or let its time run out.")
+        else:
+            self._asked[user] = task
+            try:
+                # Of this command alone: should Telegram deliver it again, it is no second question.
+                operation_id = f"transfer-{bot.id}-{message.chat.id}-{message.message_id}"
+                await self._settle(message, operation_id, user, order[1], order[2])
+            finally:
+                del self._asked[user]
+
+    async def _settle(self, message: Message, operation_id: str, user: str, amount: str, payee: str) -> None:
+        payload = f"Transfer {amount} to {payee}"
+        title = f"<b>{html.quote(payload)}</b>"
+        shown = await message.answer(f"{title}\nApprove it on your phone.")
+        clock = asyncio.get_running_loop().time
+        next_edit = clock() + self._edit_every
+
+        async def progress(update: aiokeyless.ApprovalUpdate) -> None:
+            nonlocal next_edit
+            if update.next_poll_in is None or clock() < max(next_edit, self._next_edit):
+                return
+            next_edit, self._next_edit = clock() + self._edit_every, clock() + EDITS_APART
+            state = "Keyless does not answer, still trying" if update.error else "Waiting for your approval"
+            try:
+                await shown.edit_text(f"{title}\n{state}: {ticket.remaining():.0f} s left.")
+            except TelegramRetryAfter as error:
+                self._next_edit = clock() + error.retry_after
+            except AiogramError as error:  # a message that was deleted, a gateway's page: it is only progress
+                _LOGGER.info("progress was not shown: %s", error)
+
+        try:
+            ticket = await self._client.create_operation(
+                user, operation_id=operation_id, operation_payload=payload, expires_in=self._lifetime
+            )
+            await self._client.wait_for_approval(ticket, on_poll=progress)
+            self.transfers.append((user, amount, payee))
+            end = "Approved and transferred."
+        except aiokeyless.ApprovalTimeoutError:  # also where the last look got no answer: the question is over
+            end = f"Not approved in time. {TOO_LATE}"
+        except aiokeyless.ClientClosedError:
+            end = f"The bot was stopped. {TOO_LATE}"
+        except aiokeyless.ConflictError:
+            end = "This command was taken before, and is not taken again. Send a new one."
+        except aiokeyless.KeylessError as error:
+            _LOGGER.error("%s: %s", operation_id, error)  # noqa: TRY400  # one line says it
+            end = f"Your approval cannot be asked for or checked. {TOO_LATE}"
+        await self._say(shown, f"{title}\n{end}")
+
+    async def _say(self, shown: Message, text: str) -> None:
+        for _ in range(3):
+            try:
+                await shown.edit_text(text)
+            except TelegramBadRequest:  # the message was deleted
+                await shown.answer(text)
+            except AiogramError as error:
+                await asyncio.sleep(getattr(error, "retry_after", 1.0))
+                continue
+            return
+
+    async def stop(self) -> None:
+        """End all waits; their messages say so, as far as Telegram takes them in time."""
+        await self._client.aclose()
+        if tasks := set(self._asked.values()):
+            _, late = await asyncio.wait(tasks, timeout=GRACE)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+
+async def main() -> None:
+    """Run until SIGINT or SIGTERM."""
+    logging.basicConfig(level=logging.INFO)
+    users = {int(telegram): keyless for telegram, keyless in json.loads(os.environ["KEYLESS_USERS"]).items()}
+    api = TelegramAPIServer.from_base(os.environ.get("BOT_API_URL", "https://api.telegram.org"))
+    session = AiohttpSession(api=api, timeout=10)
+    async with aiokeyless.KeylessClient() as client:
+        bot = Bot(os.environ["BOT_TOKEN"], session=session, default=DefaultBotProperties(parse_mode="HTML"))
+        await Teller(client, users).dispatcher().start_polling(bot)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
