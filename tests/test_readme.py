@@ -67,3 +67,8 @@ def test_every_exception_stands_in_the_table() -> None:
 def test_the_two_commands_stand_there_as_agreed() -> None:
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cli]" && .venv/bin/aiokeyless demo\n' in README
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && .venv/bin/pytest\n' in README
+
+
+def test_the_first_program_is_the_quickstart() -> None:
+    quickstart = (Path(__file__).parent.parent / "examples" / "quickstart.py").read_text()
+    assert quickstart.endswith(BLOCKS[0])
