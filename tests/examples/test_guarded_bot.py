@@ -172,6 +172,7 @@ async def test_user_is_asked_one_question_at_a_time(
     async with running(telegram, client):
         await telegram.say(ALICE, "/transfer 40 alice")
         await telegram.read(ALICE, "Approve it on your phone.")
+        await until(lambda: len(sandbox.operations) == 1)  # the message comes before the question
         await telegram.say(ALICE, "/transfer 9000 mallory")
         await telegram.read(ALICE, "Another transfer waits for you.")
         assert len(sandbox.operations) == 1
