@@ -276,7 +276,8 @@ async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None
     content = response.content
     chunks: list[bytes] = []
     size = 0
-    while chunk := await content.readany():
+    while not content.at_eof():  # most bodies come in one piece, with their end: no second await to learn of it
+        chunk = await content.readany()
         size += len(chunk)
         if size > max_body:  # the first one too: compressed, it may be a little of the wire and much of a body
             response.close()
