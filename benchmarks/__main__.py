@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [NAME ...] [--quick] [--json PATH] [--save]``."""
+"""The command line: ``python -m benchmarks [NAME ...] [--quick] [--save FOLDER]``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from . import suite
+from . import pictures, suite
 from .bench import Bench, Effort
 from .report import CannotMeasureError, Report
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from .report import Json
 
-RESULTS: Final = Path(__file__).parent / "results" / "results.json"
-_PACKAGES: Final = ("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio")
+_PACKAGES: Final = ("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio", "uvloop")
 
 
 def main() -> int:
@@ -37,12 +36,15 @@ def main() -> int:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(modules)}")
     bench = Bench(Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL)
     reports = {name: _run(name, modules[name], bench) for name in arguments.names or modules}
-    print(_machine_text())
-    for report in reports.values():
-        print(f"\n{report.text()}")
-    for path in [arguments.json] * (arguments.json is not None) + [RESULTS] * arguments.save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_data(bench, reports), indent=1) + "\n")
+    text = "\n\n".join([_machine_text(), *(report.text() for report in reports.values())])
+    print(text)
+    if arguments.save is not None:
+        arguments.save.mkdir(parents=True, exist_ok=True)
+        (arguments.save / "results.txt").write_text(text + "\n")
+        (arguments.save / "results.json").write_text(json.dumps(_data(bench, reports), indent=1) + "\n")
+        for name, report in reports.items():
+            if report.tables and hasattr(modules[name], "draw"):
+                pictures.save(modules[name].draw(report.raw), arguments.save / f"{name}.svg")
     return 1 if any(not report.tables for report in reports.values()) else 0
 
 
@@ -62,8 +64,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds: a minute in all")
     effort.add_argument("--smoke", action="store_true", help="tiny sizes: the figures mean nothing")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw numbers there")
-    parser.add_argument("--save", action="store_true", help="write the raw numbers to benchmarks/results/results.json")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the tables, raw numbers and pictures there")
     return parser
 
 

@@ -23,14 +23,14 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["request", "retry", "waits", "herd"])
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    done = benchmarks(name, "--smoke", "--json", str(results))
+    done = benchmarks(name, "--smoke", "--save", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert f"== {name}: " in done.stdout
-    report = json.loads(results.read_text())["benchmarks"][name]
+    report = json.loads((tmp_path / "results.json").read_text())["benchmarks"][name]
     assert report["tables"]
     assert all(goal["figure"] is not None for goal in report["goals"])
     assert report["raw"]
+    assert done.stdout == (tmp_path / "results.txt").read_text()
 
 
 def test_unknown_benchmark_is_refused_with_the_names_that_there_are() -> None:
