@@ -2,7 +2,7 @@
 
 The figures at the end are computed, not sampled, wherever that can be: a learned schedule with no jitter looks at
 fixed times, so its expected cost follows from the distribution, and so does the least cost that any schedule could
-have (dynamic programming over a grid of looks). Only the learning itself is drawn, from fixed seeds.
+have. Only the learning itself is drawn, from fixed seeds. The people and the optimum are those of the benchmarks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import math
 import pickle
 import random
 import statistics
-from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +25,9 @@ from hypothesis import strategies as st
 from aiokeyless import schedule as schedule_room
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.schedule import next_delay, wait_adaptive
+from benchmarks.looks import live, looks, toll
+from benchmarks.optimum import least_cost
+from benchmarks.people import SLOW, TWO_GROUPS, TYPICAL, People, seeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -67,10 +68,6 @@ def taught(observed: Iterable[Observation], **options: float) -> wait_adaptive:
     for after, until in observed:
         schedule.observe(after, until)
     return schedule
-
-
-def seeded(seed: int) -> random.Random:
-    return random.Random(seed)  # noqa: S311 - people are simulated, not keys
 
 
 # --- one delay
@@ -474,81 +471,14 @@ def test_strategies_that_count_attempts_work() -> None:
 
 # --- what it costs
 
-#: A wait in the figures: it starts with the operation, the schedule sets every look, and the last look is at the
-#: timeout, for every schedule and for the optimum.
-TIMEOUT = 120.0
 POLL_COSTS = (0.1, 0.3, 1.0)
 
 Schedule = tenacity.wait.wait_base
 
 
-@dataclass(frozen=True)
-class People:
-    """How long people take: a mixture of log-normal groups (share, median in seconds, sigma); some never approve."""
-
-    groups: tuple[tuple[float, float, float], ...]
-    never: float = 0.2
-
-    def approved_by(self, moment: float) -> float:
-        """Return the share that approves up to ``moment``."""
-        return self._sum(lambda share, median, sigma: share * _normal_cdf(math.log(moment / median) / sigma))
-
-    def mean_time_by(self, moment: float) -> float:
-        """Return the integral of time over those who approve up to ``moment``."""
-        return self._sum(
-            lambda share, median, sigma: (
-                share * median * math.exp(sigma**2 / 2) * _normal_cdf(math.log(moment / median) / sigma - sigma)
-            )
-        )
-
-    def _sum(self, term: Callable[[float, float, float], float]) -> float:
-        return (1.0 - self.never) * sum(term(*group) for group in self.groups)
-
-    def draw(self, source: random.Random) -> float:
-        """Return when one of them approves: seconds, or infinity."""
-        if source.random() < self.never:
-            return math.inf
-        ((_, median, sigma),) = source.choices(self.groups, [share for share, _, _ in self.groups])
-        return source.lognormvariate(math.log(median), sigma)
-
-
-TYPICAL = People(((1.0, 8.0, 0.8),))
-SLOW = People(((1.0, 25.0, 1.2),))
-TWO_GROUPS = People(((0.6, 4.0, 0.5), (0.4, 40.0, 0.6)))
-
-
-def _normal_cdf(value: float) -> float:
-    return math.erfc(-value / math.sqrt(2)) / 2
-
-
-@cache
-def least_cost(people: People, poll_cost: float) -> float:
-    """Return the expected cost of the schedule that knows the people and the timeout.
-
-    ``ahead[k]`` is the least cost to come after a look at ``grid[k]`` that found nothing, times the share for whom
-    that happens. Closer grids change the result by less than 0.0002 of it.
-    """
-    points = 500
-    grid = [TIMEOUT * (k / points) ** 2 for k in range(points + 1)]
-    share = [0.0, *(people.approved_by(moment) for moment in grid[1:])]
-    ahead = [0.0] * (points + 1)
-    for k in reversed(range(points)):
-        best = min(grid[n] * (share[n] - share[k]) + ahead[n] for n in range(k + 1, points + 1))
-        ahead[k] = poll_cost * (1.0 - share[k]) + best
-    return ahead[0] - people.mean_time_by(TIMEOUT)
-
-
 def expected_cost(schedule: Schedule, people: People, poll_cost: float) -> float:
     """Return ``poll_cost`` * looks + lateness that a schedule without randomness costs on average."""
-    moment, share, looks = 0.0, 0.0, 0
-    cost = -people.mean_time_by(TIMEOUT)
-    while moment < TIMEOUT:
-        looks += 1
-        cost += poll_cost * (1.0 - share)
-        moment = min(moment + next_delay(schedule, attempt_number=looks, since_start=moment), TIMEOUT)
-        share, before = people.approved_by(moment), share
-        cost += moment * (share - before)
-    return cost
+    return toll(looks(schedule), people).cost(poll_cost)
 
 
 def ratio(schedule: Schedule, people: People, poll_cost: float) -> float:
@@ -559,21 +489,6 @@ def learned_ratio(schedule: wait_adaptive, people: People, poll_cost: float) -> 
     """Return the ratio of what was learned, without the chance of the jitter."""
     exact = wait_adaptive.from_json(schedule.to_json(), poll_cost=poll_cost, max_interval=60, jitter=0)
     return ratio(exact, people, poll_cost)
-
-
-def live(schedule: wait_adaptive, people: People, waits: int, source: random.Random) -> None:
-    """Let the schedule pace waits and learn from them what a poller can know: between which looks, or not at all."""
-    for _ in range(waits):
-        approved = people.draw(source)
-        last = 0.0
-        while last < TIMEOUT:
-            look = min(last + delay_at(schedule, last), TIMEOUT)
-            if approved <= look:
-                schedule.observe(last, look)
-                break
-            last = look
-        else:
-            schedule.observe(TIMEOUT, None)
 
 
 def learn(people: People, poll_cost: float, waits: int, seed: int) -> wait_adaptive:
