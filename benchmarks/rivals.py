@@ -1,8 +1,12 @@
-"""What people write instead of using this library, as lean as they could write it."""
+"""What people write instead of using this library, as lean as they could write it.
+
+Here is what most benchmarks need: aiohttp, and msgspec or whatever else decodes. Other HTTP clients are in `clients`,
+so that a benchmark of something else does not carry them in its process.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -12,7 +16,13 @@ from yarl import URL
 from .server import API_KEY, OPERATIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp_retry import RetryClient
+
     from .server import Server
+
+T = TypeVar("T")
 
 
 class PlainOperation(msgspec.Struct, rename="camel"):
@@ -32,33 +42,49 @@ class PlainOperation(msgspec.Struct, rename="camel"):
 
 
 decode: Final = msgspec.json.Decoder(PlainOperation).decode
-_HEADERS: Final = {"X-Api-Key": API_KEY, "Accept": "application/json"}
+HEADERS: Final = {"X-Api-Key": API_KEY, "Accept": "application/json"}
 
 
 def bare_session(*, limit: int = 0) -> aiohttp.ClientSession:
     """Make a session as fast as settings make one: no limit on connections, no cookies, headers merged once."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=limit), cookie_jar=aiohttp.DummyCookieJar(), headers=_HEADERS
+        connector=aiohttp.TCPConnector(limit=limit), cookie_jar=aiohttp.DummyCookieJar(), headers=HEADERS
     )
 
 
 def default_session() -> aiohttp.ClientSession:
     """Make a session as most people do."""
-    return aiohttp.ClientSession(headers=_HEADERS)
+    return aiohttp.ClientSession(headers=HEADERS)
 
 
-class BareClient:
-    """aiohttp and msgspec, with URLs made for each call in the fastest way we know: see `benchmarks/README.md`."""
+class AiohttpClient(Generic[T]):
+    """aiohttp, with URLs made for each call in the fastest way we know: see `benchmarks/README.md`.
 
-    def __init__(self, session: aiohttp.ClientSession, server: Server) -> None:
+    Args:
+        session: What gets it.
+        server: Where from.
+        decode: What makes an operation of a body.
+    """
+
+    def __init__(
+        self, session: aiohttp.ClientSession | RetryClient, server: Server, decode: Callable[[bytes], T]
+    ) -> None:
         self._session = session
         self._base = URL(server.base_url)
+        self._decode = decode
 
-    async def get_operation(self, operation_id: str) -> PlainOperation:
+    async def get_operation(self, operation_id: str) -> T:
         """Get an operation."""
         url = self._base.with_path(OPERATIONS + quote(operation_id, safe=""), encoded=True)
         async with self._session.get(url) as response:
             if response.status != 200:
                 raise RuntimeError(f"{url} answered {response.status}")
             body = await response.read()
-        return decode(body)
+        return self._decode(body)
+
+
+class BareClient(AiohttpClient[PlainOperation]):
+    """aiohttp and msgspec."""
+
+    def __init__(self, session: aiohttp.ClientSession | RetryClient, server: Server) -> None:
+        super().__init__(session, server, decode)

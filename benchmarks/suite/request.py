@@ -1,81 +1,168 @@
-"""CPU per get_operation, against bare aiohttp and msgspec.
+"""CPU per get_operation, against what people would write with other HTTP clients and decoders.
 
-All sides speak to the same server over kept-alive connections, in one process, in turn, and build the URL from the
-operation id for each call in the same way.
+All sides speak to the same server over kept-alive connections, in one process, in turn, and make the URL from the
+operation id for each call. Each event loop and each number in flight is a process of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless import KeylessClient
-from benchmarks.bench import Pairs
-from benchmarks.report import Goal, Report, Spread, Table
-from benchmarks.rivals import BareClient, bare_session, default_session
-from benchmarks.server import API_KEY, Server, Workload, serving
-from benchmarks.spending import spent_in_turn
+import msgspec
+
+from aiokeyless import KeylessClient, protocol
+from benchmarks import pictures
+from benchmarks.clients import ByHandClient, ContentClient, httpx_client, niquests_session
+from benchmarks.report import CannotMeasureError, Goal, Report
+from benchmarks.rivals import AiohttpClient, BareClient, bare_session, default_session
+from benchmarks.server import API_KEY, Server, serving
+from benchmarks.shapes import pydantic_operation
+from benchmarks.spending import Spending, spending_table, spent_in_turn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from matplotlib.figure import Figure
+    from yarl import URL
+
+    from aiokeyless import Operation
     from benchmarks.bench import Bench
+    from benchmarks.report import Json
+    from benchmarks.spending import Call
 
 _GOAL_AT: Final = 16
 OURS: Final = "aiokeyless"
+POLL: Final = "aiokeyless, a poll of a wait"
 BARE: Final = "aiohttp + msgspec"
 AGAIN: Final = "aiohttp + msgspec, once more"
 DEFAULTS: Final = "aiohttp + msgspec, default session"
+PYDANTIC: Final = "aiohttp + pydantic"
+HTTPX: Final = "httpx + msgspec"
+NIQUESTS: Final = "niquests + msgspec"
+LIMIT: Final = "parsed by hand + msgspec: the limit"
+
+
+class Loop(StrEnum):
+    """Which event loop the client runs on."""
+
+    ASYNCIO = "asyncio's loop"
+    UVLOOP = "uvloop"
 
 
 def run(bench: Bench) -> Report:
-    """Measure at 1, 16 and 100 in flight."""
+    """Measure at 1, 16 and 100 in flight, on both loops."""
     report = Report("request: CPU of the client process per get_operation")
-    ratio_at_goal: float | None = None
     with serving() as server:
-        for in_flight in bench.pick(full=[1, 16, 100], quick=[16], smoke=[16]):
-            spendings, share, bound = bench.apart(measure, bench, server, in_flight)
-            if bound:
-                report.notes.append(f"{in_flight} in flight: not measured, the server was the bottleneck ({share:.0%})")
-                continue
-            report.tables.append(_table(in_flight, spendings, share))
-            report.raw[str(in_flight)] = {"server_share": share, **{name: [*v] for name, v in spendings.items()}}
-            if in_flight == _GOAL_AT:
-                ratio_at_goal = Pairs(spendings[OURS], spendings[BARE]).ratio.median
-    report.goals.append(Goal(f"CPU over aiohttp + msgspec at {_GOAL_AT} in flight", 1.05, ratio_at_goal, "x"))
+        for loop in Loop:
+            for in_flight in bench.pick(full=[1, 16, 100], quick=[16], smoke=[16]):
+                key = _key(loop, in_flight)
+                bench.say(f"  {key}")
+                try:
+                    spendings = bench.apart(measure, bench, server, loop, in_flight)
+                except CannotMeasureError as error:
+                    report.notes.append(f"{key}: not measured, {error}")
+                    continue
+                report.tables.append(spending_table(key, spendings, BARE))
+                report.raw[key] = msgspec.to_builtins(spendings, str_keys=True)
+                if in_flight == _GOAL_AT:
+                    report.goals += _goals(key, spendings)
     return report
 
 
-def measure(bench: Bench, server: Server, in_flight: int) -> tuple[dict[str, list[float]], float, bool]:
-    """Return seconds of CPU per call for each side and round, the server's share of its core, whether it was full."""
-    return asyncio.run(_measure(bench, server, in_flight))
+def _goals(key: str, spendings: Mapping[str, Spending]) -> list[Goal]:
+    figures = {name: over.median for name in (OURS, POLL) if (over := spendings[name].over(spendings[BARE]))}
+    return [
+        Goal(f"{key}: {OURS} over {BARE}", 1.05, figures.get(OURS), "x"),
+        Goal("the same, stretch", 0.95, figures.get(OURS), "x"),
+        Goal("a poll of a wait, stretch", 0.95, figures.get(POLL), "x"),
+    ]
 
 
-async def _measure(bench: Bench, server: Server, in_flight: int) -> tuple[dict[str, list[float]], float, bool]:
-    client = KeylessClient(API_KEY, base_url=server.base_url)
-    async with client, bare_session() as bare, default_session() as default:
-        calls = {
+def _key(loop: Loop, in_flight: int) -> str:
+    return f"{loop}, {in_flight} in flight"
+
+
+def measure(bench: Bench, server: Server, loop: Loop, in_flight: int) -> dict[str, Spending]:
+    """Measure all sides on this loop."""
+    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+        return runner.run(_measure(bench, server, in_flight))
+
+
+def _loop_factory(loop: Loop) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if loop is Loop.ASYNCIO:
+        return None
+    try:
+        import uvloop  # noqa: PLC0415  # not on Windows
+    except ImportError:
+        raise CannotMeasureError("uvloop is not installed") from None
+    return uvloop.new_event_loop
+
+
+async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Spending]:
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        client = await enter(KeylessClient(API_KEY, base_url=server.base_url))
+        bare = await enter(bare_session())
+        calls: dict[str, Call] = {
+            POLL: _polling(client),
             OURS: client.get_operation,
             BARE: BareClient(bare, server).get_operation,
             AGAIN: BareClient(bare, server).get_operation,
-            DEFAULTS: BareClient(default, server).get_operation,
+            DEFAULTS: BareClient(await enter(default_session()), server).get_operation,
+            PYDANTIC: AiohttpClient(bare, server, pydantic_operation).get_operation,
+            HTTPX: ContentClient(await enter(httpx_client(in_flight)), server).get_operation,
+            NIQUESTS: ContentClient(await enter(niquests_session(in_flight)), server).get_operation,
+            LIMIT: (await enter(ByHandClient(server))).get_operation,
         }
-        with Workload(server) as workload:
-            spendings = await spent_in_turn(
-                bench,
-                calls,
-                in_flight=in_flight,
-                rounds=bench.pick(full=100, quick=20, smoke=2),
-                count=bench.pick(full=300, quick=200, smoke=50),
-            )
-    return spendings, workload.share, workload.bound
+        return await spent_in_turn(
+            bench,
+            server,
+            calls,
+            in_flight=in_flight,
+            rounds=bench.pick(full=30, quick=10, smoke=2),
+            count=bench.pick(full=300, quick=200, smoke=50),
+            slow={HTTPX, NIQUESTS},
+        )
 
 
-def _table(in_flight: int, spendings: dict[str, list[float]], share: float) -> Table:
-    table = Table(
-        f"{in_flight} in flight (server busy {share:.0%} of its core)",
-        ["", "CPU per call, us", f"over {BARE}"],
-    )
-    for name, seconds in spendings.items():
-        ratio = Pairs(seconds, spendings[BARE]).ratio
-        micros = Spread.of([1e6 * value for value in seconds])
-        table.rows.append([name, micros.text(1), "1" if name == BARE else ratio.text(3)])
-    return table
+def _polling(client: KeylessClient) -> Call:
+    """Return what the poller does for each look of a wait, which has had its URL since it began."""
+    transport, _ = client._open()  # noqa: SLF001  # a poll has no public name
+    urls: dict[str, URL] = {}
+
+    async def poll(operation_id: str) -> Operation:
+        url = urls.get(operation_id)
+        if url is None:
+            url = urls[operation_id] = transport.url(protocol.get_operation(operation_id))
+        return await transport.look(url)
+
+    return poll
+
+
+def draw(raw: Mapping[str, Json]) -> Figure:
+    """Draw each side's CPU over the reference's at the goal's number in flight, a diagram a loop."""
+    keys = [key for loop in Loop if (key := _key(loop, _GOAL_AT)) in raw]
+    figure, axes = pictures.panels(len(keys) or 1, width=5.6)
+    for key, ax in zip(keys, axes, strict=False):
+        spendings = msgspec.convert(raw[key], dict[str, Spending], strict=False)  # JSON's keys are strings
+        ratios = {name: over.median for name in spendings if (over := spendings[name].over(spendings[BARE]))}
+        # On a scale of ratios a bar begins at the reference: half is as long as twice.
+        ax.set_xscale("log")
+        for name, ratio in ratios.items():
+            color = pictures.OURS if name in {OURS, POLL} else pictures.OTHERS[0]
+            ax.barh(name, ratio - 1, left=1, height=0.5, color=color)
+            ax.plot(ratio, name, "o", color=color)  # seen where the bar has no length
+            ax.annotate(f"{ratio:.2f}", (ratio, name), (8, 0), textcoords="offset points", va="center")
+        ax.axvline(1, color="black", linewidth=0.8, zorder=0)
+        ax.invert_yaxis()  # which begins at the bottom
+        ax.margins(x=0.15)
+        ax.grid(visible=False, axis="y")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_title(key)
+        ax.set_xlabel(f"CPU per call over {BARE}")
+    for ax in axes[1:]:
+        ax.tick_params(labelleft=False)  # the same sides
+    return figure
