@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import time
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, cast
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 API_KEY: Final = "benchmark-key"
 OPERATIONS: Final = "/v2/operations/"
 _CONTROL: Final = b"/-/"
+_UNAVAILABLE: Final = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
 _TOO_BUSY: Final = 0.85  # of a core: beyond it, the client's figure is the server's
 
 
@@ -33,18 +35,92 @@ class Facts(NamedTuple):
     requests: int
     connections: int  # open now
     most_connections: int
+    looked_at: int  # operations answered since the last change, where a journal is kept
+
+
+class Failure(StrEnum):
+    """How a service is down."""
+
+    UNAVAILABLE = "503"  # it answers that it cannot
+    DROPPED = "dropped"  # it closes the connection of each request, unanswered
+
+
+class Journal(NamedTuple):
+    """What came to the server, in seconds of its own clock."""
+
+    changes: list[float]  # when it was told to behave in another way
+    requests: list[float]
+    looked_at: list[float]  # for each operation, when it was first answered since the last change
+
+
+class _Journal:
+    """A journal while it is kept."""
+
+    def __init__(self) -> None:
+        self._changes: list[float] = []
+        self._requests: list[float] = []
+        self._looked_at: dict[bytes, float] = {}
+
+    @property
+    def looked_at(self) -> int:
+        return len(self._looked_at)
+
+    def change(self) -> None:
+        self._changes.append(time.perf_counter())
+        self._looked_at.clear()
+
+    def request(self, operation_id: bytes, *, answered: bool) -> None:
+        now = time.perf_counter()
+        self._requests.append(now)
+        if answered:
+            self._looked_at.setdefault(operation_id, now)
+
+    def closed(self) -> Journal:
+        return Journal(self._changes, self._requests, [*self._looked_at.values()])
 
 
 class _Service:
-    """What all connections share: the counts, and whether operations are approved."""
+    """What all connections share: the counts, and how operations and the service itself are."""
 
     def __init__(self) -> None:
         self.requests = 0
         self.connections = 0
         self.most_connections = 0
-        self.approve(approved=False)
+        self._failure: Failure | None = None
+        self._journal: _Journal | None = None
+        self._approve(approved=False)
 
-    def approve(self, *, approved: bool) -> None:
+    def answer(self, operation_id: bytes) -> bytes:
+        """Return the whole answer; nothing where the connection is to be closed instead."""
+        self.requests += 1
+        if self._journal is not None:
+            self._journal.request(operation_id, answered=self._failure is None)
+        if self._failure is not None:
+            return _UNAVAILABLE if self._failure is Failure.UNAVAILABLE else b""
+        return _ok(b"%b%b%b" % (self._body_head, operation_id, self._body_tail))
+
+    def control(self, command: str) -> bytes:
+        if command == "keep":
+            self._journal = _Journal()
+        elif command == "journal" and self._journal is not None:
+            journal, self._journal = self._journal.closed(), None
+            return json.dumps(journal).encode()
+        elif command != "facts":
+            self._change(command)
+        looked_at = 0 if self._journal is None else self._journal.looked_at
+        counts = (self.requests, self.connections, self.most_connections, looked_at)
+        return json.dumps(Facts(time.perf_counter(), time.process_time(), *counts)).encode()
+
+    def _change(self, command: str) -> None:
+        if command in {*Failure}:
+            self._failure = Failure(command)
+        else:
+            self._failure = None
+            self._approve(approved=command == "approved")
+        if self._journal is not None:
+            self._journal.change()
+
+    def _approve(self, *, approved: bool) -> None:
         answer: dict[str, object] = {
             "id": 123456,
             "timestamp": "2026-01-02T03:04:05.678",
@@ -57,13 +133,11 @@ class _Service:
             "state": "approved" if approved else "pending",
             "operationId": "?",
         }
-        self.body_head, self.body_tail = json.dumps(answer, separators=(",", ":")).encode().rsplit(b"?", 1)
+        self._body_head, self._body_tail = json.dumps(answer, separators=(",", ":")).encode().rsplit(b"?", 1)
 
-    def control(self, command: bytes) -> bytes:
-        if command != b"facts":
-            self.approve(approved=command == b"approved")
-        facts = Facts(time.perf_counter(), time.process_time(), self.requests, self.connections, self.most_connections)
-        return json.dumps(facts).encode()
+
+def _ok(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 class _Connection(asyncio.Protocol):
@@ -81,17 +155,17 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         *heads, self._rest = (self._rest + data).split(b"\r\n\r\n")
-        self._transport.write(b"".join(map(self._answer, heads)))
+        answers = [self._answer(head) for head in heads]
+        if b"" in answers:
+            self._transport.abort()
+        else:
+            self._transport.write(b"".join(answers))
 
     def _answer(self, head: bytes) -> bytes:
-        service = self._service
         target = head[4 : head.index(b" ", 4)]  # after b"GET "
         if target.startswith(_CONTROL):
-            body = service.control(target.removeprefix(_CONTROL))
-        else:
-            service.requests += 1
-            body = b"%b%b%b" % (service.body_head, target.rpartition(b"/")[2], service.body_tail)
-        return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            return _ok(self._service.control(target.removeprefix(_CONTROL).decode()))
+        return self._service.answer(target.rpartition(b"/")[2])
 
 
 async def _listen(started: Connection) -> None:
@@ -126,16 +200,28 @@ class Server:
 
     def facts(self) -> Facts:
         """Ask what it has done so far. Blocks."""
-        return self._control("facts")
+        return Facts(*json.loads(self._control("facts")))
 
     def approve(self, *, approved: bool) -> None:
-        """Have all operations approved, or pending, from now on. Blocks."""
+        """Have all operations approved, or pending, from now on; a service that is down is up again. Blocks."""
         self._control("approved" if approved else "pending")
 
-    def _control(self, command: str) -> Facts:
+    def fail(self, failure: Failure) -> None:
+        """Be down from now on. Blocks."""
+        self._control(failure)
+
+    def keep_journal(self) -> None:
+        """Begin a journal. Blocks."""
+        self._control("keep")
+
+    def journal(self) -> Journal:
+        """End the journal, and return it. Blocks."""
+        return Journal(*json.loads(self._control("journal")))
+
+    def _control(self, command: str) -> bytes:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             connection.request("GET", f"/-/{command}")
-            return Facts(*json.loads(connection.getresponse().read()))
+            return connection.getresponse().read()
 
 
 class Workload:
