@@ -9,6 +9,8 @@ from __future__ import annotations
 from heapq import heappop, heappush
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+import msgspec
+
 _SWEEP: Final = 4  # entries moved a call, while there are many stale ones
 _SLACK: Final = 64  # stale entries that are not worth sweeping
 
@@ -25,6 +27,13 @@ class Bookable(Protocol):
 B = TypeVar("B", bound=Bookable)
 
 
+class _Entry(msgspec.Struct, Generic[B], order=True):
+    """What the heaps hold: ordered like a tuple, in the same time, and smaller than one."""
+
+    when: float
+    item: B
+
+
 class Agenda(Generic[B]):
     """A queue ordered by time, and where that is equal by the items; an item has at most one entry.
 
@@ -35,8 +44,8 @@ class Agenda(Generic[B]):
     __slots__ = ("_heap", "_live", "_old")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, B]] = []
-        self._old: list[tuple[float, B]] = []  # the heap before a sweep: a prefix of a heap is a heap
+        self._heap: list[_Entry[B]] = []
+        self._old: list[_Entry[B]] = []  # the heap before a sweep: a prefix of a heap is a heap
         self._live = 0
 
     def __len__(self) -> int:
@@ -49,7 +58,7 @@ class Agenda(Generic[B]):
         elif item.booking is when:
             return
         item.booking = when
-        heappush(self._heap, (when, item))
+        heappush(self._heap, _Entry(when, item))
         self._sweep()
 
     def cancel(self, item: B) -> None:
@@ -62,25 +71,25 @@ class Agenda(Generic[B]):
     def first(self) -> float | None:
         """Return the time of the earliest entry, or None where there is none."""
         heap = self._front()
-        return heap[0][0] if heap else None
+        return heap[0].when if heap else None
 
     def take(self, now: float) -> B | None:
         """Take out the earliest entry that is due at `now`, or return None."""
         heap = self._front()
-        if not heap or heap[0][0] > now:
+        if not heap or heap[0].when > now:
             return None
-        item = heappop(heap)[1]
+        item = heappop(heap).item
         item.booking = None
         self._live -= 1
         self._sweep()
         return item
 
-    def _front(self) -> list[tuple[float, B]]:
+    def _front(self) -> list[_Entry[B]]:
         """Return the heap, of the two, whose top is the earliest live entry."""
         heap, old = self._heap, self._old
-        while heap and heap[0][1].booking is not heap[0][0]:
+        while heap and heap[0].item.booking is not heap[0].when:
             heappop(heap)
-        while old and old[0][1].booking is not old[0][0]:
+        while old and old[0].item.booking is not old[0].when:
             heappop(old)
         return old if old and (not heap or old[0] < heap[0]) else heap
 
@@ -91,5 +100,5 @@ class Agenda(Generic[B]):
             self._old, self._heap = self._heap, []
         for _ in range(min(_SWEEP, len(self._old))):
             entry = self._old.pop()
-            if entry[1].booking is entry[0]:
+            if entry.item.booking is entry.when:
                 heappush(self._heap, entry)

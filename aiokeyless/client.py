@@ -328,7 +328,7 @@ class KeylessClient:
         # The options are not kept: they would sleep along with each wait.
         poller, wait = self._start(self._options(target, timeout, schedule, if_missing))
         try:
-            return _result(await wait.future)
+            return _result(await wait)
         finally:
             poller.leave(wait)
 
@@ -486,7 +486,7 @@ class KeylessClient:
             try:
                 async for update in receive:
                     yield update
-                _result(wait.future.result())
+                _result(wait.result())
             finally:
                 poller.leave(wait)
 
@@ -503,7 +503,7 @@ class KeylessClient:
                         send.send_nowait(_outcome(options["operation_id"], error))
                         continue
                     begun.append(wait)
-                    wait.future.add_done_callback(functools.partial(_report, send, options["operation_id"]))
+                    wait.add_done_callback(functools.partial(_report, send, options["operation_id"]))
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)
                 for _ in waits:

@@ -1,6 +1,6 @@
 """All the waits of one client: two agendas, one timer, and few workers that look at what is due.
 
-A wait is one slotted object and one future. Waits for the same operation share a `Watch` and its looks. Workers are
+A wait is one slotted future. Waits for the same operation share a `Watch` and its looks. Workers are
 tasks that take the next due look from the agenda themselves and exit when nothing is due, so that ten thousand waits
 due at once cost the event loop no more than ``max_in_flight`` of them. What an answer means is `approval`'s to decide,
 when to look next `schedule`'s, how much the service bears `health`'s; here is only the awaiting and the book-keeping.
@@ -28,7 +28,7 @@ from .errors import (
     StatusError,
 )
 from .health import Health, error_delay
-from .models import ApprovalUpdate, ClientStatistics, Operation
+from .models import ApprovalUpdate, ClientStatistics, Operation, pack_pending
 from .protocol import get_operation, is_transient
 from .schedule import next_delay, wait_adaptive
 from .waits import Look, Wait, Watch
@@ -81,7 +81,7 @@ class Poller:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
         self._created: dict[str, float] = {}
-        self._watched = 0
+        self._came = -math.inf
         self._waiting = 0
         self._polls = 0
         self._approvals = 0
@@ -129,10 +129,10 @@ class Poller:
         fresh = ticket is not None and operation_id in self._created and age < FRESH
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
         origin = now - age if age else now  # the same float twice, not two of them: there are many waits
-        watch = self._watch(operation_id, origin, ticket)
+        watch = self._watch(operation_id, now, origin, ticket)
         wait = Wait(
             watch,
-            self._loop.create_future(),
+            self._loop,
             began=now,
             origin=origin,
             deadline=now + timeout,
@@ -142,12 +142,7 @@ class Poller:
             updates=updates,
         )
         wait.attempt += fresh
-        if watch.waits:
-            watch.waits.append(wait)
-        else:
-            watch.waits = [wait]  # with no room for more, which nearly none needs
-        watch.live += 1
-        watch.patient += 1
+        watch.join(wait)
         self._waiting += 1
         if schedule is self._schedule and not watch.pupils:
             watch.pupils = self._pupils  # one tuple for all, as nearly all are
@@ -163,7 +158,7 @@ class Poller:
     def leave(self, wait: Wait) -> None:
         """End a wait that nobody awaits any more; harmless after it has ended."""
         if wait.listed:
-            wait.future.cancel()
+            wait.cancel()
             self._close(wait)
 
     async def aclose(self) -> None:
@@ -221,11 +216,11 @@ class Poller:
 
     # -- watches and waits
 
-    def _watch(self, operation_id: str, origin: float, ticket: ApprovalTicket | None) -> Watch:
+    def _watch(self, operation_id: str, now: float, origin: float, ticket: ApprovalTicket | None) -> Watch:
         watch = self._watches.get(operation_id)
         if watch is None:
-            self._watched += 1
-            watch = Watch(self._watched, operation_id, self._transport.url(get_operation(operation_id)), origin)
+            self._came = max(now, math.nextafter(self._came, math.inf))  # a coarse clock may show a time twice
+            watch = Watch(self._came, operation_id, self._transport.url(get_operation(operation_id)), origin)
             self._watches[operation_id] = watch
         watch.origin = min(watch.origin, origin)
         watch.dated = watch.dated or ticket is not None
@@ -233,9 +228,9 @@ class Poller:
 
     def _end(self, wait: Wait, outcome: Outcome) -> None:
         """Give a wait its outcome."""
-        if wait.future.done():  # cancelled in this very turn of the loop: whoever awaited it is about to leave
+        if wait.done():  # cancelled in this very turn of the loop: whoever awaited it is about to leave
             return
-        wait.future.set_result(outcome)
+        wait.set_result(outcome)
         if isinstance(outcome, Operation):
             self._approvals += 1
         elif isinstance(outcome, ApprovalTimeoutError):
@@ -250,21 +245,17 @@ class Poller:
         self._deadlines.cancel(wait)
         if wait.updates is not None:
             wait.updates.close()
-        watch.live -= 1
-        watch.patient -= not wait.overtime
+        watch.part(wait)
         self._waiting -= 1
-        if len(watch.waits) > 2 * watch.live:
-            watch.waits = watch.current()
         if not watch.live:
             self._unwatch(watch)
 
     def _unwatch(self, watch: Watch) -> None:
         del self._watches[watch.operation_id]
         self._do_not_want(watch)
-        if watch.looks:
-            for look in self._flying:
-                if look.watch is watch:
-                    look.stop()
+        for look in self._flying:
+            if look.watch is watch:
+                look.stop()
         if not self._watches:
             self._finals.clear()
             self._disarm()
@@ -359,7 +350,7 @@ class Poller:
 
     def _begin_overtime(self, watch: Watch, now: float) -> None:
         """See to it that all waits of an operation whose time is up share one final look."""
-        for wait in watch.waits:
+        for wait in watch.waits():
             if wait.deadline <= now + _RESOLUTION and wait.listed and not wait.overtime:
                 wait.overtime = True
                 watch.patient -= 1
@@ -414,7 +405,6 @@ class Poller:
     def _new_look(self, watch: Watch, now: float, *, final: bool) -> Look:
         look = Look(watch, now, final=final)
         self._flying[look] = None
-        watch.looks += 1
         if final:
             self._finals_flying += 1
         else:
@@ -454,7 +444,7 @@ class Poller:
         self._begin(look)
         self._process(look, await self._fetch(look))
 
-    async def _fetch(self, look: Look) -> tuple[Operation, bytes] | KeylessError | None:
+    async def _fetch(self, look: Look) -> Operation | KeylessError | None:
         """Do the exchange; None where it was cut off because nobody could use it any more."""
         try:
             return await self._transport.look(look.watch.url)
@@ -482,7 +472,6 @@ class Poller:
         """Take a look out of the books, and see to it that another one follows if one is needed."""
         del self._flying[look]
         watch = look.watch
-        watch.looks -= 1
         if look.final:
             self._finals_flying -= 1
         else:
@@ -500,19 +489,19 @@ class Poller:
 
     # -- what a look brought
 
-    def _process(self, look: Look, brought: tuple[Operation, bytes] | KeylessError | None) -> None:
+    def _process(self, look: Look, brought: Operation | KeylessError | None) -> None:
         if brought is None:  # cut off, and neither good nor bad
             return
         try:
             if isinstance(brought, KeylessError):
                 self._failed(look, brought)
             else:
-                self._answered(look, *brought)
+                self._answered(look, brought)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not hang them
             for wait in look.watch.current():
                 self._end(wait, error)
 
-    def _answered(self, look: Look, operation: Operation, body: bytes) -> None:
+    def _answered(self, look: Look, operation: Operation) -> None:
         now = self._loop.time()
         self._health.good(now, sent_at=look.sent_at)
         watch = look.watch
@@ -532,16 +521,18 @@ class Poller:
             elif wait not in members:
                 continue
             elif isinstance(verdict, Distrust):
-                wait.seen = body
-                self._end(wait, distrusted(verdict, wait.record(now)))
+                self._end(wait, distrusted(verdict, wait.record(now)._replace(last_operation=operation)))
             else:
-                wait.seen = body
                 pending.append(wait)
+        if pending:
+            seen = pack_pending(operation)
+            for wait in pending:
+                wait.seen = seen
         self._still_pending(look, pending, now, operation=operation)
 
     def _failed(self, look: Look, error: KeylessError) -> None:
         now = self._loop.time()
-        members = [wait for wait in look.members if not wait.future.done()]
+        members = [wait for wait in look.members if not wait.done()]
         if is_transient(error):
             self._failed_for_now(look, members, error, now)
             return
@@ -618,7 +609,7 @@ class Poller:
         good = [delay for delay in delays.values() if isinstance(delay, float)]
         if good:
             self._want(watch, now + min(good))
-        return [wait for wait in waits if not wait.future.done()]
+        return [wait for wait in waits if not wait.done()]
 
     def _update(
         self,

@@ -6,16 +6,14 @@ Who changes them, and when, is the poller's business; here is what they mean.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import TYPE_CHECKING
 
 from .approval import WaitRecord
-from .models import Operation
-from .protocol import GET_OPERATION
+from .models import Operation, unpack_pending
 
 if TYPE_CHECKING:
-    import asyncio
-
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
     from yarl import URL
@@ -27,8 +25,8 @@ if TYPE_CHECKING:
 Outcome = Operation | Exception
 
 
-class Wait:
-    """One wait. Whoever made it awaits `future`, which never raises: errors are results too."""
+class Wait(asyncio.Future[Outcome]):
+    """One wait, which is the future that whoever made it awaits. It never raises: errors are results too."""
 
     __slots__ = (
         "attempt",
@@ -37,7 +35,6 @@ class Wait:
         "deadline",
         "error",
         "final",
-        "future",
         "listed",
         "may_be_missing",
         "origin",
@@ -53,7 +50,7 @@ class Wait:
     def __init__(
         self,
         watch: Watch,
-        future: asyncio.Future[Outcome],
+        loop: asyncio.AbstractEventLoop,
         *,
         began: float,
         origin: float,
@@ -63,8 +60,8 @@ class Wait:
         may_be_missing: bool,
         updates: MemoryObjectSendStream[ApprovalUpdate] | None,
     ) -> None:
+        super().__init__(loop=loop)
         self.watch = watch
-        self.future = future
         self.began = began
         self.origin = origin  # when the operation was created, as far as this wait knows
         self.deadline = deadline
@@ -74,7 +71,7 @@ class Wait:
         self.updates = updates
         self.attempt = 1  # for the schedule: delays asked for, of pending answers only
         self.polls = 0
-        self.seen: bytes | None = None  # the last pending answer: bytes are a third of the size of what they decode to
+        self.seen: bytes | None = None  # the last pending answer, packed: a third of the size of what it unpacks to
         self.error: KeylessError | None = None
         self.overtime = False  # its deadline has passed
         self.final: Look | None = None  # its final look, once that is under way
@@ -86,8 +83,9 @@ class Wait:
 
     def record(self, now: float) -> WaitRecord:
         """Return what an error tells of this wait."""
-        seen = GET_OPERATION.decode(self.seen) if self.seen is not None else None
-        return WaitRecord(self.watch.operation_id, seen, self.error, self.polls, now - self.began, self.ticket)
+        operation_id = self.watch.operation_id
+        seen = unpack_pending(self.seen, operation_id) if self.seen is not None else None
+        return WaitRecord(operation_id, seen, self.error, self.polls, now - self.began, self.ticket)
 
 
 class Watch:
@@ -95,34 +93,34 @@ class Watch:
 
     __slots__ = (
         "booking",
+        "came",
         "dated",
         "due",
         "failures",
         "final_wanted",
+        "first",
         "live",
         "look",
-        "looks",
-        "number",
         "operation_id",
         "origin",
+        "others",
         "patient",
         "pending_at",
         "pupils",
         "url",
-        "waits",
     )
 
-    def __init__(self, number: int, operation_id: str, url: URL, origin: float) -> None:
-        self.number = number  # in the order of their coming
+    def __init__(self, came: float, operation_id: str, url: URL, origin: float) -> None:
+        self.came = came  # when, and no two at the same time
         self.operation_id = operation_id
         self.url = url
         self.origin = origin
         self.dated = False  # whether origin is the operation's creation, from a ticket, and not just a wait's start
-        self.waits: list[Wait] = []  # ended ones too, until there are many
-        self.live = 0  # those that have not ended
+        self.first: Wait | None = None
+        self.others: list[Wait] | None = None  # for nearly every operation there is one wait alone: no list for it
+        self.live = 0  # waits that have not ended
         self.patient = 0  # those of them whose deadline is still to come
         self.look: Look | None = None  # the ordinary look under way
-        self.looks = 0  # looks under way, final ones too
         self.due = math.inf  # of the next ordinary look; while one is under way: of the one that latecomers want
         self.final_wanted = False
         self.failures = 0  # transient ones in a row
@@ -131,11 +129,37 @@ class Watch:
         self.booking: float | None = None
 
     def __lt__(self, other: Watch) -> bool:
-        return self.number < other.number  # of those due at the same time, the first to come
+        return self.came < other.came  # of those due at the same time, the first to come
+
+    def join(self, wait: Wait) -> None:
+        """Take a wait in."""
+        if self.first is None:
+            self.first = wait
+        elif self.others is None:
+            self.others = [wait]
+        else:
+            self.others.append(wait)
+        self.live += 1
+        self.patient += 1
+
+    def part(self, wait: Wait) -> None:
+        """Let go of a wait that has ended; it stays until more than half of them have."""
+        self.live -= 1
+        self.patient -= not wait.overtime
+        if 1 + len(self.others or ()) > 2 * self.live:
+            kept = self.current()
+            self.first = kept.pop(0) if kept else None
+            self.others = kept or None
+
+    def waits(self) -> list[Wait]:
+        """Return the waits in the order of their coming, some that have ended among them."""
+        if self.first is None:
+            return []
+        return [self.first, *(self.others or ())]
 
     def current(self) -> list[Wait]:
         """Return the waits that have not ended."""
-        return [wait for wait in self.waits if not wait.future.done()]
+        return [wait for wait in self.waits() if not wait.done()]
 
 
 class Look:
@@ -156,7 +180,7 @@ class Look:
 
     def serves(self, wait: Wait) -> bool:
         """Whether the answer still counts for a member: for one whose time is up, only that of its final look does."""
-        return not wait.future.done() and (not wait.overtime or wait.final is self)
+        return not wait.done() and (not wait.overtime or wait.final is self)
 
     def stop(self, *, overdue: bool = False) -> None:
         """Cut the exchange off, once; overdue: since it took longer than an exchange may."""

@@ -30,8 +30,10 @@ from aiokeyless.models import (
     Region,
     Secret,
     decode_hook,
+    pack_pending,
     payload_digest,
     seconds,
+    unpack_pending,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +68,39 @@ def operation(**changed: Any) -> Operation:
 
 def pending() -> PendingOperation:
     return PendingOperation(operation_id="txn-1", operation_payload=PAYLOAD)
+
+
+# -- a pending operation, packed
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "id": st.integers(-(10**30), 10**30),
+            "timestamp": texts,
+            "nodeId": texts,
+            "userId": texts,
+            "apiKey": texts,
+            "operationId": texts,
+            "result": st.booleans(),
+        },
+        optional={name: texts | st.none() for name in OPTIONAL},
+    )
+)
+def test_a_pending_operation_comes_out_of_the_pack_as_it_went_in(fields: dict[str, Any]) -> None:
+    before = decode(fields | {"state": "pending"})
+    after = unpack_pending(pack_pending(before), before.operation_id)
+    assert after == before
+    assert [type(value) for value in msgspec.structs.astuple(after)] == [
+        type(value) for value in msgspec.structs.astuple(before)
+    ]
+
+
+def test_a_packed_operation_holds_neither_names_nor_what_its_wait_knows() -> None:
+    packed = pack_pending(operation(state="pending", result=False))
+    assert not any(text.encode() in packed for text in ["operationId", "apiKey", "state", "txn-1", "pending"])
 
 
 # -- Secret

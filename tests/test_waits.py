@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import pytest
 from tenacity import wait_fixed
 from yarl import URL
 
 from aiokeyless.waits import Look, Wait, Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @pytest.fixture
@@ -17,7 +21,7 @@ def watch() -> Watch:
 def make_wait(watch: Watch) -> Wait:
     return Wait(
         watch,
-        asyncio.get_running_loop().create_future(),
+        asyncio.get_running_loop(),
         began=0.0,
         origin=0.0,
         deadline=10.0,
@@ -55,7 +59,7 @@ async def test_a_look_serves_a_wait_in_time(watch: Watch) -> None:
 
 async def test_a_look_does_not_serve_a_wait_that_ended(watch: Watch) -> None:
     wait = make_wait(watch)
-    wait.future.cancel()
+    wait.cancel()
     assert not Look(watch, 0.0, final=False).serves(wait)
 
 
@@ -65,6 +69,31 @@ async def test_in_overtime_only_the_final_look_serves(watch: Watch) -> None:
     wait.final = final
     assert final.serves(wait)
     assert not other.serves(wait)
+
+
+async def test_a_watch_knows_its_waits_in_the_order_of_their_coming(watch: Watch) -> None:
+    assert watch.waits() == []
+    waits = [make_wait(watch) for _ in range(5)]
+    for wait in waits:
+        watch.join(wait)
+    assert watch.waits() == waits
+    waits[0].cancel()
+    assert watch.current() == waits[1:]
+
+
+@pytest.mark.parametrize("order", [range(5), range(4, -1, -1), [2, 0, 4, 1, 3]], ids=["first", "last", "any"])
+async def test_a_watch_lets_go_of_waits_that_have_ended(watch: Watch, order: Sequence[int]) -> None:
+    waits = [make_wait(watch) for _ in order]
+    for wait in waits:
+        watch.join(wait)
+    for ended, k in enumerate(order, 1):
+        waits[k].cancel()
+        watch.part(waits[k])
+        assert (watch.live, watch.patient) == (5 - ended, 5 - ended)
+        assert watch.current() == [wait for wait in waits if not wait.done()]
+        assert len(watch.waits()) <= 2 * watch.live
+    watch.join(another := make_wait(watch))
+    assert watch.waits() == [another]
 
 
 async def test_waits_and_watches_hold_nothing_else(watch: Watch) -> None:
