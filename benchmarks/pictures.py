@@ -36,7 +36,7 @@ def panels(count: int, *, width: float = 4.6, height: float = 3.6) -> tuple[Figu
     from matplotlib import rcParams  # noqa: PLC0415  # see above
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    rcParams.update(_STYLE)
+    rcParams.update(_STYLE)  # type: ignore[arg-type]  # it wants a literal of each name
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, [figure.add_subplot(1, count, k + 1) for k in range(count)]
 
