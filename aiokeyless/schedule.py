@@ -69,6 +69,9 @@ _NO_OPINION: Final = 1e-6
 _ABOVE_ZERO: Final = math.ulp(0.0)
 _FINITE: Final = sys.float_info.max
 
+#: Of a wait's length, until the moment is known well enough: to a hundredth of a second in hours.
+_HALVINGS: Final = 20
+
 #: Bounds of what a strategy may ask for, in seconds.
 _SHORTEST_DELAY: Final = 0.02
 _LONGEST_DELAY: Final = 3600.0
@@ -146,12 +149,38 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         """
         start = retry_state.seconds_since_start
         # Asked this way round None, a clock that ran backwards and NaN all mean: at the beginning.
-        step = self._curve.step(start if start and start > 0.0 else 0.0, self._poll_cost)
-        # Not min(): what overflowed on the way is NaN, and that is a long delay as well.
-        delay = max(step, self._min_interval) if step < self._max_interval else self._max_interval
+        delay = self._interval(start if start and start > 0.0 else 0.0)
         shortest = max(delay * (1.0 - self._jitter), self._min_interval)
         longest = min(delay * (1.0 + self._jitter), self._max_interval)
         return shortest + (longest - shortest) * random.random()  # noqa: S311 - spreads load, guards nothing
+
+    def _interval(self, start: float) -> float:
+        """Return the delay without its jitter."""
+        step = self._curve.step(start, self._poll_cost)
+        # Not min(): what overflowed on the way is NaN, and that is a long delay as well.
+        return max(step, self._min_interval) if step < self._max_interval else self._max_interval
+
+    def look_before(self, moment: float) -> float:
+        """Return when the look before one at this moment was, if this schedule set both.
+
+        For whoever keeps nothing of a wait between two looks, and still has something to `observe`. It is as exact as
+        the looks were punctual: jitter and failed looks are left out.
+
+        Args:
+            moment: Seconds since the operation was created, at least 0.
+
+        Returns:
+            Seconds since the operation was created; 0 where the look is the first one.
+        """
+        low, high = 0.0, moment
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            # Short of it by more than rounding: where nobody approves, all moments lead to the same look.
+            if middle + self._interval(middle) < moment * (1 - 1e-9):
+                low = middle
+            else:
+                high = middle
+        return low
 
     def __repr__(self) -> str:
         return (
