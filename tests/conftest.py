@@ -39,5 +39,5 @@ def client(keyless_client: KeylessClient) -> KeylessClient:
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests must not depend on the key of whoever runs them."""
-    for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL"):
+    for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "NATS_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -1,137 +1,171 @@
-"""The event worker on a real broker and the real clock: what goes wrong first, then a thousand events at once."""
+"""Payments on a real broker, with a real worker and the real clock: what goes wrong first, then a thousand at once."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
-import sysconfig
 import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import nats
 import nats.js.errors
 import pytest
+from msgspec.structs import replace
+from nats.js.api import DiscardPolicy
+from nats_server import NatsServer, until
 from tenacity import wait_fixed
+
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "event_worker"
 sys.path.insert(0, str(EXAMPLE))
 
-from worker import Payment, Verdict, make_app  # noqa: E402  # examples are programs, not a package
+from payments import Payment, make_app, verdict  # noqa: E402  # examples are programs, not a package
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator
 
-    from nats.js import JetStreamContext
+    from nats.aio.client import Client
     from nats.js.api import ConsumerInfo
 
-    from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
-PATIENCE = 20.0
 RETRY = 0.2
+PATIENCE = 30.0
 
 
-class Sent(NamedTuple):
+class Verdict(NamedTuple):
     kind: str
     payment_id: str
+    amount: str = "40.00"
 
 
-class Broker:
-    """A broker's stream of payments, seen from outside."""
+class Streams:
+    """What the application reads and writes, seen from outside."""
 
-    def __init__(self, url: str, stream: JetStreamContext) -> None:
-        self.url = url
-        self._stream = stream
+    def __init__(self, connection: Client) -> None:
+        self.connection = connection
+        self.js = connection.jetstream()
 
-    async def is_ready(self) -> bool:
+    async def request(self, payment: Payment) -> None:
+        await self.send(msgspec.json.encode(payment))
+
+    async def send(self, event: bytes) -> None:
+        await self.js.publish("payments.requested", event, stream="payments")
+
+    async def verdicts(self) -> list[Verdict]:
+        last = (await self.js.stream_info("payments")).state.last_seq
+        events = [await self.js.get_msg("payments", number) for number in range(1, last + 1)]
+        return [
+            Verdict(kind, payment.payment_id, payment.amount)
+            for event in events
+            if (kind := (event.subject or "").partition(".")[2]) != "requested"
+            for payment in [msgspec.json.decode(event.data or b"", type=Payment)]
+        ]
+
+    async def settled(self) -> list[Verdict]:
+        """Wait until no event is left to do; return the verdicts."""
+        # In the order in which one thing follows another: nothing more comes of what is done.
+        await until(self.are_asked)
+        await until(self.are_waited_for_no_more)
+        await until(self.are_decided)
+        return await self.verdicts()
+
+    async def requests(self) -> ConsumerInfo:
+        return await self._consumer("payments")
+
+    async def outcomes(self) -> ConsumerInfo:
+        return await self._consumer("KEYLESS_OUTCOMES")
+
+    async def _consumer(self, stream: str) -> ConsumerInfo:
+        info: ConsumerInfo = await self.js.consumer_info(stream, "payments")
+        return info
+
+    async def are_read(self) -> bool:
         try:
-            await self.consumer()
+            await self.outcomes()
         except nats.js.errors.NotFoundError:
             return False
         return True
 
-    async def request(self, payment: Payment) -> None:
-        await self.send(payment.model_dump_json())
+    async def are_asked(self) -> bool:
+        return is_idle(await self.requests())
 
-    async def send(self, event: str) -> None:
-        await self._stream.publish("payments.requested", event.encode(), stream="payments")
+    async def are_waited_for_no_more(self) -> bool:
+        return not (await self.js.stream_info("KEYLESS_REQUESTS")).state.messages
 
-    async def verdicts(self) -> list[Sent]:
-        state = (await self._stream.stream_info("payments")).state
-        events = [await self._stream.get_msg("payments", number) for number in range(1, state.last_seq + 1)]
-        return [
-            Sent(event.subject or "", Verdict.model_validate_json(event.data or b"").payment_id)
-            for event in events
-            if event.subject != "payments.requested"
-        ]
+    async def are_decided(self) -> bool:
+        return is_idle(await self.outcomes())
 
-    async def settled(self) -> list[Sent]:
-        """Wait until no event is left to do; return the verdicts."""
+    async def has_verdicts(self) -> bool:
+        return bool(await self.verdicts())
 
-        async def nothing_to_do() -> bool:
-            info = await self.consumer()
-            return not info.num_pending and not info.num_ack_pending
+    async def asks_again(self) -> bool:
+        return bool((await self.requests()).num_redelivered)
 
-        await until(nothing_to_do)
-        return await self.verdicts()
-
-    async def retried(self) -> bool:
-        return bool((await self.consumer()).num_redelivered)
-
-    async def consumer(self) -> ConsumerInfo:
-        info: ConsumerInfo = await self._stream.consumer_info("payments", "approvals")
-        return info
+    async def decides_again(self) -> bool:
+        return bool((await self.outcomes()).num_redelivered)
 
 
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        met = condition()
-        if met if isinstance(met, bool) else await met:
-            return
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
+def is_idle(consumer: ConsumerInfo) -> bool:
+    return not consumer.num_pending and not consumer.num_ack_pending
 
 
 @pytest.fixture
-async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-    async with sandbox.client(schedule=wait_fixed(0.05)) as client:
-        yield client
-
-
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncGenerator[Broker]:
-    program = Path(sysconfig.get_path("scripts"), "nats-server")
-    options = ("-a", "127.0.0.1", "-p", "-1", "-js", "-sd", tmp_path, "--ports_file_dir", tmp_path)
-    server = await asyncio.create_subprocess_exec(program, *options, stderr=asyncio.subprocess.DEVNULL)
+async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    server = NatsServer(tmp_path)
+    await server.start()
     try:
-        ports = tmp_path / f"nats-server_{server.pid}.ports"
-        await until(lambda: url_in(ports) != "")
-        async with await nats.connect(url_in(ports)) as connection:
-            stream = connection.jetstream()
-            await stream.account_info()  # the connection's own tasks are there from now on
-            yield Broker(url_in(ports), stream)
+        yield server
     finally:
-        server.terminate()
-        await server.wait()
+        server.stop()
 
 
-def url_in(ports: Path) -> str:
-    try:
-        return str(json.loads(ports.read_text())["nats"][0])
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or half written
-        return ""
+@pytest.fixture
+async def connection(broker: NatsServer) -> AsyncGenerator[Client]:
+    async with await nats.connect(broker.url, reconnect_time_wait=0) as connection:
+        yield connection
+
+
+@pytest.fixture
+def streams(connection: Client) -> Streams:
+    return Streams(connection)
 
 
 @asynccontextmanager
-async def worker(broker: Broker, client: KeylessClient) -> AsyncGenerator[None]:
-    async with make_app(client, broker.url, retry=RETRY):
+async def working(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
+    async with sandbox.client(max_attempts=1) as client:
+        worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05))
+        task = asyncio.create_task(worker.run())
+        try:
+            await until(lambda: worker.statistics.is_ready or task.done())
+            yield
+        finally:
+            worker.stop()
+            await task
+
+
+@asynccontextmanager
+async def deciding(broker: NatsServer) -> AsyncGenerator[None]:
+    async with make_app(broker.url, retry=RETRY):
+        yield
+
+
+@pytest.fixture
+async def worker(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
+    async with working(broker, sandbox):
+        yield
+
+
+@pytest.fixture
+async def application(broker: NatsServer, worker: None) -> AsyncGenerator[None]:  # noqa: ARG001  # it makes the streams
+    async with deciding(broker):
         yield
 
 
@@ -140,165 +174,269 @@ def payment(payment_id: str = "1", *, amount: str = "40.00", seconds: float = 60
     return Payment(payment_id=payment_id, user_id="c0ffee", amount=amount, payee="alice", approve_by=by)
 
 
-async def test_payment_that_nobody_approves_expires(broker: Broker, client: KeylessClient, sandbox: Sandbox) -> None:
-    async with worker(broker, client):
-        await broker.request(payment(seconds=0.3))
-        assert await broker.settled() == [("payments.expired", "1")]
+async def asked(sandbox: Sandbox, payment_id: str = "1") -> None:
+    await until(lambda: f"payment-{payment_id}" in sandbox.operations)
+
+
+@pytest.mark.usefixtures("application")
+async def test_payment_that_nobody_approves_expires(streams: Streams, sandbox: Sandbox) -> None:
+    await streams.request(payment(seconds=1))
+    assert await streams.settled() == [Verdict("expired", "1")]
     assert sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
 
 
+@pytest.mark.usefixtures("application")
 async def test_late_approval_revives_nothing_even_when_the_event_comes_again(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox
+    streams: Streams, sandbox: Sandbox
 ) -> None:
-    event = payment(seconds=0.3)
-    async with worker(broker, client):
-        await broker.request(event)
-        await broker.settled()
-        sandbox.approve("payment-1")
-        await broker.request(event)
-        assert await broker.settled() == [("payments.expired", "1")]
+    event = payment(seconds=1)
+    await streams.request(event)
+    await streams.settled()
+    sandbox.approve("payment-1")
+    await streams.request(event)
+    assert await streams.settled() == [Verdict("expired", "1")]
 
 
-async def test_event_that_comes_too_late_asks_nobody(broker: Broker, client: KeylessClient, sandbox: Sandbox) -> None:
-    async with worker(broker, client):
-        await broker.request(payment(seconds=-1))
-        assert await broker.settled() == [("payments.expired", "1")]
+@pytest.mark.usefixtures("application")
+async def test_event_that_comes_too_late_asks_nobody(streams: Streams, sandbox: Sandbox) -> None:
+    await streams.request(payment(seconds=-1))
+    assert await streams.settled() == [Verdict("expired", "1")]
     assert not sandbox.operations
 
 
-async def test_event_waits_for_its_verdict_while_keyless_is_down(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox
+@pytest.mark.usefixtures("application")
+async def test_payment_that_was_approved_in_time_is_not_called_expired_by_an_event_that_comes_too_late(
+    streams: Streams, sandbox: Sandbox
 ) -> None:
-    sandbox.fail_next(503, None)
-    async with worker(broker, client):
-        await broker.request(payment())
-        await until(broker.retried)
-        assert await broker.verdicts() == []
-        sandbox.recover()
-        await until(lambda: "payment-1" in sandbox.operations)
-        sandbox.approve("payment-1")
-        assert await broker.settled() == [("payments.approved", "1")]
+    async with sandbox.client() as client:
+        await client.create_operation("c0ffee", operation_id="payment-1", operation_payload="Pay 40.00 to alice")
+    sandbox.approve("payment-1")
+    await streams.request(payment(seconds=-1))
+    assert await streams.settled() == [Verdict("approved", "1")]
 
 
-async def test_payment_that_nobody_knows_about_at_its_deadline_is_not_called_expired(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox
+@pytest.mark.usefixtures("application")
+async def test_payment_that_nobody_knows_about_at_its_deadline_is_unclear(streams: Streams, sandbox: Sandbox) -> None:
+    await streams.request(payment(seconds=2))
+    await asked(sandbox)
+    sandbox.drop_next(None)
+    sandbox.approve("payment-1")  # in time, and nobody could see it
+    assert await streams.settled() == [Verdict("unclear", "1")]
+
+
+@pytest.mark.usefixtures("application")
+async def test_payment_that_keyless_rejects_is_refused(streams: Streams, sandbox: Sandbox) -> None:
+    sandbox.fail_next(400)
+    await streams.request(payment())
+    assert await streams.settled() == [Verdict("refused", "1")]
+
+
+@pytest.mark.usefixtures("application")
+async def test_payment_that_may_wait_longer_than_a_stream_remembers_is_refused_and_asks_nobody(
+    streams: Streams, sandbox: Sandbox
 ) -> None:
-    async with worker(broker, client):
-        await broker.request(payment(seconds=1))
-        await until(lambda: "payment-1" in sandbox.operations)
-        sandbox.drop_next(None)
-        sandbox.approve("payment-1")  # in time, and nobody could see it
-        await until(broker.retried)
-        assert await broker.verdicts() == []
-        sandbox.recover()
-        assert await broker.settled() == [("payments.approved", "1")]
+    await streams.request(payment(seconds=25 * 3600))
+    assert await streams.settled() == [Verdict("refused", "1")]
+    assert not sandbox.operations
 
 
-async def test_event_that_comes_twice_is_one_operation_and_has_one_verdict(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox
-) -> None:
-    event = payment()
-    async with worker(broker, client):
-        await broker.request(event)
-        await broker.request(event)
-        await until(lambda: client.statistics.waiting == 2)
-        sandbox.approve("payment-1")
-        assert await broker.settled() == [("payments.approved", "1")]
-        await broker.request(event)
-        assert await broker.settled() == [("payments.approved", "1")]
-    assert list(sandbox.operations) == ["payment-1"]
-
-
-async def test_approval_of_one_payment_is_none_of_another_that_has_its_id(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox
-) -> None:
-    async with worker(broker, client):
-        await broker.request(payment())
-        await until(lambda: "payment-1" in sandbox.operations)
-        sandbox.approve("payment-1")
-        assert await broker.settled() == [("payments.approved", "1")]
-        await broker.request(payment(amount="9000.00"))
-        await broker.request(payment("2", seconds=0.3))
-        assert await broker.settled() == [("payments.approved", "1"), ("payments.expired", "2")]
-    assert sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"outcome": Outcome.EXPIRED, "answered": False}, "unclear"),
+        ({"outcome": Outcome.FAILED, "reason": FailureReason.INTERNAL}, "unclear"),
+        ({"outcome": Outcome.FAILED, "reason": FailureReason.UNREADABLE}, "unclear"),
+        ({"outcome": Outcome.FAILED, "reason": FailureReason.MISMATCH}, "refused"),
+        ({"outcome": Outcome.FAILED, "reason": "a reason of a later version"}, "refused"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(str(fact) for fact in value.values()),
+)
+def test_verdict_claims_no_more_than_the_worker_knows(facts: dict[str, Any], expected: str) -> None:
+    now = datetime.now(UTC)
+    event = ApprovalEvent(version=1, requested_at=now, decided_at=now, deliveries=1, **facts)
+    assert verdict(event) == expected
 
 
 @pytest.mark.parametrize(
     "event",
     [
-        "no json",
-        payment().model_copy(update={"payment_id": "../1"}).model_dump_json(),
-        payment().model_copy(update={"user_id": "alice"}).model_dump_json(),
-        payment().model_copy(update={"amount": "-40"}).model_dump_json(),
-        payment().model_copy(update={"payee": "alice\n\N{RIGHT-TO-LEFT OVERRIDE}"}).model_dump_json(),
-        payment().model_copy(update={"approve_by": datetime(2026, 11, 24)}).model_dump_json(),  # noqa: DTZ001
+        b"no json",
+        msgspec.json.encode(replace(payment(), payment_id="../1")),
+        msgspec.json.encode(replace(payment(), amount="40.00\n")),
+        msgspec.json.encode(replace(payment(), user_id="alice")),
+        msgspec.json.encode(replace(payment(), amount="-40")),
+        msgspec.json.encode(replace(payment(), payee="alice\n\N{RIGHT-TO-LEFT OVERRIDE}")),
+        msgspec.json.encode(replace(payment(), approve_by=datetime(2026, 11, 24))),  # noqa: DTZ001
     ],
-    ids=["json", "payment_id", "user_id", "amount", "payee", "approve_by"],
+    ids=["json", "payment_id", "newline", "user_id", "amount", "payee", "approve_by"],
 )
+@pytest.mark.usefixtures("application")
 async def test_malformed_event_asks_nobody_and_does_not_come_again(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox, event: str
+    streams: Streams, sandbox: Sandbox, event: bytes
 ) -> None:
-    async with worker(broker, client):
-        await broker.send(event)
-        assert await broker.settled() == []
-        assert not await broker.retried()
+    await streams.send(event)
+    assert await streams.settled() == []
+    assert not (await streams.requests()).num_redelivered
     assert not sandbox.operations
 
 
-async def test_stopping_hands_the_waits_under_way_to_the_next_worker(
-    broker: Broker, client: KeylessClient, sandbox: Sandbox
+@pytest.mark.usefixtures("application")
+async def test_event_that_comes_twice_is_one_operation_and_has_one_verdict(streams: Streams, sandbox: Sandbox) -> None:
+    event = payment()
+    await streams.request(event)
+    await streams.request(event)
+    await asked(sandbox)
+    sandbox.approve("payment-1")
+    assert await streams.settled() == [Verdict("approved", "1")]
+    await streams.request(event)
+    assert await streams.settled() == [Verdict("approved", "1")]
+    assert list(sandbox.operations) == ["payment-1"]
+
+
+@pytest.mark.usefixtures("application")
+async def test_outcome_that_comes_twice_is_one_verdict(streams: Streams) -> None:
+    await streams.request(payment(seconds=0.5))
+    await streams.settled()
+    event = await streams.js.get_msg("KEYLESS_OUTCOMES", 1)
+    await streams.js.publish(event.subject or "", event.data or b"")
+    assert await streams.settled() == [Verdict("expired", "1")]
+
+
+@pytest.mark.usefixtures("application")
+async def test_another_payment_under_the_same_id_is_refused_and_takes_nothing_from_the_first(
+    streams: Streams, sandbox: Sandbox
 ) -> None:
-    before = asyncio.all_tasks()
+    await streams.request(payment())
+    await asked(sandbox)
+    await streams.request(payment(amount="9000.00"))
+    await until(streams.has_verdicts)
+    sandbox.approve("payment-1")
+    assert await streams.settled() == [Verdict("refused", "1", "9000.00"), Verdict("approved", "1", "40.00")]
+    assert sandbox.operations["payment-1"].operation_payload == "Pay 40.00 to alice"
+
+
+@pytest.mark.usefixtures("application")
+async def test_outcome_of_another_application_is_no_verdict_on_a_payment(
+    streams: Streams, connection: Client, sandbox: Sandbox
+) -> None:
+    login = await submit_approval(connection, "c0ffee", context={"login": 7})
+    await until(lambda: login in sandbox.operations)
+    sandbox.approve(login)
+    assert await streams.settled() == []
+
+
+async def test_event_stays_until_the_request_for_its_approval_is_stored(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox
+) -> None:
+    async with working(broker, sandbox):
+        pass
+    await streams.js.delete_stream("KEYLESS_REQUESTS")
+    async with deciding(broker):
+        await streams.request(payment())
+        await until(streams.asks_again)
+        async with working(broker, sandbox):  # it makes the stream again
+            await asked(sandbox)
+            sandbox.approve("payment-1")
+            assert await streams.settled() == [Verdict("approved", "1")]
+
+
+@pytest.mark.usefixtures("application")
+async def test_outcome_stays_until_its_verdict_is_stored(streams: Streams, sandbox: Sandbox) -> None:
+    config = (await streams.js.stream_info("payments")).config
+    await streams.request(payment())
+    await streams.js.update_stream(config, max_msgs=1, discard=DiscardPolicy.NEW)  # full
+    await asked(sandbox)
+    sandbox.approve("payment-1")
+    await until(streams.decides_again)
+    await streams.js.update_stream(config)
+    assert await streams.settled() == [Verdict("approved", "1")]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_application_that_was_away_misses_nothing(broker: NatsServer, streams: Streams, sandbox: Sandbox) -> None:
     names = [f"{number}" for number in range(20)]
-    async with worker(broker, client):
+    async with deciding(broker):
         for name in names:
-            await broker.request(payment(name))
-        await until(lambda: client.statistics.waiting == len(names))
-        began = time.monotonic()
-    assert time.monotonic() - began < 2
-    await until(lambda: asyncio.all_tasks() <= before)
-    assert await broker.verdicts() == []
-    async with sandbox.client(schedule=wait_fixed(0.05)) as another, worker(broker, another):
-        await until(lambda: another.statistics.waiting == len(names))
-        for name in names:
-            sandbox.approve(f"payment-{name}")
-        assert sorted(await broker.settled()) == sorted(("payments.approved", name) for name in names)
-    assert len(sandbox.operations) == len(names)
+            await streams.request(payment(name))
+            await asked(sandbox, name)
+    for name in names:
+        sandbox.approve(f"payment-{name}")
+    await until(streams.are_waited_for_no_more)
+    assert await streams.verdicts() == []
+    async with deciding(broker):
+        assert sorted(await streams.settled()) == sorted(Verdict("approved", name) for name in names)
 
 
-async def run(program: str, broker: Broker, sandbox: Sandbox) -> asyncio.subprocess.Process:
-    environment = {"NATS_URL": broker.url, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", EXAMPLE / program),
-        env={**os.environ, **environment},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+@pytest.mark.usefixtures("application")
+async def test_application_outlives_a_broker_that_is_killed(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox
+) -> None:
+    broker.kill()
+    await until(lambda: not streams.connection.is_connected)
+    await broker.start()
+    await until(lambda: streams.connection.is_connected)
+    await streams.request(payment())
+    await asked(sandbox)
+    sandbox.approve("payment-1")
+    assert await streams.settled() == [Verdict("approved", "1")]
 
 
-async def test_sigterm_ends_the_program_promptly_and_keeps_the_event(broker: Broker, sandbox: Sandbox) -> None:
-    program = await run("worker.py", broker, sandbox)
-    await until(broker.is_ready)
-    await broker.request(payment())
-    await until(lambda: "payment-1" in sandbox.operations)
+async def start(
+    *arguments: str | Path, broker: NatsServer, sandbox: Sandbox | None = None
+) -> asyncio.subprocess.Process:
+    environment = {**os.environ, "NATS_URL": broker.url}
+    if sandbox is not None:  # a worker: nobody else needs a key
+        environment |= {"KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment, stdout=pipe, stderr=pipe)
+
+
+async def ended(program: asyncio.subprocess.Process, *, status: int = 0) -> tuple[str, str]:
+    out, log = await asyncio.wait_for(program.communicate(), PATIENCE)
+    assert program.returncode == status, log.decode()
+    assert b"Traceback" not in log, log.decode()
+    return out.decode(), log.decode()
+
+
+async def test_program_without_a_worker_says_in_one_line_what_to_do(broker: NatsServer) -> None:
+    program = await start(EXAMPLE / "payments.py", broker=broker)
+    _, log = await ended(program, status=1)
+    assert log.splitlines()[-1] == "there is no stream KEYLESS_OUTCOMES: start a worker first, it makes it"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox
+) -> None:
+    program = await start("-W", "error", EXAMPLE / "payments.py", broker=broker)
+    await until(streams.are_read)
+    await streams.request(payment())
+    await asked(sandbox)
     began = time.monotonic()
     program.send_signal(signal.SIGTERM)
-    _, log = await asyncio.wait_for(program.communicate(), PATIENCE)
+    await ended(program)
     assert time.monotonic() - began < 3
-    assert program.returncode == 0
-    assert b"payment 1 will be tried again" in log
-    assert b"Traceback" not in log
-    assert (await broker.consumer()).num_ack_pending == 1
-    assert await broker.verdicts() == []
+    sandbox.approve("payment-1")
+    async with deciding(broker):
+        assert await streams.settled() == [Verdict("approved", "1")]
 
 
-async def test_thousand_events_at_once_wait_on_one_client(broker: Broker, sandbox: Sandbox) -> None:
-    program = await run("payday.py", broker, sandbox)
-    await until(lambda: len(sandbox.operations) == 1000)  # all of them before the first verdict
+async def test_thousand_payments_at_once_over_two_workers_have_a_verdict_each(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox
+) -> None:
+    async with working(broker, sandbox):
+        pass  # the streams are there, so nothing below has to wait for them
+    worker = ("-W", "error", "-m", "aiokeyless", "worker")
+    programs = [await start(*worker, broker=broker, sandbox=sandbox) for _ in range(2)]
+    programs.append(await start("-W", "error", EXAMPLE / "payments.py", broker=broker))
+    await until(streams.are_read)
+    payday = await start("-W", "error", EXAMPLE / "payday.py", broker=broker)
+    await until(lambda: len(sandbox.operations) == 1000, PATIENCE)  # all of them before the first verdict
     for operation_id in list(sandbox.operations):
         sandbox.approve(operation_id)
-    out, log = await asyncio.wait_for(program.communicate(), PATIENCE)
-    assert program.returncode == 0, log
-    assert "payments.approved: 1000" in out.decode().splitlines()
+    out, _ = await ended(payday)
+    assert "payments.approved: 1000" in out.splitlines()
     assert sum(request.method == "POST" for request in sandbox.requests) == 1000
-    assert sandbox.request_count < 20_000
+    for program in programs:
+        program.send_signal(signal.SIGTERM)
+        await ended(program)

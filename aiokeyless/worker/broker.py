@@ -1,0 +1,113 @@
+"""The connection to the broker: refused in one clear line where it does not work at first, mended by itself later."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import nats.errors
+from nats.aio.client import Client
+
+from aiokeyless.health import error_delay
+
+from .logs import log
+from .messages import BrokerError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from nats.aio.client import Server
+
+_CONNECT_WITHIN: Final = 5.0  # seconds
+#: What may be shown of an address: a host and a port, and nothing that may be the half of a password.
+_HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
+
+
+async def connect(
+    nats_url: str, options: Mapping[str, object], *, on_reconnect: Callable[[], Awaitable[None]]
+) -> Client:
+    """Connect to the broker.
+
+    Args:
+        nats_url: Addresses, separated by commas.
+        options: Of ``nats.connect``.
+        on_reconnect: Called when the connection was lost and is there again.
+
+    Raises:
+        BrokerError: It cannot be reached, or does not let this user in.
+    """
+    given: dict[str, Any] = {"name": "aiokeyless worker", "connect_timeout": _CONNECT_WITHIN, **options}
+    servers = [url.strip() for url in nats_url.split(",")]
+    failures: list[Exception] = []
+    try:
+        await _try_once(servers, given, failures)
+        client = Client()
+
+        async def on_disconnect() -> None:
+            if not client.is_closed:  # by the worker itself, at its end
+                log(logging.WARNING, "broker.disconnected")
+
+        await client.connect(
+            servers,
+            **given,
+            max_reconnect_attempts=-1,
+            reconnect_to_server_handler=_next_server,
+            error_cb=_on_error,
+            disconnected_cb=on_disconnect,
+            reconnected_cb=on_reconnect,
+        )
+    except ModuleNotFoundError as error:  # nats-py looks for it when there are credentials to sign with
+        raise BrokerError(f'credentials need {error.name}: pip install "nats-py[nkeys]"') from None
+    except (nats.errors.Error, OSError, ValueError) as error:
+        # That no server is left is said of those that cannot be reached; why not was said before.
+        cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError) else error
+        reason = str(cause) or type(cause).__name__
+        raise BrokerError(f"no connection to the broker at {_shown(servers)}: {reason}") from None
+    return client
+
+
+async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Exception]) -> None:
+    """Connect once without patience: nats-py, which is to be patient later, would be so at first too, for minutes."""
+
+    async def note(error: Exception) -> None:
+        failures.append(error)
+
+    client = Client()
+    hasty = {"error_cb": note, "allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
+    try:
+        await client.connect(servers, **{**given, **hasty})
+    finally:
+        if client.is_connecting or client.is_connected:
+            await client.close()  # a connection that was refused is not closed by itself
+
+
+async def disconnect(connection: Client) -> None:
+    """End the connection, whatever became of the broker."""
+    try:
+        await connection.close()
+    except (OSError, RuntimeError):  # the latter is uvloop's
+        # nats-py still held something for a broker that is away, and gave up before it had ended all of its tasks.
+        for subscription in connection._subs.values():  # noqa: SLF001
+            subscription._stop_processing()  # noqa: SLF001
+
+
+def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
+    """Choose the server that was tried least, after a pause that grows with the tries."""
+    server = min(servers, key=lambda candidate: candidate.reconnects)
+    return server, error_delay(1 + min(server.reconnects, 4))
+
+
+async def _on_error(error: Exception) -> None:
+    log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
+
+
+def _shown(servers: list[str]) -> str:
+    """Return addresses without the passwords and tokens that they may hold."""
+    return ", ".join(_address(server) for server in servers)
+
+
+def _address(server: str) -> str:
+    # Not as a URL is read: a password with a slash in it, not escaped, is what makes a URL wrong.
+    address = server.rpartition("@")[2].rpartition("//")[2].partition("/")[0]
+    return address if _HOST_AND_PORT.fullmatch(address) else "(no host:port)"

@@ -1,0 +1,155 @@
+"""The exchanges with Keyless that a delivery is for: its operation is created, or looked at once.
+
+What an answer means is decided in `decisions`; how the service fares is told to `aiokeyless.health`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless.errors import (
+    AuthenticationError,
+    ClientClosedError,
+    ConfigurationError,
+    ConflictError,
+    KeylessError,
+    NotFoundError,
+    StatusError,
+)
+from aiokeyless.health import error_delay
+from aiokeyless.protocol import is_transient
+
+from .decisions import Again, after_answer, after_creation, after_failure, after_missing, is_last, utc_now
+from .logs import log
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from tenacity.wait import wait_base
+
+    from aiokeyless.client import KeylessClient
+    from aiokeyless.health import Health
+
+    from .decisions import Decision
+    from .messages import Delivery
+
+#: No operation has this id: that it is missing shows that the key is taken.
+_NO_OPERATION: Final = "aiokeyless-worker-looks-whether-its-key-works"
+
+
+class Exchanges:
+    """The exchanges of one worker.
+
+    Args:
+        client: What sends them.
+        schedule: When to look.
+        health: What is told how they went.
+        grace: Seconds past the deadline for which a last look that got no answer is repeated.
+    """
+
+    def __init__(self, client: KeylessClient, *, schedule: wait_base, health: Health, grace: float) -> None:
+        self._client = client
+        self._schedule = schedule
+        self._health = health
+        self._grace = grace
+        self._failures_in_a_row = 0
+        self.created = 0
+        self.looks = 0
+        self.failures = 0  # transient ones
+
+    async def check_key(self) -> None:
+        """Look whether the key works; that Keyless does not answer says nothing about it.
+
+        Raises:
+            KeylessError: It does not, or what answers makes no sense.
+        """
+        try:
+            await self._client.get_operation(_NO_OPERATION)
+        except NotFoundError:
+            pass
+        except KeylessError as error:
+            if not is_transient(error):
+                raise
+            log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
+
+    async def attend(self, delivery: Delivery) -> Decision:
+        """Create the operation, or look at it.
+
+        Raises:
+            KeylessError: Something is wrong with this worker, and not with the request.
+        """
+        if delivery.number > 1 or is_last(delivery, utc_now()):
+            decision = await self._look(delivery)
+            # It is missing: an earlier delivery ended before it was created.
+            return decision or await self._create(delivery) or self._lagging()
+        # Where the id is taken, an earlier publication of the same request may have done it; the look will tell.
+        return await self._create(delivery) or await self._look(delivery) or self._lagging()
+
+    def _lagging(self) -> Again:
+        """Come again soon: the id is taken and nothing is there, as a replica says that lags behind."""
+        return Again(error_delay(1))
+
+    async def _create(self, delivery: Delivery) -> Decision | None:
+        """Create the operation; None where its id is taken."""
+        ticket, sent_at, sent = delivery.ticket, utc_now(), self._now()
+        try:
+            await self._client.create_operation(
+                ticket.user_id,
+                operation_id=ticket.operation_id,
+                operation_payload=delivery.payload,
+                external_user_id=ticket.external_user_id,
+            )
+        except ConflictError:
+            self._went_well(sent)
+            return None
+        except KeylessError as error:
+            return self._failed(delivery, error, sent_at, sent)
+        self._went_well(sent)
+        self.created += 1
+        return after_creation(delivery, utc_now(), self._schedule)
+
+    async def _look(self, delivery: Delivery) -> Decision | None:
+        """Look at the operation; None where there is none and it is not too late to create it."""
+        sent_at, sent = utc_now(), self._now()
+        self.looks += 1
+        try:
+            operation = await self._client.get_operation(delivery.ticket.operation_id)
+        except NotFoundError:
+            self._went_well(sent)
+            return after_missing(delivery, sent_at=sent_at, now=utc_now())
+        except KeylessError as error:
+            return self._failed(delivery, error, sent_at, sent)
+        self._went_well(sent)
+        return after_answer(delivery, operation, sent_at=sent_at, now=utc_now(), schedule=self._schedule)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _went_well(self, sent: float) -> None:
+        self._failures_in_a_row = 0
+        self._health.good(self._now(), sent_at=sent)
+
+    def _failed(self, delivery: Delivery, error: KeylessError, sent_at: datetime, sent: float) -> Decision:
+        if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError):
+            raise error
+        now = self._now()
+        if is_transient(error):
+            self._failures_in_a_row += 1
+            self.failures += 1
+            hold = error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
+            self._health.bad(now, sent_at=sent, is_probe=True, hold=hold)
+            log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
+        else:
+            self._went_well(sent)
+        return after_failure(
+            delivery,
+            error,
+            sent_at=sent_at,
+            now=utc_now(),
+            # While the service is down, its health paces the probes, and this request takes its turn.
+            failures=1 if self._health.is_down else self._failures_in_a_row,
+            held_for=self._health.opens_at() - now,
+            grace=self._grace,
+        )

@@ -1,0 +1,53 @@
+"""Log lines that machines can read: an event and its facts, as ``event key=value ...`` or as JSON.
+
+The logger is ``aiokeyless.worker``. Each record carries the facts as ``record.facts`` too, for handlers of one's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_logger: Final = logging.getLogger("aiokeyless.worker")
+
+
+def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, exc_info: bool = False) -> None:
+    """Log an event and its facts; no secret and no payload is among them."""
+    if _logger.isEnabledFor(level):
+        facts = facts or {}
+        _logger.log(level, "%s", _Line(event, facts), extra={"event": event, "facts": facts}, exc_info=exc_info)
+
+
+class _Line:
+    """Written only when somebody shows it."""
+
+    def __init__(self, event: str, facts: Mapping[str, object]) -> None:
+        self._event = event
+        self._facts = facts
+
+    def __str__(self) -> str:
+        # JSON's way to write texts: a line stays a line, whatever is in a name that somebody chose.
+        return " ".join(
+            [self._event, *(f"{name}={json.dumps(fact, default=str)}" for name, fact in self._facts.items())]
+        )
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: ``at``, ``level``, ``event``, and the facts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record."""
+        line: dict[str, object] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            **(getattr(record, "facts", None) or {"message": record.getMessage()}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

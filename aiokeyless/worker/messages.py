@@ -1,0 +1,295 @@
+"""What travels through the broker: the request for an approval, the event that answers it, and where they travel.
+
+Pure. A request is read as strictly as a form that moves money: an unknown field may be a payload whose name was
+misspelt, so it is refused. What an application passes along as context comes back byte for byte.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from aiokeyless import protocol
+from aiokeyless.errors import ConfigurationError, KeylessError
+from aiokeyless.models import ApprovalTicket, payload_digest, seconds
+
+__all__ = ["ApprovalEvent", "ApprovalRequest", "BrokerError", "FailureReason", "InvalidRequestError", "Outcome"]
+
+T = TypeVar("T")
+
+REQUEST_SUBJECT: Final = "keyless.approvals.request"
+MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
+VERSION: Final = 1
+MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit into a message that the broker takes, 1 MiB by default
+_NOTHING: Final = msgspec.Raw(b"null")
+#: Operation ids of requests that name none are UUIDs (version 5) in this namespace.
+_NAMESPACE: Final = uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e")
+
+
+class BrokerError(KeylessError):
+    """The broker cannot be reached, does not permit what a worker does, or holds a stream with other settings.
+
+    What to do: the message says; mend the address, the permissions or the stream, and start again. Nothing is lost.
+    """
+
+
+class InvalidRequestError(KeylessError):
+    """A message is no request for an approval, and will not become one by being delivered again.
+
+    What to do: mend what publishes it; `submit_approval` publishes requests that are right.
+    """
+
+
+class Outcome(StrEnum):
+    """How a request ended; the last word of the subject of its event."""
+
+    APPROVED = "approved"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+    @property
+    def subject(self) -> str:
+        """Where events of this kind are published."""
+        return f"keyless.approvals.{self}"
+
+
+class FailureReason(StrEnum):
+    """Why a request failed. Names are stable; there may be more of them later."""
+
+    INVALID_REQUEST = "invalid_request"
+    """No JSON, an unknown field or version, an id that cannot be sent, no id at all. Nobody was asked."""
+    CONFLICT = "conflict"
+    """The operation id belongs to an operation of another user, payload or external user id."""
+    MISMATCH = "mismatch"
+    """An answer was about something else than what was asked for: treat it as refused, and investigate."""
+    INCONSISTENT = "inconsistent"
+    """An answer contradicted itself or had an unknown state: treat it as refused, and investigate."""
+    REJECTED = "rejected"
+    """The service refused it for good: an unknown user, a malformed request, a missing permission."""
+    UNREADABLE = "unreadable"
+    """The service answered with JSON of another shape than documented."""
+    INTERNAL = "internal"
+    """The worker itself failed; its log says more. Approved or not, nobody knows: look with ``get_operation``."""
+
+
+class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A request for an approval: the JSON that is published to ``keyless.approvals.request``.
+
+    Attributes:
+        version: Version of this form, 1.
+        user_id: The user, in hex of either case.
+        operation_id: The operation's id, unique in the tenant. Default: derived from the message's ``Nats-Msg-Id``.
+        operation_payload: What the user is asked to approve. Default: nothing.
+        external_user_id: Your own id of the user. Default: none.
+        expires_in: Seconds from `created_at` until waiting ends. Default: 120.
+        created_at: When the application asked, with a zone. Default, and at the latest: when the stream stored it.
+        context: Any JSON of yours, up to 64 KiB, which the event hands back untouched. Default: null.
+    """
+
+    version: int
+    user_id: str
+    operation_id: str | None = None
+    operation_payload: str | None = None
+    external_user_id: str | None = None
+    expires_in: float = 120.0
+    created_at: datetime | None = None
+    context: msgspec.Raw = _NOTHING
+
+    def __repr__(self) -> str:  # neither a payload nor a context of somebody else's belongs into a log
+        return f"<ApprovalRequest of user {self.user_id!r}, operation {self.operation_id!r}>"
+
+
+class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request ended: the JSON published to ``keyless.approvals.approved``, ``.expired`` or ``.failed``.
+
+    Attributes:
+        version: Version of this form, 1.
+        outcome: See `Outcome`.
+        operation_id: The operation; None only where the request was too broken to have one.
+        user_id: The user, in upper-case hex, or None likewise.
+        external_user_id: Your own id of the user, or None.
+        auth_type: Approved: how the user approved, see `aiokeyless.AuthType`; or None.
+        answered: Expired: whether the last look was answered, with "pending". False: approved or not, nobody knows;
+            look with ``get_operation`` before you repeat anything.
+        reason: Failed: see `FailureReason`.
+        detail: Failed: what happened, in words.
+        requested_at: From when on `expires_in` counted.
+        decided_at: When the outcome was known, by the worker's clock.
+        deliveries: How often the broker delivered the request: about the number of looks.
+        context: What the request carried along, as JSON.
+    """
+
+    version: int
+    outcome: Outcome
+    operation_id: str | None = None
+    user_id: str | None = None
+    external_user_id: str | None = None
+    auth_type: str | None = None
+    answered: bool | None = None
+    reason: str | None = None
+    detail: str | None = None
+    requested_at: datetime
+    decided_at: datetime
+    deliveries: int
+    context: msgspec.Raw = _NOTHING
+
+    def read_context(self, type: type[T]) -> T:  # noqa: A002  # as msgspec calls it
+        """Return the context, decoded.
+
+        Args:
+            type: What it should be decoded as, as for ``msgspec.json.decode``; `dict`, for plain data.
+
+        Raises:
+            msgspec.ValidationError: It is not of that type.
+        """
+        return msgspec.json.decode(self.context, type=type)
+
+    def __repr__(self) -> str:
+        return f"<ApprovalEvent {self.outcome} of operation {self.operation_id!r}>"
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """One delivery of a request by the broker: what is asked for, and what the broker's metadata tell about it.
+
+    Attributes:
+        ticket: The operation, its user, its payload's hash, from when and until when it is waited for.
+        payload: What the user is asked to approve.
+        number: Number of this delivery, from 1.
+        message: What the message is called in its stream, whatever is in it: a name that no other one ever has.
+        context: What to hand back.
+    """
+
+    ticket: ApprovalTicket
+    payload: str | None
+    number: int
+    message: str
+    context: msgspec.Raw
+
+    def __repr__(self) -> str:  # as above
+        return f"<Delivery {self.number} of {self.message!r}, operation {self.ticket.operation_id!r}>"
+
+
+def read_request(
+    data: bytes,
+    *,
+    message_id: str | None,
+    message: str,
+    stored_at: datetime,
+    number: int,
+    longest: float,
+    largest: float,
+) -> Delivery:
+    """Read a delivered message.
+
+    Args:
+        data: The message.
+        message_id: Its ``Nats-Msg-Id``, if it has one.
+        message: A name of the message that no other one ever has.
+        stored_at: When the stream stored it.
+        number: Number of this delivery.
+        longest: Seconds that `expires_in` may be at most.
+        largest: Bytes that the message may have at most, so that its event fits into one too.
+
+    Raises:
+        InvalidRequestError: It is no request.
+    """
+    if len(data) > largest:
+        raise InvalidRequestError(f"the message has {len(data)} bytes; at most {largest:g} leave room for its event")
+    try:
+        request = _decode(data)
+        user_id = protocol.check_user_id(request.user_id)
+        operation_id = _operation_id(request, message_id)
+        expires_at, created_at = _times(request, stored_at, longest)
+        external_user_id = protocol.check_text(request.external_user_id, "external_user_id")
+        payload = protocol.check_text(request.operation_payload, "operation_payload")
+    except ConfigurationError as error:
+        raise InvalidRequestError(str(error)) from None
+    if len(request.context) > MAX_CONTEXT:
+        raise InvalidRequestError(
+            f"context is {len(request.context)} bytes of JSON; at most {MAX_CONTEXT} are handed on"
+        )
+    ticket = ApprovalTicket(
+        operation_id=operation_id,
+        user_id=user_id,
+        external_user_id=external_user_id,
+        payload_sha256=payload_digest(payload),
+        created_at=created_at,
+        expires_at=expires_at,
+    )
+    return Delivery(ticket=ticket, payload=payload, number=number, message=message, context=request.context)
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+class _Context(msgspec.Struct):
+    context: msgspec.Raw = _NOTHING
+
+
+def _decode(data: bytes) -> ApprovalRequest:
+    try:
+        data.decode()  # a context, which is not looked into, could hold what is no text
+        version = msgspec.json.decode(data, type=_Version).version
+        if version != VERSION:
+            raise InvalidRequestError(f"version {version} of the request is not known here, only {VERSION}")
+        return msgspec.json.decode(data, type=ApprovalRequest)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the message is no request for an approval: {str(error)[:200]}") from None
+
+
+def _operation_id(request: ApprovalRequest, message_id: str | None) -> str:
+    if request.operation_id is not None:
+        return protocol.check_operation_id(request.operation_id)
+    if not message_id:
+        # Each delivery would make an operation of its own, or a name would have to be invented that may come again.
+        raise InvalidRequestError(f"the request has neither an operation_id nor the header {MESSAGE_ID}")
+    protocol.check_text(message_id, MESSAGE_ID)
+    return derived_operation_id(message_id)
+
+
+def derived_operation_id(message_id: str) -> str:
+    """Return the id of the operation of a request that names none: the same for the same ``Nats-Msg-Id``."""
+    return str(uuid.uuid5(_NAMESPACE, message_id))
+
+
+def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
+    """Return when waiting ends, and since when it counts."""
+    created_at = stored_at
+    if request.created_at is not None:
+        if request.created_at.utcoffset() is None:
+            raise InvalidRequestError("created_at has no zone")
+        # Nobody asks after the question has arrived: a clock that is ahead must not prolong a wait.
+        created_at = min(request.created_at, stored_at)
+    expires_in = seconds(request.expires_in, "expires_in")
+    if expires_in > longest:
+        raise InvalidRequestError(f"expires_in is {expires_in:g} s; the stream's duplicate window allows {longest:g} s")
+    try:
+        created_at = created_at.astimezone(UTC)
+        return created_at + timedelta(seconds=expires_in), created_at
+    except OverflowError:  # the first day of the calendar, and another year in UTC
+        raise InvalidRequestError("created_at is no time of ours") from None
+
+
+def read_context(data: bytes) -> msgspec.Raw:
+    """Return the context of a message that is no request, as far as it can be found."""
+    try:
+        data.decode()
+        context = msgspec.json.decode(data, type=_Context).context
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return _NOTHING
+    return context if len(context) <= MAX_CONTEXT else _NOTHING
+
+
+def operation_name(operation_id: str) -> str:
+    """Return the ``Nats-Msg-Id`` of the outcome of an operation.
+
+    It is the same for each kind of outcome: an operation that was pending at its deadline may be approved when a
+    crash has the request delivered again, and the stream must then keep the first event and drop the second.
+    """
+    return f"operation-{quote(operation_id, safe='')}"

@@ -1,0 +1,352 @@
+"""The worker: it takes deliveries, has the exchange done that each is for, and tells the broker what became of it.
+
+Nothing about a wait is kept here. What is asked of Keyless lives in `exchanges`, what the service bears in
+`aiokeyless.health`; here is the intake, and the care that nothing is acknowledged before its event is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import nats.errors
+
+from aiokeyless.errors import ConfigurationError, KeylessError
+from aiokeyless.health import Health, error_delay
+from aiokeyless.models import seconds
+from aiokeyless.schedule import next_delay, wait_adaptive
+
+from .broker import connect, disconnect
+from .decisions import Again, after_bug, invalid, utc_now
+from .exchanges import Exchanges
+from .intake import EXPIRES, Intake
+from .logs import log
+from .messages import (
+    MESSAGE_ID,
+    FailureReason,
+    InvalidRequestError,
+    Outcome,
+    read_context,
+    read_request,
+)
+from .streams import OUTCOMES, StreamSettings, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from tenacity.wait import wait_base
+
+    from aiokeyless.client import KeylessClient
+
+    from .decisions import Decision
+    from .messages import ApprovalEvent
+
+DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
+_PUBLISH_WITHIN: Final = 5.0  # seconds
+_MARGIN: Final = 5.0  # seconds between the longest that a delivery takes and its redelivery
+_ROOM_FOR_EVENT: Final = 4096  # bytes by which an event may be larger than its request
+
+
+class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is doing, and its counts since it was made.
+
+    Attributes:
+        in_flight: Deliveries under way.
+        deliveries: Deliveries taken.
+        looks: Operations looked at.
+        created: Operations created.
+        approved: Events of this kind published; those that the stream had already are not counted.
+        expired: Likewise.
+        failed: Likewise.
+        duplicates: Events that the stream had already, from a delivery whose acknowledgement was lost.
+        transient_failures: Exchanges with Keyless that failed for a passing reason.
+        is_ready: Whether it takes requests: the broker is there, its streams are, and the worker is not about to end.
+        is_down: Whether Keyless is down, as far as this worker can tell.
+        is_draining: Whether the worker is about to end.
+    """
+
+    in_flight: int
+    deliveries: int
+    looks: int
+    created: int
+    approved: int
+    expired: int
+    failed: int
+    duplicates: int
+    transient_failures: int
+    is_ready: bool
+    is_down: bool
+    is_draining: bool
+
+
+class ApprovalWorker:
+    """Waits for approvals that a broker remembers; any number of workers on any number of machines share the work.
+
+    Each delivery of a request is one look at its operation. As long as that is pending, the request goes back to
+    NATS JetStream with the delay that the schedule asks for, to be delivered to whichever worker is free then. Once it
+    is decided, an event is published, and then the request is acknowledged.
+
+    Args:
+        client: A client with ``max_attempts=1``: it is the broker that repeats. The caller closes it.
+        nats_url: Address of a server of the broker, or several, separated by commas.
+        max_in_flight: Deliveries under way at once. Default: 64.
+        schedule: When to look: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
+        grace: Seconds past the deadline for which a last look that got no answer is repeated; 0: not at all. Default:
+            30.
+        settings: Of the streams, where they are to be made.
+        connect_options: Of ``nats.connect``: credentials, TLS.
+
+    Raises:
+        ConfigurationError: An argument is wrong.
+
+    Example:
+        >>> async with KeylessClient(max_attempts=1) as client:
+        ...     await ApprovalWorker(client).run()
+    """
+
+    def __init__(
+        self,
+        client: KeylessClient,
+        nats_url: str = DEFAULT_NATS_URL,
+        *,
+        max_in_flight: int = 64,
+        schedule: wait_base | None = None,
+        grace: float = 30.0,
+        settings: StreamSettings | None = None,
+        connect_options: Mapping[str, object] | None = None,
+    ) -> None:
+        if client._max_attempts != 1:  # noqa: SLF001  # of the same house
+            raise ConfigurationError("client must be a KeylessClient(max_attempts=1): the broker repeats what failed")
+        if type(max_in_flight) is not int or max_in_flight < 1:
+            raise ConfigurationError(f"max_in_flight must be a whole number, at least 1, not {max_in_flight!r}")
+        grace = seconds(grace, "grace", zero=True)
+        self._nats_url = nats_url
+        self._max_in_flight = max_in_flight
+        self._schedule = schedule if schedule is not None else wait_adaptive()
+        next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a strategy that cannot say is found out here
+        self._settings = settings or StreamSettings()
+        self._connect_options = dict(connect_options or {})
+        # A create, the look whether it is there, the look at it; and the event.
+        self._longest_delivery = 3 * client._request_timeout + _PUBLISH_WITHIN  # noqa: SLF001
+        self._health = Health(max_in_flight)
+        self._exchanges = Exchanges(client, schedule=self._schedule, health=self._health, grace=grace)
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._fatal: KeylessError | None = None
+        self._has_run = False
+        self._connection: Client  # from `run` on
+        self._serving = False
+        self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates"), 0)
+
+    @property
+    def statistics(self) -> WorkerStatistics:
+        """The worker at this moment."""
+        return WorkerStatistics(
+            in_flight=len(self._deliveries),
+            looks=self._exchanges.looks,
+            created=self._exchanges.created,
+            transient_failures=self._exchanges.failures,
+            is_ready=self._serving and not self._stopping and self._connection.is_connected,
+            is_down=self._health.is_down,
+            is_draining=self._stopping,
+            **self._counts,
+        )
+
+    def stop(self) -> None:
+        """Take no more deliveries, finish those under way, and end `run`; for a signal handler."""
+        self._stopping = True
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Work until `stop` is called, and then until the deliveries under way are done: one exchange at most.
+
+        Raises:
+            ConfigurationError: It has run already.
+            BrokerError: The broker cannot be reached or used at the start. Later the worker waits for it to come back.
+            AuthenticationError: Keyless does not take the key. Requests stay where they are, for a worker with another.
+            KeylessError: At the start, Keyless answers nothing that makes sense.
+        """
+        if self._has_run:
+            raise ConfigurationError("a worker runs once; make another one to go on")
+        self._has_run = True
+        await self._exchanges.check_key()
+        self._connection = await connect(self._nats_url, self._connect_options, on_reconnect=self._reconnected)
+        try:
+            await self._serve(self._connection)
+        finally:
+            await disconnect(self._connection)
+        if self._fatal is not None:
+            raise self._fatal
+
+    # -- the intake
+
+    async def _serve(self, connection: Client) -> None:
+        loop = asyncio.get_running_loop()
+        self._intake = Intake(connection, deliver=self._take, ended=self._changed.set, now=loop.time)
+        self._stream = connection.jetstream(timeout=_PUBLISH_WITHIN)
+        self._largest_request = connection.max_payload - _ROOM_FOR_EVENT
+        self._longest_wait = await prepare(self._stream, self._settings, ack_wait=self._longest_delivery + _MARGIN)
+        await self._intake.open()
+        self._serving = True
+        log(logging.INFO, "worker.ready", {"max_in_flight": self._max_in_flight})
+        try:
+            while not self._stopping:
+                self._changed.clear()
+                await self._ask(loop.time())
+                await self._wait_for_change(loop.time())
+            await self._drain(connection)
+        finally:
+            await self._abandon()
+
+    async def _ask(self, now: float) -> None:
+        """Ask for as many deliveries as there is room for; in batches, so not for each one that becomes free."""
+        if not self._connection.is_connected:
+            return
+        expected = self._intake.expected
+        room = self._health.room(now) - len(self._deliveries) - expected
+        if room > 0 and (not expected or room >= self._max_in_flight // 4):
+            await self._intake.ask(room)
+
+    async def _wait_for_change(self, now: float) -> None:
+        opens_in = self._health.opens_at() - now
+        try:
+            async with asyncio.timeout(opens_in if opens_in > 0 else EXPIRES):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    async def _reconnected(self) -> None:
+        self._intake.forget()
+        self._changed.set()
+
+    async def _drain(self, connection: Client) -> None:
+        """Finish what is under way, and hand back what comes meanwhile."""
+        log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
+        if connection.is_connected:
+            await self._intake.close()
+        if self._deliveries:
+            await asyncio.wait(self._deliveries, timeout=self._longest_delivery)
+        log(logging.INFO, "worker.done", msgspec.structs.asdict(self.statistics))
+
+    async def _abandon(self) -> None:
+        """Leave what is still under way: the broker delivers it again."""
+        tasks = tuple(self._deliveries)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- one delivery
+
+    def _take(self, message: Msg) -> None:
+        task = asyncio.get_running_loop().create_task(self._deliver(message))
+        self._deliveries.add(task)
+        task.add_done_callback(self._delivered)
+
+    def _delivered(self, task: asyncio.Task[None]) -> None:
+        self._deliveries.discard(task)
+        self._changed.set()
+
+    async def _deliver(self, message: Msg) -> None:
+        """Do what a delivery is for. However it ends, the request is either decided or comes again."""
+        self._counts["deliveries"] += 1
+        try:
+            decision = self._handed_back() or await self._decide(message)
+            await self._settle(message, decision)
+        except (nats.errors.Error, OSError) as error:
+            # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
+            log(logging.WARNING, "delivery.unsettled", {"error": f"{type(error).__name__}: {error}"})
+        except KeylessError as error:  # of this worker, not of the request
+            self._fatal = self._fatal or error
+            log(logging.ERROR, "worker.unfit", {"error": str(error)})
+            self.stop()
+            with suppress(nats.errors.Error):  # or it comes again by itself, a little later
+                await message.nak(delay=error_delay(1))
+
+    def _handed_back(self) -> Again | None:
+        """Hand a delivery back that comes when there is no room for it: it was asked for in better days."""
+        if self._stopping:
+            return Again(0.0)
+        now = asyncio.get_running_loop().time()
+        if len(self._deliveries) <= self._health.room(now):
+            return None
+        return Again(max(0.0, self._health.opens_at() - now) + error_delay(1))
+
+    async def _decide(self, message: Msg) -> Decision:
+        metadata = message.metadata
+        name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
+        try:
+            delivery = read_request(
+                message.data,
+                message_id=(message.headers or {}).get(MESSAGE_ID),
+                message=name,
+                stored_at=metadata.timestamp,
+                number=metadata.num_delivered,
+                longest=self._longest_wait,
+                largest=self._largest_request,
+            )
+        except InvalidRequestError as error:
+            context = read_context(message.data)
+            return invalid(name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=utc_now())
+        try:
+            return await self._exchanges.attend(delivery)
+        except KeylessError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a bug: it must not come again forever
+            log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)
+            return after_bug(delivery, error, now=utc_now())
+
+    async def _settle(self, message: Msg, decision: Decision) -> None:
+        """Tell the broker: first the event, and only when that is stored, that the request is done."""
+        if isinstance(decision, Again):
+            await message.nak(delay=decision.delay)
+            return
+        event = decision.event
+        stored = await self._stream.publish(
+            event.outcome.subject,
+            msgspec.json.encode(event),
+            stream=OUTCOMES,
+            headers={MESSAGE_ID: decision.message_id},
+        )
+        if stored.duplicate:
+            self._counts["duplicates"] += 1
+        else:
+            self._counts[event.outcome] += 1
+            self._tell(event)
+            self._teach(event)
+        if event.reason == FailureReason.INVALID_REQUEST:
+            await message.term()
+        else:
+            await message.ack()
+
+    def _tell(self, event: ApprovalEvent) -> None:
+        facts = {
+            "operation_id": event.operation_id,
+            "deliveries": event.deliveries,
+            "seconds": round(_age(event), 3),
+            "answered": event.answered,
+            "reason": event.reason,
+            "detail": event.detail,
+        }
+        level = logging.WARNING if event.outcome is Outcome.FAILED else logging.INFO
+        log(level, f"approval.{event.outcome}", {name: fact for name, fact in facts.items() if fact is not None})
+
+    def _teach(self, event: ApprovalEvent) -> None:
+        """Tell the schedule when people approve. The look before was perhaps another worker's: as it must have been."""
+        schedule, age = self._schedule, max(0.0, _age(event))
+        if not isinstance(schedule, wait_adaptive):
+            return
+        if event.outcome is Outcome.APPROVED and event.deliveries > 1:
+            # The first delivery created the operation, so the second was the first look.
+            schedule.observe(schedule.look_before(age) if event.deliveries > 2 else 0.0, age)
+        elif event.answered:
+            schedule.observe(age, None)
+
+
+def _age(event: ApprovalEvent) -> float:
+    return (event.decided_at - event.requested_at).total_seconds()

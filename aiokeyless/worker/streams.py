@@ -1,0 +1,172 @@
+"""The two streams and the consumer that the worker lives on: made where they are missing, checked where they are there.
+
+Their settings carry the guarantees, so an existing stream with others is refused and never changed: that is for whoever
+runs the broker.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import nats.errors
+import nats.js.errors
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+
+from .messages import REQUEST_SUBJECT, BrokerError, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nats.js import JetStreamContext
+
+REQUESTS: Final = "KEYLESS_REQUESTS"
+OUTCOMES: Final = "KEYLESS_OUTCOMES"
+CONSUMER: Final = "keyless-approvals"
+OUTCOME_SUBJECTS: Final = tuple(outcome.subject for outcome in Outcome)
+
+_UNLIMITED: Final = -1
+#: Pull requests that may wait at the consumer: a worker has a few at a time, and there may be a hundred workers.
+_MAX_WAITING: Final = 8192
+
+
+class StreamSettings(NamedTuple):
+    """What an operator may choose.
+
+    Attributes:
+        replicas: Servers of the cluster that hold each message: 1, 3 or 5; None: 1 where a stream is made, and any
+            number where it is there.
+        duplicate_window: Seconds for which a stream remembers what it has: within it a request that is published
+            twice is one, and an outcome comes out once. No wait may be longer.
+        max_age: Seconds for which outcomes are kept for applications that are away.
+    """
+
+    replicas: int | None = None
+    duplicate_window: float = 24 * 3600.0
+    max_age: float = 7 * 24 * 3600.0
+
+
+async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wait: float) -> float:
+    """Make or check the streams and the consumer.
+
+    Args:
+        stream: The broker's JetStream.
+        settings: What the operator chose.
+        ack_wait: Seconds after which a delivery that nobody acknowledged is made again: longer than one takes at most.
+
+    Returns:
+        Seconds of the duplicate window that is in force, which bounds `expires_in`.
+
+    Raises:
+        BrokerError: One of them has other settings, or cannot be made.
+    """
+    try:
+        requests = await _stream(stream, _requests(settings))
+        outcomes = await _stream(stream, _outcomes(settings))
+        await _consumer(stream, ack_wait)
+    except nats.js.errors.ServiceUnavailableError:
+        raise BrokerError(
+            "the broker has no JetStream: start it with -js, or enable JetStream for this account"
+        ) from None
+    except nats.js.errors.APIError as error:
+        raise BrokerError(f"the broker refused to make a stream or its consumer: {error.description}") from None
+    except nats.errors.Error as error:
+        raise BrokerError(
+            f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, and may this "
+            "user publish to $JS.API.> and keyless.approvals.*?"
+        ) from None
+    return min(requests.duplicate_window, outcomes.duplicate_window)
+
+
+def _requests(settings: StreamSettings) -> StreamConfig:
+    return StreamConfig(
+        name=REQUESTS,
+        description="Requests for approvals, until they are decided",
+        subjects=[REQUEST_SUBJECT],
+        retention=RetentionPolicy.WORK_QUEUE,  # a message is there as long as its wait lasts, and goes with its ack
+        storage=StorageType.FILE,
+        num_replicas=settings.replicas or 1,
+        duplicate_window=settings.duplicate_window,
+    )
+
+
+def _outcomes(settings: StreamSettings) -> StreamConfig:
+    return StreamConfig(
+        name=OUTCOMES,
+        description="How requests for approvals ended",
+        subjects=list(OUTCOME_SUBJECTS),
+        retention=RetentionPolicy.LIMITS,  # any number of applications may read them, each at its own pace
+        storage=StorageType.FILE,
+        num_replicas=settings.replicas or 1,
+        duplicate_window=settings.duplicate_window,
+        max_age=max(settings.max_age, settings.duplicate_window),
+    )
+
+
+def _wanted_consumer(ack_wait: float) -> ConsumerConfig:
+    return ConsumerConfig(
+        durable_name=CONSUMER,
+        description="Workers that wait for approvals",
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=ack_wait,
+        max_deliver=_UNLIMITED,  # a delivery is a look: there are as many as it takes
+        max_ack_pending=_UNLIMITED,  # each wait is an unacknowledged message
+        max_waiting=_MAX_WAITING,
+    )
+
+
+async def _stream(stream: JetStreamContext, wanted: StreamConfig) -> StreamConfig:
+    assert wanted.name is not None  # noqa: S101  # ours have one
+    try:
+        found = (await stream.stream_info(wanted.name)).config
+    except nats.js.errors.NotFoundError:
+        # Two workers may do so at once: the same settings twice are no conflict.
+        found = (await stream.add_stream(wanted)).config
+    _check(f"stream {wanted.name}", _stream_differences(found, wanted))
+    return found
+
+
+def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[str]:
+    if sorted(found.subjects or []) != sorted(wanted.subjects or []):
+        yield f"subjects are {found.subjects}, not {wanted.subjects}"
+    for name in ("retention", "storage"):
+        if getattr(found, name) != getattr(wanted, name):
+            yield f"{name} is {getattr(found, name)}, not {getattr(wanted, name).value}"
+    if found.duplicate_window < wanted.duplicate_window:
+        yield f"duplicate window is {found.duplicate_window:g} s, less than {wanted.duplicate_window:g} s"
+    if wanted.num_replicas not in {1, found.num_replicas}:
+        yield f"replicas are {found.num_replicas}, not {wanted.num_replicas}"
+    if found.max_age and (not wanted.max_age or found.max_age < wanted.duplicate_window):
+        yield f"max age is {found.max_age:g} s: messages would vanish before their time"
+    for name in ("max_msgs", "max_bytes", "max_msgs_per_subject"):
+        if (getattr(found, name) or _UNLIMITED) > 0 and found.discard != DiscardPolicy.NEW:
+            yield f"{name} is {getattr(found, name)}, and what is over it is dropped from the old end"
+
+
+async def _consumer(stream: JetStreamContext, ack_wait: float) -> None:
+    wanted = _wanted_consumer(ack_wait)
+    try:
+        found = (await stream.consumer_info(REQUESTS, CONSUMER)).config
+    except nats.js.errors.NotFoundError:
+        found = (await stream.add_consumer(REQUESTS, wanted)).config
+    assert found is not None  # noqa: S101  # the broker tells it
+    _check(f"consumer {CONSUMER} of stream {REQUESTS}", _consumer_differences(found, wanted))
+
+
+def _consumer_differences(found: ConsumerConfig, wanted: ConsumerConfig) -> Iterator[str]:
+    # Its ack policy is not looked at: a work queue has no consumers but those with explicit acks.
+    if (found.ack_wait or 0.0) < (wanted.ack_wait or 0.0):
+        yield f"ack wait is {found.ack_wait:g} s, less than a delivery may take, {wanted.ack_wait:g} s"
+    for name in ("max_deliver", "max_ack_pending"):
+        if (getattr(found, name) or _UNLIMITED) > 0:
+            yield f"{name} is {getattr(found, name)}, not unlimited"
+    if found.filter_subject or found.filter_subjects:
+        yield "it filters subjects"
+    if found.deliver_subject:
+        yield "it pushes, and workers pull"
+    if found.backoff:
+        yield "it has a backoff, which would take the place of ack wait"
+
+
+def _check(what: str, differences: Iterator[str]) -> None:
+    if found := "; ".join(differences):
+        raise BrokerError(f"{what} exists with other settings: {found}; change it, or delete it once it is empty")

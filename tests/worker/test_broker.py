@@ -1,0 +1,198 @@
+"""The connection to the broker: refused at once and in one line at first, patient later, and no password in it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from nats_server import NatsServer, until
+
+from aiokeyless.worker import BrokerError
+from aiokeyless.worker.broker import connect, disconnect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from nats.aio.client import Client
+
+CONFIGURATION = 'authorization { users = [ { user: worker, password: "s3cret" } ] }'
+
+
+@pytest.fixture
+async def guarded(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    """A broker that asks for a password."""
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(CONFIGURATION)
+    server = NatsServer(tmp_path, "-c", str(configuration), jetstream=False)
+    await server.start()
+    yield server
+    server.stop()
+
+
+def host_of(server: NatsServer) -> str:
+    return server.url.removeprefix("nats://")
+
+
+async def reconnected() -> None:
+    """Nothing is to be done then."""
+
+
+async def connected(url: str, **options: object) -> Client:
+    return await connect(url, options, on_reconnect=reconnected)
+
+
+async def refusal(url: str, **options: object) -> str:
+    began = time.monotonic()
+    with pytest.raises(BrokerError) as caught:
+        await connected(url, **options)
+    assert time.monotonic() - began < 4
+    assert caught.value.__cause__ is None
+    return str(caught.value)
+
+
+# -- at first
+
+
+async def test_a_broker_that_is_not_there_is_one_line_at_once() -> None:
+    message = await refusal("nats://worker:s3cret@127.0.0.1:1")
+    assert message.startswith(f"no connection to the broker at 127.0.0.1:1: [Errno {errno.ECONNREFUSED}] ")
+
+
+async def test_of_several_that_are_not_there_all_are_named() -> None:
+    assert (await refusal("nats://worker:s3cret@127.0.0.1:1, nats://127.0.0.1:2")).startswith(
+        "no connection to the broker at 127.0.0.1:1, 127.0.0.1:2: "
+    )
+
+
+async def test_a_broker_that_says_nothing_is_given_up() -> None:
+    async def say_nothing(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await told_to_end.wait()
+        writer.close()
+
+    told_to_end = asyncio.Event()
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        message = await refusal(f"nats://127.0.0.1:{port}", connect_timeout=0.2)
+        told_to_end.set()
+    assert message.startswith(f"no connection to the broker at 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize("credentials", ["", "worker:wr0ng@", "mallory:s3cret@", "t0ken@"])
+async def test_a_wrong_password_is_one_line_without_it(guarded: NatsServer, credentials: str) -> None:
+    assert await refusal(f"nats://{credentials}{host_of(guarded)}") == (
+        f"no connection to the broker at {host_of(guarded)}: nats: 'Authorization Violation'"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        ",",
+        "nats://",
+        "nats://[bad",
+        "nats://127.0.0.1:port",
+        "nats://127.0.0.1:65536",
+        "http://127.0.0.1:1",
+        "nats://a b:1",
+        "nats://\x00:1",
+        "nats://worker:s3cr3t@\udc80:1",
+        "nats://worker:s3cr3t/more@127.0.0.1:1",
+        "nats://worker:s3cr3t#more@127.0.0.1:1",
+        "nats://worker:s3cr3t?more@127.0.0.1:1",
+        "nats://worker:s3cr3t,more@127.0.0.1:1",
+        "nats://worker:s3cr3t@ho\u2100st:1",
+        "nats://worker:s3cr3t@[bad",
+        "nats://worker:s3cr3t@127.0.0.1:port",
+        f"nats://worker:s3cr3t@{'a' * 300}:1",
+    ],
+    ids=ascii,
+)
+async def test_a_wrong_url_is_one_line_without_any_part_of_its_password(url: str) -> None:
+    message = await refusal(url)
+    assert message.startswith("no connection to the broker at ")
+    assert "\n" not in message
+    assert "s3cr3t" not in message
+    assert "more" not in message
+
+
+async def test_credentials_need_a_library_that_the_line_names(
+    guarded: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nkeys", None)
+    assert await refusal(guarded.url, user_credentials="worker.creds") == (
+        'credentials need nkeys: pip install "nats-py[nkeys]"'
+    )
+
+
+async def test_a_server_that_is_there_is_enough(guarded: NatsServer) -> None:
+    connection = await connected(f"nats://worker:s3cret@127.0.0.1:1,nats://worker:s3cret@{host_of(guarded)}")
+    assert connection.is_connected
+    await connection.close()
+
+
+async def test_options_are_those_of_nats_py(guarded: NatsServer) -> None:
+    connection = await connected(guarded.url, user="worker", password="s3cret", name="ours")
+    assert (connection.is_connected, connection.options["name"]) == (True, "ours")
+    await connection.close()
+
+
+# -- later
+
+
+async def test_a_broker_that_is_killed_and_started_again_is_found_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless.worker")
+    server, back = NatsServer(tmp_path, jetstream=False), asyncio.Event()
+
+    async def note() -> None:
+        back.set()
+
+    await server.start()
+    connection = await connect(server.url, {}, on_reconnect=note)
+    try:
+        server.kill()
+        await until(lambda: not connection.is_connected)
+        await until(lambda: any(record.getMessage().startswith("broker.error") for record in caplog.records))
+        await server.start()
+        await asyncio.wait_for(back.wait(), 20)
+        assert connection.is_connected
+        assert await connection.rtt() < 1
+    finally:
+        await connection.close()
+        server.stop()
+    events = [record.getMessage() for record in caplog.records]
+    assert events.count("broker.disconnected") == 1
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+async def test_a_connection_that_the_worker_closes_is_not_reported_as_lost(
+    guarded: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    await (await connected(f"nats://worker:s3cret@{host_of(guarded)}")).close()
+    assert caplog.records == []
+
+
+async def test_a_connection_can_be_ended_while_the_broker_is_away_with_something_unsent(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path, jetstream=False)
+    await server.start()
+    tasks = asyncio.all_tasks()
+    connection = await connected(server.url)
+    await connection.subscribe("somewhere", cb=ignore)
+    server.kill()
+    await until(lambda: not connection.is_connected)
+    await connection.publish("elsewhere", b"unsent")
+    await disconnect(connection)
+    assert connection.is_closed
+    await until(lambda: asyncio.all_tasks() == tasks)
+
+
+async def ignore(_message: object) -> None:
+    """Nothing comes."""

@@ -1,0 +1,209 @@
+"""Pulls: a delivery is handed on the moment it comes, and what was asked for is known or forgotten in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from nats_server import until
+
+from aiokeyless.worker import StreamSettings
+from aiokeyless.worker.intake import EXPIRES, Intake
+from aiokeyless.worker.messages import REQUEST_SUBJECT
+from aiokeyless.worker.streams import CONSUMER, REQUESTS, prepare
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+
+class Hand:
+    """An intake, what it handed on, and the clock that it reads."""
+
+    def __init__(self, connection: Client) -> None:
+        self.connection = connection
+        self.messages: list[Msg] = []
+        self.ends = 0
+        self.time = 0.0
+        self.intake = Intake(connection, deliver=self.messages.append, ended=self._count, now=lambda: self.time)
+
+    def _count(self) -> None:
+        self.ends += 1
+
+    @property
+    def texts(self) -> list[str]:
+        return [message.data.decode() for message in self.messages]
+
+    async def publish(self, *texts: str) -> None:
+        for text in texts:
+            await self.connection.jetstream().publish(REQUEST_SUBJECT, text.encode())
+
+    async def answer(self, status: str, **headers: str) -> None:
+        """End a pull as the broker does."""
+        await self.connection.publish(self.intake._inbox, headers={"Status": status, **headers})
+
+    async def is_waited_for(self) -> bool:
+        """Whether a pull waits at the consumer."""
+        info = await self.connection.jetstream().consumer_info(REQUESTS, CONSUMER)
+        return info.num_waiting is not None and info.num_waiting > 0
+
+    async def delivered(self, count: int) -> None:
+        await until(lambda: len(self.messages) == count)
+
+
+@pytest.fixture
+async def hand(connection: Client) -> Hand:
+    await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
+    hand = Hand(connection)
+    await hand.intake.open()
+    return hand
+
+
+# -- deliveries
+
+
+async def test_the_first_delivery_of_a_batch_is_handed_on_at_once(hand: Hand) -> None:
+    await hand.intake.ask(64)
+    await hand.publish("one")
+    began = time.monotonic()
+    await hand.delivered(1)
+    assert time.monotonic() - began < 0.5  # nats-py's own fetch takes a second, and more where there is time
+    assert (hand.texts, hand.ends) == (["one"], 0)
+
+
+async def test_what_waits_already_comes_in_order_and_up_to_what_was_asked_for(hand: Hand) -> None:
+    await hand.publish(*"abcde")
+    await hand.intake.ask(3)
+    await hand.delivered(3)
+    assert (hand.texts, hand.intake.expected) == (["a", "b", "c"], 0)
+    await hand.intake.ask(1)
+    await hand.delivered(4)
+    assert hand.texts == ["a", "b", "c", "d"]
+
+
+async def test_what_is_expected_counts_up_by_pulls_and_down_by_deliveries(hand: Hand) -> None:
+    assert hand.intake.expected == 0
+    await hand.intake.ask(2)
+    await hand.intake.ask(3)
+    assert hand.intake.expected == 5
+    await hand.publish("a", "b")
+    await hand.delivered(2)
+    assert hand.intake.expected == 3
+
+
+async def test_a_pull_waits_at_the_consumer_and_not_longer_than_it_says(hand: Hand) -> None:
+    pulls = []
+    subscription = await hand.connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
+    await hand.intake.ask(7)
+    pulls.append(await subscription.next_msg(5))
+    assert json.loads(pulls[0].data) == {"batch": 7, "expires": int(EXPIRES * 1e9)}
+    await until(hand.is_waited_for)
+
+
+# -- ends
+
+
+async def test_a_pull_that_the_broker_ends_is_not_expected_any_more(hand: Hand) -> None:
+    await hand.intake.ask(4)
+    await until(hand.is_waited_for)
+    await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+    await until(lambda: hand.ends == 1)
+    assert (hand.intake.expected, hand.messages) == (0, [])
+
+
+async def test_the_end_of_one_pull_leaves_what_another_one_is_to_bring(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    await hand.answer("408", **{"Nats-Pending-Messages": "2"})
+    await until(lambda: hand.ends == 1)
+    assert hand.intake.expected == 3
+
+
+@pytest.mark.parametrize("unused", ["9", "", "many", "-1"])
+async def test_an_end_that_says_nothing_sensible_ends_all(hand: Hand, unused: str) -> None:
+    await hand.intake.ask(5)
+    await hand.answer("409", **{"Nats-Pending-Messages": unused})
+    await until(lambda: hand.ends == 1)
+    assert hand.intake.expected == 0
+
+
+async def test_an_end_without_headers_ends_all(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    await hand.connection.publish(hand.intake._inbox, b"")
+    await until(lambda: hand.ends == 1)
+    assert hand.intake.expected == 0
+
+
+async def test_more_deliveries_than_were_asked_for_are_handed_on_and_owe_nothing(hand: Hand) -> None:
+    await hand.connection.publish(hand.intake._inbox, b"late", reply="ack")
+    await hand.delivered(1)
+    assert hand.intake.expected == 0
+
+
+async def test_a_pull_whose_end_was_lost_is_forgotten_in_time(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    hand.time = EXPIRES + 2
+    assert hand.intake.expected == 5
+    hand.time += 0.001
+    assert hand.intake.expected == 0
+
+
+async def test_time_counts_from_the_last_pull(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    hand.time = EXPIRES
+    await hand.intake.ask(1)
+    hand.time += EXPIRES
+    assert hand.intake.expected == 6
+
+
+async def test_after_a_pull_was_forgotten_the_next_one_counts_alone(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    hand.time = 100.0
+    await hand.intake.ask(2)
+    assert hand.intake.expected == 2
+
+
+async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    hand.intake.forget()
+    assert hand.intake.expected == 0
+
+
+# -- the end
+
+
+async def test_closing_hands_on_what_is_on_its_way(hand: Hand) -> None:
+    for number in range(50):
+        await hand.connection.publish(hand.intake._inbox, str(number).encode(), reply="ack")
+    await hand.connection.flush()
+    await hand.intake.close()
+    await hand.delivered(50)
+    assert hand.texts == [str(number) for number in range(50)]
+
+
+async def test_after_closing_nothing_is_pulled_any_more(hand: Hand, connection: Client) -> None:
+    await hand.intake.ask(5)
+    await hand.intake.close()
+    await hand.publish("late")
+    other = Hand(connection)
+    await other.intake.open()
+    await other.intake.ask(1)
+    await other.delivered(1)
+    assert hand.messages == []
+
+
+async def test_an_intake_that_was_never_opened_can_be_closed(connection: Client) -> None:
+    await Hand(connection).intake.close()
+
+
+async def test_closing_leaves_no_task_and_no_subscription(connection: Client) -> None:
+    await connection.flush()
+    tasks, subscriptions = asyncio.all_tasks(), len(connection._subs)
+    hand = Hand(connection)
+    await hand.intake.open()
+    assert len(connection._subs) == subscriptions + 1
+    await hand.intake.close()
+    await until(lambda: asyncio.all_tasks() == tasks)
+    assert len(connection._subs) == subscriptions

@@ -1,0 +1,411 @@
+"""What travels through the broker: the hostile is refused with a reason, and a context comes back byte for byte."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from aiokeyless.errors import ServerError
+from aiokeyless.models import payload_digest
+from aiokeyless.worker.decisions import after_failure, invalid
+from aiokeyless.worker.messages import (
+    MAX_CONTEXT,
+    ApprovalEvent,
+    ApprovalRequest,
+    Delivery,
+    InvalidRequestError,
+    Outcome,
+    derived_operation_id,
+    operation_name,
+    read_context,
+    read_request,
+)
+
+STORED_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
+LONGEST = 86400.0
+LARGEST = 1 << 20
+
+
+def read(data: bytes, **changed: Any) -> Delivery:
+    facts: dict[str, Any] = {
+        "message_id": "order-7",
+        "message": "message-1",
+        "stored_at": STORED_AT,
+        "number": 1,
+        "longest": LONGEST,
+        "largest": LARGEST,
+    }
+    return read_request(data, **facts | changed)
+
+
+def request(**fields: object) -> bytes:
+    return json.dumps({"version": 1, "user_id": "c0ffee", **fields}).encode()
+
+
+def with_context(context: bytes) -> bytes:
+    return b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "context": ' + context + b"}"
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "truncated"),
+        (b"\xff\xfe", "utf-8"),
+        (b"null", "Expected `object`"),
+        (b"[]", "Expected `object`"),
+        (b"<html>", "malformed"),
+        (b"\xef\xbb\xbf" + request(), "malformed"),
+        (request() + b"{}", "trailing characters"),
+        (request()[:-1], "truncated"),
+        (with_context(b'"\xff\xfe"'), "utf-8"),
+        (with_context(b'"a\nb"'), "malformed"),
+        (with_context(b'{"a": 1,}'), "malformed"),
+        (with_context(b"NaN"), "malformed"),
+        (with_context(b'"\\ud800"'), "no request"),
+        (with_context(nested(100_000)), "recursion"),
+        (nested(100_000), "Expected `object`"),
+        (b'{"version": ' + b"1" * 5000 + b', "user_id": "c0ffee"}', "out of range"),
+        (b'{"version": 1, "user_id": "c0ffee", "expires_in": NaN}', "malformed"),
+        (b'{"version": 1, "user_id": "c0ffee", "expires_in": Infinity}', "malformed"),
+        (b'{"version": 1, "user_id": "c0ffee", "expires_in": 1e400}', "out of range"),
+        (b'{"version": 1, "user_id": "c0ffee", "expires_in": ' + b"9" * 400 + b"}", "out of range"),
+        (b'{"version": 1, "user_id": "c0ffee", "expires_in": 1e-400}', "expires_in must be more than 0"),
+    ],
+    ids=lambda value: repr(value[:60]),
+)
+def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"version": 2}, "version 2 of the request is not known here, only 1"),
+        ({"version": 0}, "version 0"),
+        ({"version": True}, "Expected `int`"),
+        ({"version": None}, "Expected `int`"),
+        ({"version": "1"}, "Expected `int`"),
+        ({"operation_paylod": "Pay 40"}, "unknown field `operation_paylod`"),
+        ({"userId": "c0ffee"}, "unknown field `userId`"),
+        ({"user_id": None}, "Expected `str`"),
+        ({"user_id": 12}, "Expected `str`"),
+        ({"user_id": ""}, "user_id must be 1 to 512 hex digits"),
+        ({"user_id": "xyz"}, "user_id must be"),
+        ({"user_id": "c0ffee\n"}, "user_id must be"),
+        ({"user_id": "a" * 513}, "user_id must be"),
+        ({"operation_id": ""}, "operation_id must have 1 to 512"),
+        ({"operation_id": "a" * 513}, "operation_id must have 1 to 512"),
+        ({"operation_id": "."}, r"must not be '\.'"),
+        ({"operation_id": ".."}, r"must not be '\.\.'"),
+        ({"operation_id": "a\x00"}, "control characters"),
+        ({"operation_id": "a\r\nX: y"}, "control characters"),
+        ({"operation_id": "\ud800"}, "no request"),
+        ({"operation_payload": "\ud800"}, "no request"),
+        ({"operation_payload": 40}, "Expected `str | null`"),
+        ({"external_user_id": "\udfff"}, "no request"),
+        ({"external_user_id": []}, "Expected `str | null`"),
+        ({"expires_in": 0}, "expires_in must be more than 0"),
+        ({"expires_in": -1}, "expires_in must be more than 0"),
+        ({"expires_in": True}, "Expected `float`"),
+        ({"expires_in": "120"}, "Expected `float`"),
+        ({"expires_in": None}, "Expected `float`"),
+        ({"expires_in": LONGEST + 1}, "duplicate window allows 86400 s"),
+        ({"expires_in": 1e308}, "duplicate window allows 86400 s"),
+        ({"created_at": "2026-11-24T12:00:00"}, "created_at has no zone"),
+        ({"created_at": "yesterday"}, "RFC3339"),
+        ({"created_at": 1764000000}, "Expected `datetime | null`"),
+        ({"created_at": "0001-01-01T00:00:00+14:00"}, "created_at is no time of ours"),
+        ({"created_at": "99999-01-01T00:00:00Z"}, "RFC3339"),
+        ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes of JSON; at most {MAX_CONTEXT}"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_field_that_is_wrong_is_refused_with_a_reason(fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason.replace("|", r"\|")):
+        read(request(**fields))
+
+
+@pytest.mark.parametrize("missing", ["version", "user_id"])
+def test_a_field_that_is_missing_is_refused_by_name(missing: str) -> None:
+    fields = {"version": 1, "user_id": "c0ffee"}
+    del fields[missing]
+    with pytest.raises(InvalidRequestError, match=f"missing required field `{missing}`"):
+        read(json.dumps(fields).encode())
+
+
+def test_a_message_whose_event_might_not_fit_is_refused_unread() -> None:
+    with pytest.raises(InvalidRequestError, match="the message has 101 bytes; at most 100 leave room for its event"):
+        read(b"\xff" * 101, largest=100)
+
+
+def test_a_message_of_just_the_largest_size_is_read() -> None:
+    data = request()
+    assert read(data, largest=len(data)).ticket.user_id == "C0FFEE"
+
+
+@pytest.mark.parametrize("message_id", [None, ""])
+def test_a_request_without_any_id_is_refused_since_each_delivery_would_ask_anew(message_id: str | None) -> None:
+    with pytest.raises(InvalidRequestError, match="neither an operation_id nor the header Nats-Msg-Id"):
+        read(request(), message_id=message_id)
+
+
+def test_a_message_id_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="Nats-Msg-Id must be text that UTF-8 can encode"):
+        read(request(), message_id="\ud800")
+
+
+def test_reasons_of_a_hostile_length_are_cut() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        read(request(**{"x" * 10_000: 1}))
+    assert len(str(caught.value)) < 300
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = [*ApprovalRequest.__struct_fields__, "payload", "userId"]
+nearly_requests = st.fixed_dictionaries(
+    {"version": st.just(1) | json_values, "user_id": st.just("c0ffee") | json_values},
+    optional={
+        **{name: json_values for name in FIELDS if name not in {"version", "user_id"}},
+        "created_at": st.datetimes(timezones=st.timezones()).map(datetime.isoformat) | json_values,
+        "expires_in": st.floats() | json_values,
+    },
+)
+
+
+@given(
+    data=st.binary() | json_values.map(lambda value: json.dumps(value).encode()) | st.builds(request),
+    message_id=st.none() | st.text(st.characters(exclude_categories=())),
+)
+@example(data=request(), message_id="\ud800")
+def test_whatever_the_bytes_they_are_a_request_or_refused(data: bytes, message_id: str | None) -> None:
+    read_or_refused(data, message_id)
+
+
+@given(fields=nearly_requests, message_id=st.none() | st.text(st.characters(exclude_categories=())))
+def test_whatever_the_fields_they_are_a_request_or_refused(fields: dict[str, object], message_id: str | None) -> None:
+    read_or_refused(json.dumps(fields).encode(), message_id)
+
+
+def read_or_refused(data: bytes, message_id: str | None) -> None:
+    with suppress(InvalidRequestError):
+        ticket = read(data, message_id=message_id).ticket
+        assert ticket.created_at <= STORED_AT
+        assert ticket.created_at <= ticket.expires_at <= STORED_AT + timedelta(seconds=LONGEST)
+        assert ticket.operation_id.encode()
+
+
+@given(st.binary() | st.binary().map(with_context) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_whatever_the_bytes_their_context_is_json(data: bytes) -> None:
+    json.loads(bytes(read_context(data)).decode())
+
+
+# -- what is read
+
+
+def test_a_request_with_nothing_but_a_user_has_an_id_and_two_minutes() -> None:
+    delivery = read(request(), number=3)
+    ticket = delivery.ticket
+    assert (ticket.user_id, ticket.operation_id) == ("C0FFEE", derived_operation_id("order-7"))
+    assert (ticket.created_at, ticket.expires_at) == (STORED_AT, STORED_AT + timedelta(seconds=120))
+    assert (ticket.external_user_id, ticket.payload_sha256) == (None, payload_digest(None))
+    assert (delivery.payload, delivery.number, delivery.message) == (None, 3, "message-1")
+    assert bytes(delivery.context) == b"null"
+
+
+def test_a_request_with_everything_is_read_whole() -> None:
+    delivery = read(
+        request(
+            operation_id="txn/1 \u00e9",
+            operation_payload="Pay 40",
+            external_user_id="eve@example.com",
+            expires_in=30,
+            created_at="2026-11-24T13:59:50+02:00",
+            context={"order": 7},
+        )
+    )
+    ticket = delivery.ticket
+    assert (ticket.operation_id, ticket.external_user_id) == ("txn/1 \u00e9", "eve@example.com")
+    assert ticket.created_at == STORED_AT - timedelta(seconds=10)
+    assert ticket.expires_at == STORED_AT + timedelta(seconds=20)
+    assert ticket.payload_sha256 == payload_digest("Pay 40")
+    assert delivery.payload == "Pay 40"
+    assert bytes(delivery.context) == b'{"order": 7}'
+
+
+def test_a_clock_that_is_ahead_prolongs_no_wait() -> None:
+    assert read(request(created_at="9999-12-31T23:59:59-14:00")).ticket.created_at == STORED_AT
+
+
+def test_times_are_utc_whatever_the_zone_they_were_written_in() -> None:
+    stored_at = STORED_AT.astimezone(timezone(timedelta(hours=5)))
+    assert read(request(), stored_at=stored_at).ticket.created_at.utcoffset() == timedelta(0)
+
+
+def test_the_longest_wait_is_allowed() -> None:
+    ticket = read(request(expires_in=LONGEST)).ticket
+    assert ticket.expires_at - ticket.created_at == timedelta(seconds=LONGEST)
+
+
+def test_a_request_of_long_ago_is_read_so_that_it_can_expire() -> None:
+    assert read(request(created_at="0001-01-02T00:00:00Z")).ticket.expires_at.year == 1
+
+
+# -- ids
+
+
+def test_a_derived_id_never_changes_from_release_to_release() -> None:
+    assert derived_operation_id("order-7") == "daebc73a-f236-57b0-be8f-07eef030a13d"
+
+
+@given(st.text(), st.text())
+def test_derived_ids_differ_where_message_ids_do(one: str, other: str) -> None:
+    assert (derived_operation_id(one) == derived_operation_id(other)) is (one == other)
+
+
+def test_a_named_operation_is_taken_whatever_the_message_id() -> None:
+    assert read(request(operation_id="txn-1"), message_id=None).ticket.operation_id == "txn-1"
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_names_of_outcomes_are_plain_ascii_and_differ_where_ids_do(one: str, other: str) -> None:
+    assert operation_name(one).isascii()
+    assert operation_name(one).isprintable()
+    assert " " not in operation_name(one)
+    assert (operation_name(one) == operation_name(other)) is (one == other)
+
+
+# -- the context
+
+
+def written(value: object) -> st.SearchStrategy[bytes]:
+    return st.builds(
+        lambda indent, ascii_only: json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode(),
+        st.none() | st.integers(0, 2) | st.just("\t"),
+        st.booleans(),
+    )
+
+
+finite_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(finite_values.flatmap(written))
+@example(b"1234567890123456789012345678901234567890")
+@example(b"0.1000000000000000000000000000000000000001e-0400")
+@example(b'{"b": 1, "a": 2, "b": 3}')
+@example(rb'"\u00e9\/\u0041\t"')
+@example('"\u00e9\U0001f600"'.encode())
+@example(b"-0")
+@example(b"[ 1 ,\n\t2 ]")
+@example(b'{"outcome": "approved", "version": 2}')
+@example(nested(100))
+def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
+    delivery = read(with_context(context))
+    decision = after_failure(
+        delivery,
+        ServerError(status=503, method="GET", path="/v2/x"),
+        sent_at=delivery.ticket.expires_at,
+        now=delivery.ticket.expires_at,
+        failures=1,
+        held_for=0.0,
+        grace=0.0,
+    )
+    event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)  # type: ignore[union-attr]
+    assert bytes(event.context) == context
+    assert bytes(read_context(with_context(context))) == context
+
+
+def test_the_largest_context_is_handed_on() -> None:
+    context = b'"' + b"x" * (MAX_CONTEXT - 2) + b'"'
+    assert bytes(read(with_context(context)).context) == context
+    assert bytes(read_context(with_context(context))) == context
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff", b"[]", b"{}", with_context(b'"\xff"'), with_context(b'"' + b"x" * MAX_CONTEXT + b'"')],
+    ids=lambda data: repr(data[:20]),
+)
+def test_a_context_that_cannot_be_found_or_handed_on_is_null(data: bytes) -> None:
+    assert bytes(read_context(data)) == b"null"
+
+
+def test_a_context_is_found_in_a_request_that_is_refused() -> None:
+    data = request(version=2, user_id="xyz", context={"order": 7})
+    with pytest.raises(InvalidRequestError):
+        read(data)
+    assert bytes(read_context(data)) == b'{"order": 7}'
+
+
+def test_a_context_of_another_type_than_asked_for_is_an_error_of_the_reader() -> None:
+    event = an_event(b'{"order": "7"}')
+    assert event.read_context(dict[str, str]) == {"order": "7"}
+    with pytest.raises(msgspec.ValidationError):
+        event.read_context(dict[str, int])
+
+
+# -- what is published
+
+
+def an_event(context: bytes = b"null") -> ApprovalEvent:
+    reason = InvalidRequestError("it is none")
+    return invalid("message-1", 1, reason, msgspec.Raw(context), stored_at=STORED_AT, now=STORED_AT).event
+
+
+def test_an_event_is_published_under_the_subject_of_its_outcome() -> None:
+    assert [outcome.subject for outcome in Outcome] == [
+        "keyless.approvals.approved",
+        "keyless.approvals.expired",
+        "keyless.approvals.failed",
+    ]
+
+
+def test_an_event_is_json_with_no_more_in_it_than_there_is_to_say() -> None:
+    assert json.loads(msgspec.json.encode(an_event())) == {
+        "version": 1,
+        "outcome": "failed",
+        "reason": "invalid_request",
+        "detail": "it is none",
+        "requested_at": "2026-11-24T12:00:00Z",
+        "decided_at": "2026-11-24T12:00:00Z",
+        "deliveries": 1,
+        "context": None,
+    }
+
+
+def test_an_event_with_fields_and_reasons_of_later_releases_is_read() -> None:
+    later = json.loads(msgspec.json.encode(an_event())) | {"reason": "revoked", "more": 1}
+    assert msgspec.json.decode(json.dumps(later), type=ApprovalEvent).reason == "revoked"
+
+
+def test_reprs_show_neither_payload_nor_context() -> None:
+    secret = b'"secret"'
+    asked = ApprovalRequest(version=1, user_id="C0FFEE", operation_payload="secret", context=msgspec.Raw(secret))
+    delivery = read(request(operation_payload="secret", context="secret"))
+    for thing in (asked, an_event(secret), delivery, delivery.ticket):
+        assert "secret" not in repr(thing)
+    assert repr(asked) == "<ApprovalRequest of user 'C0FFEE', operation None>"
+    assert repr(delivery) == f"<Delivery 1 of 'message-1', operation {derived_operation_id('order-7')!r}>"
+    assert repr(an_event()) == "<ApprovalEvent failed of operation None>"

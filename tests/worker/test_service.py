@@ -1,0 +1,932 @@
+"""The worker on a real broker, the real clock and real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from nats.aio.msg import Msg
+from nats_server import until
+from tenacity import wait_fixed
+from tenacity.wait import wait_base
+
+from aiokeyless import AuthenticationError, ConfigurationError, KeylessClient, PermissionDeniedError, wait_adaptive
+from aiokeyless.worker import (
+    ApprovalEvent,
+    ApprovalWorker,
+    FailureReason,
+    Outcome,
+    StreamSettings,
+    approval_outcomes,
+    exchanges,
+    service,
+    submit_approval,
+)
+from aiokeyless.worker.intake import Intake
+from aiokeyless.worker.logs import JsonFormatter
+from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, operation_name
+from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from nats.aio.client import Client
+    from nats.js.api import ConsumerInfo
+    from nats_server import NatsServer
+    from tenacity import RetryCallState
+
+    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.sandbox.journal import RequestRecord
+
+AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final look is the only one
+LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@asynccontextmanager
+async def working(client: KeylessClient, broker: NatsServer, **options: Any) -> AsyncGenerator[ApprovalWorker]:
+    worker = ApprovalWorker(client, broker.url, **{"schedule": wait_fixed(0.05), **options})
+    task = asyncio.create_task(worker.run())
+    try:
+        await until(lambda: worker.statistics.is_ready or task.done())
+        yield worker
+    finally:
+        worker.stop()
+        await task
+
+
+async def outcomes(connection: Client, count: int, reader: str = "test") -> list[ApprovalEvent]:
+    events = approval_outcomes(connection, reader)
+    try:
+        return [await anext(events) for _ in range(count)]
+    finally:
+        await events.aclose()
+
+
+async def all_outcomes(connection: Client) -> list[ApprovalEvent]:
+    """Wait until no request is left, and return every event that there is."""
+    stream = connection.jetstream()
+
+    async def no_request_is_left() -> bool:
+        return (await stream.stream_info(REQUESTS)).state.messages == 0
+
+    await until(no_request_is_left)
+    return await outcomes(connection, (await stream.stream_info(OUTCOMES)).state.messages, str(uuid.uuid4()))
+
+
+async def publish(connection: Client, request: bytes | dict[str, Any]) -> None:
+    """Publish a request, or what is none, as an application without our helper does: without a ``Nats-Msg-Id``."""
+    data = request if isinstance(request, bytes) else msgspec.json.encode({"version": 1, "user_id": "C0", **request})
+    await connection.jetstream().publish(REQUEST_SUBJECT, data, stream=REQUESTS)
+
+
+async def consumer(connection: Client) -> ConsumerInfo:
+    info: ConsumerInfo = await connection.jetstream().consumer_info(REQUESTS, CONSUMER)
+    return info
+
+
+def looks(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
+    return [record for record in sandbox.requests if record.method == "GET" and record.path.endswith(operation_id)]
+
+
+def most_at_once(records: list[RequestRecord]) -> int:
+    changes = [(record.at, 1) for record in records] + [(record.at + record.duration, -1) for record in records]
+    under_way = most = 0
+    for _, change in sorted(changes):
+        under_way += change
+        most = max(most, under_way)
+    return most
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@pytest.fixture
+async def streams(connection: Client) -> None:
+    """Make what the worker lives on, so that there can be requests before the first one works."""
+    await prepare(connection.jetstream(), StreamSettings(), ack_wait=60)
+
+
+@pytest.fixture
+async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
+    async with sandbox.client(max_attempts=1) as client:
+        yield client
+
+
+@pytest.fixture
+async def impatient_client(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[KeylessClient]:
+    """A client with which a delivery that nobody acknowledged is made again after 3.5 s."""
+    monkeypatch.setattr(service, "_PUBLISH_WITHIN", 0.5)
+    monkeypatch.setattr(service, "_MARGIN", 0.0)
+    async with sandbox.client(max_attempts=1, request_timeout=1) as client:
+        yield client
+
+
+@pytest.fixture
+def one_ack_is_lost(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Lose the first acknowledgement of a request; the broker delivers it again at once, not after its ack wait."""
+    acknowledge = Msg.ack
+    lost: list[Msg] = []
+
+    async def ack(message: Msg) -> None:
+        if lost or message.subject != REQUEST_SUBJECT:
+            await acknowledge(message)
+        else:
+            lost.append(message)
+            await message.nak(delay=0.2)
+
+    monkeypatch.setattr(Msg, "ack", ack)
+    return lambda: bool(lost)
+
+
+async def test_approval_comes_out_with_its_context(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        operation_id = await submit_approval(connection, "c0ffee", operation_payload="Pay 40", context={"order": 7})
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        [event] = await outcomes(connection, 1)
+    assert (event.outcome, event.operation_id, event.user_id) == (Outcome.APPROVED, operation_id, "C0FFEE")
+    assert event.read_context(dict[str, int]) == {"order": 7}
+
+
+# -- the start
+
+
+async def test_client_that_repeats_by_itself_is_refused(sandbox: Sandbox) -> None:
+    async with sandbox.client() as client:
+        with pytest.raises(ConfigurationError, match="max_attempts=1"):
+            ApprovalWorker(client)
+
+
+@pytest.mark.parametrize("room", [0, -1, 2.5, True, "8", float("nan")])
+async def test_room_that_is_no_number_of_deliveries_is_refused(client: KeylessClient, room: Any) -> None:
+    with pytest.raises(ConfigurationError, match="max_in_flight"):
+        ApprovalWorker(client, max_in_flight=room)
+
+
+class NoSchedule(wait_base):
+    def __call__(self, retry_state: RetryCallState) -> float:
+        return float("nan")
+
+
+@pytest.mark.parametrize("schedule", [NoSchedule(), "every second"])
+async def test_schedule_that_names_no_delay_is_refused(client: KeylessClient, schedule: Any) -> None:
+    with pytest.raises(ConfigurationError, match="schedule"):
+        ApprovalWorker(client, schedule=schedule)
+
+
+async def test_worker_runs_once(client: KeylessClient, broker: NatsServer) -> None:
+    async with working(client, broker) as worker:
+        with pytest.raises(ConfigurationError, match="runs once"):
+            await worker.run()
+        assert worker.statistics.is_ready
+    with pytest.raises(ConfigurationError, match="runs once"):
+        await worker.run()
+
+
+@pytest.mark.usefixtures("streams")
+async def test_wrong_key_is_found_before_anything_is_taken(
+    sandbox: Sandbox, broker: NatsServer, connection: Client
+) -> None:
+    await submit_approval(connection, "C0FFEE")
+    async with KeylessClient("wrong", base_url=sandbox.url, max_attempts=1) as client:
+        with pytest.raises(AuthenticationError):
+            await ApprovalWorker(client, broker.url).run()
+    untouched = await consumer(connection)
+    assert (untouched.num_pending, untouched.num_ack_pending) == (1, 0)
+
+
+async def test_refusal_at_the_start_that_will_not_pass_ends_the_worker(
+    client: KeylessClient, broker: NatsServer, sandbox: Sandbox
+) -> None:
+    sandbox.fail_next(status=403)
+    with pytest.raises(PermissionDeniedError):
+        await ApprovalWorker(client, broker.url).run()
+
+
+async def test_keyless_that_is_down_at_the_start_is_waited_for(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    sandbox.fail_next()
+    async with working(client, broker):
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+
+
+# -- transient failures
+
+
+def answers_503(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(times=2, method=method)
+
+
+def asks_to_come_later_429(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(status=429, times=2, retry_after=0.3, method=method)
+
+
+def asks_to_come_later_503(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(status=503, times=2, retry_after=0.3, method=method)
+
+
+def answers_a_page(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(status=200, times=2, body=b"<html>", content_type="text/html", method=method)
+
+
+def drops_the_connection(sandbox: Sandbox, method: str) -> None:
+    sandbox.drop_next(times=4, method=method)  # aiohttp repeats some by itself
+
+
+FAILURES = [answers_503, asks_to_come_later_429, asks_to_come_later_503, answers_a_page, drops_the_connection]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("fails", FAILURES)
+async def test_passing_failure_costs_no_approval(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    *,
+    fails: Callable[[Sandbox, str], None],
+    method: str,
+) -> None:
+    async with working(client, broker) as worker:
+        if method == "POST":
+            fails(sandbox, method)
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        fails(sandbox, "GET")
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+        assert event.outcome is Outcome.APPROVED
+        assert worker.statistics.transient_failures >= (2 if method == "GET" else 3)
+    assert list(sandbox.operations) == [operation_id]
+
+
+async def test_failures_have_a_pace_of_their_own(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    random.seed(5)  # the pace is random
+    async with working(client, broker, schedule=wait_fixed(0.02)):
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.fail_next(times=4, method="GET")
+        await until(lambda: sum(record.status == 503 for record in sandbox.requests) == 4)
+        first, *_, last = (record for record in sandbox.requests if record.status == 503)
+    assert last.at - first.at > 0.5  # the schedule alone: 0.06
+
+
+async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    random.seed(5)  # the pace of the probes is random
+    async with working(client, broker, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
+        ids = [await submit_approval(connection, "C0FFEE") for _ in range(200)]
+        await until(lambda: len(sandbox.operations) == 200)
+        sandbox.fail_next(times=None)
+        await until(lambda: worker.statistics.is_down)
+        sandbox.requests.clear()
+        began = now()
+        await until(lambda: now() > began + 2)
+        probes = len(sandbox.requests)
+        sandbox.recover()
+        for operation_id in ids:
+            sandbox.approve(operation_id)
+        events = await all_outcomes(connection)
+        assert not worker.statistics.is_down
+    assert 1 <= probes <= 8 + 8  # what was under way, and few more; 200 waits would look 800 times in these seconds
+    assert sorted((event.operation_id or "", event.outcome) for event in events) == sorted(
+        (operation_id, Outcome.APPROVED) for operation_id in ids
+    )
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_retry_after_holds_the_whole_intake(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, status: int
+) -> None:
+    async with working(client, broker, max_in_flight=4) as worker:
+        for _ in range(30):
+            await submit_approval(connection, "C0FFEE")
+        await until(lambda: len(sandbox.operations) == 30)
+        sandbox.fail_next(status=status, retry_after=1.5)
+        await until(lambda: worker.statistics.transient_failures == 1)
+        held = now()
+        await until(lambda: worker.statistics.in_flight == 0)
+        sandbox.requests.clear()
+        await until(lambda: bool(sandbox.requests))
+        assert sandbox.requests[0].at > held + 1.4
+
+
+async def test_request_that_comes_during_a_hold_is_handed_back(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=8) as worker:
+        sandbox.fail_next(retry_after=1)
+        await submit_approval(connection, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 1)
+        held = now()
+        late = await submit_approval(connection, "C0FFEE")  # it was asked for before
+        await until(lambda: worker.statistics.deliveries == 2)
+        await until(lambda: late in sandbox.operations)
+        assert now() > held + 0.9
+
+
+# -- the deadline
+
+
+async def test_final_look_begins_at_the_deadline(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        asked_at = now()
+        operation_id = await submit_approval(connection, "C0FFEE", expires_in=1.0)
+        [event] = await all_outcomes(connection)
+    [look] = looks(sandbox, operation_id)
+    assert 0.99 < look.at - asked_at < 2.0
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
+
+
+async def test_final_look_without_an_answer_says_so(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE, grace=0):
+        operation_id = await submit_approval(connection, "C0FFEE", expires_in=0.5)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.fail_next(times=None)
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
+
+
+async def test_approval_just_before_the_deadline_is_found(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        asked_at = now()
+        operation_id = await submit_approval(connection, "C0FFEE", expires_in=1.0)
+        await until(lambda: operation_id in sandbox.operations)
+        await until(lambda: now() > asked_at + 0.8)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+    assert len(looks(sandbox, operation_id)) == 1
+
+
+async def test_approval_in_time_is_found_though_the_final_look_got_no_answer(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        operation_id = await submit_approval(connection, "C0FFEE", expires_in=0.5)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        sandbox.fail_next(times=2)
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+    assert len(looks(sandbox, operation_id)) == 3
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("approved", [True, False])
+async def test_request_first_delivered_after_its_deadline_gets_one_look(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, *, approved: bool
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1")  # by a worker that died before it could say so
+    if approved:
+        sandbox.approve("txn-1")
+    sandbox.requests.clear()
+    await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, broker):
+        [event] = await all_outcomes(connection)
+    assert event.outcome is (Outcome.APPROVED if approved else Outcome.EXPIRED)
+    assert event.answered is (None if approved else True)
+    assert len(looks(sandbox, "txn-1")) == 1
+
+
+@pytest.mark.usefixtures("streams")
+async def test_nobody_is_asked_after_the_deadline(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, broker):
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
+    assert not sandbox.operations
+
+
+# -- one request, one operation
+
+
+@pytest.mark.parametrize("look_fails_too", [False, True])
+@pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
+async def test_create_whose_answer_was_lost_makes_no_second_operation(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, loses: str, *, look_fails_too: bool
+) -> None:
+    async with working(client, broker):
+        getattr(sandbox, loses)(stored=True, method="POST")
+        if look_fails_too:
+            sandbox.fail_next(method="GET")
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+    assert list(sandbox.operations) == [operation_id]
+    assert sum(record.method == "POST" for record in sandbox.requests) == 1
+
+
+async def test_operation_that_vanished_is_created_again_under_the_same_id(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        operation_id = await submit_approval(connection, "C0FFEE", operation_payload="Pay 40")
+        await until(lambda: bool(looks(sandbox, operation_id)))
+        sandbox.forget(operation_id)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id, operation_payload="Pay 40")
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_id_that_is_taken_by_nothing_that_can_be_seen_is_tried_again(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        sandbox.fail_next(status=409, times=2, method="POST")  # of the first delivery, and of the second
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+    assert sum(record.status == 409 for record in sandbox.requests) == 2
+
+
+async def test_request_published_twice_under_one_name_is_one(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker) as worker:
+        first, second = [await submit_approval(connection, "C0FFEE", message_id="order-7") for _ in range(2)]
+        await until(lambda: first in sandbox.operations)
+        sandbox.approve(first)
+        [event] = await all_outcomes(connection)
+        assert worker.statistics.approved == 1
+    assert first == second == event.operation_id
+    assert list(sandbox.operations) == [first]
+
+
+async def test_two_requests_for_one_operation_have_one_outcome(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker) as worker:
+        for _ in range(2):  # without a name by which the stream could tell
+            await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        await until(lambda: len(looks(sandbox, "txn-1")) >= 4)
+        sandbox.approve("txn-1")
+        [event] = await all_outcomes(connection)
+        assert (worker.statistics.approved, worker.statistics.duplicates) == (1, 1)
+    assert event.outcome is Outcome.APPROVED
+    assert list(sandbox.operations) == ["txn-1"]
+
+
+@pytest.mark.parametrize(
+    "another", [{"user_id": "BAD"}, {"operation_payload": "Pay 9000"}, {"external_user_id": "eve"}]
+)
+async def test_id_that_is_taken_by_another_request_is_a_conflict_and_costs_that_one_nothing(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, another: dict[str, str]
+) -> None:
+    ours = {"operation_id": "txn-1", "user_id": "C0", "operation_payload": "Pay 40", "external_user_id": "ann"}
+    async with working(client, broker):
+        await publish(connection, ours)
+        await until(lambda: "txn-1" in sandbox.operations)
+        await publish(connection, {**ours, **another, "context": "the other"})
+        [conflict] = await outcomes(connection, 1)
+        sandbox.approve("txn-1")
+        [event] = await outcomes(connection, 1)
+    assert (conflict.outcome, conflict.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
+    assert conflict.read_context(str) == "the other"
+    assert (event.outcome, event.user_id) == (Outcome.APPROVED, "C0")
+
+
+# -- answers and messages that are not to be trusted
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"operation_id": "another"}, FailureReason.MISMATCH),
+        ({"result": False}, FailureReason.INCONSISTENT),
+        ({"state": "denied"}, FailureReason.INCONSISTENT),
+        ({"user_id": "BAD"}, FailureReason.CONFLICT),
+        ({"operation_payload": "Pay 9000"}, FailureReason.CONFLICT),
+        ({"state": 1}, FailureReason.UNREADABLE),
+    ],
+)
+async def test_answer_that_lies_is_no_approval(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    *,
+    lie: dict[str, object],
+    reason: FailureReason,
+) -> None:
+    async with working(client, broker):
+        operation_id = await submit_approval(connection, "C0FFEE", operation_payload="Pay 40")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.tamper(operation_id, **lie)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, reason, operation_id)
+
+
+async def test_request_that_the_service_refuses_fails(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        sandbox.fail_next(status=404, method="POST")
+        operation_id = await submit_approval(connection, "C0FFEE")
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.REJECTED, operation_id)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"\xff no JSON",
+        b"[1]",
+        b'{"version": 2, "user_id": "C0"}',
+        {"user_id": "../C0", "operation_id": "txn-1"},
+        {"operation_id": ".."},
+        {"operation_id": "txn-1", "operation_payolad": "Pay 40"},
+        {},  # neither an id nor a Nats-Msg-Id that could stand for one
+    ],
+)
+async def test_message_that_is_no_request_fails_at_once_and_never_comes_again(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, message: bytes | dict[str, Any]
+) -> None:
+    async with working(client, broker) as worker:
+        await publish(connection, message)
+        [event] = await all_outcomes(connection)
+        left = await consumer(connection)
+        assert worker.statistics.deliveries == 1
+    assert (event.outcome, event.reason, event.deliveries) == (Outcome.FAILED, FailureReason.INVALID_REQUEST, 1)
+    assert (left.num_ack_pending, left.num_redelivered, left.num_pending) == (0, 0, 0)
+    assert not sandbox.operations
+
+
+async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
+    async with working(client, broker) as worker:
+        operation_id = await submit_approval(connection, "C0FFEE", context={"order": 7})
+        [event] = await all_outcomes(connection)
+        assert worker.statistics.deliveries == 1
+        assert worker.statistics.is_ready
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INTERNAL)
+    assert event.operation_id == operation_id
+    assert event.read_context(dict[str, int]) == {"order": 7}
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert "ZeroDivisionError" in caplog.text
+    assert record.levelno == logging.ERROR
+
+
+# -- crashes
+
+
+async def test_crash_between_event_and_acknowledgement_brings_no_second_event(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    one_ack_is_lost: Callable[[], bool],
+) -> None:
+    async with working(client, broker) as worker:
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+        assert (worker.statistics.approved, worker.statistics.duplicates) == (1, 1)
+    assert one_ack_is_lost()
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_request_that_expired_stays_expired_though_it_is_approved_when_it_comes_again(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    one_ack_is_lost: Callable[[], bool],
+) -> None:
+    async with working(client, broker) as worker:
+        operation_id = await submit_approval(connection, "C0FFEE", expires_in=0.2)
+        await until(one_ack_is_lost)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+        assert (worker.statistics.expired, worker.statistics.approved, worker.statistics.duplicates) == (1, 0, 1)
+    assert event.outcome is Outcome.EXPIRED
+    assert sandbox.operations[operation_id].is_approved
+
+
+async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker) as worker:
+        name = {MESSAGE_ID: operation_name("txn-1")}
+        await connection.jetstream().publish(Outcome.APPROVED.subject, b"the other's", stream=OUTCOMES, headers=name)
+        await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        await until(lambda: worker.statistics.duplicates == 1)
+        assert worker.statistics.approved == 0
+    assert (await connection.jetstream().stream_info(OUTCOMES)).state.messages == 1
+
+
+async def test_broker_that_is_killed_and_started_again_loses_nothing(
+    impatient_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(impatient_client, broker) as worker:
+        before = await submit_approval(connection, "C0FFEE")
+        await until(lambda: before in sandbox.operations)
+        broker.kill()
+        await until(lambda: not worker.statistics.is_ready)
+        sandbox.approve(before)
+        await broker.start()
+        await until(lambda: worker.statistics.is_ready and connection.is_connected)
+        after = await submit_approval(connection, "C0FFEE")
+        await until(lambda: after in sandbox.operations)
+        sandbox.approve(after)
+        events = await all_outcomes(connection)
+    assert {(event.operation_id, event.outcome) for event in events} == {
+        (before, Outcome.APPROVED),
+        (after, Outcome.APPROVED),
+    }
+    assert len(events) == 2
+
+
+async def test_request_whose_event_is_not_stored_is_not_done(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(client, broker) as worker:
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        await connection.jetstream().delete_stream(OUTCOMES)
+        sandbox.approve(operation_id)
+        await until(lambda: "delivery.unsettled" in caplog.text)
+        assert worker.statistics.approved == 0
+    assert (await connection.jetstream().stream_info(REQUESTS)).state.messages == 1
+
+
+async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
+    impatient_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(impatient_client, broker) as worker:
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        sandbox.latency = 0.5
+        seen = len(looks(sandbox, operation_id))
+        await until(lambda: len(looks(sandbox, operation_id)) > seen)
+        broker.kill()
+        await until(lambda: worker.statistics.in_flight == 0)  # the answer came, its event could not be published
+        sandbox.latency = 0
+        await broker.start()
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+
+
+# -- the key
+
+
+async def test_key_that_is_withdrawn_ends_the_worker_and_another_one_finishes_its_requests(
+    client: KeylessClient, other_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05))
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    ids = [await submit_approval(connection, "C0FFEE") for _ in range(3)]
+    await until(lambda: len(sandbox.operations) == 3)
+    sandbox.fail_next(status=401, times=None)
+    with pytest.raises(AuthenticationError):
+        await running
+    assert not worker.statistics.is_ready
+    sandbox.recover()
+    for operation_id in ids:
+        sandbox.approve(operation_id)
+    async with working(other_client, broker):
+        events = await all_outcomes(connection)
+    assert sorted(event.operation_id or "" for event in events) == sorted(ids)
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
+# -- room, and the end
+
+
+async def test_no_more_deliveries_are_under_way_than_there_is_room_for(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=3):
+        sandbox.requests.clear()
+        sandbox.latency = 0.1
+        for _ in range(12):
+            await submit_approval(connection, "C0FFEE", expires_in=1)
+        await all_outcomes(connection)
+    assert most_at_once(sandbox.requests) == 3
+
+
+async def test_stop_finishes_what_is_under_way_and_leaves_the_rest_to_others_at_once(
+    client: KeylessClient, other_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    sandbox.latency = 0.5
+    async with working(client, broker, max_in_flight=2) as worker:
+        for _ in range(5):
+            await submit_approval(connection, "C0FFEE")
+        await until(lambda: worker.statistics.in_flight == 2)
+        stopped = time.monotonic()
+        worker.stop()
+        assert worker.statistics.is_draining
+    assert time.monotonic() - stopped < 2
+    assert (worker.statistics.in_flight, worker.statistics.created) == (0, 2)
+    async with working(other_client, broker):
+        await until(lambda: len(sandbox.operations) == 5, patience=5)  # ack wait is 40 s
+
+
+async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
+    client: KeylessClient,
+    other_client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    close = Intake.close
+
+    async def close_a_little_late(intake: Intake) -> None:
+        await submit_approval(connection, "C0FFEE")
+        await until(lambda: worker.statistics.deliveries > 0)
+        await close(intake)
+
+    monkeypatch.setattr(Intake, "close", close_a_little_late)
+    async with working(client, broker) as worker:
+        pass
+    monkeypatch.undo()
+    assert not sandbox.operations
+    async with working(other_client, broker):
+        await until(lambda: len(sandbox.operations) == 1, patience=5)  # ack wait is 40 s
+
+
+async def test_stop_ends_a_worker_whose_broker_is_away(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    before = asyncio.all_tasks()
+    async with working(client, broker) as worker:
+        sandbox.latency = 0.3
+        await submit_approval(connection, "C0FFEE")
+        await until(lambda: worker.statistics.in_flight == 1)
+        await connection.close()
+        broker.kill()
+        await until(lambda: not worker.statistics.is_ready and worker.statistics.in_flight == 0)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 5
+    await client.aclose()
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    before = asyncio.all_tasks()
+    worker = ApprovalWorker(client, broker.url)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    sandbox.latency = 60
+    await submit_approval(connection, "C0FFEE")
+    await until(lambda: worker.statistics.in_flight == 1)
+    await connection.close()
+    cancelled = time.monotonic()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert time.monotonic() - cancelled < 2
+    await client.aclose()
+    await until(lambda: asyncio.all_tasks() <= before)
+    assert worker.statistics.in_flight == 0
+
+
+# -- what it tells
+
+
+async def test_logs_hold_no_payload_no_context_and_no_key(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiokeyless")
+    secrets = {"operation_payload": "hidden payload", "context": "hidden context"}
+    async with working(client, broker):
+        sandbox.fail_next()
+        for operation_id in ("approved", "lying", "unreadable"):
+            await publish(connection, {"operation_id": operation_id, **secrets})
+        await publish(connection, {"operation_id": "late", "created_at": LONG_AGO, **secrets})
+        await publish(connection, {"operation_id": "..", **secrets})
+        await publish(connection, b"hidden payload, and no JSON")
+        await until(lambda: len(sandbox.operations) == 3)
+        sandbox.tamper("lying", operation_payload="another hidden payload")
+        sandbox.tamper("unreadable", operation_payload=["hidden payload"])
+        sandbox.approve("approved")
+        await all_outcomes(connection)
+        monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
+        await publish(connection, {"operation_id": "internal", **secrets})
+        events = await all_outcomes(connection)
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("aiokeyless")]
+    assert len(events) == 7
+    assert {msgspec.json.decode(line, type=dict[str, object])["event"] for line in lines} >= {
+        "worker.ready",
+        "keyless.failed",
+        "approval.approved",
+        "approval.expired",
+        "approval.failed",
+        "delivery.failed",
+        "worker.done",
+    }
+    assert not [line for line in [*lines, caplog.text] if "hidden" in line or sandbox.api_key in line]
+
+
+class Remembering(wait_adaptive):
+    """A schedule that remembers what it was taught."""
+
+    def __init__(self, min_interval: float = 0.05) -> None:
+        super().__init__(min_interval=min_interval, poll_cost=0.001)
+        self.lessons: list[tuple[float, float | None]] = []
+
+    def observe(self, after: float, until: float | None) -> None:
+        self.lessons.append((after, until))
+        super().observe(after, until)
+
+
+async def test_schedule_learns_when_people_approve(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    schedule = Remembering()
+    async with working(client, broker, schedule=schedule):
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: len(looks(sandbox, operation_id)) >= 2)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+    age = (event.decided_at - event.requested_at).total_seconds()
+    assert schedule.lessons == [(schedule.lessons[0][0], age)]
+    assert 0 < schedule.lessons[0][0] < age
+
+
+async def test_schedule_learns_that_who_approved_by_the_first_look_did_so_since_the_beginning(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    schedule = Remembering(min_interval=0.5)
+    async with working(client, broker, schedule=schedule):
+        operation_id = await submit_approval(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+    assert schedule.lessons == [(0.0, (event.decided_at - event.requested_at).total_seconds())]
+
+
+async def test_schedule_learns_until_when_somebody_did_not_approve(
+    client: KeylessClient, broker: NatsServer, connection: Client
+) -> None:
+    schedule = Remembering()
+    async with working(client, broker, schedule=schedule):
+        await submit_approval(connection, "C0FFEE", expires_in=0.3)
+        [event] = await all_outcomes(connection)
+    assert schedule.lessons == [((event.decided_at - event.requested_at).total_seconds(), None)]
+
+
+@pytest.mark.usefixtures("streams")
+async def test_schedule_learns_nothing_from_what_shows_nothing(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    schedule = Remembering()
+    sandbox.approve("at the first look", user_id="C0")  # whenever that was
+    async with working(client, broker, schedule=schedule):
+        await publish(connection, {"operation_id": "at the first look"})
+        await publish(connection, b"no request")
+        await outcomes(connection, 2)
+        sandbox.fail_next(times=None)
+        await publish(connection, {"operation_id": "unanswered", "created_at": LONG_AGO, "expires_in": 60})
+        await outcomes(connection, 1)
+    assert schedule.lessons == []

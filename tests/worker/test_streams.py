@@ -1,0 +1,266 @@
+"""The streams and the consumer: made as they must be, shared, and never changed where they are somebody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import nats
+import pytest
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from nats_server import NatsServer
+
+from aiokeyless.worker import BrokerError, StreamSettings
+from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from nats.aio.client import Client
+    from nats.js import JetStreamContext
+
+ACK_WAIT = 40.0
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+async def stream(connection: Client) -> JetStreamContext:
+    return connection.jetstream()
+
+
+async def prepared(stream: JetStreamContext, **settings: Any) -> float:
+    return await prepare(stream, StreamSettings(**settings), ack_wait=ACK_WAIT)
+
+
+def requests(**changed: Any) -> StreamConfig:
+    """The stream of requests as an operator makes it who does it right, but for what is changed."""
+    settings: dict[str, Any] = {
+        "name": REQUESTS,
+        "subjects": ["keyless.approvals.request"],
+        "retention": RetentionPolicy.WORK_QUEUE,
+        "storage": StorageType.FILE,
+        "duplicate_window": DAY,
+    }
+    return StreamConfig(**settings | changed)
+
+
+def outcomes(**changed: Any) -> StreamConfig:
+    settings: dict[str, Any] = {
+        "name": OUTCOMES,
+        "subjects": [f"keyless.approvals.{outcome}" for outcome in ("failed", "expired", "approved")],
+        "storage": StorageType.FILE,
+        "duplicate_window": DAY,
+    }
+    return StreamConfig(**settings | changed)
+
+
+def consumer(**changed: Any) -> ConsumerConfig:
+    settings: dict[str, Any] = {
+        "durable_name": CONSUMER,
+        "ack_policy": AckPolicy.EXPLICIT,
+        "ack_wait": ACK_WAIT,
+        "max_deliver": -1,
+        "max_ack_pending": -1,
+    }
+    return ConsumerConfig(**settings | changed)
+
+
+async def settings_of(stream: JetStreamContext) -> tuple[StreamConfig, StreamConfig]:
+    return (await stream.stream_info(REQUESTS)).config, (await stream.stream_info(OUTCOMES)).config
+
+
+# -- made
+
+
+async def test_what_is_missing_is_made_as_the_guarantees_need_it(stream: JetStreamContext) -> None:
+    assert await prepared(stream) == DAY
+    made, told = await settings_of(stream)
+    assert made.subjects == ["keyless.approvals.request"]
+    assert (made.retention, made.storage, made.num_replicas) == (RetentionPolicy.WORK_QUEUE, StorageType.FILE, 1)
+    assert (made.duplicate_window, made.max_age) == (DAY, 0)
+    assert (made.max_msgs, made.max_bytes, made.max_msgs_per_subject) == (-1, -1, -1)
+    assert told.subjects == [f"keyless.approvals.{outcome}" for outcome in ("approved", "expired", "failed")]
+    assert (told.retention, told.storage, told.num_replicas) == (RetentionPolicy.LIMITS, StorageType.FILE, 1)
+    assert (told.duplicate_window, told.max_age) == (DAY, 7 * DAY)
+    assert (told.max_msgs, told.max_bytes, told.max_msgs_per_subject) == (-1, -1, -1)
+
+
+async def test_the_consumer_delivers_without_end_and_any_number_at_once(stream: JetStreamContext) -> None:
+    await prepared(stream)
+    made = (await stream.consumer_info(REQUESTS, CONSUMER)).config
+    assert made is not None
+    assert (made.durable_name, made.ack_policy, made.ack_wait) == (CONSUMER, AckPolicy.EXPLICIT, ACK_WAIT)
+    assert (made.max_deliver, made.max_ack_pending) == (-1, -1)
+    assert (made.deliver_policy, made.deliver_subject, made.filter_subject) == (DeliverPolicy.ALL, None, None)
+
+
+async def test_an_operator_chooses_the_duplicate_window_and_how_long_outcomes_are_kept(
+    stream: JetStreamContext,
+) -> None:
+    assert await prepared(stream, duplicate_window=600.0, max_age=3600.0) == 600
+    made, told = await settings_of(stream)
+    assert (made.duplicate_window, told.duplicate_window, told.max_age) == (600, 600, 3600)
+
+
+async def test_outcomes_are_kept_at_least_for_the_duplicate_window(stream: JetStreamContext) -> None:
+    await prepared(stream, max_age=60.0)
+    assert (await settings_of(stream))[1].max_age == DAY
+
+
+async def test_made_by_ten_workers_at_once_they_are_made_once(stream: JetStreamContext) -> None:
+    assert await asyncio.gather(*(prepared(stream) for _ in range(10))) == [DAY] * 10
+
+
+async def test_made_once_they_are_found(stream: JetStreamContext) -> None:
+    await prepared(stream)
+    before = await settings_of(stream)
+    assert await prepared(stream) == DAY
+    assert await settings_of(stream) == before
+
+
+# -- found
+
+
+async def test_what_an_operator_made_well_is_used(stream: JetStreamContext) -> None:
+    await stream.add_stream(requests(max_msgs=10_000, discard=DiscardPolicy.NEW, description="ours", num_replicas=1))
+    await stream.add_stream(outcomes(max_age=DAY))
+    await stream.add_consumer(REQUESTS, consumer(ack_wait=100, max_waiting=512))
+    assert await prepared(stream, max_age=DAY) == DAY
+
+
+async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(stream: JetStreamContext) -> None:
+    await stream.add_stream(requests(duplicate_window=3 * DAY))
+    await stream.add_stream(outcomes(duplicate_window=2 * DAY))
+    assert await prepared(stream) == 2 * DAY
+
+
+@pytest.mark.parametrize(
+    ("found", "difference"),
+    [
+        (requests(subjects=["keyless.approvals.request", "more"]), "subjects are"),
+        (requests(subjects=["other"]), r"subjects are \['other'\], not \['keyless.approvals.request'\]"),
+        (requests(retention=RetentionPolicy.LIMITS), "retention is limits, not workqueue"),
+        (requests(retention=RetentionPolicy.INTEREST), "retention is interest, not workqueue"),
+        (requests(storage=StorageType.MEMORY), "storage is memory, not file"),
+        (requests(duplicate_window=120), "duplicate window is 120 s, less than 86400 s"),
+        (requests(max_age=2 * DAY), "max age is 172800 s: messages would vanish before their time"),
+        (requests(max_msgs=10), "max_msgs is 10, and what is over it is dropped"),
+        (requests(max_bytes=1 << 20), "max_bytes is 1048576, and"),
+        (requests(max_msgs_per_subject=1), "max_msgs_per_subject is 1, and"),
+        (outcomes(subjects=["keyless.approvals.approved"]), "subjects are"),
+        (outcomes(retention=RetentionPolicy.INTEREST), "retention is interest, not limits"),
+        (outcomes(storage=StorageType.MEMORY), "storage is memory, not file"),
+        (outcomes(duplicate_window=120, max_age=120), "duplicate window is 120 s.*; max age is 120 s: messages would"),
+        (outcomes(max_msgs=10), "max_msgs is 10"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+async def test_a_stream_with_other_settings_is_refused_in_one_line_that_names_them_and_left_as_it_is(
+    stream: JetStreamContext, found: StreamConfig, difference: str
+) -> None:
+    assert found.name is not None
+    before = (await stream.add_stream(found)).config
+    refusal = rf"^stream {found.name} exists with other settings: .*{difference}"
+    with pytest.raises(BrokerError, match=refusal) as caught:
+        await prepared(stream)
+    assert "\n" not in str(caught.value)
+    assert (await stream.stream_info(found.name)).config == before
+
+
+async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContext) -> None:
+    await stream.add_stream(requests())
+    with pytest.raises(BrokerError, match="replicas are 1, not 3"):
+        await prepared(stream, replicas=3)
+
+
+@pytest.mark.parametrize(
+    ("found", "difference"),
+    [
+        ({"ack_wait": 5}, "ack wait is 5 s, less than a delivery may take, 40 s"),
+        ({"max_deliver": 3}, "max_deliver is 3, not unlimited"),
+        ({"max_ack_pending": 1000}, "max_ack_pending is 1000, not unlimited"),
+        ({"filter_subject": "keyless.approvals.request"}, "it filters subjects"),
+        ({"filter_subjects": ["keyless.approvals.request"]}, "it filters subjects"),
+        ({"deliver_subject": "elsewhere"}, "it pushes, and workers pull"),
+        ({"backoff": [40.0, 60.0]}, "it has a backoff"),
+    ],
+    ids=repr,
+)
+async def test_a_consumer_with_other_settings_is_refused_in_one_line_that_names_them_and_left_as_it_is(
+    stream: JetStreamContext, found: dict[str, Any], difference: str
+) -> None:
+    await stream.add_stream(requests())
+    before = (await stream.add_consumer(REQUESTS, consumer(**found))).config
+    refusal = rf"^consumer {CONSUMER} of stream {REQUESTS} exists with other settings: .*{difference}"
+    with pytest.raises(BrokerError, match=refusal) as caught:
+        await prepared(stream)
+    assert "\n" not in str(caught.value)
+    assert (await stream.consumer_info(REQUESTS, CONSUMER)).config == before
+
+
+async def test_a_subject_that_is_another_streams_is_refused_in_one_line(stream: JetStreamContext) -> None:
+    await stream.add_stream(StreamConfig(name="ALL", subjects=["keyless.>"]))
+    with pytest.raises(BrokerError, match=r"^the broker refused .*: subjects overlap with an existing stream$"):
+        await prepared(stream)
+
+
+async def test_replicas_that_the_broker_has_no_servers_for_are_refused_in_one_line(stream: JetStreamContext) -> None:
+    with pytest.raises(BrokerError, match=r"^the broker refused .*: replicas > 1 not supported in non-clustered mode$"):
+        await prepared(stream, replicas=3)
+
+
+# -- a broker that does not let us
+
+
+async def test_a_broker_without_jetstream_is_one_line(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path, jetstream=False)
+    await server.start()
+    try:
+        async with await nats.connect(server.url) as connection:
+            with pytest.raises(BrokerError, match=r"^the broker has no JetStream: start it with -js"):
+                await prepared(connection.jetstream())
+    finally:
+        server.stop()
+
+
+CONFIGURATION = """
+authorization {
+  users = [
+    { user: nobody, password: pass, permissions: { publish: { deny: [">"] } } }
+    { user: reader, password: pass, permissions: { publish: { allow: ["$JS.API.STREAM.INFO.>"] } } }
+  ]
+}
+"""
+
+
+@pytest.fixture
+async def strict_broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(CONFIGURATION)
+    server = NatsServer(tmp_path, "-c", str(configuration))
+    await server.start()
+    yield server
+    server.stop()
+
+
+async def silent(_error: Exception) -> None:
+    """nats-py would log what the broker does not permit."""
+
+
+async def test_a_user_without_permission_is_told_within_seconds(strict_broker: NatsServer) -> None:
+    for user in ("nobody", "reader"):
+        async with await nats.connect(strict_broker.url, user=user, password="pass", error_cb=silent) as connection:
+            began = time.monotonic()
+            with pytest.raises(BrokerError, match=r"^the broker did not answer .* publish to \$JS\.API\.>"):
+                await prepared(connection.jetstream(timeout=0.2))
+            assert time.monotonic() - began < 2
