@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ESCAPE = "\x1b"
-COMMANDS = ["create", "demo", "get", "pending", "sandbox", "wait"]
+COMMANDS = ["create", "demo", "get", "pending", "sandbox", "wait", "worker"]
 #: Takes over the terminal, starts a new line, is markup of rich's, and turns the direction of writing.
 HOSTILE = "\x1b[2J\x9b1m\r\n\x07[bold red]Pay 1[/] :smile: \u202eecila"
 HARMLESS = r"\x1b[2J\x9b1m\r\n\x07[bold red]Pay 1[/] :smile: \u202eecila"

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from nats_server import NatsServer, until
 
 import aiokeyless
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TESTS = [block for block in BLOCKS if "def test_" in block]
-PROGRAMS = [block for block in BLOCKS if block not in TESTS]
+APPLICATIONS = [block for block in BLOCKS if "aiokeyless.worker" in block]
+PROGRAMS = [block for block in BLOCKS if block not in TESTS + APPLICATIONS]
 
 
 async def run(*arguments: str, cwd: Path, environment: Mapping[str, str]) -> str:
@@ -45,6 +48,25 @@ async def test_a_program_of_the_readme_runs(block: str, tmp_path: Path) -> None:
     async with Sandbox(auto_approve=0.1) as sandbox:
         environment = {"KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}
         assert await run("program.py", cwd=tmp_path, environment=environment)
+
+
+@pytest.mark.parametrize("block", APPLICATIONS, ids=range(len(APPLICATIONS)))
+async def test_an_application_of_the_readme_gets_its_outcome_from_a_worker(block: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(block)
+    broker = NatsServer(tmp_path)
+    await broker.start()
+    try:
+        async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
+            worker = ApprovalWorker(client, broker.url)
+            working = asyncio.create_task(worker.run())
+            await until(lambda: worker.statistics.is_ready)
+            output = await run("program.py", cwd=tmp_path, environment={"NATS_URL": broker.url})
+            worker.stop()
+            await working
+    finally:
+        broker.stop()
+    assert output.startswith("approved ")
+    assert output.endswith("{'order': 7}\n")
 
 
 @pytest.mark.parametrize("block", TESTS, ids=range(len(TESTS)))

@@ -25,8 +25,9 @@ DEFAULT_PORT: Final = 3223
 _LOOPBACK: Final = "127.0.0.1"
 
 
-def _check_port(_type: object, port: int) -> None:
-    if not 0 <= port <= 65535:
+def check_port(_type: object, port: int | None) -> None:
+    """Refuse what is no port."""
+    if port is not None and not 0 <= port <= 65535:
         raise ValueError("Must be from 0 to 65535.")
 
 
@@ -48,7 +49,7 @@ Example, as a service for tests:
 )
 async def sandbox(
     *,
-    port: Annotated[int, Parameter(validator=_check_port)] = DEFAULT_PORT,
+    port: Annotated[int, Parameter(validator=check_port)] = DEFAULT_PORT,
     api_key: str = "sandbox-key",
     auto_approve: Annotated[float | None, Parameter(validator=_check_delay)] = None,
     host: str = _LOOPBACK,

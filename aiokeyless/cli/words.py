@@ -132,8 +132,11 @@ OptionalSeconds = Annotated[float | None, Parameter(validator=_check_seconds)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
 
 
-def new_client() -> KeylessClient:
+def new_client(*, max_attempts: int = 3) -> KeylessClient:
     """Make the client that the environment asks for, for the caller to close.
+
+    Args:
+        max_attempts: Attempts of one call.
 
     Raises:
         CommandError: The environment has no key, or holds what the client does not take.
@@ -144,7 +147,7 @@ def new_client() -> KeylessClient:
             "aiokeyless sandbox)"
         )
     try:
-        return KeylessClient()
+        return KeylessClient(max_attempts=max_attempts)
     except ConfigurationError as error:
         # The client speaks of its arguments; here they are variables.
         message = re.sub(r"\b(api_key|base_url|region)\b", lambda name: f"KEYLESS_{name[0].upper()}", str(error))

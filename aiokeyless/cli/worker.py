@@ -1,0 +1,106 @@
+"""``aiokeyless worker``: waits that a broker remembers, until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from .sandbox import check_port
+from .words import AsJson, CommandError, Exit, Seconds, app, new_client
+
+if TYPE_CHECKING:
+    from aiokeyless.worker import ApprovalWorker
+
+
+def _check_count(_type: object, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ValueError("Must be at least 1.")
+
+
+def _check_grace(_type: object, grace: float) -> None:
+    if not grace >= 0:  # NaN is not
+        raise ValueError("Must be at least 0 seconds.")
+
+
+Count = Annotated[int, Parameter(validator=_check_count)]
+OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
+
+
+@app.command(
+    help_epilogue="""\
+Example, with a broker and a sandbox in other terminals:
+  nats-server -js -sd jetstream
+  aiokeyless worker --nats nats://127.0.0.1:4222
+
+Example, as an orchestrator runs it, with NATS_URL naming a cluster's servers:
+  aiokeyless worker --replicas 3 --health-port 8080 --json"""
+)
+async def worker(
+    *,
+    nats_url: Annotated[str | None, Parameter(name="--nats")] = None,
+    max_in_flight: Count = 64,
+    grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
+    creds: Path | None = None,
+    replicas: OptionalCount = None,
+    duplicate_window: Seconds = 24 * 3600.0,
+    health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
+    health_host: str = "127.0.0.1",
+    as_json: AsJson = False,
+) -> int:
+    """Wait for approvals that applications ask for through NATS JetStream.
+
+    Any number of workers share the work; a request outlives each of them. Runs
+    until Ctrl-C or SIGTERM, then finishes what is under way: one exchange at most.
+
+    Args:
+        nats_url: Addresses of the broker, separated by commas; NATS_URL, or nats://127.0.0.1:4222, if left out.
+        max_in_flight: Requests looked at at once.
+        grace: Seconds past its deadline for which a request's last look is repeated if it gets no answer.
+        creds: File with the broker's credentials for this worker.
+        replicas: Servers that hold each message, where the streams are still to be made.
+        duplicate_window: Seconds within which a request that is published twice is one; no wait may be longer.
+        health_port: Port for GET /healthz; none if left out.
+        health_host: Address for it to listen on.
+        as_json: Log lines as JSON objects.
+    """
+    try:
+        from aiokeyless.worker import ApprovalWorker, StreamSettings, serve_health  # noqa: PLC0415  # needs the extra
+        from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
+            raise
+        raise CommandError('the worker is an extra: pip install "aiokeyless[cli,nats]"') from None
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    async with new_client(max_attempts=1) as client:
+        service = ApprovalWorker(
+            client,
+            nats_url or os.environ.get("NATS_URL") or "nats://127.0.0.1:4222",
+            max_in_flight=max_in_flight,
+            grace=grace,
+            settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window),
+            connect_options={} if creds is None else {"user_credentials": str(creds)},
+        )
+        health = None if health_port is None else await serve_health(service, health_port, health_host)
+        try:
+            _end_on_signals(service)
+            await service.run()
+        finally:
+            if health is not None:
+                await health.cleanup()
+    return Exit.DONE
+
+
+def _end_on_signals(service: ApprovalWorker) -> None:
+    loop = asyncio.get_running_loop()
+    with suppress(NotImplementedError):  # Windows has no signals to handle in a loop
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, service.stop)

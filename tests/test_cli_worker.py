@@ -1,0 +1,361 @@
+"""``aiokeyless worker`` as a process: what it prints, how it ends, and that it never tells a secret."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import nats
+import pytest
+from nats.js.api import StreamConfig
+from nats_server import NatsServer, until
+
+from aiokeyless import cli
+from aiokeyless.worker import Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker.streams import REQUESTS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+    from pathlib import Path
+
+    from nats.aio.client import Client
+
+    from aiokeyless.sandbox import Sandbox
+
+USER, PASSWORD = "worker", "n4ts-s3cret"
+CONFIGURATION = f'authorization {{ users = [ {{ user: {USER}, password: "{PASSWORD}" }} ] }}'
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    """One that asks for a password."""
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(CONFIGURATION)
+    server = NatsServer(tmp_path, "-c", str(configuration))
+    await server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def nats_url(broker: NatsServer) -> str:
+    return broker.url.replace("//", f"//{USER}:{PASSWORD}@")
+
+
+@pytest.fixture
+async def connection(nats_url: str) -> AsyncGenerator[Client]:
+    """An application's."""
+    async with await nats.connect(nats_url) as connection:
+        yield connection
+
+
+@pytest.fixture
+def environment(sandbox: Sandbox) -> Mapping[str, str]:
+    return {
+        **os.environ,
+        "PYTHONWARNINGS": "error",
+        "KEYLESS_BASE_URL": sandbox.url,
+        "KEYLESS_API_KEY": sandbox.api_key,
+    }
+
+
+class Worker:
+    """A worker in a process of its own, and what it has said."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            self.lines.append(line.decode().removesuffix("\n"))
+
+    async def said(self, words: str) -> None:
+        await until(lambda: any(words in line for line in self.lines) or self._reader.done())
+        assert any(words in line for line in self.lines), self.lines
+
+    async def ended(self) -> int:
+        assert self.process.stdout is not None
+        assert await asyncio.wait_for(self.process.stdout.read(), 20) == b""
+        await self._reader
+        return await asyncio.wait_for(self.process.wait(), 20)
+
+    async def told_to_end(self, signal_number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(signal_number)
+        return await self.ended()
+
+
+class Workers:
+    """Starts workers as a shell does, and leaves none behind."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._workers: list[Worker] = []
+
+    async def start(self, *arguments: str, **variables: str) -> Worker:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "aiokeyless",
+            "worker",
+            *arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**self._environment, **variables},
+        )
+        self._workers.append(Worker(process))
+        return self._workers[-1]
+
+    async def end(self) -> None:
+        for worker in self._workers:
+            if worker.process.returncode is None:
+                worker.process.kill()
+            await worker.ended()
+
+
+@pytest.fixture
+async def workers(environment: Mapping[str, str]) -> AsyncGenerator[Workers]:
+    workers = Workers(environment)
+    yield workers
+    await workers.end()
+
+
+async def refusal(worker: Worker) -> str:
+    """The one line with which a worker ends that cannot work."""
+    assert await worker.ended() == 1
+    assert "Traceback" not in "".join(worker.lines)
+    [line] = worker.lines
+    assert line.startswith("aiokeyless: ")
+    return line.removeprefix("aiokeyless: ")
+
+
+# -- a worker that works
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_works_until_it_is_told_to_end_and_exits_0_having_done_its_work(
+    workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox, number: int
+) -> None:
+    worker = await workers.start("--nats", nats_url, "--max-in-flight", "8")
+    await worker.said("worker.ready")
+    operation_id = await submit_approval(connection, "c0ffee", expires_in=0.5)  # the last look comes soon
+    await until(lambda: operation_id in sandbox.operations)
+    sandbox.approve(operation_id)
+    async with aclosing(approval_outcomes(connection, "test")) as events:
+        event = await asyncio.wait_for(anext(events), 20)
+    assert (event.outcome, event.operation_id) == (Outcome.APPROVED, operation_id)
+    await worker.said("approval.approved")
+    assert await worker.told_to_end(number) == 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ INFO worker\.ready max_in_flight=8", worker.lines[0])
+    assert [line.split()[3] for line in worker.lines] == [
+        "worker.ready",
+        "approval.approved",
+        "worker.draining",
+        "worker.done",
+    ]
+
+
+async def test_what_is_under_way_when_it_is_told_to_end_is_finished(
+    workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
+) -> None:
+    worker = await workers.start("--nats", nats_url)
+    await worker.said("worker.ready")
+    sandbox.latency = 0.5
+    operation_id = await submit_approval(connection, "c0ffee")
+    await until(lambda: operation_id in sandbox.operations)  # the answer is still on its way
+    assert await worker.told_to_end() == 0
+    assert " created=1 " in worker.lines[-1]
+    assert " in_flight=0 " in worker.lines[-1]
+
+
+async def test_as_json_every_line_is_an_object(workers: Workers, connection: Client, nats_url: str) -> None:
+    worker = await workers.start("--nats", nats_url, "--json")
+    await worker.said("worker.ready")
+    await connection.jetstream().publish("keyless.approvals.request", b"no request\n")
+    await worker.said("approval.failed")
+    assert await worker.told_to_end() == 0
+    lines: list[dict[str, Any]] = [json.loads(line) for line in worker.lines]
+    assert [line["event"] for line in lines] == ["worker.ready", "approval.failed", "worker.draining", "worker.done"]
+    assert (lines[1]["reason"], lines[-1]["failed"]) == ("invalid_request", 1)
+
+
+async def test_the_broker_may_be_named_by_the_environment_and_its_settings_by_options(
+    workers: Workers, connection: Client, nats_url: str
+) -> None:
+    worker = await workers.start("--duplicate-window", "600", "--replicas", "1", NATS_URL=nats_url)
+    await worker.said("worker.ready")
+    config = (await connection.jetstream().stream_info(REQUESTS)).config
+    assert (config.duplicate_window, config.num_replicas) == (600, 1)
+    assert await worker.told_to_end() == 0
+
+
+async def test_healthz_is_served_while_it_works(workers: Workers, connection: Client, nats_url: str) -> None:
+    assert connection.is_connected
+    port = free_port()
+    worker = await workers.start("--nats", nats_url, "--health-port", str(port))
+    await worker.said("worker.ready")
+    assert await health(port) == (200, "ok")
+    assert await worker.told_to_end() == 0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+async def test_no_line_holds_a_secret_or_what_is_asked(
+    workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
+) -> None:
+    worker = await workers.start("--nats", nats_url)
+    await worker.said("worker.ready")
+    for operation_id in ("txn-1", "txn-2"):
+        await submit_approval(
+            connection,
+            "c0ffee",
+            operation_id=operation_id,
+            operation_payload="Pay 40",
+            expires_in=0.5,
+            context="confidential",
+        )
+        await until(lambda name=operation_id: name in sandbox.operations)  # type: ignore[misc]
+    sandbox.tamper("txn-1", operation_payload="Pay 4000")
+    sandbox.approve("txn-2")
+    await worker.said("approval.failed")
+    await worker.said("approval.approved")
+    assert await worker.told_to_end() == 0
+    text = "\n".join(worker.lines)
+    secrets = (PASSWORD, sandbox.api_key, "Pay 40", "confidential", sandbox.operations["txn-1"].api_key.reveal())
+    assert [secret for secret in secrets if secret in text] == []
+
+
+async def health(port: int) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/healthz") as response:
+        return response.status, (await response.json())["status"]
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=repr)
+async def test_it_ends_in_a_loop_that_goes_on_as_it_does_in_a_process(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, nats_url: str, words: list[str]
+) -> None:
+    monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+    monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+    monkeypatch.setenv("NATS_URL", nats_url)
+    port = free_port()
+
+    async def is_served() -> bool:
+        with suppress(aiohttp.ClientConnectionError):
+            return await health(port) == (200, "ok")
+        return False
+
+    served = asyncio.create_task(cli.app.run_async(["worker", "--health-port", str(port), *words]))
+    await until(is_served)
+    signal.raise_signal(signal.SIGTERM)
+    assert await served == cli.Exit.DONE
+    with pytest.raises(aiohttp.ClientConnectionError):
+        await health(port)
+
+
+# -- one that cannot
+
+
+async def test_a_broker_that_is_not_there_is_one_line(workers: Workers) -> None:
+    worker = await workers.start("--nats", f"nats://worker:{PASSWORD}@127.0.0.1:1")
+    line = await refusal(worker)
+    assert line.startswith("no connection to the broker at 127.0.0.1:1: ")
+    assert PASSWORD not in line
+
+
+async def test_a_wrong_password_is_one_line_without_it(workers: Workers, broker: NatsServer) -> None:
+    worker = await workers.start(NATS_URL=broker.url.replace("//", "//worker:wr0ng@"))
+    line = await refusal(worker)
+    assert line.endswith(": nats: 'Authorization Violation'")
+    assert "wr0ng" not in line
+
+
+async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connection: Client, nats_url: str) -> None:
+    await connection.jetstream().add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
+    worker = await workers.start("--nats", nats_url)
+    assert (await refusal(worker)).startswith(
+        f"stream {REQUESTS} exists with other settings: retention is limits, not workqueue; "
+    )
+
+
+async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: str) -> None:
+    worker = await workers.start("--nats", nats_url, KEYLESS_API_KEY="wr0ng-key")
+    line = await refusal(worker)
+    assert "answered 401: " in line
+    assert "wr0ng-key" not in line
+
+
+async def test_a_port_that_is_taken_is_one_line(workers: Workers, nats_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        worker = await workers.start("--nats", nats_url, "--health-port", port)
+        assert (await refusal(worker)).startswith(f"cannot serve /healthz on 127.0.0.1 port {port}: ")
+
+
+@pytest.mark.parametrize("missing", ["nats", "nkeys"])
+def test_a_missing_extra_is_one_line_that_says_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    forget_the_worker(monkeypatch)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setenv("KEYLESS_API_KEY", "key")
+    monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
+    assert cli.run(["worker", "--nats", "nats://127.0.0.1:1", "--creds", "worker.creds"]) == 1
+    assert re.fullmatch(r'aiokeyless: .*: pip install ".*\[(cli,nats|nkeys)\]"\n', capsys.readouterr().err)
+
+
+def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it imported anew."""
+    for name in [name for name in sys.modules if name.startswith("aiokeyless.worker")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_another_module_that_is_missing_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_the_worker(monkeypatch)
+    monkeypatch.setitem(sys.modules, "aiokeyless.approval", None)
+    with pytest.raises(ModuleNotFoundError, match="approval"):
+        cli.run(["worker"])
+
+
+def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["worker"]) == 1
+    assert capsys.readouterr().err.startswith("aiokeyless: no API key: export KEYLESS_API_KEY=...")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max-in-flight", "0"], ["--max-in-flight", "at least 1"]),
+        (["--max-in-flight", "many"], ["--max-in-flight", "many"]),
+        (["--replicas", "0"], ["--replicas", "at least 1"]),
+        *((["--duplicate-window", value], ["--duplicate-window", "more than 0"]) for value in ("0", "-1", "nan")),
+        *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),
+        *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
+        (["--nats"], ["--nats"]),
+        (["--nope"], ["--nope"]),
+    ],
+    ids=repr,
+)
+def test_wrong_words_are_one_line_that_names_them_and_exit_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]
+) -> None:
+    assert cli.run(["worker", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"aiokeyless: [ -~]+[.?] See aiokeyless worker --help\.\n", err)
+    assert [word for word in named if word not in err] == []
