@@ -1,5 +1,6 @@
 """The other side: a process that answers keep-alive GETs of operations, and does as little as it can for each.
 
+It takes POSTs of new operations too, and whoever names an operation chooses when it is approved: see `approved_after`.
 It understands what the clients of the benchmarks send, and nothing else: it is no HTTP server. How much it worked is
 asked of it with `Server.facts`, so that a benchmark can refuse to print what was the server's figure.
 """
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import time
+import uuid
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, cast
 
@@ -22,8 +24,14 @@ if TYPE_CHECKING:
 
 API_KEY: Final = "benchmark-key"
 OPERATIONS: Final = "/v2/operations/"
+#: Whose operations all of them are, and what they are about: a ticket's answers are checked for it.
+USER_ID: Final = "0123456789ABCDEF0123456789ABCDEF"
+EXTERNAL_USER_ID: Final = "alice@example.com"
+OPERATION_PAYLOAD: Final = "Approve wire transfer of $500 to account 1234"
 _CONTROL: Final = b"/-/"
-_UNAVAILABLE: Final = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+_APPROVED_AFTER: Final = "approved-after-"
+_POST: Final = ord("P")  # a byte is looked at sooner than a word, and nearly all requests are GETs
+_END_OF_HEAD: Final = b"\r\n\r\n"
 _TOO_BUSY: Final = 0.85  # of a core: beyond it, the client's figure is the server's
 
 
@@ -36,6 +44,7 @@ class Facts(NamedTuple):
     connections: int  # open now
     most_connections: int
     looked_at: int  # operations answered since the last change, where a journal is kept
+    created: int
 
 
 class Failure(StrEnum):
@@ -79,16 +88,91 @@ class _Journal:
         return Journal(self._changes, self._requests, [*self._looked_at.values()])
 
 
+class Approval(NamedTuple):
+    """What became of an operation whose moment was chosen; by `time.perf_counter`, the same clock in all processes."""
+
+    due: float  # approved from then on
+    told: float | None  # when an answer first said so
+    looks: int
+
+
+class _Timed:
+    """An operation that is approved from a moment on."""
+
+    def __init__(self, due: float) -> None:
+        self._due = due
+        self._told: float | None = None
+        self._looks = 0
+
+    def look(self) -> _Template:
+        now = time.perf_counter()
+        self._looks += 1
+        if now < self._due:
+            return _PENDING
+        if self._told is None:
+            self._told = now
+        return _APPROVED
+
+    def approval(self) -> Approval:
+        return Approval(self._due, self._told, self._looks)
+
+
+def approved_after(seconds: float) -> str:
+    """Return an operation id; the operation that is created with it is approved so many seconds later."""
+    return f"{_APPROVED_AFTER}{seconds:.6f}-{uuid.uuid4()}"
+
+
+class _Template(NamedTuple):
+    """An answer but for the operation's id."""
+
+    text: bytes  # to be filled in with the length of the body, and the id
+    length: int  # of a body without its id
+
+
+def _operation(*, approved: bool) -> _Template:
+    operation: dict[str, object] = {
+        "id": 123456,
+        "timestamp": "2026-01-02T03:04:05.678",
+        "nodeId": "operations-service-7d9f",
+        "userId": USER_ID,
+        "apiKey": "f1e2d3c4b5a69788796a5b4c3d2e1f00",
+        "externalUserId": EXTERNAL_USER_ID,
+        "operationPayload": OPERATION_PAYLOAD,
+        "result": approved,
+        "state": "approved" if approved else "pending",
+        "operationId": "%b",
+    }
+    body = json.dumps(operation, separators=(",", ":")).encode()
+    return _Template(_OK + body, len(body) - len(b"%b"))
+
+
+def _ok(body: bytes) -> bytes:
+    return _OK % len(body) + body
+
+
+_OK: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+_PENDING: Final = _operation(approved=False)
+_APPROVED: Final = _operation(approved=True)
+_CREATED: Final = _ok(b'{"success":true}')
+#: Answers of a service that is down; nothing where the connection is to be closed instead.
+_FAILED: Final = {
+    Failure.UNAVAILABLE: b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+    Failure.DROPPED: b"",
+}
+
+
 class _Service:
     """What all connections share: the counts, and how operations and the service itself are."""
 
     def __init__(self) -> None:
         self.requests = 0
+        self._created = 0
         self.connections = 0
         self.most_connections = 0
         self._failure: Failure | None = None
         self._journal: _Journal | None = None
-        self._approve(approved=False)
+        self._operation = _PENDING
+        self._timed: dict[bytes, _Timed] = {}
 
     def answer(self, operation_id: bytes) -> bytes:
         """Return the whole answer; nothing where the connection is to be closed instead."""
@@ -96,8 +180,24 @@ class _Service:
         if self._journal is not None:
             self._journal.request(operation_id, answered=self._failure is None)
         if self._failure is not None:
-            return _UNAVAILABLE if self._failure is Failure.UNAVAILABLE else b""
-        return _ok(b"%b%b%b" % (self._body_head, operation_id, self._body_tail))
+            return _FAILED[self._failure]
+        text, length = self._look(operation_id) if self._timed else self._operation
+        return text % (length + len(operation_id), operation_id)
+
+    def _look(self, operation_id: bytes) -> _Template:
+        timed = self._timed.get(operation_id)
+        return self._operation if timed is None else timed.look()
+
+    def create(self, body: bytes) -> bytes:
+        """Take a new operation, and return the whole answer as above."""
+        if self._failure is not None:
+            return _FAILED[self._failure]
+        self._created += 1
+        operation_id: str = json.loads(body)["operationId"]
+        if operation_id.startswith(_APPROVED_AFTER):
+            seconds = float(operation_id.removeprefix(_APPROVED_AFTER).partition("-")[0])
+            self._timed[operation_id.encode()] = _Timed(time.perf_counter() + seconds)
+        return _CREATED
 
     def control(self, command: str) -> bytes:
         if command == "keep":
@@ -105,10 +205,13 @@ class _Service:
         elif command == "journal" and self._journal is not None:
             journal, self._journal = self._journal.closed(), None
             return json.dumps(journal).encode()
+        elif command == "approvals":
+            timed, self._timed = self._timed, {}
+            return json.dumps({name.decode(): operation.approval() for name, operation in timed.items()}).encode()
         elif command != "facts":
             self._change(command)
         looked_at = 0 if self._journal is None else self._journal.looked_at
-        counts = (self.requests, self.connections, self.most_connections, looked_at)
+        counts = (self.requests, self.connections, self.most_connections, looked_at, self._created)
         return json.dumps(Facts(time.perf_counter(), time.process_time(), *counts)).encode()
 
     def _change(self, command: str) -> None:
@@ -116,28 +219,9 @@ class _Service:
             self._failure = Failure(command)
         else:
             self._failure = None
-            self._approve(approved=command == "approved")
+            self._operation = _APPROVED if command == "approved" else _PENDING
         if self._journal is not None:
             self._journal.change()
-
-    def _approve(self, *, approved: bool) -> None:
-        answer: dict[str, object] = {
-            "id": 123456,
-            "timestamp": "2026-01-02T03:04:05.678",
-            "nodeId": "operations-service-7d9f",
-            "userId": "0123456789ABCDEF0123456789ABCDEF",
-            "apiKey": "f1e2d3c4b5a69788796a5b4c3d2e1f00",
-            "externalUserId": "alice@example.com",
-            "operationPayload": "Approve wire transfer of $500 to account 1234",
-            "result": approved,
-            "state": "approved" if approved else "pending",
-            "operationId": "?",
-        }
-        self._body_head, self._body_tail = json.dumps(answer, separators=(",", ":")).encode().rsplit(b"?", 1)
-
-
-def _ok(body: bytes) -> bytes:
-    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 class _Connection(asyncio.Protocol):
@@ -154,12 +238,25 @@ class _Connection(asyncio.Protocol):
         self._service.connections -= 1
 
     def data_received(self, data: bytes) -> None:
-        *heads, self._rest = (self._rest + data).split(b"\r\n\r\n")
-        answers = [self._answer(head) for head in heads]
+        received = self._rest + data
+        if received[0] == _POST:
+            answers = self._posted(received)
+        else:
+            *heads, self._rest = received.split(_END_OF_HEAD)
+            answers = [self._answer(head) for head in heads]
         if b"" in answers:
             self._transport.abort()
         else:
             self._transport.write(b"".join(answers))
+
+    def _posted(self, received: bytes) -> list[bytes]:
+        """Create an operation, once all of the request is here; nothing follows before it is answered."""
+        head, end_of_head, body = received.partition(_END_OF_HEAD)
+        if not end_of_head or len(body) < int(head.partition(b"\r\nContent-Length: ")[2].partition(b"\r\n")[0]):
+            self._rest = received
+            return []
+        self._rest = b""
+        return [self._service.create(body)]
 
     def _answer(self, head: bytes) -> bytes:
         target = head[4 : head.index(b" ", 4)]  # after b"GET "
@@ -218,6 +315,10 @@ class Server:
         """End the journal, and return it. Blocks."""
         return Journal(*json.loads(self._control("journal")))
 
+    def approvals(self) -> dict[str, Approval]:
+        """Tell of the operations whose moments were chosen, by their ids, and forget them. Blocks."""
+        return {name: Approval(*of) for name, of in json.loads(self._control("approvals")).items()}
+
     def _control(self, command: str) -> bytes:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             connection.request("GET", f"/-/{command}")
@@ -237,7 +338,9 @@ class Workload:
     def __exit__(self, *_: object) -> None:
         after = self._server.facts()
         self.requests = after.requests - self._before.requests
-        self.share = (after.cpu - self._before.cpu) / (after.wall - self._before.wall)
+        self.wall = after.wall - self._before.wall
+        self.cpu = after.cpu - self._before.cpu
+        self.share = self.cpu / self.wall
 
     @property
     def bound(self) -> bool:

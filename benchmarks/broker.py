@@ -1,0 +1,79 @@
+"""A real broker: a nats-server with JetStream on a free port of this machine, from the wheel of that name.
+
+The tests run theirs by it too, so nothing here needs more than the standard library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sysconfig
+import time
+from pathlib import Path
+from typing import Final
+
+_PROGRAM: Final = Path(sysconfig.get_path("scripts"), "nats-server")
+_START_WITHIN: Final = 20.0  # seconds
+
+
+class NatsServer:
+    """One server on a port of its own, and on the same one when it is started again.
+
+    Args:
+        folder: Where its files are: what was stored survives it.
+        options: More of the command line's; ``-c FILE`` for users and their permissions.
+        jetstream: Whether JetStream is on.
+    """
+
+    def __init__(self, folder: Path, *options: str, jetstream: bool = True) -> None:
+        self._folder = folder
+        self._options = [*options, *(["-js", "-sd", str(folder / "store")] if jetstream else [])]
+        self._port = -1
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"nats://127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._running.pid
+
+    async def start(self) -> None:
+        """Start it, and return when it takes clients."""
+        ports = self._folder / "ports"
+        ports.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(  # noqa: ASYNC220, S603  # it begins at once, and outlives a loop
+            [_PROGRAM, "-a", "127.0.0.1", "-p", str(self._port), "--ports_file_dir", ports, *self._options],
+            stderr=subprocess.DEVNULL,
+        )
+        file = ports / f"nats-server_{self._process.pid}.ports"
+        deadline = time.monotonic() + _START_WITHIN
+        while (port := _port_in(file)) is None:
+            if time.monotonic() > deadline:
+                self.stop()
+                raise TimeoutError(f"nats-server did not start within {_START_WITHIN:g} s")
+            await asyncio.sleep(0.01)
+        self._port = port
+
+    def stop(self) -> None:
+        """End it in good order."""
+        self._running.terminate()
+        self._running.wait()
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("nats-server was not started")
+        return self._process
+
+
+def _port_in(file: Path) -> int | None:
+    """Return the port; None while the server is not ready for clients."""
+    try:
+        return int(json.loads(file.read_text())["nats"][0].rpartition(":")[2])
+    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or half written
+        return None
