@@ -32,6 +32,7 @@ from .messages import (
     read_context,
     read_request,
 )
+from .spacing import Spacing
 from .streams import OUTCOMES, StreamSettings, prepare
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ class ApprovalWorker:
         # A create, the look whether it is there, the look at it; and the event.
         self._longest_delivery = 3 * client._request_timeout + _PUBLISH_WITHIN  # noqa: SLF001
         self._health = Health(max_in_flight)
-        self._exchanges = Exchanges(client, schedule=self._schedule, health=self._health, grace=grace)
+        self._spacing = Spacing(self._schedule)
+        self._exchanges = Exchanges(client, schedule=self._spacing, health=self._health, grace=grace)
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._stopping = False
@@ -279,6 +281,7 @@ class ApprovalWorker:
 
     async def _decide(self, message: Msg) -> Decision:
         metadata = message.metadata
+        self._spacing.saw(again=metadata.num_delivered > 1, untaken=metadata.num_pending)
         name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
         try:
             delivery = read_request(

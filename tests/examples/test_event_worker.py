@@ -141,7 +141,7 @@ def streams(connection: Client) -> Streams:
 @asynccontextmanager
 async def working(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
     async with sandbox.client(max_attempts=1) as client:
-        worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05))
+        worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05), grace=0.5)
         task = asyncio.create_task(worker.run())
         try:
             await until(lambda: worker.statistics.is_ready or task.done())
