@@ -44,7 +44,7 @@ def main() -> int:
     if arguments.save is not None:
         arguments.save.mkdir(parents=True, exist_ok=True)
         (arguments.save / "results.txt").write_text(text + "\n")
-        (arguments.save / "results.json").write_text(json.dumps(_data(bench, reports), indent=1) + "\n")
+        (arguments.save / "results.json").write_text(_compact(_data(bench, reports)) + "\n")
         for name, report in reports.items():
             if report.tables and hasattr(modules[name], "draw"):
                 pictures.save(modules[name].draw(report.raw), arguments.save / f"{name}.svg")
@@ -111,6 +111,12 @@ def _data(bench: Bench, reports: dict[str, Report]) -> dict[str, Json]:
         "effort": bench.effort,
         "benchmarks": {name: report.data() for name, report in reports.items()},
     }
+
+
+def _compact(data: dict[str, Json]) -> str:
+    """Write JSON with as many digits as mean something: six."""
+    rounded = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return json.dumps(rounded, separators=(",", ":"))
 
 
 if __name__ == "__main__":
