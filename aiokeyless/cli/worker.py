@@ -57,7 +57,7 @@ async def worker(
     """Wait for approvals that applications ask for through NATS JetStream.
 
     Any number of workers share the work; a request outlives each of them. Runs
-    until Ctrl-C or SIGTERM, then finishes what is under way: one exchange at most.
+    until Ctrl-C or SIGTERM, and then finishes what is under way.
 
     Args:
         nats_url: Addresses of the broker, separated by commas; NATS_URL, or nats://127.0.0.1:4222, if left out.
@@ -73,6 +73,7 @@ async def worker(
     try:
         from aiokeyless.worker import ApprovalWorker, StreamSettings, serve_health  # noqa: PLC0415  # needs the extra
         from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
+        from aiokeyless.worker.service import DEFAULT_NATS_URL  # noqa: PLC0415
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
             raise
@@ -83,7 +84,7 @@ async def worker(
     async with new_client(max_attempts=1) as client:
         service = ApprovalWorker(
             client,
-            nats_url or os.environ.get("NATS_URL") or "nats://127.0.0.1:4222",
+            nats_url or os.environ.get("NATS_URL") or DEFAULT_NATS_URL,
             max_in_flight=max_in_flight,
             grace=grace,
             settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window),

@@ -7,6 +7,7 @@ import math
 import re
 import uuid
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -19,17 +20,18 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.health import error_delay
 from aiokeyless.models import seconds
 
-from .decisions import utc_now
 from .messages import (
     MAX_CONTEXT,
     MESSAGE_ID,
     REQUEST_SUBJECT,
+    ROOM_FOR_EVENT,
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
     BrokerError,
     derived_operation_id,
     operation_name,
+    read_event,
 )
 from .streams import OUTCOMES, REQUESTS
 
@@ -68,8 +70,9 @@ async def submit_approval(
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds until waiting ends. Default: 120.
         context: Anything that msgspec writes as JSON, up to 64 KiB; the event hands it back.
-        message_id: Your name of this request, in printable ASCII: published again under it, within the stream's
-            duplicate window, it is the same request. Default: the operation's id, or else a new UUID.
+        message_id: Your name of this request, up to 512 characters of printable ASCII. One name is one approval, for
+            good, as one operation id is; within the stream's duplicate window it is one event too. Default: the
+            operation's id, or else a new UUID.
 
     Returns:
         The operation's id.
@@ -87,21 +90,18 @@ async def submit_approval(
         operation_payload=protocol.check_text(operation_payload, "operation_payload"),
         external_user_id=protocol.check_text(external_user_id, "external_user_id"),
         expires_in=_finite(expires_in),
-        created_at=utc_now(),
+        created_at=datetime.now(UTC),
         context=_encoded(context),
     )
+    encoded = msgspec.json.encode(request)
+    if len(encoded) > (most := connection.max_payload - ROOM_FOR_EVENT):
+        raise ConfigurationError(f"the request has {len(encoded)} bytes, more than {most}: shorten operation_payload")
     stream = connection.jetstream(timeout=_PUBLISH_WITHIN)
     try:
-        await stream.publish(
-            REQUEST_SUBJECT, msgspec.json.encode(request), stream=REQUESTS, headers={MESSAGE_ID: message_id}
-        )
+        await stream.publish(REQUEST_SUBJECT, encoded, stream=REQUESTS, headers={MESSAGE_ID: message_id})
     except nats.js.errors.NoStreamResponseError:
         raise BrokerError(
             "the request for an approval was not stored: no stream took it; start a worker first, it makes the stream"
-        ) from None
-    except nats.errors.MaxPayloadError:
-        raise ConfigurationError(
-            f"the request is larger than a message may be, {connection.max_payload} bytes: shorten operation_payload"
         ) from None
     except nats.errors.Error as error:
         raise BrokerError(
@@ -118,8 +118,11 @@ def _message_id(message_id: str | None, operation_id: str | None) -> str:
         return str(uuid.uuid4()) if operation_id is None else operation_name(operation_id)
     protocol.check_text(message_id, "message_id")
     # As a header carries it: else the worker would derive another operation id from it than is returned here.
-    if not (message_id.isascii() and message_id.isprintable() and message_id == message_id.strip() != ""):
-        raise ConfigurationError("message_id must be printable ASCII, with no blanks around it, and not empty")
+    printable = message_id.isascii() and message_id.isprintable() and message_id == message_id.strip()
+    if not printable or not 0 < len(message_id) <= protocol.MAX_IDENTIFIER:
+        raise ConfigurationError(
+            f"message_id must be 1 to {protocol.MAX_IDENTIFIER} characters of printable ASCII, with no blanks around it"
+        )
     return message_id
 
 
@@ -206,7 +209,7 @@ async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg 
 
 def _event(message: Msg) -> ApprovalEvent:
     try:
-        return msgspec.json.decode(message.data, type=ApprovalEvent)
+        return read_event(message.data)
     except msgspec.DecodeError as error:
         number = message.metadata.sequence.stream
         raise BrokerError(f"message {number} of stream {OUTCOMES} is no event of a worker: {error}") from None

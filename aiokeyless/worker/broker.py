@@ -15,7 +15,7 @@ from .logs import log
 from .messages import BrokerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
     from nats.aio.client import Server
 
@@ -25,7 +25,11 @@ _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
 
 async def connect(
-    nats_url: str, options: Mapping[str, object], *, on_reconnect: Callable[[], Awaitable[None]]
+    nats_url: str,
+    options: Mapping[str, object],
+    *,
+    on_reconnect: Callable[[], None],
+    on_loss: Callable[[BrokerError], None],
 ) -> Client:
     """Connect to the broker.
 
@@ -33,6 +37,8 @@ async def connect(
         nats_url: Addresses, separated by commas.
         options: Of ``nats.connect``.
         on_reconnect: Called when the connection was lost and is there again.
+        on_loss: Called where it will not come back, or is good for nothing: the broker ended it for good, or does not
+            permit what a worker does.
 
     Raises:
         BrokerError: It cannot be reached, or does not let this user in.
@@ -48,14 +54,28 @@ async def connect(
             if not client.is_closed:  # by the worker itself, at its end
                 log(logging.WARNING, "broker.disconnected")
 
+        async def reconnected() -> None:
+            on_reconnect()
+
+        async def on_error(error: Exception) -> None:
+            log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
+            if "permissions violation" in str(error).lower():
+                on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
+
+        async def on_close() -> None:
+            on_loss(
+                BrokerError(f"the broker ended the connection for good: {client.last_error or 'it did not say why'}")
+            )
+
         await client.connect(
             servers,
             **given,
             max_reconnect_attempts=-1,
             reconnect_to_server_handler=_next_server,
-            error_cb=_on_error,
+            error_cb=on_error,
             disconnected_cb=on_disconnect,
-            reconnected_cb=on_reconnect,
+            reconnected_cb=reconnected,
+            closed_cb=on_close,
         )
     except ModuleNotFoundError as error:  # nats-py looks for it when there are credentials to sign with
         raise BrokerError(f'credentials need {error.name}: pip install "nats-py[nkeys]"') from None
@@ -96,10 +116,6 @@ def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, 
     """Choose the server that was tried least, after a pause that grows with the tries."""
     server = min(servers, key=lambda candidate: candidate.reconnects)
     return server, error_delay(1 + min(server.reconnects, 4))
-
-
-async def _on_error(error: Exception) -> None:
-    log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
 
 
 def _shown(servers: list[str]) -> str:

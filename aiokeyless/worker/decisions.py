@@ -5,7 +5,6 @@ Pure, and by the same rules as the poller's: the verdict is `approval`'s, the pa
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless.approval import Distrust, Verdict, judge
@@ -17,6 +16,8 @@ from aiokeyless.schedule import next_delay
 from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, operation_name
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import msgspec
     from tenacity.wait import wait_base
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 #: Seconds: the shortest delay that the broker is asked for.
 _SHORTEST: Final = 0.02
+_LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
 
 
 class Again(NamedTuple):
@@ -40,6 +42,22 @@ class Decided(NamedTuple):
 
 
 Decision = Again | Decided
+
+
+class Pace(NamedTuple):
+    """How to go on after a failure.
+
+    Attributes:
+        failures: Failures in a row, of this worker.
+        held_for: Seconds for which the service wants to be left alone, or is to be.
+    """
+
+    failures: int
+    held_for: float
+
+    def pause(self) -> float:
+        """Return the seconds to wait, at random."""
+        return max(error_delay(self.failures), self.held_for)
 
 
 def after_creation(delivery: Delivery, now: datetime, schedule: wait_base) -> Decision:
@@ -73,34 +91,37 @@ def after_missing(delivery: Delivery, *, sent_at: datetime, now: datetime) -> De
     return _decided(delivery, now, Outcome.EXPIRED, answered=True) if is_last(delivery, sent_at) else None
 
 
-def after_failure(
-    delivery: Delivery,
-    error: KeylessError,
-    *,
-    sent_at: datetime,
-    now: datetime,
-    failures: int,
-    held_for: float,
-    grace: float,
+def after_failed_creation(delivery: Delivery, error: KeylessError, *, now: datetime, pace: Pace) -> Decision:
+    """Decide after the operation could not be created."""
+    if is_transient(error):
+        return Again(_cut(delivery, now, pace.pause()))
+    reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.REJECTED
+    # An operation under this id may be another request's, and under way: its one outcome is not ours to use up.
+    return _failed(delivery, now, reason, str(error), message_id=delivery.message)
+
+
+def after_failed_look(
+    delivery: Delivery, error: KeylessError, *, sent_at: datetime, now: datetime, pace: Pace, grace: float
 ) -> Decision:
-    """Decide after a look or a creation has failed.
+    """Decide after a look has failed.
 
     Args:
         delivery: The delivery.
         error: The failure.
-        sent_at: When the exchange began.
+        sent_at: When the look began.
         now: The time.
-        failures: Failures of this worker in a row, for the pace.
-        held_for: Seconds for which the service wants to be left alone.
+        pace: How to go on.
         grace: Seconds past the deadline for which a last look that got no answer is repeated.
     """
     if not is_transient(error):
-        return _refused(delivery, now, error)
-    pause = max(error_delay(failures), held_for)
+        reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.LOOK_REFUSED
+        return _failed(delivery, now, reason, str(error))
     if not is_last(delivery, sent_at):
-        return Again(_cut(delivery, now, pause))
+        return Again(_cut(delivery, now, pace.pause()))
     if (sent_at - delivery.ticket.expires_at).total_seconds() < grace:
-        return Again(pause)  # the user may have approved in time: an error at the wrong moment must not cost that
+        return Again(
+            pace.pause()
+        )  # the user may have approved in time: an error at the wrong moment must not cost that
     return _decided(delivery, now, Outcome.EXPIRED, answered=False)
 
 
@@ -128,7 +149,7 @@ def invalid(
         version=VERSION,
         outcome=Outcome.FAILED,
         reason=FailureReason.INVALID_REQUEST,
-        detail=str(error),
+        detail=str(error)[:_LONGEST_DETAIL],
         requested_at=stored_at,
         decided_at=now,
         deliveries=number,
@@ -167,11 +188,6 @@ def _distrusted(delivery: Delivery, now: datetime, operation: Operation, distrus
     return _failed(delivery, now, FailureReason.MISMATCH, distrust.reason)
 
 
-def _refused(delivery: Delivery, now: datetime, error: KeylessError) -> Decided:
-    reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.REJECTED
-    return _failed(delivery, now, reason, str(error))
-
-
 def _failed(
     delivery: Delivery, now: datetime, reason: FailureReason, detail: str, *, message_id: str | None = None
 ) -> Decided:
@@ -199,15 +215,10 @@ def _decided(
         auth_type=auth_type,
         answered=answered,
         reason=reason,
-        detail=detail,
+        detail=None if detail is None else detail[:_LONGEST_DETAIL],
         requested_at=ticket.created_at,
         decided_at=now,
         deliveries=delivery.number,
         context=delivery.context,
     )
     return Decided(event, operation_name(ticket.operation_id))
-
-
-def utc_now() -> datetime:
-    """Return the time by this machine's clock: the only one that workers on many machines have in common."""
-    return datetime.now(UTC)

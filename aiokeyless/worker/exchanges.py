@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless.errors import (
@@ -21,12 +22,20 @@ from aiokeyless.errors import (
 from aiokeyless.health import error_delay
 from aiokeyless.protocol import is_transient
 
-from .decisions import Again, after_answer, after_creation, after_failure, after_missing, is_last, utc_now
+from .decisions import (
+    Again,
+    Decided,
+    Pace,
+    after_answer,
+    after_creation,
+    after_failed_creation,
+    after_failed_look,
+    after_missing,
+    is_last,
+)
 from .logs import log
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from tenacity.wait import wait_base
 
     from aiokeyless.client import KeylessClient
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
 
 #: No operation has this id: that it is missing shows that the key is taken.
 _NO_OPERATION: Final = "aiokeyless-worker-looks-whether-its-key-works"
+
+_LATE_LOOKS: Final = 2  # repetitions of a look that the broker is not asked to repeat any more
 
 
 class Exchanges:
@@ -80,12 +91,21 @@ class Exchanges:
         Raises:
             KeylessError: Something is wrong with this worker, and not with the request.
         """
-        if delivery.number > 1 or is_last(delivery, utc_now()):
-            decision = await self._look(delivery)
+        if delivery.number > 1 or is_last(delivery, datetime.now(UTC)):
+            decision = await self._look_again_if_late(delivery, await self._look(delivery))
             # It is missing: an earlier delivery ended before it was created.
             return decision or await self._create(delivery) or self._lagging()
         # Where the id is taken, an earlier publication of the same request may have done it; the look will tell.
         return await self._create(delivery) or await self._look(delivery) or self._lagging()
+
+    async def _look_again_if_late(self, delivery: Delivery, decision: Decision | None) -> Decision | None:
+        """Repeat a last look that came after the grace, as where no worker was there: one error must not decide."""
+        for _ in range(_LATE_LOOKS):
+            if self._health.is_down or not isinstance(decision, Decided) or decision.event.answered is not False:
+                break
+            await asyncio.sleep(error_delay(1))
+            decision = await self._look(delivery)
+        return decision
 
     def _lagging(self) -> Again:
         """Come again soon: the id is taken and nothing is there, as a replica says that lags behind."""
@@ -93,7 +113,7 @@ class Exchanges:
 
     async def _create(self, delivery: Delivery) -> Decision | None:
         """Create the operation; None where its id is taken."""
-        ticket, sent_at, sent = delivery.ticket, utc_now(), self._now()
+        ticket, sent = delivery.ticket, self._now()
         try:
             await self._client.create_operation(
                 ticket.user_id,
@@ -105,24 +125,27 @@ class Exchanges:
             self._went_well(sent)
             return None
         except KeylessError as error:
-            return self._failed(delivery, error, sent_at, sent)
+            pace = self._went_wrong(delivery, error, sent)
+            return after_failed_creation(delivery, error, now=datetime.now(UTC), pace=pace)
         self._went_well(sent)
         self.created += 1
-        return after_creation(delivery, utc_now(), self._schedule)
+        return after_creation(delivery, datetime.now(UTC), self._schedule)
 
     async def _look(self, delivery: Delivery) -> Decision | None:
         """Look at the operation; None where there is none and it is not too late to create it."""
-        sent_at, sent = utc_now(), self._now()
+        sent_at, sent = datetime.now(UTC), self._now()
         self.looks += 1
         try:
             operation = await self._client.get_operation(delivery.ticket.operation_id)
         except NotFoundError:
             self._went_well(sent)
-            return after_missing(delivery, sent_at=sent_at, now=utc_now())
+            return after_missing(delivery, sent_at=sent_at, now=datetime.now(UTC))
         except KeylessError as error:
-            return self._failed(delivery, error, sent_at, sent)
+            pace = self._went_wrong(delivery, error, sent)
+            now = datetime.now(UTC)
+            return after_failed_look(delivery, error, sent_at=sent_at, now=now, pace=pace, grace=self._grace)
         self._went_well(sent)
-        return after_answer(delivery, operation, sent_at=sent_at, now=utc_now(), schedule=self._schedule)
+        return after_answer(delivery, operation, sent_at=sent_at, now=datetime.now(UTC), schedule=self._schedule)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -131,7 +154,8 @@ class Exchanges:
         self._failures_in_a_row = 0
         self._health.good(self._now(), sent_at=sent)
 
-    def _failed(self, delivery: Delivery, error: KeylessError, sent_at: datetime, sent: float) -> Decision:
+    def _went_wrong(self, delivery: Delivery, error: KeylessError, sent: float) -> Pace:
+        """Tell the health of a failure, and return the pace at which to go on."""
         if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError):
             raise error
         now = self._now()
@@ -143,13 +167,6 @@ class Exchanges:
             log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
         else:
             self._went_well(sent)
-        return after_failure(
-            delivery,
-            error,
-            sent_at=sent_at,
-            now=utc_now(),
-            # While the service is down, its health paces the probes, and this request takes its turn.
-            failures=1 if self._health.is_down else self._failures_in_a_row,
-            held_for=self._health.opens_at() - now,
-            grace=self._grace,
-        )
+        # While the service is down, its health paces the probes, and this request takes its turn.
+        failures = 1 if self._health.is_down else self._failures_in_a_row
+        return Pace(failures, self._health.opens_at() - now)

@@ -7,6 +7,7 @@ what it is, a message to the consumer, and what comes is handed on by the subscr
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from .streams import CONSUMER, REQUESTS
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
 #: Seconds for which a pull waits at the consumer: it is asked again then, whatever became of it.
 EXPIRES: Final = 5.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is not to be expected any more
+_EXPIRED: Final = "408"  # a pull that was kept for as long as it was asked to
 _SUBJECT: Final = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{CONSUMER}"
+
+
+class _Pull:
+    """What is left of a pull, and when it has ended whatever was heard of it."""
+
+    __slots__ = ("left", "until")
+
+    def __init__(self, left: int, until: float) -> None:
+        self.left = left
+        self.until = until
 
 
 class Intake:
@@ -30,7 +42,8 @@ class Intake:
     Args:
         connection: The broker.
         deliver: Takes a delivery; it must not block.
-        ended: Told that a pull has ended, so that there may be reason to ask again.
+        ended: Told that a pull has ended, so that there may be reason to ask again; and why, where the broker did not
+            keep it for as long as it was asked to.
         now: The clock, in seconds.
     """
 
@@ -39,7 +52,7 @@ class Intake:
         connection: Client,
         *,
         deliver: Callable[[Msg], None],
-        ended: Callable[[], None],
+        ended: Callable[[str | None], None],
         now: Callable[[], float],
     ) -> None:
         self._connection = connection
@@ -48,15 +61,13 @@ class Intake:
         self._now = now
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
-        self._asked_for = 0
-        self._asked_at = 0.0
+        self._pulls: deque[_Pull] = deque()  # the oldest first
 
-    @property
     def expected(self) -> int:
-        """Deliveries that were asked for and have not come."""
-        if self._now() - self._asked_at > EXPIRES + _LATE:
-            self._asked_for = 0  # the word that the pull had expired was lost, with a connection or a broker's leader
-        return self._asked_for
+        """Return how many deliveries were asked for and have not come."""
+        while self._pulls and (self._pulls[0].until < self._now() or not self._pulls[0].left):
+            self._pulls.popleft()  # with a connection or a broker's leader, the word that it has ended may be lost
+        return sum(pull.left for pull in self._pulls)
 
     async def open(self) -> None:
         """Get ready to be delivered to."""
@@ -64,14 +75,13 @@ class Intake:
 
     async def ask(self, batch: int) -> None:
         """Ask for so many more."""
+        self._pulls.append(_Pull(batch, self._now() + EXPIRES + _LATE))
         pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
-        self._asked_for = self.expected + batch
-        self._asked_at = self._now()
         await self._connection.publish(_SUBJECT, json.dumps(pull).encode(), reply=self._inbox)
 
     def forget(self) -> None:
         """Expect nothing any more: the broker that was asked is gone."""
-        self._asked_for = 0
+        self._pulls.clear()
 
     async def close(self) -> None:
         """Ask for nothing any more; what is on its way here is still handed on."""
@@ -80,10 +90,22 @@ class Intake:
 
     async def _arrived(self, message: Msg) -> None:
         if message.reply:
-            self._asked_for = max(0, self._asked_for - 1)
+            self._count_off(1)
             self._deliver(message)
             return
-        # No delivery, but the end of a pull: expired, or the broker could not keep it.
-        unused = (message.headers or {}).get("Nats-Pending-Messages", "")
-        self._asked_for = max(0, self._asked_for - int(unused)) if unused.isdigit() else 0
-        self._ended()
+        # No delivery, but the end of a pull: the oldest, since all are kept equally long.
+        headers = message.headers or {}
+        unused = headers.get("Nats-Pending-Messages", "")
+        if unused.isdigit():
+            self._count_off(int(unused))
+        else:
+            self._pulls.clear()  # nobody is there who would keep them
+        status, description = headers.get("Status", ""), headers.get("Description", "")
+        reason = f"{status} {description}" if description.isprintable() else status  # nats-py finds some where none is
+        self._ended(None if status == _EXPIRED else reason.strip())
+
+    def _count_off(self, count: int) -> None:
+        for pull in self._pulls:
+            used = min(count, pull.left)
+            pull.left -= used
+            count -= used

@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from hashlib import sha256
 from typing import Final, TypeVar
 from urllib.parse import quote
 
@@ -25,7 +26,9 @@ T = TypeVar("T")
 REQUEST_SUBJECT: Final = "keyless.approvals.request"
 MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
 VERSION: Final = 1
+ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit into a message that the broker takes, 1 MiB by default
+_LONGEST_NAME: Final = 200  # characters
 _NOTHING: Final = msgspec.Raw(b"null")
 #: Operation ids of requests that name none are UUIDs (version 5) in this namespace.
 _NAMESPACE: Final = uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e")
@@ -70,9 +73,11 @@ class FailureReason(StrEnum):
     INCONSISTENT = "inconsistent"
     """An answer contradicted itself or had an unknown state: treat it as refused, and investigate."""
     REJECTED = "rejected"
-    """The service refused it for good: an unknown user, a malformed request, a missing permission."""
+    """The service refused for good to create the operation: an unknown user, a malformed request. Nobody was asked."""
+    LOOK_REFUSED = "look_refused"
+    """The service refused for good to tell. Approved or not, nobody knows: look with ``get_operation``."""
     UNREADABLE = "unreadable"
-    """The service answered with JSON of another shape than documented."""
+    """The service answered with JSON of another shape than documented. Approved or not, nobody knows."""
     INTERNAL = "internal"
     """The worker itself failed; its log says more. Approved or not, nobody knows: look with ``get_operation``."""
 
@@ -83,7 +88,8 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     Attributes:
         version: Version of this form, 1.
         user_id: The user, in hex of either case.
-        operation_id: The operation's id, unique in the tenant. Default: derived from the message's ``Nats-Msg-Id``.
+        operation_id: The operation's id, unique in the tenant. One id is one approval, for good. Default: derived from
+            the message's ``Nats-Msg-Id``, which then is one approval for good in the same way.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.
@@ -114,8 +120,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         user_id: The user, in upper-case hex, or None likewise.
         external_user_id: Your own id of the user, or None.
         auth_type: Approved: how the user approved, see `aiokeyless.AuthType`; or None.
-        answered: Expired: whether the last look was answered, with "pending". False: approved or not, nobody knows;
-            look with ``get_operation`` before you repeat anything.
+        answered: Expired: whether the last look was answered: still pending, or never there. False: approved or not,
+            nobody knows; look with ``get_operation`` before you repeat anything.
         reason: Failed: see `FailureReason`.
         detail: Failed: what happened, in words.
         requested_at: From when on `expires_in` counted.
@@ -250,6 +256,9 @@ def _operation_id(request: ApprovalRequest, message_id: str | None) -> str:
         # Each delivery would make an operation of its own, or a name would have to be invented that may come again.
         raise InvalidRequestError(f"the request has neither an operation_id nor the header {MESSAGE_ID}")
     protocol.check_text(message_id, MESSAGE_ID)
+    if "\N{REPLACEMENT CHARACTER}" in message_id:
+        # What stands for bytes that are no UTF-8: two names that differ in those would be one operation.
+        raise InvalidRequestError(f"the header {MESSAGE_ID} is not UTF-8")
     return derived_operation_id(message_id)
 
 
@@ -276,6 +285,18 @@ def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tup
         raise InvalidRequestError("created_at is no time of ours") from None
 
 
+def read_event(data: bytes) -> ApprovalEvent:
+    """Read a message of a worker's.
+
+    Raises:
+        msgspec.DecodeError: It is no event, or of a version that this library does not know.
+    """
+    version = msgspec.json.decode(data, type=_Version).version
+    if version != VERSION:
+        raise msgspec.DecodeError(f"version {version} is not known here, only {VERSION}")
+    return msgspec.json.decode(data, type=ApprovalEvent)
+
+
 def read_context(data: bytes) -> msgspec.Raw:
     """Return the context of a message that is no request, as far as it can be found."""
     try:
@@ -292,4 +313,6 @@ def operation_name(operation_id: str) -> str:
     It is the same for each kind of outcome: an operation that was pending at its deadline may be approved when a
     crash has the request delivered again, and the stream must then keep the first event and drop the second.
     """
-    return f"operation-{quote(operation_id, safe='')}"
+    name = quote(operation_id, safe="")
+    # A header counts for the size of a message, too.
+    return f"operation-{name if len(name) <= _LONGEST_NAME else sha256(operation_id.encode()).hexdigest()}"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -20,12 +22,14 @@ from aiokeyless.models import seconds
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import connect, disconnect
-from .decisions import Again, after_bug, invalid, utc_now
+from .decisions import Again, after_bug, invalid
 from .exchanges import Exchanges
 from .intake import EXPIRES, Intake
 from .logs import log
 from .messages import (
     MESSAGE_ID,
+    ROOM_FOR_EVENT,
+    BrokerError,
     FailureReason,
     InvalidRequestError,
     Outcome,
@@ -33,7 +37,7 @@ from .messages import (
     read_request,
 )
 from .spacing import Spacing
-from .streams import OUTCOMES, StreamSettings, prepare
+from .streams import OUTCOMES, StreamSettings, prepare, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
 DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
 _PUBLISH_WITHIN: Final = 5.0  # seconds
 _MARGIN: Final = 5.0  # seconds between the longest that a delivery takes and its redelivery
-_ROOM_FOR_EVENT: Final = 4096  # bytes by which an event may be larger than its request
 
 
 class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +137,7 @@ class ApprovalWorker:
         self._connect_options = dict(connect_options or {})
         # A create, the look whether it is there, the look at it; and the event.
         self._longest_delivery = 3 * client._request_timeout + _PUBLISH_WITHIN  # noqa: SLF001
+        self._ack_wait = self._longest_delivery + _MARGIN
         self._health = Health(max_in_flight)
         self._spacing = Spacing(self._schedule)
         self._exchanges = Exchanges(client, schedule=self._spacing, health=self._health, grace=grace)
@@ -142,6 +146,9 @@ class ApprovalWorker:
         self._stopping = False
         self._fatal: KeylessError | None = None
         self._has_run = False
+        self._ended = False
+        self._refusals = 0  # of pulls, in a row
+        self._asks_from = -math.inf
         self._connection: Client  # from `run` on
         self._serving = False
         self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates"), 0)
@@ -166,11 +173,14 @@ class ApprovalWorker:
         self._changed.set()
 
     async def run(self) -> None:
-        """Work until `stop` is called, and then until the deliveries under way are done: one exchange at most.
+        """Work until `stop` is called, and then until the deliveries under way are done.
+
+        That takes one exchange with Keyless, and at most three of them, where the answer to a create was lost.
 
         Raises:
             ConfigurationError: It has run already.
-            BrokerError: The broker cannot be reached or used at the start. Later the worker waits for it to come back.
+            BrokerError: The broker cannot be reached at the start, does not permit what a worker does, or has streams
+                that are not as they should be. A broker that is away later is waited for.
             AuthenticationError: Keyless does not take the key. Requests stay where they are, for a worker with another.
             KeylessError: At the start, Keyless answers nothing that makes sense.
         """
@@ -178,22 +188,34 @@ class ApprovalWorker:
             raise ConfigurationError("a worker runs once; make another one to go on")
         self._has_run = True
         await self._exchanges.check_key()
-        self._connection = await connect(self._nats_url, self._connect_options, on_reconnect=self._reconnected)
+        self._connection = await connect(
+            self._nats_url, self._connect_options, on_reconnect=self._reconnected, on_loss=self._end
+        )
         try:
             await self._serve(self._connection)
+        except BrokerError as error:
+            self._fatal = self._fatal or error
         finally:
+            self._ended = True
             await disconnect(self._connection)
         if self._fatal is not None:
             raise self._fatal
+
+    def _end(self, error: KeylessError) -> None:
+        """End because of something that is wrong with this worker, or with its broker, and with no request."""
+        if self._fatal is None and not self._ended:
+            self._fatal = error
+            log(logging.ERROR, "worker.unfit", {"error": str(error)})
+            self.stop()
 
     # -- the intake
 
     async def _serve(self, connection: Client) -> None:
         loop = asyncio.get_running_loop()
-        self._intake = Intake(connection, deliver=self._take, ended=self._changed.set, now=loop.time)
+        self._intake = Intake(connection, deliver=self._take, ended=self._pull_ended, now=loop.time)
         self._stream = connection.jetstream(timeout=_PUBLISH_WITHIN)
-        self._largest_request = connection.max_payload - _ROOM_FOR_EVENT
-        self._longest_wait = await prepare(self._stream, self._settings, ack_wait=self._longest_delivery + _MARGIN)
+        self._largest_request = connection.max_payload - ROOM_FOR_EVENT
+        self._longest_wait = await prepare(self._stream, self._settings, ack_wait=self._ack_wait)
         await self._intake.open()
         self._serving = True
         log(logging.INFO, "worker.ready", {"max_in_flight": self._max_in_flight})
@@ -208,22 +230,32 @@ class ApprovalWorker:
 
     async def _ask(self, now: float) -> None:
         """Ask for as many deliveries as there is room for; in batches, so not for each one that becomes free."""
-        if not self._connection.is_connected:
+        if not self._connection.is_connected or now < self._asks_from:
             return
-        expected = self._intake.expected
+        if self._refusals:
+            await restore_consumer(self._stream, ack_wait=self._ack_wait)
+        expected = self._intake.expected()
         room = self._health.room(now) - len(self._deliveries) - expected
         if room > 0 and (not expected or room >= self._max_in_flight // 4):
-            await self._intake.ask(room)
+            with suppress(nats.errors.Error):  # the connection was lost at this moment: nothing was asked for
+                await self._intake.ask(room)
 
     async def _wait_for_change(self, now: float) -> None:
-        opens_in = self._health.opens_at() - now
-        try:
-            async with asyncio.timeout(opens_in if opens_in > 0 else EXPIRES):
+        closed_for = max(self._health.opens_at(), self._asks_from) - now
+        with suppress(TimeoutError):
+            async with asyncio.timeout(closed_for if closed_for > 0 else EXPIRES):
                 await self._changed.wait()
-        except TimeoutError:
-            pass
 
-    async def _reconnected(self) -> None:
+    def _pull_ended(self, refusal: str | None) -> None:
+        if refusal is None:
+            self._refusals = 0
+        else:  # the consumer has no leader just now, or is gone
+            self._refusals += 1
+            self._asks_from = asyncio.get_running_loop().time() + error_delay(self._refusals)
+            log(logging.WARNING, "broker.refused", {"reason": refusal})
+        self._changed.set()
+
+    def _reconnected(self) -> None:
         self._intake.forget()
         self._changed.set()
 
@@ -231,7 +263,9 @@ class ApprovalWorker:
         """Finish what is under way, and hand back what comes meanwhile."""
         log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
         if connection.is_connected:
-            await self._intake.close()
+            with suppress(nats.errors.Error, OSError, TimeoutError):  # what is on its way comes again by itself
+                async with asyncio.timeout(_PUBLISH_WITHIN):
+                    await self._intake.close()
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._longest_delivery)
         log(logging.INFO, "worker.done", msgspec.structs.asdict(self.statistics))
@@ -246,6 +280,7 @@ class ApprovalWorker:
     # -- one delivery
 
     def _take(self, message: Msg) -> None:
+        self._refusals = 0
         task = asyncio.get_running_loop().create_task(self._deliver(message))
         self._deliveries.add(task)
         task.add_done_callback(self._delivered)
@@ -264,9 +299,7 @@ class ApprovalWorker:
             # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
             log(logging.WARNING, "delivery.unsettled", {"error": f"{type(error).__name__}: {error}"})
         except KeylessError as error:  # of this worker, not of the request
-            self._fatal = self._fatal or error
-            log(logging.ERROR, "worker.unfit", {"error": str(error)})
-            self.stop()
+            self._end(error)
             with suppress(nats.errors.Error):  # or it comes again by itself, a little later
                 await message.nak(delay=error_delay(1))
 
@@ -295,14 +328,16 @@ class ApprovalWorker:
             )
         except InvalidRequestError as error:
             context = read_context(message.data)
-            return invalid(name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=utc_now())
+            return invalid(
+                name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=datetime.now(UTC)
+            )
         try:
             return await self._exchanges.attend(delivery)
         except KeylessError:
             raise
         except Exception as error:  # noqa: BLE001  # a bug: it must not come again forever
             log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)
-            return after_bug(delivery, error, now=utc_now())
+            return after_bug(delivery, error, now=datetime.now(UTC))
 
     async def _settle(self, message: Msg, decision: Decision) -> None:
         """Tell the broker: first the event, and only when that is stored, that the request is done."""

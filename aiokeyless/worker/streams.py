@@ -6,12 +6,14 @@ runs the broker.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
+from .logs import log
 from .messages import REQUEST_SUBJECT, BrokerError, Outcome
 
 if TYPE_CHECKING:
@@ -72,9 +74,23 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wai
     except nats.errors.Error as error:
         raise BrokerError(
             f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, and may this "
-            "user publish to $JS.API.> and keyless.approvals.*?"
+            "user publish to $JS.API.>, $JS.ACK.> and keyless.approvals.*?"
         ) from None
     return min(requests.duplicate_window, outcomes.duplicate_window)
+
+
+async def restore_consumer(stream: JetStreamContext, *, ack_wait: float) -> None:
+    """Make the consumer again if it was deleted; while the broker has no leader for it, nothing is to be done.
+
+    Raises:
+        BrokerError: It has other settings now, or its stream is gone.
+    """
+    try:
+        await _consumer(stream, ack_wait)
+    except nats.js.errors.NotFoundError:
+        raise BrokerError(f"the stream {REQUESTS} is gone, and the requests in it") from None
+    except nats.errors.Error as error:
+        log(logging.WARNING, "broker.unsettled", {"error": f"{type(error).__name__}: {error}"})
 
 
 def _requests(settings: StreamSettings) -> StreamConfig:
@@ -163,6 +179,10 @@ def _consumer_differences(found: ConsumerConfig, wanted: ConsumerConfig) -> Iter
         yield "it filters subjects"
     if found.deliver_subject:
         yield "it pushes, and workers pull"
+    if found.headers_only:
+        yield "it delivers headers only"
+    if found.pause_until:
+        yield f"it is paused until {found.pause_until}"
     if found.backoff:
         yield "it has a backoff, which would take the place of ack wait"
 

@@ -26,6 +26,8 @@ from aiokeyless.worker import ApprovalEvent, BrokerError, FailureReason, Outcome
 
 NATS_URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 
+UNCLEAR = {FailureReason.INTERNAL, FailureReason.LOOK_REFUSED, FailureReason.UNREADABLE}
+
 
 class Payment(msgspec.Struct, frozen=True):
     """The body of all `payments.*`; a request that does not fit is refused before anybody is asked."""
@@ -88,7 +90,7 @@ def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
 def verdict(event: ApprovalEvent) -> str:
     """Say no more than the worker knows: approved, expired, refused, or unclear."""
     never_answered = event.outcome is Outcome.EXPIRED and not event.answered
-    if never_answered or event.reason in {FailureReason.INTERNAL, FailureReason.UNREADABLE}:
+    if never_answered or event.reason in UNCLEAR:
         return "unclear"  # perhaps the user did approve
     return "refused" if event.outcome is Outcome.FAILED else event.outcome
 

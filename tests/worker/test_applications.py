@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,8 +24,15 @@ from aiokeyless.worker import (
     approval_outcomes,
     submit_approval,
 )
-from aiokeyless.worker.decisions import utc_now
-from aiokeyless.worker.messages import MAX_CONTEXT, MESSAGE_ID, VERSION, Outcome, derived_operation_id, read_request
+from aiokeyless.worker.messages import (
+    MAX_CONTEXT,
+    MESSAGE_ID,
+    ROOM_FOR_EVENT,
+    VERSION,
+    Outcome,
+    derived_operation_id,
+    read_request,
+)
 from aiokeyless.worker.streams import OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
@@ -61,8 +69,8 @@ async def publish(stream: JetStreamContext, *names: str) -> None:
             version=VERSION,
             outcome=Outcome.APPROVED,
             operation_id=name,
-            requested_at=utc_now(),
-            decided_at=utc_now(),
+            requested_at=datetime.now(UTC),
+            decided_at=datetime.now(UTC),
             deliveries=1,
         )
         await stream.publish(event.outcome.subject, msgspec.json.encode(event), headers={MESSAGE_ID: name})
@@ -88,7 +96,7 @@ async def unacknowledged(stream: JetStreamContext, durable: str) -> tuple[int | 
         ({"operation_id": "a\n"}, "operation_id"),
         ({"operation_payload": 40}, "operation_payload"),
         ({"operation_payload": "\ud800"}, "operation_payload"),
-        ({"operation_payload": "x" * (1 << 20)}, "operation_payload"),
+        ({"operation_payload": "x" * ((1 << 20) - ROOM_FOR_EVENT)}, "operation_payload"),
         ({"external_user_id": "\ud800"}, "external_user_id"),
         *(({"expires_in": value}, "expires_in") for value in (0, -1, float("nan"), float("inf"), True, "120", 10**400)),
         ({"context": object()}, "context"),
@@ -97,7 +105,7 @@ async def unacknowledged(stream: JetStreamContext, durable: str) -> tuple[int | 
         ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes"),
         *(
             ({"message_id": value}, "message_id")
-            for value in ("", " ", " a", "a\r\nNats-Rollup: all", "\u00e9", "\ud800", 7)
+            for value in ("", " ", " a", "a" * 513, "a\r\nNats-Rollup: all", "\u00e9", "\ud800", 7)
         ),
     ],
     ids=lambda value: ascii(value)[:60],
@@ -124,7 +132,7 @@ async def test_a_wrong_id_is_the_same_error_as_elsewhere(connection: Client) -> 
 
 
 async def test_a_request_is_stored_whole_when_it_was_submitted(connection: Client, stream: JetStreamContext) -> None:
-    before = utc_now()
+    before = datetime.now(UTC)
     operation_id = await submit_approval(
         connection,
         "c0ffee",
@@ -140,7 +148,7 @@ async def test_a_request_is_stored_whole_when_it_was_submitted(connection: Clien
     assert (request.external_user_id, request.expires_in) == ("eve", 30)
     assert bytes(request.context) == b'{"order":7}'
     assert request.created_at is not None
-    assert before <= request.created_at <= utc_now()
+    assert before <= request.created_at <= datetime.now(UTC)
     assert message.subject == "keyless.approvals.request"
 
 

@@ -39,12 +39,12 @@ def host_of(server: NatsServer) -> str:
     return server.url.removeprefix("nats://")
 
 
-async def reconnected() -> None:
+def nothing(_error: BrokerError | None = None) -> None:
     """Nothing is to be done then."""
 
 
 async def connected(url: str, **options: object) -> Client:
-    return await connect(url, options, on_reconnect=reconnected)
+    return await connect(url, options, on_reconnect=nothing, on_loss=nothing)
 
 
 async def refusal(url: str, **options: object) -> str:
@@ -151,12 +151,8 @@ async def test_a_broker_that_is_killed_and_started_again_is_found_again(
 ) -> None:
     caplog.set_level(logging.INFO, "aiokeyless.worker")
     server, back = NatsServer(tmp_path, jetstream=False), asyncio.Event()
-
-    async def note() -> None:
-        back.set()
-
     await server.start()
-    connection = await connect(server.url, {}, on_reconnect=note)
+    connection = await connect(server.url, {}, on_reconnect=back.set, on_loss=nothing)
     try:
         server.kill()
         await until(lambda: not connection.is_connected)
@@ -192,6 +188,36 @@ async def test_a_connection_can_be_ended_while_the_broker_is_away_with_something
     await disconnect(connection)
     assert connection.is_closed
     await until(lambda: asyncio.all_tasks() == tasks)
+
+
+async def test_a_connection_that_the_broker_ends_for_good_is_told_of(guarded: NatsServer) -> None:
+    losses: list[BrokerError] = []
+    url = f"nats://worker:s3cret@{host_of(guarded)}"
+    connection = await connect(url, {}, on_reconnect=nothing, on_loss=losses.append)
+    await connection.publish("somewhere", bytes(connection.max_payload), headers={"counts": "too"})
+    await until(lambda: connection.is_closed)
+    assert [str(loss) for loss in losses] == [
+        "the broker ended the connection for good: nats: maximum payload violation"
+    ]
+
+
+async def test_what_is_not_permitted_is_told_of_and_named(tmp_path: Path) -> None:
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(
+        'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "secrets.>" } } } ] }'
+    )
+    server = NatsServer(tmp_path, "-c", str(configuration), jetstream=False)
+    await server.start()
+    losses: list[BrokerError] = []
+    connection = await connect(server.url, {"user": "u", "password": "p"}, on_reconnect=nothing, on_loss=losses.append)
+    try:
+        await connection.publish("secrets.all", b"")
+        await until(lambda: bool(losses))
+    finally:
+        await connection.close()
+        server.stop()
+    assert "does not permit" in str(losses[0])
+    assert "secrets.all" in str(losses[0])
 
 
 async def ignore(_message: object) -> None:

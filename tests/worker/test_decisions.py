@@ -15,6 +15,7 @@ from aiokeyless.errors import (
     BadRequestError,
     DecodeError,
     KeylessError,
+    NotFoundError,
     NotJsonError,
     PermissionDeniedError,
     RateLimitError,
@@ -27,14 +28,15 @@ from aiokeyless.worker.decisions import (
     Again,
     Decided,
     Decision,
+    Pace,
     after_answer,
     after_bug,
     after_creation,
-    after_failure,
+    after_failed_creation,
+    after_failed_look,
     after_missing,
     invalid,
     is_last,
-    utc_now,
 )
 from aiokeyless.worker.messages import Delivery, FailureReason, InvalidRequestError, Outcome, operation_name
 
@@ -97,8 +99,13 @@ def failed(
     held_for: float = 0.0,
     grace: float = 0.0,
 ) -> Decision:
-    moments = {"sent_at": at(age), "now": at(age + took)}
-    return after_failure(DELIVERY, error, **moments, failures=failures, held_for=held_for, grace=grace)
+    """What comes of a look that fails."""
+    pace = Pace(failures, held_for)
+    return after_failed_look(DELIVERY, error, sent_at=at(age), now=at(age + took), pace=pace, grace=grace)
+
+
+def not_created(error: KeylessError, age: float, *, held_for: float = 0.0) -> Decision:
+    return after_failed_creation(DELIVERY, error, now=at(age), pace=Pace(1, held_for))
 
 
 def decided(decision: Decision | None) -> Decided:
@@ -111,8 +118,8 @@ def delay(decision: Decision | None) -> float:
     return decision.delay
 
 
-def status(kind: type[Any], number: int) -> KeylessError:
-    error: KeylessError = kind(status=number, method="GET", path="/v2/x")
+def status(kind: type[Any], number: int, *, path: str = "/v2/x") -> KeylessError:
+    error: KeylessError = kind(status=number, method="GET", path=path)
     return error
 
 
@@ -307,17 +314,55 @@ def test_a_last_look_without_an_answer_is_repeated_in_the_grace_and_not_after_it
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (status(BadRequestError, 400), FailureReason.REJECTED),
-        (status(PermissionDeniedError, 403), FailureReason.REJECTED),
+        (status(BadRequestError, 400), FailureReason.LOOK_REFUSED),
+        (status(PermissionDeniedError, 403), FailureReason.LOOK_REFUSED),
         (MISSHAPEN, FailureReason.UNREADABLE),
     ],
     ids=repr,
 )
-def test_a_failure_for_good_has_failed_at_once_with_its_reason(
+def test_a_look_that_fails_for_good_has_failed_at_once_with_its_reason(
     error: KeylessError, reason: FailureReason, age: float
 ) -> None:
-    event, _ = decided(failed(error, age))
+    event, message_id = decided(failed(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
+    assert message_id == operation_name("txn 1")
+
+
+# -- not created
+
+
+@transient
+def test_what_could_not_be_created_is_tried_again_at_the_pace_of_failures_and_by_the_deadline(
+    error: KeylessError,
+) -> None:
+    assert SHORTEST <= delay(not_created(error, 1)) <= 0.5
+    assert delay(not_created(error, 1, held_for=30)) == 30
+    assert delay(not_created(error, IN_TIME, held_for=30)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (status(NotFoundError, 404), FailureReason.REJECTED),
+        (status(BadRequestError, 400), FailureReason.REJECTED),
+        (MISSHAPEN, FailureReason.UNREADABLE),
+    ],
+    ids=repr,
+)
+def test_what_is_not_to_be_created_has_failed_and_leaves_another_request_under_its_id_alone(
+    error: KeylessError, reason: FailureReason
+) -> None:
+    event, message_id = decided(not_created(error, 1))
+    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
+    assert message_id == DELIVERY.message
+
+
+def test_a_long_message_is_cut() -> None:
+    error = TransportError("x" * 10_000, method="GET", path="/v2/x")
+    event, _ = decided(after_bug(DELIVERY, error, now=at(1)))
+    assert len(event.detail or "") <= 500
+    event, _ = decided(not_created(status(NotFoundError, 404, path="/v2/" + "y" * 10_000), 1))
+    assert len(event.detail or "") == 500
 
 
 @given(
@@ -351,7 +396,3 @@ def test_a_message_that_is_no_request_has_failed_under_a_name_of_its_own() -> No
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")
     assert (event.requested_at, event.decided_at, event.deliveries) == (at(0), at(1), 2)
-
-
-def test_the_clock_that_workers_share_is_utc() -> None:
-    assert utc_now().utcoffset() == timedelta(0)

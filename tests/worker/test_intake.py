@@ -26,12 +26,13 @@ class Hand:
     def __init__(self, connection: Client) -> None:
         self.connection = connection
         self.messages: list[Msg] = []
-        self.ends = 0
+        self.reasons: list[str | None] = []
         self.time = 0.0
-        self.intake = Intake(connection, deliver=self.messages.append, ended=self._count, now=lambda: self.time)
+        self.intake = Intake(connection, deliver=self.messages.append, ended=self.reasons.append, now=lambda: self.time)
 
-    def _count(self) -> None:
-        self.ends += 1
+    @property
+    def ends(self) -> int:
+        return len(self.reasons)
 
     @property
     def texts(self) -> list[str]:
@@ -78,20 +79,20 @@ async def test_what_waits_already_comes_in_order_and_up_to_what_was_asked_for(ha
     await hand.publish(*"abcde")
     await hand.intake.ask(3)
     await hand.delivered(3)
-    assert (hand.texts, hand.intake.expected) == (["a", "b", "c"], 0)
+    assert (hand.texts, hand.intake.expected()) == (["a", "b", "c"], 0)
     await hand.intake.ask(1)
     await hand.delivered(4)
     assert hand.texts == ["a", "b", "c", "d"]
 
 
 async def test_what_is_expected_counts_up_by_pulls_and_down_by_deliveries(hand: Hand) -> None:
-    assert hand.intake.expected == 0
+    assert hand.intake.expected() == 0
     await hand.intake.ask(2)
     await hand.intake.ask(3)
-    assert hand.intake.expected == 5
+    assert hand.intake.expected() == 5
     await hand.publish("a", "b")
     await hand.delivered(2)
-    assert hand.intake.expected == 3
+    assert hand.intake.expected() == 3
 
 
 async def test_a_pull_waits_at_the_consumer_and_not_longer_than_it_says(hand: Hand) -> None:
@@ -111,14 +112,29 @@ async def test_a_pull_that_the_broker_ends_is_not_expected_any_more(hand: Hand) 
     await until(hand.is_waited_for)
     await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
     await until(lambda: hand.ends == 1)
-    assert (hand.intake.expected, hand.messages) == (0, [])
+    assert (hand.intake.expected(), hand.messages) == (0, [])
+    assert hand.reasons == ["409 Consumer Deleted"]
+
+
+async def test_a_pull_that_was_kept_as_long_as_it_was_to_be_ends_without_a_reason(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    await hand.answer("408", Description="Request Timeout", **{"Nats-Pending-Messages": "5"})
+    await until(lambda: hand.ends == 1)
+    assert (hand.intake.expected(), hand.reasons) == (0, [None])
+
+
+async def test_where_nobody_answers_for_the_consumer_the_end_says_so(hand: Hand) -> None:
+    await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+    await hand.intake.ask(5)
+    await until(lambda: hand.ends == 1)
+    assert (hand.intake.expected(), hand.reasons) == (0, ["503"])
 
 
 async def test_the_end_of_one_pull_leaves_what_another_one_is_to_bring(hand: Hand) -> None:
     await hand.intake.ask(5)
     await hand.answer("408", **{"Nats-Pending-Messages": "2"})
     await until(lambda: hand.ends == 1)
-    assert hand.intake.expected == 3
+    assert hand.intake.expected() == 3
 
 
 @pytest.mark.parametrize("unused", ["9", "", "many", "-1"])
@@ -126,49 +142,60 @@ async def test_an_end_that_says_nothing_sensible_ends_all(hand: Hand, unused: st
     await hand.intake.ask(5)
     await hand.answer("409", **{"Nats-Pending-Messages": unused})
     await until(lambda: hand.ends == 1)
-    assert hand.intake.expected == 0
+    assert hand.intake.expected() == 0
 
 
 async def test_an_end_without_headers_ends_all(hand: Hand) -> None:
     await hand.intake.ask(5)
     await hand.connection.publish(hand.intake._inbox, b"")
     await until(lambda: hand.ends == 1)
-    assert hand.intake.expected == 0
+    assert hand.intake.expected() == 0
 
 
 async def test_more_deliveries_than_were_asked_for_are_handed_on_and_owe_nothing(hand: Hand) -> None:
     await hand.connection.publish(hand.intake._inbox, b"late", reply="ack")
     await hand.delivered(1)
-    assert hand.intake.expected == 0
+    assert hand.intake.expected() == 0
 
 
 async def test_a_pull_whose_end_was_lost_is_forgotten_in_time(hand: Hand) -> None:
     await hand.intake.ask(5)
     hand.time = EXPIRES + 2
-    assert hand.intake.expected == 5
+    assert hand.intake.expected() == 5
     hand.time += 0.001
-    assert hand.intake.expected == 0
+    assert hand.intake.expected() == 0
 
 
-async def test_time_counts_from_the_last_pull(hand: Hand) -> None:
+async def test_each_pull_is_forgotten_in_its_own_time(hand: Hand) -> None:
     await hand.intake.ask(5)
     hand.time = EXPIRES
     await hand.intake.ask(1)
+    assert hand.intake.expected() == 6
     hand.time += EXPIRES
-    assert hand.intake.expected == 6
+    assert hand.intake.expected() == 1
+
+
+async def test_deliveries_are_counted_off_the_oldest_pull_first(hand: Hand) -> None:
+    await hand.intake.ask(1)
+    hand.time = EXPIRES
+    await hand.intake.ask(2)
+    await hand.publish("a", "b")
+    await hand.delivered(2)
+    hand.time += EXPIRES
+    assert hand.intake.expected() == 1
 
 
 async def test_after_a_pull_was_forgotten_the_next_one_counts_alone(hand: Hand) -> None:
     await hand.intake.ask(5)
     hand.time = 100.0
     await hand.intake.ask(2)
-    assert hand.intake.expected == 2
+    assert hand.intake.expected() == 2
 
 
 async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
     await hand.intake.ask(5)
     hand.intake.forget()
-    assert hand.intake.expected == 0
+    assert hand.intake.expected() == 0
 
 
 # -- the end

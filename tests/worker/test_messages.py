@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aiokeyless.errors import ServerError
 from aiokeyless.models import payload_digest
-from aiokeyless.worker.decisions import after_failure, invalid
+from aiokeyless.worker.decisions import Pace, after_failed_look, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
     ApprovalEvent,
@@ -25,6 +25,7 @@ from aiokeyless.worker.messages import (
     derived_operation_id,
     operation_name,
     read_context,
+    read_event,
     read_request,
 )
 
@@ -323,13 +324,12 @@ finite_values = st.recursive(
 @example(nested(100))
 def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
     delivery = read(with_context(context))
-    decision = after_failure(
+    decision = after_failed_look(
         delivery,
         ServerError(status=503, method="GET", path="/v2/x"),
         sent_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
-        failures=1,
-        held_for=0.0,
+        pace=Pace(1, 0.0),
         grace=0.0,
     )
     event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)  # type: ignore[union-attr]
@@ -409,3 +409,24 @@ def test_reprs_show_neither_payload_nor_context() -> None:
     assert repr(asked) == "<ApprovalRequest of user 'C0FFEE', operation None>"
     assert repr(delivery) == f"<Delivery 1 of 'message-1', operation {derived_operation_id('order-7')!r}>"
     assert repr(an_event()) == "<ApprovalEvent failed of operation None>"
+
+
+def test_a_name_that_would_be_too_long_for_a_header_is_a_digest_of_its_own() -> None:
+    names = {
+        operation_name("\N{GRINNING FACE}" * 512),
+        operation_name("\N{GRINNING FACE}" * 511),
+        operation_name("a" * 512),
+    }
+    assert len(names) == 3
+    assert max(map(len, names)) < 100
+    assert operation_name("a" * 200) == "operation-" + "a" * 200
+
+
+def test_a_message_id_that_is_no_utf8_is_refused_since_another_one_would_look_the_same() -> None:
+    with pytest.raises(InvalidRequestError, match="not UTF-8"):
+        read(b'{"version": 1, "user_id": "C0"}', message_id="commande-\N{REPLACEMENT CHARACTER}")
+
+
+def test_an_event_of_another_version_is_not_read_as_one_of_this() -> None:
+    with pytest.raises(msgspec.DecodeError, match="version 2"):
+        read_event(b'{"version": 2, "verdict": "yes"}')

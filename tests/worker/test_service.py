@@ -14,35 +14,44 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 from nats.aio.msg import Msg
-from nats_server import until
+from nats_server import PATIENCE, NatsServer, until
 from tenacity import wait_fixed
 from tenacity.wait import wait_base
 
-from aiokeyless import AuthenticationError, ConfigurationError, KeylessClient, PermissionDeniedError, wait_adaptive
+from aiokeyless import (
+    AuthenticationError,
+    ConfigurationError,
+    KeylessClient,
+    NotFoundError,
+    PermissionDeniedError,
+    wait_adaptive,
+)
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
+    BrokerError,
     FailureReason,
     Outcome,
     StreamSettings,
     approval_outcomes,
     exchanges,
+    intake,
     service,
     submit_approval,
 )
-from aiokeyless.worker.intake import Intake
 from aiokeyless.worker.logs import JsonFormatter
-from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, operation_name
+from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, ROOM_FOR_EVENT, operation_name
 from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from pathlib import Path
 
     from nats.aio.client import Client
     from nats.js.api import ConsumerInfo
-    from nats_server import NatsServer
     from tenacity import RetryCallState
 
+    from aiokeyless import ApprovalTicket
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.sandbox.journal import RequestRecord
 
@@ -412,6 +421,19 @@ async def test_request_first_delivered_after_its_deadline_gets_one_look(
 
 
 @pytest.mark.usefixtures("streams")
+async def test_one_failure_long_after_the_deadline_costs_no_approval(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1")
+    sandbox.approve("txn-1")
+    await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, broker, grace=0):
+        sandbox.fail_next(times=2)
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+
+
+@pytest.mark.usefixtures("streams")
 async def test_nobody_is_asked_after_the_deadline(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
@@ -771,14 +793,14 @@ async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
     *,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    close = Intake.close
+    close = intake.Intake.close
 
-    async def close_a_little_late(intake: Intake) -> None:
+    async def close_a_little_late(one: intake.Intake) -> None:
         await submit_approval(connection, "C0FFEE")
         await until(lambda: worker.statistics.deliveries > 0)
-        await close(intake)
+        await close(one)
 
-    monkeypatch.setattr(Intake, "close", close_a_little_late)
+    monkeypatch.setattr(intake.Intake, "close", close_a_little_late)
     async with working(client, broker) as worker:
         pass
     monkeypatch.undo()
@@ -930,3 +952,136 @@ async def test_schedule_learns_nothing_from_what_shows_nothing(
         await publish(connection, {"operation_id": "unanswered", "created_at": LONG_AGO, "expires_in": 60})
         await outcomes(connection, 1)
     assert schedule.lessons == []
+
+
+# -- a broker that does not do as it should
+
+
+async def test_idle_worker_asks_again_when_its_pull_has_had_its_time(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "EXPIRES", 0.2)
+    pulls = await connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
+    async with working(client, broker):
+        for _ in range(3):
+            await pulls.next_msg(PATIENCE)
+        sandbox.approve("txn-1", user_id="C0")
+        await publish(connection, {"operation_id": "txn-1"})
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_consumer_that_is_deleted_is_made_again_without_haste(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(client, broker):
+        sandbox.approve("txn-1", user_id="C0")
+        await connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+        await publish(connection, {"operation_id": "txn-1"})
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+    assert 0 < sum("broker.refused" in record.getMessage() for record in caplog.records) < 5
+
+
+async def end_after(worker: ApprovalWorker, trouble: Callable[[], Awaitable[object]]) -> str:
+    """Run a worker into trouble; return the error that it ends with."""
+    task = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    await trouble()
+    with pytest.raises(BrokerError) as caught:
+        await asyncio.wait_for(task, PATIENCE)
+    return str(caught.value)
+
+
+async def test_stream_that_is_deleted_ends_the_worker(
+    client: KeylessClient, broker: NatsServer, connection: Client
+) -> None:
+    stream = connection.jetstream()
+    error = await end_after(ApprovalWorker(client, broker.url), lambda: stream.delete_stream(REQUESTS))
+    assert error == f"the stream {REQUESTS} is gone, and the requests in it"
+
+
+async def test_connection_that_the_broker_ends_for_good_ends_the_worker(
+    client: KeylessClient, broker: NatsServer
+) -> None:
+    worker = ApprovalWorker(client, broker.url)
+
+    async def say_too_much() -> None:
+        connection = worker._connection
+        await connection.publish("somewhere", bytes(connection.max_payload), headers={"counts": "too"})
+
+    error = await end_after(worker, say_too_much)
+    assert error == "the broker ended the connection for good: nats: maximum payload violation"
+
+
+async def test_worker_that_may_not_acknowledge_ends_and_names_what_it_may_not(
+    client: KeylessClient, tmp_path: Path, sandbox: Sandbox
+) -> None:
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(
+        'authorization { users = [ { user: u, password: p, permissions: { publish: { deny: "$JS.ACK.>" } } } ] }'
+    )
+    broker = NatsServer(tmp_path, "-c", str(configuration))
+    await broker.start()
+    sandbox.approve("txn-1", user_id="C0")
+    worker = ApprovalWorker(client, broker.url, connect_options={"user": "u", "password": "p"})
+    try:
+        error = await end_after(worker, lambda: publish(worker._connection, {"operation_id": "txn-1"}))
+    finally:
+        broker.stop()
+    assert "does not permit" in error
+    assert "$JS.ACK" in error.upper()
+
+
+async def test_stop_ends_a_worker_whose_broker_says_nothing(
+    impatient_client: KeylessClient, broker: NatsServer, connection: Client
+) -> None:
+    await connection.close()
+    try:
+        async with working(impatient_client, broker) as worker:
+            broker.pause()
+            worker.stop()
+            began = now()
+    finally:
+        broker.resume()
+    assert now() - began < 4
+
+
+async def test_event_of_the_largest_request_is_stored(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    request = {"operation_id": "\N{GRINNING FACE}" * 512, "external_user_id": ""}
+    size = len(msgspec.json.encode({"version": 1, "user_id": "C0", **request}))
+    request["external_user_id"] = "x" * (connection.max_payload - ROOM_FOR_EVENT - size)
+    async with working(client, broker) as worker:
+        await publish(connection, request)
+        await until(lambda: bool(sandbox.operations))
+        sandbox.approve(request["operation_id"])
+        [event] = await all_outcomes(connection)
+        assert worker.statistics.is_ready
+    assert (event.outcome, event.external_user_id) == (Outcome.APPROVED, request["external_user_id"])
+
+
+async def test_request_that_is_refused_leaves_the_outcome_of_another_one_under_its_id_alone(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    create = client.create_operation
+
+    async def refuse_strangers(user_id: str, **options: Any) -> ApprovalTicket:
+        if user_id == "DEAD":  # a service that knows its users, and looks at them first
+            raise NotFoundError(status=404, method="POST", path="/v2/users/DEAD/operations")
+        return await create(user_id, **options)
+
+    monkeypatch.setattr(client, "create_operation", refuse_strangers)
+    async with working(client, broker):
+        await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        await publish(connection, {"operation_id": "txn-1", "user_id": "DEAD"})
+        await outcomes(connection, 1)
+        sandbox.approve("txn-1")
+        events = await all_outcomes(connection)
+    assert [(event.outcome, event.user_id) for event in events] == [(Outcome.FAILED, "DEAD"), (Outcome.APPROVED, "C0")]

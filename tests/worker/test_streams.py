@@ -20,7 +20,7 @@ from nats.js.api import (
 from nats_server import NatsServer
 
 from aiokeyless.worker import BrokerError, StreamSettings
-from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare
+from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -193,6 +193,8 @@ async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContex
         ({"filter_subjects": ["keyless.approvals.request"]}, "it filters subjects"),
         ({"deliver_subject": "elsewhere"}, "it pushes, and workers pull"),
         ({"backoff": [40.0, 60.0]}, "it has a backoff"),
+        ({"headers_only": True}, "it delivers headers only"),
+        ({"pause_until": "2999-01-01T00:00:00Z"}, "it is paused until 2999"),
     ],
     ids=repr,
 )
@@ -264,3 +266,30 @@ async def test_a_user_without_permission_is_told_within_seconds(strict_broker: N
             with pytest.raises(BrokerError, match=r"^the broker did not answer .* publish to \$JS\.API\.>"):
                 await prepared(connection.jetstream(timeout=0.2))
             assert time.monotonic() - began < 2
+
+
+# -- the consumer, again
+
+
+async def test_a_consumer_that_was_deleted_is_made_again(stream: JetStreamContext) -> None:
+    await prepared(stream)
+    await stream.delete_consumer(REQUESTS, CONSUMER)
+    await restore_consumer(stream, ack_wait=ACK_WAIT)
+    assert (await stream.consumer_info(REQUESTS, CONSUMER)).config.max_ack_pending == -1
+
+
+async def test_a_stream_that_was_deleted_is_not_made_again_since_its_requests_are_gone(
+    stream: JetStreamContext,
+) -> None:
+    await prepared(stream)
+    await stream.delete_stream(REQUESTS)
+    with pytest.raises(BrokerError, match=f"^the stream {REQUESTS} is gone"):
+        await restore_consumer(stream, ack_wait=ACK_WAIT)
+
+
+async def test_where_nobody_answers_for_the_consumer_nothing_is_done(
+    strict_broker: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with await nats.connect(strict_broker.url, user="nobody", password="pass", error_cb=silent) as connection:
+        await restore_consumer(connection.jetstream(timeout=0.2), ack_wait=ACK_WAIT)
+    assert "broker.unsettled" in caplog.text
