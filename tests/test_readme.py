@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -19,7 +20,8 @@ from aiokeyless.worker import ApprovalWorker
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TESTS = [block for block in BLOCKS if "def test_" in block]
 APPLICATIONS = [block for block in BLOCKS if "aiokeyless.worker" in block]
@@ -78,6 +80,27 @@ async def test_a_test_of_the_readme_passes(block: str, tmp_path: Path) -> None:
     assert f"{block.count('def test_')} passed" in output
 
 
+ROWS = {
+    "a poll of a wait": "aiokeyless, a poll of a wait",
+    "`get_operation`": "aiokeyless",
+    "aiohttp + pydantic": "aiohttp + pydantic",
+    "niquests + msgspec": "niquests + msgspec",
+    "httpx + msgspec": "httpx + msgspec",
+    "written and parsed by hand: the limit": "parsed by hand + msgspec: the limit",
+}
+
+
+@pytest.mark.parametrize(("column", "loop"), [(0, "asyncio's loop"), (1, "uvloop")])
+def test_the_figures_of_the_table_are_those_of_the_committed_run(column: int, loop: str) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]["request"]
+    [table] = [table for table in results["tables"] if table["title"] == f"{loop}, 16 in flight"]
+    measured = {name: float(ratio.split()[0]) for name, _, ratio, _ in table["rows"]}
+    for row, name in ROWS.items():
+        shown = re.findall(rf"^\| {re.escape(row)} \| (.*) \| (.*) \|$", README, re.MULTILINE)[0][column]
+        decimals = len(shown.partition(".")[2])
+        assert float(shown) == round(measured[name], decimals), (row, loop)
+
+
 def test_every_exception_stands_in_the_table() -> None:
     table = README.partition("## When it fails")[2].partition("```")[0]
     roots = {"KeylessError", "ApprovalError"}
@@ -92,5 +115,5 @@ def test_the_two_commands_stand_there_as_agreed() -> None:
 
 
 def test_the_first_program_is_the_quickstart() -> None:
-    quickstart = (Path(__file__).parent.parent / "examples" / "quickstart.py").read_text()
+    quickstart = (ROOT / "examples" / "quickstart.py").read_text()
     assert quickstart.endswith(BLOCKS[0])
