@@ -379,11 +379,14 @@ class ApprovalWorker:
         schedule, age = self._schedule, max(0.0, _age(event))
         if not isinstance(schedule, wait_adaptive):
             return
-        if event.outcome is Outcome.APPROVED and event.deliveries > 1:
-            # The first delivery created the operation, so the second was the first look.
-            schedule.observe(schedule.look_before(age) if event.deliveries > 2 else 0.0, age)
-        elif event.answered:
-            schedule.observe(age, None)
+        try:
+            if event.outcome is Outcome.APPROVED and event.deliveries > 1:
+                # The first delivery created the operation, so the second was the first look.
+                schedule.observe(schedule.look_before(age) if event.deliveries > 2 else 0.0, age)
+            elif event.answered:
+                schedule.observe(age, None)
+        except Exception:  # noqa: BLE001  # a subclass of somebody's: what is not learned costs requests, and no more
+            log(logging.ERROR, "schedule.learned_nothing", {"schedule": repr(schedule)}, exc_info=True)
 
 
 def _age(event: ApprovalEvent) -> float:

@@ -938,6 +938,24 @@ async def test_schedule_learns_until_when_somebody_did_not_approve(
     assert schedule.lessons == [((event.decided_at - event.requested_at).total_seconds(), None)]
 
 
+class Unteachable(wait_adaptive):
+    def observe(self, after: float, until: float | None) -> None:
+        raise RuntimeError("not today")
+
+
+async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
+    client: KeylessClient, broker: NatsServer, connection: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(client, broker, schedule=Unteachable()) as worker:
+        await submit_approval(connection, "C0FFEE", expires_in=0.2)
+        [event] = await all_outcomes(connection)
+        await until(lambda: worker.statistics.expired == 1)
+        assert worker.statistics.is_ready
+    assert event.outcome is Outcome.EXPIRED
+    assert "schedule.learned_nothing" in caplog.text
+    assert "not today" in caplog.text
+
+
 @pytest.mark.usefixtures("streams")
 async def test_schedule_learns_nothing_from_what_shows_nothing(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
