@@ -106,7 +106,7 @@ async def disconnect(connection: Client) -> None:
     """End the connection, whatever became of the broker."""
     try:
         await connection.close()
-    except (OSError, RuntimeError):  # the latter is uvloop's
+    except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the third that of asyncio on Python 3.13
         # nats-py still held something for a broker that is away, and gave up before it had ended all of its tasks.
         for subscription in connection._subs.values():  # noqa: SLF001
             subscription._stop_processing()  # noqa: SLF001
