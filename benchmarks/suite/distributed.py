@@ -113,8 +113,8 @@ async def _measure_looks(bench: Bench, server: Server, report: Report) -> None:
     waiting, every, first = bench.pick(full=(4_000, 0.2, 3.0), quick=(1_000, 0.05, 0.5), smoke=(300, 0.02, 0.2))
     most, rounds, seconds = bench.pick(full=(3, 3, 3.0), quick=(3, 1, 0.4), smoke=(1, 1, 0.1))
     windows: dict[int, list[Window]] = {count + 1: [] for count in range(most)}
-    # The broker prefers what it delivers again: where that alone is too much, what is new would never be created. So
-    # there is time for that first.
+    # The broker prefers what it delivers again, and workers space their looks out while new requests wait for their
+    # turn: so all are created first, and what is measured is looks and nothing else.
     async with fleet(server, wait_chain(wait_fixed(first), wait_fixed(every)), most) as workers:
         requests = server.facts().requests
         await workers.submit(waiting)
