@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _PUBLISH_WITHIN: Final = 5.0  # seconds
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _DURABLE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
 
 
@@ -184,13 +185,20 @@ async def approval_outcomes(connection: Client, durable: str) -> AsyncGenerator[
 
 
 async def _subscribed(stream: JetStreamContext, durable: str) -> JetStreamContext.PullSubscription:
-    try:
-        await stream.add_consumer(
-            OUTCOMES, ConsumerConfig(durable_name=durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT)
-        )
-    except nats.js.errors.NotFoundError:
-        raise BrokerError("outcomes cannot be read: there is no stream; start a worker first, it makes it") from None
-    return await stream.pull_subscribe_bind(durable, OUTCOMES)
+    place = ConsumerConfig(durable_name=durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT)
+    silences = 0
+    while True:
+        try:
+            await stream.add_consumer(OUTCOMES, place)
+            return await stream.pull_subscribe_bind(durable, OUTCOMES)
+        except nats.js.errors.NotFoundError:
+            raise BrokerError(
+                "outcomes cannot be read: there is no stream; start a worker first, it makes it"
+            ) from None
+        except nats.errors.TimeoutError:  # a cluster that has lost a server says nothing until it has a new leader
+            silences += 1
+            if silences == _ATTEMPTS:
+                raise
 
 
 async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:

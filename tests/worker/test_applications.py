@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import nats
+import nats.errors
 import pytest
 from nats.js.errors import NotFoundError
 from nats_server import NatsServer, until
@@ -471,3 +472,19 @@ async def test_a_message_that_is_no_event_is_named_so_that_it_can_be_deleted(
         await name_of_next(events)
         with pytest.raises(BrokerError, match=rf"^message 2 of stream {OUTCOMES} is no event of a worker: .*missing"):
             await name_of_next(events)
+
+
+async def test_a_broker_that_says_nothing_when_reading_begins_is_waited_for_and_not_for_ever(
+    connection: Client, broker: NatsServer, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty = connection.jetstream(timeout=0.2)
+    monkeypatch.setattr(applications, "_ATTEMPTS", 3)
+    broker.pause()
+    try:
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(nats.errors.TimeoutError):
+            await applications._subscribed(hasty, "test")
+        assert 0.6 <= asyncio.get_running_loop().time() - began < 5
+    finally:
+        broker.resume()
+    await (await applications._subscribed(stream, "test")).unsubscribe()
