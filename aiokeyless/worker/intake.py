@@ -6,8 +6,10 @@ what it is, a message to the consumer, and what comes is handed on by the subscr
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from .streams import CONSUMER, REQUESTS
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
-#: Seconds for which a pull waits at the consumer: it is asked again then, whatever became of it.
-EXPIRES: Final = 5.0
+#: Seconds for which a pull waits at the consumer. It is asked again then, whatever became of it; and a worker that is
+#: to end waits for that, since a pull cannot be taken back.
+EXPIRES: Final = 1.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is not to be expected any more
 _EXPIRED: Final = "408"  # a pull that was kept for as long as it was asked to
 _SUBJECT: Final = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{CONSUMER}"
@@ -62,6 +65,7 @@ class Intake:
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
         self._pulls: deque[_Pull] = deque()  # the oldest first
+        self._moved = asyncio.Event()
 
     def expected(self) -> int:
         """Return how many deliveries were asked for and have not come."""
@@ -84,11 +88,22 @@ class Intake:
         self._pulls.clear()
 
     async def close(self) -> None:
-        """Ask for nothing any more; what is on its way here is still handed on."""
-        if self._subscription is not None:
-            await self._subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
+        """Wait for the pulls to end, which takes `EXPIRES` at most; what comes meanwhile is still handed on.
+
+        To end the subscription at once would lose what the broker is just delivering: it does not notice that nobody
+        is there any more, and delivers that again only after its ack wait.
+        """
+        if self._subscription is None:
+            return
+        while self.expected():
+            self._moved.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EXPIRES + _LATE):
+                    await self._moved.wait()
+        await self._subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     async def _arrived(self, message: Msg) -> None:
+        self._moved.set()
         if message.reply:
             self._count_off(1)
             self._deliver(message)

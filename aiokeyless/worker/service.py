@@ -306,7 +306,7 @@ class ApprovalWorker:
     def _handed_back(self) -> Again | None:
         """Hand a delivery back that comes when there is no room for it: it was asked for in better days."""
         if self._stopping:
-            return Again(0.0)
+            return Again(EXPIRES)  # not at once: it would come to this worker's own pulls, which are still there
         now = asyncio.get_running_loop().time()
         if len(self._deliveries) <= self._health.room(now):
             return None

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 from nats_server import until
 
-from aiokeyless.worker import StreamSettings
-from aiokeyless.worker.intake import EXPIRES, Intake
+from aiokeyless.worker import StreamSettings, intake
+from aiokeyless.worker.intake import Intake
 from aiokeyless.worker.messages import REQUEST_SUBJECT
 from aiokeyless.worker.streams import CONSUMER, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+
+EXPIRES = 5.0
 
 
 class Hand:
@@ -53,6 +55,11 @@ class Hand:
 
     async def delivered(self, count: int) -> None:
         await until(lambda: len(self.messages) == count)
+
+
+@pytest.fixture(autouse=True)
+def _pulls_last_long_enough_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "EXPIRES", EXPIRES)
 
 
 @pytest.fixture
@@ -210,15 +217,34 @@ async def test_closing_hands_on_what_is_on_its_way(hand: Hand) -> None:
     assert hand.texts == [str(number) for number in range(50)]
 
 
-async def test_after_closing_nothing_is_pulled_any_more(hand: Hand, connection: Client) -> None:
+async def test_closing_waits_for_the_pulls_to_end_and_hands_on_what_they_bring(
+    hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "EXPIRES", 0.3)
     await hand.intake.ask(5)
-    await hand.intake.close()
+    closing = asyncio.create_task(hand.intake.close())
     await hand.publish("late")
+    await hand.delivered(1)
+    assert not closing.done()
+    await closing
+    assert hand.reasons == [None]
+    await hand.publish("too late")
     other = Hand(connection)
     await other.intake.open()
     await other.intake.ask(1)
     await other.delivered(1)
-    assert hand.messages == []
+    assert (hand.texts, other.texts) == (["late"], ["too late"])
+
+
+async def test_closing_does_not_wait_for_ever_for_a_broker_that_is_silent(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_LATE", -EXPIRES + 0.2)
+    await hand.intake.ask(5)
+    closing = asyncio.create_task(hand.intake.close())
+    hand.time = 1.0
+    await asyncio.wait_for(closing, 5)
+    assert hand.reasons == []
 
 
 async def test_an_intake_that_was_never_opened_can_be_closed(connection: Client) -> None:
