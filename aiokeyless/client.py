@@ -30,6 +30,7 @@ from .models import (
     Operation,
     PendingOperation,
     Region,
+    finite_seconds,
     payload_digest,
     seconds,
 )
@@ -120,7 +121,7 @@ class KeylessClient:
             base_url = protocol.BASE_URLS[self._region]
         self._base_url = protocol.check_base_url(base_url)
         self._session = session
-        self._request_timeout = _finite(request_timeout, "request_timeout")
+        self._request_timeout = finite_seconds(request_timeout, "request_timeout")
         self._max_attempts = _count(max_attempts, "max_attempts")
         self._max_in_flight = _count(max_in_flight, "max_in_flight")
         self._schedule = _check_schedule(schedule) or wait_adaptive()
@@ -537,13 +538,6 @@ def _given(value: T | None, variable: str) -> T | str | None:
     return value if value is not None else os.environ.get(variable) or None
 
 
-def _finite(value: object, name: str) -> float:
-    number = seconds(value, name)
-    if math.isinf(number):
-        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}")
-    return number
-
-
 def _count(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}")
@@ -574,7 +568,7 @@ def _budget(timeout: Timeout, ticket: ApprovalTicket | None) -> float | None:
 
 def _lifetime(expires_in: float) -> timedelta:
     try:
-        lifetime = timedelta(seconds=_finite(expires_in, "expires_in"))
+        lifetime = timedelta(seconds=finite_seconds(expires_in, "expires_in"))
         datetime.now(UTC) + lifetime
     except OverflowError:
         raise ConfigurationError(f"expires_in must end before the year 10000, not be {expires_in!r} seconds") from None

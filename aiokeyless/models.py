@@ -441,3 +441,19 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
     if number < 0 or (number == 0 and not zero):
         raise ConfigurationError(f"{name} must be {'at least 0' if zero else 'more than 0'} seconds, not {value!r}")
     return number
+
+
+def finite_seconds(value: object, name: str) -> float:
+    """Check an argument that is a number of seconds and cannot be without end.
+
+    Args:
+        value: What the caller gave.
+        name: The argument's name, for the message.
+
+    Raises:
+        ConfigurationError: It is not a number, is NaN or infinite, or is not positive.
+    """
+    number = seconds(value, name)
+    if math.isinf(number):
+        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}")
+    return number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 import uuid
 from contextlib import suppress
@@ -18,7 +17,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from aiokeyless import protocol
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.health import error_delay
-from aiokeyless.models import seconds
+from aiokeyless.models import finite_seconds
 
 from .messages import (
     MAX_CONTEXT,
@@ -90,7 +89,7 @@ async def submit_approval(
         operation_id=operation_id,
         operation_payload=protocol.check_text(operation_payload, "operation_payload"),
         external_user_id=protocol.check_text(external_user_id, "external_user_id"),
-        expires_in=_finite(expires_in),
+        expires_in=finite_seconds(expires_in, "expires_in"),
         created_at=datetime.now(UTC),
         context=_encoded(context),
     )
@@ -125,12 +124,6 @@ def _message_id(message_id: str | None, operation_id: str | None) -> str:
             f"message_id must be 1 to {protocol.MAX_IDENTIFIER} characters of printable ASCII, with no blanks around it"
         )
     return message_id
-
-
-def _finite(expires_in: float) -> float:
-    if math.isinf(seconds(expires_in, "expires_in")):
-        raise ConfigurationError("expires_in must be a finite number of seconds")
-    return expires_in
 
 
 def _encoded(context: object) -> msgspec.Raw:

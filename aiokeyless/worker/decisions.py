@@ -119,9 +119,8 @@ def after_failed_look(
     if not is_last(delivery, sent_at):
         return Again(_cut(delivery, now, pace.pause()))
     if (sent_at - delivery.ticket.expires_at).total_seconds() < grace:
-        return Again(
-            pace.pause()
-        )  # the user may have approved in time: an error at the wrong moment must not cost that
+        # The user may have approved in time: an error at the wrong moment must not cost that.
+        return Again(pace.pause())
     return _decided(delivery, now, Outcome.EXPIRED, answered=False)
 
 
