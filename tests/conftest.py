@@ -7,9 +7,11 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from nats_server import NatsServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
+    from pathlib import Path
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -34,6 +36,17 @@ def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
 @pytest.fixture
 def client(keyless_client: KeylessClient) -> KeylessClient:
     return keyless_client
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    """A real broker of the test's own."""
+    server = NatsServer(tmp_path)
+    await server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import NatsServer, until
+from nats_server import until
 
 import aiokeyless
 from aiokeyless.sandbox import Sandbox
@@ -19,6 +19,8 @@ from aiokeyless.worker import ApprovalWorker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from nats_server import NatsServer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,20 +55,17 @@ async def test_a_program_of_the_readme_runs(block: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", APPLICATIONS, ids=range(len(APPLICATIONS)))
-async def test_an_application_of_the_readme_gets_its_outcome_from_a_worker(block: str, tmp_path: Path) -> None:
+async def test_an_application_of_the_readme_gets_its_outcome_from_a_worker(
+    block: str, tmp_path: Path, broker: NatsServer
+) -> None:
     (tmp_path / "program.py").write_text(block)
-    broker = NatsServer(tmp_path)
-    await broker.start()
-    try:
-        async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
-            worker = ApprovalWorker(client, broker.url)
-            working = asyncio.create_task(worker.run())
-            await until(lambda: worker.statistics.is_ready)
-            output = await run("program.py", cwd=tmp_path, environment={"NATS_URL": broker.url})
-            worker.stop()
-            await working
-    finally:
-        broker.stop()
+    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
+        worker = ApprovalWorker(client, broker.url)
+        working = asyncio.create_task(worker.run())
+        await until(lambda: worker.statistics.is_ready)
+        output = await run("program.py", cwd=tmp_path, environment={"NATS_URL": broker.url})
+        worker.stop()
+        await working
     assert output.startswith("approved ")
     assert output.endswith("{'order': 7}\n")
 

@@ -118,16 +118,6 @@ def is_idle(consumer: ConsumerInfo) -> bool:
 
 
 @pytest.fixture
-async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
-    server = NatsServer(tmp_path)
-    await server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture
 async def connection(broker: NatsServer) -> AsyncGenerator[Client]:
     async with await nats.connect(broker.url, reconnect_time_wait=0) as connection:
         yield connection

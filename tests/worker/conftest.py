@@ -4,26 +4,15 @@ from typing import TYPE_CHECKING
 
 import nats
 import pytest
-from nats_server import NatsServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from pathlib import Path
 
     from nats.aio.client import Client
+    from nats_server import NatsServer
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
-
-
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
-    server = NatsServer(tmp_path)
-    await server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture
