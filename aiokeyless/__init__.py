@@ -6,6 +6,7 @@ Every public name is here; the sandbox is in `aiokeyless.sandbox`.
 from ._version import __version__
 from .client import KeylessClient
 from .errors import (
+    AlreadyApprovedError,
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -45,6 +46,7 @@ from .models import (
 from .schedule import wait_adaptive
 
 __all__ = [
+    "AlreadyApprovedError",
     "ApprovalError",
     "ApprovalOutcome",
     "ApprovalTicket",

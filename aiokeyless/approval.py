@@ -19,7 +19,7 @@ from .errors import (
 )
 from .models import ApprovalTicket, Operation, OperationState, payload_digest
 
-__all__ = ["Distrust", "Verdict", "WaitRecord", "distrusted", "judge", "timed_out", "unknown"]
+__all__ = ["Distrust", "Verdict", "WaitRecord", "distrusted", "is_same_user", "judge", "timed_out", "unknown"]
 
 
 class Verdict(Enum):
@@ -68,16 +68,25 @@ def judge(operation: Operation, operation_id: str, ticket: ApprovalTicket | None
         return Verdict.PENDING
     if operation.state == OperationState.APPROVED:
         return Distrust(InconsistentOperationError, "its state is 'approved', but its result is false")
-    return Distrust(InconsistentOperationError, f"its state is {operation.state[:40]!r}, which is not documented")
+    return Distrust(InconsistentOperationError, "its state is not documented; .last_operation has it")
 
 
+def is_same_user(answered: str, asked: str) -> bool:
+    """Whether two user ids are the same: ASCII hex of either case.
+
+    Outside of ASCII, upper case is no comparison: that of the ligature of two f is "FF".
+    """
+    return answered.isascii() and answered.upper() == asked.upper()
+
+
+# What an answer says is not quoted here: it may echo the API key.
 def _mismatch(operation: Operation, operation_id: str, ticket: ApprovalTicket | None) -> str | None:
     if operation.operation_id != operation_id:
-        return f"the answer is about operation {operation.operation_id[:80]!r}"
+        return "the answer is about another operation; .last_operation has it"
     if ticket is None:
         return None
-    if operation.user_id.upper() != ticket.user_id.upper():
-        return f"it belongs to user {operation.user_id[:80]!r}, not to {ticket.user_id!r}"
+    if not is_same_user(operation.user_id, ticket.user_id):
+        return f"it does not belong to user {ticket.user_id!r}; .last_operation has its user"
     if payload_digest(operation.operation_payload) != ticket.payload_sha256:
         return "its payload is not the one that was created"
     if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:

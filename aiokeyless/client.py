@@ -12,15 +12,23 @@ import uuid
 import warnings
 from datetime import UTC, datetime, timedelta
 from types import EllipsisType
-from typing import TYPE_CHECKING, Final, Literal, Self, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self, TypedDict, TypeVar, get_args
 
 import aiohttp
 import anyio
 from tenacity.wait import wait_base
 
 from . import protocol
+from ._validation import finite_seconds, seconds
 from .creation import Creation
-from .errors import ClientClosedError, ConfigurationError, KeylessError
+from .errors import (
+    ClientClosedError,
+    ConfigurationError,
+    DecodeError,
+    KeylessError,
+    StatusError,
+    TransportError,
+)
 from .models import (
     ApprovalOutcome,
     ApprovalTicket,
@@ -30,9 +38,7 @@ from .models import (
     Operation,
     PendingOperation,
     Region,
-    finite_seconds,
     payload_digest,
-    seconds,
 )
 from .poller import Poller
 from .schedule import wait_adaptive
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
     from .waits import Outcome, Wait
 
 IfMissing = Literal["raise", "wait"]
+IfExists = Literal["raise", "resume"]
 Timeout = float | None | EllipsisType
 T = TypeVar("T")
 
@@ -78,8 +85,8 @@ class KeylessClient:
     Args:
         api_key: The API key. Default: ``$KEYLESS_API_KEY``.
         region: Where the tenant lives: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
-        base_url: Address of the API in place of a region's: https, or http to a loopback host. Default:
-            ``$KEYLESS_BASE_URL``.
+        base_url: Address of the API in place of a region's, and not beside one: https, or http to a loopback host.
+            Default: ``$KEYLESS_BASE_URL``, unless `region` is given: an argument beats the environment.
         session: An aiohttp session to borrow, for proxies, tracing or one's own TLS settings; it is never closed here.
             Its default headers, cookies and middlewares go along; its timeouts, redirects and error handling do not.
         request_timeout: Seconds for one HTTP exchange, connect to last byte. Default: 10.
@@ -112,14 +119,14 @@ class KeylessClient:
         self._closed = False
         if session is not None and not isinstance(session, aiohttp.ClientSession):
             raise ConfigurationError(f"session must be an aiohttp.ClientSession, not {type(session).__name__}")
-        self._api_key = protocol.check_api_key(_given(api_key, "KEYLESS_API_KEY"))
-        base_url = _given(base_url, "KEYLESS_BASE_URL")
-        self._region: Region | None = None
-        if base_url is None:
-            region = _given(region, "KEYLESS_REGION")
-            self._region = Region.EU if region is None else protocol.check_region(region)
-            base_url = protocol.BASE_URLS[self._region]
-        self._base_url = protocol.check_base_url(base_url)
+        key, api_key = (
+            protocol.read_api_key(_given(api_key, "KEYLESS_API_KEY")),
+            None,
+        )  # reporters print local variables
+        if isinstance(key, ConfigurationError):
+            raise key
+        self._api_key = key
+        self._region, self._base_url = _address(region, base_url)
         self._session = session
         self._request_timeout = finite_seconds(request_timeout, "request_timeout")
         self._max_attempts = _count(max_attempts, "max_attempts")
@@ -127,6 +134,9 @@ class KeylessClient:
         self._schedule = _check_schedule(schedule) or wait_adaptive()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KeylessClient cannot be pickled or copied: make one where it is used")
 
     def __repr__(self) -> str:
         where = f"region={self._region.value!r}" if self._region is not None else f"base_url={self._base_url!r}"
@@ -240,10 +250,15 @@ class KeylessClient:
         operation_payload: str | None = None,
         external_user_id: str | None = None,
         expires_in: float = _DEFAULT_TIMEOUT,
+        if_exists: IfExists = "raise",
     ) -> ApprovalTicket:
         """Create an operation for a user to approve, once and only once.
 
-        After a lost or ambiguous answer the client looks whether the operation is there before it sends it again.
+        After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client checks whether
+        the operation exists before it sends it again. What it finds under an id of your own may belong to an earlier
+        request: the ticket then says `ApprovalTicket.reconciled`, and where it is approved already,
+        `AlreadyApprovedError` is raised. An operation id is an idempotency key for the question and not a lock for what
+        follows from the answer: keep a record of your own that changes from asked to paid once.
 
         Args:
             user_id: The user, in hex of either case.
@@ -252,19 +267,24 @@ class KeylessClient:
             external_user_id: Your own id of the user. Default: nothing.
             expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service knows no
                 expiry: the user can approve later.
+            if_exists: What a 409 means: ``"raise"``, or ``"resume"`` to get the operation that has the id, and to
+                return a ticket for it where its content is the same and it is pending.
 
         Returns:
             The ticket to wait for, here or in another process.
 
         Raises:
             ConfigurationError: An argument is wrong; nothing was sent.
+            AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
+                earlier request. One approval must not count twice.
             ConflictError: The id is taken by another operation.
             KeylessError: It failed; where it may have taken effect, the operation was looked for and not found, or
-                could not be looked for.
+                could not be looked for. ``operation_id`` of the error says which it was.
 
         Source: Keyless documentation, Server API / Operations, "Create operation".
         """
         transport, poller = self._open()
+        _check_if_exists(if_exists)
         operation = NewOperation(
             operation_id=str(uuid.uuid4()) if operation_id is None else protocol.check_operation_id(operation_id),
             operation_payload=protocol.check_text(operation_payload, "operation_payload"),
@@ -272,9 +292,17 @@ class KeylessClient:
         )
         user_id = protocol.check_user_id(user_id)
         lifetime = _lifetime(expires_in)
-        with transport.call():
-            await Creation(transport, user_id, operation).run()
-        poller.created(operation.operation_id)
+        creation = Creation(
+            transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
+        )
+        try:
+            with transport.call():
+                reconciled = await creation.run()
+        except (ClientClosedError, DecodeError, StatusError, TransportError) as error:
+            error.operation_id = operation.operation_id
+            raise
+        if not reconciled:
+            poller.created(operation.operation_id)
         created_at = datetime.now(UTC)
         return ApprovalTicket(
             operation_id=operation.operation_id,
@@ -283,6 +311,7 @@ class KeylessClient:
             payload_sha256=payload_digest(operation_payload),
             created_at=created_at,
             expires_at=created_at + lifetime,
+            reconciled=reconciled,
         )
 
     # -- waits
@@ -304,7 +333,9 @@ class KeylessClient:
             timeout: Seconds for the whole wait, None for no end. Default: for a ticket what is left until its
                 ``expires_at``, for an id 120. A final look starts at the deadline and may take 2 seconds more.
             schedule: When to poll. Default: the client's schedule.
-            if_missing: What a 404 means: ``"raise"``, or ``"wait"`` for an operation that the phone will create.
+            if_missing: What a 404 means: ``"raise"``, or ``"wait"`` for an operation that the phone will create. With a
+                bare id the approval of any user counts then: pass `ApprovalTicket.for_operation`, which names the user
+                and the payload, or compare them yourself.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
                 raises ends the wait.
 
@@ -341,6 +372,7 @@ class KeylessClient:
         operation_payload: str | None = None,
         external_user_id: str | None = None,
         expires_in: float = _DEFAULT_TIMEOUT,
+        if_exists: IfExists = "raise",
         on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object] | None = None,
     ) -> Operation:
         """Create an operation and wait until the user approved it: `create_operation`, then `wait_for_approval`.
@@ -351,6 +383,7 @@ class KeylessClient:
             operation_payload: What the user is asked to approve. Default: nothing.
             external_user_id: Your own id of the user. Default: nothing.
             expires_in: Seconds for the wait. Default: 120.
+            if_exists: What a 409 means, see `create_operation`.
             on_poll: Called with an `ApprovalUpdate` for each poll; may be async.
 
         Returns:
@@ -366,6 +399,7 @@ class KeylessClient:
             operation_payload=operation_payload,
             external_user_id=external_user_id,
             expires_in=expires_in,
+            if_exists=if_exists,
         )
         return await self.wait_for_approval(ticket, on_poll=on_poll)
 
@@ -536,6 +570,23 @@ def _report(send: MemoryObjectSendStream[ApprovalOutcome], operation_id: str, fu
 def _given(value: T | None, variable: str) -> T | str | None:
     """Return an argument, or the environment variable in its place; an empty one counts as unset."""
     return value if value is not None else os.environ.get(variable) or None
+
+
+def _address(region: Region | str | None, base_url: str | None) -> tuple[Region | None, str]:
+    """Return the region, where it is one's address that is used, and the base URL; all are checked, used or not."""
+    if region is not None and base_url is not None:
+        raise ConfigurationError("region and base_url must not both be given: each of them says where the API is")
+    named_region, named_url = _given(region, "KEYLESS_REGION"), _given(base_url, "KEYLESS_BASE_URL")
+    checked_region = Region.EU if named_region is None else protocol.check_region(named_region)
+    checked_url = None if named_url is None else protocol.check_base_url(named_url)
+    if checked_url is None or region is not None:  # an argument beats the environment
+        return checked_region, protocol.BASE_URLS[checked_region]
+    return None, checked_url
+
+
+def _check_if_exists(if_exists: object) -> None:
+    if if_exists not in get_args(IfExists):
+        raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}")
 
 
 def _count(value: object, name: str) -> int:

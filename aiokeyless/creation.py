@@ -1,100 +1,153 @@
-"""A create that neither duplicates nor lies: after a lost answer it looks whether the operation is there.
+"""A create that neither duplicates nor lies: after an ambiguous failure it looks whether the operation is there.
 
-The service documents no idempotency key, but an operation id is unique and ours, and so it is one: what is found
-under it is either what was to be created, or somebody else's.
+The service documents no idempotency key, but an operation id is unique and ours, and so it is one. It is no lock: what
+is found under an id may be the operation of an earlier request, and approved for that.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from . import protocol
-from .errors import ConflictError, DecodeError, KeylessError, NotFoundError, ServerError, StatusError, TransportError
+from .approval import is_same_user
+from .errors import (
+    AlreadyApprovedError,
+    ConflictError,
+    DecodeError,
+    KeylessError,
+    NotFoundError,
+    ServerError,
+    StatusError,
+    TransportError,
+)
+from .models import OperationState
 
 if TYPE_CHECKING:
     from .models import NewOperation, Operation
     from .transport import Transport
 
 _REQUEST_TIMEOUT: Final = 408
+#: Seconds between GETs of an operation that exists (409) and that a lagging replica does not have yet (404): 5 in all.
+_LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
 
 
 class Creation:
     """The creation of one operation.
 
+    What is found after an ambiguous failure, or after a 409 that follows one (or after any 409, where `resumes`):
+
+    | found | an id of the caller's | an id that this call made |
+    |---|---|---|
+    | nothing | sent again | sent again |
+    | other content | `ConflictError` | `ConflictError` |
+    | the same content, pending | reconciled | reconciled |
+    | the same content, approved | `AlreadyApprovedError` | reconciled |
+    | (a 409, not looked into) | looked into, as above | reconciled |
+
     Args:
         transport: What sends the requests.
         user_id: The user, checked.
         operation: What to create.
+        id_is_new: Whether the id was made for this call, so that whatever has it is this call's.
+        resumes: Whether a 409 on the first attempt is looked into as well.
     """
 
-    def __init__(self, transport: Transport, user_id: str, operation: NewOperation) -> None:
+    def __init__(
+        self, transport: Transport, user_id: str, operation: NewOperation, *, id_is_new: bool, resumes: bool
+    ) -> None:
         self._transport = transport
         self._user_id = user_id
         self._operation = operation
+        self._id_is_new = id_is_new
+        self._resumes = resumes
         self._post = protocol.create_operation(user_id, operation)
+        self._get = protocol.get_operation(operation.operation_id)
         self._doubt: KeylessError | None = None  # the failure of an attempt that may have taken effect
         self._given_up = False
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
         """Create it, in as many attempts as the transport makes.
 
-        Raises:
-            ConflictError: The id is taken by another operation.
-            KeylessError: It failed, and is not there or nobody knows.
-        """
-        await self._transport.retry(self._attempt, self._may_repeat)
+        Returns:
+            Whether it is reconciled: found under its id with this content, and not confirmed by our own POST.
 
-    async def _attempt(self) -> None:
+        Raises:
+            AlreadyApprovedError: The id names an operation of this content that is approved.
+            ConflictError: The id is taken by another operation.
+            KeylessError: It failed, and is not there, or that could not be found out.
+        """
+        return await self._transport.retry(self._attempt, self._may_repeat)
+
+    async def _attempt(self) -> bool:
         try:
             answer = await self._transport.send(self._post)
             if not answer.success:  # documented as always true, so this is an answer that says nothing
                 raise DecodeError(
-                    f"POST {self._post.path} answered 200 but no success",
+                    f"POST {self._post.path} answered without success",
                     status=200,
                     method="POST",
                     path=self._post.path,
                 )
         except KeylessError as error:
-            if _is_ambiguous(error):
-                self._doubt = error
-            elif self._doubt is None or not isinstance(error, ConflictError):
-                raise
-            if not await self._is_there(self._doubt):
-                raise
-
-    def _may_repeat(self, error: KeylessError) -> bool:
-        # A success that does not decode is no transient failure, nor is a conflict with what may be our own. But the
-        # operation was seen to be missing, or it would have been final.
-        return not self._given_up and (
-            protocol.is_transient(error)
-            or type(error) is DecodeError
-            or (isinstance(error, ConflictError) and self._doubt is not None)
-        )
-
-    async def _is_there(self, doubt: KeylessError) -> bool:
-        """Whether our operation exists; where that cannot be told, the failure that raised the doubt is final."""
-        request = protocol.get_operation(self._operation.operation_id)
-        try:
-            found = await self._transport.fetch(request)
-        except NotFoundError:
+            failure = error
+        else:
             return False
-        except KeylessError as failure:
-            self._given_up = True
-            raise doubt from failure
-        if found.operation_id != self._operation.operation_id:  # a mixed-up answer tells nothing about ours
-            self._given_up = True
-            raise doubt
-        if self._is_ours(found):
+        conflicts = isinstance(failure, ConflictError)
+        if _is_ambiguous(failure):
+            self._doubt = failure
+        elif not conflicts or (self._doubt is None and not self._resumes):
+            raise failure
+        if conflicts and self._doubt is not None and self._id_is_new:
             return True
+        found = await self._find(failure)
+        if found is None:
+            raise failure
+        self._check(found)
+        return True
+
+    async def _find(self, failure: KeylessError) -> Operation | None:
+        """Return the operation, or None where it is not there; where that cannot be told, the doubt is final."""
+        # After a 409 it is there: a 404 is then a replica that lags. Without one it is sent again, which is quicker.
+        pauses = iter(_LAG if isinstance(failure, ConflictError) else ())
+        while True:
+            try:
+                return await self._transport.fetch(self._get)
+            except NotFoundError:
+                pause = next(pauses, None)
+                if pause is None:
+                    return None
+            except KeylessError as error:
+                self._given_up = True
+                if self._doubt is None:  # the id is taken: nothing of this call took effect
+                    raise
+                raise self._doubt from error
+            await asyncio.sleep(pause)
+
+    def _check(self, found: Operation) -> None:
+        """Raise unless what was found is what this call was to create."""
         self._given_up = True
-        raise ConflictError(status=409, method="POST", path=self._post.path)
+        if found.operation_id != self._operation.operation_id:  # a mixed-up answer tells nothing about ours
+            raise self._doubt or ConflictError(status=409, method="POST", path=self._post.path)
+        if not self._is_ours(found):
+            raise ConflictError(status=409, method="POST", path=self._post.path)
+        if found.state == OperationState.APPROVED and not self._id_is_new:
+            raise AlreadyApprovedError(status=409, method="POST", path=self._post.path)
 
     def _is_ours(self, found: Operation) -> bool:
         # An absent text and an empty one are the same.
         return (
-            found.user_id.upper() == self._user_id
+            is_same_user(found.user_id, self._user_id)
             and (found.operation_payload or "") == (self._operation.operation_payload or "")
             and (found.external_user_id or "") == (self._operation.external_user_id or "")
+        )
+
+    def _may_repeat(self, error: KeylessError) -> bool:
+        # The operation was seen to be missing after these, or the failure would have been final.
+        return not self._given_up and (
+            protocol.is_transient(error)
+            or _is_ambiguous(error)
+            or (isinstance(error, ConflictError) and (self._doubt is not None or self._resumes))
         )
 
 
@@ -103,5 +156,5 @@ def _is_ambiguous(error: KeylessError) -> bool:
     if isinstance(error, TransportError):
         return error.sent
     return isinstance(error, DecodeError | ServerError) or (
-        isinstance(error, StatusError) and error.status == _REQUEST_TIMEOUT
+        isinstance(error, StatusError) and (error.status == _REQUEST_TIMEOUT or 200 <= error.status < 300)
     )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for annotations only: errors.py stands below models.py and 
     from .models import ApprovalTicket, Operation
 
 __all__ = [
+    "AlreadyApprovedError",
     "ApprovalError",
     "ApprovalTimeoutError",
     "ApprovalUnknownError",
@@ -75,7 +76,12 @@ class ClientClosedError(KeylessError, RuntimeError):
 
     What to do: close the client only after its work is done. A create or a wait that was cut off here may have
     taken effect: look with ``get_operation``.
+
+    Attributes:
+        operation_id: The operation of a create that was cut off; None for any other call.
     """
+
+    operation_id: str | None = None
 
 
 class TransportError(KeylessError):
@@ -87,7 +93,12 @@ class TransportError(KeylessError):
         method: HTTP method of the request.
         path: Path of the request, percent-encoded.
         sent: False where the request certainly never left this machine, so that it cannot have had an effect.
+        operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
+        attempts: The failures of the earlier attempts of the same call, oldest first.
     """
+
+    operation_id: str | None = None
+    attempts: tuple[KeylessError, ...] = ()
 
     def __init__(self, message: str, *, method: str, path: str, sent: bool = True) -> None:
         super().__init__(message)
@@ -113,7 +124,12 @@ class DecodeError(KeylessError):
         method: HTTP method of the request.
         path: Path of the request, percent-encoded.
         request_id: The service's id of the exchange, where it sent one.
+        operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
+        attempts: The failures of the earlier attempts of the same call, oldest first.
     """
+
+    operation_id: str | None = None
+    attempts: tuple[KeylessError, ...] = ()
 
     def __init__(self, message: str, *, status: int, method: str, path: str, request_id: str | None = None) -> None:
         super().__init__(message)
@@ -144,7 +160,12 @@ class StatusError(KeylessError):
         retry_after: Seconds after which the service wants to be asked again, where it said so.
         detail: At most 200 printable characters of the error body, the API key struck out. It may quote what you
             sent, a payload too: think before you log it.
+        operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
+        attempts: The failures of the earlier attempts of the same call, oldest first.
     """
+
+    operation_id: str | None = None
+    attempts: tuple[KeylessError, ...] = ()
 
     advice: ClassVar[str] = "the API does not document this status; check base_url"
 
@@ -221,6 +242,19 @@ class ConflictError(StatusError):
     """
 
     advice = "the operation id is taken; use a fresh one, or look at it with get_operation"
+
+
+class AlreadyApprovedError(ConflictError):
+    """The operation id names an operation of the same content, and that is approved already.
+
+    It may be the approval of an earlier request, which has been acted on: one approval must not count twice.
+
+    What to do: look into your own record of this id. Where it says that this approval was acted on, do nothing. Where
+    it says that you asked and never learned the outcome, the approval is the answer: `wait_for_approval` with the
+    ticket that you kept, or with ``ApprovalTicket.for_operation``, returns it. Otherwise ask again under a fresh id.
+    """
+
+    advice = "the operation exists and is approved already, perhaps for an earlier request; check your own record of it"
 
 
 class UnsupportedMediaTypeError(StatusError):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from ._validation import check_operation_id, check_text, check_user_id
+from ._validation import finite_seconds as finite_seconds  # noqa: PLC0414
+from ._validation import seconds as seconds  # noqa: PLC0414
 from .errors import ConfigurationError, KeylessError
 
 if TYPE_CHECKING:
@@ -142,11 +144,11 @@ class Operation(_Model, frozen=True, kw_only=True):
     """One operation, as ``GET /v2/operations/{operationId}`` answers it.
 
     Attributes:
-        id: The service's own number of the operation.
+        id: The service's own number of the operation; any JSON number.
         timestamp: Creation time as the service wrote it; its zone is not documented.
         node_id: Name of the service that created it.
         user_id: The user, in hex.
-        api_key: The customer's SDK API key, which the answer carries along.
+        api_key: The customer's SDK API key, which the answer carries along; None where it does not.
         external_user_id: The customer's own id of the user, or None.
         operation_id: The customer's id of the operation.
         operation_payload: What the user is asked to approve, or None.
@@ -157,11 +159,11 @@ class Operation(_Model, frozen=True, kw_only=True):
     Source: Keyless documentation, Server API / Operations, "Get operation".
     """
 
-    id: int
+    id: int | float
     timestamp: str
     node_id: str
     user_id: str
-    api_key: Secret
+    api_key: Secret | None = None
     external_user_id: str | None = None
     operation_id: str
     operation_payload: str | None = None
@@ -199,7 +201,7 @@ def pack_pending(operation: Operation) -> bytes:
         operation.timestamp,
         operation.node_id,
         operation.user_id,
-        operation.api_key.reveal(),
+        None if operation.api_key is None else operation.api_key.reveal(),
         operation.external_user_id,
         operation.operation_payload,
         operation.result,
@@ -219,7 +221,7 @@ def unpack_pending(packed: bytes, operation_id: str) -> Operation:
         timestamp=timestamp,
         node_id=node_id,
         user_id=user_id,
-        api_key=Secret(key),
+        api_key=None if key is None else Secret(key),
         external_user_id=external_user_id,
         operation_id=operation_id,
         operation_payload=payload,
@@ -317,7 +319,8 @@ def payload_digest(payload: str | None) -> str:
 class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     """What must be remembered of a request for approval to resume the wait, in another process too.
 
-    It holds no secret, and of the payload only its hash. `KeylessClient.create_operation` makes it.
+    It holds no secret, and of the payload only its hash. `KeylessClient.create_operation` makes it, and
+    `ApprovalTicket.for_operation` makes one for an operation that is known already.
 
     Attributes:
         operation_id: The customer's id of the operation.
@@ -326,7 +329,12 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of nothing where there is no payload.
         created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
         expires_at: When waiting for it ends by default: aware, UTC.
+        reconciled: True where the POST of this call was not confirmed, and the operation was found under its id with
+            this content: it may be that of an earlier request, or of one that runs at the same time.
         version: Version of this form, 1.
+
+    Raises:
+        ConfigurationError: A field is not what it should be.
     """
 
     operation_id: str
@@ -335,7 +343,56 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     payload_sha256: str
     created_at: datetime
     expires_at: datetime
+    reconciled: bool = False
     version: int = TICKET_VERSION
+
+    def __post_init__(self) -> None:
+        # A wait compares each answer with these: what can never agree is refused now, not after the user approved.
+        check_operation_id(self.operation_id)
+        msgspec.structs.force_setattr(self, "user_id", check_user_id(self.user_id))
+        check_text(self.external_user_id, "external_user_id")
+        digest: object = self.payload_sha256
+        if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+            raise ConfigurationError("payload_sha256 of a ticket must be 64 lower-case hex digits")
+        for name in ("created_at", "expires_at"):
+            msgspec.structs.force_setattr(self, name, _utc(getattr(self, name), name))
+
+    @classmethod
+    def for_operation(
+        cls,
+        operation_id: str,
+        *,
+        user_id: str,
+        operation_payload: str | None = None,
+        external_user_id: str | None = None,
+        created_at: datetime | None = None,
+        expires_in: float = 120.0,
+    ) -> ApprovalTicket:
+        """Make the ticket of an operation that is known, or that the phone will create.
+
+        It binds a wait to a user and a payload: an approval of the same id by another user, or of another payload, is
+        then refused. For an operation that the phone creates, wait for it with ``if_missing="wait"``.
+
+        Args:
+            operation_id: The customer's id of the operation.
+            user_id: The user, in hex of either case.
+            operation_payload: What the user is asked to approve. Default: nothing.
+            external_user_id: Your own id of the user, compared where it is given. Default: not compared.
+            created_at: When the operation was created, aware. Default: now.
+            expires_in: Seconds from `created_at` until a wait for the ticket ends by default. Default: 120.
+
+        Raises:
+            ConfigurationError: An argument is wrong.
+        """
+        created_at = datetime.now(UTC) if created_at is None else _utc(created_at, "created_at")
+        return cls(
+            operation_id=operation_id,
+            user_id=user_id,
+            external_user_id=external_user_id,
+            payload_sha256=payload_digest(check_text(operation_payload, "operation_payload")),
+            created_at=created_at,
+            expires_at=_later(created_at, expires_in),
+        )
 
     def remaining(self, now: datetime | None = None) -> float:
         """Return the seconds left until `expires_at`, 0.0 once it has passed.
@@ -364,7 +421,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             text: The JSON.
 
         Raises:
-            ConfigurationError: The text is no ticket, or of a version that this library does not know.
+            ConfigurationError: The text is not a valid ticket, or of a version that this library does not know.
         """
         try:
             version = msgspec.json.decode(text, type=_TicketVersion).version
@@ -373,25 +430,29 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
                     f"ticket version {version} is not known here, only {TICKET_VERSION}: it was written by another "
                     "release of aiokeyless; upgrade this one"
                 )
-            ticket = msgspec.json.decode(text, type=cls)
+            return msgspec.json.decode(text, type=cls)
         except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
             raise ConfigurationError(
-                f"text is no approval ticket ({error}); pass what ApprovalTicket.to_json() returned"
+                f"not a valid approval ticket ({error}); pass what ApprovalTicket.to_json() returned"
             ) from None
-        return _checked(ticket)
 
 
-def _checked(ticket: ApprovalTicket) -> ApprovalTicket:
-    if ticket.created_at.utcoffset() is None or ticket.expires_at.utcoffset() is None:
-        raise ConfigurationError("created_at and expires_at of a ticket must have a zone")
-    if not _SHA256.fullmatch(ticket.payload_sha256):
-        raise ConfigurationError("payload_sha256 of a ticket must be 64 lower-case hex digits")
+def _utc(moment: object, name: str) -> datetime:
+    if not isinstance(moment, datetime):
+        raise ConfigurationError(f"{name} of a ticket must be a datetime, not {type(moment).__name__}")
+    if moment.utcoffset() is None:
+        raise ConfigurationError(f"{name} of a ticket must be an aware datetime, such as datetime.now(UTC)")
     try:
-        return msgspec.structs.replace(
-            ticket, created_at=ticket.created_at.astimezone(UTC), expires_at=ticket.expires_at.astimezone(UTC)
-        )
+        return moment.astimezone(UTC)
     except OverflowError:  # the first or the last day of the calendar, and another year in UTC
-        raise ConfigurationError("created_at and expires_at of a ticket must be in the years 1 to 9999, UTC") from None
+        raise ConfigurationError(f"{name} of a ticket must be in the years 1 to 9999, UTC") from None
+
+
+def _later(moment: datetime, expires_in: float) -> datetime:
+    try:
+        return moment + timedelta(seconds=finite_seconds(expires_in, "expires_in"))
+    except OverflowError:
+        raise ConfigurationError(f"expires_in must end before the year 10000, not be {expires_in!r} seconds") from None
 
 
 class _TicketVersion(msgspec.Struct):
@@ -419,41 +480,3 @@ def decode_hook(kind: type, value: object) -> object:
     if kind is Secret and isinstance(value, str):
         return Secret(value)
     raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the field's path
-
-
-def seconds(value: object, name: str, *, zero: bool = False) -> float:
-    """Check an argument that is a number of seconds.
-
-    Args:
-        value: What the caller gave.
-        name: The argument's name, for the message.
-        zero: Whether 0 is allowed.
-
-    Raises:
-        ConfigurationError: It is not a number, is NaN, or is not positive.
-    """
-    try:
-        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        raise ConfigurationError(f"{name} must be a number of seconds, not an integer beyond any float") from None
-    if math.isnan(number):
-        raise ConfigurationError(f"{name} must be a number of seconds, not {value!r}")
-    if number < 0 or (number == 0 and not zero):
-        raise ConfigurationError(f"{name} must be {'at least 0' if zero else 'more than 0'} seconds, not {value!r}")
-    return number
-
-
-def finite_seconds(value: object, name: str) -> float:
-    """Check an argument that is a number of seconds and cannot be without end.
-
-    Args:
-        value: What the caller gave.
-        name: The argument's name, for the message.
-
-    Raises:
-        ConfigurationError: It is not a number, is NaN or infinite, or is not positive.
-    """
-    number = seconds(value, name)
-    if math.isinf(number):
-        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}")
-    return number

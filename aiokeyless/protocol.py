@@ -1,4 +1,4 @@
-"""The API as data: identifiers checked, requests built, answers turned into structs or exceptions.
+"""The API as data: requests built, answers turned into structs or exceptions.
 
 Nothing here does I/O; every rule can be read off a table and tested without a network.
 
@@ -8,9 +8,9 @@ Source: Keyless documentation, Server API / Operations.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import time
-import unicodedata
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -18,13 +18,16 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from ._validation import MAX_IDENTIFIER as MAX_IDENTIFIER  # noqa: PLC0414
+from ._validation import check_operation_id as check_operation_id  # noqa: PLC0414
+from ._validation import check_text as check_text  # noqa: PLC0414
+from ._validation import check_user_id as check_user_id  # noqa: PLC0414
 from .errors import (
     AuthenticationError,
     BadRequestError,
     ConfigurationError,
     ConflictError,
     DecodeError,
-    InvalidIdentifierError,
     KeylessError,
     NotAcceptableError,
     NotFoundError,
@@ -36,10 +39,12 @@ from .errors import (
     TransportError,
     UnsupportedMediaTypeError,
 )
-from .models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, decode_hook
+from .models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, Secret, decode_hook
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from .redaction import Redaction
 
 T = TypeVar("T")
 
@@ -50,34 +55,85 @@ BASE_URLS: Final[Mapping[Region, str]] = {
     Region.SG: "https://operations-service.eks.core-production.sg.keyless.technology",
 }
 
-MAX_IDENTIFIER: Final = 512  # characters: long enough for any id in use, short enough for any gateway's URL limit
 MAX_BODY: Final = 1 << 20
 MAX_PENDING_BODY: Final = 16 << 20
-MAX_DETAIL: Final = 200
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back over the wire. `headers` looks names up without regard to case."""
+    """What came back over the wire. `headers` looks names up without regard to case.
+
+    Its repr does not show the body, which holds the SDK key and the payload: error reporters print local variables.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
+    def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
+        yield "status", self.status
+        yield "size", len(self.body)
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status}, {len(self.body)} bytes>"
+
 
 class Endpoint(Generic[T]):
-    """What the three endpoints differ in: method, the shape of a good answer, and how large it may be."""
+    """What the three endpoints differ in.
 
-    __slots__ = ("decode", "max_body", "method")
+    Attributes:
+        method: HTTP method.
+        decode: Turns the body of a success into a struct.
+        success: The statuses that are one.
+        max_body: Bytes that an answer may have.
+    """
 
-    def __init__(self, method: str, shape: type[T], max_body: int = MAX_BODY) -> None:
+    __slots__ = ("decode", "max_body", "method", "success")
+
+    def __init__(
+        self, method: str, decode: Callable[[bytes], T], *, success: frozenset[int], max_body: int = MAX_BODY
+    ) -> None:
         self.method = method
-        self.decode = msgspec.json.Decoder(shape, dec_hook=decode_hook).decode
+        self.decode = decode
+        self.success = success
         self.max_body = max_body
 
 
-GET_OPERATION: Final = Endpoint("GET", Operation)
-GET_PENDING: Final = Endpoint("GET", list[PendingOperation], MAX_PENDING_BODY)
-POST_OPERATION: Final = Endpoint("POST", CreateAnswer)
+_read_operation: Final = msgspec.json.Decoder(Operation, dec_hook=decode_hook).decode
+_read_created: Final = msgspec.json.Decoder(CreateAnswer).decode
+
+
+def _decode_operation(body: bytes) -> Operation:
+    operation = _read_operation(body)
+    if operation.is_approved:  # once a wait, so that a poll that says pending pays nothing for it
+        _refuse_duplicate_keys(body)
+    return operation
+
+
+def _decode_created(body: bytes) -> CreateAnswer:
+    answer = _read_created(body)
+    _refuse_duplicate_keys(body)
+    return answer
+
+
+def _refuse_duplicate_keys(body: bytes) -> None:
+    """Refuse JSON like ``{"result": false, "result": true}``, which two readers understand in two ways."""
+    json.loads(body, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> None:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise msgspec.ValidationError("an object has the same key twice")
+
+
+GET_OPERATION: Final = Endpoint("GET", _decode_operation, success=frozenset({200}))
+GET_PENDING: Final = Endpoint(
+    "GET",
+    msgspec.json.Decoder(list[PendingOperation]).decode,
+    success=frozenset({200}),
+    max_body=MAX_PENDING_BODY,
+)
+# 200 is documented; 201 is what a service behind a gateway that knows HTTP better may say of a creation.
+POST_OPERATION: Final = Endpoint("POST", _decode_created, success=frozenset({200, 201}))
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
@@ -105,82 +161,24 @@ def create_operation(user_id: str, operation: NewOperation) -> Request[CreateAns
     return Request(POST_OPERATION, path, msgspec.json.encode(operation))
 
 
-def check_operation_id(operation_id: str) -> str:
-    """Return the operation id as it is, or say why it cannot travel as one path segment.
+def read_api_key(api_key: object) -> Secret | ConfigurationError:
+    """Return the key without surrounding blanks, or the error to raise.
 
-    Raises:
-        InvalidIdentifierError: Not a string; empty, too long, ``.`` or ``..`` (a path would lose them); control
-            characters or lone surrogates in it.
-    """
-    if not isinstance(operation_id, str):
-        raise InvalidIdentifierError(f"operation_id must be a string, not {type(operation_id).__name__}")
-    if not 1 <= len(operation_id) <= MAX_IDENTIFIER:
-        raise InvalidIdentifierError(
-            f"operation_id must have 1 to {MAX_IDENTIFIER} characters, not {len(operation_id)}"
-        )
-    if operation_id in {".", ".."}:
-        raise InvalidIdentifierError(f"operation_id must not be {operation_id!r}: a URL path cannot carry it")
-    # What is printable holds neither, and is told in far less time.
-    if not operation_id.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in operation_id):
-        raise InvalidIdentifierError(
-            f"operation_id must not hold control characters or lone surrogates: {operation_id[:80]!r}"
-        )
-    return operation_id
-
-
-_HEX: Final = re.compile(rf"[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}", re.ASCII)
-
-
-def check_user_id(user_id: str) -> str:
-    """Return the user id in upper case, as the service wants it.
-
-    Raises:
-        InvalidIdentifierError: Not a string of 1 to 512 hex digits.
-    """
-    if not isinstance(user_id, str):
-        raise InvalidIdentifierError(f"user_id must be a string of hex digits, not {type(user_id).__name__}")
-    if _HEX.fullmatch(user_id) is None:
-        raise InvalidIdentifierError(
-            f"user_id must be 1 to {MAX_IDENTIFIER} hex digits, such as '0123456789ABCDEF', not {user_id[:80]!r}"
-        )
-    return user_id.upper()
-
-
-def check_text(text: str | None, name: str) -> str | None:
-    """Return an optional text as it is, or say why JSON cannot carry it.
-
-    Raises:
-        ConfigurationError: Neither a string nor None; lone surrogates in it.
-    """
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise ConfigurationError(f"{name} must be a string or None, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ConfigurationError(f"{name} must be text that UTF-8 can encode; it holds a lone surrogate") from None
-    return text
-
-
-def check_api_key(api_key: str | None) -> str:
-    """Return the key without surrounding blanks.
-
-    Raises:
-        ConfigurationError: Absent, empty, or not made of printable ASCII. The message never shows it.
+    The error is returned and not raised, so that no frame of its traceback has the key among its local variables: error
+    reporters print those. Absent, empty, or not made of printable ASCII is an error; the message never shows the key.
     """
     if api_key is None:
-        raise ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY")
+        return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY")
     if not isinstance(api_key, str):
-        raise ConfigurationError(f"api_key must be a string, not {type(api_key).__name__}")
+        return ConfigurationError(f"api_key must be a string, not {type(api_key).__name__}")
     api_key = api_key.strip()
     if not api_key:
-        raise ConfigurationError("api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY")
+        return ConfigurationError("api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY")
     if not (api_key.isascii() and api_key.isprintable()):
-        raise ConfigurationError(
+        return ConfigurationError(
             "api_key must be printable ASCII; it holds control or non-ASCII characters, often from a bad paste"
         )
-    return api_key
+    return Secret(api_key)
 
 
 def check_region(region: Region | str) -> Region:
@@ -251,27 +249,30 @@ _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
 _TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 
 
-def read(endpoint: Endpoint[T], path: str, answer: Answer, *, api_key: str) -> T:
+def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction) -> T:
     """Turn an answer into the endpoint's struct.
 
     Args:
         endpoint: What was asked.
         path: Path of the request, for messages.
         answer: What came.
-        api_key: Struck out wherever the answer echoes it.
+        redaction: Strikes out the API key where the answer echoes it.
 
     Raises:
-        DecodeError: 2xx, JSON of the wrong shape.
-        NotJsonError: 2xx, no JSON.
+        DecodeError: A success, with JSON of the wrong shape or with a key that occurs twice.
+        NotJsonError: A success, no JSON.
         StatusError: Any other status, by its subclass.
     """
-    if 200 <= answer.status < 300:
-        try:
-            return endpoint.decode(answer.body)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            reason = error
-        raise _decode_error(endpoint.method, path, answer, reason, api_key)
-    raise _status_error(endpoint.method, path, answer, api_key)
+    if answer.status not in endpoint.success:
+        raise _status_error(endpoint.method, path, answer, redaction)
+    try:
+        return endpoint.decode(answer.body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        failure = _decode_error(endpoint.method, path, answer, error, redaction)
+    try:
+        raise failure  # out here, so that no frame keeps the reason: a UnicodeDecodeError holds the body
+    finally:
+        del failure
 
 
 def is_transient(error: KeylessError) -> bool:
@@ -281,12 +282,12 @@ def is_transient(error: KeylessError) -> bool:
     return isinstance(error, TransportError | NotJsonError)
 
 
-def _decode_error(method: str, path: str, answer: Answer, reason: Exception, api_key: str) -> DecodeError:
+def _decode_error(method: str, path: str, answer: Answer, reason: Exception, redaction: Redaction) -> DecodeError:
     facts: dict[str, Any] = {
         "status": answer.status,
         "method": method,
         "path": path,
-        "request_id": _request_id(answer, api_key),
+        "request_id": _request_id(answer, redaction),
     }
     where = f"{method} {path} answered {answer.status}"
     if isinstance(reason, msgspec.ValidationError) and _is_json(answer.body):
@@ -304,16 +305,16 @@ def _is_json(body: bytes) -> bool:
     return True
 
 
-def _status_error(method: str, path: str, answer: Answer, api_key: str) -> StatusError:
+def _status_error(method: str, path: str, answer: Answer, redaction: Redaction) -> StatusError:
     status = answer.status
     kind = _STATUS_ERRORS.get(status, ServerError if 500 <= status < 600 else StatusError)
     return kind(
         status=status,
         method=method,
         path=path,
-        request_id=_request_id(answer, api_key),
+        request_id=_request_id(answer, redaction),
         retry_after=retry_after(answer.headers),
-        detail=_printable(answer.body.decode("utf-8", "replace"), api_key),
+        detail=redaction.printable(answer.body.decode("utf-8", "replace")),
         advice=_advice(status),
     )
 
@@ -322,6 +323,8 @@ def _advice(status: int) -> str | None:
     """Better words for the statuses that have no class of their own."""
     if 300 <= status < 400:
         return "a redirect, not followed since that would hand the API key to another host; check base_url"
+    if 200 <= status < 300:
+        return "a success that the API does not document, and so none; check base_url and what is in between"
     if status in _TRANSIENT_STATUSES - _STATUS_ERRORS.keys():
         return "not now; try again later"
     return None
@@ -330,48 +333,9 @@ def _advice(status: int) -> str | None:
 _REQUEST_ID_HEADERS: Final = ("X-Request-Id", "X-Correlation-Id", "X-Amzn-RequestId", "X-Amzn-Trace-Id", "CF-Ray")
 
 
-def _request_id(answer: Answer, api_key: str) -> str | None:
+def _request_id(answer: Answer, redaction: Redaction) -> str | None:
     values = (answer.headers.get(name) for name in _REQUEST_ID_HEADERS)
-    return next((_printable(value, api_key) for value in values if value), None)
-
-
-def _printable(text: str, api_key: str) -> str | None:
-    """At most 200 printable characters of a text, the API key struck out in every form in which it may be echoed."""
-    # Struck out before the cut, so that no half of a key stays. Only what 200 characters can come from is searched: a
-    # character stands for one of the text or, as a part of "***", for one echo.
-    text = " ".join(text.split())[: MAX_DETAIL * _WIDEST * (len(api_key) + 1)]
-    text = _echo(api_key).sub("***", text)
-    text = "".join(c if c.isprintable() else " " for c in text[:MAX_DETAIL])
-    return text.strip() or None
-
-
-_WIDEST: Final = 10  # characters in the longest spelling of one: &#x00002F;
-_ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apos", "'"))
-
-
-def _echo(api_key: str) -> re.Pattern[str]:
-    """Match the key as it is, and as JSON, a URL and HTML write it, with blanks folded as `_printable` folds them."""
-    return re.compile("".join(_spellings(character) for character in " ".join(api_key.split())))
-
-
-def _spellings(character: str) -> str:
-    """Match one character of the key: letters and digits as they are, whatever else escaped too."""
-    if character.isalnum():
-        return character
-    code = ord(character)
-    code_hex = "".join(f"[{digit}{digit.upper()}]" for digit in f"{code:02x}")
-    forms = [  # the longer first, so that nothing of one is left over
-        f"%{code_hex}",
-        rf"\\u00{code_hex}",
-        rf"\\{re.escape(character)}",
-        f"&#0{{0,4}}{code};",
-        f"&#[xX]0{{0,4}}{code_hex};",
-        *(f"&{name};" for name, meant in _ENTITIES if meant == character),
-        re.escape(character),
-    ]
-    if character == " ":
-        return f"(?:{'|'.join(forms)}|[+])+"  # a run of blanks was folded into one in the key, and may not be here
-    return f"(?:{'|'.join(forms)})"
+    return next((redaction.printable(value) for value in values if value), None)
 
 
 _SECONDS: Final = re.compile(r"\d{1,15}(\.\d{1,9})?", re.ASCII)

@@ -20,17 +20,19 @@ from ._version import __version__
 from .errors import (
     ClientClosedError,
     ConfigurationError,
+    DecodeError,
     KeylessError,
     RequestTimeoutError,
     StatusError,
     TransportError,
 )
+from .redaction import Redaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from .models import Operation
+    from .models import Operation, Secret
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ class Transport:
 
     Args:
         base_url: Checked base URL, without a trailing slash.
-        api_key: Checked API key.
+        api_key: The API key.
         session: A session to borrow, or None to have one of its own.
         request_timeout: Seconds for one exchange, connect to last byte.
         max_attempts: Of one call, on transient failures.
@@ -55,7 +57,7 @@ class Transport:
     def __init__(
         self,
         base_url: str,
-        api_key: str,
+        api_key: Secret,
         *,
         session: aiohttp.ClientSession | None,
         request_timeout: float,
@@ -64,9 +66,9 @@ class Transport:
         self._base = URL(base_url)
         self._base_path = self._base.raw_path.rstrip("/")
         self._api_key = api_key
+        self._redaction = Redaction(api_key)
         self._max_attempts = max_attempts
         self.request_timeout = request_timeout
-        headers = {"X-Api-Key": api_key, "Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
         # What the session says counts for nothing: a borrowed one may raise for statuses, follow redirects, not unzip,
         # or unzip a bomb at once into a buffer as large as it likes.
         self._options: dict[str, Any] = {
@@ -80,10 +82,8 @@ class Transport:
             session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),  # the poller bounds what is in flight, and does it cheaper
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=headers,  # cheaper than with each request: aiohttp then merges nothing
+                headers=_headers(api_key),  # cheaper than with each request: aiohttp then merges nothing
             )
-        else:
-            self._options["headers"] = headers
         self._session = session
         # aiohttp rounds a timeout of 5 s and more up to a whole second of the loop's clock: not here.
         self._call_timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=math.inf)
@@ -115,20 +115,15 @@ class Transport:
     async def send(self, request: protocol.Request[T]) -> T:
         """Send a request once and read its answer."""
         endpoint = request.endpoint
-        options = self._options
-        if request.body is not None:
-            content_type = {"Content-Type": "application/json"}
-            options = {**options, "data": request.body, "headers": {**options.get("headers", {}), **content_type}}
-        answer = await self._exchange(
-            endpoint.method, self.url(request), endpoint.max_body, timeouts=self._call_timeout, options=options
-        )
-        return protocol.read(endpoint, request.path, answer, api_key=self._api_key)
+        url = self.url(request)
+        answer = await self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
+        return protocol.read(endpoint, request.path, answer, self._redaction)
 
     async def look(self, url: URL) -> Operation:
         """Poll an operation once; the caller bounds the exchange by cancelling it."""
         endpoint = protocol.GET_OPERATION
-        answer = await self._exchange("GET", url, endpoint.max_body, timeouts=self._poll_timeout, options=self._options)
-        return protocol.read(endpoint, self.path(url), answer, api_key=self._api_key)
+        answer = await self._exchange(endpoint, url, timeouts=self._poll_timeout)
+        return protocol.read(endpoint, self.path(url), answer, self._redaction)
 
     async def fetch(self, request: protocol.Request[T]) -> T:
         """Send a request, again while it fails transiently, `max_attempts` times in all, and read its answer."""
@@ -159,14 +154,16 @@ class Transport:
         """
         if self._max_attempts == 1 or not _worth_repeating(error, may_repeat):
             raise error
-        first: KeylessError | None = error
+        failures: list[KeylessError] = []
 
         async def again() -> T:
-            nonlocal first
-            if first is not None:
-                failure, first = first, None
-                raise failure
-            return await attempt()
+            try:
+                if not failures:
+                    raise error
+                return await attempt()
+            except KeylessError as failure:
+                failures.append(failure)
+                raise
 
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._max_attempts),
@@ -174,39 +171,67 @@ class Transport:
             retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _worth_repeating(e, may_repeat)),
             reraise=True,
         )
-        return await retrying(again)
+        try:
+            return await retrying(again)
+        except (TransportError, DecodeError, StatusError) as last:
+            # Without their tracebacks, which would keep answers alive for as long as this error is.
+            last.attempts = tuple(earlier.with_traceback(None) for earlier in failures if earlier is not last)
+            raise
 
     async def _exchange(
-        self, method: str, url: URL, max_body: int, *, timeouts: aiohttp.ClientTimeout, options: dict[str, Any]
+        self,
+        endpoint: protocol.Endpoint[Any],
+        url: URL,
+        *,
+        timeouts: aiohttp.ClientTimeout,
+        body: bytes | None = None,
     ) -> protocol.Answer:
         if self._closed:
             raise ClientClosedError("the client is closed; nothing was sent")
+        method = endpoint.method
         started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
-        failure: Exception
+        outcome: BaseException
         try:
-            response = await self._session.request(method, url, timeout=timeouts, **options)
+            response = await self._session.request(
+                method, url, timeout=timeouts, data=body, headers=self._headers_of(body), **self._options
+            )
             try:
-                body = await _read(response, max_body)
+                content = await _read(response, endpoint.max_body)
             except BaseException:
                 response.close()
                 raise
-        except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
-            failure = error
+        except Exception as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks raise what they like
+            outcome = self._failed(method, self.path(url), error)
+        except BaseException as interruption:  # noqa: BLE001  # a cancellation, on its way to the caller
+            outcome = interruption
+            outcome.__context__ = None
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
                 logger.debug("%s %s -> %d in %.0f ms", method, self.path(url), response.status, elapsed)
-            if body is None:
-                raise TransportError(
-                    f"{method} {self.path(url)}: the answer is larger than {max_body} bytes and was cut off",
-                    method=method,
-                    path=self.path(url),
-                )
-            return protocol.Answer(response.status, response.headers, body)
-        # Raised out here, so that the failure does not become the context of what is raised: see _fit_to_show.
-        raise self._failed(method, self.path(url), failure) from _fit_to_show(failure)
+            if content is not None:
+                return protocol.Answer(response.status, response.headers, content)
+            outcome = TransportError(
+                f"{method} {self.path(url)}: the answer is larger than {endpoint.max_body} bytes and was cut off",
+                method=method,
+                path=self.path(url),
+            )
+        # Raised out here and without the frames of aiohttp, which hold the headers of the request and so the key: error
+        # reporters print the local variables of every frame of a traceback, and those of its context and causes.
+        try:
+            raise outcome.with_traceback(None)
+        finally:
+            del outcome  # a frame that an error keeps must not keep the error
+
+    def _headers_of(self, body: bytes | None) -> dict[str, str] | None:
+        """Return the headers that the session does not send by itself."""
+        headers = {} if self._owns_session else _headers(self._api_key)
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        return headers or None
 
     def _failed(self, method: str, path: str, failure: Exception) -> KeylessError:
+        """Return the error to raise for a failed exchange."""
         if self._closed:
             return ClientClosedError(
                 f"the client was closed during {method} {path}; what it asked may have taken effect"
@@ -216,17 +241,21 @@ class Transport:
         logger.debug("%s %s failed: %s", method, path, type(failure).__name__)
         # Connecting failed, so nothing was sent. A total timeout does not tell how far it came.
         sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        error: TransportError
         if isinstance(failure, TimeoutError):
-            return RequestTimeoutError(
+            error = RequestTimeoutError(
                 f"{method} {path} took longer than request_timeout={self.request_timeout:g} s; try again later",
                 method=method,
                 path=path,
                 sent=sent,
             )
-        reason = f"{type(failure).__name__}{_os_reason(failure)}"
-        return TransportError(
-            f"{method} {path} got no answer ({reason}); try again later", method=method, path=path, sent=sent
-        )
+        else:
+            reason = f"{type(failure).__name__}{_os_reason(failure)}"
+            error = TransportError(
+                f"{method} {path} got no answer ({reason}); try again later", method=method, path=path, sent=sent
+            )
+        error.__cause__ = _fit_to_show(failure)
+        return error
 
 
 class _Call:
@@ -266,6 +295,14 @@ class _Call:
             ) from None
 
 
+def _headers(api_key: Secret) -> dict[str, str]:
+    return {
+        "X-Api-Key": api_key.reveal(),
+        "Accept": "application/json",
+        "User-Agent": f"aiokeyless/{__version__}",
+    }
+
+
 async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:
     """Read a body; None where it is larger than that, after decompression. The connection is then closed."""
     content = response.content
@@ -296,11 +333,15 @@ def _pause(retry_state: RetryCallState) -> float:
 
 
 def _fit_to_show(failure: Exception) -> Exception | None:
-    """Return a failure that may be shown as a cause: the operating system's.
+    """Return a failure that may be shown as a cause: the operating system's, without the frames that it came through.
 
     Of aiohttp's own, some carry the request's headers and some quote what the server sent, which may be the key.
     """
-    return failure if isinstance(failure, OSError) else None
+    if not isinstance(failure, OSError):
+        return None
+    for error in (failure, getattr(failure, "os_error", failure)):  # aiohttp's wraps the operating system's
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+    return failure
 
 
 def _os_reason(failure: Exception) -> str:

@@ -101,7 +101,7 @@ def test_an_answer_about_another_operation_is_a_mismatch_in_any_state(
     known: ApprovalTicket | None, state: str, result: bool, other: str
 ) -> None:
     got = judge(operation(operation_id=other, state=state, result=result), "txn-1", known)
-    assert got == Distrust(OperationMismatchError, f"the answer is about operation {other!r}")
+    assert got == Distrust(OperationMismatchError, "the answer is about another operation; .last_operation has it")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ def test_an_answer_about_another_operation_is_a_mismatch_in_any_state(
     [
         ({"user_id": "FEDC"}, ticket(), "user"),
         ({"user_id": ""}, ticket(), "user"),
+        ({"user_id": "\ufb00"}, ticket(user_id="FF"), "user"),  # the ligature of two f, whose upper case is FF
         ({"user_id": "0123456789ABCDE"}, ticket(), "user"),
         ({"operation_payload": "Approve wire transfer of $5000"}, ticket(), "payload"),
         ({"operation_payload": PAYLOAD + " "}, ticket(), "payload"),
@@ -173,7 +174,8 @@ def test_a_bare_id_asks_for_nothing_but_the_id() -> None:
 
 
 some = st.sampled_from
-users = some(["AB", "ab", "AC", "", "ß", "SS"])
+answered_users = some(["AB", "ab", "AC", "", "ß", "SS", "FF", "\ufb00"])
+users = some(["AB", "ab", "AC", "FF"])
 payloads = some([None, "", "a", "b", "\ud800"])
 externals = some([None, "", "x", "y"])
 
@@ -182,7 +184,7 @@ externals = some([None, "", "x", "y"])
     got=st.builds(
         operation,
         operation_id=some(["txn-1", "txn-2", ""]),
-        user_id=users,
+        user_id=answered_users,
         operation_payload=payloads,
         external_user_id=externals,
         state=some(["approved", "approved", "pending", "denied", ""]) | st.text(max_size=3),
@@ -194,7 +196,7 @@ def test_approved_only_if_everything_agrees(got: Operation, known: ApprovalTicke
     agrees = got.operation_id == "txn-1" and (
         known is None
         or (
-            got.user_id.upper() == known.user_id.upper()
+            (got.user_id.isascii() and got.user_id.upper() == known.user_id.upper())
             and payload_digest(got.operation_payload) == known.payload_sha256
             and (not known.external_user_id or got.external_user_id == known.external_user_id)
         )
@@ -258,13 +260,16 @@ def test_a_message_names_the_operation_in_one_line_and_shows_no_payload(make: An
 
 
 @pytest.mark.parametrize(
-    "hostile", ["x" * 10_000, "a\nb\u2028\x1b[31m\u202e", "\ud800"], ids=["long", "odd", "surrogate"]
+    "hostile",
+    ["x" * 10_000, "a\nb\u2028\x1b[31m\u202e", "\ud800", "the-api-key-echoed"],
+    ids=["long", "odd", "surrogate", "key"],
 )
 @pytest.mark.parametrize("field", ["operation_id", "user_id", "operation_payload", "external_user_id", "state"])
-def test_a_hostile_answer_makes_no_long_or_unprintable_message(field: str, hostile: str) -> None:
+def test_a_hostile_answer_is_not_quoted(field: str, hostile: str) -> None:
     got = judge(operation(**{field: hostile}), "txn-1", ticket())
     assert isinstance(got, Distrust)
     message = str(distrusted(got, record()))
+    assert hostile not in message
     assert message.isprintable()
     assert len(message) < 500
 

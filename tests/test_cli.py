@@ -397,6 +397,7 @@ async def test_get_as_json_is_the_operation_without_its_key(monkeypatch: pytest.
     operation = service.approve("txn-1", user_id="C0FFEE")
     text = await shown(monkeypatch, io.StringIO(), "get", "txn-1", "--json")
     assert lines_of_json(text) == [{**operation.to_dict(), "is_approved": True}]
+    assert operation.api_key is not None
     assert operation.api_key.reveal() not in text
     assert "api_key" not in text
 
@@ -689,9 +690,9 @@ async def test_wait_for_a_ticket_checks_user_and_payload(
     ("content", "message"),
     [
         (None, "cannot read the ticket FILE (No such file or directory)"),
-        (b"", "FILE: text is no approval ticket"),
-        (b"{}\x1b[2J", "FILE: text is no approval ticket"),
-        (b"\xff\xfe", "FILE: text is no approval ticket"),
+        (b"", "FILE: not a valid approval ticket"),
+        (b"{}\x1b[2J", "FILE: not a valid approval ticket"),
+        (b"\xff\xfe", "FILE: not a valid approval ticket"),
         (b'{"version": 2}', "FILE: ticket version 2 is not known here"),
     ],
     ids=repr,

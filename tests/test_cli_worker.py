@@ -237,7 +237,9 @@ async def test_no_line_holds_a_secret_or_what_is_asked(
     await worker.said("approval.approved")
     assert await worker.told_to_end() == 0
     text = "\n".join(worker.lines)
-    secrets = (PASSWORD, sandbox.api_key, "Pay 40", "confidential", sandbox.operations["txn-1"].api_key.reveal())
+    sdk_key = sandbox.operations["txn-1"].api_key
+    assert sdk_key is not None
+    secrets = (PASSWORD, sandbox.api_key, "Pay 40", "confidential", sdk_key.reveal())
     assert [secret for secret in secrets if secret in text] == []
 
 

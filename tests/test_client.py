@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
 import inspect
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -28,10 +30,13 @@ from aiokeyless import (
     NotFoundError,
     Operation,
     Region,
+    Secret,
     wait_adaptive,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiokeyless.sandbox import Sandbox
 
 USER = "0123456789ABCDEF"
@@ -48,7 +53,7 @@ class TestConstruction:
 
     def test_the_key_comes_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KEYLESS_API_KEY", " from-the-environment\n")
-        assert KeylessClient()._api_key == "from-the-environment"
+        assert KeylessClient()._api_key == Secret("from-the-environment")
 
     @pytest.mark.parametrize("value", [None, ""])
     def test_no_key_is_an_error_that_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
@@ -75,9 +80,42 @@ class TestConstruction:
         monkeypatch.setenv("KEYLESS_BASE_URL", "")
         assert repr(KeylessClient(KEY)) == "<KeylessClient region='eu'>"
 
-    def test_the_base_url_wins_over_the_region(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_base_url_wins_over_the_region_where_both_come_from_the_environment(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("KEYLESS_BASE_URL", "https://gw.example/keyless/")
-        assert repr(KeylessClient(KEY, region="us")) == "<KeylessClient base_url='https://gw.example/keyless'>"
+        monkeypatch.setenv("KEYLESS_REGION", "us")
+        assert repr(KeylessClient(KEY)) == "<KeylessClient base_url='https://gw.example/keyless'>"
+
+    def test_an_argument_wins_over_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KEYLESS_BASE_URL", "https://left-over.example")
+        monkeypatch.setenv("KEYLESS_REGION", "sg")
+        assert repr(KeylessClient(KEY, region="us")) == "<KeylessClient region='us'>"
+        other = KeylessClient(KEY, base_url="https://gw.example")
+        assert repr(other) == "<KeylessClient base_url='https://gw.example'>"
+
+    def test_region_and_base_url_exclude_each_other(self) -> None:
+        with pytest.raises(ConfigurationError, match="region and base_url must not both be given"):
+            KeylessClient(KEY, region="us", base_url="https://gw.example")
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "arguments"),
+        [
+            ("KEYLESS_REGION", "mars", {"base_url": "https://gw.example"}),
+            ("KEYLESS_BASE_URL", "http://gw.example", {"region": "us"}),
+        ],
+    )
+    def test_what_is_not_used_is_checked_too(
+        self, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, arguments: dict[str, Any]
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ConfigurationError, match=variable.removeprefix("KEYLESS_").lower()):
+            KeylessClient(KEY, **arguments)
+
+    @pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+    def test_it_cannot_be_pickled_or_copied(self, duplicate: Callable[[KeylessClient], object]) -> None:
+        with pytest.raises(TypeError, match="cannot be pickled or copied"):
+            duplicate(KeylessClient(KEY))
 
     @pytest.mark.parametrize(
         ("arguments", "name"),

@@ -13,6 +13,7 @@ import pytest
 from raw_server import RawServer, answer, hang, now, operation, refused, reset, until
 
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalTicket,
     AuthenticationError,
     BadRequestError,
@@ -68,12 +69,12 @@ class Talk:
         self.server = RawServer(*answers)
         self.options = options
 
-    async def create(self, **fields: Any) -> ApprovalTicket:
+    async def create(self, *, operation_id: str | None = "a", **fields: Any) -> ApprovalTicket:
         async with (
             self.server as server,
             KeylessClient("key", base_url=server.url, **self.options) as client,
         ):
-            return await client.create_operation(USER, operation_id="a", **fields)
+            return await client.create_operation(USER, operation_id=operation_id, **fields)
 
     @property
     def methods(self) -> list[str]:
@@ -273,16 +274,26 @@ async def test_conflict_after_a_doubt_with_somebody_elses_conflicts() -> None:
     assert talk.methods == ["POST", "GET", "POST", "GET"]
 
 
-async def test_conflict_with_nothing_is_sent_again() -> None:
-    talk = Talk(BUSY, MISSING, CONFLICT, MISSING, CREATED)
+async def test_conflict_with_nothing_is_looked_into_for_5_seconds_and_then_sent_again() -> None:
+    """A replica that lags: the id is taken, and nothing is there yet."""
+    talk = Talk(BUSY, MISSING, CONFLICT, *[MISSING] * 7, CREATED)
+    started = now()
     assert (await talk.create()).operation_id == "a"
-    assert talk.methods == ["POST", "GET", "POST", "GET", "POST"]
+    assert now() - started == pytest.approx(5, abs=1)
+    assert talk.methods == ["POST", "GET", "POST", *["GET"] * 7, "POST"]
+
+
+async def test_conflict_with_nothing_yet_is_settled_once_the_replica_knows() -> None:
+    talk = Talk(BUSY, MISSING, CONFLICT, MISSING, MISSING, answer(operation()))
+    ticket = await talk.create()
+    assert ticket.reconciled
+    assert talk.methods == ["POST", "GET", "POST", "GET", "GET", "GET"]
 
 
 async def test_conflict_with_nothing_is_raised_when_the_attempts_are_used_up() -> None:
     talk = Talk(BUSY, MISSING, CONFLICT, MISSING, max_attempts=2)
     assert type(await failure(talk.create())) is ConflictError
-    assert talk.methods == ["POST", "GET", "POST", "GET"]
+    assert talk.methods == ["POST", "GET", "POST", *["GET"] * 7]
 
 
 MINE = {"operation_payload": "Pay 5", "external_user_id": "ann"}
@@ -308,9 +319,237 @@ async def test_operation_that_is_not_ours_conflicts(other: dict[str, object], at
     assert talk.methods == ["POST", "GET"]
 
 
-async def test_approved_operation_of_ours_is_ours() -> None:
-    there = operation(operationPayload="Pay 5", externalUserId="ann", state="approved", result=True, userId="c0ffee")
-    assert (await Talk(BUSY, answer(there)).create(**MINE)).operation_id == "a"
+# One approval must not count twice
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that makes the id itself makes "a"."""
+    monkeypatch.setattr("aiokeyless.client.uuid.uuid4", lambda: "a")
+
+
+whose = pytest.mark.parametrize("operation_id", ["a", None], ids=["the caller's id", "an id made for the call"])
+THERE = {"operationPayload": "Pay 5", "externalUserId": "ann"}
+PENDING = answer(operation(**THERE))
+APPROVED = answer(operation(**THERE, state="approved", result=True, userId="c0ffee"))
+OTHER = answer(operation(**THERE | {"operationPayload": "Pay 6"}))
+AMBIGUOUS: dict[str, Any] = {
+    "dropped": reset,
+    "cut off": answer(b"{", length=9),
+    "500": answer(b"", status=b"500 Oh"),
+    "503": BUSY,
+    "504": answer(b"", status=b"504 Slow"),
+    "408": answer(b"", status=b"408 Slow"),
+    "a page": answer(b"<html>"),
+    "204": answer(b"", status=b"204 Nothing"),
+    "202": answer(b'{"success": true}', status=b"202 Later"),
+    "another shape": answer(b"{}"),
+    "no success": answer(b'{"success": false}'),
+    "both": answer(b'{"success": false, "success": true}'),
+}
+#: Each way to doubt, with what a 409 after it adds: the id is taken, perhaps by the attempt that is in doubt.
+DOUBTS: dict[str, list[Any]] = {
+    **{name: [failed] for name, failed in AMBIGUOUS.items()},
+    "409 after 503": [BUSY, MISSING, CONFLICT],
+    "409 after a reset": [reset, MISSING, CONFLICT],
+}
+doubts = pytest.mark.parametrize("doubt", DOUBTS.values(), ids=DOUBTS.keys())
+
+
+@doubts
+@whose
+@pytest.mark.usefixtures("made")
+async def test_found_pending_is_reconciled(doubt: list[Any], operation_id: str | None) -> None:
+    ticket = await Talk(*doubt, PENDING).create(operation_id=operation_id, **MINE)
+    assert ticket.reconciled
+    assert ticket.operation_id == "a"
+
+
+@doubts
+async def test_found_approved_under_the_callers_id_is_refused(doubt: list[Any]) -> None:
+    error = await failure(Talk(*doubt, APPROVED).create(**MINE))
+    assert type(error) is AlreadyApprovedError
+    assert error.operation_id == "a"
+    assert "approved already" in str(error)
+
+
+@doubts
+@pytest.mark.usefixtures("made")
+async def test_found_approved_under_an_id_of_this_call_is_its_own(doubt: list[Any]) -> None:
+    ticket = await Talk(*doubt, APPROVED).create(operation_id=None, **MINE)
+    assert ticket.reconciled
+
+
+async def test_found_approved_with_a_result_of_false_is_refused_too() -> None:
+    torn = answer(operation(**THERE, state="approved", result=False))
+    assert type(await failure(Talk(BUSY, torn).create(**MINE))) is AlreadyApprovedError
+
+
+@doubts
+@pytest.mark.usefixtures("made")
+async def test_found_with_other_content_conflicts(doubt: list[Any]) -> None:
+    error = await failure(Talk(*doubt, OTHER).create(**MINE))
+    assert type(error) is ConflictError
+    assert error.operation_id == "a"
+
+
+@pytest.mark.usefixtures("made")
+async def test_conflict_after_a_doubt_about_an_id_of_this_call_is_its_own() -> None:
+    """Nobody else can have the id, so nothing is looked into: a replica that lags would only confuse."""
+    talk = Talk(BUSY, MISSING, CONFLICT)
+    assert (await talk.create(operation_id=None)).reconciled
+    assert talk.methods == ["POST", "GET", "POST"]
+
+
+@pytest.mark.usefixtures("made")
+async def test_conflict_without_a_doubt_is_one_for_an_id_of_this_call_too() -> None:
+    error = await failure(Talk(CONFLICT).create(operation_id=None))
+    assert type(error) is ConflictError
+    assert error.operation_id == "a"
+
+
+async def test_confirmed_creation_is_not_reconciled(client: KeylessClient) -> None:
+    assert not (await client.create_operation(USER, operation_id="a")).reconciled
+
+
+async def test_repeated_creation_that_was_confirmed_is_not_reconciled() -> None:
+    assert not (await Talk(BUSY, MISSING, CREATED).create()).reconciled
+
+
+@lost
+async def test_one_tap_pays_once_whatever_is_lost(
+    sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
+) -> None:
+    """The shop that relies on ConflictError: the third call, whose answer was lost, used to pay again."""
+
+    async def pay() -> bool:
+        try:
+            await client.request_approval(USER, operation_id="order-1", operation_payload="Pay")
+        except ConflictError:
+            return False
+        return True
+
+    first = asyncio.create_task(pay())
+    await until(lambda: sandbox.operations)
+    sandbox.approve("order-1")
+    assert await first
+    assert not await pay()
+    lose(sandbox, True)  # noqa: FBT003  # the service sees it
+    assert not await pay()
+    lose(sandbox, False)  # noqa: FBT003  # a gateway answers in its place
+    assert not await pay()
+
+
+async def test_slow_answer_pays_once_too(sandbox: Sandbox) -> None:
+    async with sandbox.client(request_timeout=2) as client:
+        await client.create_operation(USER, operation_id="order-1")
+        sandbox.approve("order-1")
+        sandbox.latency = 60
+        call = asyncio.create_task(client.create_operation(USER, operation_id="order-1"))
+        await until(lambda: len(sandbox.requests) == 2)
+        sandbox.latency = 0
+        assert type(await failure(call)) is AlreadyApprovedError
+
+
+async def test_two_at_once_under_one_id_are_one_and_a_conflict(sandbox: Sandbox, client: KeylessClient) -> None:
+    calls = [client.create_operation(USER, operation_id="a") for _ in range(2)]
+    got = await asyncio.gather(*calls, return_exceptions=True)
+    assert sorted(type(each).__name__ for each in got) == ["ApprovalTicket", "ConflictError"]
+    assert list(sandbox.operations) == ["a"]
+
+
+@lost
+async def test_two_at_once_under_one_id_of_which_one_is_in_doubt_are_told_apart(
+    sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
+) -> None:
+    lose(sandbox, False)  # noqa: FBT003  # the first of them does not arrive
+    calls = [client.create_operation(USER, operation_id="a") for _ in range(2)]
+    tickets = await asyncio.gather(*calls)
+    assert sorted(ticket.reconciled for ticket in tickets) == [False, True]
+    assert list(sandbox.operations) == ["a"]
+
+
+# What exists, where the caller wants to go on with it
+
+
+async def test_taken_id_is_resumed(sandbox: Sandbox, client: KeylessClient) -> None:
+    await client.create_operation(USER, operation_id="a", operation_payload="Pay")
+    ticket = await client.create_operation(USER, operation_id="a", operation_payload="Pay", if_exists="resume")
+    assert ticket.reconciled
+    sandbox.approve("a")
+    assert (await client.wait_for_approval(ticket)).is_approved
+    assert sent(sandbox) == ["POST", "POST", "GET", "GET"]
+
+
+async def test_resumed_request_waits_for_what_is_there(sandbox: Sandbox, client: KeylessClient) -> None:
+    await client.create_operation(USER, operation_id="a")
+    call = asyncio.create_task(client.request_approval(USER, operation_id="a", if_exists="resume"))
+    await until(lambda: sent(sandbox)[-1] == "GET")
+    sandbox.approve("a")
+    assert (await call).is_approved
+
+
+async def test_new_id_is_created_where_it_might_have_been_resumed(client: KeylessClient) -> None:
+    assert not (await client.create_operation(USER, operation_id="a", if_exists="resume")).reconciled
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [(APPROVED, AlreadyApprovedError), (OTHER, ConflictError), (answer(operation(operationId="b")), ConflictError)],
+    ids=["approved", "other content", "another operation"],
+)
+async def test_taken_id_is_not_resumed(found: bytes, kind: type[KeylessError]) -> None:
+    error = await failure(Talk(CONFLICT, found).create(if_exists="resume", **MINE))
+    assert type(error) is kind
+    assert error.operation_id == "a"  # type: ignore[attr-defined]  # every error of a create has it
+
+
+async def test_taken_id_that_a_replica_does_not_know_yet_is_resumed() -> None:
+    talk = Talk(CONFLICT, MISSING, PENDING)
+    assert (await talk.create(if_exists="resume", **MINE)).reconciled
+    assert talk.methods == ["POST", "GET", "GET"]
+
+
+async def test_failure_to_look_is_raised_where_nothing_was_in_doubt() -> None:
+    talk = Talk(CONFLICT, answer(b"", status=b"401 No"))
+    error = await failure(talk.create(if_exists="resume"))
+    assert isinstance(error, AuthenticationError)
+    assert error.operation_id == "a"
+    assert talk.methods == ["POST", "GET"]
+
+
+async def test_if_exists_says_what_it_takes(sandbox: Sandbox, client: KeylessClient) -> None:
+    call = client.create_operation(USER, if_exists="ignore")  # type: ignore[arg-type]  # is what is refused
+    assert str(await failure(call)) == "if_exists must be 'raise' or 'resume', not 'ignore'"
+    assert sandbox.requests == []
+
+
+# What an error tells
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [[answer(b"", status=b"401 No")], [BUSY, MISSING] * 3, [reset, MISSING] * 3, [answer(b"{}"), MISSING] * 3],
+    ids=["refused", "503", "reset", "another shape"],
+)
+async def test_error_names_the_operation(answers: list[Any]) -> None:
+    error = await failure(Talk(*answers).create())
+    assert error.operation_id == "a"  # type: ignore[attr-defined]  # every error of a create has it
+
+
+async def test_error_of_another_call_names_none(client: KeylessClient) -> None:
+    error = await failure(client.get_operation("a"))
+    assert error.operation_id is None  # type: ignore[attr-defined]
+
+
+async def test_last_error_carries_the_earlier_ones() -> None:
+    answers = [LIMITED, BUSY, MISSING, answer(b"", status=b"500 Oh"), MISSING]
+    error = await failure(Talk(*answers).create())
+    assert isinstance(error, ServerError)
+    assert error.status == 500
+    assert [type(earlier) for earlier in error.attempts] == [RateLimitError, ServerError]
+    assert [earlier.__traceback__ for earlier in error.attempts] == [None, None]
+    assert not error.attempts[0].attempts  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mine", [None, ""])
@@ -411,7 +650,9 @@ async def test_ended_creation_leaves_nothing(
         started = now()
         if closing:
             await client.aclose()
-            assert type(await failure(call)) is ClientClosedError
+            error = await failure(call)
+            assert type(error) is ClientClosedError
+            assert error.operation_id
         else:
             call.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -13,6 +13,7 @@ import pytest
 import aiokeyless
 from aiokeyless import errors
 from aiokeyless.errors import (
+    AlreadyApprovedError,
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -64,6 +65,7 @@ TREE: dict[type[KeylessError], tuple[type[BaseException], ...]] = {
     NotAcceptableError: (StatusError,),
     ConflictError: (StatusError,),
     UnsupportedMediaTypeError: (StatusError,),
+    AlreadyApprovedError: (ConflictError,),
     RateLimitError: (StatusError,),
     ServerError: (StatusError,),
     ApprovalError: (KeylessError,),
@@ -99,10 +101,10 @@ def ticket() -> ApprovalTicket:
     )
 
 
-def example(kind: type[KeylessError]) -> KeylessError:
-    """Make an exception with every fact filled in, none of them a default."""
+def of_a_call(kind: type[StatusError | TransportError | DecodeError]) -> KeylessError:
+    error: StatusError | TransportError | DecodeError
     if issubclass(kind, StatusError):
-        return kind(
+        error = kind(
             status=599,
             method="GET",
             path=PATH,
@@ -111,10 +113,18 @@ def example(kind: type[KeylessError]) -> KeylessError:
             detail="the body said so",
             advice="advice of the moment",
         )
-    if issubclass(kind, TransportError):
-        return kind("cut off", method="POST", path=PATH, sent=False)
-    if issubclass(kind, DecodeError):
-        return kind("wrong shape", status=200, method="GET", path=PATH, request_id="req-1")
+    elif issubclass(kind, TransportError):
+        error = kind("cut off", method="POST", path=PATH, sent=False)
+    else:
+        error = kind("wrong shape", status=200, method="GET", path=PATH, request_id="req-1")
+    error.operation_id = "txn-1"
+    return error
+
+
+def example(kind: type[KeylessError]) -> KeylessError:
+    """Make an exception with every fact filled in, none of them a default."""
+    if issubclass(kind, StatusError | TransportError | DecodeError):
+        return of_a_call(kind)
     if issubclass(kind, ApprovalError):
         return kind(
             "no approval",
@@ -278,7 +288,7 @@ def test_no_pickle_holds_the_key_of_the_last_operation(kind: type[ApprovalError]
     again = pickle.loads(data)  # noqa: S301
     assert again.last_operation.api_key.reveal() == ""
     assert error.last_operation is not None
-    assert error.last_operation.api_key.reveal() == KEY  # the original keeps it
+    assert error.last_operation.api_key == Secret(KEY)  # the original keeps it
 
 
 def test_an_exception_raised_again_after_pickling_is_caught_as_what_it_was() -> None:

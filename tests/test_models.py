@@ -230,7 +230,7 @@ def test_an_operation_survives_pickling_but_for_its_key() -> None:
 
 def test_the_documented_answer_is_read_field_by_field() -> None:
     got = operation()
-    assert got.api_key.reveal() == KEY
+    assert got.api_key == Secret(KEY)
     assert got.to_dict() == {
         "id": 1,
         "timestamp": "2020-01-02T03:04:05.68",
@@ -261,7 +261,7 @@ def test_an_optional_field_may_be_absent_or_null(field: str, null: bool) -> None
     assert decode(fields) == operation(**{field: None})
 
 
-@pytest.mark.parametrize("field", [name for name in WIRE if name not in OPTIONAL])
+@pytest.mark.parametrize("field", [name for name in WIRE if name not in {*OPTIONAL, "apiKey"}])
 def test_a_field_that_is_always_there_must_be_there(field: str) -> None:
     with pytest.raises(msgspec.ValidationError):
         decode({name: value for name, value in WIRE.items() if name != field})
@@ -275,7 +275,7 @@ def test_a_result_is_true_or_false_and_nothing_like_it(value: object) -> None:
         operation(result=value)
 
 
-@pytest.mark.parametrize("value", [1, None, ["a"], {"a": 1}, True])
+@pytest.mark.parametrize("value", [1, ["a"], {"a": 1}, True])
 def test_a_key_that_is_no_text_is_refused_with_the_field_named_and_the_value_not(value: object) -> None:
     with pytest.raises(msgspec.ValidationError, match=r"Expected `str`, got `\w+` - at `\$\.apiKey`"):
         operation(apiKey=value)
@@ -408,6 +408,7 @@ TICKET: dict[str, Any] = {
     "payload_sha256": payload_digest(PAYLOAD),
     "created_at": "2026-11-24T12:00:00Z",
     "expires_at": "2026-11-24T12:02:00Z",
+    "reconciled": False,
     "version": 1,
 }
 
@@ -427,12 +428,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 tickets = st.builds(
     ApprovalTicket,
-    operation_id=texts,
-    user_id=texts,
+    operation_id=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=3, max_size=512),
+    user_id=st.text("0123456789abcdefABCDEF", min_size=1, max_size=512),
     external_user_id=st.none() | texts,
     payload_sha256=st.builds(payload_digest, st.none() | st.text()),
     created_at=instants,
     expires_at=instants,
+    reconciled=st.booleans(),
 )
 
 
@@ -481,8 +483,8 @@ def test_a_ticket_holds_neither_payload_nor_key() -> None:
     ],
     ids=lambda text: repr(text)[:24],
 )
-def test_a_text_that_is_no_ticket_is_refused_in_one_line(text: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"^text is no approval ticket \(.*to_json\(\) returned$") as caught:
+def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^not a valid approval ticket \(.*to_json\(\) returned$") as caught:
         ApprovalTicket.from_json(text)
     assert str(caught.value).isprintable()
     assert caught.value.__cause__ is None
@@ -492,8 +494,13 @@ def test_a_text_that_is_no_ticket_is_refused_in_one_line(text: Any) -> None:
     ("changed", "message"),
     [
         ({"operation_id": None}, "operation_id"),
+        ({"operation_id": ""}, "operation_id"),
+        ({"operation_id": ".."}, "operation_id"),
         ({"user_id": 1}, "user_id"),
+        ({"user_id": ""}, "user_id"),
+        ({"user_id": "ann"}, "user_id"),
         ({"external_user_id": []}, "external_user_id"),
+        ({"reconciled": 1}, "reconciled"),
         ({"payload_sha256": "0" * 63}, "payload_sha256"),
         ({"payload_sha256": "0" * 65}, "payload_sha256"),
         ({"payload_sha256": "A" * 64}, "payload_sha256"),
@@ -522,7 +529,94 @@ def test_a_ticket_with_a_wrong_field_is_refused_by_name(changed: dict[str, Any],
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("field", [name for name in TICKET if name != "external_user_id"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"operation_id": None}, "operation_id"),
+        ({"operation_id": ""}, "operation_id"),
+        ({"user_id": None}, "user_id"),
+        ({"user_id": "ann"}, "user_id"),
+        ({"external_user_id": 7}, "external_user_id"),
+        ({"payload_sha256": None}, "payload_sha256"),
+        ({"payload_sha256": "0" * 63}, "payload_sha256"),
+        ({"created_at": "2026-11-24T12:00:00Z"}, "created_at"),
+        ({"created_at": datetime(2026, 11, 24, tzinfo=None)}, "created_at"),  # noqa: DTZ001  # naive is what is refused
+        ({"expires_at": None}, "expires_at"),
+    ],
+    ids=str,
+)
+def test_a_ticket_made_by_hand_checks_itself(changed: dict[str, Any], message: str) -> None:
+    plain: dict[str, Any] = {name: getattr(ticket(), name) for name in ApprovalTicket.__struct_fields__}
+    with pytest.raises(ConfigurationError, match=message):
+        ApprovalTicket(**(plain | changed))
+    with pytest.raises(ConfigurationError, match=message):
+        msgspec.structs.replace(ticket(), **changed)
+
+
+def test_a_ticket_made_by_hand_is_as_one_that_was_read() -> None:
+    zone = timezone(timedelta(hours=2))
+    made = ApprovalTicket(
+        operation_id="txn-1",
+        user_id="0123456789abcdef",
+        payload_sha256=payload_digest(PAYLOAD),
+        created_at=datetime(2026, 11, 24, 14, tzinfo=zone),
+        expires_at=datetime(2026, 11, 24, 14, 2, tzinfo=zone),
+    )
+    assert made == ticket()
+    assert made.created_at.tzinfo is UTC
+
+
+def test_a_ticket_for_an_operation_binds_user_payload_and_external_id() -> None:
+    made = ApprovalTicket.for_operation(
+        "txn-1",
+        user_id="c0ffee",
+        operation_payload=PAYLOAD,
+        external_user_id="ann",
+        created_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
+        expires_in=60,
+    )
+    assert made == ApprovalTicket(
+        operation_id="txn-1",
+        user_id="C0FFEE",
+        external_user_id="ann",
+        payload_sha256=payload_digest(PAYLOAD),
+        created_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
+        expires_at=datetime(2026, 11, 24, 12, 1, tzinfo=UTC),
+    )
+
+
+def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
+    before = datetime.now(UTC)
+    made = ApprovalTicket.for_operation("txn-1", user_id="C0FFEE")
+    assert before <= made.created_at <= datetime.now(UTC)
+    assert made.expires_at - made.created_at == timedelta(seconds=120)
+    assert (made.payload_sha256, made.external_user_id, made.reconciled) == (EMPTY_SHA256, None, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"operation_id": ""}, "operation_id"),
+        ({"user_id": "ann"}, "user_id"),
+        ({"operation_payload": 7}, "operation_payload"),
+        ({"operation_payload": "\ud800"}, "operation_payload"),
+        ({"external_user_id": 7}, "external_user_id"),
+        ({"created_at": datetime(2026, 11, 24)}, "created_at"),  # noqa: DTZ001  # naive is what is refused
+        ({"created_at": "now"}, "created_at"),
+        ({"expires_in": 0}, "expires_in"),
+        ({"expires_in": -1}, "expires_in"),
+        ({"expires_in": math.nan}, "expires_in"),
+        ({"expires_in": math.inf}, "expires_in"),
+        ({"expires_in": 1e12}, "expires_in must end before the year 10000"),
+    ],
+    ids=str,
+)
+def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ApprovalTicket.for_operation(**({"operation_id": "txn-1", "user_id": "C0FFEE"} | arguments))
+
+
+@pytest.mark.parametrize("field", [name for name in TICKET if name not in {"external_user_id", "reconciled"}])
 def test_a_ticket_lacking_a_field_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigurationError, match=field):
         ApprovalTicket.from_json(json.dumps({name: value for name, value in TICKET.items() if name != field}))

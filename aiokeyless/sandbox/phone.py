@@ -66,7 +66,7 @@ class _Camel(msgspec.Struct, rename="camel"):
 
 class _Card(_Camel):
     key: str
-    number: int
+    number: int | float
     operation_id: str
     operation_payload: str | None
     external_user_id: str | None

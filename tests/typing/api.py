@@ -18,6 +18,7 @@ from aiokeyless import (
     Operation,
     PendingOperation,
     Region,
+    Secret,
     wait_adaptive,
 )
 from aiokeyless.sandbox import Sandbox
@@ -29,7 +30,7 @@ async def calls(client: KeylessClient) -> None:
     assert_type(operation, Operation)
     assert_type(operation.is_approved, bool)
     assert_type(operation.created_at, datetime | None)
-    assert_type(operation.api_key.reveal(), str)
+    assert_type(operation.api_key, Secret | None)
     ticket = await client.create_operation("C0FFEE", operation_payload="Pay", expires_in=60)
     assert_type(ticket, ApprovalTicket)
     assert_type(ApprovalTicket.from_json(ticket.to_json()), ApprovalTicket)
