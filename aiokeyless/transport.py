@@ -131,6 +131,8 @@ class Transport:
             try:
                 return await self.send(request)
             except KeylessError as error:
+                if not self._repeats(error, protocol.is_transient):
+                    raise
                 return await self._again(lambda: self.send(request), error, protocol.is_transient)
 
     async def retry(self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
@@ -143,7 +145,12 @@ class Transport:
         try:
             return await attempt()
         except KeylessError as error:
+            if not self._repeats(error, may_repeat):
+                raise
             return await self._again(attempt, error, may_repeat)
+
+    def _repeats(self, error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
+        return self._max_attempts > 1 and _worth_repeating(error, may_repeat)
 
     async def _again(
         self, attempt: Callable[[], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
@@ -152,30 +159,31 @@ class Transport:
 
         tenacity takes the failure that was for its first attempt.
         """
-        if self._max_attempts == 1 or not _worth_repeating(error, may_repeat):
-            raise error
-        failures: list[KeylessError] = []
+        first = [error.with_traceback(None)]  # a traceback keeps answers alive for as long as its error is kept
+        del error
+        earlier: list[KeylessError] = []
 
         async def again() -> T:
-            try:
-                if not failures:
-                    raise error
-                return await attempt()
-            except KeylessError as failure:
-                failures.append(failure)
-                raise
+            if first:
+                raise first.pop()
+            return await attempt()
+
+        def note(retry_state: RetryCallState) -> None:
+            failure = _failure(retry_state)
+            assert isinstance(failure, KeylessError)  # noqa: S101  # nothing else is repeated
+            earlier.append(failure.with_traceback(None))
 
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=_pause,
             retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _worth_repeating(e, may_repeat)),
+            before_sleep=note,
             reraise=True,
         )
         try:
             return await retrying(again)
         except (TransportError, DecodeError, StatusError) as last:
-            # Without their tracebacks, which would keep answers alive for as long as this error is.
-            last.attempts = tuple(earlier.with_traceback(None) for earlier in failures if earlier is not last)
+            last.attempts = tuple(earlier)
             raise
 
     async def _exchange(
@@ -328,8 +336,11 @@ def _retry_after(error: BaseException | None) -> float | None:
 
 def _pause(retry_state: RetryCallState) -> float:
     """Full jitter, and not before the service wants to be asked again."""
-    error = retry_state.outcome.exception() if retry_state.outcome is not None else None
-    return max(_FULL_JITTER(retry_state), _retry_after(error) or 0.0)
+    return max(_FULL_JITTER(retry_state), _retry_after(_failure(retry_state)) or 0.0)
+
+
+def _failure(retry_state: RetryCallState) -> BaseException | None:
+    return retry_state.outcome.exception() if retry_state.outcome is not None else None
 
 
 def _fit_to_show(failure: Exception) -> Exception | None:

@@ -1,0 +1,297 @@
+"""Error reporters print local variables and causes: none of them shows the API key, the SDK key or a payload.
+
+The reporters are the real ones, with the settings with which they show most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import io
+import json
+import os
+import pickle
+import secrets
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+import sentry_sdk
+import structlog
+from loguru import logger as loguru
+from raw_server import RawServer, answer, hang, operation, refused, reset
+from rich.console import Console
+from rich.traceback import Traceback
+from sentry_sdk.transport import Transport
+
+from aiokeyless import ApprovalTicket, ConfigurationError, KeylessClient
+from aiokeyless.protocol import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from sentry_sdk.envelope import Envelope
+
+    Call = Callable[[KeylessClient], Awaitable[object]]
+    Reporter = Callable[[BaseException], str]
+
+# Made here, so that no line of source that a reporter quotes holds them.
+KEY = f"key-{secrets.token_hex(8)}"
+SDK_KEY = f"sdk-{secrets.token_hex(8)}"
+PAYLOAD = f"payload-{secrets.token_hex(8)}"
+HIDDEN = (KEY, SDK_KEY, PAYLOAD)
+
+
+def by_loguru(error: BaseException) -> str:
+    sink = io.StringIO()
+    handler = loguru.add(sink, backtrace=True, diagnose=True)
+    loguru.opt(exception=error).error("it failed")
+    loguru.remove(handler)
+    return sink.getvalue()
+
+
+def by_rich(error: BaseException) -> str:
+    console = Console(width=400)
+    with console.capture() as captured:
+        console.print(
+            Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_length=99)
+        )
+    return captured.get()
+
+
+def by_structlog(error: BaseException) -> str:
+    transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=True, locals_max_string=9999)
+    return json.dumps(transformer((type(error), error, error.__traceback__)))
+
+
+class Recording(Transport):
+    """Sentry's way out, which keeps what would be sent."""
+
+    sent = ""
+
+    def capture_envelope(self, envelope: Envelope) -> None:
+        self.sent += envelope.serialize().decode()
+
+
+def by_sentry(error: BaseException) -> str:
+    transport = Recording()
+    client = sentry_sdk.Client(
+        dsn="http://public@127.0.0.1/1", transport=transport, default_integrations=False, max_value_length=99_999
+    )
+    with sentry_sdk.isolation_scope() as scope:
+        scope.set_client(client)
+        scope.capture_exception(error)
+    client.close()
+    return transport.sent
+
+
+def by_pickle(error: BaseException) -> str:
+    return pickle.dumps(error).decode("latin-1")
+
+
+REPORTERS: dict[str, Reporter] = {
+    "loguru": by_loguru,
+    "rich": by_rich,
+    "structlog": by_structlog,
+    "sentry": by_sentry,
+    "pickle": by_pickle,
+}
+
+
+def reports(error: BaseException) -> dict[str, str]:
+    # Not beside a name that holds a secret: loguru prints the values of all names on the lines of the call stack.
+    return {name: report(error) for name, report in REPORTERS.items()}
+
+
+def get(client: KeylessClient) -> Awaitable[object]:
+    return client.get_operation("a")
+
+
+def create(client: KeylessClient) -> Awaitable[object]:
+    return client.create_operation("C0FFEE", operation_id="a")
+
+
+def wait(client: KeylessClient) -> Awaitable[object]:
+    return client.wait_for_approval(ApprovalTicket.for_operation("a", user_id="C0FFEE"), timeout=0.05)
+
+
+async def cut_short(client: KeylessClient) -> None:
+    async with asyncio.timeout(0.05):
+        await client.get_operation("a")
+
+
+async def closed(client: KeylessClient) -> None:
+    call = asyncio.ensure_future(client.get_operation("a"))
+    await asyncio.sleep(0.05)
+    await client.aclose()
+    await call
+
+
+async def cancelled(client: KeylessClient) -> None:
+    call = asyncio.ensure_future(client.get_operation("a"))
+    await asyncio.sleep(0.05)
+    call.cancel()
+    await call
+
+
+MISSING = answer(f"no operation for {KEY}".encode(), status=b"404 Not Found")
+ECHO = answer(operation(operationId=KEY, userId=KEY, state=KEY, apiKey=SDK_KEY))
+CASES: dict[str, tuple[Any, Call]] = {
+    "404": (MISSING, get),
+    "404 of a wait": (MISSING, wait),
+    "a wrong shape": (answer(operation(result="yes", apiKey=SDK_KEY, operationPayload=PAYLOAD)), get),
+    "a wrong shape of a wait": (answer(operation(result="yes", apiKey=SDK_KEY, operationPayload=PAYLOAD)), wait),
+    "bad UTF-8": (answer(f'{{"apiKey": "{SDK_KEY} {PAYLOAD} {KEY}'.encode() + b'\xff"}'), get),
+    "a page": (answer(f"<html>{SDK_KEY} {PAYLOAD} {KEY}".encode()), get),
+    "an echo": (ECHO, wait),
+    "a reset": (reset, get),
+    "a cut off answer": (answer(SDK_KEY.encode(), length=999), get),
+    "an answer that is no HTTP": (f"{KEY}\r\n\r\n".encode(), get),
+    "a timeout": (hang, get),
+    "a timeout of the caller's": (hang, cut_short),
+    "a client that was closed": (hang, closed),
+    "a cancellation": (hang, cancelled),
+    "409": (answer(KEY.encode(), status=b"409 Conflict"), create),
+    "an ambiguous create": (answer(KEY.encode(), status=b"503 Busy"), create),
+    "an answer of more than a mebibyte": (answer((SDK_KEY + " ").encode() * 50_000), get),
+    "silence at a deadline": (hang, wait),
+}
+every_case = pytest.mark.parametrize(("answered", "call"), CASES.values(), ids=CASES.keys())
+
+
+async def failed(call: Call, client: KeylessClient) -> BaseException:
+    try:
+        await call(client)
+    except BaseException as error:  # noqa: BLE001  # a cancellation, too, is reported by some
+        return error
+    pytest.fail("it did not fail")
+
+
+@pytest.fixture(params=[False, True], ids=["own session", "borrowed session"])
+async def session(request: pytest.FixtureRequest) -> AsyncGenerator[aiohttp.ClientSession | None]:
+    if not request.param:
+        yield None
+        return
+    async with aiohttp.ClientSession(headers={"X-Mine": "1"}) as mine:
+        yield mine
+
+
+@pytest.mark.looptime
+@every_case
+async def test_no_report_shows_what_is_secret(answered: Any, call: Call, session: aiohttp.ClientSession | None) -> None:
+    async with (
+        RawServer(answered) as server,
+        KeylessClient(KEY, base_url=server.url, session=session, max_attempts=2, request_timeout=0.5) as client,
+    ):
+        error = await failed(call, client)
+    for name, text in reports(error).items():
+        assert type(error).__name__ in text  # it is a report of this error
+        # What an answer says in place of an id is in `last_operation`, and so in a pickle.
+        hidden = (SDK_KEY,) if answered is ECHO and name == "pickle" else HIDDEN
+        assert [secret for secret in hidden if secret in text] == [], name
+
+
+async def test_no_report_of_a_refused_connection_shows_the_key(session: aiohttp.ClientSession | None) -> None:
+    async with KeylessClient(KEY, base_url=refused(), session=session, max_attempts=2) as client:
+        error = await failed(get, client)
+    for name, text in reports(error).items():
+        assert KEY not in text, name
+
+
+class ProxyError(Exception):
+    """What a connector of somebody else's raises: neither aiohttp's nor the operating system's."""
+
+
+class BrokenConnector(aiohttp.TCPConnector):
+    async def connect(self, req: Any, *_: Any, **__: Any) -> Any:
+        headers = dict(req.headers)
+        raise ProxyError(f"cannot reach the proxy for {headers}")
+
+
+async def test_no_report_of_a_broken_connector_shows_the_key() -> None:
+    async with (
+        aiohttp.ClientSession(connector=BrokenConnector()) as session,
+        KeylessClient(KEY, base_url="http://127.0.0.1:1", session=session, max_attempts=2) as client,
+    ):
+        errors = [await failed(get, client), await failed(wait, client)]
+    for error in errors:
+        for name, text in reports(error).items():
+            assert KEY not in text, name
+    assert "got no answer (ProxyError)" in str(errors[0])
+
+
+def made_with(**arguments: Any) -> BaseException:
+    with pytest.raises(ConfigurationError) as caught:
+        KeylessClient(os.environ["KEYLESS_API_KEY"], **arguments)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("blemish", "arguments"), [("", {"region": "mars"}), ("", {"base_url": "http://a.b"}), ("\x7f", {}), ("é", {})]
+)
+def test_no_report_of_a_client_that_was_not_made_shows_the_key(
+    monkeypatch: pytest.MonkeyPatch, blemish: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", KEY + blemish)
+    for name, text in reports(made_with(**arguments)).items():
+        assert KEY not in text, name
+
+
+async def test_no_frame_keeps_an_answer_alive_once_its_error_was_handled() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        async with RawServer(MISSING) as server, KeylessClient(KEY, base_url=server.url) as client:
+            for _ in range(3):
+                with contextlib.suppress(Exception):
+                    await client.get_operation("a")
+            await asyncio.sleep(0)
+        answers = [thing for thing in gc.get_objects() if isinstance(thing, Answer)]
+        assert answers == []
+    finally:
+        gc.enable()
+
+
+SENTRY_BY_DEFAULT = """
+import asyncio, os, sys
+import aiohttp, sentry_sdk
+from sentry_sdk.transport import Transport
+from aiokeyless import KeylessClient
+
+class Recording(Transport):
+    def capture_envelope(self, envelope):
+        sys.stdout.write(envelope.serialize().decode())
+
+sentry_sdk.init(dsn="http://public@127.0.0.1/1", transport=Recording, traces_sample_rate=1.0)
+
+async def main():
+    async with aiohttp.ClientSession() as session:
+        async with KeylessClient(base_url=sys.argv[1], session=session, max_attempts=1) as client:
+            for call in (client.get_operation("a"), client.wait_for_approval("a", timeout=0.1)):
+                try:
+                    await call
+                except Exception:
+                    sentry_sdk.capture_exception()
+
+asyncio.run(main())
+"""
+
+
+async def test_sentry_with_all_its_integrations_shows_no_key() -> None:
+    async with RawServer(MISSING) as server:
+        run = asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            SENTRY_BY_DEFAULT,
+            server.url,
+            env={**os.environ, "KEYLESS_API_KEY": KEY},
+            stdout=subprocess.PIPE,
+        )
+        program = await run
+        out, _ = await program.communicate()
+    assert program.returncode == 0
+    assert out.count(b"NotFoundError") >= 2
+    assert KEY.encode() not in out
