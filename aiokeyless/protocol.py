@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from urllib.parse import quote, urlsplit
 
 import msgspec
+from yarl import URL
 
 from ._validation import MAX_IDENTIFIER as MAX_IDENTIFIER  # noqa: PLC0414
 from ._validation import check_operation_id as check_operation_id  # noqa: PLC0414
@@ -195,12 +196,20 @@ def check_region(region: Region | str) -> Region:
         ) from None
 
 
+# Only what urlsplit and yarl, which connects, read in the same way: no zone, no percent sign, ASCII. An empty or longer
+# label raises what is no OSError when it is resolved.
+_LABEL: Final = "[a-z0-9_-]{1,63}"
+_AUTHORITY: Final = re.compile(
+    rf"(?:\[[0-9a-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?)(?::0*[1-9][0-9]*)?", re.ASCII | re.IGNORECASE
+)
+
+
 def check_base_url(base_url: str) -> str:
     """Return the base URL without a trailing slash.
 
     Raises:
         ConfigurationError: Not an absolute https URL (http is for loopback hosts), or it carries what the API key
-            must not travel with: userinfo, query, fragment.
+            must not travel with (userinfo, query, fragment), or its host can be read in more than one way.
     """
     if not isinstance(base_url, str):
         raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}")
@@ -209,7 +218,8 @@ def check_base_url(base_url: str) -> str:
         raise ConfigurationError("base_url must not hold blanks, control characters or backslashes")
     try:
         parts = urlsplit(base_url)
-        host, _port = parts.hostname, parts.port  # .port raises on a bad one
+        _ = parts.port  # raises on a bad one, also where yarl does not
+        host = URL(base_url).raw_host  # the one that will be connected to, so the one to check
     except ValueError:  # its text may quote userinfo
         raise ConfigurationError("base_url is no URL; it looks like https://api.keyless.io") from None
     if parts.scheme not in {"https", "http"} or not host:
@@ -220,6 +230,11 @@ def check_base_url(base_url: str) -> str:
         raise ConfigurationError("base_url must not hold a query or a fragment")
     if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
         raise ConfigurationError("base_url must not hold '.' or '..' segments")
+    if _AUTHORITY.fullmatch(parts.netloc) is None:
+        raise ConfigurationError(
+            "base_url must name its host plainly: a name in ASCII (xn--... for an international one) or an IP address "
+            "(IPv6 in brackets, without a zone), and a port from 1 to 65535 or none"
+        )
     if parts.scheme == "http" and not _is_loopback(host):
         raise ConfigurationError(
             "base_url must be https: over http anyone on the way reads the API key "
@@ -228,9 +243,9 @@ def check_base_url(base_url: str) -> str:
     return base_url.rstrip("/")
 
 
-def _is_loopback(host: str) -> bool:
+def _is_loopback(host: str | None) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host or "").is_loopback
     except ValueError:
         return host == "localhost"
 

@@ -8,12 +8,14 @@ import math
 import time
 import unicodedata
 from email.utils import formatdate
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from yarl import URL
 
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -379,7 +381,7 @@ HTTPS = "must be https: over http anyone on the way reads the API key"
         ("/v2", "must be an absolute URL such as https://"),
         ("https:api.keyless.io", "must be an absolute URL such as https://"),
         ("https:///v2", "must be an absolute URL such as https://"),
-        ("https://:443", "must be an absolute URL such as https://"),
+        ("https://:443", "is no URL"),
         ("ftp://api.keyless.io", "must be an absolute URL such as https://"),
         ("file:///etc/passwd", "must be an absolute URL such as https://"),
         ("http://api.keyless.io", HTTPS),
@@ -389,7 +391,6 @@ HTTPS = "must be https: over http anyone on the way reads the API key"
         ("http://0.0.0.0", HTTPS),
         ("http://10.0.0.1", HTTPS),
         ("http://[::2]", HTTPS),
-        ("http://\uff4cocalhost", HTTPS),
         ("https://hunter2@api.keyless.io", "must not hold userinfo; the key goes into api_key"),
         ("https://user:hunter2@api.keyless.io", "must not hold userinfo"),
         ("https://@api.keyless.io", "must not hold userinfo"),
@@ -433,6 +434,113 @@ def test_whatever_the_base_url_it_is_good_or_a_configuration_error(url: str) -> 
     assert parts.hostname
     assert "@" not in parts.netloc
     assert (parts.query, parts.fragment) == ("", "")
+
+
+PLAIN_HOST = "must name its host plainly"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        # Brackets: urlsplit reads the address in them and drops the rest, yarl raises.
+        ("http://[::1].evil.example", "is no URL"),
+        ("https://[::1].evil.example", "is no URL"),
+        ("https://[::1].evil.example:443", "is no URL"),
+        ("http://[::1]evil", "is no URL"),
+        ("http://[::1]\u3002evil.example", "is no URL"),
+        ("http://evil[::1]", "is no URL"),
+        ("http://[::1]]", "is no URL"),
+        ("http://[[::1]]", "is no URL"),
+        ("http://[::1]:80evil", "is no URL"),
+        ("https://::1]", "is no URL"),
+        ("https://[:::]", "is no URL"),
+        ("http://[127.0.0.1]", "is no URL"),
+        ("https://[v1.evil]", PLAIN_HOST),
+        # Zones: urlsplit keeps %25, yarl decodes it.
+        ("http://[::1%eth0]", PLAIN_HOST),
+        ("http://[::1%25eth0]", PLAIN_HOST),
+        ("https://[fe80::1%25eth0]", PLAIN_HOST),
+        ("https://api.keyless.io%2f.evil.example", PLAIN_HOST),
+        ("https://api.keyless.io%00.evil.example", PLAIN_HOST),
+        ("https://api.keyless.io;.evil.example", PLAIN_HOST),
+        ("https://api.keyless.io,evil.example", PLAIN_HOST),
+        ('https://api.keyless.io".evil.example', PLAIN_HOST),
+        ("https://*.keyless.io", PLAIN_HOST),
+        # IDNA: yarl maps them to names in ASCII, urlsplit leaves them as they are.
+        ("http://\uff4cocalhost", PLAIN_HOST),
+        ("http://\u24dbocalhost", PLAIN_HOST),
+        ("http://127\u30020\u30020\u30021", PLAIN_HOST),
+        ("http://\u2460\u2461\u2466.0.0.1", PLAIN_HOST),
+        ("https://api\u3002keyless.io", PLAIN_HOST),
+        ("https://\u212aeyless.io", PLAIN_HOST),
+        ("https://b\xfccher.example", PLAIN_HOST),
+        ("https://" + "\xe9" * 60 + ".example", "is no URL"),
+        # Labels that the resolver raises on, and not with an OSError.
+        ("https://a..b", PLAIN_HOST),
+        ("https://.a.b", PLAIN_HOST),
+        ("https://a.b..", PLAIN_HOST),
+        ("http://localhost..", PLAIN_HOST),
+        (f"https://{'a' * 64}.example", PLAIN_HOST),
+        # Ports: yarl takes what int() takes.
+        ("https://gw.example:", PLAIN_HOST),
+        ("https://gw.example:0", PLAIN_HOST),
+        ("https://gw.example:+1", "is no URL"),
+        ("https://gw.example:-1", "is no URL"),
+        ("https://gw.example:1_0", "is no URL"),
+        ("https://gw.example:\u0663", "is no URL"),
+        ("https://gw.example:443:80", "is no URL"),
+        # Spellings of 127.0.0.1 and localhost that only a resolver takes for them.
+        ("http://127.000.000.001", HTTPS),
+        ("http://0x7f.0.0.1", HTTPS),
+        ("http://2130706433", HTTPS),
+        ("http://localhost.", HTTPS),
+        ("http://127.0.0.1.", HTTPS),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_a_host_that_can_be_read_in_two_ways_is_refused(url: str, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check_base_url(url)
+    assert str(caught.value).startswith(f"base_url {message}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://xn--bcher-kva.example",
+        "https://my_gateway.example.",
+        "https://1.2.3.4:65535",
+        f"https://{'a' * 63}.example",
+        "https://[::ffff:192.0.2.1]:0443",
+        "http://[0:0:0:0:0:0:0:1]:8080",
+    ],
+)
+def test_a_host_that_can_be_read_in_one_way_is_good(url: str) -> None:
+    assert check_base_url(url) == url
+
+
+@given(
+    st.sampled_from(["http://", "https://"]),
+    st.lists(
+        st.sampled_from(["[", "]", "::1", ":", "%25", "%", "127.0.0.1", "localhost", ".", "evil", "@", "80", "0", "+"])
+        | st.characters(),
+        min_size=1,
+        max_size=7,
+    ).map("".join),
+)
+@example("http://", "[::1].evil")
+def test_the_host_that_is_checked_is_the_one_that_is_connected_to(scheme: str, authority: str) -> None:
+    try:
+        good = check_base_url(scheme + authority)
+    except ConfigurationError:
+        return
+    connected, checked = URL(good), urlsplit(good)
+    assert (connected.raw_host, connected.explicit_port) == (checked.hostname, checked.port) or (
+        ip_address(connected.raw_host or "") == ip_address(checked.hostname or "")
+    )
+    assert (connected.raw_host or "").encode("idna")  # as a resolver does, without an error
+    if connected.scheme == "http":
+        assert connected.raw_host == "localhost" or ip_address(connected.raw_host or "").is_loopback
 
 
 # -- statuses
