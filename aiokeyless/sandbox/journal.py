@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+# Room for every id in ASCII that the client takes, percent-encoded.
+_MOST_CHARACTERS: Final = 2000
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
@@ -10,7 +15,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     Attributes:
         method: HTTP method.
-        path: Request target as it came: percent-encoded, query included.
+        path: Request target as it came: percent-encoded, query included; one of more than 2000 characters is cut.
         status: Status of the answer; None while there is none, and for good where none came: the connection was
             dropped, the client left, or the sandbox closed.
         at: When the request arrived, by the loop's clock, in seconds.
@@ -22,3 +27,9 @@ class RequestRecord(msgspec.Struct, frozen=True):
     status: int | None
     at: float
     duration: float = 0.0
+
+
+def shorten(text: str) -> str:
+    """Cut a text that is too long to keep, or to show; the result says that it was cut."""
+    more = len(text) - _MOST_CHARACTERS
+    return text if more <= 0 else f"{text[:_MOST_CHARACTERS]}… ({more} more characters)"

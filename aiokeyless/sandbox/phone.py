@@ -27,6 +27,7 @@ from aiohttp import web
 
 from .api import Answer, error_answer
 from .guard import refuse_host, refuse_stranger
+from .journal import shorten
 from .store import is_user_id
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ _PACE: Final = 0.1
 # What a picture holds at most, so that a load test with the page open stays a load test of the API.
 _MOST_PHONES: Final = 24
 _MOST_OPERATIONS: Final = 20  # of one phone
-_MOST_CHARACTERS: Final = 2000  # of one text
 _MOST_REQUESTS: Final = 12
 _MOST_APPROVALS: Final = 50
 
@@ -272,9 +272,9 @@ class Phones:
         return _Card(
             key=self._key(operation),
             number=operation.id,
-            operation_id=_short(operation.operation_id),
-            operation_payload=operation.operation_payload and _short(operation.operation_payload),
-            external_user_id=operation.external_user_id and _short(operation.external_user_id),
+            operation_id=shorten(operation.operation_id),
+            operation_payload=operation.operation_payload and shorten(operation.operation_payload),
+            external_user_id=operation.external_user_id and shorten(operation.external_user_id),
             age=max(0.0, time.time() - created.replace(tzinfo=UTC).timestamp()),
         )
 
@@ -331,12 +331,6 @@ def _latest(requests: Sequence[RequestRecord]) -> list[_Request]:
     """Write the latest requests, the newest first."""
     now = asyncio.get_running_loop().time()
     return [
-        _Request(record.method, _short(record.path), record.status, now - record.at, record.duration)
+        _Request(record.method, record.path, record.status, now - record.at, record.duration)
         for record in reversed(requests[-_MOST_REQUESTS:])
     ]
-
-
-def _short(text: str) -> str:
-    """Cut a text that nobody reads to its end; the page shows that it was."""
-    more = len(text) - _MOST_CHARACTERS
-    return text if more <= 0 else f"{text[:_MOST_CHARACTERS]}… ({more} more characters)"

@@ -20,7 +20,7 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import AuthType, seconds
 
 from .api import JSON, Answer, KeylessApi, error_answer
-from .journal import RequestRecord
+from .journal import RequestRecord, shorten
 from .phone import Phones, wants_page
 from .store import OperationStore
 
@@ -93,8 +93,8 @@ class Sandbox:
             operation = await client.request_approval("C0FFEE", operation_payload="Log in?")
     """
 
-    JOURNAL_LIMIT: Final = 100_000
-    """Most records in `requests`; beyond, the oldest tenth goes."""
+    JOURNAL_LIMIT: Final = 10_000
+    """Most records in `requests`; beyond, the oldest goes."""
 
     def __init__(
         self,
@@ -424,11 +424,11 @@ class Sandbox:
         return answer
 
     def _journal(self, request: web.Request) -> RequestRecord:
-        record = RequestRecord(request.method, request.raw_path, None, asyncio.get_running_loop().time())
+        method, path = shorten(request.method), shorten(request.raw_path)
+        record = RequestRecord(method, path, None, asyncio.get_running_loop().time())
         self.requests.append(record)
         self.request_count += 1
-        if len(self.requests) > self.JOURNAL_LIMIT:
-            del self.requests[: self.JOURNAL_LIMIT // 10]
+        del self.requests[: -self.JOURNAL_LIMIT]
         self._phones.refresh()
         return record
 
