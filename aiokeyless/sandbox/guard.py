@@ -1,9 +1,10 @@
-"""Who may speak to the phone's own endpoints: the page that this sandbox served, and no other page in the browser.
+"""Who may speak to the sandbox from a browser: the page that this sandbox served, and no other page.
 
-The endpoints need no key, so any page that the developer happens to visit could approve operations if it were let in.
-Three things keep it out: its requests name it (``Origin``, ``Sec-Fetch-Site``); a POST of JSON needs a preflight,
-which nothing here answers; and a name of its own that it makes resolve to this machine (DNS rebinding) is no name of
-ours. It knows neither sockets nor operations.
+The phone's endpoints need no key, and the API's default key is known, so any page that the developer happens to visit
+could approve operations if it were let in. Three things keep it out: its requests name it (``Origin``,
+``Sec-Fetch-Site``); a POST of JSON, or a header with a key, needs a preflight, which nothing here answers; and a name
+of its own that it makes resolve to this machine (DNS rebinding) is no name of ours: that check is the API's too. It
+knows neither sockets nor operations.
 
 Source: Fetch Standard, "Origin header"; Fetch Metadata Request Headers, section 2.3.
 """
@@ -18,26 +19,29 @@ from typing import TYPE_CHECKING, Final
 from .api import JSON, Answer, error_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::[0-9]+)?")
 
 
-def refuse_host(host: str, own: Collection[str]) -> Answer | None:
+def refuse_host(host: str, own: str) -> Answer | None:
     """Refuse a request that was sent to a name that is not this server's; None: it is let in.
 
-    A loopback name or address always is, with any port, since ports are forwarded; an address cannot be rebound.
+    ``localhost`` always is, and so is any IP address: to be reached by one, a page would have to come from it. The port
+    may be any, since ports are forwarded.
 
     Args:
         host: ``Host`` header, "" where there is none.
-        own: Names and addresses of the server, in lower case, without brackets.
+        own: Name or address that the server was told to listen on.
     """
     match = _HOST.fullmatch(host.lower())
     name = match[1].strip("[]") if match else ""
-    if name == "localhost" or name in own or _is_loopback(name):
+    if name in ("localhost", own.lower()) or _is_address(name):
         return None
     return error_answer(
-        HTTPStatus.MISDIRECTED_REQUEST, "the sandbox does not answer to this name; use localhost or its own address"
+        HTTPStatus.MISDIRECTED_REQUEST,
+        "the sandbox does not answer to this host name (a guard against DNS rebinding): use localhost or an IP "
+        "address, or start it with this name as its host (--host)",
     )
 
 
@@ -65,8 +69,9 @@ def refuse_stranger(method: str, headers: Mapping[str, str]) -> Answer | None:
     return None
 
 
-def _is_loopback(name: str) -> bool:
+def _is_address(name: str) -> bool:
     try:
-        return ip_address(name).is_loopback
+        ip_address(name)
     except ValueError:
         return False
+    return True

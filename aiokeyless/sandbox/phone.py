@@ -142,7 +142,7 @@ class Phones:
         self._store = store
         self._requests = requests
         self._approve_operation = approve
-        self._host = host.lower()
+        self._host = host
         # A sandbox that starts anew counts its operations anew: a page that stayed open must not take one for another.
         self._boot = secrets.token_hex(4)
         self._users: dict[str, int] = {}  # those that a page shows, last active last, and when each came
@@ -180,14 +180,15 @@ class Phones:
 
     def page(self, request: web.Request) -> web.Response:
         """Answer ``GET /``."""
-        if refused := self._refuse_host(request):
+        if refused := refuse_host(request.headers.get("Host", ""), self._host):
             return _response(refused)
         page = load_page()
         return web.Response(body=page.html, headers=page.headers)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Answer all that is under ``/sandbox/``."""
-        if refused := self._refuse_host(request) or refuse_stranger(request.method, request.headers):
+        headers = request.headers
+        if refused := refuse_host(headers.get("Host", ""), self._host) or refuse_stranger(request.method, headers):
             return _response(refused)
         match request.match_info["path"], request.method:
             case "events", "GET":
@@ -197,11 +198,6 @@ class Phones:
             case "connection", "POST":
                 return _response(self._connection(await _decoded(request, _Connection)))
         return _response(error_answer(HTTPStatus.NOT_FOUND, "the phone has no such endpoint"))
-
-    def _refuse_host(self, request: web.Request) -> Answer | None:
-        transport = request.transport
-        address = transport.get_extra_info("sockname")[0] if transport else ""
-        return refuse_host(request.headers.get("Host", ""), {self._host, address})
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """Send a picture now, and one after each change, until the page is closed or the sandbox is."""

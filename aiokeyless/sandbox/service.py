@@ -20,6 +20,7 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import AuthType, seconds
 
 from .api import JSON, Answer, KeylessApi, error_answer
+from .guard import refuse_host
 from .journal import RequestRecord, shorten
 from .phone import Phones, wants_page
 from .store import OperationStore
@@ -82,7 +83,9 @@ class Sandbox:
         auto_approve: When a simulated user approves an operation that was created: None, the default, never; so
             many seconds after its creation (0: before the creation is answered); or a callable that is given the
             `Operation` and returns either. What the callable raises is logged, and the creation answers 500.
-        host: Address to listen on; default ``"127.0.0.1"``, which other machines cannot reach.
+        host: Address or name to listen on; default ``"127.0.0.1"``, which other machines cannot reach. Requests, to the
+            API too, must name ``localhost``, an IP address, or this name as their host; others are answered 421, so
+            that no web page can reach the sandbox under a name of its own (DNS rebinding).
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -398,7 +401,8 @@ class Sandbox:
         assert task is not None  # noqa: S101  # a coroutine that runs is in a task
         self._handlers.add(task)
         try:
-            answer = await self._answer(request)
+            # Before any fault or effect: a page that is kept out must not use up what a test has queued.
+            answer = refuse_host(request.headers.get("Host", ""), self._host) or await self._answer(request)
             if answer is None:
                 _drop(request)
             msgspec.structs.force_setattr(record, "status", int(answer.status))

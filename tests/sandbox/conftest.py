@@ -34,12 +34,17 @@ async def http(sandbox: Sandbox) -> AsyncGenerator[aiohttp.ClientSession]:
 @pytest.fixture
 def raw(sandbox: Sandbox) -> Callable[..., Awaitable[tuple[int, bytes]]]:
     async def ask(
-        target: bytes, method: bytes = b"GET", headers: bytes = b"X-Api-Key: sandbox-key\r\n", body: bytes = b""
+        target: bytes,
+        method: bytes = b"GET",
+        headers: bytes = b"X-Api-Key: sandbox-key\r\n",
+        body: bytes = b"",
+        host: bytes = b"localhost",
     ) -> tuple[int, bytes]:
         """Send the bytes as they are and return status and body."""
         address = urlsplit(sandbox.url)
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        writer.write(b"%b %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%b\r\n%b" % (method, target, headers, body))
+        head = b"%b %b HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n%b\r\n" % (method, target, host, headers)
+        writer.write(head + body)
         head, _, content = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         await writer.wait_closed()

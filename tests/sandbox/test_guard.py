@@ -1,4 +1,4 @@
-"""Who is let in to the phone's endpoints, and who is not."""
+"""Whom the sandbox lets in, and whom it does not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from aiokeyless.sandbox.guard import refuse_host, refuse_stranger
 
-OWN = {"0.0.0.0", "192.168.1.5", "fd00::5", "laptop.lan"}  # noqa: S104  # compared with, not bound to
+OWN = "laptop.LAN"
 PAGE = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Content-Type": "application/json"}
 
 
@@ -20,6 +20,7 @@ PAGE = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Content-Ty
         "[::1]:8000",
         "[::1]",
         "192.168.1.5:8000",
+        "172.17.0.1",
         "[fd00::5]:8000",
         "0.0.0.0:8000",
         "Laptop.lan:80",
@@ -43,8 +44,15 @@ def test_host_of_the_server_is_let_in(host: str) -> None:
         "localhost:x",
         "localhost/",
         "[localhost]",
-        "192.168.1.6",
-        "[fd00::6]",
+        "lan",
+        "host.docker.internal",
+        "192.168.1",
+        "192.168.1.6.evil.example",
+        "192.168.1.6 evil.example",
+        "[fd00::6].evil.example",
+        "[fd00::6]evil",
+        "[::1%25lo]",
+        "localhost.",
         "::1",
         "127.1",
         "2130706433",

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from aiokeyless.client import KeylessClient
-from aiokeyless.errors import ConfigurationError
+from aiokeyless.errors import ConfigurationError, StatusError
 from aiokeyless.sandbox import RequestRecord, Sandbox
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ async def test_no_operation_id_leads_elsewhere(http: aiohttp.ClientSession, raw:
         b"/v2/operations/../operations/a",
         b"//v2/operations/a",
         b"http://127.0.0.1/v2/operations/a",
+        b"http://evil.example/v2/operations/a",
         b"/",
         b"/favicon.ico",
         b"/keyless/v2/operations/a",
@@ -218,7 +219,7 @@ async def test_client_that_leaves_within_its_body_is_nobodys_error(
     caplog.set_level(logging.DEBUG)
     address = urlsplit(sandbox.url)
     _, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % CREATE.encode())
+    writer.write(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{" % CREATE.encode())
     await until(lambda: sandbox.requests)
     writer.transport.abort()
     await until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
@@ -231,6 +232,63 @@ async def test_requests_are_not_logged(http: aiohttp.ClientSession, caplog: pyte
     caplog.set_level(logging.DEBUG)
     await get(http)
     assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
+
+
+# Whom it answers
+
+
+@pytest.mark.parametrize("host", [b"evil.example", b"localhost.evil.example:80", b"sandbox", b""])
+async def test_page_that_makes_its_name_resolve_to_this_machine_reaches_no_api(
+    sandbox: Sandbox, raw: Raw, host: bytes
+) -> None:
+    json_body = b"X-Api-Key: sandbox-key\r\nContent-Type: application/json\r\nContent-Length: 20\r\n"
+    sandbox.approve("a", user_id=USER)
+    for target, method, headers, body in (
+        (b"/v2/operations/a", b"GET", b"X-Api-Key: sandbox-key\r\n", b""),
+        (PENDING.encode(), b"GET", b"X-Api-Key: sandbox-key\r\n", b""),
+        (CREATE.encode(), b"POST", json_body, b'{"operationId": "b"}'),
+        (b"/v2/operations/a", b"GET", b"", b""),
+    ):
+        status, answer = await raw(target, method, headers, body, host)
+        assert (status, list(json.loads(answer))) == (421, ["error"])
+        assert b"use localhost or an IP address" in answer
+        assert b"--host" in answer
+    assert list(sandbox.operations) == ["a"]
+    assert [record.status for record in sandbox.requests] == [421] * 4
+
+
+async def test_page_that_is_kept_out_uses_up_no_fault(sandbox: Sandbox, http: aiohttp.ClientSession, raw: Raw) -> None:
+    sandbox.fail_next(500)
+    assert (await raw(b"/v2/operations/a", host=b"evil.example"))[0] == 421
+    assert (await get(http))[0] == 500
+
+
+@pytest.mark.parametrize(
+    "host", [b"localhost", b"LOCALHOST:1", b"127.0.0.1:8080", b"[::1]", b"192.168.1.6", b"10.0.2.2:80"]
+)
+async def test_api_answers_to_localhost_and_to_addresses_with_any_port(raw: Raw, host: bytes) -> None:
+    assert (await raw(PENDING.encode(), host=host))[0] == 200
+
+
+async def test_api_answers_to_the_name_that_it_listens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Sandbox(host="localhost") as sandbox:
+        monkeypatch.setattr(sandbox, "_host", "sandbox.test")  # as if this machine had the name
+        headers = {"X-Api-Key": sandbox.api_key, "Host": "Sandbox.test:3223"}
+        async with aiohttp.ClientSession(sandbox.url, headers=headers) as http:
+            assert (await get(http, PENDING))[0] == 200
+
+
+async def test_client_that_uses_another_name_is_told_what_to_do(
+    sandbox: Sandbox,
+) -> None:
+    async with (
+        aiohttp.ClientSession(headers={"Host": "sandbox:3223"}) as session,
+        sandbox.client(session=session) as client,
+    ):
+        with pytest.raises(StatusError) as caught:
+            await client.get_operation("a")
+    assert caught.value.status == 421
+    assert "or start it with this name as its host (--host)" in str(caught.value.detail)
 
 
 # Faults
@@ -345,7 +403,7 @@ async def test_dropped_connection_sends_not_one_byte(sandbox: Sandbox) -> None:
     sandbox.drop_next(method="GET")
     address = urlsplit(sandbox.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
@@ -723,7 +781,7 @@ async def test_nothing_is_left_when_it_is_closed() -> None:
         async with aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http:
             await create(http)
         sandbox.latency = 3600
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await until(lambda: len(sandbox.requests) == 2)
     assert asyncio.all_tasks() == before
     assert await reader.read() == b""
@@ -742,7 +800,7 @@ async def test_closing_does_not_wait_for_bodies_that_do_not_end() -> None:
         connections = []
         for _ in range(2):
             reader, writer = await asyncio.open_connection(address.hostname, address.port)
-            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
             connections.append((reader, writer))
         await until(lambda: len(sandbox.requests) == 2)
         assert await connections[0][0].readline() == b"HTTP/1.1 503 Service Unavailable\r\n"
