@@ -1,8 +1,9 @@
 """The phones of the sandbox's users, as a web page: what it is shown, and what its buttons do.
 
 The page is phone.html, served as it is. It follows the sandbox by server-sent events, each one the whole picture: a
-reader that is slow misses pictures, never the last one, and nothing piles up for it. Who may ask is decided in
-guard.py; operations are approved as `Sandbox.approve` does.
+reader that is slow misses pictures, never the last one, and one that does not read is dropped; so what waits to be read
+is bounded by the number of readers and the size of a picture. Who may ask is decided in guard.py; operations are
+approved as `Sandbox.approve` does.
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ _PACE: Final = 0.1
 # What a picture holds at most, so that a load test with the page open stays a load test of the API.
 _MOST_PHONES: Final = 24
 _MOST_OPERATIONS: Final = 20  # of one phone
+_MOST_TEXT: Final = 10_000  # characters on one phone; an operation has at most some 6000
 _MOST_REQUESTS: Final = 12
 _MOST_APPROVALS: Final = 50
+_MOST_READERS: Final = 32  # streams at once, for a room full of people
+_PIECE: Final = 1 << 16  # bytes of a picture that are handed to a connection at once
+_PATIENCE: Final = 10.0  # seconds in which a reader must take a piece
 
 _PAGE_HEADERS: Final = {
     "Cache-Control": "no-store",
@@ -204,6 +209,12 @@ class Phones:
         user = request.query.get("user", "").upper()
         if user and not is_user_id(user):
             return _response(error_answer(HTTPStatus.BAD_REQUEST, "the user id must be hex"))
+        if len(self._readers) >= _MOST_READERS:
+            return _response(
+                error_answer(
+                    HTTPStatus.SERVICE_UNAVAILABLE, f"{_MOST_READERS} pages are open, which is the most; close one"
+                )
+            )
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a coroutine that runs is in a task
         news = self._readers[task] = asyncio.Event()
@@ -216,9 +227,12 @@ class Phones:
                 while True:
                     await news.wait()
                     news.clear()
-                    # Encoded when it is sent and not when it happens; write() waits for a reader that is behind.
-                    await response.write(b"data: %b\n\n" % msgspec.json.encode(self._picture(user)))
+                    # Encoded when it is sent and not when it happens.
+                    await _write(response, b"data: %b\n\n" % msgspec.json.encode(self._picture(user)))
                     await asyncio.sleep(_PACE)
+        except TimeoutError:
+            assert request.transport is not None  # noqa: S101  # a connection that is lost cancels this task
+            request.transport.abort()  # close() would keep what was not read
         finally:
             del self._readers[task]
         return response
@@ -259,7 +273,14 @@ class Phones:
     def _phone(self, user: str) -> _Phone:
         """Draw a phone, the newest operation first: the old ones that nobody approved stay for good."""
         pending = self._store.pending(user)
-        cards = [self._card(pending[each]) for each in islice(reversed(pending), _MOST_OPERATIONS)]
+        cards: list[_Card] = []
+        room = _MOST_TEXT
+        for each in islice(reversed(pending), _MOST_OPERATIONS):
+            card = self._card(pending[each])
+            room -= len(card.operation_id) + len(card.operation_payload or "") + len(card.external_user_id or "")
+            if room < 0:
+                break
+            cards.append(card)
         return _Phone(user, cards, len(pending) - len(cards))
 
     def _card(self, operation: Operation) -> _Card:
@@ -321,6 +342,17 @@ async def _decoded(request: web.Request, kind: type[_Body]) -> _Body | Answer:
         return msgspec.json.decode(await request.read(), type=kind)
     except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
         return error_answer(HTTPStatus.BAD_REQUEST, f"the body is not what the page sends: {error}")
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    """Write in pieces, so that little is buffered for a reader that is behind.
+
+    Raises:
+        TimeoutError: The reader does not read.
+    """
+    for start in range(0, len(data), _PIECE):
+        async with asyncio.timeout(_PATIENCE):
+            await response.write(data[start : start + _PIECE])
 
 
 def _latest(requests: Sequence[RequestRecord]) -> list[_Request]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import socket
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -310,7 +310,74 @@ async def test_text_without_end_is_cut(http: aiohttp.ClientSession, page: aiohtt
     assert card["externalUserId"] == "e" * 2000
 
 
+async def test_phone_shows_no_more_text_than_a_person_reads(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    for number in range(20):
+        await create(http, str(number), operationPayload="p" * 100)
+    [phone] = (await picture(page))["phones"]
+    assert (len(phone["pending"]), phone["more"]) == (20, 0)
+    for number in range(20, 40):
+        await create(http, f"{number}{'i' * 2000}", operationPayload="p" * 3000, externalUserId="e" * 3000)
+    [phone] = (await picture(page))["phones"]
+    assert [card["number"] for card in phone["pending"]] == [40]
+    assert phone["more"] == 39
+
+
 # How it is sent
+
+
+async def test_no_more_than_so_many_pages_are_served_at_once(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
+    async with AsyncExitStack() as streams:
+        opened = [await streams.enter_async_context(events(page)) for _ in range(32)]
+        for _ in range(2):
+            async with page.get("/sandbox/events") as response:
+                assert response.status == 503
+                assert await response.json() == {"error": "32 pages are open, which is the most; close one"}
+        opened[7].response.close()
+        await until(lambda: len(sandbox._phones._readers) < 32)  # nothing public tells who reads
+        assert (await picture(page))["phones"] == []
+
+
+def buffered(sandbox: Sandbox) -> int:
+    """Bytes that the server holds for its clients; nothing public tells."""
+    assert sandbox._runner is not None
+    assert sandbox._runner.server is not None
+    transports = [connection.transport for connection in sandbox._runner.server.connections]
+    return sum(transport.get_write_buffer_size() for transport in transports if transport is not None)
+
+
+@pytest.mark.looptime
+async def test_readers_that_do_not_read_are_held_little_for_and_then_dropped(
+    sandbox: Sandbox, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(24 * 20):  # as much as is shown at all, and each character takes six bytes
+        await create(http, str(number), f"AB{number % 24:02}", operationPayload="\x01" * 2000)
+    assert sandbox._runner is not None
+    [site] = sandbox._runner.sites
+    assert isinstance(site, web.TCPSite)
+    assert isinstance(site._server, asyncio.Server)
+    [listening] = site._server.sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what the kernel takes does not count
+    address = urlsplit(sandbox.url)
+    most = 0
+    with ExitStack() as lazy:
+        for _ in range(40):
+            connection = lazy.enter_context(socket.create_connection((address.hostname, address.port)))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+            connection.sendall(b"GET /sandbox/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for _ in range(20):
+            sandbox.approve("x", user_id=USER)
+            sandbox.forget("x")
+            await asyncio.sleep(0.2)
+            most = max(most, buffered(sandbox))
+        assert len(sandbox._phones._readers) == 32
+        assert 0 < most < 32 * (3 << 16)
+        await asyncio.sleep(20)
+        assert not sandbox._phones._readers
+        assert buffered(sandbox) == 0
+        assert caplog.records == []
+        assert (await picture(http, user="AB00"))["phones"][0]["more"] == 16
 
 
 @pytest.mark.looptime
