@@ -322,6 +322,10 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     It holds no secret, and of the payload only its hash. `KeylessClient.create_operation` makes it, and
     `ApprovalTicket.for_operation` makes one for an operation that is known already.
 
+    It is not signed: anyone who can write to the store that holds it can make a wait accept the approval of another
+    operation, so compare the operation, the user and the payload with your own record. A payload that can be guessed
+    ("Log in?", an amount) can be found from its hash, so protect a ticket like the payload itself.
+
     Attributes:
         operation_id: The customer's id of the operation.
         user_id: The user, in upper-case hex.
