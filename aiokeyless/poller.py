@@ -26,6 +26,7 @@ from .errors import (
     NotFoundError,
     RequestTimeoutError,
     StatusError,
+    TransportError,
 )
 from .health import Health, error_delay
 from .models import ApprovalUpdate, ClientStatistics, Operation, pack_pending
@@ -47,6 +48,7 @@ FINAL_LOOK: Final = 2.0  # seconds that the look at the deadline may take
 YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 _BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
+_AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
 # The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 _RESOLUTION: Final = 1e-6
 
@@ -319,10 +321,14 @@ class Poller:
         self._timer = None
         self._timer_at = math.inf
         now = self._loop.time()
-        self._cut_overdue(now)
-        self._expire(now)
-        self._dispatch(now)
-        self._arm(now)
+        again = now + _AFTER_BUG
+        try:
+            self._cut_overdue(now)
+            self._expire(now)
+            self._dispatch(now)
+            again = now
+        finally:  # what is raised goes on to the loop, which logs it; the other waits must not hang for it
+            self._arm(again)
 
     def _cut_overdue(self, now: float) -> None:
         for look in self._flying:
@@ -337,16 +343,22 @@ class Poller:
             wait = self._deadlines.take(now + _RESOLUTION)
             if wait is None:
                 break
-            if wait.overtime:
-                self._end_unanswered(wait, now)
-                continue
-            self._begin_overtime(wait.watch, now)
-            if wait.watch.look is not None:
-                hanging.add(wait.watch.look)
+            try:
+                self._expire_one(wait, now, hanging)
+            except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
+                self._end(wait, error)
         for look in hanging:
             # A look that began before the deadline does not count at the deadline; others may still need it.
             if not any(look.serves(wait) for wait in look.members):
                 look.stop()
+
+    def _expire_one(self, wait: Wait, now: float, hanging: set[Look]) -> None:
+        if wait.overtime:
+            self._end_unanswered(wait, now)
+            return
+        self._begin_overtime(wait.watch, now)
+        if wait.watch.look is not None:
+            hanging.add(wait.watch.look)
 
     def _begin_overtime(self, watch: Watch, now: float) -> None:
         """See to it that all waits of an operation whose time is up share one final look."""
@@ -383,7 +395,10 @@ class Poller:
     def _dispatch(self, now: float) -> None:
         """Start workers for what is due, as many as there is room for."""
         while (look := self._take(now)) is not None:
-            look.task = self._loop.create_task(self._work(look), context=self._context)
+            # Not by the loop's task factory, which is the application's. An eager one would run the worker here and
+            # now, in a context that is entered already: that fails, and asyncio then takes no task of the loop for the
+            # current one any more. Another one may raise, or take no context.
+            look.task = asyncio.Task(self._work(look), loop=self._loop, context=self._context)
             look.task.add_done_callback(self._worker_gone)
 
     def _take(self, now: float) -> Look | None:
@@ -441,18 +456,27 @@ class Poller:
     async def _send(self, look: Look) -> None:
         if look.cut:  # everybody left before it began
             return
-        self._begin(look)
-        self._process(look, await self._fetch(look))
+        try:
+            self._begin(look)
+            self._process(look, await self._fetch(look))
+        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, not poll on and on
+            for wait in look.watch.current():
+                self._end(wait, error)
 
     async def _fetch(self, look: Look) -> Operation | KeylessError | None:
         """Do the exchange; None where it was cut off because nobody could use it any more."""
         try:
             return await self._transport.look(look.watch.url)
         except asyncio.CancelledError:
+            assert look.task is not None  # noqa: S101  # it runs this
             # Ours, by look.stop(), or somebody's who cancels this task: that one is not ours to swallow.
-            if not look.cut or (look.task is not None and look.task.uncancel() > 0):
+            if (look.task.uncancel() if look.cut else look.task.cancelling()) > 0:
                 raise
-            return self._no_answer(look.watch, self._transport.request_timeout) if look.overdue else None
+            if look.cut:
+                return self._no_answer(look.watch, self._transport.request_timeout) if look.overdue else None
+            # Nobody cancelled this task: something inside the session was, such as a task of a middleware.
+            path = self._transport.path(look.watch.url)
+            return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
         except KeylessError as error:
             return error
         finally:
@@ -492,14 +516,10 @@ class Poller:
     def _process(self, look: Look, brought: Operation | KeylessError | None) -> None:
         if brought is None:  # cut off, and neither good nor bad
             return
-        try:
-            if isinstance(brought, KeylessError):
-                self._failed(look, brought)
-            else:
-                self._answered(look, brought)
-        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not hang them
-            for wait in look.watch.current():
-                self._end(wait, error)
+        if isinstance(brought, KeylessError):
+            self._failed(look, brought)
+        else:
+            self._answered(look, brought)
 
     def _answered(self, look: Look, operation: Operation) -> None:
         now = self._loop.time()

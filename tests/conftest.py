@@ -28,6 +28,24 @@ if os.environ.get("TEST_LOOP") == "uvloop":
         return {"uvloop": uvloop.new_event_loop}
 
 
+if os.environ.get("TEST_LOOP") == "eager":
+    EAGER = getattr(asyncio, "eager_task_factory", None)  # since Python 3.12
+
+    def eager_loop() -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        loop.set_task_factory(EAGER)
+        return loop
+
+    def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+        """Run the async tests on a loop whose tasks begin to run when they are made; its clock moves as ever."""
+        return {"eager": eager_loop}
+
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        if EAGER is None:
+            for item in items:
+                item.add_marker(pytest.mark.skip(reason="eager tasks need Python 3.12"))
+
+
 @pytest.fixture
 def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
     return keyless_sandbox

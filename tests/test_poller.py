@@ -34,6 +34,7 @@ from aiokeyless import (
     RequestTimeoutError,
     ServerError,
     StatusError,
+    TransportError,
     wait_adaptive,
 )
 
@@ -960,22 +961,17 @@ class TestRule7Cancellation:
     ) -> None:
         await pending(client)
         sandbox.approve("op")
-        loop = asyncio.get_running_loop()
-        killed: list[asyncio.Task[Any]] = []
-
-        def killing(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
-            task = asyncio.Task(coro, loop=loop, **options)
-            if "Poller" in repr(task) and not killed:
-                killed.append(task)
-                task.cancel()
-            return task
-
-        loop.set_task_factory(killing)
-        try:
-            assert (await client.wait_for_approval("op")).is_approved
-        finally:
-            loop.set_task_factory(None)
-        assert killed[0].cancelled()
+        before = asyncio.all_tasks()
+        wait = asyncio.create_task(client.wait_for_approval("op"))
+        killed: set[asyncio.Task[Any]] = set()
+        while not killed:
+            await asyncio.sleep(0)
+            killed = {task for task in asyncio.all_tasks() - before if "Poller" in repr(task)}
+        for task in killed:
+            task.cancel()
+        assert client.statistics.polls == 0
+        assert (await wait).is_approved
+        assert all(task.cancelled() for task in killed)
 
     async def test_waits_do_not_inherit_the_context_of_whoever_came_first(self, client: KeylessClient) -> None:
         variable = contextvars.ContextVar("variable", default="unset")
@@ -1248,6 +1244,111 @@ class TestLearning:
         assert "failed to learn" in caplog.text
 
 
+class TestTaskFactories:
+    """The loop's task factory is the application's; whatever it does, no wait may hang for it."""
+
+    @pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="eager tasks need Python 3.12")
+    async def test_an_eager_one_does_not_freeze_the_loop(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009  # not there on Python 3.11
+        await pending(client)
+        loop.call_later(5, sandbox.approve, "op")
+        waits = [asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND)) for _ in range(3)]
+        async with asyncio.timeout(10):
+            assert all(operation.is_approved for operation in await asyncio.gather(*waits))
+
+    async def test_one_that_raises_hangs_no_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        def raising(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+            if "poller" in coro.cr_code.co_filename:  # the sandbox needs tasks too
+                coro.close()
+                raise ZeroDivisionError
+            return asyncio.Task(coro, loop=loop, **options)
+
+        await self.wait_under(raising, sandbox, client)
+
+    async def test_one_that_takes_no_context_hangs_no_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await self.wait_under(lambda loop, coro: asyncio.Task(coro, loop=loop), sandbox, client)
+
+    async def wait_under(self, factory: Any, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)  # makes the connection, with tasks of aiohttp's
+        loop = asyncio.get_running_loop()
+        loop.call_later(5, sandbox.approve, "op")
+        loop.set_task_factory(factory)
+        try:
+            async with asyncio.timeout(10):
+                assert (await client.wait_for_approval("op", schedule=EVERY_SECOND)).is_approved
+        finally:
+            loop.set_task_factory(None)
+
+
+class TestBugs:
+    """What the poller or what it calls should never do hangs no wait and makes no hot loop, and it is told."""
+
+    async def test_a_timer_that_fails_is_told_and_fires_again(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        told: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _loop, context: told.append(context))
+        await pending(client)
+        start = now()
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+        await asyncio.sleep(3.5)
+        with monkeypatch.context() as patch:
+            patch.setattr("aiokeyless.poller.Poller._expire", broken)
+            await asyncio.sleep(10)
+        sandbox.approve("op")
+        assert (await wait).is_approved
+        assert now() - start <= 14
+        assert 10 <= len(told) <= 110
+        assert isinstance(told[0]["exception"], ZeroDivisionError)
+
+    @pytest.mark.parametrize("name", ["judge", "Poller._begin"])
+    async def test_one_in_a_poll_ends_the_waits_that_it_concerns(
+        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        await pending(client)
+        monkeypatch.setattr(f"aiokeyless.poller.{name}", broken)
+        outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(2)), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * 2
+        assert timers() == 0
+
+    async def test_one_at_the_deadline_ends_the_wait_that_it_concerns(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 3600
+        monkeypatch.setattr("aiokeyless.poller.unknown", broken)
+        with pytest.raises(ZeroDivisionError):
+            await client.wait_for_approval("op", timeout=5)
+
+    async def test_what_no_exchange_should_raise_ends_the_waits(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await pending(client)
+        monkeypatch.setattr("aiokeyless.transport.Transport.look", broken)
+        with pytest.raises(ZeroDivisionError):
+            await client.wait_for_approval("op")
+        assert client.statistics.polls == 1
+
+    async def test_an_exchange_that_is_cancelled_from_inside_is_a_transient_failure(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def cancelled(*_: object) -> None:  # as by a middleware that awaits a task of its own
+            raise asyncio.CancelledError
+
+        await pending(client)
+        monkeypatch.setattr("aiokeyless.transport.Transport.look", cancelled)
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", timeout=60)
+        assert isinstance(caught.value.last_error, TransportError)
+        assert client.statistics.polls <= 60
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
+
+
 class TestClosing:
     @pytest.mark.parametrize("latency", [0.0, 100.0])
     @pytest.mark.parametrize("count", [3, 200])
@@ -1282,18 +1383,6 @@ class TestClosing:
         await client.aclose()
         with pytest.raises(asyncio.CancelledError):
             await wait
-
-    async def test_a_bug_in_here_ends_the_waits_that_it_concerns(
-        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        await pending(client)
-
-        def broken(*_: object, **__: object) -> None:
-            raise ZeroDivisionError
-
-        monkeypatch.setattr("aiokeyless.poller.judge", broken)
-        with pytest.raises(ZeroDivisionError):
-            await client.wait_for_approval("op")
 
 
 class TestNothingGrows:
