@@ -889,9 +889,13 @@ async def test_cancellation_at_the_instant_of_closing_stays_one(
             call.cancel()
             await client.aclose()
         else:
-            closing = asyncio.create_task(client.aclose())
-            asyncio.get_running_loop().call_soon(call.cancel)
+            loop = asyncio.get_running_loop()
+            assert client._transport is not None
+            # Past the client and any task factory: in one turn of the loop, and in this order.
+            closing = asyncio.Task(client._transport.aclose(), loop=loop)
+            loop.call_soon(call.cancel)
             await closing
+            await client.aclose()
         with pytest.raises(asyncio.CancelledError):
             await call
         assert call.cancelled()

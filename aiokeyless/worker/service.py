@@ -281,7 +281,8 @@ class ApprovalWorker:
 
     def _take(self, message: Msg) -> None:
         self._refusals = 0
-        task = asyncio.get_running_loop().create_task(self._deliver(message))
+        # Past the loop's task factory: an eager one runs the delivery before it is counted below.
+        task = asyncio.Task(self._deliver(message), loop=asyncio.get_running_loop())
         self._deliveries.add(task)
         task.add_done_callback(self._delivered)
 
