@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .transport import Transport
     from .waits import Outcome
 
-FINAL_LOOK: Final = 2.0  # seconds that the look at the deadline may take
+FINAL_LOOK: Final = 2.0  # seconds past the deadline within which the final poll is answered, or repeated if it fails
 YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 _BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
@@ -69,7 +69,6 @@ class Poller:
         self._schedule = schedule
         self._pupils = (schedule,) if isinstance(schedule, wait_adaptive) else ()
         self._max_in_flight = max_in_flight
-        self._overtime = min(transport.request_timeout, FINAL_LOOK)
         self._loop = asyncio.get_running_loop()
         # Not the context of whoever happened to be first: its trace and its logging variables are not ours.
         self._context = contextvars.Context()
@@ -77,7 +76,7 @@ class Poller:
         self._watches: dict[str, Watch] = {}
         self._looks: Agenda[Watch] = Agenda()
         self._deadlines: Agenda[Wait] = Agenda()
-        self._finals: deque[Watch] = deque()  # in the order of their deadlines
+        self._finals: deque[tuple[float, Watch]] = deque()  # final polls that wait for a slot, and since when
         self._flying: dict[Look, None] = {}  # looks under way, oldest first
         self._finals_flying = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -188,8 +187,8 @@ class Poller:
         now = self._loop.time()
         due = self._looks.first()
         late = [0.0] if due is None else [0.0, now - due]
-        if self._finals:  # the oldest comes first
-            late += [now - w.deadline for w in self._finals[0].current() if w.overtime and w.final is None]
+        if self._finals and self._lacks_final(self._finals[0][1]):  # the oldest comes first
+            late.append(now - self._finals[0][0])
         return ClientStatistics(
             waiting=self._waiting,
             in_flight=len(self._flying),
@@ -305,6 +304,8 @@ class Poller:
             self._timer_at = math.inf
 
     def _next_event(self, now: float) -> float:
+        if self._finals and not self._finals_flying and len(self._flying) < self._max_in_flight:
+            return now  # where a worker was cancelled
         deadline = self._deadlines.first()
         when = math.inf if deadline is None else deadline
         for look in self._flying:  # the oldest comes first
@@ -353,31 +354,44 @@ class Poller:
                 look.stop()
 
     def _expire_one(self, wait: Wait, now: float, hanging: set[Look]) -> None:
-        if wait.overtime:
+        if not wait.overtime:
+            self._begin_overtime(wait.watch, now)
+            self._want_final(wait.watch, wait.deadline)
+            if wait.watch.look is not None:
+                hanging.add(wait.watch.look)
+        elif now + _RESOLUTION < wait.deadline + FINAL_LOOK:  # the pause after a final poll that failed is over
+            self._want_final(wait.watch, now)
+        else:
             self._end_unanswered(wait, now)
-            return
-        self._begin_overtime(wait.watch, now)
-        if wait.watch.look is not None:
-            hanging.add(wait.watch.look)
 
     def _begin_overtime(self, watch: Watch, now: float) -> None:
-        """See to it that all waits of an operation whose time is up share one final look."""
+        """Take note of all waits of an operation whose time is up: nothing but a final poll counts for them now."""
         for wait in watch.waits():
             if wait.deadline <= now + _RESOLUTION and wait.listed and not wait.overtime:
                 wait.overtime = True
                 watch.patient -= 1
-                self._deadlines.book(wait, wait.deadline + self._overtime)
         if not watch.patient:
             self._do_not_want(watch)
+
+    def _want_final(self, watch: Watch, due: float) -> None:
+        """See to it that all waits of an operation whose time is up share one final poll."""
+        for wait in watch.waits():
+            end = wait.deadline + FINAL_LOOK
+            if wait.overtime and wait.listed and wait.booking != end:
+                self._deadlines.book(wait, end)
         if not watch.final_wanted:
             watch.final_wanted = True
-            self._finals.append(watch)
+            self._finals.append((due, watch))
+
+    def _lacks_final(self, watch: Watch) -> bool:
+        """Whether a wait's time is up, and no final poll of it is under way."""
+        return any(wait.overtime and wait.final is None for wait in watch.current())
 
     def _end_unanswered(self, wait: Wait, now: float) -> None:
-        """End a wait whose final look had its time, or never found a slot."""
+        """End a wait whose final polls had their time, or never found a slot."""
         look = wait.final
         if look is not None:
-            wait.error = self._no_answer(wait.watch, self._overtime)
+            wait.error = self._no_answer(wait.watch, now - look.sent_at)
             if not look.counted_bad:  # it may be the final look of many
                 look.counted_bad = True
                 self._failures += 1
@@ -407,9 +421,9 @@ class Poller:
             return None
         room = self._health.room(now + _RESOLUTION) - self._counted()
         while self._finals and (self._finals_flying == 0 or (room > 0 and not self._health.gated(now))):
-            watch = self._finals.popleft()
+            _, watch = self._finals.popleft()
             watch.final_wanted = False
-            if any(wait.overtime and wait.final is None for wait in watch.current()):
+            if self._lacks_final(watch):
                 return self._new_look(watch, now, final=True)
         if room > 0:
             due = self._looks.take(now + _RESOLUTION)
@@ -434,9 +448,11 @@ class Poller:
         while look is not None:
             try:
                 await self._send(look)
-            finally:
-                now = self._loop.time()
-                self._land(look, now)
+            except BaseException:  # somebody cancelled this task
+                self._abandon(look)
+                raise
+            now = self._loop.time()
+            self._land(look, now)
             task = look.task
             look = self._take(now)
             if look is not None:
@@ -446,12 +462,21 @@ class Poller:
 
     def _worker_gone(self, task: asyncio.Task[None]) -> None:
         """Clean up behind a worker that somebody else cancelled, perhaps before it began."""
-        now = self._loop.time()
         for look in tuple(self._flying):
             if look.task is task:
-                self._land(look, now)
+                self._abandon(look)
         if self._watches and not self.closed:
-            self._arm(now)
+            self._arm(self._loop.time())
+
+    def _abandon(self, look: Look) -> None:
+        """Take a look whose worker somebody cancelled out of the books; it costs no wait its final poll."""
+        now = self._loop.time()
+        for wait in look.members:
+            if wait.final is look:
+                wait.final = None
+        self._land(look, now)
+        if self._lacks_final(look.watch):
+            self._want_final(look.watch, now)
 
     async def _send(self, look: Look) -> None:
         if look.cut:  # everybody left before it began
@@ -509,7 +534,7 @@ class Poller:
 
     def _no_answer(self, watch: Watch, seconds: float) -> RequestTimeoutError:
         path = self._transport.path(watch.url)
-        return RequestTimeoutError(f"GET {path} got no answer within {seconds:g} s", method="GET", path=path)
+        return RequestTimeoutError(f"GET {path} got no answer within {seconds:.3g} s", method="GET", path=path)
 
     # -- what a look brought
 
@@ -554,6 +579,8 @@ class Poller:
         now = self._loop.time()
         members = [wait for wait in look.members if not wait.done()]
         if is_transient(error):
+            hold = error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
+            self._health.bad(now, sent_at=look.sent_at, is_probe=not look.final, hold=hold)
             self._failed_for_now(look, members, error, now)
             return
         self._health.good(now, sent_at=look.sent_at)
@@ -569,21 +596,33 @@ class Poller:
         self._still_pending(look, pending, now, error=error)
 
     def _failed_for_now(self, look: Look, members: list[Wait], error: KeylessError, now: float) -> None:
+        """Go on after a transient failure, with a backoff of its own."""
         self._failures += 1
-        hold = error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
-        self._health.bad(now, sent_at=look.sent_at, is_probe=not look.final, hold=hold)
         watch = look.watch
         watch.failures += 1
         # While the service is down, its health paces the probes, and this wait takes its turn.
         if watch.patient:
             self._want(watch, now if self._health.is_down else now + error_delay(watch.failures))
+        again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
         for wait in members:
             wait.error = error
             if wait.final is look:
-                self._update(wait, now, error=error)
-                self._end(wait, unknown(wait.record(now)))
+                self._repeat_final(wait, again, now)
             else:
                 self._update(wait, now, error=error, due=max(watch.due, self._health.opens_at()))
+
+    def _repeat_final(self, wait: Wait, again: float, now: float) -> None:
+        """Repeat a final poll that failed: an error at the wrong moment must not cost an approval that came in time.
+
+        Where that is too late, as by a long ``Retry-After``, the wait ends at once: there is nothing left to wait for.
+        """
+        wait.final = None
+        if again < wait.deadline + FINAL_LOOK:
+            self._deadlines.book(wait, again)
+            self._update(wait, now, error=wait.error, due=again)
+        else:
+            self._update(wait, now, error=wait.error)
+            self._end(wait, unknown(wait.record(now)))
 
     def _still_pending(
         self,
@@ -642,13 +681,14 @@ class Poller:
     ) -> None:
         if wait.updates is None:
             return
+        last = wait.deadline + FINAL_LOOK if wait.overtime else wait.deadline
         wait.updates.send_nowait(
             ApprovalUpdate(
                 operation=operation,
                 error=error,
                 polls=wait.polls,
                 elapsed=now - wait.began,
-                next_poll_in=None if due is None else max(0.0, min(due, wait.deadline) - now),
+                next_poll_in=None if due is None else max(0.0, min(due, last) - now),
             )
         )
 

@@ -37,6 +37,7 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
+from aiokeyless.poller import Poller
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -294,14 +295,25 @@ class TestRule3OneBudget:
         assert isinstance(caught.value, ApprovalTimeoutError | TimeoutError)
         assert looks(sandbox) == pytest.approx([start, start + 5])  # the first was cut for the final one
 
-    async def test_the_final_look_takes_no_longer_than_the_request_timeout(self, sandbox: Sandbox) -> None:
+    async def test_a_final_poll_is_cut_after_the_request_timeout_and_repeated(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(request_timeout=0.5) as client:
+            await pending(client)
+            start = now()
+            asyncio.get_running_loop().call_at(start + 4.9, setattr, sandbox, "latency", 3600)
+            asyncio.get_running_loop().call_at(start + 5.4, setattr, sandbox, "latency", 0)
+            asyncio.get_running_loop().call_at(start + 4.9, sandbox.approve, "op")
+            assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
+            assert 5.5 < now() - start <= 6.0 + 1e-6
+            assert looks(sandbox)[1] == pytest.approx(start + 5)
+
+    async def test_final_polls_that_hang_end_two_seconds_after_the_deadline(self, sandbox: Sandbox) -> None:
         async with sandbox.client(request_timeout=0.5) as client:
             await pending(client)
             sandbox.latency = 3600
             start = now()
             with pytest.raises(ApprovalUnknownError) as caught:
                 await client.wait_for_approval("op", timeout=5)
-            assert now() - start == pytest.approx(5.5)
+            assert 6.5 - 1e-6 <= now() - start <= 7 + 1e-6
             assert isinstance(caught.value.last_error, RequestTimeoutError)
 
     async def test_a_slow_answer_to_the_final_look_counts(self, sandbox: Sandbox, client: KeylessClient) -> None:
@@ -322,6 +334,194 @@ class TestRule3OneBudget:
             assert (await client.wait_for_approval("op")).is_approved
             assert 3 <= now() - start <= 3.5  # the error pace begins within half a second
             assert client.statistics.transient_failures == 1
+
+    @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+    async def test_a_transient_failure_at_the_deadline_never_costs_an_approval_that_came_in_time(
+        self, sandbox: Sandbox, client: KeylessClient, status: int
+    ) -> None:
+        await pending(client)
+        start = now()
+        asyncio.get_running_loop().call_at(start + 4.9, sandbox.approve, "op")
+        asyncio.get_running_loop().call_at(start + 4.9, sandbox.fail_next, status, 2)
+        updates: list[ApprovalUpdate] = []
+        operation = await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5, on_poll=updates.append)
+        assert operation.is_approved
+        assert now() - start <= 6
+        assert [update.polls for update in updates] == [1, 2, 3, 4]
+        assert all(0 < (update.next_poll_in or 0) <= 0.5 for update in updates[1:3])
+        assert len(looks(sandbox)) == 4
+
+    async def test_a_dropped_connection_at_the_deadline_never_costs_an_approval_that_came_in_time(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.approve, "op")
+        asyncio.get_running_loop().call_later(4.9, sandbox.drop_next, 3)
+        assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
+
+    async def test_a_repeated_final_poll_that_says_pending_is_a_timeout(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.fail_next, 503)
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        assert not isinstance(caught.value, ApprovalUnknownError)
+        assert caught.value.polls == 3
+
+    async def test_repeated_final_polls_end_within_two_seconds(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.fail_next, 503, None)
+        start = now()
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        assert 6.4 <= now() - start <= 7 + 1e-6
+        assert isinstance(caught.value.last_error, ServerError)
+        assert caught.value.last_operation is not None
+        assert 5 <= len(looks(sandbox)) <= 40
+
+    async def test_a_slow_repeat_is_cut_two_seconds_after_the_deadline(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.fail_next, 503)
+        asyncio.get_running_loop().call_later(5.01, setattr, sandbox, "latency", 3600)
+        start = now()
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        assert now() - start == pytest.approx(7)
+        assert isinstance(caught.value.last_error, RequestTimeoutError)
+
+    async def test_a_final_poll_is_repeated_when_the_service_wants_it(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.approve, "op")
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
+        start = now()
+        assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
+        assert looks(sandbox) == pytest.approx([start, start + 5, start + 6])
+
+    async def test_a_wait_ends_at_once_where_the_service_wants_no_poll_in_what_is_left(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(503, retry_after=3))
+        start = now()
+        updates: list[ApprovalUpdate] = []
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5, on_poll=updates.append)
+        assert now() - start == pytest.approx(5)
+        assert updates[-1].error is caught.value.last_error
+        assert updates[-1].next_poll_in is None
+
+    async def test_waits_of_one_operation_share_the_repeated_final_polls(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.fail_next, 503, 2)
+        asyncio.get_running_loop().call_later(4.9, sandbox.approve, "op")
+        waits = [client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5) for _ in range(300)]
+        assert all(operation.is_approved for operation in await asyncio.gather(*waits))
+        assert len(looks(sandbox)) == 4
+
+    async def test_deadlines_that_follow_each_other_share_the_repeated_final_polls(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.fail_next, 503, None)
+        start = now()
+        outcomes = await asyncio.gather(
+            *(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5 + n / 100) for n in range(100)),
+            return_exceptions=True,
+        )
+        assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
+        assert now() - start <= 8
+        assert len(looks(sandbox)) <= 1 + 100 + 30
+
+    async def test_a_wait_that_leaves_between_final_polls_takes_nothing_from_the_others(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
+        asyncio.get_running_loop().call_later(4.9, sandbox.approve, "op")
+        before = asyncio.all_tasks()
+        first, second = (
+            asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)) for _ in range(2)
+        )
+        await asyncio.sleep(5.5)
+        await cancel([first])
+        assert (await second).is_approved
+        assert left_behind(before) == set()
+        assert timers() == 0
+
+    async def test_cancelling_between_final_polls_leaves_nothing_behind(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
+        before = asyncio.all_tasks()
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
+        await asyncio.sleep(5.5)
+        await cancel([wait])
+        assert left_behind(before) == set()
+        assert timers() == 0
+        assert len(client._poller._deadlines) == 0  # type: ignore[union-attr]
+        sandbox.requests.clear()
+        await asyncio.sleep(10)
+        assert sandbox.requests == []
+
+    async def test_an_ordinary_poll_in_between_is_the_repeat_of_a_final_one(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        start = now()
+        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504, retry_after=1))
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        assert not isinstance(caught.value, ApprovalUnknownError)
+        assert now() - start == pytest.approx(5.01)
+        await cancel([patient])
+
+    async def test_an_ordinary_poll_that_hangs_as_the_repeat_ends_with_the_two_seconds(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        start = now()
+        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504, retry_after=1))
+        asyncio.get_running_loop().call_later(5.005, setattr, sandbox, "latency", 3600)
+        with pytest.raises(ApprovalUnknownError):
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        assert now() - start == pytest.approx(7)
+        await cancel([patient])
+
+    async def test_somebody_who_cancels_a_worker_costs_no_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 0.5
+        before = asyncio.all_tasks()
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
+        await asyncio.sleep(4.5)
+        sandbox.approve("op")
+        await asyncio.sleep(0.75)
+        await cancel([task for task in asyncio.all_tasks() - before if "Poller" in repr(task)])
+        assert (await wait).is_approved
+        assert now() == pytest.approx(5.75)
+        assert client.statistics.transient_failures == 0
+
+    async def test_a_worker_that_is_cancelled_before_it_began_costs_no_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await pending(client)
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
+        await asyncio.sleep(4.5)
+        sandbox.approve("op")
+        killed = kill_next_worker(monkeypatch)
+        assert (await wait).is_approved
+        assert killed[0].cancelled()
 
     async def test_too_many_waits_do_not_make_one_last_longer(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=2) as client:
@@ -662,6 +862,22 @@ class TestRule4TransientFailures:
         assert all(b - a >= 0.5 - 1e-6 for a, b in pairwise(at[:3]))
         assert {type(outcome) for outcome in outcomes} <= {ApprovalTimeoutError, ApprovalUnknownError}
 
+    async def test_repeated_final_polls_go_one_at_a_time_while_the_service_is_down(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=64) as client:
+            for number in range(200):
+                await pending(client, f"op{number}")
+            sandbox.fail_next(503, times=None)
+            sandbox.latency = 0.01
+            start = now()
+            outcomes = await asyncio.gather(
+                *(client.wait_for_approval(f"op{number}", timeout=20) for number in range(200)), return_exceptions=True
+            )
+            assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
+            assert now() - start <= 22 + 1e-6
+            at = [at for at in looks(sandbox) if at > start + 20 - 1e-6]
+            assert len(at) <= 201
+            assert all(b - a >= 0.01 - 1e-6 for a, b in pairwise(at[1:]))  # beside a probe, perhaps
+
     async def test_an_unanswered_final_look_is_a_failure_of_the_service(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -729,7 +945,7 @@ class TestRule4TransientFailures:
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
-        asyncio.get_running_loop().call_later(4, sandbox.fail_next, 503, 1)
+        asyncio.get_running_loop().call_later(4, sandbox.fail_next, 503, None)
         updates: list[ApprovalUpdate] = []
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5, on_poll=updates.append)
@@ -957,21 +1173,13 @@ class TestRule7Cancellation:
         assert (await wait).is_approved
 
     async def test_a_worker_that_is_cancelled_before_it_began_does_not_hang_the_wait(
-        self, sandbox: Sandbox, client: KeylessClient
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await pending(client)
         sandbox.approve("op")
-        before = asyncio.all_tasks()
-        wait = asyncio.create_task(client.wait_for_approval("op"))
-        killed: set[asyncio.Task[Any]] = set()
-        while not killed:
-            await asyncio.sleep(0)
-            killed = {task for task in asyncio.all_tasks() - before if "Poller" in repr(task)}
-        for task in killed:
-            task.cancel()
-        assert client.statistics.polls == 0
-        assert (await wait).is_approved
-        assert all(task.cancelled() for task in killed)
+        killed = kill_next_worker(monkeypatch)
+        assert (await client.wait_for_approval("op")).is_approved
+        assert killed[0].cancelled()
 
     async def test_waits_do_not_inherit_the_context_of_whoever_came_first(self, client: KeylessClient) -> None:
         variable = contextvars.ContextVar("variable", default="unset")
@@ -1345,6 +1553,23 @@ class TestBugs:
         assert client.statistics.polls <= 60
 
 
+def kill_next_worker(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Task[None]]:
+    """Cancel the next worker before it begins; the list then holds it."""
+    killed: list[asyncio.Task[None]] = []
+    dispatch = Poller._dispatch
+
+    def killing(poller: Poller, at: float) -> None:
+        dispatch(poller, at)
+        killed.extend(look.task for look in poller._flying if look.task is not None and not look.under_way)
+        for task in killed:
+            task.cancel()
+        if killed:
+            monkeypatch.setattr(Poller, "_dispatch", dispatch)
+
+    monkeypatch.setattr(Poller, "_dispatch", killing)
+    return killed
+
+
 def broken(*_: object, **__: object) -> None:
     raise ZeroDivisionError
 
@@ -1419,6 +1644,16 @@ class TestNothingGrows:
             await asyncio.sleep(1.5)
             assert client.statistics.lag == pytest.approx(0.75)  # of the final looks
             await cancel(waits)
+
+    async def test_the_pause_before_a_repeated_final_poll_is_no_lag(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
+        await asyncio.sleep(5.9)
+        assert client.statistics.lag == 0
+        await cancel([wait])
 
 
 class Recording(wait_base):
