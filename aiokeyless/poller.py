@@ -125,7 +125,7 @@ class Poller:
         now = self._loop.time()
         age = self._age(ticket, now)
         if timeout is None:
-            timeout = math.inf if ticket is None else self._left(ticket, age)
+            timeout = math.inf if ticket is None else _left(ticket, age)
         schedule = schedule or self._schedule
         fresh = ticket is not None and operation_id in self._created and age < FRESH
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
@@ -209,11 +209,6 @@ class Poller:
         if created is not None:
             return now - created
         return max(0.0, (datetime.now(UTC) - ticket.created_at).total_seconds())
-
-    def _left(self, ticket: ApprovalTicket, age: float) -> float:
-        if ticket.operation_id in self._created:  # the loop's clock, exactly
-            return max(0.0, (ticket.expires_at - ticket.created_at).total_seconds() - age)
-        return ticket.remaining()
 
     # -- watches and waits
 
@@ -503,7 +498,7 @@ class Poller:
             path = self._transport.path(look.watch.url)
             return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
         except KeylessError as error:
-            return error
+            return _bare(error)
         finally:
             look.under_way = False
 
@@ -584,11 +579,17 @@ class Poller:
             self._failed_for_now(look, members, error, now)
             return
         self._health.good(now, sent_at=look.sent_at)
+        missing = isinstance(error, NotFoundError)
+        if missing and any(wait.seen is not None for wait in members):
+            # It was there, so this is a replica that lags, or a gateway. The service answers, so its health is good;
+            # only this operation is polled again with a backoff.
+            self._failed_for_now(look, members, error, now)
+            return
         look.watch.failures = 0
         pending: list[Wait] = []
         for wait in members:
             young = wait.ticket is not None and look.sent_at - wait.origin < YOUNG
-            if isinstance(error, NotFoundError) and (wait.may_be_missing or young):
+            if missing and (wait.may_be_missing or young):
                 wait.error = error
                 pending.append(wait)
             else:
@@ -693,10 +694,22 @@ class Poller:
         )
 
 
+def _left(ticket: ApprovalTicket, age: float) -> float:
+    """Return what a ticket has left: never more than its lifetime, also where another machine's clock is ahead."""
+    return max(0.0, (ticket.expires_at - ticket.created_at).total_seconds() - age)
+
+
+def _bare(error: KeylessError) -> KeylessError:
+    """Strip an error of what pins frames: a wait may keep it for minutes, and their locals hold whole bodies.
+
+    No cause either: aiohttp's have tracebacks of their own, also in attributes, and the message names them.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
 def _own(error: KeylessError, members: Iterable[Wait]) -> KeylessError:
     """Return the error itself where one wait raises it, else a copy for each: tracebacks must not pile up on one."""
     if len(list(members)) == 1:
         return error
-    twin = copy.copy(error)
-    twin.__cause__ = error.__cause__
-    return twin
+    return copy.copy(error)

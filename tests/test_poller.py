@@ -7,8 +7,11 @@ import contextvars
 import gc
 import logging
 import math
+import sys
+import traceback
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,6 +31,7 @@ from aiokeyless import (
     DecodeError,
     InconsistentOperationError,
     KeylessClient,
+    KeylessError,
     NotFoundError,
     Operation,
     OperationMismatchError,
@@ -38,11 +42,10 @@ from aiokeyless import (
     wait_adaptive,
 )
 from aiokeyless.poller import Poller
+from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
-
-    from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
 
@@ -675,6 +678,25 @@ class TestRule3OneBudget:
             await client.wait_for_approval(ticket)
         assert now() - start == pytest.approx(30, abs=1)
 
+    async def test_a_ticket_of_a_machine_whose_clock_is_ahead_has_no_more_than_its_lifetime_left(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=-3600)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket)
+        assert now() - start == pytest.approx(120)
+
+    async def test_a_ticket_that_expired_before_it_was_created_has_nothing_left(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await _ticket_of_another_client(sandbox)
+        ticket = msgspec.structs.replace(ticket, created_at=ticket.expires_at, expires_at=ticket.created_at)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket)
+        assert now() == start
+
     async def test_an_expired_ticket_gets_one_look_the_final_one(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
         start = now()
@@ -1018,6 +1040,67 @@ class TestRule5EverythingElse:
         with pytest.raises(NotFoundError):
             await client.wait_for_approval(ticket, schedule=EVERY_SECOND)
         assert now() - start == pytest.approx(5)
+
+    @pytest.mark.parametrize("if_missing", ["raise", "wait"])
+    async def test_a_404_after_the_operation_was_seen_is_a_transient_failure(
+        self, sandbox: Sandbox, client: KeylessClient, if_missing: Any
+    ) -> None:
+        await pending(client)
+        updates: list[ApprovalUpdate] = []
+        start = now()
+        asyncio.get_running_loop().call_at(start + 9, sandbox.fail_next, 404, 2)  # a replica that lags
+        asyncio.get_running_loop().call_at(start + 9, sandbox.approve, "op")
+        operation = await client.wait_for_approval(
+            "op", schedule=wait_fixed(10), if_missing=if_missing, on_poll=updates.append
+        )
+        assert operation.is_approved
+        assert [type(update.error) for update in updates] == [type(None), NotFoundError, NotFoundError, type(None)]
+        gaps = [b - a for a, b in pairwise(looks(sandbox))]
+        assert gaps[0] == pytest.approx(10)
+        assert gaps[1] <= 0.5
+        assert gaps[2] <= 1
+        assert client.statistics.transient_failures == 2
+
+    async def test_404s_after_the_operation_was_seen_are_no_failure_of_the_service(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        for name in ("op", "other"):
+            await pending(client, name)
+        wait = asyncio.create_task(client.wait_for_approval("op", timeout=None))
+        await asyncio.sleep(1)
+        sandbox.forget("op")
+        await asyncio.sleep(600)
+        assert not wait.done()
+        assert client.statistics.transient_failures >= 10
+        sandbox.approve("other")
+        start = now()
+        assert (await client.wait_for_approval("other")).is_approved
+        assert now() == start
+        assert len(looks(sandbox, "op")) <= 100
+        await cancel([wait])
+
+    async def test_a_404_at_the_deadline_after_the_operation_was_seen_leaves_the_outcome_unknown(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(3, sandbox.forget, "op")
+        with pytest.raises(ApprovalUnknownError) as caught:
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        assert isinstance(caught.value.last_error, NotFoundError)
+        assert caught.value.last_operation is not None
+
+    async def test_a_404_is_transient_for_who_came_after_the_operation_was_seen(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        first = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60)))
+        await asyncio.sleep(1)
+        sandbox.fail_next(404)
+        second = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60)))
+        await asyncio.sleep(0.1)
+        sandbox.approve("op")
+        assert (await second).is_approved
+        assert (await first).is_approved
 
     async def test_a_missing_operation_ends_one_wait_and_not_the_other(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1608,6 +1691,59 @@ class TestClosing:
         await client.aclose()
         with pytest.raises(asyncio.CancelledError):
             await wait
+
+
+def reachable(*roots: object) -> list[object]:
+    """All that is reachable from these objects, by the garbage collector's account; classes and modules left out."""
+    seen: dict[int, object] = {}
+    left: list[object] = list(roots)
+    while left:
+        thing = left.pop()
+        if id(thing) not in seen and not isinstance(thing, type | ModuleType):
+            seen[id(thing)] = thing
+            left += gc.get_referents(thing)
+    return list(seen.values())
+
+
+class TestKeptErrors:
+    """A wait may keep its last error for minutes, and there are a hundred thousand waits."""
+
+    BODY = b"page " * 50_000
+
+    @pytest.mark.parametrize("status", [200, 404, 503])
+    async def test_a_kept_error_keeps_no_body(self, sandbox: Sandbox, client: KeylessClient, status: int) -> None:
+        sandbox.fail_next(status, None, body=self.BODY, content_type="text/html")
+        updates: list[ApprovalUpdate] = []
+        wait = asyncio.create_task(client.wait_for_approval("op", if_missing="wait", on_poll=updates.append))
+        await asyncio.sleep(1)
+        error = updates[-1].error
+        assert isinstance(error, KeylessError)
+        assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+        assert all(not isinstance(thing, FrameType | TracebackType) for thing in reachable(error))
+        assert sum(sys.getsizeof(thing) for thing in reachable(error)) < 20_000
+        await cancel([wait])
+
+    async def test_a_kept_error_of_the_connection_keeps_no_traceback(self) -> None:
+        async with Sandbox() as gone:
+            address = gone.url
+        async with KeylessClient("key", base_url=address) as client:
+            with pytest.raises(ApprovalUnknownError) as caught:
+                await client.wait_for_approval("op", timeout=1)
+        error = caught.value.last_error
+        assert isinstance(error, TransportError)
+        assert all(not isinstance(thing, FrameType | TracebackType) for thing in reachable(error))
+
+    async def test_what_a_wait_raises_has_a_traceback_of_its_own(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        sandbox.fail_next(401, body=self.BODY)
+        outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(2)), return_exceptions=True)
+        for error in outcomes:
+            assert isinstance(error, AuthenticationError)
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            assert frames[-1].f_code.co_name == "_result"
+            assert all(self.BODY not in frame.f_locals.values() for frame in frames)
+        assert isinstance(outcomes[0], Exception)
+        assert isinstance(outcomes[1], Exception)
+        assert outcomes[0].__traceback__ is not outcomes[1].__traceback__
 
 
 class TestNothingGrows:
