@@ -150,7 +150,9 @@ async def test_it_works_until_it_is_told_to_end_and_exits_0_having_done_its_work
 ) -> None:
     worker = await workers.start("--nats", nats_url, "--max-in-flight", "8")
     await worker.said("worker.ready")
-    operation_id = await submit_approval(connection, "c0ffee", expires_in=0.5)  # the last look comes soon
+    operation_id = (
+        await submit_approval(connection, "c0ffee", expires_in=0.5)
+    ).operation_id  # the last look comes soon
     await until(lambda: operation_id in sandbox.operations)
     sandbox.approve(operation_id)
     async with aclosing(approval_outcomes(connection, "test")) as events:
@@ -173,7 +175,7 @@ async def test_what_is_under_way_when_it_is_told_to_end_is_finished(
     worker = await workers.start("--nats", nats_url)
     await worker.said("worker.ready")
     sandbox.latency = 0.5
-    operation_id = await submit_approval(connection, "c0ffee")
+    operation_id = (await submit_approval(connection, "c0ffee")).operation_id
     await until(lambda: operation_id in sandbox.operations)  # the answer is still on its way
     assert await worker.told_to_end() == 0
     assert " created=1 " in worker.lines[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import uuid
 from contextlib import suppress
@@ -19,8 +20,8 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.health import error_delay
 from aiokeyless.models import finite_seconds
 
+from .logs import Seldom, log
 from .messages import (
-    MAX_CONTEXT,
     MESSAGE_ID,
     REQUEST_SUBJECT,
     ROOM_FOR_EVENT,
@@ -28,11 +29,13 @@ from .messages import (
     ApprovalEvent,
     ApprovalRequest,
     BrokerError,
+    NewerEventError,
     derived_operation_id,
-    operation_name,
     read_event,
+    refused_context,
+    request_name,
 )
-from .streams import OUTCOMES, REQUESTS
+from .streams import OUTCOMES, REQUESTS, is_delivery
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -40,12 +43,29 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.js import JetStreamContext
+    from nats.js.api import PubAck
 
 _PUBLISH_WITHIN: Final = 5.0  # seconds
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _DURABLE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
+_UPGRADED_IN: Final = 60.0  # seconds until an event of a later version is delivered again
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that is stored.
+
+    Attributes:
+        operation_id: The operation's id. Where the answer to a submission was lost, submit again under it.
+        message_id: Your name of the request, or the one that was made since you gave none; None where you gave
+            `operation_id` alone.
+        duplicate: Whether the stream had exactly this request already, and stored nothing.
+    """
+
+    operation_id: str
+    message_id: str | None
+    duplicate: bool
 
 
 async def submit_approval(
@@ -58,8 +78,12 @@ async def submit_approval(
     expires_in: float = 120.0,
     context: object = None,
     message_id: str | None = None,
-) -> str:
+    created_at: datetime | None = None,
+) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will see to it.
+
+    The same request submitted twice is one. It is the same if all arguments but `created_at` are equal. A different
+    one under a used operation id is stored too, and comes out as ``failed`` with `FailureReason.CONFLICT`.
 
     Args:
         connection: A connection to the broker.
@@ -68,21 +92,23 @@ async def submit_approval(
             another. Default: derived from `message_id`.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
-        expires_in: Seconds until waiting ends. Default: 120.
-        context: Anything that msgspec writes as JSON, up to 64 KiB; the event hands it back.
-        message_id: Your name of this request, up to 512 characters of printable ASCII. One name is one approval, for
-            good, as one operation id is; within the stream's duplicate window it is one event too. Default: the
-            operation's id, or else a new UUID.
+        expires_in: Seconds from `created_at` until waiting ends. Default: 120.
+        context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event hands it
+            back.
+        message_id: Your name of this request, up to 512 characters of printable ASCII, from which its operation id is
+            derived where you give none; otherwise it has no effect. Default: a new UUID.
+        created_at: When you asked, with a zone. Give it where your own trigger may come twice: then both submissions
+            have the same deadline. It counts as now where it is in the future. Default: now.
 
     Returns:
-        The operation's id.
+        The operation's id, and whether exactly this request was stored already.
 
     Raises:
         ConfigurationError: An argument is wrong; nothing was published.
-        BrokerError: The broker did not store it, as far as is known. It is safe to submit it again with the same
-            `message_id` or `operation_id`.
+        BrokerError: The broker did not store it, as far as is known. It is safe to submit it again under the
+            `operation_id` that the message names.
     """
-    message_id = _message_id(message_id, operation_id)
+    message_id, operation_id = _names(message_id, operation_id)
     request = ApprovalRequest(
         version=VERSION,
         user_id=protocol.check_user_id(user_id),
@@ -90,15 +116,28 @@ async def submit_approval(
         operation_payload=protocol.check_text(operation_payload, "operation_payload"),
         external_user_id=protocol.check_text(external_user_id, "external_user_id"),
         expires_in=finite_seconds(expires_in, "expires_in"),
-        created_at=datetime.now(UTC),
+        created_at=_aware(created_at),
         context=_encoded(context),
     )
+    stored = await _publish(connection, request, operation_id)
+    return Submission(operation_id=operation_id, message_id=message_id, duplicate=bool(stored.duplicate))
+
+
+async def _publish(connection: Client, request: ApprovalRequest, operation_id: str) -> PubAck:
     encoded = msgspec.json.encode(request)
     if len(encoded) > (most := connection.max_payload - ROOM_FOR_EVENT):
         raise ConfigurationError(f"the request has {len(encoded)} bytes, more than {most}: shorten operation_payload")
+    name = request_name(
+        operation_id=operation_id,
+        user_id=request.user_id,
+        operation_payload=request.operation_payload,
+        external_user_id=request.external_user_id,
+        expires_in=request.expires_in,
+        context=request.context,
+    )
     stream = connection.jetstream(timeout=_PUBLISH_WITHIN)
     try:
-        await stream.publish(REQUEST_SUBJECT, encoded, stream=REQUESTS, headers={MESSAGE_ID: message_id})
+        return await stream.publish(REQUEST_SUBJECT, encoded, stream=REQUESTS, headers={MESSAGE_ID: name})
     except nats.js.errors.NoStreamResponseError:
         raise BrokerError(
             "the request for an approval was not stored: no stream took it; start a worker first, it makes the stream"
@@ -106,24 +145,37 @@ async def submit_approval(
     except nats.errors.Error as error:
         raise BrokerError(
             f"the request for an approval was not stored, as far as is known ({_reason(error)}); submit it again under "
-            f"the same message_id or operation_id"
+            f"the same operation_id, {operation_id!r}"
         ) from None
-    return operation_id or derived_operation_id(message_id)
 
 
-def _message_id(message_id: str | None, operation_id: str | None) -> str:
-    if operation_id is not None:
-        protocol.check_operation_id(operation_id)
+def _names(message_id: str | None, operation_id: str | None) -> tuple[str | None, str]:
+    """Check or make the name of a request and the id of its operation."""
     if message_id is None:
-        return str(uuid.uuid4()) if operation_id is None else operation_name(operation_id)
+        if operation_id is not None:
+            return None, protocol.check_operation_id(operation_id)
+        message_id = str(uuid.uuid4())
     protocol.check_text(message_id, "message_id")
-    # As a header carries it: else the worker would derive another operation id from it than is returned here.
+    # As a header carries it: publishers in other languages name their requests so, and mean the same operation by it.
     printable = message_id.isascii() and message_id.isprintable() and message_id == message_id.strip()
     if not printable or not 0 < len(message_id) <= protocol.MAX_IDENTIFIER:
         raise ConfigurationError(
             f"message_id must be 1 to {protocol.MAX_IDENTIFIER} characters of printable ASCII, with no blanks around it"
         )
-    return message_id
+    if operation_id is None:
+        return message_id, derived_operation_id(message_id)
+    return message_id, protocol.check_operation_id(operation_id)
+
+
+def _aware(created_at: object) -> datetime:
+    if created_at is None:
+        return datetime.now(UTC)
+    if not isinstance(created_at, datetime) or created_at.utcoffset() is None:
+        raise ConfigurationError("created_at must be an aware datetime, such as datetime.now(UTC)")
+    try:
+        return created_at.astimezone(UTC)
+    except OverflowError:  # the first or the last day of the calendar, and another year in UTC
+        raise ConfigurationError("created_at must be in the years 1 to 9999, UTC") from None
 
 
 def _encoded(context: object) -> msgspec.Raw:
@@ -131,8 +183,8 @@ def _encoded(context: object) -> msgspec.Raw:
         encoded = msgspec.Raw(msgspec.json.encode(context))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"context cannot be written as JSON: {error}") from None
-    if len(encoded) > MAX_CONTEXT:
-        raise ConfigurationError(f"context is {len(encoded)} bytes of JSON; at most {MAX_CONTEXT} are handed on")
+    if (reason := refused_context(encoded)) is not None:
+        raise ConfigurationError(reason)
     return encoded
 
 
@@ -145,6 +197,10 @@ async def approval_outcomes(connection: Client, durable: str) -> AsyncGenerator[
 
     An event is acknowledged when the next one is asked for. One whose handling raised, or took over 30 s, comes again,
     to this application or to another process of it: handle an event so that twice does no harm.
+
+    Only what the stream of outcomes delivered to `durable` is believed; what others send to the inbox is ignored and
+    logged. A message that is no event is logged and never comes again; an event of a later version is logged and comes
+    again a minute later, for a reader that has been upgraded.
 
     Args:
         connection: A connection to the broker.
@@ -162,13 +218,20 @@ async def approval_outcomes(connection: Client, durable: str) -> AsyncGenerator[
     if not _DURABLE.fullmatch(durable):
         raise ConfigurationError(f"durable must be 1 to 128 letters, digits, '-' and '_', not {durable!r:.80}")
     try:
+        foreign = Seldom(logging.WARNING, "broker.foreign_message")
         subscription = await _subscribed(connection.jetstream(), durable)
         try:
             while True:
                 # One at a time: a batch would make the last of it wait for an application that is slow with the first.
                 message = await _next_message(subscription)
-                if message is not None:
-                    yield _event(message)
+                if message is None:
+                    continue
+                if not is_outcome(message.reply, durable):
+                    foreign.log({"stream": OUTCOMES, "durable": durable})
+                    continue
+                event = await _event(message)
+                if event is not None:
+                    yield event
                     await message.ack()
         finally:
             with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
@@ -208,9 +271,28 @@ async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg 
         return None
 
 
-def _event(message: Msg) -> ApprovalEvent:
+async def _event(message: Msg) -> ApprovalEvent | None:
+    """Read an event; one that cannot be read must not come again and again to everybody."""
+    facts: dict[str, object] = {"stream": OUTCOMES, "sequence": message.metadata.sequence.stream}
     try:
         return read_event(message.data)
+    except NewerEventError as error:
+        log(logging.ERROR, "outcome.newer", {**facts, "error": str(error)})
+        await message.nak(delay=_UPGRADED_IN)
     except msgspec.DecodeError as error:
-        number = message.metadata.sequence.stream
-        raise BrokerError(f"message {number} of stream {OUTCOMES} is no event of a worker: {error}") from None
+        log(logging.ERROR, "outcome.unreadable", {**facts, "error": str(error)})
+        await message.term()
+    return None
+
+
+def is_outcome(reply: str, durable: str) -> bool:
+    """Whether a message is an event that the stream of outcomes delivered, for readers with a client of their own.
+
+    `approval_outcomes` does this itself. An inbox takes messages of anybody who may publish to it, and neither their
+    subject nor their content shows where they come from. Do not acknowledge what is none.
+
+    Args:
+        reply: The message's reply subject.
+        durable: Name of the reading application's consumer.
+    """
+    return is_delivery(reply, OUTCOMES, durable)

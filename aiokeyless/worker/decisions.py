@@ -13,7 +13,7 @@ from aiokeyless.health import error_delay
 from aiokeyless.protocol import is_transient
 from aiokeyless.schedule import next_delay
 
-from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, operation_name
+from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -86,6 +86,22 @@ def after_answer(
     return _still_pending(delivery, sent_at, now, schedule)
 
 
+def after_older(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
+    """Decide about an operation that was there before this request held its id: it is not this request's."""
+    verdict = judge(operation, delivery.ticket.operation_id, delivery.ticket)
+    if isinstance(verdict, Distrust):
+        return _distrusted(delivery, now, operation, verdict)
+    if verdict is Verdict.APPROVED:
+        detail = "an operation of this id and content was approved before this request asked; one approval counts once"
+        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
+    return _failed(delivery, now, FailureReason.CONFLICT, "an operation of this id was there before this request")
+
+
+def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
+    """Decide about a request whose operation id a different request holds."""
+    return _failed(delivery, now, FailureReason.CONFLICT, "the operation id belongs to a different request")
+
+
 def after_missing(delivery: Delivery, *, sent_at: datetime, now: datetime) -> Decision | None:
     """Decide after a look that found no operation; None: it is to be created, since it is not too late for that."""
     return _decided(delivery, now, Outcome.EXPIRED, answered=True) if is_last(delivery, sent_at) else None
@@ -96,8 +112,7 @@ def after_failed_creation(delivery: Delivery, error: KeylessError, *, now: datet
     if is_transient(error):
         return Again(_cut(delivery, now, pace.pause()))
     reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.REJECTED
-    # An operation under this id may be another request's, and under way: its one outcome is not ours to use up.
-    return _failed(delivery, now, reason, str(error), message_id=delivery.message)
+    return _failed(delivery, now, reason, str(error))
 
 
 def after_failed_look(
@@ -127,8 +142,7 @@ def after_failed_look(
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:
     """Decide about a request that the worker could not handle: it must not come again forever."""
     detail = f"the worker failed ({type(error).__name__}); see its log"
-    # Perhaps only this delivery of it: the operation's own outcome is left to whoever comes to one.
-    return _failed(delivery, now, FailureReason.INTERNAL, detail, message_id=delivery.message)
+    return _failed(delivery, now, FailureReason.INTERNAL, detail)
 
 
 def invalid(
@@ -182,16 +196,12 @@ def _distrusted(delivery: Delivery, now: datetime, operation: Operation, distrus
     if distrust.error is not OperationMismatchError:
         return _failed(delivery, now, FailureReason.INCONSISTENT, distrust.reason)
     if operation.operation_id == delivery.ticket.operation_id:
-        # The operation is somebody else's, whose own request may be under way: its one outcome is not ours to use up.
-        return _failed(delivery, now, FailureReason.CONFLICT, distrust.reason, message_id=delivery.message)
+        return _failed(delivery, now, FailureReason.CONFLICT, distrust.reason)
     return _failed(delivery, now, FailureReason.MISMATCH, distrust.reason)
 
 
-def _failed(
-    delivery: Delivery, now: datetime, reason: FailureReason, detail: str, *, message_id: str | None = None
-) -> Decided:
-    decided = _decided(delivery, now, Outcome.FAILED, reason=reason, detail=detail)
-    return decided if message_id is None else decided._replace(message_id=message_id)
+def _failed(delivery: Delivery, now: datetime, reason: FailureReason, detail: str) -> Decided:
+    return _decided(delivery, now, Outcome.FAILED, reason=reason, detail=detail)
 
 
 def _decided(
@@ -211,6 +221,7 @@ def _decided(
         operation_id=ticket.operation_id,
         user_id=ticket.user_id,
         external_user_id=ticket.external_user_id,
+        payload_sha256=ticket.payload_sha256,
         auth_type=auth_type,
         answered=answered,
         reason=reason,
@@ -220,4 +231,4 @@ def _decided(
         deliveries=delivery.number,
         context=delivery.context,
     )
-    return Decided(event, operation_name(ticket.operation_id))
+    return Decided(event, delivery.name)

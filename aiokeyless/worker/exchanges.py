@@ -1,4 +1,4 @@
-"""The exchanges with Keyless that a delivery is for: its operation is created, or looked at once.
+"""The exchanges with Keyless that a delivery is for: its operation is created, or polled once.
 
 What an answer means is decided in `decisions`; how the service fares is told to `aiokeyless.health`.
 """
@@ -17,23 +17,30 @@ from aiokeyless.errors import (
     ConflictError,
     KeylessError,
     NotFoundError,
+    ServerError,
     StatusError,
+    TransportError,
 )
 from aiokeyless.health import error_delay
+from aiokeyless.models import Operation
 from aiokeyless.protocol import is_transient
 
+from .claims import Claim
 from .decisions import (
     Again,
     Decided,
     Pace,
     after_answer,
+    after_conflict,
     after_creation,
     after_failed_creation,
     after_failed_look,
     after_missing,
+    after_older,
     is_last,
 )
 from .logs import log
+from .messages import Outcome
 
 if TYPE_CHECKING:
     from tenacity.wait import wait_base
@@ -41,12 +48,14 @@ if TYPE_CHECKING:
     from aiokeyless.client import KeylessClient
     from aiokeyless.health import Health
 
+    from .claims import Claims
     from .decisions import Decision
     from .messages import Delivery
 
 #: No operation has this id: that it is missing shows that the key is taken.
 _NO_OPERATION: Final = "aiokeyless-worker-looks-whether-its-key-works"
 
+_REQUEST_TIMEOUT: Final = 408
 _LATE_LOOKS: Final = 2  # repetitions of a look that the broker is not asked to repeat any more
 
 
@@ -66,6 +75,7 @@ class Exchanges:
         self._health = health
         self._grace = grace
         self._failures_in_a_row = 0
+        self.claims: Claims  # from the start of the intake on
         self.created = 0
         self.looks = 0
         self.failures = 0  # transient ones
@@ -86,7 +96,7 @@ class Exchanges:
             log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
 
     async def attend(self, delivery: Delivery) -> Decision:
-        """Create the operation, or look at it.
+        """Create the operation, or poll it.
 
         Raises:
             KeylessError: Something is wrong with this worker, and not with the request.
@@ -95,7 +105,7 @@ class Exchanges:
             decision = await self._look_again_if_late(delivery, await self._look(delivery))
             # It is missing: an earlier delivery ended before it was created.
             return decision or await self._create(delivery) or self._lagging()
-        # Where the id is taken, an earlier publication of the same request may have done it; the look will tell.
+        # Where the id is taken, an earlier delivery of the same request may have done it; the poll will tell.
         return await self._create(delivery) or await self._look(delivery) or self._lagging()
 
     async def _look_again_if_late(self, delivery: Delivery, decision: Decision | None) -> Decision | None:
@@ -112,7 +122,10 @@ class Exchanges:
         return Again(error_delay(1))
 
     async def _create(self, delivery: Delivery) -> Decision | None:
-        """Create the operation; None where its id is taken."""
+        """Create the operation; None where an earlier delivery of this request may have created it."""
+        claim = await self.claims.take(delivery)
+        if claim is Claim.ANOTHERS:
+            return after_conflict(delivery, now=datetime.now(UTC))
         ticket, sent = delivery.ticket, self._now()
         try:
             await self._client.create_operation(
@@ -123,17 +136,40 @@ class Exchanges:
             )
         except ConflictError:
             self._went_well(sent)
-            return None
+            return await self._meet_older(delivery) if claim is Claim.NEW else None
         except KeylessError as error:
+            if claim is Claim.NEW and not _may_have_created(error):
+                await self.claims.release(delivery)
             pace = self._went_wrong(delivery, error, sent)
             return after_failed_creation(delivery, error, now=datetime.now(UTC), pace=pace)
         self._went_well(sent)
         self.created += 1
         return after_creation(delivery, datetime.now(UTC), self._schedule)
 
+    async def _meet_older(self, delivery: Delivery) -> Decision:
+        """Decide about an id that this request was the first to hold, and under which there is an operation."""
+        await self.claims.release(delivery)
+        answer = await self._get(delivery, datetime.now(UTC))
+        if isinstance(answer, Operation):
+            return after_older(delivery, answer, now=datetime.now(UTC))
+        return answer or self._lagging()
+
     async def _look(self, delivery: Delivery) -> Decision | None:
-        """Look at the operation; None where there is none and it is not too late to create it."""
-        sent_at, sent = datetime.now(UTC), self._now()
+        """Poll the operation; None where there is none and it is not too late to create it."""
+        sent_at = datetime.now(UTC)
+        answer = await self._get(delivery, sent_at)
+        if not isinstance(answer, Operation):
+            return answer
+        now = datetime.now(UTC)
+        decision = after_answer(delivery, answer, sent_at=sent_at, now=now, schedule=self._schedule)
+        is_approved = isinstance(decision, Decided) and decision.event.outcome is Outcome.APPROVED
+        if is_approved and not await self.claims.is_held(delivery):
+            return after_older(delivery, answer, now=now)
+        return decision
+
+    async def _get(self, delivery: Delivery, sent_at: datetime) -> Operation | Decision | None:
+        """Return the operation, or what its absence or a failure to get it comes to."""
+        sent = self._now()
         self.looks += 1
         try:
             operation = await self._client.get_operation(delivery.ticket.operation_id)
@@ -145,7 +181,7 @@ class Exchanges:
             now = datetime.now(UTC)
             return after_failed_look(delivery, error, sent_at=sent_at, now=now, pace=pace, grace=self._grace)
         self._went_well(sent)
-        return after_answer(delivery, operation, sent_at=sent_at, now=datetime.now(UTC), schedule=self._schedule)
+        return operation
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -170,3 +206,12 @@ class Exchanges:
         # While the service is down, its health paces the probes, and this request takes its turn.
         failures = 1 if self._health.is_down else self._failures_in_a_row
         return Pace(failures, self._health.opens_at() - now)
+
+
+def _may_have_created(error: KeylessError) -> bool:
+    """Whether a create may have taken effect although it failed."""
+    if isinstance(error, TransportError):
+        return error.sent
+    if isinstance(error, StatusError):
+        return isinstance(error, ServerError) or error.status == _REQUEST_TIMEOUT
+    return True

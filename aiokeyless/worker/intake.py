@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from .streams import CONSUMER, REQUESTS
+from .logs import Seldom
+from .streams import CONSUMER, REQUESTS, is_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +68,7 @@ class Intake:
         self._subscription: Subscription | None = None
         self._pulls: deque[_Pull] = deque()  # the oldest first
         self._moved = asyncio.Event()
+        self._foreign = Seldom(logging.WARNING, "broker.foreign_message")
 
     def expected(self) -> int:
         """Return how many deliveries were asked for and have not come."""
@@ -103,6 +106,9 @@ class Intake:
         await self._subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     async def _arrived(self, message: Msg) -> None:
+        if message.reply and not is_delivery(message.reply, REQUESTS, CONSUMER):
+            self._foreign.log({"stream": REQUESTS})  # of somebody who may publish to this inbox, and not of the stream
+            return
         self._moved.set()
         if message.reply:
             self._count_off(1)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _logger: Final = logging.getLogger("aiokeyless.worker")
+_QUIET: Final = 60.0  # seconds
 
 
 def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, exc_info: bool = False) -> None:
@@ -21,6 +24,29 @@ def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, ex
     if _logger.isEnabledFor(level):
         facts = facts or {}
         _logger.log(level, "%s", _Line(event, facts), extra={"event": event, "facts": facts}, exc_info=exc_info)
+
+
+class Seldom:
+    """An event that others can cause as often as they like: logged at once, and then once a minute with its count.
+
+    Args:
+        level: Of the lines.
+        event: The event.
+    """
+
+    def __init__(self, level: int, event: str) -> None:
+        self._level = level
+        self._event = event
+        self._count = 0
+        self._quiet_until = -math.inf
+
+    def log(self, facts: Mapping[str, object]) -> None:
+        """Log it, or count it."""
+        self._count += 1
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            log(self._level, self._event, {**facts, "count": self._count})
+            self._count, self._quiet_until = 0, now + _QUIET
 
 
 class _Line:

@@ -6,12 +6,12 @@ misspelt, so it is refused. What an application passes along as context comes ba
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
 from typing import Final, TypeVar
-from urllib.parse import quote
 
 import msgspec
 
@@ -28,7 +28,9 @@ MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a messag
 VERSION: Final = 1
 ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit into a message that the broker takes, 1 MiB by default
-_LONGEST_NAME: Final = 200  # characters
+MAX_DEPTH: Final = 64  # lists and objects in each other: a decoder that recurses must bear it wherever it is called
+_JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_JSON_BRACKET: Final = re.compile(rb"[\[\]{}]")
 _NOTHING: Final = msgspec.Raw(b"null")
 #: Operation ids of requests that name none are UUIDs (version 5) in this namespace.
 _NAMESPACE: Final = uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e")
@@ -67,7 +69,10 @@ class FailureReason(StrEnum):
     INVALID_REQUEST = "invalid_request"
     """No JSON, an unknown field or version, an id that cannot be sent, no id at all. Nobody was asked."""
     CONFLICT = "conflict"
-    """The operation id belongs to an operation of another user, payload or external user id."""
+    """The operation id belongs to another request, or to an operation that no request of this fleet created."""
+    ALREADY_APPROVED = "already_approved"
+    """An operation of the same content was approved under this id before this request asked. That approval belongs to
+    an earlier request; nobody was asked, and nobody approved this one."""
     MISMATCH = "mismatch"
     """An answer was about something else than what was asked for: treat it as refused, and investigate."""
     INCONSISTENT = "inconsistent"
@@ -89,7 +94,9 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         version: Version of this form, 1.
         user_id: The user, in hex of either case.
         operation_id: The operation's id, unique in the tenant. One id is one approval, for good. Default: derived from
-            the message's ``Nats-Msg-Id``, which then is one approval for good in the same way.
+            the message's ``Nats-Msg-Id``, which then is one approval for good in the same way. Within its duplicate
+            window the broker drops a second message under a used ``Nats-Msg-Id`` silently, whatever is in it: use a
+            digest of the whole content, as `submit_approval` does, and name the operation here.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.
@@ -119,6 +126,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         operation_id: The operation; None only where the request was too broken to have one.
         user_id: The user, in upper-case hex, or None likewise.
         external_user_id: Your own id of the user, or None.
+        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of nothing where the request had none. Compare it, and
+            `user_id`, with what you asked: an operation id alone does not say what was approved. None as above.
         auth_type: Approved: how the user approved, see `aiokeyless.AuthType`; or None.
         answered: Expired: whether the last look was answered: still pending, or never there. False: approved or not,
             nobody knows; look with ``get_operation`` before you repeat anything.
@@ -135,6 +144,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     operation_id: str | None = None
     user_id: str | None = None
     external_user_id: str | None = None
+    payload_sha256: str | None = None
     auth_type: str | None = None
     answered: bool | None = None
     reason: str | None = None
@@ -166,25 +176,24 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
         ticket: The operation, its user, its payload's hash, from when and until when it is waited for.
         payload: What the user is asked to approve.
         number: Number of this delivery, from 1.
-        message: What the message is called in its stream, whatever is in it: a name that no other one ever has.
+        name: See `request_name`: the ``Nats-Msg-Id`` of every outcome of this request, so that the stream keeps one.
         context: What to hand back.
     """
 
     ticket: ApprovalTicket
     payload: str | None
     number: int
-    message: str
+    name: str
     context: msgspec.Raw
 
     def __repr__(self) -> str:  # as above
-        return f"<Delivery {self.number} of {self.message!r}, operation {self.ticket.operation_id!r}>"
+        return f"<Delivery {self.number} of operation {self.ticket.operation_id!r}>"
 
 
 def read_request(
     data: bytes,
     *,
     message_id: str | None,
-    message: str,
     stored_at: datetime,
     number: int,
     longest: float,
@@ -195,7 +204,6 @@ def read_request(
     Args:
         data: The message.
         message_id: Its ``Nats-Msg-Id``, if it has one.
-        message: A name of the message that no other one ever has.
         stored_at: When the stream stored it.
         number: Number of this delivery.
         longest: Seconds that `expires_in` may be at most.
@@ -215,10 +223,8 @@ def read_request(
         payload = protocol.check_text(request.operation_payload, "operation_payload")
     except ConfigurationError as error:
         raise InvalidRequestError(str(error)) from None
-    if len(request.context) > MAX_CONTEXT:
-        raise InvalidRequestError(
-            f"context is {len(request.context)} bytes of JSON; at most {MAX_CONTEXT} are handed on"
-        )
+    if (reason := refused_context(request.context)) is not None:
+        raise InvalidRequestError(reason)
     ticket = ApprovalTicket(
         operation_id=operation_id,
         user_id=user_id,
@@ -227,7 +233,15 @@ def read_request(
         created_at=created_at,
         expires_at=expires_at,
     )
-    return Delivery(ticket=ticket, payload=payload, number=number, message=message, context=request.context)
+    name = request_name(
+        operation_id=operation_id,
+        user_id=user_id,
+        operation_payload=payload,
+        external_user_id=external_user_id,
+        expires_in=request.expires_in,
+        context=request.context,
+    )
+    return Delivery(ticket=ticket, payload=payload, number=number, name=name, context=request.context)
 
 
 class _Version(msgspec.Struct):
@@ -289,12 +303,25 @@ def read_event(data: bytes) -> ApprovalEvent:
     """Read a message of a worker's.
 
     Raises:
-        msgspec.DecodeError: It is no event, or of a version that this library does not know.
+        msgspec.DecodeError: It is no event of a known form: `NewerEventError` where it is of a later version.
     """
-    version = msgspec.json.decode(data, type=_Version).version
-    if version != VERSION:
-        raise msgspec.DecodeError(f"version {version} is not known here, only {VERSION}")
-    return msgspec.json.decode(data, type=ApprovalEvent)
+    try:
+        data.decode()  # a context, which is not looked into, could hold what is no text
+        version = msgspec.json.decode(data, type=_Version).version
+        if version > VERSION:
+            raise NewerEventError(f"version {version} of the event is not known here, only {VERSION}: upgrade")
+        if version != VERSION:
+            raise msgspec.DecodeError(f"version {version} of the event is not known here, only {VERSION}")
+        event = msgspec.json.decode(data, type=ApprovalEvent)
+    except (UnicodeError, RecursionError) as error:
+        raise msgspec.DecodeError(f"the message is no event: {str(error)[:200]}") from None
+    if (reason := refused_context(event.context)) is not None:
+        raise msgspec.DecodeError(reason)
+    return event
+
+
+class NewerEventError(msgspec.DecodeError):
+    """An event is of a later version: a newer reader understands it."""
 
 
 def read_context(data: bytes) -> msgspec.Raw:
@@ -304,15 +331,36 @@ def read_context(data: bytes) -> msgspec.Raw:
         context = msgspec.json.decode(data, type=_Context).context
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return _NOTHING
-    return context if len(context) <= MAX_CONTEXT else _NOTHING
+    return context if refused_context(context) is None else _NOTHING
 
 
-def operation_name(operation_id: str) -> str:
-    """Return the ``Nats-Msg-Id`` of the outcome of an operation.
+def refused_context(context: msgspec.Raw) -> str | None:
+    """Return why a context, valid JSON, is not handed on; None where it is."""
+    if len(context) > MAX_CONTEXT:
+        return f"context is {len(context)} bytes of JSON; at most {MAX_CONTEXT} are handed on"
+    depth = 0
+    for bracket in _JSON_BRACKET.findall(_JSON_STRING.sub(b"", bytes(context))):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            return f"context is nested more than {MAX_DEPTH} deep"
+    return None
 
-    It is the same for each kind of outcome: an operation that was pending at its deadline may be approved when a
+
+def request_name(
+    *,
+    operation_id: str,
+    user_id: str,
+    operation_payload: str | None,
+    external_user_id: str | None,
+    expires_in: float,
+    context: msgspec.Raw,
+) -> str:
+    """Return the name of a request: a digest of all that is in it, but of when it was made.
+
+    The request is published under it as ``Nats-Msg-Id``, so that the same request is stored once and another one
+    always is. So is its outcome, whatever it is: an operation that was pending at its deadline may be approved when a
     crash has the request delivered again, and the stream must then keep the first event and drop the second.
     """
-    name = quote(operation_id, safe="")
-    # A header counts for the size of a message, too.
-    return f"operation-{name if len(name) <= _LONGEST_NAME else sha256(operation_id.encode()).hexdigest()}"
+    # An absent text and an empty one are the same.
+    content = (operation_id, user_id, operation_payload or "", external_user_id or "", float(expires_in))
+    return f"request-{sha256(msgspec.json.encode(content) + bytes(context)).hexdigest()}"

@@ -22,6 +22,7 @@ from aiokeyless.models import seconds
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import connect, disconnect
+from .claims import Claims
 from .decisions import Again, after_bug, invalid
 from .exchanges import Exchanges
 from .intake import EXPIRES, Intake
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
 _PUBLISH_WITHIN: Final = 5.0  # seconds
+_LOST: Final = 0.1  # seconds after which a cancellation was lost
 _MARGIN: Final = 5.0  # seconds between the longest that a delivery takes and its redelivery
 
 
@@ -214,6 +216,7 @@ class ApprovalWorker:
         loop = asyncio.get_running_loop()
         self._intake = Intake(connection, deliver=self._take, ended=self._pull_ended, now=loop.time)
         self._stream = connection.jetstream(timeout=_PUBLISH_WITHIN)
+        self._exchanges.claims = Claims(self._stream)
         self._largest_request = connection.max_payload - ROOM_FOR_EVENT
         self._longest_wait = await prepare(self._stream, self._settings, ack_wait=self._ack_wait)
         await self._intake.open()
@@ -272,10 +275,11 @@ class ApprovalWorker:
 
     async def _abandon(self) -> None:
         """Leave what is still under way: the broker delivers it again."""
-        tasks = tuple(self._deliveries)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := tuple(self._deliveries):
+            for task in tasks:
+                task.cancel()
+            # nats-py waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is made again.
+            await asyncio.wait(tasks, timeout=_LOST)
 
     # -- one delivery
 
@@ -316,25 +320,25 @@ class ApprovalWorker:
     async def _decide(self, message: Msg) -> Decision:
         metadata = message.metadata
         self._spacing.saw(again=metadata.num_delivered > 1, untaken=metadata.num_pending)
-        name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
         try:
             delivery = read_request(
                 message.data,
                 message_id=(message.headers or {}).get(MESSAGE_ID),
-                message=name,
                 stored_at=metadata.timestamp,
                 number=metadata.num_delivered,
                 longest=self._longest_wait,
                 largest=self._largest_request,
             )
         except InvalidRequestError as error:
+            # It says nothing to tell it from others by, so it is called by its place in the stream.
+            name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
             context = read_context(message.data)
             return invalid(
                 name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=datetime.now(UTC)
             )
         try:
             return await self._exchanges.attend(delivery)
-        except KeylessError:
+        except (KeylessError, nats.errors.Error):  # of this worker or of the broker, and not of the request
             raise
         except Exception as error:  # noqa: BLE001  # a bug: it must not come again forever
             log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)

@@ -1,4 +1,4 @@
-"""The two streams and the consumer that the worker lives on: made where they are missing, checked where they are there.
+"""The three streams and the consumer that the worker lives on: made where they are missing, else checked.
 
 Their settings carry the guarantees, so an existing stream with others is refused and never changed: that is for whoever
 runs the broker.
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 REQUESTS: Final = "KEYLESS_REQUESTS"
 OUTCOMES: Final = "KEYLESS_OUTCOMES"
+CLAIMS: Final = "KEYLESS_CLAIMS"
 CONSUMER: Final = "keyless-approvals"
 OUTCOME_SUBJECTS: Final = tuple(outcome.subject for outcome in Outcome)
 
 _UNLIMITED: Final = -1
+_ACK_TOKENS: Final = 9
+_LONG_ACK_TOKENS: Final = 11
 #: Pull requests that may wait at the consumer: a worker has a few at a time, and there may be a hundred workers.
 _MAX_WAITING: Final = 8192
 
@@ -38,7 +41,7 @@ class StreamSettings(NamedTuple):
         replicas: Servers of the cluster that hold each message: 1, 3 or 5; None: 1 where a stream is made, and any
             number where it is there.
         duplicate_window: Seconds for which a stream remembers what it has: within it a request that is published
-            twice is one, and an outcome comes out once. No wait may be longer.
+            twice is one, an outcome comes out once, and an operation id belongs to one request. No wait may be longer.
         max_age: Seconds for which outcomes are kept for applications that are away.
     """
 
@@ -64,6 +67,9 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wai
     try:
         requests = await _stream(stream, _requests(settings))
         outcomes = await _stream(stream, _outcomes(settings))
+        window = min(requests.duplicate_window, outcomes.duplicate_window)
+        claims = await _stream(stream, _claims(settings, window))
+        _check(f"stream {CLAIMS}", _claims_differences(claims, window))
         await _consumer(stream, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
         raise BrokerError(
@@ -74,9 +80,9 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wai
     except nats.errors.Error as error:
         raise BrokerError(
             f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, and may this "
-            "user publish to $JS.API.>, $JS.ACK.> and keyless.approvals.*?"
+            "user publish to $JS.API.>, $JS.ACK.>, keyless.approvals.* and keyless.claims.*?"
         ) from None
-    return min(requests.duplicate_window, outcomes.duplicate_window)
+    return window
 
 
 async def restore_consumer(stream: JetStreamContext, *, ack_wait: float) -> None:
@@ -116,6 +122,48 @@ def _outcomes(settings: StreamSettings) -> StreamConfig:
         duplicate_window=settings.duplicate_window,
         max_age=max(settings.max_age, settings.duplicate_window),
     )
+
+
+def _claims(settings: StreamSettings, window: float) -> StreamConfig:
+    return StreamConfig(
+        name=CLAIMS,
+        description="Which request an operation id belongs to",
+        subjects=[claim_subject("*")],
+        retention=RetentionPolicy.LIMITS,
+        storage=StorageType.FILE,
+        num_replicas=settings.replicas or 1,
+        duplicate_window=window,
+        max_age=window,
+    )
+
+
+def claim_subject(name: str) -> str:
+    """Return the subject of the claims on one operation id, by a name of that."""
+    return f"keyless.claims.{name}"
+
+
+def is_delivery(reply: str, stream: str, consumer: str) -> bool:
+    """Whether a message with this reply subject is what the stream delivered to the consumer.
+
+    An inbox takes messages of anybody who may publish to it; but the broker lets no client publish with such a reply.
+
+    Args:
+        reply: The reply subject of the message: ``$JS.ACK.<stream>.<consumer>`` and five more tokens, or with a domain
+            and an account in front of the stream, and at least five more.
+        stream: Name of the stream.
+        consumer: Name of the consumer.
+    """
+    tokens = reply.split(".")
+    if tokens[:2] != ["$JS", "ACK"]:
+        return False
+    names = tokens[2:4] if len(tokens) == _ACK_TOKENS else tokens[4:6] if len(tokens) >= _LONG_ACK_TOKENS else []
+    return names == [stream, consumer]
+
+
+def _claims_differences(found: StreamConfig, window: float) -> Iterator[str]:
+    if not 0 < (found.max_age or 0.0) <= window:
+        # The outcome is forgotten by then: the same request again would pass for the first, and be approved again.
+        yield f"max age is {found.max_age:g} s, not the duplicate window of {window:g} s"
 
 
 def _wanted_consumer(ack_wait: float) -> ConsumerConfig:

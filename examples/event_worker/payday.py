@@ -21,9 +21,16 @@ async def main() -> None:
         events = await stream.subscribe(
             "payments.*", stream="payments", ordered_consumer=True, deliver_policy=DeliverPolicy.NEW
         )
-        began, by = time.monotonic(), datetime.now(UTC) + timedelta(seconds=60)
+        began, now = time.monotonic(), datetime.now(UTC)
         for n in range(COUNT):
-            payment = Payment(payment_id=str(uuid4()), user_id=f"{n:04X}", amount="40.00", payee="alice", approve_by=by)
+            payment = Payment(
+                payment_id=str(uuid4()),
+                user_id=f"{n:04X}",
+                amount="40.00",
+                payee="alice",
+                requested_at=now,
+                approve_by=now + timedelta(seconds=60),
+            )
             await stream.publish("payments.requested", msgspec.json.encode(payment), stream="payments")
         count = Counter([(await events.next_msg(timeout=90)).subject for _ in range(2 * COUNT)])
         seconds = time.monotonic() - began

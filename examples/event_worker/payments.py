@@ -8,7 +8,8 @@ import asyncio
 import logging
 import os
 import sys
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 from hashlib import sha256
 from typing import Annotated
 
@@ -17,16 +18,23 @@ import nats.errors
 import nats.js.errors
 from fast_depends.msgspec import MsgSpecSerializer
 from faststream import ExceptionMiddleware, FastStream, Logger
-from faststream.exceptions import NackMessage
+from faststream.exceptions import NackMessage, SkipMessage
 from faststream.nats import JStream, NatsBroker
 from faststream.nats.annotations import Client, NatsMessage
 from msgspec import Meta
+from nats.aio.msg import Msg
 
-from aiokeyless.worker import ApprovalEvent, BrokerError, FailureReason, Outcome, submit_approval
+from aiokeyless.worker import ApprovalEvent, BrokerError, FailureReason, Outcome, is_outcome, submit_approval
 
 NATS_URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 
-UNCLEAR = {FailureReason.INTERNAL, FailureReason.LOOK_REFUSED, FailureReason.UNREADABLE}
+READER = "payments"  # this application's place in the streams that it reads
+UNCLEAR = {
+    FailureReason.ALREADY_APPROVED,
+    FailureReason.INTERNAL,
+    FailureReason.LOOK_REFUSED,
+    FailureReason.UNREADABLE,
+}
 
 
 class Payment(msgspec.Struct, frozen=True):
@@ -36,12 +44,26 @@ class Payment(msgspec.Struct, frozen=True):
     user_id: Annotated[str, Meta(pattern=r"\A[0-9A-Fa-f]{1,128}\Z")]
     amount: Annotated[str, Meta(pattern=r"\A[0-9]{1,9}\.[0-9]{2}\Z")]
     payee: Annotated[str, Meta(pattern=r"\A[\w .,'-]{1,70}\Z")]
+    requested_at: Annotated[datetime, Meta(tz=True)]
     approve_by: Annotated[datetime, Meta(tz=True)]
+
+    @property
+    def text(self) -> str:
+        """What the user is asked to approve."""
+        return f"Pay {self.amount} to {self.payee}"
 
     @property
     def digest(self) -> str:
         """Its name in the streams, of all that is in it: another payment under the same id has another."""
         return sha256(msgspec.json.encode(self)).hexdigest()
+
+    def is_asked_by(self, event: ApprovalEvent) -> bool:
+        """Whether the outcome is that of exactly this payment: anybody who may ask can send it along as a context."""
+        return (event.operation_id, event.user_id, event.payload_sha256) == (
+            f"payment-{self.payment_id}",
+            self.user_id.upper(),
+            sha256(self.text.encode()).hexdigest(),
+        )
 
 
 def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
@@ -61,26 +83,33 @@ def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
     payments = JStream("payments", subjects=["payments.*"], duplicate_window=24 * 3600.0)
     outcomes = JStream("KEYLESS_OUTCOMES", declare=False)  # the worker makes it
 
-    @broker.subscriber("payments.requested", stream=payments, durable="payments", pull_sub=True)
+    @broker.subscriber("payments.requested", stream=payments, durable=READER, pull_sub=True)
     async def ask(payment: Payment, connection: Client) -> None:
-        time_left = (payment.approve_by - datetime.now(UTC)).total_seconds()
+        time_to_approve = (payment.approve_by - payment.requested_at).total_seconds()
         await submit_approval(
             connection,
             payment.user_id,
             operation_id=f"payment-{payment.payment_id}",
-            operation_payload=f"Pay {payment.amount} to {payment.payee}",
-            expires_in=max(time_left, 1e-6),  # too late: the worker looks what became of it, and asks nobody
+            operation_payload=payment.text,
+            expires_in=max(time_to_approve, 1e-6),  # too late: nobody is asked
             context=payment,
-            message_id=payment.digest,
+            created_at=payment.requested_at,  # so that an event that comes again is the same request
         )
 
-    @broker.subscriber("keyless.approvals.*", stream=outcomes, durable="payments", pull_sub=True)
+    async def from_the_stream(message: Msg, parse: Callable[[Msg], Awaitable[NatsMessage]]) -> NatsMessage:
+        if not is_outcome(message.reply, READER):  # whoever may publish to an inbox: neither believed nor acknowledged
+            raise SkipMessage
+        return await parse(message)
+
+    @broker.subscriber("keyless.approvals.*", stream=outcomes, durable=READER, pull_sub=True, parser=from_the_stream)
     async def decide(message: NatsMessage) -> None:
         event = msgspec.json.decode(message.body, type=ApprovalEvent)
         try:
             payment = event.read_context(Payment)
         except msgspec.ValidationError:
             return  # another application's: the stream is everybody's
+        if event.operation_id is not None and not payment.is_asked_by(event):
+            return
         once = {"Nats-Msg-Id": f"verdict-{payment.digest}"}  # whatever the verdict: the first one counts
         await broker.publish(payment, f"payments.{verdict(event)}", stream=payments.name, headers=once, timeout=10.0)
 
@@ -91,7 +120,7 @@ def verdict(event: ApprovalEvent) -> str:
     """Say no more than the worker knows: approved, expired, refused, or unclear."""
     never_answered = event.outcome is Outcome.EXPIRED and not event.answered
     if never_answered or event.reason in UNCLEAR:
-        return "unclear"  # perhaps the user did approve
+        return "unclear"  # perhaps the user did approve, now or before
     return "refused" if event.outcome is Outcome.FAILED else event.outcome
 
 

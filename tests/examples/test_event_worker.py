@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,8 +161,16 @@ async def application(broker: NatsServer, worker: None) -> AsyncGenerator[None]:
 
 
 def payment(payment_id: str = "1", *, amount: str = "40.00", seconds: float = 60) -> Payment:
-    by = datetime.now(UTC) + timedelta(seconds=seconds)
-    return Payment(payment_id=payment_id, user_id="c0ffee", amount=amount, payee="alice", approve_by=by)
+    now = datetime.now(UTC)
+    by = now + timedelta(seconds=seconds)
+    return Payment(
+        payment_id=payment_id,
+        user_id="c0ffee",
+        amount=amount,
+        payee="alice",
+        requested_at=now if seconds > 0 else by - timedelta(minutes=1),
+        approve_by=by,
+    )
 
 
 async def asked(sandbox: Sandbox, payment_id: str = "1") -> None:
@@ -195,14 +204,14 @@ async def test_event_that_comes_too_late_asks_nobody(streams: Streams, sandbox: 
 
 
 @pytest.mark.usefixtures("application")
-async def test_payment_that_was_approved_in_time_is_not_called_expired_by_an_event_that_comes_too_late(
+async def test_approval_from_before_a_payment_asked_is_unclear_and_never_counts_again(
     streams: Streams, sandbox: Sandbox
 ) -> None:
     async with sandbox.client() as client:
         await client.create_operation("c0ffee", operation_id="payment-1", operation_payload="Pay 40.00 to alice")
     sandbox.approve("payment-1")
-    await streams.request(payment(seconds=-1))
-    assert await streams.settled() == [Verdict("approved", "1")]
+    await streams.request(payment())
+    assert await streams.settled() == [Verdict("unclear", "1")]
 
 
 @pytest.mark.usefixtures("application")
@@ -237,6 +246,7 @@ async def test_payment_that_may_wait_longer_than_a_stream_remembers_is_refused_a
         ({"outcome": Outcome.FAILED, "reason": FailureReason.INTERNAL}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.UNREADABLE}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.LOOK_REFUSED}, "unclear"),
+        ({"outcome": Outcome.FAILED, "reason": FailureReason.ALREADY_APPROVED}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.MISMATCH}, "refused"),
         ({"outcome": Outcome.FAILED, "reason": "a reason of a later version"}, "refused"),
     ],
@@ -310,10 +320,56 @@ async def test_another_payment_under_the_same_id_is_refused_and_takes_nothing_fr
 async def test_outcome_of_another_application_is_no_verdict_on_a_payment(
     streams: Streams, connection: Client, sandbox: Sandbox
 ) -> None:
-    login = await submit_approval(connection, "c0ffee", context={"login": 7})
+    login = (await submit_approval(connection, "c0ffee", context={"login": 7})).operation_id
     await until(lambda: login in sandbox.operations)
     sandbox.approve(login)
     assert await streams.settled() == []
+
+
+@pytest.mark.usefixtures("application")
+@pytest.mark.parametrize(
+    "asked_for",
+    [
+        {"user_id": "BAD", "operation_id": "payment-1", "operation_payload": "Pay 40.00 to alice"},
+        {"user_id": "c0ffee", "operation_id": "payment-2", "operation_payload": "Pay 40.00 to alice"},
+        {"user_id": "c0ffee", "operation_id": "payment-1", "operation_payload": "Pay 0.01 to alice"},
+    ],
+    ids=repr,
+)
+async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is_no_verdict(
+    streams: Streams, connection: Client, sandbox: Sandbox, asked_for: dict[str, Any]
+) -> None:
+    await submit_approval(connection, **asked_for, context=payment())
+    await until(lambda: asked_for["operation_id"] in sandbox.operations)
+    sandbox.approve(asked_for["operation_id"])
+    assert await streams.settled() == []
+
+
+@pytest.mark.usefixtures("application")
+@pytest.mark.parametrize("headers", [None, {"content-type": "application/json"}], ids=["plain", "json"])
+@pytest.mark.parametrize("garbled", [False, True])
+async def test_outcome_that_somebody_sends_to_the_inbox_is_neither_believed_nor_acknowledged(
+    streams: Streams, connection: Client, headers: dict[str, str] | None, *, garbled: bool
+) -> None:
+    forged = ApprovalEvent(
+        version=1,
+        outcome=Outcome.APPROVED,
+        operation_id="payment-1",
+        user_id="C0FFEE",
+        payload_sha256=sha256(b"Pay 40.00 to alice").hexdigest(),
+        requested_at=datetime.now(UTC),
+        decided_at=datetime.now(UTC),
+        deliveries=2,
+        context=msgspec.Raw(msgspec.json.encode(payment())),
+    )
+    pulls = await connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.KEYLESS_OUTCOMES.payments")
+    acknowledged = await connection.subscribe("mallory.>")
+    pull = await pulls.next_msg(PATIENCE)
+    data = b"{" if garbled else msgspec.json.encode(forged)
+    await connection.publish(pull.reply, data, reply="mallory.inbox", headers=headers)
+    await streams.request(payment("2", seconds=1))  # the application goes on
+    assert await streams.settled() == [Verdict("expired", "2")]
+    assert not acknowledged.pending_msgs
 
 
 async def test_event_stays_until_the_request_for_its_approval_is_stored(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import aclosing, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,12 +22,15 @@ from aiokeyless.worker import (
     ApprovalRequest,
     BrokerError,
     StreamSettings,
+    Submission,
     applications,
     approval_outcomes,
+    is_outcome,
     submit_approval,
 )
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
+    MAX_DEPTH,
     MESSAGE_ID,
     ROOM_FOR_EVENT,
     VERSION,
@@ -77,6 +81,23 @@ async def publish(stream: JetStreamContext, *names: str) -> None:
         await stream.publish(event.outcome.subject, msgspec.json.encode(event), headers={MESSAGE_ID: name})
 
 
+FORGED = msgspec.json.encode(
+    ApprovalEvent(
+        version=VERSION,
+        outcome=Outcome.APPROVED,
+        operation_id="forged",
+        requested_at=datetime.now(UTC),
+        decided_at=datetime.now(UTC),
+        deliveries=2,
+    )
+)
+
+
+def deep_event(depth: int = 930) -> bytes:
+    """An event that a decoder which recurses does not read everywhere."""
+    return FORGED.removesuffix(b"null}") + b"[" * depth + b"]" * depth + b"}"
+
+
 async def unacknowledged(stream: JetStreamContext, durable: str) -> tuple[int | None, int | None]:
     """How many events are with an application, and how many are still to come."""
     info = await stream.consumer_info(OUTCOMES, durable)
@@ -84,6 +105,17 @@ async def unacknowledged(stream: JetStreamContext, durable: str) -> tuple[int | 
 
 
 # -- asking
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+#: The first day of the calendar begins in the year before it, in UTC.
+TOO_EARLY = timezone(timedelta(hours=14))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +136,12 @@ async def unacknowledged(stream: JetStreamContext, durable: str) -> tuple[int | 
         ({"context": "\ud800"}, "context"),
         ({"context": {1.5: {2}, (1, 2): 3}}, "context"),
         ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes"),
+        ({"context": nested(MAX_DEPTH + 1)}, "context is nested more than 64 deep"),
+        ({"context": nested(930)}, "context"),
+        *(
+            ({"created_at": value}, "created_at")
+            for value in ("2026-11-24", 7, datetime(2026, 11, 24), datetime.min.replace(tzinfo=TOO_EARLY))  # noqa: DTZ001
+        ),
         *(
             ({"message_id": value}, "message_id")
             for value in ("", " ", " a", "a" * 513, "a\r\nNats-Rollup: all", "\u00e9", "\ud800", 7)
@@ -134,7 +172,7 @@ async def test_a_wrong_id_is_the_same_error_as_elsewhere(connection: Client) -> 
 
 async def test_a_request_is_stored_whole_when_it_was_submitted(connection: Client, stream: JetStreamContext) -> None:
     before = datetime.now(UTC)
-    operation_id = await submit_approval(
+    submission = await submit_approval(
         connection,
         "c0ffee",
         operation_id="txn 1",
@@ -144,7 +182,8 @@ async def test_a_request_is_stored_whole_when_it_was_submitted(connection: Clien
         context={"order": 7},
     )
     request, message = await request_in(stream)
-    assert operation_id == request.operation_id == "txn 1"
+    assert submission == Submission(operation_id="txn 1", message_id=None, duplicate=False)
+    assert request.operation_id == "txn 1"
     assert (request.version, request.user_id, request.operation_payload) == (1, "C0FFEE", "Pay 40")
     assert (request.external_user_id, request.expires_in) == ("eve", 30)
     assert bytes(request.context) == b'{"order":7}'
@@ -154,45 +193,102 @@ async def test_a_request_is_stored_whole_when_it_was_submitted(connection: Clien
 
 
 @pytest.mark.parametrize("names", [{}, {"message_id": "order 7"}, {"operation_id": "\u00e9 / "}], ids=repr)
-async def test_the_id_that_is_returned_is_the_one_that_a_worker_reads(
+async def test_the_id_and_the_name_are_those_that_a_worker_reads(
     connection: Client, stream: JetStreamContext, names: dict[str, Any]
 ) -> None:
-    operation_id = await submit_approval(connection, "c0ffee", **names)
-    pull = await stream.pull_subscribe_bind("keyless-approvals", REQUESTS)
-    [message] = await pull.fetch(1)
-    delivery = read_request(
-        message.data,
-        message_id=(message.headers or {})[MESSAGE_ID],
-        message="message-1",
-        stored_at=message.metadata.timestamp,
-        number=1,
-        longest=1e5,
-        largest=1e6,
+    submission = await submit_approval(
+        connection, "c0ffee", operation_payload="Pay 40", external_user_id="", expires_in=0.1, context={"a": 1}, **names
     )
-    assert delivery.ticket.operation_id == operation_id
-    await pull.unsubscribe()
+    message = await stream.get_msg(REQUESTS, 1)
+    for message_id in (None, "another"):  # the operation is named in the message itself
+        delivery = read_request(
+            message.data or b"",
+            message_id=message_id,
+            stored_at=datetime.now(UTC),
+            number=1,
+            longest=1e5,
+            largest=1e6,
+        )
+        assert delivery.ticket.operation_id == submission.operation_id
+        assert delivery.name == (message.headers or {})[MESSAGE_ID]
 
 
 @pytest.mark.parametrize("name", ["message_id", "operation_id"])
-async def test_submitted_again_under_the_same_name_it_is_the_same_request(
+async def test_submitted_again_under_the_same_name_it_is_the_same_request_and_says_so(
     connection: Client, stream: JetStreamContext, name: str
 ) -> None:
     first = await submit_approval(connection, "c0ffee", **{name: "order-7"})  # type: ignore[arg-type]
-    again = await submit_approval(connection, "c0ffee", **{name: "order-7"})  # type: ignore[arg-type]
-    assert first == again
+    again = await submit_approval(connection, "C0FFEE", **{name: "order-7"})  # type: ignore[arg-type]
+    assert again == msgspec.structs.replace(first, duplicate=True)
     assert await stored(stream) == 1
+
+
+async def test_submitted_again_under_the_id_that_was_made_it_is_the_same_request(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    first = await submit_approval(connection, "c0ffee")
+    assert first.operation_id == derived_operation_id(first.message_id or "")
+    assert (await submit_approval(connection, "c0ffee", operation_id=first.operation_id)).duplicate
+    assert (await submit_approval(connection, "c0ffee", message_id=first.message_id)).duplicate
+    assert await stored(stream) == 1
+
+
+@pytest.mark.parametrize(
+    "different",
+    [
+        {"user_id": "c0ffef"},
+        {"operation_payload": "Pay 4000 to Mallory"},
+        {"external_user_id": "mallory"},
+        {"context": {"order": 8}},
+        {"expires_in": 61},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["message_id", "operation_id"])
+async def test_a_different_request_under_a_used_name_is_never_swallowed(
+    connection: Client, stream: JetStreamContext, name: str, different: dict[str, Any]
+) -> None:
+    ours: dict[str, Any] = {
+        "user_id": "c0ffee",
+        "operation_payload": "Pay 40",
+        "external_user_id": "eve",
+        "context": {"order": 7},
+        "expires_in": 60,
+        name: "order-7",
+    }
+    first = await submit_approval(connection, **ours)
+    second = await submit_approval(connection, **{**ours, **different})
+    assert second == first
+    assert not second.duplicate
+    assert await stored(stream) == 2
+
+
+async def test_when_it_was_asked_can_be_told_and_makes_it_no_other_request(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    asked_at = datetime(2026, 11, 24, 14, tzinfo=timezone(timedelta(hours=2)))
+    for created_at in (asked_at, asked_at + timedelta(seconds=1)):
+        await submit_approval(connection, "c0ffee", operation_id="txn-1", created_at=created_at)
+    assert await stored(stream) == 1
+    request, _ = await request_in(stream)
+    assert request.created_at == asked_at
 
 
 async def test_submitted_again_without_a_name_it_is_another_request(
     connection: Client, stream: JetStreamContext
 ) -> None:
-    assert await submit_approval(connection, "c0ffee") != await submit_approval(connection, "c0ffee")
+    first, second = [await submit_approval(connection, "c0ffee") for _ in range(2)]
+    assert first.operation_id != second.operation_id
     assert await stored(stream) == 2
 
 
 async def test_a_message_id_names_a_request_and_not_an_operation(connection: Client, stream: JetStreamContext) -> None:
-    assert await submit_approval(connection, "c0ffee", message_id="order-7") == derived_operation_id("order-7")
-    assert await submit_approval(connection, "c0ffee", operation_id="order-7") == "order-7"
+    by_message = await submit_approval(connection, "c0ffee", message_id="order-7")
+    by_operation = await submit_approval(connection, "c0ffee", operation_id="order-7")
+    both = await submit_approval(connection, "c0ffee", operation_id="order-7", message_id="order-8")
+    assert (by_message.operation_id, by_message.message_id) == (derived_operation_id("order-7"), "order-7")
+    assert (by_operation.operation_id, by_operation.message_id) == ("order-7", None)
+    assert (both.operation_id, both.message_id, both.duplicate) == ("order-7", "order-8", True)
     assert await stored(stream) == 2
 
 
@@ -224,7 +320,9 @@ async def test_a_broker_that_does_not_answer_is_given_up(
     monkeypatch.setattr(applications, "_PUBLISH_WITHIN", 0.2)
     broker.pause()
     try:
-        with pytest.raises(BrokerError, match=r"as far as is known \(nats: timeout\); submit it again under the same"):
+        with pytest.raises(
+            BrokerError, match=r"as far as is known \(nats: timeout\); submit it again under the same operation_id, '"
+        ):
             await submit_approval(connection, "c0ffee")
     finally:
         broker.resume()
@@ -463,15 +561,140 @@ async def test_a_connection_that_is_closed_ends_the_reading(broker: NatsServer, 
             await name_of_next(events)
 
 
-async def test_a_message_that_is_no_event_is_named_so_that_it_can_be_deleted(
-    connection: Client, stream: JetStreamContext
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"\xff", deep_event(), deep_event(100_000)], ids=lambda data: repr(data[:20])
+)
+async def test_a_message_that_is_no_event_is_skipped_for_good_and_logged(
+    connection: Client, stream: JetStreamContext, caplog: pytest.LogCaptureFixture, data: bytes
 ) -> None:
     await publish(stream, "a")
-    await stream.publish(Outcome.FAILED.subject, b"{}")
+    await stream.publish(Outcome.FAILED.subject, data)
+    await publish(stream, "b")
     async with reading(connection) as events:
-        await name_of_next(events)
-        with pytest.raises(BrokerError, match=rf"^message 2 of stream {OUTCOMES} is no event of a worker: .*missing"):
-            await name_of_next(events)
+        assert [await name_of_next(events) for _ in range(2)] == ["a", "b"]
+        assert await unacknowledged(stream, "shop") == (1, 0)
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert f'outcome.unreadable stream="{OUTCOMES}" sequence=2' in record.getMessage()
+
+
+async def test_an_event_of_a_later_version_is_left_to_a_later_reader_and_logged(
+    connection: Client, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    await stream.publish(Outcome.FAILED.subject, b'{"version": 2}')
+    await publish(stream, "b")
+    async with reading(connection) as events:
+        assert await name_of_next(events) == "b"
+        assert await unacknowledged(stream, "shop") == (2, 0)
+    assert 'outcome.newer stream="KEYLESS_OUTCOMES" sequence=1' in caplog.text
+
+
+@pytest.mark.usefixtures("_short_acks")
+async def test_an_event_of_a_later_version_comes_again(
+    connection: Client, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(applications, "_UPGRADED_IN", 0.05)
+    await stream.publish(Outcome.APPROVED.subject, b'{"version": 2}')
+    async with reading(connection) as events:
+        coming = asyncio.create_task(name_of_next(events))
+
+        async def has_come_again() -> bool:
+            return bool((await stream.consumer_info(OUTCOMES, "shop")).num_redelivered)
+
+        with suppress(NotFoundError):
+            await until(lambda: len(connection._subs) > 1)
+        await until(has_come_again)
+        coming.cancel()
+        with suppress(asyncio.CancelledError):
+            await coming
+
+
+# -- forgeries
+
+#: Mallory is denied what is published about outcomes, may see when somebody pulls, and may answer anybody.
+USERS = """
+authorization {
+  users = [
+    { user: worker, password: pass }
+    { user: mallory, password: pass, permissions: {
+      publish: { allow: ["_INBOX.>", "$JS.API.>", "mine"], deny: ["keyless.approvals.>"] }
+      subscribe: ["$JS.API.CONSUMER.MSG.NEXT.>", "_INBOX.>"]
+    } }
+  ]
+}
+"""
+
+
+@pytest.fixture
+async def guarded_broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(USERS)
+    server = NatsServer(tmp_path, "-c", str(configuration))
+    await server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def mallory(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
+    async with await nats.connect(guarded_broker.url, user="mallory", password="pass", error_cb=silent) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def shop(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
+    async with await nats.connect(guarded_broker.url, user="worker", password="pass") as connection:
+        await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
+        yield connection
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "x", "_INBOX.x", "$JS.API.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0", "$JS.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0"],
+)
+async def test_what_others_send_to_a_readers_inbox_is_no_outcome(
+    shop: Client, mallory: Client, caplog: pytest.LogCaptureFixture, reply: str
+) -> None:
+    pulls = await mallory.subscribe("$JS.API.CONSUMER.MSG.NEXT.>")
+    await mallory.flush()
+    async with reading(shop) as events:
+        coming = asyncio.create_task(name_of_next(events))
+        pull = await pulls.next_msg(20)
+        for _ in range(3):
+            await mallory.publish(pull.reply, FORGED, reply=reply)
+        await mallory.flush()  # the broker closes a connection that sends what looks like a delivery
+        await publish(shop.jetstream(), "true")
+        assert await coming == "true"
+    refused_by_the_broker = reply.startswith("$JS.ACK")
+    assert [line for line in caplog.messages if "foreign" in line] == (
+        [] if refused_by_the_broker else ['broker.foreign_message stream="KEYLESS_OUTCOMES" durable="shop" count=1']
+    )
+
+
+async def test_what_a_stream_of_others_delivers_to_a_readers_inbox_is_no_outcome(shop: Client, mallory: Client) -> None:
+    pulls = await mallory.subscribe("$JS.API.CONSUMER.MSG.NEXT.KEYLESS_OUTCOMES.>")
+    theirs = mallory.jetstream()
+    await theirs.add_stream(name="MINE", subjects=["mine"])
+    await theirs.add_consumer("MINE", durable_name="shop", ack_policy="explicit")
+    await theirs.publish("mine", FORGED)
+    async with reading(shop) as events:
+        coming = asyncio.create_task(name_of_next(events))
+        pull = await pulls.next_msg(20)
+        await mallory.publish("$JS.API.CONSUMER.MSG.NEXT.MINE.shop", b"1", reply=pull.reply)
+
+        async def is_delivered() -> bool:
+            return bool((await theirs.consumer_info("MINE", "shop")).num_ack_pending)
+
+        await until(is_delivered)
+        await publish(shop.jetstream(), "true")
+        assert await coming == "true"
+        assert await is_delivered()  # it was not acknowledged either
+
+
+def test_readers_with_a_client_of_their_own_can_tell_an_outcome() -> None:
+    assert is_outcome("$JS.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0", "shop")
+    assert not is_outcome("$JS.ACK.KEYLESS_OUTCOMES.audit.1.1.1.1.0", "shop")
+    assert not is_outcome("$JS.ACK.MINE.shop.1.1.1.1.0", "shop")
 
 
 async def test_a_broker_that_says_nothing_when_reading_begins_is_waited_for_and_not_for_ever(

@@ -31,14 +31,16 @@ from aiokeyless.worker.decisions import (
     Pace,
     after_answer,
     after_bug,
+    after_conflict,
     after_creation,
     after_failed_creation,
     after_failed_look,
     after_missing,
+    after_older,
     invalid,
     is_last,
 )
-from aiokeyless.worker.messages import Delivery, FailureReason, InvalidRequestError, Outcome, operation_name
+from aiokeyless.worker.messages import Delivery, FailureReason, InvalidRequestError, Outcome
 
 CREATED_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LIFE = 120.0
@@ -62,7 +64,7 @@ DELIVERY = Delivery(
     ),
     payload="Pay 40",
     number=7,
-    message="message-1",
+    name="request-1",
     context=msgspec.Raw(b'{"order": 7}'),
 )
 
@@ -183,7 +185,7 @@ def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: fl
     event, message_id = decided(answered(age, **lie))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INCONSISTENT)
     assert event.detail
-    assert message_id == operation_name("txn 1")
+    assert message_id == DELIVERY.name
 
 
 foreign = pytest.mark.parametrize(
@@ -200,21 +202,14 @@ def test_an_operation_of_somebody_else_is_a_conflict(state: dict[str, Any], age:
     assert event.detail
 
 
-@foreign
-def test_a_conflict_does_not_use_up_the_outcome_of_the_operations_own_request(other: dict[str, Any]) -> None:
-    _, ours = decided(answered(1, **other))
-    _, theirs = decided(answered(1, **APPROVED))
-    assert (ours, theirs) == (DELIVERY.message, operation_name("txn 1"))
-
-
 @pytest.mark.parametrize("age", [0.0, IN_TIME, LAST, LATE])
 def test_an_answer_about_another_operation_is_a_mismatch_of_this_one(age: float) -> None:
     event, message_id = decided(answered(age, **APPROVED, operation_id="txn 2"))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.MISMATCH, "txn 1")
-    assert message_id == operation_name("txn 1")
+    assert message_id == DELIVERY.name
 
 
-def test_every_outcome_of_an_operation_has_the_same_name_so_that_the_stream_keeps_the_first() -> None:
+def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_the_first() -> None:
     outcomes = [
         answered(1, **APPROVED),
         answered(LAST),
@@ -222,13 +217,19 @@ def test_every_outcome_of_an_operation_has_the_same_name_so_that_the_stream_keep
         failed(UNREACHABLE, LAST),
         failed(MISSHAPEN, 1),
         after_missing(DELIVERY, sent_at=at(LAST), now=at(LAST)),
+        answered(1, user_id="BAD"),
+        not_created(status(NotFoundError, 404), 1),
+        after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
+        after_conflict(DELIVERY, now=at(1)),
+        after_older(DELIVERY, operation(**APPROVED), now=at(1)),
     ]
-    assert {decided(outcome).message_id for outcome in outcomes} == {operation_name("txn 1")}
+    assert {decided(outcome).message_id for outcome in outcomes} == {DELIVERY.name}
 
 
 def test_an_event_tells_whom_and_when_and_hands_the_context_back() -> None:
     event, _ = decided(answered(5, took=2, **APPROVED))
     assert (event.operation_id, event.user_id, event.external_user_id) == ("txn 1", "C0FFEE", "eve")
+    assert event.payload_sha256 == payload_digest("Pay 40")
     assert (event.requested_at, event.decided_at, event.deliveries) == (CREATED_AT, at(7), 7)
     assert bytes(event.context) == b'{"order": 7}'
 
@@ -237,6 +238,41 @@ def test_no_event_holds_the_payload_or_the_key_of_the_answer() -> None:
     encoded = msgspec.json.encode(decided(answered(5, **APPROVED)).event)
     assert b"Pay 40" not in encoded
     assert b"sdk-key" not in encoded
+
+
+# -- an operation that is not this request's
+
+
+def test_an_approval_from_before_the_request_does_not_count_again() -> None:
+    event, _ = decided(after_older(DELIVERY, operation(**APPROVED), now=at(1)))
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+    assert event.detail
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, FailureReason.CONFLICT),
+        ({"user_id": "BAD", **APPROVED}, FailureReason.CONFLICT),
+        ({"operation_payload": "Pay 4000", **APPROVED}, FailureReason.CONFLICT),
+        ({"external_user_id": "mallory", **APPROVED}, FailureReason.CONFLICT),
+        ({"operation_id": "txn 2", **APPROVED}, FailureReason.MISMATCH),
+        ({"state": "approved"}, FailureReason.INCONSISTENT),
+    ],
+    ids=repr,
+)
+def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why(
+    changed: dict[str, Any], reason: FailureReason
+) -> None:
+    event, _ = decided(after_older(DELIVERY, operation(**changed), now=at(1)))
+    assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
+    assert event.detail
+
+
+def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:
+    event, _ = decided(after_conflict(DELIVERY, now=at(1)))
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
+    assert event.detail
 
 
 # -- no answer
@@ -251,12 +287,12 @@ def test_created_after_the_deadline_there_is_still_the_last_look() -> None:
     assert delay(after_creation(DELIVERY, at(LATE), wait_fixed(3))) == SHORTEST
 
 
-def test_a_bug_fails_the_request_and_leaves_the_operation_its_own_outcome() -> None:
+def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
     event, message_id = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INTERNAL, "txn 1")
     assert "ZeroDivisionError" in (event.detail or "")
     assert "secret" not in (event.detail or "")
-    assert message_id == DELIVERY.message
+    assert message_id == DELIVERY.name
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:
@@ -325,7 +361,7 @@ def test_a_look_that_fails_for_good_has_failed_at_once_with_its_reason(
 ) -> None:
     event, message_id = decided(failed(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
-    assert message_id == operation_name("txn 1")
+    assert message_id == DELIVERY.name
 
 
 # -- not created
@@ -349,12 +385,10 @@ def test_what_could_not_be_created_is_tried_again_at_the_pace_of_failures_and_by
     ],
     ids=repr,
 )
-def test_what_is_not_to_be_created_has_failed_and_leaves_another_request_under_its_id_alone(
-    error: KeylessError, reason: FailureReason
-) -> None:
+def test_what_is_not_to_be_created_has_failed_with_its_reason(error: KeylessError, reason: FailureReason) -> None:
     event, message_id = decided(not_created(error, 1))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
-    assert message_id == DELIVERY.message
+    assert message_id == DELIVERY.name
 
 
 def test_a_long_message_is_cut() -> None:

@@ -111,6 +111,48 @@ async def test_a_pull_waits_at_the_consumer_and_not_longer_than_it_says(hand: Ha
     await until(hand.is_waited_for)
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "ack",
+        "$JS.API.CONSUMER.MSG.NEXT.KEYLESS_REQUESTS.keyless-approvals",
+        "$JS.ack.KEYLESS_REQUESTS.keyless-approvals.1.1.1.1.0",
+    ],
+)
+async def test_what_others_send_to_the_inbox_is_ignored_and_logged_once(
+    hand: Hand, caplog: pytest.LogCaptureFixture, reply: str
+) -> None:
+    await hand.intake.ask(2)
+    for _ in range(3):
+        await hand.connection.publish(hand.intake._inbox, b"forged", reply=reply)
+    await hand.publish("true")
+    await hand.delivered(1)
+    assert (hand.texts, hand.ends, hand.intake.expected()) == (["true"], 0, 1)
+    assert ["broker.foreign_message" in line for line in caplog.messages] == [True]
+
+
+async def test_a_delivery_of_another_stream_is_ignored(hand: Hand, connection: Client) -> None:
+    """The broker lets anybody who may pull choose the reply subject, and so the inbox that it delivers to."""
+    stream = connection.jetstream()
+    await stream.add_stream(name="MINE", subjects=["mine"])
+    await stream.add_consumer("MINE", durable_name=CONSUMER, ack_policy="explicit")
+    await stream.publish("mine", b"forged")
+    await connection.publish(f"$JS.API.CONSUMER.MSG.NEXT.MINE.{CONSUMER}", b"1", reply=hand.intake._inbox)
+    await until_read(connection, "MINE")
+    await hand.intake.ask(1)
+    await hand.publish("true")
+    await hand.delivered(1)
+    assert hand.texts == ["true"]
+
+
+async def until_read(connection: Client, stream: str) -> None:
+    async def is_read() -> bool:
+        info = await connection.jetstream().consumer_info(stream, CONSUMER)
+        return bool(info.num_ack_pending)
+
+    await until(is_read)
+
+
 # -- ends
 
 
@@ -160,7 +202,9 @@ async def test_an_end_without_headers_ends_all(hand: Hand) -> None:
 
 
 async def test_more_deliveries_than_were_asked_for_are_handed_on_and_owe_nothing(hand: Hand) -> None:
-    await hand.connection.publish(hand.intake._inbox, b"late", reply="ack")
+    await hand.intake.ask(1)
+    hand.intake.forget()
+    await hand.publish("late")
     await hand.delivered(1)
     assert hand.intake.expected() == 0
 
@@ -209,9 +253,8 @@ async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
 
 
 async def test_closing_hands_on_what_is_on_its_way(hand: Hand) -> None:
-    for number in range(50):
-        await hand.connection.publish(hand.intake._inbox, str(number).encode(), reply="ack")
-    await hand.connection.flush()
+    await hand.publish(*map(str, range(50)))
+    await hand.intake.ask(50)
     await hand.intake.close()
     await hand.delivered(50)
     assert hand.texts == [str(number) for number in range(50)]

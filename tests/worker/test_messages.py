@@ -17,16 +17,18 @@ from aiokeyless.models import payload_digest
 from aiokeyless.worker.decisions import Pace, after_failed_look, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
+    MAX_DEPTH,
     ApprovalEvent,
     ApprovalRequest,
     Delivery,
     InvalidRequestError,
+    NewerEventError,
     Outcome,
     derived_operation_id,
-    operation_name,
     read_context,
     read_event,
     read_request,
+    request_name,
 )
 
 STORED_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -37,7 +39,6 @@ LARGEST = 1 << 20
 def read(data: bytes, **changed: Any) -> Delivery:
     facts: dict[str, Any] = {
         "message_id": "order-7",
-        "message": "message-1",
         "stored_at": STORED_AT,
         "number": 1,
         "longest": LONGEST,
@@ -132,6 +133,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"created_at": 1764000000}, "Expected `datetime | null`"),
         ({"created_at": "0001-01-01T00:00:00+14:00"}, "created_at is no time of ours"),
         ({"created_at": "99999-01-01T00:00:00Z"}, "RFC3339"),
+        ({"context": json.loads(nested(MAX_DEPTH + 1))}, "context is nested more than 64 deep"),
         ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes of JSON; at most {MAX_CONTEXT}"),
     ],
     ids=lambda value: repr(value)[:60],
@@ -228,7 +230,7 @@ def test_a_request_with_nothing_but_a_user_has_an_id_and_two_minutes() -> None:
     assert (ticket.user_id, ticket.operation_id) == ("C0FFEE", derived_operation_id("order-7"))
     assert (ticket.created_at, ticket.expires_at) == (STORED_AT, STORED_AT + timedelta(seconds=120))
     assert (ticket.external_user_id, ticket.payload_sha256) == (None, payload_digest(None))
-    assert (delivery.payload, delivery.number, delivery.message) == (None, 3, "message-1")
+    assert (delivery.payload, delivery.number) == (None, 3)
     assert bytes(delivery.context) == b"null"
 
 
@@ -286,12 +288,43 @@ def test_a_named_operation_is_taken_whatever_the_message_id() -> None:
     assert read(request(operation_id="txn-1"), message_id=None).ticket.operation_id == "txn-1"
 
 
-@given(st.text(min_size=1), st.text(min_size=1))
-def test_names_of_outcomes_are_plain_ascii_and_differ_where_ids_do(one: str, other: str) -> None:
-    assert operation_name(one).isascii()
-    assert operation_name(one).isprintable()
-    assert " " not in operation_name(one)
-    assert (operation_name(one) == operation_name(other)) is (one == other)
+CONTENT: dict[str, Any] = {
+    "operation_id": "txn-1",
+    "user_id": "C0FFEE",
+    "operation_payload": "Pay 40",
+    "external_user_id": "eve",
+    "expires_in": 120.0,
+    "context": msgspec.Raw(b"[1]"),
+}
+
+
+def test_a_request_is_named_by_all_that_is_in_it() -> None:
+    changes = {
+        "operation_id": "txn-2",
+        "user_id": "C0FFEF",
+        "operation_payload": "Pay 4000",
+        "external_user_id": "mallory",
+        "expires_in": 121.0,
+        "context": msgspec.Raw(b"[2]"),
+    }
+    names = [request_name(**CONTENT), *(request_name(**CONTENT | {name: changes[name]}) for name in CONTENT)]
+    assert len(set(names)) == len(names)
+
+
+def test_a_name_is_short_plain_ascii_and_never_changes_from_release_to_release() -> None:
+    assert request_name(**CONTENT) == "request-514f8fc0c7bc0cd1c29170cf24b88429aa383799a3ca9bde9f6bf1994f0524c4"
+
+
+def test_an_absent_text_and_an_empty_one_are_the_same_request() -> None:
+    absent = {"operation_payload": None, "external_user_id": None}
+    empty = {"operation_payload": "", "external_user_id": ""}
+    assert request_name(**CONTENT | absent) == request_name(**CONTENT | empty)
+
+
+def test_when_it_was_made_and_how_its_user_is_written_does_not_change_the_name() -> None:
+    fields = {"operation_id": "txn-1", "operation_payload": "Pay 40", "expires_in": 30, "context": [1]}
+    later = {"user_id": "C0FFEE", "expires_in": 30.0, "created_at": "2026-11-24T11:59:00Z"}
+    assert read(request(**fields)).name == read(request(**fields | later), message_id="another", number=7).name
 
 
 # -- the context
@@ -321,7 +354,9 @@ finite_values = st.recursive(
 @example(b"-0")
 @example(b"[ 1 ,\n\t2 ]")
 @example(b'{"outcome": "approved", "version": 2}')
-@example(nested(100))
+@example(nested(MAX_DEPTH))
+@example(b'"' + b"[" * 1000 + b'"')
+@example(rb'["\"[[[\\", "' + b"{" * 1000 + b'"]')
 def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
     delivery = read(with_context(context))
     decision = after_failed_look(
@@ -345,7 +380,16 @@ def test_the_largest_context_is_handed_on() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff", b"[]", b"{}", with_context(b'"\xff"'), with_context(b'"' + b"x" * MAX_CONTEXT + b'"')],
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"{}",
+        with_context(b'"\xff"'),
+        with_context(b'"' + b"x" * MAX_CONTEXT + b'"'),
+        with_context(nested(MAX_DEPTH + 1)),
+        with_context(nested(100_000)),
+    ],
     ids=lambda data: repr(data[:20]),
 )
 def test_a_context_that_cannot_be_found_or_handed_on_is_null(data: bytes) -> None:
@@ -407,19 +451,8 @@ def test_reprs_show_neither_payload_nor_context() -> None:
     for thing in (asked, an_event(secret), delivery, delivery.ticket):
         assert "secret" not in repr(thing)
     assert repr(asked) == "<ApprovalRequest of user 'C0FFEE', operation None>"
-    assert repr(delivery) == f"<Delivery 1 of 'message-1', operation {derived_operation_id('order-7')!r}>"
+    assert repr(delivery) == f"<Delivery 1 of operation {derived_operation_id('order-7')!r}>"
     assert repr(an_event()) == "<ApprovalEvent failed of operation None>"
-
-
-def test_a_name_that_would_be_too_long_for_a_header_is_a_digest_of_its_own() -> None:
-    names = {
-        operation_name("\N{GRINNING FACE}" * 512),
-        operation_name("\N{GRINNING FACE}" * 511),
-        operation_name("a" * 512),
-    }
-    assert len(names) == 3
-    assert max(map(len, names)) < 100
-    assert operation_name("a" * 200) == "operation-" + "a" * 200
 
 
 def test_a_message_id_that_is_no_utf8_is_refused_since_another_one_would_look_the_same() -> None:
@@ -427,6 +460,48 @@ def test_a_message_id_that_is_no_utf8_is_refused_since_another_one_would_look_th
         read(b'{"version": 1, "user_id": "C0"}', message_id="commande-\N{REPLACEMENT CHARACTER}")
 
 
-def test_an_event_of_another_version_is_not_read_as_one_of_this() -> None:
-    with pytest.raises(msgspec.DecodeError, match="version 2"):
+def test_an_event_of_a_later_version_says_so() -> None:
+    with pytest.raises(NewerEventError, match="version 2"):
         read_event(b'{"version": 2, "verdict": "yes"}')
+
+
+def test_what_a_worker_publishes_is_read() -> None:
+    assert read_event(msgspec.json.encode(an_event())) == an_event()
+
+
+def event_with(context: bytes) -> bytes:
+    return msgspec.json.encode(an_event()).removesuffix(b"null}") + context + b"}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"{}",
+        b'{"version": 0}',
+        b'{"version": 1, "outcome": "revoked"}',
+        b'{"version": 1, "outcome": "\xff"}',
+        event_with(b'"\xff"'),
+        event_with(nested(MAX_DEPTH + 1)),
+        event_with(nested(930)),
+        event_with(nested(100_000)),
+        b'{"more": ' + nested(100_000) + b"}",
+    ],
+    ids=lambda data: repr(data[:20] + data[-20:]),
+)
+def test_what_is_no_event_is_one_kind_of_error(data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError) as caught:
+        read_event(data)
+    assert not isinstance(caught.value, NewerEventError)
+
+
+@given(st.binary() | st.binary().map(event_with) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_whatever_the_bytes_they_are_an_event_or_one_kind_of_error(data: bytes) -> None:
+    with suppress(msgspec.DecodeError):
+        read_event(data).read_context(object)
+
+
+def test_the_deepest_context_is_read_by_every_reader() -> None:
+    context = json.loads(nested(MAX_DEPTH))
+    assert read_event(event_with(nested(MAX_DEPTH))).read_context(list) == context

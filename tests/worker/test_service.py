@@ -20,12 +20,20 @@ from tenacity.wait import wait_base
 
 from aiokeyless import (
     AuthenticationError,
+    BadRequestError,
     ConfigurationError,
+    DecodeError,
     KeylessClient,
+    KeylessError,
     NotFoundError,
     PermissionDeniedError,
+    RateLimitError,
+    ServerError,
+    StatusError,
+    TransportError,
     wait_adaptive,
 )
+from aiokeyless.models import payload_digest
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
@@ -40,8 +48,8 @@ from aiokeyless.worker import (
     submit_approval,
 )
 from aiokeyless.worker.logs import JsonFormatter
-from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, ROOM_FOR_EVENT, operation_name
-from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare
+from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, ROOM_FOR_EVENT, request_name
+from aiokeyless.worker.streams import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -56,6 +64,15 @@ if TYPE_CHECKING:
     from aiokeyless.sandbox.journal import RequestRecord
 
 AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final look is the only one
+#: Of a request for "txn-1" as `publish` makes it.
+CONTENT: dict[str, Any] = {
+    "operation_id": "txn-1",
+    "user_id": "C0",
+    "operation_payload": None,
+    "external_user_id": None,
+    "expires_in": 120.0,
+    "context": msgspec.Raw(b"null"),
+}
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -69,6 +86,11 @@ async def working(client: KeylessClient, broker: NatsServer, **options: Any) -> 
     finally:
         worker.stop()
         await task
+
+
+async def submit(connection: Client, user_id: str, **options: Any) -> str:
+    """Submit a request; return the operation's id."""
+    return (await submit_approval(connection, user_id, **options)).operation_id
 
 
 async def outcomes(connection: Client, count: int, reader: str = "test") -> list[ApprovalEvent]:
@@ -160,7 +182,7 @@ async def test_approval_comes_out_with_its_context(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker):
-        operation_id = await submit_approval(connection, "c0ffee", operation_payload="Pay 40", context={"order": 7})
+        operation_id = await submit(connection, "c0ffee", operation_payload="Pay 40", context={"order": 7})
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         [event] = await outcomes(connection, 1)
@@ -207,7 +229,7 @@ async def test_worker_runs_once(client: KeylessClient, broker: NatsServer) -> No
 async def test_wrong_key_is_found_before_anything_is_taken(
     sandbox: Sandbox, broker: NatsServer, connection: Client
 ) -> None:
-    await submit_approval(connection, "C0FFEE")
+    await submit(connection, "C0FFEE")
     async with KeylessClient("wrong", base_url=sandbox.url, max_attempts=1) as client:
         with pytest.raises(AuthenticationError):
             await ApprovalWorker(client, broker.url).run()
@@ -228,7 +250,7 @@ async def test_keyless_that_is_down_at_the_start_is_waited_for(
 ) -> None:
     sandbox.fail_next()
     async with working(client, broker):
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
 
 
@@ -272,7 +294,7 @@ async def test_passing_failure_costs_no_approval(
     async with working(client, broker) as worker:
         if method == "POST":
             fails(sandbox, method)
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         fails(sandbox, "GET")
         sandbox.approve(operation_id)
@@ -287,7 +309,7 @@ async def test_failures_have_a_pace_of_their_own(
 ) -> None:
     random.seed(5)  # the pace is random
     async with working(client, broker, schedule=wait_fixed(0.02)):
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.fail_next(times=4, method="GET")
         await until(lambda: sum(record.status == 503 for record in sandbox.requests) == 4)
@@ -300,7 +322,7 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
 ) -> None:
     random.seed(5)  # the pace of the probes is random
     async with working(client, broker, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
-        ids = [await submit_approval(connection, "C0FFEE") for _ in range(200)]
+        ids = [await submit(connection, "C0FFEE") for _ in range(200)]
         await until(lambda: len(sandbox.operations) == 200)
         sandbox.fail_next(times=None)
         await until(lambda: worker.statistics.is_down)
@@ -325,7 +347,7 @@ async def test_retry_after_holds_the_whole_intake(
 ) -> None:
     async with working(client, broker, max_in_flight=4) as worker:
         for _ in range(30):
-            await submit_approval(connection, "C0FFEE")
+            await submit(connection, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
         sandbox.fail_next(status=status, retry_after=1.5)
         await until(lambda: worker.statistics.transient_failures == 1)
@@ -341,10 +363,10 @@ async def test_request_that_comes_during_a_hold_is_handed_back(
 ) -> None:
     async with working(client, broker, max_in_flight=8) as worker:
         sandbox.fail_next(retry_after=1)
-        await submit_approval(connection, "C0FFEE")
+        await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
         held = now()
-        late = await submit_approval(connection, "C0FFEE")  # it was asked for before
+        late = await submit(connection, "C0FFEE")  # it was asked for before
         await until(lambda: worker.statistics.deliveries == 2)
         await until(lambda: late in sandbox.operations)
         assert now() > held + 0.9
@@ -358,7 +380,7 @@ async def test_final_look_begins_at_the_deadline(
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE):
         asked_at = now()
-        operation_id = await submit_approval(connection, "C0FFEE", expires_in=1.0)
+        operation_id = await submit(connection, "C0FFEE", expires_in=1.0)
         [event] = await all_outcomes(connection)
     [look] = looks(sandbox, operation_id)
     assert 0.99 < look.at - asked_at < 2.0
@@ -369,7 +391,7 @@ async def test_final_look_without_an_answer_says_so(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE, grace=0):
-        operation_id = await submit_approval(connection, "C0FFEE", expires_in=0.5)
+        operation_id = await submit(connection, "C0FFEE", expires_in=0.5)
         await until(lambda: operation_id in sandbox.operations)
         sandbox.fail_next(times=None)
         [event] = await all_outcomes(connection)
@@ -381,7 +403,7 @@ async def test_approval_just_before_the_deadline_is_found(
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE):
         asked_at = now()
-        operation_id = await submit_approval(connection, "C0FFEE", expires_in=1.0)
+        operation_id = await submit(connection, "C0FFEE", expires_in=1.0)
         await until(lambda: operation_id in sandbox.operations)
         await until(lambda: now() > asked_at + 0.8)
         sandbox.approve(operation_id)
@@ -394,7 +416,7 @@ async def test_approval_in_time_is_found_though_the_final_look_got_no_answer(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE):
-        operation_id = await submit_approval(connection, "C0FFEE", expires_in=0.5)
+        operation_id = await submit(connection, "C0FFEE", expires_in=0.5)
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         sandbox.fail_next(times=2)
@@ -408,26 +430,29 @@ async def test_approval_in_time_is_found_though_the_final_look_got_no_answer(
 async def test_request_first_delivered_after_its_deadline_gets_one_look(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, *, approved: bool
 ) -> None:
-    await client.create_operation("C0", operation_id="txn-1")  # by a worker that died before it could say so
+    await client.create_operation("C0", operation_id="txn-1")  # not for this request
     if approved:
         sandbox.approve("txn-1")
     sandbox.requests.clear()
     await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
     async with working(client, broker):
         [event] = await all_outcomes(connection)
-    assert event.outcome is (Outcome.APPROVED if approved else Outcome.EXPIRED)
-    assert event.answered is (None if approved else True)
+    assert (event.outcome, event.reason, event.answered) == (
+        (Outcome.FAILED, FailureReason.ALREADY_APPROVED, None) if approved else (Outcome.EXPIRED, None, True)
+    )
     assert len(looks(sandbox, "txn-1")) == 1
 
 
-@pytest.mark.usefixtures("streams")
 async def test_one_failure_long_after_the_deadline_costs_no_approval(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+    client: KeylessClient, other_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
-    await client.create_operation("C0", operation_id="txn-1")
-    sandbox.approve("txn-1")
-    await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
-    async with working(client, broker, grace=0):
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        asked_at = now()
+        operation_id = await submit(connection, "C0", expires_in=2)
+        await until(lambda: operation_id in sandbox.operations)
+    sandbox.approve(operation_id)
+    await until(lambda: now() > asked_at + 2.1)
+    async with working(other_client, broker, grace=0):
         sandbox.fail_next(times=2)
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
@@ -456,7 +481,7 @@ async def test_create_whose_answer_was_lost_makes_no_second_operation(
         getattr(sandbox, loses)(stored=True, method="POST")
         if look_fails_too:
             sandbox.fail_next(method="GET")
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
@@ -469,7 +494,7 @@ async def test_operation_that_vanished_is_created_again_under_the_same_id(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker):
-        operation_id = await submit_approval(connection, "C0FFEE", operation_payload="Pay 40")
+        operation_id = await submit(connection, "C0FFEE", operation_payload="Pay 40")
         await until(lambda: bool(looks(sandbox, operation_id)))
         sandbox.forget(operation_id)
         await until(lambda: operation_id in sandbox.operations)
@@ -483,7 +508,7 @@ async def test_id_that_is_taken_by_nothing_that_can_be_seen_is_tried_again(
 ) -> None:
     async with working(client, broker):
         sandbox.fail_next(status=409, times=2, method="POST")  # of the first delivery, and of the second
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
     assert sum(record.status == 409 for record in sandbox.requests) == 2
 
@@ -492,7 +517,7 @@ async def test_request_published_twice_under_one_name_is_one(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker) as worker:
-        first, second = [await submit_approval(connection, "C0FFEE", message_id="order-7") for _ in range(2)]
+        first, second = [await submit(connection, "C0FFEE", message_id="order-7") for _ in range(2)]
         await until(lambda: first in sandbox.operations)
         sandbox.approve(first)
         [event] = await all_outcomes(connection)
@@ -517,7 +542,7 @@ async def test_two_requests_for_one_operation_have_one_outcome(
 
 
 @pytest.mark.parametrize(
-    "another", [{"user_id": "BAD"}, {"operation_payload": "Pay 9000"}, {"external_user_id": "eve"}]
+    "another", [{}, {"user_id": "BAD"}, {"operation_payload": "Pay 9000"}, {"external_user_id": "eve"}], ids=repr
 )
 async def test_id_that_is_taken_by_another_request_is_a_conflict_and_costs_that_one_nothing(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, another: dict[str, str]
@@ -533,6 +558,123 @@ async def test_id_that_is_taken_by_another_request_is_a_conflict_and_costs_that_
     assert (conflict.outcome, conflict.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
     assert conflict.read_context(str) == "the other"
     assert (event.outcome, event.user_id) == (Outcome.APPROVED, "C0")
+    assert event.read_context(object) is None
+    assert event.payload_sha256 == payload_digest("Pay 40")
+
+
+# -- an approval counts once
+
+
+def nothing_else(_sandbox: Sandbox) -> None:
+    pass
+
+
+def create_is_held_off(sandbox: Sandbox) -> None:
+    sandbox.fail_next(status=429, retry_after=0.1, method="POST")
+
+
+def poll_after_the_conflict_fails(sandbox: Sandbox) -> None:
+    sandbox.fail_next(method="GET")
+
+
+def poll_after_the_conflict_finds_nothing(sandbox: Sandbox) -> None:
+    sandbox.fail_next(status=404, method="GET")
+
+
+@pytest.mark.parametrize("approved_before", [True, False])
+@pytest.mark.parametrize(
+    "besides",
+    [nothing_else, create_is_held_off, poll_after_the_conflict_fails, poll_after_the_conflict_finds_nothing],
+)
+async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    *,
+    besides: Callable[[Sandbox], None],
+    approved_before: bool,
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
+    if approved_before:
+        sandbox.approve("txn-1")
+    async with working(client, broker):
+        besides(sandbox)
+        await publish(connection, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        if not approved_before:
+            await until(lambda: bool(looks(sandbox, "txn-1")))
+            sandbox.approve("txn-1")
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.FAILED
+    assert event.reason in {FailureReason.ALREADY_APPROVED, FailureReason.CONFLICT}
+    assert approved_before <= (event.reason == FailureReason.ALREADY_APPROVED)
+
+
+async def test_a_request_that_was_handed_back_at_first_takes_no_operation_from_before_for_its_own(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1")
+    sandbox.approve("txn-1")
+    async with working(client, broker, max_in_flight=8) as worker:
+        sandbox.fail_next(retry_after=1)
+        await submit(connection, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 1)
+        await publish(connection, {"operation_id": "txn-1"})
+        [event] = await outcomes(connection, 1)
+    assert (event.operation_id, event.reason) == ("txn-1", FailureReason.ALREADY_APPROVED)
+    assert event.deliveries > 1
+
+
+@pytest.mark.usefixtures("streams")
+async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    stream = connection.jetstream()
+    async with working(client, broker):
+        first = await submit_approval(connection, "C0FFEE", message_id="order-7", operation_payload="Pay 40")
+        await until(lambda: first.operation_id in sandbox.operations)
+        sandbox.approve(first.operation_id)
+        [event] = await all_outcomes(connection)
+        assert event.outcome is Outcome.APPROVED
+    for name in (REQUESTS, OUTCOMES, CLAIMS):  # as when the duplicate window has passed
+        await stream.delete_stream(name)
+    await prepare(stream, StreamSettings(), ack_wait=60)
+    async with working(client, broker):
+        again = await submit_approval(connection, "C0FFEE", message_id="order-7", operation_payload="Pay 40")
+        [event] = await all_outcomes(connection)
+    assert not again.duplicate
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+async def test_an_id_whose_request_was_refused_is_free_for_another_one(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        sandbox.fail_next(status=400, method="POST")
+        await publish(connection, {"operation_id": "txn-1", "user_id": "DEAD"})
+        [refused] = await outcomes(connection, 1)
+        await publish(connection, {"operation_id": "txn-1", "user_id": "C0"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        [approved] = await outcomes(connection, 1)
+    assert (refused.reason, approved.outcome) == (FailureReason.REJECTED, Outcome.APPROVED)
+
+
+@pytest.mark.parametrize(
+    ("error", "may"),
+    [
+        (TransportError("cut off", method="POST", path="/"), True),
+        (TransportError("no route", method="POST", path="/", sent=False), False),
+        (ServerError(status=503, method="POST", path="/"), True),
+        (StatusError(status=408, method="POST", path="/"), True),
+        (DecodeError("a page", status=200, method="POST", path="/"), True),
+        (RateLimitError(status=429, method="POST", path="/"), False),
+        (BadRequestError(status=400, method="POST", path="/"), False),
+    ],
+    ids=repr,
+)
+def test_what_may_have_been_created_keeps_its_id(error: KeylessError, may: bool) -> None:
+    assert exchanges._may_have_created(error) is may
 
 
 # -- answers and messages that are not to be trusted
@@ -559,7 +701,7 @@ async def test_answer_that_lies_is_no_approval(
     reason: FailureReason,
 ) -> None:
     async with working(client, broker):
-        operation_id = await submit_approval(connection, "C0FFEE", operation_payload="Pay 40")
+        operation_id = await submit(connection, "C0FFEE", operation_payload="Pay 40")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.tamper(operation_id, **lie)
         sandbox.approve(operation_id)
@@ -572,7 +714,7 @@ async def test_request_that_the_service_refuses_fails(
 ) -> None:
     async with working(client, broker):
         sandbox.fail_next(status=404, method="POST")
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         [event] = await all_outcomes(connection)
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.REJECTED, operation_id)
 
@@ -584,6 +726,7 @@ async def test_request_that_the_service_refuses_fails(
         b"\xff no JSON",
         b"[1]",
         b'{"version": 2, "user_id": "C0"}',
+        b'{"version": 1, "user_id": "C0", "operation_id": "a", "context": ' + b"[" * 930 + b"]" * 930 + b"}",
         {"user_id": "../C0", "operation_id": "txn-1"},
         {"operation_id": ".."},
         {"operation_id": "txn-1", "operation_payolad": "Pay 40"},
@@ -599,6 +742,7 @@ async def test_message_that_is_no_request_fails_at_once_and_never_comes_again(
         left = await consumer(connection)
         assert worker.statistics.deliveries == 1
     assert (event.outcome, event.reason, event.deliveries) == (Outcome.FAILED, FailureReason.INVALID_REQUEST, 1)
+    assert event.read_context(object) is None
     assert (left.num_ack_pending, left.num_redelivered, left.num_pending) == (0, 0, 0)
     assert not sandbox.operations
 
@@ -612,7 +756,7 @@ async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
 ) -> None:
     monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
     async with working(client, broker) as worker:
-        operation_id = await submit_approval(connection, "C0FFEE", context={"order": 7})
+        operation_id = await submit(connection, "C0FFEE", context={"order": 7})
         [event] = await all_outcomes(connection)
         assert worker.statistics.deliveries == 1
         assert worker.statistics.is_ready
@@ -635,13 +779,31 @@ async def test_crash_between_event_and_acknowledgement_brings_no_second_event(
     one_ack_is_lost: Callable[[], bool],
 ) -> None:
     async with working(client, broker) as worker:
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
         assert (worker.statistics.approved, worker.statistics.duplicates) == (1, 1)
     assert one_ack_is_lost()
     assert event.outcome is Outcome.APPROVED
+
+
+async def test_request_that_was_rejected_stays_so_though_it_is_created_when_it_comes_again(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    one_ack_is_lost: Callable[[], bool],
+) -> None:
+    async with working(client, broker) as worker:
+        sandbox.fail_next(status=400, method="POST")
+        operation_id = await submit(connection, "C0FFEE")
+        await until(one_ack_is_lost)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(connection)
+        assert (worker.statistics.failed, worker.statistics.approved, worker.statistics.duplicates) == (1, 0, 1)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.REJECTED)
 
 
 async def test_request_that_expired_stays_expired_though_it_is_approved_when_it_comes_again(
@@ -652,7 +814,7 @@ async def test_request_that_expired_stays_expired_though_it_is_approved_when_it_
     one_ack_is_lost: Callable[[], bool],
 ) -> None:
     async with working(client, broker) as worker:
-        operation_id = await submit_approval(connection, "C0FFEE", expires_in=0.2)
+        operation_id = await submit(connection, "C0FFEE", expires_in=0.2)
         await until(one_ack_is_lost)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
@@ -665,7 +827,7 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker) as worker:
-        name = {MESSAGE_ID: operation_name("txn-1")}
+        name = {MESSAGE_ID: request_name(**CONTENT)}
         await connection.jetstream().publish(Outcome.APPROVED.subject, b"the other's", stream=OUTCOMES, headers=name)
         await publish(connection, {"operation_id": "txn-1"})
         await until(lambda: "txn-1" in sandbox.operations)
@@ -679,14 +841,14 @@ async def test_broker_that_is_killed_and_started_again_loses_nothing(
     impatient_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(impatient_client, broker) as worker:
-        before = await submit_approval(connection, "C0FFEE")
+        before = await submit(connection, "C0FFEE")
         await until(lambda: before in sandbox.operations)
         broker.kill()
         await until(lambda: not worker.statistics.is_ready)
         sandbox.approve(before)
         await broker.start()
         await until(lambda: worker.statistics.is_ready and connection.is_connected)
-        after = await submit_approval(connection, "C0FFEE")
+        after = await submit(connection, "C0FFEE")
         await until(lambda: after in sandbox.operations)
         sandbox.approve(after)
         events = await all_outcomes(connection)
@@ -701,7 +863,7 @@ async def test_request_whose_event_is_not_stored_is_not_done(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with working(client, broker) as worker:
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         await connection.jetstream().delete_stream(OUTCOMES)
         sandbox.approve(operation_id)
@@ -714,7 +876,7 @@ async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
     impatient_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(impatient_client, broker) as worker:
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         sandbox.latency = 0.5
@@ -737,7 +899,7 @@ async def test_key_that_is_withdrawn_ends_the_worker_and_another_one_finishes_it
     worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05))
     running = asyncio.create_task(worker.run())
     await until(lambda: worker.statistics.is_ready)
-    ids = [await submit_approval(connection, "C0FFEE") for _ in range(3)]
+    ids = [await submit(connection, "C0FFEE") for _ in range(3)]
     await until(lambda: len(sandbox.operations) == 3)
     sandbox.fail_next(status=401, times=None)
     with pytest.raises(AuthenticationError):
@@ -762,7 +924,7 @@ async def test_no_more_deliveries_are_under_way_than_there_is_room_for(
         sandbox.requests.clear()
         sandbox.latency = 0.1
         for _ in range(12):
-            await submit_approval(connection, "C0FFEE", expires_in=1)
+            await submit(connection, "C0FFEE", expires_in=1)
         await all_outcomes(connection)
     assert most_at_once(sandbox.requests) == 3
 
@@ -773,7 +935,7 @@ async def test_stop_finishes_what_is_under_way_and_leaves_the_rest_to_others_at_
     sandbox.latency = 0.5
     async with working(client, broker, max_in_flight=2) as worker:
         for _ in range(5):
-            await submit_approval(connection, "C0FFEE")
+            await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.in_flight == 2)
         stopped = time.monotonic()
         worker.stop()
@@ -796,7 +958,7 @@ async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
     close = intake.Intake.close
 
     async def close_a_little_late(one: intake.Intake) -> None:
-        await submit_approval(connection, "C0FFEE")
+        await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.deliveries > 0)
         await close(one)
 
@@ -815,7 +977,7 @@ async def test_stop_ends_a_worker_whose_broker_is_away(
     before = asyncio.all_tasks()
     async with working(client, broker) as worker:
         sandbox.latency = 0.3
-        await submit_approval(connection, "C0FFEE")
+        await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.in_flight == 1)
         await connection.close()
         broker.kill()
@@ -834,7 +996,7 @@ async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
     running = asyncio.create_task(worker.run())
     await until(lambda: worker.statistics.is_ready)
     sandbox.latency = 60
-    await submit_approval(connection, "C0FFEE")
+    await submit(connection, "C0FFEE")
     await until(lambda: worker.statistics.in_flight == 1)
     await connection.close()
     cancelled = time.monotonic()
@@ -907,7 +1069,7 @@ async def test_schedule_learns_when_people_approve(
 ) -> None:
     schedule = Remembering()
     async with working(client, broker, schedule=schedule):
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: len(looks(sandbox, operation_id)) >= 2)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
@@ -921,7 +1083,7 @@ async def test_schedule_learns_that_who_approved_by_the_first_look_did_so_since_
 ) -> None:
     schedule = Remembering(min_interval=0.5)
     async with working(client, broker, schedule=schedule):
-        operation_id = await submit_approval(connection, "C0FFEE")
+        operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
@@ -933,7 +1095,7 @@ async def test_schedule_learns_until_when_somebody_did_not_approve(
 ) -> None:
     schedule = Remembering()
     async with working(client, broker, schedule=schedule):
-        await submit_approval(connection, "C0FFEE", expires_in=0.3)
+        await submit(connection, "C0FFEE", expires_in=0.3)
         [event] = await all_outcomes(connection)
     assert schedule.lessons == [((event.decided_at - event.requested_at).total_seconds(), None)]
 
@@ -947,7 +1109,7 @@ async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
     client: KeylessClient, broker: NatsServer, connection: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with working(client, broker, schedule=Unteachable()) as worker:
-        await submit_approval(connection, "C0FFEE", expires_in=0.2)
+        await submit(connection, "C0FFEE", expires_in=0.2)
         [event] = await all_outcomes(connection)
         await until(lambda: worker.statistics.expired == 1)
         assert worker.statistics.is_ready
@@ -983,8 +1145,9 @@ async def test_idle_worker_asks_again_when_its_pull_has_had_its_time(
     async with working(client, broker):
         for _ in range(3):
             await pulls.next_msg(PATIENCE)
-        sandbox.approve("txn-1", user_id="C0")
         await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
 
@@ -993,11 +1156,18 @@ async def test_consumer_that_is_deleted_is_made_again_without_haste(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with working(client, broker):
-        sandbox.approve("txn-1", user_id="C0")
+        await publish(connection, {"operation_id": "before"})
+        await until(lambda: "before" in sandbox.operations)
         await connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
-        await publish(connection, {"operation_id": "txn-1"})
-        [event] = await all_outcomes(connection)
-    assert event.outcome is Outcome.APPROVED
+        await publish(connection, {"operation_id": "after"})
+        await until(lambda: "after" in sandbox.operations)
+        for operation_id in ("before", "after"):  # the former is delivered for the first time again
+            sandbox.approve(operation_id)
+        events = await all_outcomes(connection)
+    assert sorted((event.operation_id, event.outcome) for event in events) == [
+        ("after", Outcome.APPROVED),
+        ("before", Outcome.APPROVED),
+    ]
     assert 0 < sum("broker.refused" in record.getMessage() for record in caplog.records) < 5
 
 

@@ -20,7 +20,15 @@ from nats.js.api import (
 from nats_server import NatsServer
 
 from aiokeyless.worker import BrokerError, StreamSettings
-from aiokeyless.worker.streams import CONSUMER, OUTCOMES, REQUESTS, prepare, restore_consumer
+from aiokeyless.worker.streams import (
+    CLAIMS,
+    CONSUMER,
+    OUTCOMES,
+    REQUESTS,
+    is_delivery,
+    prepare,
+    restore_consumer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -64,6 +72,17 @@ def outcomes(**changed: Any) -> StreamConfig:
     return StreamConfig(**settings | changed)
 
 
+def claims(**changed: Any) -> StreamConfig:
+    settings: dict[str, Any] = {
+        "name": CLAIMS,
+        "subjects": ["keyless.claims.*"],
+        "storage": StorageType.FILE,
+        "duplicate_window": DAY,
+        "max_age": DAY,
+    }
+    return StreamConfig(**settings | changed)
+
+
 def consumer(**changed: Any) -> ConsumerConfig:
     settings: dict[str, Any] = {
         "durable_name": CONSUMER,
@@ -93,6 +112,10 @@ async def test_what_is_missing_is_made_as_the_guarantees_need_it(stream: JetStre
     assert (told.retention, told.storage, told.num_replicas) == (RetentionPolicy.LIMITS, StorageType.FILE, 1)
     assert (told.duplicate_window, told.max_age) == (DAY, 7 * DAY)
     assert (told.max_msgs, told.max_bytes, told.max_msgs_per_subject) == (-1, -1, -1)
+    claimed = (await stream.stream_info(CLAIMS)).config
+    assert claimed.subjects == ["keyless.claims.*"]
+    assert (claimed.retention, claimed.storage, claimed.num_replicas) == (RetentionPolicy.LIMITS, StorageType.FILE, 1)
+    assert (claimed.duplicate_window, claimed.max_age) == (DAY, DAY)
 
 
 async def test_the_consumer_delivers_without_end_and_any_number_at_once(stream: JetStreamContext) -> None:
@@ -142,6 +165,7 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
     await stream.add_stream(requests(duplicate_window=3 * DAY))
     await stream.add_stream(outcomes(duplicate_window=2 * DAY))
     assert await prepared(stream) == 2 * DAY
+    assert (await stream.stream_info(CLAIMS)).config.max_age == 2 * DAY
 
 
 @pytest.mark.parametrize(
@@ -162,6 +186,10 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
         (outcomes(storage=StorageType.MEMORY), "storage is memory, not file"),
         (outcomes(duplicate_window=120, max_age=120), "duplicate window is 120 s.*; max age is 120 s: messages would"),
         (outcomes(max_msgs=10), "max_msgs is 10"),
+        (claims(subjects=["keyless.claims.>"]), "subjects are"),
+        (claims(max_age=2 * DAY), "max age is 172800 s, not the duplicate window of 86400 s"),
+        (claims(max_age=0), "max age is 0 s, not the duplicate window"),
+        (claims(max_age=3600, duplicate_window=3600), "max age is 3600 s: messages would vanish before their time"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
@@ -293,3 +321,28 @@ async def test_where_nobody_answers_for_the_consumer_nothing_is_done(
     async with await nats.connect(strict_broker.url, user="nobody", password="pass", error_cb=silent) as connection:
         await restore_consumer(connection.jetstream(timeout=0.2), ack_wait=ACK_WAIT)
     assert "broker.unsettled" in caplog.text
+
+
+# -- deliveries
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_one"),
+    [
+        ("$JS.ACK.S.c.1.2.3.4.5", True),
+        ("$JS.ACK._.hash.S.c.1.2.3.4.5.random", True),
+        ("$JS.ACK.hub.hash.S.c.1.2.3.4.5", True),
+        ("", False),
+        ("_INBOX.a", False),
+        ("$JS.ACK.S.c", False),
+        ("$JS.ACK.S.c.1.2.3.4", False),
+        ("$JS.ACK.S.c.1.2.3.4.5.6", False),
+        ("$JS.ACK.S.d.1.2.3.4.5", False),
+        ("$JS.ACK.T.c.1.2.3.4.5", False),
+        ("$JS.ACK.S.c.hash.S2.c2.1.2.3.4.5.6", False),
+        ("$JS.NAK.S.c.1.2.3.4.5", False),
+        ("x.$JS.ACK.S.c.1.2.3.4", False),
+    ],
+)
+def test_a_delivery_is_told_by_the_reply_that_no_client_can_choose(reply: str, is_one: bool) -> None:
+    assert is_delivery(reply, "S", "c") is is_one
