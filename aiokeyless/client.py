@@ -117,6 +117,7 @@ class KeylessClient:
     ) -> None:
         self._transport: Transport | None = None  # set first: __del__ looks at it, however the rest goes
         self._closed = False
+        self._closing: asyncio.Task[None] | None = None
         if session is not None and not isinstance(session, aiohttp.ClientSession):
             raise ConfigurationError(f"session must be an aiohttp.ClientSession, not {type(session).__name__}")
         key, api_key = (
@@ -156,16 +157,24 @@ class KeylessClient:
     async def aclose(self) -> None:
         """Close the client; harmless when it is closed already.
 
-        Every call and every wait under way ends with `ClientClosedError`. A borrowed session stays open.
+        Every call and every wait under way ends with `ClientClosedError`. A borrowed session stays open. Once begun,
+        closing goes on where the caller is cancelled; a second call waits for the first.
 
         Raises:
             ConfigurationError: The client belongs to another event loop.
         """
-        if self._closed:
+        if self._closing is not None and self._closing.done():  # perhaps on a loop that is gone
             return
-        if self._loop is not None and self._loop is not asyncio.get_running_loop():
+        loop = asyncio.get_running_loop()
+        if self._loop is not None and self._loop is not loop:
             raise ConfigurationError(_OTHER_LOOP)
-        self._closed = True
+        if self._closing is None:
+            self._closed = True
+            # A task of its own, which the caller's cancellation does not reach, past any task factory.
+            self._closing = asyncio.Task(self._close(), loop=loop)
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         try:
             if self._poller is not None:
                 await self._poller.aclose()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import itertools
 import logging
 import math
 from collections import deque
@@ -35,7 +36,7 @@ from .schedule import next_delay, wait_adaptive
 from .waits import Look, Wait, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
@@ -89,6 +90,7 @@ class Poller:
         self._timeouts = 0
         self._failures = 0
         self.closed = False
+        self._ended: asyncio.Future[None] = self._loop.create_future()  # once it is closed and no wait is left
 
     # -- what the client calls
 
@@ -163,24 +165,33 @@ class Poller:
             self._close(wait)
 
     async def aclose(self) -> None:
-        """End all waits with `ClientClosedError`, and what is in flight for them."""
-        self.closed = True
-        count = 0
-        for watch in tuple(self._watches.values()):
-            for wait in watch.current():
-                self._end(
-                    wait,
-                    ClientClosedError(
-                        f"the client was closed while operation {watch.operation_id!r} was waited for; "
-                        "look at it with get_operation of another client"
-                    ),
-                )
-                count += 1
-                if count % _BATCH == 0:
-                    await asyncio.sleep(0)
+        """End all waits with `ClientClosedError`, and what is in flight for them.
+
+        Once begun, it goes on by itself, whatever becomes of the caller; a second call waits for the first.
+        """
+        if not self.closed:
+            self.closed = True
+            self._disarm()
+            self._end_batch(wait for watch in tuple(self._watches.values()) for wait in watch.current())
+        await asyncio.shield(self._ended)
         while tasks := [look.task for look in self._flying if look.task is not None]:
             await asyncio.wait(tasks)
-        self._disarm()
+
+    def _end_batch(self, waits: Iterator[Wait]) -> None:
+        """End some of the waits; the rest in callbacks, which nobody can cancel."""
+        batch = tuple(itertools.islice(waits, _BATCH))
+        if not batch:
+            self._ended.set_result(None)
+            return
+        self._loop.call_soon(self._end_batch, waits, context=self._context)  # first, whatever is raised below
+        for wait in batch:
+            self._end(
+                wait,
+                ClientClosedError(
+                    f"the client was closed while operation {wait.watch.operation_id!r} was waited for; "
+                    "look at it with get_operation of another client"
+                ),
+            )
 
     def statistics(self) -> ClientStatistics:
         """Return the counts as of now."""
@@ -286,6 +297,8 @@ class Poller:
 
     def _arm(self, now: float) -> None:
         """Set the timer for the next thing that time alone brings about; what awaits a landing needs none."""
+        if self.closed:
+            return
         when = self._next_event(now)
         if when < self._timer_at:
             self._disarm()
@@ -460,7 +473,7 @@ class Poller:
         for look in tuple(self._flying):
             if look.task is task:
                 self._abandon(look)
-        if self._watches and not self.closed:
+        if self._watches:
             self._arm(self._loop.time())
 
     def _abandon(self, look: Look) -> None:

@@ -1676,6 +1676,78 @@ class TestClosing:
         assert timers() == 0
         assert left_behind(before) == set()
 
+    @pytest.mark.parametrize("turns", range(1, 7))
+    async def test_a_cancelled_closing_goes_on_by_itself(self, sandbox: Sandbox, turns: int) -> None:
+        client = sandbox.client()
+        for number in range(1000):
+            await pending(client, f"op{number}")
+        before = asyncio.all_tasks()
+        sandbox.latency = 100
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(1000)]
+        await asyncio.sleep(0.5)
+        start = now()
+        closing = asyncio.create_task(client.aclose())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await cancel([closing])
+        assert closing.cancelled()
+        outcomes = await asyncio.gather(*waits, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
+        assert now() == start
+        await client.aclose()
+        assert timers() == 0
+        assert left_behind(before) == set()
+        assert client._transport is not None
+        assert client._transport._session.closed
+
+    async def test_a_second_closing_waits_for_the_first(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        for number in range(1000):
+            await pending(client, f"op{number}")
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(1000)]
+        await asyncio.sleep(0.5)
+        first = asyncio.create_task(client.aclose())
+        await asyncio.sleep(0)
+        await client.aclose()
+        assert first.done()
+        assert client.statistics.waiting == client.statistics.in_flight == 0
+        assert client._transport is not None
+        assert client._transport._session.closed
+        await asyncio.gather(*waits, return_exceptions=True)
+
+    async def test_somebody_who_cancels_all_tasks_does_not_stop_the_closing(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        for number in range(1000):
+            await pending(client, f"op{number}")
+        before = asyncio.all_tasks()
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(1000)]
+        await asyncio.sleep(0.5)
+        closing = asyncio.create_task(client.aclose())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - before - set(waits):
+            task.cancel()
+        outcomes = await asyncio.gather(*waits, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        await settle()
+        assert left_behind(before) == set()
+        assert client._transport is not None
+        assert client._transport._session.closed
+
+    async def test_closing_while_final_polls_queue_does_not_spin(self, sandbox: Sandbox) -> None:
+        client = sandbox.client(max_in_flight=1)
+        for number in range(1000):
+            await pending(client, f"op{number}")
+        sandbox.latency = 1
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=1)) for number in range(1000)]
+        await asyncio.sleep(1.5)
+        await client.aclose()
+        outcomes = await asyncio.gather(*waits, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
+        assert timers() == 0
+
     async def test_a_wait_on_a_closed_client_raises(self, sandbox: Sandbox) -> None:
         client = sandbox.client()
         await client.aclose()
