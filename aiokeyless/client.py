@@ -43,6 +43,7 @@ from .models import (
 from .poller import Poller
 from .schedule import wait_adaptive
 from .transport import Transport
+from .waits import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     from anyio.streams.memory import MemoryObjectSendStream
 
-    from .waits import Outcome, Wait
+    from .waits import Wait
 
 IfMissing = Literal["raise", "wait"]
 IfExists = Literal["raise", "resume"]
@@ -346,7 +347,8 @@ class KeylessClient:
                 bare id the approval of any user counts then: pass `ApprovalTicket.for_operation`, which names the user
                 and the payload, or compare them yourself.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
-                raises ends the wait.
+                raises ends the wait and is raised from it; a ``StopIteration``, which no coroutine can raise, as the
+                cause of a ``RuntimeError``.
 
         Returns:
             The approved operation.
@@ -513,7 +515,12 @@ class KeylessClient:
         try:
             async for update in updates:
                 operation = update.operation
-                result = on_poll(update)
+                try:
+                    result = on_poll(update)
+                except StopIteration as error:  # no coroutine can raise it: PEP 479
+                    raise RuntimeError(
+                        "on_poll raised StopIteration; catch it there, or give next() a default"
+                    ) from error
                 if inspect.isawaitable(result):
                     await result
         finally:
@@ -536,7 +543,7 @@ class KeylessClient:
 
     async def _outcomes(self, waits: list[_WaitOptions]) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
-        send, receive = anyio.create_memory_object_stream[ApprovalOutcome](math.inf)
+        send, receive = anyio.create_memory_object_stream[tuple[str, Outcome]](math.inf)
         begun: list[Wait] = []
         with send, receive:
             try:
@@ -544,14 +551,14 @@ class KeylessClient:
                     try:
                         wait = poller.start(**options)
                     except KeylessError as error:
-                        send.send_nowait(_outcome(options["operation_id"], error))
+                        send.send_nowait((options["operation_id"], error))
                         continue
                     begun.append(wait)
                     wait.add_done_callback(functools.partial(_report, send, options["operation_id"]))
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)
                 for _ in waits:
-                    yield await receive.receive()
+                    yield _outcome(*await receive.receive())
             finally:
                 for wait in begun:
                     poller.leave(wait)
@@ -564,16 +571,19 @@ def _result(outcome: Outcome) -> Operation:
 
 
 def _outcome(operation_id: str, outcome: Outcome) -> ApprovalOutcome:
+    """Make the outcome of one of many waits; what is no error of this library, such as a bug, is raised."""
     if isinstance(outcome, KeylessError):
         return ApprovalOutcome(operation_id=operation_id, operation=None, error=outcome)
     return ApprovalOutcome(operation_id=operation_id, operation=_result(outcome), error=None)
 
 
-def _report(send: MemoryObjectSendStream[ApprovalOutcome], operation_id: str, future: asyncio.Future[Outcome]) -> None:
+def _report(
+    send: MemoryObjectSendStream[tuple[str, Outcome]], operation_id: str, future: asyncio.Future[Outcome]
+) -> None:
     if future.cancelled():  # the iterator was closed, and has left its waits
         return
     with contextlib.suppress(anyio.ClosedResourceError):  # closed since the wait ended: nobody wants to know
-        send.send_nowait(_outcome(operation_id, future.result()))
+        send.send_nowait((operation_id, future.result()))
 
 
 def _given(value: T | None, variable: str) -> T | str | None:

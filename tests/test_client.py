@@ -459,6 +459,20 @@ class TestManyWaits:
         outcomes = [outcome async for outcome in client.wait_for_approvals([ticket], schedule=Broken())]
         assert isinstance(outcomes[0].error, ConfigurationError)
 
+    async def test_an_outcome_that_is_no_error_of_this_library_is_raised(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        await client.create_operation(USER, operation_id="op")
+        monkeypatch.setattr("aiokeyless.poller.judge", broken)
+        async with asyncio.timeout(10):
+            with pytest.raises(ZeroDivisionError):
+                async for _ in client.wait_for_approvals(["op", "op"]):
+                    pass
+        assert client.statistics.waiting == 0
+
     async def test_a_break_frees_all_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
         for number in range(5):
             await client.create_operation(USER, operation_id=f"op{number}")

@@ -1327,6 +1327,42 @@ class TestRule8OnPoll:
         assert timers() == 0
         assert left_behind(before) == set()
 
+    async def test_a_stop_iteration_of_on_poll_is_told_as_what_it_is(self, client: KeylessClient) -> None:
+        await pending(client)
+        with pytest.raises(RuntimeError, match="on_poll raised StopIteration") as caught:
+            await client.wait_for_approval("op", on_poll=lambda _: next(iter(())))
+        assert isinstance(caught.value.__cause__, StopIteration)
+        assert client.statistics.waiting == 0
+
+    async def test_a_stop_iteration_of_an_async_on_poll_is_the_cause_of_what_is_raised(
+        self, client: KeylessClient
+    ) -> None:
+        async def explode(_update: ApprovalUpdate) -> None:
+            next(iter(()))
+
+        await pending(client)
+        with pytest.raises(RuntimeError, match="StopIteration") as caught:
+            await client.wait_for_approval("op", on_poll=explode)
+        assert isinstance(caught.value.__cause__, StopIteration)
+        assert client.statistics.waiting == 0
+
+    @pytest.mark.parametrize("error", [StopAsyncIteration, GeneratorExit, asyncio.CancelledError])
+    async def test_what_ends_iterations_and_tasks_is_raised_as_it_is(
+        self, client: KeylessClient, error: type[BaseException]
+    ) -> None:
+        def explode(_update: ApprovalUpdate) -> None:
+            raise error
+
+        async def explode_later(_update: ApprovalUpdate) -> None:
+            await asyncio.sleep(0)
+            raise error
+
+        await pending(client)
+        for on_poll in (explode, explode_later):
+            with pytest.raises(error):
+                await client.wait_for_approval("op", on_poll=on_poll)
+        assert client.statistics.waiting == 0
+
     async def test_a_look_that_serves_one_with_and_one_without_on_poll_serves_both(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
