@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import re
+import sqlite3
+from contextlib import closing
 
 from aiogram import Bot, Dispatcher, F, html
 from aiogram.client.default import DefaultBotProperties
@@ -23,20 +25,61 @@ import aiokeyless
 ORDER = re.compile(r"(?=.*[1-9])([0-9]{1,6}(?:\.[0-9]{2})?) +(\S.{0,63})")
 USAGE = "Send /transfer 40 alice, and approve it on your phone."
 TOO_LATE = "Nothing was transferred. If you approve it later, nothing is transferred either."
+SETTLED = {
+    "paid": "This command was carried out before, and is not carried out again.",
+    "closed": "This command was closed before, and nothing was transferred. Send a new one.",
+}
 EDITS_APART = 0.05  # seconds, of all chats together: Telegram allows a bot some 30 messages a second
 GRACE = 5.0  # seconds in which the chats are told that the bot stops
 
 _LOGGER = logging.getLogger(__name__)
 
 
+class Record:
+    """What became of each command, on disk: a row that changes once, from asked to paid or to closed.
+
+    The id of an operation is an idempotency key for the question, and no lock for what follows from the answer: money
+    moves only when the row changes to paid.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database  # in autocommit
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS commands (id TEXT PRIMARY KEY, user TEXT, payload TEXT, state TEXT)"
+        )
+
+    def ask(self, operation_id: str, user: str, payload: str) -> str:
+        """Write a command down before its question is asked, unless it is there; return its state."""
+        row = (operation_id, user, payload)
+        self._database.execute("INSERT OR IGNORE INTO commands VALUES (?, ?, ?, 'asked')", row)
+        return self.state(operation_id)
+
+    def state(self, operation_id: str) -> str:
+        """Return the state of a command that was asked about: asked, paid or closed."""
+        query = "SELECT state FROM commands WHERE id = ?"
+        return str(self._database.execute(query, (operation_id,)).fetchone()[0])
+
+    def settle(self, operation_id: str, state: str) -> bool:
+        """Change a command from asked to paid or to closed; return whether it was this call that did."""
+        query = "UPDATE commands SET state = ? WHERE id = ? AND state = 'asked'"
+        return self._database.execute(query, (state, operation_id)).rowcount == 1
+
+
 class Teller:
     """Takes orders from Telegram users, whom `users` maps to Keyless users; shows progress every few seconds."""
 
     def __init__(
-        self, client: aiokeyless.KeylessClient, users: dict[int, str], *, lifetime: float = 120, edit_every: float = 5
+        self,
+        client: aiokeyless.KeylessClient,
+        users: dict[int, str],
+        record: Record,
+        *,
+        lifetime: float = 120,
+        edit_every: float = 5,
     ) -> None:
         self.transfers: list[tuple[str, str, str]] = []  # what a bank would do: user, amount, payee
         self._client = client
+        self._record = record
         self._users = users
         self._lifetime = lifetime
         self._edit_every = edit_every
@@ -64,7 +107,7 @@ class Teller:
         else:
             self._asked[user] = task
             try:
-                # Of this command alone: should Telegram deliver it again, it is no second question.
+                # Of this command alone: where Telegram delivers it again, it is the same question.
                 operation_id = f"transfer-{bot.id}-{message.chat.id}-{message.message_id}"
                 await self._settle(message, operation_id, user, order[1], order[2])
             finally:
@@ -73,6 +116,9 @@ class Teller:
     async def _settle(self, message: Message, operation_id: str, user: str, amount: str, payee: str) -> None:
         payload = f"Transfer {amount} to {payee}"
         title = f"<b>{html.quote(payload)}</b>"
+        if (state := self._record.ask(operation_id, user, payload)) != "asked":
+            await message.answer(f"{title}\n{SETTLED[state]}")
+            return
         shown = await message.answer(f"{title}\nApprove it on your phone.")
         clock = asyncio.get_running_loop().time
         next_edit = clock() + self._edit_every
@@ -82,31 +128,39 @@ class Teller:
             if update.next_poll_in is None or clock() < max(next_edit, self._next_edit):
                 return
             next_edit, self._next_edit = clock() + self._edit_every, clock() + EDITS_APART
-            state = "Keyless does not answer, still trying" if update.error else "Waiting for your approval"
+            news = "Keyless does not answer, still trying" if update.error else "Waiting for your approval"
             try:
-                await shown.edit_text(f"{title}\n{state}: {ticket.remaining():.0f} s left.")
+                await shown.edit_text(f"{title}\n{news}: {ticket.remaining():.0f} s left.")
             except TelegramRetryAfter as error:
                 self._next_edit = clock() + error.retry_after
             except AiogramError as error:  # a message that was deleted, a gateway's page: it is only progress
                 _LOGGER.info("progress was not shown: %s", error)
 
         try:
-            ticket = await self._client.create_operation(
-                user, operation_id=operation_id, operation_payload=payload, expires_in=self._lifetime
-            )
+            ticket = await self._ask(operation_id, user, payload)
             await self._client.wait_for_approval(ticket, on_poll=progress)
-            self.transfers.append((user, amount, payee))
-            end = "Approved and transferred."
-        except aiokeyless.ApprovalTimeoutError:  # also where the last look got no answer: the question is over
-            end = f"Not approved in time. {TOO_LATE}"
-        except aiokeyless.ClientClosedError:
-            end = f"The bot was stopped. {TOO_LATE}"
-        except aiokeyless.ConflictError:
-            end = "This command was taken before, and is not taken again. Send a new one."
+            state, end = "paid", "Approved and transferred."
         except aiokeyless.KeylessError as error:
-            _LOGGER.error("%s: %s", operation_id, error)  # noqa: TRY400  # one line says it
-            end = f"Your approval cannot be asked for or checked. {TOO_LATE}"
+            _LOGGER.warning("%s: %s", operation_id, error)
+            state, end = "closed", f"{explain(error)} {TOO_LATE}"
+        if not self._record.settle(operation_id, state):  # another delivery was first, in another process
+            end = SETTLED[self._record.state(operation_id)]
+        elif state == "paid":
+            self.transfers.append((user, amount, payee))
         await self._say(shown, f"{title}\n{end}")
+
+    async def _ask(self, operation_id: str, user: str, payload: str) -> aiokeyless.ApprovalTicket:
+        """Ask, or continue with the same question where an earlier delivery of the command asked it."""
+        try:
+            return await self._client.create_operation(
+                user,
+                operation_id=operation_id,
+                operation_payload=payload,
+                expires_in=self._lifetime,
+                if_exists="resume",
+            )
+        except aiokeyless.AlreadyApprovedError:  # the record says that nobody acted on it: it is the answer
+            return aiokeyless.ApprovalTicket.for_operation(operation_id, user_id=user, operation_payload=payload)
 
     async def _say(self, shown: Message, text: str) -> None:
         for _ in range(3):
@@ -129,15 +183,30 @@ class Teller:
             await asyncio.gather(*late, return_exceptions=True)
 
 
+def explain(error: aiokeyless.KeylessError) -> str:
+    """Return what the chat is told of a transfer that did not come about."""
+    match error:
+        case aiokeyless.ApprovalUnknownError():
+            return "Keyless is not reachable: your approval could not be checked."
+        case aiokeyless.ApprovalTimeoutError():
+            return "Not approved in time."
+        case aiokeyless.ApprovalError() | aiokeyless.ConflictError():
+            return "What Keyless holds for this command is not this transfer."
+        case aiokeyless.ClientClosedError():
+            return "The bot was stopped."
+    return "Keyless is not reachable, or refuses this bot."
+
+
 async def main() -> None:
     """Run until SIGINT or SIGTERM."""
     logging.basicConfig(level=logging.INFO)
     users = {int(telegram): keyless for telegram, keyless in json.loads(os.environ["KEYLESS_USERS"]).items()}
     api = TelegramAPIServer.from_base(os.environ.get("BOT_API_URL", "https://api.telegram.org"))
     session = AiohttpSession(api=api, timeout=10)
-    async with aiokeyless.KeylessClient() as client:
-        bot = Bot(os.environ["BOT_TOKEN"], session=session, default=DefaultBotProperties(parse_mode="HTML"))
-        await Teller(client, users).dispatcher().start_polling(bot)
+    with closing(sqlite3.connect(os.environ.get("BOT_DB", "guarded_bot.sqlite3"), isolation_level=None)) as database:
+        async with aiokeyless.KeylessClient() as client:
+            bot = Bot(os.environ["BOT_TOKEN"], session=session, default=DefaultBotProperties(parse_mode="HTML"))
+            await Teller(client, users, Record(database)).dispatcher().start_polling(bot)
 
 
 if __name__ == "__main__":

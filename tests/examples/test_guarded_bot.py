@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import sqlite3
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiogram import Bot
@@ -25,12 +27,13 @@ import bot as example  # examples are programs, not a package
 from bot_api_server import TOKEN, ApiError, BotApiServer, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
 ALICE, BOB, STRANGER = 1001, 1002, 1003
+PROGRAM = Path(example.__file__)
 USERS = {ALICE: "A11CE0", BOB: "B0B000"}
 TOO_LATE = "Nothing was transferred. If you approve it later, nothing is transferred either."
 
@@ -47,6 +50,13 @@ async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
         yield client
 
 
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """The record of all bots of a test, on disk."""
+    with closing(sqlite3.connect(tmp_path / "record.sqlite3", isolation_level=None)) as database:
+        yield database
+
+
 class Session(AiohttpSession):
     """Closes at once: on loopback there is no TLS to take leave of, for which aiogram's waits."""
 
@@ -59,13 +69,14 @@ class Session(AiohttpSession):
 async def running(
     telegram: BotApiServer,
     client: KeylessClient,
+    database: sqlite3.Connection,
     *,
     users: dict[int, str] = USERS,
     lifetime: float = 60.0,
     edit_every: float = 0.2,
 ) -> AsyncGenerator[example.Teller]:
     """Run the bot as its `main` does; the block ends by stopping it."""
-    teller = example.Teller(client, users, lifetime=lifetime, edit_every=edit_every)
+    teller = example.Teller(client, users, example.Record(database), lifetime=lifetime, edit_every=edit_every)
     session = Session(api=TelegramAPIServer.from_base(telegram.url))
     bot = Bot(TOKEN, session=session, default=DefaultBotProperties(parse_mode="HTML"))
     dispatcher = teller.dispatcher()
@@ -90,9 +101,9 @@ def operation_ids(sandbox: Sandbox) -> list[str]:
 
 
 async def test_order_that_nobody_approves_transfers_nothing_and_says_so(
-    telegram: BotApiServer, client: KeylessClient
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
 ) -> None:
-    async with running(telegram, client, lifetime=0.3) as teller:
+    async with running(telegram, client, database, lifetime=0.3) as teller:
         await telegram.say(ALICE, "/transfer 40 alice")
         message = await telegram.read(ALICE, "Not approved in time.")
         assert message.text == f"Transfer 40 to alice\nNot approved in time. {TOO_LATE}"
@@ -100,9 +111,9 @@ async def test_order_that_nobody_approves_transfers_nothing_and_says_so(
 
 
 async def test_late_approval_is_no_answer_to_the_next_question(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
-    async with running(telegram, client, lifetime=0.6) as teller:
+    async with running(telegram, client, database, lifetime=0.6) as teller:
         await telegram.say(ALICE, "/transfer 40 alice")
         await telegram.read(ALICE, "Not approved in time.")
         await telegram.say(ALICE, "/transfer 40 alice")
@@ -114,9 +125,9 @@ async def test_late_approval_is_no_answer_to_the_next_question(
 
 
 async def test_bot_waits_out_a_keyless_that_is_down_for_a_while(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
-    async with running(telegram, client) as teller:
+    async with running(telegram, client, database) as teller:
         await telegram.say(ALICE, "/transfer 40 alice")
         await until(lambda: client.statistics.polls > 0)
         sandbox.fail_next(503, None)
@@ -128,21 +139,21 @@ async def test_bot_waits_out_a_keyless_that_is_down_for_a_while(
 
 
 async def test_nothing_is_transferred_where_keyless_cannot_be_asked(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     sandbox.fail_next(401)
-    async with running(telegram, client) as teller:
+    async with running(telegram, client, database) as teller:
         await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, f"Your approval cannot be asked for or checked. {TOO_LATE}")
+        await telegram.read(ALICE, f"Keyless is not reachable, or refuses this bot. {TOO_LATE}")
         assert teller.transfers == []
 
 
 async def test_approval_of_something_else_transfers_nothing(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     lies: list[dict[str, object]] = [{"operation_payload": "Transfer 1 to bob"}, {"user_id": "B0B"}, {"result": False}]
     users = {chat: f"{chat:02X}" for chat in range(1, len(lies) + 1)}
-    async with running(telegram, client, users=users) as teller:
+    async with running(telegram, client, database, users=users) as teller:
         for chat in users:
             await telegram.say(chat, "/transfer 40 alice")
         await until(lambda: len(sandbox.operations) == len(lies))
@@ -153,23 +164,209 @@ async def test_approval_of_something_else_transfers_nothing(
 
 
 async def test_command_that_is_delivered_again_asks_no_second_time(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
-    async with running(telegram, client) as teller:
+    async with running(telegram, client, database) as teller:
         command = await telegram.say(ALICE, "/transfer 40 alice")
         await telegram.read(ALICE, "Approve it on your phone.")
         await until(lambda: len(sandbox.operations) == 1)
         sandbox.approve(operation_ids(sandbox)[0])
         await telegram.read(ALICE, "Approved and transferred.")
         await telegram.deliver(command)
-        await telegram.read(ALICE, "This command was taken before")
+        await telegram.read(ALICE, "This command was carried out before")
         assert len(teller.transfers) == len(sandbox.operations) == 1
 
 
-async def test_user_is_asked_one_question_at_a_time(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+FAULTS: dict[str, Callable[[Sandbox, bool], None]] = {
+    "dropped": lambda sandbox, stored: sandbox.drop_next(stored=stored, method="POST"),
+    "503": lambda sandbox, stored: sandbox.fail_next(503, stored=stored, method="POST"),
+    "a page": lambda sandbox, stored: sandbox.fail_next(200, stored=stored, method="POST", body=b"<html>"),
+    "nothing wrong": lambda _sandbox, _stored: None,
+}
+faults = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+
+
+@faults
+@pytest.mark.parametrize("stored", [False, True], ids=["lost", "stored"])
+async def test_command_that_is_delivered_again_amid_faults_transfers_once(
+    telegram: BotApiServer,
+    client: KeylessClient,
+    database: sqlite3.Connection,
+    sandbox: Sandbox,
+    fault: Callable[[Sandbox, bool], None],
+    *,
+    stored: bool,
 ) -> None:
-    async with running(telegram, client):
+    async with running(telegram, client, database) as teller:
+        fault(sandbox, stored)
+        command = await telegram.say(ALICE, "/transfer 40 alice")
+        await until(lambda: len(sandbox.operations) == 1)
+        sandbox.approve(operation_ids(sandbox)[0])
+        await telegram.read(ALICE, "Approved and transferred.")
+        for _again in range(2):
+            sandbox.recover()
+            fault(sandbox, stored)
+            said = len(telegram.messages)
+            await telegram.deliver(command)
+            await until(lambda: len(telegram.messages) > said)  # noqa: B023  # awaited in this turn
+            await telegram.read(ALICE, "This command was carried out before")
+        assert len(teller.transfers) == len(sandbox.operations) == 1
+
+
+async def test_command_that_is_delivered_twice_at_once_transfers_once(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    async with running(telegram, client, database) as teller:
+        command = await telegram.say(ALICE, "/transfer 40 alice")
+        await telegram.deliver(command)
+        await telegram.read(ALICE, "Another transfer waits for you.")
+        await until(lambda: len(sandbox.operations) == 1)
+        sandbox.approve(operation_ids(sandbox)[0])
+        await until(lambda: ends(telegram)[0] == "Approved and transferred.")
+        assert len(teller.transfers) == len(sandbox.operations) == 1
+
+
+TOLD_ONCE = ["Approved and transferred.", example.SETTLED["paid"]]
+
+
+def ends(telegram: BotApiServer) -> list[str]:
+    """The last lines of what the chats read."""
+    return [message.text.splitlines()[-1] for message in telegram.messages]
+
+
+@faults
+async def test_two_bots_that_get_one_command_transfer_once(
+    telegram: BotApiServer,
+    client: KeylessClient,
+    database: sqlite3.Connection,
+    sandbox: Sandbox,
+    fault: Callable[[Sandbox, bool], None],
+) -> None:
+    """While a new version is rolled out there are two; both learn of the approval, in the same moment."""
+    async with (
+        BotApiServer() as telegram_too,
+        running(telegram, client, database) as teller,
+        running(telegram_too, client, database) as teller_too,
+    ):
+        fault(sandbox, False)  # noqa: FBT003  # not stored
+        await telegram_too.deliver(await telegram.say(ALICE, "/transfer 40 alice"))
+        await until(lambda: client.statistics.waiting == 2)
+        sandbox.approve(operation_ids(sandbox)[0])
+        await until(lambda: sorted(ends(telegram) + ends(telegram_too)) == TOLD_ONCE)
+        assert len(teller.transfers + teller_too.transfers) == len(sandbox.operations) == 1
+
+
+@faults
+async def test_approval_whose_outcome_was_never_learned_transfers_once(
+    telegram: BotApiServer,
+    client: KeylessClient,
+    database: sqlite3.Connection,
+    sandbox: Sandbox,
+    fault: Callable[[Sandbox, bool], None],
+) -> None:
+    operation_id, user, payload = f"transfer-42-{ALICE}-1", USERS[ALICE], "Transfer 40 to alice"
+    assert example.Record(database).ask(operation_id, user, payload) == "asked"
+    await client.create_operation(user, operation_id=operation_id, operation_payload=payload)
+    sandbox.approve(operation_id)
+    async with running(telegram, client, database) as teller:
+        fault(sandbox, False)  # noqa: FBT003
+        await telegram.say(ALICE, "/transfer 40 alice")
+        await telegram.read(ALICE, "Approved and transferred.")
+        assert teller.transfers == [("A11CE0", "40", "alice")]
+    assert len(sandbox.operations) == 1
+
+
+async def test_approval_that_came_while_the_bot_was_down_transfers_once(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    command = await ask_and_be_killed(telegram, sandbox, tmp_path)
+    sandbox.approve(operation_ids(sandbox)[0])
+    async with running(telegram, client, database) as teller:
+        await telegram.deliver(command)
+        await telegram.read(ALICE, "Approved and transferred.")
+        await telegram.deliver(command)
+        await telegram.read(ALICE, "This command was carried out before")
+        assert len(teller.transfers) == len(sandbox.operations) == 1
+
+
+async def test_question_that_outlived_the_bot_is_answered_once(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    command = await ask_and_be_killed(telegram, sandbox, tmp_path)
+    async with running(telegram, client, database) as teller:
+        await telegram.deliver(command)
+        await until(lambda: client.statistics.waiting == 1)
+        sandbox.approve(operation_ids(sandbox)[0])
+        await telegram.read(ALICE, "Approved and transferred.")
+        assert len(teller.transfers) == len(sandbox.operations) == 1
+
+
+async def ask_and_be_killed(telegram: BotApiServer, sandbox: Sandbox, folder: Path) -> dict[str, Any]:
+    """Run the program until it has asked, and kill it; return the command."""
+    environment = os.environ | settings(telegram, sandbox, folder)
+    program = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), env=environment)
+    try:
+        command = await telegram.say(ALICE, "/transfer 40 alice")
+        await until(lambda: len(sandbox.operations) == 1 and telegram.calls.count("getUpdates") > 1)
+    finally:
+        program.kill()
+        await program.wait()
+    telegram.calls.clear()
+    return command
+
+
+def settings(telegram: BotApiServer, sandbox: Sandbox, folder: Path) -> dict[str, str]:
+    """The environment of the program."""
+    return {
+        "BOT_TOKEN": TOKEN,
+        "BOT_API_URL": telegram.url,
+        "BOT_DB": str(folder / "record.sqlite3"),
+        "KEYLESS_USERS": json.dumps(USERS),
+        "KEYLESS_API_KEY": sandbox.api_key,
+        "KEYLESS_BASE_URL": sandbox.url,
+    }
+
+
+async def test_refused_command_stays_refused_though_it_is_delivered_and_approved_again(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    async with running(telegram, client, database, lifetime=0.3) as teller:
+        command = await telegram.say(ALICE, "/transfer 40 alice")
+        await telegram.read(ALICE, "Not approved in time.")
+        sandbox.approve(operation_ids(sandbox)[0])
+        await telegram.deliver(command)
+        await telegram.read(ALICE, "This command was closed before, and nothing was transferred.")
+        assert teller.transfers == []
+
+
+async def test_operation_of_another_under_the_commands_id_transfers_nothing(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    await client.create_operation(
+        USERS[ALICE], operation_id=f"transfer-42-{ALICE}-1", operation_payload="Transfer 1 to bob"
+    )
+    sandbox.approve(operation_ids(sandbox)[0])
+    async with running(telegram, client, database) as teller:
+        await telegram.say(ALICE, "/transfer 40 alice")
+        await telegram.read(ALICE, f"What Keyless holds for this command is not this transfer. {TOO_LATE}")
+        assert teller.transfers == []
+
+
+async def test_final_poll_without_an_answer_is_no_fault_of_the_user(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    async with running(telegram, client, database, lifetime=0.5) as teller:
+        await telegram.say(ALICE, "/transfer 40 alice")
+        await until(lambda: client.statistics.waiting == 1)
+        sandbox.fail_next(503, None, method="GET")
+        await telegram.read(ALICE, f"Keyless is not reachable: your approval could not be checked. {TOO_LATE}")
+        assert teller.transfers == []
+
+
+async def test_user_is_asked_one_question_at_a_time(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    async with running(telegram, client, database):
         await telegram.say(ALICE, "/transfer 40 alice")
         await telegram.read(ALICE, "Approve it on your phone.")
         await until(lambda: len(sandbox.operations) == 1)  # the message comes before the question
@@ -178,7 +375,9 @@ async def test_user_is_asked_one_question_at_a_time(
         assert len(sandbox.operations) == 1
 
 
-async def test_what_is_no_order_asks_nobody(telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox) -> None:
+async def test_what_is_no_order_asks_nobody(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
     commands = [
         "/transfer",
         "/transfer alice 40",
@@ -187,7 +386,7 @@ async def test_what_is_no_order_asks_nobody(telegram: BotApiServer, client: Keyl
         "/transfer 40 alice\nand more",
         "/transfer 40 alice\N{RIGHT-TO-LEFT OVERRIDE}bob",
     ]
-    async with running(telegram, client):
+    async with running(telegram, client, database):
         for command in commands:
             await telegram.say(ALICE, command)
         await telegram.say(STRANGER, "/transfer 40 alice")
@@ -197,8 +396,10 @@ async def test_what_is_no_order_asks_nobody(telegram: BotApiServer, client: Keyl
     assert not sandbox.operations
 
 
-async def test_group_is_no_place_for_an_order(telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox) -> None:
-    async with running(telegram, client):
+async def test_group_is_no_place_for_an_order(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    async with running(telegram, client, database):
         await telegram.say(ALICE, "/transfer 40 alice", group=True)
         await telegram.say(ALICE, "/transfer")
         await telegram.read(ALICE, example.USAGE)
@@ -206,9 +407,11 @@ async def test_group_is_no_place_for_an_order(telegram: BotApiServer, client: Ke
     assert not sandbox.operations
 
 
-async def test_users_text_is_shown_as_text(telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox) -> None:
+async def test_users_text_is_shown_as_text(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
     payee = "<b>alice</i> & [bob](tg://user?id=1) *_`"
-    async with running(telegram, client, edit_every=0.05):
+    async with running(telegram, client, database, edit_every=0.05):
         await telegram.say(ALICE, f"/transfer 40 {payee}")
         await telegram.read(ALICE, "Waiting for your approval: ")
         sandbox.approve(operation_ids(sandbox)[0])
@@ -217,7 +420,7 @@ async def test_users_text_is_shown_as_text(telegram: BotApiServer, client: Keyle
 
 
 async def test_telegram_failing_at_progress_does_not_end_the_wait(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     failures = [
         refusal(ApiError(429, "Too Many Requests: retry after 1", retry_after=1)),
@@ -225,7 +428,7 @@ async def test_telegram_failing_at_progress_does_not_end_the_wait(
         refusal(ApiError(403, "Forbidden: bot was blocked by the user")),
     ]
     telegram.broken = lambda method: failures.pop() if method == "editMessageText" and failures else None
-    async with running(telegram, client, edit_every=0.05) as teller:
+    async with running(telegram, client, database, edit_every=0.05) as teller:
         await telegram.say(ALICE, "/transfer 40 alice")
         await until(lambda: not failures)
         sandbox.approve(operation_ids(sandbox)[0])
@@ -234,9 +437,9 @@ async def test_telegram_failing_at_progress_does_not_end_the_wait(
 
 
 async def test_end_is_told_also_where_the_message_was_deleted(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
-    async with running(telegram, client):
+    async with running(telegram, client, database):
         await telegram.say(ALICE, "/transfer 40 alice")
         message = await telegram.read(ALICE, "Approve it on your phone.")
         message.deleted = True
@@ -246,10 +449,10 @@ async def test_end_is_told_also_where_the_message_was_deleted(
 
 
 async def test_stopping_ends_every_wait_tells_the_chats_and_leaves_nothing(
-    telegram: BotApiServer, client: KeylessClient
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
 ) -> None:
     before = asyncio.all_tasks()
-    async with running(telegram, client) as teller:
+    async with running(telegram, client, database) as teller:
         for chat in USERS:
             await telegram.say(chat, "/transfer 40 alice")
         await until(lambda: client.statistics.waiting == len(USERS))
@@ -266,10 +469,10 @@ def in_server(task: asyncio.Task[object]) -> bool:
 
 
 async def test_stopping_does_not_wait_for_a_telegram_that_hangs(
-    telegram: BotApiServer, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(example, "GRACE", 0.2)
-    async with running(telegram, client, edit_every=60):
+    async with running(telegram, client, database, edit_every=60):
         await telegram.say(ALICE, "/transfer 40 alice")
         await until(lambda: client.statistics.waiting == 1)
         flood = ApiError(429, "Too Many Requests: retry after 600", retry_after=600)
@@ -279,10 +482,9 @@ async def test_stopping_does_not_wait_for_a_telegram_that_hangs(
 
 
 async def test_program_takes_its_settings_from_the_environment_and_ends_at_sigterm(
-    telegram: BotApiServer, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    telegram: BotApiServer, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url, "KEYLESS_USERS": json.dumps(USERS)}
-    for name, value in {**settings, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}.items():
+    for name, value in settings(telegram, sandbox, tmp_path).items():
         monkeypatch.setenv(name, value)
     program = asyncio.create_task(example.main())
     await telegram.say(ALICE, "/transfer 40 alice")
@@ -293,9 +495,9 @@ async def test_program_takes_its_settings_from_the_environment_and_ends_at_sigte
 
 
 async def test_message_is_edited_seldom_however_often_keyless_is_asked(
-    telegram: BotApiServer, client: KeylessClient
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
 ) -> None:
-    async with running(telegram, client, edit_every=0.3):
+    async with running(telegram, client, database, edit_every=0.3):
         await telegram.say(ALICE, "/transfer 40 alice")
         await until(lambda: client.statistics.waiting == 1)
         began = time.monotonic()
@@ -305,10 +507,10 @@ async def test_message_is_edited_seldom_however_often_keyless_is_asked(
 
 
 async def test_many_chats_wait_at_once_and_edits_are_few(
-    telegram: BotApiServer, client: KeylessClient, sandbox: Sandbox
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     users = {chat: f"{chat:06X}" for chat in range(1, 201)}
-    async with running(telegram, client, users=users, edit_every=0.5) as teller:
+    async with running(telegram, client, database, users=users, edit_every=0.5) as teller:
         began = time.monotonic()
         for chat in users:
             await telegram.say(chat, f"/transfer {chat} alice")
