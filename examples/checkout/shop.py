@@ -1,13 +1,11 @@
 """A shop that is paid by an approval on the customer's phone, and takes neither silence nor a lie for one."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import secrets
 import sqlite3
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from socket import socket
 from typing import Annotated
@@ -52,9 +50,14 @@ def find(session: str, order_id: str | None = None) -> Order | None:
 
 
 def move(order: Order, state: str, ticket: str | None = None) -> Order:
-    """Move an order on, unless it is final, and keep its first ticket; return the order as it is then."""
+    """Move an order on, unless it is final, and keep its first ticket; return the order as it is then.
+
+    "Paid once" is kept here: the operation's id is an idempotency key for the question, and no lock for what follows
+    from the answer. Many streams may learn of one approval; one of them changes the row, and that one ships.
+    """
     query = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?) WHERE id = ? AND state NOT IN (?, ?, ?)"
-    db.execute(query, (state, ticket, order.id, *FINAL))
+    if db.execute(query, (state, ticket, order.id, *FINAL)).rowcount == 1 and state == "paid":
+        log.info("order %s is paid: ship it", order.id)
     return find(order.session, order.id) or order
 
 
@@ -101,15 +104,15 @@ async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
         ticket = await client.create_operation(
             order.user_id, operation_id=order.id, operation_payload=order.payload, expires_in=order.lifetime
         )
-    except aiokeyless.ConflictError:  # another click was first, or one before a crash; the wait compares what is there
-        now, sha = datetime.now(UTC), hashlib.sha256(order.payload.encode()).hexdigest()
-        end = now + timedelta(seconds=order.lifetime)
-        ticket = aiokeyless.ApprovalTicket(
-            operation_id=order.id, user_id=order.user_id, payload_sha256=sha, created_at=now, expires_at=end
+    except (
+        aiokeyless.ConflictError
+    ):  # asked before, perhaps approved (AlreadyApprovedError); the wait compares all of it
+        ticket = aiokeyless.ApprovalTicket.for_operation(
+            order.id, user_id=order.user_id, operation_payload=order.payload, expires_in=order.lifetime
         )
     except aiokeyless.KeylessError as error:  # perhaps it came through: to click again is safe, and finds it
         log.warning("order %s: %s", order.id, error)
-        raise HTTPException(503, "the phone could not be asked") from error
+        raise HTTPException(503, "Keyless is not reachable") from error
     return move(order, "waiting", ticket.to_json())
 
 

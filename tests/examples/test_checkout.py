@@ -44,6 +44,12 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+FAULTS: dict[str, Callable[[Sandbox], None]] = {
+    "dropped": lambda sandbox: sandbox.drop_next(method="POST"),
+    "503": lambda sandbox: sandbox.fail_next(503, method="POST"),
+    "a page": lambda sandbox: sandbox.fail_next(200, method="POST", body=b"<html>"),
+    "nothing wrong": lambda _sandbox: None,
+}
 PATIENCE = 10.0  # seconds within which what must happen has happened, on a busy machine too
 
 
@@ -95,6 +101,10 @@ class Backend:
     def sql(self, statement: str, *values: str) -> None:
         with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as database:
             database.execute(statement, values)
+
+    def shipped(self, order_id: str) -> int:
+        """Return how many times an order was shipped."""
+        return self.log.read_text().count(f"order {order_id} is paid: ship it")
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -243,6 +253,38 @@ class TestOverHttp:
         keyless.approve(hasty.order_id)
         assert await hasty.outcome() == "paid"
 
+    async def test_many_tabs_that_learn_of_one_approval_ship_once(self, keyless: Sandbox, hasty: Customer) -> None:
+        await hasty.pay()
+        keyless.approve(hasty.order_id)
+        with slow(keyless, 0.2):
+            assert await asyncio.gather(*[hasty.outcome() for _ in range(5)]) == ["paid"] * 5
+        assert await hasty.outcome() == "paid"
+        assert hasty.backend.shipped(hasty.order_id) == 1
+
+    @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+    async def test_an_approval_of_a_question_that_was_never_written_down_ships_once(
+        self, keyless: Sandbox, hasty: Customer, fault: Callable[[Sandbox], None]
+    ) -> None:
+        keyless.fail_next(500, method="POST", stored=True)
+        keyless.fail_next(500, 3, method="GET")
+        assert await hasty.pay() == 503  # it came through, which could not be found out
+        keyless.approve(hasty.order_id)
+        fault(keyless)
+        assert await asyncio.gather(*[hasty.pay() for _ in range(2)]) == [200, 200]
+        assert await hasty.outcome() == "paid"
+        assert await hasty.pay() == 200
+        assert await hasty.outcome() == "paid"
+        assert hasty.backend.shipped(hasty.order_id) == len(asked(keyless, hasty.order["user_id"])) == 1
+
+    async def test_what_is_not_paid_is_not_shipped(self, keyless: Sandbox, hasty: Customer) -> None:
+        await hasty.pay()
+        assert await hasty.outcome() == "timed_out"
+        await hasty.open_shop(after=(old := hasty.order_id))
+        keyless.approve(old)
+        hasty.order["id"] = old
+        assert await hasty.outcome() == "cancelled"
+        assert hasty.backend.shipped(old) == 0
+
     async def test_pay_that_does_not_get_through_can_be_clicked_again(self, keyless: Sandbox, hasty: Customer) -> None:
         keyless.fail_next(429, method="POST", retry_after=60)
         assert await hasty.pay() == 503
@@ -371,7 +413,11 @@ class TestOverHttp:
         assert (await customer.open_shop()).order["state"] == "waiting"
         keyless.approve(customer.order_id)
         assert await customer.outcome() == "paid"
-        assert len(asked(keyless, customer.order["user_id"])) == 1
+        await backend.end(signal.SIGKILL)
+        await backend.start()
+        assert await customer.pay() == 200
+        assert await customer.outcome() == "paid"
+        assert backend.shipped(customer.order_id) == len(asked(keyless, customer.order["user_id"])) == 1
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -481,6 +527,19 @@ class TestInTheBrowser:
             await shows(page, "open")
             assert len(asked(keyless, user)) == 1
             assert visitor.errors == []
+
+    async def test_a_keyless_that_is_not_reachable_is_named(
+        self, keyless: Sandbox, hasty_backend: Backend, browser: Browser
+    ) -> None:
+        async with Visitor(browser) as visitor:
+            page = await visitor.tab(hasty_backend)
+            await visitor.user_id(page)
+            keyless.fail_next(401, method="POST")
+            await click(page, "Pay")
+            await expect(page.locator("#note")).to_contain_text("Keyless is not reachable. You have not been charged")
+            await click(page, "Pay")
+            await shows(page, "timed_out")
+            await expect(page.locator("#note")).to_be_hidden()
 
     async def test_a_lie_is_shown_as_refused_and_text_stays_text(
         self, keyless: Sandbox, hasty_backend: Backend, browser: Browser
