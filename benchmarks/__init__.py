@@ -1,1 +1,1 @@
-"""Benchmarks of aiokeyless against what people would use instead: ``python -m benchmarks``."""
+"""Benchmarks of aiokeyless against what users would write instead: ``python -m benchmarks``."""

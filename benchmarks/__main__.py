@@ -31,12 +31,12 @@ _PACKAGES: Final = (
 
 
 def main() -> int:
-    """Run the benchmarks that were asked for; 1 where one of them could not measure."""
+    """Run the selected benchmarks; return 1 if one of them could not measure."""
     modules = {name: importlib.import_module(f"{suite.__name__}.{module}") for name, module in _names().items()}
     parser = _parser(modules)
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - modules.keys():
-        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(modules)}")
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; choose from {', '.join(modules)}")
     bench = Bench(Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL)
     reports = {name: _run(name, modules[name], bench) for name in arguments.names or modules}
     text = "\n\n".join([_machine_text(), *(report.text() for report in reports.values())])
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _names() -> dict[str, str]:
-    """Return the module of each benchmark by the benchmark's name, which may be a keyword, as no module's can."""
+    """Map each benchmark to its module, which ends in an underscore where the name is a keyword."""
     modules = sorted(module.name for module in pkgutil.iter_modules(suite.__path__))
     return {module.rstrip("_"): module for module in modules}
 
@@ -61,26 +61,28 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:10} {(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Benchmarks of aiokeyless; all of them, or those that are named.",
+        description="Benchmarks of aiokeyless; all of them, or the named ones.",
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run")
     effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds: a minute in all")
-    effort.add_argument("--smoke", action="store_true", help="tiny sizes: the figures mean nothing")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write the tables, raw numbers and pictures there")
+    effort.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds: about a minute in total")
+    effort.add_argument("--smoke", action="store_true", help="tiny sizes: the figures are meaningless")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="write the tables, raw numbers and pictures to this directory"
+    )
     return parser
 
 
 def _run(name: str, module: ModuleType, bench: Bench) -> Report:
-    bench.say(f"{name}: begins")
+    bench.progress(f"{name}: started")
     started = time.perf_counter()
     try:
         report: Report = module.run(bench)
     except CannotMeasureError as error:
         report = Report(f"{name}: not measured", notes=[str(error)])
-    bench.say(f"{name}: done in {time.perf_counter() - started:.0f} s")
+    bench.progress(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return report
 
 
@@ -97,11 +99,11 @@ def _machine() -> dict[str, Json]:
 
 
 def _machine_text() -> str:
-    facts = _machine()
+    machine = _machine()
     versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
     return (
-        f"{facts['date']}: Python {facts['python']} on {facts['system']}, {facts['cores']} cores, load {facts['load']}"
-        f"\n{versions}"
+        f"{machine['date']}: Python {machine['python']} on {machine['system']}, {machine['cores']} cores, "
+        f"load {machine['load']}\n{versions}"
     )
 
 
@@ -114,7 +116,7 @@ def _data(bench: Bench, reports: dict[str, Report]) -> dict[str, Json]:
 
 
 def _compact(data: dict[str, Json]) -> str:
-    """Write JSON with as many digits as mean something: six."""
+    """Write JSON with six significant digits."""
     rounded = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.6g}"))
     return json.dumps(rounded, separators=(",", ":"))
 

@@ -1,4 +1,4 @@
-"""What a benchmark is given to measure with: how much to do, a fresh process, a place for progress, paired runs."""
+"""The tools of a benchmark: its effort, fresh processes, progress messages, paired runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Effort(StrEnum):
-    """How much is done: all of it, a minute's worth, or just enough to see that it runs."""
+    """How much is measured: everything, about a minute, or just enough to test that it runs."""
 
     FULL = "full"
     QUICK = "quick"
@@ -36,18 +36,18 @@ class Bench:
     effort: Effort
 
     def pick(self, *, full: T, quick: T, smoke: T) -> T:
-        """Return the size that belongs to the effort."""
+        """Return the value for the effort."""
         return {Effort.FULL: full, Effort.QUICK: quick, Effort.SMOKE: smoke}[self.effort]
 
-    def say(self, text: str) -> None:
+    def progress(self, text: str) -> None:
         """Show progress on stderr."""
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
-    def apart(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function of a module in a fresh interpreter, on the clients' core.
+    def in_fresh_process(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a module-level function in a fresh interpreter, on the core of the clients.
 
         Raises:
-            CannotMeasureError: The function raised it, or its process died, as for want of memory.
+            CannotMeasureError: The function raised it, or its process died, for example out of memory.
         """
         clients, _ = split_cores()
         spawn = multiprocessing.get_context("spawn")
@@ -55,22 +55,22 @@ class Bench:
             try:
                 return pool.submit(function, *args, **kwargs).result()
             except BrokenProcessPool as error:
-                raise CannotMeasureError("the process that measured died") from error
+                raise CannotMeasureError("the measuring process died") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Two things measured in turn, each pair under the same weather."""
+    """Two sides measured in turn, so that both values of a pair see the same load of the machine."""
 
     ours: list[float]
     theirs: list[float]
 
     @property
     def ratio(self) -> Spread:
-        """Ours over theirs, pair by pair."""
+        """The ratios of ours to theirs, pair by pair."""
         return Spread.of([a / b for a, b in zip(self.ours, self.theirs, strict=True)])
 
 
 def order(variants: list[T], round_number: int) -> list[T]:
-    """Return the order of a round: forwards and backwards in turn, so that none always comes first."""
+    """Return the order of a round: alternately forwards and backwards, so that no variant always comes first."""
     return variants if round_number % 2 == 0 else variants[::-1]

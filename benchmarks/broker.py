@@ -1,6 +1,6 @@
 """A real broker: a nats-server with JetStream on a free port of this machine, from the wheel of that name.
 
-The tests run theirs by it too, so nothing here needs more than the standard library.
+The tests use it too, so this module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _START_WITHIN: Final = 20.0  # seconds
 
 
 class NatsServer:
-    """One server on a port of its own, and on the same one when it is started again.
+    """One server on a free port, which it keeps when it is restarted.
 
     Args:
-        folder: Where its files are: what was stored survives it.
-        options: More of the command line's; ``-c FILE`` for users and their permissions.
+        folder: Directory of its files; stored data survives a restart.
+        options: More command line options; ``-c FILE`` for users and their permissions.
         jetstream: Whether JetStream is on.
     """
 
@@ -34,19 +34,19 @@ class NatsServer:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL of the server."""
         return f"nats://127.0.0.1:{self._port}"
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """The process id of the server."""
         return self._running.pid
 
     async def start(self) -> None:
-        """Start it, and return when it takes clients."""
+        """Start the server, and return when it accepts clients."""
         ports = self._folder / "ports"
         ports.mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(  # noqa: ASYNC220, S603  # it begins at once, and outlives a loop
+        self._process = subprocess.Popen(  # noqa: ASYNC220, S603  # it returns at once, and the process outlives the loop
             [_PROGRAM, "-a", "127.0.0.1", "-p", str(self._port), "--ports_file_dir", ports, *self._options],
             stderr=subprocess.DEVNULL,
         )
@@ -60,7 +60,7 @@ class NatsServer:
         self._port = port
 
     def stop(self) -> None:
-        """End it in good order."""
+        """Shut the server down gracefully."""
         self._running.terminate()
         self._running.wait()
 
@@ -72,8 +72,8 @@ class NatsServer:
 
 
 def _port_in(file: Path) -> int | None:
-    """Return the port; None while the server is not ready for clients."""
+    """Return the port; None while the server does not accept clients yet."""
     try:
         return int(json.loads(file.read_text())["nats"][0].rpartition(":")[2])
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or half written
+    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or only half
         return None

@@ -1,6 +1,6 @@
-"""HTTP clients other than aiohttp, each with settings that make it fast, and msgspec to decode.
+"""HTTP clients other than aiohttp, each with fast settings, and msgspec as the decoder.
 
-The last of them is no client to use: it shows what is left when nearly all that an HTTP client does is left out.
+`MinimalClient` is not for use: it is a lower bound, without nearly everything that an HTTP client does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx
 import niquests
 
-from .rivals import HEADERS, PlainOperation, decode
+from .baselines import HEADERS, PlainOperation, decode
 from .server import API_KEY, OPERATIONS
 
 if TYPE_CHECKING:
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 def httpx_client(connections: int) -> httpx.AsyncClient:
-    """Make a client that keeps this many connections, and keeps them while it is not its turn."""
+    """Make a client that keeps this many connections open, also between its turns."""
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=None)
     return httpx.AsyncClient(headers=HEADERS, limits=limits, trust_env=False)
 
 
 def niquests_session(connections: int) -> niquests.AsyncSession:
-    """Make a session that keeps this many connections."""
+    """Make a session that keeps this many connections open."""
     session = niquests.AsyncSession(pool_maxsize=connections, headers=HEADERS)
-    session.trust_env = False  # else it looks for proxies in the environment at each call
+    session.trust_env = False  # otherwise it searches the environment for proxies on each call
     return session
 
 
 class ContentClient:
-    """httpx or niquests: what is used of them is the same."""
+    """httpx or niquests, which share the methods used here."""
 
     def __init__(self, session: httpx.AsyncClient | niquests.AsyncSession, server: Server) -> None:
         self._session = session
@@ -50,8 +50,8 @@ class ContentClient:
         return decode(response.content or b"")
 
 
-class ByHandClient:
-    """The least that keeps connections, asks and decodes: no timeouts, no limits, no TLS, no redirects, no chunks."""
+class MinimalClient:
+    """The minimum: keep-alive, request, decode. No timeouts, limits, TLS, redirects or chunked bodies."""
 
     def __init__(self, server: Server) -> None:
         self._port = server.port
@@ -73,7 +73,7 @@ class ByHandClient:
     async def get_operation(self, operation_id: str) -> PlainOperation:
         """Get an operation."""
         connection = self._idle.pop() if self._idle else await self._connect()
-        body = await connection.ask(b"%b%b%b" % (self._head, quote(operation_id, safe="").encode(), self._tail))
+        body = await connection.send(b"%b%b%b" % (self._head, quote(operation_id, safe="").encode(), self._tail))
         self._idle.append(connection)
         return decode(body)
 
@@ -84,14 +84,14 @@ class ByHandClient:
 
 
 class _Connection(asyncio.Protocol):
-    """A kept connection with one exchange at a time."""
+    """A keep-alive connection with one exchange at a time."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # what TCP has; uvloop's is no subclass
+        self.transport = cast("asyncio.Transport", transport)  # a TCP transport; uvloop's is not a subclass
         self._loop = asyncio.get_running_loop()
         self._answer: asyncio.Future[bytes] | None = None
 
-    def ask(self, request: bytes) -> asyncio.Future[bytes]:
+    def send(self, request: bytes) -> asyncio.Future[bytes]:
         self._received = b""
         self._answer = self._loop.create_future()
         self.transport.write(request)
@@ -109,4 +109,4 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error or ConnectionError("closed before it answered"))
+            self._answer.set_exception(error or ConnectionError("closed before the answer"))

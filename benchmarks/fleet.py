@@ -1,7 +1,7 @@
-"""Workers as they are run: each a process of its own, all on one real broker, with the server as their Keyless.
+"""Workers as in production: one process each, all on one real broker, with the benchmark server as the service.
 
-A fleet is what a benchmark submits requests to, and whose CPU, memory and disk it counts. Nothing is pinned but the
-server: workers and broker run on whatever core is free, as they do elsewhere.
+A benchmark submits requests to a fleet and measures its CPU, memory and disk. Only the server is pinned to a core:
+workers and broker run on any free core.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import nats
-import psutil  # type: ignore[import-untyped]  # it comes without types
+import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
 from aiokeyless.worker import ApprovalWorker, submit_approval
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from tenacity.wait import wait_base
 
-    from .server import Facts, Server
+    from .server import Server, ServerStatistics
 
-EXPIRES_IN: Final = 3600.0  # seconds: no request ends before the benchmark does
-_BATCH: Final = 256  # requests submitted at once
-_PATIENCE: Final = 240.0  # seconds
-_BLOCK: Final = 512  # bytes: what a file's blocks are counted in, whatever the disk's are
+EXPIRES_IN: Final = 3600.0  # seconds: longer than the benchmark takes
+_BATCH: Final = 256  # requests submitted concurrently
+_TIMEOUT: Final = 240.0  # seconds
+_BLOCK: Final = 512  # bytes: the unit of st_blocks, independent of the block size of the disk
 
 
 class Shares(NamedTuple):
-    """Something of all workers together, and of the broker."""
+    """A quantity of all workers together, and of the broker."""
 
     workers: float
     broker: float
 
 
 class Fleet:
-    """Workers on one broker, as many as are wanted just now; made by `fleet`.
+    """A changing number of workers on one broker; made by `fleet`.
 
     Args:
-        server: What they look at.
-        broker: What they are delivered by.
-        folder: Where the broker keeps its files.
-        connection: The broker, as an application is connected to it.
-        schedule: When they look.
+        server: The service that they poll.
+        broker: Delivers their messages.
+        folder: Directory of the broker's files.
+        connection: An application's connection to the broker.
+        schedule: When they poll.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Fleet:
         self._workers: list[SpawnProcess] = []
 
     async def resize(self, count: int) -> None:
-        """Start workers, or end them in good order, and return when so many are at work."""
+        """Start or gracefully stop workers, and return when this many are running."""
         while len(self._workers) > count:
             worker = self._workers.pop()
             worker.terminate()
@@ -91,14 +91,14 @@ class Fleet:
         return here
 
     async def submit(self, count: int) -> None:
-        """Have so many more requests, and return when all of their operations are created."""
-        before = self.server.facts().created
+        """Submit this many requests, and return when all their operations are created."""
+        before = self.server.statistics().created
         for k in range(0, count, _BATCH):
             await asyncio.gather(*(self.request() for _ in range(min(_BATCH, count - k))))
-        await self.until(lambda facts: facts.created - before >= count)
+        await self.until(lambda statistics: statistics.created - before >= count)
 
     async def request(self, operation_id: str | None = None) -> None:
-        """Submit one request, as an application does."""
+        """Submit one request, as an application would."""
         await submit_approval(
             self.connection,
             USER_ID,
@@ -108,30 +108,30 @@ class Fleet:
             expires_in=EXPIRES_IN,
         )
 
-    async def until(self, reached: Callable[[Facts], bool]) -> None:
-        """Wait until the server has seen enough of the workers."""
-        until = time.monotonic() + _PATIENCE
-        while not reached(await asyncio.to_thread(self.server.facts)):
-            if time.monotonic() > until:
-                raise CannotMeasureError(f"the workers were not that far within {_PATIENCE:g} s")
+    async def until(self, reached: Callable[[ServerStatistics], bool]) -> None:
+        """Wait until the statistics of the server meet a condition."""
+        deadline = time.monotonic() + _TIMEOUT
+        while not reached(await asyncio.to_thread(self.server.statistics)):
+            if time.monotonic() > deadline:
+                raise CannotMeasureError(f"the workers did not get that far within {_TIMEOUT:g} s")
             await asyncio.sleep(0.02)
 
     def cpu(self) -> Shares:
-        """Return the seconds of CPU that have been used."""
+        """Return the CPU seconds used so far."""
         return self._shares(_cpu)
 
     def resident(self) -> Shares:
-        """Return the bytes that are resident."""
+        """Return the resident memory, in bytes."""
         return self._shares(_resident)
 
     def _shares(self, of: Callable[[psutil.Process], float]) -> Shares:
         if not all(worker.is_alive() for worker in self._workers):
-            raise CannotMeasureError("a worker has died")
+            raise CannotMeasureError("a worker died")
         workers = sum(of(psutil.Process(worker.pid)) for worker in self._workers)
         return Shares(workers, of(psutil.Process(self._broker.pid)))
 
     def on_disk(self) -> int:
-        """Return the bytes that the system has set aside for the broker's files."""
+        """Return the disk space of the broker's files, in bytes."""
         return sum(_BLOCK * path.stat().st_blocks for path in self._folder.rglob("*") if path.is_file())
 
 
@@ -148,36 +148,36 @@ def _resident(process: psutil.Process) -> float:
 
 @contextlib.asynccontextmanager
 async def fleet(server: Server, schedule: wait_base, workers: int = 1) -> AsyncIterator[Fleet]:
-    """Run a broker with no stream in it yet, and workers."""
+    """Run a broker without any streams, and workers."""
     with tempfile.TemporaryDirectory() as folder:
         broker = NatsServer(Path(folder))
         try:
             await broker.start()
         except (OSError, TimeoutError) as error:
-            raise CannotMeasureError(f"there is no broker: {error}") from error
+            raise CannotMeasureError(f"the broker did not start: {error}") from error
         try:
             async with await nats.connect(broker.url) as connection:
-                at_work = Fleet(server, broker, Path(folder), connection, schedule)
+                running = Fleet(server, broker, Path(folder), connection, schedule)
                 try:
-                    await at_work.resize(workers)
-                    yield at_work
+                    await running.resize(workers)
+                    yield running
                 finally:
-                    await at_work.resize(0)
+                    await running.resize(0)
         finally:
             broker.stop()
 
 
 def _work(server: Server, nats_url: str, schedule: wait_base, ready: Connection) -> None:
-    """Be a worker, until the system asks the process to end."""
+    """Run a worker until SIGTERM."""
 
-    async def working() -> None:
+    async def work() -> None:
         async with KeylessClient(API_KEY, base_url=server.base_url, max_attempts=1) as client:
             worker = ApprovalWorker(client, nats_url, schedule=schedule)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())
-                while not worker.statistics.is_ready:  # noqa: ASYNC110  # statistics are no event
+                while not worker.statistics.is_ready:  # noqa: ASYNC110  # there is no event to wait for
                     await asyncio.sleep(0.01)
                 ready.send(None)
 
-    asyncio.run(working())
+    asyncio.run(work())

@@ -1,4 +1,4 @@
-"""Labels beside the dots of a diagram that keep out of each other's way."""
+"""Labels beside the dots of a diagram, placed so that they do not overlap."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
-_SIZE: Final = 8.0  # of the letters, points
+_SIZE: Final = 8.0  # of the font, points
 _GAP: Final = 4.0  # between a dot and its label, and around each dot, points
-#: Where a label may stand, seen from its dot: rather to the right, then above, below, to the left; then further off.
+#: Positions of a label relative to its dot, in order of preference: right, above, below, left; then further away.
 _SIDES: Final = ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
 _DISTANCES: Final = (1.0, 2.5, 4.0)
 
@@ -25,23 +25,23 @@ class _Box(NamedTuple):
     top: float
 
     def shared(self, other: _Box) -> float:
-        """Return the area that both cover."""
+        """Return the area of the intersection."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return max(width, 0.0) * max(height, 0.0)
 
 
 def label(axes: Axes, labels: Mapping[str, Point], others: Sequence[Point], color: str) -> None:
-    """Write each label beside its dot, where it covers least of other labels and dots.
+    """Write each label beside its dot, where it overlaps other labels and dots least.
 
     Args:
         axes: The diagram, its limits set.
-        labels: Where each labelled dot is, in the diagram's numbers.
+        labels: The dot of each label, in data coordinates.
         others: Dots without labels.
-        color: Of the letters.
+        color: The text color.
     """
     figure = axes.figure.get_figure(root=True)
-    figure.draw_without_rendering()  # the layout decides where a dot is on paper
+    figure.draw_without_rendering()  # the layout decides where a dot is drawn
     points = 72.0 / figure.dpi
     at = {name: tuple(points * c for c in axes.transData.transform(dot)) for name, dot in labels.items()}
     taken = [_around(*at[name]) for name in labels]
@@ -49,7 +49,7 @@ def label(axes: Axes, labels: Mapping[str, Point], others: Sequence[Point], colo
     frame = axes.get_window_extent()
     inside = _Box(*(points * edge for edge in frame.extents))
     for name, dot in labels.items():
-        box = min(_places(name, *at[name]), key=lambda box: _spoilt(box, taken, inside))
+        box = min(_places(name, *at[name]), key=lambda box: _overlap(box, taken, inside))
         taken.append(box)
         offset = (box.left - at[name][0], box.bottom - at[name][1])
         axes.annotate(name, dot, offset, textcoords="offset points", fontsize=_SIZE, color=color, va="baseline")
@@ -60,7 +60,7 @@ def _around(x: float, y: float) -> _Box:
 
 
 def _places(text: str, x: float, y: float) -> list[_Box]:
-    # Measured on no font, as the reader's is not known: a letter is a little over half as wide as it is high.
+    # The font of the reader is unknown, so this is an estimate: a letter is a little over half as wide as high.
     width, height = 0.56 * _SIZE * len(text), _SIZE
     boxes = []
     for distance in _DISTANCES:
@@ -71,7 +71,7 @@ def _places(text: str, x: float, y: float) -> list[_Box]:
     return boxes
 
 
-def _spoilt(box: _Box, taken: Sequence[_Box], inside: _Box) -> float:
-    """Return the area of a label that would be hard to read; the first place with the least is chosen."""
+def _overlap(box: _Box, taken: Sequence[_Box], inside: _Box) -> float:
+    """Return the area of a label that would be hard to read; the position with the smallest area is chosen."""
     outside = (box.right - box.left) * (box.top - box.bottom) - box.shared(inside)
     return round(10 * outside + sum(box.shared(other) for other in taken), 3)

@@ -1,7 +1,7 @@
-"""What this process holds in memory, now and at the most since a moment of one's choice.
+"""The resident memory of this process: now, and its peak since `forget_peak`.
 
-`getrusage` will not do for the latter: its peak is of the process's whole life, and a new process inherits that of the
-one that made it.
+`getrusage` cannot measure that peak: it reports the maximum of the whole process, and a child inherits it from its
+parent.
 """
 
 from __future__ import annotations
@@ -9,34 +9,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-import psutil  # type: ignore[import-untyped]  # it comes without types
+import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from .report import CannotMeasureError
 
-_OURSELVES: Final = Path("/proc/self")
+_SELF: Final = Path("/proc/self")
 
 
 def resident() -> int:
-    """Return the bytes that are resident."""
+    """Return the resident memory, in bytes."""
     held: int = psutil.Process().memory_info().rss
     return held
 
 
 def forget_peak() -> None:
-    """Have the system count the peak anew from here on.
+    """Reset the peak.
 
     Raises:
-        CannotMeasureError: It cannot: this is no Linux, or none that lets us.
+        CannotMeasureError: The system is not Linux, or does not permit it.
     """
     try:
-        (_OURSELVES / "clear_refs").write_text("5")
+        (_SELF / "clear_refs").write_text("5")
     except OSError:
-        raise CannotMeasureError("this system does not count the peak of a part of a process's life") from None
+        raise CannotMeasureError("this system cannot reset the peak memory of a process") from None
 
 
 def peak() -> int:
-    """Return the most bytes that were resident since `forget_peak`."""
-    for line in (_OURSELVES / "status").read_text().splitlines():
+    """Return the maximum resident memory since `forget_peak`, in bytes."""
+    for line in (_SELF / "status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
-    raise CannotMeasureError("this system does not tell the peak of a process")
+    raise CannotMeasureError("this system does not report the peak memory of a process")

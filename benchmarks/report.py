@@ -1,4 +1,4 @@
-"""What a benchmark hands back: tables for people, goals to be judged by, raw numbers for machines.
+"""The result of a benchmark: tables for humans, goals with verdicts, raw numbers for machines.
 
 Nothing here measures anything.
 """
@@ -13,7 +13,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 class CannotMeasureError(Exception):
-    """The number that would come out would not be what it claims to be; the text says why."""
+    """The measured number would not mean what it claims to; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +39,14 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text under columns."""
+    """Rows of text with column titles."""
 
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
 
     def text(self) -> str:
-        """Write it with aligned columns: names to the left, figures to the right."""
+        """Write it with aligned columns: names left, figures right."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
         lines = [self.title]
         for row in [self.columns, ["-" * width for width in widths], *self.rows]:
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A figure that is to be reached. The figure is None where it could not be measured."""
+    """An upper limit for a figure. The figure is None if it could not be measured."""
 
     what: str
     at_most: float
@@ -68,7 +68,7 @@ class Goal:
     unit: str = ""
 
     def text(self) -> str:
-        """Write it as one line with its verdict."""
+        """Write it as one line, with its verdict."""
         limit = f"{self.what}: at most {self.at_most:g}{self.unit}"
         if self.figure is None:
             return f"[  ?   ] {limit}; not measured"
@@ -87,7 +87,7 @@ class Report:
     raw: dict[str, Json] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Write it all, for a terminal."""
+        """Write the whole report, for a terminal."""
         parts = [f"== {self.title}", *(table.text() for table in self.tables)]
         lines = [goal.text() for goal in self.goals] + [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts + (["\n".join(lines)] if lines else []))

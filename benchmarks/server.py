@@ -1,8 +1,8 @@
-"""The other side: a process that answers keep-alive GETs of operations, and does as little as it can for each.
+"""The service: a process that answers keep-alive GETs of operations, with as little work as possible for each.
 
-It takes POSTs of new operations too, and whoever names an operation chooses when it is approved: see `approved_after`.
-It understands what the clients of the benchmarks send, and nothing else: it is no HTTP server. How much it worked is
-asked of it with `Server.facts`, so that a benchmark can refuse to print what was the server's figure.
+It accepts POSTs of new operations too, whose ids can set when they are approved: see `approved_after`. It understands
+only what the clients of the benchmarks send: it is not a general HTTP server. It reports its own load, see
+`Server.statistics`, so that a benchmark can discard a figure if the server was the bottleneck.
 """
 
 from __future__ import annotations
@@ -24,109 +24,109 @@ if TYPE_CHECKING:
 
 API_KEY: Final = "benchmark-key"
 OPERATIONS: Final = "/v2/operations/"
-#: Whose operations all of them are, and what they are about: a ticket's answers are checked for it.
+#: The user and the payload of all operations: the answers for a ticket are checked against them.
 USER_ID: Final = "0123456789ABCDEF0123456789ABCDEF"
 EXTERNAL_USER_ID: Final = "alice@example.com"
 OPERATION_PAYLOAD: Final = "Approve wire transfer of $500 to account 1234"
 _CONTROL: Final = b"/-/"
 _APPROVED_AFTER: Final = "approved-after-"
-_POST: Final = ord("P")  # a byte is looked at sooner than a word, and nearly all requests are GETs
+_POST: Final = ord("P")  # comparing one byte is faster, and nearly all requests are GETs
 _END_OF_HEAD: Final = b"\r\n\r\n"
-_TOO_BUSY: Final = 0.85  # of a core: beyond it, the client's figure is the server's
+_TOO_BUSY: Final = 0.85  # of a core: above it, the server may limit the figure of the client
 
 
-class Facts(NamedTuple):
-    """What the server has done since it was started."""
+class ServerStatistics(NamedTuple):
+    """The work of the server since its start."""
 
     wall: float
     cpu: float
     requests: int
     connections: int  # open now
     most_connections: int
-    looked_at: int  # operations answered since the last change, where a journal is kept
+    polled: int  # operations answered since the last change, while a journal is kept
     created: int
 
 
 class Failure(StrEnum):
-    """How a service is down."""
+    """How the service fails."""
 
-    UNAVAILABLE = "503"  # it answers that it cannot
-    DROPPED = "dropped"  # it closes the connection of each request, unanswered
+    UNAVAILABLE = "503"  # it answers 503
+    DROPPED = "dropped"  # it closes the connection of each request without an answer
 
 
 class Journal(NamedTuple):
-    """What came to the server, in seconds of its own clock."""
+    """What the server received, in seconds of its own clock."""
 
-    changes: list[float]  # when it was told to behave in another way
+    changes: list[float]  # when its behaviour was changed
     requests: list[float]
-    looked_at: list[float]  # for each operation, when it was first answered since the last change
+    first_polls: list[float]  # for each operation, when it was first answered since the last change
 
 
 class _Journal:
-    """A journal while it is kept."""
+    """A journal that is being kept."""
 
     def __init__(self) -> None:
         self._changes: list[float] = []
         self._requests: list[float] = []
-        self._looked_at: dict[bytes, float] = {}
+        self._first_polls: dict[bytes, float] = {}
 
     @property
-    def looked_at(self) -> int:
-        return len(self._looked_at)
+    def polled(self) -> int:
+        return len(self._first_polls)
 
     def change(self) -> None:
         self._changes.append(time.perf_counter())
-        self._looked_at.clear()
+        self._first_polls.clear()
 
     def request(self, operation_id: bytes, *, answered: bool) -> None:
         now = time.perf_counter()
         self._requests.append(now)
         if answered:
-            self._looked_at.setdefault(operation_id, now)
+            self._first_polls.setdefault(operation_id, now)
 
-    def closed(self) -> Journal:
-        return Journal(self._changes, self._requests, [*self._looked_at.values()])
+    def finish(self) -> Journal:
+        return Journal(self._changes, self._requests, [*self._first_polls.values()])
 
 
 class Approval(NamedTuple):
-    """What became of an operation whose moment was chosen; by `time.perf_counter`, the same clock in all processes."""
+    """The approval of an operation with a chosen time; by `time.perf_counter`, the same clock in all processes."""
 
     due: float  # approved from then on
-    told: float | None  # when an answer first said so
-    looks: int
+    reported: float | None  # when an answer first contained it
+    polls: int
 
 
 class _Timed:
-    """An operation that is approved from a moment on."""
+    """An operation that is approved from a given time on."""
 
     def __init__(self, due: float) -> None:
         self._due = due
-        self._told: float | None = None
-        self._looks = 0
+        self._reported: float | None = None
+        self._polls = 0
 
-    def look(self) -> _Template:
+    def poll(self) -> _Template:
         now = time.perf_counter()
-        self._looks += 1
+        self._polls += 1
         if now < self._due:
             return _PENDING
-        if self._told is None:
-            self._told = now
+        if self._reported is None:
+            self._reported = now
         return _APPROVED
 
     def approval(self) -> Approval:
-        return Approval(self._due, self._told, self._looks)
+        return Approval(self._due, self._reported, self._polls)
 
 
 def approved_after(seconds: float) -> str:
-    """Return an operation id; the operation that is created with it is approved so many seconds later."""
+    """Return an operation id; an operation created with it is approved this many seconds later."""
     return f"{_APPROVED_AFTER}{seconds:.6f}-{uuid.uuid4()}"
 
 
 class _Template(NamedTuple):
-    """An answer but for the operation's id."""
+    """An answer without the operation id."""
 
-    text: bytes  # to be filled in with the length of the body, and the id
-    length: int  # of a body without its id
+    text: bytes  # a format for the length of the body and the id
+    length: int  # of the body without the id
 
 
 def _operation(*, approved: bool) -> _Template:
@@ -154,7 +154,7 @@ _OK: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Leng
 _PENDING: Final = _operation(approved=False)
 _APPROVED: Final = _operation(approved=True)
 _CREATED: Final = _ok(b'{"success":true}')
-#: Answers of a service that is down; nothing where the connection is to be closed instead.
+#: Answers of a failing service; empty if the connection is closed instead.
 _FAILED: Final = {
     Failure.UNAVAILABLE: b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
     Failure.DROPPED: b"",
@@ -162,7 +162,7 @@ _FAILED: Final = {
 
 
 class _Service:
-    """What all connections share: the counts, and how operations and the service itself are."""
+    """The state that all connections share: counts, operations, failures."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -175,21 +175,21 @@ class _Service:
         self._timed: dict[bytes, _Timed] = {}
 
     def answer(self, operation_id: bytes) -> bytes:
-        """Return the whole answer; nothing where the connection is to be closed instead."""
+        """Return the whole answer; empty if the connection is to be closed instead."""
         self.requests += 1
         if self._journal is not None:
             self._journal.request(operation_id, answered=self._failure is None)
         if self._failure is not None:
             return _FAILED[self._failure]
-        text, length = self._look(operation_id) if self._timed else self._operation
+        text, length = self._template(operation_id) if self._timed else self._operation
         return text % (length + len(operation_id), operation_id)
 
-    def _look(self, operation_id: bytes) -> _Template:
+    def _template(self, operation_id: bytes) -> _Template:
         timed = self._timed.get(operation_id)
-        return self._operation if timed is None else timed.look()
+        return self._operation if timed is None else timed.poll()
 
     def create(self, body: bytes) -> bytes:
-        """Take a new operation, and return the whole answer as above."""
+        """Create an operation, and return the whole answer as above."""
         if self._failure is not None:
             return _FAILED[self._failure]
         self._created += 1
@@ -203,16 +203,16 @@ class _Service:
         if command == "keep":
             self._journal = _Journal()
         elif command == "journal" and self._journal is not None:
-            journal, self._journal = self._journal.closed(), None
+            journal, self._journal = self._journal.finish(), None
             return json.dumps(journal).encode()
         elif command == "approvals":
             timed, self._timed = self._timed, {}
             return json.dumps({name.decode(): operation.approval() for name, operation in timed.items()}).encode()
-        elif command != "facts":
+        elif command != "statistics":
             self._change(command)
-        looked_at = 0 if self._journal is None else self._journal.looked_at
-        counts = (self.requests, self.connections, self.most_connections, looked_at, self._created)
-        return json.dumps(Facts(time.perf_counter(), time.process_time(), *counts)).encode()
+        polled = 0 if self._journal is None else self._journal.polled
+        counts = (self.requests, self.connections, self.most_connections, polled, self._created)
+        return json.dumps(ServerStatistics(time.perf_counter(), time.process_time(), *counts)).encode()
 
     def _change(self, command: str) -> None:
         if command in {*Failure}:
@@ -230,7 +230,7 @@ class _Connection(asyncio.Protocol):
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # what a TCP server is given; uvloop's is no subclass
+        self._transport = cast("asyncio.Transport", transport)  # a TCP transport; uvloop's is not a subclass
         self._service.connections += 1
         self._service.most_connections = max(self._service.most_connections, self._service.connections)
 
@@ -250,7 +250,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(b"".join(answers))
 
     def _posted(self, received: bytes) -> list[bytes]:
-        """Create an operation, once all of the request is here; nothing follows before it is answered."""
+        """Create an operation once the whole request is there; clients send nothing more before the answer."""
         head, end_of_head, body = received.partition(_END_OF_HEAD)
         if not end_of_head or len(body) < int(head.partition(b"\r\nContent-Length: ")[2].partition(b"\r\n")[0]):
             self._rest = received
@@ -277,7 +277,7 @@ def _serve(started: Connection, cores: set[int]) -> None:
     pin(cores)
     allow_many_sockets()
     try:
-        import uvloop  # noqa: PLC0415  # where there is one, the server takes a third of the time
+        import uvloop  # noqa: PLC0415  # with it, the server takes a third of the time
     except ImportError:
         asyncio.run(_listen(started))
     else:
@@ -285,7 +285,7 @@ def _serve(started: Connection, cores: set[int]) -> None:
 
 
 class Server:
-    """The server as the benchmarks see it; the address alone is enough to make one, in another process too."""
+    """A client for the server; only the port is needed, so that other processes can use one too."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -295,28 +295,28 @@ class Server:
         """The base URL for a client."""
         return f"http://127.0.0.1:{self.port}"
 
-    def facts(self) -> Facts:
-        """Ask what it has done so far. Blocks."""
-        return Facts(*json.loads(self._control("facts")))
+    def statistics(self) -> ServerStatistics:
+        """Request the statistics. Blocks."""
+        return ServerStatistics(*json.loads(self._control("statistics")))
 
     def approve(self, *, approved: bool) -> None:
-        """Have all operations approved, or pending, from now on; a service that is down is up again. Blocks."""
+        """Make all operations approved or pending from now on, and end a failure. Blocks."""
         self._control("approved" if approved else "pending")
 
     def fail(self, failure: Failure) -> None:
-        """Be down from now on. Blocks."""
+        """Fail from now on. Blocks."""
         self._control(failure)
 
     def keep_journal(self) -> None:
-        """Begin a journal. Blocks."""
+        """Start a journal. Blocks."""
         self._control("keep")
 
     def journal(self) -> Journal:
-        """End the journal, and return it. Blocks."""
+        """Stop the journal, and return it. Blocks."""
         return Journal(*json.loads(self._control("journal")))
 
     def approvals(self) -> dict[str, Approval]:
-        """Tell of the operations whose moments were chosen, by their ids, and forget them. Blocks."""
+        """Return the operations with chosen approval times, by id, and forget them. Blocks."""
         return {name: Approval(*of) for name, of in json.loads(self._control("approvals")).items()}
 
     def _control(self, command: str) -> bytes:
@@ -326,17 +326,17 @@ class Server:
 
 
 class Workload:
-    """How much the server worked between entering and leaving: ``with Workload(server) as workload: ...``."""
+    """The load of the server during a ``with`` block: ``with Workload(server) as workload: ...``."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
     def __enter__(self) -> Self:
-        self._before = self._server.facts()
+        self._before = self._server.statistics()
         return self
 
     def __exit__(self, *_: object) -> None:
-        after = self._server.facts()
+        after = self._server.statistics()
         self.requests = after.requests - self._before.requests
         self.wall = after.wall - self._before.wall
         self.cpu = after.cpu - self._before.cpu
@@ -350,7 +350,7 @@ class Workload:
 
 @contextlib.contextmanager
 def serving() -> Iterator[Server]:
-    """Run a server, on another core than this process where there is one."""
+    """Run a server, on another core than the clients if there are two."""
     _, cores = split_cores()
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
@@ -365,7 +365,7 @@ def serving() -> Iterator[Server]:
 
 
 def split_cores() -> tuple[set[int], set[int]]:
-    """Return the cores for clients and for the server: one each, or the same where there is but one."""
+    """Return the cores for clients and for the server: one each, or the same if there is only one."""
     if not hasattr(os, "sched_getaffinity"):
         return set(), set()
     cores = sorted(os.sched_getaffinity(0))
@@ -373,14 +373,14 @@ def split_cores() -> tuple[set[int], set[int]]:
 
 
 def pin(cores: set[int]) -> None:
-    """Keep this process on these cores, where the system can."""
+    """Pin this process to these cores, if the system can."""
     if cores:
         os.sched_setaffinity(0, cores)
 
 
 def allow_many_sockets() -> int:
-    """Raise the limit on open files as far as it goes, and return it."""
-    import resource  # noqa: PLC0415  # not on Windows, where it is not needed to import this
+    """Raise the limit on open files to its maximum, and return it."""
+    import resource  # noqa: PLC0415  # it does not exist on Windows
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,1 +1,1 @@
-"""One module a benchmark, found by its name: each has a docstring and ``run(bench: Bench) -> Report``."""
+"""One module per benchmark, found by its name: each has a docstring and ``run(bench: Bench) -> Report``."""

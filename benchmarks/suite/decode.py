@@ -1,7 +1,7 @@
 """CPU and memory to turn an answer's JSON into objects, against other decoders.
 
-An operation, and pending lists of several lengths: with the library's own decoders, `Secret` and its hook included, and
-with what people would take. Memory is what a process of its own grows by, once for each decoder.
+An operation, and pending lists of several lengths: with the decoders of the library, `Secret` and its hook included,
+and with common alternatives. Memory is the growth of a fresh process, one for each decoder.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless import protocol
-from benchmarks import shapes
 from benchmarks.bench import Pairs, order
+from benchmarks.decoders import dataclass_operation, dataclass_pending, pydantic_operation, pydantic_pending
 from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.report import CannotMeasureError, Report, Spread, Table
 
@@ -27,42 +27,42 @@ if TYPE_CHECKING:
 _SIZES: Final = (1, 100, 10_000)
 
 OURS: Final = "aiokeyless (msgspec)"
-AGAIN: Final = "aiokeyless (msgspec), once more"
+REPEATED: Final = "aiokeyless (msgspec), repeated"
 PYDANTIC: Final = "pydantic"
 ORJSON: Final = "orjson + dataclass"
 JSON: Final = "json, dicts only"
 
 _OPERATION: Final[dict[str, Decode]] = {
     OURS: protocol.GET_OPERATION.decode,
-    AGAIN: protocol.GET_OPERATION.decode,
-    PYDANTIC: shapes.pydantic_operation,
-    ORJSON: shapes.dataclass_operation,
+    REPEATED: protocol.GET_OPERATION.decode,
+    PYDANTIC: pydantic_operation,
+    ORJSON: dataclass_operation,
     JSON: json.loads,
 }
 _PENDING: Final[dict[str, Decode]] = {
     OURS: protocol.GET_PENDING.decode,
-    AGAIN: protocol.GET_PENDING.decode,
-    PYDANTIC: shapes.pydantic_pending,
-    ORJSON: shapes.dataclass_pending,
+    REPEATED: protocol.GET_PENDING.decode,
+    PYDANTIC: pydantic_pending,
+    ORJSON: dataclass_pending,
     JSON: json.loads,
 }
-_GROWING: Final = [name for name in _PENDING if name != AGAIN]
+_MEASURED_MEMORY: Final = [name for name in _PENDING if name != REPEATED]
 
 
 class Growth(NamedTuple):
-    """Bytes by which a process grew to decode a list: at the most, and while it holds what came of it."""
+    """Growth of a process that decodes a list, in bytes: at the peak, and while it holds the result."""
 
     peak: float
     held: float
 
 
 def run(bench: Bench) -> Report:
-    """Measure the CPU of an operation and of lists of 1, 100 and 10 000, and the memory of the longest."""
+    """Measure the CPU of an operation and of lists of 1, 100 and 10 000, and the memory of the longest list."""
     report = Report("decode: an answer's JSON into objects")
-    spendings = bench.apart(measure, bench)
-    for title, seconds in spendings.items():
+    times = bench.in_fresh_process(measure, bench)
+    for title, seconds in times.items():
         report.tables.append(_table(title, seconds))
-    report.raw["seconds"] = {title: {name: [*v] for name, v in of.items()} for title, of in spendings.items()}
+    report.raw["seconds"] = {title: {name: [*v] for name, v in of.items()} for title, of in times.items()}
     try:
         growths = _growths(bench, _SIZES[-1])
     except CannotMeasureError as error:
@@ -74,12 +74,12 @@ def run(bench: Bench) -> Report:
     return report
 
 
-def _table(title: str, spendings: dict[str, list[float]]) -> Table:
+def _table(title: str, times: dict[str, list[float]]) -> Table:
     table = Table(title, ["", "CPU per decode, us", f"over {OURS}"])
-    for name, seconds in spendings.items():
-        micros = Spread.of([1e6 * value for value in seconds])
-        over = Pairs(seconds, spendings[OURS]).ratio
-        table.rows.append([name, micros.text(2), "1" if name == OURS else over.text(2)])
+    for name, seconds in times.items():
+        microseconds = Spread.of([1e6 * value for value in seconds])
+        over = Pairs(seconds, times[OURS]).ratio
+        table.rows.append([name, microseconds.text(2), "1" if name == OURS else over.text(2)])
     return table
 
 
@@ -98,16 +98,16 @@ def _memory_table(size: int, growths: dict[str, list[Growth]]) -> Table:
 
 
 def measure(bench: Bench) -> dict[str, dict[str, list[float]]]:
-    """Return seconds of CPU a decode, for each answer, each decoder and each round."""
+    """Return CPU seconds per decode, for each answer, decoder and round."""
     budget = bench.pick(full=0.02, quick=0.005, smoke=0.0005)
     rounds = bench.pick(full=20, quick=5, smoke=2)
-    gc.freeze()  # what was imported for others is walked by nobody's collector
+    gc.freeze()  # later collections skip the imports, which belong to no side
     answers = {f"{size} pending": (_PENDING, _pending(size)) for size in _SIZES}
-    spendings = {}
+    times = {}
     for title, (decoders, body) in {"an operation": (_OPERATION, _operation()), **answers}.items():
-        bench.say(f"  {title}")
-        spendings[title] = _in_turn(decoders, body, rounds, budget)
-    return spendings
+        bench.progress(f"  {title}")
+        times[title] = _in_turn(decoders, body, rounds, budget)
+    return times
 
 
 def _in_turn(decoders: dict[str, Decode], body: bytes, rounds: int, budget: float) -> dict[str, list[float]]:
@@ -115,19 +115,19 @@ def _in_turn(decoders: dict[str, Decode], body: bytes, rounds: int, budget: floa
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     for k in range(rounds):
         for name in order(list(decoders), k):
-            seconds[name].append(_spent(decoders[name], body, counts[name]))
+            seconds[name].append(_cpu_per_decode(decoders[name], body, counts[name]))
     return seconds
 
 
 def _count(decode: Decode, body: bytes, budget: float) -> int:
-    """Return how many decodes fill a turn; finding out warms up too."""
+    """Return how many decodes fill a turn; this is the warm-up too."""
     count = 1
-    while count * _spent(decode, body, count) < budget:
+    while count * _cpu_per_decode(decode, body, count) < budget:
         count *= 2
     return count
 
 
-def _spent(decode: Decode, body: bytes, count: int) -> float:
+def _cpu_per_decode(decode: Decode, body: bytes, count: int) -> float:
     gc.collect()
     before = time.process_time()
     for _ in range(count):
@@ -136,20 +136,20 @@ def _spent(decode: Decode, body: bytes, count: int) -> float:
 
 
 def _growths(bench: Bench, size: int) -> dict[str, list[Growth]]:
-    names = bench.pick(full=_GROWING, quick=_GROWING, smoke=[OURS, JSON])
+    names = bench.pick(full=_MEASURED_MEMORY, quick=_MEASURED_MEMORY, smoke=[OURS, JSON])
     growths: dict[str, list[Growth]] = {name: [] for name in names}
-    body = _pending(size)  # made here: what making it leaves behind would be room for what is decoded
+    body = _pending(size)  # made here: otherwise the decoded list would reuse the memory that this frees
     for k in range(bench.pick(full=3, quick=1, smoke=1)):
         for name in order(names, k):
-            bench.say(f"  memory: {name}")
-            growths[name].append(bench.apart(grow, name, body))
+            bench.progress(f"  memory: {name}")
+            growths[name].append(bench.in_fresh_process(measure_growth, name, body))
     if not all(growth.peak > 0 for of in growths.values() for growth in of):
-        raise CannotMeasureError("what was decoded found room in what the process held already")
+        raise CannotMeasureError("the decoded list fitted in memory that the process held already")
     return growths
 
 
-def grow(name: str, body: bytes) -> Growth:
-    """Decode a list once, in a process that has decoded nothing but a short one, and return what it grew by."""
+def measure_growth(name: str, body: bytes) -> Growth:
+    """Decode a list once, in a process that decoded only a short one before, and return the growth."""
     decode = _PENDING[name]
     decode(_pending(1))
     gc.collect()

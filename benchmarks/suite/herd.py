@@ -1,7 +1,7 @@
-"""Many waits due at the same moment: how long the event loop is blocked.
+"""Many waits due at the same time: how long the event loop is blocked.
 
-All waits are begun and looked at once, sleep until one and the same moment, then find their operations approved. The
-rivals are a coroutine a wait that sleeps until that moment too and differ in what bounds their requests. Each run is a
+All waits are started and polled once, sleep until the same time, then find their operations approved. The baselines
+are one coroutine per wait, asleep until the same time; they differ in how they limit their requests. Each run has a
 process of its own.
 """
 
@@ -18,11 +18,11 @@ from tenacity.wait import wait_base
 
 from aiokeyless import KeylessClient
 from benchmarks import pictures
+from benchmarks.baselines import BareClient, bare_session
 from benchmarks.bench import order
 from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.probe import Blocks, Probe
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
-from benchmarks.rivals import BareClient, bare_session
 from benchmarks.server import API_KEY, Server, Workload, allow_many_sockets, serving
 from benchmarks.suite.waits import cancel
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 _IN_FLIGHT: Final = 16
 _BATCH: Final = 64
-_HASTE: Final = 0.2  # seconds before the moment by which all must have been begun
+_MARGIN: Final = 0.2  # seconds: all waits must have started this long before they are due
 _SPARE_SOCKETS: Final = 1000
-_FEW: Final = 10_000  # up to here there is time for all to have rounds
-_SPARES: Final = (1.3, 2.5)  # times as long as estimated: to begin the waits in, before they are due
-_GOALS: Final = {10_000: 0.005, 100_000: 0.010}  # seconds of block
-_GOAL: Final = 0.005  # for any other size
+_FEW: Final = 10_000  # up to here there is time for several rounds of each side
+_START_FACTORS: Final = (1.3, 2.5)  # the time to start the waits, relative to the estimate; one per try
+_GOALS: Final = {10_000: 0.005, 100_000: 0.010}  # seconds of the longest block
+_GOAL: Final = 0.005  # for other sizes
 
 OURS: Final = "aiokeyless"
 SEMAPHORE: Final = "a semaphore"
@@ -50,11 +50,11 @@ UNBOUNDED: Final = "unbounded"
 
 
 class Outcome(NamedTuple):
-    """What one herd did."""
+    """The measurements of one herd."""
 
     blocks: Blocks
-    total: float  # seconds from the moment until the last wait has ended
-    memory: float  # bytes by which the process grew, at its peak
+    total: float  # seconds from the due time to the end of the last wait
+    memory: float  # bytes: the growth of the process at its peak
     sockets: int
     server_share: float
     server_bound: bool
@@ -62,9 +62,9 @@ class Outcome(NamedTuple):
 
 def run(bench: Bench) -> Report:
     """Measure herds of 10 000 and of 100 000."""
-    report = Report(f"herd: waits that are due at the same moment, ours and the semaphore with {_IN_FLIGHT} in flight")
+    report = Report(f"herd: waits due at the same time, ours and the semaphore with {_IN_FLIGHT} in flight")
     for size in bench.pick(full=[10_000, 100_000], quick=[2_000], smoke=[200]):
-        outcomes = _measured(bench, size, report)
+        outcomes = _measure_all(bench, size, report)
         report.tables.append(_table(size, outcomes))
         report.raw[str(size)] = {
             name: [{**outcome._asdict(), "blocks": outcome.blocks._asdict()} for outcome in of]
@@ -75,15 +75,15 @@ def run(bench: Bench) -> Report:
     return report
 
 
-def _measured(bench: Bench, size: int, report: Report) -> dict[str, list[Outcome]]:
+def _measure_all(bench: Bench, size: int, report: Report) -> dict[str, list[Outcome]]:
     outcomes: dict[str, list[Outcome]] = {}
     rounds = bench.pick(full=3, quick=1, smoke=1)
     names = bench.pick(full=[*_HERDS], quick=[OURS, SEMAPHORE, UNBOUNDED], smoke=[OURS, LIMIT])
     for k in range(rounds):
         for name in order(names, k):
             if k and name != OURS and size > _FEW:
-                continue  # it would take minutes
-            bench.say(f"  {size} waits, round {k + 1} of {rounds}: {name}")
+                continue  # that would take minutes
+            bench.progress(f"  {size} waits, round {k + 1} of {rounds}: {name}")
             try:
                 outcome = _in_time(bench, name, size)
             except CannotMeasureError as error:
@@ -96,15 +96,15 @@ def _measured(bench: Bench, size: int, report: Report) -> dict[str, list[Outcome
 
 
 def _in_time(bench: Bench, name: str, size: int) -> Outcome:
-    """Run one herd, a second time with a later moment where the waits were not begun by the first one."""
-    for spare in _SPARES:
+    """Run one herd; once more with a later due time if the waits did not start in time."""
+    for start_factor in _START_FACTORS:
         with serving() as server, contextlib.suppress(_TooLateError):
-            return bench.apart(measure, server, name, size, spare)
-    raise CannotMeasureError("the waits were not begun before they were due")
+            return bench.in_fresh_process(measure, server, name, size, start_factor)
+    raise CannotMeasureError("the waits did not start before they were due")
 
 
 class _TooLateError(Exception):
-    """Not all waits were begun before they were due."""
+    """Not all waits started before they were due."""
 
 
 _COLUMNS: Final[dict[str, Callable[[Outcome], float]]] = {
@@ -120,12 +120,12 @@ _COLUMNS: Final[dict[str, Callable[[Outcome], float]]] = {
 
 def _table(size: int, outcomes: dict[str, list[Outcome]]) -> Table:
     table = Table(
-        f"{size} waits (in all columns but the last: the longest of a run; median of the runs)",
+        f"{size} waits (the longest of each run, median of the runs)",
         ["", *_COLUMNS, f"block over {OURS}", "sockets", "memory, MB", "server busy"],
     )
     for name, of in outcomes.items():
         ratio = Spread.of([a.blocks.block / b.blocks.block for a, b in zip(of, outcomes[OURS], strict=False)])
-        # The answers come as fast as the server gives them: where it was the bottleneck, the total is its own.
+        # If the server was the bottleneck, the total measures the server.
         total_is_ours = not any(outcome.server_bound for outcome in of)
         table.rows.append(
             [
@@ -145,12 +145,12 @@ def _table(size: int, outcomes: dict[str, list[Outcome]]) -> Table:
     return table
 
 
-def measure(server: Server, name: str, size: int, spare: float) -> Outcome:
-    """Run one herd, with this much spare time to begin it in."""
+def measure(server: Server, name: str, size: int, start_factor: float) -> Outcome:
+    """Run one herd; ``start_factor`` scales the estimated time to start it."""
     allowed = allow_many_sockets() - _SPARE_SOCKETS
     if name == UNBOUNDED and size > allowed:
-        raise CannotMeasureError(f"it opens {size} sockets, and this system allows {allowed}")
-    herd = _Herd(server, size, spare)
+        raise CannotMeasureError(f"it needs {size} sockets, and this system allows {allowed}")
+    herd = _Herd(server, size, start_factor)
     try:
         herd.probe.run(_HERDS[name](herd))
     except aiohttp.ClientError as error:
@@ -159,141 +159,141 @@ def measure(server: Server, name: str, size: int, spare: float) -> Outcome:
 
 
 class _Herd:
-    """The moment that all wait for, and what happens then."""
+    """The waits, the time at which all are due, and the measurement."""
 
     outcome: Outcome
 
-    def __init__(self, server: Server, size: int, spare: float) -> None:
+    def __init__(self, server: Server, size: int, start_factor: float) -> None:
         self.server = server
         self.size = size
-        self.spare = spare
+        self.start_factor = start_factor
         self.probe = Probe()
-        self.moment = math.inf
+        self.due_at = math.inf
         self.left = size
 
-    def sleep(self) -> float:
-        """Return the seconds until the moment."""
-        return max(0.0, self.moment - asyncio.get_running_loop().time())
+    def time_left(self) -> float:
+        """Return the seconds until the waits are due."""
+        return max(0.0, self.due_at - asyncio.get_running_loop().time())
 
-    async def set_moment(self, begin: Callable[[str], Coroutine[None, None, object]]) -> None:
-        """Choose the moment late enough for all to have been begun by then: as fast as the first ones are."""
+    async def set_due_at(self, start: Callable[[str], Coroutine[None, None, object]]) -> None:
+        """Set a due time by which all waits will have started, extrapolated from the first ones."""
         loop = asyncio.get_running_loop()
         self.server.approve(approved=True)
-        self.moment = loop.time()
-        await self._batch(begin)  # it connects
+        self.due_at = loop.time()
+        await self._batch(start)  # opens the connections
         started = loop.time()
         count = min(self.size, 10 * _BATCH)
         for _ in range(count // _BATCH + 1):
-            await self._batch(begin)
-        self.moment = loop.time() + 0.4 + self.spare * (loop.time() - started) * self.size / count
+            await self._batch(start)
+        self.due_at = loop.time() + 0.4 + self.start_factor * (loop.time() - started) * self.size / count
 
-    async def _batch(self, begin: Callable[[str], Coroutine[None, None, object]]) -> None:
-        await asyncio.gather(*(begin(str(uuid.uuid4())) for _ in range(_BATCH)))
+    async def _batch(self, start: Callable[[str], Coroutine[None, None, object]]) -> None:
+        await asyncio.gather(*(start(str(uuid.uuid4())) for _ in range(_BATCH)))
 
-    async def charge(self, begin: Callable[[str], Coroutine[None, None, object]], begun: Callable[[], int]) -> None:
-        """Begin the waits, a few at a time, and watch the loop from just before the moment until the last has ended.
+    async def measure(self, start: Callable[[str], Coroutine[None, None, object]], polled: Callable[[], int]) -> None:
+        """Start the waits, a few at a time, and measure the loop from just before they are due until the last one ends.
 
         Args:
-            begin: Waits for one operation.
-            begun: How many waits have been looked at once, and sleep.
+            start: Waits for one operation.
+            polled: Returns the number of waits that have been polled once, and sleep.
         """
-        await self.set_moment(begin)
+        await self.set_due_at(start)
         self.server.approve(approved=False)
         self.left = self.size
         ended = asyncio.Event()
         tasks: list[asyncio.Task[None]] = []
         try:
-            await self._begin(begin, begun, tasks, ended)
+            await self._start(start, polled, tasks, ended)
             self.server.approve(approved=True)
-            await asyncio.sleep(self.sleep() - 0.1)
-            self.outcome = await self._watched(ended)
+            await asyncio.sleep(self.time_left() - 0.1)
+            self.outcome = await self._measured_outcome(ended)
             await asyncio.gather(*tasks)
         finally:
             await cancel(tasks)
 
-    async def _begin(
+    async def _start(
         self,
-        begin: Callable[[str], Coroutine[None, None, object]],
-        begun: Callable[[], int],
+        start: Callable[[str], Coroutine[None, None, object]],
+        polled: Callable[[], int],
         tasks: list[asyncio.Task[None]],
         ended: asyncio.Event,
     ) -> None:
-        before = begun()
+        before = polled()
         for k in range(self.size):
-            tasks.append(asyncio.create_task(self._one(begin, ended)))
-            while k - (begun() - before) > _BATCH:  # noqa: ASYNC110  # statistics are no event
+            tasks.append(asyncio.create_task(self._run_one(start, ended)))
+            while k - (polled() - before) > _BATCH:  # noqa: ASYNC110  # there is no event to wait for
                 await asyncio.sleep(0)
-            self._must_have_time()
-        while begun() - before < self.size:
+            self._check_time_left()
+        while polled() - before < self.size:
             await asyncio.sleep(0.01)
-            self._must_have_time()
+            self._check_time_left()
 
-    def _must_have_time(self) -> None:
-        if self.sleep() < _HASTE:
+    def _check_time_left(self) -> None:
+        if self.time_left() < _MARGIN:
             raise _TooLateError
 
-    async def _watched(self, ended: asyncio.Event) -> Outcome:
+    async def _measured_outcome(self, ended: asyncio.Event) -> Outcome:
         forget_peak()
         memory = resident()
         with Workload(self.server) as workload:
-            await asyncio.sleep(self.sleep() - 0.02)
-            with self.probe.watching():
+            await asyncio.sleep(self.time_left() - 0.02)
+            with self.probe.measuring():
                 await ended.wait()
-            total = asyncio.get_running_loop().time() - self.moment
+            total = asyncio.get_running_loop().time() - self.due_at
         return Outcome(
             self.probe.blocks(),
             total,
             peak() - memory,
-            self.server.facts().most_connections,
+            self.server.statistics().most_connections,
             workload.share,
             workload.bound,
         )
 
-    async def _one(self, begin: Callable[[str], Coroutine[None, None, object]], ended: asyncio.Event) -> None:
+    async def _run_one(self, start: Callable[[str], Coroutine[None, None, object]], ended: asyncio.Event) -> None:
         try:
-            await begin(str(uuid.uuid4()))
+            await start(str(uuid.uuid4()))
         finally:
             self.left -= 1
             if not self.left:
                 ended.set()
 
 
-class _Until(wait_base):
-    """The schedule of our waits: they all look at the moment."""
+class _AtDueTime(wait_base):
+    """The schedule of our waits: all poll at the due time."""
 
     def __init__(self, herd: _Herd) -> None:
         self._herd = herd
 
     def __call__(self, _retry_state: RetryCallState) -> float:
-        return self._herd.sleep()
+        return self._herd.time_left()
 
 
 async def _ours(herd: _Herd) -> None:
     async with KeylessClient(
-        API_KEY, base_url=herd.server.base_url, schedule=_Until(herd), max_in_flight=_IN_FLIGHT
+        API_KEY, base_url=herd.server.base_url, schedule=_AtDueTime(herd), max_in_flight=_IN_FLIGHT
     ) as client:
-        await herd.charge(
+        await herd.measure(
             lambda operation_id: client.wait_for_approval(operation_id, timeout=3600.0),
             lambda: client.statistics.polls - client.statistics.in_flight,
         )
 
 
 async def _coroutines(herd: _Herd, gate: contextlib.AbstractAsyncContextManager[None], limit: int) -> None:
-    looks = 0
+    polls = 0
     async with bare_session(limit=limit) as session:
         client = BareClient(session, herd.server)
 
         async def wait(operation_id: str) -> None:
-            nonlocal looks
+            nonlocal polls
             while True:
                 async with gate:
                     operation = await client.get_operation(operation_id)
-                looks += 1
+                polls += 1
                 if operation.state == "approved":
                     return
-                await asyncio.sleep(herd.sleep())
+                await asyncio.sleep(herd.time_left())
 
-        await herd.charge(wait, lambda: looks)
+        await herd.measure(wait, lambda: polls)
 
 
 _HERDS: Final[dict[str, Callable[[_Herd], Coroutine[None, None, None]]]] = {
@@ -305,7 +305,7 @@ _HERDS: Final[dict[str, Callable[[_Herd], Coroutine[None, None, None]]]] = {
 
 
 def draw(raw: dict[str, Any]) -> Figure:
-    """Draw the longest block of each way, at the largest of the sizes that most ways could do."""
+    """Draw the longest block of each side, at the largest size that most sides could run."""
     size = max(raw, key=lambda size: (len(raw[size]), int(size)))
     blocks = {
         name: 1e3 * Spread.of([outcome["blocks"]["block"] for outcome in of]).median for name, of in raw[size].items()

@@ -1,6 +1,7 @@
-"""CPU of importing the library, against importing the four packages that it is made of.
+"""CPU of importing the library, against importing its four dependencies.
 
-Each import is a fresh interpreter that counts its own CPU and finds all bytecode compiled, in a folder made for it.
+Each import runs in a fresh interpreter that counts its own CPU; all bytecode is compiled beforehand, in a temporary
+directory.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 OURS: Final = "import aiokeyless"
 FOUR: Final = "import aiohttp, msgspec, tenacity, anyio"
-AGAIN: Final = "the four, once more"
+REPEATED: Final = "the four, repeated"
 NOTHING: Final = "pass"
 
-_STATEMENTS: Final = {OURS: OURS, FOUR: FOUR, AGAIN: FOUR, NOTHING: NOTHING}
+_STATEMENTS: Final = {OURS: OURS, FOUR: FOUR, REPEATED: FOUR, NOTHING: NOTHING}
 _TIMED: Final = """\
 import time
 before = time.process_time()
@@ -39,15 +40,15 @@ print(*(spec.name for spec in specs if spec and spec.cached and not os.path.exis
 
 
 class Start(NamedTuple):
-    """What one interpreter spent: seconds of CPU for the statement, and from its start to the statement's end."""
+    """CPU seconds of one interpreter: for the statement, and from the process start to the statement's end."""
 
     statement: float
     process: float
 
 
 def run(bench: Bench) -> Report:
-    """Measure a fresh interpreter for each."""
-    starts = bench.apart(measure, bench)
+    """Measure each import in fresh interpreters."""
+    starts = bench.in_fresh_process(measure, bench)
     report = Report("import: CPU of an import in a fresh interpreter")
     imports = {name: [start.statement for start in of] for name, of in starts.items()}
     table = Table(
@@ -65,24 +66,24 @@ def run(bench: Bench) -> Report:
 
 
 def measure(bench: Bench) -> dict[str, list[Start]]:
-    """Start the interpreters in turn, on the core that this process is on."""
+    """Start the interpreters in turn, on the core of this process."""
     starts: dict[str, list[Start]] = {name: [] for name in _STATEMENTS}
     rounds = bench.pick(full=25, quick=4, smoke=1)
     with tempfile.TemporaryDirectory() as bytecode:
-        if uncompiled := _output(_CHECKED, OURS, bytecode):  # running it is what compiles
-            raise CannotMeasureError(f"there is no bytecode on disk of {uncompiled}")
+        if uncompiled := _output(_CHECKED, OURS, bytecode):  # the first run compiles the bytecode
+            raise CannotMeasureError(f"no bytecode on disk for {uncompiled}")
         for k in range(rounds):
             for name in order(list(_STATEMENTS), k):
                 starts[name].append(Start(*map(float, _output(_TIMED, _STATEMENTS[name], bytecode).split())))
             if (k + 1) % 10 == 0:
-                bench.say(f"  round {k + 1} of {rounds}")
+                bench.progress(f"  round {k + 1} of {rounds}")
     return starts
 
 
 def _output(program: str, statement: str, bytecode: str) -> str:
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    # -P: modules are not looked for in the folder that this happens to run in.
+    # -P: do not import modules from the current directory.
     command = [sys.executable, "-P", "-c", program.format(statement=statement)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)  # noqa: S603  # our own
     return done.stdout.strip()

@@ -1,7 +1,7 @@
-"""CPU per get_operation, against what people would write with other HTTP clients and decoders.
+"""CPU per get_operation, against other HTTP clients and decoders.
 
-All sides speak to the same server over kept-alive connections, in one process, in turn, and make the URL from the
-operation id for each call. Each event loop and each number in flight is a process of its own.
+All sides call the same server over keep-alive connections, in one process, in turn, and build the URL from the
+operation id for each call. Each combination of event loop and number in flight has a process of its own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import msgspec
 
 from aiokeyless import KeylessClient, protocol
 from benchmarks import pictures
-from benchmarks.clients import ByHandClient, ContentClient, httpx_client, niquests_session
+from benchmarks.baselines import AiohttpClient, BareClient, bare_session, default_session
+from benchmarks.clients import ContentClient, MinimalClient, httpx_client, niquests_session
+from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn
+from benchmarks.decoders import pydantic_operation
 from benchmarks.report import CannotMeasureError, Goal, Report
-from benchmarks.rivals import AiohttpClient, BareClient, bare_session, default_session
 from benchmarks.server import API_KEY, Server, serving
-from benchmarks.shapes import pydantic_operation
-from benchmarks.spending import Spending, spending_table, spent_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
     from aiokeyless import Operation
     from benchmarks.bench import Bench
+    from benchmarks.cpu_cost import Call
     from benchmarks.report import Json
-    from benchmarks.spending import Call
 
 _GOAL_AT: Final = 16
 OURS: Final = "aiokeyless"
 POLL: Final = "aiokeyless, a poll of a wait"
 BARE: Final = "aiohttp + msgspec"
-AGAIN: Final = "aiohttp + msgspec, once more"
+REPEATED: Final = "aiohttp + msgspec, repeated"
 DEFAULTS: Final = "aiohttp + msgspec, default session"
 PYDANTIC: Final = "aiohttp + pydantic"
 HTTPX: Final = "httpx + msgspec"
@@ -59,21 +59,21 @@ def run(bench: Bench) -> Report:
         for loop in Loop:
             for in_flight in bench.pick(full=[1, 16, 100], quick=[16], smoke=[16]):
                 key = _key(loop, in_flight)
-                bench.say(f"  {key}")
+                bench.progress(f"  {key}")
                 try:
-                    spendings = bench.apart(measure, bench, server, loop, in_flight)
+                    costs = bench.in_fresh_process(measure, bench, server, loop, in_flight)
                 except CannotMeasureError as error:
                     report.notes.append(f"{key}: not measured, {error}")
                     continue
-                report.tables.append(spending_table(key, spendings, BARE))
-                report.raw[key] = msgspec.to_builtins(spendings, str_keys=True)
+                report.tables.append(cpu_cost_table(key, costs, BARE))
+                report.raw[key] = msgspec.to_builtins(costs, str_keys=True)
                 if in_flight == _GOAL_AT:
-                    report.goals += _goals(key, spendings)
+                    report.goals += _goals(key, costs)
     return report
 
 
-def _goals(key: str, spendings: Mapping[str, Spending]) -> list[Goal]:
-    figures = {name: over.median for name in (OURS, POLL) if (over := spendings[name].over(spendings[BARE]))}
+def _goals(key: str, costs: Mapping[str, CpuCost]) -> list[Goal]:
+    figures = {name: over.median for name in (OURS, POLL) if (over := costs[name].over(costs[BARE]))}
     return [
         Goal(f"{key}: {OURS} over {BARE}", 1.05, figures.get(OURS), "x"),
         Goal("the same, stretch", 0.95, figures.get(OURS), "x"),
@@ -85,7 +85,7 @@ def _key(loop: Loop, in_flight: int) -> str:
     return f"{loop}, {in_flight} in flight"
 
 
-def measure(bench: Bench, server: Server, loop: Loop, in_flight: int) -> dict[str, Spending]:
+def measure(bench: Bench, server: Server, loop: Loop, in_flight: int) -> dict[str, CpuCost]:
     """Measure all sides on this loop."""
     with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
         return runner.run(_measure(bench, server, in_flight))
@@ -101,7 +101,7 @@ def _loop_factory(loop: Loop) -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Spending]:
+async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, CpuCost]:
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
         client = await enter(KeylessClient(API_KEY, base_url=server.base_url))
@@ -110,14 +110,14 @@ async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Sp
             POLL: _polling(client),
             OURS: client.get_operation,
             BARE: BareClient(bare, server).get_operation,
-            AGAIN: BareClient(bare, server).get_operation,
+            REPEATED: BareClient(bare, server).get_operation,
             DEFAULTS: BareClient(await enter(default_session()), server).get_operation,
             PYDANTIC: AiohttpClient(bare, server, pydantic_operation).get_operation,
             HTTPX: ContentClient(await enter(httpx_client(in_flight)), server).get_operation,
             NIQUESTS: ContentClient(await enter(niquests_session(in_flight)), server).get_operation,
-            LIMIT: (await enter(ByHandClient(server))).get_operation,
+            LIMIT: (await enter(MinimalClient(server))).get_operation,
         }
-        return await spent_in_turn(
+        return await measure_in_turn(
             bench,
             server,
             calls,
@@ -129,8 +129,8 @@ async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Sp
 
 
 def _polling(client: KeylessClient) -> Call:
-    """Return what the poller does for each look of a wait, which has had its URL since it began."""
-    transport, _ = client._open()  # noqa: SLF001  # a poll has no public name
+    """Return what the poller does for each poll of a wait, whose URL was built at its start."""
+    transport, _ = client._open()  # noqa: SLF001  # there is no public method for a single poll
     urls: dict[str, URL] = {}
 
     async def poll(operation_id: str) -> Operation:
@@ -143,21 +143,21 @@ def _polling(client: KeylessClient) -> Call:
 
 
 def draw(raw: Mapping[str, Json]) -> Figure:
-    """Draw each side's CPU over the reference's at the goal's number in flight, a diagram a loop."""
+    """Draw the CPU of each side over the reference, at the number in flight of the goal; one diagram per loop."""
     keys = [key for loop in Loop if (key := _key(loop, _GOAL_AT)) in raw]
     figure, axes = pictures.panels(len(keys) or 1, width=5.6)
     for key, ax in zip(keys, axes, strict=False):
-        spendings = msgspec.convert(raw[key], dict[str, Spending], strict=False)  # JSON's keys are strings
-        ratios = {name: over.median for name in spendings if (over := spendings[name].over(spendings[BARE]))}
-        # On a scale of ratios a bar begins at the reference: half is as long as twice.
+        costs = msgspec.convert(raw[key], dict[str, CpuCost], strict=False)  # keys are strings in JSON
+        ratios = {name: over.median for name in costs if (over := costs[name].over(costs[BARE]))}
+        # Bars start at the reference, on a log scale: half is as long as twice.
         ax.set_xscale("log")
         for name, ratio in ratios.items():
             color = pictures.OURS if name in {OURS, POLL} else pictures.OTHERS[0]
             ax.barh(name, ratio - 1, left=1, height=0.5, color=color)
-            ax.plot(ratio, name, "o", color=color)  # seen where the bar has no length
+            ax.plot(ratio, name, "o", color=color)  # visible if the bar has no length
             ax.annotate(f"{ratio:.2f}", (ratio, name), (8, 0), textcoords="offset points", va="center")
         ax.axvline(1, color="black", linewidth=0.8, zorder=0)
-        ax.invert_yaxis()  # which begins at the bottom
+        ax.invert_yaxis()  # the first side on top
         ax.margins(x=0.15)
         ax.grid(visible=False, axis="y")
         ax.xaxis.set_major_formatter("{x:g}")

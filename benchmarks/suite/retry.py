@@ -1,8 +1,8 @@
-"""CPU of the retry layer where nothing fails, against the retry libraries that people wrap around a call.
+"""CPU of the retry layer when nothing fails, against retry libraries around the same call.
 
-Ours over the same path through the library without its retry layer; theirs over the same aiohttp + msgspec call without
-them. Since the difference is small beside the noise of a socket, each layer alone as well, around an attempt that does
-nothing.
+The reference of ours is the same path through the library without its retry layer; that of the others is the plain
+aiohttp + msgspec call. The difference is small compared with the noise of a socket, so each layer is measured alone
+too, around an attempt that does nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import tenacity
 from aiohttp_retry import JitterRetry, RetryClient
 
 from aiokeyless import KeylessClient, protocol
+from benchmarks.baselines import BareClient, bare_session
+from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn, microseconds
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
-from benchmarks.rivals import BareClient, bare_session
 from benchmarks.server import API_KEY, Server, serving
-from benchmarks.spending import Spending, micros, spending_table, spent_in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aiokeyless.models import Operation
     from aiokeyless.transport import Transport
     from benchmarks.bench import Bench
-    from benchmarks.spending import Call
+    from benchmarks.cpu_cost import Call
 
     Decorator = Callable[[Call], Call]
 
@@ -38,17 +38,17 @@ _ATTEMPTS: Final = 3
 _FAILURES: Final = (aiohttp.ClientError, TimeoutError)
 
 WITH: Final = "aiokeyless"
-WITHOUT: Final = "aiokeyless without"
-AGAIN: Final = "aiokeyless without, once more"
+WITHOUT: Final = "aiokeyless without retries"
+REPEATED: Final = "aiokeyless without retries, repeated"
 BARE: Final = "aiohttp + msgspec"
-BARE_AGAIN: Final = "aiohttp + msgspec, once more"
+BARE_REPEATED: Final = "aiohttp + msgspec, repeated"
 TENACITY: Final = "tenacity's decorator"
 STAMINA: Final = "stamina's decorator"
 AIOHTTP_RETRY: Final = "aiohttp-retry"
 
-#: What is compared with what: the reference comes first.
-_OURS: Final = (WITHOUT, AGAIN, WITH)
-_THEIRS: Final = (BARE, BARE_AGAIN, TENACITY, STAMINA, AIOHTTP_RETRY)
+#: The two comparisons: the reference comes first.
+_OURS: Final = (WITHOUT, REPEATED, WITH)
+_THEIRS: Final = (BARE, BARE_REPEATED, TENACITY, STAMINA, AIOHTTP_RETRY)
 
 _DECORATORS: Final[dict[str, Decorator]] = {
     TENACITY: tenacity.retry(
@@ -61,44 +61,44 @@ _DECORATORS: Final[dict[str, Decorator]] = {
 
 
 class Measured(NamedTuple):
-    """What calls spent, and what the layers add to a call that does nothing: seconds of CPU, round by round."""
+    """CPU seconds of the calls, and those that the layers add to a call that does nothing, round by round."""
 
-    spendings: dict[str, Spending]
+    costs: dict[str, CpuCost]
     layers: dict[str, list[float]]
 
 
 def run(bench: Bench) -> Report:
     """Measure at 16 in flight."""
     with serving() as server:
-        spendings, layers = bench.apart(measure, bench, server)
-    if busy := [name for name, spending in spendings.items() if spending.server_bound]:
+        costs, layers = bench.in_fresh_process(measure, bench, server)
+    if busy := [name for name, cost in costs.items() if cost.server_bound]:
         raise CannotMeasureError(f"the server was the bottleneck of {', '.join(busy)}")
     report = Report("retry: CPU of the retry layer on the happy path")
     for names in (_OURS, _THEIRS):
-        report.tables.append(_table({name: spendings[name] for name in names}, names[0], layers))
-    over_none = spendings[WITH].over(spendings[WITHOUT])
+        report.tables.append(_table({name: costs[name] for name in names}, names[0], layers))
+    over_none = costs[WITH].over(costs[WITHOUT])
     report.goals += [
         Goal("CPU with the retry layer over none", 1.02, over_none.median if over_none else None, "x"),
-        Goal("the same, from the layer alone", 1.02, _alone(layers[WITH], spendings[WITHOUT]).median, "x"),
+        Goal("the same, from the layer alone", 1.02, _ratio_from_layer(layers[WITH], costs[WITHOUT]).median, "x"),
     ]
     report.raw = {
         "in_flight": _IN_FLIGHT,
         "layers": msgspec.to_builtins(layers),
-        "calls": msgspec.to_builtins(spendings, str_keys=True),
+        "calls": msgspec.to_builtins(costs, str_keys=True),
     }
     return report
 
 
-def _table(spendings: dict[str, Spending], reference: str, layers: dict[str, list[float]]) -> Table:
-    table = spending_table(f"get_operation, {_IN_FLIGHT} in flight", spendings, reference)
-    for name in (name for name in spendings if name in layers):
-        over = _alone(layers[name], spendings[reference]).text(4)
-        table.rows.append([f"{name}, the layer alone", micros(layers[name], 2), over, ""])
+def _table(costs: dict[str, CpuCost], reference: str, layers: dict[str, list[float]]) -> Table:
+    table = cpu_cost_table(f"get_operation, {_IN_FLIGHT} in flight", costs, reference)
+    for name in (name for name in costs if name in layers):
+        over = _ratio_from_layer(layers[name], costs[reference]).text(4)
+        table.rows.append([f"{name}, the layer alone", microseconds(layers[name], 2), over, ""])
     return table
 
 
-def _alone(layer: list[float], none: Spending) -> Spread:
-    """Return what a call with the layer costs over one without, by the layer's own cost."""
+def _ratio_from_layer(layer: list[float], none: CpuCost) -> Spread:
+    """Return the cost of a call with the layer over one without, computed from the layer alone."""
     call = Spread.of([*none.seconds.values()]).median
     return Spread.of([1 + seconds / call for seconds in layer])
 
@@ -110,7 +110,7 @@ def measure(bench: Bench, server: Server) -> Measured:
 
 async def _measure(bench: Bench, server: Server) -> Measured:
     async with KeylessClient(API_KEY, base_url=server.base_url) as client, bare_session() as session:
-        transport, _ = client._open()  # noqa: SLF001  # the path without the layer has no public name
+        transport, _ = client._open()  # noqa: SLF001  # there is no public way around the retry layer
 
         async def without(operation_id: str) -> Operation:
             client._open()  # noqa: SLF001  # as get_operation does
@@ -122,13 +122,13 @@ async def _measure(bench: Bench, server: Server) -> Measured:
         calls: dict[str, Call] = {
             WITH: client.get_operation,
             WITHOUT: without,
-            AGAIN: without,
+            REPEATED: without,
             BARE: bare,
-            BARE_AGAIN: bare,
+            BARE_REPEATED: bare,
             **{name: decorator(bare) for name, decorator in _DECORATORS.items()},
             AIOHTTP_RETRY: BareClient(retry_client, server).get_operation,
         }
-        spendings = await spent_in_turn(
+        costs = await measure_in_turn(
             bench,
             server,
             calls,
@@ -136,7 +136,7 @@ async def _measure(bench: Bench, server: Server) -> Measured:
             rounds=bench.pick(full=120, quick=12, smoke=2),
             count=bench.pick(full=300, quick=200, smoke=50),
         )
-        return Measured(spendings, await _layers(bench, transport))
+        return Measured(costs, await _layers(bench, transport))
 
 
 async def _layers(bench: Bench, transport: Transport) -> dict[str, list[float]]:

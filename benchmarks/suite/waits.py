@@ -1,9 +1,9 @@
-"""Memory and CPU of sleeping waits, against a coroutine a wait.
+"""Memory and CPU of sleeping waits, against one coroutine per wait.
 
-Each measurement is a process of its own: some waits first, to warm up and be cancelled; then all of them, each with an
-operation id of its own and in a task of its own, each answered "pending" once and then asleep. What the process grew
-by is divided by their number. Sleeping costs no CPU; what waking up, looking and going to sleep again costs is measured
-with waits that sleep for a moment only.
+Each measurement has a process of its own: a few waits to warm up, which are cancelled; then all of them, each with its
+own operation id and task, each answered "pending" once and then asleep. The growth of the process is divided by their
+number. Sleeping costs no CPU; the cost of waking up, polling and going to sleep again is measured with waits that
+sleep for a short time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tenacity import AsyncRetrying, retry_if_result, stop_after_delay, wait_fixe
 
 from aiokeyless import KeylessClient, protocol
 from benchmarks import pictures
+from benchmarks.baselines import BareClient, PlainOperation, bare_session
 from benchmarks.bench import Pairs, order
 from benchmarks.memory import resident
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
-from benchmarks.rivals import BareClient, PlainOperation, bare_session
 from benchmarks.server import API_KEY, Server, serving
 
 if TYPE_CHECKING:
@@ -36,57 +36,57 @@ if TYPE_CHECKING:
 
     from benchmarks.bench import Bench
 
-_SLEEP: Final = 3000.0  # seconds: none wakes up while it is measured
+_SLEEP: Final = 3000.0  # seconds: no wait wakes up during the measurement
 _TIMEOUT: Final = 4000.0
-_BATCH: Final = 64  # waits under way at once while they are begun, so that all sides use as many connections
-_BEGIN_WITHIN: Final = 600.0
-_FEW: Final = 1_000  # up to here allocations are counted: of more it takes long
+_BATCH: Final = 64  # waits started at once, so that all sides use the same number of connections
+_START_WITHIN: Final = 600.0
+_FEW: Final = 1_000  # up to here allocations are counted: for more it takes long
 
 OURS: Final = "aiokeyless"
 URLS: Final = "URL objects alone"
 LOOP: Final = "a hand-written loop"
-TENACITY: Final = "tenacity a wait"
+TENACITY: Final = "tenacity per wait"
 
 
 class Growth(NamedTuple):
-    """What one wait costs: bytes of memory as it is asked for, seconds of CPU to begin it and look once."""
+    """The cost of one wait: bytes of memory, CPU seconds to start it and poll once."""
 
     memory: float
     cpu: float
 
 
 class Method(StrEnum):
-    """How memory is counted."""
+    """How memory is measured."""
 
-    ALLOCATED = "allocated"  # what Python asked its allocators for: to the byte, but slow
-    RESIDENT = "resident"  # what the process holds, gaps between objects included: rough, where the waits are few
+    ALLOCATED = "allocated"  # what Python requested from its allocators: exact, but slow
+    RESIDENT = "resident"  # what the process holds, gaps between objects included: rough if the waits are few
 
 
 def run(bench: Bench) -> Report:
-    """Measure each way to wait at 1 000, 10 000 and 100 000 waits."""
+    """Measure each side with 1 000, 10 000 and 100 000 waits."""
     report = Report("waits: memory and CPU of a sleeping wait")
     sizes = bench.pick(full=[1_000, 10_000, 100_000], quick=[500], smoke=[200])
     with serving() as server:
         measured = {size: _measured(bench, server, size) for size in sizes}
-        wakings = _wakings(bench, server)
+        wake_ups = _wake_ups(bench, server)
     for size, growths in measured.items():
         report.tables.append(_table(size, growths))
         report.raw[str(size)] = {
             "method": _method(size),
-            "ways": {name: {**growth._asdict()} for name, growth in growths.items()},
+            "sides": {name: {**growth._asdict()} for name, growth in growths.items()},
         }
-    report.tables.append(_waking_table(wakings))
-    report.raw["waking"] = {name: [*seconds] for name, seconds in wakings.items()}
+    report.tables.append(_wake_up_table(wake_ups))
+    report.raw["wake_ups"] = {name: [*seconds] for name, seconds in wake_ups.items()}
     size = sizes[-1]
     growths, method = measured[size], _method(size)
     net = growths[OURS].memory - growths[URLS].memory
     over_tenacity = growths[OURS].memory / growths[TENACITY].memory
     report.goals += [
-        Goal(f"{size} waits, {method}, the URL not counted", 1700, net, " B"),
+        Goal(f"{size} waits, {method}, without the URL", 1700, net, " B"),
         Goal("the same, stretch", 1300, net, " B"),
-        Goal(f"{size} waits, {method}, the URL counted, over {TENACITY}", 0.25, over_tenacity, "x"),
+        Goal(f"{size} waits, {method}, with the URL, over {TENACITY}", 0.25, over_tenacity, "x"),
     ]
-    report.notes.append("our waits keep their last answer and their URL; the coroutines keep their last operation")
+    report.notes.append("a wait of aiokeyless keeps its last answer and its URL; a coroutine keeps its last operation")
     return report
 
 
@@ -95,19 +95,19 @@ def _method(size: int) -> Method:
 
 
 def _measured(bench: Bench, server: Server, size: int) -> dict[str, Growth]:
-    """Measure each way once: so many waits average by themselves, and allocations are counted to the byte."""
+    """Measure each side once: many waits are an average already, and the count of allocations is exact."""
     growths = {}
-    for name in bench.pick(full=[*_WAYS], quick=[*_WAYS], smoke=[OURS, URLS, TENACITY]):
-        bench.say(f"  {size} waits: {name}")
-        growths[name] = bench.apart(measure, server, name, size, _method(size))
+    for name in bench.pick(full=[*_SIDES], quick=[*_SIDES], smoke=[OURS, URLS, TENACITY]):
+        bench.progress(f"  {size} waits: {name}")
+        growths[name] = bench.in_fresh_process(measure, server, name, size, _method(size))
     return growths
 
 
 def _table(size: int, growths: dict[str, Growth]) -> Table:
     method = _method(size)
     columns = ["", f"{method}, B", f"over {OURS}"]
-    # Counting allocations makes them slow.
-    table = Table(f"{size} waits", columns + ["CPU to begin it, us"] * (method is Method.RESIDENT))
+    # No CPU figure while allocations are counted: that makes them slow.
+    table = Table(f"{size} waits", columns + ["CPU to start, us"] * (method is Method.RESIDENT))
     for name, growth in growths.items():
         row = [name, f"{growth.memory:.0f}", f"{growth.memory / growths[OURS].memory:.2f}"]
         table.rows.append(row + [f"{1e6 * growth.cpu:.0f}"] * (method is Method.RESIDENT))
@@ -116,60 +116,66 @@ def _table(size: int, growths: dict[str, Growth]) -> Table:
     return table
 
 
-def _wakings(bench: Bench, server: Server) -> dict[str, list[float]]:
-    """Return seconds of CPU a wake-up, round by round."""
+def _wake_ups(bench: Bench, server: Server) -> dict[str, list[float]]:
+    """Return CPU seconds per wake-up, round by round."""
     size, rounds = bench.pick(full=(2_000, 3), quick=(500, 1), smoke=(50, 1))
-    wakings: dict[str, list[float]] = {name: [] for name in bench.pick(full=[*_WAYS], quick=[OURS, LOOP], smoke=[OURS])}
-    wakings.pop(URLS, None)  # it does not wake up
+    wake_ups: dict[str, list[float]] = {
+        name: [] for name in bench.pick(full=[*_SIDES], quick=[OURS, LOOP], smoke=[OURS])
+    }
+    wake_ups.pop(URLS, None)  # it never wakes up
     for k in range(rounds):
-        bench.say(f"  waking up, round {k + 1} of {rounds}")
-        for name in order([*wakings], k):
-            wakings[name].append(bench.apart(wake, server, name, size, bench.pick(full=0.5, quick=0.2, smoke=0.1)))
-    return wakings
+        bench.progress(f"  wake-ups, round {k + 1} of {rounds}")
+        for name in order([*wake_ups], k):
+            wake_ups[name].append(
+                bench.in_fresh_process(wake, server, name, size, bench.pick(full=0.5, quick=0.2, smoke=0.1))
+            )
+    return wake_ups
 
 
-def _waking_table(wakings: dict[str, list[float]]) -> Table:
-    table = Table("to wake up, look and go to sleep again", ["", "CPU, us", f"over {OURS}"])
-    for name, seconds in wakings.items():
-        micros = Spread.of([1e6 * value for value in seconds])
-        table.rows.append([name, micros.text(0), "1" if name == OURS else Pairs(seconds, wakings[OURS]).ratio.text(2)])
+def _wake_up_table(wake_ups: dict[str, list[float]]) -> Table:
+    table = Table("wake up, poll, sleep again", ["", "CPU, us", f"over {OURS}"])
+    for name, seconds in wake_ups.items():
+        microseconds = Spread.of([1e6 * value for value in seconds])
+        table.rows.append(
+            [name, microseconds.text(0), "1" if name == OURS else Pairs(seconds, wake_ups[OURS]).ratio.text(2)]
+        )
     return table
 
 
 def measure(server: Server, name: str, size: int, method: Method) -> Growth:
-    """Return what one of so many waits costs."""
-    meter = _Meter(size, method)
-    asyncio.run(_WAYS[name](server, meter))
-    return meter.growth
+    """Return the cost of one wait among ``size``."""
+    gauge = _GrowthGauge(size, method)
+    asyncio.run(_SIDES[name](server, gauge))
+    return gauge.growth
 
 
 def wake(server: Server, name: str, size: int, pause: float) -> float:
-    """Return the seconds of CPU for which one of so many waits wakes up, once in each pause."""
-    alarm = _Alarm(size, pause)
-    asyncio.run(_WAYS[name](server, alarm))
-    return alarm.cpu
+    """Return the CPU seconds of one wake-up, of ``size`` waits that each wake up once per pause."""
+    gauge = _WakeUpGauge(size, pause)
+    asyncio.run(_SIDES[name](server, gauge))
+    return gauge.cpu
 
 
 class _Gauge(Protocol):
-    """What is measured of waits, and how long they sleep meanwhile."""
+    """Measures waits, and sets how long they sleep."""
 
     pause: float
 
-    async def measure(self, begin: Callable[[str], object], looked: Callable[[], int]) -> None:
-        """Begin the waits, and measure.
+    async def measure(self, start: Callable[[str], object], polled: Callable[[], int]) -> None:
+        """Start the waits, and measure.
 
         Args:
-            begin: Begins the wait for an operation, and returns what must be held.
-            looked: How many looks have been answered, of all waits so far.
+            start: Starts the wait for an operation, and returns an object to keep.
+            polled: Returns the number of answered polls, of all waits so far.
         """
 
 
-class _Alarm:
-    """Measures what it costs to wake up.
+class _WakeUpGauge:
+    """Measures the CPU of a wake-up.
 
     Args:
-        size: How many waits.
-        pause: Seconds that they sleep.
+        size: Number of waits.
+        pause: Seconds of sleep between two polls.
     """
 
     cpu: float
@@ -178,23 +184,23 @@ class _Alarm:
         self._size = size
         self.pause = pause
 
-    async def measure(self, begin: Callable[[str], object], looked: Callable[[], int]) -> None:
-        held = [begin(str(uuid.uuid4())) for _ in range(self._size)]
-        await _until(functools.partial(_reached, looked, self._size))
+    async def measure(self, start: Callable[[str], object], polled: Callable[[], int]) -> None:
+        held = [start(str(uuid.uuid4())) for _ in range(self._size)]
+        await _until(functools.partial(_reached, polled, self._size))
         await asyncio.sleep(2 * self.pause)
         gc.collect()
-        looks, cpu = looked(), time.process_time()
+        polls, cpu = polled(), time.process_time()
         await asyncio.sleep(4 * self.pause)
-        self.cpu = (time.process_time() - cpu) / (looked() - looks)
+        self.cpu = (time.process_time() - cpu) / (polled() - polls)
         await cancel(held)
 
 
-class _Meter:
-    """Begins waits, and measures what that costs.
+class _GrowthGauge:
+    """Measures the memory and the CPU of starting waits.
 
     Args:
-        size: How many waits.
-        method: How memory is counted.
+        size: Number of waits.
+        method: How memory is measured.
     """
 
     pause = _SLEEP
@@ -203,23 +209,23 @@ class _Meter:
     def __init__(self, size: int, method: Method) -> None:
         self._size = size
         self._method = method
-        # A slot for each wait, made beforehand: the list that holds the tasks is not the waits'.
+        # Allocated beforehand: the list that holds the tasks does not count.
         self._held: list[object] = [None] * size
 
-    async def measure(self, begin: Callable[[str], object], looked: Callable[[], int]) -> None:
+    async def measure(self, start: Callable[[str], object], polled: Callable[[], int]) -> None:
         if self._method is Method.ALLOCATED:
-            tracemalloc.start()  # before the warm-up: what takes the place of its leftovers is no growth
-        warm = [begin(str(uuid.uuid4())) for _ in range(_BATCH)]
-        await _until(lambda: looked() >= _BATCH)
+            tracemalloc.start()  # before the warm-up: reusing memory that it freed is not growth
+        warm = [start(str(uuid.uuid4())) for _ in range(_BATCH)]
+        await _until(lambda: polled() >= _BATCH)
         await cancel(warm)
         del warm
-        await asyncio.sleep(0.01)  # the loop and the connections let go of them
-        answered = looked()
+        await asyncio.sleep(0.01)  # until the loop and the connections have released them
+        answered = polled()
         before, cpu_before = self._memory(), time.process_time()
         for k in range(0, self._size, _BATCH):
             for i in range(k, min(k + _BATCH, self._size)):
-                self._held[i] = begin(str(uuid.uuid4()))
-            await _until(functools.partial(_reached, looked, answered + min(k + _BATCH, self._size)))
+                self._held[i] = start(str(uuid.uuid4()))
+            await _until(functools.partial(_reached, polled, answered + min(k + _BATCH, self._size)))
         cpu = time.process_time() - cpu_before
         self.growth = Growth((self._memory() - before) / self._size, cpu / self._size)
         await cancel(self._held)
@@ -232,7 +238,7 @@ class _Meter:
 
 
 async def cancel(held: Iterable[object]) -> None:
-    """Cancel the tasks among these, and wait until they have ended, in whatever way."""
+    """Cancel the tasks among these objects, and wait for their end; exceptions are ignored."""
     tasks = [task for task in held if isinstance(task, asyncio.Task)]
     for task in tasks:
         task.cancel()
@@ -240,15 +246,15 @@ async def cancel(held: Iterable[object]) -> None:
 
 
 async def _until(done: Callable[[], bool]) -> None:
-    until = time.monotonic() + _BEGIN_WITHIN
+    deadline = time.monotonic() + _START_WITHIN
     while not done():
-        if time.monotonic() > until:
-            raise CannotMeasureError("the waits were not begun in time")
+        if time.monotonic() > deadline:
+            raise CannotMeasureError("the waits did not start in time")
         await asyncio.sleep(0.0005)
 
 
-def _reached(looked: Callable[[], int], count: int) -> bool:
-    return looked() >= count
+def _reached(polled: Callable[[], int], count: int) -> bool:
+    return polled() >= count
 
 
 async def _ours(server: Server, gauge: _Gauge) -> None:
@@ -260,38 +266,38 @@ async def _ours(server: Server, gauge: _Gauge) -> None:
 
 
 async def _urls(server: Server, gauge: _Gauge) -> None:
-    """Hold nothing but URLs of the kind that our waits hold, each used for one request as theirs is."""
+    """Keep only URLs as our waits do, each used for one request."""
     count = itertools.count(1)
     answered = 0
-    looks: set[asyncio.Task[None]] = set()
+    polls: set[asyncio.Task[None]] = set()
     async with KeylessClient(API_KEY, base_url=server.base_url) as client:
-        transport, _ = client._open()  # noqa: SLF001  # the poller's own way to make and to use a URL
+        transport, _ = client._open()  # noqa: SLF001  # builds and uses the URL as the poller does
 
-        def begin(operation_id: str) -> object:
+        def start(operation_id: str) -> object:
             url = transport.url(protocol.get_operation(operation_id))
 
-            async def look() -> None:
+            async def poll() -> None:
                 nonlocal answered
                 await transport.look(url)
                 answered = next(count)
 
-            task = asyncio.create_task(look())
-            looks.add(task)
-            task.add_done_callback(looks.discard)
+            task = asyncio.create_task(poll())
+            polls.add(task)
+            task.add_done_callback(polls.discard)
             return url
 
-        await gauge.measure(begin, lambda: answered)
+        await gauge.measure(start, lambda: answered)
 
 
 class _Coroutines:
-    """A coroutine a wait, of four kinds: what bounds it, and what repeats it, differ."""
+    """One coroutine per wait, in four variants that differ in the timeout and in the loop."""
 
     def __init__(self, client: BareClient, pause: float) -> None:
         self.client = client
         self.pause = pause
         self.answered = 0
 
-    async def look(self, operation_id: str) -> PlainOperation:
+    async def poll(self, operation_id: str) -> PlainOperation:
         operation = await self.client.get_operation(operation_id)
         self.answered += 1
         return operation
@@ -299,7 +305,7 @@ class _Coroutines:
     async def loop(self, operation_id: str) -> PlainOperation:
         deadline = time.monotonic() + _TIMEOUT
         while True:
-            operation = await self.look(operation_id)
+            operation = await self.poll(operation_id)
             if operation.state == "approved":
                 return operation
             if time.monotonic() + self.pause > deadline:
@@ -308,13 +314,13 @@ class _Coroutines:
 
     async def asyncio_timeout(self, operation_id: str) -> PlainOperation:
         async with asyncio.timeout(_TIMEOUT):
-            while (operation := await self.look(operation_id)).state != "approved":  # noqa: ASYNC110
+            while (operation := await self.poll(operation_id)).state != "approved":  # noqa: ASYNC110
                 await asyncio.sleep(self.pause)
         return operation
 
     async def fail_after(self, operation_id: str) -> PlainOperation:
         with anyio.fail_after(_TIMEOUT):
-            while (operation := await self.look(operation_id)).state != "approved":  # noqa: ASYNC110
+            while (operation := await self.poll(operation_id)).state != "approved":  # noqa: ASYNC110
                 await anyio.sleep(self.pause)
         return operation
 
@@ -324,23 +330,23 @@ class _Coroutines:
             wait=wait_fixed(self.pause),
             retry=retry_if_result(lambda operation: operation.state != "approved"),
         )
-        return await retrying(self.look, operation_id)
+        return await retrying(self.poll, operation_id)
 
 
 def _coroutine(
     kind: Callable[[_Coroutines, str], Coroutine[None, None, PlainOperation]],
 ) -> Callable[[Server, _Gauge], Coroutine[None, None, None]]:
-    async def measured(server: Server, gauge: _Gauge) -> None:
+    async def measure_side(server: Server, gauge: _Gauge) -> None:
         async with bare_session() as session:
             waits = _Coroutines(BareClient(session, server), gauge.pause)
             await gauge.measure(
                 lambda operation_id: asyncio.create_task(kind(waits, operation_id)), lambda: waits.answered
             )
 
-    return measured
+    return measure_side
 
 
-_WAYS: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]] = {
+_SIDES: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]] = {
     OURS: _ours,
     URLS: _urls,
     LOOP: _coroutine(_Coroutines.loop),
@@ -351,17 +357,17 @@ _WAYS: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]]
 
 
 def draw(raw: dict[str, Any]) -> Figure:
-    """Draw the memory of a wait, at the largest size."""
+    """Draw the memory per wait, at the largest size."""
     size = max((key for key in raw if key.isdigit()), key=int)
-    memory = {name: growth["memory"] for name, growth in raw[size]["ways"].items() if name != URLS}
+    memory = {name: growth["memory"] for name, growth in raw[size]["sides"].items() if name != URLS}
     figure, (ax,) = pictures.panels(1, width=7.0, height=2.6)
     bars = ax.barh([*memory], [*memory.values()], color=[pictures.OURS, *pictures.OTHERS[:1] * (len(memory) - 1)])
-    ax.barh([OURS], [raw[size]["ways"][URLS]["memory"]], color="#78b39e", label="of which its URL")
+    ax.barh([OURS], [raw[size]["sides"][URLS]["memory"]], color="#78b39e", label="of which its URL")
     ax.bar_label(bars, [f"{each:.0f}" for each in memory.values()], padding=4)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.set_xlim(right=1.12 * max(memory.values()))
     count = f"{int(size):,}".replace(",", " ")
-    ax.set_xlabel(f"bytes for each of {count} sleeping waits ({raw[size]['method']})")
+    ax.set_xlabel(f"bytes per wait, {count} sleeping waits ({raw[size]['method']})")
     ax.legend()
     return figure

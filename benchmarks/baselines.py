@@ -1,7 +1,7 @@
-"""What people write instead of using this library, as lean as they could write it.
+"""What users would write instead of using this library, as lean as possible.
 
-Here is what most benchmarks need: aiohttp, and msgspec or whatever else decodes. Other HTTP clients are in `clients`,
-so that a benchmark of something else does not carry them in its process.
+Most benchmarks need only this module: aiohttp with msgspec or another decoder. The other HTTP clients are in `clients`,
+so that a benchmark that does not use them does not import them either.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class PlainOperation(msgspec.Struct, rename="camel"):
-    """An operation without any manners."""
+    """An operation with plain fields only: no `Secret`, no `repr` of its own."""
 
     id: int
     timestamp: str
@@ -53,17 +53,17 @@ def bare_session(*, limit: int = 0) -> aiohttp.ClientSession:
 
 
 def default_session() -> aiohttp.ClientSession:
-    """Make a session as most people do."""
+    """Make a session with default settings, as most users do."""
     return aiohttp.ClientSession(headers=HEADERS)
 
 
 class AiohttpClient(Generic[T]):
-    """aiohttp, with URLs made for each call in the fastest way we know: see `benchmarks/README.md`.
+    """aiohttp, with URLs made for each call in the fastest known way: see `benchmarks/README.md`.
 
     Args:
-        session: What gets it.
-        server: Where from.
-        decode: What makes an operation of a body.
+        session: Sends the requests.
+        server: Answers them.
+        decode: Decodes a body into an operation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""CPU of a call: of this process alone, so that neither the server nor the neighbours of a shared machine count."""
+"""CPU per call, of this process alone: neither the server nor other programs on a shared machine count."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     Call = Callable[[str], Awaitable[object]]
 
 
-_SELDOM: Final = 5  # a slow side has a turn in every so many rounds
+_SLOW_EVERY: Final = 5  # slow sides take part in every fifth round
 
 
 @dataclass(frozen=True, slots=True)
-class Spending:
-    """What one side spent, and how busy it kept the server."""
+class CpuCost:
+    """The CPU time of one side, and the load that it put on the server."""
 
-    seconds: dict[int, float]  # of CPU, a call, by the number of the round
+    seconds: dict[int, float]  # of CPU per call, by round number
     server_share: float  # of the server's core
     server_bound: bool
 
-    def over(self, other: Spending) -> Spread | None:
-        """Return the ratios in the rounds that both took part in, None where either was the server's figure."""
+    def over(self, other: CpuCost) -> Spread | None:
+        """Return the ratios of the rounds in which both took part; None if the server was the bottleneck of either."""
         if self.server_bound or other.server_bound:
             return None
         rounds = sorted(self.seconds.keys() & other.seconds.keys())
         return Pairs([self.seconds[k] for k in rounds], [other.seconds[k] for k in rounds]).ratio
 
 
-async def spent(call: Call, operation_ids: Collection[str], in_flight: int) -> float:
-    """Make these calls, so many in flight, and return the seconds of CPU that one took on average."""
+async def cpu_per_call(call: Call, operation_ids: Collection[str], in_flight: int) -> float:
+    """Make one call per id, ``in_flight`` at a time, and return the average CPU seconds of a call."""
     todo = iter(operation_ids)
 
     async def worker() -> None:
@@ -58,7 +58,7 @@ async def spent(call: Call, operation_ids: Collection[str], in_flight: int) -> f
     return (time.process_time() - before) / len(operation_ids)
 
 
-async def spent_in_turn(
+async def measure_in_turn(
     bench: Bench,
     server: Server,
     calls: Mapping[str, Call],
@@ -67,57 +67,57 @@ async def spent_in_turn(
     rounds: int,
     count: int,
     slow: Collection[str] = (),
-) -> dict[str, Spending]:
-    """Measure the calls in turn, round by round, after one round that only warms up.
+) -> dict[str, CpuCost]:
+    """Measure the sides in turn, round by round, after one warm-up round.
 
     Args:
-        bench: Where progress goes.
-        server: Whom they ask.
-        calls: The sides.
-        in_flight: Calls under way at once.
-        rounds: How many rounds.
-        count: Calls a side makes in a round.
-        slow: Sides that make a third of that and sit rounds out, so that most of the time is not theirs.
+        bench: Shows the progress.
+        server: The server that all sides call.
+        calls: The call of each side, by name.
+        in_flight: Concurrent calls.
+        rounds: Number of rounds.
+        count: Calls per side and round.
+        slow: Sides that make a third of the calls and skip rounds, so that they do not take most of the time.
     """
     operation_ids = [str(uuid.uuid4()) for _ in range(count)]
     ids = {name: operation_ids[: max(count // 3, in_flight)] if name in slow else operation_ids for name in calls}
     for name, call in calls.items():
-        await spent(call, ids[name], in_flight)
+        await cpu_per_call(call, ids[name], in_flight)
     gc.collect()
-    gc.freeze()  # what all sides together have imported is no side's: no collection walks it from here on
+    gc.freeze()  # later collections skip the imports, which belong to no side
     seconds: dict[str, dict[int, float]] = {name: {} for name in calls}
     workloads: dict[str, list[Workload]] = {name: [] for name in calls}
     for k in range(rounds):
-        for name in order([name for name in calls if name not in slow or k % _SELDOM == 0], k):
+        for name in order([name for name in calls if name not in slow or k % _SLOW_EVERY == 0], k):
             with Workload(server) as workload:
-                seconds[name][k] = await spent(calls[name], ids[name], in_flight)
+                seconds[name][k] = await cpu_per_call(calls[name], ids[name], in_flight)
             workloads[name].append(workload)
         if (k + 1) % 20 == 0:
-            bench.say(f"  {in_flight} in flight: round {k + 1} of {rounds}")
-    return {name: _spending(seconds[name], workloads[name]) for name in calls}
+            bench.progress(f"  {in_flight} in flight: round {k + 1} of {rounds}")
+    return {name: _cpu_cost(seconds[name], workloads[name]) for name in calls}
 
 
-def _spending(seconds: dict[int, float], workloads: list[Workload]) -> Spending:
+def _cpu_cost(seconds: dict[int, float], workloads: list[Workload]) -> CpuCost:
     share = statistics.median(workload.share for workload in workloads)
-    return Spending(seconds, share, sum(workload.bound for workload in workloads) > len(workloads) / 2)
+    return CpuCost(seconds, share, sum(workload.bound for workload in workloads) > len(workloads) / 2)
 
 
-def spending_table(title: str, spendings: Mapping[str, Spending], reference: str) -> Table:
-    """Write what the sides spent, and each over the reference. No figure where the server was the bottleneck."""
+def cpu_cost_table(title: str, costs: Mapping[str, CpuCost], reference: str) -> Table:
+    """Write the CPU of each side, and its ratio to the reference. No figure where the server was the bottleneck."""
     table = Table(title, ["", "CPU per call, us", f"over {reference}", "server busy"])
-    for name, spending in spendings.items():
-        over = spending.over(spendings[reference])
+    for name, cost in costs.items():
+        over = cost.over(costs[reference])
         table.rows.append(
             [
                 name,
-                "server-bound" if spending.server_bound else micros(spending.seconds.values(), 1),
+                "server-bound" if cost.server_bound else microseconds(cost.seconds.values(), 1),
                 "1" if name == reference else "" if over is None else over.text(3),
-                f"{spending.server_share:.0%}",
+                f"{cost.server_share:.0%}",
             ]
         )
     return table
 
 
-def micros(seconds: Iterable[float], digits: int) -> str:
+def microseconds(seconds: Iterable[float], digits: int) -> str:
     """Write durations in microseconds."""
     return Spread.of([1e6 * value for value in seconds]).text(digits)

@@ -1,7 +1,7 @@
-"""The service's answers as other libraries than msgspec have people declare and read them.
+"""The service's answers, declared and decoded with other libraries than msgspec.
 
-pydantic checks the types, as msgspec does. The dataclasses are filled field by field from what orjson parsed, and
-check nothing but that a field is there; the dicts of `json` not even that.
+pydantic checks the types, as msgspec does. The dataclasses are filled field by field from the dicts that orjson
+returns; only missing fields are noticed. The dicts of `json` are not checked at all.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class DataPending:
 
 
 def dataclass_operation(body: bytes) -> DataOperation:
-    """Read an operation with orjson."""
+    """Decode an operation with orjson."""
     data: Mapping[str, Any] = orjson.loads(body)
     return DataOperation(
         data["id"],
@@ -96,7 +96,7 @@ def dataclass_operation(body: bytes) -> DataOperation:
 
 
 def dataclass_pending(body: bytes) -> list[DataPending]:
-    """Read a list of pending operations with orjson."""
+    """Decode a list of pending operations with orjson."""
     items: list[Mapping[str, Any]] = orjson.loads(body)
     return [
         DataPending(data["operationId"], data.get("operationPayload"), data.get("externalUserId"), data.get("authType"))
