@@ -300,7 +300,10 @@ def profile(server: Server, size: int, rate: float, seconds: float) -> tuple[Poi
                 point = await _point(client, seconds)
         return point, dict(samples)
 
-    return asyncio.run(profile_point())
+    point, samples = asyncio.run(profile_point())
+    if not samples:
+        raise CannotMeasureError("the timer never fired: the client used too little CPU")
+    return point, samples
 
 
 @contextlib.contextmanager
