@@ -1,4 +1,4 @@
-"""What users would write instead of using this library, as lean as possible.
+"""What users would write instead of using this library, as lean as possible, and the names of the sides in the tables.
 
 Most benchmarks need only this module: aiohttp with msgspec or another decoder. The other HTTP clients are in `clients`,
 so that a benchmark that does not use them does not import them either.
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from .server import Server
 
 T = TypeVar("T")
+
+#: Names that several benchmarks show, so that a side has the same name in all tables.
+OURS: Final = "aiokeyless"
+BARE: Final = "aiohttp + msgspec"
+BARE_REPEATED: Final = "aiohttp + msgspec, repeated"
+LOOP: Final = "a hand-written loop"
 
 
 class PlainOperation(msgspec.Struct, rename="camel"):

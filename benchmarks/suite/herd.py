@@ -18,7 +18,7 @@ from tenacity.wait import wait_base
 
 from aiokeyless import KeylessClient
 from benchmarks import pictures
-from benchmarks.baselines import BareClient, bare_session
+from benchmarks.baselines import OURS, BareClient, bare_session
 from benchmarks.bench import order
 from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.probe import Blocks, Probe
@@ -43,7 +43,6 @@ _START_FACTORS: Final = (1.3, 2.5)  # the time to start the waits, relative to t
 _GOALS: Final = {10_000: 0.005, 100_000: 0.010}  # seconds of the longest block
 _GOAL: Final = 0.005  # for other sizes
 
-OURS: Final = "aiokeyless"
 SEMAPHORE: Final = "a semaphore"
 LIMIT: Final = "TCPConnector(limit=100)"
 UNBOUNDED: Final = "unbounded"

@@ -18,6 +18,7 @@ from tenacity import wait_fixed
 from aiokeyless import wait_adaptive
 from benchmarks import pictures
 from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
+from benchmarks.baselines import OURS
 from benchmarks.labels import label
 from benchmarks.optimum import best_poll_times, least_cost
 from benchmarks.polling import TIMEOUT, Cost, cost, lateness_quantile, poll_times, simulate_waits
@@ -49,7 +50,6 @@ _WINDOWS: Final = 8
 _BACK_AFTER: Final = 500
 _BACK_UNDER: Final = 1.15
 
-OURS: Final = "aiokeyless"
 OURS_BY_DEFAULT: Final = f"{OURS}, max_interval=20, after 1 000"
 BEST_FIXED: Final = "the best fixed interval, found in hindsight"
 OPTIMUM: Final = "the optimum"

@@ -33,7 +33,7 @@ from tenacity import (
 from aiokeyless import KeylessClient
 from aiokeyless.health import FAILURES_UNTIL_DOWN, error_delay
 from benchmarks import pictures
-from benchmarks.baselines import BareClient, PlainOperation, bare_session
+from benchmarks.baselines import LOOP, OURS, BareClient, PlainOperation, bare_session
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
 from benchmarks.server import API_KEY, Failure, Journal, Server, Workload, serving
 from benchmarks.suite.waits import cancel
@@ -57,8 +57,6 @@ _FULLY_BUSY: Final = 0.9  # of the client's core: above it, the core was the bot
 
 _TRANSIENT: Final = (aiohttp.ClientError, RuntimeError, TimeoutError)  # BareClient raises RuntimeError for a status
 
-OURS: Final = "aiokeyless"
-LOOP: Final = "a hand-written loop"
 TENACITY: Final = "tenacity on errors"
 FIVE: Final = "tenacity, 5 attempts"
 

@@ -15,7 +15,7 @@ import msgspec
 
 from aiokeyless import KeylessClient, protocol
 from benchmarks import pictures
-from benchmarks.baselines import AiohttpClient, BareClient, bare_session, default_session
+from benchmarks.baselines import BARE, BARE_REPEATED, OURS, AiohttpClient, BareClient, bare_session, default_session
 from benchmarks.clients import ContentClient, MinimalClient, httpx_client, niquests_session
 from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn
 from benchmarks.decoders import pydantic_operation
@@ -34,11 +34,8 @@ if TYPE_CHECKING:
     from benchmarks.report import Json
 
 _GOAL_AT: Final = 16
-OURS: Final = "aiokeyless"
-POLL: Final = "aiokeyless, a poll of a wait"
-BARE: Final = "aiohttp + msgspec"
-REPEATED: Final = "aiohttp + msgspec, repeated"
-DEFAULTS: Final = "aiohttp + msgspec, default session"
+POLL: Final = f"{OURS}, a poll of a wait"
+DEFAULTS: Final = f"{BARE}, default session"
 PYDANTIC: Final = "aiohttp + pydantic"
 HTTPX: Final = "httpx + msgspec"
 NIQUESTS: Final = "niquests + msgspec"
@@ -110,7 +107,7 @@ async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Cp
             POLL: _polling(client),
             OURS: client.get_operation,
             BARE: BareClient(bare, server).get_operation,
-            REPEATED: BareClient(bare, server).get_operation,
+            BARE_REPEATED: BareClient(bare, server).get_operation,
             DEFAULTS: BareClient(await enter(default_session()), server).get_operation,
             PYDANTIC: AiohttpClient(bare, server, pydantic_operation).get_operation,
             HTTPX: ContentClient(await enter(httpx_client(in_flight)), server).get_operation,

@@ -18,7 +18,7 @@ import tenacity
 from aiohttp_retry import JitterRetry, RetryClient
 
 from aiokeyless import KeylessClient, protocol
-from benchmarks.baselines import BareClient, bare_session
+from benchmarks.baselines import BARE, BARE_REPEATED, OURS, BareClient, bare_session
 from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn, microseconds
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
 from benchmarks.server import API_KEY, Server, serving
@@ -37,18 +37,15 @@ _IN_FLIGHT: Final = 16
 _ATTEMPTS: Final = 3
 _FAILURES: Final = (aiohttp.ClientError, TimeoutError)
 
-WITH: Final = "aiokeyless"
-WITHOUT: Final = "aiokeyless without retries"
-REPEATED: Final = "aiokeyless without retries, repeated"
-BARE: Final = "aiohttp + msgspec"
-BARE_REPEATED: Final = "aiohttp + msgspec, repeated"
+WITHOUT: Final = f"{OURS} without retries"
+REPEATED: Final = f"{WITHOUT}, repeated"
 TENACITY: Final = "tenacity's decorator"
 STAMINA: Final = "stamina's decorator"
 AIOHTTP_RETRY: Final = "aiohttp-retry"
 
 #: The two comparisons: the reference comes first.
-_OURS: Final = (WITHOUT, REPEATED, WITH)
-_THEIRS: Final = (BARE, BARE_REPEATED, TENACITY, STAMINA, AIOHTTP_RETRY)
+_OUR_SIDES: Final = (WITHOUT, REPEATED, OURS)
+_OTHER_SIDES: Final = (BARE, BARE_REPEATED, TENACITY, STAMINA, AIOHTTP_RETRY)
 
 _DECORATORS: Final[dict[str, Decorator]] = {
     TENACITY: tenacity.retry(
@@ -74,12 +71,12 @@ def run(bench: Bench) -> Report:
     if busy := [name for name, cost in costs.items() if cost.server_bound]:
         raise CannotMeasureError(f"the server was the bottleneck of {', '.join(busy)}")
     report = Report("retry: CPU of the retry layer on the happy path")
-    for names in (_OURS, _THEIRS):
+    for names in (_OUR_SIDES, _OTHER_SIDES):
         report.tables.append(_table({name: costs[name] for name in names}, names[0], layers))
-    over_none = costs[WITH].over(costs[WITHOUT])
+    over_none = costs[OURS].over(costs[WITHOUT])
     report.goals += [
         Goal("CPU with the retry layer over none", 1.02, over_none.median if over_none else None, "x"),
-        Goal("the same, from the layer alone", 1.02, _ratio_from_layer(layers[WITH], costs[WITHOUT]).median, "x"),
+        Goal("the same, from the layer alone", 1.02, _ratio_from_layer(layers[OURS], costs[WITHOUT]).median, "x"),
     ]
     report.raw = {
         "in_flight": _IN_FLIGHT,
@@ -120,7 +117,7 @@ async def _measure(bench: Bench, server: Server) -> Measured:
         bare = BareClient(session, server).get_operation
         retry_client = RetryClient(session, retry_options=JitterRetry(_ATTEMPTS, exceptions=set(_FAILURES)))
         calls: dict[str, Call] = {
-            WITH: client.get_operation,
+            OURS: client.get_operation,
             WITHOUT: without,
             REPEATED: without,
             BARE: bare,
@@ -145,7 +142,7 @@ async def _layers(bench: Bench, transport: Transport) -> dict[str, list[float]]:
     async def ours(operation_id: str) -> None:
         await transport.retry(lambda: nothing(operation_id), protocol.is_transient)
 
-    layered: dict[str, Call] = {WITH: ours, **{name: decorator(nothing) for name, decorator in _DECORATORS.items()}}
+    layered: dict[str, Call] = {OURS: ours, **{name: decorator(nothing) for name, decorator in _DECORATORS.items()}}
     count = bench.pick(full=20_000, quick=10_000, smoke=500)
     layers: dict[str, list[float]] = {name: [] for name in layered}
     for _ in range(bench.pick(full=10, quick=3, smoke=2)):

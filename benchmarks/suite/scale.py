@@ -20,6 +20,7 @@ from tenacity import wait_chain, wait_random
 
 from aiokeyless import KeylessClient
 from benchmarks import pictures
+from benchmarks.baselines import OURS
 from benchmarks.bench import order
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
 from benchmarks.server import API_KEY, Server, Workload, serving
@@ -152,7 +153,7 @@ def _sizes(bench: Bench, server: Server, rate: float) -> list[Size]:
 def _memory(bench: Bench, server: Server, count: int) -> float:
     bench.progress(f"  {count} waits, memory")
     method = waits.Method.ALLOCATED if count <= _FEW else waits.Method.RESIDENT
-    return bench.in_fresh_process(waits.measure, server, waits.OURS, count, method).memory
+    return bench.in_fresh_process(waits.measure, server, OURS, count, method).memory
 
 
 def _size_table(sizes: list[Size], rate: float) -> Table:

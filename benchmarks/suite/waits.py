@@ -23,7 +23,7 @@ from tenacity import AsyncRetrying, retry_if_result, stop_after_delay, wait_fixe
 
 from aiokeyless import KeylessClient, protocol
 from benchmarks import pictures
-from benchmarks.baselines import BareClient, PlainOperation, bare_session
+from benchmarks.baselines import LOOP, OURS, BareClient, PlainOperation, bare_session
 from benchmarks.bench import Pairs, order
 from benchmarks.memory import resident
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
@@ -42,9 +42,7 @@ _BATCH: Final = 64  # waits started at once, so that all sides use the same numb
 _START_WITHIN: Final = 600.0
 _FEW: Final = 1_000  # up to here allocations are counted: for more it takes long
 
-OURS: Final = "aiokeyless"
 URLS: Final = "URL objects alone"
-LOOP: Final = "a hand-written loop"
 TENACITY: Final = "tenacity per wait"
 
 
