@@ -38,6 +38,8 @@ class NatsServer(broker.NatsServer):
     def pause(self) -> None:
         """Have it say nothing, and keep its connections, until `resume`."""
         os.kill(self.pid, signal.SIGSTOP)
+        # A signal is delivered some time after it is sent; until every thread has stopped, the server still answers.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
