@@ -124,7 +124,7 @@ class TestConstruction:
             ({"region": ""}, "region"),
             ({"base_url": "http://api.keyless.io"}, "base_url"),
             ({"base_url": ""}, "base_url"),
-            ({"session": object()}, "session"),
+            pytest.param({"session": object()}, "session", id="session"),
             ({"request_timeout": 0}, "request_timeout"),
             ({"request_timeout": -1}, "request_timeout"),
             ({"request_timeout": math.nan}, "request_timeout"),

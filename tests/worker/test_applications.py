@@ -132,7 +132,7 @@ TOO_EARLY = timezone(timedelta(hours=14))
         ({"operation_payload": "x" * ((1 << 20) - ROOM_FOR_EVENT)}, "operation_payload"),
         ({"external_user_id": "\ud800"}, "external_user_id"),
         *(({"expires_in": value}, "expires_in") for value in (0, -1, float("nan"), float("inf"), True, "120", 10**400)),
-        ({"context": object()}, "context"),
+        pytest.param({"context": object()}, "context", id="context"),
         ({"context": "\ud800"}, "context"),
         ({"context": {1.5: {2}, (1, 2): 3}}, "context"),
         ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes"),
