@@ -2,7 +2,7 @@
 
 The figures at the end are computed, not sampled, wherever that can be: a learned schedule with no jitter looks at
 fixed times, so its expected cost follows from the distribution, and so does the least cost that any schedule could
-have. Only the learning itself is drawn, from fixed seeds. The people and the optimum are those of the benchmarks.
+have. Only the learning itself is sampled, from fixed seeds. Approval times and optimum are those of the benchmarks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from aiokeyless import schedule as schedule_room
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.schedule import next_delay, wait_adaptive
-from benchmarks.looks import live, looks, toll
+from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.optimum import least_cost
-from benchmarks.people import SLOW, TWO_GROUPS, TYPICAL, People, seeded
+from benchmarks.polling import cost, poll_times, simulate_waits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -141,9 +141,9 @@ def test_where_no_approval_is_expected_any_more_the_delay_is_the_longest(elapsed
 def test_a_constant_hazard_gets_the_spacing_of_keller() -> None:
     rate = 0.1
     schedule = wait_adaptive(poll_cost=0.3, jitter=0)
-    people = seeded(1)
+    source = seeded_random(1)
     for _ in range(3000):
-        approved = people.expovariate(rate)
+        approved = source.expovariate(rate)
         schedule.observe(approved, approved)
     for elapsed in (4.0, 8.0, 12.0):
         assert delay_at(schedule, elapsed) == pytest.approx(math.sqrt(2 * 0.3 / rate), rel=0.15)
@@ -533,31 +533,31 @@ POLL_COSTS = (0.1, 0.3, 1.0)
 Schedule = tenacity.wait.wait_base
 
 
-def expected_cost(schedule: Schedule, people: People, poll_cost: float) -> float:
-    """Return ``poll_cost`` * looks + lateness that a schedule without randomness costs on average."""
-    return toll(looks(schedule), people).cost(poll_cost)
+def expected_cost(schedule: Schedule, approvals: ApprovalTimes, poll_cost: float) -> float:
+    """Return ``poll_cost`` * polls + lateness that a schedule without randomness costs on average."""
+    return cost(poll_times(schedule), approvals).total(poll_cost)
 
 
-def ratio(schedule: Schedule, people: People, poll_cost: float) -> float:
-    return expected_cost(schedule, people, poll_cost) / least_cost(people, poll_cost)
+def ratio(schedule: Schedule, approvals: ApprovalTimes, poll_cost: float) -> float:
+    return expected_cost(schedule, approvals, poll_cost) / least_cost(approvals, poll_cost)
 
 
-def learned_ratio(schedule: wait_adaptive, people: People, poll_cost: float) -> float:
+def learned_ratio(schedule: wait_adaptive, approvals: ApprovalTimes, poll_cost: float) -> float:
     """Return the ratio of what was learned, without the chance of the jitter."""
     exact = wait_adaptive.from_json(schedule.to_json(), poll_cost=poll_cost, max_interval=60, jitter=0)
-    return ratio(exact, people, poll_cost)
+    return ratio(exact, approvals, poll_cost)
 
 
-def learn(people: People, poll_cost: float, waits: int, seed: int) -> wait_adaptive:
-    random.seed(f"jitter {seed}")  # not the people's, or both would move together
+def learn(approvals: ApprovalTimes, poll_cost: float, waits: int, seed: int) -> wait_adaptive:
+    random.seed(f"jitter {seed}")  # another seed than the approval times, or both would be correlated
     schedule = wait_adaptive(poll_cost=poll_cost, max_interval=60)
-    live(schedule, people, waits, seeded(seed))
+    simulate_waits(schedule, approvals, waits, seeded_random(seed))
     return schedule
 
 
-def mean_learned_ratio(people: People, poll_cost: float, waits: int, seeds: int = 16) -> float:
+def mean_learned_ratio(approvals: ApprovalTimes, poll_cost: float, waits: int, seeds: int = 16) -> float:
     return statistics.mean(
-        learned_ratio(learn(people, poll_cost, waits, seed), people, poll_cost) for seed in range(seeds)
+        learned_ratio(learn(approvals, poll_cost, waits, seed), approvals, poll_cost) for seed in range(seeds)
     )
 
 
@@ -567,25 +567,25 @@ def test_the_optimum_is_at_least_as_good_as_the_best_fixed_interval() -> None:
 
 
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
-@pytest.mark.parametrize("people", [TYPICAL, SLOW, TWO_GROUPS])
-def test_knowing_nobody_it_costs_at_most_a_fifth_more_than_the_optimum(people: People, poll_cost: float) -> None:
-    assert ratio(wait_adaptive(poll_cost=poll_cost, max_interval=60, jitter=0), people, poll_cost) <= 1.20
+@pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
+def test_untrained_it_costs_at_most_a_fifth_more_than_the_optimum(approvals: ApprovalTimes, poll_cost: float) -> None:
+    assert ratio(wait_adaptive(poll_cost=poll_cost, max_interval=60, jitter=0), approvals, poll_cost) <= 1.20
 
 
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
-@pytest.mark.parametrize("people", [TYPICAL, SLOW, TWO_GROUPS])
+@pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
 def test_thirty_waits_teach_it_to_cost_at_most_seven_percent_more_than_the_optimum(
-    people: People, poll_cost: float
+    approvals: ApprovalTimes, poll_cost: float
 ) -> None:
-    assert mean_learned_ratio(people, poll_cost, waits=30, seeds=32) <= 1.07
+    assert mean_learned_ratio(approvals, poll_cost, waits=30, seeds=32) <= 1.07
 
 
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
-@pytest.mark.parametrize("people", [TYPICAL, SLOW, TWO_GROUPS])
+@pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
 def test_a_hundred_waits_teach_it_to_cost_at_most_six_percent_more_than_the_optimum(
-    people: People, poll_cost: float
+    approvals: ApprovalTimes, poll_cost: float
 ) -> None:
-    assert mean_learned_ratio(people, poll_cost, waits=100) <= 1.06
+    assert mean_learned_ratio(approvals, poll_cost, waits=100) <= 1.06
 
 
 def test_after_hundreds_of_waits_hardly_anything_is_left_to_gain() -> None:
@@ -593,11 +593,13 @@ def test_after_hundreds_of_waits_hardly_anything_is_left_to_gain() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(TYPICAL, SLOW), (SLOW, TYPICAL), (TYPICAL, TWO_GROUPS)])
-def test_when_people_change_it_follows_within_five_hundred_waits(before: People, after: People) -> None:
+def test_when_approval_times_change_it_follows_within_five_hundred_waits(
+    before: ApprovalTimes, after: ApprovalTimes
+) -> None:
     for seed in range(2):
         schedule = learn(before, 0.3, 1000, seed)
         assert learned_ratio(schedule, after, 0.3) > 1.15
-        live(schedule, after, 500, seeded(seed))
+        simulate_waits(schedule, after, 500, seeded_random(seed))
         assert learned_ratio(schedule, after, 0.3) <= 1.15
 
 
