@@ -120,7 +120,9 @@ class KeylessClient:
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
         if session is not None and not isinstance(session, aiohttp.ClientSession):
-            raise ConfigurationError(f"session must be an aiohttp.ClientSession, not {type(session).__name__}")
+            raise ConfigurationError(
+                f"session must be an aiohttp.ClientSession, not {type(session).__name__}", argument="session"
+            )
         key, api_key = (
             protocol.read_api_key(_given(api_key, "KEYLESS_API_KEY")),
             None,
@@ -468,7 +470,7 @@ class KeylessClient:
         """
         if isinstance(targets, str | bytes | ApprovalTicket):
             raise ConfigurationError(
-                "targets must be several operation ids or tickets, such as a list, not a single one"
+                "targets must be several operation ids or tickets, such as a list, not a single one", argument="targets"
             )
         return self._outcomes([self._options(target, timeout, schedule, if_missing) for target in targets])
 
@@ -490,10 +492,10 @@ class KeylessClient:
             ticket, target = target, target.operation_id
         if not isinstance(target, str):
             raise ConfigurationError(
-                f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}"
+                f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}", argument="target"
             )
         if if_missing not in get_args(IfMissing):
-            raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}")
+            raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}", argument="if_missing")
         return _WaitOptions(
             operation_id=protocol.check_operation_id(target),
             ticket=ticket,
@@ -605,26 +607,27 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
 
 def _check_if_exists(if_exists: object) -> None:
     if if_exists not in get_args(IfExists):
-        raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}")
+        raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}", argument="if_exists")
 
 
 def _count(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}")
+        raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}", argument=name)
     return value
 
 
 def _check_schedule(schedule: wait_base | None) -> wait_base | None:
     if schedule is not None and not isinstance(schedule, wait_base):
         raise ConfigurationError(
-            f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}"
+            f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}",
+            argument="schedule",
         )
     return schedule
 
 
 def _check_on_poll(on_poll: object) -> None:
     if on_poll is not None and not callable(on_poll):
-        raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}")
+        raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}", argument="on_poll")
 
 
 def _budget(timeout: Timeout, ticket: ApprovalTicket | None) -> float | None:
@@ -641,5 +644,7 @@ def _lifetime(expires_in: float) -> timedelta:
         lifetime = timedelta(seconds=finite_seconds(expires_in, "expires_in"))
         datetime.now(UTC) + lifetime
     except OverflowError:
-        raise ConfigurationError(f"expires_in must end before the year 10000, not be {expires_in!r} seconds") from None
+        raise ConfigurationError(
+            f"expires_in must end before the year 10000, not be {expires_in!r} seconds", argument="expires_in"
+        ) from None
     return lifetime

@@ -59,8 +59,16 @@ class KeylessError(Exception):
 class ConfigurationError(KeylessError, ValueError):
     """An argument, key, region, URL or event loop is wrong; nothing was sent.
 
-    What to do: mend the call; the message names the argument, what was wrong and what is right.
+    What to do: fix the call; the message names the argument, what was wrong and what is right.
+
+    Attributes:
+        argument: The argument that is wrong, by the name that the message gives it, such as ``"user_id"``; None where
+            it is not one argument that is wrong.
     """
+
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class InvalidIdentifierError(ConfigurationError):

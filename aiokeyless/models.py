@@ -357,7 +357,9 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         check_text(self.external_user_id, "external_user_id")
         digest: object = self.payload_sha256
         if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-            raise ConfigurationError("payload_sha256 of a ticket must be 64 lower-case hex digits")
+            raise ConfigurationError(
+                "payload_sha256 of a ticket must be 64 lower-case hex digits", argument="payload_sha256"
+            )
         for name in ("created_at", "expires_at"):
             msgspec.structs.force_setattr(self, name, _utc(getattr(self, name), name))
 
@@ -410,7 +412,9 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         if now is None:
             now = datetime.now(UTC)
         elif now.utcoffset() is None:
-            raise ConfigurationError("now must be an aware datetime, such as datetime.now(UTC); it has no zone")
+            raise ConfigurationError(
+                "now must be an aware datetime, such as datetime.now(UTC); it has no zone", argument="now"
+            )
         return max(0.0, (self.expires_at - now).total_seconds())
 
     def to_json(self) -> str:
@@ -432,31 +436,36 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             if version != TICKET_VERSION:
                 raise ConfigurationError(
                     f"ticket version {version} is not known here, only {TICKET_VERSION}: it was written by another "
-                    "release of aiokeyless; upgrade this one"
+                    "release of aiokeyless; upgrade this one",
+                    argument="text",
                 )
             return msgspec.json.decode(text, type=cls)
         except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
             raise ConfigurationError(
-                f"not a valid approval ticket ({error}); pass what ApprovalTicket.to_json() returned"
+                f"not a valid approval ticket ({error}); pass what ApprovalTicket.to_json() returned", argument="text"
             ) from None
 
 
 def _utc(moment: object, name: str) -> datetime:
     if not isinstance(moment, datetime):
-        raise ConfigurationError(f"{name} of a ticket must be a datetime, not {type(moment).__name__}")
+        raise ConfigurationError(f"{name} of a ticket must be a datetime, not {type(moment).__name__}", argument=name)
     if moment.utcoffset() is None:
-        raise ConfigurationError(f"{name} of a ticket must be an aware datetime, such as datetime.now(UTC)")
+        raise ConfigurationError(
+            f"{name} of a ticket must be an aware datetime, such as datetime.now(UTC)", argument=name
+        )
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # the first or the last day of the calendar, and another year in UTC
-        raise ConfigurationError(f"{name} of a ticket must be in the years 1 to 9999, UTC") from None
+        raise ConfigurationError(f"{name} of a ticket must be in the years 1 to 9999, UTC", argument=name) from None
 
 
 def _later(moment: datetime, expires_in: float) -> datetime:
     try:
         return moment + timedelta(seconds=finite_seconds(expires_in, "expires_in"))
     except OverflowError:
-        raise ConfigurationError(f"expires_in must end before the year 10000, not be {expires_in!r} seconds") from None
+        raise ConfigurationError(
+            f"expires_in must end before the year 10000, not be {expires_in!r} seconds", argument="expires_in"
+        ) from None
 
 
 class _TicketVersion(msgspec.Struct):

@@ -169,15 +169,18 @@ def read_api_key(api_key: object) -> Secret | ConfigurationError:
     reporters print those. Absent, empty, or not made of printable ASCII is an error; the message never shows the key.
     """
     if api_key is None:
-        return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY")
+        return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY", argument="api_key")
     if not isinstance(api_key, str):
-        return ConfigurationError(f"api_key must be a string, not {type(api_key).__name__}")
+        return ConfigurationError(f"api_key must be a string, not {type(api_key).__name__}", argument="api_key")
     api_key = api_key.strip()
     if not api_key:
-        return ConfigurationError("api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY")
+        return ConfigurationError(
+            "api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY", argument="api_key"
+        )
     if not (api_key.isascii() and api_key.isprintable()):
         return ConfigurationError(
-            "api_key must be printable ASCII; it holds control or non-ASCII characters, often from a bad paste"
+            "api_key must be printable ASCII; it holds control or non-ASCII characters, often from a bad paste",
+            argument="api_key",
         )
     return Secret(api_key)
 
@@ -192,7 +195,8 @@ def check_region(region: Region | str) -> Region:
         return Region(region)
     except ValueError:
         raise ConfigurationError(
-            f"region must be one of {', '.join(Region)}, not {region!r}; for another address pass base_url"
+            f"region must be one of {', '.join(Region)}, not {region!r}; for another address pass base_url",
+            argument="region",
         ) from None
 
 
@@ -212,33 +216,39 @@ def check_base_url(base_url: str) -> str:
             must not travel with (userinfo, query, fragment), or its host can be read in more than one way.
     """
     if not isinstance(base_url, str):
-        raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}")
+        raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}", argument="base_url")
     base_url = base_url.strip()
     if any(c.isspace() or not c.isprintable() or c == "\\" for c in base_url):
-        raise ConfigurationError("base_url must not hold blanks, control characters or backslashes")
+        raise ConfigurationError(
+            "base_url must not hold blanks, control characters or backslashes", argument="base_url"
+        )
     try:
         parts = urlsplit(base_url)
         _ = parts.port  # raises on a bad one, also where yarl does not
         host = URL(base_url).raw_host  # the one that will be connected to, so the one to check
     except ValueError:  # its text may quote userinfo
-        raise ConfigurationError("base_url is no URL; it looks like https://api.keyless.io") from None
+        raise ConfigurationError(
+            "base_url is no URL; it looks like https://api.keyless.io", argument="base_url"
+        ) from None
     if parts.scheme not in {"https", "http"} or not host:
-        raise ConfigurationError("base_url must be an absolute URL such as https://api.keyless.io")
+        raise ConfigurationError("base_url must be an absolute URL such as https://api.keyless.io", argument="base_url")
     if "@" in parts.netloc:
-        raise ConfigurationError("base_url must not hold userinfo; the key goes into api_key")
+        raise ConfigurationError("base_url must not hold userinfo; the key goes into api_key", argument="base_url")
     if "?" in base_url or "#" in base_url:
-        raise ConfigurationError("base_url must not hold a query or a fragment")
+        raise ConfigurationError("base_url must not hold a query or a fragment", argument="base_url")
     if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
-        raise ConfigurationError("base_url must not hold '.' or '..' segments")
+        raise ConfigurationError("base_url must not hold '.' or '..' segments", argument="base_url")
     if _AUTHORITY.fullmatch(parts.netloc) is None:
         raise ConfigurationError(
             "base_url must name its host plainly: a name in ASCII (xn--... for an international one) or an IP address "
-            "(IPv6 in brackets, without a zone), and a port from 1 to 65535 or none"
+            "(IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
+            argument="base_url",
         )
     if parts.scheme == "http" and not _is_loopback(host):
         raise ConfigurationError(
             "base_url must be https: over http anyone on the way reads the API key "
-            "(http is for loopback hosts, such as a sandbox)"
+            "(http is for loopback hosts, such as a sandbox)",
+            argument="base_url",
         )
     return base_url.rstrip("/")
 

@@ -264,11 +264,13 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
     except Exception as error:
         raise ConfigurationError(
             f"schedule {type(schedule).__name__} raised {type(error).__name__} when asked for a delay; pass a tenacity "
-            "wait strategy that needs no outcome, such as wait_fixed(2)"
+            "wait strategy that needs no outcome, such as wait_fixed(2)",
+            argument="schedule",
         ) from error
     if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not -math.inf <= delay <= math.inf:
         raise ConfigurationError(
-            f"schedule {type(schedule).__name__} returned {delay!r:.80} as a delay; it must return a number of seconds"
+            f"schedule {type(schedule).__name__} returned {delay!r:.80} as a delay; it must return a number of seconds",
+            argument="schedule",
         )
     return float(min(max(delay, _SHORTEST_DELAY), _LONGEST_DELAY))
 
@@ -397,15 +399,16 @@ def _decode_state(text: str | bytes) -> _State:
             return msgspec.json.decode(text, type=_State)
     except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
         raise ConfigurationError(
-            f"text is no saved schedule ({error}); pass what wait_adaptive.to_json() returned"
+            f"text is no saved schedule ({error}); pass what wait_adaptive.to_json() returned", argument="text"
         ) from None
     raise ConfigurationError(
         f"text is a saved schedule of version {version}, and only {_STATE_VERSION} is known here; start afresh with "
-        "wait_adaptive(), or use the release of aiokeyless that wrote it"
+        "wait_adaptive(), or use the release of aiokeyless that wrote it",
+        argument="text",
     )
 
 
 def _number(name: str, value: object, least: float, most: float, right: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ConfigurationError(f"{name} is {value!r:.80}; it must be {right}, and finite")
+        raise ConfigurationError(f"{name} is {value!r:.80}; it must be {right}, and finite", argument=name)
     return float(value)

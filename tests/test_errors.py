@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import aiokeyless
-from aiokeyless import errors
+from aiokeyless import KeylessClient, errors, wait_adaptive
+from aiokeyless._validation import check_operation_id, check_text, check_user_id
 from aiokeyless.errors import (
     AlreadyApprovedError,
     ApprovalError,
@@ -39,6 +42,8 @@ from aiokeyless.errors import (
     UnsupportedMediaTypeError,
 )
 from aiokeyless.models import ApprovalTicket, Operation, Secret, payload_digest
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.schedule import next_delay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,14 +96,15 @@ def operation() -> Operation:
     )
 
 
-def ticket() -> ApprovalTicket:
-    return ApprovalTicket(
-        operation_id="txn-1",
-        user_id="AB",
-        payload_sha256=payload_digest(PAYLOAD),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        expires_at=datetime(2026, 1, 1, 0, 2, tzinfo=UTC),
-    )
+def ticket(**changes: Any) -> ApprovalTicket:
+    fields: dict[str, Any] = {
+        "operation_id": "txn-1",
+        "user_id": "AB",
+        "payload_sha256": payload_digest(PAYLOAD),
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+        "expires_at": datetime(2026, 1, 1, 0, 2, tzinfo=UTC),
+    }
+    return ApprovalTicket(**fields | changes)
 
 
 def of_a_call(kind: type[StatusError | TransportError | DecodeError]) -> KeylessError:
@@ -135,6 +141,8 @@ def example(kind: type[KeylessError]) -> KeylessError:
             elapsed=120.5,
             ticket=ticket(),
         )
+    if issubclass(kind, ConfigurationError):
+        return kind("what happened; what to do", argument="user_id")
     return kind("what happened; what to do")
 
 
@@ -246,6 +254,119 @@ def test_facts_that_nobody_gave_are_absent_not_invented() -> None:
         "elapsed": 0.0,
         "ticket": None,
     }
+
+
+# -- the argument that is wrong
+
+
+def client(**options: Any) -> KeylessClient:
+    return KeylessClient(**{"api_key": "key", **options})
+
+
+def stored() -> Sandbox:
+    sandbox = Sandbox()
+    sandbox.approve("txn-1", user_id="AB")
+    return sandbox
+
+
+def strategy_that_fails(_: object) -> float:
+    raise ZeroDivisionError
+
+
+wrong: Any = object()
+broken_strategies: Any = (strategy_that_fails, lambda _: wrong)
+naive = datetime(2026, 1, 1)  # noqa: DTZ001  # what is wrong about it
+last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        *(("operation_id", partial(check_operation_id, value)) for value in (wrong, "", "..", "a\nb")),
+        *(("user_id", partial(check_user_id, value)) for value in (wrong, "xyz")),
+        *(("external_user_id", partial(check_text, value, "external_user_id")) for value in (wrong, "\ud800")),
+        *(("api_key", partial(client, api_key=value)) for value in (None, wrong, " ", "k\u00e9y")),
+        ("region", lambda: client(region="mars")),
+        *(
+            ("base_url", partial(client, base_url=value))
+            for value in (
+                wrong,
+                "https://a b",
+                "https://[",
+                "example.com",
+                "https://user@example.com",
+                "https://example.com?a",
+                "https://example.com/..",
+                "http://example.com",
+            )
+        ),
+        ("session", lambda: client(session=wrong)),
+        *(("request_timeout", partial(client, request_timeout=value)) for value in (wrong, 10**400, 0, math.inf)),
+        ("max_attempts", lambda: client(max_attempts=0)),
+        ("max_in_flight", lambda: client(max_in_flight=0)),
+        ("schedule", lambda: client(schedule=wrong)),
+        ("target", lambda: client().watch_approval(wrong)),
+        ("operation_id", lambda: client().watch_approval("")),
+        ("targets", lambda: client().wait_for_approvals("txn-1")),
+        ("timeout", lambda: client().watch_approval("txn-1", timeout=0)),
+        ("if_missing", lambda: client().watch_approval("txn-1", if_missing=wrong)),
+        ("payload_sha256", lambda: ticket(payload_sha256="")),
+        *(("created_at", partial(ticket, created_at=value)) for value in (wrong, naive, last_day)),
+        ("now", lambda: ticket().remaining(naive)),
+        *(("text", partial(ApprovalTicket.from_json, value)) for value in ("", '{"version": 2}')),
+        ("expires_in", lambda: ApprovalTicket.for_operation("txn-1", user_id="AB", expires_in=1e12)),
+        ("poll_cost", lambda: wait_adaptive(poll_cost=0)),
+        *(("text", partial(wait_adaptive.from_json, value)) for value in ("", '{"version": 0}')),
+        *(
+            ("schedule", partial(next_delay, strategy, attempt_number=1, since_start=0.0))
+            for strategy in broken_strategies
+        ),
+        ("port", lambda: Sandbox(-1)),
+        ("host", lambda: Sandbox(host="")),
+        ("api_key", lambda: Sandbox(api_key=" key")),
+        *(("auto_approve", partial(Sandbox, auto_approve=value)) for value in (-1, math.inf)),
+        ("latency", lambda: setattr(Sandbox(), "latency", -1)),
+        ("times", lambda: Sandbox().drop_next(0)),
+        ("method", lambda: Sandbox().drop_next(method="")),
+        ("status", lambda: Sandbox().fail_next(99)),
+        ("retry_after", lambda: Sandbox().fail_next(retry_after=-1)),
+        ("retry_after", lambda: Sandbox().fail_next(retry_after=" ")),
+        ("content_type", lambda: Sandbox().fail_next(content_type="")),
+        *(("headers", partial(Sandbox().fail_next, headers=value)) for value in ({"": "a"}, {"A": ""})),
+        ("operation_id", lambda: Sandbox().approve("nope")),
+        ("operation_id", lambda: Sandbox().forget("nope")),
+        ("operation_id", lambda: Sandbox().approve("", user_id="AB")),
+        ("operation_payload", lambda: Sandbox().approve("txn-1", user_id="AB", operation_payload="\ud800")),
+        ("auth_type", lambda: stored().approve("txn-1", auth_type="voice")),
+        *(("user_id", partial(stored().approve, "txn-1", user_id=value)) for value in ("xyz", "AC")),
+        ("colour", lambda: stored().tamper("txn-1", colour="red")),
+        (None, lambda: client(region="eu", base_url="https://example.com")),
+        (None, lambda: stored().tamper("txn-1", result=wrong)),
+        (None, lambda: stored().url),
+    ],
+)
+def test_a_configuration_error_names_the_argument_that_is_wrong(
+    argument: str | None, call: Callable[[], object]
+) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        call()
+    assert error.value.argument == argument
+
+
+async def test_a_configuration_error_of_a_call_names_its_argument() -> None:
+    async with client() as some:
+        for argument, call in (
+            ("if_exists", some.create_operation("AB", if_exists=wrong)),
+            ("expires_in", some.create_operation("AB", expires_in=1e12)),
+            ("on_poll", some.wait_for_approval("txn-1", on_poll=wrong)),
+        ):
+            with pytest.raises(ConfigurationError) as error:
+                await call
+            assert error.value.argument == argument
+
+
+def test_the_argument_of_a_configuration_error_is_absent_where_it_is_not_given() -> None:
+    assert facts(ConfigurationError("m")) == {"argument": None}
 
 
 # -- copies and pickles

@@ -333,10 +333,11 @@ class Sandbox:
         if retry_after is not None:
             all_headers["Retry-After"] = _retry_after(retry_after)
         for name, value in (headers or {}).items():
-            _check_text("the name of a header", name)
+            _check_text("the name of a header", name, argument="headers")
             all_headers[name.title()] = value  # names are the same in any case
+        arguments = {"Content-Type": "content_type", "Retry-After": "retry_after"}
         for name, value in all_headers.items():
-            _check_text(name, value)
+            _check_text(name, value, argument=arguments.get(name, "headers"))
         if body is None:
             body = error_answer(status, f"the sandbox was told to answer {status}").body
         self._add_fault(times, method, stored=stored, answer=Answer(status, body, all_headers))
@@ -492,7 +493,7 @@ def _drop(request: web.Request) -> NoReturn:
 def _delay(name: str, value: object) -> float:
     delay = seconds(value, name, zero=True)
     if math.isinf(delay):
-        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}")
+        raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}", argument=name)
     return delay
 
 
@@ -505,15 +506,23 @@ def _retry_after(value: float | str) -> str:
 
 def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigurationError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+        raise ConfigurationError(f"{name} must be a whole number from {least} to {most}, not {value!r}", argument=name)
 
 
-def _check_text(name: str, value: object) -> None:
-    """Refuse what cannot stand in a header, or would arrive changed."""
+def _check_text(name: str, value: object, *, argument: str | None = None) -> None:
+    """Refuse what cannot be sent in a header, or would arrive changed.
+
+    Args:
+        name: What the message calls it.
+        value: What the caller gave.
+        argument: The argument that it was given in; None: the one called `name`.
+    """
     if (
         not isinstance(value, str)
         or not (value.isascii() and value.isprintable())
         or value.strip() != value
         or not value
     ):
-        raise ConfigurationError(f"{name} must be a text of printable ASCII, without blanks around it")
+        raise ConfigurationError(
+            f"{name} must be a text of printable ASCII, without blanks around it", argument=argument or name
+        )

@@ -92,14 +92,17 @@ class OperationStore:
         try:
             how = AuthType(auth_type)
         except ValueError:
-            raise ConfigurationError(f"auth_type must be 'biom' or 'pin', not {auth_type!r}") from None
+            raise ConfigurationError(
+                f"auth_type must be 'biom' or 'pin', not {auth_type!r}", argument="auth_type"
+            ) from None
         user = None if user_id is None else _user_id(user_id)
         operation = self._operations.get(operation_id)
         if operation is None:
             if user is None:
                 raise ConfigurationError(
                     f"there is no operation {operation_id!r} to approve; create it first, or pass user_id to store "
-                    "an approved one as the phone's operationInfo does"
+                    "an approved one as the phone's operationInfo does",
+                    argument="operation_id",
                 )
             operation = self._new(
                 user,
@@ -134,7 +137,8 @@ class OperationStore:
         if unknown := fields.keys() - _WIRE_NAMES:
             raise ConfigurationError(
                 f"an operation has no field {min(unknown)!r}; it has {', '.join(_WIRE_NAMES)} (one that it must not "
-                "have comes with fail_next(status=200, body=...))"
+                "have comes with fail_next(status=200, body=...))",
+                argument=min(unknown),
             )
         false = {_WIRE_NAMES[name]: value for name, value in fields.items()}
         try:
@@ -194,7 +198,7 @@ class OperationStore:
         try:
             return self._operations[operation_id]
         except KeyError:
-            raise ConfigurationError(f"there is no operation {operation_id!r}") from None
+            raise ConfigurationError(f"there is no operation {operation_id!r}", argument="operation_id") from None
 
     def _leave_pending(self, operation: Operation) -> None:
         of_user = self._pending[operation.user_id]
@@ -210,24 +214,25 @@ def is_user_id(text: str) -> bool:
 
 def _user_id(text: object) -> str:
     if not isinstance(text, str) or not is_user_id(text.upper()):
-        raise ConfigurationError(f"user_id must be a hex string, not {text!r}")
+        raise ConfigurationError(f"user_id must be a hex string, not {text!r}", argument="user_id")
     return text.upper()
 
 
 def _text(value: object, name: str, *, empty: bool = False) -> str:
     if not isinstance(value, str) or (not value and not empty):
-        raise ConfigurationError(f"{name} must be a {'string' if empty else 'string that is not empty'}")
+        raise ConfigurationError(f"{name} must be a {'string' if empty else 'string that is not empty'}", argument=name)
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"{name} holds a lone surrogate, which JSON cannot carry") from None
+        raise ConfigurationError(f"{name} holds a lone surrogate, which JSON cannot carry", argument=name) from None
     return value
 
 
 def _check_same(operation: Operation, name: str, value: str | None) -> None:
     if value is not None and value != getattr(operation, name):
         raise ConfigurationError(
-            f"operation {operation.operation_id!r} has another {name}; leave {name} out to approve it as it is"
+            f"operation {operation.operation_id!r} has another {name}; leave {name} out to approve it as it is",
+            argument=name,
         )
 
 
