@@ -1,6 +1,6 @@
-"""Where the command ``aiokeyless`` and ``python -m aiokeyless`` begin; whether its extra is installed is asked here.
+"""The entry point of the command ``aiokeyless`` and of ``python -m aiokeyless``; checks that the extra is installed.
 
-The command line itself is in cli/, which is imported here and nowhere else.
+The command line itself is in cli/, which is imported only here.
 """
 
 import sys

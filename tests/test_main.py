@@ -1,4 +1,4 @@
-"""Where the command begins: with its extra and without, and at no cost to who imports the library."""
+"""The entry point: with its extra and without; importing the library does not import the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_without_the_extra_one_line_says_how_to_install_it(
     assert err == 'aiokeyless: the command line is an extra: pip install "aiokeyless[cli]"\n'
 
 
-def test_another_module_that_is_missing_is_not_blamed_on_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     block(monkeypatch, "contextlib")
     with pytest.raises(ModuleNotFoundError, match="contextlib"):
         main()

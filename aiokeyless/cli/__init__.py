@@ -1,10 +1,10 @@
-"""The command line: what can be asked for, how it looks, and with which exit code it ends.
+"""The command line: its commands, what they print, and the exit codes.
 
-A command is a coroutine that uses the library as any program would, and returns its exit code; what it raises becomes
-one line in `run`. Nobody imports this package but ``__main__``: it needs the extra ``cli``.
+A command is a coroutine that uses the library as any program does, and returns its exit code; `run` turns what it
+raises into one line on stderr. Only ``__main__`` imports this package: it needs the extra ``cli``.
 """
 
-from . import demo, operations, sandbox, wait, worker  # the commands: they enter themselves into `app`
-from .words import CommandError, Exit, app, run
+from . import demo, operations, sandbox, wait, worker  # the commands register themselves with the application
+from .app import run
 
-__all__ = ["CommandError", "Exit", "app", "demo", "operations", "run", "sandbox", "wait", "worker"]
+__all__ = ["demo", "operations", "run", "sandbox", "wait", "worker"]

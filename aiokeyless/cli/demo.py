@@ -1,4 +1,4 @@
-"""``aiokeyless demo``: a whole approval on this machine, by a simulated user or a click, and what the wait cost."""
+"""``aiokeyless demo``: an approval on this machine, by a simulated user or by a click, and the cost of the wait."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 from cyclopts import Parameter
 
-from .screen import (
+from .app import AsJson, Exit, app
+from .messages import counted
+from .render import (
     Display,
     Progress,
-    counted,
     display_for,
     follow,
     new_console,
@@ -22,7 +23,6 @@ from .screen import (
     print_json,
     print_title,
 )
-from .words import AsJson, Exit, app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,12 +36,12 @@ _USER: Final = "C0FFEE"
 _PAYLOAD: Final = "Approve wire transfer of $500 to account 1234"
 _LONGEST_AFTER: Final = 3600.0
 _DEFAULT_AFTER: Final = 7.5
-#: How long the demo waits beyond the approval, in seconds: more than any schedule lets pass between two polls.
-_PATIENCE: Final = 60.0
-#: Seconds in which a person finds the phone and approves, and between two looks whether they did.
-_FOR_A_PERSON: Final = 600.0
-_GLANCE: Final = 0.02
-#: Seconds between two looks of the fixed loop that the demo compares with.
+#: Seconds that the wait lasts beyond the approval: more than the default schedule leaves between two polls.
+_MARGIN: Final = 60.0
+#: Seconds that a person has to find the phone and approve, and seconds between two checks whether they did.
+_TIME_FOR_A_PERSON: Final = 600.0
+_CHECK_INTERVAL: Final = 0.02
+#: Seconds between two polls of the fixed loop that the demo is compared with.
 _FIXED_INTERVAL: Final = 1.0
 
 
@@ -52,7 +52,7 @@ def _check_after(_type: object, after: float | None) -> None:
 
 def _check_user(*, after: float | None = None, phone: bool = False, **_others: object) -> None:
     if phone and after is not None:
-        raise ValueError("With --phone it is you who approves, so --after says nothing; leave one of them out.")
+        raise ValueError("With --phone you approve yourself, and --after has no meaning; leave one of them out.")
 
 
 @app.command(validator=_check_user, help_epilogue="Example:\n  aiokeyless demo --after 3\n  aiokeyless demo --phone")
@@ -62,30 +62,30 @@ async def demo(
     phone: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Wait for a simulated user, with no key and no network.
+    """Wait for a simulated user, without a key or a network.
 
     Starts a sandbox on this machine, creates an operation over real HTTP, waits
-    until it is approved, and tells how many requests that took and how late the
+    until it is approved, and prints how many requests that took and how late the
     approval was noticed.
 
     Args:
         after: Seconds until the simulated user approves, 0 to 3600; 7.5 if left out.
-        phone: Simulate no user: open the phone in your browser, and approve there.
-        as_json: Print one JSON object when it is over, and nothing else.
+        phone: Do not simulate a user: open the phone in your browser, and approve there.
+        as_json: Print one JSON object at the end, and nothing else.
     """
     console = new_console()
-    wanted = None if phone else _DEFAULT_AFTER if after is None else after
+    approve_after = None if phone else _DEFAULT_AFTER if after is None else after
     if as_json:
-        print_json(console, (await run_demo(wanted, _Quiet())).to_dict())
+        print_json(console, (await run_demo(approve_after, _PhoneOnStderr())).to_dict())
         return Exit.DONE
     user = "the user is you" if phone else "the user is simulated"
     print_title(console, "aiokeyless demo", f"The real client, real HTTP; the service is a sandbox, {user}.")
-    _print_summary(console, await run_demo(wanted, display_for(console)))
+    _print_summary(console, await run_demo(approve_after, display_for(console)))
     return Exit.DONE
 
 
-class _Quiet(Display):
-    """Shows nothing but where the phone is, and that where it is not taken for the result."""
+class _PhoneOnStderr(Display):
+    """Shows only the phone's address, on stderr: stdout is for the result."""
 
     def begin(self, facts: Mapping[str, str]) -> None:
         if "Phone" in facts:
@@ -100,7 +100,7 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
         requests: Requests that the sandbox received.
         polls: How many of them were polls.
         approved_after: From the operation's creation to its approval.
-        lateness: From the approval to its being noticed.
+        lateness: From the approval until it was noticed.
     """
 
     operation: Operation
@@ -111,17 +111,17 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fixed_polls(self) -> int:
-        """How many polls a loop that looks 0, 1, 2, ... seconds after the creation would have made."""
+        """Polls of a loop that polls 0, 1, 2, ... seconds after the creation."""
         return math.ceil(self.approved_after / _FIXED_INTERVAL) + 1
 
     @property
     def fixed_requests(self) -> int:
-        """The polls of that loop and what came before them."""
+        """Requests of that loop: its polls, and the creation."""
         return self.requests - self.polls + self.fixed_polls
 
     @property
     def fixed_lateness(self) -> float:
-        """How long after the approval that loop would have looked again."""
+        """Seconds from the approval until the next poll of that loop."""
         return (self.fixed_polls - 1) * _FIXED_INTERVAL - self.approved_after
 
     def to_dict(self) -> dict[str, object]:
@@ -148,13 +148,13 @@ async def run_demo(after: float | None, display: Display) -> DemoResult:
     """Run the demo and return what it measured.
 
     Args:
-        after: Seconds until the simulated user approves; None: a person does, on the sandbox's phone.
+        after: Seconds until the simulated user approves; None: a person approves on the sandbox's phone.
         display: Shows the wait while it lasts.
     """
     from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # a server: only the commands that serve should load it
 
     async with Sandbox() as sandbox, sandbox.client() as client:
-        budget = _FOR_A_PERSON if after is None else after + _PATIENCE
+        budget = _TIME_FOR_A_PERSON if after is None else after + _MARGIN
         ticket = await client.create_operation(_USER, operation_payload=_PAYLOAD, expires_in=budget)
         progress = Progress(budget if after is None else None)
         facts = {"Operation": ticket.operation_id, "Payload": _PAYLOAD}
@@ -169,7 +169,7 @@ async def run_demo(after: float | None, display: Display) -> DemoResult:
             operation, noticed_after = await follow(client, ticket, progress, display)
         finally:
             approving.cancel()
-        # A person's approval may have been noticed between two glances at the phone.
+        # The wait may notice a person's approval before the next check of the phone does.
         approved_after = noticed_after if progress.approved_after is None else progress.approved_after
         return DemoResult(
             operation=operation,
@@ -187,8 +187,8 @@ async def _simulate_user(sandbox: Sandbox, operation_id: str, progress: Progress
 
 
 async def _watch_phone(sandbox: Sandbox, operation_id: str, progress: Progress) -> None:
-    while not sandbox.operations[operation_id].is_approved:  # noqa: ASYNC110  # the sandbox tells nobody
-        await asyncio.sleep(_GLANCE)
+    while not sandbox.operations[operation_id].is_approved:  # noqa: ASYNC110  # the sandbox has no event for it
+        await asyncio.sleep(_CHECK_INTERVAL)
     progress.approve()
 
 
@@ -201,6 +201,6 @@ def _print_summary(console: Console, result: DemoResult) -> None:
     console.print(f"  A fixed loop of one poll a second would have made about {result.fixed_requests} requests")
     console.print(f"  and noticed about {result.fixed_lateness:.2f} s after the approval.")
     console.print()
-    console.print("  How many seconds of lateness a request is worth is yours to say:")
+    console.print("  To choose how many seconds of lateness one request is worth:")
     print_command(console, "KeylessClient(schedule=wait_adaptive(poll_cost=...))")
     console.print()

@@ -1,4 +1,4 @@
-"""``aiokeyless create``, ``get`` and ``pending``: the three endpoints, one call each."""
+"""``aiokeyless create``, ``get`` and ``pending``: one call of one endpoint each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import msgspec
 
 from aiokeyless.models import Operation, OperationState
 
-from .screen import method_in_words, new_console, print_command, print_fact, print_json, print_pending
-from .words import (
+from .app import (
     AsJson,
     CommandError,
     Exit,
@@ -21,6 +20,8 @@ from .words import (
     app,
     new_client,
 )
+from .messages import approval_method
+from .render import new_console, print_command, print_fact, print_json, print_pending
 
 
 @app.command(
@@ -28,7 +29,7 @@ from .words import (
 Example:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice"
 
-Example, with the ticket, so that the wait checks user and payload too:
+Example, with the ticket, so that the wait also checks user and payload:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
   aiokeyless wait --ticket ticket.json"""
 )
@@ -49,7 +50,7 @@ async def create(
         operation_id: The operation's id, unique in the tenant; a new UUID if left out.
         payload: What the user is asked to approve.
         external_user_id: Your own id of the user.
-        expires_in: Seconds after which a wait for the ticket ends. The user can approve later.
+        expires_in: Seconds after which a wait for the ticket ends. The user can still approve later.
         as_json: Print the ticket, for wait --ticket, and nothing else.
     """
     async with new_client() as client:
@@ -85,8 +86,8 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         operation = await client.get_operation(operation_id)
     if operation.operation_id != operation_id:
         raise CommandError(
-            f"the answer is about another operation, {operation.operation_id[:80]}: do not trust it, and look at what "
-            "stands between you and Keyless"
+            f"the answer is about another operation, {operation.operation_id[:80]}; do not trust it, and check the "
+            "proxies between you and Keyless"
         )
     console = new_console()
     if as_json:
@@ -94,7 +95,7 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         return Exit.DONE
     facts = {
         "Operation": operation.operation_id,
-        "State": _state_in_words(operation),
+        "State": _state(operation),
         "Payload": operation.operation_payload,
         "User": operation.user_id,
         "External": operation.external_user_id,
@@ -108,19 +109,19 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
     return Exit.DONE
 
 
-def _state_in_words(operation: Operation) -> str:
+def _state(operation: Operation) -> str:
     if operation.is_approved:
-        return f"approved{method_in_words(operation.auth_type)}"
+        return f"approved{approval_method(operation.auth_type)}"
     if operation.state == OperationState.PENDING:
         return "pending"
-    return f"{operation.state}, with result {operation.result}: contradictory or unknown, not to be trusted"
+    return f"{operation.state}, with result {operation.result}: contradictory or unknown; do not trust it"
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless pending C0FFEE\n  aiokeyless pending C0FFEE --json")
 async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
-    """List what waits for a user's approval.
+    """List the operations that wait for a user's approval.
 
-    That an operation is not in the list is no proof of its approval.
+    An operation that is not in the list is not necessarily approved.
 
     Args:
         user_id: The user, in hex.
@@ -145,5 +146,5 @@ async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
             ],
         )
     else:
-        console.print(f"Nothing waits for {user_id.upper()}.")
+        console.print(f"No pending operations for {user_id.upper()}.")
     return Exit.DONE

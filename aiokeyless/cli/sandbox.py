@@ -1,4 +1,4 @@
-"""``aiokeyless sandbox``: a Keyless service for other terminals, until it is told to end."""
+"""``aiokeyless sandbox``: a Keyless service for other terminals, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from .screen import new_console, print_command, print_fact, print_json, print_title
-from .words import AsJson, CommandError, Exit, app
+from .app import AsJson, CommandError, Exit, app
+from .render import new_console, print_command, print_fact, print_json, print_title
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from aiokeyless.sandbox import Sandbox
 
-#: FACE, on the keys of a phone.
+#: "FACE" on the keypad of a phone.
 DEFAULT_PORT: Final = 3223
 _LOOPBACK: Final = "127.0.0.1"
 
 
 def check_port(_type: object, port: int | None) -> None:
-    """Refuse what is no port."""
+    """Refuse a number that is not a port."""
     if port is not None and not 0 <= port <= 65535:
         raise ValueError("Must be from 0 to 65535.")
 
@@ -55,47 +55,49 @@ async def sandbox(
     host: str = _LOOPBACK,
     as_json: AsJson = False,
 ) -> int:
-    """Serve a Keyless to try things on, with a phone in your browser.
+    """Run a local Keyless service, with a phone in your browser.
 
-    It behaves as the documented service does, keeps all in memory, and runs until
-    Ctrl-C or SIGTERM.
+    It behaves as the documented service does, keeps everything in memory, and runs
+    until Ctrl-C or SIGTERM.
 
     Args:
-        port: Port to listen on; 0 takes a free one.
+        port: Port to listen on; 0 chooses a free one.
         api_key: Key that requests must carry.
-        auto_approve: Seconds after which a simulated user approves each operation; nobody does if left out.
-        host: Address to listen on. Whoever reaches it can approve.
-        as_json: Print one JSON object when it serves, and nothing else.
+        auto_approve: Seconds after which a simulated user approves each operation; if left out, only you approve.
+        host: Address to listen on. Anyone who can reach it can approve.
+        as_json: Print one JSON object once the service runs, and nothing else.
     """
     from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # a server: only the commands that serve should load it
 
-    told_to_end = asyncio.Event()
+    stop_requested = asyncio.Event()
     loop = asyncio.get_running_loop()
     with suppress(NotImplementedError):  # Windows has no SIGTERM to handle
-        loop.add_signal_handler(signal.SIGTERM, told_to_end.set)
+        loop.add_signal_handler(signal.SIGTERM, stop_requested.set)
     service = Sandbox(port, api_key, auto_approve, host)
     try:
         await service.start()
     except OSError as error:
-        raise CommandError(_why_not(error, host, port)) from None
+        raise CommandError(_listen_error(error, host, port)) from None
     try:
         console = new_console()
         if as_json:
             print_json(console, {"url": service.url, "api_key": api_key, "environment": _environment(service)})
         else:
-            _print_directions(console, service, auto_approve, host)
-        await told_to_end.wait()
+            _print_instructions(console, service, auto_approve, host)
+        await stop_requested.wait()
     finally:
         await service.aclose()
     return Exit.DONE
 
 
-def _why_not(error: OSError, host: str, port: int) -> str:
+def _listen_error(error: OSError, host: str, port: int) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return f"port {port} is taken; end what listens there, or choose another: aiokeyless sandbox --port 0"
+            return (
+                f"port {port} is in use; stop the process that uses it, or choose another: aiokeyless sandbox --port 0"
+            )
         case errno.EACCES:
-            return f"port {port} is not for every user; choose another: aiokeyless sandbox --port 0"
+            return f"no permission to use port {port}; choose another: aiokeyless sandbox --port 0"
     return f"cannot listen on {host} port {port} ({error.strerror}); choose another --host or --port"
 
 
@@ -103,14 +105,14 @@ def _environment(service: Sandbox) -> dict[str, str]:
     return {"KEYLESS_BASE_URL": service.url, "KEYLESS_API_KEY": service.api_key}
 
 
-def _print_directions(console: Console, service: Sandbox, auto_approve: float | None, host: str) -> None:
+def _print_instructions(console: Console, service: Sandbox, auto_approve: float | None, host: str) -> None:
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in _environment(service).items())
-    print_title(console, "aiokeyless sandbox", "A Keyless service on this machine, to try things on.")
+    print_title(console, "aiokeyless sandbox", "A Keyless service on this machine, for trials and tests.")
     print_fact(console, "Phone", f"{service.url}/  (open it in a browser, and approve there)")
     if auto_approve is not None:
         print_fact(console, "User", f"simulated, approves each operation after {auto_approve:g} s")
     if host != _LOOPBACK:
-        print_fact(console, "Listens", f"on {host}: whoever reaches that can approve", "bold")
+        print_fact(console, "Listens", f"on {host}: anyone who can reach it can approve", "bold")
     console.print()
     console.print("In another terminal:")
     console.print()
@@ -118,4 +120,4 @@ def _print_directions(console: Console, service: Sandbox, auto_approve: float | 
     print_command(console, 'aiokeyless create C0FFEE --operation-id txn-1 --payload "Pay 40 to Alice"')
     print_command(console, "aiokeyless wait txn-1")
     console.print()
-    console.print("Ctrl-C ends it.")
+    console.print("Ctrl-C stops it.")

@@ -1,4 +1,4 @@
-"""``aiokeyless wait``: for an operation that this process need not have created, and how that looks."""
+"""``aiokeyless wait``: a wait for an operation that another process may have created."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
 from cyclopts import Parameter
 
+from aiokeyless._version import __version__
 from aiokeyless.client import IfMissing  # noqa: TC001  # cyclopts reads the signature of a command
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -20,26 +21,24 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import ApprovalTicket
 
-from .screen import (
-    Display,
-    Progress,
-    counted,
-    display_for,
-    follow,
-    method_in_words,
-    new_console,
-    print_fact,
-    print_json,
-)
-from .words import (
+from .app import (
     AsJson,
     CommandError,
     Exit,
     OptionalOperationId,
-    OptionalSeconds,
+    Timeout,
     app,
-    in_words,
     new_client,
+)
+from .messages import approval_method, counted, describe
+from .render import (
+    Display,
+    Progress,
+    display_for,
+    follow,
+    new_console,
+    print_fact,
+    print_json,
 )
 
 if TYPE_CHECKING:
@@ -53,9 +52,9 @@ if TYPE_CHECKING:
 _DEFAULT_TIMEOUT: Final = 120.0
 _TICKET_LIMIT: Final = 1 << 20
 _STDIN: Final = "-"
-_HOW_TO_HAVE_ONE: Final = "make one: aiokeyless create USER_ID --json > FILE"
+_HOW_TO_CREATE: Final = "to create one: aiokeyless create USER_ID --json > FILE"
 
-#: How a wait ended, as ``--json`` names it, the more specific first; whatever else ended it is an "error".
+#: How a wait ended, as ``--json`` names it, the more specific first; any other error is an "error".
 _OUTCOMES: Final = (
     (ApprovalUnknownError, "unknown"),
     (ApprovalTimeoutError, "timed_out"),
@@ -65,15 +64,16 @@ _OUTCOMES: Final = (
 
 
 class File(NamedTuple):
-    """What ``--ticket FILE`` has become; the help takes FILE from here."""
+    """The value of ``--ticket FILE``; the help shows the name of this class as the placeholder."""
 
     ticket: ApprovalTicket
 
 
 def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
-    """Read the ticket from the file that a word names.
+    """Read the ticket from the file that an argument names.
 
-    While the words are read, and not by the command: in a running loop, Ctrl-C would not end the reading of a terminal.
+    This runs while the arguments are parsed, before the event loop: in a running loop, Ctrl-C does not interrupt the
+    reading of a terminal.
     """
     name = tokens[0].value
     try:
@@ -82,14 +82,16 @@ def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
         else:
             with Path(name).open("rb") as file:
                 content = file.read(_TICKET_LIMIT)
-    except (OSError, ValueError) as error:  # a name may hold what no name can
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_HAVE_ONE}") from None
+        raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_CREATE}") from None
     try:
         return File(ApprovalTicket.from_json(content))
-    except ConfigurationError as error:
-        reason = str(error).partition(";")[0]
-        raise CommandError(f"{'stdin' if name == _STDIN else name}: {reason}; {_HOW_TO_HAVE_ONE}") from None
+    except ConfigurationError:
+        raise CommandError(
+            f"{'stdin' if name == _STDIN else name} is not a ticket that aiokeyless {__version__} can read; "
+            f"{_HOW_TO_CREATE}"
+        ) from None
 
 
 def _check_target(operation_id: str | None = None, *, ticket: File | None = None, **_others: object) -> None:
@@ -104,11 +106,11 @@ def _check_target(operation_id: str | None = None, *, ticket: File | None = None
 Example:
   aiokeyless wait txn-1 --timeout 60
 
-Example, with the ticket, so that user and payload are checked too:
+Example, with the ticket, so that user and payload are also checked:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
   aiokeyless wait --ticket ticket.json
 
-Example, for an operation that the phone will make:
+Example, for an operation that the phone will create:
   aiokeyless wait txn-2 --if-missing wait
 
 Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 130 interrupted.""",
@@ -117,11 +119,11 @@ async def wait(
     operation_id: OptionalOperationId = None,
     /,
     *,
-    # allow_leading_hyphen: for the one that is stdin
+    # The leading hyphen is for "-", which is stdin.
     ticket: Annotated[
         File | None, Parameter(converter=_read_ticket, accepts_keys=False, allow_leading_hyphen=True)
     ] = None,
-    timeout: OptionalSeconds = None,  # noqa: ASYNC109  # the client's own
+    timeout: Timeout = None,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
     as_json: AsJson = False,
 ) -> int:
@@ -129,10 +131,10 @@ async def wait(
 
     Args:
         operation_id: The operation.
-        ticket: In place of an id, a file with the ticket of create --json; - is stdin.
-        timeout: Seconds, inf for no end. If left out: for a ticket what it has left, else 120.
-        if_missing: What it means that there is no such operation: that something is wrong, or that it is yet to come.
-        as_json: Print a line of JSON for each poll, and at last the outcome.
+        ticket: Instead of an id, a file with the ticket of create --json; - is stdin.
+        timeout: Seconds, or inf for no limit; if left out: the ticket's remaining time, or 120 for an id.
+        if_missing: If there is no such operation, fail (raise), or wait until the phone creates it (wait).
+        as_json: Print a line of JSON for each poll, and one for the outcome.
     """
     target = operation_id if ticket is None else ticket.ticket
     assert target is not None  # noqa: S101  # see _check_target
@@ -153,14 +155,14 @@ async def wait(
     if as_json:
         print_json(console, _outcome(progress, operation=operation))
         return Exit.DONE
-    approved = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}{method_in_words(operation.auth_type)}"
+    approved = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}{approval_method(operation.auth_type)}"
     print_fact(console, "Approved", approved, "bold green")
     print_fact(console, "User", operation.user_id)
     return Exit.DONE
 
 
 def _facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
-    facts = {"Time": "no end" if math.isinf(budget) else f"{budget:.0f} s at most"}
+    facts = {"Time": "no limit" if math.isinf(budget) else f"{budget:.0f} s at most"}
     if isinstance(target, str):
         return {"Operation": target, **facts}
     return {"Operation": target.operation_id, "User": target.user_id, **facts}
@@ -173,7 +175,7 @@ class _JsonLines(Display):
         self._console = console
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
-        """Print what a poll showed; the operation itself only when it is approved, see `_outcome`."""
+        """Print the result of a poll; the operation itself is printed once, with the outcome."""
         line = {
             "event": "poll",
             "poll": update.polls,
@@ -200,4 +202,4 @@ def _outcome(
 
 
 def _error(error: KeylessError | None) -> dict[str, str] | None:
-    return None if error is None else {"type": type(error).__name__, "message": in_words(error)}
+    return None if error is None else {"type": type(error).__name__, "message": describe(error)}

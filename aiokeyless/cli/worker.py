@@ -1,4 +1,4 @@
-"""``aiokeyless worker``: waits that a broker remembers, until it is told to end."""
+"""``aiokeyless worker``: waits that a broker stores, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from .app import AsJson, CommandError, Exit, Seconds, app, new_client
 from .sandbox import check_port
-from .words import AsJson, CommandError, Exit, Seconds, app, new_client
 
 if TYPE_CHECKING:
     from aiokeyless.worker import ApprovalWorker
@@ -54,21 +54,21 @@ async def worker(
     health_host: str = "127.0.0.1",
     as_json: AsJson = False,
 ) -> int:
-    """Wait for approvals that applications ask for through NATS JetStream.
+    """Wait for approvals that applications request through NATS JetStream.
 
-    Any number of workers share the work; a request outlives each of them. Runs
-    until Ctrl-C or SIGTERM, and then finishes what is under way.
+    Any number of workers share the requests; a request is not lost when a worker
+    ends. Runs until Ctrl-C or SIGTERM, then finishes the requests in flight.
 
     Args:
         nats_url: Addresses of the broker, separated by commas; NATS_URL, or nats://127.0.0.1:4222, if left out.
-        max_in_flight: Requests looked at at once.
-        grace: Seconds past its deadline for which a request's last look is repeated if it gets no answer.
+        max_in_flight: Requests that are processed at the same time.
+        grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         creds: File with the broker's credentials for this worker.
-        replicas: Servers that hold each message, where the streams are still to be made.
-        duplicate_window: Seconds within which a request that is published twice is one; no wait may be longer.
+        replicas: Servers that store each message; if left out, 1 for new streams.
+        duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
         health_port: Port for GET /healthz; none if left out.
-        health_host: Address for it to listen on.
-        as_json: Log lines as JSON objects.
+        health_host: Address that /healthz is served on.
+        as_json: Log JSON objects, one a line.
     """
     try:
         from aiokeyless.worker import ApprovalWorker, StreamSettings, serve_health  # noqa: PLC0415  # needs the extra
@@ -92,7 +92,7 @@ async def worker(
         )
         health = None if health_port is None else await serve_health(service, health_port, health_host)
         try:
-            _end_on_signals(service)
+            _stop_on_signals(service)
             await service.run()
         finally:
             if health is not None:
@@ -100,7 +100,7 @@ async def worker(
     return Exit.DONE
 
 
-def _end_on_signals(service: ApprovalWorker) -> None:
+def _stop_on_signals(service: ApprovalWorker) -> None:
     loop = asyncio.get_running_loop()
     with suppress(NotImplementedError):  # Windows has no signals to handle in a loop
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""``aiokeyless worker`` as a process: what it prints, how it ends, and that it never tells a secret."""
+"""``aiokeyless worker`` as a process: what it prints, how it ends, and that it never prints a secret."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import pytest
 from nats.js.api import StreamConfig
 from nats_server import NatsServer, until
 
-from aiokeyless import cli
+from aiokeyless.cli import run
+from aiokeyless.cli.app import Exit, app
 from aiokeyless.worker import Outcome, approval_outcomes, submit_approval
 from aiokeyless.worker.streams import REQUESTS
 
@@ -37,7 +38,7 @@ CONFIGURATION = f'authorization {{ users = [ {{ user: {USER}, password: "{PASSWO
 
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
-    """One that asks for a password."""
+    """A broker that asks for a password."""
     configuration = tmp_path / "nats.conf"
     configuration.write_text(CONFIGURATION)
     server = NatsServer(tmp_path, "-c", str(configuration))
@@ -53,7 +54,7 @@ def nats_url(broker: NatsServer) -> str:
 
 @pytest.fixture
 async def connection(nats_url: str) -> AsyncGenerator[Client]:
-    """An application's."""
+    """The connection of an application."""
     async with await nats.connect(nats_url) as connection:
         yield connection
 
@@ -69,7 +70,7 @@ def environment(sandbox: Sandbox) -> Mapping[str, str]:
 
 
 class Worker:
-    """A worker in a process of its own, and what it has said."""
+    """A worker in a process of its own, and the lines that it logged."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -81,9 +82,9 @@ class Worker:
         async for line in self.process.stderr:
             self.lines.append(line.decode().removesuffix("\n"))
 
-    async def said(self, words: str) -> None:
-        await until(lambda: any(words in line for line in self.lines) or self._reader.done())
-        assert any(words in line for line in self.lines), self.lines
+    async def logged(self, text: str) -> None:
+        await until(lambda: any(text in line for line in self.lines) or self._reader.done())
+        assert any(text in line for line in self.lines), self.lines
 
     async def ended(self) -> int:
         assert self.process.stdout is not None
@@ -91,7 +92,7 @@ class Worker:
         await self._reader
         return await asyncio.wait_for(self.process.wait(), 20)
 
-    async def told_to_end(self, signal_number: int = signal.SIGTERM) -> int:
+    async def stop(self, signal_number: int = signal.SIGTERM) -> int:
         self.process.send_signal(signal_number)
         return await self.ended()
 
@@ -133,7 +134,7 @@ async def workers(environment: Mapping[str, str]) -> AsyncGenerator[Workers]:
 
 
 async def refusal(worker: Worker) -> str:
-    """The one line with which a worker ends that cannot work."""
+    """Return the one line that a worker prints that cannot start."""
     assert await worker.ended() == 1
     assert "Traceback" not in "".join(worker.lines)
     [line] = worker.lines
@@ -141,25 +142,24 @@ async def refusal(worker: Worker) -> str:
     return line.removeprefix("aiokeyless: ")
 
 
-# -- a worker that works
+# -- a worker that runs
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_works_until_it_is_told_to_end_and_exits_0_having_done_its_work(
+async def test_it_runs_until_it_is_stopped_and_exits_0(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox, number: int
 ) -> None:
     worker = await workers.start("--nats", nats_url, "--max-in-flight", "8")
-    await worker.said("worker.ready")
-    operation_id = (
-        await submit_approval(connection, "c0ffee", expires_in=0.5)
-    ).operation_id  # the last look comes soon
+    await worker.logged("worker.ready")
+    submission = await submit_approval(connection, "c0ffee", expires_in=0.5)  # the final poll comes soon
+    operation_id = submission.operation_id
     await until(lambda: operation_id in sandbox.operations)
     sandbox.approve(operation_id)
     async with aclosing(approval_outcomes(connection, "test")) as events:
         event = await asyncio.wait_for(anext(events), 20)
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, operation_id)
-    await worker.said("approval.approved")
-    assert await worker.told_to_end(number) == 0
+    await worker.logged("approval.approved")
+    assert await worker.stop(number) == 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ INFO worker\.ready max_in_flight=8", worker.lines[0])
     assert [line.split()[3] for line in worker.lines] == [
         "worker.ready",
@@ -169,47 +169,47 @@ async def test_it_works_until_it_is_told_to_end_and_exits_0_having_done_its_work
     ]
 
 
-async def test_what_is_under_way_when_it_is_told_to_end_is_finished(
+async def test_requests_in_flight_are_finished_when_it_is_stopped(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:
     worker = await workers.start("--nats", nats_url)
-    await worker.said("worker.ready")
+    await worker.logged("worker.ready")
     sandbox.latency = 0.5
     operation_id = (await submit_approval(connection, "c0ffee")).operation_id
-    await until(lambda: operation_id in sandbox.operations)  # the answer is still on its way
-    assert await worker.told_to_end() == 0
+    await until(lambda: operation_id in sandbox.operations)  # the answer has not arrived yet
+    assert await worker.stop() == 0
     assert " created=1 " in worker.lines[-1]
     assert " in_flight=0 " in worker.lines[-1]
 
 
 async def test_as_json_every_line_is_an_object(workers: Workers, connection: Client, nats_url: str) -> None:
     worker = await workers.start("--nats", nats_url, "--json")
-    await worker.said("worker.ready")
+    await worker.logged("worker.ready")
     await connection.jetstream().publish("keyless.approvals.request", b"no request\n")
-    await worker.said("approval.failed")
-    assert await worker.told_to_end() == 0
+    await worker.logged("approval.failed")
+    assert await worker.stop() == 0
     lines: list[dict[str, Any]] = [json.loads(line) for line in worker.lines]
     assert [line["event"] for line in lines] == ["worker.ready", "approval.failed", "worker.draining", "worker.done"]
     assert (lines[1]["reason"], lines[-1]["failed"]) == ("invalid_request", 1)
 
 
-async def test_the_broker_may_be_named_by_the_environment_and_its_settings_by_options(
+async def test_the_environment_names_the_broker_and_options_its_settings(
     workers: Workers, connection: Client, nats_url: str
 ) -> None:
     worker = await workers.start("--duplicate-window", "600", "--replicas", "1", NATS_URL=nats_url)
-    await worker.said("worker.ready")
+    await worker.logged("worker.ready")
     config = (await connection.jetstream().stream_info(REQUESTS)).config
     assert (config.duplicate_window, config.num_replicas) == (600, 1)
-    assert await worker.told_to_end() == 0
+    assert await worker.stop() == 0
 
 
-async def test_healthz_is_served_while_it_works(workers: Workers, connection: Client, nats_url: str) -> None:
+async def test_healthz_is_served_while_it_runs(workers: Workers, connection: Client, nats_url: str) -> None:
     assert connection.is_connected
     port = free_port()
     worker = await workers.start("--nats", nats_url, "--health-port", str(port))
-    await worker.said("worker.ready")
+    await worker.logged("worker.ready")
     assert await health(port) == (200, "ok")
-    assert await worker.told_to_end() == 0
+    assert await worker.stop() == 0
 
 
 def free_port() -> int:
@@ -218,11 +218,11 @@ def free_port() -> int:
         return port
 
 
-async def test_no_line_holds_a_secret_or_what_is_asked(
+async def test_no_line_holds_a_secret_or_a_payload(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:
     worker = await workers.start("--nats", nats_url)
-    await worker.said("worker.ready")
+    await worker.logged("worker.ready")
     for operation_id in ("txn-1", "txn-2"):
         await submit_approval(
             connection,
@@ -235,9 +235,9 @@ async def test_no_line_holds_a_secret_or_what_is_asked(
         await until(lambda name=operation_id: name in sandbox.operations)  # type: ignore[misc]
     sandbox.tamper("txn-1", operation_payload="Pay 4000")
     sandbox.approve("txn-2")
-    await worker.said("approval.failed")
-    await worker.said("approval.approved")
-    assert await worker.told_to_end() == 0
+    await worker.logged("approval.failed")
+    await worker.logged("approval.approved")
+    assert await worker.stop() == 0
     text = "\n".join(worker.lines)
     sdk_key = sandbox.operations["txn-1"].api_key
     assert sdk_key is not None
@@ -250,9 +250,9 @@ async def health(port: int) -> tuple[int, str]:
         return response.status, (await response.json())["status"]
 
 
-@pytest.mark.parametrize("words", [[], ["--json"]], ids=repr)
-async def test_it_ends_in_a_loop_that_goes_on_as_it_does_in_a_process(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, nats_url: str, words: list[str]
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=repr)
+async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, nats_url: str, options: list[str]
 ) -> None:
     monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
     monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
@@ -264,15 +264,15 @@ async def test_it_ends_in_a_loop_that_goes_on_as_it_does_in_a_process(
             return await health(port) == (200, "ok")
         return False
 
-    served = asyncio.create_task(cli.app.run_async(["worker", "--health-port", str(port), *words]))
+    served = asyncio.create_task(app.run_async(["worker", "--health-port", str(port), *options]))
     await until(is_served)
     signal.raise_signal(signal.SIGTERM)
-    assert await served == cli.Exit.DONE
+    assert await served == Exit.DONE
     with pytest.raises(aiohttp.ClientConnectionError):
         await health(port)
 
 
-# -- one that cannot
+# -- a worker that cannot start
 
 
 async def test_a_broker_that_is_not_there_is_one_line(workers: Workers) -> None:
@@ -304,7 +304,7 @@ async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: st
     assert "wr0ng-key" not in line
 
 
-async def test_a_port_that_is_taken_is_one_line(workers: Workers, nats_url: str) -> None:
+async def test_a_port_that_is_in_use_is_one_line(workers: Workers, nats_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         worker = await workers.start("--nats", nats_url, "--health-port", port)
@@ -312,32 +312,32 @@ async def test_a_port_that_is_taken_is_one_line(workers: Workers, nats_url: str)
 
 
 @pytest.mark.parametrize("missing", ["nats", "nkeys"])
-def test_a_missing_extra_is_one_line_that_says_how_to_get_it(
+def test_a_missing_extra_is_one_line_that_says_how_to_install_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     forget_the_worker(monkeypatch)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
-    assert cli.run(["worker", "--nats", "nats://127.0.0.1:1", "--creds", "worker.creds"]) == 1
+    assert run(["worker", "--nats", "nats://127.0.0.1:1", "--creds", "worker.creds"]) == 1
     assert re.fullmatch(r'aiokeyless: .*: pip install ".*\[(cli,nats|nkeys)\]"\n', capsys.readouterr().err)
 
 
 def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have it imported anew."""
+    """Remove it from the imported modules."""
     for name in [name for name in sys.modules if name.startswith("aiokeyless.worker")]:
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_another_module_that_is_missing_is_not_taken_for_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_the_worker(monkeypatch)
     monkeypatch.setitem(sys.modules, "aiokeyless.approval", None)
     with pytest.raises(ModuleNotFoundError, match="approval"):
-        cli.run(["worker"])
+        run(["worker"])
 
 
 def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["worker"]) == 1
+    assert run(["worker"]) == 1
     assert capsys.readouterr().err.startswith("aiokeyless: no API key: export KEYLESS_API_KEY=...")
 
 
@@ -347,7 +347,10 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         (["--max-in-flight", "0"], ["--max-in-flight", "at least 1"]),
         (["--max-in-flight", "many"], ["--max-in-flight", "many"]),
         (["--replicas", "0"], ["--replicas", "at least 1"]),
-        *((["--duplicate-window", value], ["--duplicate-window", "more than 0"]) for value in ("0", "-1", "nan")),
+        *(
+            (["--duplicate-window", value], ["--duplicate-window", "more than 0"])
+            for value in ("0", "-1", "nan", "inf")
+        ),
         *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),
         *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
         (["--nats"], ["--nats"]),
@@ -355,11 +358,11 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     ],
     ids=repr,
 )
-def test_wrong_words_are_one_line_that_names_them_and_exit_2(
+def test_wrong_arguments_are_one_line_that_names_them_and_exit_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]
 ) -> None:
-    assert cli.run(["worker", *arguments]) == 2
+    assert run(["worker", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"aiokeyless: [ -~]+[.?] See aiokeyless worker --help\.\n", err)
-    assert [word for word in named if word not in err] == []
+    assert [name for name in named if name not in err] == []

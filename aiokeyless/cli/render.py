@@ -1,7 +1,7 @@
-"""How things look: texts that cannot do harm, facts, JSON, and a wait while it lasts.
+"""What commands print: facts, tables, JSON, and the progress of a wait.
 
-Texts that come from the service or from the words of the user are shown as characters and never obeyed: not as a
-terminal's control sequence, and not as rich's markup.
+Texts from the service or from the user's arguments are printed as plain characters, and never interpreted as a
+terminal's control sequences or as rich's markup.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from rich.text import Text
 
 from aiokeyless.errors import NotFoundError
 
+from .messages import counted
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aiokeyless.client import IfMissing, KeylessClient, Timeout
     from aiokeyless.models import ApprovalTicket, ApprovalUpdate, Operation
 
-#: Columns of the name of a fact.
+#: Columns for the name of a fact.
 _NAME_WIDTH: Final = 9
-#: Columns up to which the first column of a table stays in one piece: those of a UUID. A narrow terminal has no room.
-_WHOLE_WIDTH: Final = 36
+#: Up to this width, that of a UUID, the first column of a table is not folded.
+_UNFOLDED_WIDTH: Final = 36
+#: Columns of a terminal below which it is folded too.
 _NARROW: Final = 70
 _PHRASE_WIDTH: Final = 23
 
 
 def safe(text: str) -> str:
-    r"""Return a text in which all that is not printable is escaped: ``\x1b``, ``\n``, ``\u202e``.
+    r"""Return a text with everything that is not printable escaped: ``\x1b``, ``\n``, ``\u202e``.
 
-    Line breaks and escape sequences are among it, and what turns the direction of writing, so that nothing makes two
-    lines of one, moves the cursor, or shows other words than it holds.
+    This covers line breaks, escape sequences and changes of the writing direction, so that a text cannot add lines,
+    move the cursor, or read differently from what it holds.
     """
     if text.isprintable():
         return text
@@ -50,18 +53,18 @@ def new_console() -> Console:
 
 
 def is_terminal(console: Console) -> bool:
-    """Whether lines can be drawn anew there."""
-    # Not all that rich takes for a terminal is one: FORCE_COLOR, too, makes it say so.
+    """Whether lines can be redrawn there."""
+    # rich also reports a terminal where FORCE_COLOR is set.
     return console.is_interactive and console.file.isatty()
 
 
 def print_json(console: Console, data: Mapping[str, object]) -> None:
-    """Print one object as one line, of ASCII alone."""
+    """Print one object as one line of ASCII."""
     console.out(json.dumps(data), highlight=False)
 
 
 def print_title(console: Console, title: str, explanation: str) -> None:
-    """Print what this is."""
+    """Print what the command is, above what it does."""
     console.print()
     console.print(Text(title, style="bold"))
     console.print(explanation)
@@ -69,7 +72,7 @@ def print_title(console: Console, title: str, explanation: str) -> None:
 
 
 def print_fact(console: Console, name: str, value: str, style: str = "") -> None:
-    """Print a name and, beside it, a value of any length."""
+    """Print a name with a value of any length beside it."""
     name_text, value_text = Text(f"  {name:<{_NAME_WIDTH}}  ", style="dim"), Text(safe(value), style=style)
     if console.is_terminal:
         line = Table.grid()
@@ -77,52 +80,42 @@ def print_fact(console: Console, name: str, value: str, style: str = "") -> None
         line.add_column(overflow="fold")
         line.add_row(name_text, value_text)
         console.print(line)
-    else:  # a file has no width to keep to
+    else:  # a file has no width
         console.print(name_text + value_text, soft_wrap=True)
 
 
 def print_command(console: Console, command: str) -> None:
-    """Print a command to copy: in one piece, however long."""
+    """Print a command to copy, on one line of any length."""
     console.print(Text(f"  {safe(command)}"), soft_wrap=True)
 
 
 def print_pending(console: Console, rows: list[Mapping[str, str | None]]) -> None:
-    """Print a table of texts; a column that is empty throughout is left out."""
+    """Print a table of texts without its empty columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     cells = {name: [Text(safe(row[name] or "")) for row in rows] for name in names}
     for name in names:
         longest = max(cell.cell_len for cell in cells[name])
-        whole = name == names[0] and longest <= _WHOLE_WIDTH and console.width >= _NARROW
-        table.add_column(name, overflow="fold", no_wrap=whole)
+        unfolded = name == names[0] and longest <= _UNFOLDED_WIDTH and console.width >= _NARROW
+        table.add_column(name, overflow="fold", no_wrap=unfolded)
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     console.print(table)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def method_in_words(auth_type: str | None) -> str:
-    """Return how a user approved, as it follows "approved"."""
-    return {None: "", "biom": " with their face", "pin": " with their PIN"}.get(auth_type, f" by {auth_type}")
-
-
-# -- a wait while it lasts
+# -- the progress of a wait
 
 
 class Progress:
-    """How far a wait is. Times are seconds by the loop's clock since this was made.
+    """The progress of a wait. Times are seconds by the loop's clock since this object was made.
 
     Args:
-        budget: Seconds that the wait may last; None: not to be shown.
+        budget: Seconds that the wait may last; None: not shown.
     """
 
     def __init__(self, budget: float | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
+        self._started_at = self._loop.time()
         self._budget = budget
         self.polls = 0
         self.next_poll_at: float | None = None
@@ -132,53 +125,53 @@ class Progress:
     @property
     def elapsed(self) -> float:
         """Seconds until now."""
-        return self._loop.time() - self._began
+        return self._loop.time() - self._started_at
 
     @property
     def left(self) -> float | None:
-        """Seconds left of the budget; None: not to be shown."""
+        """Seconds left of the budget; None: not shown."""
         return None if self._budget is None else max(0.0, self._budget - self.elapsed)
 
     def approve(self) -> None:
-        """Note that the user approved just now."""
+        """Record that the user has just approved."""
         self.approved_after = self.elapsed
 
     def add(self, update: ApprovalUpdate) -> None:
-        """Take in what a poll showed."""
+        """Record the result of a poll."""
         self.polls = update.polls
         self.next_poll_at = None if update.next_poll_in is None else self.elapsed + update.next_poll_in
         match update.error:
             case None:
                 self.phrase = "Waiting for the user"
             case NotFoundError():
-                self.phrase = "Not there yet"
+                self.phrase = "Not created yet"
             case _:
-                self.phrase = "No answer, trying on"
+                self.phrase = "No answer, retrying"
 
 
 class Display:
-    """Shows a wait: this one nothing, others more."""
+    """Shows the progress of a wait. This base class shows nothing."""
 
     frame: float | None = None
-    """Seconds between two drawings; None where there is nothing to draw."""
+    """Seconds between two drawings; None: never drawn between polls."""
 
     def begin(self, facts: Mapping[str, str]) -> None:
-        """Say what is waited for."""
+        """Show the facts of the wait."""
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Have the display in place while the wait lasts."""
+        """Keep the display in place while the wait lasts."""
         yield
 
     def draw(self, progress: Progress) -> None:
-        """Show how far it is; called each `frame`."""
+        """Show the progress; called every `frame`."""
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
-        """Show what a poll showed."""
+        """Show the result of a poll."""
 
 
 class _Facts(Display):
-    """Shows what is waited for."""
+    """Prints the facts of a wait."""
 
     frame = 0.125
 
@@ -193,13 +186,13 @@ class _Facts(Display):
 
 
 class PlainLines(_Facts):
-    """A line for what happens: each poll, and the approval where it is known. For files, pipes and dumb terminals."""
+    """A line for each poll, and for the approval where it is known. For files, pipes and dumb terminals."""
 
     _approval_shown = False
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Leave a gap at the end."""
+        """Print an empty line at the end."""
         yield
         self._console.print()
 
@@ -210,42 +203,42 @@ class PlainLines(_Facts):
             self._line(progress.approved_after, "the user approves")
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
-        """Print what a poll showed."""
+        """Print the result of a poll."""
         after = "" if update.next_poll_in is None else f", next in {update.next_poll_in:.2f} s"
-        self._line(progress.elapsed, f"poll {update.polls}: {_found(update)}{after}")
+        self._line(progress.elapsed, f"poll {update.polls}: {_result(update)}{after}")
 
-    def _line(self, seconds: float, what: str) -> None:
-        self._console.print(Text(f"  {seconds:6.2f} s  {what}"))
+    def _line(self, seconds: float, event: str) -> None:
+        self._console.print(Text(f"  {seconds:6.2f} s  {event}"))
 
 
-def _found(update: ApprovalUpdate) -> str:
+def _result(update: ApprovalUpdate) -> str:
     if update.operation is not None:
         return "approved" if update.operation.is_approved else "pending"
     if isinstance(update.error, NotFoundError):
-        return "not there yet"
+        return "not created yet"
     return f"no answer ({type(update.error).__name__})"
 
 
 class LiveLine(_Facts):
-    """One line that is drawn again and again, and is gone when the wait is over."""
+    """One line that is redrawn while the wait lasts, and removed at its end."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._spinner = Spinner("line" if console.options.ascii_only else "dots", style="cyan")
-        # Drawn by whoever waits, and by no thread: a failure surfaces where it can be handled.
+        # The waiting task draws, and not a thread of rich's: an error is raised where it can be handled.
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Have the line in place, and take it away."""
+        """Keep the line in place, and remove it at the end."""
         with self._live:
             yield
 
     def draw(self, progress: Progress) -> None:
-        """Draw the line anew."""
+        """Redraw the line."""
         frame = self._spinner.render(self._console.get_time())
-        assert isinstance(frame, Text)  # noqa: S101  # a spinner with no text of its own
-        # A terminal may be narrow: what is drawn anew has to be a single line.
+        assert isinstance(frame, Text)  # noqa: S101  # a spinner without a text
+        # Only a single line can be redrawn, in a narrow terminal too.
         line = Text.assemble(frame, " ", _live_text(progress), no_wrap=True, overflow="ellipsis")
         self._live.update(line, refresh=True)
 
@@ -264,7 +257,7 @@ def _live_text(progress: Progress) -> Text:
 
 
 def display_for(console: Console) -> Display:
-    """Return what shows a wait best there."""
+    """Return the display for a console: a live line on a terminal, else plain lines."""
     return LiveLine(console) if is_terminal(console) else PlainLines(console)
 
 
@@ -277,11 +270,11 @@ async def follow(
     timeout: Timeout = ...,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
 ) -> tuple[Operation, float]:
-    """Wait for an approval while the display shows it; return the operation, and when it was noticed."""
+    """Wait for an approval while the display shows the progress; return the operation, and when it was noticed."""
 
     def on_poll(update: ApprovalUpdate) -> None:
         progress.add(update)
-        display.draw(progress)  # what happened before the poll stands before it
+        display.draw(progress)  # an approval before this poll is shown before it
         display.poll(progress, update)
 
     async def wait() -> tuple[Operation, float]:

@@ -1,0 +1,152 @@
+"""The application that the commands register with: its arguments and options, its exit codes, and `run`.
+
+Every error that ends a command becomes one line on stderr and an exit code in `run`; the texts are in messages.py.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+from enum import IntEnum
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from aiokeyless import protocol
+from aiokeyless._version import __version__
+from aiokeyless.client import KeylessClient
+from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, InvalidIdentifierError, KeylessError
+
+from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument
+from .render import safe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Exit(IntEnum):
+    """The exit codes."""
+
+    DONE = 0
+    ERROR = 1
+    USAGE = 2
+    TIMED_OUT = 3
+    INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """A command cannot do its work; the message is shown as it is, and says what to do."""
+
+
+app = App(
+    name="aiokeyless",
+    version=f"aiokeyless {__version__}",
+    help="Ask a Keyless user to approve something on their phone, and wait for it.",
+    help_format="plaintext",
+    help_epilogue="""\
+Example, without a key or a network:
+  aiokeyless demo
+
+The API key is read from KEYLESS_API_KEY, the address from KEYLESS_REGION or
+KEYLESS_BASE_URL. To run a local service, with a phone in your browser:
+  aiokeyless sandbox
+
+Exit codes: 0 approved or done, 1 error, 2 usage, 3 timed out, 130 interrupted.""",
+    # `run` prints errors, in one line.
+    print_error=False,
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; an error is one line on stderr.
+
+    Args:
+        arguments: The arguments after ``aiokeyless``. Default: those of this process.
+
+    Returns:
+        The exit code, see `Exit`.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a payload may hold what the terminal's encoding lacks
+    try:
+        # --help and --version return nothing
+        return app(sys.argv[1:] if arguments is None else arguments) or Exit.DONE
+    except CycloptsError as error:
+        command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))
+        message = str(error)
+        return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
+    except ApprovalTimeoutError as error:
+        return _fail(describe(error), Exit.TIMED_OUT)
+    except KeylessError as error:
+        return _fail(describe(error), Exit.ERROR)
+    except (CommandError, OSError) as error:
+        return _fail(str(error), Exit.ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted", Exit.INTERRUPTED)
+
+
+def _fail(message: str, code: Exit) -> Exit:
+    sys.stderr.write(f"aiokeyless: {safe(message)}\n")
+    return code
+
+
+# -- arguments and options
+
+
+def _validator(check: Callable[[str], str], argument: str) -> Callable[[object, str | None], None]:
+    """Make a validator of the library's check of one of its arguments."""
+
+    def validate(_type: object, value: str | None) -> None:
+        if value is None:  # left out
+            return
+        try:
+            check(value)
+        except InvalidIdentifierError:
+            raise ValueError(f"Must be {REQUIREMENTS[argument]}.") from None
+
+    return validate
+
+
+def _check_timeout(_type: object, seconds: float | None) -> None:
+    if seconds is not None and not seconds > 0:  # NaN is not
+        raise ValueError("Must be more than 0 seconds.")
+
+
+def _check_seconds(_type: object, seconds: float) -> None:
+    if not 0 < seconds < math.inf:  # NaN is not
+        raise ValueError("Must be more than 0 seconds, and not infinite.")
+
+
+_check_operation_id = _validator(protocol.check_operation_id, "operation_id")
+
+UserId = Annotated[str, Parameter(name="USER_ID", validator=_validator(protocol.check_user_id, "user_id"))]
+OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id)]
+OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
+Seconds = Annotated[float, Parameter(validator=_check_seconds)]
+Timeout = Annotated[float | None, Parameter(validator=_check_timeout)]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
+
+
+def new_client(*, max_attempts: int = 3) -> KeylessClient:
+    """Make the client that the environment describes, for the caller to close.
+
+    Args:
+        max_attempts: Attempts of one call.
+
+    Raises:
+        CommandError: The environment has no key, or a variable that the client refuses.
+    """
+    if not os.environ.get("KEYLESS_API_KEY", "").strip():
+        raise CommandError(
+            "no API key: export KEYLESS_API_KEY=... with the key of your tenant (to try it without one: "
+            "aiokeyless sandbox)"
+        )
+    try:
+        return KeylessClient(max_attempts=max_attempts)
+    except ConfigurationError as error:
+        raise CommandError(describe_argument(error, VARIABLES)) from None

@@ -1,0 +1,134 @@
+"""The messages of the command line: what went wrong and what to do about it, in terms of options and variables.
+
+The library's own messages are for programs and name its arguments and methods. Here a message is chosen by the type of
+an error and by its attributes, never by its text.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    BadRequestError,
+    ConfigurationError,
+    ConflictError,
+    DecodeError,
+    KeylessError,
+    NotFoundError,
+    NotJsonError,
+    RateLimitError,
+    StatusError,
+    TransportError,
+)
+from aiokeyless.models import Region
+from aiokeyless.protocol import is_transient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Options and parameters, by the arguments of the library that they are passed as.
+OPTIONS: Final = {
+    "api_key": "--api-key",
+    "expires_in": "--expires-in",
+    "external_user_id": "--external-user-id",
+    "host": "--host",
+    "operation_id": "OPERATION_ID",
+    "operation_payload": "--payload",
+    "user_id": "USER_ID",
+}
+
+#: Environment variables, by the arguments of the library that they stand in for.
+VARIABLES: Final = {
+    "api_key": "KEYLESS_API_KEY",
+    "base_url": "KEYLESS_BASE_URL",
+    "region": "KEYLESS_REGION",
+}
+
+#: What an argument of the library accepts, as it follows "must be".
+REQUIREMENTS: Final = {
+    "api_key": "printable ASCII, with no spaces around it",
+    "base_url": (
+        "an https URL such as https://api.keyless.io, without user name, query, fragment or '..' "
+        "(http only for this machine, such as a sandbox)"
+    ),
+    "expires_in": "a number of seconds above 0 that ends before the year 10000",
+    "external_user_id": "valid UTF-8",
+    "host": "printable ASCII, with no spaces around it",
+    "operation_id": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
+    "operation_payload": "valid UTF-8",
+    "region": f"one of {', '.join(Region)}",
+    "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",
+}
+
+#: Advice in place of the library's, where that names a method, an attribute or an argument.
+_ADVICE: Final[dict[type[KeylessError], str]] = {
+    BadRequestError: "the service rejects the request as malformed",
+    NotFoundError: "no such operation or user; check the id (one that the phone will create: wait --if-missing wait)",
+    ConflictError: "the operation id is taken; use another one, or leave out --operation-id to have one generated",
+    RateLimitError: "too many requests; try again later",
+}
+
+
+def describe_argument(error: ConfigurationError, names: Mapping[str, str]) -> str:
+    """Return what the argument must be that an error names.
+
+    Args:
+        error: The error.
+        names: What the command line calls the arguments; for any other argument the library's own message is returned.
+    """
+    argument = error.argument or ""
+    return f"{names[argument]} must be {REQUIREMENTS[argument]}" if argument in names else str(error)
+
+
+def describe(error: KeylessError) -> str:
+    """Return one line that says what went wrong and what to do about it."""
+    match error:
+        case ApprovalTimeoutError():
+            return _describe_timeout(error)
+        case ConfigurationError():
+            return describe_argument(error, OPTIONS)
+        case StatusError() if advice := _advice(error):
+            return f"{error.method} {error.path} answered {error.status}: {advice}"
+        case DecodeError() if not isinstance(error, NotJsonError):
+            return (
+                f"{error.method} {error.path} answered {error.status} with JSON that the API does not document; "
+                "check KEYLESS_BASE_URL, or upgrade aiokeyless"
+            )
+        case TransportError() if base_url := os.environ.get("KEYLESS_BASE_URL"):
+            return f"{error}; check that KEYLESS_BASE_URL ({base_url}) is right and that the service runs"
+    return str(error)
+
+
+def _advice(error: StatusError) -> str | None:
+    """Return the command line's advice; None where the library's is right for it."""
+    if type(error) is StatusError and not is_transient(error):
+        what = "a redirect, which is not followed" if error.status // 100 == 3 else "not documented by the API"
+        return f"{what}; check KEYLESS_BASE_URL"
+    advice = _ADVICE.get(type(error))
+    if isinstance(error, BadRequestError) and error.detail:
+        return f"{advice} ({error.detail})"
+    return advice
+
+
+def _describe_timeout(error: ApprovalTimeoutError) -> str:
+    spent = f"{error.elapsed:.1f} s and {counted(error.polls, 'poll')}"
+    check = f"check it: aiokeyless get {shlex.quote(error.operation_id)}"
+    if isinstance(error, ApprovalUnknownError):
+        reason = "" if error.last_error is None else f" (last failure: {describe(error.last_error)})"
+        return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
+    state = "missing" if error.last_operation is None else "pending"
+    return f"still {state} after {spent}; a timeout is not a denial: it can still be approved; {check}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def approval_method(auth_type: str | None) -> str:
+    """Return how a user approved, as it follows "approved"."""
+    return {None: "", "biom": " with their face", "pin": " with their PIN"}.get(auth_type, f" by {auth_type}")

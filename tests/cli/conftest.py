@@ -1,0 +1,25 @@
+"""A plain environment, and a sandbox that its variables name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from aiokeyless.sandbox import Sandbox
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> Sandbox:
+    """The sandbox of the test's loop, named by the environment."""
+    monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+    monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+    return sandbox

@@ -1,0 +1,190 @@
+"""Arguments, help, exit codes, and one line on stderr for each error."""
+
+from __future__ import annotations
+
+import errno
+import io
+import re
+import sys
+
+import pytest
+
+from aiokeyless import (
+    ApprovalTimeoutError,
+    ConfigurationError,
+    __version__,
+)
+from aiokeyless.cli import demo, run
+from aiokeyless.cli.app import CommandError
+
+COMMANDS = ["create", "demo", "get", "pending", "sandbox", "wait", "worker"]
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert re.search(r"Example.*:\n  aiokeyless demo", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_an_example_and_80_columns(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert run([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(rf"Example.*:\n  aiokeyless {command}", out)
+    assert max(map(len, out.splitlines())) <= 80
+    assert err == ""
+
+
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["aiokeyless"])
+    assert run() == 0
+    out, _ = capsys.readouterr()
+    assert "Usage: aiokeyless COMMAND" in out
+    assert all(command in out for command in COMMANDS)
+
+
+def test_the_version_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"aiokeyless {__version__}\n"
+
+
+def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run(["--version"]) == 0
+    assert stdout.getvalue() == f"aiokeyless {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "help_of"),
+    [
+        (["dmeo"], ["dmeo", "demo"], ""),
+        (["--nope"], ["--nope"], ""),
+        (["demo", "--nope"], ["--nope"], "demo "),
+        (["demo", "more"], ["more"], "demo "),
+        (["demo", "--after"], ["--after"], "demo "),
+        (["demo", "--after", "soon"], ["--after", "soon"], "demo "),
+        *((["demo", "--after", value], ["--after", "0 to 3600"], "demo ") for value in ("-1", "3601", "nan", "inf")),
+        (["demo", "--phone", "--after", "3"], ["--phone", "--after"], "demo "),
+        *((["sandbox", "--port", value], ["--port", "65535"], "sandbox ") for value in ("-1", "65536")),
+        *((["sandbox", "--auto-approve", value], ["at least 0"], "sandbox ") for value in ("-1", "nan", "inf")),
+        (["create"], ["USER_ID"], "create "),
+        (["create", "xyz"], ["USER_ID", "hex"], "create "),
+        (["create", "C0FFEE", "--operation-id", ".."], ["--operation-id", '".."'], "create "),
+        (["create", "C0FFEE", "--payload", "--json"], ["--payload"], "create "),
+        *(
+            (["create", "C0FFEE", "--expires-in", value], ["--expires-in", "more than 0"], "create ")
+            for value in ("0", "nan", "inf")
+        ),
+        (["get"], ["OPERATION_ID"], "get "),
+        (["get", "a\nb"], ["OPERATION_ID", r"a\nb", "control characters"], "get "),
+        (["pending", "0x1"], ["USER_ID", "hex"], "pending "),
+        (["wait"], ["OPERATION_ID", "--ticket"], "wait "),
+        (["wait", ""], ["1 to 512"], "wait "),
+        (["wait", "a", "--if-missing", "hope"], ["--if-missing", "hope", "raise", "wait"], "wait "),
+        *((["wait", "a", "--timeout", value], ["--timeout", "more than 0"], "wait ") for value in ("0", "-1", "nan")),
+        (["no\nsuch\x1b[2J"], [r"no\nsuch\x1b[2J"], ""),
+    ],
+    ids=repr,
+)
+def test_wrong_arguments_are_one_line_on_stderr_that_names_them_and_exit_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str], help_of: str
+) -> None:
+    # The rest is cyclopts' wording, which changes.
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"aiokeyless: [ -~]+[.?] See aiokeyless {help_of}--help\.\n", err)
+    assert [name for name in named if name not in err] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigurationError("no such loop"), 1, "no such loop"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (CommandError("cannot: fix it"), 1, "cannot: fix it"),
+        (ConfigurationError("two\nlines\x1b[2J"), 1, r"two\nlines\x1b[2J"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=repr,
+)
+def test_what_a_command_raises_is_one_line_on_stderr_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    assert run(["demo", "--json"]) == code
+    assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")
+
+
+def test_a_timeout_is_exit_3(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ApprovalTimeoutError("", operation_id="a b", polls=1, elapsed=2)
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    assert run(["demo", "--json"]) == 3
+    assert capsys.readouterr().err == (
+        "aiokeyless: still missing after 2.0 s and 1 poll; a timeout is not a denial: it can still be approved; "
+        "check it: aiokeyless get 'a b'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "no API key: export KEYLESS_API_KEY=..."),
+        ({"KEYLESS_API_KEY": ""}, "no API key: export KEYLESS_API_KEY=..."),
+        ({"KEYLESS_API_KEY": " \t"}, "no API key: export KEYLESS_API_KEY=..."),
+        ({"KEYLESS_API_KEY": "k\u00e9y"}, "KEYLESS_API_KEY must be printable ASCII"),
+        ({"KEYLESS_API_KEY": "key", "KEYLESS_REGION": "mars"}, "KEYLESS_REGION must be one of eu, us, latam, sg"),
+        ({"KEYLESS_API_KEY": "key", "KEYLESS_BASE_URL": "http://example.com"}, "KEYLESS_BASE_URL must be an https URL"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "command", [["create", "C0FFEE"], ["get", "a"], ["pending", "C0FFEE"], ["wait", "a"]], ids=repr
+)
+def test_a_wrong_environment_is_one_line_that_names_the_variable(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(command) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"aiokeyless: {message}")
+    assert err.count("\n") == 1
+    assert "k\u00e9y" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["create", "C0FFEE", "--payload", "\udcff"], "--payload must be valid UTF-8"),
+        (["create", "C0FFEE", "--external-user-id", "\udcff"], "--external-user-id must be valid UTF-8"),
+        (
+            ["create", "C0FFEE", "--expires-in", "1e12"],
+            "--expires-in must be a number of seconds above 0 that ends before the year 10000",
+        ),
+        (["sandbox", "--api-key", " key"], "--api-key must be printable ASCII, with no spaces around it"),
+        (["sandbox", "--host", ""], "--host must be printable ASCII, with no spaces around it"),
+    ],
+    ids=ascii,
+)
+def test_a_value_that_the_library_refuses_is_one_line_that_names_the_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", "key")
+    monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
+    assert run(arguments) == 1
+    assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")

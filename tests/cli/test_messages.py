@@ -1,0 +1,89 @@
+"""Messages name options, parameters and variables, and not the library's arguments and methods."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from aiokeyless import (
+    ApprovalUnknownError,
+    BadRequestError,
+    ConfigurationError,
+    ConflictError,
+    DecodeError,
+    KeylessError,
+    NotFoundError,
+    NotJsonError,
+    RateLimitError,
+    ServerError,
+    StatusError,
+    TransportError,
+)
+from aiokeyless.cli.messages import OPTIONS, REQUIREMENTS, VARIABLES, describe
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            BadRequestError(status=400, method="POST", path="/v2/x", detail="no such field"),
+            ["POST /v2/x answered 400", "malformed (no such field)"],
+        ),
+        (BadRequestError(status=400, method="POST", path="/v2/x"), ["answered 400", "malformed"]),
+        (NotFoundError(status=404, method="GET", path="/v2/x"), ["answered 404", "check the id", "--if-missing wait"]),
+        (ConflictError(status=409, method="POST", path="/v2/x"), ["answered 409", "--operation-id"]),
+        (RateLimitError(status=429, method="GET", path="/v2/x", detail="x"), ["answered 429", "try again later"]),
+        (ServerError(status=503, method="GET", path="/v2/x"), ["answered 503", "try again later"]),
+        (TransportError("GET /v2/x got no answer", method="GET", path="/v2/x"), ["GET /v2/x got no answer"]),
+        (
+            ApprovalUnknownError("", operation_id="a", polls=2, elapsed=2, last_error=KeylessError("it is down")),
+            ["2.0 s and 2 polls", "outcome is unknown", "aiokeyless get a", "it is down"],
+        ),
+        (ApprovalUnknownError("", operation_id="a"), ["0 polls", "outcome is unknown"]),
+        (
+            ApprovalUnknownError(
+                "", operation_id="a", last_error=RateLimitError(status=429, method="GET", path="/v2/x")
+            ),
+            ["last failure: GET /v2/x answered 429: too many requests; try again later"],
+        ),
+        (
+            StatusError(status=302, method="GET", path="/v2/x", advice="check base_url"),
+            ["GET /v2/x answered 302: a redirect, which is not followed; check KEYLESS_BASE_URL"],
+        ),
+        (
+            StatusError(status=418, method="GET", path="/v2/x"),
+            ["GET /v2/x answered 418: not documented by the API; check KEYLESS_BASE_URL"],
+        ),
+        (StatusError(status=408, method="GET", path="/v2/x", advice="not now"), ["answered 408: not now"]),
+        (
+            DecodeError("JSON of another shape; check base_url", status=200, method="GET", path="/v2/x"),
+            ["GET /v2/x answered 200 with JSON that the API does not document; check KEYLESS_BASE_URL"],
+        ),
+        (NotJsonError("a page of a gateway", status=200, method="GET", path="/v2/x"), ["a page of a gateway"]),
+        (ConfigurationError("another loop"), ["another loop"]),
+        *(
+            (ConfigurationError(f"wrong {argument}", argument=argument), [f"{option} must be "])
+            for argument, option in OPTIONS.items()
+        ),
+    ],
+    ids=repr,
+)
+def test_errors_are_described_without_the_librarys_names(error: KeylessError, parts: list[str]) -> None:
+    message = describe(error)
+    assert [part for part in parts if part not in message] == []
+    assert not re.search(
+        r"get_operation|if_missing|operation_id|retry_after|\.detail|base_url|expires_in|api_key", message
+    )
+
+
+def test_a_transport_error_names_the_address_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = TransportError("GET /v2/x got no answer", method="GET", path="/v2/x")
+    monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
+    assert describe(error) == (
+        "GET /v2/x got no answer; check that KEYLESS_BASE_URL (http://127.0.0.1:1) is right and that the service runs"
+    )
+
+
+def test_every_argument_that_has_a_name_has_a_requirement() -> None:
+    assert OPTIONS.keys() | VARIABLES.keys() == REQUIREMENTS.keys()

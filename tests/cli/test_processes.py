@@ -1,0 +1,212 @@
+"""Commands as processes of their own, on the real clock, beside an ``aiokeyless sandbox`` of another process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless.cli import run
+
+from .terminal import ESCAPE, lines_of_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+
+def environment(**more: str) -> Mapping[str, str]:
+    return {**os.environ, "PYTHONWARNINGS": "error", **more}
+
+
+#: The shell that runs the tests may ignore SIGINT, and processes inherit that.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from aiokeyless.__main__ import main
+sys.exit(main())
+"""
+
+
+def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", PROGRAM, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**more),
+    )
+
+
+def output(*arguments: str, **more: str) -> str:
+    """Return the stdout of a command that exits with 0 and prints nothing on stderr."""
+    command = [sys.executable, "-m", "aiokeyless", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment(**more), check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def other_terminal() -> Iterator[dict[str, str]]:
+    """The environment that an `aiokeyless sandbox` in another process prints."""
+    with start("sandbox", "--port", "0", "--json", "--auto-approve", "0.3") as process:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["environment"]
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate() == ("", "")
+    assert process.returncode == 0
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch, other_terminal: dict[str, str]) -> dict[str, str]:
+    for name, value in other_terminal.items():
+        monkeypatch.setenv(name, value)
+    return other_terminal
+
+
+@pytest.mark.usefixtures("exported")
+def test_the_wrong_key_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", "wrong-key")
+    for command in (["get", "a"], ["pending", "C0FFEE"], ["create", "C0FFEE"]):
+        assert run(command) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"aiokeyless: .* answered 401: .*check KEYLESS_API_KEY.*\n", err)
+        assert "wrong-key" not in err
+
+
+@pytest.mark.usefixtures("exported")
+def test_an_unknown_operation_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("get", "wait"):
+        assert run([command, "nope"]) == 1
+        assert re.fullmatch(r"aiokeyless: .*nope answered 404: .*check the id.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("exported")
+def test_a_taken_id_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["create", "C0FFEE", "--operation-id", "taken"]
+    assert run(arguments) == 0
+    capsys.readouterr()
+    assert run(arguments) == 1
+    assert re.fullmatch(r"aiokeyless: .* answered 409: .*--operation-id.*\n", capsys.readouterr().err)
+
+
+def test_a_refused_connection_is_one_line_that_names_the_address(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("KEYLESS_API_KEY", "key")
+    assert run(["get", "a"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        r"aiokeyless: .* got no answer .*check that KEYLESS_BASE_URL \(http://127\.0\.0\.1:1\) is right .*\n", err
+    )
+
+
+def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str], exported: dict[str, str]) -> None:
+    port = exported["KEYLESS_BASE_URL"].rpartition(":")[2]
+    assert run(["sandbox", "--port", port]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"aiokeyless: port {port} is in use; ")
+
+
+@pytest.mark.usefixtures("exported")
+def test_a_payload_beyond_the_encoding_of_stdout_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(["create", "C0FFEE", "--operation-id", "euro", "--payload", "Pay 40 \u20ac \u00e9"]) == 0
+    content = io.BytesIO()
+    with io.TextIOWrapper(content, encoding="latin-1") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(["get", "euro"]) == 0
+        assert b"Pay 40 \\u20ac \xe9\n" in content.getvalue()
+
+
+def test_a_process_without_a_terminal_prints_plain_lines_and_exits_0() -> None:
+    text = output("demo", "--after", "0.3")
+    assert "the user approves" in text
+    assert ESCAPE not in text
+
+
+def test_terminals_share_a_sandbox_by_its_environment_alone(other_terminal: dict[str, str], tmp_path: Path) -> None:
+    ticket = tmp_path / "ticket.json"
+    ticket.write_text(output("create", "C0FFEE", "--payload", "Pay 40 to Alice", "--json", **other_terminal))
+    text = output("wait", "--ticket", str(ticket), "--json", **other_terminal)
+    outcome = lines_of_json(text)[-1]
+    assert outcome["outcome"] == "approved"
+    assert outcome["operation"]["operation_payload"] == "Pay 40 to Alice"
+
+
+def test_a_process_on_a_terminal_draws_a_line() -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "aiokeyless", "demo", "--after", "0.3"]
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment()) as process:
+        os.close(slave)
+        text = b""
+        # A terminal that was closed is an OSError.
+        with contextlib.suppress(OSError), os.fdopen(master, "rb", buffering=0) as terminal:
+            while chunk := terminal.read(4096):
+                text += chunk
+    assert process.returncode == 0
+    assert b"Waiting for the user" in text
+    assert b"Noticed" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sign"),
+    [
+        (["demo", "--after", "60"], "poll 1"),
+        (["sandbox", "--port", "0"], "Ctrl-C"),
+        (["wait", "yet-to-come", "--if-missing", "wait"], "poll 1"),
+    ],
+    ids=repr,
+)
+def test_ctrl_c_is_one_line_and_exit_code_130(other_terminal: dict[str, str], arguments: list[str], sign: str) -> None:
+    with start(*arguments, **other_terminal) as process:
+        assert process.stdout is not None
+        while sign not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (130, "aiokeyless: interrupted\n")
+
+
+def test_ctrl_c_interrupts_the_reading_of_a_ticket(other_terminal: dict[str, str]) -> None:
+    program = PROGRAM.replace("sys.exit", "sys.stdout.write('ready\\n'); sys.exit")
+    command = [sys.executable, "-u", "-c", program, "wait", "--ticket", "-"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**other_terminal),
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        err = process.stderr.read()
+    assert (process.returncode, err) == (130, "aiokeyless: interrupted\n")
+
+
+def test_a_closed_stdout_is_no_traceback() -> None:
+    with start("demo", "--after", "0.3") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (1, "")

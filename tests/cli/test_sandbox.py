@@ -1,0 +1,111 @@
+"""``aiokeyless sandbox``, in the test's own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless import (
+    KeylessClient,
+)
+from aiokeyless.cli import run
+from aiokeyless.cli.app import Exit, app
+from aiokeyless.sandbox import Sandbox
+
+from .terminal import Pipe, lines_of_json
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@contextlib.asynccontextmanager
+async def serving(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> AsyncIterator[Pipe]:
+    """`aiokeyless sandbox` in the test's loop, until SIGTERM."""
+    stream = Pipe()
+    monkeypatch.setattr(sys, "stdout", stream)
+    command = asyncio.create_task(app.run_async(["sandbox", "--port", "0", *arguments]))
+    await stream.until(r"\n$")
+    yield stream
+    signal.raise_signal(signal.SIGTERM)
+    assert await command == Exit.DONE
+
+
+@pytest.mark.looptime
+async def test_the_sandbox_prints_the_phone_and_the_environment_of_its_clients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(monkeypatch, "--api-key", "it's a key") as stdout:
+        url = (await stdout.until(r"Phone +(http://127\.0\.0\.1:\d+)/ "))[1]
+        await stdout.until(
+            rf"""\n  export KEYLESS_BASE_URL={url} KEYLESS_API_KEY='it'"'"'s a key'\n""",
+        )
+        assert "User" not in stdout.getvalue()
+        assert "Listens" not in stdout.getvalue()
+        async with KeylessClient("it's a key", base_url=url) as client:
+            assert await client.get_pending_operations("C0FFEE") == []
+
+
+@pytest.mark.looptime
+async def test_the_sandbox_as_json_prints_one_object_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch, "--json") as stdout:
+        [data] = lines_of_json(stdout.getvalue())
+        url = data["url"]
+        assert data == {
+            "url": url,
+            "api_key": "sandbox-key",
+            "environment": {"KEYLESS_BASE_URL": url, "KEYLESS_API_KEY": "sandbox-key"},
+        }
+    assert stdout.getvalue().count("\n") == 1
+
+
+@pytest.mark.looptime
+async def test_the_sandboxs_simulated_user_approves_after_the_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch, "--auto-approve", "2.5") as stdout:
+        assert "approves each operation after 2.5 s" in stdout.getvalue()
+        url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with KeylessClient("sandbox-key", base_url=url) as client:
+            await client.request_approval("C0FFEE")
+        assert loop.time() - began >= 2.5
+
+
+@pytest.mark.looptime
+async def test_the_sandbox_warns_that_others_can_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch, "--host", "0.0.0.0") as stdout:  # noqa: S104  # for a moment
+        assert "on 0.0.0.0: anyone who can reach it can approve" in stdout.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.EADDRINUSE, "error while attempting to bind"),
+            "port 3223 is in use; stop the process that uses it, or choose another: aiokeyless sandbox --port 0",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "no permission to use port 3223; choose another: aiokeyless sandbox --port 0",
+        ),
+        (
+            OSError(-2, "Name or service not known"),
+            "cannot listen on 127.0.0.1 port 3223 (Name or service not known); choose another --host or --port",
+        ),
+    ],
+    ids=repr,
+)
+def test_a_sandbox_that_cannot_listen_is_one_line_that_says_what_to_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
+) -> None:
+    async def fail(_self: Sandbox) -> None:
+        raise error
+
+    monkeypatch.setattr(Sandbox, "start", fail)
+    assert run(["sandbox"]) == 1
+    assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")

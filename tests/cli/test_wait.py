@@ -1,0 +1,252 @@
+"""``aiokeyless wait``."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless import (
+    ApprovalError,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    InconsistentOperationError,
+    NotFoundError,
+    OperationMismatchError,
+    __version__,
+)
+from aiokeyless.cli import run
+from aiokeyless.cli.app import app
+from aiokeyless.cli.messages import describe
+
+from .terminal import ESCAPE, Terminal, later, lines_of_json, output_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aiokeyless.sandbox import Sandbox
+
+
+@pytest.mark.looptime
+async def test_wait_without_a_terminal_is_a_plain_line_a_poll(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1", operation_payload="Pay 40 to Alice")
+    later(5, service.approve, "txn-1")
+    text = await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
+    assert ESCAPE not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.match(r"  Operation  txn-1\n  Time       120 s at most\n\n", text)
+    assert re.search(r"\n +\d\.\d\d s  poll 1: pending, next in \d\.\d\d s\n", text)
+    assert re.search(r"\n +\d\.\d\d s  poll \d: approved\n\n", text)
+    assert re.search(r"Approved   after [5-8]\.\d s and \d polls with their face\n  User       C0FFEE\n$", text)
+    assert "Pay 40" not in text, "a script's log must not have it"
+
+
+@pytest.mark.looptime
+async def test_wait_on_a_terminal_is_a_line_of_elapsed_polls_next_poll_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    later(5, service.approve, "txn-1")
+    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1")
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert re.search(r"Waiting for the user +2\.\d s  \d polls?  next in \d\.\d s  11[78] s left", text)
+    assert max(len(re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", line)) for line in re.split(r"[\r\n]", text)) < 80
+    assert "poll 1: pending" not in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
+    assert re.search(r"Approved +after [5-8]\.\d s", text)
+
+
+@pytest.mark.looptime
+async def test_wait_shows_that_there_is_no_answer_or_no_operation(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    service.fail_next(times=1)
+    later(8, service.approve, "txn-1")
+    later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
+    for stream, no_answer, missing in (
+        (Terminal(), "No answer, retrying ", "Not created yet "),
+        (io.StringIO(), "poll 1: no answer (ServerError), next in", "not created yet, next in"),
+    ):
+        text = await output_of(monkeypatch, stream, "wait", "txn-1", "--if-missing", "wait")
+        assert no_answer in text
+        assert missing in text
+        service.forget("txn-1")
+        service.fail_next(times=1)
+        later(7, lambda: service.approve("txn-1", user_id="C0FFEE"))
+
+
+@pytest.mark.looptime
+async def test_wait_can_have_no_time_limit(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    later(130, service.approve, "txn-1")
+    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1", "--timeout", "inf")
+    assert "no limit" in text
+    assert "left" not in text
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("arguments", [["--timeout", "3"], ["--timeout", "3", "--json"]], ids=repr)
+async def test_wait_ends_at_its_timeout(service: Sandbox, arguments: list[str]) -> None:
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(ApprovalTimeoutError) as end:
+        await app.run_async(["wait", "txn-1", *arguments])
+    assert loop.time() - began == pytest.approx(3, abs=0.1)
+    assert "still pending after 3.0 s" in describe(end.value)
+
+
+@pytest.mark.looptime
+async def test_wait_as_json_is_a_line_a_poll_and_the_outcome(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    service.fail_next()
+    later(5, service.approve, "txn-1")
+    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1", "--json")
+    first, *polls, last, outcome = lines_of_json(text)
+    assert first == {
+        "event": "poll",
+        "poll": 1,
+        "elapsed": pytest.approx(0, abs=0.1),
+        "state": None,
+        "error": {"type": "ServerError", "message": first["error"]["message"]},
+        "next_poll_in": pytest.approx(0.5, abs=0.5),
+    }
+    assert "answered 503" in first["error"]["message"]
+    assert {poll["state"] for poll in polls} == {"pending"}
+    assert (last["state"], last["error"], last["next_poll_in"]) == ("approved", None, None)
+    assert [poll["poll"] for poll in (first, *polls, last)] == list(range(1, len(polls) + 3))
+    assert outcome == {
+        "event": "outcome",
+        "outcome": "approved",
+        "polls": last["poll"],
+        "elapsed": pytest.approx(last["elapsed"], abs=0.1),
+        "operation": service.operations["txn-1"].to_dict(),
+        "error": None,
+    }
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("lie", "error", "outcome"),
+    [
+        ({}, ApprovalTimeoutError, "timed_out"),
+        ({"operation_id": "txn-2"}, OperationMismatchError, "mismatch"),
+        ({"state": "denied"}, InconsistentOperationError, "inconsistent"),
+        (None, NotFoundError, "error"),
+        ("down", ApprovalUnknownError, "unknown"),
+    ],
+    ids=repr,
+)
+async def test_the_last_line_of_json_names_every_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+    service: Sandbox,
+    lie: dict[str, object] | str | None,
+    error: type[ApprovalError],
+    outcome: str,
+) -> None:
+    if lie is not None:
+        async with service.client() as client:
+            await client.create_operation("C0FFEE", operation_id="txn-1")
+    if lie == "down":
+        service.fail_next(times=None)
+    elif isinstance(lie, dict):
+        service.tamper("txn-1", **lie)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(error) as end:
+        await app.run_async(["wait", "txn-1", "--timeout", "2", "--json"])
+    last = lines_of_json(stream.getvalue())[-1]
+    assert (last["event"], last["outcome"], last["operation"]) == ("outcome", outcome, None)
+    assert last["error"] == {"type": error.__name__, "message": describe(end.value)}
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("source", ["file", "stdin"])
+async def test_wait_resumes_a_ticket(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, source: str
+) -> None:
+    content = await output_of(
+        monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "a", "--expires-in", "30", "--json"
+    )
+    if source == "file":
+        name = str(tmp_path / "ticket.json")
+        (tmp_path / "ticket.json").write_text(content)
+    else:
+        name = "-"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    later(5, service.approve, "a")
+    text = await output_of(monkeypatch, io.StringIO(), "wait", "--ticket", name)
+    assert re.match(r"  Operation  a\n  User       C0FFEE\n  Time       (29|30) s at most\n", text)
+    assert "Approved" in text
+
+
+@pytest.mark.looptime
+async def test_wait_for_a_ticket_checks_user_and_payload(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path
+) -> None:
+    file = tmp_path / "ticket.json"
+    file.write_text(await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "a", "--json"))
+    service.approve("a")
+    service.tamper("a", operation_payload="Pay 9000 to Mallory")
+    with pytest.raises(OperationMismatchError):
+        await app.run_async(["wait", "--ticket", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the ticket FILE (No such file or directory)"),
+        (b"", "FILE is not a ticket that aiokeyless VERSION can read"),
+        (b"{}\x1b[2J", "FILE is not a ticket that aiokeyless VERSION can read"),
+        (b"\xff\xfe", "FILE is not a ticket that aiokeyless VERSION can read"),
+        (b'{"version": 2}', "FILE is not a ticket that aiokeyless VERSION can read"),
+    ],
+    ids=repr,
+)
+def test_a_bad_ticket_is_one_line_that_says_how_to_create_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "ticket.json"
+    if content is not None:
+        file.write_bytes(content)
+    assert run(["wait", "--ticket", str(file)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"aiokeyless: {message.replace('FILE', str(file)).replace('VERSION', __version__)}")
+    assert err.endswith("; to create one: aiokeyless create USER_ID --json > FILE\n")
+    assert err.removesuffix("\n").isprintable()
+
+
+def test_a_ticket_that_cannot_be_read_is_one_line_with_the_reason(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(["wait", "--ticket", str(tmp_path)]) == 1
+    assert "(Is a directory)" in capsys.readouterr().err
+    assert run(["wait", "--ticket", "a\0b"]) == 1
+    assert r"cannot read the ticket a\x00b (embedded null byte)" in capsys.readouterr().err
+
+
+def test_a_wait_is_for_an_id_or_a_ticket_and_not_both(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = (
+        '{"operation_id": "a", "user_id": "C0FFEE", "created_at": "2026-01-01T00:00:00Z", '
+        f'"expires_at": "2026-01-01T00:00:00Z", "version": 1, "payload_sha256": "{"0" * 64}"}}'
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.encode())))
+    assert run(["wait", "a", "--ticket", "-"]) == 2
+    assert "either OPERATION_ID or --ticket FILE. See aiokeyless wait --help.\n" in capsys.readouterr().err
