@@ -1772,6 +1772,30 @@ class TestClosing:
         assert client._transport is not None
         assert client._transport._session.closed
 
+    async def test_each_closing_waits_for_an_exchange_that_is_slow_to_end(
+        self, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def slow(*_: object) -> None:  # as a middleware of a borrowed session may be
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(1)
+
+        client = sandbox.client()
+        await pending(client)
+        monkeypatch.setattr("aiokeyless.transport.Transport.look", slow)
+        wait = asyncio.create_task(client.wait_for_approval("op"))
+        await asyncio.sleep(0.5)
+        assert client._poller is not None
+        first = asyncio.create_task(client._poller.aclose())
+        with pytest.raises(ClientClosedError):
+            await wait
+        assert now() == 0.5
+        await client._poller.aclose()
+        await first
+        assert now() == 1.5
+        await client.aclose()
+
     async def test_closing_while_final_polls_queue_does_not_spin(self, sandbox: Sandbox) -> None:
         client = sandbox.client(max_in_flight=1)
         for number in range(1000):
