@@ -1,19 +1,34 @@
-"""``/healthz``: whether a worker works, for whoever starts and stops it."""
+"""``/healthz``: whether a worker works, for whoever starts and stops it.
+
+The port is open to whoever reaches it, and its descriptors are those that the exchanges with Keyless need. So few
+connections are held at once, each for a short time, whatever comes over them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from aiohttp import web
 
+from .logs import Seldom
 from .messages import BrokerError
 
 if TYPE_CHECKING:
     from .service import ApprovalWorker
 
+_MOST_CONNECTIONS: Final = 32
+_LIFETIME: Final = 2.0  # seconds that a connection has, for its request and the answer together
+_MAX_LINE: Final = 4 << 10  # bytes of a line of the request's head
+_MAX_HEADERS: Final = 64
+_BACKLOG: Final = 128
+_PAUSE: Final = 1.0  # seconds, where the process has no descriptor left
 
-async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> web.AppRunner:
+
+async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> HealthServer:
     """Serve ``GET /healthz``: 200 while the worker takes requests, 503 while the broker is away or the worker ends.
 
     That Keyless is down makes no worker unhealthy: another one would fare no better. The body, JSON, tells it.
@@ -24,7 +39,7 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
         host: Address to listen on. Default: this machine only.
 
     Returns:
-        What serves; the caller ends it with ``await runner.cleanup()``.
+        What serves; the caller ends it with ``await server.cleanup()``.
 
     Raises:
         BrokerError: The port cannot be had.
@@ -34,15 +49,106 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
         statistics = worker.statistics
         body = {"status": "ok" if statistics.is_ready else "unavailable", **msgspec.structs.asdict(statistics)}
         status = 200 if statistics.is_ready else 503
-        return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
+        response = web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
+        response.force_close()
+        return response
 
     app = web.Application()
     app.router.add_get("/healthz", healthz)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        listeners = await _listen(host, port)
     except OSError as error:
-        await runner.cleanup()
         raise BrokerError(f"cannot serve /healthz on {host} port {port}: {error.strerror}") from None
-    return runner
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=_bad_requests(),
+        max_line_size=_MAX_LINE,
+        max_field_size=_MAX_LINE,
+        max_headers=_MAX_HEADERS,
+    )
+    await runner.setup()
+    return HealthServer(runner, listeners)
+
+
+def _bad_requests() -> logging.Logger:
+    """Make the logger of a server to which anybody may send what is no HTTP: aiohttp writes a traceback each time."""
+    seldom = Seldom(logging.WARNING, "healthz.bad_request")
+
+    def log_seldom(record: logging.LogRecord) -> bool:
+        error = record.exc_info[0] if record.exc_info else None
+        seldom.log({"error": record.getMessage() if error is None else error.__name__})
+        return False
+
+    logger = logging.Logger(__name__)  # noqa: LOG001  # not the process's: of this server alone
+    logger.addFilter(log_seldom)
+    return logger
+
+
+async def _listen(host: str, port: int) -> list[socket.socket]:
+    """Listen on each address of a host, as asyncio's own servers do."""
+    loop = asyncio.get_running_loop()
+    listeners: list[socket.socket] = []
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+            listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+            listener.setblocking(False)  # noqa: FBT003  # a positional argument of the standard library's
+            listeners.append(listener)
+    except OSError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+class HealthServer:
+    """What serves ``/healthz``.
+
+    asyncio's own servers take connections without a bound, and log it 128 times a second, and more each second, while
+    no descriptor is left. So connections are accepted here.
+
+    Args:
+        runner: What answers, set up.
+        listeners: Where it listens.
+    """
+
+    def __init__(self, runner: web.AppRunner, listeners: list[socket.socket]) -> None:
+        assert runner.server is not None  # noqa: S101  # it was set up
+        self._runner = runner
+        self._answer = runner.server
+        self._listeners = listeners
+        self._refused = Seldom(logging.WARNING, "healthz.refused")
+        loop = asyncio.get_running_loop()
+        self._accepting = [loop.create_task(self._accept(listener)) for listener in listeners]
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens: host and port of each socket."""
+        return [listener.getsockname()[:2] for listener in self._listeners]
+
+    async def cleanup(self) -> None:
+        """End it, and the connections that are open."""
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for listener in self._listeners:
+            listener.close()
+        await self._runner.cleanup()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left
+                self._refused.log({"error": f"{type(error).__name__}: {error}"})
+                await asyncio.sleep(_PAUSE)
+                continue
+            if len(self._answer.connections) >= _MOST_CONNECTIONS:
+                connection.close()
+                self._refused.log({"error": f"{_MOST_CONNECTIONS} connections are open"})
+                await asyncio.sleep(0)  # accepting does not wait where many come at once: others have their turn
+            else:
+                transport, _ = await loop.connect_accepted_socket(self._answer, connection)
+                loop.call_later(_LIFETIME, transport.abort)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import socket
+import sys
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import msgspec
+import nats
 import pytest
+from nats_server import PATIENCE, NatsServer, until
 
-from aiokeyless.worker import BrokerError, WorkerStatistics, serve_health
+from aiokeyless.worker import (
+    BrokerError,
+    Outcome,
+    WorkerStatistics,
+    approval_outcomes,
+    healthz,
+    serve_health,
+    submit_approval,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aiohttp import web
-
+    from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import ApprovalWorker
+    from aiokeyless.worker.healthz import HealthServer
 
 STATISTICS = WorkerStatistics(
     in_flight=1,
@@ -47,14 +62,14 @@ def worker() -> Worker:
 
 
 @pytest.fixture
-async def served(worker: Worker) -> AsyncGenerator[web.AppRunner]:
-    runner = await serve_health(cast("ApprovalWorker", worker), 0)
-    yield runner
-    await runner.cleanup()
+async def served(worker: Worker) -> AsyncGenerator[HealthServer]:
+    server = await serve_health(cast("ApprovalWorker", worker), 0)
+    yield server
+    await server.cleanup()
 
 
-async def asked(runner: web.AppRunner, method: str = "GET", path: str = "/healthz") -> tuple[int, str, Any]:
-    host, port = runner.addresses[0]
+async def asked(server: HealthServer, method: str = "GET", path: str = "/healthz") -> tuple[int, str, Any]:
+    host, port = server.addresses[0]
     async with (
         aiohttp.ClientSession() as session,
         session.request(method, f"http://{host}:{port}{path}") as response,
@@ -63,7 +78,7 @@ async def asked(runner: web.AppRunner, method: str = "GET", path: str = "/health
         return response.status, response.content_type, await response.json() if is_json else None
 
 
-async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: web.AppRunner) -> None:
+async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: HealthServer) -> None:
     status, content_type, body = await asked(served)
     assert (status, content_type) == (200, "application/json")
     assert body["status"] == "ok"
@@ -72,29 +87,177 @@ async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(serve
     }
 
 
-async def test_a_worker_that_takes_none_is_unavailable(served: web.AppRunner, worker: Worker) -> None:
+async def test_a_worker_that_takes_none_is_unavailable(served: HealthServer, worker: Worker) -> None:
     worker.statistics = msgspec.structs.replace(STATISTICS, is_ready=False, is_draining=True)
     status, content_type, body = await asked(served)
     assert (status, content_type) == (503, "application/json")
     assert (body["status"], body["is_draining"]) == ("unavailable", True)
 
 
-async def test_it_listens_on_this_machine_only(served: web.AppRunner) -> None:
+async def test_it_listens_on_this_machine_only(served: HealthServer) -> None:
     assert [address[0] for address in served.addresses] == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("POST", "/healthz", 405)])
-async def test_there_is_nothing_else(served: web.AppRunner, method: str, path: str, status: int) -> None:
+async def test_there_is_nothing_else(served: HealthServer, method: str, path: str, status: int) -> None:
     assert (await asked(served, method, path))[0] == status
 
 
 async def test_a_port_that_is_taken_is_one_line(worker: Worker) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(BrokerError, match=rf"^cannot serve /healthz on 127\.0\.0\.1 port {port}: .*in use$"):
+        with pytest.raises(BrokerError, match=rf"^cannot serve /healthz on 127\.0\.0\.1 port {port}: .*in use"):
             await serve_health(cast("ApprovalWorker", worker), port)
+
+
+async def test_where_one_of_two_addresses_is_taken_the_other_one_is_free_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+        addresses = [free.getsockname(), taken.getsockname()]
+        free.close()
+
+        async def found(*_: object, **__: object) -> list[Any]:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found)
+        with pytest.raises(BrokerError, match="in use"):
+            await serve_health(cast("ApprovalWorker", worker), 0, "both")
+        socket.create_server(addresses[0]).close()
 
 
 async def test_an_address_of_another_machine_is_one_line(worker: Worker) -> None:
     with pytest.raises(BrokerError, match=r"^cannot serve /healthz on 192\.0\.2\.1 port 0: "):
         await serve_health(cast("ApprovalWorker", worker), 0, "192.0.2.1")
+
+
+# -- clients that mean no good
+
+
+@pytest.fixture
+def _short_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healthz, "_LIFETIME", 0.2)
+
+
+@asynccontextmanager
+async def connected(server: HealthServer, count: int) -> AsyncGenerator[list[asyncio.StreamReader]]:
+    """Open connections that say nothing."""
+    streams = [await asyncio.open_connection(*server.addresses[0]) for _ in range(count)]
+    yield [reader for reader, _ in streams]
+    for _, writer in streams:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def ended(reader: asyncio.StreamReader) -> None:
+    with suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+
+
+async def test_connections_over_the_bound_are_closed_at_once(
+    served: HealthServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(served, healthz._MOST_CONNECTIONS + 5) as readers:
+        began = asyncio.get_running_loop().time()
+        await asyncio.gather(*map(ended, readers[healthz._MOST_CONNECTIONS :]))
+        assert asyncio.get_running_loop().time() - began < healthz._LIFETIME / 2
+        assert not any(reader.at_eof() for reader in readers[: healthz._MOST_CONNECTIONS])
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.usefixtures("_short_lives")
+async def test_connections_that_say_nothing_end_in_time_and_make_room(served: HealthServer) -> None:
+    async with connected(served, healthz._MOST_CONNECTIONS) as readers:
+        await asyncio.gather(*map(ended, readers))
+        assert (await asked(served))[0] == 200
+
+
+@pytest.mark.usefixtures("_short_lives")
+async def test_a_head_that_never_ends_is_cut_off(served: HealthServer) -> None:
+    reader, writer = await asyncio.open_connection(*served.addresses[0])
+    writer.write(b"GET /healthz HTTP/1.1\r\n")
+
+    async def trickle() -> None:
+        while True:
+            writer.write(b"a: b\r\n")
+            await asyncio.sleep(0.01)
+
+    trickling = asyncio.create_task(trickle())
+    with suppress(ConnectionError):
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert b"200 OK" not in answer
+    trickling.cancel()
+    writer.close()
+
+
+@pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 8192 + b"\r\n\r\n", b"\0\r\n\r\n"], ids=repr)
+async def test_what_is_no_request_is_refused_and_logged_seldom(
+    served: HealthServer, caplog: pytest.LogCaptureFixture, head: bytes
+) -> None:
+    for _ in range(5):
+        reader, writer = await asyncio.open_connection(*served.addresses[0])
+        writer.write(head)
+        assert b" 400 " in await reader.readline()
+        writer.close()
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("healthz.bad_request")
+
+
+async def test_an_answer_ends_its_connection(served: HealthServer) -> None:
+    reader, writer = await asyncio.open_connection(*served.addresses[0])
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (await asyncio.wait_for(reader.read(), healthz._LIFETIME / 2)).startswith(b"HTTP/1.1 200 OK")
+    writer.close()
+
+
+async def test_a_process_without_descriptors_tries_again_without_haste(
+    served: HealthServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    accept = loop.sock_accept
+    refusals: list[OSError] = []
+
+    async def refuse(listener: socket.socket) -> Any:
+        if len(refusals) == 3:
+            return await accept(listener)
+        refusals.append(OSError(errno.EMFILE, "Too many open files"))
+        raise refusals[-1]
+
+    monkeypatch.setattr(healthz, "_PAUSE", 0.01)
+    monkeypatch.setattr(loop, "sock_accept", refuse)
+    await asked(served)  # by the accept that was under way
+    assert (await asked(served))[0] == 200
+    assert len(refusals) == 3
+    assert ["healthz.refused" in line for line in caplog.messages] == [True]
+
+
+async def test_silent_connections_cost_no_approval_and_no_disk(broker: NatsServer, sandbox: Sandbox) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    worker = await asyncio.create_subprocess_exec(
+        "/bin/sh",
+        "-c",
+        f'ulimit -n 128; exec "$0" -m aiokeyless worker --nats {broker.url} --health-port {port}',
+        sys.executable,
+        env={**os.environ, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert worker.stderr is not None
+    while b"worker.ready" not in (line := await asyncio.wait_for(worker.stderr.readline(), PATIENCE)):
+        assert line, "it has ended"
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
+    try:
+        async with await nats.connect(broker.url) as connection, aclosing(approval_outcomes(connection, "a")) as events:
+            asked_for = await submit_approval(connection, "C0FFEE", expires_in=4)
+            await until(lambda: asked_for.operation_id in sandbox.operations)
+            sandbox.approve(asked_for.operation_id)
+            event = await asyncio.wait_for(anext(events), PATIENCE)
+    finally:
+        for one in silent:
+            one.close()
+        worker.terminate()
+        log = await worker.stderr.read()
+        await worker.wait()
+    assert event.outcome is Outcome.APPROVED
+    assert len(log) < 10_000
