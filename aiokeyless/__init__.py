@@ -31,19 +31,10 @@ from .errors import (
     TransportError,
     UnsupportedMediaTypeError,
 )
-from .models import (
-    ApprovalOutcome,
-    ApprovalTicket,
-    ApprovalUpdate,
-    AuthType,
-    ClientStatistics,
-    Operation,
-    OperationState,
-    PendingOperation,
-    Region,
-    Secret,
-)
+from .models import AuthType, Operation, OperationState, PendingOperation, Region, Secret
+from .reports import ApprovalOutcome, ApprovalUpdate, ClientStatistics
 from .schedule import wait_adaptive
+from .ticket import ApprovalTicket
 
 __all__ = [
     "AlreadyApprovedError",

@@ -5,12 +5,18 @@ Nothing here does I/O.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 import unicodedata
 from typing import Final
+from urllib.parse import urlsplit
+
+from tenacity.wait import wait_base
+from yarl import URL
 
 from .errors import ConfigurationError, InvalidIdentifierError
+from .models import Region, Secret
 
 MAX_IDENTIFIER: Final = 512  # characters: long enough for any id in use, short enough for any gateway's URL limit
 
@@ -123,3 +129,123 @@ def finite_seconds(value: object, name: str) -> float:
     if math.isinf(number):
         raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}", argument=name)
     return number
+
+
+def read_api_key(api_key: object) -> Secret | ConfigurationError:
+    """Return the key without surrounding blanks, or the error to raise.
+
+    The error is returned and not raised, so that no frame of its traceback has the key among its local variables: error
+    reporters print those. Absent, empty, or not made of printable ASCII is an error; the message never shows the key.
+    """
+    if api_key is None:
+        return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY", argument="api_key")
+    if not isinstance(api_key, str):
+        return ConfigurationError(f"api_key must be a string, not {type(api_key).__name__}", argument="api_key")
+    api_key = api_key.strip()
+    if not api_key:
+        return ConfigurationError(
+            "api_key is empty: pass the key of your Keyless tenant or set KEYLESS_API_KEY", argument="api_key"
+        )
+    if not (api_key.isascii() and api_key.isprintable()):
+        return ConfigurationError(
+            "api_key must be printable ASCII; it holds control or non-ASCII characters, often from a bad paste",
+            argument="api_key",
+        )
+    return Secret(api_key)
+
+
+def check_region(region: Region | str) -> Region:
+    """Return the region by its name.
+
+    Raises:
+        ConfigurationError: Unknown.
+    """
+    try:
+        return Region(region)
+    except ValueError:
+        raise ConfigurationError(
+            f"region must be one of {', '.join(Region)}, not {region!r}; for another address pass base_url",
+            argument="region",
+        ) from None
+
+
+# Only what urlsplit and yarl, which connects, read in the same way: no zone, no percent sign, ASCII. An empty or longer
+# label raises what is no OSError when it is resolved.
+_LABEL: Final = "[a-z0-9_-]{1,63}"
+
+
+_AUTHORITY: Final = re.compile(
+    rf"(?:\[[0-9a-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?)(?::0*[1-9][0-9]*)?", re.ASCII | re.IGNORECASE
+)
+
+
+def check_base_url(base_url: str) -> str:
+    """Return the base URL without a trailing slash.
+
+    Raises:
+        ConfigurationError: Not an absolute https URL (http is for loopback hosts), or it carries what the API key
+            must not travel with (userinfo, query, fragment), or its host can be read in more than one way.
+    """
+    if not isinstance(base_url, str):
+        raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}", argument="base_url")
+    base_url = base_url.strip()
+    if any(c.isspace() or not c.isprintable() or c == "\\" for c in base_url):
+        raise ConfigurationError(
+            "base_url must not hold blanks, control characters or backslashes", argument="base_url"
+        )
+    try:
+        parts = urlsplit(base_url)
+        _ = parts.port  # raises on a bad one, also where yarl does not
+        host = URL(base_url).raw_host  # the one that will be connected to, so the one to check
+    except ValueError:  # its text may quote userinfo
+        raise ConfigurationError(
+            "base_url is no URL; it looks like https://api.keyless.io", argument="base_url"
+        ) from None
+    if parts.scheme not in {"https", "http"} or not host:
+        raise ConfigurationError("base_url must be an absolute URL such as https://api.keyless.io", argument="base_url")
+    if "@" in parts.netloc:
+        raise ConfigurationError("base_url must not hold userinfo; the key goes into api_key", argument="base_url")
+    if "?" in base_url or "#" in base_url:
+        raise ConfigurationError("base_url must not hold a query or a fragment", argument="base_url")
+    if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
+        raise ConfigurationError("base_url must not hold '.' or '..' segments", argument="base_url")
+    if _AUTHORITY.fullmatch(parts.netloc) is None:
+        raise ConfigurationError(
+            "base_url must name its host plainly: a name in ASCII (xn--... for an international one) or an IP address "
+            "(IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
+            argument="base_url",
+        )
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ConfigurationError(
+            "base_url must be https: over http anyone on the way reads the API key "
+            "(http is for loopback hosts, such as a sandbox)",
+            argument="base_url",
+        )
+    return base_url.rstrip("/")
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def whole_number(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}", argument=name)
+    return value
+
+
+def check_schedule(schedule: wait_base | None) -> wait_base | None:
+    if schedule is not None and not isinstance(schedule, wait_base):
+        raise ConfigurationError(
+            f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}",
+            argument="schedule",
+        )
+    return schedule
+
+
+def check_on_poll(on_poll: object) -> None:
+    if on_poll is not None and not callable(on_poll):
+        raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}", argument="on_poll")

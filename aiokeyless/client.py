@@ -16,42 +16,39 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self, TypedDict, Typ
 
 import aiohttp
 import anyio
-from tenacity.wait import wait_base
 
-from . import protocol
+from aiokeyless._validation import (
+    check_base_url,
+    check_on_poll,
+    check_operation_id,
+    check_region,
+    check_schedule,
+    check_text,
+    check_user_id,
+    read_api_key,
+    whole_number,
+)
+
+from ._http import protocol
+from ._http.creation import Creation
+from ._http.transport import Transport
+from ._poller.poller import Poller
+from ._poller.state import Outcome
 from ._validation import finite_seconds, seconds
-from .creation import Creation
-from .errors import (
-    ClientClosedError,
-    ConfigurationError,
-    DecodeError,
-    KeylessError,
-    StatusError,
-    TransportError,
-)
-from .models import (
-    ApprovalOutcome,
-    ApprovalTicket,
-    ApprovalUpdate,
-    ClientStatistics,
-    NewOperation,
-    Operation,
-    PendingOperation,
-    Region,
-    payload_digest,
-)
-from .poller import Poller
+from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
+from .models import NewOperation, Operation, PendingOperation, Region
+from .reports import ApprovalOutcome, ApprovalUpdate, ClientStatistics
 from .schedule import wait_adaptive
-from .transport import Transport
-from .waits import Outcome
+from .ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
     from types import TracebackType
 
     from anyio.streams.memory import MemoryObjectSendStream
+    from tenacity.wait import wait_base
 
-    from .waits import Wait
+    from ._poller.state import Wait
 
 IfMissing = Literal["raise", "wait"]
 IfExists = Literal["raise", "resume"]
@@ -124,7 +121,7 @@ class KeylessClient:
                 f"session must be an aiohttp.ClientSession, not {type(session).__name__}", argument="session"
             )
         key, api_key = (
-            protocol.read_api_key(_given(api_key, "KEYLESS_API_KEY")),
+            read_api_key(_given(api_key, "KEYLESS_API_KEY")),
             None,
         )  # reporters print local variables
         if isinstance(key, ConfigurationError):
@@ -133,9 +130,9 @@ class KeylessClient:
         self._region, self._base_url = _address(region, base_url)
         self._session = session
         self._request_timeout = finite_seconds(request_timeout, "request_timeout")
-        self._max_attempts = _count(max_attempts, "max_attempts")
-        self._max_in_flight = _count(max_in_flight, "max_in_flight")
-        self._schedule = _check_schedule(schedule) or wait_adaptive()
+        self._max_attempts = whole_number(max_attempts, "max_attempts")
+        self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
+        self._schedule = check_schedule(schedule) or wait_adaptive()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
 
@@ -298,11 +295,11 @@ class KeylessClient:
         transport, poller = self._open()
         _check_if_exists(if_exists)
         operation = NewOperation(
-            operation_id=str(uuid.uuid4()) if operation_id is None else protocol.check_operation_id(operation_id),
-            operation_payload=protocol.check_text(operation_payload, "operation_payload"),
-            external_user_id=protocol.check_text(external_user_id, "external_user_id"),
+            operation_id=str(uuid.uuid4()) if operation_id is None else check_operation_id(operation_id),
+            operation_payload=check_text(operation_payload, "operation_payload"),
+            external_user_id=check_text(external_user_id, "external_user_id"),
         )
-        user_id = protocol.check_user_id(user_id)
+        user_id = check_user_id(user_id)
         lifetime = _lifetime(expires_in)
         creation = Creation(
             transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
@@ -405,7 +402,7 @@ class KeylessClient:
         Raises:
             KeylessError: What `create_operation` and `wait_for_approval` raise.
         """
-        _check_on_poll(on_poll)  # before anything is created
+        check_on_poll(on_poll)  # before anything is created
         ticket = await self.create_operation(
             user_id,
             operation_id=operation_id,
@@ -497,10 +494,10 @@ class KeylessClient:
         if if_missing not in get_args(IfMissing):
             raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}", argument="if_missing")
         return _WaitOptions(
-            operation_id=protocol.check_operation_id(target),
+            operation_id=check_operation_id(target),
             ticket=ticket,
             timeout=_budget(timeout, ticket),
-            schedule=_check_schedule(schedule),
+            schedule=check_schedule(schedule),
             may_be_missing=if_missing == "wait",
         )
 
@@ -511,7 +508,7 @@ class KeylessClient:
     async def _wait_reporting(
         self, options: _WaitOptions, on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object]
     ) -> Operation:
-        _check_on_poll(on_poll)
+        check_on_poll(on_poll)
         operation: Operation | None = None
         updates = self._watch(options)
         try:
@@ -598,8 +595,8 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
     if region is not None and base_url is not None:
         raise ConfigurationError("region and base_url must not both be given: each of them says where the API is")
     named_region, named_url = _given(region, "KEYLESS_REGION"), _given(base_url, "KEYLESS_BASE_URL")
-    checked_region = Region.EU if named_region is None else protocol.check_region(named_region)
-    checked_url = None if named_url is None else protocol.check_base_url(named_url)
+    checked_region = Region.EU if named_region is None else check_region(named_region)
+    checked_url = None if named_url is None else check_base_url(named_url)
     if checked_url is None or region is not None:  # an argument beats the environment
         return checked_region, protocol.BASE_URLS[checked_region]
     return None, checked_url
@@ -608,26 +605,6 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
 def _check_if_exists(if_exists: object) -> None:
     if if_exists not in get_args(IfExists):
         raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}", argument="if_exists")
-
-
-def _count(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be a whole number, at least 1, not {value!r}", argument=name)
-    return value
-
-
-def _check_schedule(schedule: wait_base | None) -> wait_base | None:
-    if schedule is not None and not isinstance(schedule, wait_base):
-        raise ConfigurationError(
-            f"schedule must be a tenacity wait strategy, such as wait_adaptive() or wait_fixed(2), not {schedule!r}",
-            argument="schedule",
-        )
-    return schedule
-
-
-def _check_on_poll(on_poll: object) -> None:
-    if on_poll is not None and not callable(on_poll):
-        raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}", argument="on_poll")
 
 
 def _budget(timeout: Timeout, ticket: ApprovalTicket | None) -> float | None:

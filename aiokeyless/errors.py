@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:  # for annotations only: errors.py stands below models.py and must not load it
-    from .models import ApprovalTicket, Operation
+    from .models import Operation
+    from .ticket import ApprovalTicket
 
 __all__ = [
     "AlreadyApprovedError",

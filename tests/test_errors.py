@@ -41,9 +41,10 @@ from aiokeyless.errors import (
     TransportError,
     UnsupportedMediaTypeError,
 )
-from aiokeyless.models import ApprovalTicket, Operation, Secret, payload_digest
+from aiokeyless.models import Operation, Secret
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.schedule import next_delay
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

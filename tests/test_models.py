@@ -16,13 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.pretty import pretty_repr
 
+from aiokeyless._poller.packing import pack_pending, unpack_pending
+from aiokeyless._validation import seconds
 from aiokeyless.errors import ConfigurationError, ServerError
 from aiokeyless.models import (
-    ApprovalOutcome,
-    ApprovalTicket,
-    ApprovalUpdate,
     AuthType,
-    ClientStatistics,
     NewOperation,
     Operation,
     OperationState,
@@ -30,11 +28,9 @@ from aiokeyless.models import (
     Region,
     Secret,
     decode_hook,
-    pack_pending,
-    payload_digest,
-    seconds,
-    unpack_pending,
 )
+from aiokeyless.reports import ApprovalOutcome, ApprovalUpdate, ClientStatistics
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from aiokeyless import protocol
+from aiokeyless._validation import check_operation_id, check_user_id
 from aiokeyless._version import __version__
 from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, InvalidIdentifierError, KeylessError
@@ -122,9 +122,9 @@ def _check_seconds(_type: object, seconds: float) -> None:
         raise ValueError("Must be more than 0 seconds, and not infinite.")
 
 
-_check_operation_id = _validator(protocol.check_operation_id, "operation_id")
+_check_operation_id = _validator(check_operation_id, "operation_id")
 
-UserId = Annotated[str, Parameter(name="USER_ID", validator=_validator(protocol.check_user_id, "user_id"))]
+UserId = Annotated[str, Parameter(name="USER_ID", validator=_validator(check_user_id, "user_id"))]
 OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id)]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
 Seconds = Annotated[float, Parameter(validator=_check_seconds)]

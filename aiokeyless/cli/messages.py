@@ -10,6 +10,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._http.protocol import is_transient
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -25,7 +26,6 @@ from aiokeyless.errors import (
     TransportError,
 )
 from aiokeyless.models import Region
-from aiokeyless.protocol import is_transient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

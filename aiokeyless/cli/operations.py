@@ -9,17 +9,7 @@ import msgspec
 
 from aiokeyless.models import Operation, OperationState
 
-from .app import (
-    AsJson,
-    CommandError,
-    Exit,
-    OperationId,
-    OptionalOperationId,
-    Seconds,
-    UserId,
-    app,
-    new_client,
-)
+from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
 from .messages import approval_method
 from .render import new_console, print_command, print_fact, print_json, print_pending
 

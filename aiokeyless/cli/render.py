@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aiokeyless.client import IfMissing, KeylessClient, Timeout
-    from aiokeyless.models import ApprovalTicket, ApprovalUpdate, Operation
+    from aiokeyless.models import Operation
+    from aiokeyless.reports import ApprovalUpdate
+    from aiokeyless.ticket import ApprovalTicket
 
 #: Columns for the name of a fact.
 _NAME_WIDTH: Final = 9

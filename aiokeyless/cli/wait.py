@@ -19,27 +19,11 @@ from aiokeyless.errors import (
     KeylessError,
     OperationMismatchError,
 )
-from aiokeyless.models import ApprovalTicket
+from aiokeyless.ticket import ApprovalTicket
 
-from .app import (
-    AsJson,
-    CommandError,
-    Exit,
-    OptionalOperationId,
-    Timeout,
-    app,
-    new_client,
-)
+from .app import AsJson, CommandError, Exit, OptionalOperationId, Timeout, app, new_client
 from .messages import approval_method, counted, describe
-from .render import (
-    Display,
-    Progress,
-    display_for,
-    follow,
-    new_console,
-    print_fact,
-    print_json,
-)
+from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +31,8 @@ if TYPE_CHECKING:
     from cyclopts import Token
     from rich.console import Console
 
-    from aiokeyless.models import ApprovalUpdate, Operation
+    from aiokeyless.models import Operation
+    from aiokeyless.reports import ApprovalUpdate
 
 _DEFAULT_TIMEOUT: Final = 120.0
 _TICKET_LIMIT: Final = 1 << 20

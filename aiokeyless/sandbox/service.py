@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, Unpack
 import msgspec
 from aiohttp import web
 
+from aiokeyless._validation import seconds
 from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.models import AuthType, seconds
+from aiokeyless.models import AuthType
 
 from .api import JSON, Answer, KeylessApi, error_answer
 from .guard import refuse_host

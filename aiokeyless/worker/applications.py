@@ -15,10 +15,9 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig
 
-from aiokeyless import protocol
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless._validation import MAX_IDENTIFIER, check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.health import error_delay
-from aiokeyless.models import finite_seconds
 
 from .logs import Seldom, log
 from .messages import (
@@ -111,10 +110,10 @@ async def submit_approval(
     message_id, operation_id = _names(message_id, operation_id)
     request = ApprovalRequest(
         version=VERSION,
-        user_id=protocol.check_user_id(user_id),
+        user_id=check_user_id(user_id),
         operation_id=operation_id,
-        operation_payload=protocol.check_text(operation_payload, "operation_payload"),
-        external_user_id=protocol.check_text(external_user_id, "external_user_id"),
+        operation_payload=check_text(operation_payload, "operation_payload"),
+        external_user_id=check_text(external_user_id, "external_user_id"),
         expires_in=finite_seconds(expires_in, "expires_in"),
         created_at=_aware(created_at),
         context=_encoded(context),
@@ -153,18 +152,18 @@ def _names(message_id: str | None, operation_id: str | None) -> tuple[str | None
     """Check or make the name of a request and the id of its operation."""
     if message_id is None:
         if operation_id is not None:
-            return None, protocol.check_operation_id(operation_id)
+            return None, check_operation_id(operation_id)
         message_id = str(uuid.uuid4())
-    protocol.check_text(message_id, "message_id")
+    check_text(message_id, "message_id")
     # As a header carries it: publishers in other languages name their requests so, and mean the same operation by it.
     printable = message_id.isascii() and message_id.isprintable() and message_id == message_id.strip()
-    if not printable or not 0 < len(message_id) <= protocol.MAX_IDENTIFIER:
+    if not printable or not 0 < len(message_id) <= MAX_IDENTIFIER:
         raise ConfigurationError(
-            f"message_id must be 1 to {protocol.MAX_IDENTIFIER} characters of printable ASCII, with no blanks around it"
+            f"message_id must be 1 to {MAX_IDENTIFIER} characters of printable ASCII, with no blanks around it"
         )
     if operation_id is None:
         return message_id, derived_operation_id(message_id)
-    return message_id, protocol.check_operation_id(operation_id)
+    return message_id, check_operation_id(operation_id)
 
 
 def _aware(created_at: object) -> datetime:

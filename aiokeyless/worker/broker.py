@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import nats.errors
 from nats.aio.client import Client
 
-from aiokeyless.health import error_delay
+from aiokeyless._rules.backoff import error_delay
 
 from .logs import log
 from .messages import BrokerError

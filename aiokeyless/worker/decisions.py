@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiokeyless.approval import Distrust, Verdict, judge
+from aiokeyless._http.protocol import is_transient
+from aiokeyless._rules.approval import Distrust, Verdict, judge
+from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import DecodeError, KeylessError, OperationMismatchError
-from aiokeyless.health import error_delay
-from aiokeyless.protocol import is_transient
 from aiokeyless.schedule import next_delay
 
 from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome

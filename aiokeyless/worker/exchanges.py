@@ -1,6 +1,6 @@
 """The exchanges with Keyless that a delivery is for: its operation is created, or polled once.
 
-What an answer means is decided in `decisions`; how the service fares is told to `aiokeyless.health`.
+What an answer means is decided in `decisions`; how the service fares is told to `aiokeyless._rules.circuit`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._http.protocol import is_transient
+from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import (
     AuthenticationError,
     ClientClosedError,
@@ -21,9 +23,7 @@ from aiokeyless.errors import (
     StatusError,
     TransportError,
 )
-from aiokeyless.health import error_delay
 from aiokeyless.models import Operation
-from aiokeyless.protocol import is_transient
 
 from .claims import Claim
 from .decisions import (
@@ -45,8 +45,8 @@ from .messages import Outcome
 if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
+    from aiokeyless._rules.circuit import Health
     from aiokeyless.client import KeylessClient
-    from aiokeyless.health import Health
 
     from .claims import Claims
     from .decisions import Decision

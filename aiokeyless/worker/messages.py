@@ -15,9 +15,9 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from aiokeyless import protocol
+from aiokeyless._validation import check_operation_id, check_text, check_user_id, seconds
 from aiokeyless.errors import ConfigurationError, KeylessError
-from aiokeyless.models import ApprovalTicket, payload_digest, seconds
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 __all__ = ["ApprovalEvent", "ApprovalRequest", "BrokerError", "FailureReason", "InvalidRequestError", "Outcome"]
 
@@ -216,11 +216,11 @@ def read_request(
         raise InvalidRequestError(f"the message has {len(data)} bytes; at most {largest:g} leave room for its event")
     try:
         request = _decode(data)
-        user_id = protocol.check_user_id(request.user_id)
+        user_id = check_user_id(request.user_id)
         operation_id = _operation_id(request, message_id)
         expires_at, created_at = _times(request, stored_at, longest)
-        external_user_id = protocol.check_text(request.external_user_id, "external_user_id")
-        payload = protocol.check_text(request.operation_payload, "operation_payload")
+        external_user_id = check_text(request.external_user_id, "external_user_id")
+        payload = check_text(request.operation_payload, "operation_payload")
     except ConfigurationError as error:
         raise InvalidRequestError(str(error)) from None
     if (reason := refused_context(request.context)) is not None:
@@ -265,11 +265,11 @@ def _decode(data: bytes) -> ApprovalRequest:
 
 def _operation_id(request: ApprovalRequest, message_id: str | None) -> str:
     if request.operation_id is not None:
-        return protocol.check_operation_id(request.operation_id)
+        return check_operation_id(request.operation_id)
     if not message_id:
         # Each delivery would make an operation of its own, or a name would have to be invented that may come again.
         raise InvalidRequestError(f"the request has neither an operation_id nor the header {MESSAGE_ID}")
-    protocol.check_text(message_id, MESSAGE_ID)
+    check_text(message_id, MESSAGE_ID)
     if "\N{REPLACEMENT CHARACTER}" in message_id:
         # What stands for bytes that are no UTF-8: two names that differ in those would be one operation.
         raise InvalidRequestError(f"the header {MESSAGE_ID} is not UTF-8")

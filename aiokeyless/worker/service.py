@@ -1,7 +1,7 @@
 """The worker: it takes deliveries, has the exchange done that each is for, and tells the broker what became of it.
 
 Nothing about a wait is kept here. What is asked of Keyless lives in `exchanges`, what the service bears in
-`aiokeyless.health`; here is the intake, and the care that nothing is acknowledged before its event is stored.
+`aiokeyless._rules.circuit`; here is the intake, and the care that nothing is acknowledged before its event is stored.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import nats.errors
 
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless._rules.circuit import Health
+from aiokeyless._validation import seconds
 from aiokeyless.errors import ConfigurationError, KeylessError
-from aiokeyless.health import Health, error_delay
-from aiokeyless.models import seconds
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import connect, disconnect
@@ -26,6 +27,7 @@ from .claims import Claims
 from .decisions import Again, after_bug, invalid
 from .exchanges import Exchanges
 from .intake import EXPIRES, Intake
+from .load_shedding import Spacing
 from .logs import log
 from .messages import (
     MESSAGE_ID,
@@ -37,7 +39,6 @@ from .messages import (
     read_context,
     read_request,
 )
-from .spacing import Spacing
 from .streams import OUTCOMES, StreamSettings, prepare, restore_consumer
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiokeyless import protocol
+from aiokeyless._http import protocol
 from benchmarks.bench import Pairs, order
 from benchmarks.decoders import dataclass_operation, dataclass_pending, pydantic_operation, pydantic_pending
 from benchmarks.memory import forget_peak, peak, resident

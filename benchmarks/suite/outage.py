@@ -31,7 +31,8 @@ from tenacity import (
 )
 
 from aiokeyless import KeylessClient
-from aiokeyless.health import FAILURES_UNTIL_DOWN, error_delay
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless._rules.circuit import FAILURES_UNTIL_DOWN
 from benchmarks import pictures
 from benchmarks.baselines import LOOP, OURS, BareClient, PlainOperation, bare_session
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table

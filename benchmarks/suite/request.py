@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from aiokeyless import KeylessClient, protocol
+from aiokeyless import KeylessClient
+from aiokeyless._http import protocol
 from benchmarks import pictures
 from benchmarks.baselines import BARE, BARE_REPEATED, OURS, AiohttpClient, BareClient, bare_session, default_session
 from benchmarks.clients import ContentClient, MinimalClient, httpx_client, niquests_session

@@ -17,7 +17,8 @@ import stamina
 import tenacity
 from aiohttp_retry import JitterRetry, RetryClient
 
-from aiokeyless import KeylessClient, protocol
+from aiokeyless import KeylessClient
+from aiokeyless._http import protocol
 from benchmarks.baselines import BARE, BARE_REPEATED, OURS, BareClient, bare_session
 from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn, microseconds
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
@@ -26,8 +27,8 @@ from benchmarks.server import API_KEY, Server, serving
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aiokeyless._http.transport import Transport
     from aiokeyless.models import Operation
-    from aiokeyless.transport import Transport
     from benchmarks.bench import Bench
     from benchmarks.cpu_cost import Call
 

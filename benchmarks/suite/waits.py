@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 import anyio
 from tenacity import AsyncRetrying, retry_if_result, stop_after_delay, wait_fixed
 
-from aiokeyless import KeylessClient, protocol
+from aiokeyless import KeylessClient
+from aiokeyless._http import protocol
 from benchmarks import pictures
 from benchmarks.baselines import LOOP, OURS, BareClient, PlainOperation, bare_session
 from benchmarks.bench import Pairs, order

@@ -9,11 +9,7 @@ import sys
 
 import pytest
 
-from aiokeyless import (
-    ApprovalTimeoutError,
-    ConfigurationError,
-    __version__,
-)
+from aiokeyless import ApprovalTimeoutError, ConfigurationError, __version__
 from aiokeyless.cli import demo, run
 from aiokeyless.cli.app import CommandError
 

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from aiokeyless import (
-    ApprovalTimeoutError,
-)
+from aiokeyless import ApprovalTimeoutError
 from aiokeyless.cli import demo
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.cli.render import Display

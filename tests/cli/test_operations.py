@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import (
-    ApprovalTicket,
-)
+from aiokeyless import ApprovalTicket
 from aiokeyless.cli.app import CommandError, app
 
 from .terminal import lines_of_json, output_of

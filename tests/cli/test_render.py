@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from aiokeyless import (
-    ApprovalUpdate,
-    ServerError,
-)
+from aiokeyless import ApprovalUpdate, ServerError
 from aiokeyless.cli.render import PlainLines, Progress, print_pending, safe
 
 from .terminal import ESCAPE, Terminal, output_of

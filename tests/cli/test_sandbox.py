@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import (
-    KeylessClient,
-)
+from aiokeyless import KeylessClient
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.sandbox import Sandbox

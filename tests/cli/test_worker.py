@@ -331,7 +331,7 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_the_worker(monkeypatch)
-    monkeypatch.setitem(sys.modules, "aiokeyless.approval", None)
+    monkeypatch.setitem(sys.modules, "aiokeyless._rules.approval", None)
     with pytest.raises(ModuleNotFoundError, match="approval"):
         run(["worker"])
 

@@ -10,7 +10,7 @@ import msgspec
 import nats.js.errors
 import pytest
 
-from aiokeyless.models import ApprovalTicket, payload_digest
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 from aiokeyless.worker import StreamSettings
 from aiokeyless.worker.claims import Claim, Claims
 from aiokeyless.worker.messages import Delivery

@@ -22,8 +22,9 @@ from aiokeyless.errors import (
     ServerError,
     TransportError,
 )
-from aiokeyless.models import ApprovalTicket, Operation, Secret, payload_digest
+from aiokeyless.models import Operation, Secret
 from aiokeyless.schedule import wait_adaptive
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 from aiokeyless.worker.decisions import (
     Again,
     Decided,

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aiokeyless.errors import ServerError
-from aiokeyless.models import payload_digest
+from aiokeyless.ticket import payload_digest
 from aiokeyless.worker.decisions import Pace, after_failed_look, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,

@@ -33,7 +33,7 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
-from aiokeyless.models import payload_digest
+from aiokeyless.ticket import payload_digest
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,

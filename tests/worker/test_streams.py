@@ -20,15 +20,7 @@ from nats.js.api import (
 from nats_server import NatsServer
 
 from aiokeyless.worker import BrokerError, StreamSettings
-from aiokeyless.worker.streams import (
-    CLAIMS,
-    CONSUMER,
-    OUTCOMES,
-    REQUESTS,
-    is_delivery,
-    prepare,
-    restore_consumer,
-)
+from aiokeyless.worker.streams import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, is_delivery, prepare, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

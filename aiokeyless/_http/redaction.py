@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from .models import Secret
+    from aiokeyless.models import Secret
 
 MAX_DETAIL: Final = 200  # characters
 

@@ -48,9 +48,8 @@ from aiokeyless import (
     StatusError,
     TransportError,
     UnsupportedMediaTypeError,
-    protocol,
-    transport,
 )
+from aiokeyless._http import protocol, transport
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:

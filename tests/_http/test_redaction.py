@@ -28,7 +28,7 @@ from rich.traceback import Traceback
 from sentry_sdk.transport import Transport
 
 from aiokeyless import ApprovalTicket, ConfigurationError, KeylessClient
-from aiokeyless.protocol import Answer
+from aiokeyless._http.protocol import Answer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable

@@ -15,9 +15,8 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from yarl import URL
 
-from . import protocol
-from ._version import __version__
-from .errors import (
+from aiokeyless._version import __version__
+from aiokeyless.errors import (
     ClientClosedError,
     ConfigurationError,
     DecodeError,
@@ -26,13 +25,15 @@ from .errors import (
     StatusError,
     TransportError,
 )
+
+from . import protocol
 from .redaction import Redaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from .models import Operation, Secret
+    from aiokeyless.models import Operation, Secret
 
 T = TypeVar("T")
 

@@ -41,7 +41,7 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
-from aiokeyless.poller import Poller
+from aiokeyless._poller.poller import Poller
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -1622,7 +1622,7 @@ class TestBugs:
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
         await asyncio.sleep(3.5)
         with monkeypatch.context() as patch:
-            patch.setattr("aiokeyless.poller.Poller._expire", broken)
+            patch.setattr("aiokeyless._poller.poller.Poller._expire", broken)
             await asyncio.sleep(10)
         sandbox.approve("op")
         assert (await wait).is_approved
@@ -1635,7 +1635,7 @@ class TestBugs:
         self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         await pending(client)
-        monkeypatch.setattr(f"aiokeyless.poller.{name}", broken)
+        monkeypatch.setattr(f"aiokeyless._poller.poller.{name}", broken)
         outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(2)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * 2
         assert timers() == 0
@@ -1645,7 +1645,7 @@ class TestBugs:
     ) -> None:
         await pending(client)
         sandbox.latency = 3600
-        monkeypatch.setattr("aiokeyless.poller.unknown", broken)
+        monkeypatch.setattr("aiokeyless._poller.poller.unknown", broken)
         with pytest.raises(ZeroDivisionError):
             await client.wait_for_approval("op", timeout=5)
 
@@ -1653,7 +1653,7 @@ class TestBugs:
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await pending(client)
-        monkeypatch.setattr("aiokeyless.transport.Transport.look", broken)
+        monkeypatch.setattr("aiokeyless._http.transport.Transport.look", broken)
         with pytest.raises(ZeroDivisionError):
             await client.wait_for_approval("op")
         assert client.statistics.polls == 1
@@ -1665,7 +1665,7 @@ class TestBugs:
             raise asyncio.CancelledError
 
         await pending(client)
-        monkeypatch.setattr("aiokeyless.transport.Transport.look", cancelled)
+        monkeypatch.setattr("aiokeyless._http.transport.Transport.look", cancelled)
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval("op", timeout=60)
         assert isinstance(caught.value.last_error, TransportError)
@@ -1783,7 +1783,7 @@ class TestClosing:
 
         client = sandbox.client()
         await pending(client)
-        monkeypatch.setattr("aiokeyless.transport.Transport.look", slow)
+        monkeypatch.setattr("aiokeyless._http.transport.Transport.look", slow)
         wait = asyncio.create_task(client.wait_for_approval("op"))
         await asyncio.sleep(0.5)
         assert client._poller is not None
@@ -1884,7 +1884,7 @@ class TestNothingGrows:
             sandbox.approve(f"op{number}", user_id=USER)
             await client.wait_for_approval(f"op{number}", timeout=10_000)
         gc.collect()
-        from aiokeyless.waits import Wait, Watch
+        from aiokeyless._poller.state import Wait, Watch
 
         kept = [thing for thing in gc.get_objects() if isinstance(thing, Wait | Watch)]
         assert len(kept) <= 2 * 70  # the agenda sweeps what was taken back when there is enough of it

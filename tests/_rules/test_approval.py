@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiokeyless.approval import Distrust, Verdict, WaitRecord, distrusted, judge, timed_out, unknown
+from aiokeyless._rules.approval import Distrust, Verdict, WaitRecord, distrusted, judge, timed_out, unknown
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -19,7 +19,8 @@ from aiokeyless.errors import (
     OperationMismatchError,
     ServerError,
 )
-from aiokeyless.models import ApprovalTicket, Operation, Secret, payload_digest
+from aiokeyless.models import Operation, Secret
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 KEY = "sdk-key-0123456789"
 PAYLOAD = "Approve wire transfer of $500"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aiokeyless import ApprovalTicket, KeylessClient, KeylessError, Operation
-from aiokeyless.models import payload_digest
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.ticket import payload_digest
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

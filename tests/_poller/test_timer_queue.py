@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aiokeyless.agenda import Agenda
+from aiokeyless._poller.timer_queue import Agenda
 
 # What an agenda may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
 SLACK = 200

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from .errors import (
+from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -17,7 +17,8 @@ from .errors import (
     KeylessError,
     OperationMismatchError,
 )
-from .models import ApprovalTicket, Operation, OperationState, payload_digest
+from aiokeyless.models import Operation, OperationState
+from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 __all__ = ["Distrust", "Verdict", "WaitRecord", "distrusted", "is_same_user", "judge", "timed_out", "unknown"]
 

@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aiokeyless import health as health_room
-from aiokeyless.health import ERROR_PACE, FAILURES_UNTIL_DOWN, MAX_HOLD, Health, error_delay
+from aiokeyless._rules import circuit as health_room
+from aiokeyless._rules.backoff import ERROR_PACE, MAX_HOLD, error_delay
+from aiokeyless._rules.circuit import FAILURES_UNTIL_DOWN, Health
 from aiokeyless.schedule import next_delay
 
 LIMIT = 64

@@ -4,7 +4,7 @@ import pytest
 from tenacity import wait_fixed
 
 from aiokeyless.schedule import next_delay
-from aiokeyless.worker.spacing import Spacing
+from aiokeyless.worker.load_shedding import Spacing
 
 
 def delay(spacing: Spacing) -> float:

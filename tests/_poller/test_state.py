@@ -7,7 +7,7 @@ import pytest
 from tenacity import wait_fixed
 from yarl import URL
 
-from aiokeyless.waits import Look, Wait, Watch
+from aiokeyless._poller.state import Look, Wait, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,9 +18,11 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from .agenda import Agenda
-from .approval import Distrust, Verdict, distrusted, judge, timed_out, unknown
-from .errors import (
+from aiokeyless._http.protocol import get_operation, is_transient
+from aiokeyless._rules.approval import Distrust, Verdict, distrusted, judge, timed_out, unknown
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless._rules.circuit import Health
+from aiokeyless.errors import (
     ApprovalTimeoutError,
     ClientClosedError,
     KeylessError,
@@ -29,11 +31,13 @@ from .errors import (
     StatusError,
     TransportError,
 )
-from .health import Health, error_delay
-from .models import ApprovalUpdate, ClientStatistics, Operation, pack_pending
-from .protocol import get_operation, is_transient
-from .schedule import next_delay, wait_adaptive
-from .waits import Look, Wait, Watch
+from aiokeyless.models import Operation
+from aiokeyless.reports import ApprovalUpdate, ClientStatistics
+from aiokeyless.schedule import next_delay, wait_adaptive
+
+from .packing import pack_pending
+from .state import Look, Wait, Watch
+from .timer_queue import Agenda
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,9 +45,10 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
 
-    from .models import ApprovalTicket
-    from .transport import Transport
-    from .waits import Outcome
+    from aiokeyless._http.transport import Transport
+    from aiokeyless.ticket import ApprovalTicket
+
+    from .state import Outcome
 
 FINAL_LOOK: Final = 2.0  # seconds past the deadline within which the final poll is answered, or repeated if it fails
 YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from . import protocol
-from .approval import is_same_user
-from .errors import (
+from aiokeyless._rules.approval import is_same_user
+from aiokeyless.errors import (
     AlreadyApprovedError,
     ConflictError,
     DecodeError,
@@ -21,10 +20,13 @@ from .errors import (
     StatusError,
     TransportError,
 )
-from .models import OperationState
+from aiokeyless.models import OperationState
+
+from . import protocol
 
 if TYPE_CHECKING:
-    from .models import NewOperation, Operation
+    from aiokeyless.models import NewOperation, Operation
+
     from .transport import Transport
 
 _REQUEST_TIMEOUT: Final = 408

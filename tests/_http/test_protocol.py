@@ -17,6 +17,31 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from yarl import URL
 
+from aiokeyless._http.protocol import (
+    BASE_URLS,
+    GET_OPERATION,
+    GET_PENDING,
+    POST_OPERATION,
+    Answer,
+    Endpoint,
+    Request,
+    create_operation,
+    get_operation,
+    get_pending_operations,
+    is_transient,
+    read,
+    retry_after,
+)
+from aiokeyless._http.redaction import MAX_DETAIL, Redaction
+from aiokeyless._validation import (
+    MAX_IDENTIFIER,
+    check_base_url,
+    check_operation_id,
+    check_region,
+    check_text,
+    check_user_id,
+    read_api_key,
+)
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     AuthenticationError,
@@ -39,29 +64,6 @@ from aiokeyless.errors import (
     UnsupportedMediaTypeError,
 )
 from aiokeyless.models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, Secret
-from aiokeyless.protocol import (
-    BASE_URLS,
-    GET_OPERATION,
-    GET_PENDING,
-    MAX_IDENTIFIER,
-    POST_OPERATION,
-    Answer,
-    Endpoint,
-    Request,
-    check_base_url,
-    check_operation_id,
-    check_region,
-    check_text,
-    check_user_id,
-    create_operation,
-    get_operation,
-    get_pending_operations,
-    is_transient,
-    read,
-    read_api_key,
-    retry_after,
-)
-from aiokeyless.redaction import MAX_DETAIL, Redaction
 
 KEY = "k3y/with+blanks and=\"quotes\" & <tags> 'n' 100%\\"
 PATH = "/v2/operations/txn-1"

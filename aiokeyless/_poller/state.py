@@ -10,17 +10,20 @@ import asyncio
 import math
 from typing import TYPE_CHECKING
 
-from .approval import WaitRecord
-from .models import Operation, unpack_pending
+from aiokeyless._rules.approval import WaitRecord
+from aiokeyless.models import Operation
+
+from .packing import unpack_pending
 
 if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
     from yarl import URL
 
-    from .errors import KeylessError
-    from .models import ApprovalTicket, ApprovalUpdate
-    from .schedule import wait_adaptive
+    from aiokeyless.errors import KeylessError
+    from aiokeyless.reports import ApprovalUpdate
+    from aiokeyless.schedule import wait_adaptive
+    from aiokeyless.ticket import ApprovalTicket
 
 Outcome = Operation | Exception
 

@@ -1,0 +1,1 @@
+"""HTTP: the endpoints as data, and the exchanges with the service."""

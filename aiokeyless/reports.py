@@ -1,0 +1,68 @@
+"""What a client reports: `ApprovalUpdate` of a poll, `ApprovalOutcome` of one of many waits, `ClientStatistics`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .models import Model
+
+if TYPE_CHECKING:
+    from .errors import KeylessError
+    from .models import Operation
+
+__all__ = ["ApprovalOutcome", "ApprovalUpdate", "ClientStatistics"]
+
+
+class ApprovalUpdate(Model, frozen=True, kw_only=True):
+    """What one poll of a wait showed.
+
+    Attributes:
+        operation: The operation as the service answered it; None where the poll failed or found none yet.
+        error: The transient failure (or the 404 that counts as pending) of this poll, or None.
+        polls: Polls sent on behalf of this wait so far.
+        elapsed: Seconds since the wait began.
+        next_poll_in: Seconds until the next poll is due, or None where this was the last one.
+    """
+
+    operation: Operation | None
+    error: KeylessError | None
+    polls: int
+    elapsed: float
+    next_poll_in: float | None
+
+
+class ApprovalOutcome(Model, frozen=True, kw_only=True):
+    """How one of many waits ended: exactly one of `operation` and `error` is not None.
+
+    Attributes:
+        operation_id: The operation that was waited for.
+        operation: The approved operation, or None.
+        error: What `wait_for_approval` would have raised, or None.
+    """
+
+    operation_id: str
+    operation: Operation | None
+    error: KeylessError | None
+
+
+class ClientStatistics(Model, frozen=True, kw_only=True):
+    """A client's waits at one instant, and its counts since it was made.
+
+    Attributes:
+        waiting: Waits under way.
+        in_flight: Polls under way.
+        polls: Polls sent.
+        approvals: Waits that ended with an approval.
+        timeouts: Waits that ended with `ApprovalTimeoutError`.
+        transient_failures: Polls that failed for a passing reason.
+        lag: Seconds by which the oldest due poll is late: over a second for long, and the client wants a larger
+            ``max_in_flight`` or the process is too busy.
+    """
+
+    waiting: int
+    in_flight: int
+    polls: int
+    approvals: int
+    timeouts: int
+    transient_failures: int
+    lag: float

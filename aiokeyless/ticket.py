@@ -1,0 +1,187 @@
+"""`ApprovalTicket`: what must be remembered of a request for approval to resume its wait, in another process too.
+
+Nothing here does I/O, and a ticket holds no secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import msgspec
+
+from ._validation import check_operation_id, check_text, check_user_id, finite_seconds
+from .errors import ConfigurationError
+
+__all__ = ["ApprovalTicket"]
+
+TICKET_VERSION: Final = 1
+
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def payload_digest(payload: str | None) -> str:
+    """SHA-256 of a payload's UTF-8 in hex; an absent payload and an empty one are the same."""
+    # surrogatepass: a hostile answer may hold a lone surrogate, and comparing must not raise
+    return hashlib.sha256((payload or "").encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """What must be remembered of a request for approval to resume the wait, in another process too.
+
+    It holds no secret, and of the payload only its hash. `KeylessClient.create_operation` makes it, and
+    `ApprovalTicket.for_operation` makes one for an operation that is known already.
+
+    It is not signed: anyone who can write to the store that holds it can make a wait accept the approval of another
+    operation, so compare the operation, the user and the payload with your own record. A payload that can be guessed
+    ("Log in?", an amount) can be found from its hash, so protect a ticket like the payload itself.
+
+    Attributes:
+        operation_id: The customer's id of the operation.
+        user_id: The user, in upper-case hex.
+        external_user_id: The customer's own id of the user, or None.
+        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of nothing where there is no payload.
+        created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
+        expires_at: When waiting for it ends by default: aware, UTC.
+        reconciled: True where the POST of this call was not confirmed, and the operation was found under its id with
+            this content: it may be that of an earlier request, or of one that runs at the same time.
+        version: Version of this form, 1.
+
+    Raises:
+        ConfigurationError: A field is not what it should be.
+    """
+
+    operation_id: str
+    user_id: str
+    external_user_id: str | None = None
+    payload_sha256: str
+    created_at: datetime
+    expires_at: datetime
+    reconciled: bool = False
+    version: int = TICKET_VERSION
+
+    def __post_init__(self) -> None:
+        # A wait compares each answer with these: what can never agree is refused now, not after the user approved.
+        check_operation_id(self.operation_id)
+        msgspec.structs.force_setattr(self, "user_id", check_user_id(self.user_id))
+        check_text(self.external_user_id, "external_user_id")
+        digest: object = self.payload_sha256
+        if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
+            raise ConfigurationError(
+                "payload_sha256 of a ticket must be 64 lower-case hex digits", argument="payload_sha256"
+            )
+        for name in ("created_at", "expires_at"):
+            msgspec.structs.force_setattr(self, name, _utc(getattr(self, name), name))
+
+    @classmethod
+    def for_operation(
+        cls,
+        operation_id: str,
+        *,
+        user_id: str,
+        operation_payload: str | None = None,
+        external_user_id: str | None = None,
+        created_at: datetime | None = None,
+        expires_in: float = 120.0,
+    ) -> ApprovalTicket:
+        """Make the ticket of an operation that is known, or that the phone will create.
+
+        It binds a wait to a user and a payload: an approval of the same id by another user, or of another payload, is
+        then refused. For an operation that the phone creates, wait for it with ``if_missing="wait"``.
+
+        Args:
+            operation_id: The customer's id of the operation.
+            user_id: The user, in hex of either case.
+            operation_payload: What the user is asked to approve. Default: nothing.
+            external_user_id: Your own id of the user, compared where it is given. Default: not compared.
+            created_at: When the operation was created, aware. Default: now.
+            expires_in: Seconds from `created_at` until a wait for the ticket ends by default. Default: 120.
+
+        Raises:
+            ConfigurationError: An argument is wrong.
+        """
+        created_at = datetime.now(UTC) if created_at is None else _utc(created_at, "created_at")
+        return cls(
+            operation_id=operation_id,
+            user_id=user_id,
+            external_user_id=external_user_id,
+            payload_sha256=payload_digest(check_text(operation_payload, "operation_payload")),
+            created_at=created_at,
+            expires_at=_later(created_at, expires_in),
+        )
+
+    def remaining(self, now: datetime | None = None) -> float:
+        """Return the seconds left until `expires_at`, 0.0 once it has passed.
+
+        Args:
+            now: The instant to count from, aware; default: this machine's clock.
+
+        Raises:
+            ConfigurationError: `now` is naive.
+        """
+        if now is None:
+            now = datetime.now(UTC)
+        elif now.utcoffset() is None:
+            raise ConfigurationError(
+                "now must be an aware datetime, such as datetime.now(UTC); it has no zone", argument="now"
+            )
+        return max(0.0, (self.expires_at - now).total_seconds())
+
+    def to_json(self) -> str:
+        """Return the ticket as one line of JSON, for `from_json`."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ApprovalTicket:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: The JSON.
+
+        Raises:
+            ConfigurationError: The text is not a valid ticket, or of a version that this library does not know.
+        """
+        try:
+            version = msgspec.json.decode(text, type=_TicketVersion).version
+            if version != TICKET_VERSION:
+                raise ConfigurationError(
+                    f"ticket version {version} is not known here, only {TICKET_VERSION}: it was written by another "
+                    "release of aiokeyless; upgrade this one",
+                    argument="text",
+                )
+            return msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
+            raise ConfigurationError(
+                f"not a valid approval ticket ({error}); pass what ApprovalTicket.to_json() returned", argument="text"
+            ) from None
+
+
+def _utc(moment: object, name: str) -> datetime:
+    if not isinstance(moment, datetime):
+        raise ConfigurationError(f"{name} of a ticket must be a datetime, not {type(moment).__name__}", argument=name)
+    if moment.utcoffset() is None:
+        raise ConfigurationError(
+            f"{name} of a ticket must be an aware datetime, such as datetime.now(UTC)", argument=name
+        )
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # the first or the last day of the calendar, and another year in UTC
+        raise ConfigurationError(f"{name} of a ticket must be in the years 1 to 9999, UTC", argument=name) from None
+
+
+def _later(moment: datetime, expires_in: float) -> datetime:
+    try:
+        return moment + timedelta(seconds=finite_seconds(expires_in, "expires_in"))
+    except OverflowError:
+        raise ConfigurationError(
+            f"expires_in must end before the year 10000, not be {expires_in!r} seconds", argument="expires_in"
+        ) from None
+
+
+class _TicketVersion(msgspec.Struct):
+    """The part of a ticket that is read first: another version may have other fields."""
+
+    version: int
