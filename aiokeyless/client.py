@@ -33,7 +33,7 @@ from ._http import protocol
 from ._http.creation import Creation
 from ._http.transport import Transport
 from ._poller.poller import Poller
-from ._poller.state import Outcome
+from ._poller.state import WaitResult
 from ._validation import finite_seconds, seconds
 from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
 from .models import NewOperation, Operation, PendingOperation, Region
@@ -542,7 +542,7 @@ class KeylessClient:
 
     async def _outcomes(self, waits: list[_WaitOptions]) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
-        send, receive = anyio.create_memory_object_stream[tuple[str, Outcome]](math.inf)
+        send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
         begun: list[Wait] = []
         with send, receive:
             try:
@@ -563,13 +563,13 @@ class KeylessClient:
                     poller.leave(wait)
 
 
-def _result(outcome: Outcome) -> Operation:
+def _result(outcome: WaitResult) -> Operation:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def _outcome(operation_id: str, outcome: Outcome) -> ApprovalOutcome:
+def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:
     """Make the outcome of one of many waits; what is no error of this library, such as a bug, is raised."""
     if isinstance(outcome, KeylessError):
         return ApprovalOutcome(operation_id=operation_id, operation=None, error=outcome)
@@ -577,7 +577,7 @@ def _outcome(operation_id: str, outcome: Outcome) -> ApprovalOutcome:
 
 
 def _report(
-    send: MemoryObjectSendStream[tuple[str, Outcome]], operation_id: str, future: asyncio.Future[Outcome]
+    send: MemoryObjectSendStream[tuple[str, WaitResult]], operation_id: str, future: asyncio.Future[WaitResult]
 ) -> None:
     if future.cancelled():  # the iterator was closed, and has left its waits
         return

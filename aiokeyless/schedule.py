@@ -73,8 +73,8 @@ _FINITE: Final = sys.float_info.max
 _HALVINGS: Final = 20
 
 #: Bounds of what a strategy may ask for, in seconds.
-_SHORTEST_DELAY: Final = 0.02
-_LONGEST_DELAY: Final = 3600.0
+MIN_DELAY: Final = 0.02
+_MAX_DELAY: Final = 3600.0
 #: Whom tenacity's states belong to, for strategies that look. It never runs anything.
 _RETRYING: Final = Retrying()
 
@@ -160,7 +160,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         # Not min(): what overflowed on the way is NaN, and that is a long delay as well.
         return max(step, self._min_interval) if step < self._max_interval else self._max_interval
 
-    def look_before(self, moment: float) -> float:
+    def previous_poll(self, moment: float) -> float:
         """Return when the look before one at this moment was, if this schedule set both.
 
         For whoever keeps nothing of a wait between two looks, and still has something to `observe`. It is as exact as
@@ -272,7 +272,29 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
             f"schedule {type(schedule).__name__} returned {delay!r:.80} as a delay; it must return a number of seconds",
             argument="schedule",
         )
-    return float(min(max(delay, _SHORTEST_DELAY), _LONGEST_DELAY))
+    return float(min(max(delay, MIN_DELAY), _MAX_DELAY))
+
+
+def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:
+    """Return the number of the poll that comes next at an age, where `schedule` set all polls before it.
+
+    For an engine that keeps nothing of a wait between two polls: counting deliveries would count failed polls too, and
+    an exponential schedule would jump after an outage.
+
+    Args:
+        schedule: The strategy.
+        age: Seconds since the operation was created.
+        most: The largest number that it can be.
+    """
+    if isinstance(schedule, wait_adaptive):
+        return most  # it does not read the number
+    attempt, time = 1, 0.0
+    while attempt < most:
+        time += next_delay(schedule, attempt_number=attempt, since_start=time)
+        if time > age:
+            break
+        attempt += 1
+    return attempt
 
 
 class _Curve(NamedTuple):

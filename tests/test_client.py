@@ -466,7 +466,7 @@ class TestManyWaits:
             raise ZeroDivisionError
 
         await client.create_operation(USER, operation_id="op")
-        monkeypatch.setattr("aiokeyless._poller.poller.judge", broken)
+        monkeypatch.setattr("aiokeyless._poller.poller.poll_outcome", broken)
         async with asyncio.timeout(10):
             with pytest.raises(ZeroDivisionError):
                 async for _ in client.wait_for_approvals(["op", "op"]):

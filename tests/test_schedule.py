@@ -184,7 +184,7 @@ def test_the_look_before_a_look_is_the_one_that_set_it(observed: list[Observatio
     for _ in range(30):
         moment = before + delay_at(schedule, before)
         # Where the next look hardly depends on this one, many moments are as good: what counts is that they lead there.
-        found = schedule.look_before(moment)
+        found = schedule.previous_poll(moment)
         assert found + delay_at(schedule, found) == pytest.approx(moment, rel=1e-5)
         assert found <= before + 1e-9
         before = moment
@@ -195,7 +195,7 @@ def test_the_look_before_is_exact_to_a_hundredth_of_a_second_in_hours() -> None:
     before = 0.0
     while before < 7200:
         moment = before + delay_at(schedule, before)
-        assert schedule.look_before(moment) == pytest.approx(before, abs=0.01)
+        assert schedule.previous_poll(moment) == pytest.approx(before, abs=0.01)
         before = moment
 
 
@@ -203,7 +203,7 @@ def test_the_look_before_is_exact_to_a_hundredth_of_a_second_in_hours() -> None:
 @settings(deadline=None)
 def test_before_the_first_look_there_was_none(observed: list[Observation], share: float) -> None:
     schedule = taught(observed, jitter=0)
-    assert schedule.look_before(share * delay_at(schedule, 0.0)) == 0.0
+    assert schedule.previous_poll(share * delay_at(schedule, 0.0)) == 0.0
 
 
 @given(observed=observations, one=seconds, other=seconds)
@@ -211,21 +211,21 @@ def test_before_the_first_look_there_was_none(observed: list[Observation], share
 def test_the_later_a_look_the_later_the_one_before(observed: list[Observation], one: float, other: float) -> None:
     schedule = taught(observed, jitter=0)
     earlier, later = sorted((one, other))
-    assert schedule.look_before(earlier) <= schedule.look_before(later) + later * 2e-6
+    assert schedule.previous_poll(earlier) <= schedule.previous_poll(later) + later * 2e-6
 
 
 @given(observed=observations, moment=st.floats(0, sys.float_info.max))
 @settings(deadline=None)
 def test_the_look_before_any_moment_however_huge_can_be_observed(observed: list[Observation], moment: float) -> None:
     schedule = taught(observed, jitter=0)
-    before = schedule.look_before(moment)
+    before = schedule.previous_poll(moment)
     assert 0.0 <= before <= moment
     schedule.observe(before, moment)
 
 
 def test_jitter_does_not_move_the_look_before() -> None:
-    assert {wait_adaptive(jitter=jitter).look_before(60.0) for jitter in (0.0, 0.1, 1.0)} == {
-        wait_adaptive(jitter=0).look_before(60.0)
+    assert {wait_adaptive(jitter=jitter).previous_poll(60.0) for jitter in (0.0, 0.1, 1.0)} == {
+        wait_adaptive(jitter=0).previous_poll(60.0)
     }
 
 

@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.approval import is_same_user
+from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import (
     AlreadyApprovedError,
     ConflictError,
@@ -147,7 +148,7 @@ class Creation:
     def _may_repeat(self, error: KeylessError) -> bool:
         # The operation was seen to be missing after these, or the failure would have been final.
         return not self._given_up and (
-            protocol.is_transient(error)
+            is_transient(error)
             or _is_ambiguous(error)
             or (isinstance(error, ConflictError) and (self._doubt is not None or self._resumes))
         )

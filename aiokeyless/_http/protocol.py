@@ -17,13 +17,13 @@ from urllib.parse import quote
 
 import msgspec
 
+from aiokeyless._rules.backoff import TRANSIENT_STATUSES
 from aiokeyless._validation import check_operation_id, check_user_id
 from aiokeyless.errors import (
     AuthenticationError,
     BadRequestError,
     ConflictError,
     DecodeError,
-    KeylessError,
     NotAcceptableError,
     NotFoundError,
     NotJsonError,
@@ -31,7 +31,6 @@ from aiokeyless.errors import (
     RateLimitError,
     ServerError,
     StatusError,
-    TransportError,
     UnsupportedMediaTypeError,
 )
 from aiokeyless.models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, decode_hook
@@ -166,8 +165,6 @@ _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {
     415: UnsupportedMediaTypeError,
     429: RateLimitError,
 }
-# The documentation says "try again later" of a 500; the rest are what gateways send for a moment.
-_TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 
 
 def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction) -> T:
@@ -194,13 +191,6 @@ def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction)
         raise failure  # out here, so that no frame keeps the reason: a UnicodeDecodeError holds the body
     finally:
         del failure
-
-
-def is_transient(error: KeylessError) -> bool:
-    """Whether the same request may well succeed a little later."""
-    if isinstance(error, StatusError):
-        return error.status in _TRANSIENT_STATUSES or 500 <= error.status < 600
-    return isinstance(error, TransportError | NotJsonError)
 
 
 def _decode_error(method: str, path: str, answer: Answer, reason: Exception, redaction: Redaction) -> DecodeError:
@@ -246,7 +236,7 @@ def _advice(status: int) -> str | None:
         return "a redirect, not followed since that would hand the API key to another host; check base_url"
     if 200 <= status < 300:
         return "a success that the API does not document, and so none; check base_url and what is in between"
-    if status in _TRANSIENT_STATUSES - _STATUS_ERRORS.keys():
+    if status in TRANSIENT_STATUSES - _STATUS_ERRORS.keys():
         return "not now; try again later"
     return None
 

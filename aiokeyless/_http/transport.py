@@ -15,6 +15,7 @@ import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from yarl import URL
 
+from aiokeyless._rules.backoff import is_transient
 from aiokeyless._version import __version__
 from aiokeyless.errors import (
     ClientClosedError,
@@ -120,7 +121,7 @@ class Transport:
         answer = await self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
         return protocol.read(endpoint, request.path, answer, self._redaction)
 
-    async def look(self, url: URL) -> Operation:
+    async def poll(self, url: URL) -> Operation:
         """Poll an operation once; the caller bounds the exchange by cancelling it."""
         endpoint = protocol.GET_OPERATION
         answer = await self._exchange(endpoint, url, timeouts=self._poll_timeout)
@@ -132,9 +133,9 @@ class Transport:
             try:
                 return await self.send(request)
             except KeylessError as error:
-                if not self._repeats(error, protocol.is_transient):
+                if not self._repeats(error, is_transient):
                     raise
-                return await self._again(lambda: self.send(request), error, protocol.is_transient)
+                return await self._again(lambda: self.send(request), error, is_transient)
 
     async def retry(self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
         """Run an attempt, and again while it fails in a way that is worth repeating, `max_attempts` times in all.

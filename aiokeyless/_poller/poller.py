@@ -1,9 +1,9 @@
-"""All the waits of one client: two agendas, one timer, and few workers that look at what is due.
+"""All the waits of one client: two agendas, one timer, and few workers that poll at what is due.
 
-A wait is one slotted future. Waits for the same operation share a `Watch` and its looks. Workers are
-tasks that take the next due look from the agenda themselves and exit when nothing is due, so that ten thousand waits
+A wait is one slotted future. Waits for the same operation share a `PolledOperation` and its polls. Workers are
+tasks that take the next due poll from the queue themselves and exit when nothing is due, so that ten thousand waits
 due at once cost the event loop no more than ``max_in_flight`` of them. What an answer means is `approval`'s to decide,
-when to look next `schedule`'s, how much the service bears `health`'s; here is only the awaiting and the book-keeping.
+when to poll next `schedule`'s, how much the service bears `health`'s; here is only the awaiting and the book-keeping.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import copy
 import itertools
 import logging
 import math
-from collections import deque
+from collections import defaultdict, deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._http.protocol import get_operation, is_transient
-from aiokeyless._rules.approval import Distrust, Verdict, distrusted, judge, timed_out, unknown
-from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.circuit import Health
+from aiokeyless._http.protocol import get_operation
+from aiokeyless._rules.approval import WaitRecord, rejection_error, timed_out, unknown
+from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
+from aiokeyless._rules.circuit import Circuit
+from aiokeyless._rules.outcome import YOUNG, PollFacts, Result, poll_outcome
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ClientClosedError,
     KeylessError,
-    NotFoundError,
     RequestTimeoutError,
     StatusError,
     TransportError,
@@ -36,22 +36,22 @@ from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .packing import pack_pending
-from .state import Look, Wait, Watch
-from .timer_queue import Agenda
+from .state import Poll, PolledOperation, Wait
+from .timer_queue import TimerQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
 
     from aiokeyless._http.transport import Transport
+    from aiokeyless._rules.outcome import Outcome
     from aiokeyless.ticket import ApprovalTicket
 
-    from .state import Outcome
+    from .state import WaitResult
 
-FINAL_LOOK: Final = 2.0  # seconds past the deadline within which the final poll is answered, or repeated if it fails
-YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
+FINAL_POLL_TIMEOUT: Final = 2.0  # seconds past the deadline for the final poll, and for repeating it where it fails
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 _BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
@@ -65,30 +65,32 @@ class Poller:
     """The waits of one client.
 
     Args:
-        transport: What sends the looks.
-        schedule: When to look, for waits that bring no schedule of their own.
+        transport: What sends the polls.
+        schedule: When to poll, for waits that bring no schedule of their own.
         max_in_flight: Looks under way at once.
     """
 
     def __init__(self, transport: Transport, *, schedule: wait_base, max_in_flight: int) -> None:
         self._transport = transport
         self._schedule = schedule
-        self._pupils = (schedule,) if isinstance(schedule, wait_adaptive) else ()
+        self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
         self._max_in_flight = max_in_flight
         self._loop = asyncio.get_running_loop()
         # Not the context of whoever happened to be first: its trace and its logging variables are not ours.
         self._context = contextvars.Context()
-        self._health = Health(max_in_flight)
-        self._watches: dict[str, Watch] = {}
-        self._looks: Agenda[Watch] = Agenda()
-        self._deadlines: Agenda[Wait] = Agenda()
-        self._finals: deque[tuple[float, Watch]] = deque()  # final polls that wait for a slot, and since when
-        self._flying: dict[Look, None] = {}  # looks under way, oldest first
-        self._finals_flying = 0
+        self._circuit = Circuit(max_in_flight)
+        self._polled: dict[str, PolledOperation] = {}
+        self._due: TimerQueue[PolledOperation] = TimerQueue()
+        self._deadlines: TimerQueue[Wait] = TimerQueue()
+        self._final_polls: deque[tuple[float, PolledOperation]] = (
+            deque()
+        )  # final polls that wait for a slot, and since when
+        self._in_flight: dict[Poll, None] = {}  # looks under way, oldest first
+        self._final_polls_in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
         self._created: dict[str, float] = {}
-        self._came = -math.inf
+        self._sequence = -math.inf
         self._waiting = 0
         self._polls = 0
         self._approvals = 0
@@ -123,12 +125,12 @@ class Poller:
             operation_id: What to wait for.
             ticket: What is known about it; None for a bare id.
             timeout: Seconds; infinity for no end; None for what the ticket has left.
-            schedule: When to look; None for the client's.
+            schedule: When to poll; None for the client's.
             may_be_missing: Whether 404 counts as pending.
-            updates: Where an update goes for each look; closed when the wait ends.
+            updates: Where an update goes for each poll; closed when the wait ends.
         """
         if self.closed:
-            raise ClientClosedError("the client is closed; look at the operation with get_operation of another client")
+            raise ClientClosedError("the client is closed; poll at the operation with get_operation of another client")
         now = self._loop.time()
         age = self._age(ticket, now)
         if timeout is None:
@@ -137,11 +139,11 @@ class Poller:
         fresh = ticket is not None and operation_id in self._created and age < FRESH
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
         origin = now - age if age else now  # the same float twice, not two of them: there are many waits
-        watch = self._watch(operation_id, now, origin, ticket)
+        polled = self._polled_operation(operation_id, now, origin, ticket)
         wait = Wait(
-            watch,
+            polled,
             self._loop,
-            began=now,
+            started_at=now,
             origin=origin,
             deadline=now + timeout,
             schedule=schedule,
@@ -150,22 +152,22 @@ class Poller:
             updates=updates,
         )
         wait.attempt += fresh
-        watch.join(wait)
+        polled.add(wait)
         self._waiting += 1
-        if schedule is self._schedule and not watch.pupils:
-            watch.pupils = self._pupils  # one tuple for all, as nearly all are
-        elif isinstance(schedule, wait_adaptive) and schedule not in watch.pupils:
-            watch.pupils += (schedule,)
+        if schedule is self._schedule and not polled.learners:
+            polled.learners = self._learners  # one tuple for all, as nearly all are
+        elif isinstance(schedule, wait_adaptive) and schedule not in polled.learners:
+            polled.learners += (schedule,)
         if wait.deadline < math.inf:
-            self._deadlines.book(wait, wait.deadline)
+            self._deadlines.schedule(wait, wait.deadline)
         if first < wait.deadline:
-            self._want(watch, first)
+            self._schedule_poll(polled, first)
         self._arm(now)
         return wait
 
     def leave(self, wait: Wait) -> None:
         """End a wait that nobody awaits any more; harmless after it has ended."""
-        if wait.listed:
+        if wait.registered:
             wait.cancel()
             self._close(wait)
 
@@ -177,9 +179,9 @@ class Poller:
         if not self.closed:
             self.closed = True
             self._disarm()
-            self._end_batch(wait for watch in tuple(self._watches.values()) for wait in watch.current())
+            self._end_batch(wait for polled in tuple(self._polled.values()) for wait in polled.active_waits())
         await asyncio.shield(self._ended)
-        while tasks := [look.task for look in self._flying if look.task is not None]:
+        while tasks := [poll.task for poll in self._in_flight if poll.task is not None]:
             await asyncio.wait(tasks)
 
     def _end_batch(self, waits: Iterator[Wait]) -> None:
@@ -193,21 +195,21 @@ class Poller:
             self._end(
                 wait,
                 ClientClosedError(
-                    f"the client was closed while operation {wait.watch.operation_id!r} was waited for; "
-                    "look at it with get_operation of another client"
+                    f"the client was closed while operation {wait.polled.operation_id!r} was waited for; "
+                    "poll at it with get_operation of another client"
                 ),
             )
 
     def statistics(self) -> ClientStatistics:
         """Return the counts as of now."""
         now = self._loop.time()
-        due = self._looks.first()
+        due = self._due.next_due()
         late = [0.0] if due is None else [0.0, now - due]
-        if self._finals and self._lacks_final(self._finals[0][1]):  # the oldest comes first
-            late.append(now - self._finals[0][0])
+        if self._final_polls and self._needs_final_poll(self._final_polls[0][1]):  # the oldest comes first
+            late.append(now - self._final_polls[0][0])
         return ClientStatistics(
             waiting=self._waiting,
-            in_flight=len(self._flying),
+            in_flight=len(self._in_flight),
             polls=self._polls,
             approvals=self._approvals,
             timeouts=self._timeouts,
@@ -228,17 +230,21 @@ class Poller:
 
     # -- watches and waits
 
-    def _watch(self, operation_id: str, now: float, origin: float, ticket: ApprovalTicket | None) -> Watch:
-        watch = self._watches.get(operation_id)
-        if watch is None:
-            self._came = max(now, math.nextafter(self._came, math.inf))  # a coarse clock may show a time twice
-            watch = Watch(self._came, operation_id, self._transport.url(get_operation(operation_id)), origin)
-            self._watches[operation_id] = watch
-        watch.origin = min(watch.origin, origin)
-        watch.dated = watch.dated or ticket is not None
-        return watch
+    def _polled_operation(
+        self, operation_id: str, now: float, origin: float, ticket: ApprovalTicket | None
+    ) -> PolledOperation:
+        polled = self._polled.get(operation_id)
+        if polled is None:
+            self._sequence = max(now, math.nextafter(self._sequence, math.inf))  # a coarse clock may show a time twice
+            polled = PolledOperation(
+                self._sequence, operation_id, self._transport.url(get_operation(operation_id)), origin
+            )
+            self._polled[operation_id] = polled
+        polled.origin = min(polled.origin, origin)
+        polled.creation_known = polled.creation_known or ticket is not None
+        return polled
 
-    def _end(self, wait: Wait, outcome: Outcome) -> None:
+    def _end(self, wait: Wait, outcome: WaitResult) -> None:
         """Give a wait its outcome."""
         if wait.done():  # cancelled in this very turn of the loop: whoever awaited it is about to leave
             return
@@ -250,53 +256,53 @@ class Poller:
         self._close(wait)
 
     def _close(self, wait: Wait) -> None:
-        """Take a wait that has ended out of the books; the last one stops the looks."""
-        watch = wait.watch
-        wait.listed = False
-        wait.seen = None  # the agenda may keep the wait for a while
-        self._deadlines.cancel(wait)
+        """Take a wait that has ended out of the books; the last one stops the polls."""
+        polled = wait.polled
+        wait.registered = False
+        wait.seen = None  # the queue may keep the wait for a while
+        self._deadlines.remove(wait)
         if wait.updates is not None:
             wait.updates.close()
-        watch.part(wait)
+        polled.remove(wait)
         self._waiting -= 1
-        if not watch.live:
-            self._unwatch(watch)
+        if not polled.live:
+            self._stop_polling(polled)
 
-    def _unwatch(self, watch: Watch) -> None:
-        del self._watches[watch.operation_id]
-        self._do_not_want(watch)
-        for look in self._flying:
-            if look.watch is watch:
-                look.stop()
-        if not self._watches:
-            self._finals.clear()
+    def _stop_polling(self, polled: PolledOperation) -> None:
+        del self._polled[polled.operation_id]
+        self._unschedule_poll(polled)
+        for poll in self._in_flight:
+            if poll.polled is polled:
+                poll.stop()
+        if not self._polled:
+            self._final_polls.clear()
             self._disarm()
-        if watch.pending_at is not None:
-            self._teach(watch, watch.pending_at, None)
+        if polled.pending_at is not None:
+            self._record_observation(polled, polled.pending_at, None)
 
-    def _teach(self, watch: Watch, after: float | None, until: float | None) -> None:
+    def _record_observation(self, polled: PolledOperation, after: float | None, until: float | None) -> None:
         """Tell the schedules when the operation was approved, or until when it was not; once an operation."""
-        pupils, watch.pupils = watch.pupils, ()
-        for pupil in pupils:
+        learners, polled.learners = polled.learners, ()
+        for learner in learners:
             try:
-                pupil.observe(
-                    0.0 if after is None else max(0.0, after - watch.origin),
-                    None if until is None else max(0.0, until - watch.origin),
+                learner.observe(
+                    0.0 if after is None else max(0.0, after - polled.origin),
+                    None if until is None else max(0.0, until - polled.origin),
                 )
             except Exception:
                 # A subclass of somebody's. What is not learned costs requests; an approval it must not cost.
-                logger.exception("the schedule %r failed to learn from an observation", pupil)
+                logger.exception("the schedule %r failed to learn from an observation", learner)
 
-    def _do_not_want(self, watch: Watch) -> None:
-        self._looks.cancel(watch)
-        watch.due = math.inf
+    def _unschedule_poll(self, polled: PolledOperation) -> None:
+        self._due.remove(polled)
+        polled.due = math.inf
 
-    def _want(self, watch: Watch, due: float) -> None:
-        """See to it that an ordinary look comes by then; after the one under way, if there is one."""
-        if due < watch.due:
-            watch.due = due
-            if watch.look is None:
-                self._looks.book(watch, due)
+    def _schedule_poll(self, polled: PolledOperation, due: float) -> None:
+        """See to it that an ordinary poll comes by then; after the one under way, if there is one."""
+        if due < polled.due:
+            polled.due = due
+            if polled.poll is None:
+                self._due.schedule(polled, due)
 
     # -- the timer
 
@@ -317,18 +323,18 @@ class Poller:
             self._timer_at = math.inf
 
     def _next_event(self, now: float) -> float:
-        if self._finals and not self._finals_flying and len(self._flying) < self._max_in_flight:
+        if self._final_polls and not self._final_polls_in_flight and len(self._in_flight) < self._max_in_flight:
             return now  # where a worker was cancelled
-        deadline = self._deadlines.first()
+        deadline = self._deadlines.next_due()
         when = math.inf if deadline is None else deadline
-        for look in self._flying:  # the oldest comes first
-            if not look.cut:
-                when = min(when, look.sent_at + self._transport.request_timeout)
+        for poll in self._in_flight:  # the oldest comes first
+            if not poll.cut:
+                when = min(when, poll.started_at + self._transport.request_timeout)
                 break
-        if len(self._flying) < self._max_in_flight and self._counted() < self._health.limit:
-            due = self._looks.first()
+        if len(self._in_flight) < self._max_in_flight and self._counted() < self._circuit.limit:
+            due = self._due.next_due()
             if due is not None:
-                when = min(when, max(due, self._health.opens_at()))
+                when = min(when, max(due, self._circuit.retry_at()))
         return max(when, now)
 
     def _wake(self) -> None:
@@ -345,290 +351,309 @@ class Poller:
             self._arm(again)
 
     def _cut_overdue(self, now: float) -> None:
-        for look in self._flying:
-            if look.sent_at + self._transport.request_timeout > now + _RESOLUTION:
+        for poll in self._in_flight:
+            if poll.started_at + self._transport.request_timeout > now + _RESOLUTION:
                 break
-            look.stop(overdue=True)
+            poll.stop(overdue=True)
 
     def _expire(self, now: float) -> None:
-        """Handle deadlines: first a final look is wanted, and when that had its time, the wait ends."""
-        hanging: set[Look] = set()
+        """Handle deadlines: first a final poll is wanted, and when that had its time, the wait ends."""
+        hanging: set[Poll] = set()
         for _ in range(_BATCH):
-            wait = self._deadlines.take(now + _RESOLUTION)
+            wait = self._deadlines.pop_due(now + _RESOLUTION)
             if wait is None:
                 break
             try:
                 self._expire_one(wait, now, hanging)
             except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
                 self._end(wait, error)
-        for look in hanging:
-            # A look that began before the deadline does not count at the deadline; others may still need it.
-            if not any(look.serves(wait) for wait in look.members):
-                look.stop()
+        for poll in hanging:
+            # A poll that started_at before the deadline does not count at the deadline; others may still need it.
+            if not any(poll.serves(wait) for wait in poll.members):
+                poll.stop()
 
-    def _expire_one(self, wait: Wait, now: float, hanging: set[Look]) -> None:
-        if not wait.overtime:
-            self._begin_overtime(wait.watch, now)
-            self._want_final(wait.watch, wait.deadline)
-            if wait.watch.look is not None:
-                hanging.add(wait.watch.look)
-        elif now + _RESOLUTION < wait.deadline + FINAL_LOOK:  # the pause after a final poll that failed is over
-            self._want_final(wait.watch, now)
+    def _expire_one(self, wait: Wait, now: float, hanging: set[Poll]) -> None:
+        if not wait.deadline_passed:
+            self._pass_deadline(wait.polled, now)
+            self._queue_final_poll(wait.polled, wait.deadline)
+            if wait.polled.poll is not None:
+                hanging.add(wait.polled.poll)
+        elif now + _RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a final poll that failed is over
+            self._queue_final_poll(wait.polled, now)
         else:
-            self._end_unanswered(wait, now)
+            self._end_unknown(wait, now)
 
-    def _begin_overtime(self, watch: Watch, now: float) -> None:
+    def _pass_deadline(self, polled: PolledOperation, now: float) -> None:
         """Take note of all waits of an operation whose time is up: nothing but a final poll counts for them now."""
-        for wait in watch.waits():
-            if wait.deadline <= now + _RESOLUTION and wait.listed and not wait.overtime:
-                wait.overtime = True
-                watch.patient -= 1
-        if not watch.patient:
-            self._do_not_want(watch)
+        for wait in polled.all_waits():
+            if wait.deadline <= now + _RESOLUTION and wait.registered and not wait.deadline_passed:
+                wait.deadline_passed = True
+                polled.before_deadline -= 1
+        if not polled.before_deadline:
+            self._unschedule_poll(polled)
 
-    def _want_final(self, watch: Watch, due: float) -> None:
+    def _queue_final_poll(self, polled: PolledOperation, due: float) -> None:
         """See to it that all waits of an operation whose time is up share one final poll."""
-        for wait in watch.waits():
-            end = wait.deadline + FINAL_LOOK
-            if wait.overtime and wait.listed and wait.booking != end:
-                self._deadlines.book(wait, end)
-        if not watch.final_wanted:
-            watch.final_wanted = True
-            self._finals.append((due, watch))
+        for wait in polled.all_waits():
+            end = wait.deadline + FINAL_POLL_TIMEOUT
+            if wait.deadline_passed and wait.registered and wait.scheduled_at != end:
+                self._deadlines.schedule(wait, end)
+        if not polled.final_poll_queued:
+            polled.final_poll_queued = True
+            self._final_polls.append((due, polled))
 
-    def _lacks_final(self, watch: Watch) -> bool:
+    def _needs_final_poll(self, polled: PolledOperation) -> bool:
         """Whether a wait's time is up, and no final poll of it is under way."""
-        return any(wait.overtime and wait.final is None for wait in watch.current())
+        return any(wait.deadline_passed and wait.final is None for wait in polled.active_waits())
 
-    def _end_unanswered(self, wait: Wait, now: float) -> None:
+    def _end_unknown(self, wait: Wait, now: float) -> None:
         """End a wait whose final polls had their time, or never found a slot."""
-        look = wait.final
-        if look is not None:
-            wait.error = self._no_answer(wait.watch, now - look.sent_at)
-            if not look.counted_bad:  # it may be the final look of many
-                look.counted_bad = True
+        poll = wait.final
+        if poll is not None:
+            wait.error = self._no_answer(wait.polled, now - poll.started_at)
+            if not poll.counted_as_failure:  # it may be the final poll of many
+                poll.counted_as_failure = True
                 self._failures += 1
-                self._health.bad(now, sent_at=look.sent_at, is_probe=False)
+                self._circuit.record_failure(now, started_at=poll.started_at, is_probe=False)
         self._end(wait, unknown(wait.record(now)))
 
-    # -- looks
+    # -- polls
 
     def _counted(self) -> int:
         """Return the looks under way that take room: while the service recovers, those of better days do not."""
-        if self._health.is_open:
-            return len(self._flying)
-        return sum(look.sent_at >= self._health.since for look in self._flying)
+        return sum(self._circuit.takes_room(poll.started_at) for poll in self._in_flight)
 
     def _dispatch(self, now: float) -> None:
         """Start workers for what is due, as many as there is room for."""
-        while (look := self._take(now)) is not None:
+        while (poll := self._next_poll(now)) is not None:
             # Not by the loop's task factory, which is the application's. An eager one would run the worker here and
             # now, in a context that is entered already: that fails, and asyncio then takes no task of the loop for the
             # current one any more. Another one may raise, or take no context.
-            look.task = asyncio.Task(self._work(look), loop=self._loop, context=self._context)
-            look.task.add_done_callback(self._worker_gone)
+            poll.task = asyncio.Task(self._work(poll), loop=self._loop, context=self._context)
+            poll.task.add_done_callback(self._worker_gone)
 
-    def _take(self, now: float) -> Look | None:
-        """Take the next look that may be sent now: final looks first, then what has been due longest."""
-        if len(self._flying) >= self._max_in_flight or self.closed:
+    def _next_poll(self, now: float) -> Poll | None:
+        """Take the next poll that may be sent now: final looks first, then what has been due longest."""
+        if len(self._in_flight) >= self._max_in_flight or self.closed:
             return None
-        room = self._health.room(now + _RESOLUTION) - self._counted()
-        while self._finals and (self._finals_flying == 0 or (room > 0 and not self._health.gated(now))):
-            _, watch = self._finals.popleft()
-            watch.final_wanted = False
-            if self._lacks_final(watch):
-                return self._new_look(watch, now, final=True)
+        room = self._circuit.room(now + _RESOLUTION) - self._counted()
+        while self._final_polls and (
+            self._final_polls_in_flight == 0 or (room > 0 and not self._circuit.limits_final_polls(now))
+        ):
+            _, polled = self._final_polls.popleft()
+            polled.final_poll_queued = False
+            if self._needs_final_poll(polled):
+                return self._new_poll(polled, now, final=True)
         if room > 0:
-            due = self._looks.take(now + _RESOLUTION)
+            due = self._due.pop_due(now + _RESOLUTION)
             if due is not None:
-                return self._new_look(due, now, final=False)
+                return self._new_poll(due, now, final=False)
         return None
 
-    def _new_look(self, watch: Watch, now: float, *, final: bool) -> Look:
-        look = Look(watch, now, final=final)
-        self._flying[look] = None
+    def _new_poll(self, polled: PolledOperation, now: float, *, final: bool) -> Poll:
+        poll = Poll(polled, now, final=final)
+        self._in_flight[poll] = None
         if final:
-            self._finals_flying += 1
+            self._final_polls_in_flight += 1
         else:
-            watch.look = look
-        if not final or watch.due <= now + _RESOLUTION:  # a final look does for an ordinary one that is due
-            self._looks.cancel(watch)
-            watch.due = math.inf
-        return look
+            polled.poll = poll
+        if not final or polled.due <= now + _RESOLUTION:  # a final poll does for an ordinary one that is due
+            self._due.remove(polled)
+            polled.due = math.inf
+        return poll
 
-    async def _work(self, look: Look | None) -> None:
+    async def _work(self, poll: Poll | None) -> None:
         """Send looks as long as there are any to send."""
-        while look is not None:
+        while poll is not None:
             try:
-                await self._send(look)
+                await self._send(poll)
             except BaseException:  # somebody cancelled this task
-                self._abandon(look)
+                self._abandon(poll)
                 raise
             now = self._loop.time()
-            self._land(look, now)
-            task = look.task
-            look = self._take(now)
-            if look is not None:
-                look.task = task
+            self._finish_poll(poll, now)
+            task = poll.task
+            poll = self._next_poll(now)
+            if poll is not None:
+                poll.task = task
             self._dispatch(now)
             self._arm(now)
 
     def _worker_gone(self, task: asyncio.Task[None]) -> None:
-        """Clean up behind a worker that somebody else cancelled, perhaps before it began."""
-        for look in tuple(self._flying):
-            if look.task is task:
-                self._abandon(look)
-        if self._watches:
+        """Clean up behind a worker that somebody else cancelled, perhaps before it started_at."""
+        for poll in tuple(self._in_flight):
+            if poll.task is task:
+                self._abandon(poll)
+        if self._polled:
             self._arm(self._loop.time())
 
-    def _abandon(self, look: Look) -> None:
-        """Take a look whose worker somebody cancelled out of the books; it costs no wait its final poll."""
+    def _abandon(self, poll: Poll) -> None:
+        """Take a poll whose worker somebody cancelled out of the books; it costs no wait its final poll."""
         now = self._loop.time()
-        for wait in look.members:
-            if wait.final is look:
+        for wait in poll.members:
+            if wait.final is poll:
                 wait.final = None
-        self._land(look, now)
-        if self._lacks_final(look.watch):
-            self._want_final(look.watch, now)
+        self._finish_poll(poll, now)
+        if self._needs_final_poll(poll.polled):
+            self._queue_final_poll(poll.polled, now)
 
-    async def _send(self, look: Look) -> None:
-        if look.cut:  # everybody left before it began
+    async def _send(self, poll: Poll) -> None:
+        if poll.cut:  # everybody left before it started_at
             return
         try:
-            self._begin(look)
-            self._process(look, await self._fetch(look))
+            self._start_poll(poll)
+            answer = await self._fetch(poll)
+            if answer is not None:  # None: cut off, and neither good nor bad
+                self._apply(poll, answer)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, not poll on and on
-            for wait in look.watch.current():
+            for wait in poll.polled.active_waits():
                 self._end(wait, error)
 
-    async def _fetch(self, look: Look) -> Operation | KeylessError | None:
+    async def _fetch(self, poll: Poll) -> Operation | KeylessError | None:
         """Do the exchange; None where it was cut off because nobody could use it any more."""
         try:
-            return await self._transport.look(look.watch.url)
+            return await self._transport.poll(poll.polled.url)
         except asyncio.CancelledError:
-            assert look.task is not None  # noqa: S101  # it runs this
-            # Ours, by look.stop(), or somebody's who cancels this task: that one is not ours to swallow.
-            if (look.task.uncancel() if look.cut else look.task.cancelling()) > 0:
+            assert poll.task is not None  # noqa: S101  # it runs this
+            # Ours, by poll.stop(), or somebody's who cancels this task: that one is not ours to swallow.
+            if (poll.task.uncancel() if poll.cut else poll.task.cancelling()) > 0:
                 raise
-            if look.cut:
-                return self._no_answer(look.watch, self._transport.request_timeout) if look.overdue else None
+            if poll.cut:
+                return self._no_answer(poll.polled, self._transport.request_timeout) if poll.overdue else None
             # Nobody cancelled this task: something inside the session was, such as a task of a middleware.
-            path = self._transport.path(look.watch.url)
+            path = self._transport.path(poll.polled.url)
             return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
         except KeylessError as error:
             return _bare(error)
         finally:
-            look.under_way = False
+            poll.under_way = False
 
-    def _begin(self, look: Look) -> None:
-        look.under_way = True
-        look.sent_at = self._loop.time()
-        look.members = look.watch.current()
+    def _start_poll(self, poll: Poll) -> None:
+        poll.under_way = True
+        poll.started_at = self._loop.time()
+        poll.members = poll.polled.active_waits()
         self._polls += 1
-        for wait in look.members:
+        for wait in poll.members:
             wait.polls += 1
-            if wait.overtime and wait.final is None:
-                wait.final = look
+            if wait.deadline_passed and wait.final is None:
+                wait.final = poll
 
-    def _land(self, look: Look, now: float) -> None:
-        """Take a look out of the books, and see to it that another one follows if one is needed."""
-        del self._flying[look]
-        watch = look.watch
-        if look.final:
-            self._finals_flying -= 1
+    def _finish_poll(self, poll: Poll, now: float) -> None:
+        """Take a poll out of the books, and see to it that another one follows if one is needed."""
+        del self._in_flight[poll]
+        polled = poll.polled
+        if poll.final:
+            self._final_polls_in_flight -= 1
         else:
-            watch.look = None
-        if not watch.live or watch.look is not None:
+            polled.poll = None
+        if not polled.live or polled.poll is not None:
             return
-        if watch.due == math.inf and watch.patient:
-            watch.due = now  # it was cut off, or came to nothing, and somebody still waits
-        if watch.due < math.inf and watch.booking is None:
-            self._looks.book(watch, watch.due)
+        if polled.due == math.inf and polled.before_deadline:
+            polled.due = now  # it was cut off, or came to nothing, and somebody still waits
+        if polled.due < math.inf and polled.scheduled_at is None:
+            self._due.schedule(polled, polled.due)
 
-    def _no_answer(self, watch: Watch, seconds: float) -> RequestTimeoutError:
-        path = self._transport.path(watch.url)
+    def _no_answer(self, polled: PolledOperation, seconds: float) -> RequestTimeoutError:
+        path = self._transport.path(polled.url)
         return RequestTimeoutError(f"GET {path} got no answer within {seconds:.3g} s", method="GET", path=path)
 
-    # -- what a look brought
+    # -- what a poll brought
 
-    def _process(self, look: Look, brought: Operation | KeylessError | None) -> None:
-        if brought is None:  # cut off, and neither good nor bad
-            return
-        if isinstance(brought, KeylessError):
-            self._failed(look, brought)
-        else:
-            self._answered(look, brought)
-
-    def _answered(self, look: Look, operation: Operation) -> None:
+    def _apply(self, poll: Poll, answer: Operation | KeylessError) -> None:
+        """Do with each wait what the result of the poll means for it."""
         now = self._loop.time()
-        self._health.good(now, sent_at=look.sent_at)
-        watch = look.watch
-        watch.failures = 0
-        verdicts = [(wait, judge(operation, watch.operation_id, wait.ticket)) for wait in watch.current()]
-        if any(verdict is Verdict.APPROVED for _, verdict in verdicts):
-            if watch.dated or watch.pending_at is not None:
-                self._teach(watch, watch.pending_at, now)
-            watch.pupils = ()
-        members = set(look.members)
-        pending: list[Wait] = []
-        for wait, verdict in verdicts:
-            if verdict is Verdict.APPROVED:  # counts for whoever came later, too
-                wait.polls = max(wait.polls, 1)
-                self._update(wait, now, operation=operation)
-                self._end(wait, operation)
-            elif wait not in members:
+        self._record_in_circuit(poll, answer, now)
+        active = poll.polled.active_waits()
+        was_seen = any(wait.seen is not None for wait in active)
+        outcomes = [(wait, poll_outcome(answer, _facts(wait, poll, was_seen=was_seen))) for wait in active]
+        if isinstance(answer, Operation):
+            self._observe_approval(poll.polled, [outcome for _, outcome in outcomes], now)
+        waits = set(poll.members)
+        going_on: dict[Result, list[Wait]] = defaultdict(list)
+        for wait, outcome in outcomes:
+            if isinstance(answer, Operation) and outcome.result is Result.APPROVED:
+                self._approve(wait, answer, now)  # counts for waits that started after the poll, too
+            elif wait not in waits:
                 continue
-            elif isinstance(verdict, Distrust):
-                self._end(wait, distrusted(verdict, wait.record(now)._replace(last_operation=operation)))
+            elif outcome.rejection is not None:
+                self._end(wait, rejection_error(outcome.rejection, _record(wait, now, answer)))
+            elif isinstance(answer, KeylessError) and outcome.result is Result.FAILED:
+                self._end(wait, copy.copy(answer) if len(waits) > 1 else answer)
             else:
-                pending.append(wait)
-        if pending:
-            seen = pack_pending(operation)
-            for wait in pending:
+                going_on[outcome.result].append(wait)
+        self._after_pending(poll, answer, going_on[Result.PENDING], now)
+        self._after_timeout(poll, answer, going_on[Result.TIMED_OUT], now)
+        if isinstance(answer, KeylessError) and (failed := going_on[Result.TRANSIENT] + going_on[Result.UNANSWERED]):
+            self._after_transient(poll, answer, failed, now)
+        else:
+            poll.polled.failures = 0
+
+    def _record_in_circuit(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
+        if isinstance(answer, KeylessError) and is_transient(answer):
+            self._failures += 1
+            self._circuit.record_failure(
+                now, started_at=poll.started_at, is_probe=not poll.final, pause=requested_pause(answer)
+            )
+        else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
+            self._circuit.record_success(now, started_at=poll.started_at)
+
+    def _observe_approval(self, polled: PolledOperation, outcomes: list[Outcome], now: float) -> None:
+        if any(outcome.result is Result.APPROVED for outcome in outcomes):
+            if polled.creation_known or polled.pending_at is not None:
+                self._record_observation(polled, polled.pending_at, now)
+            polled.learners = ()
+
+    def _approve(self, wait: Wait, operation: Operation, now: float) -> None:
+        wait.polls = max(wait.polls, 1)
+        self._update(wait, now, operation)
+        self._end(wait, operation)
+
+    def _after_pending(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait], now: float) -> None:
+        """Go on by the schedule."""
+        if not waits:
+            return
+        polled = poll.polled
+        self._remember(poll, answer, waits)
+        going_on = [wait for wait in waits if not wait.deadline_passed]  # the others wait for their final poll
+        for wait in self._schedule_next(polled, going_on, now):
+            self._update(wait, now, answer, due=polled.due)
+
+    def _after_timeout(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait], now: float) -> None:
+        """End waits whose final poll found the operation pending."""
+        self._remember(poll, answer, waits)
+        for wait in waits:
+            self._update(wait, now, answer)
+            self._end(wait, timed_out(wait.record(now)))
+
+    def _remember(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait]) -> None:
+        """Keep a pending answer, or a 404 that counts as one, for what the errors and the schedules are told."""
+        if not waits:
+            return
+        polled = poll.polled
+        polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
+        if isinstance(answer, KeylessError):
+            for wait in waits:
+                wait.error = answer
+        else:
+            seen = pack_pending(answer)
+            for wait in waits:
                 wait.seen = seen
-        self._still_pending(look, pending, now, operation=operation)
 
-    def _failed(self, look: Look, error: KeylessError) -> None:
-        now = self._loop.time()
-        members = [wait for wait in look.members if not wait.done()]
-        if is_transient(error):
-            hold = error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
-            self._health.bad(now, sent_at=look.sent_at, is_probe=not look.final, hold=hold)
-            self._failed_for_now(look, members, error, now)
-            return
-        self._health.good(now, sent_at=look.sent_at)
-        missing = isinstance(error, NotFoundError)
-        if missing and any(wait.seen is not None for wait in members):
-            # It was there, so this is a replica that lags, or a gateway. The service answers, so its health is good;
-            # only this operation is polled again with a backoff.
-            self._failed_for_now(look, members, error, now)
-            return
-        look.watch.failures = 0
-        pending: list[Wait] = []
-        for wait in members:
-            young = wait.ticket is not None and look.sent_at - wait.origin < YOUNG
-            if missing and (wait.may_be_missing or young):
-                wait.error = error
-                pending.append(wait)
-            else:
-                self._end(wait, _own(error, members))
-        self._still_pending(look, pending, now, error=error)
-
-    def _failed_for_now(self, look: Look, members: list[Wait], error: KeylessError, now: float) -> None:
-        """Go on after a transient failure, with a backoff of its own."""
-        self._failures += 1
-        watch = look.watch
-        watch.failures += 1
-        # While the service is down, its health paces the probes, and this wait takes its turn.
-        if watch.patient:
-            self._want(watch, now if self._health.is_down else now + error_delay(watch.failures))
+    def _after_transient(self, poll: Poll, error: KeylessError, waits: list[Wait], now: float) -> None:
+        """Go on by the backoff, and repeat final polls."""
+        polled = poll.polled
+        polled.failures += 1
+        self._failures += not is_transient(error)  # the others were counted
+        # While the circuit is open it paces the probes, and this operation takes its turn.
+        if polled.before_deadline:
+            self._schedule_poll(polled, now if self._circuit.is_probed else now + error_delay(polled.failures))
         again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
-        for wait in members:
+        for wait in waits:
             wait.error = error
-            if wait.final is look:
+            if wait.final is poll:
                 self._repeat_final(wait, again, now)
             else:
-                self._update(wait, now, error=error, due=max(watch.due, self._health.opens_at()))
+                self._update(wait, now, error, due=max(polled.due, self._circuit.retry_at()))
 
     def _repeat_final(self, wait: Wait, again: float, now: float) -> None:
         """Repeat a final poll that failed: an error at the wrong moment must not cost an approval that came in time.
@@ -636,46 +661,21 @@ class Poller:
         Where that is too late, as by a long ``Retry-After``, the wait ends at once: there is nothing left to wait for.
         """
         wait.final = None
-        if again < wait.deadline + FINAL_LOOK:
-            self._deadlines.book(wait, again)
-            self._update(wait, now, error=wait.error, due=again)
+        if again < wait.deadline + FINAL_POLL_TIMEOUT:
+            self._deadlines.schedule(wait, again)
+            self._update(wait, now, wait.error, due=again)
         else:
-            self._update(wait, now, error=wait.error)
+            self._update(wait, now, wait.error)
             self._end(wait, unknown(wait.record(now)))
 
-    def _still_pending(
-        self,
-        look: Look,
-        waits: list[Wait],
-        now: float,
-        *,
-        operation: Operation | None = None,
-        error: KeylessError | None = None,
-    ) -> None:
-        """Go on with waits whose operation is pending, or end those whose final look this was."""
-        if not waits:
-            return
-        watch = look.watch
-        watch.pending_at = look.sent_at if watch.pending_at is None else max(watch.pending_at, look.sent_at)
-        going_on: list[Wait] = []
-        for wait in waits:
-            if wait.final is look:
-                self._update(wait, now, operation=operation, error=error)
-                self._end(wait, timed_out(wait.record(now)))
-            elif not wait.overtime:
-                going_on.append(wait)
-        going_on = self._schedule_next(watch, going_on, now)
-        for wait in going_on:
-            self._update(wait, now, operation=operation, error=error, due=watch.due)
-
-    def _schedule_next(self, watch: Watch, waits: list[Wait], now: float) -> list[Wait]:
+    def _schedule_next(self, polled: PolledOperation, waits: list[Wait], now: float) -> list[Wait]:
         """Ask each schedule once and take the soonest delay; return the waits whose schedule answered."""
         delays: dict[int, float | Exception] = {}
         for wait in waits:
             if id(wait.schedule) not in delays:
                 try:
                     delays[id(wait.schedule)] = next_delay(
-                        wait.schedule, attempt_number=wait.attempt, since_start=now - watch.origin
+                        wait.schedule, attempt_number=wait.attempt, since_start=now - polled.origin
                     )
                 except KeylessError as error:
                     delays[id(wait.schedule)] = error
@@ -686,30 +686,40 @@ class Poller:
                 self._end(wait, copy.copy(delay))
         good = [delay for delay in delays.values() if isinstance(delay, float)]
         if good:
-            self._want(watch, now + min(good))
+            self._schedule_poll(polled, now + min(good))
         return [wait for wait in waits if not wait.done()]
 
     def _update(
-        self,
-        wait: Wait,
-        now: float,
-        *,
-        operation: Operation | None = None,
-        error: KeylessError | None = None,
-        due: float | None = None,
+        self, wait: Wait, now: float, answer: Operation | KeylessError | None, *, due: float | None = None
     ) -> None:
         if wait.updates is None:
             return
-        last = wait.deadline + FINAL_LOOK if wait.overtime else wait.deadline
+        last = wait.deadline + FINAL_POLL_TIMEOUT if wait.deadline_passed else wait.deadline
         wait.updates.send_nowait(
             ApprovalUpdate(
-                operation=operation,
-                error=error,
+                operation=answer if isinstance(answer, Operation) else None,
+                error=answer if isinstance(answer, KeylessError) else None,
                 polls=wait.polls,
-                elapsed=now - wait.began,
+                elapsed=now - wait.started_at,
                 next_poll_in=None if due is None else max(0.0, min(due, last) - now),
             )
         )
+
+
+def _facts(wait: Wait, poll: Poll, *, was_seen: bool) -> PollFacts:
+    is_young = wait.ticket is not None and poll.started_at - wait.origin < YOUNG
+    return PollFacts(
+        operation_id=wait.polled.operation_id,
+        ticket=wait.ticket,
+        is_final=wait.final is poll,
+        may_be_missing=wait.may_be_missing or is_young,
+        was_seen=was_seen,
+    )
+
+
+def _record(wait: Wait, now: float, answer: Operation | KeylessError) -> WaitRecord:
+    record = wait.record(now)
+    return record._replace(last_operation=answer) if isinstance(answer, Operation) else record
 
 
 def _left(ticket: ApprovalTicket, age: float) -> float:
@@ -724,10 +734,3 @@ def _bare(error: KeylessError) -> KeylessError:
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
-
-
-def _own(error: KeylessError, members: Iterable[Wait]) -> KeylessError:
-    """Return the error itself where one wait raises it, else a copy for each: tracebacks must not pile up on one."""
-    if len(list(members)) == 1:
-        return error
-    return copy.copy(error)

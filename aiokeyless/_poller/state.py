@@ -1,4 +1,4 @@
-"""What the poller keeps: a wait, the operation that is watched for it, and one look at that operation.
+"""What the poller keeps: a wait, the operation that is watched for it, and one poll at that operation.
 
 There are a hundred thousand of the first two in a process, so they are slotted and hold no more than they must.
 Who changes them, and when, is the poller's business; here is what they mean.
@@ -25,37 +25,37 @@ if TYPE_CHECKING:
     from aiokeyless.schedule import wait_adaptive
     from aiokeyless.ticket import ApprovalTicket
 
-Outcome = Operation | Exception
+WaitResult = Operation | Exception
 
 
-class Wait(asyncio.Future[Outcome]):
+class Wait(asyncio.Future[WaitResult]):
     """One wait, which is the future that whoever made it awaits. It never raises: errors are results too."""
 
     __slots__ = (
         "attempt",
-        "began",
-        "booking",
         "deadline",
+        "deadline_passed",
         "error",
         "final",
-        "listed",
         "may_be_missing",
         "origin",
-        "overtime",
+        "polled",
         "polls",
+        "registered",
         "schedule",
+        "scheduled_at",
         "seen",
+        "started_at",
         "ticket",
         "updates",
-        "watch",
     )
 
     def __init__(
         self,
-        watch: Watch,
+        polled: PolledOperation,
         loop: asyncio.AbstractEventLoop,
         *,
-        began: float,
+        started_at: float,
         origin: float,
         deadline: float,
         schedule: wait_base,
@@ -64,8 +64,8 @@ class Wait(asyncio.Future[Outcome]):
         updates: MemoryObjectSendStream[ApprovalUpdate] | None,
     ) -> None:
         super().__init__(loop=loop)
-        self.watch = watch
-        self.began = began
+        self.polled = polled
+        self.started_at = started_at
         self.origin = origin  # when the operation was created, as far as this wait knows
         self.deadline = deadline
         self.schedule = schedule
@@ -76,65 +76,67 @@ class Wait(asyncio.Future[Outcome]):
         self.polls = 0
         self.seen: bytes | None = None  # the last pending answer, packed: a third of the size of what it unpacks to
         self.error: KeylessError | None = None
-        self.overtime = False  # its deadline has passed
-        self.final: Look | None = None  # its final look, once that is under way
-        self.listed = True  # in the poller's books
-        self.booking: float | None = None
+        self.deadline_passed = False  # its deadline has passed
+        self.final: Poll | None = None  # its final poll, once that is under way
+        self.registered = True  # in the poller's books
+        self.scheduled_at: float | None = None
 
     def __lt__(self, other: Wait) -> bool:
-        return self.watch < other.watch
+        return self.polled < other.polled
 
     def record(self, now: float) -> WaitRecord:
         """Return what an error tells of this wait."""
-        operation_id = self.watch.operation_id
+        operation_id = self.polled.operation_id
         seen = unpack_pending(self.seen, operation_id) if self.seen is not None else None
-        return WaitRecord(operation_id, seen, self.error, self.polls, now - self.began, self.ticket)
+        return WaitRecord(operation_id, seen, self.error, self.polls, now - self.started_at, self.ticket)
 
 
-class Watch:
+class PolledOperation:
     """One operation that is looked at, for one wait or for many."""
 
     __slots__ = (
-        "booking",
-        "came",
-        "dated",
+        "before_deadline",
+        "creation_known",
         "due",
         "failures",
-        "final_wanted",
+        "final_poll_queued",
         "first",
+        "learners",
         "live",
-        "look",
         "operation_id",
         "origin",
         "others",
-        "patient",
         "pending_at",
-        "pupils",
+        "poll",
+        "scheduled_at",
+        "sequence",
         "url",
     )
 
-    def __init__(self, came: float, operation_id: str, url: URL, origin: float) -> None:
-        self.came = came  # when, and no two at the same time
+    def __init__(self, sequence: float, operation_id: str, url: URL, origin: float) -> None:
+        self.sequence = sequence  # when, and no two at the same time
         self.operation_id = operation_id
         self.url = url
         self.origin = origin
-        self.dated = False  # whether origin is the operation's creation, from a ticket, and not just a wait's start
+        self.creation_known = (
+            False  # whether origin is the operation's creation, from a ticket, and not just a wait's start
+        )
         self.first: Wait | None = None
         self.others: list[Wait] | None = None  # for nearly every operation there is one wait alone: no list for it
         self.live = 0  # waits that have not ended
-        self.patient = 0  # those of them whose deadline is still to come
-        self.look: Look | None = None  # the ordinary look under way
-        self.due = math.inf  # of the next ordinary look; while one is under way: of the one that latecomers want
-        self.final_wanted = False
+        self.before_deadline = 0  # those of them whose deadline is still to come
+        self.poll: Poll | None = None  # the ordinary poll under way
+        self.due = math.inf  # of the next ordinary poll; while one is under way: of the one that latecomers want
+        self.final_poll_queued = False
         self.failures = 0  # transient ones in a row
-        self.pending_at: float | None = None  # start of the last look that was answered with pending
-        self.pupils: tuple[wait_adaptive, ...] = ()
-        self.booking: float | None = None
+        self.pending_at: float | None = None  # start of the last poll that was answered with pending
+        self.learners: tuple[wait_adaptive, ...] = ()
+        self.scheduled_at: float | None = None
 
-    def __lt__(self, other: Watch) -> bool:
-        return self.came < other.came  # of those due at the same time, the first to come
+    def __lt__(self, other: PolledOperation) -> bool:
+        return self.sequence < other.sequence  # of those due at the same time, the first to come
 
-    def join(self, wait: Wait) -> None:
+    def add(self, wait: Wait) -> None:
         """Take a wait in."""
         if self.first is None:
             self.first = wait
@@ -143,47 +145,57 @@ class Watch:
         else:
             self.others.append(wait)
         self.live += 1
-        self.patient += 1
+        self.before_deadline += 1
 
-    def part(self, wait: Wait) -> None:
+    def remove(self, wait: Wait) -> None:
         """Let go of a wait that has ended; it stays until more than half of them have."""
         self.live -= 1
-        self.patient -= not wait.overtime
+        self.before_deadline -= not wait.deadline_passed
         if 1 + len(self.others or ()) > 2 * self.live:
-            kept = self.current()
+            kept = self.active_waits()
             self.first = kept.pop(0) if kept else None
             self.others = kept or None
 
-    def waits(self) -> list[Wait]:
+    def all_waits(self) -> list[Wait]:
         """Return the waits in the order of their coming, some that have ended among them."""
         if self.first is None:
             return []
         return [self.first, *(self.others or ())]
 
-    def current(self) -> list[Wait]:
+    def active_waits(self) -> list[Wait]:
         """Return the waits that have not ended."""
-        return [wait for wait in self.waits() if not wait.done()]
+        return [wait for wait in self.all_waits() if not wait.done()]
 
 
-class Look:
+class Poll:
     """One request: for which waits it is made, and whether and why it was cut off."""
 
-    __slots__ = ("counted_bad", "cut", "final", "members", "overdue", "sent_at", "task", "under_way", "watch")
+    __slots__ = (
+        "counted_as_failure",
+        "cut",
+        "final",
+        "members",
+        "overdue",
+        "polled",
+        "started_at",
+        "task",
+        "under_way",
+    )
 
-    def __init__(self, watch: Watch, now: float, *, final: bool) -> None:
-        self.watch = watch
-        self.sent_at = now
+    def __init__(self, polled: PolledOperation, now: float, *, final: bool) -> None:
+        self.polled = polled
+        self.started_at = now
         self.final = final
         self.members: list[Wait] = []
         self.task: asyncio.Task[None] | None = None
         self.under_way = False
         self.cut = False
         self.overdue = False
-        self.counted_bad = False
+        self.counted_as_failure = False
 
     def serves(self, wait: Wait) -> bool:
-        """Whether the answer still counts for a member: for one whose time is up, only that of its final look does."""
-        return not wait.done() and (not wait.overtime or wait.final is self)
+        """Whether the answer still counts for a member: for one whose time is up, only that of its final poll does."""
+        return not wait.done() and (not wait.deadline_passed or wait.final is self)
 
     def stop(self, *, overdue: bool = False) -> None:
         """Cut the exchange off, once; overdue: since it took longer than an exchange may."""

@@ -15,16 +15,16 @@ _SWEEP: Final = 4  # entries moved a call, while there are many stale ones
 _SLACK: Final = 64  # stale entries that are not worth sweeping
 
 
-class Bookable(Protocol):
-    """What an agenda takes: an object with room for the time of its one entry, None where it has none."""
+class Scheduled(Protocol):
+    """What an queue takes: an object with room for the time of its one entry, None where it has none."""
 
-    booking: float | None
+    scheduled_at: float | None
 
     def __lt__(self, other: Any, /) -> bool:
         """Decide between equal times."""
 
 
-B = TypeVar("B", bound=Bookable)
+B = TypeVar("B", bound=Scheduled)
 
 
 class _Entry(msgspec.Struct, Generic[B], order=True):
@@ -34,10 +34,10 @@ class _Entry(msgspec.Struct, Generic[B], order=True):
     item: B
 
 
-class Agenda(Generic[B]):
+class TimerQueue(Generic[B]):
     """A queue ordered by time, and where that is equal by the items; an item has at most one entry.
 
-    An entry is live while its time is the very float that its item has as `booking`, and not just an equal one: a
+    An entry is live while its time is the very float that its item has as `scheduled_at`, and not just an equal one: a
     number for each entry would be another object for each of them.
     """
 
@@ -51,35 +51,35 @@ class Agenda(Generic[B]):
     def __len__(self) -> int:
         return self._live
 
-    def book(self, item: B, when: float) -> None:
+    def schedule(self, item: B, when: float) -> None:
         """Enter an item, or move its entry."""
-        if item.booking is None:
+        if item.scheduled_at is None:
             self._live += 1
-        elif item.booking is when:
+        elif item.scheduled_at is when:
             return
-        item.booking = when
+        item.scheduled_at = when
         heappush(self._heap, _Entry(when, item))
         self._sweep()
 
-    def cancel(self, item: B) -> None:
+    def remove(self, item: B) -> None:
         """Take an item's entry back, if it has one."""
-        if item.booking is not None:
-            item.booking = None
+        if item.scheduled_at is not None:
+            item.scheduled_at = None
             self._live -= 1
             self._sweep()
 
-    def first(self) -> float | None:
+    def next_due(self) -> float | None:
         """Return the time of the earliest entry, or None where there is none."""
         heap = self._front()
         return heap[0].when if heap else None
 
-    def take(self, now: float) -> B | None:
+    def pop_due(self, now: float) -> B | None:
         """Take out the earliest entry that is due at `now`, or return None."""
         heap = self._front()
         if not heap or heap[0].when > now:
             return None
         item = heappop(heap).item
-        item.booking = None
+        item.scheduled_at = None
         self._live -= 1
         self._sweep()
         return item
@@ -87,9 +87,9 @@ class Agenda(Generic[B]):
     def _front(self) -> list[_Entry[B]]:
         """Return the heap, of the two, whose top is the earliest live entry."""
         heap, old = self._heap, self._old
-        while heap and heap[0].item.booking is not heap[0].when:
+        while heap and heap[0].item.scheduled_at is not heap[0].when:
             heappop(heap)
-        while old and old[0].item.booking is not old[0].when:
+        while old and old[0].item.scheduled_at is not old[0].when:
             heappop(old)
         return old if old and (not heap or old[0] < heap[0]) else heap
 
@@ -100,5 +100,5 @@ class Agenda(Generic[B]):
             self._old, self._heap = self._heap, []
         for _ in range(min(_SWEEP, len(self._old))):
             entry = self._old.pop()
-            if entry.item.booking is entry.when:
+            if entry.item.scheduled_at is entry.when:
                 heappush(self._heap, entry)

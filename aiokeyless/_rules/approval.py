@@ -1,7 +1,9 @@
-"""The verdict on one answer: still pending, approved, or not to be trusted; and the errors that end a wait.
+"""The verdict on one answer: pending, approved, or rejected; and the errors that end a wait without an approval.
 
 This is where money is at stake, so it is small and pure: an answer counts as an approval only if everything that is
-known about the operation agrees, and whatever contradicts it is an error, never an approval and never patience.
+known about the operation agrees. Whatever contradicts it is an error, never an approval and never patience.
+
+Rule 2 of docs/rules.md. Source: Keyless documentation, Server API / Operations, "Get operation".
 """
 
 from __future__ import annotations
@@ -20,25 +22,35 @@ from aiokeyless.errors import (
 from aiokeyless.models import Operation, OperationState
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
-__all__ = ["Distrust", "Verdict", "WaitRecord", "distrusted", "is_same_user", "judge", "timed_out", "unknown"]
-
 
 class Verdict(Enum):
-    """What a trustworthy answer says."""
+    """What a consistent answer about the right operation says."""
 
     PENDING = "pending"
     APPROVED = "approved"
 
 
-class Distrust(NamedTuple):
-    """Why an answer is not to be trusted, and as which error that is raised."""
+class Rejection(Enum):
+    """Why an answer is rejected. Its value is the sentence that says so, without a word of the answer's own.
 
-    error: type[OperationMismatchError | InconsistentOperationError]
-    reason: str
+    What an answer says is not quoted: it may echo the API key.
+    """
+
+    OTHER_OPERATION = "the answer is about another operation"
+    OTHER_USER = "it belongs to another user than the ticket"
+    OTHER_PAYLOAD = "its payload is not the one that was created"
+    OTHER_EXTERNAL_USER = "its external user id is not the one that was created"
+    RESULT_IS_FALSE = "its state is 'approved', but its result is false"
+    UNKNOWN_STATE = "its state is not documented"
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Whether the answer is about something else than what was asked for, and does not contradict itself."""
+        return self not in {Rejection.RESULT_IS_FALSE, Rejection.UNKNOWN_STATE}
 
 
 class WaitRecord(NamedTuple):
-    """What an error tells of the wait that it ends."""
+    """What an error tells about the wait that it ends."""
 
     operation_id: str
     last_operation: Operation | None
@@ -48,76 +60,72 @@ class WaitRecord(NamedTuple):
     ticket: ApprovalTicket | None
 
 
-def judge(operation: Operation, operation_id: str, ticket: ApprovalTicket | None = None) -> Verdict | Distrust:
-    """Judge one answer of ``GET /v2/operations/{operationId}``.
+def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | None = None) -> Verdict | Rejection:
+    """Evaluate one answer of ``GET /v2/operations/{operationId}``.
+
+    Pending answers are checked as approved ones are, so that a mix-up is found at the first poll and not at the end.
 
     Args:
         operation: The answer.
         operation_id: The id that was asked for.
         ticket: What else is known about the operation; None for a bare id.
-
-    Returns:
-        The verdict, or why the answer is not to be trusted: checked for pending answers too, so that a mix-up is
-        found at the first poll and not at the end.
     """
     mismatch = _mismatch(operation, operation_id, ticket)
     if mismatch is not None:
-        return Distrust(OperationMismatchError, mismatch)
+        return mismatch
     if operation.is_approved:
         return Verdict.APPROVED
     if operation.state == OperationState.PENDING:  # with result true, too: one sign of approval is not two
         return Verdict.PENDING
-    if operation.state == OperationState.APPROVED:
-        return Distrust(InconsistentOperationError, "its state is 'approved', but its result is false")
-    return Distrust(InconsistentOperationError, "its state is not documented; .last_operation has it")
+    return Rejection.RESULT_IS_FALSE if operation.state == OperationState.APPROVED else Rejection.UNKNOWN_STATE
+
+
+def _mismatch(operation: Operation, operation_id: str, ticket: ApprovalTicket | None) -> Rejection | None:
+    if operation.operation_id != operation_id:
+        return Rejection.OTHER_OPERATION
+    if ticket is None:
+        return None
+    if not is_same_user(operation.user_id, ticket.user_id):
+        return Rejection.OTHER_USER
+    if payload_digest(operation.operation_payload) != ticket.payload_sha256:
+        return Rejection.OTHER_PAYLOAD
+    if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:
+        return Rejection.OTHER_EXTERNAL_USER
+    return None
 
 
 def is_same_user(answered: str, asked: str) -> bool:
-    """Whether two user ids are the same: ASCII hex of either case.
+    """Return whether two user ids are equal: ASCII hex of either case.
 
     Outside of ASCII, upper case is no comparison: that of the ligature of two f is "FF".
     """
     return answered.isascii() and answered.upper() == asked.upper()
 
 
-# What an answer says is not quoted here: it may echo the API key.
-def _mismatch(operation: Operation, operation_id: str, ticket: ApprovalTicket | None) -> str | None:
-    if operation.operation_id != operation_id:
-        return "the answer is about another operation; .last_operation has it"
-    if ticket is None:
-        return None
-    if not is_same_user(operation.user_id, ticket.user_id):
-        return f"it does not belong to user {ticket.user_id!r}; .last_operation has its user"
-    if payload_digest(operation.operation_payload) != ticket.payload_sha256:
-        return "its payload is not the one that was created"
-    if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:
-        return "its external user id is not the one that was created"
-    return None
-
-
-def distrusted(distrust: Distrust, record: WaitRecord) -> ApprovalError:
-    """Make the error for an answer that is not to be trusted."""
-    message = f"operation {record.operation_id!r} is not to be trusted: {distrust.reason}; treat it as refused"
-    return distrust.error(message, **record._asdict())
+def rejection_error(rejection: Rejection, record: WaitRecord) -> ApprovalError:
+    """Make the error for an answer that is rejected; the caller sets ``last_operation`` to that answer."""
+    message = (
+        f"operation {record.operation_id!r} was rejected: {rejection.value}; treat it as refused, "
+        ".last_operation has the answer"
+    )
+    error = OperationMismatchError if rejection.is_mismatch else InconsistentOperationError
+    return error(message, **record._asdict())
 
 
 def timed_out(record: WaitRecord) -> ApprovalTimeoutError:
-    """Make the error for a wait whose final look saw the operation pending."""
+    """Make the error for a wait whose final poll found the operation pending."""
+    seen = "pending" if record.last_operation is not None else "missing"
     message = (
-        f"operation {record.operation_id!r} was still {_not_yet(record)} after {record.elapsed:.1f} s and "
-        f"{record.polls} polls; a timeout is not a denial: it can still be approved, look again with get_operation"
+        f"operation {record.operation_id!r} was still {seen} after {record.elapsed:.1f} s and {record.polls} polls; "
+        "a timeout is not a denial: it can still be approved, check it with get_operation"
     )
     return ApprovalTimeoutError(message, **record._asdict())
 
 
-def _not_yet(record: WaitRecord) -> str:
-    return "pending" if record.last_operation is not None else "missing"
-
-
 def unknown(record: WaitRecord) -> ApprovalUnknownError:
-    """Make the error for a wait whose final look got no answer."""
+    """Make the error for a wait whose final poll got no answer."""
     message = (
         f"operation {record.operation_id!r}: time is up after {record.elapsed:.1f} s and {record.polls} polls, and the "
-        f"final look got no answer; approved or not, nobody knows: look again with get_operation before you repeat it"
+        "final poll got no answer, so the outcome is unknown: check it with get_operation before you repeat anything"
     )
     return ApprovalUnknownError(message, **record._asdict())

@@ -1,110 +1,135 @@
-"""How the service fares, told by the outcomes of a client's polls, and how many polls may be in flight for it.
+"""A circuit breaker: how the service fares, and how many polls may be in flight for it.
 
-Pure: it is told the time and what happened, and answers how much room there is. It exists so that thousands of waits
-do not hammer a service that is down, and do not fall upon it together when it comes back.
+Pure: it is told the time and what happened, and says how much room there is. It exists so that thousands of waits
+do not hammer a service that is down, and do not fall upon it together when it comes back. Rule 4 of docs/rules.md.
 """
 
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from typing import Final
 
-from .backoff import MAX_HOLD, error_delay
+from .backoff import error_delay
 
-FAILURES_UNTIL_DOWN: Final = 5
+FAILURES_UNTIL_OPEN: Final = 5
+MAX_PAUSE: Final = 120.0  # seconds: a Retry-After of days must not turn a wait into a sleep
 
 
-class Health:
-    """The state of the service as one client sees it: open, opening up, down, held.
+class CircuitState(StrEnum):
+    """The states of the circuit."""
 
-    Open: all the room there is. Down, after 5 failed polls in a row: one probe at a time, on the error pace. Held,
-    after a ``Retry-After``: no polls at all. After both it opens up: few polls in flight, and twice as many after
-    each round of good answers. Times are of one clock, in seconds.
+    CLOSED = "closed"
+    """The service is well: all the room there is."""
+    HALF_OPEN = "half_open"
+    """The service answers again: few polls in flight, twice as many after each round of good answers."""
+    OPEN = "open"
+    """The service fails, or asked to be left alone: one probe at a time, or no poll until `Circuit.retry_at`."""
+
+
+class Circuit:
+    """The circuit of one client or worker; it starts closed.
+
+    It opens after 5 failed polls in a row, and then lets one probe through at a time, on the error backoff. A
+    ``Retry-After`` opens it too, for that time and with no poll at all. Either way it is half open afterwards.
+    Times are of one clock, in seconds.
 
     Args:
-        limit: Polls that may be in flight while the service is well.
+        limit: Polls that may be in flight while it is closed.
     """
 
-    __slots__ = ("_failures", "_full", "_good", "_held_until", "_probe_at", "_probes", "limit", "since")
+    __slots__ = ("_failures", "_full", "_paused_until", "_probe_at", "_probes", "_successes", "limit", "since")
 
     def __init__(self, limit: int) -> None:
         self._full = limit
         self.limit = limit
-        """Polls that may be in flight once the gate is open."""
+        """Polls that may be in flight once polls may start at all."""
         self.since = -math.inf
-        """When the present state began: polls sent earlier say nothing about it and take no room in it."""
-        self._failures = 0
-        self._good = 0
-        self._held_until = -math.inf
-        self._probes = 0  # 0: not down
+        """When the present state began: polls that started earlier say nothing about it and take no room in it."""
+        self._failures = 0  # in a row
+        self._successes = 0  # of the present round, while half open
+        self._paused_until = -math.inf
+        self._probes = 0  # failed ones in a row, the failure that opened the circuit included; 0: it is not probed
         self._probe_at = -math.inf
 
     @property
-    def is_open(self) -> bool:
-        """Whether there is all the room there is."""
-        return self.limit == self._full and self._held_until == -math.inf and not self._probes
+    def state(self) -> CircuitState:
+        """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
+        if self._probes or self._paused_until > -math.inf:
+            return CircuitState.OPEN
+        return CircuitState.CLOSED if self.limit == self._full else CircuitState.HALF_OPEN
 
     @property
-    def is_down(self) -> bool:
-        """Whether only probes are sent."""
+    def is_closed(self) -> bool:
+        """Whether there is all the room there is."""
+        return self.state is CircuitState.CLOSED
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether it is open because polls failed, so that only probes start."""
         return self._probes > 0
 
-    def opens_at(self) -> float:
-        """Return the time from which polls may be sent."""
-        return max(self._held_until, self._probe_at)
+    def retry_at(self) -> float:
+        """Return the time from which polls may start."""
+        return max(self._paused_until, self._probe_at)
 
     def room(self, now: float) -> int:
-        """Return how many polls may be in flight at this time; final looks are asked for with `gated`."""
-        return self.limit if now >= self.opens_at() else 0
+        """Return how many polls may be in flight at this time; final polls go by `limits_final_polls`."""
+        return self.limit if now >= self.retry_at() else 0
 
-    def gated(self, now: float) -> bool:
-        """Whether the service is down or held, so that final looks go one at a time."""
-        return self.is_down or now < self._held_until
+    def takes_room(self, started_at: float) -> bool:
+        """Return whether a poll in flight counts: while the service recovers, those from before do not."""
+        return self.is_closed or started_at >= self.since
 
-    def good(self, now: float, *, sent_at: float) -> None:
-        """Take note of an answer that is no transient failure."""
+    def limits_final_polls(self, now: float) -> bool:
+        """Return whether final polls start one at a time."""
+        return self.is_probed or now < self._paused_until
+
+    def record_success(self, now: float, *, started_at: float) -> None:
+        """Record an answer that is no transient failure."""
         self._failures = 0
-        held = now < self._held_until  # a final look's good answer then: no reason to open up before the hold ends
-        if not held:
-            self._held_until = -math.inf
-        if self.is_down:
+        paused = now < self._paused_until  # a final poll's answer then: no reason to start others before the pause ends
+        if not paused:
+            self._paused_until = -math.inf
+        if self.is_probed:
             self._probes = 0
             self._probe_at = -math.inf
-            self._narrow(now)
-            if not held:
+            self._restart(now)
+            if not paused:
                 self.limit = min(2, self._full)  # the probe was the first round
-        elif self.limit < self._full and sent_at >= self.since and not held:
-            self._good += 1
-            if self._good >= self.limit:
+        elif self.limit < self._full and started_at >= self.since and not paused:
+            self._successes += 1
+            if self._successes >= self.limit:
                 self.limit = min(2 * self.limit, self._full)
-                self._good = 0
+                self._successes = 0
 
-    def bad(self, now: float, *, sent_at: float, is_probe: bool, hold: float | None = None) -> None:
-        """Take note of a transient failure.
+    def record_failure(self, now: float, *, started_at: float, is_probe: bool, pause: float | None = None) -> None:
+        """Record a transient failure.
 
         Args:
             now: The time.
-            sent_at: When the failed poll was sent.
-            is_probe: Whether it was an ordinary poll; a final look is sent in any weather and paces nothing.
-            hold: Seconds for which the service wants to be left alone, where it said so.
+            started_at: When the failed poll started.
+            is_probe: Whether it was an ordinary poll; a final poll starts whatever the state, and paces no probe.
+            pause: Seconds for which the service asked to be left alone, where it did; at most 120 count.
         """
         self._failures += 1
-        if hold:
-            self._held_until = max(self._held_until, now + min(hold, MAX_HOLD))
-            if not self.is_down:  # there its probe in flight goes on to count: a hold is no new start of the pace
-                self._narrow(now)
-        if self.is_down:
-            if is_probe and sent_at >= self.since:
-                self._pace(now)
-        elif self._failures >= FAILURES_UNTIL_DOWN:
-            self._narrow(now)
-            self._pace(now)
+        if pause:
+            self._paused_until = max(self._paused_until, now + min(pause, MAX_PAUSE))
+            if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
+                self._restart(now)
+        if self.is_probed:
+            if is_probe and started_at >= self.since:
+                self._schedule_probe(now)
+        elif self._failures >= FAILURES_UNTIL_OPEN:
+            self._restart(now)
+            self._schedule_probe(now)
 
-    def _narrow(self, now: float) -> None:
+    def _restart(self, now: float) -> None:
+        """Begin a new state with room for a single poll."""
         self.limit = 1
         self.since = now
-        self._good = 0
+        self._successes = 0
 
-    def _pace(self, now: float) -> None:
+    def _schedule_probe(self, now: float) -> None:
         self._probes += 1
         self._probe_at = now + error_delay(self._probes)

@@ -10,7 +10,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._http.protocol import is_transient
+from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,

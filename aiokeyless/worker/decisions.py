@@ -1,17 +1,19 @@
 """What one delivery of a request comes to: an outcome to publish, or the delay after which it is delivered again.
 
-Pure, and by the same rules as the poller's: the verdict is `approval`'s, the pace `schedule`'s and `health`'s.
+Pure. What the result of a poll means is `poll_outcome`'s to say, as it is for the poller; here it becomes an event or a
+delay. docs/rules.md says where the two engines differ.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiokeyless._http.protocol import is_transient
-from aiokeyless._rules.approval import Distrust, Verdict, judge
-from aiokeyless._rules.backoff import error_delay
-from aiokeyless.errors import DecodeError, KeylessError, OperationMismatchError
-from aiokeyless.schedule import next_delay
+from aiokeyless._rules.approval import Rejection, Verdict, evaluate
+from aiokeyless._rules.backoff import error_delay, is_transient
+from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
+from aiokeyless.errors import DecodeError, KeylessError, NotFoundError
+from aiokeyless.models import Operation
+from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
 from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome
 
@@ -21,14 +23,10 @@ if TYPE_CHECKING:
     import msgspec
     from tenacity.wait import wait_base
 
-    from aiokeyless.models import Operation
-
-#: Seconds: the shortest delay that the broker is asked for.
-_SHORTEST: Final = 0.02
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
 
 
-class Again(NamedTuple):
+class Redeliver(NamedTuple):
     """The request stays in the stream, and is delivered again after so many seconds."""
 
     delay: float
@@ -41,7 +39,7 @@ class Decided(NamedTuple):
     message_id: str
 
 
-Decision = Again | Decided
+Decision = Redeliver | Decided
 
 
 class Pace(NamedTuple):
@@ -61,36 +59,62 @@ class Pace(NamedTuple):
 
 
 def after_creation(delivery: Delivery, now: datetime, schedule: wait_base) -> Decision:
-    """Decide after the operation was created just now: nobody has approved in no time, so there is no look yet."""
-    return Again(_paced(delivery, now, schedule))
+    """Decide after the operation was created just now: nobody approves in no time, so there is no poll yet."""
+    return Redeliver(_paced(delivery, now, schedule))
 
 
-def after_answer(
-    delivery: Delivery, operation: Operation, *, sent_at: datetime, now: datetime, schedule: wait_base
-) -> Decision:
-    """Decide by the answer to a look.
+def after_poll(
+    delivery: Delivery,
+    answer: Operation | KeylessError,
+    *,
+    polled_at: datetime,
+    now: datetime,
+    schedule: wait_base,
+    pace: Pace,
+    grace: float,
+) -> Decision | None:
+    """Decide by the result of a poll.
 
     Args:
         delivery: The delivery.
-        operation: The answer.
-        sent_at: When the look began; at the deadline or later, it is the last one.
+        answer: The operation, or the failure of the poll.
+        polled_at: When the poll started; at the deadline or later, it is the final one.
         now: The time.
-        schedule: When to look next.
+        schedule: When to poll next.
+        pace: How to go on after a failure.
+        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
+
+    Returns:
+        The decision; None where there is no operation yet, and it is to be created.
     """
     ticket = delivery.ticket
-    verdict = judge(operation, ticket.operation_id, ticket)
-    if verdict is Verdict.APPROVED:
-        return _decided(delivery, now, Outcome.APPROVED, auth_type=operation.auth_type)
-    if isinstance(verdict, Distrust):
-        return _distrusted(delivery, now, operation, verdict)
-    return _still_pending(delivery, sent_at, now, schedule)
+    # What an earlier delivery saw is not remembered; it may have ended before it created the operation.
+    facts = PollFacts(
+        ticket.operation_id, ticket, is_final=is_final(delivery, polled_at), may_be_missing=True, was_seen=False
+    )
+    result, rejection = poll_outcome(answer, facts)
+    if rejection is not None:
+        return _rejected(delivery, now, rejection)
+    if result is Result.PENDING:
+        return None if isinstance(answer, NotFoundError) else Redeliver(_paced(delivery, now, schedule))
+    if result is Result.TRANSIENT:
+        return Redeliver(_cut(delivery, now, pace.pause()))
+    if result is Result.UNANSWERED and (polled_at - ticket.expires_at).total_seconds() < grace:
+        # The user may have approved in time: an error at the wrong moment must not cost that.
+        return Redeliver(pace.pause())
+    if isinstance(answer, KeylessError) and result is Result.FAILED:
+        reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
+        return _failed(delivery, now, reason, str(answer))
+    if isinstance(answer, Operation) and result is Result.APPROVED:
+        return _decided(delivery, now, Outcome.APPROVED, auth_type=answer.auth_type)
+    return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT)
 
 
 def after_older(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
     """Decide about an operation that was there before this request held its id: it is not this request's."""
-    verdict = judge(operation, delivery.ticket.operation_id, delivery.ticket)
-    if isinstance(verdict, Distrust):
-        return _distrusted(delivery, now, operation, verdict)
+    verdict = evaluate(operation, delivery.ticket.operation_id, delivery.ticket)
+    if isinstance(verdict, Rejection):
+        return _rejected(delivery, now, verdict)
     if verdict is Verdict.APPROVED:
         detail = "an operation of this id and content was approved before this request asked; one approval counts once"
         return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
@@ -102,41 +126,12 @@ def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
     return _failed(delivery, now, FailureReason.CONFLICT, "the operation id belongs to a different request")
 
 
-def after_missing(delivery: Delivery, *, sent_at: datetime, now: datetime) -> Decision | None:
-    """Decide after a look that found no operation; None: it is to be created, since it is not too late for that."""
-    return _decided(delivery, now, Outcome.EXPIRED, answered=True) if is_last(delivery, sent_at) else None
-
-
 def after_failed_creation(delivery: Delivery, error: KeylessError, *, now: datetime, pace: Pace) -> Decision:
     """Decide after the operation could not be created."""
     if is_transient(error):
-        return Again(_cut(delivery, now, pace.pause()))
+        return Redeliver(_cut(delivery, now, pace.pause()))
     reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.REJECTED
     return _failed(delivery, now, reason, str(error))
-
-
-def after_failed_look(
-    delivery: Delivery, error: KeylessError, *, sent_at: datetime, now: datetime, pace: Pace, grace: float
-) -> Decision:
-    """Decide after a look has failed.
-
-    Args:
-        delivery: The delivery.
-        error: The failure.
-        sent_at: When the look began.
-        now: The time.
-        pace: How to go on.
-        grace: Seconds past the deadline for which a last look that got no answer is repeated.
-    """
-    if not is_transient(error):
-        reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.LOOK_REFUSED
-        return _failed(delivery, now, reason, str(error))
-    if not is_last(delivery, sent_at):
-        return Again(_cut(delivery, now, pace.pause()))
-    if (sent_at - delivery.ticket.expires_at).total_seconds() < grace:
-        # The user may have approved in time: an error at the wrong moment must not cost that.
-        return Again(pace.pause())
-    return _decided(delivery, now, Outcome.EXPIRED, answered=False)
 
 
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:
@@ -171,33 +166,30 @@ def invalid(
     return Decided(event, message)
 
 
-def is_last(delivery: Delivery, sent_at: datetime) -> bool:
-    """Whether a look that began then is the final one."""
-    return sent_at >= delivery.ticket.expires_at
-
-
-def _still_pending(delivery: Delivery, sent_at: datetime, now: datetime, schedule: wait_base) -> Decision:
-    if is_last(delivery, sent_at):
-        return _decided(delivery, now, Outcome.EXPIRED, answered=True)
-    return Again(_paced(delivery, now, schedule))
+def is_final(delivery: Delivery, polled_at: datetime) -> bool:
+    """Return whether a poll that started then is the final one."""
+    return polled_at >= delivery.ticket.expires_at
 
 
 def _paced(delivery: Delivery, now: datetime, schedule: wait_base) -> float:
     age = max(0.0, (now - delivery.ticket.created_at).total_seconds())
-    return _cut(delivery, now, next_delay(schedule, attempt_number=delivery.number, since_start=age))
+    attempt = attempt_at(schedule, age, most=delivery.number)
+    return _cut(delivery, now, next_delay(schedule, attempt_number=attempt, since_start=age))
 
 
 def _cut(delivery: Delivery, now: datetime, delay: float) -> float:
-    """Cut a delay to the deadline, so that a final look begins there."""
-    return max(_SHORTEST, min(delay, delivery.ticket.remaining(now)))
+    """Cut a delay to the deadline, so that a final poll starts there."""
+    return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
 
 
-def _distrusted(delivery: Delivery, now: datetime, operation: Operation, distrust: Distrust) -> Decided:
-    if distrust.error is not OperationMismatchError:
-        return _failed(delivery, now, FailureReason.INCONSISTENT, distrust.reason)
-    if operation.operation_id == delivery.ticket.operation_id:
-        return _failed(delivery, now, FailureReason.CONFLICT, distrust.reason)
-    return _failed(delivery, now, FailureReason.MISMATCH, distrust.reason)
+def _rejected(delivery: Delivery, now: datetime, rejection: Rejection) -> Decided:
+    if not rejection.is_mismatch:
+        reason = FailureReason.INCONSISTENT
+    elif rejection is Rejection.OTHER_OPERATION:
+        reason = FailureReason.MISMATCH
+    else:
+        reason = FailureReason.CONFLICT
+    return _failed(delivery, now, reason, rejection.value)
 
 
 def _failed(delivery: Delivery, now: datetime, reason: FailureReason, detail: str) -> Decided:

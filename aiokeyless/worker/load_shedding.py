@@ -19,7 +19,7 @@ _MOST: Final = 16.0
 _STEP: Final = 1.01
 
 
-class Spacing(wait_base):
+class LoadShedding(wait_base):
     """A schedule that is stretched while new requests wait for their turn.
 
     Args:
@@ -34,12 +34,12 @@ class Spacing(wait_base):
         """Return what the schedule says, stretched."""
         return self._schedule(retry_state) * self.factor
 
-    def saw(self, *, again: bool, untaken: int) -> None:
-        """Take note of a delivery.
+    def on_delivery(self, *, redelivered: bool, backlog: int) -> None:
+        """Adapt to a delivery.
 
         Args:
-            again: Whether it was delivered before. New ones say nothing: a burst of them is no lack of room.
-            untaken: How many requests were never delivered yet.
+            redelivered: Whether it was delivered before. New ones say nothing: a burst of them is no lack of room.
+            backlog: How many requests were never delivered yet.
         """
-        if again:
-            self.factor = min(self.factor * _STEP, _MOST) if untaken else max(self.factor / _STEP, 1.0)
+        if redelivered:
+            self.factor = min(self.factor * _STEP, _MOST) if backlog else max(self.factor / _STEP, 1.0)

@@ -79,7 +79,7 @@ class FailureReason(StrEnum):
     """An answer contradicted itself or had an unknown state: treat it as refused, and investigate."""
     REJECTED = "rejected"
     """The service refused for good to create the operation: an unknown user, a malformed request. Nobody was asked."""
-    LOOK_REFUSED = "look_refused"
+    POLL_REFUSED = "poll_refused"
     """The service refused for good to tell. Approved or not, nobody knows: look with ``get_operation``."""
     UNREADABLE = "unreadable"
     """The service answered with JSON of another shape than documented. Approved or not, nobody knows."""

@@ -17,17 +17,17 @@ import msgspec
 import nats.errors
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.circuit import Health
+from aiokeyless._rules.circuit import Circuit
 from aiokeyless._validation import seconds
 from aiokeyless.errors import ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import connect, disconnect
 from .claims import Claims
-from .decisions import Again, after_bug, invalid
+from .decisions import Redeliver, after_bug, invalid
 from .exchanges import Exchanges
 from .intake import EXPIRES, Intake
-from .load_shedding import Spacing
+from .load_shedding import LoadShedding
 from .logs import log
 from .messages import (
     MESSAGE_ID,
@@ -65,7 +65,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         in_flight: Deliveries under way.
         deliveries: Deliveries taken.
-        looks: Operations looked at.
+        polls: Operations looked at.
         created: Operations created.
         approved: Events of this kind published; those that the stream had already are not counted.
         expired: Likewise.
@@ -79,7 +79,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     in_flight: int
     deliveries: int
-    looks: int
+    polls: int
     created: int
     approved: int
     expired: int
@@ -141,9 +141,9 @@ class ApprovalWorker:
         # A create, the look whether it is there, the look at it; and the event.
         self._longest_delivery = 3 * client._request_timeout + _PUBLISH_WITHIN  # noqa: SLF001
         self._ack_wait = self._longest_delivery + _MARGIN
-        self._health = Health(max_in_flight)
-        self._spacing = Spacing(self._schedule)
-        self._exchanges = Exchanges(client, schedule=self._spacing, health=self._health, grace=grace)
+        self._circuit = Circuit(max_in_flight)
+        self._load_shedding = LoadShedding(self._schedule)
+        self._exchanges = Exchanges(client, schedule=self._load_shedding, circuit=self._circuit, grace=grace)
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._stopping = False
@@ -161,11 +161,11 @@ class ApprovalWorker:
         """The worker at this moment."""
         return WorkerStatistics(
             in_flight=len(self._deliveries),
-            looks=self._exchanges.looks,
+            polls=self._exchanges.polls,
             created=self._exchanges.created,
             transient_failures=self._exchanges.failures,
             is_ready=self._serving and not self._stopping and self._connection.is_connected,
-            is_down=self._health.is_down,
+            is_down=self._circuit.is_probed,
             is_draining=self._stopping,
             **self._counts,
         )
@@ -239,13 +239,13 @@ class ApprovalWorker:
         if self._refusals:
             await restore_consumer(self._stream, ack_wait=self._ack_wait)
         expected = self._intake.expected()
-        room = self._health.room(now) - len(self._deliveries) - expected
+        room = self._circuit.room(now) - len(self._deliveries) - expected
         if room > 0 and (not expected or room >= self._max_in_flight // 4):
             with suppress(nats.errors.Error):  # the connection was lost at this moment: nothing was asked for
                 await self._intake.ask(room)
 
     async def _wait_for_change(self, now: float) -> None:
-        closed_for = max(self._health.opens_at(), self._asks_from) - now
+        closed_for = max(self._circuit.retry_at(), self._asks_from) - now
         with suppress(TimeoutError):
             async with asyncio.timeout(closed_for if closed_for > 0 else EXPIRES):
                 await self._changed.wait()
@@ -309,18 +309,18 @@ class ApprovalWorker:
             with suppress(nats.errors.Error):  # or it comes again by itself, a little later
                 await message.nak(delay=error_delay(1))
 
-    def _handed_back(self) -> Again | None:
+    def _handed_back(self) -> Redeliver | None:
         """Hand a delivery back that comes when there is no room for it: it was asked for in better days."""
         if self._stopping:
-            return Again(EXPIRES)  # not at once: it would come to this worker's own pulls, which are still there
+            return Redeliver(EXPIRES)  # not at once: it would come to this worker's own pulls, which are still there
         now = asyncio.get_running_loop().time()
-        if len(self._deliveries) <= self._health.room(now):
+        if len(self._deliveries) <= self._circuit.room(now):
             return None
-        return Again(max(0.0, self._health.opens_at() - now) + error_delay(1))
+        return Redeliver(max(0.0, self._circuit.retry_at() - now) + error_delay(1))
 
     async def _decide(self, message: Msg) -> Decision:
         metadata = message.metadata
-        self._spacing.saw(again=metadata.num_delivered > 1, untaken=metadata.num_pending)
+        self._load_shedding.on_delivery(redelivered=metadata.num_delivered > 1, backlog=metadata.num_pending)
         try:
             delivery = read_request(
                 message.data,
@@ -338,7 +338,7 @@ class ApprovalWorker:
                 name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=datetime.now(UTC)
             )
         try:
-            return await self._exchanges.attend(delivery)
+            return await self._exchanges.process(delivery)
         except (KeylessError, nats.errors.Error):  # of this worker or of the broker, and not of the request
             raise
         except Exception as error:  # noqa: BLE001  # a bug: it must not come again forever
@@ -347,7 +347,7 @@ class ApprovalWorker:
 
     async def _settle(self, message: Msg, decision: Decision) -> None:
         """Tell the broker: first the event, and only when that is stored, that the request is done."""
-        if isinstance(decision, Again):
+        if isinstance(decision, Redeliver):
             await message.nak(delay=decision.delay)
             return
         event = decision.event
@@ -388,7 +388,7 @@ class ApprovalWorker:
         try:
             if event.outcome is Outcome.APPROVED and event.deliveries > 1:
                 # The first delivery created the operation, so the second was the first look.
-                schedule.observe(schedule.look_before(age) if event.deliveries > 2 else 0.0, age)
+                schedule.observe(schedule.previous_poll(age) if event.deliveries > 2 else 0.0, age)
             elif event.answered:
                 schedule.observe(age, None)
         except Exception:  # noqa: BLE001  # a subclass of somebody's: what is not learned costs requests, and no more

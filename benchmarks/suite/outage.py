@@ -32,7 +32,7 @@ from tenacity import (
 
 from aiokeyless import KeylessClient
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.circuit import FAILURES_UNTIL_DOWN
+from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN
 from benchmarks import pictures
 from benchmarks.baselines import LOOP, OURS, BareClient, PlainOperation, bare_session
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
@@ -192,7 +192,7 @@ def _judge(report: Report, plan: Plan, ours: list[Outcome]) -> None:
     likely_probes = sorted(probes)[math.ceil(_CONFIDENCE * len(probes)) - 1]
     # aiohttp itself repeats a GET once if its connection was closed, even a new one.
     times = 2 if plan.failure is Failure.DROPPED else 1
-    bound = times * (FAILURES_UNTIL_DOWN + (_IN_FLIGHT - 1) + likely_probes)
+    bound = times * (FAILURES_UNTIL_OPEN + (_IN_FLIGHT - 1) + likely_probes)
     swept = _median([outcome.swept for outcome in ours])
     recovered = _median([outcome.recovered for outcome in ours])
     report.goals += [
@@ -203,7 +203,7 @@ def _judge(report: Report, plan: Plan, ours: list[Outcome]) -> None:
     ]
     repeated = ", each sent twice by aiohttp" if times > 1 else ""
     report.notes.append(
-        f"{plan.failure}: the bound on the requests is {FAILURES_UNTIL_DOWN} failures, {_IN_FLIGHT - 1} more that were "
+        f"{plan.failure}: the bound on the requests is {FAILURES_UNTIL_OPEN} failures, {_IN_FLIGHT - 1} more that were "
         f"in flight, {likely_probes} probes ({_CONFIDENCE:.1%} of simulated outages have no more; median "
         f"{statistics.median(probes):.0f}){repeated}"
     )

@@ -135,7 +135,7 @@ def _polling(client: KeylessClient) -> Call:
         url = urls.get(operation_id)
         if url is None:
             url = urls[operation_id] = transport.url(protocol.get_operation(operation_id))
-        return await transport.look(url)
+        return await transport.poll(url)
 
     return poll
 

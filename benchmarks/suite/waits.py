@@ -277,7 +277,7 @@ async def _urls(server: Server, gauge: _Gauge) -> None:
 
             async def poll() -> None:
                 nonlocal answered
-                await transport.look(url)
+                await transport.poll(url)
                 answered = next(count)
 
             task = asyncio.create_task(poll())

@@ -32,7 +32,7 @@ READER = "payments"  # this application's place in the streams that it reads
 UNCLEAR = {
     FailureReason.ALREADY_APPROVED,
     FailureReason.INTERNAL,
-    FailureReason.LOOK_REFUSED,
+    FailureReason.POLL_REFUSED,
     FailureReason.UNREADABLE,
 }
 

@@ -28,11 +28,11 @@ from aiokeyless._http.protocol import (
     create_operation,
     get_operation,
     get_pending_operations,
-    is_transient,
     read,
     retry_after,
 )
 from aiokeyless._http.redaction import MAX_DETAIL, Redaction
+from aiokeyless._rules.backoff import is_transient
 from aiokeyless._validation import (
     MAX_IDENTIFIER,
     check_base_url,

@@ -1009,14 +1009,14 @@ async def test_closed_client_sends_nothing(sandbox: Sandbox, name: str) -> None:
 async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
     room = transport.Transport(sandbox.url, Secret(KEY), session=None, request_timeout=1.0, max_attempts=1)
     await room.aclose()
-    assert isinstance(await failure(room.look(room.url(protocol.get_operation("a")))), ClientClosedError)
+    assert isinstance(await failure(room.poll(room.url(protocol.get_operation("a")))), ClientClosedError)
     assert sandbox.requests == []
 
 
 async def test_look_returns_the_operation(sandbox: Sandbox) -> None:
     room = transport.Transport(sandbox.url, Secret(sandbox.api_key), session=None, request_timeout=1.0, max_attempts=1)
     url = room.url(protocol.get_operation("a"))
-    assert await room.look(url) == await room.send(protocol.get_operation("a"))
+    assert await room.poll(url) == await room.send(protocol.get_operation("a"))
     await room.aclose()
 
 

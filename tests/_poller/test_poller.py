@@ -57,7 +57,7 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def looks(sandbox: Sandbox, operation_id: str | None = None) -> list[float]:
+def polls(sandbox: Sandbox, operation_id: str | None = None) -> list[float]:
     """When the sandbox was polled."""
     return [
         record.at
@@ -118,7 +118,7 @@ class TestRule1FirstLook:
         start = now()
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=7)
-        assert looks(sandbox) == pytest.approx([start + 3, start + 6, start + 7])
+        assert polls(sandbox) == pytest.approx([start + 3, start + 6, start + 7])
 
     async def test_a_ticket_made_a_second_ago_is_looked_at_at_once(
         self, sandbox: Sandbox, client: KeylessClient
@@ -128,7 +128,7 @@ class TestRule1FirstLook:
         start = now()
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=4)
-        assert looks(sandbox) == pytest.approx([start, start + 3, start + 4])
+        assert polls(sandbox) == pytest.approx([start, start + 3, start + 4])
 
     async def test_a_ticket_of_another_client_is_looked_at_at_once(
         self, sandbox: Sandbox, client: KeylessClient
@@ -138,7 +138,7 @@ class TestRule1FirstLook:
         start = now()
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=4)
-        assert looks(sandbox) == pytest.approx([start, start + 3, start + 4])
+        assert polls(sandbox) == pytest.approx([start, start + 3, start + 4])
 
     async def test_the_clock_of_the_schedule_starts_at_the_creation(self, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER)
@@ -262,7 +262,7 @@ class TestRule3OneBudget:
         start = now()
         with pytest.raises(ApprovalTimeoutError) as caught:
             await client.wait_for_approval("op", schedule=wait_fixed(4), timeout=10)
-        assert looks(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10])
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10])
         assert not isinstance(caught.value, ApprovalUnknownError)
         assert caught.value.polls == 4
         assert caught.value.elapsed == pytest.approx(10)
@@ -285,7 +285,7 @@ class TestRule3OneBudget:
         start = now()
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(5), timeout=10)
-        assert looks(sandbox) == pytest.approx([start, start + 5, start + 10])
+        assert polls(sandbox) == pytest.approx([start, start + 5, start + 10])
 
     async def test_a_hanging_server_does_not_hang_the_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -296,7 +296,7 @@ class TestRule3OneBudget:
         assert now() - start == pytest.approx(7)
         assert isinstance(caught.value.last_error, RequestTimeoutError)
         assert isinstance(caught.value, ApprovalTimeoutError | TimeoutError)
-        assert looks(sandbox) == pytest.approx([start, start + 5])  # the first was cut for the final one
+        assert polls(sandbox) == pytest.approx([start, start + 5])  # the first was cut for the final one
 
     async def test_a_final_poll_is_cut_after_the_request_timeout_and_repeated(self, sandbox: Sandbox) -> None:
         async with sandbox.client(request_timeout=0.5) as client:
@@ -307,7 +307,7 @@ class TestRule3OneBudget:
             asyncio.get_running_loop().call_at(start + 4.9, sandbox.approve, "op")
             assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
             assert 5.5 < now() - start <= 6.0 + 1e-6
-            assert looks(sandbox)[1] == pytest.approx(start + 5)
+            assert polls(sandbox)[1] == pytest.approx(start + 5)
 
     async def test_final_polls_that_hang_end_two_seconds_after_the_deadline(self, sandbox: Sandbox) -> None:
         async with sandbox.client(request_timeout=0.5) as client:
@@ -352,7 +352,7 @@ class TestRule3OneBudget:
         assert now() - start <= 6
         assert [update.polls for update in updates] == [1, 2, 3, 4]
         assert all(0 < (update.next_poll_in or 0) <= 0.5 for update in updates[1:3])
-        assert len(looks(sandbox)) == 4
+        assert len(polls(sandbox)) == 4
 
     async def test_a_dropped_connection_at_the_deadline_never_costs_an_approval_that_came_in_time(
         self, sandbox: Sandbox, client: KeylessClient
@@ -381,7 +381,7 @@ class TestRule3OneBudget:
         assert 6.4 <= now() - start <= 7 + 1e-6
         assert isinstance(caught.value.last_error, ServerError)
         assert caught.value.last_operation is not None
-        assert 5 <= len(looks(sandbox)) <= 40
+        assert 5 <= len(polls(sandbox)) <= 40
 
     async def test_a_slow_repeat_is_cut_two_seconds_after_the_deadline(
         self, sandbox: Sandbox, client: KeylessClient
@@ -403,7 +403,7 @@ class TestRule3OneBudget:
         asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(429, retry_after=1))
         start = now()
         assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
-        assert looks(sandbox) == pytest.approx([start, start + 5, start + 6])
+        assert polls(sandbox) == pytest.approx([start, start + 5, start + 6])
 
     async def test_a_wait_ends_at_once_where_the_service_wants_no_poll_in_what_is_left(
         self, sandbox: Sandbox, client: KeylessClient
@@ -426,7 +426,7 @@ class TestRule3OneBudget:
         asyncio.get_running_loop().call_later(4.9, sandbox.approve, "op")
         waits = [client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5) for _ in range(300)]
         assert all(operation.is_approved for operation in await asyncio.gather(*waits))
-        assert len(looks(sandbox)) == 4
+        assert len(polls(sandbox)) == 4
 
     async def test_deadlines_that_follow_each_other_share_the_repeated_final_polls(
         self, sandbox: Sandbox, client: KeylessClient
@@ -440,7 +440,7 @@ class TestRule3OneBudget:
         )
         assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
         assert now() - start <= 8
-        assert len(looks(sandbox)) <= 1 + 100 + 30
+        assert len(polls(sandbox)) <= 1 + 100 + 30
 
     async def test_a_wait_that_leaves_between_final_polls_takes_nothing_from_the_others(
         self, sandbox: Sandbox, client: KeylessClient
@@ -479,26 +479,26 @@ class TestRule3OneBudget:
     ) -> None:
         await pending(client)
         start = now()
-        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
+        before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
         asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504, retry_after=1))
         with pytest.raises(ApprovalTimeoutError) as caught:
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
         assert not isinstance(caught.value, ApprovalUnknownError)
         assert now() - start == pytest.approx(5.01)
-        await cancel([patient])
+        await cancel([before_deadline])
 
     async def test_an_ordinary_poll_that_hangs_as_the_repeat_ends_with_the_two_seconds(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
         start = now()
-        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
+        before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
         asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504, retry_after=1))
         asyncio.get_running_loop().call_later(5.005, setattr, sandbox, "latency", 3600)
         with pytest.raises(ApprovalUnknownError):
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
         assert now() - start == pytest.approx(7)
-        await cancel([patient])
+        await cancel([before_deadline])
 
     async def test_somebody_who_cancels_a_worker_costs_no_final_poll(
         self, sandbox: Sandbox, client: KeylessClient
@@ -553,7 +553,7 @@ class TestRule3OneBudget:
                 return_exceptions=True,
             )
             assert [type(outcome) for outcome in outcomes] == [ApprovalTimeoutError] * 3
-            assert len(looks(sandbox, "op")) == 1
+            assert len(polls(sandbox, "op")) == 1
             await cancel([busy])
 
     async def test_final_looks_come_before_ordinary_ones(self, sandbox: Sandbox) -> None:
@@ -574,13 +574,13 @@ class TestRule3OneBudget:
         await pending(client)
         sandbox.latency = 3
         start = now()
-        patient = asyncio.create_task(client.wait_for_approval("op", timeout=60))
+        before_deadline = asyncio.create_task(client.wait_for_approval("op", timeout=60))
         with pytest.raises(ApprovalUnknownError):
             await client.wait_for_approval("op", timeout=0.5)
         assert now() - start == pytest.approx(2.5)
-        assert looks(sandbox) == pytest.approx([start, start + 0.5])  # the final look was a request of its own
+        assert polls(sandbox) == pytest.approx([start, start + 0.5])  # the final poll was a request of its own
         sandbox.approve("op")
-        await patient
+        await before_deadline
         assert sandbox.requests[1].status == 200  # and the shared one was answered
 
     async def test_waits_with_the_same_deadline_share_their_final_look(
@@ -592,7 +592,7 @@ class TestRule3OneBudget:
             return_exceptions=True,
         )
         assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
-        assert len(looks(sandbox)) == 2
+        assert len(polls(sandbox)) == 2
 
     async def test_a_pending_answer_counts_only_for_who_was_there_when_its_poll_began(
         self, sandbox: Sandbox, client: KeylessClient
@@ -607,7 +607,7 @@ class TestRule3OneBudget:
             client.wait_for_approval("op", schedule=wait_fixed(50), timeout=30, on_poll=updates.append)
         )
         await asyncio.sleep(3)
-        assert looks(sandbox) == pytest.approx([start, start + 1])  # the latecomer's, as soon as the first has landed
+        assert polls(sandbox) == pytest.approx([start, start + 1])  # the latecomer's, as soon as the first has landed
         assert [update.polls for update in updates] == [1]
         await cancel([first, second])
 
@@ -622,7 +622,7 @@ class TestRule3OneBudget:
         assert (await client.wait_for_approval("op", on_poll=updates.append)).is_approved
         assert now() - start == pytest.approx(1)
         assert [update.polls for update in updates] == [1]
-        assert len(looks(sandbox)) == 1
+        assert len(polls(sandbox)) == 1
         await first
 
     async def test_a_final_look_also_counts_for_those_who_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
@@ -630,24 +630,24 @@ class TestRule3OneBudget:
         sandbox.approve("op")
         sandbox.tamper("op", state="pending", result=False)
         start = now()
-        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(8), timeout=60))
+        before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(8), timeout=60))
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(8), timeout=5)
         sandbox.tamper("op")
-        assert (await patient).is_approved
-        assert looks(sandbox) == pytest.approx([start, start + 5, start + 8])
+        assert (await before_deadline).is_approved
+        assert polls(sandbox) == pytest.approx([start, start + 5, start + 8])
 
     async def test_a_final_look_at_the_time_of_an_ordinary_one_does_for_both(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
         start = now()
-        patient = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5), timeout=11))
+        before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5), timeout=11))
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(5), timeout=5)
         with pytest.raises(ApprovalTimeoutError):
-            await patient
-        assert looks(sandbox) == pytest.approx([start, start + 5, start + 10, start + 11])
+            await before_deadline
+        assert polls(sandbox) == pytest.approx([start, start + 5, start + 10, start + 11])
 
     async def test_deadlines_one_after_the_other_get_a_look_each(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -659,7 +659,7 @@ class TestRule3OneBudget:
         )
         assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
         assert now() - start == pytest.approx(12.5)
-        assert looks(sandbox)[-3:] == pytest.approx([start + 10, start + 10.5, start + 11])
+        assert polls(sandbox)[-3:] == pytest.approx([start + 10, start + 10.5, start + 11])
 
     async def test_the_default_budget_of_a_ticket_is_what_is_left_until_it_expires(self, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER, expires_in=30)
@@ -703,7 +703,7 @@ class TestRule3OneBudget:
         with pytest.raises(ApprovalTimeoutError) as caught:
             await client.wait_for_approval(ticket)
         assert now() == start
-        assert caught.value.polls == len(looks(sandbox)) == 1
+        assert caught.value.polls == len(polls(sandbox)) == 1
         sandbox.approve(ticket.operation_id)
         assert (await client.wait_for_approval(ticket)).is_approved
 
@@ -764,7 +764,7 @@ class TestRule4TransientFailures:
         start = now()
         assert (await client.wait_for_approval("op")).is_approved
         assert now() - start <= 91
-        assert len(looks(sandbox)) <= 40
+        assert len(polls(sandbox)) <= 40
 
     async def test_failures_have_a_pace_of_their_own(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -773,11 +773,11 @@ class TestRule4TransientFailures:
         updates: list[ApprovalUpdate] = []
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(100), timeout=30, on_poll=updates.append)
-        gaps = [b - a for a, b in pairwise(looks(sandbox))]
+        gaps = [b - a for a, b in pairwise(polls(sandbox))]
         assert all(gap <= most for gap, most in zip(gaps[:4], (0.5, 1, 2, 4), strict=True))
         assert [isinstance(update.error, ServerError) for update in updates] == [True] * 4 + [False] * 2
         assert all(u.next_poll_in is not None and u.next_poll_in <= 4 for u in updates[:4])
-        assert looks(sandbox)[-1] == pytest.approx(start + 30)
+        assert polls(sandbox)[-1] == pytest.approx(start + 30)
 
     async def test_failed_polls_do_not_advance_the_attempts_of_a_schedule(
         self, sandbox: Sandbox, client: KeylessClient
@@ -800,9 +800,9 @@ class TestRule4TransientFailures:
         asyncio.get_running_loop().call_later(60, sandbox.recover)
         outcomes = await asyncio.gather(*(client.wait_for_approval(f"op{number}") for number in range(1000)))
         assert all(operation.is_approved for operation in outcomes)
-        during = [at for at in looks(sandbox) if at - start < 60]
+        during = [at for at in polls(sandbox) if at - start < 60]
         assert len(during) <= 64 + 40  # what was in flight when it went down, then probes
-        assert len(looks(sandbox)) == len(during) + 1000
+        assert len(polls(sandbox)) == len(during) + 1000
         assert now() - start <= 60 + 30 + 10
 
     async def test_probes_go_one_at_a_time(self, sandbox: Sandbox, client: KeylessClient) -> None:
@@ -816,7 +816,7 @@ class TestRule4TransientFailures:
         await asyncio.sleep(40)
         hanging = [record for record in sandbox.requests if record.status is None]
         assert 1 <= len(hanging) <= 4
-        gaps = [b - a for a, b in pairwise(looks(sandbox))]
+        gaps = [b - a for a, b in pairwise(polls(sandbox))]
         assert all(gap >= 10 for gap in gaps)
         await cancel(waits)
 
@@ -849,7 +849,7 @@ class TestRule4TransientFailures:
         assert client.statistics.lag > 10
         await asyncio.sleep(5)
         assert {record.path[-1] for record in sandbox.requests} == {"a", "b", "c"}
-        assert min(looks(sandbox)) >= start + 19
+        assert min(polls(sandbox)) >= start + 19
         await cancel(waits)
 
     async def test_retry_after_holds_two_minutes_at_most(self, sandbox: Sandbox, client: KeylessClient) -> None:
@@ -866,7 +866,7 @@ class TestRule4TransientFailures:
         sandbox.fail_next(503, retry_after=100)
         start = now()
         assert (await client.wait_for_approval("op", timeout=10)).is_approved
-        assert looks(sandbox) == pytest.approx([start, start + 10])
+        assert polls(sandbox) == pytest.approx([start, start + 10])
 
     async def test_final_looks_go_one_at_a_time_while_the_service_is_down(
         self, sandbox: Sandbox, client: KeylessClient
@@ -880,7 +880,7 @@ class TestRule4TransientFailures:
         sandbox.requests.clear()
         sandbox.latency = 0.5
         outcomes = await asyncio.gather(*waits, return_exceptions=True)
-        at = looks(sandbox)
+        at = polls(sandbox)
         assert all(b - a >= 0.5 - 1e-6 for a, b in pairwise(at[:3]))
         assert {type(outcome) for outcome in outcomes} <= {ApprovalTimeoutError, ApprovalUnknownError}
 
@@ -896,7 +896,7 @@ class TestRule4TransientFailures:
             )
             assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
             assert now() - start <= 22 + 1e-6
-            at = [at for at in looks(sandbox) if at > start + 20 - 1e-6]
+            at = [at for at in polls(sandbox) if at > start + 20 - 1e-6]
             assert len(at) <= 201
             assert all(b - a >= 0.01 - 1e-6 for a, b in pairwise(at[1:]))  # beside a probe, perhaps
 
@@ -912,9 +912,9 @@ class TestRule4TransientFailures:
         sandbox.latency = 0
         sandbox.requests.clear()
         start = now()
-        with pytest.raises(ApprovalTimeoutError):  # down: no first look at once, but the final one goes
+        with pytest.raises(ApprovalTimeoutError):  # down: no first poll at once, but the final one goes
             await client.wait_for_approval("op", timeout=0.001)
-        assert looks(sandbox) == pytest.approx([start + 0.001])
+        assert polls(sandbox) == pytest.approx([start + 0.001])
 
     async def test_an_unanswered_final_look_of_many_is_one_failure(
         self, sandbox: Sandbox, client: KeylessClient
@@ -949,7 +949,7 @@ class TestRule4TransientFailures:
         sandbox.approve("op")
         start = now()
         assert (await client.wait_for_approval("op", if_missing="wait", schedule=EVERY_SECOND)).is_approved
-        assert len(looks(sandbox)) == 10
+        assert len(polls(sandbox)) == 10
         assert now() - start <= 2 * 7.5 + 1
 
     async def test_single_calls_are_neither_held_nor_counted(self, sandbox: Sandbox, client: KeylessClient) -> None:
@@ -1055,7 +1055,7 @@ class TestRule5EverythingElse:
         )
         assert operation.is_approved
         assert [type(update.error) for update in updates] == [type(None), NotFoundError, NotFoundError, type(None)]
-        gaps = [b - a for a, b in pairwise(looks(sandbox))]
+        gaps = [b - a for a, b in pairwise(polls(sandbox))]
         assert gaps[0] == pytest.approx(10)
         assert gaps[1] <= 0.5
         assert gaps[2] <= 1
@@ -1076,7 +1076,7 @@ class TestRule5EverythingElse:
         start = now()
         assert (await client.wait_for_approval("other")).is_approved
         assert now() == start
-        assert len(looks(sandbox, "op")) <= 100
+        assert len(polls(sandbox, "op")) <= 100
         await cancel([wait])
 
     async def test_a_404_at_the_deadline_after_the_operation_was_seen_leaves_the_outcome_unknown(
@@ -1124,7 +1124,7 @@ class TestRule6SingleFlight:
             *(client.wait_for_approval("op", schedule=wait_fixed(2)) for _ in range(1000))
         )
         assert len(operations) == 1000
-        assert looks(sandbox) == pytest.approx([start + at for at in (0, 2, 4, 6, 8, 10)])
+        assert polls(sandbox) == pytest.approx([start + at for at in (0, 2, 4, 6, 8, 10)])
         assert client.statistics.approvals == 1000
 
     async def test_a_thousand_waits_on_the_adaptive_schedule_share_their_looks_too(
@@ -1133,7 +1133,7 @@ class TestRule6SingleFlight:
         ticket = await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(9.5, sandbox.approve, "op")
         await asyncio.gather(*(client.wait_for_approval(ticket) for _ in range(1000)))
-        assert len(looks(sandbox)) <= 8
+        assert len(polls(sandbox)) <= 8
 
     async def test_a_cancelled_wait_takes_nothing_from_the_others(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1141,7 +1141,7 @@ class TestRule6SingleFlight:
         await pending(client)
         sandbox.latency = 1
         first, second, third = (asyncio.create_task(client.wait_for_approval("op")) for _ in range(3))
-        await asyncio.sleep(0.5)  # while their look is under way
+        await asyncio.sleep(0.5)  # while their poll is under way
         await cancel([first])
         sandbox.approve("op")
         assert (await second).is_approved
@@ -1164,8 +1164,8 @@ class TestRule6SingleFlight:
             await client.wait_for_approval("op", schedule=wait_fixed(2), timeout=5)
         with pytest.raises(ApprovalTimeoutError):
             await slow
-        assert looks(sandbox)[:4] == pytest.approx([start, start + 2, start + 4, start + 5])
-        assert len(looks(sandbox)) <= 8
+        assert polls(sandbox)[:4] == pytest.approx([start, start + 2, start + 4, start + 5])
+        assert len(polls(sandbox)) <= 8
 
     async def test_a_schedule_of_its_own_counts_the_attempts_of_its_own_wait(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1178,7 +1178,7 @@ class TestRule6SingleFlight:
         schedule = wait_chain(wait_fixed(1), wait_fixed(1), wait_fixed(30))
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=schedule, timeout=20)
-        assert looks(sandbox) == pytest.approx([start, start + 1, start + 2, start + 20])
+        assert polls(sandbox) == pytest.approx([start, start + 1, start + 2, start + 20])
         await cancel([slow])
 
 
@@ -1227,7 +1227,7 @@ class TestRule7Cancellation:
         await cancel(waits)
         assert left_behind(before) == set()
         assert timers() == 0
-        assert len(client._poller._looks) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
+        assert len(client._poller._due) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
 
     async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1237,7 +1237,7 @@ class TestRule7Cancellation:
         wait = asyncio.create_task(client.wait_for_approval("op", timeout=5))
         loop = asyncio.get_running_loop()
         await asyncio.sleep(1)
-        loop.call_at(loop.time() + 6, wait.cancel)  # the very instant at which the final look had its time
+        loop.call_at(loop.time() + 6, wait.cancel)  # the very instant at which the final poll had its time
         with pytest.raises(asyncio.CancelledError):
             await wait
 
@@ -1311,7 +1311,7 @@ class TestRule8OnPoll:
 
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(2), timeout=5, on_poll=slow)
-        assert looks(sandbox) == pytest.approx([start, start + 2, start + 4, start + 5])
+        assert polls(sandbox) == pytest.approx([start, start + 2, start + 4, start + 5])
         assert now() - start == pytest.approx(28)  # its own time is not in the budget
 
     async def test_what_on_poll_raises_ends_the_wait(self, client: KeylessClient) -> None:
@@ -1374,7 +1374,7 @@ class TestRule8OnPoll:
             return_exceptions=True,
         )
         assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
-        assert len(updates) == len(looks(sandbox))
+        assert len(updates) == len(polls(sandbox))
 
     async def test_the_final_update_precedes_the_timeout(self, client: KeylessClient) -> None:
         await pending(client)
@@ -1419,13 +1419,13 @@ class TestSchedules:
         start = now()
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=schedule, timeout=20)
-        assert [at - start for at in looks(sandbox)] == pytest.approx(expected)
+        assert [at - start for at in polls(sandbox)] == pytest.approx(expected)
 
     async def test_a_strategy_of_nothing_does_not_spin(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(0), timeout=1)
-        assert len(looks(sandbox)) <= 51
+        assert len(polls(sandbox)) <= 51
 
     @pytest.mark.parametrize("value", ["2", None, math.nan, timedelta(seconds=2)])
     async def test_a_schedule_that_returns_no_number_ends_the_wait(self, client: KeylessClient, value: object) -> None:
@@ -1459,7 +1459,7 @@ class TestSchedules:
             start = now()
             with pytest.raises(ApprovalTimeoutError):
                 await client.wait_for_approval("op", timeout=15)
-            assert looks(sandbox) == pytest.approx([start, start + 7, start + 14, start + 15])
+            assert polls(sandbox) == pytest.approx([start, start + 7, start + 14, start + 15])
 
 
 class Lessons(wait_adaptive):
@@ -1630,7 +1630,7 @@ class TestBugs:
         assert 10 <= len(told) <= 110
         assert isinstance(told[0]["exception"], ZeroDivisionError)
 
-    @pytest.mark.parametrize("name", ["judge", "Poller._begin"])
+    @pytest.mark.parametrize("name", ["poll_outcome", "Poller._start_poll"])
     async def test_one_in_a_poll_ends_the_waits_that_it_concerns(
         self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
@@ -1653,7 +1653,7 @@ class TestBugs:
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await pending(client)
-        monkeypatch.setattr("aiokeyless._http.transport.Transport.look", broken)
+        monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", broken)
         with pytest.raises(ZeroDivisionError):
             await client.wait_for_approval("op")
         assert client.statistics.polls == 1
@@ -1665,7 +1665,7 @@ class TestBugs:
             raise asyncio.CancelledError
 
         await pending(client)
-        monkeypatch.setattr("aiokeyless._http.transport.Transport.look", cancelled)
+        monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", cancelled)
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval("op", timeout=60)
         assert isinstance(caught.value.last_error, TransportError)
@@ -1679,7 +1679,7 @@ def kill_next_worker(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Task[None]
 
     def killing(poller: Poller, at: float) -> None:
         dispatch(poller, at)
-        killed.extend(look.task for look in poller._flying if look.task is not None and not look.under_way)
+        killed.extend(poll.task for poll in poller._in_flight if poll.task is not None and not poll.under_way)
         for task in killed:
             task.cancel()
         if killed:
@@ -1783,7 +1783,7 @@ class TestClosing:
 
         client = sandbox.client()
         await pending(client)
-        monkeypatch.setattr("aiokeyless._http.transport.Transport.look", slow)
+        monkeypatch.setattr("aiokeyless._http.transport.Transport.poll", slow)
         wait = asyncio.create_task(client.wait_for_approval("op"))
         await asyncio.sleep(0.5)
         assert client._poller is not None
@@ -1884,10 +1884,10 @@ class TestNothingGrows:
             sandbox.approve(f"op{number}", user_id=USER)
             await client.wait_for_approval(f"op{number}", timeout=10_000)
         gc.collect()
-        from aiokeyless._poller.state import Wait, Watch
+        from aiokeyless._poller.state import PolledOperation, Wait
 
-        kept = [thing for thing in gc.get_objects() if isinstance(thing, Wait | Watch)]
-        assert len(kept) <= 2 * 70  # the agenda sweeps what was taken back when there is enough of it
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, Wait | PolledOperation)]
+        assert len(kept) <= 2 * 70  # the queue sweeps what was taken back when there is enough of it
 
     async def test_statistics_count_what_happened(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -1910,7 +1910,7 @@ class TestNothingGrows:
             await asyncio.sleep(4.75)
             assert client.statistics.lag == pytest.approx(4.75)
             await asyncio.sleep(1.5)
-            assert client.statistics.lag == pytest.approx(0.75)  # of the final looks
+            assert client.statistics.lag == pytest.approx(0.75)  # of the final polls
             await cancel(waits)
 
     async def test_the_pause_before_a_repeated_final_poll_is_no_lag(

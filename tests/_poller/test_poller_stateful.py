@@ -90,7 +90,7 @@ class Waits(RuleBasedStateMachine):
 
     @precondition(lambda self: self.started)
     @rule(which=st.integers(0, 100))
-    def cancel(self, which: int) -> None:
+    def remove(self, which: int) -> None:
         self.started[which % len(self.started)][0].cancel()
 
     @rule(name=st.sampled_from(OPERATIONS), lie=lies)

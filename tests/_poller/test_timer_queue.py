@@ -8,33 +8,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aiokeyless._poller.timer_queue import Agenda
+from aiokeyless._poller.timer_queue import TimerQueue
 
-# What an agenda may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
+# What an queue may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
 SLACK = 200
 
 
 class Item:
     """Something to book."""
 
-    __slots__ = ("booking", "name")
+    __slots__ = ("name", "scheduled_at")
 
     def __init__(self, name: int) -> None:
         self.name = name
-        self.booking: float | None = None
+        self.scheduled_at: float | None = None
 
     def __lt__(self, other: Item) -> bool:
         return self.name < other.name
 
 
-def held(agenda: Agenda[Item]) -> int:
+def held(queue: TimerQueue[Item]) -> int:
     """Count the entries in memory, stale ones too."""
-    return len(agenda._heap) + len(agenda._old)  # its memory is what is promised, and has no public face
+    return len(queue._heap) + len(queue._old)  # its memory is what is promised, and has no public face
 
 
-def drain(agenda: Agenda[Item], now: float = 1e9) -> list[int]:
+def drain(queue: TimerQueue[Item], now: float = 1e9) -> list[int]:
     names = []
-    while (item := agenda.take(now)) is not None:
+    while (item := queue.pop_due(now)) is not None:
         names.append(item.name)
     return names
 
@@ -45,142 +45,142 @@ class Naive:
     def __init__(self) -> None:
         self.entries: dict[Item, float] = {}
 
-    def book(self, item: Item, when: float) -> None:
+    def schedule(self, item: Item, when: float) -> None:
         self.entries[item] = when
 
-    def cancel(self, item: Item) -> None:
+    def remove(self, item: Item) -> None:
         self.entries.pop(item, None)
 
-    def first(self) -> float | None:
+    def next_due(self) -> float | None:
         return min(self.entries.values(), default=None)
 
     def agrees(self, taken: Item | None, now: float) -> bool:
         """Whether this may have been taken then: of equal times, any of them; and take it."""
-        first = self.first()
+        first = self.next_due()
         if taken is None:
             return first is None or first > now
         return first is not None and first <= now and self.entries.pop(taken) == first
 
 
 def test_an_empty_agenda_has_nothing() -> None:
-    agenda: Agenda[Item] = Agenda()
-    assert (len(agenda), agenda.first(), agenda.take(1e9)) == (0, None, None)
-    agenda.cancel(Item(1))
-    assert len(agenda) == 0
+    queue: TimerQueue[Item] = TimerQueue()
+    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, None, None)
+    queue.remove(Item(1))
+    assert len(queue) == 0
 
 
 def test_what_is_not_due_is_not_taken() -> None:
-    agenda: Agenda[Item] = Agenda()
-    agenda.book(item := Item(1), 5.0)
-    assert agenda.take(4.999) is None
-    assert (len(agenda), agenda.first(), item.booking) == (1, 5.0, 5.0)
-    assert agenda.take(5.0) is item
-    assert (len(agenda), agenda.first(), item.booking) == (0, None, None)
+    queue: TimerQueue[Item] = TimerQueue()
+    queue.schedule(item := Item(1), 5.0)
+    assert queue.pop_due(4.999) is None
+    assert (len(queue), queue.next_due(), item.scheduled_at) == (1, 5.0, 5.0)
+    assert queue.pop_due(5.0) is item
+    assert (len(queue), queue.next_due(), item.scheduled_at) == (0, None, None)
 
 
 def test_of_equal_times_the_items_decide() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     for name in reversed(range(500)):
-        agenda.book(Item(name), 1.0)
-    assert drain(agenda) == list(range(500))
+        queue.schedule(Item(name), 1.0)
+    assert drain(queue) == list(range(500))
 
 
 def test_an_entry_that_comes_back_to_the_very_time_it_had_is_taken_once() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     item = Item(1)
     when, later = 1.0, 2.0
-    agenda.book(item, when)
-    agenda.book(item, when)
-    agenda.book(item, later)
-    agenda.book(item, when)  # the stale entry of before is live again, and there is another one
-    assert len(agenda) == 1
-    assert drain(agenda) == [1]
-    assert len(agenda) == 0
+    queue.schedule(item, when)
+    queue.schedule(item, when)
+    queue.schedule(item, later)
+    queue.schedule(item, when)  # the stale entry of before is live again, and there is another one
+    assert len(queue) == 1
+    assert drain(queue) == [1]
+    assert len(queue) == 0
 
 
 def test_an_entry_can_move_both_ways_and_is_taken_once() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     item, other = Item(1), Item(2)
-    agenda.book(other, 5.0)
+    queue.schedule(other, 5.0)
     for when in (9.0, 1.0, 7.0):
-        agenda.book(item, when)
-        assert agenda.first() == min(when, 5.0)
-    assert drain(agenda) == [2, 1]
+        queue.schedule(item, when)
+        assert queue.next_due() == min(when, 5.0)
+    assert drain(queue) == [2, 1]
 
 
 def test_what_was_taken_back_does_not_come_and_can_be_booked_again() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     item = Item(1)
-    agenda.book(item, 1.0)
-    agenda.cancel(item)
-    agenda.cancel(item)
-    assert (len(agenda), agenda.first(), agenda.take(1e9)) == (0, None, None)
-    agenda.book(item, 2.0)
-    assert (len(agenda), agenda.first()) == (1, 2.0)
-    assert agenda.take(1e9) is item
+    queue.schedule(item, 1.0)
+    queue.remove(item)
+    queue.remove(item)
+    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, None, None)
+    queue.schedule(item, 2.0)
+    assert (len(queue), queue.next_due()) == (1, 2.0)
+    assert queue.pop_due(1e9) is item
 
 
 def test_a_sweep_in_the_middle_changes_no_order() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     items = [Item(name) for name in range(1000)]
     for item in items:
-        agenda.book(item, float(item.name % 7))
+        queue.schedule(item, float(item.name % 7))
     for item in items:
         if item.name % 3:
-            agenda.cancel(item)
-    assert agenda._old  # else this test tests nothing: a sweep must be under way
-    taken = drain(agenda)
+            queue.remove(item)
+    assert queue._old  # else this test tests nothing: a sweep must be under way
+    taken = drain(queue)
     assert [name % 7 for name in taken] == sorted(name % 7 for name in range(0, 1000, 3))
     assert sorted(taken) == list(range(0, 1000, 3))
 
 
 def test_memory_follows_what_is_live_when_all_is_taken_back() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     items = [Item(name) for name in range(20_000)]
     for item in items:
-        agenda.book(item, float(-item.name))
+        queue.schedule(item, float(-item.name))
     for item in items:
-        agenda.cancel(item)
-        assert held(agenda) <= 3 * len(agenda) + SLACK
-    assert len(agenda) == 0
+        queue.remove(item)
+        assert held(queue) <= 3 * len(queue) + SLACK
+    assert len(queue) == 0
 
 
 def test_memory_follows_what_is_live_when_the_rest_is_taken() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     items = [Item(name) for name in range(1000)]
     for item in items:
-        agenda.book(item, float(item.name))
-    for item in items[520:]:  # the last ones, which no look at the front would come upon
-        agenda.cancel(item)
-    while agenda.take(1e9) is not None:
-        assert held(agenda) <= 3 * len(agenda) + SLACK
+        queue.schedule(item, float(item.name))
+    for item in items[520:]:  # the last ones, which no poll at the front would come upon
+        queue.remove(item)
+    while queue.pop_due(1e9) is not None:
+        assert held(queue) <= 3 * len(queue) + SLACK
 
 
 def test_memory_stays_small_where_waits_are_moved_without_end() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     items = [Item(name) for name in range(100)]
     dice = random.Random(1)  # noqa: S311
     most = 0
     for step in range(30_000):
-        agenda.book(dice.choice(items), step + 100 * dice.random())
-        most = max(most, held(agenda))
-    assert len(agenda) == 100
+        queue.schedule(dice.choice(items), step + 100 * dice.random())
+        most = max(most, held(queue))
+    assert len(queue) == 100
     assert most <= 3 * 100 + SLACK
 
 
 def test_memory_stays_small_where_every_wait_is_cancelled_before_it_is_due() -> None:
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     standing = [Item(name) for name in range(10)]
     for item in standing:
-        agenda.book(item, 1e9)
+        queue.schedule(item, 1e9)
     most = 0
     for name in range(30_000):
         item = Item(name)
-        agenda.book(item, 120.0 + name)
-        agenda.cancel(item)
-        most = max(most, held(agenda))
+        queue.schedule(item, 120.0 + name)
+        queue.remove(item)
+        most = max(most, held(queue))
     assert most <= 3 * 10 + SLACK
-    assert sorted(drain(agenda)) == list(range(10))
+    assert sorted(drain(queue)) == list(range(10))
 
 
 NAMES = 40
@@ -193,13 +193,13 @@ class AgendaMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.items = [Item(name) for name in range(NAMES)]
-        self.agenda: Agenda[Item] = Agenda()
+        self.queue: TimerQueue[Item] = TimerQueue()
         self.naive = Naive()
 
     @rule(name=st.integers(0, NAMES - 1), when=times)
     def book_or_move(self, name: int, when: float) -> None:
-        self.agenda.book(self.items[name], when)
-        self.naive.book(self.items[name], when)
+        self.queue.schedule(self.items[name], when)
+        self.naive.schedule(self.items[name], when)
 
     @rule(start=st.integers(0, NAMES - 1), count=st.integers(1, 2 * NAMES), step=st.integers(1, 7), when=times)
     def book_many(self, start: int, count: int, step: int, when: float) -> None:
@@ -207,31 +207,31 @@ class AgendaMachine(RuleBasedStateMachine):
             self.book_or_move(name % NAMES, (when + name) % 10)
 
     @rule(name=st.integers(0, NAMES - 1))
-    def cancel(self, name: int) -> None:
-        self.agenda.cancel(self.items[name])
-        self.naive.cancel(self.items[name])
+    def remove(self, name: int) -> None:
+        self.queue.remove(self.items[name])
+        self.naive.remove(self.items[name])
 
     @rule(start=st.integers(0, NAMES - 1), count=st.integers(1, NAMES), step=st.integers(1, 7))
     def cancel_many(self, start: int, count: int, step: int) -> None:
         for name in range(start, start + count * step, step):
-            self.cancel(name % NAMES)
+            self.remove(name % NAMES)
 
     @rule(now=times)
-    def take(self, now: float) -> None:
-        assert self.naive.agrees(self.agenda.take(now), now)
+    def pop_due(self, now: float) -> None:
+        assert self.naive.agrees(self.queue.pop_due(now), now)
 
     @rule(now=times)
     def take_all(self, now: float) -> None:
-        while (item := self.agenda.take(now)) is not None:
+        while (item := self.queue.pop_due(now)) is not None:
             assert self.naive.agrees(item, now)
         assert self.naive.agrees(None, now)
 
     @invariant()
     def agrees(self) -> None:
-        assert len(self.agenda) == len(self.naive.entries)
-        assert self.agenda.first() == self.naive.first()
-        assert all(item.booking == self.naive.entries.get(item) for item in self.items)
-        assert held(self.agenda) <= 3 * len(self.agenda) + SLACK
+        assert len(self.queue) == len(self.naive.entries)
+        assert self.queue.next_due() == self.naive.next_due()
+        assert all(item.scheduled_at == self.naive.entries.get(item) for item in self.items)
+        assert held(self.queue) <= 3 * len(self.queue) + SLACK
 
 
 AgendaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -242,24 +242,24 @@ test_any_order_of_calls_agrees_with_the_model = AgendaMachine.TestCase
 @given(st.integers(0, 2**32), st.sampled_from([0.5, 0.8, 0.95]))
 def test_a_long_life_with_many_cancellations_agrees_with_the_model(seed: int, cancelled: float) -> None:
     dice = random.Random(seed)  # noqa: S311
-    agenda: Agenda[Item] = Agenda()
+    queue: TimerQueue[Item] = TimerQueue()
     naive = Naive()
     sweeps = 0
     now = 0.0
     for name in range(600):
         item = Item(name)
         when = now + dice.randrange(50)
-        agenda.book(item, when)
-        naive.book(item, when)
+        queue.schedule(item, when)
+        naive.schedule(item, when)
         if name > 200 and dice.random() < cancelled:
             for victim in dice.sample(list(naive.entries), min(3, len(naive.entries))):
-                agenda.cancel(victim)
-                naive.cancel(victim)
+                queue.remove(victim)
+                naive.remove(victim)
         if dice.random() < 0.1:
             now += 1.0
-            while (due := agenda.take(now)) is not None:
+            while (due := queue.pop_due(now)) is not None:
                 assert naive.agrees(due, now)
             assert naive.agrees(None, now)
-        assert (len(agenda), agenda.first()) == (len(naive.entries), naive.first())
-        sweeps += bool(agenda._old)
+        assert (len(queue), queue.next_due()) == (len(naive.entries), naive.next_due())
+        sweeps += bool(queue._old)
     assert sweeps

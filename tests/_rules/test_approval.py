@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiokeyless._rules.approval import Distrust, Verdict, WaitRecord, distrusted, judge, timed_out, unknown
+from aiokeyless._rules.approval import Rejection, Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -83,13 +83,13 @@ pending_too = pytest.mark.parametrize(
 def test_only_approved_with_result_true_is_an_approval(
     known: ApprovalTicket | None, state: str, result: bool, verdict: Verdict | type[ApprovalError]
 ) -> None:
-    got = judge(operation(state=state, result=result), "txn-1", known)
-    assert (got.error if isinstance(got, Distrust) else got) is verdict
+    got = evaluate(operation(state=state, result=result), "txn-1", known)
+    assert (type(rejection_error(got, record())) if isinstance(got, Rejection) else got) is verdict
 
 
 @pytest.mark.parametrize("result", [1, "true", [True], 1.0])
 def test_a_result_that_is_only_truthy_approves_nothing(result: object) -> None:
-    assert isinstance(judge(operation(result=result), "txn-1"), Distrust)
+    assert isinstance(evaluate(operation(result=result), "txn-1"), Rejection)
 
 
 # -- the right operation
@@ -101,8 +101,8 @@ def test_a_result_that_is_only_truthy_approves_nothing(result: object) -> None:
 def test_an_answer_about_another_operation_is_a_mismatch_in_any_state(
     known: ApprovalTicket | None, state: str, result: bool, other: str
 ) -> None:
-    got = judge(operation(operation_id=other, state=state, result=result), "txn-1", known)
-    assert got == Distrust(OperationMismatchError, "the answer is about another operation; .last_operation has it")
+    got = evaluate(operation(operation_id=other, state=state, result=result), "txn-1", known)
+    assert got is Rejection.OTHER_OPERATION
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_an_answer_about_another_operation_is_a_mismatch_in_any_state(
 def test_whatever_contradicts_the_ticket_is_a_mismatch_in_any_state(
     state: str, result: bool, changed: dict[str, Any], known: ApprovalTicket, reason: str
 ) -> None:
-    got = judge(operation(**changed, state=state, result=result), "txn-1", known)
-    assert isinstance(got, Distrust)
-    assert got.error is OperationMismatchError
-    assert reason in got.reason
-    assert PAYLOAD not in got.reason
+    got = evaluate(operation(**changed, state=state, result=result), "txn-1", known)
+    assert isinstance(got, Rejection)
+    assert got.is_mismatch
+    assert reason in got.value
+    assert PAYLOAD not in got.value
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_whatever_contradicts_the_ticket_is_a_mismatch_in_any_state(
     ],
 )
 def test_what_means_the_same_as_the_ticket_agrees_with_it(changed: dict[str, Any], known: ApprovalTicket) -> None:
-    assert judge(operation(**changed), "txn-1", known) is Verdict.APPROVED
-    assert judge(operation(**changed, state="pending"), "txn-1", known) is Verdict.PENDING
+    assert evaluate(operation(**changed), "txn-1", known) is Verdict.APPROVED
+    assert evaluate(operation(**changed, state="pending"), "txn-1", known) is Verdict.PENDING
 
 
 def test_a_bare_id_asks_for_nothing_but_the_id() -> None:
     other = operation(user_id="FF", operation_payload="other", external_user_id="other")
-    assert judge(other, "txn-1") is Verdict.APPROVED
+    assert evaluate(other, "txn-1") is Verdict.APPROVED
 
 
 some = st.sampled_from
@@ -202,12 +202,12 @@ def test_approved_only_if_everything_agrees(got: Operation, known: ApprovalTicke
             and (not known.external_user_id or got.external_user_id == known.external_user_id)
         )
     )
-    verdict = judge(got, "txn-1", known)
+    verdict = evaluate(got, "txn-1", known)
     assert (verdict is Verdict.APPROVED) is (agrees and got.state == "approved" and got.result is True)
     assert (verdict is Verdict.PENDING) is (agrees and got.state == "pending")
-    if isinstance(verdict, Distrust):
-        assert (verdict.error is OperationMismatchError) is not agrees
-        assert verdict.reason.isprintable()
+    if isinstance(verdict, Rejection):
+        assert verdict.is_mismatch is not agrees
+        assert verdict.value.isprintable()
 
 
 # -- the errors that end a wait
@@ -229,12 +229,12 @@ ERRORS = [
     pytest.param(timed_out, ApprovalTimeoutError, id="timed out"),
     pytest.param(unknown, ApprovalUnknownError, id="unknown"),
     pytest.param(
-        lambda told: distrusted(Distrust(OperationMismatchError, "mixed up"), told),
+        lambda told: rejection_error(Rejection.OTHER_PAYLOAD, told),
         OperationMismatchError,
         id="mismatch",
     ),
     pytest.param(
-        lambda told: distrusted(Distrust(InconsistentOperationError, "odd"), told),
+        lambda told: rejection_error(Rejection.UNKNOWN_STATE, told),
         InconsistentOperationError,
         id="inconsistent",
     ),
@@ -267,9 +267,9 @@ def test_a_message_names_the_operation_in_one_line_and_shows_no_payload(make: An
 )
 @pytest.mark.parametrize("field", ["operation_id", "user_id", "operation_payload", "external_user_id", "state"])
 def test_a_hostile_answer_is_not_quoted(field: str, hostile: str) -> None:
-    got = judge(operation(**{field: hostile}), "txn-1", ticket())
-    assert isinstance(got, Distrust)
-    message = str(distrusted(got, record()))
+    got = evaluate(operation(**{field: hostile}), "txn-1", ticket())
+    assert isinstance(got, Rejection)
+    message = str(rejection_error(got, record()))
     assert hostile not in message
     assert message.isprintable()
     assert len(message) < 500
@@ -278,21 +278,22 @@ def test_a_hostile_answer_is_not_quoted(field: str, hostile: str) -> None:
 def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
     assert str(timed_out(record())) == (
         "operation 'txn-1' was still pending after 120.0 s and 7 polls; a timeout is not a denial: it can still be "
-        "approved, look again with get_operation"
+        "approved, check it with get_operation"
     )
     assert "was still missing after" in str(timed_out(record(last_operation=None)))
 
 
-def test_an_unanswered_final_look_says_that_nobody_knows() -> None:
+def test_an_unanswered_final_poll_says_that_the_outcome_is_unknown() -> None:
     assert str(unknown(record())) == (
-        "operation 'txn-1': time is up after 120.0 s and 7 polls, and the final look got no answer; approved or not, "
-        "nobody knows: look again with get_operation before you repeat it"
+        "operation 'txn-1': time is up after 120.0 s and 7 polls, and the final poll got no answer, so the outcome is "
+        "unknown: check it with get_operation before you repeat anything"
     )
 
 
-def test_what_is_not_to_be_trusted_is_to_be_treated_as_refused() -> None:
-    got = judge(operation(result=False), "txn-1")
-    assert isinstance(got, Distrust)
-    assert str(distrusted(got, record())) == (
-        "operation 'txn-1' is not to be trusted: its state is 'approved', but its result is false; treat it as refused"
+def test_a_rejected_answer_is_to_be_treated_as_refused() -> None:
+    got = evaluate(operation(result=False), "txn-1")
+    assert isinstance(got, Rejection)
+    assert str(rejection_error(got, record())) == (
+        "operation 'txn-1' was rejected: its state is 'approved', but its result is false; treat it as refused, "
+        ".last_operation has the answer"
     )

@@ -1,4 +1,4 @@
-"""How much the service is asked for, on a made-up clock: open, down, held, opening up, and any mixture of these."""
+"""How much the service is asked for, on a made-up clock: open, down, paused, opening up, and any mixture of these."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aiokeyless._rules import circuit as health_room
-from aiokeyless._rules.backoff import ERROR_PACE, MAX_HOLD, error_delay
-from aiokeyless._rules.circuit import FAILURES_UNTIL_DOWN, Health
-from aiokeyless.schedule import next_delay
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, MAX_PAUSE, Circuit
 
 LIMIT = 64
 MAX_PACE = 30.0
@@ -28,22 +27,22 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_room, "error_delay", full)
 
 
-def fail(health: Health, now: float, times: int = 1, *, hold: float | None = None) -> None:
+def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = None) -> None:
     for _ in range(times):
-        health.bad(now, sent_at=now, is_probe=True, hold=hold)
+        circuit.record_failure(now, started_at=now, is_probe=True, pause=pause)
 
 
-def down_at(now: float, limit: int = LIMIT) -> Health:
-    health = Health(limit)
-    fail(health, now, FAILURES_UNTIL_DOWN)
-    assert health.is_down
-    return health
+def down_at(now: float, limit: int = LIMIT) -> Circuit:
+    circuit = Circuit(limit)
+    fail(circuit, now, FAILURES_UNTIL_OPEN)
+    assert circuit.is_probed
+    return circuit
 
 
-def one_round(health: Health, now: float) -> None:
+def one_round(circuit: Circuit, now: float) -> None:
     """Let as many polls as there is room for be answered well."""
-    for _ in range(health.room(now)):
-        health.good(now, sent_at=now)
+    for _ in range(circuit.room(now)):
+        circuit.record_success(now, started_at=now)
 
 
 # -- the error pace
@@ -54,39 +53,49 @@ def test_the_pace_of_failures_is_at_random_in_a_window_that_doubles_from_half_a_
         delays = [error_delay(failures) for _ in range(300)]
         assert 0 < min(delays) < 0.25 * window
         assert 0.75 * window < max(delays) <= window
-    assert next_delay(ERROR_PACE, attempt_number=10**6, since_start=0.0) <= MAX_PACE
+    assert error_delay(10**6) <= MAX_PACE
 
 
 # -- open
 
 
 def test_a_client_that_was_told_nothing_has_all_the_room() -> None:
-    health = Health(LIMIT)
-    assert (health.room(0.0), health.is_open, health.is_down, health.gated(0.0)) == (LIMIT, True, False, False)
-    assert health.opens_at() == -math.inf
+    circuit = Circuit(LIMIT)
+    assert (circuit.room(0.0), circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(0.0)) == (
+        LIMIT,
+        True,
+        False,
+        False,
+    )
+    assert circuit.retry_at() == -math.inf
 
 
 def test_four_failures_in_a_row_change_nothing() -> None:
-    health = Health(LIMIT)
-    fail(health, 1.0, 4)
-    assert (health.room(1.0), health.is_open, health.is_down, health.gated(1.0)) == (LIMIT, True, False, False)
+    circuit = Circuit(LIMIT)
+    fail(circuit, 1.0, 4)
+    assert (circuit.room(1.0), circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(1.0)) == (
+        LIMIT,
+        True,
+        False,
+        False,
+    )
 
 
 def test_a_good_answer_between_them_makes_failures_not_in_a_row() -> None:
-    health = Health(LIMIT)
+    circuit = Circuit(LIMIT)
     for now in range(10):
-        fail(health, float(now), 4)
-        health.good(float(now), sent_at=float(now))
-    assert health.is_open
-    fail(health, 10.0, 5)
-    assert health.is_down
+        fail(circuit, float(now), 4)
+        circuit.record_success(float(now), started_at=float(now))
+    assert circuit.is_closed
+    fail(circuit, 10.0, 5)
+    assert circuit.is_probed
 
 
-@pytest.mark.parametrize("hold", [None, 0.0], ids=["none", "zero"])
-def test_no_hold_and_one_of_no_length_are_the_same(hold: float | None) -> None:
-    health = Health(LIMIT)
-    fail(health, 1.0, hold=hold)
-    assert health.room(1.0) == LIMIT
+@pytest.mark.parametrize("pause", [None, 0.0], ids=["none", "zero"])
+def test_no_hold_and_one_of_no_length_are_the_same(pause: float | None) -> None:
+    circuit = Circuit(LIMIT)
+    fail(circuit, 1.0, pause=pause)
+    assert circuit.room(1.0) == LIMIT
 
 
 # -- down
@@ -94,89 +103,89 @@ def test_no_hold_and_one_of_no_length_are_the_same(hold: float | None) -> None:
 
 @pytest.mark.usefixtures("paced")
 def test_five_failures_in_a_row_leave_room_for_one_probe_and_that_later() -> None:
-    health = down_at(100.0)
-    assert (health.is_open, health.gated(100.0), health.limit) == (False, True, 1)
-    assert health.opens_at() == 100.5
-    assert health.room(100.49) == 0
-    assert health.room(100.5) == 1
-    assert health.room(1e9) == 1
+    circuit = down_at(100.0)
+    assert (circuit.is_closed, circuit.limits_final_polls(100.0), circuit.limit) == (False, True, 1)
+    assert circuit.retry_at() == 100.5
+    assert circuit.room(100.49) == 0
+    assert circuit.room(100.5) == 1
+    assert circuit.room(1e9) == 1
 
 
 @pytest.mark.usefixtures("paced")
 def test_unanswered_final_looks_bring_the_service_down_too() -> None:
-    health = Health(LIMIT)
+    circuit = Circuit(LIMIT)
     for _ in range(5):
-        health.bad(100.0, sent_at=98.0, is_probe=False)
-    assert health.is_down
-    assert health.opens_at() == 100.5
+        circuit.record_failure(100.0, started_at=98.0, is_probe=False)
+    assert circuit.is_probed
+    assert circuit.retry_at() == 100.5
 
 
 @pytest.mark.usefixtures("paced")
 def test_probes_keep_the_error_pace_counted_from_the_start_of_down() -> None:
-    health = Health(LIMIT)
+    circuit = Circuit(LIMIT)
     for second in range(200):  # a long life with failures, none of them five in a row
-        fail(health, float(second), 4)
-        health.good(float(second), sent_at=float(second))
+        fail(circuit, float(second), 4)
+        circuit.record_success(float(second), started_at=float(second))
     now = 1000.0
-    fail(health, now, 5)
+    fail(circuit, now, 5)
     gaps = []
     for _ in range(9):
-        gaps.append(health.opens_at() - now)
-        now = health.opens_at()
-        fail(health, now)
+        gaps.append(circuit.retry_at() - now)
+        now = circuit.retry_at()
+        fail(circuit, now)
     assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
 
 
 @pytest.mark.usefixtures("paced")
 def test_the_second_time_down_starts_the_pace_anew() -> None:
-    health = down_at(0.0)
+    circuit = down_at(0.0)
     for _ in range(5):
-        fail(health, health.opens_at())
-    now = health.opens_at()
-    health.good(now, sent_at=now)
-    fail(health, now, 5)
-    assert health.opens_at() - now == 0.5
+        fail(circuit, circuit.retry_at())
+    now = circuit.retry_at()
+    circuit.record_success(now, started_at=now)
+    fail(circuit, now, 5)
+    assert circuit.retry_at() - now == 0.5
 
 
 @pytest.mark.usefixtures("paced")
 def test_the_delay_counts_from_the_probes_failure_not_from_its_start() -> None:
-    health = down_at(0.0)
-    health.bad(10.5, sent_at=0.5, is_probe=True)
-    assert health.opens_at() == 11.5
+    circuit = down_at(0.0)
+    circuit.record_failure(10.5, started_at=0.5, is_probe=True)
+    assert circuit.retry_at() == 11.5
 
 
 @pytest.mark.usefixtures("paced")
 def test_stragglers_that_fail_do_not_advance_the_pace() -> None:
-    health = down_at(100.0)
+    circuit = down_at(100.0)
     for now in (100.0, 100.1, 100.4, 107.0):
-        health.bad(now, sent_at=99.9, is_probe=True)
-        assert health.opens_at() == 100.5
-    fail(health, 108.0)
-    assert health.opens_at() == 109.0  # the second probe's window, not the sixth's
+        circuit.record_failure(now, started_at=99.9, is_probe=True)
+        assert circuit.retry_at() == 100.5
+    fail(circuit, 108.0)
+    assert circuit.retry_at() == 109.0  # the second probe's window, not the sixth's
 
 
 @pytest.mark.usefixtures("paced")
 def test_final_looks_do_not_pace_the_probes() -> None:
-    health = down_at(100.0)
+    circuit = down_at(100.0)
     for now in (100.1, 100.2, 100.3):
-        health.bad(now, sent_at=now, is_probe=False)
-        assert health.opens_at() == 100.5
+        circuit.record_failure(now, started_at=now, is_probe=False)
+        assert circuit.retry_at() == 100.5
 
 
 def test_a_good_answer_ends_down() -> None:
-    health = down_at(100.0)
-    health.good(130.0, sent_at=130.0)
-    assert (health.is_down, health.gated(130.0), health.is_open) == (False, False, False)
-    assert health.room(130.0) == 2  # the probe was the round of one
+    circuit = down_at(100.0)
+    circuit.record_success(130.0, started_at=130.0)
+    assert (circuit.is_probed, circuit.limits_final_polls(130.0), circuit.is_closed) == (False, False, False)
+    assert circuit.room(130.0) == 2  # the probe was the round of one
 
 
 @pytest.mark.usefixtures("paced")
 def test_a_good_answer_to_anything_ends_the_wait_for_the_next_probe() -> None:
-    health = down_at(0.0)
-    fail(health, 0.5)
-    assert health.opens_at() == 1.5
-    health.good(0.6, sent_at=0.55)
-    assert health.room(0.6) == 2
+    circuit = down_at(0.0)
+    fail(circuit, 0.5)
+    assert circuit.retry_at() == 1.5
+    circuit.record_success(0.6, started_at=0.55)
+    assert circuit.room(0.6) == 2
 
 
 # -- opening up
@@ -193,140 +202,140 @@ def test_a_good_answer_to_anything_ends_the_wait_for_the_next_probe() -> None:
     ],
 )
 def test_room_doubles_with_every_round_of_good_answers_up_to_the_limit(limit: int, rooms: list[int]) -> None:
-    health = down_at(0.0, limit)
-    health.good(100.0, sent_at=100.0)
+    circuit = down_at(0.0, limit)
+    circuit.record_success(100.0, started_at=100.0)
     seen = []
     for _ in rooms:
-        seen.append(health.room(100.0))
-        one_round(health, 100.0)
+        seen.append(circuit.room(100.0))
+        one_round(circuit, 100.0)
     assert seen == rooms
-    assert health.is_open
+    assert circuit.is_closed
 
 
 def test_a_round_is_as_many_good_answers_as_there_was_room() -> None:
-    health = down_at(0.0)
-    health.good(100.0, sent_at=100.0)
+    circuit = down_at(0.0)
+    circuit.record_success(100.0, started_at=100.0)
     for answers, room in enumerate([2, 2, 4, 4, 4, 4, 8]):
-        assert health.room(100.0) == room, answers
-        health.good(100.0, sent_at=100.0)
+        assert circuit.room(100.0) == room, answers
+        circuit.record_success(100.0, started_at=100.0)
 
 
 def test_a_single_failure_on_the_way_up_does_not_stop_it() -> None:
-    health = down_at(0.0)
-    health.good(100.0, sent_at=100.0)
-    fail(health, 100.0)
-    assert health.room(100.0) == 2
-    one_round(health, 100.0)
-    assert health.room(100.0) == 4
+    circuit = down_at(0.0)
+    circuit.record_success(100.0, started_at=100.0)
+    fail(circuit, 100.0)
+    assert circuit.room(100.0) == 2
+    one_round(circuit, 100.0)
+    assert circuit.room(100.0) == 4
 
 
 def test_five_failures_on_the_way_up_are_down_again() -> None:
-    health = down_at(0.0)
-    health.good(100.0, sent_at=100.0)
-    one_round(health, 100.0)
-    fail(health, 101.0, 5)
-    assert health.is_down
-    health.good(150.0, sent_at=150.0)
-    assert health.room(150.0) == 2
+    circuit = down_at(0.0)
+    circuit.record_success(100.0, started_at=100.0)
+    one_round(circuit, 100.0)
+    fail(circuit, 101.0, 5)
+    assert circuit.is_probed
+    circuit.record_success(150.0, started_at=150.0)
+    assert circuit.room(150.0) == 2
 
 
 def test_a_round_that_was_broken_off_counts_for_nothing_in_the_next_opening() -> None:
-    health = down_at(0.0)
-    health.good(100.0, sent_at=100.0)
+    circuit = down_at(0.0)
+    circuit.record_success(100.0, started_at=100.0)
     for _ in range(3):
-        one_round(health, 100.0)
+        one_round(circuit, 100.0)
     for _ in range(15):  # of 16
-        health.good(101.0, sent_at=101.0)
-    fail(health, 102.0, 5)
-    health.good(150.0, sent_at=150.0)
-    health.good(151.0, sent_at=151.0)
-    assert health.room(151.0) == 2
+        circuit.record_success(101.0, started_at=101.0)
+    fail(circuit, 102.0, 5)
+    circuit.record_success(150.0, started_at=150.0)
+    circuit.record_success(151.0, started_at=151.0)
+    assert circuit.room(151.0) == 2
 
 
 def test_good_answers_to_polls_of_better_days_do_not_widen() -> None:
-    health = down_at(100.0)
+    circuit = down_at(100.0)
     for _ in range(200):
-        health.good(101.0, sent_at=99.0)
-        assert health.room(101.0) <= 2
-    one_round(health, 101.0)
-    assert health.room(101.0) == 4
+        circuit.record_success(101.0, started_at=99.0)
+        assert circuit.room(101.0) <= 2
+    one_round(circuit, 101.0)
+    assert circuit.room(101.0) == 4
 
 
 def test_good_answers_when_all_is_well_widen_nothing() -> None:
-    health = Health(4)
+    circuit = Circuit(4)
     for now in range(100):
-        health.good(float(now), sent_at=float(now))
-    assert health.room(100.0) == 4
+        circuit.record_success(float(now), started_at=float(now))
+    assert circuit.room(100.0) == 4
 
 
-# -- held
+# -- paused
 
 
 @pytest.mark.parametrize(
-    ("hold", "until"),
+    ("pause", "until"),
     [(0.001, 100.001), (5.0, 105.0), (120.0, 220.0), (121.0, 220.0), (1e15, 220.0), (math.inf, 220.0)],
 )
-def test_a_hold_is_kept_for_two_minutes_at_most(hold: float, until: float) -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, hold=hold)
-    assert health.opens_at() == until
-    assert not health.is_down
+def test_a_hold_is_kept_for_two_minutes_at_most(pause: float, until: float) -> None:
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, pause=pause)
+    assert circuit.retry_at() == until
+    assert not circuit.is_probed
     before = math.nextafter(until, 0.0)
-    assert (health.room(100.0), health.room(before), health.gated(before)) == (0, 0, True)
-    assert (health.room(until), health.gated(until)) == (1, False)
+    assert (circuit.room(100.0), circuit.room(before), circuit.limits_final_polls(before)) == (0, 0, True)
+    assert (circuit.room(until), circuit.limits_final_polls(until)) == (1, False)
 
 
 def test_of_two_holds_the_one_that_ends_later_counts() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, hold=30.0)
-    fail(health, 101.0, hold=5.0)
-    assert health.opens_at() == 130.0
-    fail(health, 102.0, hold=40.0)
-    assert health.opens_at() == 142.0
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, pause=30.0)
+    fail(circuit, 101.0, pause=5.0)
+    assert circuit.retry_at() == 130.0
+    fail(circuit, 102.0, pause=40.0)
+    assert circuit.retry_at() == 142.0
 
 
 def test_after_a_hold_it_opens_up_from_one() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, hold=10.0)
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, pause=10.0)
     seen = []
     for _ in range(8):
-        seen.append(health.room(110.0))
-        one_round(health, 110.0)
+        seen.append(circuit.room(110.0))
+        one_round(circuit, 110.0)
     assert seen == [1, 2, 4, 8, 16, 32, 64, 64]
-    assert health.is_open
+    assert circuit.is_closed
 
 
 def test_a_client_with_room_for_one_is_open_again_after_a_hold() -> None:
-    health = Health(1)
-    fail(health, 100.0, hold=10.0)
-    assert not health.is_open
-    one_round(health, 110.0)
-    assert health.is_open
+    circuit = Circuit(1)
+    fail(circuit, 100.0, pause=10.0)
+    assert not circuit.is_closed
+    one_round(circuit, 110.0)
+    assert circuit.is_closed
 
 
 def test_good_answers_during_a_hold_do_not_end_it() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, hold=10.0)
-    health.good(101.0, sent_at=99.0)
-    assert (health.room(109.9), health.gated(109.9)) == (0, True)
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, pause=10.0)
+    circuit.record_success(101.0, started_at=99.0)
+    assert (circuit.room(109.9), circuit.limits_final_polls(109.9)) == (0, True)
 
 
 def test_final_looks_answered_well_during_a_hold_do_not_open_up_for_the_time_after_it() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, hold=100.0)
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, pause=100.0)
     for second in range(100):
-        health.good(100.0 + second, sent_at=100.0 + second)
-    assert health.room(200.0) == 1
+        circuit.record_success(100.0 + second, started_at=100.0 + second)
+    assert circuit.room(200.0) == 1
 
 
 def test_a_hold_on_the_way_up_starts_again_from_one() -> None:
-    health = down_at(0.0)
-    health.good(100.0, sent_at=100.0)
+    circuit = down_at(0.0)
+    circuit.record_success(100.0, started_at=100.0)
     for _ in range(3):
-        one_round(health, 100.0)
-    assert health.room(100.0) == 16
-    fail(health, 101.0, hold=2.0)
-    assert (health.room(102.9), health.room(103.0)) == (0, 1)
+        one_round(circuit, 100.0)
+    assert circuit.room(100.0) == 16
+    fail(circuit, 101.0, pause=2.0)
+    assert (circuit.room(102.9), circuit.room(103.0)) == (0, 1)
 
 
 # -- both at once
@@ -334,55 +343,55 @@ def test_a_hold_on_the_way_up_starts_again_from_one() -> None:
 
 @pytest.mark.usefixtures("paced")
 def test_five_failures_with_a_hold_are_down_and_held_and_the_later_end_counts() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, 5, hold=10.0)
-    assert health.is_down
-    assert (health.room(109.9), health.room(110.0), health.opens_at()) == (0, 1, 110.0)
-    health = Health(LIMIT)
-    fail(health, 100.0, 5, hold=0.1)
-    assert (health.room(100.4), health.room(100.5)) == (0, 1)
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, 5, pause=10.0)
+    assert circuit.is_probed
+    assert (circuit.room(109.9), circuit.room(110.0), circuit.retry_at()) == (0, 1, 110.0)
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, 5, pause=0.1)
+    assert (circuit.room(100.4), circuit.room(100.5)) == (0, 1)
 
 
 @pytest.mark.usefixtures("paced")
-@pytest.mark.parametrize("hold", [0.001, 0.25])
-def test_a_short_hold_with_every_failure_does_not_let_probes_run_faster_than_the_error_pace(hold: float) -> None:
-    health = Health(LIMIT)
-    fail(health, 0.0, 5, hold=hold)
+@pytest.mark.parametrize("pause", [0.001, 0.25])
+def test_a_short_hold_with_every_failure_does_not_let_probes_run_faster_than_the_error_pace(pause: float) -> None:
+    circuit = Circuit(LIMIT)
+    fail(circuit, 0.0, 5, pause=pause)
     now = 0.0
     gaps = []
     for _ in range(8):
-        gaps.append(health.opens_at() - now)
-        sent_at = health.opens_at()
-        now = sent_at + 0.25  # an answer takes its time, and the probe was sent before the hold that it brings
-        health.bad(now, sent_at=sent_at, is_probe=True, hold=hold)
+        gaps.append(circuit.retry_at() - now)
+        sent_at = circuit.retry_at()
+        now = sent_at + 0.25  # an answer takes its time, and the probe was sent before the pause that it brings
+        circuit.record_failure(now, started_at=sent_at, is_probe=True, pause=pause)
     assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 
 @pytest.mark.usefixtures("paced")
 def test_a_hold_that_a_straggler_brings_leaves_the_probe_under_way_a_probe() -> None:
-    health = down_at(100.0)
-    health.bad(101.0, sent_at=99.0, is_probe=True, hold=1.0)
-    assert health.since == 100.0  # so the probe sent at 100.5 goes on to take the only room
-    health.bad(102.0, sent_at=100.5, is_probe=True)
-    assert health.opens_at() == 103.0
+    circuit = down_at(100.0)
+    circuit.record_failure(101.0, started_at=99.0, is_probe=True, pause=1.0)
+    assert circuit.since == 100.0  # so the probe sent at 100.5 goes on to take the only room
+    circuit.record_failure(102.0, started_at=100.5, is_probe=True)
+    assert circuit.retry_at() == 103.0
 
 
 def test_the_end_of_a_hold_does_not_end_down() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, 5, hold=10.0)
-    assert health.is_down
-    assert health.gated(1e9)
-    assert health.room(1e9) == 1
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, 5, pause=10.0)
+    assert circuit.is_probed
+    assert circuit.limits_final_polls(1e9)
+    assert circuit.room(1e9) == 1
 
 
 def test_a_good_answer_ends_down_and_not_the_hold_after_which_it_opens_from_one() -> None:
-    health = Health(LIMIT)
-    fail(health, 100.0, 5, hold=60.0)
-    health.good(130.0, sent_at=130.0)
-    assert not health.is_down
-    assert (health.room(159.9), health.gated(159.9), health.room(160.0)) == (0, True, 1)
-    one_round(health, 160.0)
-    assert health.room(160.0) == 2
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, 5, pause=60.0)
+    circuit.record_success(130.0, started_at=130.0)
+    assert not circuit.is_probed
+    assert (circuit.room(159.9), circuit.limits_final_polls(159.9), circuit.room(160.0)) == (0, True, 1)
+    one_round(circuit, 160.0)
+    assert circuit.room(160.0) == 2
 
 
 # -- whatever happens
@@ -392,7 +401,7 @@ class HealthMachine(RuleBasedStateMachine):
     """A client that sends as it has room, and a service that answers as it likes, in any order and however late."""
 
     limit: int
-    health: Health
+    circuit: Circuit
 
     def __init__(self) -> None:
         super().__init__()
@@ -402,10 +411,10 @@ class HealthMachine(RuleBasedStateMachine):
     @initialize(limit=st.sampled_from([1, 2, 3, 5, 64]))
     def begin(self, limit: int) -> None:
         self.limit = limit
-        self.health = Health(limit)
+        self.circuit = Circuit(limit)
 
     def counted(self) -> int:
-        since = -math.inf if self.health.is_open else self.health.since
+        since = -math.inf if self.circuit.is_closed else self.circuit.since
         return sum(sent_at >= since for sent_at, _ in self.flying)
 
     @rule(seconds=st.sampled_from([0.001, 0.5, 1.0, 10.0, 31.0, 121.0]))
@@ -414,12 +423,12 @@ class HealthMachine(RuleBasedStateMachine):
 
     @rule()
     def time_passes_until_there_is_room(self) -> None:
-        self.now = max(self.now, self.health.opens_at())
-        assert self.health.room(self.now) >= 1
+        self.now = max(self.now, self.circuit.retry_at())
+        assert self.circuit.room(self.now) >= 1
 
     @rule()
     def send_what_there_is_room_for(self) -> None:
-        while self.counted() < self.health.room(self.now):
+        while self.counted() < self.circuit.room(self.now):
             self.flying.append((self.now, False))
 
     @rule()
@@ -431,25 +440,25 @@ class HealthMachine(RuleBasedStateMachine):
     def answer_well(self, data: st.DataObject, many: int) -> None:
         for _ in range(min(many, len(self.flying))):
             sent_at, _ = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-            before = self.health.limit
-            self.health.good(self.now, sent_at=sent_at)
-            assert self.health.limit <= max(2 * before, 2)
-            assert not self.health.is_down
+            before = self.circuit.limit
+            self.circuit.record_success(self.now, started_at=sent_at)
+            assert self.circuit.limit <= max(2 * before, 2)
+            assert not self.circuit.is_probed
 
     @precondition(lambda self: self.flying)
     @rule(
         data=st.data(),
         many=st.integers(1, 8),
-        hold=st.sampled_from([None, None, 0.0, 0.001, 1.0, 60.0, 1e9]),
+        pause=st.sampled_from([None, None, 0.0, 0.001, 1.0, 60.0, 1e9]),
     )
-    def fail(self, data: st.DataObject, many: int, hold: float | None) -> None:
+    def fail(self, data: st.DataObject, many: int, pause: float | None) -> None:
         for _ in range(min(many, len(self.flying))):
             sent_at, final = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-            before, was_down = self.health.opens_at(), self.health.is_down
-            self.health.bad(self.now, sent_at=sent_at, is_probe=not final, hold=hold)
-            assert self.health.limit in {1, self.limit} or not (hold or self.health.is_down)
-            if was_down and (final or sent_at < self.health.since) and not hold:
-                assert self.health.opens_at() == before
+            before, was_down = self.circuit.retry_at(), self.circuit.is_probed
+            self.circuit.record_failure(self.now, started_at=sent_at, is_probe=not final, pause=pause)
+            assert self.circuit.limit in {1, self.limit} or not (pause or self.circuit.is_probed)
+            if was_down and (final or sent_at < self.circuit.since) and not pause:
+                assert self.circuit.retry_at() == before
 
     @precondition(lambda self: self.flying)
     @rule()
@@ -458,40 +467,40 @@ class HealthMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_more_room_than_the_limit(self) -> None:
-        if hasattr(self, "health"):
-            assert 1 <= self.health.limit <= self.limit
-            assert 0 <= self.health.room(self.now) <= self.limit
+        if hasattr(self, "circuit"):
+            assert 1 <= self.circuit.limit <= self.limit
+            assert 0 <= self.circuit.room(self.now) <= self.limit
 
     @invariant()
     def room_again_in_good_time(self) -> None:
-        if hasattr(self, "health"):
-            assert self.health.opens_at() <= self.now + MAX_HOLD
-            assert self.health.room(self.now + MAX_HOLD) >= 1
+        if hasattr(self, "circuit"):
+            assert self.circuit.retry_at() <= self.now + MAX_PAUSE
+            assert self.circuit.room(self.now + MAX_PAUSE) >= 1
 
     @invariant()
     def one_at_a_time_while_down_and_none_while_held(self) -> None:
-        if hasattr(self, "health"):
-            if self.health.is_down:
-                assert self.health.room(self.now + MAX_HOLD) == 1
-            if self.now < self.health.opens_at():
-                assert self.health.room(self.now) == 0
-                assert self.health.gated(self.now)
+        if hasattr(self, "circuit"):
+            if self.circuit.is_probed:
+                assert self.circuit.room(self.now + MAX_PAUSE) == 1
+            if self.now < self.circuit.retry_at():
+                assert self.circuit.room(self.now) == 0
+                assert self.circuit.limits_final_polls(self.now)
 
     @invariant()
     def open_means_all_the_room(self) -> None:
-        if hasattr(self, "health") and self.health.is_open:
-            assert self.health.room(self.now) == self.limit
-            assert not self.health.gated(self.now)
+        if hasattr(self, "circuit") and self.circuit.is_closed:
+            assert self.circuit.room(self.now) == self.limit
+            assert not self.circuit.limits_final_polls(self.now)
 
     def teardown(self) -> None:
         """Whatever happened: with good answers from now on, all the room comes back, in few rounds."""
-        if not hasattr(self, "health"):
+        if not hasattr(self, "circuit"):
             return
-        self.now = max(self.now, self.health.opens_at())
+        self.now = max(self.now, self.circuit.retry_at())
         for _ in range(self.limit.bit_length() + 1):
-            one_round(self.health, self.now)
-        assert self.health.is_open
-        assert self.health.room(self.now) == self.limit
+            one_round(self.circuit, self.now)
+        assert self.circuit.is_closed
+        assert self.circuit.room(self.now) == self.limit
 
 
 HealthMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

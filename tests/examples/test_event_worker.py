@@ -245,7 +245,7 @@ async def test_payment_that_may_wait_longer_than_a_stream_remembers_is_refused_a
         ({"outcome": Outcome.EXPIRED, "answered": False}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.INTERNAL}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.UNREADABLE}, "unclear"),
-        ({"outcome": Outcome.FAILED, "reason": FailureReason.LOOK_REFUSED}, "unclear"),
+        ({"outcome": Outcome.FAILED, "reason": FailureReason.POLL_REFUSED}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.ALREADY_APPROVED}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.MISMATCH}, "refused"),
         ({"outcome": Outcome.FAILED, "reason": "a reason of a later version"}, "refused"),

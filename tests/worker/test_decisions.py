@@ -26,16 +26,16 @@ from aiokeyless.models import Operation, Secret
 from aiokeyless.schedule import wait_adaptive
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 from aiokeyless.worker.decisions import (
-    Again,
     Decided,
     Decision,
     Pace,
+    Redeliver,
     after_answer,
     after_bug,
     after_conflict,
     after_creation,
     after_failed_creation,
-    after_failed_look,
+    after_failed_poll,
     after_missing,
     after_older,
     invalid,
@@ -104,7 +104,7 @@ def failed(
 ) -> Decision:
     """What comes of a look that fails."""
     pace = Pace(failures, held_for)
-    return after_failed_look(DELIVERY, error, sent_at=at(age), now=at(age + took), pace=pace, grace=grace)
+    return after_failed_poll(DELIVERY, error, sent_at=at(age), now=at(age + took), pace=pace, grace=grace)
 
 
 def not_created(error: KeylessError, age: float, *, held_for: float = 0.0) -> Decision:
@@ -117,7 +117,7 @@ def decided(decision: Decision | None) -> Decided:
 
 
 def delay(decision: Decision | None) -> float:
-    assert isinstance(decision, Again)
+    assert isinstance(decision, Redeliver)
     return decision.delay
 
 
@@ -351,8 +351,8 @@ def test_a_last_look_without_an_answer_is_repeated_in_the_grace_and_not_after_it
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (status(BadRequestError, 400), FailureReason.LOOK_REFUSED),
-        (status(PermissionDeniedError, 403), FailureReason.LOOK_REFUSED),
+        (status(BadRequestError, 400), FailureReason.POLL_REFUSED),
+        (status(PermissionDeniedError, 403), FailureReason.POLL_REFUSED),
         (MISSHAPEN, FailureReason.UNREADABLE),
     ],
     ids=repr,

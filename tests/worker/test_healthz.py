@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 STATISTICS = WorkerStatistics(
     in_flight=1,
     deliveries=20,
-    looks=19,
+    polls=19,
     created=2,
     approved=1,
     expired=0,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aiokeyless.errors import ServerError
 from aiokeyless.ticket import payload_digest
-from aiokeyless.worker.decisions import Pace, after_failed_look, invalid
+from aiokeyless.worker.decisions import Pace, after_failed_poll, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
     MAX_DEPTH,
@@ -359,7 +359,7 @@ finite_values = st.recursive(
 @example(rb'["\"[[[\\", "' + b"{" * 1000 + b'"]')
 def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
     delivery = read(with_context(context))
-    decision = after_failed_look(
+    decision = after_failed_poll(
         delivery,
         ServerError(status=503, method="GET", path="/v2/x"),
         sent_at=delivery.ticket.expires_at,

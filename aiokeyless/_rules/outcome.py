@@ -1,0 +1,109 @@
+"""What the result of one poll means for a wait. Pure; the poller and the worker map it to what they do.
+
+All cases, in the order in which they are told apart (docs/rules.md numbers them):
+
+| the poll brought | final poll | otherwise |
+|---|---|---|
+| an approval of this operation | APPROVED | APPROVED |
+| an answer that is rejected | REJECTED | REJECTED |
+| pending | TIMED_OUT | PENDING |
+| a transient failure | UNANSWERED | TRANSIENT |
+| 404, once the operation was seen | UNANSWERED | TRANSIENT |
+| 404 that may be: the operation is young, or is to be waited for | TIMED_OUT | PENDING |
+| any other error | FAILED | FAILED |
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from aiokeyless.errors import KeylessError, NotFoundError
+
+from .approval import Rejection, Verdict, evaluate
+from .backoff import is_transient
+
+if TYPE_CHECKING:
+    from aiokeyless.models import Operation
+    from aiokeyless.ticket import ApprovalTicket
+
+YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
+
+
+class Result(Enum):
+    """What to do with a wait after a poll."""
+
+    APPROVED = auto()
+    """End it with the operation."""
+    PENDING = auto()
+    """Go on; the schedule sets the next poll."""
+    TRANSIENT = auto()
+    """Go on; the backoff sets the next poll."""
+    TIMED_OUT = auto()
+    """Time is up and it was pending: end it with `ApprovalTimeoutError`."""
+    UNANSWERED = auto()
+    """The final poll got no answer: repeat it as long as it may take, then end with `ApprovalUnknownError`."""
+    REJECTED = auto()
+    """End it with the error of the rejection."""
+    FAILED = auto()
+    """End it with the error of the poll."""
+
+
+class Outcome(NamedTuple):
+    """A result, and for REJECTED the reason."""
+
+    result: Result
+    rejection: Rejection | None = None
+
+
+class PollFacts(NamedTuple):
+    """What is known about a wait when one of its polls ends.
+
+    Attributes:
+        operation_id: The operation that is polled.
+        ticket: What else is known about it; None for a bare id.
+        is_final: Whether the poll started at the deadline of the wait or later.
+        may_be_missing: Whether a 404 counts as pending: the phone will create the operation, or it is younger than
+            `YOUNG` and a replica may lag.
+        was_seen: Whether an earlier poll found the operation.
+    """
+
+    operation_id: str
+    ticket: ApprovalTicket | None
+    is_final: bool
+    may_be_missing: bool
+    was_seen: bool
+
+
+_APPROVED: Final = Outcome(Result.APPROVED)
+_PENDING: Final = (Outcome(Result.PENDING), Outcome(Result.TIMED_OUT))  # by is_final
+_TRANSIENT: Final = (Outcome(Result.TRANSIENT), Outcome(Result.UNANSWERED))
+_FAILED: Final = Outcome(Result.FAILED)
+
+
+def poll_outcome(answer: Operation | KeylessError, facts: PollFacts) -> Outcome:
+    """Return what the result of a poll means for a wait.
+
+    Args:
+        answer: The operation as the service answered it, or the failure of the poll.
+        facts: What is known about the wait.
+    """
+    if isinstance(answer, KeylessError):
+        return _after_error(answer, facts)
+    verdict = evaluate(answer, facts.operation_id, facts.ticket)
+    if verdict is Verdict.APPROVED:
+        return _APPROVED
+    if verdict is Verdict.PENDING:
+        return _PENDING[facts.is_final]
+    return Outcome(Result.REJECTED, verdict)
+
+
+def _after_error(error: KeylessError, facts: PollFacts) -> Outcome:
+    if is_transient(error):
+        return _TRANSIENT[facts.is_final]
+    if isinstance(error, NotFoundError):
+        if facts.was_seen:  # operations do not vanish, so an answer of 404 now is a fault of the moment
+            return _TRANSIENT[facts.is_final]
+        if facts.may_be_missing:
+            return _PENDING[facts.is_final]
+    return _FAILED
