@@ -6,6 +6,7 @@ heap of this size rebuilt in one go would block the event loop for tens of milli
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from heapq import heappop, heappush
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ class Scheduled(Protocol):
 
     scheduled_at: float | None
 
+    @abstractmethod
     def __lt__(self, other: Any, /) -> bool:
         """Decide between equal times."""
 

@@ -158,6 +158,7 @@ class Sandbox:
             self._runner = None
             await runner.cleanup()
             raise
+        host: str
         host, self._port, *_ = runner.addresses[0]
         host = _REACHABLE.get(host, host)
         self._url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
