@@ -1,0 +1,161 @@
+"""Every check of this project, one session each: ``nox -l`` names them, ``nox -s lint`` runs one.
+
+Each session has an environment of its own. Where there is one already, ``nox --no-venv`` runs in that; .ci/run does so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from itertools import chain
+from pathlib import Path
+from typing import Final
+
+import nox
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+nox.needs_version = ">=2025.5.1"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types"]
+
+ROOT: Final = Path(__file__).parent
+
+#: What needs a browser, a cluster or minutes, too.
+COMPLETE: Final = ("-m", "")
+#: Programs with processes and loops of their own: once is enough.
+ONCE: Final = "browser or cluster or chaos or slow"
+WITHOUT_PROGRAMS: Final = ("--ignore=tests/examples",)
+
+#: The ways in which the suite runs: arguments for pytest, and the environment.
+LEGS: Final[dict[str, tuple[tuple[str, ...], dict[str, str]]]] = {
+    "plain": ((), {}),
+    "complete": (COMPLETE, {}),
+    # One set is behind looptime's back: that plugin changes the loops of unmarked tests too.
+    "real_clock": (("-p", "no:looptime_plugin", "-m", "real_clock"), {}),
+    # uvloop's clock does not move.
+    # Tasks that begin to run when they are made; from Python 3.12 on.
+    "eager": (("-m", f"not ({ONCE})", *WITHOUT_PROGRAMS), {"TEST_LOOP": "eager"}),
+    "uvloop": (("-m", f"not (looptime or {ONCE})", *WITHOUT_PROGRAMS), {"TEST_LOOP": "uvloop"}),
+}
+
+
+def pythons() -> list[str]:
+    """Return the versions of Python on this machine that the library supports."""
+    versions = [f"3.{minor}" for minor in range(11, 30)]
+    return [version for version in versions if _runs(f"python{version}")]
+
+
+def _runs(program: str) -> bool:
+    # A shim of a version manager is found, too, where there is no such version.
+    found = shutil.which(program)
+    return found is not None and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0  # noqa: S603
+
+
+PYTHONS: Final = pythons()
+
+
+def install(session: nox.Session, *arguments: str) -> None:
+    """Install into the session's environment; with ``--no-venv`` there is one already, with everything in it."""
+    if session.venv_backend != "none":
+        session.install("-q", *arguments)
+
+
+def pytest(session: nox.Session, *arguments: str, **env: str) -> None:
+    """Run tests, and leave nothing behind in the checkout."""
+    home = Path(session.create_tmp()).resolve()
+    left = {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis")}
+    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, *session.posargs, env=left | env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and format, and the layers of the package."""
+    install(session, "-e", ".", "ruff>=0.14", "import-linter>=2.5")
+    session.run("ruff", "check", "--no-cache", ".")
+    session.run("ruff", "format", "--no-cache", "--check", ".")
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Run mypy --strict over everything, pyright over the package and the examples."""
+    install(session, "-e", ".[dev]")
+    session.run("mypy", "--cache-dir", os.devnull)
+    session.run("pyright")
+
+
+@nox.session
+def public_types(session: nox.Session) -> None:
+    """Demand of every public name a type that needs no inferring; fails below 100 %."""
+    install(session, "-e", ".[dev]")
+    session.run("pyright", "--verifytypes", "aiokeyless", "--ignoreexternal")
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("leg", list(LEGS), ids=list(LEGS))
+def tests(session: nox.Session, leg: str) -> None:
+    """Run the suite: `plain` as in the README, or one of the other legs."""
+    install(session, "-e", ".[dev]")
+    arguments, env = LEGS[leg]
+    pytest(session, *arguments, **env)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the complete suite with branch coverage, which must be 100 %."""
+    install(session, "-e", ".[dev]")
+    data = {"COVERAGE_FILE": str(Path(session.create_tmp()).resolve() / "coverage"), "PYTHONDONTWRITEBYTECODE": "1"}
+    # In one process, and not by pytest --cov: our own pytest plugin loads the package before that starts to measure.
+    measured = ("coverage", "run", "-m", "pytest", "-p", "no:cacheprovider", "-q", "-n", "0")
+    session.run(*measured, *COMPLETE, *session.posargs, env=data)
+    session.run("coverage", "report", env=data)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the suite on the lowest versions of the dependencies that pyproject.toml allows."""
+    constraints = Path(session.create_tmp()).resolve() / "lowest.txt"
+    constraints.write_text("".join(f"{bound}\n" for bound in lowest_bounds()))
+    session.install("-q", "-e", ".[dev]", "-c", str(constraints))
+    pytest(session)
+
+
+def lowest_bounds() -> list[str]:
+    """Return the lower bounds of the runtime dependencies, those of the extras for users too, as exact versions."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    extras = [needs for name, needs in project["optional-dependencies"].items() if name != "dev"]
+    needed = [Requirement(text) for text in chain(project["dependencies"], *extras)]
+    return [f"{need.name}=={bound.version}" for need in needed for bound in need.specifier if bound.operator == ">="]
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """Run the suite against the built wheel, out of reach of the source tree."""
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    tree = folder / "tree"
+    tree.mkdir(parents=True)
+    session.install("-q", "build")
+    session.run("python", "-m", "build", "-q", "--wheel", "--outdir", str(folder / "dist"), str(ROOT))
+    [built] = (folder / "dist").glob("*.whl")
+    session.install("-q", "--force-reinstall", "--no-deps", str(built))
+    session.install("-q", f"{built}[dev]")
+    archive = folder / "tree.tar"
+    what = ("pyproject.toml", "README.md", "benchmarks", "examples", "tests")
+    session.run("git", "archive", "HEAD", "-o", str(archive), *what, external=True)
+    shutil.unpack_archive(archive, tree, filter="data")
+    with session.chdir(tree):
+        pytest(session, *WITHOUT_PROGRAMS)
+        if Version(str(session.python)) >= Version("3.12"):  # here, since this environment is there already
+            arguments, env = LEGS["eager"]
+            pytest(session, *arguments, **env)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Run every benchmark in short; arguments after -- take the place of --quick."""
+    install(session, "-e", ".[dev]")
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))
