@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 from nats_server import NatsServer
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 # looptime asks for the current loop before tests that have none, too. Unless told that there is none, asyncio makes
 # one, which nobody closes.
 asyncio.set_event_loop(None)
+
+# No property promises a time, and a busy machine takes any.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 if os.environ.get("TEST_LOOP") == "uvloop":
     import uvloop

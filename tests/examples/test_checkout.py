@@ -474,6 +474,7 @@ async def click(page: Page, label: str) -> None:
     await page.get_by_role("button", name=label).click()
 
 
+@pytest.mark.browser
 class TestInTheBrowser:
     async def test_two_customers_with_three_tabs_outlive_a_kill_and_a_reload_and_end_paid(
         self, keyless: Sandbox, backend: Backend, browser: Browser

@@ -468,6 +468,7 @@ async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
         assert await streams.settled() == [Verdict("approved", "1")]
 
 
+@pytest.mark.slow
 async def test_thousand_payments_at_once_over_two_workers_have_a_verdict_each(
     broker: NatsServer, streams: Streams, sandbox: Sandbox
 ) -> None:

@@ -39,6 +39,7 @@ FLAGS = [
 
 # One browser for all of them: it takes longer to start than all the tests to run.
 pytestmark = [
+    pytest.mark.browser,
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]

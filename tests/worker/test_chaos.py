@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 import msgspec
 import nats
+import pytest
 from nats_server import NatsServer, until
 
 from aiokeyless.sandbox import Sandbox
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from aiokeyless import Operation
+
+pytestmark = pytest.mark.chaos
 
 PROGRAM: Final = Path(__file__).with_name("worker_process.py")
 ACK_WAIT: Final = 11.5  # seconds, the program's

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import nats
 import nats.errors
+import pytest
 from nats_server import NatsServer, until
 from tenacity import wait_fixed
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.cluster
 
 NAMES = ("a", "b", "c")
 WAITS = 50
