@@ -1,9 +1,9 @@
-"""All the waits of one client: two agendas, one timer, and few workers that poll at what is due.
+"""All the waits of one client, in memory: it starts and ends them, runs their polls and applies the results.
 
-A wait is one slotted future. Waits for the same operation share a `PolledOperation` and its polls. Workers are
-tasks that take the next due poll from the queue themselves and exit when nothing is due, so that ten thousand waits
-due at once cost the event loop no more than ``max_in_flight`` of them. What an answer means is `approval`'s to decide,
-when to poll next `schedule`'s, how much the service bears `health`'s; here is only the awaiting and the book-keeping.
+A wait is one slotted future. Waits for one operation share a `PolledOperation` and its polls. Workers are tasks that
+take the next due poll themselves and exit when nothing is due, so that ten thousand waits due at once cost the event
+loop no more than ``max_in_flight`` of them. What a result means for a wait is decided in `_rules`, which operation is
+polled next in `dispatch`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 import itertools
 import logging
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +35,7 @@ from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, wait_adaptive
 
+from .dispatch import RESOLUTION, Dispatcher
 from .packing import pack_pending
 from .state import Poll, PolledOperation, Wait
 from .timer_queue import TimerQueue
@@ -55,8 +56,6 @@ FINAL_POLL_TIMEOUT: Final = 2.0  # seconds past the deadline for the final poll,
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 _BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
-# The clocks in use round to a microsecond or better; a timer that fired within it is not early.
-_RESOLUTION: Final = 1e-6
 
 logger = logging.getLogger("aiokeyless")
 
@@ -67,26 +66,22 @@ class Poller:
     Args:
         transport: What sends the polls.
         schedule: When to poll, for waits that bring no schedule of their own.
-        max_in_flight: Looks under way at once.
+        max_in_flight: Polls in flight at once.
     """
 
     def __init__(self, transport: Transport, *, schedule: wait_base, max_in_flight: int) -> None:
         self._transport = transport
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
-        self._max_in_flight = max_in_flight
         self._loop = asyncio.get_running_loop()
-        # Not the context of whoever happened to be first: its trace and its logging variables are not ours.
+        # Not the context of the caller that happened to be first: its trace and its logging variables are not ours.
         self._context = contextvars.Context()
         self._circuit = Circuit(max_in_flight)
+        self._dispatcher = Dispatcher(
+            self._circuit, max_in_flight=max_in_flight, request_timeout=transport.request_timeout
+        )
         self._polled: dict[str, PolledOperation] = {}
-        self._due: TimerQueue[PolledOperation] = TimerQueue()
         self._deadlines: TimerQueue[Wait] = TimerQueue()
-        self._final_polls: deque[tuple[float, PolledOperation]] = (
-            deque()
-        )  # final polls that wait for a slot, and since when
-        self._in_flight: dict[Poll, None] = {}  # looks under way, oldest first
-        self._final_polls_in_flight = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
         self._created: dict[str, float] = {}
@@ -119,7 +114,7 @@ class Poller:
         may_be_missing: bool,
         updates: MemoryObjectSendStream[ApprovalUpdate] | None = None,
     ) -> Wait:
-        """Begin a wait. Whoever calls this must `leave` it.
+        """Start a wait; the caller must `leave` it.
 
         Args:
             operation_id: What to wait for.
@@ -130,7 +125,7 @@ class Poller:
             updates: Where an update goes for each poll; closed when the wait ends.
         """
         if self.closed:
-            raise ClientClosedError("the client is closed; poll at the operation with get_operation of another client")
+            raise ClientClosedError("the client is closed; check the operation with get_operation of another client")
         now = self._loop.time()
         age = self._age(ticket, now)
         if timeout is None:
@@ -161,12 +156,12 @@ class Poller:
         if wait.deadline < math.inf:
             self._deadlines.schedule(wait, wait.deadline)
         if first < wait.deadline:
-            self._schedule_poll(polled, first)
+            self._dispatcher.schedule(polled, first)
         self._arm(now)
         return wait
 
     def leave(self, wait: Wait) -> None:
-        """End a wait that nobody awaits any more; harmless after it has ended."""
+        """End a wait whose caller is gone; harmless after it has ended."""
         if wait.registered:
             wait.cancel()
             self._close(wait)
@@ -174,14 +169,14 @@ class Poller:
     async def aclose(self) -> None:
         """End all waits with `ClientClosedError`, and what is in flight for them.
 
-        Once begun, it goes on by itself, whatever becomes of the caller; a second call waits for the first.
+        Once started, it completes by itself, even where the caller is cancelled; a second call waits for the first.
         """
         if not self.closed:
             self.closed = True
             self._disarm()
             self._end_batch(wait for polled in tuple(self._polled.values()) for wait in polled.active_waits())
         await asyncio.shield(self._ended)
-        while tasks := [poll.task for poll in self._in_flight if poll.task is not None]:
+        while tasks := [poll.task for poll in self._dispatcher.in_flight if poll.task is not None]:
             await asyncio.wait(tasks)
 
     def _end_batch(self, waits: Iterator[Wait]) -> None:
@@ -196,25 +191,20 @@ class Poller:
                 wait,
                 ClientClosedError(
                     f"the client was closed while operation {wait.polled.operation_id!r} was waited for; "
-                    "poll at it with get_operation of another client"
+                    "check it with get_operation of another client"
                 ),
             )
 
     def statistics(self) -> ClientStatistics:
         """Return the counts as of now."""
-        now = self._loop.time()
-        due = self._due.next_due()
-        late = [0.0] if due is None else [0.0, now - due]
-        if self._final_polls and self._needs_final_poll(self._final_polls[0][1]):  # the oldest comes first
-            late.append(now - self._final_polls[0][0])
         return ClientStatistics(
             waiting=self._waiting,
-            in_flight=len(self._in_flight),
+            in_flight=len(self._dispatcher.in_flight),
             polls=self._polls,
             approvals=self._approvals,
             timeouts=self._timeouts,
             transient_failures=self._failures,
-            lag=max(late),
+            lag=self._dispatcher.lag(self._loop.time()),
         )
 
     # -- times
@@ -228,7 +218,7 @@ class Poller:
             return now - created
         return max(0.0, (datetime.now(UTC) - ticket.created_at).total_seconds())
 
-    # -- watches and waits
+    # -- operations and waits
 
     def _polled_operation(
         self, operation_id: str, now: float, origin: float, ticket: ApprovalTicket | None
@@ -246,7 +236,7 @@ class Poller:
 
     def _end(self, wait: Wait, outcome: WaitResult) -> None:
         """Give a wait its outcome."""
-        if wait.done():  # cancelled in this very turn of the loop: whoever awaited it is about to leave
+        if wait.done():  # cancelled in this turn of the loop: its caller is about to leave
             return
         wait.set_result(outcome)
         if isinstance(outcome, Operation):
@@ -256,10 +246,10 @@ class Poller:
         self._close(wait)
 
     def _close(self, wait: Wait) -> None:
-        """Take a wait that has ended out of the books; the last one stops the polls."""
+        """Unregister a wait that has ended; the last one of an operation stops its polls."""
         polled = wait.polled
         wait.registered = False
-        wait.seen = None  # the queue may keep the wait for a while
+        wait.seen = None  # the timer queue may keep the wait for a while
         self._deadlines.remove(wait)
         if wait.updates is not None:
             wait.updates.close()
@@ -270,18 +260,18 @@ class Poller:
 
     def _stop_polling(self, polled: PolledOperation) -> None:
         del self._polled[polled.operation_id]
-        self._unschedule_poll(polled)
-        for poll in self._in_flight:
+        self._dispatcher.unschedule(polled)
+        for poll in self._dispatcher.in_flight:
             if poll.polled is polled:
                 poll.stop()
         if not self._polled:
-            self._final_polls.clear()
+            self._dispatcher.clear_final_polls()
             self._disarm()
         if polled.pending_at is not None:
             self._record_observation(polled, polled.pending_at, None)
 
     def _record_observation(self, polled: PolledOperation, after: float | None, until: float | None) -> None:
-        """Tell the schedules when the operation was approved, or until when it was not; once an operation."""
+        """Give the schedules what was observed of an operation, once: approved between two polls, or still pending."""
         learners, polled.learners = polled.learners, ()
         for learner in learners:
             try:
@@ -290,27 +280,17 @@ class Poller:
                     None if until is None else max(0.0, until - polled.origin),
                 )
             except Exception:
-                # A subclass of somebody's. What is not learned costs requests; an approval it must not cost.
+                # A subclass of a user's. What is not learned costs requests; it must not cost an approval.
                 logger.exception("the schedule %r failed to learn from an observation", learner)
-
-    def _unschedule_poll(self, polled: PolledOperation) -> None:
-        self._due.remove(polled)
-        polled.due = math.inf
-
-    def _schedule_poll(self, polled: PolledOperation, due: float) -> None:
-        """See to it that an ordinary poll comes by then; after the one under way, if there is one."""
-        if due < polled.due:
-            polled.due = due
-            if polled.poll is None:
-                self._due.schedule(polled, due)
 
     # -- the timer
 
     def _arm(self, now: float) -> None:
-        """Set the timer for the next thing that time alone brings about; what awaits a landing needs none."""
+        """Set the timer for the next event that time alone brings about; the end of a poll needs none."""
         if self.closed:
             return
-        when = self._next_event(now)
+        deadline = self._deadlines.next_due()
+        when = max(now, min(self._dispatcher.next_event(now), math.inf if deadline is None else deadline))
         if when < self._timer_at:
             self._disarm()
             self._timer = self._loop.call_at(when, self._wake, context=self._context)
@@ -322,45 +302,25 @@ class Poller:
             self._timer = None
             self._timer_at = math.inf
 
-    def _next_event(self, now: float) -> float:
-        if self._final_polls and not self._final_polls_in_flight and len(self._in_flight) < self._max_in_flight:
-            return now  # where a worker was cancelled
-        deadline = self._deadlines.next_due()
-        when = math.inf if deadline is None else deadline
-        for poll in self._in_flight:  # the oldest comes first
-            if not poll.cut:
-                when = min(when, poll.started_at + self._transport.request_timeout)
-                break
-        if len(self._in_flight) < self._max_in_flight and self._counted() < self._circuit.limit:
-            due = self._due.next_due()
-            if due is not None:
-                when = min(when, max(due, self._circuit.retry_at()))
-        return max(when, now)
-
     def _wake(self) -> None:
         self._timer = None
         self._timer_at = math.inf
         now = self._loop.time()
         again = now + _AFTER_BUG
         try:
-            self._cut_overdue(now)
+            for poll in self._dispatcher.overdue(now):
+                poll.stop(overdue=True)
             self._expire(now)
             self._dispatch(now)
             again = now
         finally:  # what is raised goes on to the loop, which logs it; the other waits must not hang for it
             self._arm(again)
 
-    def _cut_overdue(self, now: float) -> None:
-        for poll in self._in_flight:
-            if poll.started_at + self._transport.request_timeout > now + _RESOLUTION:
-                break
-            poll.stop(overdue=True)
-
     def _expire(self, now: float) -> None:
-        """Handle deadlines: first a final poll is wanted, and when that had its time, the wait ends."""
+        """Handle deadlines: at the first one a final poll is queued, at the end of its time the wait ends."""
         hanging: set[Poll] = set()
         for _ in range(_BATCH):
-            wait = self._deadlines.pop_due(now + _RESOLUTION)
+            wait = self._deadlines.pop_due(now + RESOLUTION)
             if wait is None:
                 break
             try:
@@ -368,8 +328,8 @@ class Poller:
             except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
                 self._end(wait, error)
         for poll in hanging:
-            # A poll that started_at before the deadline does not count at the deadline; others may still need it.
-            if not any(poll.serves(wait) for wait in poll.members):
+            # A poll that started before the deadline does not count at the deadline; others may still need it.
+            if not any(poll.serves(wait) for wait in poll.waits):
                 poll.stop()
 
     def _expire_one(self, wait: Wait, now: float, hanging: set[Poll]) -> None:
@@ -378,50 +338,40 @@ class Poller:
             self._queue_final_poll(wait.polled, wait.deadline)
             if wait.polled.poll is not None:
                 hanging.add(wait.polled.poll)
-        elif now + _RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a final poll that failed is over
+        elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a final poll that failed is over
             self._queue_final_poll(wait.polled, now)
         else:
             self._end_unknown(wait, now)
 
     def _pass_deadline(self, polled: PolledOperation, now: float) -> None:
-        """Take note of all waits of an operation whose time is up: nothing but a final poll counts for them now."""
+        """Mark the waits of an operation whose deadline has passed: only a final poll counts for them now."""
         for wait in polled.all_waits():
-            if wait.deadline <= now + _RESOLUTION and wait.registered and not wait.deadline_passed:
+            if wait.deadline <= now + RESOLUTION and wait.registered and not wait.deadline_passed:
                 wait.deadline_passed = True
                 polled.before_deadline -= 1
         if not polled.before_deadline:
-            self._unschedule_poll(polled)
+            self._dispatcher.unschedule(polled)
 
     def _queue_final_poll(self, polled: PolledOperation, due: float) -> None:
-        """See to it that all waits of an operation whose time is up share one final poll."""
+        """Queue one final poll for all waits of an operation whose deadline has passed."""
         for wait in polled.all_waits():
             end = wait.deadline + FINAL_POLL_TIMEOUT
             if wait.deadline_passed and wait.registered and wait.scheduled_at != end:
                 self._deadlines.schedule(wait, end)
-        if not polled.final_poll_queued:
-            polled.final_poll_queued = True
-            self._final_polls.append((due, polled))
-
-    def _needs_final_poll(self, polled: PolledOperation) -> bool:
-        """Whether a wait's time is up, and no final poll of it is under way."""
-        return any(wait.deadline_passed and wait.final is None for wait in polled.active_waits())
+        self._dispatcher.queue_final_poll(polled, due)
 
     def _end_unknown(self, wait: Wait, now: float) -> None:
-        """End a wait whose final polls had their time, or never found a slot."""
+        """End a wait whose final polls were not answered in time, or found no slot."""
         poll = wait.final
         if poll is not None:
             wait.error = self._no_answer(wait.polled, now - poll.started_at)
-            if not poll.counted_as_failure:  # it may be the final poll of many
+            if not poll.counted_as_failure:  # it may be the final poll of many waits
                 poll.counted_as_failure = True
                 self._failures += 1
                 self._circuit.record_failure(now, started_at=poll.started_at, is_probe=False)
         self._end(wait, unknown(wait.record(now)))
 
     # -- polls
-
-    def _counted(self) -> int:
-        """Return the looks under way that take room: while the service recovers, those of better days do not."""
-        return sum(self._circuit.takes_room(poll.started_at) for poll in self._in_flight)
 
     def _dispatch(self, now: float) -> None:
         """Start workers for what is due, as many as there is room for."""
@@ -433,45 +383,18 @@ class Poller:
             poll.task.add_done_callback(self._worker_gone)
 
     def _next_poll(self, now: float) -> Poll | None:
-        """Take the next poll that may be sent now: final looks first, then what has been due longest."""
-        if len(self._in_flight) >= self._max_in_flight or self.closed:
-            return None
-        room = self._circuit.room(now + _RESOLUTION) - self._counted()
-        while self._final_polls and (
-            self._final_polls_in_flight == 0 or (room > 0 and not self._circuit.limits_final_polls(now))
-        ):
-            _, polled = self._final_polls.popleft()
-            polled.final_poll_queued = False
-            if self._needs_final_poll(polled):
-                return self._new_poll(polled, now, final=True)
-        if room > 0:
-            due = self._due.pop_due(now + _RESOLUTION)
-            if due is not None:
-                return self._new_poll(due, now, final=False)
-        return None
-
-    def _new_poll(self, polled: PolledOperation, now: float, *, final: bool) -> Poll:
-        poll = Poll(polled, now, final=final)
-        self._in_flight[poll] = None
-        if final:
-            self._final_polls_in_flight += 1
-        else:
-            polled.poll = poll
-        if not final or polled.due <= now + _RESOLUTION:  # a final poll does for an ordinary one that is due
-            self._due.remove(polled)
-            polled.due = math.inf
-        return poll
+        return None if self.closed else self._dispatcher.next_poll(now)
 
     async def _work(self, poll: Poll | None) -> None:
-        """Send looks as long as there are any to send."""
+        """Run polls for as long as any may start."""
         while poll is not None:
             try:
                 await self._send(poll)
-            except BaseException:  # somebody cancelled this task
+            except BaseException:  # this task was cancelled from outside
                 self._abandon(poll)
                 raise
             now = self._loop.time()
-            self._finish_poll(poll, now)
+            self._dispatcher.finish(poll, now)
             task = poll.task
             poll = self._next_poll(now)
             if poll is not None:
@@ -480,47 +403,47 @@ class Poller:
             self._arm(now)
 
     def _worker_gone(self, task: asyncio.Task[None]) -> None:
-        """Clean up behind a worker that somebody else cancelled, perhaps before it started_at."""
-        for poll in tuple(self._in_flight):
+        """Clean up after a worker that was cancelled from outside, perhaps before it started."""
+        for poll in tuple(self._dispatcher.in_flight):
             if poll.task is task:
                 self._abandon(poll)
         if self._polled:
             self._arm(self._loop.time())
 
     def _abandon(self, poll: Poll) -> None:
-        """Take a poll whose worker somebody cancelled out of the books; it costs no wait its final poll."""
+        """Free the slot of a poll whose worker was cancelled from outside; it costs no wait its final poll."""
         now = self._loop.time()
-        for wait in poll.members:
+        for wait in poll.waits:
             if wait.final is poll:
                 wait.final = None
-        self._finish_poll(poll, now)
-        if self._needs_final_poll(poll.polled):
+        self._dispatcher.finish(poll, now)
+        if poll.polled.needs_final_poll():
             self._queue_final_poll(poll.polled, now)
 
     async def _send(self, poll: Poll) -> None:
-        if poll.cut:  # everybody left before it started_at
+        if poll.cut:  # the last wait left before it started
             return
         try:
             self._start_poll(poll)
             answer = await self._fetch(poll)
             if answer is not None:  # None: cut off, and neither good nor bad
                 self._apply(poll, answer)
-        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, not poll on and on
+        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in poll.polled.active_waits():
                 self._end(wait, error)
 
     async def _fetch(self, poll: Poll) -> Operation | KeylessError | None:
-        """Do the exchange; None where it was cut off because nobody could use it any more."""
+        """Do the exchange; None where it was cut off since no wait needed it any more."""
         try:
             return await self._transport.poll(poll.polled.url)
         except asyncio.CancelledError:
             assert poll.task is not None  # noqa: S101  # it runs this
-            # Ours, by poll.stop(), or somebody's who cancels this task: that one is not ours to swallow.
+            # By poll.stop(), or from outside: a cancellation from outside is not ours to swallow.
             if (poll.task.uncancel() if poll.cut else poll.task.cancelling()) > 0:
                 raise
             if poll.cut:
                 return self._no_answer(poll.polled, self._transport.request_timeout) if poll.overdue else None
-            # Nobody cancelled this task: something inside the session was, such as a task of a middleware.
+            # This task was not cancelled: something inside the session was, such as a task of a middleware.
             path = self._transport.path(poll.polled.url)
             return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
         except KeylessError as error:
@@ -531,27 +454,12 @@ class Poller:
     def _start_poll(self, poll: Poll) -> None:
         poll.under_way = True
         poll.started_at = self._loop.time()
-        poll.members = poll.polled.active_waits()
+        poll.waits = poll.polled.active_waits()
         self._polls += 1
-        for wait in poll.members:
+        for wait in poll.waits:
             wait.polls += 1
             if wait.deadline_passed and wait.final is None:
                 wait.final = poll
-
-    def _finish_poll(self, poll: Poll, now: float) -> None:
-        """Take a poll out of the books, and see to it that another one follows if one is needed."""
-        del self._in_flight[poll]
-        polled = poll.polled
-        if poll.final:
-            self._final_polls_in_flight -= 1
-        else:
-            polled.poll = None
-        if not polled.live or polled.poll is not None:
-            return
-        if polled.due == math.inf and polled.before_deadline:
-            polled.due = now  # it was cut off, or came to nothing, and somebody still waits
-        if polled.due < math.inf and polled.scheduled_at is None:
-            self._due.schedule(polled, polled.due)
 
     def _no_answer(self, polled: PolledOperation, seconds: float) -> RequestTimeoutError:
         path = self._transport.path(polled.url)
@@ -568,7 +476,7 @@ class Poller:
         outcomes = [(wait, poll_outcome(answer, _facts(wait, poll, was_seen=was_seen))) for wait in active]
         if isinstance(answer, Operation):
             self._observe_approval(poll.polled, [outcome for _, outcome in outcomes], now)
-        waits = set(poll.members)
+        waits = set(poll.waits)
         going_on: dict[Result, list[Wait]] = defaultdict(list)
         for wait, outcome in outcomes:
             if isinstance(answer, Operation) and outcome.result is Result.APPROVED:
@@ -646,7 +554,7 @@ class Poller:
         self._failures += not is_transient(error)  # the others were counted
         # While the circuit is open it paces the probes, and this operation takes its turn.
         if polled.before_deadline:
-            self._schedule_poll(polled, now if self._circuit.is_probed else now + error_delay(polled.failures))
+            self._dispatcher.schedule(polled, now if self._circuit.is_probed else now + error_delay(polled.failures))
         again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
         for wait in waits:
             wait.error = error
@@ -686,7 +594,7 @@ class Poller:
                 self._end(wait, copy.copy(delay))
         good = [delay for delay in delays.values() if isinstance(delay, float)]
         if good:
-            self._schedule_poll(polled, now + min(good))
+            self._dispatcher.schedule(polled, now + min(good))
         return [wait for wait in waits if not wait.done()]
 
     def _update(

@@ -1,7 +1,7 @@
-"""What the poller keeps: a wait, the operation that is watched for it, and one poll at that operation.
+"""What the poller keeps: a wait, the operation that is polled for it, and one poll of that operation.
 
-There are a hundred thousand of the first two in a process, so they are slotted and hold no more than they must.
-Who changes them, and when, is the poller's business; here is what they mean.
+A process may hold a hundred thousand of the first two, so they are slotted and hold no more than they must. The poller
+and the dispatcher change them; the comments here state what each attribute means.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WaitResult = Operation | Exception
 
 
 class Wait(asyncio.Future[WaitResult]):
-    """One wait, which is the future that whoever made it awaits. It never raises: errors are results too."""
+    """One wait, and the future that its caller awaits. It never raises: errors are results too."""
 
     __slots__ = (
         "attempt",
@@ -76,10 +76,10 @@ class Wait(asyncio.Future[WaitResult]):
         self.polls = 0
         self.seen: bytes | None = None  # the last pending answer, packed: a third of the size of what it unpacks to
         self.error: KeylessError | None = None
-        self.deadline_passed = False  # its deadline has passed
-        self.final: Poll | None = None  # its final poll, once that is under way
-        self.registered = True  # in the poller's books
-        self.scheduled_at: float | None = None
+        self.deadline_passed = False
+        self.final: Poll | None = None  # its final poll, once that has started
+        self.registered = True  # known to the poller: it has not ended, or ended in this very turn of the loop
+        self.scheduled_at: float | None = None  # in the queue of deadlines
 
     def __lt__(self, other: Wait) -> bool:
         return self.polled < other.polled
@@ -92,7 +92,7 @@ class Wait(asyncio.Future[WaitResult]):
 
 
 class PolledOperation:
-    """One operation that is looked at, for one wait or for many."""
+    """One operation that is polled, for one wait or for many."""
 
     __slots__ = (
         "before_deadline",
@@ -114,19 +114,17 @@ class PolledOperation:
     )
 
     def __init__(self, sequence: float, operation_id: str, url: URL, origin: float) -> None:
-        self.sequence = sequence  # when, and no two at the same time
+        self.sequence = sequence  # the time of its first wait; unique
         self.operation_id = operation_id
         self.url = url
         self.origin = origin
-        self.creation_known = (
-            False  # whether origin is the operation's creation, from a ticket, and not just a wait's start
-        )
+        self.creation_known = False  # whether origin is the operation's creation, and not just a wait's start
         self.first: Wait | None = None
-        self.others: list[Wait] | None = None  # for nearly every operation there is one wait alone: no list for it
+        self.others: list[Wait] | None = None  # nearly every operation has a single wait: no list for it
         self.live = 0  # waits that have not ended
-        self.before_deadline = 0  # those of them whose deadline is still to come
-        self.poll: Poll | None = None  # the ordinary poll under way
-        self.due = math.inf  # of the next ordinary poll; while one is under way: of the one that latecomers want
+        self.before_deadline = 0  # of the live ones, those whose deadline has not passed
+        self.poll: Poll | None = None  # the ordinary poll in flight
+        self.due = math.inf  # of the next ordinary poll; while one is in flight, of the one after it
         self.final_poll_queued = False
         self.failures = 0  # transient ones in a row
         self.pending_at: float | None = None  # start of the last poll that was answered with pending
@@ -134,10 +132,10 @@ class PolledOperation:
         self.scheduled_at: float | None = None
 
     def __lt__(self, other: PolledOperation) -> bool:
-        return self.sequence < other.sequence  # of those due at the same time, the first to come
+        return self.sequence < other.sequence  # of those due at the same time, the first to have been waited for
 
     def add(self, wait: Wait) -> None:
-        """Take a wait in."""
+        """Add a wait."""
         if self.first is None:
             self.first = wait
         elif self.others is None:
@@ -148,7 +146,7 @@ class PolledOperation:
         self.before_deadline += 1
 
     def remove(self, wait: Wait) -> None:
-        """Let go of a wait that has ended; it stays until more than half of them have."""
+        """Remove a wait that has ended; its reference stays until more than half of them have."""
         self.live -= 1
         self.before_deadline -= not wait.deadline_passed
         if 1 + len(self.others or ()) > 2 * self.live:
@@ -157,7 +155,7 @@ class PolledOperation:
             self.others = kept or None
 
     def all_waits(self) -> list[Wait]:
-        """Return the waits in the order of their coming, some that have ended among them."""
+        """Return the waits in the order in which they started, some that have ended among them."""
         if self.first is None:
             return []
         return [self.first, *(self.others or ())]
@@ -166,27 +164,31 @@ class PolledOperation:
         """Return the waits that have not ended."""
         return [wait for wait in self.all_waits() if not wait.done()]
 
+    def needs_final_poll(self) -> bool:
+        """Return whether a wait's deadline has passed, and no final poll of it is in flight."""
+        return any(wait.deadline_passed and wait.final is None for wait in self.active_waits())
+
 
 class Poll:
-    """One request: for which waits it is made, and whether and why it was cut off."""
+    """One poll: for which waits it is made, and whether and why it was cut off."""
 
     __slots__ = (
         "counted_as_failure",
         "cut",
         "final",
-        "members",
         "overdue",
         "polled",
         "started_at",
         "task",
         "under_way",
+        "waits",
     )
 
     def __init__(self, polled: PolledOperation, now: float, *, final: bool) -> None:
         self.polled = polled
         self.started_at = now
         self.final = final
-        self.members: list[Wait] = []
+        self.waits: list[Wait] = []
         self.task: asyncio.Task[None] | None = None
         self.under_way = False
         self.cut = False
@@ -194,7 +196,7 @@ class Poll:
         self.counted_as_failure = False
 
     def serves(self, wait: Wait) -> bool:
-        """Whether the answer still counts for a member: for one whose time is up, only that of its final poll does."""
+        """Return whether the answer counts for a wait: once its deadline has passed, only its final poll does."""
         return not wait.done() and (not wait.deadline_passed or wait.final is self)
 
     def stop(self, *, overdue: bool = False) -> None:
@@ -203,5 +205,5 @@ class Poll:
             return
         self.cut = True
         self.overdue = overdue
-        if self.under_way and self.task is not None:  # one that has not begun sees the mark when it does
+        if self.under_way and self.task is not None:  # one that has not started sees the mark when it does
             self.task.cancel()

@@ -1,6 +1,6 @@
-"""A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be taken back.
+"""A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be removed.
 
-Taking back marks the entry as stale. Stale entries are swept out a few at a time, so that no single call is long: a
+Removing marks the entry as stale. Stale entries are swept out a few at a time, so that no single call is long: a
 heap of this size rebuilt in one go would block the event loop for tens of milliseconds.
 """
 
@@ -12,12 +12,12 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
-_SWEEP: Final = 4  # entries moved a call, while there are many stale ones
-_SLACK: Final = 64  # stale entries that are not worth sweeping
+_SWEEP: Final = 4  # entries moved by each call, while there are many stale ones
+_SLACK: Final = 64  # stale entries that are not worth a sweep
 
 
 class Scheduled(Protocol):
-    """What an queue takes: an object with room for the time of its one entry, None where it has none."""
+    """What a queue takes: an object with room for the time of its one entry, None where it has none."""
 
     scheduled_at: float | None
 
@@ -26,17 +26,17 @@ class Scheduled(Protocol):
         """Decide between equal times."""
 
 
-B = TypeVar("B", bound=Scheduled)
+T = TypeVar("T", bound=Scheduled)
 
 
-class _Entry(msgspec.Struct, Generic[B], order=True):
+class _Entry(msgspec.Struct, Generic[T], order=True):
     """What the heaps hold: ordered like a tuple, in the same time, and smaller than one."""
 
     when: float
-    item: B
+    item: T
 
 
-class TimerQueue(Generic[B]):
+class TimerQueue(Generic[T]):
     """A queue ordered by time, and where that is equal by the items; an item has at most one entry.
 
     An entry is live while its time is the very float that its item has as `scheduled_at`, and not just an equal one: a
@@ -46,15 +46,15 @@ class TimerQueue(Generic[B]):
     __slots__ = ("_heap", "_live", "_old")
 
     def __init__(self) -> None:
-        self._heap: list[_Entry[B]] = []
-        self._old: list[_Entry[B]] = []  # the heap before a sweep: a prefix of a heap is a heap
+        self._heap: list[_Entry[T]] = []
+        self._old: list[_Entry[T]] = []  # the heap before a sweep: a prefix of a heap is a heap
         self._live = 0
 
     def __len__(self) -> int:
         return self._live
 
-    def schedule(self, item: B, when: float) -> None:
-        """Enter an item, or move its entry."""
+    def schedule(self, item: T, when: float) -> None:
+        """Add an item, or move its entry."""
         if item.scheduled_at is None:
             self._live += 1
         elif item.scheduled_at is when:
@@ -63,8 +63,8 @@ class TimerQueue(Generic[B]):
         heappush(self._heap, _Entry(when, item))
         self._sweep()
 
-    def remove(self, item: B) -> None:
-        """Take an item's entry back, if it has one."""
+    def remove(self, item: T) -> None:
+        """Remove an item's entry, if it has one."""
         if item.scheduled_at is not None:
             item.scheduled_at = None
             self._live -= 1
@@ -75,7 +75,7 @@ class TimerQueue(Generic[B]):
         heap = self._front()
         return heap[0].when if heap else None
 
-    def pop_due(self, now: float) -> B | None:
+    def pop_due(self, now: float) -> T | None:
         """Take out the earliest entry that is due at `now`, or return None."""
         heap = self._front()
         if not heap or heap[0].when > now:
@@ -86,7 +86,7 @@ class TimerQueue(Generic[B]):
         self._sweep()
         return item
 
-    def _front(self) -> list[_Entry[B]]:
+    def _front(self) -> list[_Entry[T]]:
         """Return the heap, of the two, whose top is the earliest live entry."""
         heap, old = self._heap, self._old
         while heap and heap[0].item.scheduled_at is not heap[0].when:

@@ -1227,7 +1227,7 @@ class TestRule7Cancellation:
         await cancel(waits)
         assert left_behind(before) == set()
         assert timers() == 0
-        assert len(client._poller._due) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
+        assert len(client._poller._dispatcher) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
 
     async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1679,7 +1679,9 @@ def kill_next_worker(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Task[None]
 
     def killing(poller: Poller, at: float) -> None:
         dispatch(poller, at)
-        killed.extend(poll.task for poll in poller._in_flight if poll.task is not None and not poll.under_way)
+        killed.extend(
+            poll.task for poll in poller._dispatcher.in_flight if poll.task is not None and not poll.under_way
+        )
         for task in killed:
             task.cancel()
         if killed:

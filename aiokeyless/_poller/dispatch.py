@@ -1,0 +1,156 @@
+"""Which operation is polled next, and how many at once: the queues and the slots of one client. Pure.
+
+It is told the time and what happened, and says what to start; the poller starts it, awaits it and reports back. Its
+cases are few: a final poll that waits for a slot goes first, then the operation that has been due longest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from .state import Poll, PolledOperation
+from .timer_queue import TimerQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiokeyless._rules.circuit import Circuit
+
+#: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
+RESOLUTION: Final = 1e-6
+
+
+class Dispatcher:
+    """The polls of one client that are due, queued or in flight.
+
+    Args:
+        circuit: How the service fares, and how many polls it bears.
+        max_in_flight: Polls in flight at once.
+        request_timeout: Seconds after which a poll in flight is overdue.
+    """
+
+    def __init__(self, circuit: Circuit, *, max_in_flight: int, request_timeout: float) -> None:
+        self._circuit = circuit
+        self._max_in_flight = max_in_flight
+        self._request_timeout = request_timeout
+        self._due: TimerQueue[PolledOperation] = TimerQueue()
+        self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits for a slot
+        self._final_in_flight = 0
+        self.in_flight: dict[Poll, None] = {}
+        """The polls in flight, oldest first."""
+
+    def __len__(self) -> int:
+        """Return the number of operations for which an ordinary poll is scheduled."""
+        return len(self._due)
+
+    # -- what is to be polled
+
+    def schedule(self, polled: PolledOperation, due: float) -> None:
+        """Poll an operation at that time at the latest; where a poll is in flight, after it."""
+        if due < polled.due:
+            polled.due = due
+            if polled.poll is None:
+                self._due.schedule(polled, due)
+
+    def unschedule(self, polled: PolledOperation) -> None:
+        """Take back the ordinary poll of an operation."""
+        self._due.remove(polled)
+        polled.due = math.inf
+
+    def queue_final_poll(self, polled: PolledOperation, since: float) -> None:
+        """Give an operation one final poll, for all of its waits whose deadline has passed."""
+        if not polled.final_poll_queued:
+            polled.final_poll_queued = True
+            self._final_polls.append((since, polled))
+
+    def clear_final_polls(self) -> None:
+        """Forget the queued final polls: no wait is left."""
+        self._final_polls.clear()
+
+    # -- what is polled
+
+    def next_poll(self, now: float) -> Poll | None:
+        """Take the next poll that may start now, and count it as in flight; None where there is none."""
+        if len(self.in_flight) >= self._max_in_flight:
+            return None
+        room = self._circuit.room(now + RESOLUTION) - self._counted()
+        while self._final_polls and (
+            self._final_in_flight == 0 or (room > 0 and not self._circuit.limits_final_polls(now))
+        ):
+            _, polled = self._final_polls.popleft()
+            polled.final_poll_queued = False
+            if polled.needs_final_poll():
+                return self._start(polled, now, final=True)
+        if room > 0:
+            due = self._due.pop_due(now + RESOLUTION)
+            if due is not None:
+                return self._start(due, now, final=False)
+        return None
+
+    def finish(self, poll: Poll, now: float) -> None:
+        """Free the slot of a poll, and schedule another one where its operation needs one."""
+        del self.in_flight[poll]
+        polled = poll.polled
+        if poll.final:
+            self._final_in_flight -= 1
+        else:
+            polled.poll = None
+        if not polled.live or polled.poll is not None:
+            return
+        if polled.due == math.inf and polled.before_deadline:
+            polled.due = now  # it was cut off, or brought nothing, and a wait goes on
+        if polled.due < math.inf and polled.scheduled_at is None:
+            self._due.schedule(polled, polled.due)
+
+    def overdue(self, now: float) -> Iterator[Poll]:
+        """Yield the polls that have been in flight for longer than an exchange may take."""
+        for poll in self.in_flight:
+            if poll.started_at + self._request_timeout > now + RESOLUTION:
+                break
+            yield poll
+
+    # -- times
+
+    def next_event(self, now: float) -> float:
+        """Return the time of the next event that time alone brings about: a poll is due, or one is overdue.
+
+        The end of a poll is no such event: it is reported by `finish`.
+        """
+        if self._final_polls and not self._final_in_flight and len(self.in_flight) < self._max_in_flight:
+            return now  # a worker was cancelled
+        when = math.inf
+        for poll in self.in_flight:
+            if not poll.cut:
+                when = poll.started_at + self._request_timeout
+                break
+        if len(self.in_flight) < self._max_in_flight and self._counted() < self._circuit.limit:
+            due = self._due.next_due()
+            if due is not None:
+                when = min(when, max(due, self._circuit.retry_at()))
+        return when
+
+    def lag(self, now: float) -> float:
+        """Return the seconds by which the poll that has been due longest is late."""
+        due = self._due.next_due()
+        late = 0.0 if due is None else max(0.0, now - due)
+        if self._final_polls:
+            since, polled = self._final_polls[0]
+            if polled.needs_final_poll():
+                late = max(late, now - since)
+        return late
+
+    def _counted(self) -> int:
+        return sum(self._circuit.takes_room(poll.started_at) for poll in self.in_flight)
+
+    def _start(self, polled: PolledOperation, now: float, *, final: bool) -> Poll:
+        poll = Poll(polled, now, final=final)
+        self.in_flight[poll] = None
+        if final:
+            self._final_in_flight += 1
+        else:
+            polled.poll = poll
+        if not final or polled.due <= now + RESOLUTION:  # a final poll does for an ordinary one that is due
+            self.unschedule(polled)
+        return poll
