@@ -1,0 +1,30 @@
+"""docs/architecture.md names each file of the package once, and none that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+PACKAGE = ROOT / "aiokeyless"
+
+pytestmark = pytest.mark.skipif(not (PAGE.exists() and PACKAGE.exists()), reason="runs in a checkout")
+
+
+def test_each_file_is_named_once() -> None:
+    named = re.findall(r"^\| `([\w./]+)` \|", PAGE.read_text(), re.MULTILINE)
+    files = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert sorted(named) == sorted(files)
+
+
+def test_each_link_of_the_pages_leads_somewhere() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
