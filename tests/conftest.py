@@ -72,6 +72,13 @@ async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
         server.stop()
 
 
+@pytest.fixture
+def short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that end soon: one waits for its pulls to end, which takes a second otherwise."""
+    monkeypatch.setattr("aiokeyless.worker.intake.EXPIRES", 0.2)
+    monkeypatch.setattr("aiokeyless.worker.service.EXPIRES", 0.2)
+
+
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests must not depend on the key of whoever runs them."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.usefixtures("short_pulls")
+
 RETRY = 0.2
 PATIENCE = 30.0
 

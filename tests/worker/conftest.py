@@ -26,3 +26,8 @@ async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
     """A client as a worker takes it."""
     async with sandbox.client(max_attempts=1) as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def _short_pulls(short_pulls: None) -> None:
+    """Every worker in this process ends soon."""
