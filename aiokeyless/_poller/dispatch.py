@@ -142,6 +142,9 @@ class Dispatcher:
         return late
 
     def _counted(self) -> int:
+        """Return the polls in flight that take room."""
+        if self._circuit.is_closed:  # all of them: asked for at each poll, so it must not walk through 64 of them
+            return len(self.in_flight)
         return sum(self._circuit.takes_room(poll.started_at) for poll in self.in_flight)
 
     def _start(self, polled: PolledOperation, now: float, *, final: bool) -> Poll:

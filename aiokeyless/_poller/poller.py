@@ -14,7 +14,6 @@ import copy
 import itertools
 import logging
 import math
-from collections import defaultdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -474,25 +473,28 @@ class Poller:
         active = poll.polled.active_waits()
         was_seen = any(wait.seen is not None for wait in active)
         outcomes = [(wait, poll_outcome(answer, _facts(wait, poll, was_seen=was_seen))) for wait in active]
-        if isinstance(answer, Operation):
-            self._observe_approval(poll.polled, [outcome for _, outcome in outcomes], now)
-        waits = set(poll.waits)
-        going_on: dict[Result, list[Wait]] = defaultdict(list)
-        for wait, outcome in outcomes:
-            if isinstance(answer, Operation) and outcome.result is Result.APPROVED:
+        if isinstance(answer, Operation) and answer.is_approved:
+            self._observe_approval(poll.polled, outcomes, now)
+        waits = poll.waits if len(poll.waits) == 1 else set(poll.waits)
+        pending: list[Wait] = []
+        transient: list[Wait] = []
+        for wait, (result, rejection) in outcomes:
+            if isinstance(answer, Operation) and result is Result.APPROVED:
                 self._approve(wait, answer, now)  # counts for waits that started after the poll, too
             elif wait not in waits:
                 continue
-            elif outcome.rejection is not None:
-                self._end(wait, rejection_error(outcome.rejection, _record(wait, now, answer)))
-            elif isinstance(answer, KeylessError) and outcome.result is Result.FAILED:
+            elif rejection is not None:
+                self._end(wait, rejection_error(rejection, _record(wait, now, answer)))
+            elif result is Result.PENDING or result is Result.TIMED_OUT:
+                pending.append(wait)
+            elif isinstance(answer, KeylessError) and result is Result.FAILED:
                 self._end(wait, copy.copy(answer) if len(waits) > 1 else answer)
             else:
-                going_on[outcome.result].append(wait)
-        self._after_pending(poll, answer, going_on[Result.PENDING], now)
-        self._after_timeout(poll, answer, going_on[Result.TIMED_OUT], now)
-        if isinstance(answer, KeylessError) and (failed := going_on[Result.TRANSIENT] + going_on[Result.UNANSWERED]):
-            self._after_transient(poll, answer, failed, now)
+                transient.append(wait)
+        if pending:
+            self._after_pending(poll, answer, pending, now)
+        if isinstance(answer, KeylessError) and transient:
+            self._after_transient(poll, answer, transient, now)
         else:
             poll.polled.failures = 0
 
@@ -505,8 +507,8 @@ class Poller:
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             self._circuit.record_success(now, started_at=poll.started_at)
 
-    def _observe_approval(self, polled: PolledOperation, outcomes: list[Outcome], now: float) -> None:
-        if any(outcome.result is Result.APPROVED for outcome in outcomes):
+    def _observe_approval(self, polled: PolledOperation, outcomes: list[tuple[Wait, Outcome]], now: float) -> None:
+        if any(outcome.result is Result.APPROVED for _, outcome in outcomes):
             if polled.creation_known or polled.pending_at is not None:
                 self._record_observation(polled, polled.pending_at, now)
             polled.learners = ()
@@ -517,35 +519,23 @@ class Poller:
         self._end(wait, operation)
 
     def _after_pending(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait], now: float) -> None:
-        """Go on by the schedule."""
-        if not waits:
-            return
-        polled = poll.polled
-        self._remember(poll, answer, waits)
-        going_on = [wait for wait in waits if not wait.deadline_passed]  # the others wait for their final poll
-        for wait in self._schedule_next(polled, going_on, now):
-            self._update(wait, now, answer, due=polled.due)
-
-    def _after_timeout(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait], now: float) -> None:
-        """End waits whose final poll found the operation pending."""
-        self._remember(poll, answer, waits)
-        for wait in waits:
-            self._update(wait, now, answer)
-            self._end(wait, timed_out(wait.record(now)))
-
-    def _remember(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait]) -> None:
-        """Keep a pending answer, or a 404 that counts as one, for what the errors and the schedules are told."""
-        if not waits:
-            return
+        """Go on by the schedule, and end the waits whose final poll this was."""
         polled = poll.polled
         polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
-        if isinstance(answer, KeylessError):
-            for wait in waits:
+        seen = pack_pending(answer) if isinstance(answer, Operation) else None
+        going_on: list[Wait] = []
+        for wait in waits:
+            if isinstance(answer, KeylessError):  # a 404 that counts as pending
                 wait.error = answer
-        else:
-            seen = pack_pending(answer)
-            for wait in waits:
+            else:
                 wait.seen = seen
+            if wait.final is poll:
+                self._update(wait, now, answer)
+                self._end(wait, timed_out(wait.record(now)))
+            elif not wait.deadline_passed:  # else it waits for its final poll
+                going_on.append(wait)
+        for wait in self._schedule_next(polled, going_on, now):
+            self._update(wait, now, answer, due=polled.due)
 
     def _after_transient(self, poll: Poll, error: KeylessError, waits: list[Wait], now: float) -> None:
         """Go on by the backoff, and repeat final polls."""
@@ -617,11 +607,7 @@ class Poller:
 def _facts(wait: Wait, poll: Poll, *, was_seen: bool) -> PollFacts:
     is_young = wait.ticket is not None and poll.started_at - wait.origin < YOUNG
     return PollFacts(
-        operation_id=wait.polled.operation_id,
-        ticket=wait.ticket,
-        is_final=wait.final is poll,
-        may_be_missing=wait.may_be_missing or is_young,
-        was_seen=was_seen,
+        wait.polled.operation_id, wait.ticket, wait.final is poll, wait.may_be_missing or is_young, was_seen
     )
 
 

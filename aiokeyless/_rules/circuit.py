@@ -62,7 +62,7 @@ class Circuit:
     @property
     def is_closed(self) -> bool:
         """Whether there is all the room there is."""
-        return self.state is CircuitState.CLOSED
+        return self.limit == self._full and not self._probes and self._paused_until == -math.inf
 
     @property
     def is_probed(self) -> bool:
