@@ -4,7 +4,7 @@ Every public name is here; the sandbox is in `aiokeyless.sandbox`.
 """
 
 from ._version import __version__
-from .client import KeylessClient
+from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnPoll, WaitTimeout
 from .errors import (
     AlreadyApprovedError,
     ApprovalError,
@@ -52,6 +52,9 @@ __all__ = [
     "ConfigurationError",
     "ConflictError",
     "DecodeError",
+    "DefaultTimeout",
+    "IfExists",
+    "IfMissing",
     "InconsistentOperationError",
     "InvalidIdentifierError",
     "KeylessClient",
@@ -59,6 +62,7 @@ __all__ = [
     "NotAcceptableError",
     "NotFoundError",
     "NotJsonError",
+    "OnPoll",
     "Operation",
     "OperationMismatchError",
     "OperationState",
@@ -72,6 +76,7 @@ __all__ = [
     "StatusError",
     "TransportError",
     "UnsupportedMediaTypeError",
+    "WaitTimeout",
     "__version__",
     "wait_adaptive",
 ]

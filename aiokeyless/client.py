@@ -10,9 +10,10 @@ import math
 import os
 import uuid
 import warnings
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from types import EllipsisType
-from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self, TypedDict, TypeVar, get_args
+from enum import Enum
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
 
 import aiohttp
 import anyio
@@ -42,7 +43,7 @@ from .schedule import wait_adaptive
 from .ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncGenerator, Iterable
     from types import TracebackType
 
     from anyio.streams.memory import MemoryObjectSendStream
@@ -50,9 +51,21 @@ if TYPE_CHECKING:
 
     from ._poller.state import Wait
 
-IfMissing = Literal["raise", "wait"]
-IfExists = Literal["raise", "resume"]
-Timeout = float | None | EllipsisType
+
+class DefaultTimeout(Enum):
+    """The default of a wait's ``timeout``, by name: pass it on where a function of your own has the same default."""
+
+    FROM_TARGET = "from_target"
+    """For a ticket what is left until its ``expires_at``, for an operation id 120 seconds."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"  # as in a program: help() shows it
+
+
+IfMissing: TypeAlias = Literal["raise", "wait"]
+IfExists: TypeAlias = Literal["raise", "resume"]
+WaitTimeout: TypeAlias = float | DefaultTimeout | None
+OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 T = TypeVar("T")
 
 _DEFAULT_TIMEOUT: Final = 120.0
@@ -329,10 +342,10 @@ class KeylessClient:
         self,
         target: str | ApprovalTicket,
         *,
-        timeout: Timeout = ...,  # noqa: ASYNC109  # the budget of a wait, kept by the poller for all of them
+        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,  # noqa: ASYNC109  # the budget of a wait, kept by the poller for all of them
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
-        on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object] | None = None,
+        on_poll: OnPoll | None = None,
     ) -> Operation:
         """Wait until the user approved this operation; return then, and only then.
 
@@ -383,7 +396,7 @@ class KeylessClient:
         external_user_id: str | None = None,
         expires_in: float = _DEFAULT_TIMEOUT,
         if_exists: IfExists = "raise",
-        on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object] | None = None,
+        on_poll: OnPoll | None = None,
     ) -> Operation:
         """Create an operation and wait until the user approved it: `create_operation`, then `wait_for_approval`.
 
@@ -417,7 +430,7 @@ class KeylessClient:
         self,
         target: str | ApprovalTicket,
         *,
-        timeout: Timeout = ...,
+        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
     ) -> AsyncGenerator[ApprovalUpdate, None]:
@@ -444,7 +457,7 @@ class KeylessClient:
         self,
         targets: Iterable[str | ApprovalTicket],
         *,
-        timeout: Timeout = ...,
+        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
     ) -> AsyncGenerator[ApprovalOutcome, None]:
@@ -481,7 +494,7 @@ class KeylessClient:
         return self._poller.statistics()
 
     def _options(
-        self, target: str | ApprovalTicket, timeout: Timeout, schedule: wait_base | None, if_missing: IfMissing
+        self, target: str | ApprovalTicket, timeout: WaitTimeout, schedule: wait_base | None, if_missing: IfMissing
     ) -> _WaitOptions:
         """Check the arguments of a wait."""
         ticket: ApprovalTicket | None = None
@@ -505,9 +518,7 @@ class KeylessClient:
         _, poller = self._open()
         return poller, poller.start(**options)
 
-    async def _wait_reporting(
-        self, options: _WaitOptions, on_poll: Callable[[ApprovalUpdate], Awaitable[object] | object]
-    ) -> Operation:
+    async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll) -> Operation:
         check_on_poll(on_poll)
         operation: Operation | None = None
         updates = self._watch(options)
@@ -607,11 +618,11 @@ def _check_if_exists(if_exists: object) -> None:
         raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}", argument="if_exists")
 
 
-def _budget(timeout: Timeout, ticket: ApprovalTicket | None) -> float | None:
+def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None:
     """Return the seconds of a wait: infinity for no end, None for what the ticket has left."""
     if timeout is None:
         return math.inf
-    if isinstance(timeout, EllipsisType):
+    if isinstance(timeout, DefaultTimeout):
         return _DEFAULT_TIMEOUT if ticket is None else None
     return seconds(timeout, "timeout")
 

@@ -25,6 +25,7 @@ from aiokeyless import (
     ApprovalUpdate,
     ClientClosedError,
     ConfigurationError,
+    DefaultTimeout,
     InvalidIdentifierError,
     KeylessClient,
     NotFoundError,
@@ -226,6 +227,7 @@ class TestArguments:
             ({"timeout": math.nan}, "timeout"),
             ({"timeout": "10"}, "timeout"),
             ({"timeout": False}, "timeout"),
+            ({"timeout": ...}, "timeout"),
             ({"schedule": 2}, "schedule"),
             ({"if_missing": "ignore"}, "if_missing"),
             ({"if_missing": None}, "if_missing"),
@@ -538,6 +540,11 @@ class TestPublicNames:
         for name in aiokeyless.__all__:
             assert getattr(aiokeyless, name) is not None
 
+    @pytest.mark.parametrize("method", ["wait_for_approval", "watch_approval", "wait_for_approvals"])
+    def test_the_default_of_a_timeout_has_a_name_that_help_shows(self, method: str) -> None:
+        signature = str(inspect.signature(getattr(KeylessClient, method)))
+        assert "timeout: 'WaitTimeout' = DefaultTimeout.FROM_TARGET" in signature
+
     def test_the_package_loads_neither_the_sandbox_nor_the_command_line(self) -> None:
         code = "import sys, aiokeyless; print(*sys.modules)"
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -565,7 +572,7 @@ class TestPublicNames:
 
     def test_the_signatures_are_those_of_the_design(self) -> None:
         wait = inspect.signature(KeylessClient.wait_for_approval)
-        assert [p.default for p in wait.parameters.values()][2:] == [..., None, "raise", None]
+        assert [p.default for p in wait.parameters.values()][2:] == [DefaultTimeout.FROM_TARGET, None, "raise", None]
         create = inspect.signature(KeylessClient.create_operation)
         assert create.parameters["expires_in"].default == 120.0
         made = inspect.signature(KeylessClient)

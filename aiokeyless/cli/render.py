@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 
 from .messages import counted
@@ -24,7 +25,7 @@ from .messages import counted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from aiokeyless.client import IfMissing, KeylessClient, Timeout
+    from aiokeyless.client import IfMissing, KeylessClient, WaitTimeout
     from aiokeyless.models import Operation
     from aiokeyless.reports import ApprovalUpdate
     from aiokeyless.ticket import ApprovalTicket
@@ -269,7 +270,7 @@ async def follow(
     progress: Progress,
     display: Display,
     *,
-    timeout: Timeout = ...,  # noqa: ASYNC109  # the client's own
+    timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
 ) -> tuple[Operation, float]:
     """Wait for an approval while the display shows the progress; return the operation, and when it was noticed."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 from cyclopts import Parameter
 
 from aiokeyless._version import __version__
-from aiokeyless.client import IfMissing  # noqa: TC001  # cyclopts reads the signature of a command
+from aiokeyless.client import DefaultTimeout, IfMissing  # cyclopts reads the signature of a command
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -131,7 +131,12 @@ async def wait(
         display.begin(_facts(target, budget))
         try:
             operation, elapsed = await follow(
-                client, target, progress, display, timeout=... if timeout is None else timeout, if_missing=if_missing
+                client,
+                target,
+                progress,
+                display,
+                timeout=DefaultTimeout.FROM_TARGET if timeout is None else timeout,
+                if_missing=if_missing,
             )
         except KeylessError as error:
             if as_json:

@@ -13,12 +13,17 @@ from aiokeyless import (
     ApprovalTimeoutError,
     ApprovalUpdate,
     ClientStatistics,
+    DefaultTimeout,
+    IfExists,
+    IfMissing,
     KeylessClient,
     KeylessError,
+    OnPoll,
     Operation,
     PendingOperation,
     Region,
     Secret,
+    WaitTimeout,
     wait_adaptive,
 )
 from aiokeyless.sandbox import Sandbox
@@ -44,7 +49,10 @@ async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
 
     assert_type(await client.wait_for_approval(ticket), Operation)
     assert_type(await client.wait_for_approval("op", timeout=None, on_poll=async_on_poll), Operation)
-    assert_type(await client.wait_for_approval("op", timeout=..., on_poll=print, if_missing="wait"), Operation)
+    assert_type(
+        await client.wait_for_approval("op", timeout=DefaultTimeout.FROM_TARGET, on_poll=print, if_missing="wait"),
+        Operation,
+    )
     assert_type(await client.request_approval("C0FFEE", on_poll=print), Operation)
     async for update in client.watch_approval(ticket, schedule=wait_fixed(2) + wait_fixed(1)):
         assert_type(update, ApprovalUpdate)
@@ -53,6 +61,16 @@ async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
     updates = client.watch_approval("op")
     assert_type(await anext(updates), ApprovalUpdate)
     await updates.aclose()
+
+
+async def ask(
+    client: KeylessClient, timeout: WaitTimeout = DefaultTimeout.FROM_TARGET, *, on_poll: OnPoll | None = None
+) -> Operation:
+    """Pass the arguments of a wait on, typed by exported names alone."""
+    if_exists: IfExists = "resume"
+    if_missing: IfMissing = "wait"
+    ticket = await client.create_operation("C0FFEE", if_exists=if_exists)
+    return await client.wait_for_approval(ticket, timeout=timeout, if_missing=if_missing, on_poll=on_poll)
 
 
 async def errors(client: KeylessClient) -> None:
