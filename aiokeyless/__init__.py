@@ -32,7 +32,7 @@ from .errors import (
     UnsupportedMediaTypeError,
 )
 from .models import AuthType, Operation, OperationState, PendingOperation, Region, Secret
-from .reports import ApprovalOutcome, ApprovalUpdate, ClientStatistics
+from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import ApprovalTicket
 
@@ -44,6 +44,7 @@ __all__ = [
     "ApprovalTimeoutError",
     "ApprovalUnknownError",
     "ApprovalUpdate",
+    "Approved",
     "AuthType",
     "AuthenticationError",
     "BadRequestError",
@@ -60,6 +61,7 @@ __all__ = [
     "KeylessClient",
     "KeylessError",
     "NotAcceptableError",
+    "NotApproved",
     "NotFoundError",
     "NotJsonError",
     "OnPoll",

@@ -38,7 +38,7 @@ from ._poller.state import WaitResult
 from ._validation import finite_seconds, seconds
 from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
 from .models import NewOperation, Operation, PendingOperation, Region
-from .reports import ApprovalOutcome, ApprovalUpdate, ClientStatistics
+from .reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import ApprovalTicket, payload_digest
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from ._poller.state import Wait
+    from .reports import ApprovalOutcome
 
 
 class DefaultTimeout(Enum):
@@ -489,7 +490,13 @@ class KeylessClient:
         """The client's waits now, and its counts since it was made."""
         if self._poller is None:
             return ClientStatistics(
-                waiting=0, in_flight=0, polls=0, approvals=0, timeouts=0, transient_failures=0, lag=0.0
+                waiting=0,
+                in_flight=0,
+                polls=0,
+                approvals=0,
+                timeouts=0,
+                transient_failures=0,
+                lag=0.0,
             )
         return self._poller.statistics()
 
@@ -583,8 +590,8 @@ def _result(outcome: WaitResult) -> Operation:
 def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:
     """Make the outcome of one of many waits; what is no error of this library, such as a bug, is raised."""
     if isinstance(outcome, KeylessError):
-        return ApprovalOutcome(operation_id=operation_id, operation=None, error=outcome)
-    return ApprovalOutcome(operation_id=operation_id, operation=_result(outcome), error=None)
+        return NotApproved(operation_id=operation_id, error=outcome)
+    return Approved(operation_id=operation_id, operation=_result(outcome))
 
 
 def _report(

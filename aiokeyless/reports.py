@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from .models import Model
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .errors import KeylessError
     from .models import Operation
 
-__all__ = ["ApprovalOutcome", "ApprovalUpdate", "ClientStatistics"]
+__all__ = ["ApprovalOutcome", "ApprovalUpdate", "Approved", "ClientStatistics", "NotApproved"]
 
 
 class ApprovalUpdate(Model, frozen=True, kw_only=True):
@@ -31,18 +31,36 @@ class ApprovalUpdate(Model, frozen=True, kw_only=True):
     next_poll_in: float | None
 
 
-class ApprovalOutcome(Model, frozen=True, kw_only=True):
-    """How one of many waits ended: exactly one of `operation` and `error` is not None.
+class Approved(Model, frozen=True, kw_only=True):
+    """One of many waits ended with the approval.
 
     Attributes:
         operation_id: The operation that was waited for.
-        operation: The approved operation, or None.
-        error: What `wait_for_approval` would have raised, or None.
+        operation: The approved operation.
+        error: None.
     """
 
     operation_id: str
-    operation: Operation | None
-    error: KeylessError | None
+    operation: Operation
+    error: None = None
+
+
+class NotApproved(Model, frozen=True, kw_only=True):
+    """One of many waits ended without an approval.
+
+    Attributes:
+        operation_id: The operation that was waited for.
+        operation: None; ``error.last_operation`` of an `ApprovalError` is what was last seen.
+        error: What `wait_for_approval` would have raised.
+    """
+
+    operation_id: str
+    operation: None = None
+    error: KeylessError
+
+
+ApprovalOutcome: TypeAlias = Approved | NotApproved
+"""How one of many waits ended. A type checker narrows it: where ``outcome.error is None``, the operation is not."""
 
 
 class ClientStatistics(Model, frozen=True, kw_only=True):

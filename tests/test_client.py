@@ -23,11 +23,13 @@ from aiokeyless import (
     ApprovalTicket,
     ApprovalTimeoutError,
     ApprovalUpdate,
+    Approved,
     ClientClosedError,
     ConfigurationError,
     DefaultTimeout,
     InvalidIdentifierError,
     KeylessClient,
+    NotApproved,
     NotFoundError,
     Operation,
     Region,
@@ -439,9 +441,13 @@ class TestManyWaits:
         asyncio.get_running_loop().call_later(3, sandbox.approve, "op")
         outcomes = [outcome async for outcome in client.wait_for_approvals(["op", "nobody-made-it"])]
         assert [outcome.operation_id for outcome in outcomes] == ["nobody-made-it", "op"]
-        assert isinstance(outcomes[0].error, NotFoundError)
-        assert outcomes[0].operation is None
-        assert isinstance(outcomes[1].operation, Operation)
+        missing, approved = outcomes
+        assert isinstance(missing, NotApproved)
+        assert isinstance(missing.error, NotFoundError)
+        assert missing.operation is None
+        assert isinstance(approved, Approved)
+        assert isinstance(approved.operation, Operation)
+        assert approved.error is None
 
     async def test_a_target_given_twice_has_two_outcomes(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER, operation_id="op")

@@ -29,7 +29,7 @@ from aiokeyless.models import (
     Secret,
     decode_hook,
 )
-from aiokeyless.reports import ApprovalOutcome, ApprovalUpdate, ClientStatistics
+from aiokeyless.reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ MODELS = [
     pytest.param(
         ApprovalUpdate(operation=operation(), error=None, polls=1, elapsed=0.1, next_poll_in=None), id="ApprovalUpdate"
     ),
-    pytest.param(ApprovalOutcome(operation_id="txn-1", operation=operation(), error=None), id="ApprovalOutcome"),
+    pytest.param(Approved(operation_id="txn-1", operation=operation()), id="Approved"),
 ]
 
 
@@ -201,10 +201,11 @@ def test_a_model_without_a_payload_has_a_plain_repr() -> None:
     statistics = ClientStatistics(
         waiting=1, in_flight=2, polls=3, approvals=4, timeouts=5, transient_failures=6, lag=0.5
     )
-    shown = "ClientStatistics(waiting=1, in_flight=2, polls=3, approvals=4, timeouts=5, transient_failures=6, lag=0.5)"
-    assert repr(statistics) == shown
+    assert repr(statistics) == (
+        "ClientStatistics(waiting=1, in_flight=2, polls=3, approvals=4, timeouts=5, transient_failures=6, lag=0.5)"
+    )
     error = ServerError(status=503, method="GET", path="/x", detail=PAYLOAD)
-    assert PAYLOAD not in repr(ApprovalOutcome(operation_id="txn-1", operation=None, error=error))
+    assert PAYLOAD not in repr(NotApproved(operation_id="txn-1", error=error))
 
 
 # -- the structs

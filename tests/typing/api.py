@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import assert_type
+from typing import assert_never, assert_type
 
 from tenacity import AsyncRetrying, wait_chain, wait_fixed
 
@@ -12,12 +12,14 @@ from aiokeyless import (
     ApprovalTicket,
     ApprovalTimeoutError,
     ApprovalUpdate,
+    Approved,
     ClientStatistics,
     DefaultTimeout,
     IfExists,
     IfMissing,
     KeylessClient,
     KeylessError,
+    NotApproved,
     OnPoll,
     Operation,
     PendingOperation,
@@ -58,6 +60,21 @@ async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
         assert_type(update, ApprovalUpdate)
     async for outcome in client.wait_for_approvals(["op", ticket], schedule=wait_chain(wait_fixed(1))):
         assert_type(outcome, ApprovalOutcome)
+        if outcome.error is None:
+            assert_type(outcome, Approved)
+            assert_type(outcome.operation, Operation)
+        else:
+            assert_type(outcome, NotApproved)
+            assert_type(outcome.error, KeylessError)
+        if outcome.operation is not None:
+            assert_type(outcome, Approved)
+        match outcome:
+            case Approved(operation=operation):
+                assert_type(operation, Operation)
+            case NotApproved(error=error):
+                assert_type(error, KeylessError)
+            case _:
+                assert_never(outcome)
     updates = client.watch_approval("op")
     assert_type(await anext(updates), ApprovalUpdate)
     await updates.aclose()
