@@ -35,6 +35,7 @@ from ._http.creation import Creation
 from ._http.transport import Transport
 from ._poller.poller import Poller
 from ._poller.state import WaitResult
+from ._rules.circuit import CircuitState
 from ._validation import finite_seconds, seconds
 from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
 from .models import NewOperation, Operation, PendingOperation, Region
@@ -497,6 +498,7 @@ class KeylessClient:
                 timeouts=0,
                 transient_failures=0,
                 lag=0.0,
+                circuit=CircuitState.CLOSED.value,
             )
         return self._poller.statistics()
 

@@ -75,6 +75,8 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
         transient_failures: Polls that failed for a passing reason.
         lag: Seconds by which the oldest due poll is late: over a second for long, and the client wants a larger
             ``max_in_flight`` or the process is too busy.
+        circuit: How the service fares: ``"closed"``, it is well; ``"half_open"``, it answers again and gets few polls
+            at first; ``"open"``, it fails or asked to be left alone, and gets single polls or none.
     """
 
     waiting: int
@@ -84,3 +86,4 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
     timeouts: int
     transient_failures: int
     lag: float
+    circuit: str

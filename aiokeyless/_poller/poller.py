@@ -204,6 +204,7 @@ class Poller:
             timeouts=self._timeouts,
             transient_failures=self._failures,
             lag=self._dispatcher.lag(self._loop.time()),
+            circuit=self._circuit.state.value,
         )
 
     # -- times

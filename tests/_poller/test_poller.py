@@ -10,7 +10,7 @@ import math
 import sys
 import traceback
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import groupby, pairwise
 from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -851,6 +851,18 @@ class TestRule4TransientFailures:
         assert {record.path[-1] for record in sandbox.requests} == {"a", "b", "c"}
         assert min(polls(sandbox)) >= start + 19
         await cancel(waits)
+
+    async def test_the_statistics_tell_how_the_service_fares(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        seen = [client.statistics.circuit]  # before first use
+        await pending(client)
+        sandbox.fail_next(503, times=5)
+        wait = asyncio.create_task(client.wait_for_approval("op", timeout=None, schedule=EVERY_SECOND))
+        for _ in range(1200):
+            await asyncio.sleep(0.1)
+            seen.append(client.statistics.circuit)
+        assert [circuit for circuit, _ in groupby(seen)] == ["closed", "open", "half_open", "closed"]
+        assert {type(circuit) for circuit in seen} == {str}
+        await cancel([wait])
 
     async def test_retry_after_holds_two_minutes_at_most(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)

@@ -42,6 +42,7 @@ async def calls(client: KeylessClient) -> None:
     assert_type(ticket, ApprovalTicket)
     assert_type(ApprovalTicket.from_json(ticket.to_json()), ApprovalTicket)
     assert_type(client.statistics, ClientStatistics)
+    assert_type(client.statistics.circuit, str)
 
 
 async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
