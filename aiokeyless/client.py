@@ -639,7 +639,7 @@ def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None
 def _lifetime(expires_in: float) -> timedelta:
     try:
         lifetime = timedelta(seconds=finite_seconds(expires_in, "expires_in"))
-        datetime.now(UTC) + lifetime
+        _ = datetime.now(UTC) + lifetime
     except OverflowError:
         raise ConfigurationError(
             f"expires_in must end before the year 10000, not be {expires_in!r} seconds", argument="expires_in"

@@ -63,7 +63,7 @@ def _loop_of(request: pytest.FixtureRequest) -> str:
     return str(marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope"))
 
 
-def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:
+def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # Any: each of them is overloaded
     """Make the async fixtures of one sort of loop: functions of their own, since pytest-asyncio marks functions."""
 
     async def sandbox() -> AsyncGenerator[Sandbox]:

@@ -42,9 +42,9 @@ class Circuit:
 
     def __init__(self, limit: int) -> None:
         self._full = limit
-        self.limit = limit
+        self.limit: int = limit
         """Polls that may be in flight once polls may start at all."""
-        self.since = -math.inf
+        self.since: float = -math.inf
         """When the present state began: polls that started earlier say nothing about it and take no room in it."""
         self._failures = 0  # in a row
         self._successes = 0  # of the present round, while half open

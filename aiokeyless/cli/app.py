@@ -40,7 +40,7 @@ class CommandError(Exception):
     """A command cannot do its work; the message is shown as it is, and says what to do."""
 
 
-app = App(
+app: App = App(
     name="aiokeyless",
     version=f"aiokeyless {__version__}",
     help="Ask a Keyless user to approve something on their phone, and wait for it.",

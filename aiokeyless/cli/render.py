@@ -120,10 +120,10 @@ class Progress:
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._budget = budget
-        self.polls = 0
+        self.polls: int = 0
         self.next_poll_at: float | None = None
         self.approved_after: float | None = None
-        self.phrase = "Waiting for the user"
+        self.phrase: str = "Waiting for the user"
 
     @property
     def elapsed(self) -> float:
@@ -176,7 +176,7 @@ class Display:
 class _Facts(Display):
     """Prints the facts of a wait."""
 
-    frame = 0.125
+    frame: float | None = 0.125
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -155,7 +155,7 @@ class Phones:
         self._crowded = False  # whether a phone had to make room for another
         self._approved: deque[Operation] = deque(maxlen=_MOST_APPROVALS)
         self._readers: dict[asyncio.Task[Any], asyncio.Event] = {}
-        self.connection_lost = False
+        self.connection_lost: bool = False
         """Whether a person has switched the API off: it then answers 503 to everyone."""
 
     def created(self, operation: Operation) -> None:

@@ -127,7 +127,7 @@ class Sandbox:
         self._url: str | None = None
         self.requests: list[RequestRecord] = []
         """The requests that came, oldest first, at most `JOURNAL_LIMIT`; live, and yours to clear."""
-        self.request_count = 0
+        self.request_count: int = 0
         """How many requests ever came, those that are no longer in `requests` too."""
 
     async def __aenter__(self) -> Self:
@@ -158,8 +158,8 @@ class Sandbox:
             self._runner = None
             await runner.cleanup()
             raise
-        host: str
-        host, self._port, *_ = runner.addresses[0]
+        address: tuple[str, int] = runner.addresses[0][:2]
+        host, self._port = address
         host = _REACHABLE.get(host, host)
         self._url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
