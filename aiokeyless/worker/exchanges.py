@@ -73,9 +73,9 @@ class Exchanges:
         self._grace = grace
         self._failures_in_a_row = 0
         self.claims: Claims  # from the start of the intake on
-        self.created = 0
-        self.polls = 0
-        self.failures = 0  # transient ones
+        self.created: int = 0
+        self.polls: int = 0
+        self.failures: int = 0  # transient ones
 
     async def check_key(self) -> None:
         """Look whether the key works; that Keyless does not answer says nothing about it.

@@ -28,7 +28,7 @@ class LoadShedding(wait_base):
 
     def __init__(self, schedule: wait_base) -> None:
         self._schedule = schedule
-        self.factor = 1.0
+        self.factor: float = 1.0
 
     def __call__(self, retry_state: RetryCallState) -> float:
         """Return what the schedule says, stretched."""
