@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from leaks import armed_timers, tasks_since
 from tenacity import wait_chain, wait_exponential, wait_fixed
 from tenacity.wait import wait_base
 
@@ -78,17 +79,41 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def left_behind(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
-    """Return the client's tasks that are still there; the sandbox's handlers are not ours."""
-    return {
-        task for task in asyncio.all_tasks() - before if "aiohttp/web" not in repr(task) and "sandbox" not in repr(task)
-    }
+class TestLeakChecks:
+    """The two checks that most tests of cancelling and closing end with would pass for nothing if they saw nothing."""
 
+    async def test_they_see_a_wait_that_is_under_way(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await pending(client)
+        before = asyncio.all_tasks()
+        sandbox.latency = 1
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
+        await asyncio.sleep(0.5)
+        (polling,) = tasks_since({*before, wait})
+        assert len(armed_timers()) == 1
+        await cancel([wait])
+        assert polling.done()
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
 
-def timers() -> int:
-    """How many timers of the poller are armed."""
-    handles: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
-    return sum(not handle.cancelled() and "Poller" in repr(handle) for handle in handles)
+    async def test_they_see_a_wait_between_two_polls(self, client: KeylessClient) -> None:
+        await pending(client)
+        before = asyncio.all_tasks()
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(10)))
+        await asyncio.sleep(5)
+        assert tasks_since(before) == {wait}
+        assert len(armed_timers()) == 1
+        await cancel([wait])
+
+    async def test_they_do_not_count_a_server_in_the_same_loop(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        before = asyncio.all_tasks()
+        await pending(client)
+        sandbox.latency = 60
+        call = asyncio.create_task(client.get_operation("op"))
+        await asyncio.sleep(0.5)
+        assert asyncio.all_tasks() > {*before, call}
+        assert tasks_since(before) == {call}
+        assert armed_timers() == []
+        await cancel([call])
 
 
 class TestRule1FirstLook:
@@ -455,8 +480,8 @@ class TestRule3OneBudget:
         await asyncio.sleep(5.5)
         await cancel([first])
         assert (await second).is_approved
-        assert left_behind(before) == set()
-        assert timers() == 0
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
 
     async def test_cancelling_between_final_polls_leaves_nothing_behind(
         self, sandbox: Sandbox, client: KeylessClient
@@ -467,8 +492,8 @@ class TestRule3OneBudget:
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
         await asyncio.sleep(5.5)
         await cancel([wait])
-        assert left_behind(before) == set()
-        assert timers() == 0
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
         assert len(client._poller._deadlines) == 0  # type: ignore[union-attr]
         sandbox.requests.clear()
         await asyncio.sleep(10)
@@ -510,7 +535,8 @@ class TestRule3OneBudget:
         await asyncio.sleep(4.5)
         sandbox.approve("op")
         await asyncio.sleep(0.75)
-        await cancel([task for task in asyncio.all_tasks() - before if "Poller" in repr(task)])
+        (worker,) = tasks_since({*before, wait})
+        await cancel([worker])
         assert (await wait).is_approved
         assert now() == pytest.approx(5.75)
         assert client.statistics.transient_failures == 0
@@ -1208,8 +1234,8 @@ class TestRule7Cancellation:
         await asyncio.sleep(after)
         await cancel([wait])
         assert now() - start == pytest.approx(after)
-        assert left_behind(before) == set()
-        assert timers() == 0
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
         assert client.statistics.waiting == 0
         assert client.statistics.in_flight == 0
 
@@ -1224,8 +1250,8 @@ class TestRule7Cancellation:
                 await asyncio.sleep(0)
             await cancel([wait])
             await asyncio.sleep(0)
-            assert left_behind(before) == set()
-            assert timers() == 0
+            assert tasks_since(before) == set()
+            assert armed_timers() == []
         sandbox.approve("op")
         assert (await client.wait_for_approval("op")).is_approved
 
@@ -1237,8 +1263,8 @@ class TestRule7Cancellation:
         waits = [asyncio.create_task(client.wait_for_approval(f"op{n}", timeout=t)) for n in range(200) for t in (1, 9)]
         await asyncio.sleep(1.1)
         await cancel(waits)
-        assert left_behind(before) == set()
-        assert timers() == 0
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
         assert len(client._poller._dispatcher) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
 
     async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
@@ -1258,11 +1284,11 @@ class TestRule7Cancellation:
     ) -> None:
         await pending(client)
         sandbox.latency = 1
+        before = asyncio.all_tasks()
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
         await asyncio.sleep(0.5)
-        for task in asyncio.all_tasks() - {wait, asyncio.current_task()}:
-            if "Poller" in repr(task):
-                task.cancel()
+        (worker,) = tasks_since({*before, wait})
+        worker.cancel()
         await settle()
         sandbox.approve("op")
         assert (await wait).is_approved
@@ -1336,8 +1362,8 @@ class TestRule8OnPoll:
         with pytest.raises(ZeroDivisionError):
             await client.wait_for_approval("op", on_poll=explode)
         assert client.statistics.waiting == 0
-        assert timers() == 0
-        assert left_behind(before) == set()
+        assert armed_timers() == []
+        assert tasks_since(before) == set()
 
     async def test_a_stop_iteration_of_on_poll_is_told_as_what_it_is(self, client: KeylessClient) -> None:
         await pending(client)
@@ -1650,7 +1676,7 @@ class TestBugs:
         monkeypatch.setattr(f"aiokeyless._poller.poller.{name}", broken)
         outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(2)), return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * 2
-        assert timers() == 0
+        assert armed_timers() == []
 
     async def test_one_at_the_deadline_ends_the_wait_that_it_concerns(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
@@ -1723,8 +1749,8 @@ class TestClosing:
         outcomes = await asyncio.gather(*waits, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
         assert now() == start
-        assert timers() == 0
-        assert left_behind(before) == set()
+        assert armed_timers() == []
+        assert tasks_since(before) == set()
 
     @pytest.mark.parametrize("turns", range(1, 7))
     async def test_a_cancelled_closing_goes_on_by_itself(self, sandbox: Sandbox, turns: int) -> None:
@@ -1745,8 +1771,8 @@ class TestClosing:
         assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
         assert now() == start
         await client.aclose()
-        assert timers() == 0
-        assert left_behind(before) == set()
+        assert armed_timers() == []
+        assert tasks_since(before) == set()
         assert client._transport is not None
         assert client._transport._session.closed
 
@@ -1775,14 +1801,16 @@ class TestClosing:
         closing = asyncio.create_task(client.aclose())
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        for task in asyncio.all_tasks() - before - set(waits):
+        others = tasks_since(before) - set(waits)
+        assert closing in others
+        for task in others:
             task.cancel()
         outcomes = await asyncio.gather(*waits, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
         with pytest.raises(asyncio.CancelledError):
             await closing
         await settle()
-        assert left_behind(before) == set()
+        assert tasks_since(before) == set()
         assert client._transport is not None
         assert client._transport._session.closed
 
@@ -1820,7 +1848,7 @@ class TestClosing:
         await client.aclose()
         outcomes = await asyncio.gather(*waits, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
-        assert timers() == 0
+        assert armed_timers() == []
 
     async def test_a_wait_on_a_closed_client_raises(self, sandbox: Sandbox) -> None:
         client = sandbox.client()

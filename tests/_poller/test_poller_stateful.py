@@ -163,7 +163,7 @@ class Waits(RuleBasedStateMachine):
             await asyncio.gather(*(task for task, *_ in self.started), return_exceptions=True)
             await self.client.aclose()
             await self.sandbox.aclose()
-            return {task for task in asyncio.all_tasks() if "Poller" in repr(task)}
+            return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
 
         left_behind = self.run(end())
         waiting = self.client.statistics.waiting

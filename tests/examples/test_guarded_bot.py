@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 
 import bot as example  # examples are programs, not a package
 from bot_api_server import TOKEN, ApiError, BotApiServer, refusal
+from leaks import tasks_since
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -460,12 +461,7 @@ async def test_stopping_ends_every_wait_tells_the_chats_and_leaves_nothing(
     assert time.monotonic() - began < 2
     assert [message.text.splitlines()[1] for message in telegram.messages] == [f"The bot was stopped. {TOO_LATE}"] * 2
     assert teller.transfers == []
-    await until(lambda: {task for task in asyncio.all_tasks() if not in_server(task)} <= before)
-
-
-def in_server(task: asyncio.Task[object]) -> bool:
-    """Whether a task is a connection of one of the two servers, which live in this loop too."""
-    return "RequestHandler" in repr(task)
+    await until(lambda: not tasks_since(before))
 
 
 async def test_stopping_does_not_wait_for_a_telegram_that_hangs(
