@@ -81,6 +81,6 @@ def short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests must not depend on the key of whoever runs them."""
+    """Tests must not depend on a key in the environment of the developer."""
     for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "NATS_URL"):
         monkeypatch.delenv(name, raising=False)

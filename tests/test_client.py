@@ -1,4 +1,4 @@
-"""The face: arguments, the environment, opening and closing, and the five ways to wait."""
+"""The client: arguments, the environment, opening and closing, and the five ways to wait."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ class TestTheWayThrough:
 
 
 @pytest.mark.looptime
-class TestWatching:
+class TestWatchApproval:
     async def test_one_update_a_poll_the_last_one_approved(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(3, sandbox.approve, "op")
@@ -382,7 +382,7 @@ class TestWatching:
         await updates.aclose()
         assert client.statistics.waiting == 0
 
-    async def test_looks_go_on_while_the_reader_is_slow(self, client: KeylessClient) -> None:
+    async def test_polls_go_on_while_the_reader_is_slow(self, client: KeylessClient) -> None:
         await client.create_operation(USER, operation_id="op")
         start = now()
         elapsed = []
@@ -620,7 +620,7 @@ class TestOnTheRealClock:
             await client.wait_for_approval("op", timeout=0.1)
         assert 2.1 <= now() - start < 4
 
-    async def test_a_thousand_waits_share_their_looks(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_a_thousand_waits_share_their_polls(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(0.5, sandbox.approve, "op")
         await asyncio.gather(*(client.wait_for_approval("op", schedule=wait_fixed(0.2)) for _ in range(1000)))

@@ -192,7 +192,7 @@ def test_a_repr_says_everything_else() -> None:
     )
 
 
-def test_an_absent_payload_and_an_empty_one_look_different() -> None:
+def test_an_absent_payload_and_an_empty_one_are_shown_differently() -> None:
     assert "operation_payload=None" in repr(operation(operationPayload=None))
     assert "operation_payload=<0 characters>" in repr(operation(operationPayload=""))
 

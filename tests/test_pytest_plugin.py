@@ -170,7 +170,7 @@ def test_without_pytest_asyncio_the_plugin_loads_all_the_same(monkeypatch: pytes
 
 
 def fresh_plugin() -> dict[str, object]:
-    """What is in the plugin's module when it is loaded now: pytest loaded its own before any test could look."""
+    """What is in the plugin's module when it is loaded now: pytest loaded its own before any test could run."""
     spec = importlib.util.find_spec("aiokeyless.pytest_plugin")
     assert spec is not None
     assert spec.loader is not None

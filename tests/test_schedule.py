@@ -1,6 +1,6 @@
-"""When to look next: what the schedule promises about single delays, and what it costs over many waits.
+"""When to poll next: what the schedule promises about single delays, and what it costs over many waits.
 
-The figures at the end are computed, not sampled, wherever that can be: a learned schedule with no jitter looks at
+The figures at the end are computed, not sampled, wherever that can be: a learned schedule with no jitter polls at
 fixed times, so its expected cost follows from the distribution, and so does the least cost that any schedule could
 have. Only the learning itself is sampled, from fixed seeds. Approval times and optimum are those of the benchmarks.
 """
@@ -64,7 +64,7 @@ def delay_at(schedule: tenacity.wait.wait_base, elapsed: float) -> float:
     return schedule(state_at(elapsed))
 
 
-def taught(observed: Iterable[Observation], **options: float) -> wait_adaptive:
+def schedule_after(observed: Iterable[Observation], **options: float) -> wait_adaptive:
     schedule = wait_adaptive(**options)
     for after, until in observed:
         schedule.observe(after, until)
@@ -79,7 +79,7 @@ def taught(observed: Iterable[Observation], **options: float) -> wait_adaptive:
 def test_whatever_was_observed_a_delay_stays_within_the_bounds(
     observed: list[Observation], elapsed: float, jitter: float
 ) -> None:
-    schedule = taught(observed, min_interval=0.5, max_interval=30.0, jitter=jitter)
+    schedule = schedule_after(observed, min_interval=0.5, max_interval=30.0, jitter=jitter)
     assert 0.5 <= delay_at(schedule, elapsed) <= 30.0
 
 
@@ -92,7 +92,7 @@ def test_whatever_was_observed_a_delay_stays_within_the_bounds(
 def test_no_poll_cost_however_odd_gives_a_delay_out_of_bounds(
     observed: list[Observation], elapsed: float, poll_cost: float
 ) -> None:
-    schedule = taught(observed, poll_cost=poll_cost, max_interval=1e300, jitter=0)
+    schedule = schedule_after(observed, poll_cost=poll_cost, max_interval=1e300, jitter=0)
     assert 0.25 <= delay_at(schedule, elapsed) <= 1e300
 
 
@@ -102,8 +102,8 @@ def test_the_dearer_a_request_the_longer_the_delay(
     observed: list[Observation], elapsed: float, cheap: float, factor: float
 ) -> None:
     options = {"min_interval": 1e-9, "max_interval": 1e9, "jitter": 0.0}
-    often = delay_at(taught(observed, poll_cost=cheap, **options), elapsed)
-    seldom = delay_at(taught(observed, poll_cost=cheap * factor, **options), elapsed)
+    often = delay_at(schedule_after(observed, poll_cost=cheap, **options), elapsed)
+    seldom = delay_at(schedule_after(observed, poll_cost=cheap * factor, **options), elapsed)
     assert seldom >= often * (1 - 1e-6)
 
 
@@ -173,24 +173,24 @@ def test_jitter_spreads_the_longest_delays_too() -> None:
     assert max(delays) <= 20.0
 
 
-# --- looking back
+# --- previous_poll
 
 
 @given(observed=observations, poll_cost=st.floats(0.01, 10))
 @settings(deadline=None)
-def test_the_look_before_a_look_is_the_one_that_set_it(observed: list[Observation], poll_cost: float) -> None:
-    schedule = taught(observed, poll_cost=poll_cost, jitter=0)
+def test_the_previous_poll_of_a_poll_is_the_one_that_set_it(observed: list[Observation], poll_cost: float) -> None:
+    schedule = schedule_after(observed, poll_cost=poll_cost, jitter=0)
     before = 0.0
     for _ in range(30):
         moment = before + delay_at(schedule, before)
-        # Where the next look hardly depends on this one, many moments are as good: what counts is that they lead there.
+        # Where the next poll hardly depends on this one, many moments are as good: what counts is that they lead there.
         found = schedule.previous_poll(moment)
         assert found + delay_at(schedule, found) == pytest.approx(moment, rel=1e-5)
         assert found <= before + 1e-9
         before = moment
 
 
-def test_the_look_before_is_exact_to_a_hundredth_of_a_second_in_hours() -> None:
+def test_the_previous_poll_is_exact_to_a_hundredth_of_a_second_in_hours() -> None:
     schedule = wait_adaptive(jitter=0)
     before = 0.0
     while before < 7200:
@@ -201,29 +201,31 @@ def test_the_look_before_is_exact_to_a_hundredth_of_a_second_in_hours() -> None:
 
 @given(observed=observations, share=st.floats(0, 1))
 @settings(deadline=None)
-def test_before_the_first_look_there_was_none(observed: list[Observation], share: float) -> None:
-    schedule = taught(observed, jitter=0)
+def test_before_the_first_poll_there_was_none(observed: list[Observation], share: float) -> None:
+    schedule = schedule_after(observed, jitter=0)
     assert schedule.previous_poll(share * delay_at(schedule, 0.0)) == 0.0
 
 
 @given(observed=observations, one=seconds, other=seconds)
 @settings(deadline=None)
-def test_the_later_a_look_the_later_the_one_before(observed: list[Observation], one: float, other: float) -> None:
-    schedule = taught(observed, jitter=0)
+def test_the_later_a_poll_the_later_the_previous_one(observed: list[Observation], one: float, other: float) -> None:
+    schedule = schedule_after(observed, jitter=0)
     earlier, later = sorted((one, other))
     assert schedule.previous_poll(earlier) <= schedule.previous_poll(later) + later * 2e-6
 
 
 @given(observed=observations, moment=st.floats(0, sys.float_info.max))
 @settings(deadline=None)
-def test_the_look_before_any_moment_however_huge_can_be_observed(observed: list[Observation], moment: float) -> None:
-    schedule = taught(observed, jitter=0)
+def test_the_previous_poll_of_any_moment_however_huge_can_be_observed(
+    observed: list[Observation], moment: float
+) -> None:
+    schedule = schedule_after(observed, jitter=0)
     before = schedule.previous_poll(moment)
     assert 0.0 <= before <= moment
     schedule.observe(before, moment)
 
 
-def test_jitter_does_not_move_the_look_before() -> None:
+def test_jitter_does_not_move_the_previous_poll() -> None:
     assert {wait_adaptive(jitter=jitter).previous_poll(60.0) for jitter in (0.0, 0.1, 1.0)} == {
         wait_adaptive(jitter=0).previous_poll(60.0)
     }
@@ -232,66 +234,68 @@ def test_jitter_does_not_move_the_look_before() -> None:
 # --- learning
 
 
-def test_looks_gather_where_people_approved_and_thin_out_after() -> None:
+def test_polls_gather_where_users_approved_and_thin_out_after() -> None:
     before = wait_adaptive(jitter=0)
-    schedule = taught([*[(4.0, 5.0)] * 50, *[(120.0, None)] * 10], jitter=0)
+    schedule = schedule_after([*[(4.0, 5.0)] * 50, *[(120.0, None)] * 10], jitter=0)
     assert delay_at(schedule, 4.0) < delay_at(before, 4.0) / 2
     assert delay_at(schedule, 15.0) > delay_at(before, 15.0)
 
 
-def test_a_wait_that_timed_out_teaches_that_people_may_never_approve() -> None:
+def test_a_wait_that_timed_out_shows_that_users_may_never_approve() -> None:
     before = wait_adaptive(max_interval=60, jitter=0)
-    schedule = taught([(120.0, None)] * 5, max_interval=60, jitter=0)
+    schedule = schedule_after([(120.0, None)] * 5, max_interval=60, jitter=0)
     for elapsed in (0.0, 5.0, 20.0, 80.0):
         assert delay_at(schedule, elapsed) > delay_at(before, elapsed)
 
 
-def test_a_wait_that_was_given_up_early_teaches_nothing_about_later() -> None:
-    schedule = taught([(4.0, 5.0), (30.0, 33.0)], jitter=0)
+def test_a_wait_that_was_given_up_early_says_nothing_about_later() -> None:
+    schedule = schedule_after([(4.0, 5.0), (30.0, 33.0)], jitter=0)
     later = delay_at(schedule, 20.0)
     for _ in range(20):
         schedule.observe(2.0, None)
     assert delay_at(schedule, 20.0) == pytest.approx(later, rel=0.05)
-    assert delay_at(schedule, 0.0) > delay_at(taught([(4.0, 5.0), (30.0, 33.0)], jitter=0), 0.0)
+    assert delay_at(schedule, 0.0) > delay_at(schedule_after([(4.0, 5.0), (30.0, 33.0)], jitter=0), 0.0)
 
 
-def test_an_approval_between_two_distant_looks_is_sought_where_others_approved() -> None:
+def test_an_approval_between_two_distant_polls_is_assumed_where_others_approved() -> None:
     known = [(8.0, 8.2)] * 40
-    schedule = taught([*known, *[(3.0, 40.0)] * 40], max_interval=60, jitter=0)
-    ignorant = taught([(3.0, 40.0)] * 40, max_interval=60, jitter=0)
+    schedule = schedule_after([*known, *[(3.0, 40.0)] * 40], max_interval=60, jitter=0)
+    ignorant = schedule_after([(3.0, 40.0)] * 40, max_interval=60, jitter=0)
     assert delay_at(schedule, 25.0) > delay_at(ignorant, 25.0)
 
 
 def test_approvals_later_than_anybody_expected_are_learned() -> None:
-    schedule = taught([(600.0, 610.0)] * 40, max_interval=60, jitter=0)
+    schedule = schedule_after([(600.0, 610.0)] * 40, max_interval=60, jitter=0)
     assert delay_at(schedule, 590.0) < 15.0
     assert delay_at(wait_adaptive(max_interval=60, jitter=0), 590.0) == 60.0
 
 
 @pytest.mark.parametrize("moment", [0.0, 1e-12, 4095.9999, 4096.0, 1e300])
-def test_two_looks_at_the_same_time_can_be_observed(moment: float) -> None:
-    schedule = taught([(moment, moment)] * 3, jitter=0)
+def test_two_polls_at_the_same_time_can_be_observed(moment: float) -> None:
+    schedule = schedule_after([(moment, moment)] * 3, jitter=0)
     assert 0.25 <= delay_at(schedule, moment) <= 20.0
 
 
-def test_approvals_past_the_end_of_the_histogram_teach_only_that_it_was_late() -> None:
-    late = taught([(5000.0, 6000.0)] * 5, jitter=0)
-    never = taught([(5000.0, None)] * 5, jitter=0)
+def test_approvals_past_the_end_of_the_histogram_say_only_that_it_was_late() -> None:
+    late = schedule_after([(5000.0, 6000.0)] * 5, jitter=0)
+    never = schedule_after([(5000.0, None)] * 5, jitter=0)
     assert late.to_json() == never.to_json()
 
 
 def test_an_observation_counts_half_after_five_hundred_more() -> None:
-    schedule = taught([(4096.0, None)])
+    schedule = schedule_after([(4096.0, None)])
     for _ in range(500):
         schedule.observe(0.0, None)
     assert json.loads(schedule.to_json())["pending"][-1] == pytest.approx(0.5)
 
 
-def test_old_ways_are_forgotten() -> None:
-    schedule = taught([(40.0, 41.0)] * 500, jitter=0)
+def test_old_observations_are_forgotten() -> None:
+    schedule = schedule_after([(40.0, 41.0)] * 500, jitter=0)
     for _ in range(5000):
         schedule.observe(4.0, 5.0)
-    assert delay_at(schedule, 4.0) == pytest.approx(delay_at(taught([(4.0, 5.0)] * 5000, jitter=0), 4.0), rel=0.01)
+    assert delay_at(schedule, 4.0) == pytest.approx(
+        delay_at(schedule_after([(4.0, 5.0)] * 5000, jitter=0), 4.0), rel=0.01
+    )
 
 
 # --- saving
@@ -302,7 +306,7 @@ def test_old_ways_are_forgotten() -> None:
 def test_a_saved_schedule_goes_on_as_if_nothing_had_happened(
     observed: list[Observation], more: list[Observation], elapsed: float
 ) -> None:
-    schedule = taught(observed, jitter=0)
+    schedule = schedule_after(observed, jitter=0)
     restored = wait_adaptive.from_json(schedule.to_json(), jitter=0)
     assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
     for after, until in more:
@@ -313,13 +317,13 @@ def test_a_saved_schedule_goes_on_as_if_nothing_had_happened(
 
 
 def test_what_is_saved_is_what_was_learned_and_not_the_options() -> None:
-    text = taught([(4.0, 5.0)], poll_cost=2.0, max_interval=99).to_json()
+    text = schedule_after([(4.0, 5.0)], poll_cost=2.0, max_interval=99).to_json()
     assert repr(wait_adaptive.from_json(text, poll_cost=1)) == repr(wait_adaptive(poll_cost=1))
     assert "\n" not in text
 
 
 def test_a_saved_schedule_can_be_read_from_bytes() -> None:
-    schedule = taught([(4.0, 5.0)])
+    schedule = schedule_after([(4.0, 5.0)])
     assert wait_adaptive.from_json(schedule.to_json().encode()).to_json() == schedule.to_json()
 
 
@@ -331,7 +335,7 @@ def test_a_subclass_is_restored_as_itself() -> None:
 
 
 def test_a_pickled_schedule_gives_the_same_delays() -> None:
-    schedule = taught([(4.0, 5.0)] * 9, jitter=0)
+    schedule = schedule_after([(4.0, 5.0)] * 9, jitter=0)
     assert delay_at(pickle.loads(pickle.dumps(schedule)), 3.0) == delay_at(schedule, 3.0)  # noqa: S301 - our own bytes
 
 
@@ -386,7 +390,7 @@ def test_whole_numbers_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, -1e-9])
-def test_a_wrong_last_pending_look_is_refused_and_teaches_nothing(value: Any) -> None:
+def test_a_wrong_last_pending_poll_is_refused_and_changes_nothing(value: Any) -> None:
     schedule = wait_adaptive()
     with pytest.raises(ConfigurationError, match=r"after is .*; it must be a number of seconds, at least 0"):
         schedule.observe(value, 5.0)
@@ -394,7 +398,7 @@ def test_a_wrong_last_pending_look_is_refused_and_teaches_nothing(value: Any) ->
 
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS[1:], *NOT_FINITE, -1.0, 2.999])
-def test_a_wrong_approving_look_is_refused_and_teaches_nothing(value: Any) -> None:
+def test_a_wrong_approving_poll_is_refused_and_changes_nothing(value: Any) -> None:
     schedule = wait_adaptive()
     with pytest.raises(ConfigurationError, match=r"until is .*; it must be a number of seconds, at least after"):
         schedule.observe(3.0, value)
@@ -439,13 +443,13 @@ async def test_it_paces_a_plain_async_retrying() -> None:
     async def sleep(delay: float) -> None:
         slept.append(delay)
 
-    async def look() -> str:
+    async def poll() -> str:
         return "pending" if len(slept) < 4 else "approved"
 
     retrying = tenacity.AsyncRetrying(
         wait=wait_adaptive(), sleep=sleep, retry=tenacity.retry_if_result(lambda state: state == "pending")
     )
-    assert await retrying(look) == "approved"
+    assert await retrying(poll) == "approved"
     assert len(slept) == 4
     assert all(0.25 <= delay <= 20.0 for delay in slept)
 
@@ -574,7 +578,7 @@ def test_untrained_it_costs_at_most_a_fifth_more_than_the_optimum(approvals: App
 
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
 @pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
-def test_thirty_waits_teach_it_to_cost_at_most_seven_percent_more_than_the_optimum(
+def test_after_thirty_waits_it_costs_at_most_seven_percent_more_than_the_optimum(
     approvals: ApprovalTimes, poll_cost: float
 ) -> None:
     assert mean_learned_ratio(approvals, poll_cost, waits=30, seeds=32) <= 1.07
@@ -582,7 +586,7 @@ def test_thirty_waits_teach_it_to_cost_at_most_seven_percent_more_than_the_optim
 
 @pytest.mark.parametrize("poll_cost", POLL_COSTS)
 @pytest.mark.parametrize("approvals", [TYPICAL, SLOW, TWO_GROUPS])
-def test_a_hundred_waits_teach_it_to_cost_at_most_six_percent_more_than_the_optimum(
+def test_after_a_hundred_waits_it_costs_at_most_six_percent_more_than_the_optimum(
     approvals: ApprovalTimes, poll_cost: float
 ) -> None:
     assert mean_learned_ratio(approvals, poll_cost, waits=100) <= 1.06

@@ -160,14 +160,14 @@ async def test_timeout_may_have_taken_effect(sandbox: Sandbox) -> None:
     assert sent(sandbox) == ["POST", "GET"]
 
 
-async def test_creation_is_looked_for_at_once(sandbox: Sandbox, client: KeylessClient) -> None:
+async def test_creation_is_checked_at_once(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.fail_next(503, stored=True, retry_after=20)
     started = now()
     await client.create_operation(USER)
     assert now() == pytest.approx(started, abs=1e-3)
 
 
-async def test_creation_is_looked_for_where_the_service_wants_a_long_pause(
+async def test_creation_is_checked_where_the_service_asks_for_a_long_pause(
     sandbox: Sandbox, client: KeylessClient
 ) -> None:
     sandbox.fail_next(503, stored=True, retry_after=3600)
@@ -184,7 +184,7 @@ async def test_long_pause_is_for_the_caller_to_decide(sandbox: Sandbox, client: 
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_looking_is_no_attempt(sandbox: Sandbox, client: KeylessClient, times: int) -> None:
+async def test_a_check_does_not_count_as_an_attempt(sandbox: Sandbox, client: KeylessClient, times: int) -> None:
     for _ in range(times):
         sandbox.fail_next(500, method="POST")
     await client.create_operation(USER)
@@ -194,7 +194,7 @@ async def test_looking_is_no_attempt(sandbox: Sandbox, client: KeylessClient, ti
 # What did not take effect
 
 
-async def test_429_is_sent_again_without_a_look(sandbox: Sandbox, client: KeylessClient) -> None:
+async def test_429_is_sent_again_without_a_check(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.fail_next(429, retry_after=3)
     started = now()
     await client.create_operation(USER)
@@ -202,12 +202,12 @@ async def test_429_is_sent_again_without_a_look(sandbox: Sandbox, client: Keyles
     assert sent(sandbox) == ["POST", "POST"]
 
 
-async def test_refused_connection_is_tried_again_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_refused_connection_is_tried_again_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.wait.random.uniform", lambda _low, high: high)
     async with KeylessClient("key", base_url=refused()) as client:
         started = now()
         error = await failure(client.create_operation(USER))
-        assert now() - started == pytest.approx(0.75, abs=1e-3)  # the pauses of three attempts, and no look's
+        assert now() - started == pytest.approx(0.75, abs=1e-3)  # the pauses of three attempts, and none of a check
     assert isinstance(error, TransportError)
     assert not error.sent
 
@@ -230,7 +230,7 @@ async def test_429_of_the_last_attempt_is_raised(sandbox: Sandbox, client: Keyle
     assert sent(sandbox) == ["POST"] * 3
 
 
-async def test_refusal_after_a_doubt_that_was_settled_is_raised() -> None:
+async def test_a_refusal_after_an_ambiguous_failure_that_was_resolved_is_raised() -> None:
     talk = Talk(BUSY, MISSING, answer(b"", status=b"401 No"))
     assert type(await failure(talk.create())) is AuthenticationError
     assert talk.methods == ["POST", "GET", "POST"]
@@ -260,13 +260,13 @@ async def test_conflict_with_our_own_lost_creation_is_a_success() -> None:
     assert talk.methods == ["POST", "GET", "POST", "GET"]
 
 
-async def test_conflict_long_after_the_doubt_is_looked_into() -> None:
+async def test_conflict_long_after_an_ambiguous_failure_is_checked() -> None:
     talk = Talk(BUSY, MISSING, LIMITED, CONFLICT, answer(operation()))
     assert (await talk.create()).operation_id == "a"
     assert talk.methods == ["POST", "GET", "POST", "POST", "GET"]
 
 
-async def test_conflict_after_a_doubt_with_somebody_elses_conflicts() -> None:
+async def test_a_conflict_after_an_ambiguous_failure_with_the_operation_of_another_caller_is_raised() -> None:
     talk = Talk(BUSY, MISSING, CONFLICT, answer(operation(userId="BAD")))
     error = await failure(talk.create())
     assert type(error) is ConflictError
@@ -274,7 +274,7 @@ async def test_conflict_after_a_doubt_with_somebody_elses_conflicts() -> None:
     assert talk.methods == ["POST", "GET", "POST", "GET"]
 
 
-async def test_conflict_with_nothing_is_looked_into_for_5_seconds_and_then_sent_again() -> None:
+async def test_conflict_with_nothing_is_checked_for_5_seconds_and_then_sent_again() -> None:
     """A replica that lags: the id is taken, and nothing is there yet."""
     talk = Talk(BUSY, MISSING, CONFLICT, *[MISSING] * 7, CREATED)
     started = now()
@@ -347,36 +347,36 @@ AMBIGUOUS: dict[str, Any] = {
     "no success": answer(b'{"success": false}'),
     "both": answer(b'{"success": false, "success": true}'),
 }
-#: Each way to doubt, with what a 409 after it adds: the id is taken, perhaps by the attempt that is in doubt.
-DOUBTS: dict[str, list[Any]] = {
+#: Each ambiguous failure, alone and with a 409 after it: the id is taken, perhaps by the ambiguous attempt itself.
+AMBIGUOUS_ATTEMPTS: dict[str, list[Any]] = {
     **{name: [failed] for name, failed in AMBIGUOUS.items()},
     "409 after 503": [BUSY, MISSING, CONFLICT],
     "409 after a reset": [reset, MISSING, CONFLICT],
 }
-doubts = pytest.mark.parametrize("doubt", DOUBTS.values(), ids=DOUBTS.keys())
+ambiguous_failures = pytest.mark.parametrize("failures", AMBIGUOUS_ATTEMPTS.values(), ids=AMBIGUOUS_ATTEMPTS.keys())
 
 
-@doubts
+@ambiguous_failures
 @whose
 @pytest.mark.usefixtures("made")
-async def test_found_pending_is_reconciled(doubt: list[Any], operation_id: str | None) -> None:
-    ticket = await Talk(*doubt, PENDING).create(operation_id=operation_id, **MINE)
+async def test_found_pending_is_reconciled(failures: list[Any], operation_id: str | None) -> None:
+    ticket = await Talk(*failures, PENDING).create(operation_id=operation_id, **MINE)
     assert ticket.reconciled
     assert ticket.operation_id == "a"
 
 
-@doubts
-async def test_found_approved_under_the_callers_id_is_refused(doubt: list[Any]) -> None:
-    error = await failure(Talk(*doubt, APPROVED).create(**MINE))
+@ambiguous_failures
+async def test_found_approved_under_the_callers_id_is_refused(failures: list[Any]) -> None:
+    error = await failure(Talk(*failures, APPROVED).create(**MINE))
     assert type(error) is AlreadyApprovedError
     assert error.operation_id == "a"
     assert "approved already" in str(error)
 
 
-@doubts
+@ambiguous_failures
 @pytest.mark.usefixtures("made")
-async def test_found_approved_under_an_id_of_this_call_is_its_own(doubt: list[Any]) -> None:
-    ticket = await Talk(*doubt, APPROVED).create(operation_id=None, **MINE)
+async def test_found_approved_under_an_id_of_this_call_is_its_own(failures: list[Any]) -> None:
+    ticket = await Talk(*failures, APPROVED).create(operation_id=None, **MINE)
     assert ticket.reconciled
 
 
@@ -385,24 +385,24 @@ async def test_found_approved_with_a_result_of_false_is_refused_too() -> None:
     assert type(await failure(Talk(BUSY, torn).create(**MINE))) is AlreadyApprovedError
 
 
-@doubts
+@ambiguous_failures
 @pytest.mark.usefixtures("made")
-async def test_found_with_other_content_conflicts(doubt: list[Any]) -> None:
-    error = await failure(Talk(*doubt, OTHER).create(**MINE))
+async def test_found_with_other_content_conflicts(failures: list[Any]) -> None:
+    error = await failure(Talk(*failures, OTHER).create(**MINE))
     assert type(error) is ConflictError
     assert error.operation_id == "a"
 
 
 @pytest.mark.usefixtures("made")
-async def test_conflict_after_a_doubt_about_an_id_of_this_call_is_its_own() -> None:
-    """Nobody else can have the id, so nothing is looked into: a replica that lags would only confuse."""
+async def test_a_conflict_after_an_ambiguous_failure_is_this_calls_own_where_it_made_the_id() -> None:
+    """Nobody else can have the id, so nothing is checked: a replica that lags would only confuse."""
     talk = Talk(BUSY, MISSING, CONFLICT)
     assert (await talk.create(operation_id=None)).reconciled
     assert talk.methods == ["POST", "GET", "POST"]
 
 
 @pytest.mark.usefixtures("made")
-async def test_conflict_without_a_doubt_is_one_for_an_id_of_this_call_too() -> None:
+async def test_a_conflict_without_an_ambiguous_failure_is_raised_for_an_id_of_this_call_too() -> None:
     error = await failure(Talk(CONFLICT).create(operation_id=None))
     assert type(error) is ConflictError
     assert error.operation_id == "a"
@@ -459,7 +459,7 @@ async def test_two_at_once_under_one_id_are_one_and_a_conflict(sandbox: Sandbox,
 
 
 @lost
-async def test_two_at_once_under_one_id_of_which_one_is_in_doubt_are_told_apart(
+async def test_two_at_once_under_one_id_of_which_one_is_ambiguous_are_told_apart(
     sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
 ) -> None:
     lose(sandbox, False)  # noqa: FBT003  # the first of them does not arrive
@@ -510,7 +510,7 @@ async def test_taken_id_that_a_replica_does_not_know_yet_is_resumed() -> None:
     assert talk.methods == ["POST", "GET", "GET"]
 
 
-async def test_failure_to_look_is_raised_where_nothing_was_in_doubt() -> None:
+async def test_a_failed_check_is_raised_where_no_failure_was_ambiguous() -> None:
     talk = Talk(CONFLICT, answer(b"", status=b"401 No"))
     error = await failure(talk.create(if_exists="resume"))
     assert isinstance(error, AuthenticationError)
@@ -524,7 +524,7 @@ async def test_if_exists_says_what_it_takes(sandbox: Sandbox, client: KeylessCli
     assert sandbox.requests == []
 
 
-# What an error tells
+# What an error says
 
 
 @pytest.mark.parametrize(
@@ -564,7 +564,7 @@ async def test_absent_text_is_an_empty_one(mine: str | None, theirs: str | None)
 
 
 @pytest.mark.parametrize(
-    "look",
+    "check",
     [
         BUSY,
         LIMITED,
@@ -578,8 +578,8 @@ async def test_absent_text_is_an_empty_one(mine: str | None, theirs: str | None)
     ],
 )
 @pytest.mark.parametrize("attempts", [1, 3])
-async def test_failed_look_raises_what_raised_the_doubt(look: Any, attempts: int) -> None:
-    talk = Talk(answer(b"", b"X-Request-Id: first", status=b"504 Slow"), look, max_attempts=attempts)
+async def test_a_failed_check_raises_the_ambiguous_failure(check: Any, attempts: int) -> None:
+    talk = Talk(answer(b"", b"X-Request-Id: first", status=b"504 Slow"), check, max_attempts=attempts)
     error = await failure(talk.create())
     assert isinstance(error, ServerError)
     assert (error.status, error.method, error.request_id) == (504, "POST", "first")
@@ -587,7 +587,7 @@ async def test_failed_look_raises_what_raised_the_doubt(look: Any, attempts: int
     assert "POST" not in talk.methods[1:]
 
 
-async def test_failed_look_after_a_conflict_raises_what_raised_the_doubt() -> None:
+async def test_a_failed_check_after_a_conflict_raises_the_ambiguous_failure() -> None:
     talk = Talk(answer(b"", status=b"504 Slow"), MISSING, CONFLICT, answer(b"", status=b"401 No"))
     error = await failure(talk.create())
     assert isinstance(error, ServerError)
@@ -595,14 +595,14 @@ async def test_failed_look_after_a_conflict_raises_what_raised_the_doubt() -> No
     assert isinstance(error.__cause__, AuthenticationError)
 
 
-async def test_look_is_tried_again(sandbox: Sandbox, client: KeylessClient) -> None:
+async def test_a_check_is_tried_again(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.drop_next(stored=True, method="POST")
     sandbox.fail_next(503, times=2, method="GET")
     await client.create_operation(USER)
     assert sent(sandbox) == ["POST", "GET", "GET", "GET"]
 
 
-async def test_look_that_hangs_ends(sandbox: Sandbox) -> None:
+async def test_a_check_that_hangs_ends(sandbox: Sandbox) -> None:
     sandbox.latency = 3600
     async with sandbox.client(request_timeout=2, max_attempts=1) as client:
         started = now()
@@ -621,7 +621,7 @@ async def test_there_are_never_two(sandbox: Sandbox, client: KeylessClient, seed
     try:
         ticket = await client.create_operation(USER)
     except ConflictError:
-        raise  # with whom?
+        raise  # no other caller uses this id
     except KeylessError:
         assert len(sandbox.operations) <= 1
     else:
@@ -635,7 +635,7 @@ async def test_there_are_never_two(sandbox: Sandbox, client: KeylessClient, seed
 @pytest.mark.parametrize(
     ("answers", "heads"),
     [([hang], 1), ([BUSY, hang], 2), ([BUSY, MISSING, hang], 3), ([LIMITED], 1), ([BUSY, BUSY], 2)],
-    ids=["sending", "looking", "sending again", "pausing", "pausing before the next look"],
+    ids=["sending", "checking", "sending again", "pausing", "pausing before the next check"],
 )
 async def test_ended_creation_leaves_nothing(
     answers: list[Any], heads: int, closing: bool, monkeypatch: pytest.MonkeyPatch
@@ -668,7 +668,7 @@ async def test_ended_creation_leaves_nothing(
 # The ticket
 
 
-async def test_ticket_tells_what_was_created(sandbox: Sandbox, client: KeylessClient) -> None:
+async def test_the_ticket_says_what_was_created(sandbox: Sandbox, client: KeylessClient) -> None:
     before = datetime.now(UTC)
     ticket = await client.create_operation(
         "c0ffee", operation_id="a", operation_payload="Pay 5 €", external_user_id="ann", expires_in=90.5

@@ -631,7 +631,7 @@ def test_what_passes_and_what_does_not(error: KeylessError, transient: bool) -> 
     assert is_transient(error) is transient
 
 
-# -- what an error tells of its body
+# -- what an error says of its body
 
 
 @pytest.mark.parametrize(

@@ -907,7 +907,7 @@ async def test_closing_ends_the_last_call_of_a_cancelled_task(sandbox: Sandbox) 
         try:
             await asyncio.sleep(60)
         finally:
-            await client.get_operation("a")  # a last look, such as a careful caller takes
+            await client.get_operation("a")  # a last call, such as a careful caller makes
 
     task = asyncio.create_task(use())
     await asyncio.sleep(0)
@@ -1007,17 +1007,19 @@ async def test_closed_client_sends_nothing(sandbox: Sandbox, name: str) -> None:
 
 
 async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
-    room = transport.Transport(sandbox.url, Secret(KEY), session=None, request_timeout=1.0, max_attempts=1)
-    await room.aclose()
-    assert isinstance(await failure(room.poll(room.url(protocol.get_operation("a")))), ClientClosedError)
+    sender = transport.Transport(sandbox.url, Secret(KEY), session=None, request_timeout=1.0, max_attempts=1)
+    await sender.aclose()
+    assert isinstance(await failure(sender.poll(sender.url(protocol.get_operation("a")))), ClientClosedError)
     assert sandbox.requests == []
 
 
-async def test_look_returns_the_operation(sandbox: Sandbox) -> None:
-    room = transport.Transport(sandbox.url, Secret(sandbox.api_key), session=None, request_timeout=1.0, max_attempts=1)
-    url = room.url(protocol.get_operation("a"))
-    assert await room.poll(url) == await room.send(protocol.get_operation("a"))
-    await room.aclose()
+async def test_a_poll_returns_the_operation(sandbox: Sandbox) -> None:
+    sender = transport.Transport(
+        sandbox.url, Secret(sandbox.api_key), session=None, request_timeout=1.0, max_attempts=1
+    )
+    url = sender.url(protocol.get_operation("a"))
+    assert await sender.poll(url) == await sender.send(protocol.get_operation("a"))
+    await sender.aclose()
 
 
 @pytest.mark.parametrize("used", [False, True])

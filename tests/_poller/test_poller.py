@@ -116,7 +116,9 @@ class TestLeakChecks:
         await cancel([call])
 
 
-class TestRule1FirstLook:
+class TestRule1FirstPoll:
+    """Rule 1 of docs/rules.md."""
+
     async def test_an_approval_that_is_already_there_is_found_at_once(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -136,7 +138,7 @@ class TestRule1FirstLook:
         sandbox.latency = 0.5
         assert (await client.wait_for_approval("op", timeout=0.001)).is_approved
 
-    async def test_a_ticket_made_just_now_is_first_looked_at_when_the_schedule_says(
+    async def test_a_ticket_made_just_now_is_first_polled_when_the_schedule_says(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await client.create_operation(USER)
@@ -145,9 +147,7 @@ class TestRule1FirstLook:
             await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=7)
         assert polls(sandbox) == pytest.approx([start + 3, start + 6, start + 7])
 
-    async def test_a_ticket_made_a_second_ago_is_looked_at_at_once(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_ticket_made_a_second_ago_is_polled_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER)
         await asyncio.sleep(1)
         start = now()
@@ -155,9 +155,7 @@ class TestRule1FirstLook:
             await client.wait_for_approval(ticket, schedule=wait_fixed(3), timeout=4)
         assert polls(sandbox) == pytest.approx([start, start + 3, start + 4])
 
-    async def test_a_ticket_of_another_client_is_looked_at_at_once(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_ticket_of_another_client_is_polled_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
         async with sandbox.client() as creator:
             ticket = await creator.create_operation(USER)
         start = now()
@@ -199,7 +197,7 @@ class TestRule1FirstLook:
             await client.wait_for_approval(ticket, schedule=Recording(2, asked), timeout=1)
         assert asked == [pytest.approx(0, abs=0.01)]
 
-    async def test_looks_are_served_in_the_order_in_which_they_are_due(self, sandbox: Sandbox) -> None:
+    async def test_polls_are_served_in_the_order_in_which_they_are_due(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=1) as client:
             for name in ("a", "b", "c", "d"):
                 await pending(client, name)
@@ -218,6 +216,8 @@ class TestRule1FirstLook:
 
 
 class TestRule2Approved:
+    """Rule 2 of docs/rules.md."""
+
     @pytest.mark.parametrize(
         ("change", "error"),
         [
@@ -234,7 +234,7 @@ class TestRule2Approved:
         ],
         ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
     )
-    async def test_what_is_not_the_approval_of_this_operation_raises_at_the_first_look(
+    async def test_what_is_not_the_approval_of_this_operation_raises_at_the_first_poll(
         self, sandbox: Sandbox, client: KeylessClient, change: dict[str, Any], error: type[ApprovalError]
     ) -> None:
         ticket = await client.create_operation(USER, operation_payload="Pay 40", external_user_id="alice")
@@ -268,7 +268,7 @@ class TestRule2Approved:
         sandbox.tamper(ticket.operation_id, user_id="abcdef", state="approved", result=True)
         assert (await client.wait_for_approval(ticket)).is_approved
 
-    async def test_a_mix_up_concerns_only_the_wait_that_knows_better(
+    async def test_a_mismatch_ends_only_the_wait_whose_ticket_shows_it(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await client.create_operation(USER, operation_id="op", operation_payload="Pay 40")
@@ -282,7 +282,9 @@ class TestRule2Approved:
 
 
 class TestRule3OneBudget:
-    async def test_a_final_look_starts_exactly_at_the_deadline(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    """Rule 3 of docs/rules.md."""
+
+    async def test_a_final_poll_starts_exactly_at_the_deadline(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         start = now()
         with pytest.raises(ApprovalTimeoutError) as caught:
@@ -303,7 +305,7 @@ class TestRule3OneBudget:
         assert (await client.wait_for_approval("op", schedule=wait_fixed(8), timeout=10)).is_approved
         assert now() - start == pytest.approx(10)
 
-    async def test_a_look_that_is_due_at_the_deadline_is_the_final_look(
+    async def test_a_poll_that_is_due_at_the_deadline_is_the_final_poll(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -344,7 +346,7 @@ class TestRule3OneBudget:
             assert 6.5 - 1e-6 <= now() - start <= 7 + 1e-6
             assert isinstance(caught.value.last_error, RequestTimeoutError)
 
-    async def test_a_slow_answer_to_the_final_look_counts(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_a_slow_answer_to_the_final_poll_counts(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.approve("op")
         sandbox.latency = 1.9
@@ -525,7 +527,7 @@ class TestRule3OneBudget:
         assert now() - start == pytest.approx(7)
         await cancel([before_deadline])
 
-    async def test_somebody_who_cancels_a_worker_costs_no_final_poll(
+    async def test_cancelling_a_worker_from_outside_costs_no_final_poll(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -541,7 +543,7 @@ class TestRule3OneBudget:
         assert now() == pytest.approx(5.75)
         assert client.statistics.transient_failures == 0
 
-    async def test_a_worker_that_is_cancelled_before_it_began_costs_no_final_poll(
+    async def test_a_worker_that_is_cancelled_before_it_started_costs_no_final_poll(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await pending(client)
@@ -566,7 +568,7 @@ class TestRule3OneBudget:
             assert kinds.count(ApprovalTimeoutError) == 4  # two at a time, twice in two seconds
             assert kinds.count(ApprovalUnknownError) == 16
 
-    async def test_deadlines_that_pass_before_a_slot_is_free_share_the_final_look(self, sandbox: Sandbox) -> None:
+    async def test_deadlines_that_pass_before_a_slot_is_free_share_the_final_poll(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=1) as client:
             for name in ("busy", "op"):
                 await pending(client, name)
@@ -582,7 +584,7 @@ class TestRule3OneBudget:
             assert len(polls(sandbox, "op")) == 1
             await cancel([busy])
 
-    async def test_final_looks_come_before_ordinary_ones(self, sandbox: Sandbox) -> None:
+    async def test_final_polls_come_before_ordinary_ones(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=1) as client:
             for name in ("a", "b", "late"):
                 await pending(client, name)
@@ -609,7 +611,7 @@ class TestRule3OneBudget:
         await before_deadline
         assert sandbox.requests[1].status == 200  # and the shared one was answered
 
-    async def test_waits_with_the_same_deadline_share_their_final_look(
+    async def test_waits_with_the_same_deadline_share_their_final_poll(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -620,7 +622,7 @@ class TestRule3OneBudget:
         assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
         assert len(polls(sandbox)) == 2
 
-    async def test_a_pending_answer_counts_only_for_who_was_there_when_its_poll_began(
+    async def test_a_pending_answer_counts_only_for_waits_that_existed_when_its_poll_started(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -633,7 +635,7 @@ class TestRule3OneBudget:
             client.wait_for_approval("op", schedule=wait_fixed(50), timeout=30, on_poll=updates.append)
         )
         await asyncio.sleep(3)
-        assert polls(sandbox) == pytest.approx([start, start + 1])  # the latecomer's, as soon as the first has landed
+        assert polls(sandbox) == pytest.approx([start, start + 1])  # the latecomer's, as soon as the first has finished
         assert [update.polls for update in updates] == [1]
         await cancel([first, second])
 
@@ -651,7 +653,7 @@ class TestRule3OneBudget:
         assert len(polls(sandbox)) == 1
         await first
 
-    async def test_a_final_look_also_counts_for_those_who_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_a_final_poll_also_counts_for_those_who_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.approve("op")
         sandbox.tamper("op", state="pending", result=False)
@@ -663,7 +665,7 @@ class TestRule3OneBudget:
         assert (await before_deadline).is_approved
         assert polls(sandbox) == pytest.approx([start, start + 5, start + 8])
 
-    async def test_a_final_look_at_the_time_of_an_ordinary_one_does_for_both(
+    async def test_a_final_poll_at_the_time_of_an_ordinary_one_does_for_both(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -675,7 +677,7 @@ class TestRule3OneBudget:
             await before_deadline
         assert polls(sandbox) == pytest.approx([start, start + 5, start + 10, start + 11])
 
-    async def test_deadlines_one_after_the_other_get_a_look_each(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_deadlines_one_after_the_other_get_a_poll_each(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.latency = 1.5
         start = now()
@@ -695,7 +697,7 @@ class TestRule3OneBudget:
             await client.wait_for_approval(ticket)
         assert now() - start == pytest.approx(30)
 
-    async def test_the_default_budget_of_a_ticket_of_another_process_is_told_by_the_wall_clock(
+    async def test_the_default_budget_of_a_ticket_of_another_process_comes_from_the_wall_clock(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = aged(await _ticket_of_another_client(sandbox), seconds=90)
@@ -723,7 +725,7 @@ class TestRule3OneBudget:
             await client.wait_for_approval(ticket)
         assert now() == start
 
-    async def test_an_expired_ticket_gets_one_look_the_final_one(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_an_expired_ticket_gets_one_poll_the_final_one(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
         start = now()
         with pytest.raises(ApprovalTimeoutError) as caught:
@@ -758,6 +760,8 @@ class TestRule3OneBudget:
 
 
 class TestRule4TransientFailures:
+    """Rule 4 of docs/rules.md."""
+
     @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
     async def test_one_transient_failure_never_costs_an_approval(
         self, sandbox: Sandbox, client: KeylessClient, status: int
@@ -815,7 +819,7 @@ class TestRule4TransientFailures:
             await client.wait_for_approval("op", schedule=Recording(5, attempts=attempts), timeout=20)
         assert attempts == list(range(1, len(attempts) + 1))
 
-    async def test_a_service_that_is_down_is_probed_whatever_the_number_of_waits(
+    async def test_an_open_circuit_probes_at_the_same_rate_for_any_number_of_waits(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         sandbox.latency = 0.05
@@ -827,7 +831,7 @@ class TestRule4TransientFailures:
         outcomes = await asyncio.gather(*(client.wait_for_approval(f"op{number}") for number in range(1000)))
         assert all(operation.is_approved for operation in outcomes)
         during = [at for at in polls(sandbox) if at - start < 60]
-        assert len(during) <= 64 + 40  # what was in flight when it went down, then probes
+        assert len(during) <= 64 + 40  # what was in flight when it opened, then probes
         assert len(polls(sandbox)) == len(during) + 1000
         assert now() - start <= 60 + 30 + 10
 
@@ -861,7 +865,7 @@ class TestRule4TransientFailures:
             assert list(rounds.values())[:5] == [1, 2, 4, 8, 16]
             assert max(rounds.values()) <= 16
 
-    async def test_retry_after_holds_all_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_retry_after_delays_all_waits(self, sandbox: Sandbox, client: KeylessClient) -> None:
         for name in ("a", "b", "c"):
             await pending(client, name)
         waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in "abc"]
@@ -890,7 +894,7 @@ class TestRule4TransientFailures:
         assert {type(circuit) for circuit in seen} == {str}
         await cancel([wait])
 
-    async def test_retry_after_holds_two_minutes_at_most(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_retry_after_delays_by_two_minutes_at_most(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.approve("op")
         sandbox.fail_next(503, retry_after=86_400)
@@ -898,7 +902,7 @@ class TestRule4TransientFailures:
         assert (await client.wait_for_approval("op", timeout=600)).is_approved
         assert now() - start == pytest.approx(120)
 
-    async def test_a_final_look_goes_while_the_service_holds_us(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_a_final_poll_goes_during_a_retry_after(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.approve("op")
         sandbox.fail_next(503, retry_after=100)
@@ -906,7 +910,7 @@ class TestRule4TransientFailures:
         assert (await client.wait_for_approval("op", timeout=10)).is_approved
         assert polls(sandbox) == pytest.approx([start, start + 10])
 
-    async def test_final_looks_go_one_at_a_time_while_the_service_is_down(
+    async def test_final_polls_go_one_at_a_time_while_the_circuit_is_open(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         for number in range(10):
@@ -922,7 +926,7 @@ class TestRule4TransientFailures:
         assert all(b - a >= 0.5 - 1e-6 for a, b in pairwise(at[:3]))
         assert {type(outcome) for outcome in outcomes} <= {ApprovalTimeoutError, ApprovalUnknownError}
 
-    async def test_repeated_final_polls_go_one_at_a_time_while_the_service_is_down(self, sandbox: Sandbox) -> None:
+    async def test_repeated_final_polls_go_one_at_a_time_while_the_circuit_is_open(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=64) as client:
             for number in range(200):
                 await pending(client, f"op{number}")
@@ -938,7 +942,7 @@ class TestRule4TransientFailures:
             assert len(at) <= 201
             assert all(b - a >= 0.01 - 1e-6 for a, b in pairwise(at[1:]))  # beside a probe, perhaps
 
-    async def test_an_unanswered_final_look_is_a_failure_of_the_service(
+    async def test_an_unanswered_final_poll_is_a_failure_of_the_service(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -950,11 +954,11 @@ class TestRule4TransientFailures:
         sandbox.latency = 0
         sandbox.requests.clear()
         start = now()
-        with pytest.raises(ApprovalTimeoutError):  # down: no first poll at once, but the final one goes
+        with pytest.raises(ApprovalTimeoutError):  # open: no first poll at once, but the final one goes
             await client.wait_for_approval("op", timeout=0.001)
         assert polls(sandbox) == pytest.approx([start + 0.001])
 
-    async def test_an_unanswered_final_look_of_many_is_one_failure(
+    async def test_an_unanswered_final_poll_of_many_is_one_failure(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -990,7 +994,7 @@ class TestRule4TransientFailures:
         assert len(polls(sandbox)) == 10
         assert now() - start <= 2 * 7.5 + 1
 
-    async def test_single_calls_are_neither_held_nor_counted(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_single_calls_are_neither_delayed_nor_counted(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.fail_next(503, retry_after=100)
         wait = asyncio.create_task(client.wait_for_approval("op"))
@@ -1001,7 +1005,7 @@ class TestRule4TransientFailures:
         assert client.statistics.polls == 1
         await cancel([wait])
 
-    async def test_a_final_look_that_fails_leaves_the_outcome_unknown(
+    async def test_a_final_poll_that_fails_leaves_the_outcome_unknown(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -1016,6 +1020,8 @@ class TestRule4TransientFailures:
 
 
 class TestRule5EverythingElse:
+    """Rule 5 of docs/rules.md."""
+
     @pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404, 406, 409, 415, 418])
     async def test_other_statuses_end_the_wait_at_once(
         self, sandbox: Sandbox, client: KeylessClient, status: int
@@ -1152,6 +1158,8 @@ class TestRule5EverythingElse:
 
 
 class TestRule6SingleFlight:
+    """Rule 6 of docs/rules.md."""
+
     async def test_a_thousand_waits_for_one_operation_make_as_many_requests_as_one(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -1165,7 +1173,7 @@ class TestRule6SingleFlight:
         assert polls(sandbox) == pytest.approx([start + at for at in (0, 2, 4, 6, 8, 10)])
         assert client.statistics.approvals == 1000
 
-    async def test_a_thousand_waits_on_the_adaptive_schedule_share_their_looks_too(
+    async def test_a_thousand_waits_on_the_adaptive_schedule_share_their_polls_too(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await client.create_operation(USER, operation_id="op")
@@ -1221,6 +1229,8 @@ class TestRule6SingleFlight:
 
 
 class TestRule7Cancellation:
+    """Rule 7 of docs/rules.md."""
+
     @pytest.mark.parametrize("after", [0.0, 0.2, 0.7, 3.0])
     @pytest.mark.parametrize("latency", [0.0, 0.5, 100.0])
     async def test_cancelling_a_wait_leaves_nothing_behind(
@@ -1279,7 +1289,7 @@ class TestRule7Cancellation:
         with pytest.raises(asyncio.CancelledError):
             await wait
 
-    async def test_somebody_who_cancels_all_tasks_does_not_hang_a_wait_that_survives(
+    async def test_cancelling_all_tasks_does_not_hang_a_wait_that_survives(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -1293,7 +1303,7 @@ class TestRule7Cancellation:
         sandbox.approve("op")
         assert (await wait).is_approved
 
-    async def test_a_worker_that_is_cancelled_before_it_began_does_not_hang_the_wait(
+    async def test_a_worker_that_is_cancelled_before_it_started_does_not_hang_the_wait(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await pending(client)
@@ -1302,7 +1312,7 @@ class TestRule7Cancellation:
         assert (await client.wait_for_approval("op")).is_approved
         assert killed[0].cancelled()
 
-    async def test_waits_do_not_inherit_the_context_of_whoever_came_first(self, client: KeylessClient) -> None:
+    async def test_waits_do_not_inherit_the_context_of_the_first_caller(self, client: KeylessClient) -> None:
         variable = contextvars.ContextVar("variable", default="unset")
         seen: list[str] = []
 
@@ -1319,6 +1329,8 @@ class TestRule7Cancellation:
 
 
 class TestRule8OnPoll:
+    """Rule 8 of docs/rules.md."""
+
     async def test_updates_come_in_order_and_the_approved_one_before_the_wait_returns(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -1340,7 +1352,7 @@ class TestRule8OnPoll:
         assert all(update.operation is not None and not update.operation.is_approved for update in updates[:-1])
         assert tasks == {asyncio.current_task()}
 
-    async def test_looks_go_on_while_on_poll_runs(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_polls_go_on_while_on_poll_runs(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         start = now()
 
@@ -1365,7 +1377,7 @@ class TestRule8OnPoll:
         assert armed_timers() == []
         assert tasks_since(before) == set()
 
-    async def test_a_stop_iteration_of_on_poll_is_told_as_what_it_is(self, client: KeylessClient) -> None:
+    async def test_a_stop_iteration_of_on_poll_is_reported_as_such(self, client: KeylessClient) -> None:
         await pending(client)
         with pytest.raises(RuntimeError, match="on_poll raised StopIteration") as caught:
             await client.wait_for_approval("op", on_poll=lambda _: next(iter(())))
@@ -1401,7 +1413,7 @@ class TestRule8OnPoll:
                 await client.wait_for_approval("op", on_poll=on_poll)
         assert client.statistics.waiting == 0
 
-    async def test_a_look_that_serves_one_with_and_one_without_on_poll_serves_both(
+    async def test_a_poll_that_serves_one_with_and_one_without_on_poll_serves_both(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)
@@ -1423,7 +1435,9 @@ class TestRule8OnPoll:
 
 
 class TestRule9NotADenial:
-    async def test_a_timeout_carries_what_is_needed_to_look_again(
+    """Rule 9 of docs/rules.md."""
+
+    async def test_a_timeout_carries_what_is_needed_to_check_again(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await client.create_operation(USER, expires_in=10)
@@ -1500,105 +1514,107 @@ class TestSchedules:
             assert polls(sandbox) == pytest.approx([start, start + 7, start + 14, start + 15])
 
 
-class Lessons(wait_adaptive):
-    """Looks every two seconds, and writes down what it is taught."""
+class RecordingObservations(wait_adaptive):
+    """Polls every two seconds, and records its observations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.taught: list[tuple[float, float | None]] = []
+        self.observed: list[tuple[float, float | None]] = []
 
     def __call__(self, retry_state: RetryCallState) -> float:
         return 2.0
 
     def observe(self, after: float, until: float | None) -> None:
-        self.taught.append((round(after, 6), None if until is None else round(until, 6)))
+        self.observed.append((round(after, 6), None if until is None else round(until, 6)))
 
 
 class TestLearning:
-    async def test_an_approval_teaches_between_which_looks_it_came(
+    async def test_an_approval_is_observed_between_the_polls_around_it(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        schedule = Lessons()
+        schedule = RecordingObservations()
         ticket = await client.create_operation(USER)
         sandbox.latency = 0.5
         asyncio.get_running_loop().call_later(3, sandbox.approve, ticket.operation_id)
         await client.wait_for_approval(ticket, schedule=schedule)
-        # looks at 2 (answered 2.5) and 4.5 (answered 5): the answer may be as old as its arrival
-        assert schedule.taught == [(2.0, 5.0)]
+        # polls at 2 (answered 2.5) and 4.5 (answered 5): the answer may be as old as its arrival
+        assert schedule.observed == [(2.0, 5.0)]
 
-    async def test_an_approval_at_the_first_look_of_a_ticket_teaches_since_its_creation(
+    async def test_an_approval_at_the_first_poll_of_a_ticket_is_observed_since_its_creation(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        schedule = Lessons()
+        schedule = RecordingObservations()
         ticket = await client.create_operation(USER)
         sandbox.approve(ticket.operation_id)
         await client.wait_for_approval(ticket, schedule=schedule)
-        assert schedule.taught == [(0.0, 2.0)]
+        assert schedule.observed == [(0.0, 2.0)]
 
-    async def test_a_bare_id_approved_at_its_first_look_teaches_nothing(
+    async def test_a_bare_id_approved_at_its_first_poll_is_not_observed(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        schedule = Lessons()
+        schedule = RecordingObservations()
         await pending(client)
         sandbox.approve("op")
         await client.wait_for_approval("op", schedule=schedule)
-        assert schedule.taught == []
+        assert schedule.observed == []
 
-    async def test_a_timeout_teaches_until_when_it_was_pending(self, client: KeylessClient) -> None:
-        schedule = Lessons()
+    async def test_a_timeout_is_observed_until_its_last_pending_poll(self, client: KeylessClient) -> None:
+        schedule = RecordingObservations()
         await pending(client)
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=schedule, timeout=5)
-        assert schedule.taught == [(5.0, None)]
+        assert schedule.observed == [(5.0, None)]
 
-    async def test_a_cancelled_wait_teaches_what_its_last_look_showed(self, client: KeylessClient) -> None:
-        schedule = Lessons()
+    async def test_a_cancelled_wait_is_observed_until_its_last_pending_poll(self, client: KeylessClient) -> None:
+        schedule = RecordingObservations()
         await pending(client)
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=schedule))
         await asyncio.sleep(3)
         await cancel([wait])
-        assert schedule.taught == [(2.0, None)]
+        assert schedule.observed == [(2.0, None)]
 
-    async def test_a_failed_wait_teaches_what_its_last_look_showed(
+    async def test_a_failed_wait_is_observed_until_its_last_pending_poll(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        schedule = Lessons()
+        schedule = RecordingObservations()
         await pending(client)
         asyncio.get_running_loop().call_later(3, lambda: sandbox.fail_next(401))
         with pytest.raises(AuthenticationError):
             await client.wait_for_approval("op", schedule=schedule)
-        assert schedule.taught == [(2.0, None)]
+        assert schedule.observed == [(2.0, None)]
 
-    async def test_a_wait_that_saw_nothing_teaches_nothing(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        schedule = Lessons()
+    async def test_a_wait_that_saw_nothing_is_not_observed(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        schedule = RecordingObservations()
         await pending(client)
         sandbox.fail_next(401)
         with pytest.raises(AuthenticationError):
             await client.wait_for_approval("op", schedule=schedule)
-        assert schedule.taught == []
+        assert schedule.observed == []
 
-    async def test_an_operation_teaches_once_however_many_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        schedule, other = Lessons(), Lessons()
+    async def test_an_operation_is_observed_once_however_many_wait(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule, other = RecordingObservations(), RecordingObservations()
         await pending(client)
         asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
-        impatient = client.wait_for_approval("op", schedule=schedule, timeout=3)
+        first_to_leave = client.wait_for_approval("op", schedule=schedule, timeout=3)
         waits = [client.wait_for_approval("op", schedule=s) for s in (schedule, schedule, other)]
-        await asyncio.gather(impatient, *waits, return_exceptions=True)
-        assert schedule.taught == [(4.0, 6.0)]
-        assert other.taught == [(4.0, 6.0)]
+        await asyncio.gather(first_to_leave, *waits, return_exceptions=True)
+        assert schedule.observed == [(4.0, 6.0)]
+        assert other.observed == [(4.0, 6.0)]
 
-    async def test_the_schedule_of_the_client_is_taught_by_default(self, sandbox: Sandbox) -> None:
-        schedule = Lessons()
+    async def test_the_schedule_of_the_client_observes_by_default(self, sandbox: Sandbox) -> None:
+        schedule = RecordingObservations()
         async with sandbox.client(schedule=schedule) as client:
             await pending(client)
             asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
             await client.wait_for_approval("op")
-        assert schedule.taught == [(4.0, 6.0)]
+        assert schedule.observed == [(4.0, 6.0)]
 
     async def test_a_schedule_that_cannot_learn_costs_no_approval(
         self, sandbox: Sandbox, client: KeylessClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        class Dull(Lessons):
+        class Dull(RecordingObservations):
             def observe(self, after: float, until: float | None) -> None:
                 raise ZeroDivisionError
 
@@ -1647,14 +1663,14 @@ class TestTaskFactories:
 
 
 class TestBugs:
-    """What the poller or what it calls should never do hangs no wait and makes no hot loop, and it is told."""
+    """What the poller or what it calls should never do hangs no wait, makes no hot loop, and is reported."""
 
-    async def test_a_timer_that_fails_is_told_and_fires_again(
+    async def test_a_timer_that_fails_is_reported_and_fires_again(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         loop = asyncio.get_running_loop()
-        told: list[dict[str, Any]] = []
-        loop.set_exception_handler(lambda _loop, context: told.append(context))
+        reported: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _loop, context: reported.append(context))
         await pending(client)
         start = now()
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
@@ -1665,8 +1681,8 @@ class TestBugs:
         sandbox.approve("op")
         assert (await wait).is_approved
         assert now() - start <= 14
-        assert 10 <= len(told) <= 110
-        assert isinstance(told[0]["exception"], ZeroDivisionError)
+        assert 10 <= len(reported) <= 110
+        assert isinstance(reported[0]["exception"], ZeroDivisionError)
 
     @pytest.mark.parametrize("name", ["poll_outcome", "Poller._start_poll"])
     async def test_one_in_a_poll_ends_the_waits_that_it_concerns(
@@ -1711,7 +1727,7 @@ class TestBugs:
 
 
 def kill_next_worker(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Task[None]]:
-    """Cancel the next worker before it begins; the list then holds it."""
+    """Cancel the next worker before it starts; the list then contains it."""
     killed: list[asyncio.Task[None]] = []
     dispatch = Poller._dispatch
 
@@ -1791,7 +1807,7 @@ class TestClosing:
         assert client._transport._session.closed
         await asyncio.gather(*waits, return_exceptions=True)
 
-    async def test_somebody_who_cancels_all_tasks_does_not_stop_the_closing(self, sandbox: Sandbox) -> None:
+    async def test_cancelling_all_tasks_does_not_stop_the_closing(self, sandbox: Sandbox) -> None:
         client = sandbox.client()
         for number in range(1000):
             await pending(client, f"op{number}")
@@ -1929,7 +1945,7 @@ class TestNothingGrows:
         from aiokeyless._poller.state import PolledOperation, Wait
 
         kept = [thing for thing in gc.get_objects() if isinstance(thing, Wait | PolledOperation)]
-        assert len(kept) <= 2 * 70  # the queue sweeps what was taken back when there is enough of it
+        assert len(kept) <= 2 * 70  # the queue sweeps stale entries when there are enough of them
 
     async def test_statistics_count_what_happened(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -1943,7 +1959,7 @@ class TestNothingGrows:
         assert (client.statistics.waiting, client.statistics.in_flight) == (0, 0)
         assert (client.statistics.approvals, client.statistics.timeouts) == (1, 0)
 
-    async def test_lag_tells_that_there_are_too_many_waits(self, sandbox: Sandbox) -> None:
+    async def test_lag_shows_that_there_are_too_many_waits(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=1) as client:
             for number in range(10):
                 await pending(client, f"op{number}")
@@ -1967,7 +1983,7 @@ class TestNothingGrows:
 
 
 class Recording(wait_base):
-    """A fixed pace that writes down what it is asked with."""
+    """A fixed interval that records what it is called with."""
 
     def __init__(self, delay: float, ages: list[float | None] | None = None, attempts: list[int] | None = None) -> None:
         self._delay = delay

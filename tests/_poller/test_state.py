@@ -32,7 +32,7 @@ def make_wait(polled: PolledOperation) -> Wait:
     )
 
 
-async def test_a_look_is_cut_off_once(polled: PolledOperation) -> None:
+async def test_a_poll_is_cut_off_once(polled: PolledOperation) -> None:
     poll = Poll(polled, 0.0, final=False)
     poll.task = asyncio.create_task(asyncio.sleep(3600))
     poll.under_way = True
@@ -45,7 +45,7 @@ async def test_a_look_is_cut_off_once(polled: PolledOperation) -> None:
         await poll.task
 
 
-async def test_a_look_that_has_not_begun_is_only_marked(polled: PolledOperation) -> None:
+async def test_a_poll_that_has_not_started_is_only_marked(polled: PolledOperation) -> None:
     poll = Poll(polled, 0.0, final=False)
     poll.task = asyncio.create_task(asyncio.sleep(0))
     poll.stop()
@@ -53,17 +53,17 @@ async def test_a_look_that_has_not_begun_is_only_marked(polled: PolledOperation)
     assert poll.cut
 
 
-async def test_a_look_serves_a_wait_in_time(polled: PolledOperation) -> None:
+async def test_a_poll_serves_a_wait_in_time(polled: PolledOperation) -> None:
     assert Poll(polled, 0.0, final=False).serves(make_wait(polled))
 
 
-async def test_a_look_does_not_serve_a_wait_that_ended(polled: PolledOperation) -> None:
+async def test_a_poll_does_not_serve_a_wait_that_ended(polled: PolledOperation) -> None:
     wait = make_wait(polled)
     wait.cancel()
     assert not Poll(polled, 0.0, final=False).serves(wait)
 
 
-async def test_in_overtime_only_the_final_look_serves(polled: PolledOperation) -> None:
+async def test_past_the_deadline_only_the_final_poll_serves(polled: PolledOperation) -> None:
     wait, final, other = make_wait(polled), Poll(polled, 0.0, final=True), Poll(polled, 0.0, final=False)
     wait.deadline_passed = True
     wait.final = final
@@ -71,7 +71,7 @@ async def test_in_overtime_only_the_final_look_serves(polled: PolledOperation) -
     assert not other.serves(wait)
 
 
-async def test_a_watch_knows_its_waits_in_the_order_of_their_coming(polled: PolledOperation) -> None:
+async def test_a_polled_operation_keeps_its_waits_in_the_order_in_which_they_started(polled: PolledOperation) -> None:
     assert polled.all_waits() == []
     waits = [make_wait(polled) for _ in range(5)]
     for wait in waits:
@@ -82,7 +82,9 @@ async def test_a_watch_knows_its_waits_in_the_order_of_their_coming(polled: Poll
 
 
 @pytest.mark.parametrize("order", [range(5), range(4, -1, -1), [2, 0, 4, 1, 3]], ids=["first", "last", "any"])
-async def test_a_watch_lets_go_of_waits_that_have_ended(polled: PolledOperation, order: Sequence[int]) -> None:
+async def test_a_polled_operation_lets_go_of_waits_that_have_ended(
+    polled: PolledOperation, order: Sequence[int]
+) -> None:
     waits = [make_wait(polled) for _ in order]
     for wait in waits:
         polled.add(wait)
@@ -96,7 +98,7 @@ async def test_a_watch_lets_go_of_waits_that_have_ended(polled: PolledOperation,
     assert polled.all_waits() == [another]
 
 
-async def test_waits_and_watches_hold_nothing_else(polled: PolledOperation) -> None:
+async def test_waits_and_polled_operations_hold_nothing_else(polled: PolledOperation) -> None:
     for thing in (polled, make_wait(polled), Poll(polled, 0.0, final=False)):
         assert not hasattr(thing, "__dict__")
 

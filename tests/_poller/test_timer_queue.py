@@ -10,12 +10,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from aiokeyless._poller.timer_queue import TimerQueue
 
-# What an queue may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
+# What a queue may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
 SLACK = 200
 
 
 class Item:
-    """Something to book."""
+    """Something to schedule."""
 
     __slots__ = ("name", "scheduled_at")
 
@@ -27,7 +27,7 @@ class Item:
         return self.name < other.name
 
 
-def held(queue: TimerQueue[Item]) -> int:
+def entries(queue: TimerQueue[Item]) -> int:
     """Count the entries in memory, stale ones too."""
     return len(queue._heap) + len(queue._old)  # its memory is what is promised, and has no public face
 
@@ -62,7 +62,7 @@ class Naive:
         return first is not None and first <= now and self.entries.pop(taken) == first
 
 
-def test_an_empty_agenda_has_nothing() -> None:
+def test_an_empty_queue_has_nothing() -> None:
     queue: TimerQueue[Item] = TimerQueue()
     assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, None, None)
     queue.remove(Item(1))
@@ -108,7 +108,7 @@ def test_an_entry_can_move_both_ways_and_is_taken_once() -> None:
     assert drain(queue) == [2, 1]
 
 
-def test_what_was_taken_back_does_not_come_and_can_be_booked_again() -> None:
+def test_what_was_removed_does_not_come_and_can_be_scheduled_again() -> None:
     queue: TimerQueue[Item] = TimerQueue()
     item = Item(1)
     queue.schedule(item, 1.0)
@@ -141,7 +141,7 @@ def test_memory_follows_what_is_live_when_all_is_taken_back() -> None:
         queue.schedule(item, float(-item.name))
     for item in items:
         queue.remove(item)
-        assert held(queue) <= 3 * len(queue) + SLACK
+        assert entries(queue) <= 3 * len(queue) + SLACK
     assert len(queue) == 0
 
 
@@ -153,7 +153,7 @@ def test_memory_follows_what_is_live_when_the_rest_is_taken() -> None:
     for item in items[520:]:  # the last ones, which no poll at the front would come upon
         queue.remove(item)
     while queue.pop_due(1e9) is not None:
-        assert held(queue) <= 3 * len(queue) + SLACK
+        assert entries(queue) <= 3 * len(queue) + SLACK
 
 
 def test_memory_stays_small_where_waits_are_moved_without_end() -> None:
@@ -163,7 +163,7 @@ def test_memory_stays_small_where_waits_are_moved_without_end() -> None:
     most = 0
     for step in range(30_000):
         queue.schedule(dice.choice(items), step + 100 * dice.random())
-        most = max(most, held(queue))
+        most = max(most, entries(queue))
     assert len(queue) == 100
     assert most <= 3 * 100 + SLACK
 
@@ -178,7 +178,7 @@ def test_memory_stays_small_where_every_wait_is_cancelled_before_it_is_due() -> 
         item = Item(name)
         queue.schedule(item, 120.0 + name)
         queue.remove(item)
-        most = max(most, held(queue))
+        most = max(most, entries(queue))
     assert most <= 3 * 10 + SLACK
     assert sorted(drain(queue)) == list(range(10))
 
@@ -187,7 +187,7 @@ NAMES = 40
 times = st.integers(0, 9).map(float)
 
 
-class AgendaMachine(RuleBasedStateMachine):
+class TimerQueueMachine(RuleBasedStateMachine):
     """Any order of calls, in bursts large enough for sweeps to begin, run and end."""
 
     def __init__(self) -> None:
@@ -231,11 +231,11 @@ class AgendaMachine(RuleBasedStateMachine):
         assert len(self.queue) == len(self.naive.entries)
         assert self.queue.next_due() == self.naive.next_due()
         assert all(item.scheduled_at == self.naive.entries.get(item) for item in self.items)
-        assert held(self.queue) <= 3 * len(self.queue) + SLACK
+        assert entries(self.queue) <= 3 * len(self.queue) + SLACK
 
 
-AgendaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-test_any_order_of_calls_agrees_with_the_model = AgendaMachine.TestCase
+TimerQueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_any_order_of_calls_agrees_with_the_model = TimerQueueMachine.TestCase
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,4 +1,4 @@
-"""How much the service is asked for, on a made-up clock: open, down, paused, opening up, and any mixture of these."""
+"""How many polls the circuit allows, on a made-up clock: closed, open, half open, and any mixture of these."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aiokeyless._rules import circuit as health_room
+from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, MAX_PAUSE, Circuit
 
 LIMIT = 64
-MAX_PACE = 30.0
+MAX_BACKOFF = 30.0
 
 
 @pytest.fixture
-def paced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the chance out of the error pace: always the full window, 0.5 s, 1 s, 2 s ... 30 s."""
+def full_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the chance out of the backoff: always the full window, 0.5 s, 1 s, 2 s ... 30 s."""
 
     def full(failures: int) -> float:
-        return min(0.5 * 2.0 ** (failures - 1), MAX_PACE)
+        return min(0.5 * 2.0 ** (failures - 1), MAX_BACKOFF)
 
-    monkeypatch.setattr(health_room, "error_delay", full)
+    monkeypatch.setattr(circuit_module, "error_delay", full)
 
 
 def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = None) -> None:
@@ -32,7 +32,7 @@ def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = 
         circuit.record_failure(now, started_at=now, is_probe=True, pause=pause)
 
 
-def down_at(now: float, limit: int = LIMIT) -> Circuit:
+def open_at(now: float, limit: int = LIMIT) -> Circuit:
     circuit = Circuit(limit)
     fail(circuit, now, FAILURES_UNTIL_OPEN)
     assert circuit.is_probed
@@ -40,26 +40,26 @@ def down_at(now: float, limit: int = LIMIT) -> Circuit:
 
 
 def one_round(circuit: Circuit, now: float) -> None:
-    """Let as many polls as there is room for be answered well."""
+    """Answer as many polls as the circuit allows well."""
     for _ in range(circuit.room(now)):
         circuit.record_success(now, started_at=now)
 
 
-# -- the error pace
+# -- the backoff
 
 
-def test_the_pace_of_failures_is_at_random_in_a_window_that_doubles_from_half_a_second_to_thirty() -> None:
+def test_the_backoff_is_random_in_a_window_that_doubles_from_half_a_second_to_thirty() -> None:
     for failures, window in [(1, 0.5), (2, 1.0), (3, 2.0), (6, 16.0), (7, 30.0), (8, 30.0), (500, 30.0)]:
         delays = [error_delay(failures) for _ in range(300)]
         assert 0 < min(delays) < 0.25 * window
         assert 0.75 * window < max(delays) <= window
-    assert error_delay(10**6) <= MAX_PACE
+    assert error_delay(10**6) <= MAX_BACKOFF
 
 
-# -- open
+# -- closed
 
 
-def test_a_client_that_was_told_nothing_has_all_the_room() -> None:
+def test_a_new_circuit_is_closed_and_allows_all_polls() -> None:
     circuit = Circuit(LIMIT)
     assert (circuit.room(0.0), circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(0.0)) == (
         LIMIT,
@@ -92,18 +92,18 @@ def test_a_good_answer_between_them_makes_failures_not_in_a_row() -> None:
 
 
 @pytest.mark.parametrize("pause", [None, 0.0], ids=["none", "zero"])
-def test_no_hold_and_one_of_no_length_are_the_same(pause: float | None) -> None:
+def test_no_retry_after_and_one_of_zero_are_the_same(pause: float | None) -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 1.0, pause=pause)
     assert circuit.room(1.0) == LIMIT
 
 
-# -- down
+# -- open
 
 
-@pytest.mark.usefixtures("paced")
-def test_five_failures_in_a_row_leave_room_for_one_probe_and_that_later() -> None:
-    circuit = down_at(100.0)
+@pytest.mark.usefixtures("full_backoff")
+def test_five_failures_in_a_row_allow_one_probe_and_only_after_the_backoff() -> None:
+    circuit = open_at(100.0)
     assert (circuit.is_closed, circuit.limits_final_polls(100.0), circuit.limit) == (False, True, 1)
     assert circuit.retry_at() == 100.5
     assert circuit.room(100.49) == 0
@@ -111,8 +111,8 @@ def test_five_failures_in_a_row_leave_room_for_one_probe_and_that_later() -> Non
     assert circuit.room(1e9) == 1
 
 
-@pytest.mark.usefixtures("paced")
-def test_unanswered_final_looks_bring_the_service_down_too() -> None:
+@pytest.mark.usefixtures("full_backoff")
+def test_unanswered_final_polls_open_the_circuit_too() -> None:
     circuit = Circuit(LIMIT)
     for _ in range(5):
         circuit.record_failure(100.0, started_at=98.0, is_probe=False)
@@ -120,8 +120,8 @@ def test_unanswered_final_looks_bring_the_service_down_too() -> None:
     assert circuit.retry_at() == 100.5
 
 
-@pytest.mark.usefixtures("paced")
-def test_probes_keep_the_error_pace_counted_from_the_start_of_down() -> None:
+@pytest.mark.usefixtures("full_backoff")
+def test_probes_follow_the_backoff_counted_from_the_opening() -> None:
     circuit = Circuit(LIMIT)
     for second in range(200):  # a long life with failures, none of them five in a row
         fail(circuit, float(second), 4)
@@ -136,9 +136,9 @@ def test_probes_keep_the_error_pace_counted_from_the_start_of_down() -> None:
     assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
 
 
-@pytest.mark.usefixtures("paced")
-def test_the_second_time_down_starts_the_pace_anew() -> None:
-    circuit = down_at(0.0)
+@pytest.mark.usefixtures("full_backoff")
+def test_a_second_opening_restarts_the_backoff() -> None:
+    circuit = open_at(0.0)
     for _ in range(5):
         fail(circuit, circuit.retry_at())
     now = circuit.retry_at()
@@ -147,16 +147,16 @@ def test_the_second_time_down_starts_the_pace_anew() -> None:
     assert circuit.retry_at() - now == 0.5
 
 
-@pytest.mark.usefixtures("paced")
+@pytest.mark.usefixtures("full_backoff")
 def test_the_delay_counts_from_the_probes_failure_not_from_its_start() -> None:
-    circuit = down_at(0.0)
+    circuit = open_at(0.0)
     circuit.record_failure(10.5, started_at=0.5, is_probe=True)
     assert circuit.retry_at() == 11.5
 
 
-@pytest.mark.usefixtures("paced")
-def test_stragglers_that_fail_do_not_advance_the_pace() -> None:
-    circuit = down_at(100.0)
+@pytest.mark.usefixtures("full_backoff")
+def test_stragglers_that_fail_do_not_advance_the_backoff() -> None:
+    circuit = open_at(100.0)
     for now in (100.0, 100.1, 100.4, 107.0):
         circuit.record_failure(now, started_at=99.9, is_probe=True)
         assert circuit.retry_at() == 100.5
@@ -164,35 +164,35 @@ def test_stragglers_that_fail_do_not_advance_the_pace() -> None:
     assert circuit.retry_at() == 109.0  # the second probe's window, not the sixth's
 
 
-@pytest.mark.usefixtures("paced")
-def test_final_looks_do_not_pace_the_probes() -> None:
-    circuit = down_at(100.0)
+@pytest.mark.usefixtures("full_backoff")
+def test_final_polls_do_not_pace_the_probes() -> None:
+    circuit = open_at(100.0)
     for now in (100.1, 100.2, 100.3):
         circuit.record_failure(now, started_at=now, is_probe=False)
         assert circuit.retry_at() == 100.5
 
 
-def test_a_good_answer_ends_down() -> None:
-    circuit = down_at(100.0)
+def test_a_good_answer_makes_an_open_circuit_half_open() -> None:
+    circuit = open_at(100.0)
     circuit.record_success(130.0, started_at=130.0)
     assert (circuit.is_probed, circuit.limits_final_polls(130.0), circuit.is_closed) == (False, False, False)
     assert circuit.room(130.0) == 2  # the probe was the round of one
 
 
-@pytest.mark.usefixtures("paced")
+@pytest.mark.usefixtures("full_backoff")
 def test_a_good_answer_to_anything_ends_the_wait_for_the_next_probe() -> None:
-    circuit = down_at(0.0)
+    circuit = open_at(0.0)
     fail(circuit, 0.5)
     assert circuit.retry_at() == 1.5
     circuit.record_success(0.6, started_at=0.55)
     assert circuit.room(0.6) == 2
 
 
-# -- opening up
+# -- half open
 
 
 @pytest.mark.parametrize(
-    ("limit", "rooms"),
+    ("limit", "rounds"),
     [
         (64, [2, 4, 8, 16, 32, 64, 64]),
         (100, [2, 4, 8, 16, 32, 64, 100, 100]),
@@ -201,27 +201,27 @@ def test_a_good_answer_to_anything_ends_the_wait_for_the_next_probe() -> None:
         (1, [1, 1]),
     ],
 )
-def test_room_doubles_with_every_round_of_good_answers_up_to_the_limit(limit: int, rooms: list[int]) -> None:
-    circuit = down_at(0.0, limit)
+def test_the_limit_doubles_with_every_round_of_good_answers_up_to_max_in_flight(limit: int, rounds: list[int]) -> None:
+    circuit = open_at(0.0, limit)
     circuit.record_success(100.0, started_at=100.0)
     seen = []
-    for _ in rooms:
+    for _ in rounds:
         seen.append(circuit.room(100.0))
         one_round(circuit, 100.0)
-    assert seen == rooms
+    assert seen == rounds
     assert circuit.is_closed
 
 
-def test_a_round_is_as_many_good_answers_as_there_was_room() -> None:
-    circuit = down_at(0.0)
+def test_a_round_is_as_many_good_answers_as_polls_were_allowed() -> None:
+    circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
-    for answers, room in enumerate([2, 2, 4, 4, 4, 4, 8]):
-        assert circuit.room(100.0) == room, answers
+    for answers, allowed in enumerate([2, 2, 4, 4, 4, 4, 8]):
+        assert circuit.room(100.0) == allowed, answers
         circuit.record_success(100.0, started_at=100.0)
 
 
-def test_a_single_failure_on_the_way_up_does_not_stop_it() -> None:
-    circuit = down_at(0.0)
+def test_a_single_failure_while_half_open_does_not_stop_the_ramp_up() -> None:
+    circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
     fail(circuit, 100.0)
     assert circuit.room(100.0) == 2
@@ -229,8 +229,8 @@ def test_a_single_failure_on_the_way_up_does_not_stop_it() -> None:
     assert circuit.room(100.0) == 4
 
 
-def test_five_failures_on_the_way_up_are_down_again() -> None:
-    circuit = down_at(0.0)
+def test_five_failures_while_half_open_open_it_again() -> None:
+    circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
     one_round(circuit, 100.0)
     fail(circuit, 101.0, 5)
@@ -239,8 +239,8 @@ def test_five_failures_on_the_way_up_are_down_again() -> None:
     assert circuit.room(150.0) == 2
 
 
-def test_a_round_that_was_broken_off_counts_for_nothing_in_the_next_opening() -> None:
-    circuit = down_at(0.0)
+def test_a_round_that_was_broken_off_does_not_count_in_the_next_ramp_up() -> None:
+    circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
     for _ in range(3):
         one_round(circuit, 100.0)
@@ -252,8 +252,8 @@ def test_a_round_that_was_broken_off_counts_for_nothing_in_the_next_opening() ->
     assert circuit.room(151.0) == 2
 
 
-def test_good_answers_to_polls_of_better_days_do_not_widen() -> None:
-    circuit = down_at(100.0)
+def test_good_answers_to_polls_from_before_the_opening_do_not_ramp_up() -> None:
+    circuit = open_at(100.0)
     for _ in range(200):
         circuit.record_success(101.0, started_at=99.0)
         assert circuit.room(101.0) <= 2
@@ -261,21 +261,21 @@ def test_good_answers_to_polls_of_better_days_do_not_widen() -> None:
     assert circuit.room(101.0) == 4
 
 
-def test_good_answers_when_all_is_well_widen_nothing() -> None:
+def test_good_answers_while_closed_change_nothing() -> None:
     circuit = Circuit(4)
     for now in range(100):
         circuit.record_success(float(now), started_at=float(now))
     assert circuit.room(100.0) == 4
 
 
-# -- paused
+# -- Retry-After
 
 
 @pytest.mark.parametrize(
     ("pause", "until"),
     [(0.001, 100.001), (5.0, 105.0), (120.0, 220.0), (121.0, 220.0), (1e15, 220.0), (math.inf, 220.0)],
 )
-def test_a_hold_is_kept_for_two_minutes_at_most(pause: float, until: float) -> None:
+def test_a_retry_after_counts_for_two_minutes_at_most(pause: float, until: float) -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, pause=pause)
     assert circuit.retry_at() == until
@@ -285,7 +285,7 @@ def test_a_hold_is_kept_for_two_minutes_at_most(pause: float, until: float) -> N
     assert (circuit.room(until), circuit.limits_final_polls(until)) == (1, False)
 
 
-def test_of_two_holds_the_one_that_ends_later_counts() -> None:
+def test_of_two_retry_afters_the_one_that_ends_later_counts() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, pause=30.0)
     fail(circuit, 101.0, pause=5.0)
@@ -294,7 +294,7 @@ def test_of_two_holds_the_one_that_ends_later_counts() -> None:
     assert circuit.retry_at() == 142.0
 
 
-def test_after_a_hold_it_opens_up_from_one() -> None:
+def test_after_a_retry_after_it_ramps_up_from_one() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, pause=10.0)
     seen = []
@@ -305,7 +305,7 @@ def test_after_a_hold_it_opens_up_from_one() -> None:
     assert circuit.is_closed
 
 
-def test_a_client_with_room_for_one_is_open_again_after_a_hold() -> None:
+def test_with_one_poll_in_flight_at_most_it_is_closed_after_a_retry_after() -> None:
     circuit = Circuit(1)
     fail(circuit, 100.0, pause=10.0)
     assert not circuit.is_closed
@@ -313,14 +313,14 @@ def test_a_client_with_room_for_one_is_open_again_after_a_hold() -> None:
     assert circuit.is_closed
 
 
-def test_good_answers_during_a_hold_do_not_end_it() -> None:
+def test_good_answers_during_a_retry_after_do_not_end_it() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, pause=10.0)
     circuit.record_success(101.0, started_at=99.0)
     assert (circuit.room(109.9), circuit.limits_final_polls(109.9)) == (0, True)
 
 
-def test_final_looks_answered_well_during_a_hold_do_not_open_up_for_the_time_after_it() -> None:
+def test_final_polls_answered_well_during_a_retry_after_do_not_ramp_up_for_the_time_after_it() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, pause=100.0)
     for second in range(100):
@@ -328,8 +328,8 @@ def test_final_looks_answered_well_during_a_hold_do_not_open_up_for_the_time_aft
     assert circuit.room(200.0) == 1
 
 
-def test_a_hold_on_the_way_up_starts_again_from_one() -> None:
-    circuit = down_at(0.0)
+def test_a_retry_after_while_half_open_starts_again_from_one() -> None:
+    circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
     for _ in range(3):
         one_round(circuit, 100.0)
@@ -341,8 +341,8 @@ def test_a_hold_on_the_way_up_starts_again_from_one() -> None:
 # -- both at once
 
 
-@pytest.mark.usefixtures("paced")
-def test_five_failures_with_a_hold_are_down_and_held_and_the_later_end_counts() -> None:
+@pytest.mark.usefixtures("full_backoff")
+def test_five_failures_with_a_retry_after_open_the_circuit_until_the_later_of_the_two_ends() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, 5, pause=10.0)
     assert circuit.is_probed
@@ -352,9 +352,9 @@ def test_five_failures_with_a_hold_are_down_and_held_and_the_later_end_counts() 
     assert (circuit.room(100.4), circuit.room(100.5)) == (0, 1)
 
 
-@pytest.mark.usefixtures("paced")
+@pytest.mark.usefixtures("full_backoff")
 @pytest.mark.parametrize("pause", [0.001, 0.25])
-def test_a_short_hold_with_every_failure_does_not_let_probes_run_faster_than_the_error_pace(pause: float) -> None:
+def test_a_short_retry_after_with_every_failure_does_not_let_probes_run_faster_than_the_backoff(pause: float) -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 0.0, 5, pause=pause)
     now = 0.0
@@ -367,16 +367,16 @@ def test_a_short_hold_with_every_failure_does_not_let_probes_run_faster_than_the
     assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
 
 
-@pytest.mark.usefixtures("paced")
-def test_a_hold_that_a_straggler_brings_leaves_the_probe_under_way_a_probe() -> None:
-    circuit = down_at(100.0)
+@pytest.mark.usefixtures("full_backoff")
+def test_a_retry_after_of_a_straggler_leaves_the_probe_under_way_a_probe() -> None:
+    circuit = open_at(100.0)
     circuit.record_failure(101.0, started_at=99.0, is_probe=True, pause=1.0)
-    assert circuit.since == 100.0  # so the probe sent at 100.5 goes on to take the only room
+    assert circuit.since == 100.0  # so the probe sent at 100.5 stays the only one
     circuit.record_failure(102.0, started_at=100.5, is_probe=True)
     assert circuit.retry_at() == 103.0
 
 
-def test_the_end_of_a_hold_does_not_end_down() -> None:
+def test_the_end_of_a_retry_after_does_not_close_an_open_circuit() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, 5, pause=10.0)
     assert circuit.is_probed
@@ -384,7 +384,7 @@ def test_the_end_of_a_hold_does_not_end_down() -> None:
     assert circuit.room(1e9) == 1
 
 
-def test_a_good_answer_ends_down_and_not_the_hold_after_which_it_opens_from_one() -> None:
+def test_a_good_answer_does_not_end_a_retry_after_and_the_ramp_up_then_starts_from_one() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, 5, pause=60.0)
     circuit.record_success(130.0, started_at=130.0)
@@ -397,8 +397,8 @@ def test_a_good_answer_ends_down_and_not_the_hold_after_which_it_opens_from_one(
 # -- whatever happens
 
 
-class HealthMachine(RuleBasedStateMachine):
-    """A client that sends as it has room, and a service that answers as it likes, in any order and however late."""
+class CircuitMachine(RuleBasedStateMachine):
+    """A client that sends what the circuit allows, and a service that answers in any order and however late."""
 
     limit: int
     circuit: Circuit
@@ -406,7 +406,7 @@ class HealthMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.flying: list[tuple[float, bool]] = []  # sent at, is it a final look
+        self.flying: list[tuple[float, bool]] = []  # sent at, is it a final poll
 
     @initialize(limit=st.sampled_from([1, 2, 3, 5, 64]))
     def begin(self, limit: int) -> None:
@@ -432,7 +432,7 @@ class HealthMachine(RuleBasedStateMachine):
             self.flying.append((self.now, False))
 
     @rule()
-    def send_a_final_look(self) -> None:
+    def send_a_final_poll(self) -> None:
         self.flying.append((self.now, True))
 
     @precondition(lambda self: self.flying)
@@ -454,10 +454,10 @@ class HealthMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject, many: int, pause: float | None) -> None:
         for _ in range(min(many, len(self.flying))):
             sent_at, final = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
-            before, was_down = self.circuit.retry_at(), self.circuit.is_probed
+            before, was_open = self.circuit.retry_at(), self.circuit.is_probed
             self.circuit.record_failure(self.now, started_at=sent_at, is_probe=not final, pause=pause)
             assert self.circuit.limit in {1, self.limit} or not (pause or self.circuit.is_probed)
-            if was_down and (final or sent_at < self.circuit.since) and not pause:
+            if was_open and (final or sent_at < self.circuit.since) and not pause:
                 assert self.circuit.retry_at() == before
 
     @precondition(lambda self: self.flying)
@@ -472,13 +472,13 @@ class HealthMachine(RuleBasedStateMachine):
             assert 0 <= self.circuit.room(self.now) <= self.limit
 
     @invariant()
-    def room_again_in_good_time(self) -> None:
+    def polls_are_allowed_again_in_good_time(self) -> None:
         if hasattr(self, "circuit"):
             assert self.circuit.retry_at() <= self.now + MAX_PAUSE
             assert self.circuit.room(self.now + MAX_PAUSE) >= 1
 
     @invariant()
-    def one_at_a_time_while_down_and_none_while_held(self) -> None:
+    def one_at_a_time_while_open_and_none_during_a_retry_after(self) -> None:
         if hasattr(self, "circuit"):
             if self.circuit.is_probed:
                 assert self.circuit.room(self.now + MAX_PAUSE) == 1
@@ -493,7 +493,7 @@ class HealthMachine(RuleBasedStateMachine):
             assert not self.circuit.limits_final_polls(self.now)
 
     def teardown(self) -> None:
-        """Whatever happened: with good answers from now on, all the room comes back, in few rounds."""
+        """Whatever happened: with good answers from now on, the full limit comes back, in few rounds."""
         if not hasattr(self, "circuit"):
             return
         self.now = max(self.now, self.circuit.retry_at())
@@ -503,5 +503,5 @@ class HealthMachine(RuleBasedStateMachine):
         assert self.circuit.room(self.now) == self.limit
 
 
-HealthMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-test_whatever_happens_room_is_bounded_and_comes_back = HealthMachine.TestCase
+CircuitMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+test_whatever_happens_the_limit_is_bounded_and_comes_back = CircuitMachine.TestCase

@@ -77,7 +77,7 @@ class BotApiServer:
         assert self._runner is not None
         await self._runner.cleanup()
 
-    # -- what people do
+    # -- what users do
 
     async def say(self, chat: int, text: str, *, group: bool = False) -> dict[str, Any]:
         """Write to the bot, in a private chat or in a group; return the update, for `deliver`."""

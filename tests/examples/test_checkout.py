@@ -183,7 +183,7 @@ async def backend(keyless: Sandbox, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def hasty_backend(keyless: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Backend]:
-    """One whose customers have hardly any time: where the last look says all that a test wants to know."""
+    """One whose customers have hardly any time: where the final poll says all that a test wants to know."""
     async with Backend(keyless, tmp_path_factory.mktemp("hasty"), expires_in=0.3) as backend:
         yield backend
 
@@ -311,7 +311,7 @@ class TestOverHttp:
         assert (await hasty.open_shop()).order["state"] == "unknown"
         assert await hasty.outcome() == "paid"
 
-    async def test_a_timeout_is_not_paid_and_a_late_approval_is_found_by_looking_again(
+    async def test_a_timeout_is_not_paid_and_a_late_approval_is_found_by_checking_again(
         self, keyless: Sandbox, hasty: Customer
     ) -> None:
         await hasty.pay()
@@ -380,7 +380,7 @@ class TestOverHttp:
                 assert answer.status == 404
         assert asked(keyless, customer.order["user_id"]) == []
 
-    async def test_leaving_the_page_stops_the_looking(self, keyless: Sandbox, hasty: Customer) -> None:
+    async def test_leaving_the_page_stops_the_polls(self, keyless: Sandbox, hasty: Customer) -> None:
         await hasty.pay()
         assert await hasty.outcome() == "timed_out"
         with slow(keyless, 0.8):
@@ -508,7 +508,7 @@ class TestInTheBrowser:
             assert [len(asked(keyless, user)) for user in users] == [1, 1]
             assert all("ERR_" in error for error in ada.errors + bob.errors)  # the connection that was lost
 
-    async def test_a_timed_out_order_is_looked_at_again(
+    async def test_a_timed_out_order_is_checked_again(
         self, keyless: Sandbox, hasty_backend: Backend, browser: Browser
     ) -> None:
         async with Visitor(browser) as visitor:

@@ -217,7 +217,9 @@ async def test_approval_from_before_a_payment_asked_is_unclear_and_never_counts_
 
 
 @pytest.mark.usefixtures("application")
-async def test_payment_that_nobody_knows_about_at_its_deadline_is_unclear(streams: Streams, sandbox: Sandbox) -> None:
+async def test_a_payment_whose_outcome_is_unknown_at_its_deadline_is_unclear(
+    streams: Streams, sandbox: Sandbox
+) -> None:
     await streams.request(payment(seconds=2))
     await asked(sandbox)
     sandbox.drop_next(None)

@@ -125,7 +125,7 @@ async def test_late_approval_is_no_answer_to_the_next_question(
         assert teller.transfers == []
 
 
-async def test_bot_waits_out_a_keyless_that_is_down_for_a_while(
+async def test_the_bot_survives_an_outage_of_keyless(
     telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     async with running(telegram, client, database) as teller:
@@ -227,7 +227,7 @@ async def test_command_that_is_delivered_twice_at_once_transfers_once(
         assert len(teller.transfers) == len(sandbox.operations) == 1
 
 
-TOLD_ONCE = ["Approved and transferred.", example.SETTLED["paid"]]
+REPORTED_ONCE = ["Approved and transferred.", example.SETTLED["paid"]]
 
 
 def ends(telegram: BotApiServer) -> list[str]:
@@ -243,7 +243,7 @@ async def test_two_bots_that_get_one_command_transfer_once(
     sandbox: Sandbox,
     fault: Callable[[Sandbox, bool], None],
 ) -> None:
-    """While a new version is rolled out there are two; both learn of the approval, in the same moment."""
+    """While a new version is rolled out there are two; both see the approval at the same moment."""
     async with (
         BotApiServer() as telegram_too,
         running(telegram, client, database) as teller,
@@ -253,7 +253,7 @@ async def test_two_bots_that_get_one_command_transfer_once(
         await telegram_too.deliver(await telegram.say(ALICE, "/transfer 40 alice"))
         await until(lambda: client.statistics.waiting == 2)
         sandbox.approve(operation_ids(sandbox)[0])
-        await until(lambda: sorted(ends(telegram) + ends(telegram_too)) == TOLD_ONCE)
+        await until(lambda: sorted(ends(telegram) + ends(telegram_too)) == REPORTED_ONCE)
         assert len(teller.transfers + teller_too.transfers) == len(sandbox.operations) == 1
 
 
@@ -437,7 +437,7 @@ async def test_telegram_failing_at_progress_does_not_end_the_wait(
         assert len(teller.transfers) == 1
 
 
-async def test_end_is_told_also_where_the_message_was_deleted(
+async def test_the_end_is_reported_also_where_the_message_was_deleted(
     telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     async with running(telegram, client, database):

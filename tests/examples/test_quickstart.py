@@ -26,14 +26,14 @@ async def run(script: Path, sandbox: Sandbox) -> tuple[int | None, str, str]:
     return process.returncode, output.decode(), errors.decode()
 
 
-async def test_an_approval_is_told() -> None:
+async def test_an_approval_is_reported() -> None:
     async with Sandbox(auto_approve=0.2) as sandbox:
         assert await run(QUICKSTART, sandbox) == (0, "Approved (biom): pay.\n", "")
         [operation] = sandbox.operations.values()
         assert operation.is_approved
 
 
-async def test_a_timeout_is_told_with_what_is_needed_to_look_again(tmp_path: Path) -> None:
+async def test_a_timeout_is_reported_with_what_is_needed_to_check_again(tmp_path: Path) -> None:
     hasty = tmp_path / "quickstart.py"
     text = QUICKSTART.read_text()
     assert text.count("expires_in=60") == 1

@@ -231,7 +231,7 @@ async def test_phone_alone_shows_nothing_of_others(
     assert OTHER not in json.dumps(shown)
 
 
-async def test_phone_of_a_user_nobody_knows_is_empty(page: aiohttp.ClientSession) -> None:
+async def test_the_phone_of_an_unknown_user_is_empty(page: aiohttp.ClientSession) -> None:
     assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", "pending": [], "more": 0}]
 
 
@@ -348,7 +348,7 @@ def buffered(sandbox: Sandbox) -> int:
 
 
 @pytest.mark.looptime
-async def test_readers_that_do_not_read_are_held_little_for_and_then_dropped(
+async def test_little_is_buffered_for_readers_that_do_not_read_and_then_they_are_dropped(
     sandbox: Sandbox, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(24 * 20):  # as much as is shown at all, and each character takes six bytes
@@ -396,7 +396,7 @@ async def test_many_changes_are_one_picture(sandbox: Sandbox, page: aiohttp.Clie
 
 
 @pytest.mark.looptime
-async def test_reader_that_does_not_read_piles_nothing_up_and_holds_nobody_up(
+async def test_a_reader_that_does_not_read_piles_nothing_up_and_delays_no_other(
     sandbox: Sandbox, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = 0

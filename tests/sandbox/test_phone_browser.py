@@ -316,7 +316,7 @@ async def test_foreign_page_approves_nothing(
     assert not sandbox.operations["a"].is_approved
 
 
-# How it looks, and how it reads
+# Its appearance, and how it reads
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

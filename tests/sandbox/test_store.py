@@ -127,7 +127,7 @@ def test_pending_list_is_of_one_user_oldest_first(store: OperationStore) -> None
     ]
 
 
-def test_user_nobody_knows_has_nothing_pending(store: OperationStore) -> None:
+def test_an_unknown_user_has_nothing_pending(store: OperationStore) -> None:
     assert store.pending_json("F00") == b"[]"
 
 
