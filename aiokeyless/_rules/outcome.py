@@ -1,16 +1,18 @@
 """What the result of one poll means for a wait. Pure; the poller and the worker map it to what they do.
 
-All cases, in the order in which they are told apart (docs/rules.md numbers them):
+All cases, in the order in which they are told apart, as docs/rules.md numbers them:
 
-| the poll brought | final poll | otherwise |
-|---|---|---|
-| an approval of this operation | APPROVED | APPROVED |
-| an answer that is rejected | REJECTED | REJECTED |
-| pending | TIMED_OUT | PENDING |
-| a transient failure | UNANSWERED | TRANSIENT |
-| 404, once the operation was seen | UNANSWERED | TRANSIENT |
-| 404 that may be: the operation is young, or is to be waited for | TIMED_OUT | PENDING |
-| any other error | FAILED | FAILED |
+| case | the poll brought | before the deadline | the final poll |
+|---|---|---|---|
+| O1 | an approval of this operation | APPROVED | APPROVED |
+| O2 | an answer that is rejected | REJECTED | REJECTED |
+| O3 | pending | PENDING | TIMED_OUT |
+| O4 | a transient failure | TRANSIENT | UNANSWERED |
+| O5 | 404, the operation was seen before | TRANSIENT | UNANSWERED |
+| O6 | 404 that may be | PENDING | TIMED_OUT |
+| O7 | any other error | FAILED | FAILED |
+
+A 404 may be where the operation is young, or is to be waited for.
 """
 
 from __future__ import annotations

@@ -1,0 +1,122 @@
+"""The table of cases against the pure function, and the table against what is written about it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import pytest
+from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, RESULTS, USER_ID, OutcomeCase
+
+from aiokeyless import ApprovalTicket, NotFoundError, Operation
+from aiokeyless._rules import outcome
+from aiokeyless._rules.outcome import Outcome, PollFacts, Result, poll_outcome
+from aiokeyless.ticket import payload_digest
+
+NOON: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
+TICKET: Final = ApprovalTicket(
+    operation_id=OPERATION_ID,
+    user_id=USER_ID,
+    external_user_id=EXTERNAL_USER_ID,
+    payload_sha256=payload_digest(PAYLOAD),
+    created_at=NOON,
+    expires_at=NOON + timedelta(minutes=2),
+)
+RULES: Final = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def facts(case: OutcomeCase, *, is_final: bool) -> PollFacts:
+    return PollFacts(
+        OPERATION_ID,
+        TICKET,
+        is_final=is_final,
+        may_be_missing=case.is_young or case.if_missing == "wait",
+        was_seen=case.was_seen,
+    )
+
+
+@each_case
+def test_a_poll_before_the_deadline_means_what_the_table_says(case: OutcomeCase) -> None:
+    assert poll_outcome(case.answer, facts(case, is_final=False)) == Outcome(case.before, case.rejection)
+
+
+@each_case
+def test_a_final_poll_means_what_the_table_says(case: OutcomeCase) -> None:
+    assert poll_outcome(case.answer, facts(case, is_final=True)) == Outcome(case.final, case.rejection)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not isinstance(case.answer, NotFoundError)], ids=str)
+def test_only_a_404_depends_on_whether_the_operation_was_seen_or_may_be_missing(case: OutcomeCase) -> None:
+    for may_be_missing, was_seen in itertools.product((False, True), repeat=2):
+        changed = facts(case, is_final=False)._replace(may_be_missing=may_be_missing, was_seen=was_seen)
+        assert poll_outcome(case.answer, changed) == Outcome(case.before, case.rejection)
+
+
+@pytest.mark.parametrize("is_final", [False, True])
+def test_an_operation_that_was_seen_is_never_missing_even_where_it_may_be(*, is_final: bool) -> None:
+    [case] = (case for case in CASES if case.rule == "O5")
+    expected = case.final if is_final else case.before
+    assert poll_outcome(case.answer, facts(case, is_final=is_final)._replace(may_be_missing=True)).result is expected
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.answer, Operation)], ids=str)
+def test_a_bare_id_is_bound_to_no_user_and_no_payload(case: OutcomeCase) -> None:
+    assert isinstance(case.answer, Operation)
+    found = poll_outcome(case.answer, facts(case, is_final=False)._replace(ticket=None))
+    if case.answer.operation_id == OPERATION_ID and case.rejection is not None and case.rejection.is_mismatch:
+        expected = Outcome(Result.APPROVED if case.answer.is_approved else Result.PENDING)
+    else:
+        expected = Outcome(case.before, case.rejection)
+    assert found == expected
+
+
+# -- what is written about it
+
+
+def rows(table: str) -> list[list[str]]:
+    """Return the cells of the rows of the one Markdown table in a text, without its head."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def section(title: str) -> str:
+    return RULES.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def _name(cell: str) -> str:
+    """Return the name of a result as a cell writes it: "timed out", or "pending: the schedule sets the next poll"."""
+    return cell.partition(":")[0].upper().replace(" ", "_")
+
+
+def written(case: str, before: str, final: str) -> tuple[str, tuple[Result, Result]]:
+    return case, (Result[_name(before)], Result[_name(final)])
+
+
+def test_the_rules_say_what_the_table_says() -> None:
+    found = [written(case, before, final) for case, _, before, final in rows(section("What a poll's result means"))]
+    assert found == list(RESULTS.items())
+
+
+def test_the_docstring_says_what_the_table_says() -> None:
+    assert outcome.__doc__ is not None
+    assert [written(case, before, final) for case, _, before, final in rows(outcome.__doc__)] == list(RESULTS.items())
+
+
+def test_the_rules_and_the_docstring_name_the_same_cases() -> None:
+    assert outcome.__doc__ is not None
+    brought = [re.sub(r" \(rule \d\)", "", row[1]) for row in rows(section("What a poll's result means"))]
+    assert [row[1] for row in rows(outcome.__doc__)] == brought
+
+
+def test_each_case_of_the_rules_is_tested() -> None:
+    assert {case.rule for case in CASES} == RESULTS.keys()
+
+
+def test_where_the_worker_differs_the_rules_say_why() -> None:
+    reasons = {row[0] for row in rows(section("Where the engines differ"))}
+    assert {case.worker.row for case in CASES if case.worker is not None} <= reasons
