@@ -43,10 +43,8 @@ from aiokeyless._validation import (
     read_api_key,
 )
 from aiokeyless.errors import (
-    ApprovalTimeoutError,
     AuthenticationError,
     BadRequestError,
-    ClientClosedError,
     ConfigurationError,
     ConflictError,
     DecodeError,
@@ -57,10 +55,8 @@ from aiokeyless.errors import (
     NotJsonError,
     PermissionDeniedError,
     RateLimitError,
-    RequestTimeoutError,
     ServerError,
     StatusError,
-    TransportError,
     UnsupportedMediaTypeError,
 )
 from aiokeyless.models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, Secret
@@ -613,25 +609,7 @@ def test_a_passing_status_without_a_class_does_not_blame_the_base_url(status: in
     assert "base_url" not in str(failed(status))
 
 
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [
-        (TransportError("m", method="GET", path=PATH), True),
-        (RequestTimeoutError("m", method="GET", path=PATH), True),
-        (NotJsonError("m", status=200, method="GET", path=PATH), True),
-        (DecodeError("m", status=200, method="GET", path=PATH), False),
-        (ConfigurationError("m"), False),
-        (ClientClosedError("m"), False),
-        (ApprovalTimeoutError("m", operation_id="a"), False),
-        (KeylessError("m"), False),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_passes_and_what_does_not(error: KeylessError, transient: bool) -> None:
-    assert is_transient(error) is transient
-
-
-# -- what an error says of its body
+# -- what an error says about its body
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aiokeyless._rules import circuit as circuit_module
-from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, MAX_PAUSE, Circuit
 
 LIMIT = 64
@@ -43,17 +42,6 @@ def one_round(circuit: Circuit, now: float) -> None:
     """Answer as many polls as the circuit allows well."""
     for _ in range(circuit.room(now)):
         circuit.record_success(now, started_at=now)
-
-
-# -- the backoff
-
-
-def test_the_backoff_is_random_in_a_window_that_doubles_from_half_a_second_to_thirty() -> None:
-    for failures, window in [(1, 0.5), (2, 1.0), (3, 2.0), (6, 16.0), (7, 30.0), (8, 30.0), (500, 30.0)]:
-        delays = [error_delay(failures) for _ in range(300)]
-        assert 0 < min(delays) < 0.25 * window
-        assert 0.75 * window < max(delays) <= window
-    assert error_delay(10**6) <= MAX_BACKOFF
 
 
 # -- closed
@@ -98,7 +86,7 @@ def test_no_retry_after_and_one_of_zero_are_the_same(pause: float | None) -> Non
     assert circuit.room(1.0) == LIMIT
 
 
-# -- open
+# -- closed
 
 
 @pytest.mark.usefixtures("full_backoff")
@@ -261,7 +249,18 @@ def test_good_answers_to_polls_from_before_the_opening_do_not_ramp_up() -> None:
     assert circuit.room(101.0) == 4
 
 
-def test_good_answers_while_closed_change_nothing() -> None:
+def test_polls_of_better_days_take_no_room_until_it_is_closed_again() -> None:
+    circuit = Circuit(2)
+    assert circuit.takes_room(99.0)
+    fail(circuit, 100.0, FAILURES_UNTIL_OPEN)
+    assert not circuit.takes_room(99.0)
+    assert circuit.takes_room(100.0)
+    circuit.record_success(101.0, started_at=101.0)
+    assert circuit.is_closed
+    assert circuit.takes_room(99.0)
+
+
+def test_good_answers_when_all_is_well_widen_nothing() -> None:
     circuit = Circuit(4)
     for now in range(100):
         circuit.record_success(float(now), started_at=float(now))
