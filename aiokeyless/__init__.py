@@ -1,6 +1,6 @@
-"""aiokeyless: an asyncio client of the Keyless (PingOne Recognize) Operations API that waits for a human, rightly.
+"""aiokeyless: an asyncio client for the Keyless (PingOne Recognize) Operations API that waits for a human, correctly.
 
-Every public name is here; the sandbox is in `aiokeyless.sandbox`.
+All names of the client are exported here; the sandbox is in `aiokeyless.sandbox`, the worker in `aiokeyless.worker`.
 """
 
 from ._version import __version__

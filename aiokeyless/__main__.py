@@ -1,6 +1,6 @@
 """The entry point of the command ``aiokeyless`` and of ``python -m aiokeyless``; checks that the extra is installed.
 
-The command line itself is in cli/, which is imported only here.
+The command line itself is in ``aiokeyless/cli/``, which no other module imports.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Checks of arguments and identifiers: each returns what is to be used, or raises with what is wrong and what is right.
+"""Checks of arguments and identifiers: each returns the value to use, or an error that states what is valid.
 
 Nothing here does I/O.
 """
@@ -18,15 +18,15 @@ from yarl import URL
 from .errors import ConfigurationError, InvalidIdentifierError
 from .models import Region, Secret
 
-MAX_IDENTIFIER: Final = 512  # characters: long enough for any id in use, short enough for any gateway's URL limit
+MAX_IDENTIFIER: Final = 512  # characters: longer than the ids in use, and below the URL limits of gateways
 
 
 def check_operation_id(operation_id: str) -> str:
-    """Return the operation id as it is, or say why it cannot travel as one path segment.
+    """Return the operation id unchanged, if it can be sent as one path segment.
 
     Raises:
-        InvalidIdentifierError: Not a string; empty, too long, ``.`` or ``..`` (a path would lose them); control
-            characters or lone surrogates in it.
+        InvalidIdentifierError: Not a string; empty, too long, ``.`` or ``..`` (a URL path would drop them); it contains
+            control characters or lone surrogates.
     """
     if not isinstance(operation_id, str):
         raise InvalidIdentifierError(
@@ -40,10 +40,10 @@ def check_operation_id(operation_id: str) -> str:
         raise InvalidIdentifierError(
             f"operation_id must not be {operation_id!r}: a URL path cannot carry it", argument="operation_id"
         )
-    # What is printable holds neither, and is told in far less time.
+    # A printable string contains neither, and isprintable() is much faster.
     if not operation_id.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in operation_id):
         raise InvalidIdentifierError(
-            f"operation_id must not hold control characters or lone surrogates: {operation_id[:80]!r}",
+            f"operation_id must not contain control characters or lone surrogates: {operation_id[:80]!r}",
             argument="operation_id",
         )
     return operation_id
@@ -53,7 +53,7 @@ _HEX: Final = re.compile(rf"[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}", re.ASCII)
 
 
 def check_user_id(user_id: str) -> str:
-    """Return the user id in upper case, as the service wants it.
+    """Return the user id in upper case, as the service requires it.
 
     Raises:
         InvalidIdentifierError: Not a string of 1 to 512 hex digits.
@@ -71,10 +71,10 @@ def check_user_id(user_id: str) -> str:
 
 
 def check_text(text: str | None, name: str) -> str | None:
-    """Return an optional text as it is, or say why JSON cannot carry it.
+    """Return an optional text unchanged, if JSON can carry it.
 
     Raises:
-        ConfigurationError: Neither a string nor None; lone surrogates in it.
+        ConfigurationError: Neither a string nor None; it contains lone surrogates.
     """
     if text is None:
         return None
@@ -84,7 +84,7 @@ def check_text(text: str | None, name: str) -> str | None:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigurationError(
-            f"{name} must be text that UTF-8 can encode; it holds a lone surrogate", argument=name
+            f"{name} must be text that UTF-8 can encode; it contains a lone surrogate", argument=name
         ) from None
     return text
 
@@ -104,7 +104,7 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         raise ConfigurationError(
-            f"{name} must be a number of seconds, not an integer beyond any float", argument=name
+            f"{name} must be a number of seconds, not an integer too large for a float", argument=name
         ) from None
     if math.isnan(number):
         raise ConfigurationError(f"{name} must be a number of seconds, not {value!r}", argument=name)
@@ -116,7 +116,7 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
 
 
 def finite_seconds(value: object, name: str) -> float:
-    """Check an argument that is a number of seconds and cannot be without end.
+    """Check an argument that is a finite number of seconds.
 
     Args:
         value: What the caller gave.
@@ -134,8 +134,9 @@ def finite_seconds(value: object, name: str) -> float:
 def read_api_key(api_key: object) -> Secret | ConfigurationError:
     """Return the key without surrounding blanks, or the error to raise.
 
-    The error is returned and not raised, so that no frame of its traceback has the key among its local variables: error
-    reporters print those. Absent, empty, or not made of printable ASCII is an error; the message never shows the key.
+    The error is returned, not raised, so that no frame of its traceback has the key among its local variables: error
+    reporters print those. A key that is absent, empty or not printable ASCII is an error; the message never contains
+    the key.
     """
     if api_key is None:
         return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY", argument="api_key")
@@ -148,7 +149,7 @@ def read_api_key(api_key: object) -> Secret | ConfigurationError:
         )
     if not (api_key.isascii() and api_key.isprintable()):
         return ConfigurationError(
-            "api_key must be printable ASCII; it holds control or non-ASCII characters, often from a bad paste",
+            "api_key must be printable ASCII; it contains control or non-ASCII characters, often from copy and paste",
             argument="api_key",
         )
     return Secret(api_key)
@@ -169,8 +170,8 @@ def check_region(region: Region | str) -> Region:
         ) from None
 
 
-# Only what urlsplit and yarl, which connects, read in the same way: no zone, no percent sign, ASCII. An empty or longer
-# label raises what is no OSError when it is resolved.
+# Only what urlsplit and yarl parse in the same way: no zone, no percent sign, ASCII. (The connection uses yarl's
+# result.) Resolving an empty or a longer label raises something other than an OSError.
 _LABEL: Final = "[a-z0-9_-]{1,63}"
 
 
@@ -183,42 +184,42 @@ def check_base_url(base_url: str) -> str:
     """Return the base URL without a trailing slash.
 
     Raises:
-        ConfigurationError: Not an absolute https URL (http is for loopback hosts), or it carries what the API key
-            must not travel with (userinfo, query, fragment), or its host can be read in more than one way.
+        ConfigurationError: Not an absolute https URL (http is for loopback hosts only); it contains userinfo, a query
+            or a fragment; or its host can be parsed in more than one way.
     """
     if not isinstance(base_url, str):
         raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}", argument="base_url")
     base_url = base_url.strip()
     if any(c.isspace() or not c.isprintable() or c == "\\" for c in base_url):
         raise ConfigurationError(
-            "base_url must not hold blanks, control characters or backslashes", argument="base_url"
+            "base_url must not contain blanks, control characters or backslashes", argument="base_url"
         )
     try:
         parts = urlsplit(base_url)
         _ = parts.port  # raises on a bad one, also where yarl does not
-        host = URL(base_url).raw_host  # the one that will be connected to, so the one to check
+        host = URL(base_url).raw_host  # the host that will be connected to, so the one to check
     except ValueError:  # its text may quote userinfo
         raise ConfigurationError(
-            "base_url is no URL; it looks like https://api.keyless.io", argument="base_url"
+            "base_url is not a valid URL; an example is https://api.keyless.io", argument="base_url"
         ) from None
     if parts.scheme not in {"https", "http"} or not host:
         raise ConfigurationError("base_url must be an absolute URL such as https://api.keyless.io", argument="base_url")
     if "@" in parts.netloc:
-        raise ConfigurationError("base_url must not hold userinfo; the key goes into api_key", argument="base_url")
+        raise ConfigurationError("base_url must not contain userinfo; pass the key as api_key", argument="base_url")
     if "?" in base_url or "#" in base_url:
-        raise ConfigurationError("base_url must not hold a query or a fragment", argument="base_url")
+        raise ConfigurationError("base_url must not contain a query or a fragment", argument="base_url")
     if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
-        raise ConfigurationError("base_url must not hold '.' or '..' segments", argument="base_url")
+        raise ConfigurationError("base_url must not contain '.' or '..' segments", argument="base_url")
     if _AUTHORITY.fullmatch(parts.netloc) is None:
         raise ConfigurationError(
-            "base_url must name its host plainly: a name in ASCII (xn--... for an international one) or an IP address "
-            "(IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
+            "base_url must have an unambiguous host: a name in ASCII (xn--... for an international one) or an IP "
+            "address (IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
             argument="base_url",
         )
     if parts.scheme == "http" and not _is_loopback(host):
         raise ConfigurationError(
-            "base_url must be https: over http anyone on the way reads the API key "
-            "(http is for loopback hosts, such as a sandbox)",
+            "base_url must be https: http would send the API key unencrypted (http is for loopback hosts, such as a "
+            "sandbox)",
             argument="base_url",
         )
     return base_url.rstrip("/")

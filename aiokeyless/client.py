@@ -1,4 +1,7 @@
-"""`KeylessClient`, the face of the library: it checks arguments, and hands the work to the rooms below."""
+"""`KeylessClient`, the public entry point: it checks arguments and delegates.
+
+Single calls go to the transport (`_http/`), waits to the poller (`_poller/`). No rule of a wait is decided here.
+"""
 
 from __future__ import annotations
 
@@ -71,16 +74,16 @@ OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 T = TypeVar("T")
 
 _DEFAULT_TIMEOUT: Final = 120.0
-_BATCH: Final = 128  # waits begun without giving the loop a turn
+_BATCH: Final = 128  # waits started between two yields to the event loop
 
 
 _OTHER_LOOP: Final = (
-    "the client belongs to the event loop of its first use, and this is another one: make one client a loop"
+    "the client belongs to the event loop of its first use, and this is another one: create one client per event loop"
 )
 
 
 class _WaitOptions(TypedDict):
-    """The checked arguments of a wait, as the poller takes them."""
+    """The checked arguments of a wait, by the names of `Poller.start`."""
 
     operation_id: str
     ticket: ApprovalTicket | None
@@ -90,26 +93,27 @@ class _WaitOptions(TypedDict):
 
 
 class KeylessClient:
-    """A client of the Keyless Operations API; one is enough for a process, and shares what it learns.
+    """A client for the Keyless Operations API.
 
-    It can be made where no event loop runs; it belongs to the loop of its first use. Close it with ``async with`` or
+    One client is enough for a process: its waits share polls, the limits on polling and the learned schedule. It can
+    be created before an event loop runs; it belongs to the loop of its first use. Close it with ``async with`` or
     `aclose`.
 
     Args:
         api_key: The API key. Default: ``$KEYLESS_API_KEY``.
-        region: Where the tenant lives: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
-        base_url: Address of the API in place of a region's, and not beside one: https, or http to a loopback host.
-            Default: ``$KEYLESS_BASE_URL``, unless `region` is given: an argument beats the environment.
-        session: An aiohttp session to borrow, for proxies, tracing or one's own TLS settings; it is never closed here.
-            Its default headers, cookies and middlewares go along; its timeouts, redirects and error handling do not.
-        request_timeout: Seconds for one HTTP exchange, connect to last byte. Default: 10.
-        max_attempts: Attempts of one call on transient failures; 1 is no retry. Default: 3.
-        max_in_flight: Polls under way at once, of all waits together. Default: 64.
-        schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive` of
-            this client's own.
+        region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
+        base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
+            with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored where `region` is given.
+        session: An aiohttp session to use, for proxies, tracing or your own TLS settings; the client never closes it.
+            Its default headers, cookies and middlewares apply; its timeouts, redirects and error handling do not.
+        request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
+        max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
+        max_in_flight: Concurrent polls of all waits together. Default: 64.
+        schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
+            that only this client uses.
 
     Raises:
-        ConfigurationError: An argument is wrong; the message says which and what is right.
+        ConfigurationError: An argument is wrong; the message names it and states what is valid.
 
     Example:
         >>> async with KeylessClient() as client:
@@ -128,7 +132,7 @@ class KeylessClient:
         max_in_flight: int = 64,
         schedule: wait_base | None = None,
     ) -> None:
-        self._transport: Transport | None = None  # set first: __del__ looks at it, however the rest goes
+        self._transport: Transport | None = None  # set first: __del__ reads it, also where __init__ raises
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
         if session is not None and not isinstance(session, aiohttp.ClientSession):
@@ -138,7 +142,7 @@ class KeylessClient:
         key, api_key = (
             read_api_key(_given(api_key, "KEYLESS_API_KEY")),
             None,
-        )  # reporters print local variables
+        )  # error reporters print local variables
         if isinstance(key, ConfigurationError):
             raise key
         self._api_key = key
@@ -152,7 +156,7 @@ class KeylessClient:
         self._poller: Poller | None = None
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a KeylessClient cannot be pickled or copied: make one where it is used")
+        raise TypeError("a KeylessClient cannot be pickled or copied: create one where it is used")
 
     def __repr__(self) -> str:
         where = f"region={self._region.value!r}" if self._region is not None else f"base_url={self._base_url!r}"
@@ -170,22 +174,22 @@ class KeylessClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the client; harmless when it is closed already.
+        """Close the client; closing it again has no effect.
 
-        Every call and every wait under way ends with `ClientClosedError`. A borrowed session stays open. Once begun,
-        closing goes on where the caller is cancelled; a second call waits for the first.
+        Every call and every wait under way ends with `ClientClosedError`. A borrowed session stays open. Closing
+        completes even if the caller is cancelled; a second call waits for the first.
 
         Raises:
             ConfigurationError: The client belongs to another event loop.
         """
-        if self._closing is not None and self._closing.done():  # perhaps on a loop that is gone
+        if self._closing is not None and self._closing.done():  # also where its loop is closed by now
             return
         loop = asyncio.get_running_loop()
         if self._loop is not None and self._loop is not loop:
             raise ConfigurationError(_OTHER_LOOP)
         if self._closing is None:
             self._closed = True
-            # A task of its own, which the caller's cancellation does not reach, past any task factory.
+            # A separate task, so that cancelling the caller does not cancel it; created without any task factory.
             self._closing = asyncio.Task(self._close(), loop=loop)
         await asyncio.shield(self._closing)
 
@@ -204,9 +208,9 @@ class KeylessClient:
             )
 
     def _open(self) -> tuple[Transport, Poller]:
-        """Return the rooms below, made on first use: only then is there a loop to belong to."""
+        """Return the transport and the poller; created on first use, since both belong to the running loop."""
         if self._closed:
-            raise ClientClosedError("the client is closed; make a new one, or close it later")
+            raise ClientClosedError("the client is closed; create a new one, or close it later")
         loop = asyncio.get_running_loop()
         if self._loop is None:
             transport = Transport(
@@ -228,18 +232,18 @@ class KeylessClient:
     # -- single calls
 
     async def get_pending_operations(self, user_id: str) -> list[PendingOperation]:
-        """Return what waits for a user's approval.
+        """Return the operations that are waiting for a user's approval.
 
-        That an operation is absent is no proof of its approval.
+        An operation's absence from the list does not prove that it was approved.
 
         Args:
             user_id: The user, in hex of either case.
 
         Raises:
             InvalidIdentifierError: The user id is not hex.
-            StatusError: The service refused; see its subclasses.
-            TransportError: No usable answer came, after `max_attempts`.
-            DecodeError: The answer is of another shape than documented.
+            StatusError: The service answered with an error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
 
         Source: Keyless documentation, Server API / Operations, "Get pending operations".
         """
@@ -247,9 +251,10 @@ class KeylessClient:
         return await transport.fetch(protocol.get_pending_operations(user_id))
 
     async def get_operation(self, operation_id: str) -> Operation:
-        """Return an operation as it is now.
+        """Return an operation in its current state.
 
-        Whether it is approved is `Operation.is_approved`; that it is the one you mean is for you to compare.
+        `Operation.is_approved` tells whether it is approved. Compare its ids, user and payload with yours: this method
+        does not.
 
         Args:
             operation_id: The customer's id of the operation: 1 to 512 characters, no control characters.
@@ -257,9 +262,9 @@ class KeylessClient:
         Raises:
             InvalidIdentifierError: The id cannot be sent.
             NotFoundError: There is no such operation.
-            StatusError: The service refused; see its subclasses.
-            TransportError: No usable answer came, after `max_attempts`.
-            DecodeError: The answer is of another shape than documented.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
 
         Source: Keyless documentation, Server API / Operations, "Get operation".
         """
@@ -276,23 +281,23 @@ class KeylessClient:
         expires_in: float = _DEFAULT_TIMEOUT,
         if_exists: IfExists = "raise",
     ) -> ApprovalTicket:
-        """Create an operation for a user to approve, once and only once.
+        """Create an operation for a user to approve, exactly once.
 
         After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client checks whether
-        the operation exists before it sends it again. What it finds under an id of your own may belong to an earlier
-        request: the ticket then says `ApprovalTicket.reconciled`, and where it is approved already,
-        `AlreadyApprovedError` is raised. An operation id is an idempotency key for the question and not a lock for what
-        follows from the answer: keep a record of your own that changes from asked to paid once.
+        the operation exists before it sends the request again. What it finds under an id that you chose may belong to
+        an earlier request: then `ApprovalTicket.reconciled` is true, or, if the operation is approved already,
+        `AlreadyApprovedError` is raised. An operation id makes creating idempotent. It is not a lock on what you do
+        with the approval: keep a record of your own that changes from asked to paid exactly once.
 
         Args:
             user_id: The user, in hex of either case.
             operation_id: The operation's id, unique in the tenant. Default: a UUID4.
-            operation_payload: What the user is asked to approve. Default: nothing.
-            external_user_id: Your own id of the user. Default: nothing.
-            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service knows no
-                expiry: the user can approve later.
-            if_exists: What a 409 means: ``"raise"``, or ``"resume"`` to get the operation that has the id, and to
-                return a ticket for it where its content is the same and it is pending.
+            operation_payload: What the user is asked to approve. Default: none.
+            external_user_id: Your own id of the user. Default: none.
+            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
+                expiry: the user can still approve later.
+            if_exists: What to do on a 409: ``"raise"``, or ``"resume"`` to get the operation that has the id and to
+                return a ticket for it if it has the same content and is pending. Default: ``"raise"``.
 
         Returns:
             The ticket to wait for, here or in another process.
@@ -302,8 +307,8 @@ class KeylessClient:
             AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
                 earlier request. One approval must not count twice.
             ConflictError: The id is taken by another operation.
-            KeylessError: It failed; where it may have taken effect, the operation was looked for and not found, or
-                could not be looked for. ``operation_id`` of the error says which it was.
+            KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
+                and either did not find it or could not check. The error's ``operation_id`` names the operation.
 
         Source: Keyless documentation, Server API / Operations, "Create operation".
         """
@@ -349,40 +354,41 @@ class KeylessClient:
         if_missing: IfMissing = "raise",
         on_poll: OnPoll | None = None,
     ) -> Operation:
-        """Wait until the user approved this operation; return then, and only then.
+        """Wait until the user approves this operation, and return only then.
 
         Args:
-            target: An operation id, or the ticket of `create_operation`: with a ticket the user, the payload and the
-                external user id of each answer are checked too.
-            timeout: Seconds for the whole wait, None for no end. Default: for a ticket what is left until its
-                ``expires_at``, for an id 120. A final look starts at the deadline and may take 2 seconds more.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
+                id of each answer are checked too.
+            timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
+                ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
             schedule: When to poll. Default: the client's schedule.
-            if_missing: What a 404 means: ``"raise"``, or ``"wait"`` for an operation that the phone will create. With a
-                bare id the approval of any user counts then: pass `ApprovalTicket.for_operation`, which names the user
-                and the payload, or compare them yourself.
+            if_missing: What to do on a 404: ``"raise"``, or ``"wait"`` for an operation that the phone will create.
+                With a bare id, an approval by any user then counts: pass `ApprovalTicket.for_operation`, which names
+                the user and the payload, or compare them yourself. Default: ``"raise"``.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
-                raises ends the wait and is raised from it; a ``StopIteration``, which no coroutine can raise, as the
-                cause of a ``RuntimeError``.
+                raises ends the wait and propagates; a ``StopIteration``, which no coroutine can raise, becomes the
+                cause of a ``RuntimeError``. Default: none.
 
         Returns:
             The approved operation.
 
         Raises:
-            ConfigurationError: An argument is wrong, or the schedule returned no number.
-            ApprovalTimeoutError: Time is up and the operation is pending. It can still be approved later.
-            ApprovalUnknownError: Time is up and the final look got no answer. It is an `ApprovalTimeoutError` too.
+            ConfigurationError: An argument is wrong, or the schedule did not return a number.
+            ApprovalTimeoutError: The deadline passed and the operation is pending. It can still be approved later.
+            ApprovalUnknownError: The deadline passed and the final poll got no answer, so the outcome is unknown. It is
+                an `ApprovalTimeoutError` too.
             OperationMismatchError: An answer is about another operation, user or payload.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
             NotFoundError: There is no such operation, and `if_missing` is ``"raise"``.
-            StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are waited out.
-            DecodeError: An answer is JSON of another shape than documented.
+            StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
+            DecodeError: An answer is JSON that does not have the documented shape.
             ClientClosedError: The client was closed.
 
-        Source: section "What a wait promises" of the README.
+        Source: ``docs/rules.md``, "The rules of a wait".
         """
         if on_poll is not None:
             return await self._wait_reporting(self._options(target, timeout, schedule, if_missing), on_poll)
-        # The options are not kept: they would sleep along with each wait.
+        # The options are not kept in a variable: each waiting frame would hold them in memory.
         poller, wait = self._start(self._options(target, timeout, schedule, if_missing))
         try:
             return _result(await wait)
@@ -400,16 +406,16 @@ class KeylessClient:
         if_exists: IfExists = "raise",
         on_poll: OnPoll | None = None,
     ) -> Operation:
-        """Create an operation and wait until the user approved it: `create_operation`, then `wait_for_approval`.
+        """Create an operation and wait until the user approves it: `create_operation`, then `wait_for_approval`.
 
         Args:
             user_id: The user, in hex of either case.
             operation_id: The operation's id, unique in the tenant. Default: a UUID4.
-            operation_payload: What the user is asked to approve. Default: nothing.
-            external_user_id: Your own id of the user. Default: nothing.
+            operation_payload: What the user is asked to approve. Default: none.
+            external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait. Default: 120.
-            if_exists: What a 409 means, see `create_operation`.
-            on_poll: Called with an `ApprovalUpdate` for each poll; may be async.
+            if_exists: What to do on a 409: see `create_operation`. Default: ``"raise"``.
+            on_poll: Called with an `ApprovalUpdate` for each poll; may be async. Default: none.
 
         Returns:
             The approved operation.
@@ -436,10 +442,10 @@ class KeylessClient:
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
     ) -> AsyncGenerator[ApprovalUpdate, None]:
-        """Wait as `wait_for_approval` does, and iterate over what each poll showed.
+        """Wait as `wait_for_approval` does, and yield an update for each poll.
 
-        Looks go on while the caller works on an update. The wait begins with the first iteration and ends with the
-        iterator: exhausted, closed with ``aclose()``, or left by ``break``.
+        Polling continues while the caller handles an update. The wait starts with the first iteration and ends when
+        the iterator is exhausted, closed with ``aclose()``, or left by ``break``.
 
         Args:
             target: See `wait_for_approval`.
@@ -448,7 +454,7 @@ class KeylessClient:
             if_missing: See `wait_for_approval`.
 
         Yields:
-            One update a poll; the operation of the last one is approved.
+            One update per poll; the operation of the last one is approved.
 
         Raises:
             KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
@@ -463,22 +469,23 @@ class KeylessClient:
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
     ) -> AsyncGenerator[ApprovalOutcome, None]:
-        """Wait for many operations, and iterate over how they end, in the order in which they end.
+        """Wait for many operations, and yield an outcome for each, in the order in which they end.
 
-        One that fails does not end the others. A target that is given twice has two outcomes.
+        A wait that fails does not end the others. A target that is given twice has two outcomes.
 
         Args:
             targets: Operation ids and tickets.
-            timeout: Of each wait, see `wait_for_approval`.
+            timeout: Seconds for each wait; see `wait_for_approval`.
             schedule: See `wait_for_approval`.
             if_missing: See `wait_for_approval`.
 
         Yields:
-            One outcome a target: its approved operation, or the error that `wait_for_approval` would have raised.
+            One outcome per target: its approved operation, or the error that `wait_for_approval` would have raised.
 
         Raises:
-            ConfigurationError: At the call: an argument is wrong.
-            ClientClosedError: The client was closed before the iteration began; later it is the outcome of each wait.
+            ConfigurationError: An argument is wrong; raised at the call, before the iteration.
+            ClientClosedError: The client was closed before the iteration started. If it is closed later, this error is
+                the outcome of each remaining wait.
         """
         if isinstance(targets, str | bytes | ApprovalTicket):
             raise ConfigurationError(
@@ -488,7 +495,7 @@ class KeylessClient:
 
     @property
     def statistics(self) -> ClientStatistics:
-        """The client's waits now, and its counts since it was made."""
+        """The client's current waits, and its counts since it was created."""
         if self._poller is None:
             return ClientStatistics(
                 waiting=0,
@@ -549,7 +556,7 @@ class KeylessClient:
 
     async def _watch(self, options: _WaitOptions) -> AsyncGenerator[ApprovalUpdate, None]:
         _, poller = self._open()
-        # Unbounded: the pace of looks bounds it, and a look must not wait for a slow reader.
+        # Unbounded: the rate of polls bounds it, and a poll must not wait for a slow reader.
         send, receive = anyio.create_memory_object_stream[ApprovalUpdate](math.inf)
         with send, receive:
             wait = poller.start(**options, updates=send)
@@ -563,7 +570,7 @@ class KeylessClient:
     async def _outcomes(self, waits: list[_WaitOptions]) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
-        begun: list[Wait] = []
+        started: list[Wait] = []
         with send, receive:
             try:
                 for count, options in enumerate(waits, 1):
@@ -572,14 +579,14 @@ class KeylessClient:
                     except KeylessError as error:
                         send.send_nowait((options["operation_id"], error))
                         continue
-                    begun.append(wait)
+                    started.append(wait)
                     wait.add_done_callback(functools.partial(_report, send, options["operation_id"]))
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)
                 for _ in waits:
                     yield _outcome(*await receive.receive())
             finally:
-                for wait in begun:
+                for wait in started:
                     poller.leave(wait)
 
 
@@ -590,7 +597,7 @@ def _result(outcome: WaitResult) -> Operation:
 
 
 def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:
-    """Make the outcome of one of many waits; what is no error of this library, such as a bug, is raised."""
+    """Return the outcome of one of many waits; raise what is not an error of this library, such as a bug."""
     if isinstance(outcome, KeylessError):
         return NotApproved(operation_id=operation_id, error=outcome)
     return Approved(operation_id=operation_id, operation=_result(outcome))
@@ -601,19 +608,19 @@ def _report(
 ) -> None:
     if future.cancelled():  # the iterator was closed, and has left its waits
         return
-    with contextlib.suppress(anyio.ClosedResourceError):  # closed since the wait ended: nobody wants to know
+    with contextlib.suppress(anyio.ClosedResourceError):  # closed since the wait ended: there is no reader any more
         send.send_nowait((operation_id, future.result()))
 
 
 def _given(value: T | None, variable: str) -> T | str | None:
-    """Return an argument, or the environment variable in its place; an empty one counts as unset."""
+    """Return an argument, or the environment variable if it is None; an empty variable counts as unset."""
     return value if value is not None else os.environ.get(variable) or None
 
 
 def _address(region: Region | str | None, base_url: str | None) -> tuple[Region | None, str]:
-    """Return the region, where it is one's address that is used, and the base URL; all are checked, used or not."""
+    """Return the region (None where its address is not used) and the base URL; all are checked, used or not."""
     if region is not None and base_url is not None:
-        raise ConfigurationError("region and base_url must not both be given: each of them says where the API is")
+        raise ConfigurationError("region and base_url must not both be given: each sets the address of the API")
     named_region, named_url = _given(region, "KEYLESS_REGION"), _given(base_url, "KEYLESS_BASE_URL")
     checked_region = Region.EU if named_region is None else check_region(named_region)
     checked_url = None if named_url is None else check_base_url(named_url)
@@ -628,7 +635,7 @@ def _check_if_exists(if_exists: object) -> None:
 
 
 def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None:
-    """Return the seconds of a wait: infinity for no end, None for what the ticket has left."""
+    """Return the seconds of a wait: infinity for no limit, None for the time that the ticket has left."""
     if timeout is None:
         return math.inf
     if isinstance(timeout, DefaultTimeout):

@@ -1,14 +1,14 @@
-"""Every exception that leaves the library, under one root.
+"""The exceptions of the client, under one root.
 
-An exception here knows its facts (status, path, operation) and says in one line what happened and what to do.
-It never holds an API key, a payload or a raw body in its message, and it survives pickling.
+Each carries its facts (status, path, operation) as attributes, and a one-line message: what happened and what to do.
+The message never contains an API key, a payload or a raw body. All can be pickled.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-if TYPE_CHECKING:  # for annotations only: errors.py stands below models.py and must not load it
+if TYPE_CHECKING:  # for annotations only: errors.py is below models.py and must not import it
     from .models import Operation
     from .ticket import ApprovalTicket
 
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def _restore(cls: type[KeylessError], args: tuple[Any, ...]) -> KeylessError:
-    """Make an exception without running its ``__init__``: that builds a message, and the message is there already."""
+    """Create an exception without running its ``__init__``, which would build the message a second time."""
     error = cls.__new__(cls)
     error.args = args  # OSError.__new__, under the timeouts here, leaves args empty
     return error
@@ -50,7 +50,7 @@ def _restore(cls: type[KeylessError], args: tuple[Any, ...]) -> KeylessError:
 class KeylessError(Exception):
     """Root of all errors of this library.
 
-    What to do: catch it to handle "Keyless did not work" in one place; catch what is below it to tell why.
+    What to do: catch it to handle "Keyless did not work" in one place; catch its subclasses to tell the causes apart.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,11 +60,11 @@ class KeylessError(Exception):
 class ConfigurationError(KeylessError, ValueError):
     """An argument, key, region, URL or event loop is wrong; nothing was sent.
 
-    What to do: fix the call; the message names the argument, what was wrong and what is right.
+    What to do: fix the call; the message names the argument and states what is wrong and what is valid.
 
     Attributes:
-        argument: The argument that is wrong, by the name that the message gives it, such as ``"user_id"``; None where
-            it is not one argument that is wrong.
+        argument: Name of the wrong argument, as in the message, such as ``"user_id"``; None where the error is not
+            about one argument.
     """
 
     def __init__(self, message: str, *, argument: str | None = None) -> None:
@@ -81,27 +81,28 @@ class InvalidIdentifierError(ConfigurationError):
 
 
 class ClientClosedError(KeylessError, RuntimeError):
-    """The client was closed before the call or while it ran.
+    """The client was closed before the call or during it.
 
-    What to do: close the client only after its work is done. A create or a wait that was cut off here may have
-    taken effect: look with ``get_operation``.
+    What to do: close the client only after its work is done. A create that was interrupted may have taken effect, and
+    the operation of a wait may be approved by now: check with ``get_operation``.
 
     Attributes:
-        operation_id: The operation of a create that was cut off; None for any other call.
+        operation_id: The operation of a create that was interrupted; None for any other call.
     """
 
     operation_id: str | None = None
 
 
 class TransportError(KeylessError):
-    """No usable answer came: no connection, TLS failure, reset, cut off, or a body over the limit.
+    """No usable answer arrived: no connection, TLS failure, reset, an incomplete answer, or a body over the limit.
 
-    What to do: try again later; single calls already did, ``max_attempts`` times, and waits do until their deadline.
+    What to do: try again later. Single calls were already tried ``max_attempts`` times; waits retry until their
+    deadline.
 
     Attributes:
         method: HTTP method of the request.
         path: Path of the request, percent-encoded.
-        sent: False where the request certainly never left this machine, so that it cannot have had an effect.
+        sent: False if the request certainly never left this machine, so that it cannot have had an effect.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
         attempts: The failures of the earlier attempts of the same call, oldest first.
     """
@@ -119,20 +120,20 @@ class TransportError(KeylessError):
 class RequestTimeoutError(TransportError, TimeoutError):
     """One HTTP exchange took longer than ``request_timeout``.
 
-    What to do: as for `TransportError`; if it is frequent, raise ``request_timeout`` or look at the network.
+    What to do: as for `TransportError`; if it is frequent, raise ``request_timeout`` or check the network.
     """
 
 
 class DecodeError(KeylessError):
     """A 2xx whose body is JSON of the wrong shape: the service and this library disagree about the API.
 
-    What to do: check ``base_url``; if it is right, upgrade the library or report the message.
+    What to do: check ``base_url``; if it is correct, upgrade the library or report the message.
 
     Attributes:
         status: HTTP status, 2xx.
         method: HTTP method of the request.
         path: Path of the request, percent-encoded.
-        request_id: The service's id of the exchange, where it sent one.
+        request_id: The service's id of the exchange, or None if it sent none.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
         attempts: The failures of the earlier attempts of the same call, oldest first.
     """
@@ -151,24 +152,25 @@ class DecodeError(KeylessError):
 class NotJsonError(DecodeError):
     """A 2xx whose body is not JSON at all: most often the page of a gateway or of a captive portal.
 
-    What to do: it is treated as passing; if it stays, something between you and Keyless answers in its place.
+    What to do: it is treated as a transient failure. If it persists, something between you and Keyless answers instead
+    of Keyless.
     """
 
 
 class StatusError(KeylessError):
-    """The service, or a gateway in front of it, answered with an error status; also with a redirect.
+    """The service, or a gateway in front of it, answered with an error status or a redirect.
 
     What to do: see the subclass. A plain `StatusError` is a status that the API does not document; a 3xx means
-    that ``base_url`` is not the API's (redirects are never followed: that would hand the key to another host).
+    that ``base_url`` is not the API's (redirects are never followed: that would send the key to another host).
 
     Attributes:
         status: HTTP status.
         method: HTTP method of the request.
         path: Path of the request, percent-encoded.
-        request_id: The service's id of the exchange, where it sent one.
-        retry_after: Seconds after which the service wants to be asked again, where it said so.
-        detail: At most 200 printable characters of the error body, the API key struck out. It may quote what you
-            sent, a payload too: think before you log it.
+        request_id: The service's id of the exchange, or None if it sent none.
+        retry_after: Seconds to wait before the next request, from ``Retry-After``; None if the service sent none.
+        detail: At most 200 printable characters of the error body, the API key redacted; or None. It may quote what
+            you sent, including a payload: consider that before you log it.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
         attempts: The failures of the earlier attempts of the same call, oldest first.
     """
@@ -199,112 +201,114 @@ class StatusError(KeylessError):
 
 
 class BadRequestError(StatusError):
-    """400: the service finds the request malformed.
+    """400: the service considers the request malformed.
 
-    What to do: change the request; unchanged it will fail again. `detail` may say what is wrong.
+    What to do: change the request; unchanged, it will fail again. `detail` may state what is wrong.
     """
 
-    advice = "the request is malformed; do not repeat it unchanged, .detail may say what is wrong"
+    advice = "the request is malformed; do not repeat it unchanged, .detail may state what is wrong"
 
 
 class AuthenticationError(StatusError):
     """401: the API key is wrong, missing, or of another region.
 
-    What to do: check the key and that region or ``base_url`` is the one it was issued for.
+    What to do: check the key, and that it was issued for this region or ``base_url``.
     """
 
     advice = "the API key is wrong or belongs to another region; check KEYLESS_API_KEY and the region"
 
 
 class PermissionDeniedError(StatusError):
-    """403: the key is not allowed to do this, or a gateway refuses this network.
+    """403: the key is not allowed to do this, or a gateway blocks this network.
 
-    What to do: check what the key may do, and whether your address is on the gateway's allow list.
+    What to do: check the permissions of the key, and whether your address is on the gateway's allow list.
     """
 
-    advice = "not allowed; check what the API key may do and whether a gateway blocks your address"
+    advice = "not allowed; check the permissions of the API key and whether a gateway blocks your address"
 
 
 class NotFoundError(StatusError):
     """404: no such operation or user.
 
-    What to do: check the id. An operation that the phone will create does not exist until the user approved it:
+    What to do: check the id. An operation that the phone will create does not exist until the user has approved it:
     wait for it with ``if_missing="wait"``.
     """
 
-    advice = 'no such operation or user; check the id (a phone-made operation: wait with if_missing="wait")'
+    advice = 'no such operation or user; check the id (for one that the phone creates: wait with if_missing="wait")'
 
 
 class NotAcceptableError(StatusError):
-    """406: the service does not send what ``Accept`` asks for.
+    """406: the service cannot answer in a format that ``Accept`` admits.
 
     What to do: something between you and Keyless rewrites the ``Accept`` header; remove it.
     """
 
-    advice = "the Accept header did not arrive as sent; check proxies in between"
+    advice = "the Accept header did not arrive as sent; check the proxies in between"
 
 
 class ConflictError(StatusError):
     """409: the operation id is taken by another operation.
 
-    What to do: use a fresh id (``operation_id=None`` makes one), or look at what is there with ``get_operation``.
+    What to do: use a new id (``operation_id=None`` generates one), or read the existing one with ``get_operation``.
     """
 
-    advice = "the operation id is taken; use a fresh one, or look at it with get_operation"
+    advice = "the operation id is taken; use a new one, or read the existing operation with get_operation"
 
 
 class AlreadyApprovedError(ConflictError):
-    """The operation id names an operation of the same content, and that is approved already.
+    """The operation id names an operation of the same content that is approved already.
 
-    It may be the approval of an earlier request, which has been acted on: one approval must not count twice.
+    The approval may belong to an earlier request that has been acted on: one approval must not count twice.
 
-    What to do: look into your own record of this id. Where it says that this approval was acted on, do nothing. Where
-    it says that you asked and never learned the outcome, the approval is the answer: `wait_for_approval` with the
-    ticket that you kept, or with ``ApprovalTicket.for_operation``, returns it. Otherwise ask again under a fresh id.
+    What to do: check your own record of this id. If this approval was acted on, do nothing. If you asked and never
+    learned the outcome, the approval is the answer: `wait_for_approval` with the ticket that you kept, or with
+    ``ApprovalTicket.for_operation``, returns it. Otherwise ask again under a new id.
     """
 
-    advice = "the operation exists and is approved already, perhaps for an earlier request; check your own record of it"
+    advice = "the operation exists and is approved already, maybe for an earlier request; check your own record of it"
 
 
 class UnsupportedMediaTypeError(StatusError):
-    """415: the service does not take the body's content type.
+    """415: the service does not accept the body's content type.
 
     What to do: something between you and Keyless rewrites the ``Content-Type`` header; remove it.
     """
 
-    advice = "the Content-Type header did not arrive as sent; check proxies in between"
+    advice = "the Content-Type header did not arrive as sent; check the proxies in between"
 
 
 class RateLimitError(StatusError):
     """429: too many requests.
 
-    What to do: wait ``retry_after`` seconds where it is given; share one client, and so one pace, in the process.
+    What to do: wait ``retry_after`` seconds if it is given. Use one client in the process, so that all requests share
+    its limits.
     """
 
-    advice = "too many requests; slow down, .retry_after says how long where the service does"
+    advice = "too many requests; slow down, .retry_after is the time to wait if the service sent one"
 
 
 class ServerError(StatusError):
     """5xx: the service or its gateway failed.
 
-    What to do: try again later; single calls already did, ``max_attempts`` times, and waits do until their deadline.
+    What to do: try again later. Single calls were already tried ``max_attempts`` times; waits retry until their
+    deadline.
     """
 
     advice = "the service failed; try again later"
 
 
 class ApprovalError(KeylessError):
-    """A wait ended without an approval; the subclass says why.
+    """A wait ended without an approval; the subclass gives the reason.
 
     What to do: do not treat the operation as approved. See the subclass.
 
     Attributes:
         operation_id: The operation that was waited for.
-        last_operation: The operation as it was last seen, or None where it never was.
-        last_error: The last transient failure of the wait, or None where it had none.
-        polls: Looks sent on behalf of this wait.
-        elapsed: Seconds that the wait lasted.
-        ticket: The ticket that was waited for, or None where the wait was given an id.
+        last_operation: The operation as it was last seen, or None if it was never seen.
+        last_error: The last transient failure of the wait, or None if there was none.
+        polls: Polls sent on behalf of this wait.
+        elapsed: Duration of the wait, in seconds.
+        ticket: The ticket that was waited for, or None if the wait was given an id.
     """
 
     def __init__(
@@ -328,31 +332,31 @@ class ApprovalError(KeylessError):
 
 
 class ApprovalTimeoutError(ApprovalError, TimeoutError):
-    """Time is up, and the final look at the deadline saw the operation still pending.
+    """The deadline passed, and the final poll found the operation still pending.
 
     What to do: refuse what the user wanted to do. A timeout is not a denial: the API has no cancel, so the user can
-    still approve later. Look again with ``get_operation(operation_id)`` before you repeat anything, and never take a
-    late approval for an answer to a newer question.
+    still approve later. Check with ``get_operation(operation_id)`` before you repeat anything, and never treat a
+    late approval as the answer to a newer question.
     """
 
 
 class ApprovalUnknownError(ApprovalTimeoutError):
-    """Time is up, and the final look got no answer: approved or not, nobody knows.
+    """The deadline passed, and the final poll got no answer: the outcome is unknown.
 
-    What to do: refuse for now, and look again with ``get_operation(operation_id)`` when the service answers; do not
-    create a second operation before you know about the first.
+    What to do: refuse for now, and check with ``get_operation(operation_id)`` when the service answers again. Do not
+    create a second operation before you know the outcome of the first.
     """
 
 
 class OperationMismatchError(ApprovalError):
-    """The answer is about another operation, another user or another payload than the one that was asked for.
+    """The answer is about another operation, user or payload than the expected one.
 
-    What to do: refuse, and investigate: a proxy mixes up answers, or somebody uses your operation ids.
+    What to do: refuse, and investigate: a proxy mixes up answers, or someone else uses your operation ids.
     """
 
 
 class InconsistentOperationError(ApprovalError):
-    """The answer contradicts itself (approved, but result is false), or its state is one that nobody knows.
+    """The answer contradicts itself (approved, but result is false), or its state is unknown.
 
     What to do: refuse; if the state is new in the API, upgrade the library.
     """

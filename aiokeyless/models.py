@@ -1,7 +1,7 @@
-"""What the service sends and takes, as frozen msgspec structs, and `Secret`.
+"""The service's requests and answers as frozen msgspec structs, their enums, and `Secret`.
 
 Names are snake_case here and camelCase on the wire; unknown fields are ignored, so that a newer service does not
-break an older client. Nothing here does I/O, and no ``repr`` shows a key or a payload.
+break an older client. Nothing here does I/O, and no ``repr`` of an answer shows a key or a payload.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class AuthType(StrEnum):
 
 
 class Secret:
-    """A text that does not show itself: not in ``repr``, ``str``, ``format`` or a pickle.
+    """A text that ``repr``, ``str`` and ``format`` do not show.
 
-    Pickled, it loses its text: what comes out of the pickle reveals ``""``.
+    Pickling drops the text: an unpickled secret reveals ``""``.
 
     Args:
         text: The secret.
@@ -65,7 +65,7 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """Return the text itself; the caller takes care of it from there."""
+        """Return the text; the caller must protect it."""
         return self._text
 
     def __repr__(self) -> str:
@@ -75,12 +75,12 @@ class Secret:
         return "***"
 
     def __format__(self, _spec: str) -> str:
-        return "***"  # a width or a precision would betray the length
+        return "***"  # a width or a precision would reveal the length
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        # surrogatepass: a key cut out of a hostile answer may hold anything, and comparing must not raise
+        # surrogatepass: a key from a hostile answer may contain lone surrogates, and comparing must not raise
         return hmac.compare_digest(
             self._text.encode("utf-8", "surrogatepass"), other._text.encode("utf-8", "surrogatepass")
         )
@@ -99,7 +99,7 @@ class Secret:
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """The common manners of the structs: a ``repr`` that counts a payload's characters and does not show them."""
+    """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of a payload."""
 
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         for name in self.__struct_fields__:
@@ -115,7 +115,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class _Redacted:
-    """Stands for a payload in a ``repr``: an object of its own, since a string would be quoted by rich."""
+    """Placeholder for a payload in a ``repr``; not a string, since rich would quote that."""
 
     __slots__ = ("_length",)
 
@@ -126,25 +126,25 @@ class _Redacted:
         return f"<{self._length} characters>"
 
 
-# The documented form, digits as documented (nine at most), no zone.
+# The documented form: at most nine fractional digits, no zone.
 _TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?", re.ASCII)
 
 
 class Operation(Model, frozen=True, kw_only=True):
-    """One operation, as ``GET /v2/operations/{operationId}`` answers it.
+    """One operation, as returned by ``GET /v2/operations/{operationId}``.
 
     Attributes:
         id: The service's own number of the operation; any JSON number.
         timestamp: Creation time as the service wrote it; its zone is not documented.
         node_id: Name of the service that created it.
         user_id: The user, in hex.
-        api_key: The customer's SDK API key, which the answer carries along; None where it does not.
+        api_key: The customer's SDK API key, which the answer contains; None if it does not.
         external_user_id: The customer's own id of the user, or None.
         operation_id: The customer's id of the operation.
         operation_payload: What the user is asked to approve, or None.
-        result: True if the operation is approved, as the service says; see `is_approved`.
+        result: "True if the operation is approved, false otherwise"; see `is_approved`.
         auth_type: How the user approved, see `AuthType`; or None.
-        state: ``"pending"`` or ``"approved"``, see `OperationState`; any other text is kept as it is.
+        state: ``"pending"`` or ``"approved"``, see `OperationState`; any other text is kept unchanged.
 
     Source: Keyless documentation, Server API / Operations, "Get operation".
     """
@@ -163,21 +163,24 @@ class Operation(Model, frozen=True, kw_only=True):
 
     @property
     def is_approved(self) -> bool:
-        """Whether state and result both say so. Compare the ids yourself, or let `wait_for_approval` do it."""
+        """Whether state is ``"approved"`` and result is true.
+
+        It does not compare ids: do that yourself, or use `wait_for_approval`, which does.
+        """
         return self.state == OperationState.APPROVED and self.result is True
 
     @property
     def created_at(self) -> datetime | None:
-        """`timestamp` as a naive datetime, cut to microseconds; None where the text is not in the documented form."""
+        """`timestamp` as a naive datetime, cut to microseconds; None if the text is not in the documented form."""
         if _TIMESTAMP.fullmatch(self.timestamp) is None:
             return None
         try:
-            return datetime.fromisoformat(self.timestamp)  # no zone is documented: none is invented
-        except ValueError:  # the 31st of February
+            return datetime.fromisoformat(self.timestamp)  # naive, since no zone is documented
+        except ValueError:  # such as the 31st of February
             return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data by the names used here, payload included, ``api_key`` left out."""
+        """Return plain data under the attribute names, with the payload and without ``api_key``."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if name != "api_key"}
 
 
@@ -190,7 +193,7 @@ class PendingOperation(Model, frozen=True, kw_only=True):
         external_user_id: The customer's own id of the user, or None.
         auth_type: See `AuthType`; or None.
 
-    That an operation is absent from the list is no proof of its approval.
+    An operation's absence from the list does not prove that it was approved.
 
     Source: Keyless documentation, Server API / Operations, "Get pending operations".
     """
@@ -202,7 +205,7 @@ class PendingOperation(Model, frozen=True, kw_only=True):
 
 
 class NewOperation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """Body of ``POST /v2/users/{userId}/operations``; what is absent is left out, not null."""
+    """Body of ``POST /v2/users/{userId}/operations``; absent fields are left out, not null."""
 
     operation_id: str
     operation_payload: str | None = None
@@ -210,13 +213,13 @@ class NewOperation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", om
 
 
 class CreateAnswer(msgspec.Struct, frozen=True):
-    """Answer of ``POST /v2/users/{userId}/operations``: ``success`` is documented as always true."""
+    """Answer to ``POST /v2/users/{userId}/operations``: ``success`` is documented as always true."""
 
     success: bool
 
 
 def decode_hook(kind: type, value: object) -> object:
-    """Make a `Secret` of a JSON string, for msgspec decoders."""
+    """Turn a JSON string into a `Secret`, for msgspec decoders."""
     if kind is Secret and isinstance(value, str):
         return Secret(value)
     raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the field's path

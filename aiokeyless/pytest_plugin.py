@@ -1,9 +1,9 @@
-"""Fixtures for the tests of those who use the library: `keyless_sandbox` and `keyless_client`.
+"""pytest fixtures for users of the library: `keyless_sandbox` and `keyless_client`.
 
 pytest loads this module wherever aiokeyless is installed, so it imports the sandbox and the client only when a test
-asks for them. Both live in the event loop of the test, and who runs that loop differs: pytest-asyncio, in either mode
-and with loops of any scope, or anyio's plugin. Each takes only async fixtures that are marked as its own, so each
-fixture stands here once for each of them, and the public names choose.
+requests them. Both run in the event loop of the test, which pytest-asyncio (either mode, any loop scope) or anyio's
+plugin provides. Each plugin accepts only async fixtures that are marked as its own, so each fixture is defined once per
+plugin and scope, and the public fixtures select one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
-    """A started `aiokeyless.sandbox.Sandbox`, closed after the test.
+    """A running `aiokeyless.sandbox.Sandbox`, closed after the test.
 
-    It runs in the loop of the test, which must be async. For one with other options override the fixture;
-    `keyless_client` then belongs to yours.
+    It runs in the event loop of the test, which must be async. To use other options, override this fixture:
+    `keyless_client` then connects to your sandbox.
 
     Example::
 
@@ -41,30 +41,30 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
 
 @pytest.fixture
 def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> KeylessClient:  # noqa: ARG001  # its order
-    """A `aiokeyless.KeylessClient` of `keyless_sandbox`, closed after the test."""
+    """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test."""
     client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_loop_of(request)}")
     return client
 
 
 def _loop_of(request: pytest.FixtureRequest) -> str:
-    """Name whose loop a test runs in: anyio's, or the scope of the loop that pytest-asyncio gives it."""
+    """Return ``"anyio"`` if anyio runs the test, else the scope of the loop that pytest-asyncio provides for it."""
     if "anyio_backend" in request.fixturenames:
         backend = request.getfixturevalue("anyio_backend_name")
         if backend == "asyncio":
             return "anyio"
-        pytest.fail(f"aiokeyless runs on asyncio, not on {backend}: let anyio_backend be 'asyncio'", pytrace=False)
+        pytest.fail(f"aiokeyless runs on asyncio, not on {backend}: set anyio_backend to 'asyncio'", pytrace=False)
     marker = request.node.get_closest_marker("asyncio")
     if marker is None or not request.config.pluginmanager.has_plugin("asyncio"):
         pytest.fail(
-            f"{request.fixturename} serves in the event loop of a test: make the test async, and have it run by "
-            "pytest-asyncio or by anyio's plugin",
+            f"{request.fixturename} runs in the event loop of a test: make the test async, and run it with "
+            "pytest-asyncio or anyio's plugin",
             pytrace=False,
         )
     return str(marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope"))
 
 
 def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # Any: each of them is overloaded
-    """Make the async fixtures of one sort of loop: functions of their own, since pytest-asyncio marks functions."""
+    """Create the async fixtures for one kind of loop; new functions each time, since pytest-asyncio marks functions."""
 
     async def sandbox() -> AsyncGenerator[Sandbox]:
         from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # only when used
@@ -82,7 +82,7 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
 
 globals().update(_fixtures("anyio", pytest.fixture))
 
-with suppress(ModuleNotFoundError):  # it is not everybody's choice
+with suppress(ModuleNotFoundError):  # pytest-asyncio is optional
     import pytest_asyncio
 
     for _scope in ("function", "class", "module", "package", "session"):

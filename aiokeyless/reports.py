@@ -1,4 +1,4 @@
-"""What a client reports: `ApprovalUpdate` of a poll, `ApprovalOutcome` of one of many waits, `ClientStatistics`."""
+"""The reports of a client: `ApprovalUpdate` per poll, `ApprovalOutcome` per wait of many, `ClientStatistics`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["ApprovalOutcome", "ApprovalUpdate", "Approved", "ClientStatistics", 
 
 
 class ApprovalUpdate(Model, frozen=True, kw_only=True):
-    """What one poll of a wait showed.
+    """The result of one poll of a wait.
 
     Attributes:
-        operation: The operation as the service answered it; None where the poll failed or found none yet.
+        operation: The operation as the service returned it; None if the poll failed or the operation does not exist.
         error: The transient failure (or the 404 that counts as pending) of this poll, or None.
         polls: Polls sent on behalf of this wait so far.
-        elapsed: Seconds since the wait began.
-        next_poll_in: Seconds until the next poll is due, or None where this was the last one.
+        elapsed: Seconds since the wait started.
+        next_poll_in: Seconds until the next poll is due, or None if this was the last one.
     """
 
     operation: Operation | None
@@ -64,7 +64,7 @@ ApprovalOutcome: TypeAlias = Approved | NotApproved
 
 
 class ClientStatistics(Model, frozen=True, kw_only=True):
-    """A client's waits at one instant, and its counts since it was made.
+    """A client's waits at one instant, and its counts since it was created.
 
     Attributes:
         waiting: Waits under way.
@@ -72,11 +72,11 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
         polls: Polls sent.
         approvals: Waits that ended with an approval.
         timeouts: Waits that ended with `ApprovalTimeoutError`.
-        transient_failures: Polls that failed for a passing reason.
-        lag: Seconds by which the oldest due poll is late: over a second for long, and the client wants a larger
-            ``max_in_flight`` or the process is too busy.
+        transient_failures: Polls that failed transiently.
+        lag: Seconds by which the oldest due poll is late. If it stays over a second, ``max_in_flight`` is too small or
+            the process is too busy.
         circuit: How the service fares: ``"closed"``, it is well; ``"half_open"``, it answers again and gets few polls
-            at first; ``"open"``, it fails or asked to be left alone, and gets single polls or none.
+            at first; ``"open"``, it fails or asked for a pause, and gets one poll at a time or none.
     """
 
     waiting: int

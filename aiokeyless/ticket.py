@@ -1,6 +1,6 @@
-"""`ApprovalTicket`: what must be remembered of a request for approval to resume its wait, in another process too.
+"""`ApprovalTicket`: the data needed to resume a wait, also in another process.
 
-Nothing here does I/O, and a ticket holds no secret.
+Nothing here does I/O, and a ticket contains no secret.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 def payload_digest(payload: str | None) -> str:
-    """SHA-256 of a payload's UTF-8 in hex; an absent payload and an empty one are the same."""
-    # surrogatepass: a hostile answer may hold a lone surrogate, and comparing must not raise
+    """Return the SHA-256 of a payload's UTF-8, in hex; an absent payload and an empty one are the same."""
+    # surrogatepass: a hostile answer may contain a lone surrogate, and comparing must not raise
     return hashlib.sha256((payload or "").encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What must be remembered of a request for approval to resume the wait, in another process too.
+    """The data needed to resume a wait for an operation, also in another process.
 
-    It holds no secret, and of the payload only its hash. `KeylessClient.create_operation` makes it, and
-    `ApprovalTicket.for_operation` makes one for an operation that is known already.
+    It contains no secret, and only a hash of the payload. `KeylessClient.create_operation` returns one;
+    `ApprovalTicket.for_operation` creates one for an operation that exists already or that the phone will create.
 
-    It is not signed: anyone who can write to the store that holds it can make a wait accept the approval of another
+    It is not signed: an attacker who can write to your store of tickets can make a wait accept the approval of another
     operation, so compare the operation, the user and the payload with your own record. A payload that can be guessed
     ("Log in?", an amount) can be found from its hash, so protect a ticket like the payload itself.
 
@@ -43,15 +43,15 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         operation_id: The customer's id of the operation.
         user_id: The user, in upper-case hex.
         external_user_id: The customer's own id of the user, or None.
-        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of nothing where there is no payload.
+        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of the empty text if there is no payload.
         created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
-        expires_at: When waiting for it ends by default: aware, UTC.
-        reconciled: True where the POST of this call was not confirmed, and the operation was found under its id with
-            this content: it may be that of an earlier request, or of one that runs at the same time.
-        version: Version of this form, 1.
+        expires_at: When a wait for the ticket ends by default: aware, UTC.
+        reconciled: True if the POST of this call was not confirmed and the operation was found under its id with this
+            content: it may belong to an earlier or a concurrent request.
+        version: Version of the ticket's format, 1.
 
     Raises:
-        ConfigurationError: A field is not what it should be.
+        ConfigurationError: A field is not valid.
     """
 
     operation_id: str
@@ -64,7 +64,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     version: int = TICKET_VERSION
 
     def __post_init__(self) -> None:
-        # A wait compares each answer with these: what can never agree is refused now, not after the user approved.
+        # A wait compares each answer with these: a value that can never match is refused now, not after an approval.
         check_operation_id(self.operation_id)
         msgspec.structs.force_setattr(self, "user_id", check_user_id(self.user_id))
         check_text(self.external_user_id, "external_user_id")
@@ -87,7 +87,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         created_at: datetime | None = None,
         expires_in: float = 120.0,
     ) -> ApprovalTicket:
-        """Make the ticket of an operation that is known, or that the phone will create.
+        """Create a ticket for an operation that exists already, or that the phone will create.
 
         It binds a wait to a user and a payload: an approval of the same id by another user, or of another payload, is
         then refused. For an operation that the phone creates, wait for it with ``if_missing="wait"``.
@@ -95,10 +95,13 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         Args:
             operation_id: The customer's id of the operation.
             user_id: The user, in hex of either case.
-            operation_payload: What the user is asked to approve. Default: nothing.
-            external_user_id: Your own id of the user, compared where it is given. Default: not compared.
+            operation_payload: What the user is asked to approve. Default: none.
+            external_user_id: Your own id of the user, compared if it is given. Default: not compared.
             created_at: When the operation was created, aware. Default: now.
             expires_in: Seconds from `created_at` until a wait for the ticket ends by default. Default: 120.
+
+        Returns:
+            The ticket to wait for.
 
         Raises:
             ConfigurationError: An argument is wrong.
@@ -114,10 +117,10 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def remaining(self, now: datetime | None = None) -> float:
-        """Return the seconds left until `expires_at`, 0.0 once it has passed.
+        """Return the seconds until `expires_at`; 0.0 once it has passed.
 
         Args:
-            now: The instant to count from, aware; default: this machine's clock.
+            now: The instant to count from, aware. Default: this machine's clock.
 
         Raises:
             ConfigurationError: `now` is naive.
@@ -136,20 +139,23 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ApprovalTicket:
-        """Read what `to_json` wrote.
+        """Read a ticket from the JSON that `to_json` returned.
 
         Args:
             text: The JSON.
 
+        Returns:
+            The ticket.
+
         Raises:
-            ConfigurationError: The text is not a valid ticket, or of a version that this library does not know.
+            ConfigurationError: The text is not a valid ticket, or its version is unknown to this release.
         """
         try:
             version = msgspec.json.decode(text, type=_TicketVersion).version
             if version != TICKET_VERSION:
                 raise ConfigurationError(
-                    f"ticket version {version} is not known here, only {TICKET_VERSION}: it was written by another "
-                    "release of aiokeyless; upgrade this one",
+                    f"ticket version {version} is unknown, only {TICKET_VERSION} is supported: another release of "
+                    "aiokeyless wrote it; upgrade this one",
                     argument="text",
                 )
             return msgspec.json.decode(text, type=cls)
@@ -168,7 +174,7 @@ def _utc(moment: object, name: str) -> datetime:
         )
     try:
         return moment.astimezone(UTC)
-    except OverflowError:  # the first or the last day of the calendar, and another year in UTC
+    except OverflowError:  # a moment on the first or last day of the calendar that is outside it in UTC
         raise ConfigurationError(f"{name} of a ticket must be in the years 1 to 9999, UTC", argument=name) from None
 
 
@@ -182,6 +188,6 @@ def _later(moment: datetime, expires_in: float) -> datetime:
 
 
 class _TicketVersion(msgspec.Struct):
-    """The part of a ticket that is read first: another version may have other fields."""
+    """The field of a ticket that is read first: another version may have other fields."""
 
     version: int
