@@ -1,17 +1,18 @@
-"""When to look next: `wait_adaptive`, and how any tenacity strategy is asked for a delay.
+"""When to poll next: `wait_adaptive`, and the call of any tenacity strategy for a delay.
 
-Numbers in, numbers out. Nothing here looks at a clock, sleeps or sends; the poller does, and it teaches the schedule
-what it saw. Times are seconds since the operation was created.
+Nothing here reads a clock, sleeps or sends: the engines do, and report their observations to the schedule. Times are
+seconds since the operation was created.
 
-Three ideas carry the room:
+The method has three parts:
 
-* **Look when the lateness is worth a look.** For an event with hazard rate h the best spacing of looks is about
-  ``sqrt(2 * poll_cost / h)`` (J. B. Keller, "Optimum checking schedules for systems subject to random failure",
-  Management Science 21, 1974; R. E. Barlow, L. C. Hunter, F. Proschan, "Optimum checking procedures", J. SIAM 11,
-  1963). `_Curve.step` says what that means where h changes before the next look.
-* **Learn from what polling shows.** A look tells only that the approval came since the last one, a timeout only
-  that it had not come yet. Both are counted as what they are: `_add_approval`, `_add_pending`, `_estimate`.
-* **Forget.** Old waits count half after 500 new ones, so that a change in how people behave is noticed.
+* **Poll when the expected lateness is worth a request.** For an event with hazard rate h the best interval between
+  polls is about ``sqrt(2 * poll_cost / h)`` (J. B. Keller, "Optimum checking schedules for systems subject to random
+  failure", Management Science 21, 1974; R. E. Barlow, L. C. Hunter, F. Proschan, "Optimum checking procedures",
+  J. SIAM 11, 1963). `_Curve.step` extends that to an h that changes before the next poll.
+* **Learn from the polls.** A poll shows only that the approval came since the previous one, a timeout only that it had
+  not come yet. Both are counted as such, as censored observations: `_add_approval`, `_add_pending`, `_estimate`.
+* **Forget.** The weight of an observation halves with every 500 later ones, so that the estimate follows changes in
+  how people behave.
 """
 
 from __future__ import annotations
@@ -34,52 +35,52 @@ if TYPE_CHECKING:
 
 __all__ = ["next_delay", "wait_adaptive"]
 
-#: Edges of the histogram's bins in seconds: 0, then three an octave from 0.5 s to 4096 s. Finer bins were not
-#: measurably better, and every observation walks them all.
+#: Edges of the histogram's bins in seconds: 0, then three per octave from 0.5 s to 4096 s. Finer bins were not
+#: measurably better, and every observation visits all of them.
 _EDGES: Final = (0.0, *(0.5 * 2.0 ** (k / 3) for k in range(40)))
 _WIDTHS: Final = tuple(high - low for low, high in pairwise(_EDGES))
 _BINS: Final = len(_WIDTHS)
 _END: Final = _EDGES[-1]
 _EDGE_NUMBERS: Final = range(_BINS + 1)
 
-#: The prior: approvals log-uniform between these times, and people who never approve...
+#: The prior: approvals are log-uniform between these two times; this share of users never approves.
 _PRIOR_FIRST: Final = 1.0
 _PRIOR_LAST: Final = 120.0
 _PRIOR_NEVER: Final = 0.2
-#: ... weighing as much as this many waits: few, since real ones should soon outvote it.
+#: The weight of the prior, in waits: small, so that real observations soon outweigh it.
 _PRIOR_WAITS: Final = 3.0
 
-#: What one more observation leaves of the weight of all before it: a half-life of 500.
+#: The factor by which one more observation reduces the weight of all earlier ones: a half-life of 500.
 _KEPT: Final = 0.5 ** (1 / 500)
 
 #: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time): thirty
-#: observations in forty bins are spikes, and a schedule made for spikes looks in the wrong places.
+#: observations in forty bins are spikes, and a schedule fitted to spikes polls at the wrong times.
 _KERNEL: Final = ((-2, 1 / 16), (-1, 4 / 16), (0, 6 / 16), (1, 4 / 16), (2, 1 / 16))
-#: For each bin, which bins an approval in it counts in, and how much; at the ends what would fall off stays in.
+#: For each bin: the bins in which an approval counts, and the weights. Weight beyond an end goes to the last bin there.
 _SMEARED: Final = tuple(
     tuple((min(max(k + offset, 0), _BINS - 1), weight) for offset, weight in _KERNEL) for k in range(_BINS)
 )
 
-#: Least width of the interval of an approval, in seconds: looks at equal times still mean some moment.
+#: Least width of the interval of an approval, in seconds, for an interval whose ends are equal.
 _INSTANT: Final = 0.001
-#: Density (a second) below which the estimate has no opinion: such an interval is filled evenly.
+#: Density (per second) that is added everywhere, so that an interval without density is filled evenly.
 _NO_OPINION: Final = 1e-6
 
-#: The smallest and the largest float, as bounds of "above zero" and "finite".
+#: The smallest positive and the largest float, as bounds of "above zero" and "finite".
 _ABOVE_ZERO: Final = math.ulp(0.0)
 _FINITE: Final = sys.float_info.max
 
-#: Of a wait's length, until the moment is known well enough: to a hundredth of a second in hours.
+#: Bisection steps of `previous_poll`: hours, halved 20 times, give a hundredth of a second.
 _HALVINGS: Final = 20
 
-#: Bounds of what a strategy may ask for, in seconds.
+#: Bounds of a strategy's delay, in seconds.
 MIN_DELAY: Final = 0.02
 _MAX_DELAY: Final = 3600.0
-#: Whom tenacity's states belong to, for strategies that look. It never runs anything.
+#: A RetryCallState needs an owner; this one is never run.
 _RETRYING: Final = Retrying()
 
 _STATE_VERSION: Final = 1
-#: No real weight comes near: one observation is 1, and all together, fading, stay below 722.
+#: Above every weight that can occur: one observation is 1, and the sum of all, as they fade, stays below 722.
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=1000)]
 
 
@@ -93,22 +94,23 @@ class _State(_StateVersion):
 
 
 class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so, and this is one of them
-    """Look often when approval is likely, seldom when it is not, and learn from every wait which is when.
+    """Poll often when approval is likely and seldom when it is not, and learn from every wait.
 
-    Each delay is the one after which the lateness to be expected is worth one more request. It starts from a broad
-    prior (approval log-uniform over 1..120 s, one in five never) and follows what `observe` tells; the client tells
-    it about each of its waits. Works wherever tenacity takes a wait strategy: in sums, in ``wait_chain``, in a plain
-    ``AsyncRetrying``. One instance may be shared by all clients of one event loop; it has no lock.
+    Each delay ends when the expected lateness is worth one more request. The schedule starts from a broad prior
+    (approvals log-uniform over 1..120 s; one user in five never approves) and learns from `observe`, which the client
+    calls for each of its waits. It works wherever tenacity takes a wait strategy: in sums, in ``wait_chain``, in a
+    plain ``AsyncRetrying``. One instance may be shared by all clients of one event loop; it has no lock.
 
     Args:
-        poll_cost: How many seconds of lateness one request is worth; above 0. More: fewer requests, later answers.
-        min_interval: Shortest delay, seconds; above 0.
-        max_interval: Longest delay, seconds; at least ``min_interval``.
-        jitter: Fraction, 0 to 1, by which a delay varies at random to both sides, within the two bounds; 0: not at
-            all. It keeps fleets from marching in step and is small on purpose: full jitter costs lateness.
+        poll_cost: Seconds of lateness that one request is worth; above 0. A larger value means fewer requests and
+            later answers. Default: 0.3.
+        min_interval: Shortest delay in seconds; above 0. Default: 0.25.
+        max_interval: Longest delay in seconds; at least ``min_interval``. Default: 20.
+        jitter: Fraction, 0 to 1, by which a delay varies at random in both directions, within the two bounds; 0 turns
+            it off. It spreads the polls of many clients, and is small because full jitter costs lateness. Default: 0.1.
 
     Raises:
-        ConfigurationError: An argument is no number or out of its range.
+        ConfigurationError: An argument is not a number or out of range.
 
     Example:
         >>> schedule = wait_adaptive(poll_cost=1.0, jitter=0)
@@ -138,17 +140,17 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         self._curve = _estimate(self._approved, self._pending)
 
     def __call__(self, retry_state: RetryCallState) -> float:
-        """Say how long to wait before the next look.
+        """Return the delay before the next poll.
 
         Args:
-            retry_state: tenacity's state of the call, of which only ``seconds_since_start`` is read: seconds since
-                the operation was created, at the time of the answer from which the delay counts; None is 0.
+            retry_state: tenacity's state of the call. Only ``seconds_since_start`` is read: seconds since the operation
+                was created, at the time of the answer from which the delay counts. None counts as 0.
 
         Returns:
             Seconds, from ``min_interval`` to ``max_interval``.
         """
         start = retry_state.seconds_since_start
-        # Asked this way round None, a clock that ran backwards and NaN all mean: at the beginning.
+        # In this form None, NaN and a negative number (a clock that ran backwards) all count as 0.
         delay = self._interval(start if start and start > 0.0 else 0.0)
         shortest = max(delay * (1.0 - self._jitter), self._min_interval)
         longest = min(delay * (1.0 + self._jitter), self._max_interval)
@@ -157,25 +159,25 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
     def _interval(self, start: float) -> float:
         """Return the delay without its jitter."""
         step = self._curve.step(start, self._poll_cost)
-        # Not min(): what overflowed on the way is NaN, and that is a long delay as well.
+        # Not min(): an overflow gives NaN, which must count as a long delay.
         return max(step, self._min_interval) if step < self._max_interval else self._max_interval
 
     def previous_poll(self, moment: float) -> float:
-        """Return when the look before one at this moment was, if this schedule set both.
+        """Return the time of the poll before the one at `moment`, if this schedule set both.
 
-        For whoever keeps nothing of a wait between two looks, and still has something to `observe`. It is as exact as
-        the looks were punctual: jitter and failed looks are left out.
+        It is for an engine that keeps nothing of a wait between two polls, and needs the time of the previous poll for
+        `observe`. The result is an estimate: jitter, delayed polls and failed polls are not taken into account.
 
         Args:
             moment: Seconds since the operation was created, at least 0.
 
         Returns:
-            Seconds since the operation was created; 0 where the look is the first one.
+            Seconds since the operation was created; 0 if the poll at `moment` is the first one.
         """
         low, high = 0.0, moment
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            # Short of it by more than rounding: where nobody approves, all moments lead to the same look.
+            # Earlier by more than rounding: where no approvals are expected, all moments lead to the same next poll.
             if middle + self._interval(middle) < moment * (1 - 1e-9):
                 low = middle
             else:
@@ -189,47 +191,48 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         )
 
     def observe(self, after: float, until: float | None) -> None:
-        """Learn how one operation fared; the client calls this, once for each operation it waited for.
+        """Learn the result of one wait; the client calls this once for each operation that it waited for.
 
         Args:
-            after: Start of the last look that found it pending, seconds since the operation was created; 0 where
-                there was none.
-            until: The look that found it approved, in the same seconds, so that approval came in ``(after, until]``;
-                None where nobody looked again, so that all that is known is: still pending at ``after``.
+            after: Start of the last poll that found the operation pending, in seconds since it was created; 0 if there
+                was none.
+            until: The poll that found it approved, in the same seconds, so that the approval came in
+                ``(after, until]``; None if it was not seen approved, so that it is only known that the operation was
+                pending at ``after``.
 
         Raises:
-            ConfigurationError: A time is no number, negative, not finite, or ``until`` lies before ``after``.
+            ConfigurationError: A time is not a number, negative or not finite, or ``until`` is before ``after``.
         """
         after = _number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
         if until is not None:
             until = _number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
         self._approved = [weight * _KEPT for weight in self._approved]
         self._pending = [weight * _KEPT for weight in self._pending]
-        if until is None or after >= _END:  # past the end an approval teaches no more than that it was late
+        if until is None or after >= _END:  # beyond the last bin, an approval tells only that it came later
             _add_pending(self._pending, after)
         else:
             _add_approval(self._approved, after, until, self._curve.density)
         self._curve = _estimate(self._approved, self._pending)
 
     def to_json(self) -> str:
-        """Return what was learned as one line of JSON, for `from_json`; the options are not in it."""
+        """Return the learned state as one line of JSON, for `from_json`; it does not contain the options."""
         state = _State(version=_STATE_VERSION, approved=self._approved, pending=self._pending)
         return msgspec.json.encode(state).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes, **options: float) -> Self:
-        """Make a schedule that knows what another one had learned, after a restart or in another process.
+        """Create a schedule from a saved state, after a restart or in another process.
 
         Args:
             text: What `to_json` returned.
             **options: As for the class: ``poll_cost``, ``min_interval``, ``max_interval``, ``jitter``.
 
         Returns:
-            A schedule that gives the same delays as the one that was saved, under the same options.
+            A schedule that, with the same options, gives the same delays as the saved one.
 
         Raises:
-            ConfigurationError: The text is no saved schedule or of a version that this library does not know, or an
-                option is wrong.
+            ConfigurationError: The text is not a saved schedule, its version is unknown to this release, or an option
+                is wrong.
         """
         schedule = cls(**options)
         state = _decode_state(text)
@@ -239,14 +242,14 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
 
 
 def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) -> float:
-    """Ask any tenacity wait strategy how long to wait before the next look.
+    """Return a tenacity wait strategy's delay before the next poll.
 
-    The strategy sees a real ``RetryCallState`` with these two facts and no outcome: a pending answer is neither a
-    result to keep nor a failure.
+    The strategy is called with a real ``RetryCallState`` that has these two facts and no outcome: a pending answer is
+    neither a final result nor a failure.
 
     Args:
         schedule: The strategy.
-        attempt_number: Number of the look that was answered, from 1.
+        attempt_number: Number of the poll that was answered, from 1.
         since_start: Seconds since the operation was created; the state's ``seconds_since_start``.
 
     Returns:
@@ -263,8 +266,8 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
         delay: object = schedule(state)
     except Exception as error:
         raise ConfigurationError(
-            f"schedule {type(schedule).__name__} raised {type(error).__name__} when asked for a delay; pass a tenacity "
-            "wait strategy that needs no outcome, such as wait_fixed(2)",
+            f"schedule {type(schedule).__name__} raised {type(error).__name__} instead of returning a delay; pass a "
+            "tenacity wait strategy that needs no outcome, such as wait_fixed(2)",
             argument="schedule",
         ) from error
     if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not -math.inf <= delay <= math.inf:
@@ -276,7 +279,7 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
 
 
 def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:
-    """Return the number of the poll that comes next at an age, where `schedule` set all polls before it.
+    """Return the number of the next poll at an age, if `schedule` set all polls before it.
 
     For an engine that keeps nothing of a wait between two polls: counting deliveries would count failed polls too, and
     an exponential schedule would jump after an outage.
@@ -298,31 +301,31 @@ def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:
 
 
 class _Curve(NamedTuple):
-    """How many are still waiting: the inverse of the share S(t) that is still pending, and what follows from it.
+    """The survival curve: the inverse of the share S(t) of operations still pending at t, and its integral.
 
-    Between two edges 1/S is taken as a straight line. After the last edge nobody approves any more.
+    Between two edges 1/S is linear. After the last edge no approvals are expected.
     """
 
     inverse: list[float]  # 1/S at each edge
     area: list[float]  # the integral of 1/S from 0 to each edge
     slope: list[float]  # of 1/S after each edge
-    density: list[float]  # approvals a second, in each bin
+    density: list[float]  # approvals per second, in each bin
 
     def step(self, start: float, poll_cost: float) -> float:
-        """Return the delay after which the expected lateness has become worth one look.
+        """Return the delay after which the expected lateness is worth one poll.
 
-        It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``: lateness grows with those who
-        approve unseen, measured against those who are left to look for. For a constant hazard h that reads
+        It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``: the lateness of the approvals
+        not yet noticed, relative to the operations that are still pending at u. For a constant hazard h that is
         ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps. Unlike
-        that formula it sees what is ahead: it does not sleep through the rise of a hazard that is still zero, and at
-        the end it does not look again and again for the last few who might still come.
+        that formula, it takes later changes of the hazard into account: it polls in time when a hazard of zero rises,
+        and does not poll frequently at the end for the few approvals that may still come.
 
         Args:
             start: t, seconds since the operation was created, from 0.
             poll_cost: Seconds.
 
         Returns:
-            Seconds; infinite where nobody is expected any more.
+            Seconds; infinite if no further approvals are expected.
         """
         if start >= _END:
             return math.inf
@@ -331,7 +334,7 @@ class _Curve(NamedTuple):
         into = start - _EDGES[here]
         level = inverse[here] + slope[here] * into
         goal = poll_cost * level
-        # Times `level`, the integral from start to edge k is area[k] - level * _EDGES[k] - (the same at start).
+        # Multiplied by `level`, the integral from start to edge k is area[k] - level * _EDGES[k] - (the same at start).
         target = area[here] + into * (inverse[here] + slope[here] * into / 2) - level * start + goal
         edge = bisect_right(_EDGE_NUMBERS, target, lo=here + 1, key=lambda k: area[k] - level * _EDGES[k]) - 1
         if edge == here:
@@ -340,17 +343,17 @@ class _Curve(NamedTuple):
             covered = _EDGES[edge] - start
             rise = inverse[edge] - level
             rest = target - (area[edge] - level * _EDGES[edge])
-        # The rest lies where 1/S is a straight line: rise * x + slope/2 * x**2 == rest, solved for x so that neither
-        # a slope of zero nor a rise of zero divides by zero.
+        # In the rest 1/S is linear: rise * x + slope/2 * x**2 == rest, solved for x in a form that divides by zero
+        # neither for a slope of zero nor for a rise of zero.
         pace = rise + math.sqrt(rise * rise + 2.0 * slope[edge] * rest)
         return covered + 2.0 * rest / pace if pace > 0.0 else math.inf
 
 
 def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
-    """Turn the histograms and the prior into the curve of those still waiting.
+    """Compute the survival curve from the histograms and the prior.
 
-    This is the product-limit estimate (E. L. Kaplan, P. Meier 1958): in each bin the approvals are set against those
-    who were still being watched, so a wait that was given up says nothing about later.
+    This is the product-limit estimate (E. L. Kaplan, P. Meier 1958): each bin compares its approvals with the waits
+    that were still observed, so a wait that was given up does not affect later bins.
     """
     watched = _PRIOR_WAITS + sum(approved) + sum(pending)
     inverse, area, slope, density = [1.0], [0.0], [], []
@@ -373,8 +376,8 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
 def _add_approval(approved: list[float], after: float, until: float, density: Sequence[float]) -> None:
     """Count one approval somewhere in ``(after, until]``.
 
-    It is spread over the interval in proportion to the present estimate: self-consistency (B. W. Turnbull 1976), with
-    each observation spread once, when it comes (M. A. Newton 2002, predictive recursion).
+    It is spread over the interval in proportion to the current estimate: self-consistency (B. W. Turnbull 1976), with
+    each observation spread once, when it arrives (M. A. Newton 2002, predictive recursion).
     """
     until = min(max(until, after + _INSTANT), _END)
     first = bisect_right(_EDGES, after) - 1
@@ -390,9 +393,9 @@ def _add_approval(approved: list[float], after: float, until: float, density: Se
 
 
 def _add_pending(pending: list[float], after: float) -> None:
-    """Count one wait that was watched until ``after`` and no longer.
+    """Count one wait that was observed until ``after`` and no longer.
 
-    ``pending[k]`` counts those who left at edge k, so one who left between two edges is shared between them.
+    ``pending[k]`` counts the waits that ended at edge k; a wait that ended between two edges is shared between them.
     """
     if after >= _END:
         pending[_BINS] += 1.0
@@ -421,10 +424,10 @@ def _decode_state(text: str | bytes) -> _State:
             return msgspec.json.decode(text, type=_State)
     except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
         raise ConfigurationError(
-            f"text is no saved schedule ({error}); pass what wait_adaptive.to_json() returned", argument="text"
+            f"not a saved schedule ({error}); pass what wait_adaptive.to_json() returned", argument="text"
         ) from None
     raise ConfigurationError(
-        f"text is a saved schedule of version {version}, and only {_STATE_VERSION} is known here; start afresh with "
+        f"the saved schedule has version {version}, and only {_STATE_VERSION} is supported; start with a new "
         "wait_adaptive(), or use the release of aiokeyless that wrote it",
         argument="text",
     )

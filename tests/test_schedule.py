@@ -344,7 +344,7 @@ def test_a_pickled_schedule_gives_the_same_delays() -> None:
     ["", "{}", "[]", "null", "{", '{"version": "1"}', '{"version": 1}', "\ud800", b"\xff", "[" * 100_000, None, 7],
 )
 def test_text_that_is_no_saved_schedule_is_refused(text: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"text is no saved schedule .*to_json"):
+    with pytest.raises(ConfigurationError, match=r"not a saved schedule .*to_json"):
         wait_adaptive.from_json(text)
 
 
@@ -353,12 +353,12 @@ def test_text_that_is_no_saved_schedule_is_refused(text: Any) -> None:
 def test_a_damaged_saved_schedule_is_refused(key: str, damage: Callable[[list[float]], object]) -> None:
     saved = json.loads(wait_adaptive().to_json())
     saved[key] = damage(saved[key])
-    with pytest.raises(ConfigurationError, match="text is no saved schedule"):
+    with pytest.raises(ConfigurationError, match="not a saved schedule"):
         wait_adaptive.from_json(json.dumps(saved))
 
 
 def test_a_schedule_saved_in_another_format_is_refused_by_its_version() -> None:
-    with pytest.raises(ConfigurationError, match=r"version 2, and only 1 is known"):
+    with pytest.raises(ConfigurationError, match=r"version 2, and only 1 is supported"):
         wait_adaptive.from_json('{"version": 2, "approved": "quite another thing"}')
 
 

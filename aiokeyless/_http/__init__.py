@@ -1,1 +1,1 @@
-"""HTTP: the endpoints as data, and the exchanges with the service."""
+"""HTTP: the endpoints as data (protocol), the exchanges (transport), creating (creation) and redaction."""

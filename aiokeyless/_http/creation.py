@@ -1,7 +1,7 @@
-"""A create that neither duplicates nor lies: after an ambiguous failure it looks whether the operation is there.
+"""Creating an operation exactly once: after an ambiguous failure, check whether the operation exists.
 
-The service documents no idempotency key, but an operation id is unique and ours, and so it is one. It is no lock: what
-is found under an id may be the operation of an earlier request, and approved for that.
+The service documents no idempotency key, but an operation id is unique and chosen by the client, so it serves as one.
+It is not a lock: what is found under an id may be the operation of an earlier request, and approved for that.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ if TYPE_CHECKING:
     from .transport import Transport
 
 _REQUEST_TIMEOUT: Final = 408
-#: Seconds between GETs of an operation that exists (409) and that a lagging replica does not have yet (404): 5 in all.
+#: Seconds between GETs of an operation that exists (409) but that a lagging replica does not have yet (404): 5 in all.
 _LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
 
 
 class Creation:
     """The creation of one operation.
 
-    What is found after an ambiguous failure, or after a 409 that follows one (or after any 409, where `resumes`):
+    The client GETs the operation after an ambiguous failure, and after a 409 that follows one (with `resumes`, after
+    any 409). What the GET finds decides:
 
-    | found | an id of the caller's | an id that this call made |
+    | found | an id that the caller chose | an id that this call generated |
     |---|---|---|
     | nothing | sent again | sent again |
     | other content | `ConflictError` | `ConflictError` |
     | the same content, pending | reconciled | reconciled |
     | the same content, approved | `AlreadyApprovedError` | reconciled |
-    | (a 409, not looked into) | looked into, as above | reconciled |
+    | (409 after an ambiguous failure) | GET, then as above | reconciled, without a GET |
 
     Args:
-        transport: What sends the requests.
+        transport: Sends the requests.
         user_id: The user, checked.
-        operation: What to create.
-        id_is_new: Whether the id was made for this call, so that whatever has it is this call's.
-        resumes: Whether a 409 on the first attempt is looked into as well.
+        operation: The operation to create.
+        id_is_new: Whether the id was generated for this call, so that an operation with that id is this call's.
+        resumes: Whether the client GETs the operation after a 409 on the first attempt too.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class Creation:
         self._resumes = resumes
         self._post = protocol.create_operation(user_id, operation)
         self._get = protocol.get_operation(operation.operation_id)
-        self._doubt: KeylessError | None = None  # the failure of an attempt that may have taken effect
+        self._ambiguous: KeylessError | None = None  # the last failure of an attempt that may have taken effect
         self._given_up = False
 
     async def run(self) -> bool:
-        """Create it, in as many attempts as the transport makes.
+        """Create the operation, in at most as many attempts as the transport makes.
 
         Returns:
             Whether it is reconciled: found under its id with this content, and not confirmed by our own POST.
@@ -78,14 +79,14 @@ class Creation:
         Raises:
             AlreadyApprovedError: The id names an operation of this content that is approved.
             ConflictError: The id is taken by another operation.
-            KeylessError: It failed, and is not there, or that could not be found out.
+            KeylessError: Creating failed, and the operation does not exist or could not be checked.
         """
         return await self._transport.retry(self._attempt, self._may_repeat)
 
     async def _attempt(self) -> bool:
         try:
             answer = await self._transport.send(self._post)
-            if not answer.success:  # documented as always true, so this is an answer that says nothing
+            if not answer.success:  # documented as always true, so its meaning is unknown
                 raise DecodeError(
                     f"POST {self._post.path} answered without success",
                     status=200,
@@ -98,10 +99,10 @@ class Creation:
             return False
         conflicts = isinstance(failure, ConflictError)
         if _is_ambiguous(failure):
-            self._doubt = failure
-        elif not conflicts or (self._doubt is None and not self._resumes):
+            self._ambiguous = failure
+        elif not conflicts or (self._ambiguous is None and not self._resumes):
             raise failure
-        if conflicts and self._doubt is not None and self._id_is_new:
+        if conflicts and self._ambiguous is not None and self._id_is_new:
             return True
         found = await self._find(failure)
         if found is None:
@@ -110,8 +111,11 @@ class Creation:
         return True
 
     async def _find(self, failure: KeylessError) -> Operation | None:
-        """Return the operation, or None where it is not there; where that cannot be told, the doubt is final."""
-        # After a 409 it is there: a 404 is then a replica that lags. Without one it is sent again, which is quicker.
+        """Return the operation, or None if it does not exist.
+
+        If that cannot be checked, raise the ambiguous failure, which is then final.
+        """
+        # After a 409 it exists, so a 404 comes from a lagging replica. Otherwise it is sent again, which is faster.
         pauses = iter(_LAG if isinstance(failure, ConflictError) else ())
         while True:
             try:
@@ -122,16 +126,16 @@ class Creation:
                     return None
             except KeylessError as error:
                 self._given_up = True
-                if self._doubt is None:  # the id is taken: nothing of this call took effect
+                if self._ambiguous is None:  # the id is taken: this call had no effect
                     raise
-                raise self._doubt from error
+                raise self._ambiguous from error
             await asyncio.sleep(pause)
 
     def _check(self, found: Operation) -> None:
-        """Raise unless what was found is what this call was to create."""
+        """Raise unless the operation that was found has the content that this call was to create."""
         self._given_up = True
-        if found.operation_id != self._operation.operation_id:  # a mixed-up answer tells nothing about ours
-            raise self._doubt or ConflictError(status=409, method="POST", path=self._post.path)
+        if found.operation_id != self._operation.operation_id:  # an answer about another operation proves nothing
+            raise self._ambiguous or ConflictError(status=409, method="POST", path=self._post.path)
         if not self._is_ours(found):
             raise ConflictError(status=409, method="POST", path=self._post.path)
         if found.state == OperationState.APPROVED and not self._id_is_new:
@@ -146,11 +150,11 @@ class Creation:
         )
 
     def _may_repeat(self, error: KeylessError) -> bool:
-        # The operation was seen to be missing after these, or the failure would have been final.
+        # After an ambiguous failure or a conflict, a GET found no operation: otherwise `_given_up` is set.
         return not self._given_up and (
             is_transient(error)
             or _is_ambiguous(error)
-            or (isinstance(error, ConflictError) and (self._doubt is not None or self._resumes))
+            or (isinstance(error, ConflictError) and (self._ambiguous is not None or self._resumes))
         )
 
 

@@ -1,6 +1,6 @@
-"""The API as data: requests built, answers turned into structs or exceptions.
+"""The API as data: builds requests, and turns answers into structs or exceptions.
 
-Nothing here does I/O; every rule can be read off a table and tested without a network.
+Nothing here does I/O, so all of it is tested without a network.
 
 Source: Keyless documentation, Server API / Operations.
 """
@@ -54,9 +54,9 @@ MAX_PENDING_BODY: Final = 16 << 20
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back over the wire. `headers` looks names up without regard to case.
+    """An HTTP answer. The names in `headers` are case-insensitive.
 
-    Its repr does not show the body, which holds the SDK key and the payload: error reporters print local variables.
+    Its repr does not show the body, which contains the SDK key and the payload: error reporters print local variables.
     """
 
     status: int
@@ -72,13 +72,13 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Endpoint(Generic[T]):
-    """What the three endpoints differ in.
+    """The properties of one endpoint.
 
     Attributes:
         method: HTTP method.
         decode: Turns the body of a success into a struct.
-        success: The statuses that are one.
-        max_body: Bytes that an answer may have.
+        success: The statuses that count as a success.
+        max_body: Largest body of an answer, in bytes.
     """
 
     __slots__ = ("decode", "max_body", "method", "success")
@@ -98,7 +98,7 @@ _read_created: Final = msgspec.json.Decoder(CreateAnswer).decode
 
 def _decode_operation(body: bytes) -> Operation:
     operation = _read_operation(body)
-    if operation.is_approved:  # once a wait, so that a poll that says pending pays nothing for it
+    if operation.is_approved:  # once per wait, so that a pending answer costs nothing extra
         _refuse_duplicate_keys(body)
     return operation
 
@@ -110,7 +110,7 @@ def _decode_created(body: bytes) -> CreateAnswer:
 
 
 def _refuse_duplicate_keys(body: bytes) -> None:
-    """Refuse JSON like ``{"result": false, "result": true}``, which two readers understand in two ways."""
+    """Refuse JSON like ``{"result": false, "result": true}``, which parsers read in different ways."""
     json.loads(body, object_pairs_hook=_without_duplicates)
 
 
@@ -126,7 +126,7 @@ GET_PENDING: Final = Endpoint(
     success=frozenset({200}),
     max_body=MAX_PENDING_BODY,
 )
-# 200 is documented; 201 is what a service behind a gateway that knows HTTP better may say of a creation.
+# 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
 POST_OPERATION: Final = Endpoint("POST", _decode_created, success=frozenset({200, 201}))
 
 
@@ -171,15 +171,15 @@ def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction)
     """Turn an answer into the endpoint's struct.
 
     Args:
-        endpoint: What was asked.
+        endpoint: The endpoint of the request.
         path: Path of the request, for messages.
-        answer: What came.
-        redaction: Strikes out the API key where the answer echoes it.
+        answer: The answer.
+        redaction: Redacts the API key in case the answer echoes it.
 
     Raises:
-        DecodeError: A success, with JSON of the wrong shape or with a key that occurs twice.
-        NotJsonError: A success, no JSON.
-        StatusError: Any other status, by its subclass.
+        DecodeError: A success whose JSON has the wrong shape or a key that occurs twice.
+        NotJsonError: A success whose body is not JSON.
+        StatusError: Any other status; raised as its subclass.
     """
     if answer.status not in endpoint.success:
         raise _status_error(endpoint.method, path, answer, redaction)
@@ -188,7 +188,7 @@ def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         failure = _decode_error(endpoint.method, path, answer, error, redaction)
     try:
-        raise failure  # out here, so that no frame keeps the reason: a UnicodeDecodeError holds the body
+        raise failure  # outside the except block, so that no frame keeps the reason: a UnicodeDecodeError has the body
     finally:
         del failure
 
@@ -231,13 +231,13 @@ def _status_error(method: str, path: str, answer: Answer, redaction: Redaction) 
 
 
 def _advice(status: int) -> str | None:
-    """Better words for the statuses that have no class of their own."""
+    """Return the advice for statuses that have no class of their own."""
     if 300 <= status < 400:
-        return "a redirect, not followed since that would hand the API key to another host; check base_url"
+        return "a redirect, not followed since that would send the API key to another host; check base_url"
     if 200 <= status < 300:
-        return "a success that the API does not document, and so none; check base_url and what is in between"
+        return "a success that the API does not document, so it does not count as one; check base_url and the proxies"
     if status in TRANSIENT_STATUSES - _STATUS_ERRORS.keys():
-        return "not now; try again later"
+        return "a temporary failure; try again later"
     return None
 
 
@@ -256,7 +256,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """Read ``Retry-After``: seconds, or an HTTP date, which is compared with the answer's own ``Date`` if it has one.
 
     Returns:
-        Seconds from now, at least 0; None where the header is absent or unreadable.
+        Seconds from now, at least 0; None if the header is absent or malformed.
     """
     text = headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
@@ -264,7 +264,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     at = _http_date(text)
     if at is None:
         return None
-    # The server's clock may be off ours; its Date is of the same clock as the date that it names.
+    # The server's clock may differ from ours; its Date header comes from the clock that it computed the date with.
     now = _http_date(headers.get("Date", ""))
     return max(0.0, at - (time.time() if now is None else now))
 

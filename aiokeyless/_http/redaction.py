@@ -1,4 +1,4 @@
-"""What an answer may show in an error message: printable, short, and the API key struck out in every form of it."""
+"""Redaction: what an error may show of an answer. It is printable, short, and without the API key in any encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apo
 
 
 class Redaction:
-    """Strikes one key out of texts.
+    """Redacts one API key in texts.
 
     Args:
         api_key: The key.
@@ -24,27 +24,28 @@ class Redaction:
     __slots__ = ("_echo", "_reach")  # the key is in the pattern: error reporters print attributes by their repr
 
     def __init__(self, api_key: Secret) -> None:
-        # As the key is, and as JSON, a URL and HTML write it, with blanks folded as `printable` folds them.
+        # The key in plain form and as JSON, a URL and HTML write it, with runs of blanks folded as in `printable`.
         characters = " ".join(api_key.reveal().split())
         self._echo = re.compile("".join(_spellings(character) for character in characters))
-        # All that 200 characters can come from: a character stands for one of the text or, in "***", for one echo.
+        # The longest input that 200 characters can result from: each is a character of the text, or, in "***", of an
+        # echo of the key.
         self._reach = MAX_DETAIL * _WIDEST * (len(characters) + 1)
 
     def printable(self, text: str) -> str | None:
-        """Return at most 200 printable characters of a text, or None where nothing is left of it."""
-        # Struck out before the cut, so that no half of a key stays.
+        """Return at most 200 printable characters of a text, or None if nothing is left."""
+        # Redacted before the cut, so that no part of a key remains.
         text = self._echo.sub("***", " ".join(text.split())[: self._reach])
         text = "".join(c if c.isprintable() else " " for c in text[:MAX_DETAIL])
         return text.strip() or None
 
 
 def _spellings(character: str) -> str:
-    """Match one character of the key: letters and digits as they are, whatever else escaped too."""
+    """Return a pattern for one character of the key: letters and digits as they are, others escaped too."""
     if character.isalnum():
         return character
     code = ord(character)
     code_hex = "".join(f"[{digit}{digit.upper()}]" for digit in f"{code:02x}")
-    forms = [  # the longer first, so that nothing of one is left over
+    forms = [  # longer forms first, so that no part of one remains
         f"%{code_hex}",
         rf"\\u00{code_hex}",
         rf"\\{re.escape(character)}",
@@ -54,5 +55,5 @@ def _spellings(character: str) -> str:
         re.escape(character),
     ]
     if character == " ":
-        return f"(?:{'|'.join(forms)}|[+])+"  # a run of blanks was folded into one in the key, and may not be here
+        return f"(?:{'|'.join(forms)}|[+])+"  # runs of blanks are folded in the key, but maybe not in the text
     return f"(?:{'|'.join(forms)})"

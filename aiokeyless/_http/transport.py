@@ -1,6 +1,7 @@
-"""The only room that knows aiohttp: it sends a `Request`, returns status, headers and body, and repeats a single call.
+"""The transport: sends a request with aiohttp, reads its answer within limits, and retries single calls.
 
-It makes no sense of answers; `protocol` does. Every failure of the exchange itself leaves here as `TransportError`.
+`protocol` interprets the answers. Whatever an exchange raises becomes a `TransportError`, or, once a session is closed,
+a `ClientClosedError`; only cancellation passes through.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ T = TypeVar("T")
 
 logger = logging.getLogger("aiokeyless")
 
-MAX_RETRY_AFTER: Final = 30.0  # seconds: longer is for the caller to decide, who has the number in .retry_after
-_BUFFER: Final = 1 << 18  # bytes: what aiohttp reads ahead, and unzips at once
+MAX_RETRY_AFTER: Final = 30.0  # seconds: with a longer one the call fails, and the caller reads .retry_after
+_BUFFER: Final = 1 << 18  # bytes that aiohttp reads ahead, and decompresses at once
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
 
 class Transport:
-    """The HTTP of one client, bound to the event loop of its making.
+    """The HTTP exchanges of one client, bound to the event loop in which it was created.
 
     Args:
         base_url: Checked base URL, without a trailing slash.
         api_key: The API key.
-        session: A session to borrow, or None to have one of its own.
-        request_timeout: Seconds for one exchange, connect to last byte.
-        max_attempts: Of one call, on transient failures.
+        session: A session to borrow, or None to create one.
+        request_timeout: Seconds for one exchange, from connecting to the last byte.
+        max_attempts: Attempts of one call on transient failures.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class Transport:
         self._redaction = Redaction(api_key)
         self._max_attempts = max_attempts
         self.request_timeout = request_timeout
-        # What the session says counts for nothing: a borrowed one may raise for statuses, follow redirects, not unzip,
-        # or unzip a bomb at once into a buffer as large as it likes.
+        # Override the session's settings: a borrowed one may raise for statuses, follow redirects, not decompress, or
+        # decompress a bomb at once into a buffer of any size.
         self._options: dict[str, Any] = {
             "allow_redirects": False,
             "raise_for_status": False,
@@ -82,20 +83,20 @@ class Transport:
         self._owns_session = session is None
         if session is None:
             session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the poller bounds what is in flight, and does it cheaper
+                connector=aiohttp.TCPConnector(limit=0),  # the poller limits the polls in flight, at a lower cost
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=_headers(api_key),  # cheaper than with each request: aiohttp then merges nothing
+                headers=_headers(api_key),  # cheaper than per request: aiohttp then has nothing to merge
             )
         self._session = session
-        # aiohttp rounds a timeout of 5 s and more up to a whole second of the loop's clock: not here.
+        # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
         self._call_timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=math.inf)
-        # No sock_read: the poller ends an exchange in time, with one timer for all, and aiohttp's costs 8% of a look.
+        # No sock_read: the poller ends an exchange in time, with one timer for all; aiohttp's costs 8% of a poll.
         self._poll_timeout = aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf)
         self._calls: set[_Call] = set()
         self._closed = False
 
     async def aclose(self) -> None:
-        """End the calls under way with `ClientClosedError`, and the session if it is our own."""
+        """End the calls under way with `ClientClosedError`, and close the session unless it is borrowed."""
         self._closed = True
         for call in tuple(self._calls):
             call.close()
@@ -103,11 +104,11 @@ class Transport:
             await self._session.close()
 
     def call(self) -> _Call:
-        """Guard a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
+        """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
         return _Call(self._calls)
 
     def url(self, request: protocol.Request[Any]) -> URL:
-        """Make the URL of a request; the path is encoded already and must arrive as it is."""
+        """Return the URL of a request; its path is encoded already and must not be encoded again."""
         return self._base.with_path(self._base_path + request.path, encoded=True)
 
     def path(self, url: URL) -> str:
@@ -128,7 +129,7 @@ class Transport:
         return protocol.read(endpoint, self.path(url), answer, self._redaction)
 
     async def fetch(self, request: protocol.Request[T]) -> T:
-        """Send a request, again while it fails transiently, `max_attempts` times in all, and read its answer."""
+        """Send a request and read its answer; retry transient failures, with `max_attempts` attempts in total."""
         with self.call():
             try:
                 return await self.send(request)
@@ -138,11 +139,11 @@ class Transport:
                 return await self._again(lambda: self.send(request), error, is_transient)
 
     async def retry(self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
-        """Run an attempt, and again while it fails in a way that is worth repeating, `max_attempts` times in all.
+        """Run an attempt; repeat it while `may_repeat` allows, with `max_attempts` attempts in total.
 
         Args:
-            attempt: What to do.
-            may_repeat: Whether a failure is worth another attempt.
+            attempt: The call.
+            may_repeat: Whether to repeat it after this failure.
         """
         try:
             return await attempt()
@@ -157,11 +158,11 @@ class Transport:
     async def _again(
         self, attempt: Callable[[], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
     ) -> T:
-        """Go on after the first attempt has failed; where nothing fails, tenacity costs nothing.
+        """Continue after the first attempt has failed, so that tenacity costs nothing where nothing fails.
 
-        tenacity takes the failure that was for its first attempt.
+        tenacity's first attempt only raises the failure that happened already.
         """
-        first = [error.with_traceback(None)]  # a traceback keeps answers alive for as long as its error is kept
+        first = [error.with_traceback(None)]  # a traceback keeps answers alive as long as its error
         del error
         earlier: list[KeylessError] = []
 
@@ -210,7 +211,7 @@ class Transport:
             except BaseException:
                 response.close()
                 raise
-        except Exception as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks raise what they like
+        except Exception as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
             outcome = self._failed(method, self.path(url), error)
         except BaseException as interruption:  # noqa: BLE001  # a cancellation, on its way to the caller
             outcome = interruption
@@ -226,15 +227,16 @@ class Transport:
                 method=method,
                 path=self.path(url),
             )
-        # Raised out here and without the frames of aiohttp, which hold the headers of the request and so the key: error
-        # reporters print the local variables of every frame of a traceback, and those of its context and causes.
+        # Raised outside the except block and without the frames of aiohttp, whose variables include the request's
+        # headers and so the key: error reporters print the local variables of every frame of a traceback, and those of
+        # its context and causes.
         try:
             raise outcome.with_traceback(None)
         finally:
-            del outcome  # a frame that an error keeps must not keep the error
+            del outcome  # otherwise the error and this frame would reference each other
 
     def _headers_of(self, body: bytes | None) -> dict[str, str] | None:
-        """Return the headers that the session does not send by itself."""
+        """Return the headers that the session does not already send."""
         headers = {} if self._owns_session else _headers(self._api_key)
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -243,13 +245,11 @@ class Transport:
     def _failed(self, method: str, path: str, failure: Exception) -> KeylessError:
         """Return the error to raise for a failed exchange."""
         if self._closed:
-            return ClientClosedError(
-                f"the client was closed during {method} {path}; what it asked may have taken effect"
-            )
+            return ClientClosedError(f"the client was closed during {method} {path}; the request may have taken effect")
         if self._session.closed:
             return ClientClosedError("the session that the client borrowed is closed; close it after the client")
         logger.debug("%s %s failed: %s", method, path, type(failure).__name__)
-        # Connecting failed, so nothing was sent. A total timeout does not tell how far it came.
+        # If connecting failed, nothing was sent. A total timeout does not tell how far the exchange got.
         sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
         error: TransportError
         if isinstance(failure, TimeoutError):
@@ -269,9 +269,9 @@ class Transport:
 
 
 class _Call:
-    """One call of a client's method: on `close` it is cancelled, and its cancellation becomes `ClientClosedError`.
+    """One call of a client's method: `close` cancels it, and that cancellation becomes `ClientClosedError`.
 
-    The way of ``asyncio.timeout``: a cancellation by the caller, even at the same instant, stays a cancellation.
+    It works as ``asyncio.timeout`` does: a cancellation by the caller, even at the same instant, stays a cancellation.
     """
 
     __slots__ = ("_calls", "_cancelling", "_closed", "_task")
@@ -287,7 +287,7 @@ class _Call:
     def __enter__(self) -> Self:
         task = asyncio.current_task()
         if task is None:
-            raise ConfigurationError("a client's methods must be awaited inside a task, such as by asyncio.run()")
+            raise ConfigurationError("a client's methods must be awaited in a task, such as one run by asyncio.run()")
         self._task = task
         self._cancelling = task.cancelling()
         self._calls.add(self)
@@ -301,7 +301,7 @@ class _Call:
             return
         if self._task.uncancel() <= self._cancelling and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise ClientClosedError(
-                "the client was closed while this call was under way; what it asked may have taken effect"
+                "the client was closed while this call was under way; the request may have taken effect"
             ) from None
 
 
@@ -314,18 +314,18 @@ def _headers(api_key: Secret) -> dict[str, str]:
 
 
 async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:
-    """Read a body; None where it is larger than that, after decompression. The connection is then closed."""
+    """Return the body, or None if it is larger than `max_body` after decompression; then close the connection."""
     content = response.content
     chunks: list[bytes] = []
     size = 0
-    while not content.at_eof():  # most bodies come in one piece, with their end: no second await to learn of it
+    while not content.at_eof():  # most bodies arrive in one chunk with their end: that saves a second await
         chunk = await content.readany()
         size += len(chunk)
-        if size > max_body:  # the first one too: compressed, it may be a little of the wire and much of a body
+        if size > max_body:  # also for the first chunk, which may be large after decompression
             response.close()
             return None
         chunks.append(chunk)
-    return b"".join(chunks)  # of a single chunk no copy
+    return b"".join(chunks)  # does not copy a single chunk
 
 
 def _worth_repeating(error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
@@ -337,7 +337,7 @@ def _retry_after(error: BaseException | None) -> float | None:
 
 
 def _pause(retry_state: RetryCallState) -> float:
-    """Full jitter, and not before the service wants to be asked again."""
+    """Return a delay with full jitter, and at least the service's ``Retry-After``."""
     return max(_FULL_JITTER(retry_state), _retry_after(_failure(retry_state)) or 0.0)
 
 
@@ -346,9 +346,9 @@ def _failure(retry_state: RetryCallState) -> BaseException | None:
 
 
 def _fit_to_show(failure: Exception) -> Exception | None:
-    """Return a failure that may be shown as a cause: the operating system's, without the frames that it came through.
+    """Return the failure if it is safe to show as a cause: an OSError, without the frames that it passed through.
 
-    Of aiohttp's own, some carry the request's headers and some quote what the server sent, which may be the key.
+    Some of aiohttp's own errors carry the request's headers, and some quote what the server sent, which may be the key.
     """
     if not isinstance(failure, OSError):
         return None
@@ -358,6 +358,6 @@ def _fit_to_show(failure: Exception) -> Exception | None:
 
 
 def _os_reason(failure: Exception) -> str:
-    """Return the operating system's words for it, where it has some; a server has no say in them."""
+    """Return the operating system's text for the failure, if any; a server cannot influence it."""
     os_error = getattr(failure, "os_error", failure)
     return f": {os_error.strerror}" if isinstance(os_error, OSError) and os_error.strerror else ""
