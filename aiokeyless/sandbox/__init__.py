@@ -1,7 +1,7 @@
-"""A Keyless service to run on localhost, for demos, development and tests; `Sandbox` is all of it.
+"""A Keyless service to run on localhost, for demos, development and tests: `Sandbox`.
 
-It speaks the documented API over a real socket and knows no more of the client than a real service would; only
-`Sandbox.client` makes one. ``import aiokeyless`` does not load it.
+It serves the documented API on a real socket, independently of the client; only `Sandbox.client` uses that.
+``import aiokeyless`` does not import this package.
 """
 
 from .journal import RequestRecord

@@ -1,7 +1,7 @@
-"""The three endpoints as the service answers them: from the parts of a request to a status and a body.
+"""The three endpoints of the service as functions of a request's parts; each returns a status and a body.
 
-Strict where the documentation is: a request that the real service refuses is refused here. It knows neither aiohttp
-nor time nor faults.
+As strict as the documentation: a request that the real service refuses is refused here. Nothing here does I/O, and
+nothing depends on aiohttp, on time or on simulated faults.
 
 Source: Keyless documentation, Server API / Operations.
 """
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 JSON: Final = "application/json"
 _JSON_HEADERS: Final = {"Content-Type": JSON}
-_RANGES_OF_JSON: Final = (JSON, "application/*", "*/*")  # the more specific range overrules
+_RANGES_OF_JSON: Final = (JSON, "application/*", "*/*")  # a more specific range takes precedence
 
 _QUOTED: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
 _WEIGHT: Final = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
-# Not percent-encoded: a percent sign that starts nothing, a fragment, a character that is no printable ASCII.
+# Not percent-encoded: a percent sign without two hex digits, a fragment, a character that is not printable ASCII.
 _BAD_SEGMENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|[^!-~]|#")
 
 
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 
 class _Creation(msgspec.Struct, rename="camel"):
-    """The body of a creation: what is absent is left out, so null is refused."""
+    """The body of a creation; absent fields must be left out, so null is refused."""
 
     operation_id: Annotated[str, msgspec.Meta(min_length=1)]
     operation_payload: str | msgspec.UnsetType = msgspec.UNSET
@@ -59,12 +59,12 @@ _CREATED: Final = Answer(HTTPStatus.OK, b'{"success":true}')
 
 
 def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """An error: the documentation gives its body no shape, so it is JSON of the sandbox's own."""
+    """Return an error answer; the shape of its body is not documented, so it is the sandbox's own JSON."""
     return Answer(status, msgspec.json.encode({"error": message}), {**_JSON_HEADERS, **(headers or {})})
 
 
 class _RefusedError(Exception):
-    """The request is refused; the text goes into the answer's body."""
+    """The request is refused; the message becomes the answer's body."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -73,12 +73,12 @@ class _RefusedError(Exception):
 
 
 class KeylessApi:
-    """The endpoints over a store.
+    """The endpoints of the API, for one store.
 
     Args:
-        store: Where the operations are.
+        store: Holds the operations.
         api_key: The key that requests must carry.
-        on_created: Called with each operation that a request created, before it is answered.
+        on_created: Called with each operation that a request created, before the request is answered.
     """
 
     def __init__(self, store: OperationStore, api_key: str, on_created: Callable[[Operation], None]) -> None:
@@ -87,17 +87,17 @@ class KeylessApi:
         self._on_created = on_created
 
     def answer(self, method: str, target: str, *, api_key: str, accept: str, content_type: str, body: bytes) -> Answer:
-        """Answer one request; a POST's effect has then happened.
+        """Answer one request, and apply the effect of a POST.
 
-        What is wrong first decides: key, route, method, ``Accept``, ``Content-Type``, ids and body, and at last
-        whether the operation is there.
+        The first failed check decides the error, in this order: key, route, method, ``Accept``, ``Content-Type``, ids
+        and body, existence of the operation.
 
         Args:
             method: HTTP method.
-            target: Request target as it came: percent-encoded, query included.
-            api_key: ``X-Api-Key``, "" where there is none.
-            accept: All ``Accept`` headers, joined by commas, "" where there is none.
-            content_type: ``Content-Type``, "" where there is none.
+            target: Request target as received: percent-encoded, with the query.
+            api_key: ``X-Api-Key``; "" if absent.
+            accept: All ``Accept`` headers, joined by commas; "" if absent.
+            content_type: ``Content-Type``; "" if absent.
             body: Body of the request.
         """
         try:
@@ -107,7 +107,7 @@ class KeylessApi:
             return error_answer(error.status, str(error), error.headers)
 
     def _admit(self, method: str, target: str, api_key: str, accept: str, content_type: str) -> tuple[_Endpoint, str]:
-        """Check all that is not of one endpoint, and find the endpoint with its id, still encoded."""
+        """Do the checks that all endpoints share; return the endpoint and the id in the path, still encoded."""
         if not hmac.compare_digest(api_key.encode("utf-8", "surrogateescape"), self._key):
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
         allowed, endpoint, segment = self._route(target)
@@ -120,8 +120,8 @@ class KeylessApi:
         return endpoint, segment
 
     def _route(self, target: str) -> tuple[str, _Endpoint, str]:
-        """Find the method, the endpoint and its id, still encoded."""
-        # Split before decoding: an encoded slash belongs to an id and must never become a step in the path.
+        """Return the method, the endpoint and the id in the path, still encoded."""
+        # Split before decoding: an encoded slash belongs to an id and must not separate path segments.
         match target.partition("?")[0].split("/"):
             case ["", "v2", "operations", operation_id] if operation_id:
                 return "GET", self._get_operation, operation_id
@@ -144,7 +144,7 @@ class KeylessApi:
     def _create(self, user_id: str, body: bytes) -> Answer:
         _check_user_id(user_id)
         try:
-            # Decoded first: msgspec does not look at the bytes of fields that it skips.
+            # Decoded first: msgspec does not check the bytes of fields that it skips.
             creation = _CREATION.decode(body.decode())
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not an operation: {error}") from None
@@ -180,15 +180,15 @@ def _decoded(segment: str) -> str:
     except UnicodeDecodeError:
         text = ""
     if not text or _BAD_SEGMENT.search(segment):
-        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the id in the path must be percent-encoded UTF-8, not empty")
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the id in the path must be percent-encoded UTF-8 and not empty")
     return text
 
 
 @functools.lru_cache(maxsize=64)
 def admits_json(accept: str) -> bool:
-    """Whether an ``Accept`` header admits ``application/json``; an empty one asks for nothing and admits all.
+    """Whether an ``Accept`` header admits ``application/json``; an empty one admits everything.
 
-    Parameters of a range other than its weight are not looked at; a range with a malformed weight is passed over.
+    Parameters of a range other than its weight are ignored, and so is a range with a malformed weight.
 
     Source: RFC 9110, section 12.5.1.
     """

@@ -1,10 +1,9 @@
-"""Who may speak to the sandbox from a browser: the page that this sandbox served, and no other page.
+"""Refuses browser requests from any page other than the one that this sandbox served.
 
-The phone's endpoints need no key, and the API's default key is known, so any page that the developer happens to visit
-could approve operations if it were let in. Three things keep it out: its requests name it (``Origin``,
-``Sec-Fetch-Site``); a POST of JSON, or a header with a key, needs a preflight, which nothing here answers; and a name
-of its own that it makes resolve to this machine (DNS rebinding) is no name of ours: that check is the API's too. It
-knows neither sockets nor operations.
+The phone's endpoints need no key, and the API's default key is public, so any page that a developer visits could
+approve operations if its requests were accepted. Three checks prevent that: the browser names the page in each request
+(``Origin``, ``Sec-Fetch-Site``); a POST of JSON, or a header with a key, needs a preflight, which the sandbox does not
+answer; and a host name that the page's owner makes resolve to this machine (DNS rebinding) is refused, by the API too.
 
 Source: Fetch Standard, "Origin header"; Fetch Metadata Request Headers, section 2.3.
 """
@@ -25,14 +24,14 @@ _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::[0-9]+)?")
 
 
 def refuse_host(host: str, own: str) -> Answer | None:
-    """Refuse a request that was sent to a name that is not this server's; None: it is let in.
+    """Return the refusal of a request that names a host other than this server; None if the host is accepted.
 
-    ``localhost`` always is, and so is any IP address: to be reached by one, a page would have to come from it. The port
-    may be any, since ports are forwarded.
+    ``localhost`` and any IP address are accepted: a page whose requests name an address was itself served from it. Any
+    port is accepted, since ports may be forwarded.
 
     Args:
-        host: ``Host`` header, "" where there is none.
-        own: Name or address that the server was told to listen on.
+        host: ``Host`` header; "" if absent.
+        own: Name or address that the server listens on.
     """
     match = _HOST.fullmatch(host.lower())
     name = match[1].strip("[]") if match else ""
@@ -40,16 +39,16 @@ def refuse_host(host: str, own: str) -> Answer | None:
         return None
     return error_answer(
         HTTPStatus.MISDIRECTED_REQUEST,
-        "the sandbox does not answer to this host name (a guard against DNS rebinding): use localhost or an IP "
+        "the sandbox does not accept this host name (a protection against DNS rebinding): use localhost or an IP "
         "address, or start it with this name as its host (--host)",
     )
 
 
-def refuse_stranger(method: str, headers: Mapping[str, str]) -> Answer | None:
-    """Refuse what another page, or none, has sent, to a host that is ours; None: it is let in.
+def refuse_foreign_origin(method: str, headers: Mapping[str, str]) -> Answer | None:
+    """Return the refusal of a request that did not come from the sandbox's own page; None if it is accepted.
 
-    A GET without a word of where it comes from is let in: some browsers send none to addresses that are not loopback,
-    and what is not of the same origin cannot read the answer. A POST has an effect, so it must say.
+    A GET that names no origin is accepted: some browsers name none for addresses that are not loopback, and a page of
+    another origin cannot read the answer. A POST has an effect, so it must name its origin.
 
     Args:
         method: HTTP method.
@@ -59,11 +58,11 @@ def refuse_stranger(method: str, headers: Mapping[str, str]) -> Answer | None:
     own_origin = f"http://{headers.get('Host', '')}".lower()
     foreign = origin is not None and origin.lower() != own_origin
     if foreign or headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
-        return error_answer(HTTPStatus.FORBIDDEN, "only the sandbox's own page may ask for this")
+        return error_answer(HTTPStatus.FORBIDDEN, "only the sandbox's own page may request this")
     if method != "POST":
         return None
     if origin is None:
-        return error_answer(HTTPStatus.FORBIDDEN, "Origin is missing; only the sandbox's own page may ask for this")
+        return error_answer(HTTPStatus.FORBIDDEN, "Origin is missing; only the sandbox's own page may request this")
     if headers.get("Content-Type", "").partition(";")[0].strip().lower() != JSON:
         return error_answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
     return None

@@ -1,4 +1,4 @@
-"""One line of the sandbox's journal: what tests read in `Sandbox.requests`, and people on the phone's page."""
+"""`RequestRecord`: one request in the sandbox's journal, for tests and for the phone's page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-# Room for every id in ASCII that the client takes, percent-encoded.
+# Enough for every ASCII id that the client accepts, percent-encoded.
 _MOST_CHARACTERS: Final = 2000
 
 
@@ -15,11 +15,11 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
     Attributes:
         method: HTTP method.
-        path: Request target as it came: percent-encoded, query included; one of more than 2000 characters is cut.
-        status: Status of the answer; None while there is none, and for good where none came: the connection was
-            dropped, the client left, or the sandbox closed.
+        path: Request target as received: percent-encoded, with the query, and cut after 2000 characters.
+        status: Status of the answer. None until there is one, and permanently if there is none: the connection was
+            dropped, the client disconnected, or the sandbox closed.
         at: When the request arrived, by the loop's clock, in seconds.
-        duration: Seconds from there until it was answered, or until it was over without an answer; 0.0 until then.
+        duration: Seconds until the request was answered or ended without an answer; 0.0 until then.
     """
 
     method: str
@@ -30,6 +30,6 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
 
 def shorten(text: str) -> str:
-    """Cut a text that is too long to keep, or to show; the result says that it was cut."""
+    """Return a text, cut after 2000 characters; a note of how many are missing is added."""
     more = len(text) - _MOST_CHARACTERS
     return text if more <= 0 else f"{text[:_MOST_CHARACTERS]}… ({more} more characters)"

@@ -1,9 +1,9 @@
-"""The phones of the sandbox's users, as a web page: what it is shown, and what its buttons do.
+"""The web page with the phones of the sandbox's users: its content, its event stream, and the effects of its buttons.
 
-The page is phone.html, served as it is. It follows the sandbox by server-sent events, each one the whole picture: a
-reader that is slow misses pictures, never the last one, and one that does not read is dropped; so what waits to be read
-is bounded by the number of readers and the size of a picture. Who may ask is decided in guard.py; operations are
-approved as `Sandbox.approve` does.
+The page is phone.html, served unchanged. It follows the sandbox by server-sent events, each of which is a complete
+snapshot: a slow reader misses snapshots, but never the last one, and one that does not read is disconnected. So the
+buffered data is bounded by the number of readers and the size of a snapshot. guard.py decides which requests are
+accepted; operations are approved through `Sandbox.approve`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import msgspec
 from aiohttp import web
 
 from .api import Answer, error_answer
-from .guard import refuse_host, refuse_stranger
+from .guard import refuse_foreign_origin, refuse_host
 from .journal import shorten
 from .store import is_user_id
 
@@ -42,17 +42,17 @@ if TYPE_CHECKING:
 
 _Body = TypeVar("_Body")
 
-#: Seconds between two pictures: soon enough for a person, and a bound on what a flood of requests costs.
-_PACE: Final = 0.1
-# What a picture holds at most, so that a load test with the page open stays a load test of the API.
+#: Seconds between two snapshots: fast enough for a person, and a limit on the cost of many requests.
+_INTERVAL: Final = 0.1
+# Limits of a snapshot, so that in a load test an open page costs little beside the API.
 _MOST_PHONES: Final = 24
-_MOST_OPERATIONS: Final = 20  # of one phone
-_MOST_TEXT: Final = 10_000  # characters on one phone; an operation has at most some 6000
+_MOST_OPERATIONS: Final = 20  # per phone
+_MOST_TEXT: Final = 10_000  # characters per phone; an operation has at most about 6000
 _MOST_REQUESTS: Final = 12
 _MOST_APPROVALS: Final = 50
-_MOST_READERS: Final = 32  # streams at once, for a room full of people
-_PIECE: Final = 1 << 16  # bytes of a picture that are handed to a connection at once
-_PATIENCE: Final = 10.0  # seconds in which a reader must take a piece
+_MOST_READERS: Final = 32  # concurrent streams, enough for a demonstration to a group
+_CHUNK: Final = 1 << 16  # bytes of a snapshot that are written to a connection at once
+_WRITE_TIMEOUT: Final = 10.0  # seconds in which a reader must take a chunk
 
 _PAGE_HEADERS: Final = {
     "Cache-Control": "no-store",
@@ -66,7 +66,7 @@ _EVENT_HEADERS: Final = {**_PAGE_HEADERS, "Content-Type": "text/event-stream"}
 
 
 class _Camel(msgspec.Struct, rename="camel"):
-    """What goes over the wire, either way."""
+    """Base of the JSON that the page and the sandbox exchange."""
 
 
 class _Card(_Camel):
@@ -97,7 +97,7 @@ class _Request(_Camel):
     duration: float
 
 
-class _Picture(_Camel):
+class _Snapshot(_Camel):
     boot: str
     connection_lost: bool
     crowded: bool
@@ -121,20 +121,20 @@ class _Connection(_Camel):
 
 
 class Page(NamedTuple):
-    """The page and the policy that lets it run its own script and style, and nothing else."""
+    """The page, and headers with a policy that allows its own script and style only."""
 
     html: bytes
     headers: Mapping[str, str]
 
 
 class Phones:
-    """The page's own endpoints, over a store and a journal.
+    """The page's own endpoints, for one store and one journal.
 
     Args:
-        store: Where the operations are.
-        requests: Gives the journal, oldest first.
-        approve: Approves an operation, given its id and how the user did it.
-        host: Name or address that the server was told to listen on.
+        store: Holds the operations.
+        requests: Returns the journal, oldest first.
+        approve: Approves an operation, given its id and its ``auth_type``.
+        host: Name or address that the server listens on.
     """
 
     def __init__(
@@ -148,18 +148,18 @@ class Phones:
         self._requests = requests
         self._approve_operation = approve
         self._host = host
-        # A sandbox that starts anew counts its operations anew: a page that stayed open must not take one for another.
+        # A new sandbox numbers its operations from 1 again: a page that stayed open must not confuse old and new ones.
         self._boot = secrets.token_hex(4)
-        self._users: dict[str, int] = {}  # those that a page shows, last active last, and when each came
+        self._users: dict[str, int] = {}  # the users on the page, last active last, with their order of arrival
         self._arrivals = count()
-        self._crowded = False  # whether a phone had to make room for another
+        self._crowded = False  # whether a phone was removed because there were too many
         self._approved: deque[Operation] = deque(maxlen=_MOST_APPROVALS)
         self._readers: dict[asyncio.Task[Any], asyncio.Event] = {}
         self.connection_lost: bool = False
-        """Whether a person has switched the API off: it then answers 503 to everyone."""
+        """Whether the page's switch is on: the API then answers 503 to every request."""
 
     def created(self, operation: Operation) -> None:
-        """Show an operation that came in, on its user's phone."""
+        """Show a new operation on its user's phone."""
         user = operation.user_id
         arrival = self._users.pop(user, None)
         self._users[user] = next(self._arrivals) if arrival is None else arrival
@@ -169,14 +169,14 @@ class Phones:
         self.refresh()
 
     def approved(self, operation: Operation) -> None:
-        """Show that an operation was approved, whoever did it."""
+        """Show that an operation was approved, on the page or by other means."""
         self._approved.append(operation)
         self.refresh()
 
     def refresh(self) -> None:
-        """Have the pages show what there is now."""
-        for news in self._readers.values():
-            news.set()
+        """Send the pages a new snapshot."""
+        for changed in self._readers.values():
+            changed.set()
 
     def close(self) -> None:
         """End the streams to the pages."""
@@ -191,9 +191,10 @@ class Phones:
         return web.Response(body=page.html, headers=page.headers)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Answer all that is under ``/sandbox/``."""
+        """Answer all requests under ``/sandbox/``."""
         headers = request.headers
-        if refused := refuse_host(headers.get("Host", ""), self._host) or refuse_stranger(request.method, headers):
+        refused = refuse_host(headers.get("Host", ""), self._host) or refuse_foreign_origin(request.method, headers)
+        if refused:
             return _response(refused)
         match request.match_info["path"], request.method:
             case "events", "GET":
@@ -205,40 +206,40 @@ class Phones:
         return _response(error_answer(HTTPStatus.NOT_FOUND, "the phone has no such endpoint"))
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        """Send a picture now, and one after each change, until the page is closed or the sandbox is."""
+        """Send a snapshot now and after each change, until the page or the sandbox is closed."""
         user = request.query.get("user", "").upper()
         if user and not is_user_id(user):
             return _response(error_answer(HTTPStatus.BAD_REQUEST, "the user id must be hex"))
         if len(self._readers) >= _MOST_READERS:
             return _response(
                 error_answer(
-                    HTTPStatus.SERVICE_UNAVAILABLE, f"{_MOST_READERS} pages are open, which is the most; close one"
+                    HTTPStatus.SERVICE_UNAVAILABLE, f"{_MOST_READERS} pages are open, which is the limit; close one"
                 )
             )
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101  # a coroutine that runs is in a task
-        news = self._readers[task] = asyncio.Event()
-        news.set()
+        assert task is not None  # noqa: S101  # a running coroutine belongs to a task
+        changed = self._readers[task] = asyncio.Event()
+        changed.set()
         response = web.StreamResponse(headers=_EVENT_HEADERS)
         try:
             with suppress(ConnectionError):  # the page was closed
                 await response.prepare(request)
                 await response.write(b"retry: 500\n\n")
                 while True:
-                    await news.wait()
-                    news.clear()
-                    # Encoded when it is sent and not when it happens.
-                    await _write(response, b"data: %b\n\n" % msgspec.json.encode(self._picture(user)))
-                    await asyncio.sleep(_PACE)
+                    await changed.wait()
+                    changed.clear()
+                    # Taken and encoded per sending, not per change.
+                    await _write(response, b"data: %b\n\n" % msgspec.json.encode(self._snapshot(user)))
+                    await asyncio.sleep(_INTERVAL)
         except TimeoutError:
-            assert request.transport is not None  # noqa: S101  # a connection that is lost cancels this task
-            request.transport.abort()  # close() would keep what was not read
+            assert request.transport is not None  # noqa: S101  # a lost connection cancels this task
+            request.transport.abort()  # close() would keep the unread data
         finally:
             del self._readers[task]
         return response
 
     def _approve(self, approval: _Approval | Answer) -> Answer:
-        """Approve the very operation that the page has shown, and no other that has since taken its id."""
+        """Approve the operation that the page showed, and not another one that has its id by now."""
         if isinstance(approval, Answer):
             return approval
         for operation in self._store.pending(approval.user).values():
@@ -254,10 +255,10 @@ class Phones:
         self.refresh()
         return _DONE
 
-    def _picture(self, user: str) -> _Picture:
-        """Draw one user's phone alone, or, for "", all phones and the journal."""
+    def _snapshot(self, user: str) -> _Snapshot:
+        """Return one user's phone, or, for "", all phones and the journal."""
         users = [user] if user else sorted(self._users, key=self._users.__getitem__)
-        return _Picture(
+        return _Snapshot(
             boot=self._boot,
             connection_lost=self.connection_lost,
             crowded=self._crowded and not user,
@@ -271,14 +272,14 @@ class Phones:
         )
 
     def _phone(self, user: str) -> _Phone:
-        """Draw a phone, the newest operation first: the old ones that nobody approved stay for good."""
+        """Return a phone's content, the newest operation first: old ones that are never approved stay pending."""
         pending = self._store.pending(user)
         cards: list[_Card] = []
-        room = _MOST_TEXT
+        space = _MOST_TEXT
         for each in islice(reversed(pending), _MOST_OPERATIONS):
             card = self._card(pending[each])
-            room -= len(card.operation_id) + len(card.operation_payload or "") + len(card.external_user_id or "")
-            if room < 0:
+            space -= len(card.operation_id) + len(card.operation_payload or "") + len(card.external_user_id or "")
+            if space < 0:
                 break
             cards.append(card)
         return _Phone(user, cards, len(pending) - len(cards))
@@ -303,13 +304,13 @@ _DONE: Final = Answer(HTTPStatus.OK, b"{}")
 
 
 def wants_page(request: web.Request) -> bool:
-    """Whether a request for ``/`` is a person's, in a browser; everybody else means the API."""
+    """Whether a request for ``/`` comes from a person's browser; all others are for the API."""
     return "text/html" in request.headers.get("Accept", "")
 
 
 @cache
 def load_page() -> Page:
-    """Read the page; its policy names its script and its style by their hashes, so nothing slips in beside them."""
+    """Read the page; its policy allows its script and its style by their hashes, and no others."""
     html = resources.files("aiokeyless.sandbox").joinpath("phone.html").read_bytes()
     hashes = {tag: _hash(html, tag) for tag in ("script", "style")}
     policy = [
@@ -341,22 +342,22 @@ async def _decoded(request: web.Request, kind: type[_Body]) -> _Body | Answer:
     try:
         return msgspec.json.decode(await request.read(), type=kind)
     except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
-        return error_answer(HTTPStatus.BAD_REQUEST, f"the body is not what the page sends: {error}")
+        return error_answer(HTTPStatus.BAD_REQUEST, f"the body is not valid: {error}")
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:
-    """Write in pieces, so that little is buffered for a reader that is behind.
+    """Write in chunks, so that little is buffered for a slow reader.
 
     Raises:
         TimeoutError: The reader does not read.
     """
-    for start in range(0, len(data), _PIECE):
-        async with asyncio.timeout(_PATIENCE):
-            await response.write(data[start : start + _PIECE])
+    for start in range(0, len(data), _CHUNK):
+        async with asyncio.timeout(_WRITE_TIMEOUT):
+            await response.write(data[start : start + _CHUNK])
 
 
 def _latest(requests: Sequence[RequestRecord]) -> list[_Request]:
-    """Write the latest requests, the newest first."""
+    """Return the latest requests, the newest first."""
     now = asyncio.get_running_loop().time()
     return [
         _Request(record.method, record.path, record.status, now - record.at, record.duration)

@@ -1,7 +1,7 @@
-"""`Sandbox`: the API on a socket of the caller's loop, with the faults, the latency and the journal that tests want.
+"""`Sandbox`: the API on a socket, in the caller's event loop, with faults, latency and a journal for tests.
 
-What an answer says is decided in api.py and store.py; here is when it comes, whether it comes, and who is told.
-Everything timed goes by the loop's clock, so tests that move it move the sandbox too.
+api.py and store.py decide the content of an answer; this module decides when, and whether, it is sent. All timing uses
+the loop's clock, so a test that moves the clock moves the sandbox too.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 _LOGGER: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
-# Only a connection that is still swallowing a refused body makes a shutdown wait for so long.
+# Only a connection that is still reading a refused body delays a shutdown by this much.
 _SHUTDOWN_GRACE: Final = 0.1
-_REACHABLE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # looked up, not bound to
+_REACHABLE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # a key of a table, not bound to
 
 
 class ClientOptions(TypedDict, total=False):
-    """What `Sandbox.client` passes on to `KeylessClient`."""
+    """The options that `Sandbox.client` passes to `KeylessClient`."""
 
     session: aiohttp.ClientSession | None
     request_timeout: float
@@ -53,7 +53,7 @@ class ClientOptions(TypedDict, total=False):
 
 
 class _Fault(msgspec.Struct):
-    """What happens to the next requests in place of their answer."""
+    """A fault that replaces the answer to the next requests."""
 
     left: float
     method: str | None
@@ -70,23 +70,23 @@ _CONNECTION_LOST: Final = _Fault(
 
 
 class Sandbox:
-    """A Keyless service on localhost that behaves as the documented one does, strictly.
+    """A Keyless service on localhost that strictly follows the documentation of the real one.
 
-    Opened in a browser, its URL shows a phone for each user, where a person approves operations and sees the requests
-    that come; ``/?user=C0FFEE`` shows one user's phone alone.
+    In a browser, its URL shows a phone for each user, where a person approves operations, and the latest requests;
+    ``/?user=C0FFEE`` shows the phone of one user.
 
-    Enter it with ``async with``, or `start` and `aclose` it. Entered again, it serves again, on the same port and with
-    the operations it had: that is how a test takes the service down and brings it back.
+    Enter it with ``async with``, or call `start` and `aclose`. It can be entered again after closing: it then serves on
+    the same port with the same operations, so that a test can stop the service and start it again.
 
     Args:
-        port: Port to listen on; 0, the default, takes a free one.
-        api_key: The key that requests must carry; default ``"sandbox-key"``.
-        auto_approve: When a simulated user approves an operation that was created: None, the default, never; so
-            many seconds after its creation (0: before the creation is answered); or a callable that is given the
-            `Operation` and returns either. What the callable raises is logged, and the creation answers 500.
-        host: Address or name to listen on; default ``"127.0.0.1"``, which other machines cannot reach. Requests, to the
-            API too, must name ``localhost``, an IP address, or this name as their host; others are answered 421, so
-            that no web page can reach the sandbox under a name of its own (DNS rebinding).
+        port: Port to listen on. Default: 0, which selects a free port.
+        api_key: The key that requests must carry. Default: ``"sandbox-key"``.
+        auto_approve: When a simulated user approves a created operation: None means never; a number means that many
+            seconds after the creation (0: before the creation is answered); a callable takes the `Operation` and
+            returns one of these. If the callable raises, that is logged and the creation answers 500. Default: None.
+        host: Address or name to listen on. Default: ``"127.0.0.1"``, which other machines cannot reach. Requests, to
+            the API too, must name ``localhost``, an IP address or this name as their host; others are answered 421, so
+            that no web page can reach the sandbox under another name (DNS rebinding).
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -98,7 +98,7 @@ class Sandbox:
     """
 
     JOURNAL_LIMIT: Final = 10_000
-    """Most records in `requests`; beyond, the oldest goes."""
+    """Largest number of records in `requests`; beyond it, the oldest are removed."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class Sandbox:
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
         self.requests: list[RequestRecord] = []
-        """The requests that came, oldest first, at most `JOURNAL_LIMIT`; live, and yours to clear."""
+        """The received requests, oldest first, at most `JOURNAL_LIMIT`; a live list, which you may clear."""
         self.request_count: int = 0
-        """How many requests ever came, those that are no longer in `requests` too."""
+        """Number of all received requests, including those that are no longer in `requests`."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -140,11 +140,11 @@ class Sandbox:
         await self.aclose()
 
     async def start(self) -> None:
-        """Begin to serve, in the running loop.
+        """Start serving, in the running event loop.
 
         Raises:
-            ConfigurationError: It serves already.
-            OSError: The address cannot be listened on, most often because the port is taken.
+            ConfigurationError: The sandbox is running already.
+            OSError: Listening on the address failed, most often because the port is in use.
         """
         if self._runner is not None:
             raise ConfigurationError("the sandbox is running already; enter it once, or close it first")
@@ -164,16 +164,16 @@ class Sandbox:
         self._url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
     async def aclose(self) -> None:
-        """Stop serving at once: requests under way lose their connection, approvals still due do not come.
+        """Stop serving at once: requests under way lose their connection, scheduled approvals are cancelled.
 
-        Closing it again does nothing.
+        Closing it again has no effect.
         """
         runner, self._runner, self._url = self._runner, None, None
         if runner is None:
             return
         try:
             await runner.cleanup()
-            await asyncio.sleep(0)  # the transports are closing; their last callbacks are due now
+            await asyncio.sleep(0)  # the transports are closing; this runs their last callbacks
         finally:
             for timer in self._approvals.values():
                 timer.cancel()
@@ -187,7 +187,7 @@ class Sandbox:
             ConfigurationError: The sandbox is not running.
         """
         if self._url is None:
-            raise ConfigurationError("the sandbox has no URL until it runs; enter it with 'async with' first")
+            raise ConfigurationError("the sandbox has no URL until it is running; enter it with 'async with' first")
         return self._url
 
     @property
@@ -196,10 +196,13 @@ class Sandbox:
         return self._api_key
 
     def client(self, **options: Unpack[ClientOptions]) -> KeylessClient:
-        """Return a new `KeylessClient` for this sandbox, for the caller to close.
+        """Return a new `KeylessClient` for this sandbox; the caller must close it.
 
         Args:
-            **options: As `KeylessClient` takes them; default: its own defaults.
+            **options: Options of `KeylessClient`. Default: those of `KeylessClient`.
+
+        Returns:
+            The client.
 
         Raises:
             ConfigurationError: The sandbox is not running, or an option is wrong.
@@ -208,7 +211,7 @@ class Sandbox:
 
     @property
     def operations(self) -> Mapping[str, Operation]:
-        """The operations by operation id, oldest first, as they truly are: a live view, read-only."""
+        """The operations by operation id, oldest first, without the effects of `tamper`; a live, read-only view."""
         return self._store.operations
 
     def approve(
@@ -222,23 +225,23 @@ class Sandbox:
     ) -> Operation:
         """Approve an operation, as the user does on the phone.
 
-        An operation that is not there is stored as approved where `user_id` is given: so the phone's
-        ``operationInfo`` makes one. Of one that is there, `user_id`, `external_user_id` and `operation_payload` must
-        be its own where they are given. Approving again changes nothing.
+        If there is no such operation and `user_id` is given, an approved one is stored, as the phone's
+        ``operationInfo`` does. If there is one, the given `user_id`, `external_user_id` and `operation_payload` must be
+        its own. Approving again has no effect.
 
         Args:
             operation_id: The operation.
-            user_id: The user, in hex; needed only for an operation that is not there.
-            auth_type: ``"biom"`` (face), the default, or ``"pin"``.
-            external_user_id: The customer's own id of the user; default none.
-            operation_payload: What was approved; default none.
+            user_id: The user, in hex; required only if there is no such operation. Default: not compared.
+            auth_type: ``"biom"`` (biometric) or ``"pin"``. Default: ``"biom"``.
+            external_user_id: The customer's own id of the user. Default: none, or not compared.
+            operation_payload: The text that was approved. Default: none, or not compared.
 
         Returns:
             The approved operation.
 
         Raises:
-            ConfigurationError: There is no such operation and no `user_id`, or an argument is wrong. It is this one,
-                and no `LookupError`, since a wrong argument is what it is and has one exception in this library.
+            ConfigurationError: There is no such operation and `user_id` is missing, or an argument is wrong. (It is not
+                a `LookupError`: this library has one exception for wrong arguments.)
         """
         before = self._store.operations.get(operation_id)
         operation = self._store.approve(
@@ -254,7 +257,10 @@ class Sandbox:
         return operation
 
     def forget(self, operation_id: str) -> None:
-        """Remove an operation, as if it had never been: it answers 404, and its id is free.
+        """Remove an operation: a GET then answers 404, and the id can be used again.
+
+        Args:
+            operation_id: The operation.
 
         Raises:
             ConfigurationError: There is no such operation.
@@ -264,18 +270,18 @@ class Sandbox:
         self._phones.refresh()
 
     def tamper(self, operation_id: str, /, **fields: object) -> None:
-        """Make ``GET`` of an operation lie, to test how a client takes it.
+        """Return false fields from ``GET`` of an operation, to test how a client handles them.
 
-        Only that answer changes, not `operations` and not the pending list. Each call replaces the lies before;
-        with no fields, the truth is back.
+        Only that answer changes, not `operations` and not the pending list. Each call replaces the false fields of
+        earlier calls; a call without fields restores the true answer.
 
         Args:
             operation_id: The operation.
-            **fields: Fields of `Operation` and the JSON values to answer, of any type: ``state="denied"``,
-                ``result=False``, ``user_id="BAD"``; None answers null, ``msgspec.UNSET`` leaves the field out.
+            **fields: Fields of `Operation` and the JSON values to return, of any type: ``state="denied"``,
+                ``result=False``, ``user_id="BAD"``; None returns null, ``msgspec.UNSET`` leaves the field out.
 
         Raises:
-            ConfigurationError: There is no such operation or field, or a value that JSON cannot carry.
+            ConfigurationError: There is no such operation or field, or JSON cannot carry a value.
 
         Example::
 
@@ -286,14 +292,14 @@ class Sandbox:
 
     @property
     def latency(self) -> float:
-        """Seconds between a request's effect and its answer; default 0. Faults come as late as answers.
+        """Seconds between a request's effect and its answer; default 0. Faults are delayed too.
 
-        All of it lies after the effect: whoever gives up waiting for a creation has created, and a poll shows what was
-        true when it arrived. That is the worst a slow network does, and what a client must bear. A change counts for
-        requests that arrive after it; a huge latency hangs.
+        The delay comes after the effect: a client that gives up on a slow creation has created the operation, and a
+        poll returns the state at its arrival. This is the worst case of a slow network, which a client must handle. A
+        change applies to requests that arrive after it; a very large latency simulates a service that hangs.
 
         Raises:
-            ConfigurationError: Set to what is no number of seconds, at least 0.
+            ConfigurationError: Set to something other than a finite number of seconds, at least 0.
         """
         return self._latency
 
@@ -313,19 +319,19 @@ class Sandbox:
         content_type: str = JSON,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Answer the next requests with an error, or with anything else, as a gateway in front of the service does.
+        """Answer the next requests with an error or another answer, as a gateway in front of the service does.
 
-        Faults queue up and each request takes the first that fits it, a request without the right key too.
+        Faults are queued; each request, also one with a wrong key, takes the first that matches its method.
 
         Args:
-            status: Status to answer, 200 to 599; default 503.
-            times: How many requests; default 1; None: all, until `recover`.
-            retry_after: ``Retry-After``: seconds, or a text sent as it is (an HTTP date); default none.
-            stored: Whether the request takes effect first; default: the service never sees it.
-            method: Only requests with this method; default any.
-            body: Body to answer; default: JSON that names the error.
-            content_type: ``Content-Type`` of the answer; default ``application/json``.
-            headers: More headers of the answer (``{"Location": ...}``), which win over the others; default none.
+            status: Status to answer, 200 to 599. Default: 503.
+            times: Number of requests; None: all until `recover`. Default: 1.
+            retry_after: ``Retry-After``: seconds, or a text that is sent unchanged (an HTTP date). Default: none.
+            stored: Whether the request takes effect before it fails. Default: False, it never reaches the service.
+            method: Only requests with this method. Default: any.
+            body: Body of the answer. Default: JSON that names the error.
+            content_type: ``Content-Type`` of the answer. Default: ``application/json``.
+            headers: More headers of the answer (``{"Location": ...}``), which replace the others. Default: none.
 
         Raises:
             ConfigurationError: An argument is wrong.
@@ -336,7 +342,7 @@ class Sandbox:
             all_headers["Retry-After"] = _retry_after(retry_after)
         for name, value in (headers or {}).items():
             _check_text("the name of a header", name, argument="headers")
-            all_headers[name.title()] = value  # names are the same in any case
+            all_headers[name.title()] = value  # names are case-insensitive
         arguments = {"Content-Type": "content_type", "Retry-After": "retry_after"}
         for name, value in all_headers.items():
             _check_text(name, value, argument=arguments.get(name, "headers"))
@@ -345,15 +351,15 @@ class Sandbox:
         self._add_fault(times, method, stored=stored, answer=Answer(status, body, all_headers))
 
     def drop_next(self, times: int | None = 1, *, stored: bool = False, method: str | None = None) -> None:
-        """Close the connection of the next requests without an answer. They queue up with those of `fail_next`.
+        """Close the connection of the next requests without an answer; these faults share the queue of `fail_next`.
 
-        A client of aiohttp repeats a GET once by itself where the dropped connection was a kept-alive one: that is
-        one more request here, and one more fault taken.
+        aiohttp's client repeats a GET once by itself if the dropped connection was a kept-alive one: that is one more
+        request here, and it takes one more fault.
 
         Args:
-            times: How many requests; default 1; None: all, until `recover`.
-            stored: Whether the request takes effect first; default: the service never sees it.
-            method: Only requests with this method; default any.
+            times: Number of requests; None: all until `recover`. Default: 1.
+            stored: Whether the request takes effect before it fails. Default: False, it never reaches the service.
+            method: Only requests with this method. Default: any.
 
         Raises:
             ConfigurationError: An argument is wrong.
@@ -361,7 +367,7 @@ class Sandbox:
         self._add_fault(times, method, stored=stored, answer=None)
 
     def recover(self) -> None:
-        """Drop the faults that `fail_next` and `drop_next` still have in store."""
+        """Remove the remaining faults of `fail_next` and `drop_next`."""
         self._faults.clear()
 
     def _add_fault(self, times: int | None, method: str | None, *, stored: bool, answer: Answer | None) -> None:
@@ -385,7 +391,7 @@ class Sandbox:
         application = web.Application(client_max_size=_BODY_LIMIT)
         application.router.add_get("/", self._serve_root)
         application.router.add_route("*", "/sandbox/{path:.*}", self._phones.serve)
-        # All other paths, not those of the API only: what goes astray is answered and journaled like the rest.
+        # All other paths, not only those of the API: requests to unknown ones are answered and journaled too.
         application.router.add_route("*", "/{path:.*}", self._serve)
         application.on_shutdown.append(self._cancel_handlers)
         return application
@@ -401,10 +407,10 @@ class Sandbox:
     async def _serve(self, request: web.Request) -> web.Response:
         record = self._journal(request)
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101  # a coroutine that runs is in a task
+        assert task is not None  # noqa: S101  # a running coroutine belongs to a task
         self._handlers.add(task)
         try:
-            # Before any fault or effect: a page that is kept out must not use up what a test has queued.
+            # Before any fault or effect: a request that is refused must not take a fault that a test has queued.
             answer = refuse_host(request.headers.get("Host", ""), self._host) or await self._answer(request)
             if answer is None:
                 _drop(request)
@@ -416,9 +422,9 @@ class Sandbox:
         return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
 
     async def _answer(self, request: web.Request) -> Answer | None:
-        """Let a request take effect and wait out the latency; None: the connection is to be dropped."""
+        """Apply a request's effect, sleep for the latency, and return the answer; None to drop the connection."""
         latency = self._latency
-        # The switch on the page takes no fault from those that a test has queued.
+        # While the page's switch is on, requests take none of the faults that a test has queued.
         fault = _CONNECTION_LOST if self._phones.connection_lost else self._next_fault(request.method)
         if fault is None:
             answer: Answer | None = await self._take_effect(request)
@@ -458,9 +464,9 @@ class Sandbox:
                 content_type=headers.get("Content-Type", ""),
                 body=body,
             )
-        except Exception:  # most likely of the caller's auto_approve
+        except Exception:  # most likely raised by the caller's auto_approve
             _LOGGER.exception("the sandbox failed in %s %s", request.method, request.raw_path)
-            return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; its log says why")
+            return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; see its log")
 
     def _approve_on_phone(self, operation_id: str, auth_type: str) -> None:
         self.approve(operation_id, auth_type=auth_type)
@@ -471,7 +477,7 @@ class Sandbox:
         if callable(delay):
             delay = delay(operation)
             if delay is not None:
-                delay = _delay("what auto_approve returned", delay)
+                delay = _delay("the result of auto_approve", delay)
         if delay is None:
             return
         if delay == 0:
@@ -487,7 +493,7 @@ class Sandbox:
 
 
 def _drop(request: web.Request) -> NoReturn:
-    """Close the connection, and end the handler as a connection that is lost ends it."""
+    """Close the connection, and end the handler in the same way as a lost connection does."""
     request.protocol.force_close()
     raise asyncio.CancelledError
 
@@ -512,12 +518,12 @@ def _check_whole(name: str, value: object, least: int, most: float = math.inf) -
 
 
 def _check_text(name: str, value: object, *, argument: str | None = None) -> None:
-    """Refuse what cannot be sent in a header, or would arrive changed.
+    """Refuse a value that cannot be sent in a header, or would arrive changed.
 
     Args:
-        name: What the message calls it.
-        value: What the caller gave.
-        argument: The argument that it was given in; None: the one called `name`.
+        name: Name of the value, for the message.
+        value: The value.
+        argument: The argument that it was given in; None means `name`.
     """
     if (
         not isinstance(value, str)
@@ -526,5 +532,5 @@ def _check_text(name: str, value: object, *, argument: str | None = None) -> Non
         or not value
     ):
         raise ConfigurationError(
-            f"{name} must be a text of printable ASCII, without blanks around it", argument=argument or name
+            f"{name} must be a text of printable ASCII, without surrounding blanks", argument=argument or name
         )

@@ -1,6 +1,7 @@
-"""The operations of a sandbox and the rules they live by: created pending, approved once, forgotten by request.
+"""The operations of a sandbox: created as pending, approved once, removed by `forget`.
 
-It writes operations as the service's documentation shows them. It knows neither HTTP nor the loop.
+Operations are written in the form that the service's documentation shows. Nothing here depends on HTTP or on the event
+loop.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 SDK_API_KEY: Final = "sandbox-sdk-key"
 """The fake SDK key in every operation: a secret other than the API key, so that a leak of either shows."""
 
-# Written by hand from the documentation and not taken from models.py: a name that is misspelt there must not be
-# misspelt here too.
+# Copied from the documentation and not derived from models.py: otherwise a misspelt name there would go unnoticed.
 _WIRE_NAMES: Final = {
     "id": "id",
     "timestamp": "timestamp",
@@ -40,7 +40,7 @@ _WIRE_NAMES: Final = {
 
 _HEX: Final = re.compile(r"[0-9A-F]+")
 _SECOND: Final = 1_000_000_000
-# The documentation's own examples have two, three and nine.
+# The documentation's examples have two, three and nine digits.
 _FRACTION_DIGITS: Final = (2, 3, 9)
 
 
@@ -48,19 +48,19 @@ class OperationStore:
     """All operations of one sandbox.
 
     Args:
-        clock: Nanoseconds since the epoch, for the operations' timestamps; default: this machine's clock.
+        clock: Returns nanoseconds since the epoch, for timestamps. Default: this machine's clock.
     """
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
         self._operations: dict[str, Operation] = {}
-        self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that a user's list costs what it holds
+        self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that one user's list costs its own size only
         self._tampered: dict[str, dict[str, object]] = {}
         self._last_id = 0
 
     @property
     def operations(self) -> Mapping[str, Operation]:
-        """The operations by operation id, oldest first: a live view that cannot be written to."""
+        """The operations by operation id, oldest first; a live, read-only view."""
         return MappingProxyType(self._operations)
 
     def create(
@@ -71,7 +71,7 @@ class OperationStore:
         operation_payload: str | None = None,
         external_user_id: str | None = None,
     ) -> Operation | None:
-        """Store a pending operation and return it; None where the operation id is taken."""
+        """Store a pending operation and return it, or return None if the operation id is taken."""
         if operation_id in self._operations:
             return None
         operation = self._new(user_id, operation_id, operation_payload, external_user_id)
@@ -132,23 +132,23 @@ class OperationStore:
             self._leave_pending(operation)
 
     def tamper(self, operation_id: str, fields: Mapping[str, object]) -> None:
-        """Answer false fields for an operation; see `Sandbox.tamper`."""
+        """Return false fields for an operation; see `Sandbox.tamper`."""
         self._known(operation_id)
         if unknown := fields.keys() - _WIRE_NAMES:
             raise ConfigurationError(
-                f"an operation has no field {min(unknown)!r}; it has {', '.join(_WIRE_NAMES)} (one that it must not "
-                "have comes with fail_next(status=200, body=...))",
+                f"an operation has no field {min(unknown)!r}; it has {', '.join(_WIRE_NAMES)} (to return another one, "
+                "use fail_next(status=200, body=...))",
                 argument=min(unknown),
             )
         false = {_WIRE_NAMES[name]: value for name, value in fields.items()}
         try:
             msgspec.json.encode({name: value for name, value in false.items() if value is not msgspec.UNSET})
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ConfigurationError(f"the fields to answer must be JSON values: {error}") from None
+            raise ConfigurationError(f"the fields must be JSON values: {error}") from None
         self._tampered[operation_id] = false
 
     def operation_json(self, operation_id: str) -> bytes | None:
-        """What ``GET /v2/operations/{operationId}`` answers; None where there is no such operation."""
+        """Return the body of ``GET /v2/operations/{operationId}``, or None if there is no such operation."""
         operation = self._operations.get(operation_id)
         if operation is None:
             return None
@@ -160,11 +160,11 @@ class OperationStore:
         return msgspec.json.encode(answer)
 
     def pending(self, user_id: str) -> MappingProxyType[str, Operation]:
-        """The pending operations of a user by operation id, oldest first: a live view while there are any."""
+        """Return a user's pending operations by operation id, oldest first; a live view while there are any."""
         return MappingProxyType(self._pending.get(user_id, {}))
 
     def pending_json(self, user_id: str) -> bytes:
-        """What ``GET /v2/users/{userId}/operations/pending`` answers, oldest first."""
+        """Return the body of ``GET /v2/users/{userId}/operations/pending``, oldest first."""
         items = []
         for operation in self.pending(user_id).values():
             item = {"operationId": operation.operation_id}
@@ -208,7 +208,7 @@ class OperationStore:
 
 
 def is_user_id(text: str) -> bool:
-    """Whether the service takes it for a user id: hex in upper case."""
+    """Whether the service accepts the text as a user id: hex in upper case."""
     return _HEX.fullmatch(text) is not None
 
 
@@ -224,7 +224,7 @@ def _text(value: object, name: str, *, empty: bool = False) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ConfigurationError(f"{name} holds a lone surrogate, which JSON cannot carry", argument=name) from None
+        raise ConfigurationError(f"{name} contains a lone surrogate, which JSON cannot carry", argument=name) from None
     return value
 
 
@@ -237,7 +237,7 @@ def _check_same(operation: Operation, name: str, value: str | None) -> None:
 
 
 def _timestamp(nanoseconds: int, digits: int) -> str:
-    """Write an instant as the service does: UTC, no zone, so many digits after the point."""
+    """Format an instant as the service does: UTC, no zone, `digits` digits after the point."""
     seconds, fraction = divmod(nanoseconds, _SECOND)
     whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{whole}.{f'{fraction:09}'[:digits]}"

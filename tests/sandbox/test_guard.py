@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiokeyless.sandbox.guard import refuse_host, refuse_stranger
+from aiokeyless.sandbox.guard import refuse_foreign_origin, refuse_host
 
 OWN = "laptop.LAN"
 PAGE = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Content-Type": "application/json"}
@@ -75,12 +75,12 @@ def test_host_that_is_not_the_servers_is_misdirected(host: str) -> None:
     ],
 )
 def test_own_page_is_let_in(headers: dict[str, str]) -> None:
-    assert refuse_stranger("POST", headers) is None
+    assert refuse_foreign_origin("POST", headers) is None
 
 
 @pytest.mark.parametrize("headers", [{"Host": "localhost"}, {"Host": "localhost", "Sec-Fetch-Site": "same-origin"}])
 def test_reading_needs_no_word_of_where_it_comes_from(headers: dict[str, str]) -> None:
-    assert refuse_stranger("GET", headers) is None
+    assert refuse_foreign_origin("GET", headers) is None
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
@@ -100,19 +100,19 @@ def test_reading_needs_no_word_of_where_it_comes_from(headers: dict[str, str]) -
     ],
 )
 def test_other_page_is_forbidden(method: str, stranger: dict[str, str]) -> None:
-    refused = refuse_stranger(method, {**PAGE, **stranger})
+    refused = refuse_foreign_origin(method, {**PAGE, **stranger})
     assert refused is not None
     assert refused.status == 403
 
 
 def test_post_without_an_origin_is_forbidden() -> None:
-    refused = refuse_stranger("POST", {"Host": "localhost", "Content-Type": "application/json"})
+    refused = refuse_foreign_origin("POST", {"Host": "localhost", "Content-Type": "application/json"})
     assert refused is not None
     assert refused.status == 403
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
 def test_post_that_needs_no_preflight_is_an_unsupported_type(content_type: str) -> None:
-    refused = refuse_stranger("POST", {**PAGE, "Content-Type": content_type})
+    refused = refuse_foreign_origin("POST", {**PAGE, "Content-Type": content_type})
     assert refused is not None
     assert refused.status == 415

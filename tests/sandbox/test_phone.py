@@ -333,7 +333,7 @@ async def test_no_more_than_so_many_pages_are_served_at_once(sandbox: Sandbox, p
         for _ in range(2):
             async with page.get("/sandbox/events") as response:
                 assert response.status == 503
-                assert await response.json() == {"error": "32 pages are open, which is the most; close one"}
+                assert await response.json() == {"error": "32 pages are open, which is the limit; close one"}
         opened[7].response.close()
         await until(lambda: len(sandbox._phones._readers) < 32)  # nothing public tells who reads
         assert (await picture(page))["phones"] == []
@@ -400,14 +400,14 @@ async def test_a_reader_that_does_not_read_piles_nothing_up_and_delays_no_other(
     sandbox: Sandbox, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = 0
-    draw = Phones._picture  # nothing public tells how often
+    draw = Phones._snapshot  # nothing public tells how often
 
     def count_and_draw(phones: Phones, user: str) -> Any:
         nonlocal drawn
         drawn += 1
         return draw(phones, user)
 
-    monkeypatch.setattr(Phones, "_picture", count_and_draw)
+    monkeypatch.setattr(Phones, "_snapshot", count_and_draw)
     for number in range(20):
         await create(http, str(number), operationPayload="€" * 2000)
     address = urlsplit(sandbox.url)

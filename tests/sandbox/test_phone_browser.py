@@ -220,7 +220,7 @@ async def test_markup_is_shown_as_text_and_nothing_runs(client: KeylessClient, p
 async def test_user_that_is_no_id_is_told_so(sandbox: Sandbox, browser: Browser) -> None:
     async with await browser.new_page() as page:
         await page.goto(f"{sandbox.url}/?user=<img src=x>")
-        await expect(page.get_by_role("alert")).to_contain_text("“<IMG SRC=X>” is no user id")
+        await expect(page.get_by_role("alert")).to_contain_text("“<IMG SRC=X>” is not a user id")
 
 
 async def test_empty_page_says_what_to_do(sandbox: Sandbox, client: KeylessClient, page: Page) -> None:
