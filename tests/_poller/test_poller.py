@@ -362,7 +362,7 @@ class TestRule3OneBudget:
             asyncio.get_running_loop().call_later(2, setattr, sandbox, "latency", 0)
             asyncio.get_running_loop().call_later(2, sandbox.approve, "op")
             assert (await client.wait_for_approval("op")).is_approved
-            assert 3 <= now() - start <= 3.5  # the error pace begins within half a second
+            assert 3 <= now() - start <= 3.5  # the backoff starts within half a second
             assert client.statistics.transient_failures == 1
 
     @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])

@@ -1,0 +1,37 @@
+"""What the checks of arguments refuse, and how they name it."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+
+from aiokeyless._validation import seconds
+from aiokeyless.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "1", True, False, math.nan, 1j, Decimal(1), timedelta(seconds=1), [1.0], pytest.param(10**5000, id="huge")],
+)
+def test_what_is_no_number_of_seconds_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"^timeout must be a number of seconds, not .+") as caught:
+        seconds(value, "timeout", zero=True)
+    assert str(caught.value).isprintable()
+
+
+def test_seconds_are_more_than_nothing() -> None:
+    for value in (0, 0.0, -0.0, -1, -math.inf):
+        with pytest.raises(ConfigurationError, match=r"^timeout must be more than 0 seconds, not "):
+            seconds(value, "timeout")
+    with pytest.raises(ConfigurationError, match=r"^timeout must be at least 0 seconds, not -1$"):
+        seconds(-1, "timeout", zero=True)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, 5e-324, 1e308, math.inf])
+def test_seconds_come_back_as_a_float(value: float) -> None:
+    got = seconds(value, "timeout")
+    assert (got, type(got)) == (value, float)
+    assert seconds(0, "timeout", zero=True) == 0.0
