@@ -1,6 +1,6 @@
 """Ask a user to approve something on their phone, and wait for it.
 
-`KeylessClient()` takes the key from ``$KEYLESS_API_KEY``, and where to send it from ``$KEYLESS_REGION`` or
+`KeylessClient()` takes the key from ``$KEYLESS_API_KEY``, and the API's address from ``$KEYLESS_REGION`` or
 ``$KEYLESS_BASE_URL``.
 """
 
@@ -10,14 +10,14 @@ from aiokeyless import ApprovalTimeoutError, KeylessClient
 
 
 async def main() -> None:
-    """Pay if the user says so within a minute."""
+    """Pay if the user approves within a minute."""
     async with KeylessClient() as client:
         try:
             operation = await client.request_approval(
                 "0123456789ABCDEF", operation_payload="Pay 40 EUR to Alice", expires_in=60
             )
-        except ApprovalTimeoutError as timeout:  # no denial: it can still be approved later
-            print(f"Not paid. Before you ask again, look again: get_operation({timeout.operation_id!r})")
+        except ApprovalTimeoutError as timeout:  # not a denial: it can still be approved later
+            print(f"Not paid. Before you ask again, check: get_operation({timeout.operation_id!r})")
         else:
             print(f"Approved ({operation.auth_type}): pay.")
 

@@ -1,4 +1,4 @@
-"""A shop that is paid by an approval on the customer's phone, and takes neither silence nor a lie for one."""
+"""A web shop that is paid by an approval on the customer's phone; a timeout or a false answer never counts as one."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ app = FastAPI()
 
 
 class Order(BaseModel):
-    """An order, and a row on disk. Its id is the operation's id too, so that nobody is asked twice for one order."""
+    """An order, and its row on disk. Its id is the operation's id too, so that a customer is asked once per order."""
 
     id: str = Field(default_factory=lambda: secrets.token_hex(8))
     session: str = Field(exclude=True)  # the page is told neither this nor the ticket
@@ -50,10 +50,10 @@ def find(session: str, order_id: str | None = None) -> Order | None:
 
 
 def move(order: Order, state: str, ticket: str | None = None) -> Order:
-    """Move an order on, unless it is final, and keep its first ticket; return the order as it is then.
+    """Change an order's state, unless it is final, and keep its first ticket; return the order as it is then.
 
-    "Paid once" is kept here: the operation's id is an idempotency key for the question, and no lock for what follows
-    from the answer. Many streams may learn of one approval; one of them changes the row, and that one ships.
+    This ensures "paid once": the operation's id makes asking idempotent, and is not a lock on what follows from the
+    approval. Many streams may learn of one approval; one of them changes the row, and that one ships.
     """
     query = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?) WHERE id = ? AND state NOT IN (?, ?, ?)"
     if db.execute(query, (state, ticket, order.id, *FINAL)).rowcount == 1 and state == "paid":
@@ -69,7 +69,7 @@ async def own_order(order_id: str, session: Annotated[str, Cookie()] = "") -> Or
 
 
 async def same_origin(request: Request) -> None:
-    """Refuse what another site's page posts in the customer's name; browsers send Origin with every POST."""
+    """Refuse a POST from another site's page; browsers send Origin with every POST."""
     if request.headers.get("origin", "").partition("://")[2] != request.headers.get("host"):
         raise HTTPException(403, "posted from another site")
 
@@ -82,7 +82,7 @@ async def page() -> FileResponse:
 
 @app.post("/order", dependencies=[Depends(same_origin)])
 async def start(req: Request, response: Response, session: Annotated[str, Cookie()] = "", after: str = "") -> Order:
-    """Return the latest order; a new one to a new customer, and `after` one that is over and must not be paid late."""
+    """Return the latest order. Create one for a new customer, or instead of `after`, which is then cancelled."""
     last = find(session)
     if last and (last.id != after or last.state in ("open", "waiting")):
         return last
@@ -97,7 +97,7 @@ async def start(req: Request, response: Response, session: Annotated[str, Cookie
 
 @app.post("/order/{order_id}/pay", dependencies=[Depends(same_origin)])
 async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
-    """Ask the customer's phone: once an order, however often and in however many tabs Pay is clicked."""
+    """Ask the customer's phone: once per order, however often and in however many tabs Pay is clicked."""
     if order.ticket:
         return order
     try:
@@ -106,11 +106,11 @@ async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
         )
     except (
         aiokeyless.ConflictError
-    ):  # asked before, perhaps approved (AlreadyApprovedError); the wait compares all of it
+    ):  # asked before, maybe approved (AlreadyApprovedError); the wait compares the content
         ticket = aiokeyless.ApprovalTicket.for_operation(
             order.id, user_id=order.user_id, operation_payload=order.payload, expires_in=order.lifetime
         )
-    except aiokeyless.KeylessError as error:  # perhaps it came through: to click again is safe, and finds it
+    except aiokeyless.KeylessError as error:  # the operation may exist: clicking again is safe, and finds it
         log.warning("order %s: %s", order.id, error)
         raise HTTPException(503, "Keyless is not reachable") from error
     return move(order, "waiting", ticket.to_json())
@@ -118,7 +118,7 @@ async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
 
 @app.get("/order/{order_id}/events", response_class=EventSourceResponse)
 async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[ServerSentEvent]:
-    """Follow the wait from where it is; where its time is up, look once more."""
+    """Follow the wait from its current state; if the ticket has expired, poll once more."""
     if order.ticket and order.state not in FINAL:
         ticket = aiokeyless.ApprovalTicket.from_json(order.ticket)
         yield ServerSentEvent(data={"state": "waiting", "left": ticket.remaining()}, retry=1000)
@@ -126,12 +126,12 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
             async with contextlib.aclosing(client.watch_approval(ticket)) as updates:
                 async for update in updates:
                     yield ServerSentEvent(data={"state": "waiting", "trouble": update.error is not None})
-            end = "paid"  # only an approval of this ticket leads here: all else raises
+            end = "paid"  # only an approval of this ticket gets here: everything else raises
         except aiokeyless.ApprovalTimeoutError:
-            end = "timed_out"  # no denial: whoever follows this order later looks again
+            end = "timed_out"  # not a denial: following this order later polls again
         except aiokeyless.ClientClosedError:
-            return  # we are stopping; the browser comes back by itself, and takes up the wait
-        except aiokeyless.KeylessError as error:  # an answer not to be trusted; or a wrong key and the like
+            return  # the server is stopping; the browser reconnects by itself, and resumes the wait
+        except aiokeyless.KeylessError as error:  # a rejected answer, or an error such as a wrong key
             log.warning("order %s: %s", order.id, error)
             end = "refused" if isinstance(error, aiokeyless.ApprovalError) else "unknown"
         order = move(order, end)
@@ -139,7 +139,7 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
 
 
 class Server(uvicorn.Server):
-    """uvicorn stops once all streams have ended, and ours end with their waits: so the client closes first."""
+    """Closes the client first: uvicorn stops once all streams have ended, and the streams end with their waits."""
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """End all waits, then stop."""

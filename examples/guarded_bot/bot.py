@@ -1,7 +1,7 @@
-"""A Telegram bot that moves money only once its owner approved on the phone: `/transfer 40 alice`.
+"""A Telegram bot that moves money only after its owner has approved on the phone: `/transfer 40 alice`.
 
-Each chat waits in its own handler, all of them on one client. Whatever goes wrong, nothing is transferred, and the
-chat is told: also that a later approval changes nothing, since an operation of Keyless cannot be taken back.
+Each chat waits in its own handler, all of them on one client. On any error nothing is transferred, and the chat is
+told so; also that a later approval changes nothing, since an operation of Keyless cannot be cancelled.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ SETTLED = {
     "paid": "This command was carried out before, and is not carried out again.",
     "closed": "This command was closed before, and nothing was transferred. Send a new one.",
 }
-EDITS_APART = 0.05  # seconds, of all chats together: Telegram allows a bot some 30 messages a second
+EDITS_APART = 0.05  # seconds, for all chats together: Telegram allows a bot about 30 messages a second
 GRACE = 5.0  # seconds in which the chats are told that the bot stops
 
 _LOGGER = logging.getLogger(__name__)
 
 
 class Record:
-    """What became of each command, on disk: a row that changes once, from asked to paid or to closed.
+    """The state of each command, on disk: a row that changes once, from asked to paid or to closed.
 
-    The id of an operation is an idempotency key for the question, and no lock for what follows from the answer: money
-    moves only when the row changes to paid.
+    The id of an operation makes asking idempotent, and is not a lock on what follows from the approval: money moves
+    only when the row changes to paid.
     """
 
     def __init__(self, database: sqlite3.Connection) -> None:
@@ -49,24 +49,24 @@ class Record:
         )
 
     def ask(self, operation_id: str, user: str, payload: str) -> str:
-        """Write a command down before its question is asked, unless it is there; return its state."""
+        """Store a command before its approval is requested, unless it is stored already; return its state."""
         row = (operation_id, user, payload)
         self._database.execute("INSERT OR IGNORE INTO commands VALUES (?, ?, ?, 'asked')", row)
         return self.state(operation_id)
 
     def state(self, operation_id: str) -> str:
-        """Return the state of a command that was asked about: asked, paid or closed."""
+        """Return the state of a stored command: asked, paid or closed."""
         query = "SELECT state FROM commands WHERE id = ?"
         return str(self._database.execute(query, (operation_id,)).fetchone()[0])
 
     def settle(self, operation_id: str, state: str) -> bool:
-        """Change a command from asked to paid or to closed; return whether it was this call that did."""
+        """Change a command from asked to paid or to closed; return whether this call changed it."""
         query = "UPDATE commands SET state = ? WHERE id = ? AND state = 'asked'"
         return self._database.execute(query, (state, operation_id)).rowcount == 1
 
 
 class Teller:
-    """Takes orders from Telegram users, whom `users` maps to Keyless users; shows progress every few seconds."""
+    """Handles orders from Telegram users, which `users` maps to Keyless users; shows progress every few seconds."""
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ class Teller:
         self._lifetime = lifetime
         self._edit_every = edit_every
         self._next_edit = 0.0
-        self._asked: dict[str, asyncio.Task[object]] = {}  # by Keyless user: one question at a time
+        self._asked: dict[str, asyncio.Task[object]] = {}  # by Keyless user: one request at a time
 
     def dispatcher(self) -> Dispatcher:
-        """Return what aiogram runs. Private chats only: money is nobody else's business."""
+        """Return the dispatcher for aiogram. It handles private chats only, since transfers are private."""
         dispatcher = Dispatcher()
         dispatcher.message.register(self.transfer, Command("transfer"), F.chat.type == "private")
         dispatcher.shutdown.register(self.stop)
@@ -107,7 +107,7 @@ class Teller:
         else:
             self._asked[user] = task
             try:
-                # Of this command alone: where Telegram delivers it again, it is the same question.
+                # Unique to this command: if Telegram delivers it again, it is the same operation.
                 operation_id = f"transfer-{bot.id}-{message.chat.id}-{message.message_id}"
                 await self._settle(message, operation_id, user, order[1], order[2])
             finally:
@@ -143,14 +143,14 @@ class Teller:
         except aiokeyless.KeylessError as error:
             _LOGGER.warning("%s: %s", operation_id, error)
             state, end = "closed", f"{explain(error)} {TOO_LATE}"
-        if not self._record.settle(operation_id, state):  # another delivery was first, in another process
+        if not self._record.settle(operation_id, state):  # another delivery, in another process, was first
             end = SETTLED[self._record.state(operation_id)]
         elif state == "paid":
             self.transfers.append((user, amount, payee))
         await self._say(shown, f"{title}\n{end}")
 
     async def _ask(self, operation_id: str, user: str, payload: str) -> aiokeyless.ApprovalTicket:
-        """Ask, or continue with the same question where an earlier delivery of the command asked it."""
+        """Create the operation, or resume it if an earlier delivery of the command created it."""
         try:
             return await self._client.create_operation(
                 user,
@@ -159,7 +159,7 @@ class Teller:
                 expires_in=self._lifetime,
                 if_exists="resume",
             )
-        except aiokeyless.AlreadyApprovedError:  # the record says that nobody acted on it: it is the answer
+        except aiokeyless.AlreadyApprovedError:  # by the record it was not acted on: it is the approval to wait for
             return aiokeyless.ApprovalTicket.for_operation(operation_id, user_id=user, operation_payload=payload)
 
     async def _say(self, shown: Message, text: str) -> None:
@@ -174,7 +174,7 @@ class Teller:
             return
 
     async def stop(self) -> None:
-        """End all waits; their messages say so, as far as Telegram takes them in time."""
+        """End all waits and update their messages, as far as Telegram accepts that in time."""
         await self._client.aclose()
         if tasks := set(self._asked.values()):
             _, late = await asyncio.wait(tasks, timeout=GRACE)
@@ -184,7 +184,7 @@ class Teller:
 
 
 def explain(error: aiokeyless.KeylessError) -> str:
-    """Return what the chat is told of a transfer that did not come about."""
+    """Return the text for the chat about a transfer that was not made."""
     match error:
         case aiokeyless.ApprovalUnknownError():
             return "Keyless is not reachable: your approval could not be checked."

@@ -1,4 +1,4 @@
-"""Make the pictures of the README again: the sandbox's phone, and the checkout.
+"""Make the README's screenshots: the sandbox's phone, and the checkout.
 
 ``python examples/screenshots/make.py`` (extra ``dev``, and a Chromium on the path).
 """
@@ -28,7 +28,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 async def phone(browser: Browser) -> None:
-    """Two users, what they are asked, and the journal."""
+    """Take a screenshot of the phones of two users and the journal."""
     async with Sandbox() as sandbox, sandbox.client() as client:
         page = await browser.new_page(viewport={"width": 1440, "height": 720})
         await fill(client)
@@ -38,7 +38,7 @@ async def phone(browser: Browser) -> None:
 
 
 async def fill(client: KeylessClient) -> None:
-    """Ask two users for something, and look."""
+    """Ask two users for an approval, and poll."""
     await client.create_operation("C0FFEE", operation_id="order-7741", operation_payload="Pay 40 EUR to Alice")
     await client.create_operation(
         "BADA55",
@@ -51,7 +51,7 @@ async def fill(client: KeylessClient) -> None:
 
 
 async def checkout(browser: Browser) -> None:
-    """The shop while it waits for the phone."""
+    """Take a screenshot of the shop while it waits for the phone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -64,7 +64,7 @@ async def checkout(browser: Browser) -> None:
             await open_when_it_answers(page, f"http://127.0.0.1:{port}")
             await page.get_by_role("button", name="Pay").click()
             await expect(page.get_by_text("phone").first).to_be_visible(timeout=20_000)
-            await asyncio.sleep(1)  # the page's own animation
+            await asyncio.sleep(1)  # for the page's animation
             await page.screenshot(path=HERE / "checkout.png")
         finally:
             shop.terminate()
@@ -72,14 +72,14 @@ async def checkout(browser: Browser) -> None:
 
 
 async def open_when_it_answers(page: Page, url: str) -> None:
-    """Open a page of a server that is just starting."""
+    """Open a page of a server that is still starting."""
     async for attempt in AsyncRetrying(stop=stop_after_delay(20), wait=wait_fixed(0.1), reraise=True):
         with attempt:
             await page.goto(url)
 
 
 async def main() -> None:
-    """Make both."""
+    """Make both screenshots."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         await phone(browser)

@@ -520,7 +520,7 @@ class TestInTheBrowser:
             await shows(page, "timed_out")
             [operation] = asked(keyless, user)
             keyless.approve(operation.operation_id)
-            await click(page, "Look again")
+            await click(page, "Check again")
             await shows(page, "paid")
             await page.reload()
             await shows(page, "paid")
@@ -557,7 +557,7 @@ class TestInTheBrowser:
             [operation] = asked(keyless, user)
             keyless.approve(operation.operation_id)
             keyless.tamper(operation.operation_id, operation_payload="Pay 9000.00 EUR to Mallory")
-            await click(page, "Look again")
+            await click(page, "Check again")
             await shows(page, "refused")
             assert await page.locator("#panel img").count() == 0
             assert await page.title() == "Fern & Clay"

@@ -42,4 +42,4 @@ async def test_a_timeout_is_reported_with_what_is_needed_to_check_again(tmp_path
         code, output, errors = await run(hasty, sandbox)
         [operation_id] = sandbox.operations
         assert (code, errors) == (0, "")
-        assert output == f"Not paid. Before you ask again, look again: get_operation({operation_id!r})\n"
+        assert output == f"Not paid. Before you ask again, check: get_operation({operation_id!r})\n"
