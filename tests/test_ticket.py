@@ -136,9 +136,9 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
         ({"version": "1"}, "version"),
         ({"version": 1.5}, "version"),
         ({"version": None}, "version"),
-        ({"version": 2}, "version 2 is not known"),
-        ({"version": 0}, "version 0 is not known"),
-        ({"version": -1}, "version -1 is not known"),
+        ({"version": 2}, "version 2 is unknown"),
+        ({"version": 0}, "version 0 is unknown"),
+        ({"version": -1}, "version -1 is unknown"),
     ],
     ids=str,
 )
