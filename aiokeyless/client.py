@@ -135,17 +135,17 @@ class KeylessClient:
         self._transport: Transport | None = None  # set first: __del__ reads it, also where __init__ raises
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
+        self._region: Region | None = None
+        self._base_url: str = ""
+        key = read_api_key(_given(api_key, "KEYLESS_API_KEY"))
+        del api_key  # before anything is raised: error reporters print local variables
+        if isinstance(key, ConfigurationError):
+            raise key
+        self._api_key = key
         if session is not None and not isinstance(session, aiohttp.ClientSession):
             raise ConfigurationError(
                 f"session must be an aiohttp.ClientSession, not {type(session).__name__}", argument="session"
             )
-        key, api_key = (
-            read_api_key(_given(api_key, "KEYLESS_API_KEY")),
-            None,
-        )  # error reporters print local variables
-        if isinstance(key, ConfigurationError):
-            raise key
-        self._api_key = key
         self._region, self._base_url = _address(region, base_url)
         self._session = session
         self._request_timeout = finite_seconds(request_timeout, "request_timeout")

@@ -204,7 +204,7 @@ class PendingOperation(Model, frozen=True, kw_only=True):
     auth_type: str | None = None
 
 
-class NewOperation(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """Body of ``POST /v2/users/{userId}/operations``; absent fields are left out, not null."""
 
     operation_id: str

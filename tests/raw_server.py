@@ -65,6 +65,11 @@ class RawServer:
         await asyncio.sleep(0)
         await self._server.wait_closed()
 
+    async def stop_listening(self) -> None:
+        """Refuse connections from now on."""
+        assert self._server is not None
+        self._server.close()
+
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)

@@ -81,7 +81,11 @@ class Creation:
             ConflictError: The id is taken by another operation.
             KeylessError: Creating failed, and the operation does not exist or could not be checked.
         """
-        return await self._transport.retry(self._attempt, self._may_repeat)
+        try:
+            return await self._transport.retry(self._attempt, self._may_repeat)
+        except TransportError as error:
+            error.sent = error.sent or self._ambiguous is not None  # an earlier attempt may have taken effect
+            raise
 
     async def _attempt(self) -> bool:
         try:

@@ -137,6 +137,12 @@ class Request(msgspec.Struct, Generic[T], frozen=True):
     path: str
     body: bytes | None = None
 
+    def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
+        yield "path", self.path
+
+    def __repr__(self) -> str:
+        return f"<Request {self.endpoint.method} {self.path}>"  # the body holds a payload
+
 
 def get_operation(operation_id: str) -> Request[Operation]:
     """Build ``GET /v2/operations/{operationId}``."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import socket
 import time
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -42,6 +44,8 @@ T = TypeVar("T")
 logger = logging.getLogger("aiokeyless")
 
 MAX_RETRY_AFTER: Final = 30.0  # seconds: with a longer one the call fails, and the caller reads .retry_after
+#: What passes through an exchange as it is; whatever else is raised in it is a failure of the exchange.
+_PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 _BUFFER: Final = 1 << 18  # bytes that aiohttp reads ahead, and decompresses at once
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
@@ -201,6 +205,7 @@ class Transport:
             raise ClientClosedError("the client is closed; nothing was sent")
         method = endpoint.method
         started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
+        response: aiohttp.ClientResponse | None = None
         outcome: BaseException
         try:
             response = await self._session.request(
@@ -211,11 +216,11 @@ class Transport:
             except BaseException:
                 response.close()
                 raise
-        except Exception as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome = self._failed(method, self.path(url), error)
-        except BaseException as interruption:  # noqa: BLE001  # a cancellation, on its way to the caller
+        except _PROPAGATED as interruption:  # most often a cancellation, on its way to the caller
             outcome = interruption
-            outcome.__context__ = None
+            outcome.__context__ = outcome.__cause__ = None
+        except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
+            outcome = self._failed(method, self.path(url), error)
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
@@ -229,7 +234,8 @@ class Transport:
             )
         # Raised outside the except block and without the frames of aiohttp, whose variables include the request's
         # headers and so the key: error reporters print the local variables of every frame of a traceback, and those of
-        # its context and causes.
+        # its context and causes. The repr of a response shows its headers, which may echo the key.
+        response = body = None
         try:
             raise outcome.with_traceback(None)
         finally:
@@ -242,7 +248,7 @@ class Transport:
             headers["Content-Type"] = "application/json"
         return headers or None
 
-    def _failed(self, method: str, path: str, failure: Exception) -> KeylessError:
+    def _failed(self, method: str, path: str, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
         if self._closed:
             return ClientClosedError(f"the client was closed during {method} {path}; the request may have taken effect")
@@ -260,11 +266,12 @@ class Transport:
                 sent=sent,
             )
         else:
-            reason = f"{type(failure).__name__}{_os_reason(failure)}"
+            cause = _operating_system_error(failure)
+            reason = type(failure).__name__ if cause is None else f"{type(failure).__name__}: {cause.strerror}"
             error = TransportError(
                 f"{method} {path} got no answer ({reason}); try again later", method=method, path=path, sent=sent
             )
-        error.__cause__ = _fit_to_show(failure)
+        error.__cause__ = _operating_system_error(failure)
         return error
 
 
@@ -345,19 +352,15 @@ def _failure(retry_state: RetryCallState) -> BaseException | None:
     return retry_state.outcome.exception() if retry_state.outcome is not None else None
 
 
-def _fit_to_show(failure: Exception) -> Exception | None:
-    """Return the failure if it is safe to show as a cause: an OSError, without the frames that it passed through.
+def _operating_system_error(failure: BaseException) -> OSError | None:
+    """Return the operating system's error of a failure, by its number and in the system's own words.
 
-    Some of aiohttp's own errors carry the request's headers, and some quote what the server sent, which may be the key.
+    What was raised is not shown as it is: some of aiohttp's errors carry the request's headers, some quote what the
+    server sent, and a tracing hook can raise anything. Each may hold the key.
     """
-    if not isinstance(failure, OSError):
-        return None
-    for error in (failure, getattr(failure, "os_error", failure)):  # aiohttp's wraps the operating system's
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-    return failure
-
-
-def _os_reason(failure: Exception) -> str:
-    """Return the operating system's text for the failure, if any; a server cannot influence it."""
-    os_error = getattr(failure, "os_error", failure)
-    return f": {os_error.strerror}" if isinstance(os_error, OSError) and os_error.strerror else ""
+    error = getattr(failure, "os_error", failure)  # aiohttp's wraps the operating system's
+    if isinstance(error, socket.gaierror):
+        return socket.gaierror(error.errno, error.strerror)  # the resolver's numbers are its own
+    if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno > 0:
+        return OSError(error.errno, os.strerror(error.errno))
+    return None

@@ -390,8 +390,8 @@ class Poller:
         while poll is not None:
             try:
                 await self._send(poll)
-            except BaseException:  # this task was cancelled from outside
-                self._abandon(poll)
+            except BaseException as error:  # this task was cancelled from outside, or a hook raised GeneratorExit
+                self._abandon(poll, backs_off=not isinstance(error, asyncio.CancelledError))
                 raise
             now = self._loop.time()
             self._dispatcher.finish(poll, now)
@@ -410,15 +410,21 @@ class Poller:
         if self._polled:
             self._arm(self._loop.time())
 
-    def _abandon(self, poll: Poll) -> None:
-        """Free the slot of a poll whose worker was cancelled from outside; it costs no wait its final poll."""
+    def _abandon(self, poll: Poll, *, backs_off: bool = False) -> None:
+        """Free the slot of a poll whose worker ended early; a cancellation costs no wait its final poll."""
         now = self._loop.time()
+        polled = poll.polled
+        if backs_off:
+            polled.failures += 1
+            self._dispatcher.schedule(polled, now + error_delay(polled.failures))
+            self._dispatcher.finish(poll, now)
+            return
         for wait in poll.waits:
             if wait.final is poll:
                 wait.final = None
         self._dispatcher.finish(poll, now)
-        if poll.polled.needs_final_poll():
-            self._queue_final_poll(poll.polled, now)
+        if polled.needs_final_poll():
+            self._queue_final_poll(polled, now)
 
     async def _send(self, poll: Poll) -> None:
         if poll.cut:  # the last wait left before it started

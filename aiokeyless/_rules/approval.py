@@ -125,7 +125,7 @@ def timed_out(record: WaitRecord) -> ApprovalTimeoutError:
 def unknown(record: WaitRecord) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer."""
     message = (
-        f"operation {record.operation_id!r}: time is up after {record.elapsed:.1f} s and {record.polls} polls, and the "
-        "final poll got no answer, so the outcome is unknown: check it with get_operation before you repeat anything"
+        f"operation {record.operation_id!r}: time is up after {record.elapsed:.1f} s and {record.polls} polls, and no "
+        "final poll was answered, so the outcome is unknown: check it with get_operation before you repeat anything"
     )
     return ApprovalUnknownError(message, **record._asdict())

@@ -9,10 +9,10 @@ All cases, in the order in which they are told apart, as docs/rules.md numbers t
 | O3 | pending | PENDING | TIMED_OUT |
 | O4 | a transient failure | TRANSIENT | UNANSWERED |
 | O5 | 404, the operation was seen before | TRANSIENT | UNANSWERED |
-| O6 | 404 that may be | PENDING | TIMED_OUT |
+| O6 | 404 that counts as pending | PENDING | TIMED_OUT |
 | O7 | any other error | FAILED | FAILED |
 
-A 404 may be where the operation is young, or is to be waited for.
+A 404 counts as pending where the operation is young, or will be created by the phone.
 """
 
 from __future__ import annotations

@@ -524,6 +524,17 @@ async def test_if_exists_says_what_it_takes(sandbox: Sandbox, client: KeylessCli
     assert sandbox.requests == []
 
 
+async def test_an_error_that_was_not_sent_after_an_ambiguous_one_may_have_taken_effect() -> None:
+    async def gone(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(MISSING)
+        await talk.server.stop_listening()
+
+    talk = Talk(BUSY, gone)
+    error = await failure(talk.create())
+    assert isinstance(error, TransportError)
+    assert error.sent
+
+
 # What an error says
 
 

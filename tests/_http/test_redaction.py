@@ -223,6 +223,75 @@ async def test_no_report_of_a_broken_connector_shows_the_key() -> None:
     assert "got no answer (ProxyError)" in str(errors[0])
 
 
+LARGE = answer(b"x" * (2 << 20), f"X-Echo: {KEY}".encode())
+NOT_A_GZIP = answer(b"x", f"X-Echo: {KEY}".encode(), b"Content-Encoding: gzip")
+
+
+@pytest.mark.parametrize("call", [get, create, wait])
+@pytest.mark.parametrize("answered", [LARGE, NOT_A_GZIP], ids=["too large", "not a gzip"])
+async def test_no_report_shows_a_key_that_a_header_echoes(answered: bytes, call: Call) -> None:
+    async with RawServer(answered) as server, KeylessClient(KEY, base_url=server.url, max_attempts=1) as client:
+        error = await failed(call, client)
+    for name, text in reports(error).items():
+        assert KEY not in text, name
+
+
+class OddError(BaseException):
+    """What a hook can raise besides exceptions."""
+
+
+def cancelled_from(text: str) -> BaseException:
+    error = asyncio.CancelledError()
+    error.__cause__ = RuntimeError(text)
+    return error
+
+
+HOOKS: dict[str, Callable[[str], BaseException]] = {
+    "an OSError": OSError,
+    "an OSError with a number": lambda text: OSError(5, text),
+    "a RuntimeError": RuntimeError,
+    "an odd one": OddError,
+    "a cancellation with a cause": cancelled_from,
+}
+
+
+@pytest.mark.parametrize("call", [get, wait])
+@pytest.mark.parametrize("make", HOOKS.values(), ids=HOOKS.keys())
+async def test_no_report_shows_what_a_hook_says_about_the_headers(
+    make: Callable[[str], BaseException], call: Call
+) -> None:
+    async def start(_session: object, _context: object, params: aiohttp.TraceRequestStartParams) -> None:
+        raise make(str(dict(params.headers)))
+
+    hooks = aiohttp.TraceConfig()
+    hooks.on_request_start.append(start)
+    async with (
+        aiohttp.ClientSession(trace_configs=[hooks]) as session,
+        KeylessClient(KEY, base_url="http://127.0.0.1:1", session=session, max_attempts=2) as client,
+    ):
+        error = await failed(call, client)
+    for name, text in reports(error).items():
+        assert KEY not in text, name
+
+
+async def test_no_report_of_a_create_shows_the_payload() -> None:
+    async def create_it(client: KeylessClient) -> None:
+        await client.create_operation("C0FFEE", operation_payload=os.environ["PAYLOAD"])
+
+    async with (
+        RawServer(answer(b"", status=b"400 Bad")) as server,
+        KeylessClient(KEY, base_url=server.url, max_attempts=1) as client,
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PAYLOAD", PAYLOAD)
+            error = await failed(create_it, client)
+    frame = error.__traceback__
+    while frame is not None:  # the caller's own argument is in the client's method, and nowhere below it
+        if frame.tb_frame.f_code.co_filename.endswith(("creation.py", "transport.py", "protocol.py")):
+            assert PAYLOAD not in repr(frame.tb_frame.f_locals)
+        frame = frame.tb_next
+
+
 def made_with(**arguments: Any) -> BaseException:
     with pytest.raises(ConfigurationError) as caught:
         KeylessClient(os.environ["KEYLESS_API_KEY"], **arguments)
@@ -230,7 +299,15 @@ def made_with(**arguments: Any) -> BaseException:
 
 
 @pytest.mark.parametrize(
-    ("blemish", "arguments"), [("", {"region": "mars"}), ("", {"base_url": "http://a.b"}), ("\x7f", {}), ("é", {})]
+    ("blemish", "arguments"),
+    [
+        ("", {"region": "mars"}),
+        ("", {"base_url": "http://a.b"}),
+        ("", {"session": "x"}),
+        ("", {"request_timeout": 0}),
+        ("\x7f", {}),
+        ("é", {}),
+    ],
 )
 def test_no_report_of_a_client_that_was_not_made_shows_the_key(
     monkeypatch: pytest.MonkeyPatch, blemish: str, arguments: dict[str, Any]

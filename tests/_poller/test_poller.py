@@ -14,6 +14,7 @@ from itertools import groupby, pairwise
 from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import msgspec
 import pytest
 from leaks import armed_timers, tasks_since
@@ -1660,6 +1661,29 @@ class TestTaskFactories:
                 assert (await client.wait_for_approval("op", schedule=EVERY_SECOND)).is_approved
         finally:
             loop.set_task_factory(None)
+
+
+class OddError(BaseException):
+    """Neither an exception nor a cancellation."""
+
+
+class TestHooks:
+    """Tracing hooks and middlewares of a borrowed session can raise anything."""
+
+    @pytest.mark.parametrize("kind", [OddError, GeneratorExit, ZeroDivisionError, asyncio.CancelledError])
+    async def test_what_a_hook_raises_is_retried_with_the_backoff(
+        self, sandbox: Sandbox, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def start(*_: object) -> None:
+            raise kind
+
+        hooks = aiohttp.TraceConfig()
+        hooks.on_request_start.append(start)
+        async with aiohttp.ClientSession(trace_configs=[hooks]) as session, sandbox.client(session=session) as client:
+            with pytest.raises(ApprovalUnknownError) as caught:
+                await client.wait_for_approval("op", timeout=20)
+        assert caught.value.polls < 60
+        assert len(caplog.records) < 60
 
 
 class TestBugs:

@@ -285,7 +285,7 @@ def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
 
 def test_an_unanswered_final_poll_says_that_the_outcome_is_unknown() -> None:
     assert str(unknown(record())) == (
-        "operation 'txn-1': time is up after 120.0 s and 7 polls, and the final poll got no answer, so the outcome is "
+        "operation 'txn-1': time is up after 120.0 s and 7 polls, and no final poll was answered, so the outcome is "
         "unknown: check it with get_operation before you repeat anything"
     )
 
