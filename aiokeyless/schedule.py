@@ -76,6 +76,8 @@ _HALVINGS: Final = 20
 #: Bounds of a strategy's delay, in seconds.
 MIN_DELAY: Final = 0.02
 _MAX_DELAY: Final = 3600.0
+#: Polls that are counted to find the number of the next one: a wait of days makes many, and each would count them all.
+_MAX_COUNTED: Final = 256
 #: A RetryCallState needs an owner; this one is never run.
 _RETRYING: Final = Retrying()
 
@@ -287,12 +289,12 @@ def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:
     Args:
         schedule: The strategy.
         age: Seconds since the operation was created.
-        most: The largest number that it can be.
+        most: The largest number that it can be; at most 256 are counted.
     """
     if isinstance(schedule, wait_adaptive):
         return most  # it does not read the number
     attempt, time = 1, 0.0
-    while attempt < most:
+    while attempt < min(most, _MAX_COUNTED):
         time += next_delay(schedule, attempt_number=attempt, since_start=time)
         if time > age:
             break

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from aiokeyless import schedule as schedule_room
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.schedule import next_delay, wait_adaptive
+from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay, wait_adaptive
 from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.optimum import least_cost
 from benchmarks.polling import cost, poll_times, simulate_waits
@@ -528,6 +528,48 @@ def test_strategies_that_count_attempts_work() -> None:
     doubling = tenacity.wait_exponential(multiplier=1, max=10)
     asked = [next_delay(doubling, attempt_number=number, since_start=0.0) for number in (1, 2, 3, 9)]
     assert asked == [1.0, 2.0, 4.0, 10.0]
+
+
+# --- the number of a poll, for an engine that does not count
+
+
+@pytest.mark.parametrize(("age", "attempt"), [(0.0, 1), (1.9, 1), (2.0, 2), (5.9, 3), (6.0, 4)])
+def test_the_attempt_is_the_number_of_the_poll_that_comes_next(age: float, attempt: int) -> None:
+    assert attempt_at(tenacity.wait_fixed(2), age, most=100) == attempt
+
+
+def test_after_an_outage_an_exponential_schedule_goes_on_where_its_own_polls_would_have_led() -> None:
+    doubling = tenacity.wait_exponential(multiplier=1, max=3600)  # polls at 1, 3, 7, 15
+    assert attempt_at(doubling, 8.0, most=1000) == 4
+
+
+def test_the_attempt_is_never_larger_than_the_number_of_deliveries() -> None:
+    assert attempt_at(tenacity.wait_fixed(1), 50.0, most=3) == 3
+
+
+def test_the_attempt_is_at_least_the_first_however_early() -> None:
+    assert attempt_at(tenacity.wait_fixed(1), 0.0, most=1) == 1
+
+
+def test_a_wait_of_days_does_not_count_all_of_its_polls() -> None:
+    calls = 0
+
+    class Counting(tenacity.wait.wait_base):
+        def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+            nonlocal calls
+            calls += 1
+            return 1.0
+
+    assert attempt_at(Counting(), 86_400.0, most=86_400) == 256
+    assert calls < 256
+
+
+def test_the_shortest_delay_bounds_the_count() -> None:
+    assert attempt_at(tenacity.wait_fixed(0), 10 * MIN_DELAY, most=100) <= 11
+
+
+def test_an_adaptive_schedule_reads_no_attempt_so_none_is_counted() -> None:
+    assert attempt_at(wait_adaptive(), 0.0, most=7) == 7
 
 
 # --- what it costs

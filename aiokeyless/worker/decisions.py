@@ -102,11 +102,16 @@ def after_poll(
     if result is Result.UNANSWERED and (polled_at - ticket.expires_at).total_seconds() < grace:
         # The user may have approved in time: an error at the wrong moment must not cost that.
         return Redeliver(pace.pause())
+    return _ended(delivery, answer, result, now)
+
+
+def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result, now: datetime) -> Decided:
+    """Decide by a result that ends the request."""
+    if isinstance(answer, Operation) and result is Result.APPROVED:
+        return _decided(delivery, now, Outcome.APPROVED, auth_type=answer.auth_type)
     if isinstance(answer, KeylessError) and result is Result.FAILED:
         reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
         return _failed(delivery, now, reason, str(answer))
-    if isinstance(answer, Operation) and result is Result.APPROVED:
-        return _decided(delivery, now, Outcome.APPROVED, auth_type=answer.auth_type)
     return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT)
 
 

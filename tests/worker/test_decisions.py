@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tenacity import wait_fixed
+from tenacity import wait_exponential, wait_fixed
 
 from aiokeyless.errors import (
     BadRequestError,
@@ -30,24 +30,26 @@ from aiokeyless.worker.decisions import (
     Decision,
     Pace,
     Redeliver,
-    after_answer,
     after_bug,
     after_conflict,
     after_creation,
     after_failed_creation,
-    after_failed_poll,
-    after_missing,
     after_older,
+    after_poll,
     invalid,
-    is_last,
+    is_final,
 )
 from aiokeyless.worker.messages import Delivery, FailureReason, InvalidRequestError, Outcome
+
+if TYPE_CHECKING:
+    from tenacity.wait import wait_base
 
 CREATED_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LIFE = 120.0
 SHORTEST = 0.02
 #: Before, at and after the deadline.
 IN_TIME, LAST, LATE = LIFE - 1, LIFE, LIFE + 60
+EVERY_THREE = wait_fixed(3)
 
 
 def at(age: float) -> datetime:
@@ -89,22 +91,31 @@ def operation(**changed: Any) -> Operation:
 APPROVED: dict[str, Any] = {"state": "approved", "result": True}
 
 
-def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: Any) -> Decision:
-    return after_answer(DELIVERY, operation(**changed), sent_at=at(age), now=at(age + took), schedule=wait_fixed(every))
-
-
-def failed(
-    error: KeylessError,
+def polled(
+    answer: Operation | KeylessError,
     age: float,
     *,
     took: float = 0.0,
+    schedule: wait_base = EVERY_THREE,
+    delivery: Delivery = DELIVERY,
     failures: int = 1,
     held_for: float = 0.0,
     grace: float = 0.0,
-) -> Decision:
-    """What comes of a look that fails."""
-    pace = Pace(failures, held_for)
-    return after_failed_poll(DELIVERY, error, sent_at=at(age), now=at(age + took), pace=pace, grace=grace)
+) -> Decision | None:
+    """What comes of a poll that starts at this age."""
+    return after_poll(
+        delivery,
+        answer,
+        polled_at=at(age),
+        now=at(age + took),
+        schedule=schedule,
+        pace=Pace(failures, held_for),
+        grace=grace,
+    )
+
+
+def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: Any) -> Decision | None:
+    return polled(operation(**changed), age, took=took, schedule=wait_fixed(every))
 
 
 def not_created(error: KeylessError, age: float, *, held_for: float = 0.0) -> Decision:
@@ -128,6 +139,7 @@ def status(kind: type[Any], number: int, *, path: str = "/v2/x") -> KeylessError
 
 UNREACHABLE = TransportError("no answer", method="GET", path="/v2/x")
 GATEWAY = NotJsonError("a page", status=200, method="GET", path="/v2/x")
+MISSING = status(NotFoundError, 404)
 MISSHAPEN = DecodeError("another shape", status=200, method="GET", path="/v2/x")
 
 # -- answers
@@ -166,14 +178,19 @@ def test_the_schedule_sees_the_age_of_the_request_and_the_number_of_the_delivery
             seen.append((retry_state.attempt_number, retry_state.seconds_since_start))
             return super().__call__(retry_state)
 
-    after_answer(DELIVERY, operation(), sent_at=at(9), now=at(10), schedule=Noting(1))
-    assert seen == [(7, 10.0)]
+    polled(operation(), 9, took=1, schedule=Noting(1))
+    assert seen[-1] == (7, 10.0)
+
+
+def test_failed_polls_do_not_advance_an_exponential_schedule() -> None:
+    schedule = wait_exponential(multiplier=1, max=60)
+    after_an_outage = msgspec.structs.replace(DELIVERY, number=40)
+    assert delay(polled(operation(), 3.5, schedule=schedule, delivery=after_an_outage)) == 4  # polls at 1, 3 and 7
 
 
 def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
     schedule = wait_adaptive(jitter=0)
-    decision = after_answer(DELIVERY, operation(), sent_at=at(-60), now=at(-50), schedule=schedule)
-    assert decision == after_answer(DELIVERY, operation(), sent_at=at(0), now=at(0), schedule=schedule)
+    assert polled(operation(), -60, took=10, schedule=schedule) == polled(operation(), 0, schedule=schedule)
 
 
 @pytest.mark.parametrize("age", [0.0, IN_TIME, LAST, LATE])
@@ -215,9 +232,9 @@ def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_t
         answered(1, **APPROVED),
         answered(LAST),
         answered(1, state="denied"),
-        failed(UNREACHABLE, LAST),
-        failed(MISSHAPEN, 1),
-        after_missing(DELIVERY, sent_at=at(LAST), now=at(LAST)),
+        polled(UNREACHABLE, LAST),
+        polled(MISSHAPEN, 1),
+        polled(MISSING, LAST),
         answered(1, user_id="BAD"),
         not_created(status(NotFoundError, 404), 1),
         after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
@@ -297,12 +314,12 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:
-    assert after_missing(DELIVERY, sent_at=at(IN_TIME), now=at(LATE)) is None
+    assert polled(MISSING, IN_TIME, took=LATE) is None
 
 
 @pytest.mark.parametrize("age", [LAST, LATE])
 def test_missing_at_the_last_look_is_expired_and_answered(age: float) -> None:
-    event, _ = decided(after_missing(DELIVERY, sent_at=at(age), now=at(age + 1)))
+    event, _ = decided(polled(MISSING, age, took=1))
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
 
 
@@ -313,38 +330,38 @@ transient = pytest.mark.parametrize(
 
 @transient
 def test_a_passing_failure_is_repeated_at_the_pace_of_failures(error: KeylessError) -> None:
-    assert SHORTEST <= delay(failed(error, 1, failures=1)) <= 0.5
+    assert SHORTEST <= delay(polled(error, 1, failures=1)) <= 0.5
 
 
 def test_the_more_failures_in_a_row_the_longer_the_delay_may_be() -> None:
-    delays = [delay(failed(UNREACHABLE, 1, failures=6)) for _ in range(200)]
+    delays = [delay(polled(UNREACHABLE, 1, failures=6)) for _ in range(200)]
     assert max(delays) > 2
     assert max(delays) <= 16
 
 
 @transient
 def test_a_service_that_wants_to_be_left_alone_is(error: KeylessError) -> None:
-    assert delay(failed(error, 1, held_for=30)) == 30
+    assert delay(polled(error, 1, held_for=30)) == 30
 
 
 @transient
 def test_a_hold_does_not_go_past_the_deadline(error: KeylessError) -> None:
-    assert delay(failed(error, IN_TIME, held_for=30)) == 1
-    assert delay(failed(error, IN_TIME, took=9, held_for=30)) == SHORTEST
+    assert delay(polled(error, IN_TIME, held_for=30)) == 1
+    assert delay(polled(error, IN_TIME, took=9, held_for=30)) == SHORTEST
 
 
 @transient
 @pytest.mark.parametrize("age", [LAST, LATE])
 def test_a_last_look_without_an_answer_is_expired_and_says_that_nobody_knows(error: KeylessError, age: float) -> None:
-    event, _ = decided(failed(error, age, held_for=30))
+    event, _ = decided(polled(error, age, held_for=30))
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
 
 
 @transient
 def test_a_last_look_without_an_answer_is_repeated_in_the_grace_and_not_after_it(error: KeylessError) -> None:
-    assert SHORTEST <= delay(failed(error, LAST, grace=30)) <= 0.5
-    assert delay(failed(error, LAST + 29.9, held_for=60, grace=30)) == 60
-    assert decided(failed(error, LAST + 30, grace=30)).event.answered is False
+    assert SHORTEST <= delay(polled(error, LAST, grace=30)) <= 0.5
+    assert delay(polled(error, LAST + 29.9, held_for=60, grace=30)) == 60
+    assert decided(polled(error, LAST + 30, grace=30)).event.answered is False
 
 
 @pytest.mark.parametrize("age", [1.0, IN_TIME, LAST, LATE])
@@ -360,7 +377,7 @@ def test_a_last_look_without_an_answer_is_repeated_in_the_grace_and_not_after_it
 def test_a_look_that_fails_for_good_has_failed_at_once_with_its_reason(
     error: KeylessError, reason: FailureReason, age: float
 ) -> None:
-    event, message_id = decided(failed(error, age))
+    event, message_id = decided(polled(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
     assert message_id == DELIVERY.name
 
@@ -413,10 +430,10 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
     longest = max(SHORTEST, (at(LIFE) - now).total_seconds())
     for decision in (
         answered(age, took=took, every=every),
-        failed(UNREACHABLE, age, took=took, held_for=held_for),
+        polled(UNREACHABLE, age, took=took, held_for=held_for),
         after_creation(DELIVERY, now, wait_fixed(every)),
     ):
-        if not is_last(DELIVERY, at(age)):  # rounded to microseconds, it may be
+        if not is_final(DELIVERY, at(age)):  # rounded to microseconds, it may be
             assert SHORTEST <= delay(decision) <= longest
 
 

@@ -11,10 +11,11 @@ import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tenacity import wait_fixed
 
 from aiokeyless.errors import ServerError
 from aiokeyless.ticket import payload_digest
-from aiokeyless.worker.decisions import Pace, after_failed_poll, invalid
+from aiokeyless.worker.decisions import Decided, Pace, after_poll, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
     MAX_DEPTH,
@@ -359,15 +360,17 @@ finite_values = st.recursive(
 @example(rb'["\"[[[\\", "' + b"{" * 1000 + b'"]')
 def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
     delivery = read(with_context(context))
-    decision = after_failed_poll(
+    decision = after_poll(
         delivery,
         ServerError(status=503, method="GET", path="/v2/x"),
-        sent_at=delivery.ticket.expires_at,
+        polled_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
+        schedule=wait_fixed(1),
         pace=Pace(1, 0.0),
         grace=0.0,
     )
-    event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)  # type: ignore[union-attr]
+    assert isinstance(decision, Decided)
+    event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)
     assert bytes(event.context) == context
     assert bytes(read_context(with_context(context))) == context
 
