@@ -17,6 +17,7 @@ The method has three parts:
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import sys
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["next_delay", "wait_adaptive"]
+
+logger: Final = logging.getLogger("aiokeyless")
 
 #: Edges of the histogram's bins in seconds: 0, then three per octave from 0.5 s to 4096 s. Finer bins were not
 #: measurably better, and every observation visits all of them.
@@ -278,6 +281,22 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
             argument="schedule",
         )
     return float(min(max(delay, MIN_DELAY), _MAX_DELAY))
+
+
+def record_observation(schedule: wait_adaptive, after: float, until: float | None) -> None:
+    """Let a schedule `observe` an operation; one that fails to learn is logged.
+
+    It may be an application's subclass. What is not learned costs requests; an approval it must not cost.
+
+    Args:
+        schedule: The schedule.
+        after: See `wait_adaptive.observe`.
+        until: See `wait_adaptive.observe`.
+    """
+    try:
+        schedule.observe(after, until)
+    except Exception:
+        logger.exception("the schedule %r failed to learn from an observation", schedule)
 
 
 def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:

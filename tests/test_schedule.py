@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from aiokeyless import schedule as schedule_room
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay, wait_adaptive
+from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay, record_observation, wait_adaptive
 from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.optimum import least_cost
 from benchmarks.polling import cost, poll_times, simulate_waits
@@ -232,6 +232,23 @@ def test_jitter_does_not_move_the_previous_poll() -> None:
 
 
 # --- learning
+
+
+def test_an_observation_is_recorded_for_the_schedule() -> None:
+    schedule, same = wait_adaptive(), wait_adaptive()
+    schedule.observe(4.0, 6.0)
+    record_observation(same, 4.0, 6.0)
+    assert same.to_json() == schedule.to_json()
+
+
+def test_a_schedule_that_fails_to_learn_is_logged_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Unteachable(wait_adaptive):
+        def observe(self, after: float, until: float | None) -> None:
+            raise RuntimeError("not today")
+
+    record_observation(Unteachable(), 4.0, None)
+    assert "failed to learn" in caplog.text
+    assert "not today" in caplog.text
 
 
 def test_polls_gather_where_users_approved_and_thin_out_after() -> None:

@@ -12,7 +12,6 @@ import asyncio
 import contextvars
 import copy
 import itertools
-import logging
 import math
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -32,7 +31,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
-from aiokeyless.schedule import next_delay, wait_adaptive
+from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
 from .dispatch import RESOLUTION, Dispatcher
 from .packing import pack_pending
@@ -55,8 +54,6 @@ FINAL_POLL_TIMEOUT: Final = 2.0  # seconds past the deadline for the final poll,
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 _BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
-
-logger = logging.getLogger("aiokeyless")
 
 
 class Poller:
@@ -274,14 +271,11 @@ class Poller:
         """Give the schedules what was observed of an operation, once: approved between two polls, or still pending."""
         learners, polled.learners = polled.learners, ()
         for learner in learners:
-            try:
-                learner.observe(
-                    0.0 if after is None else max(0.0, after - polled.origin),
-                    None if until is None else max(0.0, until - polled.origin),
-                )
-            except Exception:
-                # A subclass of a user's. What is not learned costs requests; it must not cost an approval.
-                logger.exception("the schedule %r failed to learn from an observation", learner)
+            record_observation(
+                learner,
+                0.0 if after is None else max(0.0, after - polled.origin),
+                None if until is None else max(0.0, until - polled.origin),
+            )
 
     # -- the timer
 
