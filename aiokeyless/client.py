@@ -162,6 +162,24 @@ class KeylessClient:
         where = f"region={self._region.value!r}" if self._region is not None else f"base_url={self._base_url!r}"
         return f"<KeylessClient {where}{' closed' if self._closed else ''}>"
 
+    @property
+    def request_timeout(self) -> float:
+        """Seconds for one HTTP exchange."""
+        return self._request_timeout
+
+    def with_max_attempts(self, max_attempts: int) -> KeylessClient:
+        """Return this client with another number of attempts of a call, for a caller that repeats by itself.
+
+        The two share everything else: session, waits, statistics, event loop. Closing one closes both.
+
+        Args:
+            max_attempts: Attempts of one call on transient failures; 1 is no retry.
+
+        Raises:
+            ConfigurationError: It is not a whole number, at least 1.
+        """
+        return _View(self, max_attempts)
+
     # -- opening and closing
 
     async def __aenter__(self) -> Self:
@@ -588,6 +606,33 @@ class KeylessClient:
             finally:
                 for wait in started:
                     poller.leave(wait)
+
+
+class _View(KeylessClient):
+    """A client under another number of attempts; it has neither a transport nor a poller of its own."""
+
+    def __init__(self, client: KeylessClient, max_attempts: int) -> None:
+        super().__init__(
+            client._api_key.reveal(),  # noqa: SLF001  # of the same class
+            base_url=client._base_url,  # noqa: SLF001
+            request_timeout=client.request_timeout,
+            max_attempts=max_attempts,
+        )
+        self._client = client
+
+    def _open(self) -> tuple[Transport, Poller]:
+        transport, poller = self._client._open()  # noqa: SLF001
+        return transport.with_max_attempts(self._max_attempts), poller
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    @property
+    def statistics(self) -> ClientStatistics:
+        return self._client.statistics
+
+    def __repr__(self) -> str:
+        return repr(self._client)
 
 
 def _result(outcome: WaitResult) -> Operation:

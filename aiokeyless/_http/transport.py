@@ -7,6 +7,7 @@ a `ClientClosedError`; only cancellation passes through.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 import os
@@ -98,6 +99,12 @@ class Transport:
         self._poll_timeout = aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf)
         self._calls: set[_Call] = set()
         self._closed = False
+
+    def with_max_attempts(self, max_attempts: int) -> Transport:
+        """Return this transport with another number of attempts, for one call; it shares the session and its calls."""
+        view = copy.copy(self)
+        view._max_attempts = max_attempts  # noqa: SLF001  # a transport, too
+        return view
 
     async def aclose(self) -> None:
         """End the calls under way with `ClientClosedError`, and close the session unless it is borrowed."""
