@@ -19,12 +19,14 @@ __all__ = [
     "ApprovalUnknownError",
     "AuthenticationError",
     "BadRequestError",
+    "BrokerError",
     "ClientClosedError",
     "ConfigurationError",
     "ConflictError",
     "DecodeError",
     "InconsistentOperationError",
     "InvalidIdentifierError",
+    "InvalidRequestError",
     "KeylessError",
     "NotAcceptableError",
     "NotFoundError",
@@ -359,4 +361,18 @@ class InconsistentOperationError(ApprovalError):
     """The answer contradicts itself (approved, but result is false), or its state is unknown.
 
     What to do: refuse; if the state is new in the API, upgrade the library.
+    """
+
+
+class BrokerError(KeylessError):
+    """The broker cannot be reached, does not permit what a worker does, or holds a stream with other settings.
+
+    What to do: the message says; fix the address, the permissions or the stream, and start again. Nothing is lost.
+    """
+
+
+class InvalidRequestError(KeylessError):
+    """A message is not a request for an approval, and does not become one by being delivered again.
+
+    What to do: fix what publishes it; `aiokeyless.worker.submit_approval` publishes correct requests.
     """

@@ -22,12 +22,14 @@ from aiokeyless.errors import (
     ApprovalUnknownError,
     AuthenticationError,
     BadRequestError,
+    BrokerError,
     ClientClosedError,
     ConfigurationError,
     ConflictError,
     DecodeError,
     InconsistentOperationError,
     InvalidIdentifierError,
+    InvalidRequestError,
     KeylessError,
     NotAcceptableError,
     NotFoundError,
@@ -79,6 +81,8 @@ TREE: dict[type[KeylessError], tuple[type[BaseException], ...]] = {
     ApprovalUnknownError: (ApprovalTimeoutError,),
     OperationMismatchError: (ApprovalError,),
     InconsistentOperationError: (ApprovalError,),
+    BrokerError: (KeylessError,),
+    InvalidRequestError: (KeylessError,),
 }
 every_class = pytest.mark.parametrize("kind", list(TREE), ids=lambda kind: kind.__name__)
 

@@ -242,11 +242,11 @@ def test_an_observation_is_recorded_for_the_schedule() -> None:
 
 
 def test_a_schedule_that_fails_to_learn_is_logged_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    class Unteachable(wait_adaptive):
+    class Failing(wait_adaptive):
         def observe(self, after: float, until: float | None) -> None:
             raise RuntimeError("not today")
 
-    record_observation(Unteachable(), 4.0, None)
+    record_observation(Failing(), 4.0, None)
     assert "failed to learn" in caplog.text
     assert "not today" in caplog.text
 

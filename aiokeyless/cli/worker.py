@@ -81,7 +81,7 @@ async def worker(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    async with new_client(max_attempts=1) as client:
+    async with new_client() as client:
         service = ApprovalWorker(
             client,
             nats_url or os.environ.get("NATS_URL") or DEFAULT_NATS_URL,

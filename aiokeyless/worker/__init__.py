@@ -1,14 +1,17 @@
 """Waits that survive restarts and outgrow one machine: a worker on NATS JetStream (extra ``nats``).
 
-An application publishes a request with `submit_approval`; any number of workers see to it, one poll a delivery, with
-nothing in their memory; the outcome is read with `approval_outcomes`. When one process is enough, a
+An application publishes a request with `submit_approval`; any number of workers process it, one poll a delivery, and
+keep nothing of it in memory; the outcome is read with `approval_outcomes`. Where one process is enough,
 `aiokeyless.KeylessClient` is simpler.
 """
 
+from aiokeyless.errors import BrokerError, InvalidRequestError
+
 from .applications import Submission, approval_outcomes, is_outcome, submit_approval
 from .healthz import serve_health
-from .messages import ApprovalEvent, ApprovalRequest, BrokerError, FailureReason, InvalidRequestError, Outcome
-from .service import ApprovalWorker, WorkerStatistics
+from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
+from .service import ApprovalWorker
+from .serving import WorkerStatistics
 from .streams import StreamSettings
 
 __all__ = [

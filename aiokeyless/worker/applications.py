@@ -1,4 +1,4 @@
-"""For the applications on both sides of a worker: ask for an approval, and read how requests ended."""
+"""For the applications on both sides of a worker: submit requests for approvals, and read their outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._validation import MAX_IDENTIFIER, check_operation_id, check_text, check_user_id, finite_seconds
-from aiokeyless.errors import ConfigurationError
+from aiokeyless.errors import BrokerError, ConfigurationError
 
 from .logs import Seldom, log
 from .messages import (
@@ -27,7 +27,6 @@ from .messages import (
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
-    BrokerError,
     NewerEventError,
     derived_operation_id,
     read_event,
@@ -79,10 +78,10 @@ async def submit_approval(
     message_id: str | None = None,
     created_at: datetime | None = None,
 ) -> Submission:
-    """Ask for an approval; when this returns, the request is stored and a worker will see to it.
+    """Ask for an approval; when this returns, the request is stored and a worker will process it.
 
     The same request submitted twice is one. It is the same if all arguments but `created_at` are equal. A different
-    one under a used operation id is stored too, and comes out as ``failed`` with `FailureReason.CONFLICT`.
+    one under a used operation id is stored too, and ends as ``failed`` with `FailureReason.CONFLICT`.
 
     Args:
         connection: A connection to the broker.
@@ -96,7 +95,7 @@ async def submit_approval(
             back.
         message_id: Your name of this request, up to 512 characters of printable ASCII, from which its operation id is
             derived where you give none; otherwise it has no effect. Default: a new UUID.
-        created_at: When you asked, with a zone. Give it where your own trigger may come twice: then both submissions
+        created_at: When you asked, with a zone. Give it where your own trigger may fire twice: then both submissions
             have the same deadline. It counts as now where it is in the future. Default: now.
 
     Returns:
@@ -192,14 +191,14 @@ def _reason(error: nats.errors.Error) -> str:
 
 
 async def approval_outcomes(connection: Client, durable: str) -> AsyncGenerator[ApprovalEvent]:
-    """Iterate over how requests ended, each event until it was dealt with.
+    """Iterate over the outcomes of requests, each event until it was handled.
 
-    An event is acknowledged when the next one is asked for. One whose handling raised, or took over 30 s, comes again,
-    to this application or to another process of it: handle an event so that twice does no harm.
+    An event is acknowledged when the next one is asked for. One whose handling raised, or took over 30 s, is delivered
+    again, to this application or to another process of it: handle an event so that twice does no harm.
 
     Only what the stream of outcomes delivered to `durable` is believed; what others send to the inbox is ignored and
-    logged. A message that is no event is logged and never comes again; an event of a later version is logged and comes
-    again a minute later, for a reader that has been upgraded.
+    logged. A message that is not an event is logged and never delivered again; an event of a later version is logged
+    and delivered again a minute later, for a reader that has been upgraded.
 
     Args:
         connection: A connection to the broker.
@@ -207,10 +206,10 @@ async def approval_outcomes(connection: Client, durable: str) -> AsyncGenerator[
             share it share the events. Letters, digits, ``-`` and ``_``.
 
     Yields:
-        Events, from the oldest that this application has not dealt with, without end.
+        Events, from the oldest that this application has not handled, without end.
 
     Raises:
-        ConfigurationError: The name is none.
+        ConfigurationError: The name is not valid.
         BrokerError: There is no stream yet, since no worker ever ran; or the broker refuses, the connection was closed,
             or the application's place in the stream deleted. A broker that is away for a while is waited for.
     """
@@ -263,7 +262,7 @@ async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg 
     except nats.errors.TimeoutError:
         return None
     except nats.js.errors.APIError:
-        # Nobody answers for the consumer: it has no leader just now, or it was deleted.
+        # The consumer has no leader just now, or it was deleted.
         await asyncio.sleep(error_delay(1))
         with suppress(nats.errors.TimeoutError, nats.js.errors.ServiceUnavailableError):
             await subscription.consumer_info()
@@ -271,7 +270,7 @@ async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg 
 
 
 async def _event(message: Msg) -> ApprovalEvent | None:
-    """Read an event; one that cannot be read must not come again and again to everybody."""
+    """Read an event; one that cannot be read must not be delivered again and again."""
     facts: dict[str, object] = {"stream": OUTCOMES, "sequence": message.metadata.sequence.stream}
     try:
         return read_event(message.data)
@@ -285,10 +284,10 @@ async def _event(message: Msg) -> ApprovalEvent | None:
 
 
 def is_outcome(reply: str, durable: str) -> bool:
-    """Whether a message is an event that the stream of outcomes delivered, for readers with a client of their own.
+    """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
 
-    `approval_outcomes` does this itself. An inbox takes messages of anybody who may publish to it, and neither their
-    subject nor their content shows where they come from. Do not acknowledge what is none.
+    `approval_outcomes` does this itself. An inbox takes messages from any user who may publish to it, and
+    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one.
 
     Args:
         reply: The message's reply subject.

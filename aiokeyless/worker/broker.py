@@ -1,4 +1,4 @@
-"""The connection to the broker: refused in one clear line where it does not work at first, mended by itself later."""
+"""The connection to the broker: one clear error where it cannot be made, and reconnecting later."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import nats.errors
 from nats.aio.client import Client
 
 from aiokeyless._rules.backoff import error_delay
+from aiokeyless.errors import BrokerError
 
 from .logs import log
-from .messages import BrokerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ async def connect(
             reconnected_cb=reconnected,
             closed_cb=on_close,
         )
-    except ModuleNotFoundError as error:  # nats-py looks for it when there are credentials to sign with
+    except ModuleNotFoundError as error:  # nats-py imports it when there are credentials to sign with
         raise BrokerError(f'credentials need {error.name}: pip install "nats-py[nkeys]"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
         # That no server is left is said of those that cannot be reached; why not was said before.
@@ -88,7 +88,7 @@ async def connect(
 
 
 async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Exception]) -> None:
-    """Connect once without patience: nats-py, which is to be patient later, would be so at first too, for minutes."""
+    """Connect once without retrying: with the options for later, nats-py would retry for minutes at first, too."""
 
     async def note(error: Exception) -> None:
         failures.append(error)

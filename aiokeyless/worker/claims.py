@@ -1,4 +1,4 @@
-"""To which request an operation id belongs, as the broker remembers it.
+"""Claims: which request an operation id belongs to, as the broker stores it.
 
 That an operation of the right content exists does not say who asked for it: an earlier request may have, and its
 approval must not count a second time. The number of a delivery does not say it either: a broker that is killed forgets
@@ -57,7 +57,7 @@ class Claims:
         return Claim.NEW
 
     async def is_held(self, delivery: Delivery) -> bool:
-        """Whether the id belongs to this request."""
+        """Return whether the id belongs to this request."""
         _, holder = await self._last(delivery)
         return holder == delivery.name.encode()
 
@@ -68,7 +68,7 @@ class Claims:
             await self._put(delivery, _RELEASED, sequence)
 
     async def _put(self, delivery: Delivery, holder: bytes, expected: int) -> bool:
-        """Store who holds the id; whether it was as expected until then."""
+        """Store who holds the id; return False where the holder had changed before."""
         headers = {_EXPECTED: str(expected)}
         try:
             await self._stream.publish(_subject(delivery), holder, stream=CLAIMS, headers=headers)

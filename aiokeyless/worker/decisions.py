@@ -1,11 +1,12 @@
-"""What one delivery of a request comes to: an outcome to publish, or the delay after which it is delivered again.
+"""What a delivery results in: an outcome to publish, or the delay after which the request is delivered again.
 
-Pure. What the result of a poll means is `poll_outcome`'s to say, as it is for the poller; here it becomes an event or a
+Pure. What the result of a poll means is decided by `poll_outcome`, as for the poller; here it becomes an event or a
 delay. docs/rules.md says where the two engines differ.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     import msgspec
     from tenacity.wait import wait_base
 
+    from aiokeyless.schedule import wait_adaptive
+
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
+_FIRST_POLL: Final = 2  # the delivery whose poll is the first: the one before it created the operation
 
 
 class Redeliver(NamedTuple):
@@ -33,46 +37,61 @@ class Redeliver(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """The request is done: an event, and the ``Nats-Msg-Id`` under which the stream takes it once."""
+    """The request is done.
+
+    Attributes:
+        event: What is published.
+        message_id: The ``Nats-Msg-Id`` under which the stream takes the event once.
+        polled_at: Start of the poll whose answer decided it, for what the schedule learns; None where none did.
+    """
 
     event: ApprovalEvent
     message_id: str
+    polled_at: datetime | None = None
 
 
 Decision = Redeliver | Decided
 
 
-class Pace(NamedTuple):
-    """How to go on after a failure.
+class Next(Enum):
+    """The exchange that a delivery needs before anything can be decided."""
+
+    CREATE = auto()
+    """There is no operation yet: create it."""
+    POLL = auto()
+    """The operation id is taken, perhaps by an earlier delivery of this request: poll the operation."""
+
+
+class Pacing(NamedTuple):
+    """What sets the delays of redeliveries.
 
     Attributes:
+        schedule: When to poll after a pending answer.
+        stretch: Factor by which load shedding stretches the schedule's delays.
         failures: Failures in a row, of this worker.
-        held_for: Seconds for which the service wants to be left alone, or is to be.
+        paused_for: Seconds until the circuit lets polls start; negative where it does already.
+        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
+    schedule: wait_base
+    stretch: float
     failures: int
-    held_for: float
+    paused_for: float
+    grace: float
 
-    def pause(self) -> float:
-        """Return the seconds to wait, at random."""
-        return max(error_delay(self.failures), self.held_for)
+    def after_failure(self) -> float:
+        """Return the seconds to wait after a failure, at random."""
+        return max(error_delay(self.failures), self.paused_for)
 
 
-def after_creation(delivery: Delivery, now: datetime, schedule: wait_base) -> Decision:
+def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
     """Decide after the operation was created just now: nobody approves in no time, so there is no poll yet."""
-    return Redeliver(_paced(delivery, now, schedule))
+    return Redeliver(_scheduled(delivery, now, pacing))
 
 
 def after_poll(
-    delivery: Delivery,
-    answer: Operation | KeylessError,
-    *,
-    polled_at: datetime,
-    now: datetime,
-    schedule: wait_base,
-    pace: Pace,
-    grace: float,
-) -> Decision | None:
+    delivery: Delivery, answer: Operation | KeylessError, *, polled_at: datetime, now: datetime, pacing: Pacing
+) -> Decision | Next:
     """Decide by the result of a poll.
 
     Args:
@@ -80,12 +99,10 @@ def after_poll(
         answer: The operation, or the failure of the poll.
         polled_at: When the poll started; at the deadline or later, it is the final one.
         now: The time.
-        schedule: When to poll next.
-        pace: How to go on after a failure.
-        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
+        pacing: When to go on.
 
     Returns:
-        The decision; None where there is no operation yet, and it is to be created.
+        The decision; `Next.CREATE` where there is no operation, and it is not too late for it.
     """
     ticket = delivery.ticket
     # What an earlier delivery saw is not remembered; it may have ended before it created the operation.
@@ -96,13 +113,13 @@ def after_poll(
     if rejection is not None:
         return _rejected(delivery, now, rejection)
     if result is Result.PENDING:
-        return None if isinstance(answer, NotFoundError) else Redeliver(_paced(delivery, now, schedule))
+        return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
-        return Redeliver(_cut(delivery, now, pace.pause()))
-    if result is Result.UNANSWERED and (polled_at - ticket.expires_at).total_seconds() < grace:
+        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
+    if result is Result.UNANSWERED and (polled_at - ticket.expires_at).total_seconds() < pacing.grace:
         # The user may have approved in time: an error at the wrong moment must not cost that.
-        return Redeliver(pace.pause())
-    return _ended(delivery, answer, result, now)
+        return Redeliver(pacing.after_failure())
+    return _ended(delivery, answer, result, now)._replace(polled_at=polled_at)
 
 
 def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result, now: datetime) -> Decided:
@@ -131,16 +148,16 @@ def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
     return _failed(delivery, now, FailureReason.CONFLICT, "the operation id belongs to a different request")
 
 
-def after_failed_creation(delivery: Delivery, error: KeylessError, *, now: datetime, pace: Pace) -> Decision:
+def after_failed_creation(delivery: Delivery, error: KeylessError, *, now: datetime, pacing: Pacing) -> Decision:
     """Decide after the operation could not be created."""
     if is_transient(error):
-        return Redeliver(_cut(delivery, now, pace.pause()))
+        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
     reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.REJECTED
     return _failed(delivery, now, reason, str(error))
 
 
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:
-    """Decide about a request that the worker could not handle: it must not come again forever."""
+    """Decide about a request that the worker could not handle: it must not be delivered again forever."""
     detail = f"the worker failed ({type(error).__name__}); see its log"
     return _failed(delivery, now, FailureReason.INTERNAL, detail)
 
@@ -148,13 +165,13 @@ def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided
 def invalid(
     message: str, number: int, error: KeylessError, context: msgspec.Raw, *, stored_at: datetime, now: datetime
 ) -> Decided:
-    """Decide about a message that is no request.
+    """Decide about a message that is not a request.
 
     Args:
-        message: A name of the message that no other one ever has.
+        message: A name for the message, unique for good.
         number: Number of this delivery.
         error: What is wrong with it.
-        context: What to hand back, as far as it can be found.
+        context: What to return, as far as it can be read.
         stored_at: When the stream stored it.
         now: The time.
     """
@@ -176,13 +193,35 @@ def is_final(delivery: Delivery, polled_at: datetime) -> bool:
     return polled_at >= delivery.ticket.expires_at
 
 
-def _paced(delivery: Delivery, now: datetime, schedule: wait_base) -> float:
+def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float | None] | None:
+    """Return what a schedule learns from an outcome, as `wait_adaptive.observe` takes it; None where it learns nothing.
+
+    The poll before the deciding one was perhaps another worker's, and its time is not remembered: it is taken from
+    the schedule.
+
+    Args:
+        decided: The outcome.
+        schedule: The schedule.
+    """
+    event, _, polled_at = decided
+    if polled_at is None:
+        return None
+    age = max(0.0, (polled_at - event.requested_at).total_seconds())
+    if event.outcome is Outcome.APPROVED and event.deliveries > 1:
+        # The first delivery created the operation, so the second was the first poll.
+        after = schedule.previous_poll(age) if event.deliveries > _FIRST_POLL else 0.0
+        return after, max(after, (event.decided_at - event.requested_at).total_seconds())
+    return (age, None) if event.answered else None
+
+
+def _scheduled(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
     age = max(0.0, (now - delivery.ticket.created_at).total_seconds())
-    attempt = attempt_at(schedule, age, most=delivery.number)
-    return _cut(delivery, now, next_delay(schedule, attempt_number=attempt, since_start=age))
+    attempt = attempt_at(pacing.schedule, age, most=delivery.number)
+    delay = next_delay(pacing.schedule, attempt_number=attempt, since_start=age)
+    return _until_deadline(delivery, now, delay * pacing.stretch)
 
 
-def _cut(delivery: Delivery, now: datetime, delay: float) -> float:
+def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
     """Cut a delay to the deadline, so that a final poll starts there."""
     return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
 

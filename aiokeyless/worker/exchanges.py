@@ -1,6 +1,6 @@
 """The exchanges with Keyless that a delivery is for: its operation is created, or polled once.
 
-What an answer means is decided in `decisions`; how the service fares is told to `aiokeyless._rules.circuit`.
+What an answer means is decided in `decisions`; how the exchanges went is recorded in `aiokeyless._rules.circuit`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from aiokeyless.models import Operation
 from .claims import Claim
 from .decisions import (
     Decided,
-    Pace,
+    Next,
+    Pacing,
     Redeliver,
     after_conflict,
     after_creation,
@@ -47,50 +48,64 @@ if TYPE_CHECKING:
 
     from .claims import Claims
     from .decisions import Decision
+    from .load_shedding import LoadShedding
     from .messages import Delivery
 
-#: No operation has this id: that it is missing shows that the key is taken.
+#: No operation has this id: that it is missing shows that the key is accepted.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 
 _REQUEST_TIMEOUT: Final = 408
-_LATE_POLLS: Final = 2  # repetitions of a look that the broker is not asked to repeat any more
+_LATE_REPEATS: Final = 2  # repetitions of a final poll that the broker is not asked to repeat any more
+
+
+async def check_key(client: KeylessClient) -> None:
+    """Check that Keyless accepts the key; a Keyless that does not answer says nothing about it.
+
+    Raises:
+        KeylessError: It does not, or the answer makes no sense.
+    """
+    try:
+        await client.get_operation(_NO_OPERATION)
+    except NotFoundError:
+        pass
+    except KeylessError as error:
+        if not is_transient(error):
+            raise
+        log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
 
 
 class Exchanges:
     """The exchanges of one worker.
 
     Args:
-        client: What sends them.
-        schedule: When to look.
-        circuit: What is told how they went.
-        grace: Seconds past the deadline for which a last look that got no answer is repeated.
+        client: What sends them, each once: the broker repeats what failed.
+        claims: To which request an operation id belongs.
+        schedule: When to poll.
+        load_shedding: How much its delays are stretched.
+        circuit: Records how the exchanges went.
+        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
-    def __init__(self, client: KeylessClient, *, schedule: wait_base, circuit: Circuit, grace: float) -> None:
+    def __init__(
+        self,
+        client: KeylessClient,
+        claims: Claims,
+        *,
+        schedule: wait_base,
+        load_shedding: LoadShedding,
+        circuit: Circuit,
+        grace: float,
+    ) -> None:
         self._client = client
+        self._claims = claims
         self._schedule = schedule
+        self._load_shedding = load_shedding
         self._circuit = circuit
         self._grace = grace
         self._failures_in_a_row = 0
-        self.claims: Claims  # from the start of the intake on
         self.created: int = 0
         self.polls: int = 0
         self.failures: int = 0  # transient ones
-
-    async def check_key(self) -> None:
-        """Look whether the key works; that Keyless does not answer says nothing about it.
-
-        Raises:
-            KeylessError: It does not, or what answers makes no sense.
-        """
-        try:
-            await self._client.get_operation(_NO_OPERATION)
-        except NotFoundError:
-            pass
-        except KeylessError as error:
-            if not is_transient(error):
-                raise
-            log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
 
     async def process(self, delivery: Delivery) -> Decision:
         """Create the operation, or poll it.
@@ -99,31 +114,37 @@ class Exchanges:
             KeylessError: Something is wrong with this worker, and not with the request.
         """
         if delivery.number > 1 or is_final(delivery, datetime.now(UTC)):
-            decision = await self._repeat_late_poll(delivery, await self._poll(delivery))
-            # It is missing: an earlier delivery ended before it was created.
-            return decision or await self._create(delivery) or self._lagging()
-        # Where the id is taken, an earlier delivery of the same request may have done it; the poll will tell.
-        return await self._create(delivery) or await self._poll(delivery) or self._lagging()
+            step = await self._poll_until_answered(delivery)
+            if step is Next.CREATE:  # an earlier delivery ended before it was created
+                step = await self._create(delivery)
+        else:
+            step = await self._create(delivery)
+            if step is Next.POLL:
+                step = await self._poll(delivery)
+        if isinstance(step, Next):
+            # The id is taken and there is no operation: a replica lags behind. Soon it will not.
+            return Redeliver(error_delay(1))
+        return step
 
-    async def _repeat_late_poll(self, delivery: Delivery, decision: Decision | None) -> Decision | None:
-        """Repeat a last look that came after the grace, as where no worker was there: one error must not decide."""
-        for _ in range(_LATE_POLLS):
-            if self._circuit.is_probed or not isinstance(decision, Decided) or decision.event.answered is not False:
+    async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:
+        """Poll, and repeat a final poll that comes after the grace, as where no worker was running.
+
+        One error must not decide the outcome.
+        """
+        step = await self._poll(delivery)
+        for _ in range(_LATE_REPEATS):
+            if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:
                 break
             await asyncio.sleep(error_delay(1))
-            decision = await self._poll(delivery)
-        return decision
+            step = await self._poll(delivery)
+        return step
 
-    def _lagging(self) -> Redeliver:
-        """Come again soon: the id is taken and nothing is there, as a replica says that lags behind."""
-        return Redeliver(error_delay(1))
-
-    async def _create(self, delivery: Delivery) -> Decision | None:
-        """Create the operation; None where an earlier delivery of this request may have created it."""
-        claim = await self.claims.take(delivery)
+    async def _create(self, delivery: Delivery) -> Decision | Next:
+        """Create the operation; `Next.POLL` where an earlier delivery of this request may have created it."""
+        claim = await self._claims.take(delivery)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=datetime.now(UTC))
-        ticket, sent = delivery.ticket, self._now()
+        ticket, started_at = delivery.ticket, self._now()
         try:
             await self._client.create_operation(
                 ticket.user_id,
@@ -132,46 +153,38 @@ class Exchanges:
                 external_user_id=ticket.external_user_id,
             )
         except ConflictError:
-            self._record_success(sent)
-            return await self._meet_older(delivery) if claim is Claim.NEW else None
+            self._record_success(started_at)
+            return await self._poll_older(delivery) if claim is Claim.NEW else Next.POLL
         except KeylessError as error:
             if claim is Claim.NEW and not _may_have_created(error):
-                await self.claims.release(delivery)
-            self._record_error(delivery, error, sent, is_probe=True)
-            return after_failed_creation(delivery, error, now=datetime.now(UTC), pace=self._pace())
-        self._record_success(sent)
+                await self._claims.release(delivery)
+            self._record_error(delivery, error, started_at, is_probe=True)
+            return after_failed_creation(delivery, error, now=datetime.now(UTC), pacing=self._pacing())
+        self._record_success(started_at)
         self.created += 1
-        return after_creation(delivery, datetime.now(UTC), self._schedule)
+        return after_creation(delivery, datetime.now(UTC), self._pacing())
 
-    async def _meet_older(self, delivery: Delivery) -> Decision:
-        """Decide about an id that this request was the first to hold, and under which there is an operation."""
-        await self.claims.release(delivery)
+    async def _poll_older(self, delivery: Delivery) -> Decision | Next:
+        """Poll an operation that was there before this request, the first one to hold its id, asked for it."""
+        await self._claims.release(delivery)
         polled_at = datetime.now(UTC)
         answer = await self._get(delivery, polled_at)
         if isinstance(answer, Operation):
             return after_older(delivery, answer, now=datetime.now(UTC))
-        return self._after_poll(delivery, answer, polled_at) or self._lagging()
+        return self._after_poll(delivery, answer, polled_at)
 
-    async def _poll(self, delivery: Delivery) -> Decision | None:
-        """Poll the operation; None where there is none and it is not too late to create it."""
+    async def _poll(self, delivery: Delivery) -> Decision | Next:
+        """Poll the operation; `Next.CREATE` where there is none and it is not too late to create it."""
         polled_at = datetime.now(UTC)
         answer = await self._get(delivery, polled_at)
-        decision = self._after_poll(delivery, answer, polled_at)
-        is_approved = isinstance(decision, Decided) and decision.event.outcome is Outcome.APPROVED
-        if is_approved and isinstance(answer, Operation) and not await self.claims.is_held(delivery):
+        step = self._after_poll(delivery, answer, polled_at)
+        is_approved = isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED
+        if is_approved and isinstance(answer, Operation) and not await self._claims.is_held(delivery):
             return after_older(delivery, answer, now=datetime.now(UTC))
-        return decision
+        return step
 
-    def _after_poll(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> Decision | None:
-        return after_poll(
-            delivery,
-            answer,
-            polled_at=polled_at,
-            now=datetime.now(UTC),
-            schedule=self._schedule,
-            pace=self._pace(),
-            grace=self._grace,
-        )
+    def _after_poll(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> Decision | Next:
+        return after_poll(delivery, answer, polled_at=polled_at, now=datetime.now(UTC), pacing=self._pacing())
 
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""
@@ -206,14 +219,19 @@ class Exchanges:
         )
         log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
-    def _pace(self) -> Pace:
+    def _pacing(self) -> Pacing:
         # While the circuit is open it paces the probes, and this request takes its turn.
-        failures = 1 if self._circuit.is_probed else max(1, self._failures_in_a_row)
-        return Pace(failures, self._circuit.retry_at() - self._now())
+        return Pacing(
+            schedule=self._schedule,
+            stretch=self._load_shedding.factor,
+            failures=1 if self._circuit.is_probed else max(1, self._failures_in_a_row),
+            paused_for=self._circuit.retry_at() - self._now(),
+            grace=self._grace,
+        )
 
 
 def _may_have_created(error: KeylessError) -> bool:
-    """Whether a create may have taken effect although it failed."""
+    """Return whether a create may have taken effect although it failed."""
     if isinstance(error, TransportError):
         return error.sent
     if isinstance(error, StatusError):

@@ -1,7 +1,7 @@
-"""``/healthz``: whether a worker works, for whoever starts and stops it.
+"""``/healthz``: whether a worker works, for the orchestrator that starts and stops it.
 
-The port is open to whoever reaches it, and its descriptors are those that the exchanges with Keyless need. So few
-connections are held at once, each for a short time, whatever comes over them.
+Anything that reaches the port can connect, and takes descriptors that the exchanges with Keyless need. So few
+connections are open at once, each for a short time, whatever is sent over them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from aiohttp import web
 
+from aiokeyless.errors import BrokerError
+
 from .logs import Seldom
-from .messages import BrokerError
 
 if TYPE_CHECKING:
     from .service import ApprovalWorker
@@ -31,7 +32,7 @@ _PAUSE: Final = 1.0  # seconds, where the process has no descriptor left
 async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> HealthServer:
     """Serve ``GET /healthz``: 200 while the worker takes requests, 503 while the broker is away or the worker ends.
 
-    That Keyless is down makes no worker unhealthy: another one would fare no better. The body, JSON, tells it.
+    A worker is healthy while Keyless is down: another one would fare no better. The body is JSON.
 
     Args:
         worker: The worker.
@@ -42,7 +43,7 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
         What serves; the caller ends it with ``await server.cleanup()``.
 
     Raises:
-        BrokerError: The port cannot be had.
+        BrokerError: The port cannot be bound.
     """
 
     async def healthz(_request: web.Request) -> web.Response:

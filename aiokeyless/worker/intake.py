@@ -1,7 +1,7 @@
-"""Deliveries pulled from the broker in batches: as many as there is room for, each handed on the moment it comes.
+"""Deliveries pulled from the broker in batches: as many as there is room for, each handed on the moment it arrives.
 
-nats-py's own ``fetch`` waits for a batch to fill up, a second late for the first one in it; so a pull is sent here as
-what it is, a message to the consumer, and what comes is handed on by the subscription.
+nats-py's own ``fetch`` waits for a batch to fill up, a second late for the first one in it; so a pull is sent here
+as a plain message to the consumer, and the subscription hands on what arrives.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class Intake:
         await self._connection.publish(_SUBJECT, json.dumps(pull).encode(), reply=self._inbox)
 
     def forget(self) -> None:
-        """Expect nothing any more: the broker that was asked is gone."""
+        """Expect nothing any more: the pulls went with the connection."""
         self._pulls.clear()
 
     async def close(self) -> None:
-        """Wait for the pulls to end, which takes `EXPIRES` at most; what comes meanwhile is still handed on.
+        """Wait for the pulls to end, which takes `EXPIRES` at most; what arrives meanwhile is still handed on.
 
-        To end the subscription at once would lose what the broker is just delivering: it does not notice that nobody
-        is there any more, and delivers that again only after its ack wait.
+        To end the subscription at once would lose what the broker is just delivering: it does not notice that the
+        subscription has ended, and delivers that again only after its ack wait.
         """
         if self._subscription is None:
             return
@@ -107,7 +107,9 @@ class Intake:
 
     async def _arrived(self, message: Msg) -> None:
         if message.reply and not is_delivery(message.reply, REQUESTS, CONSUMER):
-            self._foreign.log({"stream": REQUESTS})  # of somebody who may publish to this inbox, and not of the stream
+            self._foreign.log(
+                {"stream": REQUESTS}
+            )  # published to this inbox by another user, and not delivered by the stream
             return
         self._moved.set()
         if message.reply:
@@ -120,7 +122,7 @@ class Intake:
         if unused.isdigit():
             self._count_off(int(unused))
         else:
-            self._pulls.clear()  # nobody is there who would keep them
+            self._pulls.clear()  # there is no consumer that would keep them
         status, description = headers.get("Status", ""), headers.get("Description", "")
         reason = f"{status} {description}" if description.isprintable() else status  # nats-py finds some where none is
         self._ended(None if status == _EXPIRED else reason.strip())

@@ -1,45 +1,41 @@
-"""Looks spaced out while there are more of them than workers can make, so that new requests get their turn.
+"""Load shedding: delays are stretched while more polls are due than the workers can make.
 
-The broker delivers again before it delivers anew. Where the looks that are due take all there is, a new request would
-not be delivered at all: its user would not be asked until others have given up. Each delivery tells how many requests
-nobody has taken yet, and that is all that workers need to make room together.
+The broker delivers again before it delivers anew. Where the polls that are due take all the room, a new request would
+not be delivered at all: its user would not be asked until others have given up. Each delivery carries the number of
+requests that were never delivered, and that is all that workers need to make room together.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from tenacity.wait import wait_base
-
-if TYPE_CHECKING:
-    from tenacity import RetryCallState
-
-_MOST: Final = 16.0
-#: By what the spacing grows with each look that was made before a new request, and shrinks with each that was not.
+_MAX_FACTOR: Final = 16.0
+#: What the factor grows by with each poll that was made before a new request, and shrinks by with each that was not.
 _STEP: Final = 1.01
+_NEGLIGIBLE: Final = 1.1  # as much as the schedule's own jitter
 
 
-class LoadShedding(wait_base):
-    """A schedule that is stretched while new requests wait for their turn.
+class LoadShedding:
+    """How much one worker stretches the delays of its schedule.
 
-    Args:
-        schedule: When to look where there is room for all.
+    Attributes:
+        factor: What they are multiplied by, 1 to 16.
     """
 
-    def __init__(self, schedule: wait_base) -> None:
-        self._schedule = schedule
+    def __init__(self) -> None:
         self.factor: float = 1.0
 
-    def __call__(self, retry_state: RetryCallState) -> float:
-        """Return what the schedule says, stretched."""
-        return self._schedule(retry_state) * self.factor
+    @property
+    def is_noticeable(self) -> bool:
+        """Whether polls are so far from where the schedule put them that it must not learn from their times."""
+        return self.factor > _NEGLIGIBLE
 
     def on_delivery(self, *, redelivered: bool, backlog: int) -> None:
         """Adapt to a delivery.
 
         Args:
             redelivered: Whether it was delivered before. New ones say nothing: a burst of them is no lack of room.
-            backlog: How many requests were never delivered yet.
+            backlog: How many requests were never delivered.
         """
         if redelivered:
-            self.factor = min(self.factor * _STEP, _MOST) if backlog else max(self.factor / _STEP, 1.0)
+            self.factor = min(self.factor * _STEP, _MAX_FACTOR) if backlog else max(self.factor / _STEP, 1.0)

@@ -1,6 +1,6 @@
 """Log lines that machines can read: an event and its facts, as ``event key=value ...`` or as JSON.
 
-The logger is ``aiokeyless.worker``. Each record carries the facts as ``record.facts`` too, for handlers of one's own.
+The logger is ``aiokeyless.worker``. Each record carries the facts as ``record.facts`` too, for other handlers.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Seldom:
 
 
 class _Line:
-    """Written only when somebody shows it."""
+    """Formatted only when a handler emits it."""
 
     def __init__(self, event: str, facts: Mapping[str, object]) -> None:
         self._event = event
         self._facts = facts
 
     def __str__(self) -> str:
-        # JSON's way to write texts: a line stays a line, whatever is in a name that somebody chose.
+        # Texts as JSON: a line stays one line, whatever is in a name.
         return " ".join(
             [self._event, *(f"{name}={json.dumps(fact, default=str)}" for name, fact in self._facts.items())]
         )

@@ -1,4 +1,4 @@
-"""What travels through the broker: the request for an approval, the event that answers it, and where they travel.
+"""The messages on the broker: the request for an approval, the event that answers it, and their subjects.
 
 Pure. A request is read as strictly as a form that moves money: an unknown field may be a payload whose name was
 misspelt, so it is refused. What an application passes along as context comes back byte for byte.
@@ -16,10 +16,10 @@ from typing import Final, TypeVar
 import msgspec
 
 from aiokeyless._validation import check_operation_id, check_text, check_user_id, seconds
-from aiokeyless.errors import ConfigurationError, KeylessError
+from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
-__all__ = ["ApprovalEvent", "ApprovalRequest", "BrokerError", "FailureReason", "InvalidRequestError", "Outcome"]
+__all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 
 T = TypeVar("T")
 
@@ -34,20 +34,6 @@ _JSON_BRACKET: Final = re.compile(rb"[\[\]{}]")
 _NOTHING: Final = msgspec.Raw(b"null")
 #: Operation ids of requests that name none are UUIDs (version 5) in this namespace.
 _NAMESPACE: Final = uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e")
-
-
-class BrokerError(KeylessError):
-    """The broker cannot be reached, does not permit what a worker does, or holds a stream with other settings.
-
-    What to do: the message says; mend the address, the permissions or the stream, and start again. Nothing is lost.
-    """
-
-
-class InvalidRequestError(KeylessError):
-    """A message is no request for an approval, and will not become one by being delivered again.
-
-    What to do: mend what publishes it; `submit_approval` publishes requests that are right.
-    """
 
 
 class Outcome(StrEnum):
@@ -80,11 +66,11 @@ class FailureReason(StrEnum):
     REJECTED = "rejected"
     """The service refused for good to create the operation: an unknown user, a malformed request. Nobody was asked."""
     POLL_REFUSED = "poll_refused"
-    """The service refused for good to tell. Approved or not, nobody knows: look with ``get_operation``."""
+    """The service refused the poll for good. The outcome is unknown: check it with ``get_operation``."""
     UNREADABLE = "unreadable"
-    """The service answered with JSON of another shape than documented. Approved or not, nobody knows."""
+    """The service answered with JSON of another shape than documented. The outcome is unknown."""
     INTERNAL = "internal"
-    """The worker itself failed; its log says more. Approved or not, nobody knows: look with ``get_operation``."""
+    """The worker itself failed; its log says more. The outcome is unknown: check it with ``get_operation``."""
 
 
 class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -113,7 +99,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     created_at: datetime | None = None
     context: msgspec.Raw = _NOTHING
 
-    def __repr__(self) -> str:  # neither a payload nor a context of somebody else's belongs into a log
+    def __repr__(self) -> str:  # neither a payload nor an application's context belongs in a log
         return f"<ApprovalRequest of user {self.user_id!r}, operation {self.operation_id!r}>"
 
 
@@ -129,13 +115,13 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of nothing where the request had none. Compare it, and
             `user_id`, with what you asked: an operation id alone does not say what was approved. None as above.
         auth_type: Approved: how the user approved, see `aiokeyless.AuthType`; or None.
-        answered: Expired: whether the last look was answered: still pending, or never there. False: approved or not,
-            nobody knows; look with ``get_operation`` before you repeat anything.
+        answered: Expired: whether the final poll was answered: still pending, or never there. False: the outcome is
+            unknown; check it with ``get_operation`` before you repeat anything.
         reason: Failed: see `FailureReason`.
         detail: Failed: what happened, in words.
         requested_at: From when on `expires_in` counted.
         decided_at: When the outcome was known, by the worker's clock.
-        deliveries: How often the broker delivered the request: about the number of looks.
+        deliveries: How often the broker delivered the request: about the number of polls.
         context: What the request carried along, as JSON.
     """
 
@@ -210,7 +196,7 @@ def read_request(
         largest: Bytes that the message may have at most, so that its event fits into one too.
 
     Raises:
-        InvalidRequestError: It is no request.
+        InvalidRequestError: It is not a request.
     """
     if len(data) > largest:
         raise InvalidRequestError(f"the message has {len(data)} bytes; at most {largest:g} leave room for its event")
@@ -254,7 +240,7 @@ class _Context(msgspec.Struct):
 
 def _decode(data: bytes) -> ApprovalRequest:
     try:
-        data.decode()  # a context, which is not looked into, could hold what is no text
+        data.decode()  # a context, which is not decoded, could hold bytes that are not text
         version = msgspec.json.decode(data, type=_Version).version
         if version != VERSION:
             raise InvalidRequestError(f"version {version} of the request is not known here, only {VERSION}")
@@ -267,7 +253,7 @@ def _operation_id(request: ApprovalRequest, message_id: str | None) -> str:
     if request.operation_id is not None:
         return check_operation_id(request.operation_id)
     if not message_id:
-        # Each delivery would make an operation of its own, or a name would have to be invented that may come again.
+        # Each delivery would make an operation of its own, or would need a made-up name that may not be unique.
         raise InvalidRequestError(f"the request has neither an operation_id nor the header {MESSAGE_ID}")
     check_text(message_id, MESSAGE_ID)
     if "\N{REPLACEMENT CHARACTER}" in message_id:
@@ -287,7 +273,7 @@ def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tup
     if request.created_at is not None:
         if request.created_at.utcoffset() is None:
             raise InvalidRequestError("created_at has no zone")
-        # Nobody asks after the question has arrived: a clock that is ahead must not prolong a wait.
+        # A request is not made after it was stored: a clock that is ahead must not prolong a wait.
         created_at = min(request.created_at, stored_at)
     expires_in = seconds(request.expires_in, "expires_in")
     if expires_in > longest:
@@ -296,7 +282,7 @@ def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tup
         created_at = created_at.astimezone(UTC)
         return created_at + timedelta(seconds=expires_in), created_at
     except OverflowError:  # the first day of the calendar, and another year in UTC
-        raise InvalidRequestError("created_at is no time of ours") from None
+        raise InvalidRequestError("created_at must be in the years 1 to 9999, UTC") from None
 
 
 def read_event(data: bytes) -> ApprovalEvent:
@@ -306,7 +292,7 @@ def read_event(data: bytes) -> ApprovalEvent:
         msgspec.DecodeError: It is no event of a known form: `NewerEventError` where it is of a later version.
     """
     try:
-        data.decode()  # a context, which is not looked into, could hold what is no text
+        data.decode()  # a context, which is not decoded, could hold bytes that are not text
         version = msgspec.json.decode(data, type=_Version).version
         if version > VERSION:
             raise NewerEventError(f"version {version} of the event is not known here, only {VERSION}: upgrade")
@@ -325,7 +311,7 @@ class NewerEventError(msgspec.DecodeError):
 
 
 def read_context(data: bytes) -> msgspec.Raw:
-    """Return the context of a message that is no request, as far as it can be found."""
+    """Return the context of a message that is not a request, as far as it can be read."""
     try:
         data.decode()
         context = msgspec.json.decode(data, type=_Context).context

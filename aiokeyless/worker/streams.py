@@ -1,7 +1,7 @@
-"""The three streams and the consumer that the worker lives on: made where they are missing, else checked.
+"""The three streams and the consumer that workers use: made where they are missing, else checked.
 
-Their settings carry the guarantees, so an existing stream with others is refused and never changed: that is for whoever
-runs the broker.
+Their settings carry the guarantees, so an existing stream with others is refused and never changed: that is left to the
+operator of the broker.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
+from aiokeyless.errors import BrokerError
+
 from .logs import log
-from .messages import REQUEST_SUBJECT, BrokerError, Outcome
+from .messages import REQUEST_SUBJECT, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +43,7 @@ class StreamSettings(NamedTuple):
         replicas: Servers of the cluster that hold each message: 1, 3 or 5; None: 1 where a stream is made, and any
             number where it is there.
         duplicate_window: Seconds for which a stream remembers what it has: within it a request that is published
-            twice is one, an outcome comes out once, and an operation id belongs to one request. No wait may be longer.
+            twice is one, an outcome is published once, an operation id belongs to one request. No wait may be longer.
         max_age: Seconds for which outcomes are kept for applications that are away.
     """
 
@@ -56,7 +58,7 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wai
     Args:
         stream: The broker's JetStream.
         settings: What the operator chose.
-        ack_wait: Seconds after which a delivery that nobody acknowledged is made again: longer than one takes at most.
+        ack_wait: Seconds after which a delivery that was not acknowledged is repeated: longer than one takes at most.
 
     Returns:
         Seconds of the duplicate window that is in force, which bounds `expires_in`.
@@ -86,7 +88,7 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wai
 
 
 async def restore_consumer(stream: JetStreamContext, *, ack_wait: float) -> None:
-    """Make the consumer again if it was deleted; while the broker has no leader for it, nothing is to be done.
+    """Make the consumer again if it was deleted; while the broker has no leader for it, do nothing.
 
     Raises:
         BrokerError: It has other settings now, or its stream is gone.
@@ -143,9 +145,9 @@ def claim_subject(name: str) -> str:
 
 
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:
-    """Whether a message with this reply subject is what the stream delivered to the consumer.
+    """Return whether a message with this reply subject is what the stream delivered to the consumer.
 
-    An inbox takes messages of anybody who may publish to it; but the broker lets no client publish with such a reply.
+    An inbox takes messages from any user who may publish to it; but no client may publish with such a reply.
 
     Args:
         reply: The reply subject of the message: ``$JS.ACK.<stream>.<consumer>`` and five more tokens, or with a domain
@@ -172,7 +174,7 @@ def _wanted_consumer(ack_wait: float) -> ConsumerConfig:
         description="Workers that wait for approvals",
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
-        max_deliver=_UNLIMITED,  # a delivery is a look: there are as many as it takes
+        max_deliver=_UNLIMITED,  # a delivery is a poll: there are as many as it takes
         max_ack_pending=_UNLIMITED,  # each wait is an unacknowledged message
         max_waiting=_MAX_WAITING,
     )
@@ -217,7 +219,7 @@ async def _consumer(stream: JetStreamContext, ack_wait: float) -> None:
 
 
 def _consumer_differences(found: ConsumerConfig, wanted: ConsumerConfig) -> Iterator[str]:
-    # Its ack policy is not looked at: a work queue has no consumers but those with explicit acks.
+    # Its ack policy is not checked: a work queue has no consumers but those with explicit acks.
     if (found.ack_wait or 0.0) < (wanted.ack_wait or 0.0):
         yield f"ack wait is {found.ack_wait:g} s, less than a delivery may take, {wanted.ack_wait:g} s"
     for name in ("max_deliver", "max_ack_pending"):

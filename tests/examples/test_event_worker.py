@@ -133,7 +133,7 @@ def streams(connection: Client) -> Streams:
 
 @asynccontextmanager
 async def working(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
-    async with sandbox.client(max_attempts=1) as client:
+    async with sandbox.client() as client:
         worker = ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05), grace=0.5)
         task = asyncio.create_task(worker.run())
         try:
@@ -199,7 +199,7 @@ async def test_late_approval_revives_nothing_even_when_the_event_comes_again(
 
 
 @pytest.mark.usefixtures("application")
-async def test_event_that_comes_too_late_asks_nobody(streams: Streams, sandbox: Sandbox) -> None:
+async def test_event_that_arrives_too_late_asks_nobody(streams: Streams, sandbox: Sandbox) -> None:
     await streams.request(payment(seconds=-1))
     assert await streams.settled() == [Verdict("expired", "1")]
     assert not sandbox.operations
@@ -217,13 +217,11 @@ async def test_approval_from_before_a_payment_asked_is_unclear_and_never_counts_
 
 
 @pytest.mark.usefixtures("application")
-async def test_a_payment_whose_outcome_is_unknown_at_its_deadline_is_unclear(
-    streams: Streams, sandbox: Sandbox
-) -> None:
+async def test_payment_whose_approval_is_unknown_at_its_deadline_is_unclear(streams: Streams, sandbox: Sandbox) -> None:
     await streams.request(payment(seconds=2))
     await asked(sandbox)
     sandbox.drop_next(None)
-    sandbox.approve("payment-1")  # in time, and nobody could see it
+    sandbox.approve("payment-1")  # in time, and no poll could see it
     assert await streams.settled() == [Verdict("unclear", "1")]
 
 
@@ -276,7 +274,7 @@ def test_verdict_claims_no_more_than_the_worker_knows(facts: dict[str, Any], exp
     ids=["json", "payment_id", "newline", "user_id", "amount", "payee", "approve_by"],
 )
 @pytest.mark.usefixtures("application")
-async def test_malformed_event_asks_nobody_and_does_not_come_again(
+async def test_malformed_event_asks_nobody_and_is_not_delivered_again(
     streams: Streams, sandbox: Sandbox, event: bytes
 ) -> None:
     await streams.send(event)

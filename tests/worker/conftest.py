@@ -23,8 +23,8 @@ async def connection(broker: NatsServer) -> AsyncGenerator[Client]:
 
 @pytest.fixture
 async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-    """A client as a worker takes it."""
-    async with sandbox.client(max_attempts=1) as client:
+    """A client with the defaults of an application."""
+    async with sandbox.client() as client:
         yield client
 
 

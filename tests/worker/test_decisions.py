@@ -1,4 +1,4 @@
-"""What a delivery comes to: answers and moments in, an outcome or a delay out."""
+"""What a delivery results in: answers and moments in, an outcome or a delay out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tenacity import wait_exponential, wait_fixed
 from aiokeyless.errors import (
     BadRequestError,
     DecodeError,
+    InvalidRequestError,
     KeylessError,
     NotFoundError,
     NotJsonError,
@@ -28,7 +29,8 @@ from aiokeyless.ticket import ApprovalTicket, payload_digest
 from aiokeyless.worker.decisions import (
     Decided,
     Decision,
-    Pace,
+    Next,
+    Pacing,
     Redeliver,
     after_bug,
     after_conflict,
@@ -38,8 +40,9 @@ from aiokeyless.worker.decisions import (
     after_poll,
     invalid,
     is_final,
+    observation,
 )
-from aiokeyless.worker.messages import Delivery, FailureReason, InvalidRequestError, Outcome
+from aiokeyless.worker.messages import Delivery, FailureReason, Outcome
 
 if TYPE_CHECKING:
     from tenacity.wait import wait_base
@@ -48,7 +51,7 @@ CREATED_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LIFE = 120.0
 SHORTEST = 0.02
 #: Before, at and after the deadline.
-IN_TIME, LAST, LATE = LIFE - 1, LIFE, LIFE + 60
+IN_TIME, FINAL, LATE = LIFE - 1, LIFE, LIFE + 60
 EVERY_THREE = wait_fixed(3)
 
 
@@ -91,43 +94,44 @@ def operation(**changed: Any) -> Operation:
 APPROVED: dict[str, Any] = {"state": "approved", "result": True}
 
 
+def pacing(
+    schedule: wait_base = EVERY_THREE,
+    *,
+    stretch: float = 1.0,
+    failures: int = 1,
+    paused_for: float = 0.0,
+    grace: float = 0.0,
+) -> Pacing:
+    return Pacing(schedule, stretch, failures, paused_for, grace)
+
+
 def polled(
     answer: Operation | KeylessError,
     age: float,
     *,
     took: float = 0.0,
-    schedule: wait_base = EVERY_THREE,
     delivery: Delivery = DELIVERY,
-    failures: int = 1,
-    held_for: float = 0.0,
-    grace: float = 0.0,
-) -> Decision | None:
-    """What comes of a poll that starts at this age."""
-    return after_poll(
-        delivery,
-        answer,
-        polled_at=at(age),
-        now=at(age + took),
-        schedule=schedule,
-        pace=Pace(failures, held_for),
-        grace=grace,
-    )
+    schedule: wait_base = EVERY_THREE,
+    **options: Any,
+) -> Decision | Next:
+    """Decide by a poll that starts at this age."""
+    return after_poll(delivery, answer, polled_at=at(age), now=at(age + took), pacing=pacing(schedule, **options))
 
 
-def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: Any) -> Decision | None:
+def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: Any) -> Decision | Next:
     return polled(operation(**changed), age, took=took, schedule=wait_fixed(every))
 
 
-def not_created(error: KeylessError, age: float, *, held_for: float = 0.0) -> Decision:
-    return after_failed_creation(DELIVERY, error, now=at(age), pace=Pace(1, held_for))
+def not_created(error: KeylessError, age: float, *, paused_for: float = 0.0) -> Decision:
+    return after_failed_creation(DELIVERY, error, now=at(age), pacing=pacing(paused_for=paused_for))
 
 
-def decided(decision: Decision | None) -> Decided:
+def decided(decision: Decision | Next) -> Decided:
     assert isinstance(decision, Decided)
     return decision
 
 
-def delay(decision: Decision | None) -> float:
+def delay(decision: Decision | Next) -> float:
     assert isinstance(decision, Redeliver)
     return decision.delay
 
@@ -145,28 +149,28 @@ MISSHAPEN = DecodeError("another shape", status=200, method="GET", path="/v2/x")
 # -- answers
 
 
-@pytest.mark.parametrize("age", [0.0, IN_TIME, LAST, LATE])
+@pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 def test_an_approval_is_an_approval_at_any_time(age: float) -> None:
-    event, _ = decided(answered(age, **APPROVED, auth_type="biom"))
+    event, *_ = decided(answered(age, **APPROVED, auth_type="biom"))
     assert (event.outcome, event.auth_type, event.reason, event.answered) == (Outcome.APPROVED, "biom", None, None)
 
 
-def test_a_pending_operation_is_looked_at_again_when_the_schedule_says() -> None:
+def test_a_pending_operation_is_polled_again_when_the_schedule_says() -> None:
     assert delay(answered(10, every=3)) == 3
 
 
-@pytest.mark.parametrize("age", [LAST, LATE])
-def test_pending_at_the_last_look_is_expired_and_answered(age: float) -> None:
-    event, _ = decided(answered(age))
+@pytest.mark.parametrize("age", [FINAL, LATE])
+def test_pending_at_the_final_poll_is_expired_and_answered(age: float) -> None:
+    event, *_ = decided(answered(age))
     assert (event.outcome, event.answered, event.auth_type, event.reason) == (Outcome.EXPIRED, True, None, None)
 
 
 @pytest.mark.parametrize("every", [1.5, 60.0])
-def test_no_delay_goes_past_the_deadline_so_that_the_last_look_begins_there(every: float) -> None:
+def test_no_delay_goes_past_the_deadline_so_that_the_final_poll_starts_there(every: float) -> None:
     assert delay(answered(IN_TIME, every=every)) == 1
 
 
-def test_a_look_that_began_in_time_is_not_the_last_one_however_late_its_answer() -> None:
+def test_a_poll_that_started_in_time_is_not_the_final_one_however_late_its_answer() -> None:
     assert delay(answered(IN_TIME, took=10)) == SHORTEST
 
 
@@ -188,19 +192,28 @@ def test_failed_polls_do_not_advance_an_exponential_schedule() -> None:
     assert delay(polled(operation(), 3.5, schedule=schedule, delivery=after_an_outage)) == 4  # polls at 1, 3 and 7
 
 
+def test_load_shedding_stretches_the_schedule_but_not_past_the_deadline() -> None:
+    assert delay(polled(operation(), 10, stretch=2.5)) == 7.5
+    assert delay(polled(operation(), IN_TIME, stretch=2.5)) == 1
+
+
+def test_load_shedding_does_not_stretch_the_delay_after_a_failure() -> None:
+    assert delay(polled(UNREACHABLE, 10, stretch=16.0)) <= 0.5
+
+
 def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
     schedule = wait_adaptive(jitter=0)
     assert polled(operation(), -60, took=10, schedule=schedule) == polled(operation(), 0, schedule=schedule)
 
 
-@pytest.mark.parametrize("age", [0.0, IN_TIME, LAST, LATE])
+@pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 @pytest.mark.parametrize(
     "lie",
     [{"state": "approved"}, {"state": "denied"}, {"state": "denied", "result": True}, {"state": "", "result": True}],
     ids=repr,
 )
 def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: float, lie: dict[str, Any]) -> None:
-    event, message_id = decided(answered(age, **lie))
+    event, message_id, *_ = decided(answered(age, **lie))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INCONSISTENT)
     assert event.detail
     assert message_id == DELIVERY.name
@@ -212,17 +225,17 @@ foreign = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("state", [{}, APPROVED], ids=["pending", "approved"])
-@pytest.mark.parametrize("age", [0.0, IN_TIME, LAST, LATE])
+@pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 @foreign
 def test_an_operation_of_somebody_else_is_a_conflict(state: dict[str, Any], age: float, other: dict[str, Any]) -> None:
-    event, _ = decided(answered(age, **state, **other))
+    event, *_ = decided(answered(age, **state, **other))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
     assert event.detail
 
 
-@pytest.mark.parametrize("age", [0.0, IN_TIME, LAST, LATE])
+@pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 def test_an_answer_about_another_operation_is_a_mismatch_of_this_one(age: float) -> None:
-    event, message_id = decided(answered(age, **APPROVED, operation_id="txn 2"))
+    event, message_id, *_ = decided(answered(age, **APPROVED, operation_id="txn 2"))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.MISMATCH, "txn 1")
     assert message_id == DELIVERY.name
 
@@ -230,11 +243,11 @@ def test_an_answer_about_another_operation_is_a_mismatch_of_this_one(age: float)
 def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_the_first() -> None:
     outcomes = [
         answered(1, **APPROVED),
-        answered(LAST),
+        answered(FINAL),
         answered(1, state="denied"),
-        polled(UNREACHABLE, LAST),
+        polled(UNREACHABLE, FINAL),
         polled(MISSHAPEN, 1),
-        polled(MISSING, LAST),
+        polled(MISSING, FINAL),
         answered(1, user_id="BAD"),
         not_created(status(NotFoundError, 404), 1),
         after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
@@ -245,7 +258,7 @@ def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_t
 
 
 def test_an_event_tells_whom_and_when_and_hands_the_context_back() -> None:
-    event, _ = decided(answered(5, took=2, **APPROVED))
+    event, *_ = decided(answered(5, took=2, **APPROVED))
     assert (event.operation_id, event.user_id, event.external_user_id) == ("txn 1", "C0FFEE", "eve")
     assert event.payload_sha256 == payload_digest("Pay 40")
     assert (event.requested_at, event.decided_at, event.deliveries) == (CREATED_AT, at(7), 7)
@@ -262,7 +275,7 @@ def test_no_event_holds_the_payload_or_the_key_of_the_answer() -> None:
 
 
 def test_an_approval_from_before_the_request_does_not_count_again() -> None:
-    event, _ = decided(after_older(DELIVERY, operation(**APPROVED), now=at(1)))
+    event, *_ = decided(after_older(DELIVERY, operation(**APPROVED), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
     assert event.detail
 
@@ -282,13 +295,13 @@ def test_an_approval_from_before_the_request_does_not_count_again() -> None:
 def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why(
     changed: dict[str, Any], reason: FailureReason
 ) -> None:
-    event, _ = decided(after_older(DELIVERY, operation(**changed), now=at(1)))
+    event, *_ = decided(after_older(DELIVERY, operation(**changed), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
     assert event.detail
 
 
 def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:
-    event, _ = decided(after_conflict(DELIVERY, now=at(1)))
+    event, *_ = decided(after_conflict(DELIVERY, now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
     assert event.detail
 
@@ -296,17 +309,17 @@ def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:
 # -- no answer
 
 
-def test_just_created_it_is_looked_at_when_the_schedule_says() -> None:
-    assert delay(after_creation(DELIVERY, at(1), wait_fixed(3))) == 3
-    assert delay(after_creation(DELIVERY, at(IN_TIME), wait_fixed(3))) == 1
+def test_just_created_it_is_polled_when_the_schedule_says() -> None:
+    assert delay(after_creation(DELIVERY, at(1), pacing(wait_fixed(3)))) == 3
+    assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3)))) == 1
 
 
-def test_created_after_the_deadline_there_is_still_the_last_look() -> None:
-    assert delay(after_creation(DELIVERY, at(LATE), wait_fixed(3))) == SHORTEST
+def test_created_after_the_deadline_there_is_still_the_final_poll() -> None:
+    assert delay(after_creation(DELIVERY, at(LATE), pacing(wait_fixed(3)))) == SHORTEST
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
-    event, message_id = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
+    event, message_id, *_ = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INTERNAL, "txn 1")
     assert "ZeroDivisionError" in (event.detail or "")
     assert "secret" not in (event.detail or "")
@@ -314,12 +327,12 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:
-    assert polled(MISSING, IN_TIME, took=LATE) is None
+    assert polled(MISSING, IN_TIME, took=LATE) is Next.CREATE
 
 
-@pytest.mark.parametrize("age", [LAST, LATE])
-def test_missing_at_the_last_look_is_expired_and_answered(age: float) -> None:
-    event, _ = decided(polled(MISSING, age, took=1))
+@pytest.mark.parametrize("age", [FINAL, LATE])
+def test_missing_at_the_final_poll_is_expired_and_answered(age: float) -> None:
+    event, *_ = decided(polled(MISSING, age, took=1))
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
 
 
@@ -329,7 +342,7 @@ transient = pytest.mark.parametrize(
 
 
 @transient
-def test_a_passing_failure_is_repeated_at_the_pace_of_failures(error: KeylessError) -> None:
+def test_a_transient_failure_is_retried_with_the_backoff(error: KeylessError) -> None:
     assert SHORTEST <= delay(polled(error, 1, failures=1)) <= 0.5
 
 
@@ -341,30 +354,30 @@ def test_the_more_failures_in_a_row_the_longer_the_delay_may_be() -> None:
 
 @transient
 def test_a_service_that_wants_to_be_left_alone_is(error: KeylessError) -> None:
-    assert delay(polled(error, 1, held_for=30)) == 30
+    assert delay(polled(error, 1, paused_for=30)) == 30
 
 
 @transient
-def test_a_hold_does_not_go_past_the_deadline(error: KeylessError) -> None:
-    assert delay(polled(error, IN_TIME, held_for=30)) == 1
-    assert delay(polled(error, IN_TIME, took=9, held_for=30)) == SHORTEST
+def test_a_pause_does_not_go_past_the_deadline(error: KeylessError) -> None:
+    assert delay(polled(error, IN_TIME, paused_for=30)) == 1
+    assert delay(polled(error, IN_TIME, took=9, paused_for=30)) == SHORTEST
 
 
 @transient
-@pytest.mark.parametrize("age", [LAST, LATE])
-def test_a_last_look_without_an_answer_is_expired_and_says_that_nobody_knows(error: KeylessError, age: float) -> None:
-    event, _ = decided(polled(error, age, held_for=30))
+@pytest.mark.parametrize("age", [FINAL, LATE])
+def test_a_final_poll_without_an_answer_is_expired_and_says_that_it_is_unknown(error: KeylessError, age: float) -> None:
+    event, *_ = decided(polled(error, age, paused_for=30))
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
 
 
 @transient
-def test_a_last_look_without_an_answer_is_repeated_in_the_grace_and_not_after_it(error: KeylessError) -> None:
-    assert SHORTEST <= delay(polled(error, LAST, grace=30)) <= 0.5
-    assert delay(polled(error, LAST + 29.9, held_for=60, grace=30)) == 60
-    assert decided(polled(error, LAST + 30, grace=30)).event.answered is False
+def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_it(error: KeylessError) -> None:
+    assert SHORTEST <= delay(polled(error, FINAL, grace=30)) <= 0.5
+    assert delay(polled(error, FINAL + 29.9, paused_for=60, grace=30)) == 60
+    assert decided(polled(error, FINAL + 30, grace=30)).event.answered is False
 
 
-@pytest.mark.parametrize("age", [1.0, IN_TIME, LAST, LATE])
+@pytest.mark.parametrize("age", [1.0, IN_TIME, FINAL, LATE])
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -374,10 +387,10 @@ def test_a_last_look_without_an_answer_is_repeated_in_the_grace_and_not_after_it
     ],
     ids=repr,
 )
-def test_a_look_that_fails_for_good_has_failed_at_once_with_its_reason(
+def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
     error: KeylessError, reason: FailureReason, age: float
 ) -> None:
-    event, message_id = decided(polled(error, age))
+    event, message_id, *_ = decided(polled(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
     assert message_id == DELIVERY.name
 
@@ -386,12 +399,12 @@ def test_a_look_that_fails_for_good_has_failed_at_once_with_its_reason(
 
 
 @transient
-def test_what_could_not_be_created_is_tried_again_at_the_pace_of_failures_and_by_the_deadline(
+def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadline(
     error: KeylessError,
 ) -> None:
     assert SHORTEST <= delay(not_created(error, 1)) <= 0.5
-    assert delay(not_created(error, 1, held_for=30)) == 30
-    assert delay(not_created(error, IN_TIME, held_for=30)) == 1
+    assert delay(not_created(error, 1, paused_for=30)) == 30
+    assert delay(not_created(error, IN_TIME, paused_for=30)) == 1
 
 
 @pytest.mark.parametrize(
@@ -404,16 +417,16 @@ def test_what_could_not_be_created_is_tried_again_at_the_pace_of_failures_and_by
     ids=repr,
 )
 def test_what_is_not_to_be_created_has_failed_with_its_reason(error: KeylessError, reason: FailureReason) -> None:
-    event, message_id = decided(not_created(error, 1))
+    event, message_id, *_ = decided(not_created(error, 1))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
     assert message_id == DELIVERY.name
 
 
 def test_a_long_message_is_cut() -> None:
     error = TransportError("x" * 10_000, method="GET", path="/v2/x")
-    event, _ = decided(after_bug(DELIVERY, error, now=at(1)))
+    event, *_ = decided(after_bug(DELIVERY, error, now=at(1)))
     assert len(event.detail or "") <= 500
-    event, _ = decided(not_created(status(NotFoundError, 404, path="/v2/" + "y" * 10_000), 1))
+    event, *_ = decided(not_created(status(NotFoundError, 404, path="/v2/" + "y" * 10_000), 1))
     assert len(event.detail or "") == 500
 
 
@@ -421,17 +434,17 @@ def test_a_long_message_is_cut() -> None:
     age=st.floats(-1e6, LIFE, exclude_max=True),
     took=st.floats(0, 1e6),
     every=st.floats(0, 1e9),
-    held_for=st.floats(-1e9, 1e9),
+    paused_for=st.floats(-1e9, 1e9),
 )
 def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
-    age: float, took: float, every: float, held_for: float
+    age: float, took: float, every: float, paused_for: float
 ) -> None:
     now = at(age + took)
     longest = max(SHORTEST, (at(LIFE) - now).total_seconds())
     for decision in (
         answered(age, took=took, every=every),
-        polled(UNREACHABLE, age, took=took, held_for=held_for),
-        after_creation(DELIVERY, now, wait_fixed(every)),
+        polled(UNREACHABLE, age, took=took, paused_for=paused_for),
+        after_creation(DELIVERY, now, pacing(wait_fixed(every))),
     ):
         if not is_final(DELIVERY, at(age)):  # rounded to microseconds, it may be
             assert SHORTEST <= delay(decision) <= longest
@@ -441,10 +454,53 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
 
 
 def test_a_message_that_is_no_request_has_failed_under_a_name_of_its_own() -> None:
-    event, message_id = invalid(
+    event, message_id, *_ = invalid(
         "message-9", 2, InvalidRequestError("it is none"), msgspec.Raw(b"[1]"), stored_at=at(0), now=at(1)
     )
     assert message_id == "message-9"
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")
     assert (event.requested_at, event.decided_at, event.deliveries) == (at(0), at(1), 2)
+
+
+# -- what a schedule learns
+
+
+def learned(decision: Decision | Next, schedule: wait_adaptive | None = None) -> tuple[float, float | None] | None:
+    return observation(decided(decision), schedule or wait_adaptive(jitter=0))
+
+
+def test_an_approval_came_between_the_poll_before_and_the_answer() -> None:
+    schedule = wait_adaptive(jitter=0)
+    assert learned(answered(30, took=2, **APPROVED), schedule) == (schedule.previous_poll(30), 32)
+
+
+def test_an_approval_found_by_the_first_poll_came_since_the_beginning() -> None:
+    second = msgspec.structs.replace(DELIVERY, number=2)
+    assert learned(polled(operation(**APPROVED), 30, took=2, delivery=second)) == (0.0, 32)
+
+
+def test_a_request_that_expired_was_pending_at_the_start_of_its_final_poll() -> None:
+    assert learned(answered(FINAL, took=2)) == (FINAL, None)
+    assert learned(polled(MISSING, FINAL, took=2)) == (FINAL, None)
+
+
+def test_a_clock_that_steps_back_during_a_poll_makes_no_observation_that_ends_before_it_begins() -> None:
+    after, until = learned(answered(60, took=-59, **APPROVED)) or (0.0, None)
+    assert until == after
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        polled(UNREACHABLE, FINAL),
+        polled(MISSHAPEN, 1),
+        answered(1, state="denied"),
+        after_older(DELIVERY, operation(**APPROVED), now=at(1)),
+        after_conflict(DELIVERY, now=at(1)),
+        after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
+        polled(operation(**APPROVED), 30, delivery=msgspec.structs.replace(DELIVERY, number=1)),
+    ],
+)
+def test_nothing_is_learned_from_what_does_not_show_when_the_user_approved(decision: Decision | Next) -> None:
+    assert learned(decision) is None

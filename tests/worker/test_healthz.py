@@ -1,4 +1,4 @@
-"""``/healthz``: what whoever starts and stops a worker is told."""
+"""``/healthz``: what an orchestrator is told of a worker."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ STATISTICS = WorkerStatistics(
     failed=0,
     duplicates=0,
     transient_failures=3,
+    circuit="open",
     is_ready=True,
-    is_down=True,
     is_draining=False,
 )
 

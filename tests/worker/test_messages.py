@@ -13,16 +13,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tenacity import wait_fixed
 
-from aiokeyless.errors import ServerError
+from aiokeyless.errors import InvalidRequestError, ServerError
 from aiokeyless.ticket import payload_digest
-from aiokeyless.worker.decisions import Decided, Pace, after_poll, invalid
+from aiokeyless.worker.decisions import Decided, Pacing, after_poll, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
     MAX_DEPTH,
     ApprovalEvent,
     ApprovalRequest,
     Delivery,
-    InvalidRequestError,
     NewerEventError,
     Outcome,
     derived_operation_id,
@@ -132,7 +131,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"created_at": "2026-11-24T12:00:00"}, "created_at has no zone"),
         ({"created_at": "yesterday"}, "RFC3339"),
         ({"created_at": 1764000000}, "Expected `datetime | null`"),
-        ({"created_at": "0001-01-01T00:00:00+14:00"}, "created_at is no time of ours"),
+        ({"created_at": "0001-01-01T00:00:00+14:00"}, "created_at must be in the years 1 to 9999"),
         ({"created_at": "99999-01-01T00:00:00Z"}, "RFC3339"),
         ({"context": json.loads(nested(MAX_DEPTH + 1))}, "context is nested more than 64 deep"),
         ({"context": "x" * MAX_CONTEXT}, f"context is {MAX_CONTEXT + 2} bytes of JSON; at most {MAX_CONTEXT}"),
@@ -365,9 +364,7 @@ def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
         ServerError(status=503, method="GET", path="/v2/x"),
         polled_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
-        schedule=wait_fixed(1),
-        pace=Pace(1, 0.0),
-        grace=0.0,
+        pacing=Pacing(wait_fixed(1), stretch=1.0, failures=1, paused_for=0.0, grace=0.0),
     )
     assert isinstance(decision, Decided)
     event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)
@@ -458,7 +455,7 @@ def test_reprs_show_neither_payload_nor_context() -> None:
     assert repr(an_event()) == "<ApprovalEvent failed of operation None>"
 
 
-def test_a_message_id_that_is_no_utf8_is_refused_since_another_one_would_look_the_same() -> None:
+def test_a_message_id_that_is_no_utf8_is_refused_since_another_one_would_read_the_same() -> None:
     with pytest.raises(InvalidRequestError, match="not UTF-8"):
         read(b'{"version": 1, "user_id": "C0"}', message_id="commande-\N{REPLACEMENT CHARACTER}")
 

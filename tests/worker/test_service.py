@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import nats
 import pytest
 from nats.aio.msg import Msg
 from nats_server import PATIENCE, NatsServer, until
@@ -21,11 +22,13 @@ from tenacity.wait import wait_base
 from aiokeyless import (
     AuthenticationError,
     BadRequestError,
+    ClientClosedError,
     ConfigurationError,
     DecodeError,
     KeylessClient,
     KeylessError,
     NotFoundError,
+    Operation,
     PermissionDeniedError,
     RateLimitError,
     ServerError,
@@ -47,8 +50,10 @@ from aiokeyless.worker import (
     service,
     submit_approval,
 )
+from aiokeyless.worker.load_shedding import LoadShedding
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, ROOM_FOR_EVENT, request_name
+from aiokeyless.worker.serving import Serving
 from aiokeyless.worker.streams import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
@@ -63,7 +68,7 @@ if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.sandbox.journal import RequestRecord
 
-AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final look is the only one
+AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is the only one
 #: Of a request for "txn-1" as `publish` makes it.
 CONTENT: dict[str, Any] = {
     "operation_id": "txn-1",
@@ -123,16 +128,16 @@ async def consumer(connection: Client) -> ConsumerInfo:
     return info
 
 
-def looks(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
+def polls_of(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
     return [record for record in sandbox.requests if record.method == "GET" and record.path.endswith(operation_id)]
 
 
 def most_at_once(records: list[RequestRecord]) -> int:
     changes = [(record.at, 1) for record in records] + [(record.at + record.duration, -1) for record in records]
-    under_way = most = 0
+    in_flight = most = 0
     for _, change in sorted(changes):
-        under_way += change
-        most = max(most, under_way)
+        in_flight += change
+        most = max(most, in_flight)
     return most
 
 
@@ -148,16 +153,16 @@ async def streams(connection: Client) -> None:
 
 @pytest.fixture
 async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-    async with sandbox.client(max_attempts=1) as client:
+    async with sandbox.client() as client:
         yield client
 
 
 @pytest.fixture
 async def impatient_client(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[KeylessClient]:
-    """A client with which a delivery that nobody acknowledged is made again after 3.5 s."""
+    """A client with which a delivery that was not acknowledged is repeated after 3.5 s."""
     monkeypatch.setattr(service, "_PUBLISH_WITHIN", 0.5)
     monkeypatch.setattr(service, "_MARGIN", 0.0)
-    async with sandbox.client(max_attempts=1, request_timeout=1) as client:
+    async with sandbox.client(request_timeout=1) as client:
         yield client
 
 
@@ -193,10 +198,26 @@ async def test_approval_comes_out_with_its_context(
 # -- the start
 
 
-async def test_client_that_repeats_by_itself_is_refused(sandbox: Sandbox) -> None:
-    async with sandbox.client() as client:
-        with pytest.raises(ConfigurationError, match="max_attempts=1"):
-            ApprovalWorker(client)
+async def test_a_client_that_repeats_calls_sends_each_call_of_the_worker_once(
+    broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with sandbox.client(max_attempts=3) as client, working(client, broker) as worker:
+        sandbox.fail_next(times=2, method="POST")
+        operation_id = await submit(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        assert worker.statistics.transient_failures == 2
+        assert sum(record.method == "POST" for record in sandbox.requests) == 3
+
+
+async def test_a_client_that_is_closed_ends_the_worker(client: KeylessClient, broker: NatsServer) -> None:
+    worker = ApprovalWorker(client, broker.url)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    await client.aclose()
+    async with await nats.connect(broker.url) as connection:
+        await submit(connection, "C0FFEE")
+        with pytest.raises(ClientClosedError):
+            await asyncio.wait_for(running, PATIENCE)
 
 
 @pytest.mark.parametrize("room", [0, -1, 2.5, True, "8", float("nan")])
@@ -230,7 +251,7 @@ async def test_wrong_key_is_found_before_anything_is_taken(
     sandbox: Sandbox, broker: NatsServer, connection: Client
 ) -> None:
     await submit(connection, "C0FFEE")
-    async with KeylessClient("wrong", base_url=sandbox.url, max_attempts=1) as client:
+    async with KeylessClient("wrong", base_url=sandbox.url) as client:
         with pytest.raises(AuthenticationError):
             await ApprovalWorker(client, broker.url).run()
     untouched = await consumer(connection)
@@ -282,7 +303,7 @@ FAILURES = [answers_503, asks_to_come_later_429, asks_to_come_later_503, answers
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("fails", FAILURES)
-async def test_passing_failure_costs_no_approval(
+async def test_transient_failure_costs_no_approval(
     client: KeylessClient,
     broker: NatsServer,
     connection: Client,
@@ -304,10 +325,10 @@ async def test_passing_failure_costs_no_approval(
     assert list(sandbox.operations) == [operation_id]
 
 
-async def test_failures_have_a_pace_of_their_own(
+async def test_failures_are_retried_with_a_separate_backoff(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
-    random.seed(5)  # the pace is random
+    random.seed(5)  # the backoff is random
     async with working(client, broker, schedule=wait_fixed(0.02)):
         operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
@@ -320,12 +341,12 @@ async def test_failures_have_a_pace_of_their_own(
 async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
-    random.seed(5)  # the pace of the probes is random
+    random.seed(5)  # the backoff of the probes is random
     async with working(client, broker, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
         ids = [await submit(connection, "C0FFEE") for _ in range(200)]
         await until(lambda: len(sandbox.operations) == 200)
         sandbox.fail_next(times=None)
-        await until(lambda: worker.statistics.is_down)
+        await until(lambda: worker.statistics.circuit == "open")
         sandbox.requests.clear()
         began = now()
         await until(lambda: now() > began + 2)
@@ -334,15 +355,43 @@ async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_i
         for operation_id in ids:
             sandbox.approve(operation_id)
         events = await all_outcomes(connection)
-        assert not worker.statistics.is_down
-    assert 1 <= probes <= 8 + 8  # what was under way, and few more; 200 waits would look 800 times in these seconds
+        assert worker.statistics.circuit == "closed"
+    assert 1 <= probes <= 8 + 8  # what was in flight, and few more; 200 waits would poll 800 times in these seconds
     assert sorted((event.operation_id or "", event.outcome) for event in events) == sorted(
         (operation_id, Outcome.APPROVED) for operation_id in ids
     )
 
 
+async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_recovers(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random.seed(5)  # the backoff of the probes is random
+    get = KeylessClient.get_operation
+    hanging: set[str] = set()
+    released = asyncio.Event()
+
+    async def hang(client: KeylessClient, operation_id: str) -> Operation:
+        if operation_id in slow and not released.is_set():
+            hanging.add(operation_id)
+            await released.wait()
+            hanging.discard(operation_id)
+        return await get(client, operation_id)
+
+    async with working(client, broker, max_in_flight=3) as worker:
+        slow = {await submit(connection, "C0FFEE") for _ in range(2)}
+        monkeypatch.setattr(KeylessClient, "get_operation", hang)
+        await until(lambda: hanging == slow)
+        await submit(connection, "C0FFEE")
+        await until(lambda: len(sandbox.operations) == 3)
+        sandbox.fail_next(times=5, method="GET")
+        await until(lambda: worker.statistics.circuit == "open")
+        await until(lambda: worker.statistics.circuit == "closed")
+        assert hanging == slow
+        released.set()
+
+
 @pytest.mark.parametrize("status", [429, 503])
-async def test_retry_after_holds_the_whole_intake(
+async def test_retry_after_pauses_the_whole_intake(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, status: int
 ) -> None:
     async with working(client, broker, max_in_flight=4) as worker:
@@ -351,43 +400,43 @@ async def test_retry_after_holds_the_whole_intake(
         await until(lambda: len(sandbox.operations) == 30)
         sandbox.fail_next(status=status, retry_after=1.5)
         await until(lambda: worker.statistics.transient_failures == 1)
-        held = now()
+        paused = now()
         await until(lambda: worker.statistics.in_flight == 0)
         sandbox.requests.clear()
         await until(lambda: bool(sandbox.requests))
-        assert sandbox.requests[0].at > held + 1.4
+        assert sandbox.requests[0].at > paused + 1.4
 
 
-async def test_request_that_comes_during_a_hold_is_handed_back(
+async def test_request_that_arrives_during_a_pause_is_handed_back(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, max_in_flight=8) as worker:
         sandbox.fail_next(retry_after=1)
         await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
-        held = now()
+        paused = now()
         late = await submit(connection, "C0FFEE")  # it was asked for before
         await until(lambda: worker.statistics.deliveries == 2)
         await until(lambda: late in sandbox.operations)
-        assert now() > held + 0.9
+        assert now() > paused + 0.9
 
 
 # -- the deadline
 
 
-async def test_final_look_begins_at_the_deadline(
+async def test_final_poll_starts_at_the_deadline(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE):
         asked_at = now()
         operation_id = await submit(connection, "C0FFEE", expires_in=1.0)
         [event] = await all_outcomes(connection)
-    [look] = looks(sandbox, operation_id)
-    assert 0.99 < look.at - asked_at < 2.0
+    [poll] = polls_of(sandbox, operation_id)
+    assert 0.99 < poll.at - asked_at < 2.0
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
 
 
-async def test_final_look_without_an_answer_says_so(
+async def test_final_poll_without_an_answer_says_so(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE, grace=0):
@@ -409,10 +458,10 @@ async def test_approval_just_before_the_deadline_is_found(
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
-    assert len(looks(sandbox, operation_id)) == 1
+    assert len(polls_of(sandbox, operation_id)) == 1
 
 
-async def test_approval_in_time_is_found_though_the_final_look_got_no_answer(
+async def test_approval_in_time_is_found_though_the_final_poll_got_no_answer(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, schedule=AT_THE_DEADLINE):
@@ -422,12 +471,12 @@ async def test_approval_in_time_is_found_though_the_final_look_got_no_answer(
         sandbox.fail_next(times=2)
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
-    assert len(looks(sandbox, operation_id)) == 3
+    assert len(polls_of(sandbox, operation_id)) == 3
 
 
 @pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("approved", [True, False])
-async def test_request_first_delivered_after_its_deadline_gets_one_look(
+async def test_request_first_delivered_after_its_deadline_gets_one_poll(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, *, approved: bool
 ) -> None:
     await client.create_operation("C0", operation_id="txn-1")  # not for this request
@@ -440,7 +489,7 @@ async def test_request_first_delivered_after_its_deadline_gets_one_look(
     assert (event.outcome, event.reason, event.answered) == (
         (Outcome.FAILED, FailureReason.ALREADY_APPROVED, None) if approved else (Outcome.EXPIRED, None, True)
     )
-    assert len(looks(sandbox, "txn-1")) == 1
+    assert len(polls_of(sandbox, "txn-1")) == 1
 
 
 async def test_one_failure_long_after_the_deadline_costs_no_approval(
@@ -472,14 +521,14 @@ async def test_nobody_is_asked_after_the_deadline(
 # -- one request, one operation
 
 
-@pytest.mark.parametrize("look_fails_too", [False, True])
+@pytest.mark.parametrize("poll_fails_too", [False, True])
 @pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
 async def test_create_whose_answer_was_lost_makes_no_second_operation(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, loses: str, *, look_fails_too: bool
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, loses: str, *, poll_fails_too: bool
 ) -> None:
     async with working(client, broker):
         getattr(sandbox, loses)(stored=True, method="POST")
-        if look_fails_too:
+        if poll_fails_too:
             sandbox.fail_next(method="GET")
         operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
@@ -495,7 +544,7 @@ async def test_operation_that_vanished_is_created_again_under_the_same_id(
 ) -> None:
     async with working(client, broker):
         operation_id = await submit(connection, "C0FFEE", operation_payload="Pay 40")
-        await until(lambda: bool(looks(sandbox, operation_id)))
+        await until(lambda: bool(polls_of(sandbox, operation_id)))
         sandbox.forget(operation_id)
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id, operation_payload="Pay 40")
@@ -533,7 +582,7 @@ async def test_two_requests_for_one_operation_have_one_outcome(
         for _ in range(2):  # without a name by which the stream could tell
             await publish(connection, {"operation_id": "txn-1"})
         await until(lambda: "txn-1" in sandbox.operations)
-        await until(lambda: len(looks(sandbox, "txn-1")) >= 4)
+        await until(lambda: len(polls_of(sandbox, "txn-1")) >= 4)
         sandbox.approve("txn-1")
         [event] = await all_outcomes(connection)
         assert (worker.statistics.approved, worker.statistics.duplicates) == (1, 1)
@@ -602,7 +651,7 @@ async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
         besides(sandbox)
         await publish(connection, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
         if not approved_before:
-            await until(lambda: bool(looks(sandbox, "txn-1")))
+            await until(lambda: bool(polls_of(sandbox, "txn-1")))
             sandbox.approve("txn-1")
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.FAILED
@@ -880,8 +929,8 @@ async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         sandbox.latency = 0.5
-        seen = len(looks(sandbox, operation_id))
-        await until(lambda: len(looks(sandbox, operation_id)) > seen)
+        seen = len(polls_of(sandbox, operation_id))
+        await until(lambda: len(polls_of(sandbox, operation_id)) > seen)
         broker.kill()
         await until(lambda: worker.statistics.in_flight == 0)  # the answer came, its event could not be published
         sandbox.latency = 0
@@ -917,7 +966,7 @@ async def test_key_that_is_withdrawn_ends_the_worker_and_another_one_finishes_it
 # -- room, and the end
 
 
-async def test_no_more_deliveries_are_under_way_than_there_is_room_for(
+async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, max_in_flight=3):
@@ -929,7 +978,7 @@ async def test_no_more_deliveries_are_under_way_than_there_is_room_for(
     assert most_at_once(sandbox.requests) == 3
 
 
-async def test_stop_finishes_what_is_under_way_and_leaves_the_rest_to_others_at_once(
+async def test_stop_finishes_what_is_in_flight_and_leaves_the_rest_to_others_at_once(
     client: KeylessClient, other_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     sandbox.latency = 0.5
@@ -1009,6 +1058,156 @@ async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
     assert worker.statistics.in_flight == 0
 
 
+async def test_shutdown_waits_until_the_worker_has_ended(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    worker = ApprovalWorker(client, broker.url)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    sandbox.latency = 0.3
+    await submit(connection, "C0FFEE")
+    await until(lambda: worker.statistics.in_flight == 1)
+    await worker.shutdown()
+    assert (worker.statistics.in_flight, worker.statistics.created) == (0, 1)
+    await worker.shutdown()
+    await running
+
+
+async def test_shutdown_of_a_worker_that_never_ran_returns_at_once_and_it_ends_when_it_is_run(
+    client: KeylessClient, broker: NatsServer
+) -> None:
+    worker = ApprovalWorker(client, broker.url)
+    await worker.shutdown()
+    assert worker.statistics.is_draining
+    await worker.run()
+
+
+# -- as a context manager
+
+
+async def test_it_is_ready_in_the_body_and_has_ended_after_it(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with ApprovalWorker(client, broker.url) as worker:
+        assert worker.statistics.is_ready
+        operation_id = await submit(connection, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+    assert worker.statistics.is_draining
+    assert not worker.statistics.is_ready
+    assert worker._ended.is_set()
+
+
+async def test_a_worker_that_cannot_start_never_runs_the_body(client: KeylessClient) -> None:
+    with pytest.raises(BrokerError, match="no connection"):
+        async with ApprovalWorker(client, "nats://127.0.0.1:1"):
+            pytest.fail("the body ran")
+
+
+async def test_a_worker_that_fails_cancels_the_body_and_raises_what_it_failed_with(
+    client: KeylessClient, broker: NatsServer, connection: Client
+) -> None:
+    with pytest.raises(BrokerError, match="is gone"):  # noqa: PT012  # the body is what is tested
+        async with ApprovalWorker(client, broker.url):
+            await connection.jetstream().delete_stream(REQUESTS)
+            await asyncio.Event().wait()
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+def fail_once_connected(monkeypatch: pytest.MonkeyPatch, release: asyncio.Event) -> None:
+    async def serve(_serving: Serving) -> None:
+        await release.wait()
+        raise BrokerError("it failed")
+
+    monkeypatch.setattr(Serving, "serve", serve)
+
+
+async def test_a_body_that_ends_as_the_worker_fails_leaves_no_cancellation_behind(
+    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once_connected(monkeypatch, failing := asyncio.Event())
+    task = asyncio.current_task()
+    assert task is not None
+
+    with pytest.raises(BrokerError, match="it failed"):  # noqa: PT012  # the body is what is tested
+        async with ApprovalWorker(client, broker.url) as worker:
+            background = worker._background
+            assert background is not None
+            # The body is woken by the same event, and before the cancellation is asked for.
+            woken = asyncio.get_running_loop().create_future()
+            background._task.add_done_callback(lambda _: woken.set_result(None))
+            background._task.remove_done_callback(background._run_ended)
+            background._task.add_done_callback(background._run_ended)
+            failing.set()
+            await woken
+    assert task.cancelling() == 0
+    await asyncio.sleep(0)
+
+
+async def test_the_callers_cancellation_in_the_same_moment_stays_a_cancellation(
+    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once_connected(monkeypatch, failing := asyncio.Event())
+    entered: list[ApprovalWorker] = []
+
+    async def body() -> None:
+        async with ApprovalWorker(client, broker.url) as worker:
+            entered.append(worker)
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(body())
+    await until(lambda: bool(entered))
+    background = entered[0]._background
+    assert background is not None
+    background._task.add_done_callback(lambda _: task.cancel())
+    failing.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_cancelling_the_start_ends_it(
+    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = asyncio.all_tasks()
+    hanging = asyncio.Event()
+
+    async def hang(_client: KeylessClient) -> None:
+        hanging.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(service, "check_key", hang)
+    starting = asyncio.create_task(ApprovalWorker(client, broker.url).__aenter__())
+    await hanging.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert asyncio.all_tasks() <= before
+
+
+async def test_cancelling_the_body_ends_the_worker(client: KeylessClient, broker: NatsServer) -> None:
+    entered: list[ApprovalWorker] = []
+
+    async def body() -> None:
+        async with ApprovalWorker(client, broker.url) as worker:
+            entered.append(worker)
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(body())
+    await until(lambda: bool(entered))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not entered[0].statistics.is_ready
+
+
+async def test_a_worker_is_entered_once(client: KeylessClient, broker: NatsServer) -> None:
+    async with ApprovalWorker(client, broker.url) as worker:
+        with pytest.raises(ConfigurationError, match="runs once"):
+            await worker.__aenter__()
+        assert worker.statistics.is_ready
+
+
 # -- what it tells
 
 
@@ -1053,14 +1252,14 @@ async def test_logs_hold_no_payload_no_context_and_no_key(
 
 
 class Remembering(wait_adaptive):
-    """A schedule that remembers what it was taught."""
+    """A schedule that remembers its observations."""
 
     def __init__(self, min_interval: float = 0.05) -> None:
         super().__init__(min_interval=min_interval, poll_cost=0.001)
-        self.lessons: list[tuple[float, float | None]] = []
+        self.observations: list[tuple[float, float | None]] = []
 
     def observe(self, after: float, until: float | None) -> None:
-        self.lessons.append((after, until))
+        self.observations.append((after, until))
         super().observe(after, until)
 
 
@@ -1070,15 +1269,15 @@ async def test_schedule_learns_when_people_approve(
     schedule = Remembering()
     async with working(client, broker, schedule=schedule):
         operation_id = await submit(connection, "C0FFEE")
-        await until(lambda: len(looks(sandbox, operation_id)) >= 2)
+        await until(lambda: len(polls_of(sandbox, operation_id)) >= 2)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
     age = (event.decided_at - event.requested_at).total_seconds()
-    assert schedule.lessons == [(schedule.lessons[0][0], age)]
-    assert 0 < schedule.lessons[0][0] < age
+    assert schedule.observations == [(schedule.observations[0][0], age)]
+    assert 0 < schedule.observations[0][0] < age
 
 
-async def test_schedule_learns_that_who_approved_by_the_first_look_did_so_since_the_beginning(
+async def test_schedule_learns_that_an_approval_found_by_the_first_poll_came_since_the_beginning(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     schedule = Remembering(min_interval=0.5)
@@ -1087,20 +1286,34 @@ async def test_schedule_learns_that_who_approved_by_the_first_look_did_so_since_
         await until(lambda: operation_id in sandbox.operations)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
-    assert schedule.lessons == [(0.0, (event.decided_at - event.requested_at).total_seconds())]
+    assert schedule.observations == [(0.0, (event.decided_at - event.requested_at).total_seconds())]
 
 
 async def test_schedule_learns_until_when_somebody_did_not_approve(
-    client: KeylessClient, broker: NatsServer, connection: Client
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     schedule = Remembering()
     async with working(client, broker, schedule=schedule):
-        await submit(connection, "C0FFEE", expires_in=0.3)
+        sandbox.latency = 0.2
+        await submit(connection, "C0FFEE", expires_in=0.6)
         [event] = await all_outcomes(connection)
-    assert schedule.lessons == [((event.decided_at - event.requested_at).total_seconds(), None)]
+    [(after, until_then)] = schedule.observations
+    assert until_then is None
+    assert 0.6 <= after <= (event.decided_at - event.requested_at).total_seconds() - 0.2  # where the final poll started
 
 
-class Unteachable(wait_adaptive):
+async def test_schedule_learns_nothing_while_load_shedding_stretches_it(
+    client: KeylessClient, broker: NatsServer, connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadShedding, "is_noticeable", property(lambda _: True))
+    schedule = Remembering()
+    async with working(client, broker, schedule=schedule):
+        await submit(connection, "C0FFEE", expires_in=0.2)
+        await all_outcomes(connection)
+    assert schedule.observations == []
+
+
+class Failing(wait_adaptive):
     def observe(self, after: float, until: float | None) -> None:
         raise RuntimeError("not today")
 
@@ -1108,13 +1321,13 @@ class Unteachable(wait_adaptive):
 async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
     client: KeylessClient, broker: NatsServer, connection: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with working(client, broker, schedule=Unteachable()) as worker:
+    async with working(client, broker, schedule=Failing()) as worker:
         await submit(connection, "C0FFEE", expires_in=0.2)
         [event] = await all_outcomes(connection)
         await until(lambda: worker.statistics.expired == 1)
         assert worker.statistics.is_ready
     assert event.outcome is Outcome.EXPIRED
-    assert "schedule.learned_nothing" in caplog.text
+    assert "failed to learn" in caplog.text
     assert "not today" in caplog.text
 
 
@@ -1123,15 +1336,15 @@ async def test_schedule_learns_nothing_from_what_shows_nothing(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     schedule = Remembering()
-    sandbox.approve("at the first look", user_id="C0")  # whenever that was
+    sandbox.approve("at the first poll", user_id="C0")  # whenever that was
     async with working(client, broker, schedule=schedule):
-        await publish(connection, {"operation_id": "at the first look"})
+        await publish(connection, {"operation_id": "at the first poll"})
         await publish(connection, b"no request")
         await outcomes(connection, 2)
         sandbox.fail_next(times=None)
         await publish(connection, {"operation_id": "unanswered", "created_at": LONG_AGO, "expires_in": 60})
         await outcomes(connection, 1)
-    assert schedule.lessons == []
+    assert schedule.observations == []
 
 
 # -- a broker that does not do as it should
@@ -1171,6 +1384,11 @@ async def test_consumer_that_is_deleted_is_made_again_without_haste(
     assert 0 < sum("broker.refused" in record.getMessage() for record in caplog.records) < 5
 
 
+def connection_of(worker: ApprovalWorker) -> Client:
+    assert worker._serving is not None
+    return worker._serving._connection
+
+
 async def end_after(worker: ApprovalWorker, trouble: Callable[[], Awaitable[object]]) -> str:
     """Run a worker into trouble; return the error that it ends with."""
     task = asyncio.create_task(worker.run())
@@ -1195,7 +1413,7 @@ async def test_connection_that_the_broker_ends_for_good_ends_the_worker(
     worker = ApprovalWorker(client, broker.url)
 
     async def say_too_much() -> None:
-        connection = worker._connection
+        connection = connection_of(worker)
         await connection.publish("somewhere", bytes(connection.max_payload), headers={"counts": "too"})
 
     error = await end_after(worker, say_too_much)
@@ -1214,7 +1432,7 @@ async def test_worker_that_may_not_acknowledge_ends_and_names_what_it_may_not(
     sandbox.approve("txn-1", user_id="C0")
     worker = ApprovalWorker(client, broker.url, connect_options={"user": "u", "password": "p"})
     try:
-        error = await end_after(worker, lambda: publish(worker._connection, {"operation_id": "txn-1"}))
+        error = await end_after(worker, lambda: publish(connection_of(worker), {"operation_id": "txn-1"}))
     finally:
         broker.stop()
     assert "does not permit" in error
@@ -1257,14 +1475,14 @@ async def test_request_that_is_refused_leaves_the_outcome_of_another_one_under_i
     sandbox: Sandbox,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    create = client.create_operation
+    create = KeylessClient.create_operation
 
-    async def refuse_strangers(user_id: str, **options: Any) -> ApprovalTicket:
-        if user_id == "DEAD":  # a service that knows its users, and looks at them first
+    async def refuse_strangers(client: KeylessClient, user_id: str, **options: Any) -> ApprovalTicket:
+        if user_id == "DEAD":  # a service that knows its users, and checks them first
             raise NotFoundError(status=404, method="POST", path="/v2/users/DEAD/operations")
-        return await create(user_id, **options)
+        return await create(client, user_id, **options)
 
-    monkeypatch.setattr(client, "create_operation", refuse_strangers)
+    monkeypatch.setattr(KeylessClient, "create_operation", refuse_strangers)
     async with working(client, broker):
         await publish(connection, {"operation_id": "txn-1"})
         await until(lambda: "txn-1" in sandbox.operations)

@@ -14,12 +14,12 @@ from aiokeyless.worker import ApprovalWorker, BrokerError
 
 
 async def work(nats_url: str, keyless_url: str) -> None:
-    async with KeylessClient(base_url=keyless_url, max_attempts=1, request_timeout=0.5) as client:
+    async with KeylessClient(base_url=keyless_url, request_timeout=0.5) as client:
         await ApprovalWorker(client, nats_url).run()
 
 
 if __name__ == "__main__":
     try:
         asyncio.run(work(*sys.argv[1:]))
-    except BrokerError as error:  # it was started while the broker was away; whoever runs it starts it again
+    except BrokerError as error:  # it was started while the broker was away; its parent starts it again
         sys.exit(str(error))

@@ -1,0 +1,353 @@
+"""The serving phase of a worker: it takes deliveries, processes each, and acknowledges it once its event is stored.
+
+It keeps nothing of a wait. The exchanges with Keyless are in `exchanges`, how many there may be at once is decided by
+`aiokeyless._rules.circuit`, and the life of the connection belongs to `service`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+import nats.errors
+
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless._rules.circuit import Circuit, CircuitState
+from aiokeyless.errors import InvalidRequestError, KeylessError
+from aiokeyless.schedule import record_observation, wait_adaptive
+
+from .claims import Claims
+from .decisions import Redeliver, after_bug, invalid, observation
+from .exchanges import Exchanges
+from .intake import EXPIRES, Intake
+from .load_shedding import LoadShedding
+from .logs import log
+from .messages import MESSAGE_ID, ROOM_FOR_EVENT, FailureReason, Outcome, read_context, read_request
+from .streams import OUTCOMES, restore_consumer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
+    from tenacity.wait import wait_base
+
+    from aiokeyless.client import KeylessClient
+
+    from .decisions import Decided, Decision
+    from .messages import ApprovalEvent, Delivery
+
+_LOST: Final = 0.1  # seconds after which a cancellation was lost
+
+
+class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is doing, and its counts since it was made.
+
+    Attributes:
+        in_flight: Deliveries in flight.
+        deliveries: Deliveries taken.
+        polls: Polls sent.
+        created: Operations created.
+        approved: Events of this kind published; those that the stream had already are not counted.
+        expired: Likewise.
+        failed: Likewise.
+        duplicates: Events that the stream had already, from a delivery whose acknowledgement was lost.
+        transient_failures: Exchanges with Keyless that failed transiently.
+        circuit: How Keyless fares, as far as this worker can tell: ``closed`` (well), ``half_open`` (ramping up) or
+            ``open`` (probes only, or none until its ``Retry-After``).
+        is_ready: Whether it takes requests: broker and streams are there, and the worker is not about to end.
+        is_draining: Whether the worker is about to end.
+    """
+
+    in_flight: int = 0
+    deliveries: int = 0
+    polls: int = 0
+    created: int = 0
+    approved: int = 0
+    expired: int = 0
+    failed: int = 0
+    duplicates: int = 0
+    transient_failures: int = 0
+    circuit: str = CircuitState.CLOSED.value
+    is_ready: bool = False
+    is_draining: bool = False
+
+
+class Limits(NamedTuple):
+    """What bounds the deliveries of a worker.
+
+    Attributes:
+        max_in_flight: Deliveries in flight at once.
+        longest_delivery: Seconds that one takes at most.
+        publish_within: Seconds within which the broker must store an event.
+        ack_wait: Seconds after which the broker delivers again what was not acknowledged.
+        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
+    """
+
+    max_in_flight: int
+    longest_delivery: float
+    publish_within: float
+    ack_wait: float
+    grace: float
+
+
+class Serving:
+    """A worker that is connected and whose streams are there.
+
+    Args:
+        connection: The broker.
+        stream: Its JetStream.
+        client: What sends the exchanges, each once.
+        schedule: When to poll.
+        limits: What bounds the deliveries.
+        longest_wait: Seconds that a request may wait at most.
+        on_fatal: Called with what is wrong with this worker, and with no request.
+    """
+
+    def __init__(
+        self,
+        connection: Client,
+        stream: JetStreamContext,
+        client: KeylessClient,
+        *,
+        schedule: wait_base,
+        limits: Limits,
+        longest_wait: float,
+        on_fatal: Callable[[KeylessError], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connection = connection
+        self._stream = stream
+        self._schedule = schedule
+        self._limits = limits
+        self._longest_wait = longest_wait
+        self._on_fatal = on_fatal
+        self._circuit = Circuit(limits.max_in_flight)
+        self._load_shedding = LoadShedding()
+        self._exchanges = Exchanges(
+            client,
+            Claims(stream),
+            schedule=schedule,
+            load_shedding=self._load_shedding,
+            circuit=self._circuit,
+            grace=limits.grace,
+        )
+        self._intake = Intake(connection, deliver=self._take, ended=self._pull_ended, now=self._loop.time)
+        self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
+        self._changed = asyncio.Event()
+        self._is_open = False
+        self._stopping = False
+        self._refusals = 0  # of pulls, in a row
+        self._pulls_from = -math.inf  # after a refusal, no pull before this time
+        self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates"), 0)
+
+    def statistics(self) -> WorkerStatistics:
+        """Return the worker at this moment."""
+        return WorkerStatistics(
+            in_flight=len(self._deliveries),
+            polls=self._exchanges.polls,
+            created=self._exchanges.created,
+            transient_failures=self._exchanges.failures,
+            circuit=self._circuit.state.value,
+            is_ready=self._is_open and not self._stopping and self._connection.is_connected,
+            is_draining=self._stopping,
+            **self._counts,
+        )
+
+    def stop(self) -> None:
+        """Take no more deliveries, and let `serve` end."""
+        self._stopping = True
+        self._changed.set()
+
+    def reconnected(self) -> None:
+        """Pull again: the pulls went with the connection that was lost."""
+        self._intake.forget()
+        self._changed.set()
+
+    async def serve(self) -> None:
+        """Process deliveries until `stop` is called, and then until those in flight are done.
+
+        Raises:
+            BrokerError: The stream is gone, or its consumer has other settings now.
+        """
+        try:
+            while not self._stopping:
+                self._changed.clear()
+                await self._pull(self._loop.time())
+                await self._wait_for_change(self._loop.time())
+            await self._drain()
+        finally:
+            await self._abandon()
+
+    # -- the intake
+
+    async def open(self) -> None:
+        """Get ready to be delivered to."""
+        await self._intake.open()
+        self._is_open = True
+        log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
+
+    async def _pull(self, now: float) -> None:
+        """Ask for as many deliveries as there is room for; in batches, so not for each one that becomes free."""
+        if not self._connection.is_connected or now < self._pulls_from:
+            return
+        if self._refusals:
+            await restore_consumer(self._stream, ack_wait=self._limits.ack_wait)
+        expected = self._intake.expected()
+        room = self._room(now) - expected
+        if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
+            with suppress(nats.errors.Error):  # the connection was lost at this moment: nothing was asked for
+                await self._intake.ask(room)
+
+    def _room(self, now: float) -> int:
+        """Return how many more deliveries may be in flight; negative where there are too many."""
+        counted = sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
+        return min(self._circuit.room(now) - counted, self._limits.max_in_flight - len(self._deliveries))
+
+    async def _wait_for_change(self, now: float) -> None:
+        closed_for = max(self._circuit.retry_at(), self._pulls_from) - now
+        with suppress(TimeoutError):
+            async with asyncio.timeout(closed_for if closed_for > 0 else EXPIRES):
+                await self._changed.wait()
+
+    def _pull_ended(self, refusal: str | None) -> None:
+        if refusal is None:
+            self._refusals = 0
+        else:  # the consumer has no leader just now, or is gone
+            self._refusals += 1
+            self._pulls_from = self._loop.time() + error_delay(self._refusals)
+            log(logging.WARNING, "broker.refused", {"reason": refusal})
+        self._changed.set()
+
+    async def _drain(self) -> None:
+        """Finish what is in flight, and hand back what arrives meanwhile."""
+        log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
+        if self._connection.is_connected:
+            # Where the broker is silent, what it is delivering is delivered again by itself.
+            with suppress(nats.errors.Error, OSError, TimeoutError):
+                async with asyncio.timeout(self._limits.publish_within):
+                    await self._intake.close()
+        if self._deliveries:
+            await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
+        log(logging.INFO, "worker.done", msgspec.structs.asdict(self.statistics()))
+
+    async def _abandon(self) -> None:
+        """Leave what is still in flight: the broker delivers it again."""
+        while tasks := tuple(self._deliveries):
+            for task in tasks:
+                task.cancel()
+            # nats-py waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is repeated.
+            await asyncio.wait(tasks, timeout=_LOST)
+
+    # -- one delivery
+
+    def _take(self, message: Msg) -> None:
+        self._refusals = 0
+        # Past the loop's task factory: an eager one runs the delivery before it is counted below.
+        task = asyncio.Task(self._deliver(message), loop=self._loop)
+        self._deliveries[task] = self._loop.time()
+        task.add_done_callback(self._delivered)
+
+    def _delivered(self, task: asyncio.Task[None]) -> None:
+        del self._deliveries[task]
+        self._changed.set()
+
+    async def _deliver(self, message: Msg) -> None:
+        """Process a delivery. However it ends, the request is either decided or delivered again."""
+        self._counts["deliveries"] += 1
+        try:
+            if self._stopping:
+                # Not at once: it would be delivered to this worker's own pulls, which are still there.
+                decision: Decision = Redeliver(EXPIRES)
+            elif self._room(now := self._loop.time()) < 0:  # it was asked for before the circuit opened
+                decision = Redeliver(max(0.0, self._circuit.retry_at() - now) + error_delay(1))
+            else:
+                decision = await self._decide(message)
+            await self._settle(message, decision)
+        except (nats.errors.Error, OSError) as error:
+            # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
+            log(logging.WARNING, "delivery.unsettled", {"error": f"{type(error).__name__}: {error}"})
+        except KeylessError as error:  # of this worker, not of the request
+            self._on_fatal(error)
+            with suppress(nats.errors.Error):  # otherwise it is delivered again by itself, a little later
+                await message.nak(delay=error_delay(1))
+
+    async def _decide(self, message: Msg) -> Decision:
+        metadata = message.metadata
+        self._load_shedding.on_delivery(redelivered=metadata.num_delivered > 1, backlog=metadata.num_pending)
+        try:
+            delivery = self._read(message)
+        except InvalidRequestError as error:
+            # It has no content to tell it from others by, so it is named by its place in the stream.
+            name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
+            context = read_context(message.data)
+            return invalid(
+                name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=datetime.now(UTC)
+            )
+        try:
+            return await self._exchanges.process(delivery)
+        except (KeylessError, nats.errors.Error):  # of this worker or of the broker, and not of the request
+            raise
+        except Exception as error:  # noqa: BLE001  # a bug: the request must not be delivered again forever
+            log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)
+            return after_bug(delivery, error, now=datetime.now(UTC))
+
+    def _read(self, message: Msg) -> Delivery:
+        return read_request(
+            message.data,
+            message_id=(message.headers or {}).get(MESSAGE_ID),
+            stored_at=message.metadata.timestamp,
+            number=message.metadata.num_delivered,
+            longest=self._longest_wait,
+            largest=self._connection.max_payload - ROOM_FOR_EVENT,
+        )
+
+    async def _settle(self, message: Msg, decision: Decision) -> None:
+        """Tell the broker: first the event, and only when that is stored, that the request is done."""
+        if isinstance(decision, Redeliver):
+            await message.nak(delay=decision.delay)
+            return
+        event = decision.event
+        stored = await self._stream.publish(
+            event.outcome.subject,
+            msgspec.json.encode(event),
+            stream=OUTCOMES,
+            headers={MESSAGE_ID: decision.message_id},
+        )
+        if stored.duplicate:
+            self._counts["duplicates"] += 1
+        else:
+            self._counts[event.outcome] += 1
+            _log_outcome(event)
+            self._learn(decision)
+        if event.reason == FailureReason.INVALID_REQUEST:
+            await message.term()
+        else:
+            await message.ack()
+
+    def _learn(self, decided: Decided) -> None:
+        """Tell the schedule when the user approved, or until when they had not."""
+        if not isinstance(self._schedule, wait_adaptive) or self._load_shedding.is_noticeable:
+            return
+        observed = observation(decided, self._schedule)
+        if observed is not None:
+            record_observation(self._schedule, *observed)
+
+
+def _log_outcome(event: ApprovalEvent) -> None:
+    facts = {
+        "operation_id": event.operation_id,
+        "deliveries": event.deliveries,
+        "seconds": round((event.decided_at - event.requested_at).total_seconds(), 3),
+        "answered": event.answered,
+        "reason": event.reason,
+        "detail": event.detail,
+    }
+    level = logging.WARNING if event.outcome is Outcome.FAILED else logging.INFO
+    log(level, f"approval.{event.outcome}", {name: fact for name, fact in facts.items() if fact is not None})
