@@ -58,7 +58,7 @@ class Payment(msgspec.Struct, frozen=True):
         return sha256(msgspec.json.encode(self)).hexdigest()
 
     def is_asked_by(self, event: ApprovalEvent) -> bool:
-        """Whether the outcome is that of exactly this payment: anybody who may ask can send it along as a context."""
+        """Return whether the outcome is that of exactly this payment: others can submit it as a context, too."""
         return (event.operation_id, event.user_id, event.payload_sha256) == (
             f"payment-{self.payment_id}",
             self.user_id.upper(),
@@ -93,11 +93,11 @@ def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
             operation_payload=payment.text,
             expires_in=max(time_to_approve, 1e-6),  # too late: nobody is asked
             context=payment,
-            created_at=payment.requested_at,  # so that an event that comes again is the same request
+            created_at=payment.requested_at,  # so that an event that is delivered again is the same request
         )
 
     async def from_the_stream(message: Msg, parse: Callable[[Msg], Awaitable[NatsMessage]]) -> NatsMessage:
-        if not is_outcome(message.reply, READER):  # whoever may publish to an inbox: neither believed nor acknowledged
+        if not is_outcome(message.reply, READER):  # published by another user: neither believed nor acknowledged
             raise SkipMessage
         return await parse(message)
 

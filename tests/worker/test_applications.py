@@ -326,7 +326,7 @@ async def test_a_broker_that_does_not_answer_is_given_up(
             await submit_approval(connection, "c0ffee")
     finally:
         broker.resume()
-    assert await stored(stream) in {0, 1}  # nobody knows
+    assert await stored(stream) in {0, 1}  # which of them is unknown
 
 
 async def test_a_closed_connection_is_a_broker_error(broker: NatsServer) -> None:
@@ -662,7 +662,7 @@ async def test_what_others_send_to_a_readers_inbox_is_no_outcome(
         pull = await pulls.next_msg(20)
         for _ in range(3):
             await mallory.publish(pull.reply, FORGED, reply=reply)
-        await mallory.flush()  # the broker closes a connection that sends what looks like a delivery
+        await mallory.flush()  # the broker closes a connection that publishes with the reply subject of a delivery
         await publish(shop.jetstream(), "true")
         assert await coming == "true"
     refused_by_the_broker = reply.startswith("$JS.ACK")

@@ -47,7 +47,7 @@ class Case(NamedTuple):
     Args:
         approved_after: Seconds after the user was asked; None: the user never approves.
         expires_in: Seconds to its deadline.
-        outcome: The only one that can be true, on a slow machine too; None: the approval races with the last look.
+        outcome: The only one that can be true, on a slow machine too; None: the approval races with the final poll.
     """
 
     approved_after: float | None
@@ -214,7 +214,7 @@ async def test_each_request_has_one_outcome_and_it_is_true_whatever_dies(tmp_pat
 
 
 def is_true(event: ApprovalEvent, case: Case, approved_at: datetime | None) -> bool:
-    """Whether an event says what was so when its last look was made, which began at the deadline or later."""
+    """Return whether an event says what was so at its final poll, which started at the deadline or later."""
     if event.outcome is Outcome.APPROVED:
         return approved_at is not None and approved_at <= event.decided_at
     deadline = event.requested_at + timedelta(seconds=case.expires_in)

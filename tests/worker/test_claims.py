@@ -1,4 +1,4 @@
-"""Whose an operation id is: one request's at a time, whatever workers do at once, and nobody's once it is released."""
+"""Claims: an operation id belongs to one request at a time, whatever workers do at once, and to none once released."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_of_many_at_once_one_holds_it(claims: Claims) -> None:
     assert sorted(claim.name for claim in taken) == ["ANOTHERS"] * 19 + ["NEW"]
 
 
-async def test_an_id_that_nobody_took_is_nobodys(claims: Claims) -> None:
+async def test_an_id_that_was_never_taken_is_not_held(claims: Claims) -> None:
     assert not await claims.is_held(OURS)
 
 
@@ -71,7 +71,7 @@ async def test_what_is_released_can_be_taken_by_another_one(claims: Claims) -> N
     assert await claims.take(OURS) is Claim.ANOTHERS
 
 
-async def test_nobody_releases_what_is_anothers_or_nobodys(claims: Claims) -> None:
+async def test_only_the_holder_releases_an_id(claims: Claims) -> None:
     await claims.release(OURS)
     await claims.take(OURS)
     await claims.release(THEIRS)

@@ -58,7 +58,7 @@ class Hand:
 
 
 @pytest.fixture(autouse=True)
-def _pulls_last_long_enough_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def _pulls_last_long_enough_to_be_observed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "EXPIRES", EXPIRES)
 
 
@@ -172,7 +172,7 @@ async def test_a_pull_that_was_kept_as_long_as_it_was_to_be_ends_without_a_reaso
     assert (hand.intake.expected(), hand.reasons) == (0, [None])
 
 
-async def test_where_nobody_answers_for_the_consumer_the_end_says_so(hand: Hand) -> None:
+async def test_where_there_is_no_consumer_the_end_of_a_pull_says_so(hand: Hand) -> None:
     await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
     await hand.intake.ask(5)
     await until(lambda: hand.ends == 1)

@@ -76,7 +76,7 @@ def test_handlers_get_the_event_and_the_facts() -> None:
     assert (record.name, record.event, record.facts) == (LOGGER, "approval.approved", {"seconds": 1.5})
 
 
-def test_a_line_that_nobody_shows_is_not_even_written() -> None:
+def test_a_line_that_no_handler_emits_is_not_formatted() -> None:
     class Unspeakable:
         def __str__(self) -> str:
             raise AssertionError("it was")

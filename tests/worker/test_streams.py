@@ -307,7 +307,7 @@ async def test_a_stream_that_was_deleted_is_not_made_again_since_its_requests_ar
         await restore_consumer(stream, ack_wait=ACK_WAIT)
 
 
-async def test_where_nobody_answers_for_the_consumer_nothing_is_done(
+async def test_where_the_consumer_has_no_leader_nothing_is_done(
     strict_broker: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with await nats.connect(strict_broker.url, user="nobody", password="pass", error_cb=silent) as connection:
