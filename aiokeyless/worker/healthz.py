@@ -73,7 +73,7 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
 
 
 def _bad_requests() -> logging.Logger:
-    """Make the logger of a server to which anybody may send what is no HTTP: aiohttp writes a traceback each time."""
+    """Make the logger of a server to which anything can be sent, HTTP or not: aiohttp logs a traceback each time."""
     seldom = Seldom(logging.WARNING, "healthz.bad_request")
 
     def log_seldom(record: logging.LogRecord) -> bool:
