@@ -240,7 +240,7 @@ def test_advice_for_this_one_status_wins_over_the_class_own() -> None:
 # -- facts
 
 
-def test_facts_that_nobody_gave_are_absent_not_invented() -> None:
+def test_facts_that_were_not_given_are_absent_not_invented() -> None:
     assert facts(TransportError("m", method="GET", path=PATH)) == {"method": "GET", "path": PATH, "sent": True}
     assert facts(DecodeError("m", status=200, method="GET", path=PATH))["request_id"] is None
     assert facts(StatusError(status=302, method="GET", path=PATH)) == {

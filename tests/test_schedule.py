@@ -76,7 +76,7 @@ def schedule_after(observed: Iterable[Observation], **options: float) -> wait_ad
 
 @given(observed=observations, elapsed=seconds, jitter=st.floats(0, 1))
 @settings(deadline=None)
-def test_whatever_was_observed_a_delay_stays_within_the_bounds(
+def test_a_delay_stays_within_the_bounds_after_any_observations(
     observed: list[Observation], elapsed: float, jitter: float
 ) -> None:
     schedule = schedule_after(observed, min_interval=0.5, max_interval=30.0, jitter=jitter)
@@ -121,13 +121,13 @@ def test_the_delay_depends_on_the_time_alone() -> None:
     assert schedule(third_attempt) == delay_at(schedule, 7.0)
 
 
-def test_nobody_approves_in_no_time_so_the_first_delay_is_long_but_does_not_sleep_through_the_first_approvals() -> None:
+def test_the_first_delay_is_long_but_does_not_sleep_through_the_first_approvals() -> None:
     schedule = wait_adaptive(max_interval=60, jitter=0)
     assert 1.0 < delay_at(schedule, 0.0) < 5.0
     assert delay_at(schedule, 0.9) < delay_at(schedule, 0.0)
 
 
-def test_the_longer_nobody_approved_the_longer_the_delay() -> None:
+def test_the_longer_there_was_no_approval_the_longer_the_delay() -> None:
     schedule = wait_adaptive(max_interval=60, jitter=0)
     delays = [delay_at(schedule, elapsed) for elapsed in (2.0, 5.0, 10.0, 20.0, 40.0)]
     assert delays == sorted(delays)

@@ -241,7 +241,7 @@ def test_a_ticket_lacking_a_field_is_refused_by_name(field: str) -> None:
         ApprovalTicket.from_json(json.dumps({name: value for name, value in TICKET.items() if name != field}))
 
 
-def test_a_newer_ticket_is_refused_for_its_version_whatever_its_form() -> None:
+def test_a_newer_ticket_is_refused_for_its_version_in_any_form() -> None:
     with pytest.raises(ConfigurationError, match=r"ticket version 2 .* upgrade this one$"):
         ApprovalTicket.from_json('{"version": 2, "operations": ["a", "b"], "created_at": 5}')
 

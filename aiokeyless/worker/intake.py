@@ -124,7 +124,9 @@ class Intake:
         else:
             self._pulls.clear()  # there is no consumer that would keep them
         status, description = headers.get("Status", ""), headers.get("Description", "")
-        reason = f"{status} {description}" if description.isprintable() else status  # nats-py finds one where there is none
+        reason = (
+            f"{status} {description}" if description.isprintable() else status
+        )  # nats-py finds one where there is none
         self._ended(None if status == _EXPIRED else reason.strip())
 
     def _count_off(self, count: int) -> None:

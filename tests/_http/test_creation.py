@@ -417,7 +417,7 @@ async def test_repeated_creation_that_was_confirmed_is_not_reconciled() -> None:
 
 
 @lost
-async def test_one_tap_pays_once_whatever_is_lost(
+async def test_one_tap_pays_once_for_every_answer_that_is_lost(
     sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
 ) -> None:
     """The shop that relies on ConflictError: the third call, whose answer was lost, used to pay again."""
@@ -459,7 +459,7 @@ async def test_two_at_once_under_one_id_are_one_and_a_conflict(sandbox: Sandbox,
 
 
 @lost
-async def test_two_at_once_under_one_id_of_which_one_is_ambiguous_are_told_apart(
+async def test_two_calls_with_one_id_at_once_are_distinguished_when_one_is_ambiguous(
     sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
 ) -> None:
     lose(sandbox, False)  # noqa: FBT003  # the first of them does not arrive

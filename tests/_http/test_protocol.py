@@ -422,7 +422,7 @@ def test_a_bad_base_url_is_refused_with_the_reason(url: Any, message: str) -> No
 
 
 @given(st.text() | st.text(st.sampled_from("https:/@.[]%2eE#?\\ 17localhost")).map(lambda rest: "https://" + rest))
-def test_whatever_the_base_url_it_is_good_or_a_configuration_error(url: str) -> None:
+def test_any_base_url_is_accepted_or_a_configuration_error(url: str) -> None:
     try:
         good = check_base_url(url)
     except ConfigurationError:
@@ -681,7 +681,7 @@ def test_no_half_of_the_key_is_left_by_the_cut(form: str) -> None:
     assert failed(401, (echo * 500).encode()).detail == ("***" * 500)[:MAX_DETAIL]
 
 
-def test_a_key_with_blanks_is_struck_out_wherever_lines_were_folded() -> None:
+def test_a_key_with_blanks_is_struck_out_where_lines_were_folded() -> None:
     assert failed(401, b"bad key a \r\n b!", key="a  b").detail == "bad key ***!"
     assert failed(401, b"bad key a%20%20b!", key="a  b").detail == "bad key ***!"
 
@@ -779,7 +779,7 @@ def test_a_date_with_no_date_to_compare_it_with_counts_from_this_machines_clock(
     assert 90 < got <= 100
 
 
-def test_a_date_without_a_zone_is_utc_wherever_this_machine_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_date_without_a_zone_is_utc_in_every_local_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "FAR-9")
     time.tzset()
     try:
@@ -802,7 +802,7 @@ dates = st.lists(
 
 
 @given(st.text() | dates, st.none() | st.text() | dates)
-def test_no_retry_after_whatever_raises_or_is_negative(text: str, date: str | None) -> None:
+def test_no_retry_after_raises_or_is_negative(text: str, date: str | None) -> None:
     got = retry_after({"Retry-After": text} | ({} if date is None else {"Date": date}))
     assert got is None or (got >= 0 and math.isfinite(got))
 
@@ -824,7 +824,7 @@ def test_the_three_good_answers_are_decoded() -> None:
 
 
 @every_endpoint
-def test_a_success_is_read_whatever_its_content_type_and_the_blanks_around_it(name: str) -> None:
+def test_a_success_is_read_with_any_content_type_and_blanks_around_it(name: str) -> None:
     answered(200, GOOD[name], {"Content-Type": "text/plain"}, name=name)
     answered(200, b"\r\n " + GOOD[name] + b" \n", name=name)
 
@@ -941,7 +941,7 @@ def deep(opening: bytes) -> bytes:
     ],
     ids=lambda body: repr(body)[:24],
 )
-def test_a_2xx_that_is_not_json_is_told_from_json_of_another_shape(name: str, body: bytes) -> None:
+def test_a_2xx_that_is_not_json_is_distinguished_from_json_of_another_shape(name: str, body: bytes) -> None:
     error = undecoded(body, name)
     assert type(error) is NotJsonError
     assert is_transient(error)
@@ -1036,7 +1036,7 @@ headers_of_any_kind = st.dictionaries(
 @example(status=200, headers={}, body=b'{"id": ' + b"1" * 5000)
 @example(status=200, headers={}, body=GOOD["operation"].replace(b"1,", b"1" * 5000 + b",", 1))
 @example(status=500, headers={}, body=deep(b"["))
-def test_no_answer_whatever_raises_anything_but_the_two_documented_roots(
+def test_no_answer_raises_anything_but_the_two_documented_roots(
     name: str, status: int, headers: dict[str, str], body: bytes
 ) -> None:
     got: object

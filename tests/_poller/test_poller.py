@@ -640,7 +640,9 @@ class TestRule3OneBudget:
         assert [update.polls for update in updates] == [1]
         await cancel([first, second])
 
-    async def test_an_approval_counts_for_who_came_later_too(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_an_approval_counts_for_waits_that_started_later_too(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
         await pending(client)
         sandbox.approve("op")
         sandbox.latency = 1
@@ -654,7 +656,7 @@ class TestRule3OneBudget:
         assert len(polls(sandbox)) == 1
         await first
 
-    async def test_a_final_poll_also_counts_for_those_who_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_a_final_poll_also_counts_for_waits_that_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.approve("op")
         sandbox.tamper("op", state="pending", result=False)
@@ -1134,7 +1136,7 @@ class TestRule5EverythingElse:
         assert isinstance(caught.value.last_error, NotFoundError)
         assert caught.value.last_operation is not None
 
-    async def test_a_404_is_transient_for_who_came_after_the_operation_was_seen(
+    async def test_a_404_is_transient_for_waits_that_started_after_the_operation_was_seen(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await pending(client)

@@ -368,7 +368,7 @@ class TestOverHttp:
         assert cookie["samesite"] == "lax"
         assert not order.keys() & {"session", "ticket"}
 
-    async def test_nobody_sees_the_order_of_another(
+    async def test_no_user_sees_the_order_of_another(
         self, keyless: Sandbox, backend: Backend, customer: Customer
     ) -> None:
         async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:

@@ -233,7 +233,7 @@ async def test_payment_that_keyless_rejects_is_refused(streams: Streams, sandbox
 
 
 @pytest.mark.usefixtures("application")
-async def test_payment_that_may_wait_longer_than_a_stream_remembers_is_refused_and_asks_nobody(
+async def test_a_payment_that_may_wait_longer_than_a_stream_remembers_is_refused_and_starts_no_operation(
     streams: Streams, sandbox: Sandbox
 ) -> None:
     await streams.request(payment(seconds=25 * 3600))
@@ -350,7 +350,7 @@ async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is
 @pytest.mark.usefixtures("application")
 @pytest.mark.parametrize("headers", [None, {"content-type": "application/json"}], ids=["plain", "json"])
 @pytest.mark.parametrize("garbled", [False, True])
-async def test_outcome_that_somebody_sends_to_the_inbox_is_neither_believed_nor_acknowledged(
+async def test_an_outcome_sent_to_the_inbox_by_another_client_is_neither_believed_nor_acknowledged(
     streams: Streams, connection: Client, headers: dict[str, str] | None, *, garbled: bool
 ) -> None:
     forged = ApprovalEvent(

@@ -376,7 +376,7 @@ async def test_user_is_asked_one_question_at_a_time(
         assert len(sandbox.operations) == 1
 
 
-async def test_what_is_no_order_asks_nobody(
+async def test_a_malformed_order_starts_no_operation(
     telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:
     commands = [
@@ -449,7 +449,7 @@ async def test_the_end_is_reported_also_where_the_message_was_deleted(
         assert (await telegram.read(ALICE, "Approved and transferred.")) is not message
 
 
-async def test_stopping_ends_every_wait_tells_the_chats_and_leaves_nothing(
+async def test_stopping_ends_every_wait_notifies_the_chats_and_leaves_nothing(
     telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection
 ) -> None:
     before = asyncio.all_tasks()

@@ -303,7 +303,7 @@ def test_what_is_wrong_first_decides(service: Service) -> None:
     assert service.ask("POST", CREATE, body, **request).status == 409
 
 
-def test_unknown_path_tells_nothing_to_who_has_no_key(service: Service) -> None:
+def test_an_unknown_path_reveals_nothing_without_a_key(service: Service) -> None:
     assert service.ask("GET", "/v1", api_key="").status == 401
 
 

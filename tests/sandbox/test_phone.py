@@ -146,7 +146,7 @@ async def test_client_that_goes_astray_to_the_root_is_answered_by_the_api(
     assert [record.status for record in sandbox.requests] == [404] * 3
 
 
-async def test_page_is_not_given_to_who_asks_by_another_name(raw: Raw) -> None:
+async def test_the_page_is_refused_under_another_host_name(raw: Raw) -> None:
     status, body = await raw(b"/", headers=b"Accept: text/html\r\n", host=b"evil.example")
     assert status == 421
     assert list(json.loads(body)) == ["error"]
@@ -573,7 +573,7 @@ async def test_other_page_cannot_follow_nor_ask_whether_it_may(raw: Raw, sandbox
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "localhost"])  # noqa: S104  # to see what it makes of it
-async def test_page_works_whatever_the_sandbox_listens_on(host: str) -> None:
+async def test_the_page_works_for_every_host_the_sandbox_listens_on(host: str) -> None:
     async with Sandbox(host=host) as sandbox:
         for name in ("localhost", "127.0.0.1"):
             url = f"http://{name}:{urlsplit(sandbox.url).port}"
@@ -627,7 +627,7 @@ async def test_request_that_the_switch_fails_does_not_take_effect(
 
 
 @pytest.mark.looptime
-async def test_journal_tells_how_long_an_answer_took(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+async def test_the_journal_records_how_long_an_answer_took(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 0.2
     asking = asyncio.create_task(get(http))
     await until(lambda: sandbox.requests)
@@ -637,7 +637,9 @@ async def test_journal_tells_how_long_an_answer_took(sandbox: Sandbox, http: aio
 
 
 @pytest.mark.looptime
-async def test_journal_tells_how_long_a_client_waited_that_left(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+async def test_the_journal_records_how_long_a_client_waited_that_left(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
     sandbox.latency = 3600
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):

@@ -217,7 +217,7 @@ async def test_markup_is_shown_as_text_and_nothing_runs(client: KeylessClient, p
     await expect(page).to_have_title("(1) Keyless sandbox")
 
 
-async def test_user_that_is_no_id_is_told_so(sandbox: Sandbox, browser: Browser) -> None:
+async def test_a_user_that_is_not_an_id_gets_an_error(sandbox: Sandbox, browser: Browser) -> None:
     async with await browser.new_page() as page:
         await page.goto(f"{sandbox.url}/?user=<img src=x>")
         await expect(page.get_by_role("alert")).to_contain_text("“<IMG SRC=X>” is not a user id")
@@ -252,7 +252,7 @@ async def test_switch_loses_the_connection_and_gives_it_back(sandbox: Sandbox, p
         assert await status() == 200
 
 
-async def test_page_tells_that_the_sandbox_is_gone_and_finds_it_again(
+async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
     client: KeylessClient, sandbox: Sandbox, browser: Browser
 ) -> None:
     await client.create_operation(USER, operation_payload="Still there")

@@ -213,7 +213,7 @@ async def test_body_that_cannot_be_unpacked_is_a_bad_request(sandbox: Sandbox, r
     assert sandbox.requests[0].status == 400
 
 
-async def test_client_that_leaves_within_its_body_is_nobodys_error(
+async def test_a_client_that_leaves_within_its_body_causes_no_error(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -278,7 +278,7 @@ async def test_api_answers_to_the_name_that_it_listens_on(monkeypatch: pytest.Mo
             assert (await get(http, PENDING))[0] == 200
 
 
-async def test_client_that_uses_another_name_is_told_what_to_do(
+async def test_a_client_that_uses_another_name_gets_advice(
     sandbox: Sandbox,
 ) -> None:
     async with (
@@ -630,7 +630,7 @@ async def test_closed_sandbox_approves_nothing() -> None:
 
 
 @pytest.mark.looptime
-async def test_journal_tells_what_came_and_when_and_how_it_was_answered(
+async def test_the_journal_records_each_request_its_time_and_its_answer(
     sandbox: Sandbox, http: aiohttp.ClientSession
 ) -> None:
     await create(http)
@@ -814,7 +814,7 @@ async def test_closing_does_not_wait_for_bodies_that_do_not_end() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104  # to see what it makes of it
-async def test_url_can_be_reached_whatever_it_listens_on(host: str) -> None:
+async def test_the_url_can_be_reached_for_every_host_it_listens_on(host: str) -> None:
     async with Sandbox(host=host) as sandbox, aiohttp.ClientSession(sandbox.url) as http, http.get("/") as response:
         assert response.status == 401
     assert urlsplit(str(response.url)).hostname in {"127.0.0.1", "::1"}

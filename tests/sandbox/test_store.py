@@ -103,7 +103,7 @@ def test_timestamp_of_a_whole_second_keeps_its_digits() -> None:
     assert shown(store, "a")["timestamp"] == "2020-01-02T03:04:05.000"
 
 
-def test_clock_is_this_machines_unless_told_otherwise() -> None:
+def test_the_clock_is_the_machines_by_default() -> None:
     store = OperationStore()
     store.create(USER, "a")
     assert shown(store, "a")["timestamp"] > "2025"
