@@ -477,7 +477,7 @@ class KeylessClient:
         Raises:
             KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
         """
-        return self._watch(self._options(target, timeout, schedule, if_missing))
+        return self._updates(self._options(target, timeout, schedule, if_missing))
 
     def wait_for_approvals(
         self,
@@ -555,7 +555,7 @@ class KeylessClient:
     async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll) -> Operation:
         check_on_poll(on_poll)
         operation: Operation | None = None
-        updates = self._watch(options)
+        updates = self._updates(options)
         try:
             async for update in updates:
                 operation = update.operation
@@ -569,10 +569,10 @@ class KeylessClient:
                     await result
         finally:
             await updates.aclose()
-        assert operation is not None  # noqa: S101  # the last update of a watch that raised nothing is the approval
+        assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
         return operation
 
-    async def _watch(self, options: _WaitOptions) -> AsyncGenerator[ApprovalUpdate, None]:
+    async def _updates(self, options: _WaitOptions) -> AsyncGenerator[ApprovalUpdate, None]:
         _, poller = self._open()
         # Unbounded: the rate of polls bounds it, and a poll must not wait for a slow reader.
         send, receive = anyio.create_memory_object_stream[ApprovalUpdate](math.inf)

@@ -376,13 +376,13 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
     This is the product-limit estimate (E. L. Kaplan, P. Meier 1958): each bin compares its approvals with the waits
     that were still observed, so a wait that was given up does not affect later bins.
     """
-    watched = _PRIOR_WAITS + sum(approved) + sum(pending)
+    at_risk = _PRIOR_WAITS + sum(approved) + sum(pending)
     inverse, area, slope, density = [1.0], [0.0], [], []
     level, total, share = 1.0, 0.0, 1.0
     for width, expected, seen, given_up in zip(_WIDTHS, _PRIOR, approved, pending, strict=False):
-        before = watched - given_up
-        watched = before - expected - seen
-        next_level = level * before / watched
+        before = at_risk - given_up
+        at_risk = before - expected - seen
+        next_level = level * before / at_risk
         next_share = 1.0 / next_level
         slope.append((next_level - level) / width)
         density.append((share - next_share) / width)

@@ -160,7 +160,7 @@ async def run_demo(after: float | None, display: Display) -> DemoResult:
         facts = {"Operation": ticket.operation_id, "Payload": _PAYLOAD}
         if after is None:
             display.begin({**facts, "Phone": f"{sandbox.url}/"})
-            user = _watch_phone(sandbox, ticket.operation_id, progress)
+            user = _follow_phone(sandbox, ticket.operation_id, progress)
         else:
             display.begin({**facts, "User": f"simulated, approves after {after:g} s"})
             user = _simulate_user(sandbox, ticket.operation_id, progress, after)
@@ -186,7 +186,7 @@ async def _simulate_user(sandbox: Sandbox, operation_id: str, progress: Progress
     progress.approve()
 
 
-async def _watch_phone(sandbox: Sandbox, operation_id: str, progress: Progress) -> None:
+async def _follow_phone(sandbox: Sandbox, operation_id: str, progress: Progress) -> None:
     while not sandbox.operations[operation_id].is_approved:  # noqa: ASYNC110  # the sandbox has no event for it
         await asyncio.sleep(_CHECK_INTERVAL)
     progress.approve()

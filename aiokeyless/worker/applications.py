@@ -273,12 +273,18 @@ async def _event(message: Msg) -> ApprovalEvent | None:
     """Read an event; one that cannot be read must not be delivered again and again."""
     facts: dict[str, object] = {"stream": OUTCOMES, "sequence": message.metadata.sequence.stream}
     try:
-        return read_event(message.data)
+        event = read_event(message.data)
     except NewerEventError as error:
         log(logging.ERROR, "outcome.newer", {**facts, "error": str(error)})
         await message.nak(delay=_UPGRADED_IN)
     except msgspec.DecodeError as error:
         log(logging.ERROR, "outcome.unreadable", {**facts, "error": str(error)})
+        await message.term()
+    else:
+        if message.subject == event.outcome.subject:
+            return event
+        # A broker's permissions are for subjects: that for one outcome must not do for another.
+        log(logging.ERROR, "outcome.unreadable", {**facts, "error": f"{event.outcome} under {message.subject}"})
         await message.term()
     return None
 

@@ -3,7 +3,8 @@
 That an operation of the right content exists does not say who asked for it: an earlier request may have, and its
 approval must not count a second time. The number of a delivery does not say it either: a broker that is killed forgets
 deliveries of the last moment, a consumer that is made again all of them, and a request may be published twice. So a
-request takes its operation id before it creates the operation, and only what holds the id believes an approval.
+request takes its operation id before it creates the operation, and only where nothing was there; and only what holds
+the id believes an approval.
 """
 
 from __future__ import annotations

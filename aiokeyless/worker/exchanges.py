@@ -113,14 +113,11 @@ class Exchanges:
         Raises:
             KeylessError: Something is wrong with this worker, and not with the request.
         """
-        if delivery.number > 1 or is_final(delivery, datetime.now(UTC)):
-            step = await self._poll_until_answered(delivery)
-            if step is Next.CREATE:  # an earlier delivery ended before it was created
-                step = await self._create(delivery)
-        else:
+        # Polled before it is created, too: a request holds an operation id only if nothing was there before, so that an
+        # approval under an id that it holds is an answer to this request, whatever fails afterwards.
+        step = await self._poll_until_answered(delivery)
+        if step is Next.CREATE:
             step = await self._create(delivery)
-            if step is Next.POLL:
-                step = await self._poll(delivery)
         if isinstance(step, Next):
             # The id is taken and there is no operation: a replica lags behind. Soon it will not.
             return Redeliver(error_delay(1))
@@ -140,7 +137,7 @@ class Exchanges:
         return step
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
-        """Create the operation; `Next.POLL` where an earlier delivery of this request may have created it."""
+        """Create the operation, which was missing just now; `Next.POLL` where this request may have created it."""
         claim = await self._claims.take(delivery)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=datetime.now(UTC))
@@ -178,8 +175,7 @@ class Exchanges:
         polled_at = datetime.now(UTC)
         answer = await self._get(delivery, polled_at)
         step = self._after_poll(delivery, answer, polled_at)
-        is_approved = isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED
-        if is_approved and isinstance(answer, Operation) and not await self._claims.is_held(delivery):
+        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._claims.is_held(delivery):
             return after_older(delivery, answer, now=datetime.now(UTC))
         return step
 
@@ -228,6 +224,11 @@ class Exchanges:
             paused_for=self._circuit.retry_at() - self._now(),
             grace=self._grace,
         )
+
+
+def _needs_claim(delivery: Delivery, step: Decision | Next) -> bool:
+    """Return whether it matters whose the operation is: of an approval, and of what the first delivery finds."""
+    return delivery.number == 1 or (isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED)
 
 
 def _may_have_created(error: KeylessError) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from aiokeyless._validation import check_schedule, seconds, whole_number
@@ -124,11 +123,11 @@ class ApprovalWorker:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         assert self._background is not None  # noqa: S101  # it was entered
         self.stop()
-        await self._background.join(interrupted=kind is not None and issubclass(kind, asyncio.CancelledError))
+        await self._background.join()
 
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.
@@ -232,19 +231,11 @@ class _Background:
             await self._task
         self._in_body = True
 
-    async def join(self, *, interrupted: bool) -> None:
-        """Wait until the run has ended, and raise what it failed with; the caller's cancellation cancels it.
-
-        Args:
-            interrupted: Whether the body ended by a cancellation.
-        """
+    async def join(self) -> None:
+        """Wait until the run has ended, and raise what it failed with; the caller's cancellation cancels it."""
         self._in_body = False
-        if self._cancelled_body:
-            if not interrupted:  # the body ended before the cancellation reached it
-                with suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0)
-            if self._owner.uncancel() > self._cancelling:
-                raise asyncio.CancelledError  # the caller cancelled the body too
+        if self._cancelled_body and self._owner.uncancel() > self._cancelling:
+            raise asyncio.CancelledError  # the caller cancelled the body too
         await self._task
 
     def _run_ended(self, task: asyncio.Task[None]) -> None:

@@ -227,7 +227,7 @@ async def test_payment_whose_approval_is_unknown_at_its_deadline_is_unclear(stre
 
 @pytest.mark.usefixtures("application")
 async def test_payment_that_keyless_rejects_is_refused(streams: Streams, sandbox: Sandbox) -> None:
-    sandbox.fail_next(400)
+    sandbox.fail_next(400, method="POST")
     await streams.request(payment())
     assert await streams.settled() == [Verdict("refused", "1")]
 

@@ -648,6 +648,26 @@ async def shop(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
         yield connection
 
 
+async def test_an_outcome_under_the_subject_of_another_one_is_not_believed(
+    stream: JetStreamContext, connection: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user who is permitted to say failed must not say approved."""
+    now = datetime.now(UTC)
+    forged = ApprovalEvent(
+        version=1,
+        outcome=Outcome.APPROVED,
+        operation_id="forged",
+        requested_at=now,
+        decided_at=now,
+        deliveries=1,
+    )
+    await stream.publish(Outcome.FAILED.subject, msgspec.json.encode(forged))
+    await publish(stream, "genuine")
+    async with aclosing(approval_outcomes(connection, "reader")) as events:
+        assert (await anext(events)).operation_id == "genuine"
+    assert "approved under keyless.approvals.failed" in caplog.text
+
+
 @pytest.mark.parametrize(
     "reply",
     ["", "x", "_INBOX.x", "$JS.API.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0", "$JS.ACK.KEYLESS_OUTCOMES.shop.1.1.1.1.0"],

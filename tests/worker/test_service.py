@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ from aiokeyless.worker import (
     service,
     submit_approval,
 )
+from aiokeyless.worker.broker import connect
 from aiokeyless.worker.load_shedding import LoadShedding
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, ROOM_FOR_EVENT, request_name
@@ -431,7 +432,7 @@ async def test_final_poll_starts_at_the_deadline(
         asked_at = now()
         operation_id = await submit(connection, "C0FFEE", expires_in=1.0)
         [event] = await all_outcomes(connection)
-    [poll] = polls_of(sandbox, operation_id)
+    [_before_the_create, poll] = polls_of(sandbox, operation_id)
     assert 0.99 < poll.at - asked_at < 2.0
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
 
@@ -458,7 +459,7 @@ async def test_approval_just_before_the_deadline_is_found(
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
-    assert len(polls_of(sandbox, operation_id)) == 1
+    assert len(polls_of(sandbox, operation_id)) == 2  # one before the create
 
 
 async def test_approval_in_time_is_found_though_the_final_poll_got_no_answer(
@@ -471,7 +472,7 @@ async def test_approval_in_time_is_found_though_the_final_poll_got_no_answer(
         sandbox.fail_next(times=2)
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
-    assert len(polls_of(sandbox, operation_id)) == 3
+    assert len(polls_of(sandbox, operation_id)) == 4  # one before the create
 
 
 @pytest.mark.usefixtures("streams")
@@ -486,9 +487,8 @@ async def test_request_first_delivered_after_its_deadline_gets_one_poll(
     await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
     async with working(client, broker):
         [event] = await all_outcomes(connection)
-    assert (event.outcome, event.reason, event.answered) == (
-        (Outcome.FAILED, FailureReason.ALREADY_APPROVED, None) if approved else (Outcome.EXPIRED, None, True)
-    )
+    reason = FailureReason.ALREADY_APPROVED if approved else FailureReason.CONFLICT
+    assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
     assert len(polls_of(sandbox, "txn-1")) == 1
 
 
@@ -529,6 +529,7 @@ async def test_create_whose_answer_was_lost_makes_no_second_operation(
     async with working(client, broker):
         getattr(sandbox, loses)(stored=True, method="POST")
         if poll_fails_too:
+            sandbox.fail_next(404, method="GET")  # the poll before the create
             sandbox.fail_next(method="GET")
         operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
@@ -537,6 +538,35 @@ async def test_create_whose_answer_was_lost_makes_no_second_operation(
     assert event.outcome is Outcome.APPROVED
     assert list(sandbox.operations) == [operation_id]
     assert sum(record.method == "POST" for record in sandbox.requests) == 1
+
+
+@pytest.mark.parametrize("faults", [1, 2, 3, 4])
+@pytest.mark.parametrize("fault", ["fail_next", "drop_next"])
+async def test_an_outage_does_not_turn_an_old_approval_into_an_answer_to_this_request(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, *, fault: str, faults: int
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
+    sandbox.approve("txn-1")
+    async with working(client, broker):
+        getattr(sandbox, fault)(times=faults)
+        await publish(connection, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", None])
+async def test_an_operation_that_somebody_else_waits_for_is_not_taken_for_ours(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, method: str | None
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
+    async with working(client, broker):
+        sandbox.fail_next(503, method=method)
+        await publish(connection, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        await until(lambda: bool(polls_of(sandbox, "txn-1")))
+        sandbox.approve("txn-1")
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.FAILED
+    assert event.reason in {FailureReason.CONFLICT, FailureReason.ALREADY_APPROVED}
 
 
 async def test_operation_that_vanished_is_created_again_under_the_same_id(
@@ -1066,7 +1096,7 @@ async def test_shutdown_waits_until_the_worker_has_ended(
     await until(lambda: worker.statistics.is_ready)
     sandbox.latency = 0.3
     await submit(connection, "C0FFEE")
-    await until(lambda: worker.statistics.in_flight == 1)
+    await until(lambda: worker.statistics.polls == 1)  # under way, and not handed back
     await worker.shutdown()
     assert (worker.statistics.in_flight, worker.statistics.created) == (0, 1)
     await worker.shutdown()
@@ -1123,24 +1153,17 @@ def fail_once_connected(monkeypatch: pytest.MonkeyPatch, release: asyncio.Event)
     monkeypatch.setattr(Serving, "serve", serve)
 
 
-async def test_a_body_that_ends_as_the_worker_fails_leaves_no_cancellation_behind(
+async def test_a_body_that_swallows_the_cancellation_still_raises_what_the_worker_failed_with(
     client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_once_connected(monkeypatch, failing := asyncio.Event())
+    with pytest.raises(BrokerError, match="it failed"):  # noqa: PT012  # the body is what is tested
+        async with ApprovalWorker(client, broker.url):
+            failing.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
     task = asyncio.current_task()
     assert task is not None
-
-    with pytest.raises(BrokerError, match="it failed"):  # noqa: PT012  # the body is what is tested
-        async with ApprovalWorker(client, broker.url) as worker:
-            background = worker._background
-            assert background is not None
-            # The body is woken by the same event, and before the cancellation is asked for.
-            woken = asyncio.get_running_loop().create_future()
-            background._task.add_done_callback(lambda _: woken.set_result(None))
-            background._task.remove_done_callback(background._run_ended)
-            background._task.add_done_callback(background._run_ended)
-            failing.set()
-            await woken
     assert task.cancelling() == 0
     await asyncio.sleep(0)
 
@@ -1164,6 +1187,21 @@ async def test_the_callers_cancellation_in_the_same_moment_stays_a_cancellation(
     failing.set()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_reconnection_before_it_serves_changes_nothing(
+    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect_twice(
+        nats_url: str, options: dict[str, object], *, on_reconnect: Callable[[], None], on_loss: Any
+    ) -> Client:
+        connection = await connect(nats_url, options, on_reconnect=on_reconnect, on_loss=on_loss)
+        on_reconnect()
+        return connection
+
+    monkeypatch.setattr(service, "connect", connect_twice)
+    async with ApprovalWorker(client, broker.url) as worker:
+        assert worker.statistics.is_ready
 
 
 async def test_cancelling_the_start_ends_it(
