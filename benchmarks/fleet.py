@@ -158,11 +158,13 @@ async def fleet(server: Server, schedule: wait_base, workers: int = 1) -> AsyncI
         try:
             async with await nats.connect(broker.url) as connection:
                 running = Fleet(server, broker, Path(folder), connection, schedule)
+                await asyncio.to_thread(server.require_creation, required=True)  # a worker creates what is missing
                 try:
                     await running.resize(workers)
                     yield running
                 finally:
                     await running.resize(0)
+                    await asyncio.to_thread(server.require_creation, required=False)
         finally:
             broker.stop()
 

@@ -154,6 +154,7 @@ _OK: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Leng
 _PENDING: Final = _operation(approved=False)
 _APPROVED: Final = _operation(approved=True)
 _CREATED: Final = _ok(b'{"success":true}')
+_MISSING: Final = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 #: Answers of a failing service; empty if the connection is closed instead.
 _FAILED: Final = {
     Failure.UNAVAILABLE: b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
@@ -173,6 +174,7 @@ class _Service:
         self._journal: _Journal | None = None
         self._operation = _PENDING
         self._timed: dict[bytes, _Timed] = {}
+        self._known: set[bytes] | None = None  # the operations that were created; None: every operation exists
 
     def answer(self, operation_id: bytes) -> bytes:
         """Return the whole answer; empty if the connection is to be closed instead."""
@@ -181,6 +183,8 @@ class _Service:
             self._journal.request(operation_id, answered=self._failure is None)
         if self._failure is not None:
             return _FAILED[self._failure]
+        if self._known is not None and operation_id not in self._known:
+            return _MISSING
         text, length = self._template(operation_id) if self._timed else self._operation
         return text % (length + len(operation_id), operation_id)
 
@@ -194,6 +198,8 @@ class _Service:
             return _FAILED[self._failure]
         self._created += 1
         operation_id: str = json.loads(body)["operationId"]
+        if self._known is not None:
+            self._known.add(operation_id.encode())
         if operation_id.startswith(_APPROVED_AFTER):
             seconds = float(operation_id.removeprefix(_APPROVED_AFTER).partition("-")[0])
             self._timed[operation_id.encode()] = _Timed(time.perf_counter() + seconds)
@@ -202,6 +208,8 @@ class _Service:
     def control(self, command: str) -> bytes:
         if command == "keep":
             self._journal = _Journal()
+        elif command in {"create-first", "all-exist"}:
+            self._known = set() if command == "create-first" else None
         elif command == "journal" and self._journal is not None:
             journal, self._journal = self._journal.finish(), None
             return json.dumps(journal).encode()
@@ -306,6 +314,10 @@ class Server:
     def fail(self, failure: Failure) -> None:
         """Fail from now on. Blocks."""
         self._control(failure)
+
+    def require_creation(self, *, required: bool) -> None:
+        """Answer 404 about operations that were not created from now on, or take all for existing. Blocks."""
+        self._control("create-first" if required else "all-exist")
 
     def keep_journal(self) -> None:
         """Start a journal. Blocks."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless.errors import (
+    AlreadyApprovedError,
     AuthenticationError,
     ClientClosedError,
     ConfigurationError,
@@ -149,6 +150,10 @@ class Exchanges:
                 operation_payload=delivery.payload,
                 external_user_id=ticket.external_user_id,
             )
+        except AlreadyApprovedError:
+            # Nothing was there before, and our create was in doubt: the user approved before it was found.
+            self._record_success(started_at)
+            return Next.POLL
         except ConflictError:
             self._record_success(started_at)
             return await self._poll_older(delivery) if claim is Claim.NEW else Next.POLL

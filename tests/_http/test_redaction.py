@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import secrets
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -250,6 +251,7 @@ HOOKS: dict[str, Callable[[str], BaseException]] = {
     "an OSError": OSError,
     "an OSError with a number": lambda text: OSError(5, text),
     "a RuntimeError": RuntimeError,
+    "a failure to resolve a name": lambda _: socket.gaierror(-2, "Name or service not known"),
     "an odd one": OddError,
     "a cancellation with a cause": cancelled_from,
 }

@@ -36,6 +36,7 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
+from aiokeyless.sandbox import Sandbox
 from aiokeyless.ticket import payload_digest
 from aiokeyless.worker import (
     ApprovalEvent,
@@ -66,7 +67,6 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from aiokeyless import ApprovalTicket
-    from aiokeyless.sandbox import Sandbox
     from aiokeyless.sandbox.journal import RequestRecord
 
 AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is the only one
@@ -380,6 +380,7 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
 
     async with working(client, broker, max_in_flight=3) as worker:
         slow = {await submit(connection, "C0FFEE") for _ in range(2)}
+        await until(lambda: slow <= sandbox.operations.keys())
         monkeypatch.setattr(KeylessClient, "get_operation", hang)
         await until(lambda: hanging == slow)
         await submit(connection, "C0FFEE")
@@ -567,6 +568,35 @@ async def test_an_operation_that_somebody_else_waits_for_is_not_taken_for_ours(
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.FAILED
     assert event.reason in {FailureReason.CONFLICT, FailureReason.ALREADY_APPROVED}
+
+
+async def test_an_approval_that_comes_before_a_lost_create_is_found_is_an_answer_to_this_request(
+    broker: NatsServer, connection: Client
+) -> None:
+    async with Sandbox(auto_approve=0) as sandbox, sandbox.client() as client, working(client, broker):
+        sandbox.drop_next(stored=True, method="POST")
+        await submit(connection, "C0FFEE")
+        [event] = await all_outcomes(connection)
+    assert event.outcome is Outcome.APPROVED
+    assert len(sandbox.operations) == 1
+
+
+async def test_of_two_requests_that_take_one_id_at_the_same_time_one_conflicts(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    sandbox.latency = 0.3
+    async with working(client, broker):
+        for expires_in in (60, 61):
+            await publish(connection, {"operation_id": "txn-1", "expires_in": expires_in})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.latency = 0.0
+        sandbox.approve("txn-1")
+        events = await outcomes(connection, 2)
+    assert sorted((event.outcome, event.reason) for event in events) == [
+        (Outcome.APPROVED, None),
+        (Outcome.FAILED, FailureReason.CONFLICT),
+    ]
+    assert len(sandbox.operations) == 1
 
 
 async def test_operation_that_vanished_is_created_again_under_the_same_id(
