@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import socket
+import time
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -93,11 +94,11 @@ async def approve(page: aiohttp.ClientSession, key: str, user: str = USER, how: 
 
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until what other tasks do has come about."""
-    for _ in range(1000):
-        if condition():
-            return
+    # Not a number of turns: uvloop makes a thousand of them before a socket has answered.
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
         await asyncio.sleep(0)
-    pytest.fail("it never came about")
 
 
 # The page
