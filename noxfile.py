@@ -63,11 +63,14 @@ def install(session: nox.Session, *arguments: str) -> None:
         session.install("-q", *arguments)
 
 
-def pytest(session: nox.Session, *arguments: str, **env: str) -> None:
+def pytest(
+    session: nox.Session, *arguments: str, env: dict[str, str] | None = None, run_by: tuple[str, ...] = ("python",)
+) -> None:
     """Run tests, and leave nothing behind in the checkout."""
     home = Path(session.create_tmp()).resolve()
     left = {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis")}
-    session.run("python", "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, *session.posargs, env=left | env)
+    command = (*run_by, "-m", "pytest", "-p", "no:cacheprovider", "-q")
+    session.run(*command, *arguments, *session.posargs, env=left | (env or {}))
 
 
 @nox.session
@@ -102,17 +105,16 @@ def tests(session: nox.Session, leg: str) -> None:
     """Run the suite: `plain` as in the README, or one of the other legs."""
     install(session, "-e", ".[dev]")
     arguments, env = LEGS[leg]
-    pytest(session, *arguments, **env)
+    pytest(session, *arguments, env=env)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Run the complete suite with branch coverage, which must be 100 %."""
     install(session, "-e", ".[dev]")
-    data = {"COVERAGE_FILE": str(Path(session.create_tmp()).resolve() / "coverage"), "PYTHONDONTWRITEBYTECODE": "1"}
+    data = {"COVERAGE_FILE": str(Path(session.create_tmp()).resolve() / "coverage")}
     # In one process, and not by pytest --cov: our own pytest plugin loads the package before that starts to measure.
-    measured = ("coverage", "run", "-m", "pytest", "-p", "no:cacheprovider", "-q", "-n", "0")
-    session.run(*measured, *COMPLETE, *session.posargs, env=data)
+    pytest(session, "-n", "0", *COMPLETE, env=data, run_by=("coverage", "run"))
     session.run("coverage", "report", env=data)
 
 
@@ -153,7 +155,7 @@ def wheel(session: nox.Session) -> None:
         pytest(session, *WITHOUT_PROGRAMS)
         if Version(str(session.python)) >= Version("3.12"):  # here, since this environment is there already
             arguments, env = LEGS["eager"]
-            pytest(session, *arguments, **env)
+            pytest(session, *arguments, env=env)
 
 
 @nox.session
