@@ -73,8 +73,8 @@ _NO_OPINION: Final = 1e-6
 _ABOVE_ZERO: Final = math.ulp(0.0)
 _FINITE: Final = sys.float_info.max
 
-#: Bisection steps of `previous_poll`: hours, halved 20 times, give a hundredth of a second.
-_HALVINGS: Final = 20
+#: Bisection steps of `previous_poll`: hours, halved 24 times, give a thousandth of a second.
+_HALVINGS: Final = 24
 
 #: Bounds of a strategy's delay, in seconds.
 MIN_DELAY: Final = 0.02
