@@ -148,7 +148,7 @@ def wheel(session: nox.Session) -> None:
     session.install("-q", "--force-reinstall", "--no-deps", str(built))
     session.install("-q", f"{built}[dev]")
     archive = folder / "tree.tar"
-    what = ("pyproject.toml", "README.md", "benchmarks", "examples", "tests")
+    what = ("pyproject.toml", "README.md", "benchmarks", "docs", "examples", "tests")
     session.run("git", "archive", "HEAD", "-o", str(archive), *what, external=True)
     shutil.unpack_archive(archive, tree, filter="data")
     with session.chdir(tree):
