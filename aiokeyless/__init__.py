@@ -33,7 +33,16 @@ from .errors import (
     TransportError,
     UnsupportedMediaTypeError,
 )
-from .models import AuthType, Operation, OperationState, PendingOperation, Region, Secret
+from .models import (
+    Authentication,
+    Authentications,
+    AuthType,
+    Operation,
+    OperationState,
+    PendingOperation,
+    Region,
+    Secret,
+)
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import ApprovalTicket
@@ -48,7 +57,9 @@ __all__ = [
     "ApprovalUpdate",
     "Approved",
     "AuthType",
+    "Authentication",
     "AuthenticationError",
+    "Authentications",
     "BadRequestError",
     "BrokerError",
     "ClientClosedError",

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = [
     "AuthType",
+    "Authentication",
+    "Authentications",
     "Operation",
     "OperationState",
     "PendingOperation",
@@ -202,6 +204,82 @@ class PendingOperation(Model, frozen=True, kw_only=True):
     operation_payload: str | None = None
     external_user_id: str | None = None
     auth_type: str | None = None
+
+
+# "Many of these are predictions only" (the vendor's page "Error handling"): the words must not accuse anybody.
+_REASONS: Final = {
+    534: "the user is not known or not active",
+    535: "the device is not known or not active",
+    1131: "the user is not enrolled on this device",
+    30000: "the face could not be checked",
+    30003: "the user cancelled",
+    30004: "the face did not match",
+    30007: "locked out for some minutes",
+    30008: "the attempt was rejected",
+}
+
+
+class Authentication(Model, frozen=True, kw_only=True):
+    """One attempt of a user to authenticate, as Telemetry tells it; it is never an approval.
+
+    Only an operation's own ``state`` and ``result`` approve. The documentation does not say which fields are optional,
+    so each may be missing.
+
+    Attributes:
+        created_at: When it was, as the service wrote it, or None; the zone is not documented.
+        result: ``"APPROVED"`` is the only documented value; any other text is kept unchanged. Or None.
+        error_code: 0 where nothing failed; or None. `reason` has words for the codes that are known.
+        operation_id: The customer's id of the operation that the attempt was for, or None.
+        device_id: The user's device, or None.
+        auth_type: How the user authenticated, see `AuthType`; or None.
+
+    Source: Keyless documentation, Server API / Telemetry, "User authentications".
+    """
+
+    created_at: str | None = None
+    result: str | None = None
+    error_code: int | None = None
+    operation_id: str | None = None
+    device_id: str | None = None
+    auth_type: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the attempt failed: it has an error code other than 0, or a result other than ``"APPROVED"``.
+
+        An attempt that did not fail approves nothing: see `Operation.is_approved`.
+        """
+        return self.error_code not in {None, 0} or self.result not in {None, "APPROVED"}
+
+    @property
+    def reason(self) -> str | None:
+        """Words for `error_code`, in good faith; None for 0 and for a code that is not known.
+
+        The words are those of the SDK's codes. That Telemetry uses the same codes is likely, but not documented: show
+        the number too. Codes from 30000 on are the user's, from 20000 on the integration's, others are internal.
+        """
+        return _REASONS.get(self.error_code or 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data under the attribute names, and the `reason`."""
+        return {**{name: getattr(self, name) for name in self.__struct_fields__}, "reason": self.reason}
+
+
+class Authentications(list[Authentication]):
+    """The attempts of the last ten minutes, as far as Telemetry's first page tells them.
+
+    Args:
+        attempts: The attempts, in the service's order, which is not documented.
+        truncated: Whether there are more pages. How to ask for them is not documented; to see fewer attempts on one
+            page, ask for those of one operation.
+
+    Attributes:
+        truncated: As above.
+    """
+
+    def __init__(self, attempts: Iterable[Authentication] = (), *, truncated: bool = False) -> None:
+        super().__init__(attempts)
+        self.truncated = truncated
 
 
 class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaults=True):

@@ -16,6 +16,8 @@ from rich.pretty import pretty_repr
 
 from aiokeyless.errors import ServerError
 from aiokeyless.models import (
+    Authentication,
+    Authentications,
     AuthType,
     NewOperation,
     Operation,
@@ -326,3 +328,57 @@ def test_no_timestamp_raises(text: str) -> None:
 
 def test_the_body_of_a_create_leaves_out_what_is_absent() -> None:
     assert msgspec.json.encode(NewOperation(operation_id="a")) == b'{"operationId":"a"}'
+
+
+# -- attempts to authenticate
+
+
+def test_a_cancelled_attempt_says_so_in_words_and_keeps_its_number() -> None:
+    attempt = Authentication(created_at="2025-05-21T10:34:00.000", result="FAILED", error_code=30003, auth_type="pin")
+    assert attempt.reason == "the user cancelled"
+    assert attempt.to_dict() == {
+        "created_at": "2025-05-21T10:34:00.000",
+        "result": "FAILED",
+        "error_code": 30003,
+        "operation_id": None,
+        "device_id": None,
+        "auth_type": "pin",
+        "reason": "the user cancelled",
+    }
+
+
+@pytest.mark.parametrize("code", [534, 535, 1131, 30000, 30003, 30004, 30007, 30008])
+def test_a_documented_code_has_words_that_accuse_nobody(code: int) -> None:
+    reason = Authentication(error_code=code).reason
+    assert reason
+    assert not {"spoof", "fraud", "attack", "fake"} & set(reason.split())
+
+
+@pytest.mark.parametrize("code", [None, 0, 1, 29999, 30001, 99999])
+def test_a_code_that_is_not_documented_has_no_words(code: int | None) -> None:
+    assert Authentication(error_code=code).reason is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "failed"),
+    [
+        ({}, False),
+        ({"result": "APPROVED"}, False),
+        ({"result": "APPROVED", "error_code": 0}, False),
+        ({"error_code": 0}, False),
+        ({"error_code": 30004}, True),
+        ({"result": "APPROVED", "error_code": 30004}, True),
+        ({"result": "REJECTED"}, True),
+        ({"result": "", "error_code": 0}, True),
+    ],
+)
+def test_an_attempt_failed_if_anything_says_so(fields: dict[str, Any], failed: bool) -> None:
+    assert Authentication(**fields).failed is failed
+
+
+def test_attempts_are_a_list_that_tells_whether_there_are_more() -> None:
+    attempts = Authentications([Authentication(error_code=30003)], truncated=True)
+    for same in (attempts, copy.copy(attempts), pickle.loads(pickle.dumps(attempts))):  # noqa: S301
+        assert same == [Authentication(error_code=30003)]
+        assert same.truncated
+    assert not Authentications().truncated

@@ -1,9 +1,9 @@
-"""The three endpoints of the service as functions of a request's parts; each returns a status and a body.
+"""The endpoints of the service as functions of a request's parts; each returns a status and a body.
 
 As strict as the documentation: a request that the real service refuses is refused here. Nothing here does I/O, and
 nothing depends on aiohttp, on time or on simulated faults.
 
-Source: Keyless documentation, Server API / Operations.
+Source: Keyless documentation, Server API / Operations and Server API / Telemetry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hmac
 import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .store import OperationStore
 
-    _Endpoint = Callable[[str, bytes], "Answer"]
+    _Endpoint = Callable[[str, str, bytes], "Answer"]
 
 JSON: Final = "application/json"
 _JSON_HEADERS: Final = {"Content-Type": JSON}
@@ -102,7 +102,7 @@ class KeylessApi:
         """
         try:
             endpoint, segment = self._admit(method, target, api_key, accept, content_type)
-            return endpoint(_decoded(segment), body)
+            return endpoint(_decoded(segment), target.partition("?")[2], body)
         except _RefusedError as error:
             return error_answer(error.status, str(error), error.headers)
 
@@ -129,19 +129,29 @@ class KeylessApi:
                 return "GET", self._get_pending, user_id
             case ["", "v2", "users", user_id, "operations"]:
                 return "POST", self._create, user_id
+            case ["", "v2", "users", user_id, "authentications"]:
+                return "GET", self._get_authentications, user_id
+            case ["", "v2", "external-users", external_user_id, "authentications"]:
+                return "GET", self._get_external_authentications, external_user_id
         raise _RefusedError(HTTPStatus.NOT_FOUND, "no such path; the API is under /v2")
 
-    def _get_operation(self, operation_id: str, _body: bytes) -> Answer:
+    def _get_operation(self, operation_id: str, _query: str, _body: bytes) -> Answer:
         found = self._store.operation_json(operation_id)
         if found is None:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "no such operation")
         return Answer(HTTPStatus.OK, found)
 
-    def _get_pending(self, user_id: str, _body: bytes) -> Answer:
+    def _get_pending(self, user_id: str, _query: str, _body: bytes) -> Answer:
         _check_user_id(user_id)
         return Answer(HTTPStatus.OK, self._store.pending_json(user_id))
 
-    def _create(self, user_id: str, body: bytes) -> Answer:
+    def _get_authentications(self, user_id: str, query: str, _body: bytes) -> Answer:
+        return _known_user(self._store.authentications_json(user_id, _operation_id(query)))
+
+    def _get_external_authentications(self, external_user_id: str, query: str, _body: bytes) -> Answer:
+        return _known_user(self._store.external_authentications_json(external_user_id, _operation_id(query)))
+
+    def _create(self, user_id: str, _query: str, body: bytes) -> Answer:
         _check_user_id(user_id)
         try:
             # Decoded first: msgspec does not check the bytes of fields that it skips.
@@ -158,6 +168,24 @@ class KeylessApi:
             raise _RefusedError(HTTPStatus.CONFLICT, "the operationId is taken")
         self._on_created(operation)
         return _CREATED
+
+
+def _known_user(found: bytes | None) -> Answer:
+    if found is None:  # also for an id that is no hex: Telemetry documents 200, 401 and 404, and no 400
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "user not found")
+    return Answer(HTTPStatus.OK, found)
+
+
+def _operation_id(query: str) -> str | None:
+    """Return the operation that a query names, the first if it names several.
+
+    Raises:
+        _RefusedError: It encodes something else than UTF-8.
+    """
+    try:
+        return dict(reversed(parse_qsl(query, keep_blank_values=True, errors="strict"))).get("operationId")
+    except ValueError:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the query must be percent-encoded UTF-8") from None
 
 
 def _given(value: str | msgspec.UnsetType) -> str | None:

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
 import msgspec
 from aiohttp import web
 
+from aiokeyless.errors import ConfigurationError
+
 from .api import Answer, error_answer
 from .guard import refuse_foreign_origin, refuse_host
 from .journal import shorten
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from aiokeyless.models import Operation
+    from aiokeyless.models import Authentication, Operation
 
     from .journal import RequestRecord
     from .store import OperationStore
@@ -173,6 +175,10 @@ class Phones:
         self._approved.append(operation)
         self.refresh()
 
+    def attempted(self, _user_id: str, _attempt: Authentication) -> None:
+        """Show that a user tried to authenticate, with success or not; see `Authentication.failed` and ``reason``."""
+        self.refresh()
+
     def refresh(self) -> None:
         """Send the pages a new snapshot."""
         for changed in self._readers.values():
@@ -244,7 +250,10 @@ class Phones:
             return approval
         for operation in self._store.pending(approval.user).values():
             if self._key(operation) == approval.key:
-                self._approve_operation(operation.operation_id, approval.auth_type)
+                try:
+                    self._approve_operation(operation.operation_id, approval.auth_type)
+                except ConfigurationError:  # it is there and pending, so nothing else stands in the way
+                    return error_answer(HTTPStatus.CONFLICT, "You are locked out, after too many failed attempts.")
                 return _DONE
         return error_answer(HTTPStatus.CONFLICT, "This operation is no longer pending.")
 

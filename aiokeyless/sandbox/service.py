@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, Unpack
 
@@ -21,6 +22,7 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import AuthType
 
 from .api import JSON, Answer, KeylessApi, error_answer
+from .attempts import MISMATCH
 from .guard import refuse_host
 from .journal import RequestRecord, shorten
 from .phone import Phones, wants_page
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import aiohttp
     from tenacity.wait import wait_base
 
-    from aiokeyless.models import Operation
+    from aiokeyless.models import Authentication, Operation
 
 _LOGGER: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
@@ -116,7 +118,8 @@ class Sandbox:
         self._port = port
         self._api_key = api_key
         self._auto_approve = auto_approve
-        self._store = OperationStore()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._store = OperationStore(timer=self._now, on_attempt=self._attempted)
         self._api = KeylessApi(self._store, api_key, self._created)
         self._phones = Phones(self._store, lambda: self.requests, self._approve_on_phone, host)
         self._latency = 0.0
@@ -148,6 +151,7 @@ class Sandbox:
         """
         if self._runner is not None:
             raise ConfigurationError("the sandbox is running already; enter it once, or close it first")
+        self._loop = asyncio.get_running_loop()
         runner = self._runner = web.AppRunner(
             self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_GRACE
         )
@@ -214,6 +218,11 @@ class Sandbox:
         """The operations by operation id, oldest first, without the effects of `tamper`; a live, read-only view."""
         return self._store.operations
 
+    @property
+    def authentications(self) -> list[Authentication]:
+        """All users' attempts to authenticate of the last ten minutes, failed ones too, oldest first."""
+        return self._store.authentications
+
     def approve(
         self,
         operation_id: str,
@@ -227,7 +236,8 @@ class Sandbox:
 
         If there is no such operation and `user_id` is given, an approved one is stored, as the phone's
         ``operationInfo`` does. If there is one, the given `user_id`, `external_user_id` and `operation_payload` must be
-        its own. Approving again has no effect.
+        its own. Approving again has no effect. While the user is locked out (see `fail_authentication`), nothing is
+        approved; the attempt shows in Telemetry.
 
         Args:
             operation_id: The operation.
@@ -240,8 +250,8 @@ class Sandbox:
             The approved operation.
 
         Raises:
-            ConfigurationError: There is no such operation and `user_id` is missing, or an argument is wrong. (It is not
-                a `LookupError`: this library has one exception for wrong arguments.)
+            ConfigurationError: There is no such operation and `user_id` is missing, the user is locked out, or an
+                argument is wrong. (It is not a `LookupError`: this library has one exception for wrong arguments.)
         """
         before = self._store.operations.get(operation_id)
         operation = self._store.approve(
@@ -255,6 +265,45 @@ class Sandbox:
         if operation is not before:
             self._phones.approved(operation)
         return operation
+
+    def fail_authentication(
+        self,
+        operation_id: str,
+        error_code: int = MISMATCH,
+        *,
+        user_id: str | None = None,
+        auth_type: str = AuthType.BIOMETRIC,
+        external_user_id: str | None = None,
+    ) -> Authentication:
+        """Let an attempt to approve an operation fail, as on the phone; the operation stays pending.
+
+        Telemetry shows the attempt for ten minutes. The fifth failed attempt in a row locks the user out for ten
+        minutes: until then `approve` refuses, and each further attempt fails with 30007. Cancelled attempts and those
+        whose code is below 30000 lock nobody out.
+
+        Args:
+            operation_id: The operation, which must not be approved; one that does not exist is one that the phone
+                would create.
+            error_code: Why it fails: 30003 cancelled by the user, 30004 the face does not match, or another code of
+                the vendor's page "Error handling". Default: 30004.
+            user_id: The user, in hex; required only if there is no such operation. Default: not compared.
+            auth_type: ``"biom"`` (biometric) or ``"pin"``. Default: ``"biom"``.
+            external_user_id: The customer's own id of the user. Default: none, or not compared.
+
+        Returns:
+            The attempt, as Telemetry shows it.
+
+        Raises:
+            ConfigurationError: There is no such operation and `user_id` is missing, it is approved, or an argument is
+                wrong.
+        """
+        return self._store.fail(
+            operation_id,
+            error_code=error_code,
+            user_id=user_id,
+            auth_type=auth_type,
+            external_user_id=external_user_id,
+        )
 
     def forget(self, operation_id: str) -> None:
         """Remove an operation: a GET then answers 404, and the id can be used again.
@@ -468,6 +517,13 @@ class Sandbox:
             _LOGGER.exception("the sandbox failed in %s %s", request.method, request.raw_path)
             return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; see its log")
 
+    def _now(self) -> float:
+        """Return seconds by the clock of the loop in which the sandbox runs, or ran last."""
+        return time.monotonic() if self._loop is None else self._loop.time()
+
+    def _attempted(self, user_id: str, attempt: Authentication) -> None:
+        self._phones.attempted(user_id, attempt)
+
     def _approve_on_phone(self, operation_id: str, auth_type: str) -> None:
         self.approve(operation_id, auth_type=auth_type)
 
@@ -481,11 +537,17 @@ class Sandbox:
         if delay is None:
             return
         if delay == 0:
-            self.approve(operation.operation_id)
+            self._approve_automatically(operation.operation_id)
             return
         self._approvals[operation.operation_id] = asyncio.get_running_loop().call_later(
-            delay, self.approve, operation.operation_id
+            delay, self._approve_automatically, operation.operation_id
         )
+
+    def _approve_automatically(self, operation_id: str) -> None:
+        try:
+            self.approve(operation_id)
+        except ConfigurationError as error:  # the user is locked out: nobody is there to be told
+            _LOGGER.info("the sandbox did not approve automatically: %s", error)
 
     def _cancel_approval(self, operation_id: str) -> None:
         if timer := self._approvals.pop(operation_id, None):

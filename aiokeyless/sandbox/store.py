@@ -1,7 +1,7 @@
-"""The operations of a sandbox: created as pending, approved once, removed by `forget`.
+"""The operations of a sandbox: created as pending, approved once, removed by `forget`; and what attempts do to them.
 
 Operations are written in the form that the service's documentation shows. Nothing here depends on HTTP or on the event
-loop.
+loop. What is remembered of the attempts is in attempts.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from aiokeyless._validation import whole_number
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.models import AuthType, Operation, OperationState, Secret
+from aiokeyless.models import Authentication, AuthType, Operation, OperationState, Secret
+
+from .attempts import CANCELLED, LOCKED_OUT, MISMATCH, AttemptLog, telemetry_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,10 +52,20 @@ class OperationStore:
 
     Args:
         clock: Returns nanoseconds since the epoch, for timestamps. Default: this machine's clock.
+        timer: Returns seconds with an arbitrary zero: for how long attempts are remembered and users locked out.
+            Default: this machine's monotonic clock.
+        on_attempt: Called with the user and the attempt after each attempt.
     """
 
-    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], int] = time.time_ns,
+        timer: Callable[[], float] = time.monotonic,
+        on_attempt: Callable[[str, Authentication], object] = lambda _user_id, _attempt: None,
+    ) -> None:
         self._clock = clock
+        self._on_attempt = on_attempt
+        self._attempts = AttemptLog(timer)
         self._operations: dict[str, Operation] = {}
         self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that one user's list costs its own size only
         self._tampered: dict[str, dict[str, object]] = {}
@@ -76,6 +89,7 @@ class OperationStore:
             return None
         operation = self._new(user_id, operation_id, operation_payload, external_user_id)
         self._operations[operation_id] = operation
+        self._attempts.know(user_id, external_user_id)
         self._pending.setdefault(user_id, {})[operation_id] = operation
         return operation
 
@@ -89,39 +103,45 @@ class OperationStore:
         operation_payload: str | None = None,
     ) -> Operation:
         """Approve a pending operation, or store an approved one; see `Sandbox.approve`."""
-        try:
-            how = AuthType(auth_type)
-        except ValueError:
+        how = _auth_type(auth_type)
+        operation = self._subject(operation_id, user_id, external_user_id, operation_payload)
+        if operation.is_approved:
+            return operation
+        if left := self._attempts.locked_for(operation.user_id):
+            self._attempted(operation, LOCKED_OUT, how)
             raise ConfigurationError(
-                f"auth_type must be 'biom' or 'pin', not {auth_type!r}", argument="auth_type"
-            ) from None
-        user = None if user_id is None else _user_id(user_id)
-        operation = self._operations.get(operation_id)
-        if operation is None:
-            if user is None:
-                raise ConfigurationError(
-                    f"there is no operation {operation_id!r} to approve; create it first, or pass user_id to store "
-                    "an approved one as the phone's operationInfo does",
-                    argument="operation_id",
-                )
-            operation = self._new(
-                user,
-                _text(operation_id, "operation_id"),
-                None if operation_payload is None else _text(operation_payload, "operation_payload", empty=True),
-                None if external_user_id is None else _text(external_user_id, "external_user_id", empty=True),
+                f"user {operation.user_id} is locked out for {left:.0f} s more, after too many failed attempts: "
+                f"operation {operation_id!r} cannot be approved until then",
+                argument="operation_id",
             )
-        else:
-            _check_same(operation, "user_id", user)
-            _check_same(operation, "operation_payload", operation_payload)
-            _check_same(operation, "external_user_id", external_user_id)
-            if operation.is_approved:
-                return operation
+        if operation_id in self._operations:
             self._leave_pending(operation)
-        operation = msgspec.structs.replace(
-            operation, state=OperationState.APPROVED.value, result=True, auth_type=how.value
-        )
+        operation = msgspec.structs.replace(operation, state=OperationState.APPROVED.value, result=True, auth_type=how)
         self._operations[operation_id] = operation
+        self._attempted(operation, 0, how)
         return operation
+
+    def fail(
+        self,
+        operation_id: str,
+        *,
+        error_code: int = MISMATCH,
+        user_id: str | None = None,
+        auth_type: str = AuthType.BIOMETRIC,
+        external_user_id: str | None = None,
+    ) -> Authentication:
+        """Let an attempt to approve fail; see `Sandbox.fail_authentication`."""
+        how = _auth_type(auth_type)
+        error_code = whole_number(error_code, "error_code")
+        operation = self._subject(operation_id, user_id, external_user_id, None)
+        if operation.is_approved:
+            raise ConfigurationError(
+                f"operation {operation_id!r} is approved already: the phone does not ask for it any more",
+                argument="operation_id",
+            )
+        if error_code != CANCELLED and self._attempts.locked_for(operation.user_id):
+            error_code = LOCKED_OUT
+        return self._attempted(operation, error_code, how)
 
     def forget(self, operation_id: str) -> None:
         """Remove an operation; see `Sandbox.forget`."""
@@ -175,6 +195,63 @@ class OperationStore:
             items.append(item)
         return msgspec.json.encode(items)
 
+    @property
+    def authentications(self) -> list[Authentication]:
+        """All users' attempts of the last ten minutes, oldest first."""
+        return self._attempts.recent()
+
+    def locked_for(self, user_id: str) -> float:
+        """Return the seconds for which a user is still locked out; 0.0 if they are not."""
+        return self._attempts.locked_for(user_id)
+
+    def authentications_json(self, user_id: str, operation_id: str | None) -> bytes | None:
+        """Return the body of ``GET /v2/users/{userId}/authentications``, or None if there is no such user."""
+        found = self._attempts.of_user(user_id)
+        return None if found is None else telemetry_json({"userId": user_id}, found, operation_id)
+
+    def external_authentications_json(self, external_user_id: str, operation_id: str | None) -> bytes | None:
+        """Return the body of ``GET /v2/external-users/{externalUserId}/authentications``, or None as above."""
+        found = self._attempts.of_external_user(external_user_id)
+        return None if found is None else telemetry_json({"externalUserId": external_user_id}, found, operation_id)
+
+    def _subject(
+        self, operation_id: str, user_id: str | None, external_user_id: str | None, operation_payload: str | None
+    ) -> Operation:
+        """Return the operation that an attempt is for; if there is none, the one that the phone itself would create."""
+        user = None if user_id is None else _user_id(user_id)
+        operation = self._operations.get(operation_id)
+        if operation is not None:
+            _check_same(operation, "user_id", user)
+            _check_same(operation, "operation_payload", operation_payload)
+            _check_same(operation, "external_user_id", external_user_id)
+            return operation
+        if user is None:
+            raise ConfigurationError(
+                f"there is no operation {operation_id!r} to approve; create it first, or pass user_id to store "
+                "an approved one as the phone's operationInfo does",
+                argument="operation_id",
+            )
+        return self._new(
+            user,
+            _text(operation_id, "operation_id"),
+            None if operation_payload is None else _text(operation_payload, "operation_payload", empty=True),
+            None if external_user_id is None else _text(external_user_id, "external_user_id", empty=True),
+        )
+
+    def _attempted(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:
+        """Remember an attempt. "APPROVED" is the documented result; the other one is the sandbox's own word."""
+        attempt = Authentication(
+            created_at=_timestamp(self._clock(), _FRACTION_DIGITS[0]),
+            result="FAILED" if error_code else "APPROVED",
+            error_code=error_code,
+            operation_id=operation.operation_id,
+            device_id="sandbox-phone",
+            auth_type=auth_type,
+        )
+        self._attempts.add(operation.user_id, operation.external_user_id, attempt)
+        self._on_attempt(operation.user_id, attempt)
+        return attempt
+
     def _new(
         self, user_id: str, operation_id: str, operation_payload: str | None, external_user_id: str | None
     ) -> Operation:
@@ -226,6 +303,13 @@ def _text(value: object, name: str, *, empty: bool = False) -> str:
     except UnicodeEncodeError:
         raise ConfigurationError(f"{name} contains a lone surrogate, which JSON cannot carry", argument=name) from None
     return value
+
+
+def _auth_type(value: str) -> str:
+    try:
+        return AuthType(value).value
+    except ValueError:
+        raise ConfigurationError(f"auth_type must be 'biom' or 'pin', not {value!r}", argument="auth_type") from None
 
 
 def _check_same(operation: Operation, name: str, value: str | None) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 USER = "C0FFEE"
 CREATE = f"/v2/users/{USER}/operations"
 PENDING = f"/v2/users/{USER}/operations/pending"
+ATTEMPTS = f"/v2/users/{USER}/authentications"
 
 
 class Service:
@@ -83,6 +84,51 @@ def test_query_is_passed_over(service: Service) -> None:
     assert service.ask("GET", "/v2/operations/txn-1?verbose=1/2").status == 200
 
 
+def test_attempts_of_a_user_are_answered(service: Service) -> None:
+    service.create(operationId="a/b c", externalUserId="ann+1@example.com/é")
+    service.store.fail("a/b c", error_code=30003)
+    service.create(operationId="c")
+    service.store.fail("c", error_code=30004)
+    external = f"/v2/external-users/{quote('ann+1@example.com/é', safe='')}/authentications"
+    for target, owner, codes in [
+        (ATTEMPTS, {"userId": USER}, [30004, 30003]),
+        (f"{ATTEMPTS}?operationId=a%2Fb%20c", {"userId": USER}, [30003]),
+        (f"{ATTEMPTS}?verbose=1&operationId=a%2Fb+c&operationId=c", {"userId": USER}, [30003]),
+        (f"{ATTEMPTS}?operationId=", {"userId": USER}, []),
+        (external, {"externalUserId": "ann+1@example.com/é"}, [30003]),
+        (f"{external}?operationId=c", {"externalUserId": "ann+1@example.com/é"}, []),
+    ]:
+        answer = service.ask("GET", target, content_type="")
+        [content] = document(answer)["content"]
+        attempts = content.pop("authentications")
+        assert (answer.status, content, [each["errorCode"] for each in attempts]) == (200, owner, codes), target
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v2/users/C0FFEE/authentications",
+        "/v2/users/c0ffee/authentications",
+        "/v2/users/BAD/authentications?operationId=a",
+        "/v2/external-users/ANN/authentications",
+        "/v2/external-users/C0FFEE/authentications",
+    ],
+)
+def test_attempts_of_an_unknown_user_are_not_found(service: Service, target: str) -> None:
+    service.store.create("F00", "a", external_user_id="ann")
+    answer = service.ask("GET", target)
+    assert (answer.status, document(answer)) == (404, {"error": "user not found"})
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/v2/users/%zz/authentications", f"{ATTEMPTS}?operationId=%ff", "/v2/external-users//authentications"],
+)
+def test_telemetry_that_is_not_encoded_as_utf8_is_a_bad_request(service: Service, target: str) -> None:
+    service.create(operationId="a")
+    assert service.ask("GET", target).status == 400
+
+
 # Refusals
 
 
@@ -128,6 +174,10 @@ def test_taken_id_conflicts_and_changes_nothing(service: Service) -> None:
         f"/v2/users/{USER}",
         f"/v2/users/{USER}/operations/",
         f"/v2/users/{USER}/operations/approved",
+        f"/v2/users/{USER}/authentications/",
+        f"/v2/users/{USER}%2Fauthentications",
+        "/v2/external-users/authentications",
+        "/v2/external-users/ann/operations/pending",
         f"/v2/users/{USER}/operations/pending/",
         f"/v2/users/{USER}%2Foperations",
         f"/v2/users/{USER}/operations%2Fpending",
@@ -145,7 +195,9 @@ def test_other_paths_are_not_found(service: Service, method: str, target: str) -
 
 
 @pytest.mark.parametrize(
-    ("target", "allowed"), [("/v2/operations/a", "GET"), (PENDING, "GET"), (CREATE, "POST")], ids=["one", "list", "new"]
+    ("target", "allowed"),
+    [("/v2/operations/a", "GET"), (PENDING, "GET"), (ATTEMPTS, "GET"), (CREATE, "POST")],
+    ids=["one", "list", "attempts", "new"],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "get", "BREW"])
 def test_other_methods_are_not_allowed(service: Service, method: str, target: str, allowed: str) -> None:
@@ -234,7 +286,9 @@ def test_get_needs_no_content_type(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "target"), [("GET", "/v2/operations/a"), ("GET", PENDING), ("POST", CREATE)], ids=["one", "list", "new"]
+    ("method", "target"),
+    [("GET", "/v2/operations/a"), ("GET", PENDING), ("GET", ATTEMPTS), ("POST", CREATE)],
+    ids=["one", "list", "attempts", "new"],
 )
 def test_accept_must_admit_json(service: Service, method: str, target: str) -> None:
     assert service.ask(method, target, b'{"operationId": "a"}', accept="text/html").status == 406

@@ -499,6 +499,28 @@ async def test_only_what_is_pending_is_approved(
     assert sandbox.operations["a"].auth_type == "biom"
 
 
+async def test_user_who_is_locked_out_approves_nothing(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    for _ in range(5):
+        sandbox.fail_authentication("a")
+    status, answer = await post(page, "approve", {"user": USER, "key": await key_of(page), "authType": "biom"})
+    assert (status, answer) == (409, {"error": "You are locked out, after too many failed attempts."})
+    assert not sandbox.operations["a"].is_approved
+
+
+async def test_attempt_sends_the_page_a_new_snapshot(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    async with events(page) as stream:
+        await stream.next()
+        sandbox.fail_authentication("a")
+        async with asyncio.timeout(60):
+            await stream.next()
+
+
 async def test_operation_that_took_the_id_of_the_one_shown_is_not_approved(
     sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
 ) -> None:

@@ -627,6 +627,56 @@ async def test_closed_sandbox_approves_nothing() -> None:
     assert not sandbox.operations["a"].is_approved
 
 
+# Attempts that fail
+
+
+@pytest.mark.real_clock
+async def test_failed_attempts_show_in_telemetry_of_both_kinds(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http, externalUserId="ann@example.com")
+    failed = sandbox.fail_authentication("a", 30003, auth_type="pin")
+    assert sandbox.authentications == [failed]
+    for path in (f"/v2/users/{USER}/authentications", "/v2/external-users/ann%40example.com/authentications"):
+        status, answer = await get(http, f"{path}?operationId=a")
+        assert (status, answer["page"]["totalElements"]) == (200, 1)
+        assert answer["content"][0]["authentications"][0]["errorCode"] == 30003
+    assert await state(http) == "pending"
+    assert (await get(http, "/v2/users/BAD/authentications"))[0] == 404
+
+
+@pytest.mark.looptime
+async def test_attempts_and_lockouts_last_ten_minutes_of_the_loops_clock(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    for _ in range(5):
+        sandbox.fail_authentication("a")
+    await asyncio.sleep(599)
+    with pytest.raises(ConfigurationError, match="locked out"):
+        sandbox.approve("a")
+    await asyncio.sleep(2)
+    assert [each.error_code for each in sandbox.authentications] == [30007]
+    assert sandbox.approve("a").is_approved
+
+
+async def test_attempt_can_fail_before_the_sandbox_runs() -> None:
+    sandbox = Sandbox()
+    sandbox.fail_authentication("a", user_id="c0ffee", external_user_id="ann")
+    assert [(each.operation_id, each.error_code) for each in sandbox.authentications] == [("a", 30004)]
+
+
+@pytest.mark.parametrize("delay", [0, 5])
+@pytest.mark.looptime
+async def test_simulated_user_who_is_locked_out_does_not_approve(delay: int) -> None:
+    async with Sandbox(auto_approve=delay) as sandbox, aiohttp.ClientSession(sandbox.url) as http:
+        http.headers["X-Api-Key"] = sandbox.api_key
+        for _ in range(5):
+            sandbox.fail_authentication("a", user_id=USER)
+        assert await create(http) == 200
+        await asyncio.sleep(6)
+        assert await state(http) == "pending"
+        assert sandbox.authentications[-1].error_code == 30007
+
+
 # The journal
 
 
