@@ -17,7 +17,13 @@ from cyclopts import App, CycloptsError, Parameter
 from aiokeyless._validation import check_operation_id, check_user_id
 from aiokeyless._version import __version__
 from aiokeyless.client import KeylessClient
-from aiokeyless.errors import ApprovalTimeoutError, ConfigurationError, InvalidIdentifierError, KeylessError
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ConfigurationError,
+    InvalidIdentifierError,
+    KeylessError,
+)
 
 from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument
 from .render import safe
@@ -33,11 +39,16 @@ class Exit(IntEnum):
     ERROR = 1
     USAGE = 2
     TIMED_OUT = 3
+    UNKNOWN = 4
     INTERRUPTED = 130
 
 
 class CommandError(Exception):
     """A command cannot do its work; the message is shown as it is, and says what to do."""
+
+
+class InterruptedCommandError(Exception):
+    """Ctrl-C ended a command; the message says how to continue."""
 
 
 app: App = App(
@@ -53,7 +64,8 @@ The API key is read from KEYLESS_API_KEY, the address from KEYLESS_REGION or
 KEYLESS_BASE_URL. To run a local service, with a phone in your browser:
   aiokeyless sandbox
 
-Exit codes: 0 approved or done, 1 error, 2 usage, 3 timed out, 130 interrupted.""",
+Exit codes: 0 approved or done, 1 error, 2 usage, 3 timed out, 4 timed out and
+the outcome is unknown, 130 interrupted.""",
     # `run` prints errors, in one line.
     print_error=False,
     exit_on_error=False,
@@ -80,14 +92,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))
         message = str(error)
         return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
-    except ApprovalTimeoutError as error:
-        return _fail(describe(error), Exit.TIMED_OUT)
     except KeylessError as error:
-        return _fail(describe(error), Exit.ERROR)
+        return _fail(describe(error), _exit_code(error))
     except (CommandError, OSError) as error:
         return _fail(str(error), Exit.ERROR)
-    except KeyboardInterrupt:
-        return _fail("interrupted", Exit.INTERRUPTED)
+    except (InterruptedCommandError, KeyboardInterrupt) as interruption:
+        return _fail("; ".join(filter(None, ("interrupted", str(interruption)))), Exit.INTERRUPTED)
+
+
+def _exit_code(error: KeylessError) -> Exit:
+    if isinstance(error, ApprovalUnknownError):
+        return Exit.UNKNOWN
+    return Exit.TIMED_OUT if isinstance(error, ApprovalTimeoutError) else Exit.ERROR
 
 
 def _fail(message: str, code: Exit) -> Exit:

@@ -10,6 +10,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._http.protocol import BASE_URLS
 from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -98,8 +99,8 @@ def describe(error: KeylessError) -> str:
                 f"{error.method} {error.path} answered {error.status} with JSON that the API does not document; "
                 "check KEYLESS_BASE_URL, or upgrade aiokeyless"
             )
-        case TransportError() if base_url := os.environ.get("KEYLESS_BASE_URL"):
-            return f"{error}; check that KEYLESS_BASE_URL ({base_url}) is right and that the service runs"
+        case TransportError():
+            return f"{error}; {_check_address()}"
     return str(error)
 
 
@@ -114,14 +115,42 @@ def _advice(error: StatusError) -> str | None:
     return advice
 
 
+def _check_address() -> str:
+    """Return what to check where the service did not answer; it names the base URL that `new_client` uses."""
+    if base_url := os.environ.get("KEYLESS_BASE_URL"):
+        return f"check that KEYLESS_BASE_URL ({base_url}) is right and that the service runs"
+    region = Region(os.environ.get("KEYLESS_REGION") or Region.EU)
+    return f"check the network to {BASE_URLS[region]} (KEYLESS_REGION is {region})"
+
+
 def _describe_timeout(error: ApprovalTimeoutError) -> str:
     spent = f"{error.elapsed:.1f} s and {counted(error.polls, 'poll')}"
-    check = f"check it: aiokeyless get {shlex.quote(error.operation_id)}"
+    check = f"check it: aiokeyless get {operation_argument(error.operation_id)}"
     if isinstance(error, ApprovalUnknownError):
         reason = "" if error.last_error is None else f" (last failure: {describe(error.last_error)})"
         return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
     state = "missing" if error.last_operation is None else "pending"
     return f"still {state} after {spent}; a timeout is not a denial: it can still be approved; {check}"
+
+
+def operation_argument(operation_id: str) -> str:
+    """Return an operation id as the last argument of a command to copy, also one that begins with a hyphen."""
+    return f"{'-- ' if operation_id.startswith('-') else ''}{quoted(operation_id)}"
+
+
+def quoted(text: str) -> str:
+    r"""Return a text as one word of a shell's command, which shows what the word contains.
+
+    A character that is not printable becomes the octal escapes of its UTF-8 in ``$'...'``, which bash, ksh and zsh
+    read in any locale: ``$'Pay \342\200\256'``.
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = "".join(
+        f"\\{c}" if c in "\\'" else c if c.isprintable() else "".join(f"\\{byte:03o}" for byte in c.encode())
+        for c in text
+    )
+    return f"$'{escaped}'"
 
 
 def counted(number: int, noun: str) -> str:

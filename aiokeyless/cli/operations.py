@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import shlex
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from aiokeyless.client import IfExists  # noqa: TC001  # cyclopts reads the signature of a command
+from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
-from .messages import approval_method
+from .messages import approval_method, operation_argument
 from .render import new_console, print_command, print_fact, print_json, print_pending
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.ticket import ApprovalTicket
 
 
 @app.command(
@@ -21,7 +28,10 @@ Example:
 
 Example, with the ticket, so that the wait also checks user and payload:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
-  aiokeyless wait --ticket ticket.json"""
+  aiokeyless wait --ticket ticket.json
+
+Example, which can be repeated:
+  aiokeyless create C0FFEE --operation-id txn-1 --if-exists resume"""
 )
 async def create(
     user_id: UserId,
@@ -31,6 +41,7 @@ async def create(
     payload: str | None = None,
     external_user_id: str | None = None,
     expires_in: Seconds = 120.0,
+    if_exists: IfExists = "raise",
     as_json: AsJson = False,
 ) -> int:
     """Create an operation for a user to approve.
@@ -41,27 +52,50 @@ async def create(
         payload: What the user is asked to approve.
         external_user_id: Your own id of the user.
         expires_in: Seconds after which a wait for the ticket ends. The user can still approve later.
+        if_exists: If this operation exists already and is pending, fail (raise), or take it (resume).
         as_json: Print the ticket, for wait --ticket, and nothing else.
     """
     async with new_client() as client:
-        ticket = await client.create_operation(
-            user_id,
-            operation_id=operation_id,
-            operation_payload=payload,
-            external_user_id=external_user_id,
-            expires_in=expires_in,
-        )
+
+        def create_operation(if_exists: IfExists) -> Awaitable[ApprovalTicket]:
+            return client.create_operation(
+                user_id,
+                operation_id=operation_id,
+                operation_payload=payload,
+                external_user_id=external_user_id,
+                expires_in=expires_in,
+                if_exists=if_exists,
+            )
+
+        ticket = await (_create_new(create_operation) if if_exists == "raise" else create_operation(if_exists))
     console = new_console()
     if as_json:
         print_json(console, json.loads(ticket.to_json()))
         return Exit.DONE
-    print_fact(console, "Created", ticket.operation_id, "bold")
+    print_fact(console, "Pending" if ticket.reconciled else "Created", ticket.operation_id, "bold")
     print_fact(console, "User", ticket.user_id)
     console.print()
     console.print("Wait for it:")
     console.print()
-    print_command(console, f"aiokeyless wait {shlex.quote(ticket.operation_id)}")
+    print_command(console, f"aiokeyless wait {operation_argument(ticket.operation_id)}")
     return Exit.DONE
+
+
+async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalTicket]]) -> ApprovalTicket:
+    """Create an operation; a conflict with a pending one of the same content is an error that says how to wait for it.
+
+    Whether the content is the same is the client's to say: it is asked to resume what it could not create.
+    """
+    try:
+        return await create_operation("raise")
+    except ConflictError:
+        ticket = await create_operation("resume")
+    if not ticket.reconciled:  # what had the id is gone, so this one is new
+        return ticket
+    raise CommandError(
+        f"the operation exists already, with this content, and is pending; to wait for it: aiokeyless wait "
+        f"{operation_argument(ticket.operation_id)} (to get its ticket: create --if-exists resume)"
+    )
 
 
 @app.command(help_epilogue="Example:\n  aiokeyless get txn-1\n  aiokeyless get txn-1 --json")

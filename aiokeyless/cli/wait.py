@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 from pathlib import Path
@@ -21,8 +22,17 @@ from aiokeyless.errors import (
 )
 from aiokeyless.ticket import ApprovalTicket
 
-from .app import AsJson, CommandError, Exit, OptionalOperationId, Timeout, app, new_client
-from .messages import approval_method, counted, describe
+from .app import (
+    AsJson,
+    CommandError,
+    Exit,
+    InterruptedCommandError,
+    OptionalOperationId,
+    Timeout,
+    app,
+    new_client,
+)
+from .messages import approval_method, counted, describe, operation_argument, quoted
 from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:
@@ -52,6 +62,7 @@ class File(NamedTuple):
     """The value of ``--ticket FILE``; the help shows the name of this class as the placeholder."""
 
     ticket: ApprovalTicket
+    name: str
 
 
 def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
@@ -71,7 +82,7 @@ def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_CREATE}") from None
     try:
-        return File(ApprovalTicket.from_json(content))
+        return File(ApprovalTicket.from_json(content), name)
     except ConfigurationError:
         raise CommandError(
             f"{'stdin' if name == _STDIN else name} is not a ticket that aiokeyless {__version__} can read; "
@@ -98,7 +109,10 @@ Example, with the ticket, so that user and payload are also checked:
 Example, for an operation that the phone will create:
   aiokeyless wait txn-2 --if-missing wait
 
-Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 130 interrupted.""",
+Ctrl-C ends the wait and not the operation; it prints how to resume.
+
+Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 4 timed out and the
+outcome is unknown, 130 interrupted.""",
 )
 async def wait(
     operation_id: OptionalOperationId = None,
@@ -106,7 +120,7 @@ async def wait(
     *,
     # The leading hyphen is for "-", which is stdin.
     ticket: Annotated[
-        File | None, Parameter(converter=_read_ticket, accepts_keys=False, allow_leading_hyphen=True)
+        File | None, Parameter(converter=_read_ticket, accepts_keys=False, n_tokens=1, allow_leading_hyphen=True)
     ] = None,
     timeout: Timeout = None,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
@@ -140,15 +154,37 @@ async def wait(
             )
         except KeylessError as error:
             if as_json:
-                print_json(console, _outcome(progress, error=error))
+                print_json(console, _outcome(progress, _name(error), error=error))
             raise
+        except asyncio.CancelledError:  # what Ctrl-C raises in a coroutine
+            if as_json:
+                print_json(console, _outcome(progress, "interrupted"))
+            options = _options(timeout=timeout, if_missing=if_missing, as_json=as_json)
+            raise InterruptedCommandError(_how_to_resume(operation_id or ticket, options)) from None
     if as_json:
-        print_json(console, _outcome(progress, operation=operation))
+        print_json(console, _outcome(progress, "approved", operation=operation))
         return Exit.DONE
     approved = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}{approval_method(operation.auth_type)}"
     print_fact(console, "Approved", approved, "bold green")
     print_fact(console, "User", operation.user_id)
     return Exit.DONE
+
+
+def _options(*, timeout: float | None, if_missing: IfMissing, as_json: bool) -> str:
+    """Return the options that a wait was given."""
+    return (
+        ("" if timeout is None else f" --timeout {timeout:g}")
+        + ("" if if_missing == "raise" else f" --if-missing {if_missing}")
+        + (" --json" if as_json else "")
+    )
+
+
+def _how_to_resume(target: str | File | None, options: str) -> str:
+    if isinstance(target, File):
+        where = " with the same ticket on stdin" if target.name == _STDIN else ""
+        return f"to resume{where}: aiokeyless wait{options} --ticket={quoted(target.name)}"
+    assert target is not None  # noqa: S101  # see _check_target
+    return f"to resume: aiokeyless wait{options} {operation_argument(target)}"
 
 
 def _facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
@@ -178,17 +214,20 @@ class _JsonLines(Display):
 
 
 def _outcome(
-    progress: Progress, *, operation: Operation | None = None, error: KeylessError | None = None
+    progress: Progress, outcome: str, *, operation: Operation | None = None, error: KeylessError | None = None
 ) -> dict[str, object]:
-    names = (name for kind, name in _OUTCOMES if isinstance(error, kind))
     return {
         "event": "outcome",
-        "outcome": "approved" if error is None else next(names, "error"),
+        "outcome": outcome,
         "polls": progress.polls,
         "elapsed": round(progress.elapsed, 3),
         "operation": None if operation is None else operation.to_dict(),
         "error": _error(error),
     }
+
+
+def _name(error: KeylessError) -> str:
+    return next((name for kind, name in _OUTCOMES if isinstance(error, kind)), "error")
 
 
 def _error(error: KeylessError | None) -> dict[str, str] | None:

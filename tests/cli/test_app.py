@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from aiokeyless import ApprovalTimeoutError, ConfigurationError, __version__
+from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, ConfigurationError, __version__
 from aiokeyless.cli import demo, run
 from aiokeyless.cli.app import CommandError
 
@@ -129,6 +129,17 @@ def test_a_timeout_is_exit_3(capsys: pytest.CaptureFixture[str], monkeypatch: py
         "aiokeyless: still missing after 2.0 s and 1 poll; a timeout is not a denial: it can still be approved; "
         "check it: aiokeyless get 'a b'\n"
     )
+
+
+def test_a_timeout_with_an_unknown_outcome_is_exit_4(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ApprovalUnknownError("", operation_id="a", polls=1, elapsed=2)
+
+    monkeypatch.setattr(demo, "run_demo", fail)
+    assert run(["demo", "--json"]) == 4
+    assert "the outcome is unknown; check it: aiokeyless get a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

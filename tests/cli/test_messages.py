@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 
@@ -20,7 +21,7 @@ from aiokeyless import (
     StatusError,
     TransportError,
 )
-from aiokeyless.cli.messages import OPTIONS, REQUIREMENTS, VARIABLES, describe
+from aiokeyless.cli.messages import OPTIONS, REQUIREMENTS, VARIABLES, describe, operation_argument, quoted
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,52 @@ def test_a_transport_error_names_the_address_of_the_environment(monkeypatch: pyt
     assert describe(error) == (
         "GET /v2/x got no answer; check that KEYLESS_BASE_URL (http://127.0.0.1:1) is right and that the service runs"
     )
+
+
+@pytest.mark.parametrize(
+    ("region", "named"),
+    [(None, ("api.keyless.io", "eu")), ("", ("api.keyless.io", "eu")), ("sg", ("sg.keyless.technology", "sg"))],
+)
+def test_a_transport_error_names_the_address_of_the_region(
+    monkeypatch: pytest.MonkeyPatch, region: str | None, named: tuple[str, str]
+) -> None:
+    monkeypatch.delenv("KEYLESS_BASE_URL", raising=False)
+    monkeypatch.delenv("KEYLESS_REGION", raising=False)
+    if region is not None:
+        monkeypatch.setenv("KEYLESS_REGION", region)
+    message = describe(TransportError("GET /v2/x got no answer", method="GET", path="/v2/x"))
+    host, name = named
+    assert re.fullmatch(
+        rf"GET /v2/x got no answer; check the network to https://\S*{host} \(KEYLESS_REGION is {name}\)", message
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["txn-1", "a b", "it's", "$HOME `id` \\n", "\u00e9ve \u20ac", "Pay\u202e 40\u200b'\\\U000e0001", "\x1b[2J\n"],
+    ids=ascii,
+)
+def test_a_quoted_text_is_one_printable_word_of_a_shell(text: str) -> None:
+    word = quoted(text)
+    assert word.isprintable()
+    command = ["bash", "-c", f"printf %s {word}"]
+    for locale in ("C", "C.UTF-8"):
+        assert subprocess.check_output(command, env={"LC_ALL": locale}).decode() == text
+
+
+@pytest.mark.parametrize(
+    ("operation_id", "argument"),
+    [
+        ("txn-1", "txn-1"),
+        ("a b", "'a b'"),
+        ("-5", "-- -5"),
+        ("--json", "-- --json"),
+        ("-\u200b", r"-- $'-\342\200\213'"),
+    ],
+    ids=ascii,
+)
+def test_any_operation_id_can_be_the_argument_of_a_command(operation_id: str, argument: str) -> None:
+    assert operation_argument(operation_id) == argument
 
 
 def test_every_argument_that_has_a_name_has_a_requirement() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import ApprovalTicket
+from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError
 from aiokeyless.cli.app import CommandError, app
 
 from .terminal import lines_of_json, output_of
@@ -34,6 +35,69 @@ async def test_create_without_an_id_generates_one(monkeypatch: pytest.MonkeyPatc
     text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE")
     [operation_id] = service.operations
     assert f"aiokeyless wait {operation_id}\n" in text
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("operation_id", ["--json", "-5", "$(id)", "a\u202eb'c"], ids=ascii)
+async def test_the_command_that_create_prints_works_for_any_id(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, operation_id: str
+) -> None:
+    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", f"--operation-id={operation_id}")
+    service.approve(operation_id)
+    [command] = re.findall(r"\n  aiokeyless (.+)\n", text)
+    assert "Approved" in await output_of(monkeypatch, io.StringIO(), *words_of(command))
+
+
+def words_of(command: str) -> list[str]:
+    """Return the arguments of a command, as a shell splits it."""
+    shell = ["bash", "-c", f"printf '%s\\0' {command}"]
+    printed = subprocess.check_output(shell)
+    return printed.decode().removesuffix("\0").split("\0")
+
+
+@pytest.mark.looptime
+async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    command = ["create", "C0FFEE", "--operation-id", "txn-1", "--payload", "Pay 40 to Alice"]
+    await output_of(monkeypatch, io.StringIO(), *command)
+    with pytest.raises(
+        CommandError, match=r"exists already, with this content.*: aiokeyless wait txn-1 \(.*--if-exists resume\)"
+    ):
+        await app.run_async(command)
+    text = await output_of(monkeypatch, io.StringIO(), *command, "--if-exists", "resume")
+    assert re.search(r"Pending +txn-1\n", text)
+    assert "aiokeyless wait txn-1\n" in text
+    ticket = ApprovalTicket.from_json(
+        await output_of(monkeypatch, io.StringIO(), *command, "--if-exists", "resume", "--json")
+    )
+    assert (ticket.operation_id, ticket.reconciled) == ("txn-1", True)
+    assert list(service.operations) == ["txn-1"]
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("if_exists", ["raise", "resume"])
+async def test_creating_another_operation_under_a_taken_id_is_a_conflict(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, if_exists: str
+) -> None:
+    command = ["create", "C0FFEE", "--operation-id", "txn-1", "--if-exists", if_exists, "--payload"]
+    await output_of(monkeypatch, io.StringIO(), *command, "Pay 40 to Alice")
+    with pytest.raises(ConflictError) as error:
+        await app.run_async([*command, "Pay 9000 to Mallory"])
+    assert not isinstance(error.value, AlreadyApprovedError)
+    service.approve("txn-1")
+    with pytest.raises(AlreadyApprovedError):
+        await app.run_async([*command, "Pay 40 to Alice"])
+
+
+@pytest.mark.looptime
+async def test_an_operation_that_was_in_the_way_and_is_gone_is_created(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    service.fail_next(status=409)
+    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+    assert "Created    txn-1\n" in text
+    assert "txn-1" in service.operations
 
 
 @pytest.mark.looptime

@@ -94,10 +94,10 @@ def test_an_unknown_operation_is_one_line(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.usefixtures("exported")
 def test_a_taken_id_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["create", "C0FFEE", "--operation-id", "taken"]
-    assert run(arguments) == 0
+    arguments = ["create", "C0FFEE", "--operation-id", "taken", "--payload"]
+    assert run([*arguments, "Pay 40 to Alice"]) == 0
     capsys.readouterr()
-    assert run(arguments) == 1
+    assert run([*arguments, "Pay 40 to Bob"]) == 1
     assert re.fullmatch(r"aiokeyless: .* answered 409: .*--operation-id.*\n", capsys.readouterr().err)
 
 
@@ -163,22 +163,28 @@ def test_a_process_on_a_terminal_draws_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sign"),
+    ("arguments", "sign", "message"),
     [
-        (["demo", "--after", "60"], "poll 1"),
-        (["sandbox", "--port", "0"], "Ctrl-C"),
-        (["wait", "yet-to-come", "--if-missing", "wait"], "poll 1"),
+        (["demo", "--after", "60"], "poll 1", "interrupted"),
+        (["sandbox", "--port", "0"], "Ctrl-C", "interrupted"),
+        (
+            ["wait", "yet to come", "--if-missing", "wait"],
+            "poll 1",
+            "interrupted; to resume: aiokeyless wait --if-missing wait 'yet to come'",
+        ),
     ],
     ids=repr,
 )
-def test_ctrl_c_is_one_line_and_exit_code_130(other_terminal: dict[str, str], arguments: list[str], sign: str) -> None:
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    other_terminal: dict[str, str], arguments: list[str], sign: str, message: str
+) -> None:
     with start(*arguments, **other_terminal) as process:
         assert process.stdout is not None
         while sign not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
-    assert (process.returncode, err) == (130, "aiokeyless: interrupted\n")
+    assert (process.returncode, err) == (130, f"aiokeyless: {message}\n")
 
 
 def test_ctrl_c_interrupts_the_reading_of_a_ticket(other_terminal: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from aiokeyless import (
     __version__,
 )
 from aiokeyless.cli import run
-from aiokeyless.cli.app import app
+from aiokeyless.cli.app import InterruptedCommandError, app
 from aiokeyless.cli.messages import describe
 
 from .terminal import ESCAPE, Terminal, later, lines_of_json, output_of
@@ -172,6 +172,46 @@ async def test_the_last_line_of_json_names_every_outcome(
     last = lines_of_json(stream.getvalue())[-1]
     assert (last["event"], last["outcome"], last["operation"]) == ("outcome", outcome, None)
     assert last["error"] == {"type": error.__name__, "message": describe(end.value)}
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["txn 1"], "to resume: aiokeyless wait 'txn 1'"),
+        (["--timeout", "1e9", "--", "-5"], "to resume: aiokeyless wait --timeout 1e+09 -- -5"),
+        (
+            ["a", "--timeout", "inf", "--if-missing", "wait", "--json"],
+            "to resume: aiokeyless wait --timeout inf --if-missing wait --json a",
+        ),
+        (["--ticket", "FILE"], "to resume: aiokeyless wait --ticket=FILE"),
+        (["--ticket", "-"], "to resume with the same ticket on stdin: aiokeyless wait --ticket=-"),
+    ],
+    ids=repr,
+)
+async def test_a_wait_that_is_interrupted_says_how_to_resume_it(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, arguments: list[str], command: str
+) -> None:
+    async with service.client() as client:
+        for operation_id in ("txn 1", "-5"):
+            await client.create_operation("C0FFEE", operation_id=operation_id)
+        ticket = await client.create_operation("C0FFEE", operation_id="a")
+    file = tmp_path / "ticket.json"
+    file.write_text(ticket.to_json())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.to_json().encode())))
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    waiting = asyncio.create_task(
+        app.run_async(["wait", *(str(file) if argument == "FILE" else argument for argument in arguments)])
+    )
+    await asyncio.sleep(30)
+    waiting.cancel()  # as Ctrl-C does
+    with pytest.raises(InterruptedCommandError) as interruption:
+        await waiting
+    assert str(interruption.value).replace(str(file), "FILE") == command
+    if "--json" in arguments:
+        assert lines_of_json(stdout.getvalue())[-1]["outcome"] == "interrupted"
+    assert service.operations["a"].state == "pending"
 
 
 @pytest.mark.looptime
