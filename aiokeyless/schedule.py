@@ -10,7 +10,8 @@ The method has three parts:
   failure", Management Science 21, 1974; R. E. Barlow, L. C. Hunter, F. Proschan, "Optimum checking procedures",
   J. SIAM 11, 1963). `_Curve.step` extends that to an h that changes before the next poll.
 * **Learn from the polls.** A poll shows only that the approval came since the previous one, a timeout only that it had
-  not come yet. Both are counted as such, as censored observations: `_add_approval`, `_add_pending`, `_estimate`.
+  not come yet. Both are counted as such, as censored observations: `_Histogram`, `_estimate`. An
+  operation that was observed from some time on says nothing about earlier times (left truncation).
 * **Forget.** The weight of an observation halves with every 500 later ones, so that the estimate follows changes in
   how people behave.
 """
@@ -55,18 +56,16 @@ _PRIOR_WAITS: Final = 3.0
 
 #: The factor by which one more observation reduces the weight of all earlier ones: a half-life of 500.
 _KEPT: Final = 0.5 ** (1 / 500)
+#: The largest weight that an observation has before all weights are reduced.
+_LARGEST_GAIN: Final = 2.0**20
 
 #: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time): thirty
 #: observations in forty bins are spikes, and a schedule fitted to spikes polls at the wrong times.
 _KERNEL: Final = ((-2, 1 / 16), (-1, 4 / 16), (0, 6 / 16), (1, 4 / 16), (2, 1 / 16))
-#: For each bin: the bins in which an approval counts, and the weights. Weight beyond an end goes to the last bin there.
-_SMEARED: Final = tuple(
-    tuple((min(max(k + offset, 0), _BINS - 1), weight) for offset, weight in _KERNEL) for k in range(_BINS)
-)
 
 #: Least width of the interval of an approval, in seconds, for an interval whose ends are equal.
 _INSTANT: Final = 0.001
-#: Density (per second) that is added everywhere, so that an interval without density is filled evenly.
+#: Density (waits per second) that is added everywhere, so that an interval without density is filled evenly.
 _NO_OPINION: Final = 1e-6
 
 #: The smallest positive and the largest float, as bounds of "above zero" and "finite".
@@ -84,9 +83,11 @@ _MAX_COUNTED: Final = 256
 #: A RetryCallState needs an owner; this one is never run.
 _RETRYING: Final = Retrying()
 
-_STATE_VERSION: Final = 1
-#: Above every weight that can occur: one observation is 1, and the sum of all, as they fade, stays below 722.
-_Weight = Annotated[float, msgspec.Meta(ge=0, le=1000)]
+_STATE_VERSION: Final = 2
+#: Beyond every weight that can occur. As they fade, whole waits stay below 722 together, and pieces, which age others
+#: less, below six times that.
+_Weight = Annotated[float, msgspec.Meta(ge=0, le=10_000)]
+_Change = Annotated[float, msgspec.Meta(ge=-10_000, le=10_000)]
 
 
 class _StateVersion(msgspec.Struct):
@@ -95,7 +96,7 @@ class _StateVersion(msgspec.Struct):
 
 class _State(_StateVersion):
     approved: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS, max_length=_BINS)]
-    pending: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS + 1, max_length=_BINS + 1)]
+    pending: Annotated[list[_Change], msgspec.Meta(min_length=_BINS + 1, max_length=_BINS + 1)]
 
 
 class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so, and this is one of them
@@ -140,9 +141,8 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
             "max_interval", max_interval, self._min_interval, _FINITE, "a number of seconds, at least min_interval"
         )
         self._jitter = _number("jitter", jitter, 0.0, 1.0, "a fraction from 0 to 1")
-        self._approved = [0.0] * _BINS
-        self._pending = [0.0] * (_BINS + 1)
-        self._curve = _estimate(self._approved, self._pending)
+        self._observed = _Histogram([0.0] * _BINS, [0.0] * (_BINS + 1))
+        self._curve: _Curve | None = None  # of what was observed; computed when it is needed
 
     def __call__(self, retry_state: RetryCallState) -> float:
         """Return the delay before the next poll.
@@ -163,6 +163,9 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
 
     def _interval(self, start: float) -> float:
         """Return the delay without its jitter."""
+        if self._curve is None:
+            self._observed.rescale()
+            self._curve = _estimate(self._observed.approved, self._observed.pending)
         step = self._curve.step(start, self._poll_cost)
         # Not min(): an overflow gives NaN, which must count as a long delay.
         return max(step, self._min_interval) if step < self._max_interval else self._max_interval
@@ -195,33 +198,42 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
             f"max_interval={self._max_interval!r}, jitter={self._jitter!r})"
         )
 
-    def observe(self, after: float, until: float | None) -> None:
+    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
         """Learn the result of one wait; the client calls this once for each operation that it waited for.
 
+        An operation that is waited for in pieces gives one observation a piece. Each counts from its `since` on: it
+        says that nobody had approved by then, and not how many others had.
+
         Args:
-            after: Start of the last poll that found the operation pending, in seconds since it was created; 0 if there
-                was none.
+            after: Start of the last poll that found the operation pending, in seconds since it was created; ``since``
+                if there was none.
             until: The poll that found it approved, in the same seconds, so that the approval came in
                 ``(after, until]``; None if it was not seen approved, so that it is only known that the operation was
                 pending at ``after``.
+            since: When the operation began to be observed, in the same seconds: it was pending then. Default: 0, its
+                creation.
 
         Raises:
-            ConfigurationError: A time is not a number, negative or not finite, or ``until`` is before ``after``.
+            ConfigurationError: A time is not a number, negative or not finite, ``until`` is before ``after``, or
+                ``after`` before ``since``.
         """
         after = _number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
         if until is not None:
             until = _number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
-        self._approved = [weight * _KEPT for weight in self._approved]
-        self._pending = [weight * _KEPT for weight in self._pending]
-        if until is None or after >= _END:  # beyond the last bin, an approval tells only that it came later
-            _add_pending(self._pending, after)
+        since = _number("since", since, 0.0, after, "a number of seconds, from 0 to after")
+        self._curve = None
+        approved = until is not None and after < _END  # beyond the last bin, an approval tells only that it came later
+        # A later piece of a wait that goes on is no new operation: it ages the others by what it adds to the wait.
+        self._observed.age(1.0 if approved or not after else 1.0 - since / after)
+        if until is not None and after < _END:
+            self._observed.add_approval(since, after, until)
         else:
-            _add_approval(self._approved, after, until, self._curve.density)
-        self._curve = _estimate(self._approved, self._pending)
+            self._observed.add_pending(since, after)
 
     def to_json(self) -> str:
         """Return the learned state as one line of JSON, for `from_json`; it does not contain the options."""
-        state = _State(version=_STATE_VERSION, approved=self._approved, pending=self._pending)
+        self._observed.rescale()
+        state = _State(version=_STATE_VERSION, approved=self._observed.approved, pending=self._observed.pending)
         return msgspec.json.encode(state).decode()
 
     @classmethod
@@ -241,8 +253,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         """
         schedule = cls(**options)
         state = _decode_state(text)
-        schedule._approved, schedule._pending = state.approved, state.pending
-        schedule._curve = _estimate(state.approved, state.pending)
+        schedule._observed = _Histogram(state.approved, state.pending)
         return schedule
 
 
@@ -283,7 +294,7 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
     return float(min(max(delay, MIN_DELAY), _MAX_DELAY))
 
 
-def record_observation(schedule: wait_adaptive, after: float, until: float | None) -> None:
+def record_observation(schedule: wait_adaptive, after: float, until: float | None, since: float = 0.0) -> None:
     """Let a schedule `observe` an operation; one that fails to learn is logged.
 
     It may be an application's subclass. What is not learned costs requests; an approval it must not cost.
@@ -292,9 +303,10 @@ def record_observation(schedule: wait_adaptive, after: float, until: float | Non
         schedule: The schedule.
         after: See `wait_adaptive.observe`.
         until: See `wait_adaptive.observe`.
+        since: See `wait_adaptive.observe`.
     """
     try:
-        schedule.observe(after, until)
+        schedule.observe(after, until, since=since)
     except Exception:
         logger.exception("the schedule %r failed to learn from an observation", schedule)
 
@@ -330,7 +342,6 @@ class _Curve(NamedTuple):
     inverse: list[float]  # 1/S at each edge
     area: list[float]  # the integral of 1/S from 0 to each edge
     slope: list[float]  # of 1/S after each edge
-    density: list[float]  # approvals per second, in each bin
 
     def step(self, start: float, poll_cost: float) -> float:
         """Return the delay after which the expected lateness is worth one poll.
@@ -350,8 +361,8 @@ class _Curve(NamedTuple):
         """
         if start >= _END:
             return math.inf
-        inverse, area, slope, _ = self
-        here = bisect_right(_EDGES, start) - 1
+        inverse, area, slope = self
+        here = _bin(start)
         into = start - _EDGES[here]
         level = inverse[here] + slope[here] * into
         goal = poll_cost * level
@@ -377,54 +388,102 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
     that were still observed, so a wait that was given up does not affect later bins.
     """
     at_risk = _PRIOR_WAITS + sum(approved) + sum(pending)
-    inverse, area, slope, density = [1.0], [0.0], [], []
-    level, total, share = 1.0, 0.0, 1.0
+    inverse, area, slope = [1.0], [0.0], []
+    level, total = 1.0, 0.0
     for width, expected, seen, given_up in zip(_WIDTHS, _PRIOR, approved, pending, strict=False):
         before = at_risk - given_up
         at_risk = before - expected - seen
         next_level = level * before / at_risk
-        next_share = 1.0 / next_level
         slope.append((next_level - level) / width)
-        density.append((share - next_share) / width)
         total += width * (level + next_level) / 2.0
         inverse.append(next_level)
         area.append(total)
-        level, share = next_level, next_share
+        level = next_level
     slope.append(0.0)
-    return _Curve(inverse, area, slope, density)
+    return _Curve(inverse, area, slope)
 
 
-def _add_approval(approved: list[float], after: float, until: float, density: Sequence[float]) -> None:
-    """Count one approval somewhere in ``(after, until]``.
+class _Histogram:
+    """What was observed, in bins of time.
 
-    It is spread over the interval in proportion to the current estimate: self-consistency (B. W. Turnbull 1976), with
-    each observation spread once, when it arrives (M. A. Newton 2002, predictive recursion).
+    Attributes:
+        approved: Approvals in each bin.
+        pending: At each edge, the waits whose observation ended there without an approval, less those whose observation
+            began there. Who was observed from 0 on is counted by the end alone.
+        gain: The weight of the last observation in these figures. Instead of reducing all earlier weights at each
+            observation, the new one weighs more.
     """
-    until = min(max(until, after + _INSTANT), _END)
-    first = bisect_right(_EDGES, after) - 1
-    last = bisect_left(_EDGES, until) - 1
-    parts = [
-        (density[k] + _NO_OPINION) * (min(until, _EDGES[k + 1]) - max(after, _EDGES[k])) for k in range(first, last + 1)
-    ]
-    total = sum(parts)
-    for k, part in enumerate(parts, first):
-        share = part / total
-        for neighbour, weight in _SMEARED[k]:
-            approved[neighbour] += weight * share
+
+    __slots__ = ("approved", "gain", "pending")
+
+    def __init__(self, approved: list[float], pending: list[float]) -> None:
+        self.approved = approved
+        self.pending = pending
+        self.gain = 1.0
+
+    def rescale(self) -> None:
+        """Reduce the figures so that the last observation has the weight 1."""
+        self.approved = [weight / self.gain for weight in self.approved]
+        self.pending = [change / self.gain for change in self.pending]
+        self.gain = 1.0
+
+    def age(self, observations: float) -> None:
+        """Let what was observed weigh less, as by so many later observations."""
+        if self.gain > _LARGEST_GAIN:
+            self.rescale()
+        self.gain *= _KEPT**-observations
+
+    def add_approval(self, since: float, after: float, until: float) -> None:
+        """Count an approval in ``(after, until]``, of an operation that was observed from ``since`` on.
+
+        It is spread over the interval in proportion to the approvals known so far: self-consistency (B. W. Turnbull
+        1976), with each observation spread once, when it arrives (M. A. Newton 2002, predictive recursion). The kernel
+        moves the observation as a whole, its start with it.
+        """
+        until = min(max(until, after + _INSTANT), _END)
+        first = _bin(after)
+        parts = [
+            ((self.approved[k] / self.gain + _PRIOR[k]) / _WIDTHS[k] + _NO_OPINION)
+            * (min(until, _EDGES[k + 1]) - max(after, _EDGES[k]))
+            for k in range(first, bisect_left(_EDGES, until))
+        ]
+        unit = self.gain / sum(parts)
+        start, passed = _bin(since), _passed(since)
+        for k, part in enumerate(parts, first):
+            for offset, share in _KERNEL:
+                weight = part * unit * share
+                approved_in = _clamp(k + offset)
+                begun_in = _clamp(start + offset)
+                self.approved[approved_in] += weight
+                # What is approved in a bin was observed from its start, or more could be approved than is observed.
+                self._add_change(begun_in, 0.0 if begun_in == approved_in else passed, -weight)
+
+    def add_pending(self, since: float, after: float) -> None:
+        """Count a wait that was observed from ``since`` until ``after``, pending all the time."""
+        self._add_change(_bin(since), _passed(since), -self.gain)
+        self._add_change(_bin(after), _passed(after), self.gain)
+
+    def _add_change(self, k: int, passed: float, weight: float) -> None:
+        """Change what is observed from a moment in a bin on, in proportion at the two edges of the bin."""
+        if k or weight > 0.0:  # who is observed from the start does not begin
+            self.pending[k] += weight * (1.0 - passed)
+        if passed:
+            self.pending[k + 1] += weight * passed
 
 
-def _add_pending(pending: list[float], after: float) -> None:
-    """Count one wait that was observed until ``after`` and no longer.
+def _bin(time: float) -> int:
+    return bisect_right(_EDGES, time) - 1
 
-    ``pending[k]`` counts the waits that ended at edge k; a wait that ended between two edges is shared between them.
-    """
-    if after >= _END:
-        pending[_BINS] += 1.0
-        return
-    k = bisect_right(_EDGES, after) - 1
-    passed = (after - _EDGES[k]) / _WIDTHS[k]
-    pending[k] += 1.0 - passed
-    pending[k + 1] += passed
+
+def _passed(time: float) -> float:
+    """Return which share of its bin has passed at a time; of the time beyond the last one, none."""
+    k = _bin(time)
+    return (time - _EDGES[k]) / _WIDTHS[k] if k < _BINS else 0.0
+
+
+def _clamp(k: int) -> int:
+    """Return the bin, or the last one on the side where there is none."""
+    return min(max(k, 0), _BINS - 1)
 
 
 def _prior() -> tuple[float, ...]:
@@ -442,8 +501,10 @@ def _decode_state(text: str | bytes) -> _State:
     try:
         version = msgspec.json.decode(text, type=_StateVersion).version
         if version == _STATE_VERSION:
-            return msgspec.json.decode(text, type=_State)
-    except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
+            state = msgspec.json.decode(text, type=_State)
+            _check_at_risk(state)
+            return state
+    except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError, ValueError) as error:
         raise ConfigurationError(
             f"not a saved schedule ({error}); pass what wait_adaptive.to_json() returned", argument="text"
         ) from None
@@ -452,6 +513,15 @@ def _decode_state(text: str | bytes) -> _State:
         "wait_adaptive(), or use the release of aiokeyless that wrote it",
         argument="text",
     )
+
+
+def _check_at_risk(state: _State) -> None:
+    """Raise a ValueError where more waits approve or end than are observed: a curve cannot be computed from that."""
+    at_risk = _PRIOR_WAITS + sum(state.approved) + sum(state.pending)
+    for expected, seen, given_up in zip(_PRIOR, state.approved, state.pending, strict=False):
+        at_risk -= expected + seen + given_up
+        if at_risk <= 0.0:
+            raise ValueError("more waits end in it than begin")
 
 
 def _number(name: str, value: object, least: float, most: float, right: str) -> float:

@@ -31,9 +31,9 @@ from benchmarks.optimum import least_cost
 from benchmarks.polling import cost, poll_times, simulate_waits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-Observation = tuple[float, float | None]
+Observation = tuple[float, float | None] | tuple[float, float | None, float]  # after, until, since
 
 NOT_NUMBERS = [None, "1", True, 1j, Decimal(1), timedelta(seconds=1), [1.0]]
 HUGE = 10**400  # beyond any float
@@ -47,6 +47,8 @@ observations = st.lists(
         st.tuples(seconds, st.none()),
         st.tuples(seconds, seconds).map(lambda pair: (min(pair), max(pair))),
         seconds.map(lambda moment: (moment, moment)),
+        st.tuples(seconds, seconds, seconds).map(sorted).map(lambda three: (three[1], three[2], three[0])),
+        st.tuples(seconds, seconds).map(sorted).map(lambda two: (two[1], None, two[0])),
     ),
     max_size=60,
 )
@@ -66,9 +68,13 @@ def delay_at(schedule: tenacity.wait.wait_base, elapsed: float) -> float:
 
 def schedule_after(observed: Iterable[Observation], **options: float) -> wait_adaptive:
     schedule = wait_adaptive(**options)
-    for after, until in observed:
-        schedule.observe(after, until)
+    observe_all(schedule, observed)
     return schedule
+
+
+def observe_all(schedule: wait_adaptive, observed: Iterable[Observation]) -> None:
+    for after, until, *since in observed:
+        schedule.observe(after, until, since=since[0] if since else 0.0)
 
 
 # --- one delay
@@ -239,11 +245,14 @@ def test_an_observation_is_recorded_for_the_schedule() -> None:
     schedule.observe(4.0, 6.0)
     record_observation(same, 4.0, 6.0)
     assert same.to_json() == schedule.to_json()
+    schedule.observe(4.0, 6.0, since=3.0)
+    record_observation(same, 4.0, 6.0, 3.0)
+    assert same.to_json() == schedule.to_json()
 
 
 def test_a_schedule_that_fails_to_learn_is_logged_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Failing(wait_adaptive):
-        def observe(self, after: float, until: float | None) -> None:
+        def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
             raise RuntimeError("not today")
 
     record_observation(Failing(), 4.0, None)
@@ -299,11 +308,65 @@ def test_approvals_past_the_end_of_the_histogram_say_only_that_it_was_late() -> 
     assert late.to_json() == never.to_json()
 
 
+@given(observed=observations, elapsed=seconds)
+@settings(deadline=None)
+def test_after_any_observations_there_are_never_more_approvals_than_waits(
+    observed: list[Observation], elapsed: float
+) -> None:
+    schedule = schedule_after(observed, jitter=0)
+    assert delay_at(wait_adaptive.from_json(schedule.to_json(), jitter=0), elapsed) == delay_at(schedule, elapsed)
+
+
+def test_a_wait_that_was_observed_from_late_on_says_nothing_about_earlier() -> None:
+    known: list[Observation] = [(4.0, 5.0)] * 10
+    schedule = schedule_after([*known, *[(80.0, None, 40.0)] * 10], jitter=0)
+    plain = schedule_after(known, jitter=0)
+    # The last bins before 40 s touch the time from then on; before them nothing changes but what is forgotten.
+    assert delay_at(schedule, 4.0) == pytest.approx(delay_at(plain, 4.0), rel=0.02)
+    assert delay_at(schedule, 15.0) == pytest.approx(delay_at(plain, 15.0), rel=0.02)
+    assert delay_at(schedule, 45.0) > delay_at(plain, 45.0) * 1.2
+
+
+def in_pieces(approved: float, length: float) -> Iterator[Observation]:
+    """Yield what is observed of a wait of 120 s in pieces of this length, with two polls a second."""
+    since = 0.0
+    while since < 120.0:
+        end = since + length
+        if approved <= end:
+            after = max(since, math.floor(approved * 2) / 2)
+            yield after, after + 0.5, since
+            return
+        yield end, None, since
+        since = end
+
+
+@pytest.mark.parametrize("length", [5.0, 10.0, 25.0])
+@pytest.mark.parametrize("approvals", [TYPICAL, SLOW])
+def test_pieces_of_waits_and_whole_waits_give_the_same_schedule(length: float, approvals: ApprovalTimes) -> None:
+    whole, pieces = wait_adaptive(jitter=0), wait_adaptive(jitter=0)
+    source = seeded_random(1)
+    for _ in range(200):
+        approved = approvals.draw(source)
+        observe_all(whole, in_pieces(approved, 120.0))
+        observe_all(pieces, in_pieces(approved, length))
+    for elapsed in (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0):
+        assert delay_at(pieces, elapsed) == pytest.approx(delay_at(whole, elapsed), rel=0.15)
+
+
 def test_an_observation_counts_half_after_five_hundred_more() -> None:
     schedule = schedule_after([(4096.0, None)])
     for _ in range(500):
         schedule.observe(0.0, None)
     assert json.loads(schedule.to_json())["pending"][-1] == pytest.approx(0.5)
+
+
+def test_ten_thousand_observations_at_once_are_learned_as_one_by_one() -> None:
+    at_once = schedule_after([(4.0, 5.0)] * 12_000, jitter=0)
+    one_by_one = wait_adaptive(jitter=0)
+    for _ in range(12_000):
+        one_by_one.observe(4.0, 5.0)
+        delay_at(one_by_one, 4.0)  # reduces the weights at once
+    assert delay_at(at_once, 4.0) == pytest.approx(delay_at(one_by_one, 4.0))
 
 
 def test_old_observations_are_forgotten() -> None:
@@ -326,9 +389,8 @@ def test_a_saved_schedule_goes_on_as_if_nothing_had_happened(
     schedule = schedule_after(observed, jitter=0)
     restored = wait_adaptive.from_json(schedule.to_json(), jitter=0)
     assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
-    for after, until in more:
-        schedule.observe(after, until)
-        restored.observe(after, until)
+    observe_all(schedule, more)
+    observe_all(restored, more)
     assert restored.to_json() == schedule.to_json()
     assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
 
@@ -358,7 +420,7 @@ def test_a_pickled_schedule_gives_the_same_delays() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "null", "{", '{"version": "1"}', '{"version": 1}', "\ud800", b"\xff", "[" * 100_000, None, 7],
+    ["", "{}", "[]", "null", "{", '{"version": "2"}', '{"version": 2}', "\ud800", b"\xff", "[" * 100_000, None, 7],
 )
 def test_text_that_is_no_saved_schedule_is_refused(text: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"not a saved schedule .*to_json"):
@@ -366,7 +428,7 @@ def test_text_that_is_no_saved_schedule_is_refused(text: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["approved", "pending"])
-@pytest.mark.parametrize("damage", [lambda w: w[1:], lambda w: [*w, 0.0], lambda w: [-1.0, *w[1:]], lambda _: None])
+@pytest.mark.parametrize("damage", [lambda w: w[1:], lambda w: [*w, 0.0], lambda w: [*w[:-1], -1.0], lambda _: None])
 def test_a_damaged_saved_schedule_is_refused(key: str, damage: Callable[[list[float]], object]) -> None:
     saved = json.loads(wait_adaptive().to_json())
     saved[key] = damage(saved[key])
@@ -374,9 +436,10 @@ def test_a_damaged_saved_schedule_is_refused(key: str, damage: Callable[[list[fl
         wait_adaptive.from_json(json.dumps(saved))
 
 
-def test_a_schedule_saved_in_another_format_is_refused_by_its_version() -> None:
-    with pytest.raises(ConfigurationError, match=r"version 2, and only 1 is supported"):
-        wait_adaptive.from_json('{"version": 2, "approved": "quite another thing"}')
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_schedule_saved_in_another_format_is_refused_by_its_version(version: int) -> None:
+    with pytest.raises(ConfigurationError, match=rf"version {version}, and only 2 is supported; start with a new"):
+        wait_adaptive.from_json(f'{{"version": {version}, "approved": "quite another thing"}}')
 
 
 # --- arguments
@@ -411,6 +474,14 @@ def test_a_wrong_last_pending_poll_is_refused_and_changes_nothing(value: Any) ->
     schedule = wait_adaptive()
     with pytest.raises(ConfigurationError, match=r"after is .*; it must be a number of seconds, at least 0"):
         schedule.observe(value, 5.0)
+    assert schedule.to_json() == wait_adaptive().to_json()
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, *NOT_FINITE, -1e-9, 3.001])
+def test_a_wrong_start_of_the_observation_is_refused_and_changes_nothing(value: Any) -> None:
+    schedule = wait_adaptive()
+    with pytest.raises(ConfigurationError, match=r"since is .*; it must be a number of seconds, from 0 to after"):
+        schedule.observe(3.0, 5.0, since=value)
     assert schedule.to_json() == wait_adaptive().to_json()
 
 

@@ -228,7 +228,8 @@ class Poller:
             )
             self._polled[operation_id] = polled
         polled.origin = min(polled.origin, origin)
-        polled.creation_known = polled.creation_known or ticket is not None
+        if polled.observed_from is None and ticket is not None and now - origin < FRESH:
+            polled.observed_from = origin
         return polled
 
     def _end(self, wait: Wait, outcome: WaitResult) -> None:
@@ -265,17 +266,22 @@ class Poller:
             self._dispatcher.clear_final_polls()
             self._disarm()
         if polled.pending_at is not None:
-            self._record_observation(polled, polled.pending_at, None)
+            self._record_observation(polled, None)
 
-    def _record_observation(self, polled: PolledOperation, after: float | None, until: float | None) -> None:
-        """Give the schedules what was observed of an operation, once: approved between two polls, or still pending."""
+    def _record_observation(self, polled: PolledOperation, approved_by: float | None) -> None:
+        """Give the schedules what was observed of an operation, once: approved between two polls, or still pending.
+
+        Each client, and each piece of a longer wait, tells what it saw itself: from when on it polled, until when the
+        operation was pending. An approval that was there before says nothing of when it came.
+        """
         learners, polled.learners = polled.learners, ()
+        if polled.observed_from is None:
+            return
+        since = polled.observed_from - polled.origin
+        after = since if polled.pending_at is None else polled.pending_at - polled.origin
+        until = None if approved_by is None else approved_by - polled.origin
         for learner in learners:
-            record_observation(
-                learner,
-                0.0 if after is None else max(0.0, after - polled.origin),
-                None if until is None else max(0.0, until - polled.origin),
-            )
+            record_observation(learner, after, until, since)
 
     # -- the timer
 
@@ -510,9 +516,7 @@ class Poller:
 
     def _observe_approval(self, polled: PolledOperation, outcomes: list[tuple[Wait, Outcome]], now: float) -> None:
         if any(outcome.result is Result.APPROVED for _, outcome in outcomes):
-            if polled.creation_known or polled.pending_at is not None:
-                self._record_observation(polled, polled.pending_at, now)
-            polled.learners = ()
+            self._record_observation(polled, now)
 
     def _approve(self, wait: Wait, operation: Operation, now: float) -> None:
         wait.polls = max(wait.polls, 1)
@@ -523,6 +527,8 @@ class Poller:
         """Go on by the schedule, and end the waits whose final poll this was."""
         polled = poll.polled
         polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
+        if polled.observed_from is None:
+            polled.observed_from = polled.pending_at
         seen = pack_pending(answer) if isinstance(answer, Operation) else None
         going_on: list[Wait] = []
         for wait in waits:

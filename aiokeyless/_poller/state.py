@@ -96,13 +96,13 @@ class PolledOperation:
 
     __slots__ = (
         "before_deadline",
-        "creation_known",
         "due",
         "failures",
         "final_poll_queued",
         "first",
         "learners",
         "live",
+        "observed_from",
         "operation_id",
         "origin",
         "others",
@@ -118,7 +118,6 @@ class PolledOperation:
         self.operation_id = operation_id
         self.url = url
         self.origin = origin
-        self.creation_known = False  # whether origin is the operation's creation, and not just a wait's start
         self.first: Wait | None = None
         self.others: list[Wait] | None = None  # nearly every operation has a single wait: no list for it
         self.live = 0  # waits that have not ended
@@ -128,6 +127,9 @@ class PolledOperation:
         self.final_poll_queued = False
         self.failures = 0  # transient ones in a row
         self.pending_at: float | None = None  # start of the last poll that was answered with pending
+        # When it was first known to be pending: its creation, if it was waited for since then, else the start of the
+        # first poll that was answered with pending. Before that nothing is learned of it.
+        self.observed_from: float | None = None
         self.learners: tuple[wait_adaptive, ...] = ()
         self.scheduled_at: float | None = None
 

@@ -1523,12 +1523,14 @@ class RecordingObservations(wait_adaptive):
     def __init__(self) -> None:
         super().__init__()
         self.observed: list[tuple[float, float | None]] = []
+        self.observed_from: list[float] = []
 
     def __call__(self, retry_state: RetryCallState) -> float:
         return 2.0
 
-    def observe(self, after: float, until: float | None) -> None:
+    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
         self.observed.append((round(after, 6), None if until is None else round(until, 6)))
+        self.observed_from.append(round(since, 3))
 
 
 class TestLearning:
@@ -1551,6 +1553,48 @@ class TestLearning:
         sandbox.approve(ticket.operation_id)
         await client.wait_for_approval(ticket, schedule=schedule)
         assert schedule.observed == [(0.0, 2.0)]
+        assert schedule.observed_from == [0.0]
+
+    async def test_the_pieces_of_a_wait_are_observed_one_by_one_each_from_its_start(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = RecordingObservations()
+        ticket = await client.create_operation(USER)
+        asyncio.get_running_loop().call_later(15, sandbox.approve, ticket.operation_id)
+        await asyncio.sleep(0.5)
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket, schedule=schedule, timeout=5)
+        long_poll = asyncio.create_task(client.wait_for_approval(ticket, schedule=schedule))
+        await asyncio.sleep(5)
+        await cancel([long_poll])  # its browser went away
+        await asyncio.sleep(1)
+        await client.wait_for_approval(ticket, schedule=schedule)
+        assert schedule.observed == [(5.5, None), (9.5, None), (13.5, 15.5)]
+        assert schedule.observed_from == [0.0, 5.5, 11.5]
+
+    async def test_a_resumed_ticket_that_is_approved_already_does_not_tell_when_it_was(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = RecordingObservations()
+        ticket = await client.create_operation(USER)
+        await asyncio.sleep(20)
+        sandbox.approve(ticket.operation_id)
+        await client.wait_for_approval(ticket, schedule=schedule)
+        assert schedule.observed == []
+
+    async def test_a_ticket_that_joins_the_wait_for_its_id_is_observed_from_the_first_pending_answer(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = RecordingObservations()
+        ticket = await client.create_operation(USER)
+        await asyncio.sleep(30)
+        asyncio.get_running_loop().call_later(5, sandbox.approve, ticket.operation_id)
+        await asyncio.gather(
+            client.wait_for_approval(ticket.operation_id, schedule=schedule),
+            client.wait_for_approval(ticket, schedule=schedule),
+        )
+        assert schedule.observed == [(34.0, 36.0)]
+        assert schedule.observed_from == [30.0]
 
     async def test_a_bare_id_approved_at_its_first_poll_is_not_observed(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1618,7 +1662,7 @@ class TestLearning:
         self, sandbox: Sandbox, client: KeylessClient, caplog: pytest.LogCaptureFixture
     ) -> None:
         class Dull(RecordingObservations):
-            def observe(self, after: float, until: float | None) -> None:
+            def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
                 raise ZeroDivisionError
 
         await pending(client)

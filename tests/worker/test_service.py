@@ -1326,9 +1326,9 @@ class Remembering(wait_adaptive):
         super().__init__(min_interval=min_interval, poll_cost=0.001)
         self.observations: list[tuple[float, float | None]] = []
 
-    def observe(self, after: float, until: float | None) -> None:
+    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
         self.observations.append((after, until))
-        super().observe(after, until)
+        super().observe(after, until, since=since)
 
 
 async def test_schedule_learns_when_people_approve(
@@ -1382,7 +1382,7 @@ async def test_schedule_learns_nothing_while_load_shedding_stretches_it(
 
 
 class Failing(wait_adaptive):
-    def observe(self, after: float, until: float | None) -> None:
+    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
         raise RuntimeError("not today")
 
 
