@@ -188,6 +188,14 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a link or a name that does not exist is an error."""
+    install(session, "-e", ".[dev]")
+    folder = Path(session.create_tmp()).resolve() / "html"
+    session.run("sphinx-build", "-q", "-n", "-W", "--keep-going", "-b", "html", "-E", "docs", str(folder))
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Run every benchmark in short; arguments after -- take the place of --quick."""
     install(session, "-e", ".[dev]")

@@ -60,17 +60,17 @@ class FailureReason(StrEnum):
     """An operation of the same content was approved under this id before this request asked. That approval belongs to
     an earlier request; nobody was asked, and nobody approved this one."""
     MISMATCH = "mismatch"
-    """An answer was about something else than what was asked for: treat it as refused, and investigate."""
+    """An answer was about something else than what was asked for; treat it as refused, and investigate."""
     INCONSISTENT = "inconsistent"
-    """An answer contradicted itself or had an unknown state: treat it as refused, and investigate."""
+    """An answer contradicted itself or had an unknown state; treat it as refused, and investigate."""
     REJECTED = "rejected"
-    """The service refused for good to create the operation: an unknown user, a malformed request. Nobody was asked."""
+    """The service refused for good to create the operation (an unknown user, a malformed request). Nobody was asked."""
     POLL_REFUSED = "poll_refused"
-    """The service refused the poll for good. The outcome is unknown: check it with ``get_operation``."""
+    """The service refused the poll for good. The outcome is unknown; check it with ``get_operation``."""
     UNREADABLE = "unreadable"
     """The service answered with JSON of another shape than documented. The outcome is unknown."""
     INTERNAL = "internal"
-    """The worker itself failed; its log says more. The outcome is unknown: check it with ``get_operation``."""
+    """The worker itself failed; its log says more. The outcome is unknown; check it with ``get_operation``."""
 
 
 class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

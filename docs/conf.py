@@ -1,0 +1,71 @@
+"""Sphinx: the pages are MyST Markdown, the reference comes from the docstrings. ``nox -s docs`` builds it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from sphinx.util.nodes import make_refnode
+
+import aiokeyless
+import aiokeyless.sandbox
+import aiokeyless.worker
+
+if TYPE_CHECKING:
+    from docutils.nodes import Element, reference
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "aiokeyless"
+copyright = "the authors of aiokeyless"  # noqa: A001  # the name that Sphinx reads
+release = version = aiokeyless.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "aiokeyless"
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+default_role = "py:obj"  # `Name` in a docstring links to the name
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "undoc-members": True}
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # the attributes of a struct are described in one place
+
+nitpicky = True
+nitpick_ignore_regex = [
+    # Names of the standard library and of other packages, whose inventories would have to be fetched.
+    ("py:.*", r"(aiohttp|anyio|asyncio|collections|datetime|enum|logging|msgspec)(\..*)?"),
+    ("py:.*", r"(nats|pathlib|ssl|tenacity|types|typing)(\..*)?"),
+    ("py:.*", r"wait_base|Client"),
+    # A type variable and names that users need in no other place.
+    ("py:class", r"aiokeyless\.worker\.messages\.T|HealthServer|aiokeyless\.sandbox\.service\.ClientOptions"),
+]
+
+
+# Annotations name what modules import for type checkers only; a signature is formatted from the real thing.
+for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "aiokeyless"]:
+    for public in aiokeyless.__all__:
+        vars(module).setdefault(public, getattr(aiokeyless, public))
+
+
+def resolve_short_name(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element
+) -> reference | Element | None:
+    """Find a public name that is written without its module, or with the private one that defines it."""
+    name = node["reftarget"].rpartition(".")[2]
+    for module in ("aiokeyless", "aiokeyless.worker", "aiokeyless.sandbox"):
+        found = env.domains.python_domain.objects.get(f"{module}.{name}")
+        if found is not None:
+            return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contnode, name)
+    # A single backtick is also how a docstring shows an argument, which has no page of its own.
+    return contnode if node["reftype"] == "obj" and node["reftarget"].isidentifier() else None
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what is above."""
+    app.connect("missing-reference", resolve_short_name)
