@@ -7,7 +7,6 @@ import secrets
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
-from socket import socket
 from typing import Annotated
 
 import uvicorn
@@ -17,11 +16,21 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
 import aiokeyless
+from aiokeyless.shutdown import close_on_signals
 
 FINAL = ("paid", "refused", "cancelled")
 log = logging.getLogger("uvicorn.error")
 client = aiokeyless.KeylessClient()  # one for all customers; key and address come from the environment
-app = FastAPI()
+
+
+@contextlib.asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    """Close the client when the server is told to stop: it stops once all streams have ended."""
+    async with close_on_signals(client):
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
 
 
 class Order(BaseModel):
@@ -138,15 +147,6 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
     yield ServerSentEvent(data={"state": order.state})
 
 
-class Server(uvicorn.Server):
-    """Closes the client first: uvicorn stops once all streams have ended, and the streams end with their waits."""
-
-    async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """End all waits, then stop."""
-        await client.aclose()
-        await super().shutdown(sockets)
-
-
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        Server(uvicorn.Config(app, port=int(os.environ.get("CHECKOUT_PORT", "8000")))).run()
+        uvicorn.run(app, port=int(os.environ.get("CHECKOUT_PORT", "8000")))

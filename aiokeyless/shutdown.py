@@ -1,0 +1,124 @@
+"""Shutting down: closes clients as soon as the process is told to stop.
+
+Web servers close an application only after they have waited for its open requests. A request that waits for an approval
+ends with its client, so the client must be closed first: when the signal arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+    from types import FrameType
+
+    from .client import KeylessClient
+
+    _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int
+
+__all__ = ["close_on_signals"]
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+@asynccontextmanager
+async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None]:
+    """Close clients when the process receives SIGTERM or SIGINT, or at the end of the block, whichever comes first.
+
+    Each wait and each call under way then ends with `ClientClosedError`. The signal is handed on to the handler that
+    was installed before: at once, so that a server begins to stop; or, where that is the default action, which ends the
+    process, once the clients are closed. A second signal is handed on at once.
+
+    Enter the block in the startup of the application, such as its ASGI lifespan: a handler that is installed later
+    takes the place of this one. Signals that are ignored stay ignored. Outside of the main thread, where Python allows
+    no handlers (as in the test client of Starlette), the clients are closed at the end of the block only.
+
+    Args:
+        clients: The clients to close, all of this event loop.
+
+    Raises:
+        ConfigurationError: A client belongs to another event loop; raised at the end of the block.
+
+    Example:
+        >>> @asynccontextmanager
+        ... async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        ...     async with close_on_signals(client):
+        ...         yield
+
+    Source: ``docs/howto/shutdown.md``, for each framework.
+    """
+    closing = _Closing(clients)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = [_Handling(number, closing) for number in _SIGNALS if in_main_thread and _is_handled(number)]
+    try:
+        yield
+    finally:
+        try:
+            await asyncio.shield(closing.start())
+        finally:
+            for handler in handlers:
+                handler.remove()
+
+
+def _is_handled(number: signal.Signals) -> bool:
+    """Return whether a signal has an effect that can be handed on; None: its handler is not Python's."""
+    return signal.getsignal(number) not in {signal.SIG_IGN, None}
+
+
+class _Closing:
+    """The closing of the clients, which starts once."""
+
+    def __init__(self, clients: tuple[KeylessClient, ...]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._clients = clients
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Start to close the clients, and return the task that does so."""
+        if self._task is None:
+            self._task = self.loop.create_task(self._close())
+        return self._task
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(client.aclose() for client in self._clients))
+
+
+class _Handling:
+    """The handler of one signal while the block is open."""
+
+    def __init__(self, number: signal.Signals, closing: _Closing) -> None:
+        self._number = number
+        self._closing = closing
+        self._is_first = True
+        # Not loop.add_signal_handler, which keeps one handler only: aiohttp's and hypercorn's live there, and go on to
+        # be called. This takes the place of handlers such as uvicorn's, and calls them.
+        self._previous: _Handler = signal.signal(number, self)  # type: ignore[assignment]  # not None: _is_handled
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal; runs in the main thread, between any two instructions."""
+        is_first, self._is_first = self._is_first, False
+        if is_first:
+            self._closing.loop.call_soon_threadsafe(self._start)
+        if callable(self._previous):
+            self._previous(number, frame)
+        elif not is_first:
+            self._end_process()
+
+    def _start(self) -> None:
+        closing = self._closing.start()
+        if not callable(self._previous):
+            closing.add_done_callback(lambda _: self._end_process())
+
+    def _end_process(self) -> None:
+        self.remove()
+        signal.raise_signal(self._number)
+
+    def remove(self) -> None:
+        """Install the previous handler, unless another one has taken the place of this one."""
+        installed: object = signal.getsignal(self._number)
+        if installed is self:
+            signal.signal(self._number, self._previous)

@@ -1,0 +1,47 @@
+"""A long poll on Django: `uvicorn django_app:application`. In a project the last function is in asgi.py."""
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+from django.http import HttpRequest, JsonResponse
+from django.urls import path
+
+from aiokeyless import ApprovalTimeoutError, ClientClosedError, KeylessClient
+from aiokeyless.shutdown import close_on_signals
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+client = KeylessClient()
+
+
+async def approval(_request: HttpRequest, operation_id: str) -> JsonResponse:
+    """Answer once the operation is approved, or that it is pending: the caller then asks again."""
+    try:
+        await client.wait_for_approval(operation_id, timeout=25)
+    except (ApprovalTimeoutError, ClientClosedError):
+        return JsonResponse({"state": "pending"})
+    return JsonResponse({"state": "approved"})
+
+
+urlpatterns = [path("approvals/<operation_id>", approval)]
+
+settings.configure(
+    ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY=os.environ.get("DJANGO_SECRET_KEY", "only here")
+)
+django = get_asgi_application()
+
+
+async def application(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    """Serve the ASGI lifespan, which Django does not, so that the client is closed when the signal arrives."""
+    if scope["type"] != "lifespan":
+        await django(scope, receive, send)
+        return
+    await receive()  # the server starts
+    async with close_on_signals(client):
+        await send({"type": "lifespan.startup.complete"})
+        await receive()  # it has waited for its requests
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,152 @@
+"""The recipes of docs/howto/shutdown.md: real servers with an open long poll, and a real SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import aiohttp
+import pytest
+from bot_api_server import TOKEN, BotApiServer
+from nats_server import until
+
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "shutdown"
+PAGE = ROOT / "docs" / "howto" / "shutdown.md"
+
+PATIENCE = 60.0  # seconds, for a start or an end on a busy machine
+AT_ONCE = 20.0  # seconds for an answer that would take 25 if the wait went on; it takes less than one
+
+
+class Recipe(NamedTuple):
+    """How a program is run.
+
+    Attributes:
+        module: What must be installed.
+        command: The arguments for Python.
+    """
+
+    module: str
+    command: tuple[str, ...]
+
+
+UVICORN = ("-m", "uvicorn", "--port", "0")
+HYPERCORN = ("-m", "hypercorn", "--workers", "0", "--bind", "127.0.0.1:0")
+RECIPES = {
+    "FastAPI": Recipe("fastapi", (*UVICORN, "fastapi_app:app")),
+    "aiohttp.web": Recipe("aiohttp", ("aiohttp_app.py",)),
+    "Litestar": Recipe("litestar", (*UVICORN, "litestar_app:app")),
+    "Quart": Recipe("quart", (*HYPERCORN, "quart_app:app")),
+    "Django": Recipe("django", (*UVICORN, "django_app:application")),
+}
+
+
+class Program:
+    """A program in a process of its own, and what it printed so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+
+    async def read_until(self, pattern: str) -> re.Match[str]:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            while (found := re.search(pattern, self.output)) is None:
+                line = await self.process.stdout.readline()
+                assert line, f"it ended: {self.output}"
+                self.output += line.decode()
+        return found
+
+    async def stop(self) -> int:
+        """Send SIGTERM, and return the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE):
+            output, _ = await self.process.communicate()
+        self.output += output.decode()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+
+@asynccontextmanager
+async def running(*command: str, sandbox: Sandbox, **environment: str) -> AsyncGenerator[Program]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        cwd=FOLDER,
+        env={
+            **os.environ,
+            "KEYLESS_BASE_URL": sandbox.url,
+            "KEYLESS_API_KEY": sandbox.api_key,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            **environment,
+        },
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        yield Program(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def until_polled(sandbox: Sandbox) -> None:
+    await until(lambda: any(request.method == "GET" for request in sandbox.requests), PATIENCE)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str) -> None:
+    recipe = RECIPES[name]
+    pytest.importorskip(recipe.module)
+    async with Sandbox() as sandbox, sandbox.client() as client, aiohttp.ClientSession() as http:
+        await client.create_operation("C0FFEE", operation_id="order-1")
+        async with running(*recipe.command, sandbox=sandbox, PORT="0") as program:
+            port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
+            answer = asyncio.create_task(http.get(f"http://127.0.0.1:{port}/approvals/order-1"))
+            await until_polled(sandbox)
+            stopping = asyncio.create_task(program.stop())
+            async with asyncio.timeout(AT_ONCE), await answer as response:
+                assert await response.json() == {"state": "pending"}  # and not a connection that was cut off
+            status = await stopping
+    assert status in {0, -signal.SIGTERM}, program.output
+    assert "Traceback" not in program.output
+
+
+@pytest.mark.slow  # aiogram takes seconds of computing to start
+async def test_a_bot_that_waits_stops_and_says_so() -> None:
+    pytest.importorskip("aiogram")
+    async with Sandbox() as sandbox, BotApiServer() as telegram:
+        environment = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url}
+        async with running("aiogram_bot.py", sandbox=sandbox, **environment) as bot:
+            await telegram.say(7, "Pay 40 to Alice")
+            await until_polled(sandbox)
+            assert await bot.stop() == 0, bot.output
+            await telegram.read(7, "nothing is paid")
+    assert "Traceback" not in bot.output
+
+
+def test_each_program_is_on_the_page() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for program in FOLDER.glob("*.py"):
+        assert f"(../../examples/shutdown/{program.name})" in page, program.name
+
+
+def test_the_blocks_of_the_page_are_parts_of_the_programs() -> None:
+    programs = [program.read_text(encoding="utf-8") for program in FOLDER.glob("*.py")]
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert any(block in program for program in programs), block
