@@ -1,4 +1,4 @@
-"""pytest fixtures for users of the library: `keyless_sandbox` and `keyless_client`.
+"""pytest fixtures for users of the library: `keyless_sandbox`, `keyless_client`, `keyless_worker`, `keyless_broker`.
 
 pytest loads this module wherever aiokeyless is installed, so it imports the sandbox and the client only when a test
 requests them. Both run in the event loop of the test, which pytest-asyncio (either mode, any loop scope) or anyio's
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.client import KeylessClient
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker import ApprovalWorker, MemoryBroker
 
 
 @pytest.fixture
@@ -44,6 +45,29 @@ def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> 
     """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test."""
     client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_loop_of(request)}")
     return client
+
+
+@pytest.fixture
+def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient) -> ApprovalWorker:  # noqa: ARG001  # its order
+    """A running `aiokeyless.worker.ApprovalWorker` on `keyless_broker`, stopped after the test; it polls often.
+
+    It needs the extra ``nats``, and no broker.
+
+    Example::
+
+        async def test_a_payment_waits_for_the_phone(keyless_worker, keyless_broker, keyless_sandbox):
+            submission = await submit_approval(keyless_broker, "C0FFEE", operation_payload="Pay 40")
+            ...
+    """
+    worker: ApprovalWorker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[0]
+    return worker
+
+
+@pytest.fixture
+def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorker) -> MemoryBroker:  # noqa: ARG001  # its order
+    """The broker of `keyless_worker`, in memory: give it to the code under test in place of its NATS connection."""
+    broker: MemoryBroker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[1]
+    return broker
 
 
 def _loop_of(request: pytest.FixtureRequest) -> str:
@@ -76,7 +100,16 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
         async with keyless_sandbox.client() as client:
             yield client
 
-    names = {"_keyless_sandbox": sandbox, "_keyless_client": client}
+    async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, MemoryBroker]]:
+        from tenacity import wait_fixed  # noqa: PLC0415
+
+        from aiokeyless.worker import ApprovalWorker, MemoryBroker  # noqa: PLC0415
+
+        broker = MemoryBroker()
+        async with ApprovalWorker(keyless_client, broker, schedule=wait_fixed(0.05)) as worker:
+            yield worker, broker
+
+    names = {"_keyless_sandbox": sandbox, "_keyless_client": client, "_keyless_worker": worker}
     return {f"{name}_{loop}": fixture(name=f"{name}_{loop}")(function) for name, function in names.items()}
 
 

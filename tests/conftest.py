@@ -75,7 +75,7 @@ async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
 @pytest.fixture
 def short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that end soon: one waits for its pulls to end, which takes a second otherwise."""
-    monkeypatch.setattr("aiokeyless.worker.intake.EXPIRES", 0.2)
+    monkeypatch.setattr("aiokeyless.worker.nats.intake.EXPIRES", 0.2)
     monkeypatch.setattr("aiokeyless.worker.serving.EXPIRES", 0.2)
 
 

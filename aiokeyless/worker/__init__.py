@@ -7,12 +7,14 @@ keep nothing of it in memory; the outcome is read with `approval_outcomes`. Wher
 
 from aiokeyless.errors import BrokerError, InvalidRequestError
 
-from .applications import Submission, approval_outcomes, is_outcome, submit_approval
+from .applications import Submission, approval_outcomes, submit_approval
 from .healthz import serve_health
+from .memory import MemoryBroker
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
+from .nats.broker import is_outcome
+from .nats.streams import StreamSettings
 from .service import ApprovalWorker
 from .serving import WorkerStatistics
-from .streams import StreamSettings
 
 __all__ = [
     "ApprovalEvent",
@@ -21,6 +23,7 @@ __all__ = [
     "BrokerError",
     "FailureReason",
     "InvalidRequestError",
+    "MemoryBroker",
     "Outcome",
     "StreamSettings",
     "Submission",

@@ -41,12 +41,12 @@ class Decided(NamedTuple):
 
     Attributes:
         event: What is published.
-        message_id: The ``Nats-Msg-Id`` under which the stream takes the event once.
+        name: The name under which the broker keeps one event.
         polled_at: Start of the poll whose answer decided it, for what the schedule learns; None where none did.
     """
 
     event: ApprovalEvent
-    message_id: str
+    name: str
     polled_at: datetime | None = None
 
 

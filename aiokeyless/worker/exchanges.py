@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
@@ -25,7 +24,6 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import Operation
 
-from .claims import Claim
 from .decisions import (
     Decided,
     Next,
@@ -38,17 +36,21 @@ from .decisions import (
     after_poll,
     is_final,
 )
+from .engine import Claim
 from .logs import log
 from .messages import Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
     from tenacity.wait import wait_base
 
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless.client import KeylessClient
 
-    from .claims import Claims
     from .decisions import Decision
+    from .engine import Claims
     from .load_shedding import LoadShedding
     from .messages import Delivery
 
@@ -85,6 +87,7 @@ class Exchanges:
         load_shedding: How much its delays are stretched.
         circuit: Records how the exchanges went.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
+        now: The time, as requests are stored by.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Exchanges:
         load_shedding: LoadShedding,
         circuit: Circuit,
         grace: float,
+        now: Callable[[], datetime],
     ) -> None:
         self._client = client
         self._claims = claims
@@ -103,6 +107,7 @@ class Exchanges:
         self._load_shedding = load_shedding
         self._circuit = circuit
         self._grace = grace
+        self._clock = now
         self._failures_in_a_row = 0
         self.created: int = 0
         self.polls: int = 0
@@ -139,9 +144,9 @@ class Exchanges:
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
         """Create the operation, which was missing just now; `Next.POLL` where this request may have created it."""
-        claim = await self._claims.take(delivery)
+        claim = await self._claims.take(delivery.ticket.operation_id, delivery.name)
         if claim is Claim.ANOTHERS:
-            return after_conflict(delivery, now=datetime.now(UTC))
+            return after_conflict(delivery, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
         try:
             await self._client.create_operation(
@@ -159,33 +164,39 @@ class Exchanges:
             return await self._poll_older(delivery) if claim is Claim.NEW else Next.POLL
         except KeylessError as error:
             if claim is Claim.NEW and not _may_have_created(error):
-                await self._claims.release(delivery)
+                await self._release(delivery)
             self._record_error(delivery, error, started_at, is_probe=True)
-            return after_failed_creation(delivery, error, now=datetime.now(UTC), pacing=self._pacing())
+            return after_failed_creation(delivery, error, now=self._clock(), pacing=self._pacing())
         self._record_success(started_at)
         self.created += 1
-        return after_creation(delivery, datetime.now(UTC), self._pacing())
+        return after_creation(delivery, self._clock(), self._pacing())
 
     async def _poll_older(self, delivery: Delivery) -> Decision | Next:
         """Poll an operation that was there before this request, the first one to hold its id, asked for it."""
-        await self._claims.release(delivery)
-        polled_at = datetime.now(UTC)
+        await self._release(delivery)
+        polled_at = self._clock()
         answer = await self._get(delivery, polled_at)
         if isinstance(answer, Operation):
-            return after_older(delivery, answer, now=datetime.now(UTC))
+            return after_older(delivery, answer, now=self._clock())
         return self._after_poll(delivery, answer, polled_at)
 
     async def _poll(self, delivery: Delivery) -> Decision | Next:
         """Poll the operation; `Next.CREATE` where there is none and it is not too late to create it."""
-        polled_at = datetime.now(UTC)
+        polled_at = self._clock()
         answer = await self._get(delivery, polled_at)
         step = self._after_poll(delivery, answer, polled_at)
-        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._claims.is_held(delivery):
-            return after_older(delivery, answer, now=datetime.now(UTC))
+        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._is_held(delivery):
+            return after_older(delivery, answer, now=self._clock())
         return step
 
+    async def _is_held(self, delivery: Delivery) -> bool:
+        return await self._claims.is_held(delivery.ticket.operation_id, delivery.name)
+
+    async def _release(self, delivery: Delivery) -> None:
+        await self._claims.release(delivery.ticket.operation_id, delivery.name)
+
     def _after_poll(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> Decision | Next:
-        return after_poll(delivery, answer, polled_at=polled_at, now=datetime.now(UTC), pacing=self._pacing())
+        return after_poll(delivery, answer, polled_at=polled_at, now=self._clock(), pacing=self._pacing())
 
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""

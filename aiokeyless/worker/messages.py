@@ -23,7 +23,6 @@ __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 
 T = TypeVar("T")
 
-REQUEST_SUBJECT: Final = "keyless.approvals.request"
 MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
 VERSION: Final = 1
 ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
@@ -42,11 +41,6 @@ class Outcome(StrEnum):
     APPROVED = "approved"
     EXPIRED = "expired"
     FAILED = "failed"
-
-    @property
-    def subject(self) -> str:
-        """Where events of this kind are published."""
-        return f"keyless.approvals.{self}"
 
 
 class FailureReason(StrEnum):

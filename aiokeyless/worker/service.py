@@ -13,20 +13,22 @@ from aiokeyless._validation import check_schedule, seconds, whole_number
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
-from .broker import connect, disconnect
 from .exchanges import check_key
 from .logs import log
+from .memory import MemoryBroker
+from .nats.engine import NatsEngine
+from .nats.streams import StreamSettings
 from .serving import Limits, Serving, WorkerStatistics
-from .streams import StreamSettings, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
     from types import TracebackType
 
-    from nats.aio.client import Client
     from tenacity.wait import wait_base
 
     from aiokeyless.client import KeylessClient
+
+    from .engine import Engine
 
 DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
 _PUBLISH_WITHIN: Final = 5.0  # seconds
@@ -47,7 +49,7 @@ class ApprovalWorker:
     Args:
         client: Any client. Each call is sent once, whatever its ``max_attempts``: the broker repeats what failed. The
             caller closes it, after the worker.
-        nats_url: Address of a server of the broker, or several, separated by commas.
+        broker: Address of a NATS server, or several, separated by commas; or a `MemoryBroker`, for tests.
         max_in_flight: Deliveries in flight at once. Default: 64.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
@@ -66,7 +68,7 @@ class ApprovalWorker:
     def __init__(
         self,
         client: KeylessClient,
-        nats_url: str = DEFAULT_NATS_URL,
+        broker: str | MemoryBroker = DEFAULT_NATS_URL,
         *,
         max_in_flight: int = 64,
         schedule: wait_base | None = None,
@@ -78,16 +80,22 @@ class ApprovalWorker:
         self._limits = Limits(
             max_in_flight=whole_number(max_in_flight, "max_in_flight"),
             longest_delivery=longest_delivery,
-            publish_within=_PUBLISH_WITHIN,
             ack_wait=longest_delivery + _MARGIN,
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client.with_max_attempts(1)
-        self._nats_url = nats_url
         self._schedule = check_schedule(schedule) or wait_adaptive()
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a strategy that fails is found out here
-        self._settings = settings or StreamSettings()
-        self._connect_options = dict(connect_options or {})
+        self._engine: Engine
+        if isinstance(broker, MemoryBroker):
+            self._engine = broker.engine()
+        else:
+            self._engine = NatsEngine(
+                broker,
+                settings=settings or StreamSettings(),
+                options=dict(connect_options or {}),
+                timeout=_PUBLISH_WITHIN,
+            )
         self._serving: Serving | None = None  # None until it is connected
         self._background: _Background | None = None  # the run, where the worker is a context manager
         self._stopping = False
@@ -158,29 +166,25 @@ class ApprovalWorker:
 
     async def _work(self) -> None:
         await check_key(self._client)
-        connection = await connect(
-            self._nats_url, self._connect_options, on_reconnect=self._reconnected, on_loss=self._fail
-        )
+        await self._engine.connect(on_reconnect=self._reconnected, on_loss=self._fail)
         try:
-            await self._serve(connection)
+            await self._serve()
         except BrokerError as error:
             self._fatal = self._fatal or error
         finally:
             self._disconnecting = True
-            await disconnect(connection)
+            await self._engine.disconnect()
         if self._fatal is not None:
             raise self._fatal
 
-    async def _serve(self, connection: Client) -> None:
-        stream = connection.jetstream(timeout=self._limits.publish_within)
-        longest_wait = await prepare(stream, self._settings, ack_wait=self._limits.ack_wait)
+    async def _serve(self) -> None:
+        terms = await self._engine.prepare(ack_wait=self._limits.ack_wait)
         self._serving = Serving(
-            connection,
-            stream,
+            self._engine,
             self._client,
             schedule=self._schedule,
             limits=self._limits,
-            longest_wait=longest_wait,
+            terms=terms,
             on_fatal=self._fail,
         )
         if self._stopping:

@@ -10,37 +10,31 @@ import asyncio
 import logging
 import math
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
-import nats.errors
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import Circuit, CircuitState
 from aiokeyless.errors import InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
-from .claims import Claims
 from .decisions import Redeliver, after_bug, invalid, observation
+from .engine import EXPIRES, EngineError, Sealed
 from .exchanges import Exchanges
-from .intake import EXPIRES, Intake
 from .load_shedding import LoadShedding
 from .logs import log
-from .messages import MESSAGE_ID, ROOM_FOR_EVENT, FailureReason, Outcome, read_context, read_request
-from .streams import OUTCOMES, restore_consumer
+from .messages import ROOM_FOR_EVENT, Outcome, read_context, read_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nats.aio.client import Client
-    from nats.aio.msg import Msg
-    from nats.js import JetStreamContext
     from tenacity.wait import wait_base
 
     from aiokeyless.client import KeylessClient
 
     from .decisions import Decided, Decision
+    from .engine import Engine, Message, Terms
     from .messages import ApprovalEvent, Delivery
 
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
@@ -85,14 +79,12 @@ class Limits(NamedTuple):
     Attributes:
         max_in_flight: Deliveries in flight at once.
         longest_delivery: Seconds that one takes at most.
-        publish_within: Seconds within which the broker must store an event.
         ack_wait: Seconds after which the broker delivers again what was not acknowledged.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
     max_in_flight: int
     longest_delivery: float
-    publish_within: float
     ack_wait: float
     grace: float
 
@@ -101,44 +93,41 @@ class Serving:
     """A worker that is connected and whose streams are there.
 
     Args:
-        connection: The broker.
-        stream: Its JetStream.
+        engine: The broker.
         client: What sends the exchanges, each once.
         schedule: When to poll.
         limits: What bounds the deliveries.
-        longest_wait: Seconds that a request may wait at most.
+        terms: What the broker allows.
         on_fatal: Called with what is wrong with this worker, and with no request.
     """
 
     def __init__(
         self,
-        connection: Client,
-        stream: JetStreamContext,
+        engine: Engine,
         client: KeylessClient,
         *,
         schedule: wait_base,
         limits: Limits,
-        longest_wait: float,
+        terms: Terms,
         on_fatal: Callable[[KeylessError], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._connection = connection
-        self._stream = stream
+        self._engine = engine
         self._schedule = schedule
         self._limits = limits
-        self._longest_wait = longest_wait
+        self._terms = terms
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight)
         self._load_shedding = LoadShedding()
         self._exchanges = Exchanges(
             client,
-            Claims(stream),
+            engine.claims,
             schedule=schedule,
             load_shedding=self._load_shedding,
             circuit=self._circuit,
             grace=limits.grace,
+            now=engine.now,
         )
-        self._intake = Intake(connection, deliver=self._take, ended=self._pull_ended, now=self._loop.time)
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
         self._changed = asyncio.Event()
         self._is_open = False
@@ -155,7 +144,7 @@ class Serving:
             created=self._exchanges.created,
             transient_failures=self._exchanges.failures,
             circuit=self._circuit.state.value,
-            is_ready=self._is_open and not self._stopping and self._connection.is_connected,
+            is_ready=self._is_open and not self._stopping and self._engine.is_connected,
             is_draining=self._stopping,
             **self._counts,
         )
@@ -167,7 +156,6 @@ class Serving:
 
     def reconnected(self) -> None:
         """Pull again: the pulls went with the connection that was lost."""
-        self._intake.forget()
         self._changed.set()
 
     async def serve(self) -> None:
@@ -189,21 +177,21 @@ class Serving:
 
     async def open(self) -> None:
         """Get ready to be delivered to."""
-        await self._intake.open()
+        await self._engine.open(deliver=self._take, ended=self._pull_ended)
         self._is_open = True
         log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
 
     async def _pull(self, now: float) -> None:
         """Ask for as many deliveries as there is room for; in batches, so not for each one that becomes free."""
-        if not self._connection.is_connected or now < self._pulls_from:
+        if not self._engine.is_connected or now < self._pulls_from:
             return
         if self._refusals:
-            await restore_consumer(self._stream, ack_wait=self._limits.ack_wait)
-        expected = self._intake.expected()
+            await self._engine.restore()
+        expected = self._engine.expected()
         room = self._room(now) - expected
         if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
-            with suppress(nats.errors.Error):  # the connection was lost at this moment: nothing was asked for
-                await self._intake.ask(room)
+            with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
+                await self._engine.ask(room)
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative where there are too many."""
@@ -228,11 +216,8 @@ class Serving:
     async def _drain(self) -> None:
         """Finish what is in flight, and hand back what arrives meanwhile."""
         log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
-        if self._connection.is_connected:
-            # Where the broker is silent, what it is delivering is delivered again by itself.
-            with suppress(nats.errors.Error, OSError, TimeoutError):
-                async with asyncio.timeout(self._limits.publish_within):
-                    await self._intake.close()
+        with suppress(EngineError):  # what the broker is delivering is delivered again
+            await self._engine.close()
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
         log(logging.INFO, "worker.done", msgspec.structs.asdict(self.statistics()))
@@ -242,12 +227,12 @@ class Serving:
         while tasks := tuple(self._deliveries):
             for task in tasks:
                 task.cancel()
-            # nats-py waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is repeated.
+            # What waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is repeated.
             await asyncio.wait(tasks, timeout=_LOST)
 
     # -- one delivery
 
-    def _take(self, message: Msg) -> None:
+    def _take(self, message: Message) -> None:
         self._refusals = 0
         # Past the loop's task factory: an eager one runs the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop)
@@ -258,7 +243,7 @@ class Serving:
         del self._deliveries[task]
         self._changed.set()
 
-    async def _deliver(self, message: Msg) -> None:
+    async def _deliver(self, message: Message) -> None:
         """Process a delivery. However it ends, the request is either decided or delivered again."""
         self._counts["deliveries"] += 1
         try:
@@ -270,66 +255,52 @@ class Serving:
             else:
                 decision = await self._decide(message)
             await self._settle(message, decision)
-        except (nats.errors.Error, OSError) as error:
+        except EngineError as error:
             # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
-            log(logging.WARNING, "delivery.unsettled", {"error": f"{type(error).__name__}: {error}"})
+            log(logging.WARNING, "delivery.unsettled", {"error": str(error)})
         except KeylessError as error:  # of this worker, not of the request
             self._on_fatal(error)
-            with suppress(nats.errors.Error):  # otherwise it is delivered again by itself, a little later
-                await message.nak(delay=error_delay(1))
+            with suppress(EngineError):  # otherwise it is delivered again by itself, a little later
+                await message.put_off(error_delay(1))
 
-    async def _decide(self, message: Msg) -> Decision:
-        metadata = message.metadata
-        self._load_shedding.on_delivery(redelivered=metadata.num_delivered > 1, backlog=metadata.num_pending)
+    async def _decide(self, message: Message) -> Decision:
+        self._load_shedding.on_delivery(redelivered=message.number > 1, backlog=message.backlog)
         try:
             delivery = self._read(message)
         except InvalidRequestError as error:
-            # It has no content to tell it from others by, so it is named by its place in the stream.
-            name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
-            context = read_context(message.data)
-            return invalid(
-                name, metadata.num_delivered, error, context, stored_at=metadata.timestamp, now=datetime.now(UTC)
-            )
+            # It has no content to tell it from others by, so it is named by its place at the broker.
+            context, now = read_context(message.data), self._engine.now()
+            return invalid(message.name, message.number, error, context, stored_at=message.stored_at, now=now)
         try:
             return await self._exchanges.process(delivery)
-        except (KeylessError, nats.errors.Error):  # of this worker or of the broker, and not of the request
+        except (KeylessError, EngineError):  # of this worker or of the broker, and not of the request
             raise
         except Exception as error:  # noqa: BLE001  # a bug: the request must not be delivered again forever
             log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)
-            return after_bug(delivery, error, now=datetime.now(UTC))
+            return after_bug(delivery, error, now=self._engine.now())
 
-    def _read(self, message: Msg) -> Delivery:
+    def _read(self, message: Message) -> Delivery:
         return read_request(
             message.data,
-            message_id=(message.headers or {}).get(MESSAGE_ID),
-            stored_at=message.metadata.timestamp,
-            number=message.metadata.num_delivered,
-            longest=self._longest_wait,
-            largest=self._connection.max_payload - ROOM_FOR_EVENT,
+            message_id=message.message_id,
+            stored_at=message.stored_at,
+            number=message.number,
+            longest=self._terms.longest_wait,
+            largest=self._terms.largest_message - ROOM_FOR_EVENT,
         )
 
-    async def _settle(self, message: Msg, decision: Decision) -> None:
+    async def _settle(self, message: Message, decision: Decision) -> None:
         """Tell the broker: first the event, and only when that is stored, that the request is done."""
         if isinstance(decision, Redeliver):
-            await message.nak(delay=decision.delay)
+            await message.put_off(decision.delay)
             return
         event = decision.event
-        stored = await self._stream.publish(
-            event.outcome.subject,
-            msgspec.json.encode(event),
-            stream=OUTCOMES,
-            headers={MESSAGE_ID: decision.message_id},
-        )
-        if stored.duplicate:
-            self._counts["duplicates"] += 1
-        else:
+        if await message.decide(Sealed(event.outcome, msgspec.json.encode(event), decision.name)):
             self._counts[event.outcome] += 1
             _log_outcome(event)
             self._learn(decision)
-        if event.reason == FailureReason.INVALID_REQUEST:
-            await message.term()
         else:
-            await message.ack()
+            self._counts["duplicates"] += 1
 
     def _learn(self, decided: Decided) -> None:
         """Tell the schedule when the user approved, or until when they had not."""

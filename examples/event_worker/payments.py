@@ -104,7 +104,9 @@ def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
     @broker.subscriber("keyless.approvals.*", stream=outcomes, durable=READER, pull_sub=True, parser=from_the_stream)
     async def decide(message: NatsMessage) -> None:
         event = msgspec.json.decode(message.body, type=ApprovalEvent)
-        if message.raw_message.subject != event.outcome.subject:  # permission for one subject is none for another
+        if (
+            message.raw_message.subject.rpartition(".")[2] != event.outcome
+        ):  # permission for one subject is none for another
             return
         try:
             payment = event.read_context(Payment)

@@ -22,7 +22,7 @@ from nats_server import NatsServer, until
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.worker import Outcome, approval_outcomes, submit_approval
-from aiokeyless.worker.streams import REQUESTS
+from aiokeyless.worker.nats.streams import REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping

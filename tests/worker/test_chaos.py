@@ -20,7 +20,7 @@ from nats_server import NatsServer, until
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, StreamSettings, submit_approval
-from aiokeyless.worker.streams import OUTCOMES, REQUESTS, prepare
+from aiokeyless.worker.nats.streams import OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -14,7 +14,7 @@ from nats_server import NatsServer, until
 from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalWorker, Outcome, StreamSettings, approval_outcomes, submit_approval
-from aiokeyless.worker.streams import REQUESTS
+from aiokeyless.worker.nats.streams import REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -213,10 +213,10 @@ def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
     ids=repr,
 )
 def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: float, lie: dict[str, Any]) -> None:
-    event, message_id, *_ = decided(answered(age, **lie))
+    event, name, *_ = decided(answered(age, **lie))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INCONSISTENT)
     assert event.detail
-    assert message_id == DELIVERY.name
+    assert name == DELIVERY.name
 
 
 foreign = pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_an_operation_of_somebody_else_is_a_conflict(state: dict[str, Any], age:
 
 @pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 def test_an_answer_about_another_operation_is_a_mismatch_of_this_one(age: float) -> None:
-    event, message_id, *_ = decided(answered(age, **APPROVED, operation_id="txn 2"))
+    event, name, *_ = decided(answered(age, **APPROVED, operation_id="txn 2"))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.MISMATCH, "txn 1")
-    assert message_id == DELIVERY.name
+    assert name == DELIVERY.name
 
 
 def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_the_first() -> None:
@@ -254,7 +254,7 @@ def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_t
         after_conflict(DELIVERY, now=at(1)),
         after_older(DELIVERY, operation(**APPROVED), now=at(1)),
     ]
-    assert {decided(outcome).message_id for outcome in outcomes} == {DELIVERY.name}
+    assert {decided(outcome).name for outcome in outcomes} == {DELIVERY.name}
 
 
 def test_an_event_tells_whom_and_when_and_hands_the_context_back() -> None:
@@ -319,11 +319,11 @@ def test_created_after_the_deadline_there_is_still_the_final_poll() -> None:
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
-    event, message_id, *_ = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
+    event, name, *_ = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INTERNAL, "txn 1")
     assert "ZeroDivisionError" in (event.detail or "")
     assert "secret" not in (event.detail or "")
-    assert message_id == DELIVERY.name
+    assert name == DELIVERY.name
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:
@@ -390,9 +390,9 @@ def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_i
 def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
     error: KeylessError, reason: FailureReason, age: float
 ) -> None:
-    event, message_id, *_ = decided(polled(error, age))
+    event, name, *_ = decided(polled(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
-    assert message_id == DELIVERY.name
+    assert name == DELIVERY.name
 
 
 # -- not created
@@ -417,9 +417,9 @@ def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadli
     ids=repr,
 )
 def test_what_is_not_to_be_created_has_failed_with_its_reason(error: KeylessError, reason: FailureReason) -> None:
-    event, message_id, *_ = decided(not_created(error, 1))
+    event, name, *_ = decided(not_created(error, 1))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
-    assert message_id == DELIVERY.name
+    assert name == DELIVERY.name
 
 
 def test_a_long_message_is_cut() -> None:

@@ -23,7 +23,6 @@ from aiokeyless.worker.messages import (
     ApprovalRequest,
     Delivery,
     NewerEventError,
-    Outcome,
     derived_operation_id,
     read_context,
     read_event,
@@ -416,14 +415,6 @@ def test_a_context_of_another_type_than_asked_for_is_an_error_of_the_reader() ->
 def an_event(context: bytes = b"null") -> ApprovalEvent:
     reason = InvalidRequestError("it is none")
     return invalid("message-1", 1, reason, msgspec.Raw(context), stored_at=STORED_AT, now=STORED_AT).event
-
-
-def test_an_event_is_published_under_the_subject_of_its_outcome() -> None:
-    assert [outcome.subject for outcome in Outcome] == [
-        "keyless.approvals.approved",
-        "keyless.approvals.expired",
-        "keyless.approvals.failed",
-    ]
 
 
 def test_an_event_is_json_with_no_more_in_it_than_there_is_to_say() -> None:

@@ -47,16 +47,25 @@ from aiokeyless.worker import (
     StreamSettings,
     approval_outcomes,
     exchanges,
-    intake,
     service,
     submit_approval,
 )
-from aiokeyless.worker.broker import connect
 from aiokeyless.worker.load_shedding import LoadShedding
 from aiokeyless.worker.logs import JsonFormatter
-from aiokeyless.worker.messages import MESSAGE_ID, REQUEST_SUBJECT, ROOM_FOR_EVENT, request_name
+from aiokeyless.worker.messages import MESSAGE_ID, ROOM_FOR_EVENT, request_name
+from aiokeyless.worker.nats import engine, intake
+from aiokeyless.worker.nats.connection import connect
+from aiokeyless.worker.nats.engine import NatsEngine
+from aiokeyless.worker.nats.streams import (
+    CLAIMS,
+    CONSUMER,
+    OUTCOMES,
+    REQUEST_SUBJECT,
+    REQUESTS,
+    outcome_subject,
+    prepare,
+)
 from aiokeyless.worker.serving import Serving
-from aiokeyless.worker.streams import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -937,7 +946,9 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
 ) -> None:
     async with working(client, broker) as worker:
         name = {MESSAGE_ID: request_name(**CONTENT)}
-        await connection.jetstream().publish(Outcome.APPROVED.subject, b"the other's", stream=OUTCOMES, headers=name)
+        await connection.jetstream().publish(
+            outcome_subject(Outcome.APPROVED), b"the other's", stream=OUTCOMES, headers=name
+        )
         await publish(connection, {"operation_id": "txn-1"})
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
@@ -1229,7 +1240,7 @@ async def test_a_reconnection_before_it_serves_changes_nothing(
         on_reconnect()
         return connection
 
-    monkeypatch.setattr(service, "connect", connect_twice)
+    monkeypatch.setattr(engine, "connect", connect_twice)
     async with ApprovalWorker(client, broker.url) as worker:
         assert worker.statistics.is_ready
 
@@ -1453,8 +1464,8 @@ async def test_consumer_that_is_deleted_is_made_again_without_haste(
 
 
 def connection_of(worker: ApprovalWorker) -> Client:
-    assert worker._serving is not None
-    return worker._serving._connection
+    assert isinstance(worker._engine, NatsEngine)
+    return worker._engine._connection
 
 
 async def end_after(worker: ApprovalWorker, trouble: Callable[[], Awaitable[object]]) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 from nats_server import until
 
-from aiokeyless.worker import StreamSettings, intake
-from aiokeyless.worker.intake import Intake
-from aiokeyless.worker.messages import REQUEST_SUBJECT
-from aiokeyless.worker.streams import CONSUMER, REQUESTS, prepare
+from aiokeyless.worker import StreamSettings
+from aiokeyless.worker.nats import intake
+from aiokeyless.worker.nats.intake import Intake
+from aiokeyless.worker.nats.streams import CONSUMER, REQUEST_SUBJECT, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from nats.aio.client import Client

@@ -20,7 +20,17 @@ from nats.js.api import (
 from nats_server import NatsServer
 
 from aiokeyless.worker import BrokerError, StreamSettings
-from aiokeyless.worker.streams import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, is_delivery, prepare, restore_consumer
+from aiokeyless.worker.messages import Outcome
+from aiokeyless.worker.nats.streams import (
+    CLAIMS,
+    CONSUMER,
+    OUTCOMES,
+    REQUESTS,
+    is_delivery,
+    outcome_subject,
+    prepare,
+    restore_consumer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -338,3 +348,11 @@ async def test_where_the_consumer_has_no_leader_nothing_is_done(
 )
 def test_a_delivery_is_told_by_the_reply_that_no_client_can_choose(reply: str, is_one: bool) -> None:
     assert is_delivery(reply, "S", "c") is is_one
+
+
+def test_an_event_is_published_under_the_subject_of_its_outcome() -> None:
+    assert [outcome_subject(outcome) for outcome in Outcome] == [
+        "keyless.approvals.approved",
+        "keyless.approvals.expired",
+        "keyless.approvals.failed",
+    ]

@@ -14,9 +14,8 @@ import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 
 from aiokeyless.errors import BrokerError
-
-from .logs import log
-from .messages import REQUEST_SUBJECT, Outcome
+from aiokeyless.worker.logs import log
+from aiokeyless.worker.messages import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +26,7 @@ REQUESTS: Final = "KEYLESS_REQUESTS"
 OUTCOMES: Final = "KEYLESS_OUTCOMES"
 CLAIMS: Final = "KEYLESS_CLAIMS"
 CONSUMER: Final = "keyless-approvals"
-OUTCOME_SUBJECTS: Final = tuple(outcome.subject for outcome in Outcome)
+REQUEST_SUBJECT: Final = "keyless.approvals.request"
 
 _UNLIMITED: Final = -1
 _ACK_TOKENS: Final = 9
@@ -117,7 +116,7 @@ def _outcomes(settings: StreamSettings) -> StreamConfig:
     return StreamConfig(
         name=OUTCOMES,
         description="How requests for approvals ended",
-        subjects=list(OUTCOME_SUBJECTS),
+        subjects=[outcome_subject(outcome) for outcome in Outcome],
         retention=RetentionPolicy.LIMITS,  # any number of applications may read them, each at its own pace
         storage=StorageType.FILE,
         num_replicas=settings.replicas or 1,
@@ -137,6 +136,11 @@ def _claims(settings: StreamSettings, window: float) -> StreamConfig:
         duplicate_window=window,
         max_age=window,
     )
+
+
+def outcome_subject(outcome: Outcome) -> str:
+    """Return where events of a kind are published."""
+    return f"keyless.approvals.{outcome}"
 
 
 def claim_subject(name: str) -> str:

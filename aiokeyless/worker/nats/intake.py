@@ -13,7 +13,9 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from .logs import Seldom
+from aiokeyless.worker.engine import EXPIRES
+from aiokeyless.worker.logs import Seldom
+
 from .streams import CONSUMER, REQUESTS, is_delivery
 
 if TYPE_CHECKING:
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
-#: Seconds for which a pull waits at the consumer. It is asked again then, whatever became of it; and a worker that is
-#: to end waits for that, since a pull cannot be taken back.
-EXPIRES: Final = 1.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is not to be expected any more
 _EXPIRED: Final = "408"  # a pull that was kept for as long as it was asked to
 _SUBJECT: Final = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{CONSUMER}"

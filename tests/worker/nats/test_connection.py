@@ -13,7 +13,7 @@ import pytest
 from nats_server import NatsServer, until
 
 from aiokeyless.worker import BrokerError
-from aiokeyless.worker.broker import connect, disconnect
+from aiokeyless.worker.nats.connection import connect, disconnect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

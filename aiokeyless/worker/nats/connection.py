@@ -11,8 +11,7 @@ from nats.aio.client import Client
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError
-
-from .logs import log
+from aiokeyless.worker.logs import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -1,0 +1,327 @@
+"""A broker in memory, for tests: workers and applications of one event loop share it, and it ends with them.
+
+It keeps what the engine promises, its clock is the event loop's (which a test may move), and it stores nothing: a wait
+that must survive its process needs a real broker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from bisect import insort
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from .engine import EXPIRES, Broker, Claim, Claims, Engine, Message, OutcomeMessage, Terms
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from aiokeyless.errors import BrokerError
+
+    from .engine import Sealed
+
+_LONGEST_WAIT: Final = 24 * 3600.0  # seconds
+_LARGEST_MESSAGE: Final = 1 << 20  # bytes, as with NATS
+
+
+class MemoryBroker(Broker):
+    """A broker in memory: give it to `ApprovalWorker`, `submit_approval` and `approval_outcomes`.
+
+    Made and used in one event loop. A request that a worker did not settle is delivered again when that worker has
+    ended, and an event that a reader did not handle when that reader reads again.
+
+    Example:
+        >>> broker = MemoryBroker()
+        >>> async with ApprovalWorker(client, broker):
+        ...     await submit_approval(broker, "C0FFEE")
+        ...     async with aclosing(approval_outcomes(broker, "test")) as events:
+        ...         event = await anext(events)
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._began_at = datetime.now(UTC)
+        self._began = self._loop.time()
+        self._sequence = itertools.count(1)
+        self._requests: dict[str, _Request] = {}  # those that were submitted, decided ones included, by their names
+        self._due: list[_Due] = []  # those that no worker has, in the order of delivery
+        self._timer: asyncio.TimerHandle | None = None
+        self._engines: list[MemoryEngine] = []
+        self.holders: dict[str, str] = {}
+        """The name of the request that holds each operation id."""
+        self._events: dict[str, Sealed] = {}  # by their names
+        self._readers: dict[str, dict[int, float]] = {}  # when each may have an event again that it has had
+        self._news = asyncio.Event()
+
+    def now(self) -> datetime:
+        """Return the time: that of its making, and what has passed since on the loop's clock."""
+        return self._began_at + timedelta(seconds=self._loop.time() - self._began)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are not decided."""
+        return sum(not request.is_decided for request in self._requests.values())
+
+    @property
+    def largest_message(self) -> int:
+        """See `Broker`."""
+        return _LARGEST_MESSAGE
+
+    async def submit(self, request: bytes, name: str) -> bool:
+        """See `Broker`."""
+        if name in self._requests:
+            return True
+        stored = _Request(request, name, self.now(), next(self._sequence))
+        self._requests[name] = stored
+        self.put_off(stored, 0.0)
+        return False
+
+    async def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
+        """See `Broker`."""
+        delays = self._readers.setdefault(reader, {})
+        while True:
+            self._news.clear()
+            now = self._loop.time()
+            events = enumerate(self._events.values())
+            found = next(((number, event) for number, event in events if delays.get(number, now) <= now), None)
+            if found is None:
+                later = min((at for at in delays.values() if at < math.inf), default=None)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(later):
+                        await self._news.wait()
+                continue
+            message = _MemoryOutcome(found[1], found[0], delays)
+            try:
+                yield message
+            finally:
+                if not message.is_settled:
+                    del delays[message.sequence]
+                    self._news.set()
+
+    # -- for its engines
+
+    def engine(self) -> MemoryEngine:
+        """Make the worker's side of it, for one worker."""
+        return MemoryEngine(self)
+
+    def attach(self, engine: MemoryEngine) -> None:
+        """Deliver to a worker from now on."""
+        self._engines.append(engine)
+
+    def detach(self, engine: MemoryEngine) -> None:
+        """Deliver nothing to a worker any more."""
+        if engine in self._engines:
+            self._engines.remove(engine)
+
+    def put_off(self, request: _Request, delay: float) -> None:
+        """Deliver a request after so many seconds."""
+        insort(self._due, _Due(self._loop.time() + delay, not request.deliveries, request.sequence, request))
+        self.deliver()
+
+    def decide(self, request: _Request, event: Sealed) -> bool:
+        """Store an outcome, and the request as decided."""
+        request.is_decided = True
+        if event.name in self._events:
+            return False
+        self._events[event.name] = event
+        self._news.set()
+        return True
+
+    def deliver(self) -> None:
+        """Deliver what is due to the workers that asked, and come back when more is due."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = self._loop.time()
+        while self._due and self._due[0].at <= now and (engine := self._free_engine()) is not None:
+            request = self._due.pop(0).request
+            request.deliveries += 1
+            backlog = sum(not due.request.deliveries for due in self._due)
+            engine.take(request, backlog)
+        if self._due and self._due[0].at > now:
+            self._timer = self._loop.call_at(self._due[0].at, self.deliver)
+
+    def _free_engine(self) -> MemoryEngine | None:
+        return max((engine for engine in self._engines if engine.expected()), key=MemoryEngine.expected, default=None)
+
+
+class _Request:
+    """A request that was submitted."""
+
+    __slots__ = ("data", "deliveries", "is_decided", "message_id", "sequence", "stored_at")
+
+    def __init__(self, data: bytes, message_id: str, stored_at: datetime, sequence: int) -> None:
+        self.data = data
+        self.message_id = message_id
+        self.stored_at = stored_at
+        self.sequence = sequence
+        self.deliveries = 0
+        self.is_decided = False
+
+
+class _Due(NamedTuple):
+    """When a request is to be delivered; compared up to the sequence, which is unique."""
+
+    at: float
+    is_new: bool
+    sequence: int
+    request: _Request
+
+
+class MemoryClaims(Claims):
+    """The claims on operation ids.
+
+    Args:
+        holders: The name of the request that holds each operation id.
+    """
+
+    def __init__(self, holders: dict[str, str]) -> None:
+        self._holders = holders
+
+    async def take(self, operation_id: str, request: str) -> Claim:
+        """See `Claims`."""
+        if operation_id not in self._holders:
+            self._holders[operation_id] = request
+            return Claim.NEW
+        return Claim.HELD if self._holders[operation_id] == request else Claim.ANOTHERS
+
+    async def is_held(self, operation_id: str, request: str) -> bool:
+        """See `Claims`."""
+        return self._holders.get(operation_id) == request
+
+    async def release(self, operation_id: str, request: str) -> None:
+        """See `Claims`."""
+        if self._holders.get(operation_id) == request:
+            del self._holders[operation_id]
+
+
+class MemoryEngine(Engine):
+    """One worker's side of a broker in memory, which is never lost.
+
+    Args:
+        broker: The broker.
+    """
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+        self._loop = asyncio.get_running_loop()
+        self._is_connected = False
+        self._asked = 0
+        self._asked_until = 0.0
+        self._unsettled: dict[_Request, None] = {}
+        self._deliver: Callable[[Message], None]
+        self.claims = MemoryClaims(broker.holders)
+
+    async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:  # noqa: ARG002
+        """See `Engine`."""
+        self._is_connected = True
+
+    async def prepare(self, *, ack_wait: float) -> Terms:  # noqa: ARG002
+        """See `Engine`."""
+        return Terms(_LONGEST_WAIT, _LARGEST_MESSAGE)
+
+    async def open(self, *, deliver: Callable[[Message], None], ended: Callable[[str | None], None]) -> None:  # noqa: ARG002
+        """See `Engine`."""
+        self._deliver = deliver
+        self._broker.attach(self)
+
+    @property
+    def is_connected(self) -> bool:
+        """See `Engine`."""
+        return self._is_connected
+
+    def now(self) -> datetime:
+        """See `Engine`."""
+        return self._broker.now()
+
+    def expected(self) -> int:
+        """See `Engine`."""
+        return self._asked if self._loop.time() < self._asked_until else 0
+
+    async def ask(self, batch: int) -> None:
+        """See `Engine`."""
+        self._asked = self.expected() + batch
+        self._asked_until = self._loop.time() + EXPIRES
+        self._broker.deliver()
+
+    async def restore(self) -> None:
+        """See `Engine`."""
+
+    async def close(self) -> None:
+        """See `Engine`."""
+        self._broker.detach(self)
+
+    async def disconnect(self) -> None:
+        """See `Engine`."""
+        self._is_connected = False
+        self._broker.detach(self)
+        while self._unsettled:
+            self.settle(request := next(iter(self._unsettled)))
+            self._broker.put_off(request, 0.0)
+
+    def take(self, request: _Request, backlog: int) -> None:
+        """Hand on a delivery."""
+        self._asked -= 1
+        self._unsettled[request] = None
+        self._deliver(_MemoryMessage(self, self._broker, request, backlog))
+
+    def settle(self, request: _Request) -> None:
+        """Expect no word about a delivery any more."""
+        self._unsettled.pop(request, None)
+
+
+class _MemoryMessage(Message):
+    """One delivery of a request."""
+
+    __slots__ = ("_broker", "_engine", "_request")
+
+    def __init__(self, engine: MemoryEngine, broker: MemoryBroker, request: _Request, backlog: int) -> None:
+        self._engine = engine
+        self._broker = broker
+        self._request = request
+        self.data = request.data
+        self.message_id = request.message_id
+        self.stored_at = request.stored_at
+        self.number = request.deliveries
+        self.backlog = backlog
+        self.name = f"message-{request.sequence}"
+
+    async def put_off(self, delay: float) -> None:
+        """See `Message`."""
+        self._engine.settle(self._request)
+        self._broker.put_off(self._request, delay)
+
+    async def decide(self, event: Sealed) -> bool:
+        """See `Message`."""
+        self._engine.settle(self._request)
+        return self._broker.decide(self._request, event)
+
+
+class _MemoryOutcome(OutcomeMessage):
+    """One delivery of an event."""
+
+    __slots__ = ("_delays", "is_settled")
+
+    def __init__(self, event: Sealed, sequence: int, delays: dict[int, float]) -> None:
+        self._delays = delays
+        self._delays[sequence] = math.inf
+        self.data = event.data
+        self.kind = event.outcome
+        self.sequence = sequence
+        self.is_settled = False
+
+    async def done(self) -> None:
+        """See `OutcomeMessage`."""
+        self.is_settled = True
+
+    async def discard(self) -> None:
+        """See `OutcomeMessage`."""
+        await self.done()
+
+    async def put_off(self, delay: float) -> None:
+        """See `OutcomeMessage`."""
+        self.is_settled = True
+        self._delays[self.sequence] = asyncio.get_running_loop().time() + delay

@@ -1,0 +1,155 @@
+"""The application's side of NATS JetStream: requests are published, outcomes are pulled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import nats.errors
+import nats.js.errors
+from nats.js.api import AckPolicy, ConsumerConfig
+
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless.errors import BrokerError
+from aiokeyless.worker.engine import Broker, OutcomeMessage
+from aiokeyless.worker.logs import Seldom
+from aiokeyless.worker.messages import MESSAGE_ID
+
+from .failures import engine_errors
+from .streams import OUTCOMES, REQUEST_SUBJECT, REQUESTS, is_delivery
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
+
+_PUBLISH_WITHIN: Final = 5.0  # seconds
+_READ_FOR: Final = 5.0  # seconds for which one pull waits
+_ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
+_ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
+
+
+class NatsBroker(Broker):
+    """An application's connection to NATS.
+
+    Args:
+        connection: The connection, which stays the application's.
+    """
+
+    def __init__(self, connection: Client) -> None:
+        self._connection = connection
+
+    @property
+    def largest_message(self) -> int:
+        """See `Broker`."""
+        return self._connection.max_payload
+
+    async def submit(self, request: bytes, name: str) -> bool:
+        """See `Broker`."""
+        stream = self._connection.jetstream(timeout=_PUBLISH_WITHIN)
+        with engine_errors():
+            try:
+                stored = await stream.publish(REQUEST_SUBJECT, request, stream=REQUESTS, headers={MESSAGE_ID: name})
+            except nats.js.errors.NoStreamResponseError:
+                raise BrokerError(
+                    "the request for an approval was not stored: no stream took it; start a worker first, it makes the "
+                    "stream"
+                ) from None
+        return bool(stored.duplicate)
+
+    async def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
+        """See `Broker`."""
+        foreign = Seldom(logging.WARNING, "broker.foreign_message")
+        with engine_errors():
+            subscription = await _subscribed(self._connection.jetstream(), reader)
+            try:
+                while True:
+                    message = await _next_message(subscription)
+                    if message is None:
+                        continue
+                    if is_outcome(message.reply, reader):
+                        yield NatsOutcomeMessage(message)
+                    else:
+                        foreign.log({"stream": OUTCOMES, "durable": reader})
+            finally:
+                with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
+                    await subscription.unsubscribe()
+
+
+class NatsOutcomeMessage(OutcomeMessage):
+    """One delivery by JetStream.
+
+    Args:
+        message: The delivery.
+    """
+
+    __slots__ = ("_message",)
+
+    def __init__(self, message: Msg) -> None:
+        self._message = message
+        self.data = message.data
+        self.kind = message.subject.rpartition(".")[2]
+        self.sequence = message.metadata.sequence.stream
+
+    async def done(self) -> None:
+        """See `OutcomeMessage`."""
+        with engine_errors():
+            await self._message.ack()
+
+    async def discard(self) -> None:
+        """See `OutcomeMessage`."""
+        with engine_errors():
+            await self._message.term()
+
+    async def put_off(self, delay: float) -> None:
+        """See `OutcomeMessage`."""
+        with engine_errors():
+            await self._message.nak(delay=delay)
+
+
+def is_outcome(reply: str, durable: str) -> bool:
+    """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
+
+    `approval_outcomes` does this itself. An inbox takes messages from any user who may publish to it, and
+    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one.
+
+    Args:
+        reply: The message's reply subject.
+        durable: Name of the reading application's consumer.
+    """
+    return is_delivery(reply, OUTCOMES, durable)
+
+
+async def _subscribed(stream: JetStreamContext, durable: str) -> JetStreamContext.PullSubscription:
+    place = ConsumerConfig(durable_name=durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT)
+    silences = 0
+    while True:
+        try:
+            await stream.add_consumer(OUTCOMES, place)
+            return await stream.pull_subscribe_bind(durable, OUTCOMES)
+        except nats.js.errors.NotFoundError:
+            raise BrokerError(
+                "outcomes cannot be read: there is no stream; start a worker first, it makes it"
+            ) from None
+        except nats.errors.TimeoutError:  # a cluster that has lost a server says nothing until it has a new leader
+            silences += 1
+            if silences == _ATTEMPTS:
+                raise
+
+
+async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
+    """Return the next message; None where there was none for a while."""
+    try:
+        return (await subscription.fetch(1, timeout=_READ_FOR))[0]
+    except nats.errors.TimeoutError:
+        return None
+    except nats.js.errors.APIError:
+        # The consumer has no leader just now, or it was deleted.
+        await asyncio.sleep(error_delay(1))
+        with suppress(nats.errors.TimeoutError, nats.js.errors.ServiceUnavailableError):
+            await subscription.consumer_info()
+        return None

@@ -1,0 +1,77 @@
+"""Claims in a stream of their own: the last message of an operation id's subject names the request that holds it."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+import nats.js.errors
+
+from aiokeyless.worker.engine import Claim, Claims
+
+from .failures import engine_errors
+from .streams import CLAIMS, claim_subject
+
+if TYPE_CHECKING:
+    from nats.js import JetStreamContext
+
+_EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
+#: The broker's codes: another message is the last of the subject, or another one is just being stored. A cluster says
+#: 10164 where its leader found the first on the way.
+_WRONG_LAST_SEQUENCE: Final = frozenset({10060, 10071, 10164})
+_RELEASED: Final = b""
+
+
+class NatsClaims(Claims):
+    """The claims of all workers on operation ids.
+
+    Args:
+        stream: The broker's JetStream.
+    """
+
+    def __init__(self, stream: JetStreamContext) -> None:
+        self._stream = stream
+
+    async def take(self, operation_id: str, request: str) -> Claim:
+        """See `Claims`."""
+        expected = 0
+        while not await self._put(operation_id, request.encode(), expected):
+            expected, holder = await self._last(operation_id)
+            if holder != _RELEASED:
+                return Claim.HELD if holder == request.encode() else Claim.ANOTHERS
+        return Claim.NEW
+
+    async def is_held(self, operation_id: str, request: str) -> bool:
+        """See `Claims`."""
+        _, holder = await self._last(operation_id)
+        return holder == request.encode()
+
+    async def release(self, operation_id: str, request: str) -> None:
+        """See `Claims`."""
+        sequence, holder = await self._last(operation_id)
+        if holder == request.encode():
+            await self._put(operation_id, _RELEASED, sequence)
+
+    async def _put(self, operation_id: str, holder: bytes, expected: int) -> bool:
+        """Store who holds the id; return False where the holder had changed before."""
+        headers = {_EXPECTED: str(expected)}
+        with engine_errors():
+            try:
+                await self._stream.publish(_subject(operation_id), holder, stream=CLAIMS, headers=headers)
+            except nats.js.errors.APIError as error:
+                if error.err_code not in _WRONG_LAST_SEQUENCE:
+                    raise
+                return False
+        return True
+
+    async def _last(self, operation_id: str) -> tuple[int, bytes]:
+        with engine_errors():
+            try:
+                message = await self._stream.get_last_msg(CLAIMS, _subject(operation_id))
+            except nats.js.errors.NotFoundError:
+                return 0, _RELEASED
+        return message.seq or 0, message.data or _RELEASED
+
+
+def _subject(operation_id: str) -> str:
+    return claim_subject(sha256(operation_id.encode()).hexdigest())

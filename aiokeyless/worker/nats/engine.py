@@ -1,0 +1,147 @@
+"""The worker's side of NATS JetStream: connection, streams, pulls and claims as one `Engine`."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from aiokeyless.worker.engine import Engine, Message, Sealed, Terms
+from aiokeyless.worker.messages import MESSAGE_ID
+
+from .claims import NatsClaims
+from .connection import connect, disconnect
+from .failures import engine_errors
+from .intake import Intake
+from .streams import OUTCOMES, outcome_subject, prepare, restore_consumer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
+
+    from aiokeyless.errors import BrokerError
+
+    from .streams import StreamSettings
+
+
+class NatsEngine(Engine):
+    """One worker's connection to NATS.
+
+    Args:
+        url: Addresses of servers, separated by commas.
+        settings: Of the streams, where they do not exist yet.
+        options: Of ``nats.connect``.
+        timeout: Seconds within which the broker must answer.
+    """
+
+    def __init__(self, url: str, *, settings: StreamSettings, options: Mapping[str, object], timeout: float) -> None:
+        self._url = url
+        self._settings = settings
+        self._options = options
+        self._timeout = timeout
+        self._ack_wait = 0.0
+        self._connection: Client
+        self._stream: JetStreamContext
+        self._intake: Intake
+
+    async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:
+        """See `Engine`."""
+
+        def reconnected() -> None:
+            if hasattr(self, "_intake"):
+                self._intake.forget()  # the pulls went with the connection that was lost
+            on_reconnect()
+
+        self._connection = await connect(self._url, self._options, on_reconnect=reconnected, on_loss=on_loss)
+        self._stream = self._connection.jetstream(timeout=self._timeout)
+        self.claims = NatsClaims(self._stream)
+
+    async def prepare(self, *, ack_wait: float) -> Terms:
+        """See `Engine`."""
+        self._ack_wait = ack_wait
+        longest_wait = await prepare(self._stream, self._settings, ack_wait=ack_wait)
+        return Terms(longest_wait, self._connection.max_payload)
+
+    async def open(self, *, deliver: Callable[[Message], None], ended: Callable[[str | None], None]) -> None:
+        """See `Engine`."""
+        self._intake = Intake(
+            self._connection,
+            deliver=lambda message: deliver(NatsMessage(message, self._stream)),
+            ended=ended,
+            now=asyncio.get_running_loop().time,
+        )
+        await self._intake.open()
+
+    @property
+    def is_connected(self) -> bool:
+        """See `Engine`."""
+        return self._connection.is_connected
+
+    def now(self) -> datetime:
+        """See `Engine`."""
+        return datetime.now(UTC)
+
+    def expected(self) -> int:
+        """See `Engine`."""
+        return self._intake.expected()
+
+    async def ask(self, batch: int) -> None:
+        """See `Engine`."""
+        with engine_errors():
+            await self._intake.ask(batch)
+
+    async def restore(self) -> None:
+        """See `Engine`."""
+        await restore_consumer(self._stream, ack_wait=self._ack_wait)
+
+    async def close(self) -> None:
+        """See `Engine`."""
+        if not self.is_connected:
+            return
+        with engine_errors():
+            async with asyncio.timeout(self._timeout):  # the broker may be silent
+                await self._intake.close()
+
+    async def disconnect(self) -> None:
+        """See `Engine`."""
+        await disconnect(self._connection)
+
+
+class NatsMessage(Message):
+    """One delivery by JetStream.
+
+    Args:
+        message: The delivery.
+        stream: JetStream.
+    """
+
+    __slots__ = ("_message", "_stream")
+
+    def __init__(self, message: Msg, stream: JetStreamContext) -> None:
+        metadata = message.metadata
+        self._message = message
+        self._stream = stream
+        self.data = message.data
+        self.message_id = (message.headers or {}).get(MESSAGE_ID)
+        self.stored_at = metadata.timestamp
+        self.number = metadata.num_delivered
+        self.backlog = metadata.num_pending
+        # A stream that was made anew has the same numbers again.
+        self.name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
+
+    async def put_off(self, delay: float) -> None:
+        """See `Message`."""
+        with engine_errors():
+            await self._message.nak(delay=delay)
+
+    async def decide(self, event: Sealed) -> bool:
+        """See `Message`."""
+        with engine_errors():
+            stored = await self._stream.publish(
+                outcome_subject(event.outcome), event.data, stream=OUTCOMES, headers={MESSAGE_ID: event.name}
+            )
+            await self._message.ack()
+        return not stored.duplicate

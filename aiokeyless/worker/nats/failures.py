@@ -1,0 +1,29 @@
+"""What nats-py raises, as the one error that the worker knows."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import nats.errors
+
+from aiokeyless.worker.engine import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Raise what nats-py raises as an `EngineError`."""
+    try:
+        yield
+    except nats.errors.Error as error:
+        raise EngineError(reason(error)) from None
+    except OSError as error:
+        raise EngineError(f"{type(error).__name__}: {error}") from None
+
+
+def reason(error: nats.errors.Error) -> str:
+    """Return what an error says, in words."""
+    return getattr(error, "description", None) or str(error) or type(error).__name__

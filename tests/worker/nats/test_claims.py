@@ -1,0 +1,68 @@
+"""Claims: an operation id belongs to one request at a time, whatever workers do at once, and to none once released."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless.worker import StreamSettings
+from aiokeyless.worker.engine import Claim, EngineError
+from aiokeyless.worker.nats.claims import NatsClaims
+from aiokeyless.worker.nats.streams import CLAIMS, prepare
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+ID = "txn 1 \u00e9 > *"
+OURS, THEIRS = "request-1", "request-2"
+
+
+@pytest.fixture
+async def claims(connection: Client) -> NatsClaims:
+    await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
+    return NatsClaims(connection.jetstream())
+
+
+async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
+    assert await claims.take(ID, OURS) is Claim.NEW
+    assert await claims.take(ID, THEIRS) is Claim.ANOTHERS
+    assert await claims.take(ID, OURS) is Claim.HELD
+    assert (await claims.is_held(ID, OURS), await claims.is_held(ID, THEIRS)) == (True, False)
+
+
+async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
+    taken = await asyncio.gather(*(claims.take(ID, f"request-{number}") for number in range(20)))
+    assert sorted(claim.name for claim in taken) == ["ANOTHERS"] * 19 + ["NEW"]
+
+
+async def test_an_id_that_was_never_taken_is_not_held(claims: NatsClaims) -> None:
+    assert not await claims.is_held(ID, OURS)
+
+
+async def test_ids_are_taken_one_by_one(claims: NatsClaims) -> None:
+    assert await claims.take(ID, OURS) is Claim.NEW
+    assert await claims.take("txn 2", THEIRS) is Claim.NEW
+
+
+async def test_what_is_released_can_be_taken_by_another_one(claims: NatsClaims) -> None:
+    await claims.take(ID, OURS)
+    await claims.release(ID, OURS)
+    assert not await claims.is_held(ID, OURS)
+    assert await claims.take(ID, THEIRS) is Claim.NEW
+    assert await claims.take(ID, OURS) is Claim.ANOTHERS
+
+
+async def test_only_the_holder_releases_an_id(claims: NatsClaims) -> None:
+    await claims.release(ID, OURS)
+    await claims.take(ID, OURS)
+    await claims.release(ID, THEIRS)
+    assert await claims.is_held(ID, OURS)
+
+
+async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:
+    stream = connection.jetstream()
+    await stream.update_stream((await stream.stream_info(CLAIMS)).config.evolve(sealed=True))
+    with pytest.raises(EngineError, match="sealed"):
+        await claims.take(ID, OURS)
