@@ -28,25 +28,33 @@ def check_operation_id(operation_id: str) -> str:
         InvalidIdentifierError: Not a string; empty, too long, ``.`` or ``..`` (a URL path would drop them); it contains
             control characters or lone surrogates.
     """
-    if not isinstance(operation_id, str):
+    return _check_segment(operation_id, "operation_id")
+
+
+def check_external_user_id(external_user_id: str) -> str:
+    """Return the external user id unchanged, if it can be sent as one path segment.
+
+    Raises:
+        InvalidIdentifierError: As for an operation id.
+    """
+    return _check_segment(external_user_id, "external_user_id")
+
+
+def _check_segment(text: str, name: str) -> str:
+    if not isinstance(text, str):
+        raise InvalidIdentifierError(f"{name} must be a string, not {type(text).__name__}", argument=name)
+    if not 1 <= len(text) <= MAX_IDENTIFIER:
         raise InvalidIdentifierError(
-            f"operation_id must be a string, not {type(operation_id).__name__}", argument="operation_id"
+            f"{name} must have 1 to {MAX_IDENTIFIER} characters, not {len(text)}", argument=name
         )
-    if not 1 <= len(operation_id) <= MAX_IDENTIFIER:
-        raise InvalidIdentifierError(
-            f"operation_id must have 1 to {MAX_IDENTIFIER} characters, not {len(operation_id)}", argument="operation_id"
-        )
-    if operation_id in {".", ".."}:
-        raise InvalidIdentifierError(
-            f"operation_id must not be {operation_id!r}: a URL path cannot carry it", argument="operation_id"
-        )
+    if text in {".", ".."}:
+        raise InvalidIdentifierError(f"{name} must not be {text!r}: a URL path cannot carry it", argument=name)
     # A printable string contains neither, and isprintable() is much faster.
-    if not operation_id.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in operation_id):
+    if not text.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in text):
         raise InvalidIdentifierError(
-            f"operation_id must not contain control characters or lone surrogates: {operation_id[:80]!r}",
-            argument="operation_id",
+            f"{name} must not contain control characters or lone surrogates: {text[:80]!r}", argument=name
         )
-    return operation_id
+    return text
 
 
 _HEX: Final = re.compile(rf"[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}", re.ASCII)

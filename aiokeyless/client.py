@@ -41,7 +41,7 @@ from ._poller.state import WaitResult
 from ._rules.circuit import CircuitState
 from ._validation import finite_seconds, seconds
 from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
-from .models import NewOperation, Operation, PendingOperation, Region
+from .models import Authentications, NewOperation, Operation, PendingOperation, Region
 from .reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import ApprovalTicket, payload_digest
@@ -288,6 +288,45 @@ class KeylessClient:
         """
         transport, _ = self._open()
         return await transport.fetch(protocol.get_operation(operation_id))
+
+    async def get_authentications(
+        self, *, user_id: str | None = None, external_user_id: str | None = None, operation_id: str | None = None
+    ) -> Authentications:
+        """Return a user's attempts to authenticate of the last ten minutes, failed ones too (Telemetry).
+
+        They explain why an operation is not approved: the user cancelled, the face did not match. An attempt is never
+        an approval: only the operation itself says that it is approved.
+
+        Args:
+            user_id: The user, in hex of either case. Exactly one of `user_id` and `external_user_id` must be given.
+            external_user_id: Your own id of the user; case matters.
+            operation_id: Only the attempts for this operation. Default: all.
+
+        Returns:
+            The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
+            there are more pages: how to ask for them is not documented.
+
+        Raises:
+            ConfigurationError: Neither or both of the two ids are given.
+            InvalidIdentifierError: An id cannot be sent.
+            NotFoundError: There is no such user.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / Telemetry, "User authentications".
+        """
+        transport, _ = self._open()
+        if (user_id is None) == (external_user_id is None):
+            raise ConfigurationError(
+                "exactly one of user_id and external_user_id must be given: each names the user", argument="user_id"
+            )
+        if user_id is not None:
+            request = protocol.get_authentications(user_id, operation_id)
+        else:
+            assert external_user_id is not None  # noqa: S101  # one of the two is given
+            request = protocol.get_external_authentications(external_user_id, operation_id)
+        return await transport.fetch(request)
 
     async def create_operation(
         self,

@@ -75,10 +75,10 @@ class ConfigurationError(KeylessError, ValueError):
 
 
 class InvalidIdentifierError(ConfigurationError):
-    """A user id or an operation id cannot be sent; nothing was sent.
+    """A user id, an operation id or an external user id cannot be sent; nothing was sent.
 
-    What to do: check where the id comes from. User ids are hex; operation ids are 1 to 512 characters without
-    control characters.
+    What to do: check where the id comes from. User ids are hex; operation ids and external user ids are 1 to 512
+    characters without control characters.
     """
 
 

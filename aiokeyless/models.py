@@ -282,6 +282,35 @@ class Authentications(list[Authentication]):
         self.truncated = truncated
 
 
+class TelemetryPage(msgspec.Struct, frozen=True, rename="camel"):
+    """Which page of Telemetry's answer this is."""
+
+    number: int | None = None
+    total_pages: int | None = None
+
+
+class UserAuthentications(msgspec.Struct, frozen=True):
+    """The attempts of one user; the user was named in the request."""
+
+    authentications: list[Authentication]
+
+
+class TelemetryAnswer(msgspec.Struct, frozen=True):
+    """Answer to ``GET /v2/users/{userId}/authentications`` and to that of external users."""
+
+    content: list[UserAuthentications]
+    page: TelemetryPage | None = None
+
+    @property
+    def attempts(self) -> Authentications:
+        """The attempts in the order in which they were answered."""
+        page = self.page or TelemetryPage()
+        return Authentications(
+            (attempt for user in self.content for attempt in user.authentications),
+            truncated=(page.number or 0) + 1 < (page.total_pages or 0),
+        )
+
+
 class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """Body of ``POST /v2/users/{userId}/operations``; absent fields are left out, not null."""
 

@@ -177,6 +177,7 @@ class TestOpeningAndClosing:
         for call in (
             client.create_operation(USER),
             client.get_operation("op"),
+            client.get_authentications(user_id=USER),
             client.wait_for_approval("op"),
             client.request_approval(USER),
             anext(client.watch_approval("op")),
@@ -308,6 +309,20 @@ class TestArguments:
             await client.get_operation("")
         with pytest.raises(InvalidIdentifierError):
             await client.get_pending_operations("not hex")
+        with pytest.raises(InvalidIdentifierError):
+            await client.get_authentications(user_id="not hex")
+        with pytest.raises(InvalidIdentifierError):
+            await client.get_authentications(external_user_id="..")
+        with pytest.raises(InvalidIdentifierError):
+            await client.get_authentications(user_id=USER, operation_id="")
+        assert sandbox.requests == []
+
+    @pytest.mark.parametrize("users", [{}, {"user_id": USER, "external_user_id": "ann"}])
+    async def test_attempts_are_asked_for_by_exactly_one_of_the_users_ids(
+        self, sandbox: Sandbox, client: KeylessClient, users: dict[str, str]
+    ) -> None:
+        with pytest.raises(ConfigurationError, match="exactly one of user_id and external_user_id"):
+            await client.get_authentications(**users)
         assert sandbox.requests == []
 
 
@@ -351,6 +366,36 @@ class TestTheWayThrough:
             await client.request_approval(USER, expires_in=30)
         assert now() - start == pytest.approx(30)
         assert caught.value.ticket is not None
+
+
+@pytest.mark.looptime
+class TestAttempts:
+    async def test_they_are_found_by_either_id_and_by_the_operation(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        for operation_id in ("a", "b"):
+            await client.create_operation(USER, operation_id=operation_id, external_user_id="ann@example.com")
+        cancelled = sandbox.fail_authentication("a", 30003)
+        failed = sandbox.fail_authentication("b")
+        for user in ({"user_id": USER.lower()}, {"external_user_id": "ann@example.com"}):
+            assert sorted(await client.get_authentications(**user), key=repr) == sorted([cancelled, failed], key=repr)
+            assert await client.get_authentications(**user, operation_id="a") == [cancelled]
+        assert not (await client.get_authentications(user_id=USER)).truncated
+
+    async def test_more_than_a_page_says_so(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        for _ in range(21):
+            sandbox.fail_authentication("a", 30003, user_id=USER)
+        attempts = await client.get_authentications(user_id=USER)
+        assert (len(attempts), attempts.truncated) == (20, True)
+
+    async def test_an_unknown_user_is_not_found(self, client: KeylessClient) -> None:
+        with pytest.raises(NotFoundError):
+            await client.get_authentications(user_id=USER)
+
+    async def test_they_are_tried_again_on_a_transient_failure(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        sandbox.fail_authentication("a", user_id=USER)
+        sandbox.fail_next(500)
+        assert len(await client.get_authentications(user_id=USER)) == 1
 
 
 @pytest.mark.looptime
@@ -565,6 +610,7 @@ class TestPublicNames:
         [
             "get_pending_operations",
             "get_operation",
+            "get_authentications",
             "create_operation",
             "wait_for_approval",
             "request_approval",

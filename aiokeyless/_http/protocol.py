@@ -2,7 +2,7 @@
 
 Nothing here does I/O, so all of it is tested without a network.
 
-Source: Keyless documentation, Server API / Operations.
+Source: Keyless documentation, Server API / Operations and Server API / Telemetry.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from aiokeyless._rules.backoff import TRANSIENT_STATUSES
-from aiokeyless._validation import check_operation_id, check_user_id
+from aiokeyless._validation import check_external_user_id, check_operation_id, check_user_id
 from aiokeyless.errors import (
     AuthenticationError,
     BadRequestError,
@@ -33,7 +33,16 @@ from aiokeyless.errors import (
     StatusError,
     UnsupportedMediaTypeError,
 )
-from aiokeyless.models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, decode_hook
+from aiokeyless.models import (
+    Authentications,
+    CreateAnswer,
+    NewOperation,
+    Operation,
+    PendingOperation,
+    Region,
+    TelemetryAnswer,
+    decode_hook,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +59,7 @@ BASE_URLS: Final[Mapping[Region, str]] = {
 }
 
 MAX_BODY: Final = 1 << 20
-MAX_PENDING_BODY: Final = 16 << 20
+MAX_LIST_BODY: Final = 16 << 20
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -94,6 +103,7 @@ class Endpoint(Generic[T]):
 
 _read_operation: Final = msgspec.json.Decoder(Operation, dec_hook=decode_hook).decode
 _read_created: Final = msgspec.json.Decoder(CreateAnswer).decode
+_read_telemetry: Final = msgspec.json.Decoder(TelemetryAnswer, strict=False).decode  # a number may come as a text
 
 
 def _decode_operation(body: bytes) -> Operation:
@@ -107,6 +117,10 @@ def _decode_created(body: bytes) -> CreateAnswer:
     answer = _read_created(body)
     _refuse_duplicate_keys(body)
     return answer
+
+
+def _decode_authentications(body: bytes) -> Authentications:
+    return _read_telemetry(body).attempts
 
 
 def _refuse_duplicate_keys(body: bytes) -> None:
@@ -124,18 +138,23 @@ GET_PENDING: Final = Endpoint(
     "GET",
     msgspec.json.Decoder(list[PendingOperation]).decode,
     success=frozenset({200}),
-    max_body=MAX_PENDING_BODY,
+    max_body=MAX_LIST_BODY,
 )
+GET_AUTHENTICATIONS: Final = Endpoint("GET", _decode_authentications, success=frozenset({200}), max_body=MAX_LIST_BODY)
 # 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
 POST_OPERATION: Final = Endpoint("POST", _decode_created, success=frozenset({200, 201}))
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
-    """One request as data. `path` is percent-encoded and follows the base URL."""
+    """One request as data. `path` and `query` are percent-encoded; they follow the base URL.
+
+    Messages show the path and not the query.
+    """
 
     endpoint: Endpoint[T]
     path: str
     body: bytes | None = None
+    query: str = ""
 
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         yield "path", self.path
@@ -159,6 +178,23 @@ def create_operation(user_id: str, operation: NewOperation) -> Request[CreateAns
     check_operation_id(operation.operation_id)
     path = f"/v2/users/{check_user_id(user_id)}/operations"
     return Request(POST_OPERATION, path, msgspec.json.encode(operation))
+
+
+def get_authentications(user_id: str, operation_id: str | None = None) -> Request[Authentications]:
+    """Build ``GET /v2/users/{userId}/authentications``."""
+    return _authentications(f"/v2/users/{check_user_id(user_id)}", operation_id)
+
+
+def get_external_authentications(external_user_id: str, operation_id: str | None = None) -> Request[Authentications]:
+    """Build ``GET /v2/external-users/{externalUserId}/authentications``."""
+    return _authentications(
+        f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}", operation_id
+    )
+
+
+def _authentications(user_path: str, operation_id: str | None) -> Request[Authentications]:
+    query = "" if operation_id is None else f"operationId={quote(check_operation_id(operation_id), safe='')}"
+    return Request(GET_AUTHENTICATIONS, f"{user_path}/authentications", query=query)
 
 
 _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {

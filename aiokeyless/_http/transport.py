@@ -119,8 +119,9 @@ class Transport:
         return _Call(self._calls)
 
     def url(self, request: protocol.Request[Any]) -> URL:
-        """Return the URL of a request; its path is encoded already and must not be encoded again."""
-        return self._base.with_path(self._base_path + request.path, encoded=True)
+        """Return the URL of a request; its path and query are encoded already and must not be encoded again."""
+        url = self._base.with_path(self._base_path + request.path, encoded=True)
+        return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
     def path(self, url: URL) -> str:
         """Return the API's path of such a URL, without the base path, for messages."""

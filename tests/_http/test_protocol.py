@@ -19,6 +19,7 @@ from yarl import URL
 
 from aiokeyless._http.protocol import (
     BASE_URLS,
+    GET_AUTHENTICATIONS,
     GET_OPERATION,
     GET_PENDING,
     POST_OPERATION,
@@ -26,6 +27,8 @@ from aiokeyless._http.protocol import (
     Endpoint,
     Request,
     create_operation,
+    get_authentications,
+    get_external_authentications,
     get_operation,
     get_pending_operations,
     read,
@@ -36,6 +39,7 @@ from aiokeyless._rules.backoff import is_transient
 from aiokeyless._validation import (
     MAX_IDENTIFIER,
     check_base_url,
+    check_external_user_id,
     check_operation_id,
     check_region,
     check_text,
@@ -59,11 +63,16 @@ from aiokeyless.errors import (
     StatusError,
     UnsupportedMediaTypeError,
 )
-from aiokeyless.models import CreateAnswer, NewOperation, Operation, PendingOperation, Region, Secret
+from aiokeyless.models import Authentication, CreateAnswer, NewOperation, Operation, PendingOperation, Region, Secret
 
 KEY = "k3y/with+blanks and=\"quotes\" & <tags> 'n' 100%\\"
 PATH = "/v2/operations/txn-1"
-ENDPOINTS: dict[str, Endpoint[Any]] = {"operation": GET_OPERATION, "pending": GET_PENDING, "create": POST_OPERATION}
+ENDPOINTS: dict[str, Endpoint[Any]] = {
+    "operation": GET_OPERATION,
+    "pending": GET_PENDING,
+    "create": POST_OPERATION,
+    "attempts": GET_AUTHENTICATIONS,
+}
 WIRE: dict[str, Any] = {
     "id": 1,
     "timestamp": "2020-01-02T03:04:05.68",
@@ -78,6 +87,13 @@ GOOD = {
     "operation": json.dumps(WIRE).encode(),
     "pending": b'[{"operationId": "a", "operationPayload": "b"}, {"operationId": "c"}]',
     "create": b'{"success": true}',
+    # As in the documentation.
+    "attempts": b"""
+        {"page": {"number": 0, "size": 20, "totalElements": 1, "totalPages": 1},
+         "content": [{"userId": "A1B2C3D4E5F6",
+                      "authentications": [{"createdAt": "2025-05-21T10:34:00.000", "result": "APPROVED", "errorCode": 0,
+                                           "operationId": "op-789", "deviceId": "device-abc", "authType": "biom"}]}]}
+    """.strip(),
 }
 PAGE = b"<!doctype html><html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 every_endpoint = pytest.mark.parametrize("name", list(ENDPOINTS))
@@ -145,6 +161,13 @@ def test_an_operation_id_that_cannot_travel_is_refused_by_name(operation_id: Any
         assert message in str(caught.value)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 1100
+    for check in (check_external_user_id, get_external_authentications):
+        with pytest.raises(InvalidIdentifierError, match=r"^external_user_id must ") as caught:
+            check(operation_id)
+        assert message in str(caught.value)
+    if operation_id is not None:
+        with pytest.raises(InvalidIdentifierError, match=r"^operation_id must "):
+            get_authentications("AB", operation_id)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +194,9 @@ def test_an_operation_id_that_cannot_travel_is_refused_by_name(operation_id: Any
 def test_an_operation_id_is_percent_encoded_as_one_segment(operation_id: str, segment: str) -> None:
     request = get_operation(operation_id)
     assert request.path == f"/v2/operations/{segment}"
-    assert (request.endpoint, request.body) == (GET_OPERATION, None)
+    assert (request.endpoint, request.body, request.query) == (GET_OPERATION, None, "")
+    assert get_external_authentications(operation_id).path == f"/v2/external-users/{segment}/authentications"
+    assert get_authentications("AB", operation_id).query == f"operationId={segment}"
 
 
 awkward = st.text(st.sampled_from(list("./?#%\\ :@&=+;2eEfF~\u2028\u200b\u202eé\ufeff😀\x00\n\x7f\x9f\ud800\udfffx")))
@@ -220,6 +245,7 @@ def test_a_user_id_that_is_not_hex_is_refused_by_name(user_id: Any) -> None:
     for build in (
         check_user_id,
         get_pending_operations,
+        get_authentications,
         lambda bad: create_operation(bad, NewOperation(operation_id="a")),
     ):
         with pytest.raises(InvalidIdentifierError, match=r"^user_id must be .*hex digits.*, not ") as caught:
@@ -263,13 +289,25 @@ def test_a_create_sends_these_bytes_and_leaves_out_what_is_absent(operation: New
     assert request.body == body.encode()
 
 
-def test_only_the_list_may_be_large() -> None:
+@pytest.mark.parametrize("operation_id", [None, "a"])
+def test_attempts_are_asked_for_by_a_get_without_a_body(operation_id: str | None) -> None:
+    query = "" if operation_id is None else "operationId=a"
+    assert get_authentications("ab", operation_id) == Request(
+        GET_AUTHENTICATIONS, "/v2/users/AB/authentications", None, query
+    )
+    assert get_external_authentications("Ann", operation_id) == Request(
+        GET_AUTHENTICATIONS, "/v2/external-users/Ann/authentications", None, query
+    )
+
+
+def test_only_the_lists_may_be_large() -> None:
     assert {name: endpoint.max_body for name, endpoint in ENDPOINTS.items()} == {
         "operation": 1 << 20,
         "pending": 16 << 20,
         "create": 1 << 20,
+        "attempts": 16 << 20,
     }
-    assert [endpoint.method for endpoint in ENDPOINTS.values()] == ["GET", "GET", "POST"]
+    assert [endpoint.method for endpoint in ENDPOINTS.values()] == ["GET", "GET", "POST", "GET"]
 
 
 # -- arguments
@@ -810,7 +848,7 @@ def test_no_retry_after_raises_or_is_negative(text: str, date: str | None) -> No
 # -- good answers
 
 
-def test_the_three_good_answers_are_decoded() -> None:
+def test_the_good_answers_are_decoded() -> None:
     operation = answered(200, GOOD["operation"])
     assert isinstance(operation, Operation)
     assert (operation.operation_id, operation.is_approved) == ("txn-1", True)
@@ -821,6 +859,54 @@ def test_the_three_good_answers_are_decoded() -> None:
     ]
     assert answered(200, b"[]", name="pending") == []
     assert answered(200, GOOD["create"], name="create") == CreateAnswer(success=True)
+    [attempt] = answered(200, GOOD["attempts"], name="attempts")
+    assert attempt == Authentication(
+        created_at="2025-05-21T10:34:00.000",
+        result="APPROVED",
+        error_code=0,
+        operation_id="op-789",
+        device_id="device-abc",
+        auth_type="biom",
+    )
+
+
+@pytest.mark.parametrize(
+    ("attempt", "expected"),
+    [
+        ("{}", Authentication()),
+        ('{"errorCode": null, "result": null, "createdAt": null}', Authentication()),
+        ('{"errorCode": 30004, "new": {"a": 1}}', Authentication(error_code=30004)),
+        ('{"errorCode": "30004"}', Authentication(error_code=30004)),
+        ('{"errorCode": 3.0004e4, "authType": "iris"}', Authentication(error_code=30004, auth_type="iris")),
+        ('{"errorCode": -1, "result": ""}', Authentication(error_code=-1, result="")),
+    ],
+)
+def test_any_field_of_an_attempt_may_be_missing(attempt: str, expected: Authentication) -> None:
+    body = f'{{"content": [{{"authentications": [{attempt}]}}]}}'.encode()
+    assert answered(200, body, name="attempts") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("page", "truncated"),
+    [
+        ("", False),
+        (', "page": null', False),
+        (', "page": {}', False),
+        (', "page": {"number": 0, "totalPages": 0}', False),
+        (', "page": {"number": 0, "totalPages": 1}', False),
+        (', "page": {"number": 0, "totalPages": 2}', True),
+        (', "page": {"totalPages": 2}', True),
+        (', "page": {"number": 1, "totalPages": 2}', False),
+    ],
+)
+def test_attempts_are_truncated_where_there_are_more_pages(page: str, truncated: bool) -> None:
+    got = answered(200, f'{{"content": []{page}}}'.encode(), name="attempts")
+    assert (got, got.truncated) == ([], truncated)
+
+
+def test_attempts_of_several_entries_are_one_list() -> None:
+    body = b'{"content": [{"authentications": [{"errorCode": 1}]}, {"authentications": [{"errorCode": 2}]}]}'
+    assert [attempt.error_code for attempt in answered(200, body, name="attempts")] == [1, 2]
 
 
 @every_endpoint
@@ -831,7 +917,7 @@ def test_a_success_is_read_with_any_content_type_and_blanks_around_it(name: str)
 
 def test_201_is_a_success_of_a_create_alone() -> None:
     assert answered(201, GOOD["create"], name="create") == CreateAnswer(success=True)
-    for name in ("operation", "pending"):
+    for name in ("operation", "pending", "attempts"):
         with pytest.raises(StatusError) as caught:
             answered(201, GOOD[name], name=name)
         assert caught.value.status == 201
@@ -955,7 +1041,7 @@ def test_a_good_answer_with_a_bottomless_field_is_not_json() -> None:
     assert type(undecoded(GOOD["operation"][:-1] + b', "new": ' + deep(b"["))) is NotJsonError
 
 
-@pytest.mark.parametrize("name", ["operation", "pending"])
+@pytest.mark.parametrize("name", ["operation", "pending", "attempts"])
 def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
     for length in range(len(GOOD[name])):
         assert type(undecoded(GOOD[name][:length], name)) is NotJsonError
@@ -982,6 +1068,15 @@ def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
         ("pending", b"{}", "Expected `array`, got `object`"),
         ("pending", b'[{"operationId": "a"}, {}]', "Object missing required field `operationId` - at `$[1]`"),
         ("pending", b'[{"operationId": null}]', "Expected `str`, got `null` - at `$[0].operationId`"),
+        ("attempts", b"[]", "Expected `object`, got `array`"),
+        ("attempts", b"{}", "Object missing required field `content`"),
+        ("attempts", b'{"error": "hunter2"}', "Object missing required field `content`"),
+        ("attempts", b'{"content": [{}]}', "Object missing required field `authentications` - at `$.content[0]`"),
+        (
+            "attempts",
+            b'{"content": [{"authentications": [{"errorCode": "hunter2"}]}]}',
+            "Expected `int | null`, got `str` - at `$.content[0].authentications[0].errorCode`",
+        ),
         ("create", b"{}", "Object missing required field `success`"),
         ("create", b'{"success": "true"}', "Expected `bool`, got `str` - at `$.success`"),
         ("create", b'{"success": 1}', "Expected `bool`, got `int` - at `$.success`"),

@@ -773,6 +773,7 @@ PHASES = {
 CALLS: dict[str, Callable[[KeylessClient], Coroutine[Any, Any, object]]] = {
     "get_operation": lambda client: client.get_operation("a"),
     "get_pending_operations": lambda client: client.get_pending_operations(USER),
+    "get_authentications": lambda client: client.get_authentications(user_id=USER),
     "create_operation": lambda client: client.create_operation(USER),
 }
 by_phase = pytest.mark.parametrize("phase", PHASES.values(), ids=PHASES.keys())

@@ -128,7 +128,7 @@ def parsed(head: bytes) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize("base_path", ["", "/keyless", "/a%2Fb/"])
 async def test_heads_on_the_wire(borrowed: bool, base_path: str) -> None:
     async with (
-        RawServer(answer(operation()), answer(b"[]"), answer(CREATED)) as server,
+        RawServer(answer(operation()), answer(b"[]"), answer(CREATED), *[answer(b'{"content": []}')] * 2) as server,
         aiohttp.ClientSession() as session,
     ):
         options: dict[str, Any] = {"session": session} if borrowed else {}
@@ -136,7 +136,9 @@ async def test_heads_on_the_wire(borrowed: bool, base_path: str) -> None:
             await client.get_operation(ODD_ID)
             await client.get_pending_operations(USER)
             await client.create_operation(USER, operation_id=ODD_ID, operation_payload="é")
-    prefix = base_path.rstrip("/")
+            await client.get_authentications(user_id=USER, operation_id=ODD_ID)
+            await client.get_authentications(external_user_id=ODD_ID)
+    prefix, odd = base_path.rstrip("/"), ODD_PATH.rpartition("/")[2]
     common = HEADERS | {"Host": server.url.removeprefix("http://"), "Accept-Encoding": "gzip, deflate"}
     body = '{"operationId":"a/b?c#d%2F é","operationPayload":"é"}'.encode()
     assert [parsed(head) for head in server.heads] == [
@@ -146,8 +148,10 @@ async def test_heads_on_the_wire(borrowed: bool, base_path: str) -> None:
             f"POST {prefix}/v2/users/0123456789ABCDEF/operations HTTP/1.1",
             common | {"Content-Type": "application/json", "Content-Length": str(len(body))},
         ),
+        (f"GET {prefix}/v2/users/0123456789ABCDEF/authentications?operationId={odd} HTTP/1.1", common),
+        (f"GET {prefix}/v2/external-users/{odd}/authentications HTTP/1.1", common),
     ]
-    assert server.bodies == [b"", b"", body]
+    assert server.bodies == [b"", b"", body, b"", b""]
 
 
 async def test_base_path_is_not_in_messages() -> None:

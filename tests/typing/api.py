@@ -13,6 +13,8 @@ from aiokeyless import (
     ApprovalTimeoutError,
     ApprovalUpdate,
     Approved,
+    Authentication,
+    Authentications,
     ClientStatistics,
     DefaultTimeout,
     IfExists,
@@ -33,6 +35,11 @@ from aiokeyless.sandbox import Sandbox
 
 async def calls(client: KeylessClient) -> None:
     assert_type(await client.get_pending_operations("C0FFEE"), list[PendingOperation])
+    attempts = await client.get_authentications(user_id="C0FFEE", operation_id="op")
+    assert_type(attempts, Authentications)
+    assert_type(attempts.truncated, bool)
+    assert_type(attempts[0], Authentication)
+    assert_type(attempts[0].reason, str | None)
     operation = await client.get_operation("op")
     assert_type(operation, Operation)
     assert_type(operation.is_approved, bool)
