@@ -87,6 +87,11 @@ def print_fact(console: Console, name: str, value: str, style: str = "") -> None
         console.print(name_text + value_text, soft_wrap=True)
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a text as one line of any length."""
+    console.out(safe(line), highlight=False)
+
+
 def print_command(console: Console, command: str) -> None:
     """Print a command to copy, on one line of any length."""
     console.print(Text(f"  {safe(command)}"), soft_wrap=True)

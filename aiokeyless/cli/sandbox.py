@@ -8,17 +8,18 @@ import math
 import shlex
 import signal
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
 from .app import AsJson, CommandError, Exit, app
-from .render import new_console, print_command, print_fact, print_json, print_title
+from .render import new_console, print_command, print_fact, print_json, print_line, print_title
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.sandbox import RequestRecord, Sandbox
 
 #: "FACE" on the keypad of a phone.
 DEFAULT_PORT: Final = 3223
@@ -53,27 +54,31 @@ async def sandbox(
     api_key: str = "sandbox-key",
     auto_approve: Annotated[float | None, Parameter(validator=_check_delay)] = None,
     host: str = _LOOPBACK,
+    quiet: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     as_json: AsJson = False,
 ) -> int:
     """Run a local Keyless service, with a phone in your browser.
 
     It behaves as the documented service does, keeps everything in memory, and runs
-    until Ctrl-C or SIGTERM.
+    until Ctrl-C or SIGTERM. Each request of the API is a line of its output.
 
     Args:
         port: Port to listen on; 0 chooses a free one.
         api_key: Key that requests must carry.
         auto_approve: Seconds after which a simulated user approves each operation; if left out, only you approve.
         host: Address to listen on. Anyone who can reach it can approve.
+        quiet: Do not print the requests.
         as_json: Print one JSON object once the service runs, and nothing else.
     """
     from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # a server: only the commands that serve should load it
 
-    stop_requested = asyncio.Event()
+    requests: asyncio.Queue[RequestRecord | None] = asyncio.Queue()  # None: the end
     loop = asyncio.get_running_loop()
-    with suppress(NotImplementedError):  # Windows has no SIGTERM to handle
-        loop.add_signal_handler(signal.SIGTERM, stop_requested.set)
-    service = Sandbox(port, api_key, auto_approve, host)
+    with suppress(NotImplementedError):  # Windows has no signals to handle in a loop
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, requests.put_nowait, None)
+    on_request = None if quiet or as_json else requests.put_nowait
+    service = Sandbox(port, api_key, auto_approve, host, on_request)
     try:
         await service.start()
     except OSError as error:
@@ -84,7 +89,8 @@ async def sandbox(
             print_json(console, {"url": service.url, "api_key": api_key, "environment": _environment(service)})
         else:
             _print_instructions(console, service, auto_approve, host)
-        await stop_requested.wait()
+        while (request := await requests.get()) is not None:
+            _print_request(console, request)
     finally:
         await service.aclose()
     return Exit.DONE
@@ -121,3 +127,9 @@ def _print_instructions(console: Console, service: Sandbox, auto_approve: float 
     print_command(console, "aiokeyless wait txn-1")
     console.print()
     console.print("Ctrl-C stops it.")
+    console.print()
+
+
+def _print_request(console: Console, request: RequestRecord) -> None:
+    status = "-" if request.status is None else request.status
+    print_line(console, f"  {datetime.now().astimezone():%H:%M:%S}  {status!s:<3}  {request.method:<4} {request.path}")

@@ -89,6 +89,8 @@ class Sandbox:
         host: Address or name to listen on. Default: ``"127.0.0.1"``, which other machines cannot reach. Requests, to
             the API too, must name ``localhost``, an IP address or this name as their host; others are answered 421, so
             that no web page can reach the sandbox under another name (DNS rebinding).
+        on_request: Called with the `RequestRecord` of each request of the API once it was answered, or ended without an
+            answer. What it raises is logged. Default: not called.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -108,6 +110,7 @@ class Sandbox:
         api_key: str = "sandbox-key",
         auto_approve: float | Callable[[Operation], float | None] | None = None,
         host: str = "127.0.0.1",
+        on_request: Callable[[RequestRecord], object] | None = None,
     ) -> None:
         _check_whole("port", port, 0, 65535)
         _check_text("host", host)
@@ -118,6 +121,7 @@ class Sandbox:
         self._port = port
         self._api_key = api_key
         self._auto_approve = auto_approve
+        self._on_request = on_request
         self._loop: asyncio.AbstractEventLoop | None = None
         self._store = OperationStore(timer=self._now, on_attempt=self._attempted)
         self._api = KeylessApi(self._store, api_key, self._created)
@@ -468,7 +472,16 @@ class Sandbox:
             self._handlers.discard(task)
             msgspec.structs.force_setattr(record, "duration", asyncio.get_running_loop().time() - record.at)
             self._phones.refresh()
+            self._report(record)
         return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+
+    def _report(self, record: RequestRecord) -> None:
+        if self._on_request is None:
+            return
+        try:
+            self._on_request(record)
+        except Exception:  # the caller's own; the request is answered all the same
+            _LOGGER.exception("on_request of the sandbox failed for %s %s", record.method, record.path)
 
     async def _answer(self, request: web.Request) -> Answer | None:
         """Apply a request's effect, sleep for the latency, and return the answer; None to drop the connection."""

@@ -166,7 +166,6 @@ def test_a_process_on_a_terminal_draws_a_line() -> None:
     ("arguments", "sign", "message"),
     [
         (["demo", "--after", "60"], "poll 1", "interrupted"),
-        (["sandbox", "--port", "0"], "Ctrl-C", "interrupted"),
         (
             ["wait", "yet to come", "--if-missing", "wait"],
             "poll 1",
@@ -185,6 +184,17 @@ def test_ctrl_c_is_one_line_and_exit_code_130(
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
     assert (process.returncode, err) == (130, f"aiokeyless: {message}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_are_the_normal_end_of_a_sandbox(number: signal.Signals) -> None:
+    with start("sandbox", "--port", "0") as process:
+        assert process.stdout is not None
+        while "Ctrl-C" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
 
 
 def test_ctrl_c_interrupts_the_reading_of_a_ticket(other_terminal: dict[str, str]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import KeylessClient
+from aiokeyless import AuthenticationError, KeylessClient
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.sandbox import Sandbox
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 @contextlib.asynccontextmanager
 async def serving(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> AsyncIterator[Pipe]:
-    """`aiokeyless sandbox` in the test's loop, until SIGTERM."""
+    """`aiokeyless sandbox` in the test's loop, until Ctrl-C."""
     stream = Pipe()
     monkeypatch.setattr(sys, "stdout", stream)
     command = asyncio.create_task(app.run_async(["sandbox", "--port", "0", *arguments]))
     await stream.until(r"\n$")
     yield stream
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
     assert await command == Exit.DONE
 
 
@@ -72,6 +73,50 @@ async def test_the_sandboxs_simulated_user_approves_after_the_delay(monkeypatch:
         async with KeylessClient("sandbox-key", base_url=url) as client:
             await client.request_approval("C0FFEE")
         assert loop.time() - began >= 2.5
+
+
+@pytest.mark.looptime
+async def test_the_sandbox_prints_a_line_for_each_request_of_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as stdout:
+        url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
+        async with KeylessClient("sandbox-key", base_url=url) as client:
+            await client.create_operation("C0FFEE", operation_id="txn 1\u202e")
+            await client.get_operation("txn 1\u202e")
+        async with KeylessClient("another-key", base_url=url) as client:
+            with pytest.raises(AuthenticationError):
+                await client.get_pending_operations("C0FFEE")
+        await stdout.until(r"pending\n")
+    lines = stdout.getvalue().partition("Ctrl-C stops it.\n\n")[2]
+    assert re.sub(r"(?m)^  \d\d:\d\d:\d\d  ", "", lines) == (
+        "200  POST /v2/users/C0FFEE/operations\n"
+        "200  GET  /v2/operations/txn%201%E2%80%AE\n"
+        "401  GET  /v2/users/C0FFEE/operations/pending\n"
+    )
+
+
+@pytest.mark.looptime
+async def test_a_request_that_got_no_answer_has_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as stdout:
+        url = (await stdout.until(r"KEYLESS_BASE_URL=(\S+)"))[1]
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(
+            b"POST /v2/users/C0FFEE/operations HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Api-Key: sandbox-key\r\n"
+            b"Content-Length: 9\r\n\r\n{"
+        )
+        await writer.drain()
+        writer.close()
+        await stdout.until(r"  -    POST /v2/users/C0FFEE/operations\n")
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+async def test_requests_are_not_printed_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    async with serving(monkeypatch, option) as stdout:
+        before = stdout.getvalue()
+        url = (await stdout.until(r"(http://127\.0\.0\.1:\d+)"))[1]
+        async with KeylessClient("sandbox-key", base_url=url) as client:
+            await client.get_pending_operations("C0FFEE")
+    assert stdout.getvalue() == before
 
 
 @pytest.mark.looptime

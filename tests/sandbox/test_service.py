@@ -32,6 +32,10 @@ PENDING = f"/v2/users/{USER}/operations/pending"
 ODD_ID = "a/b?c#d%2F é"
 
 
+def session_for(sandbox: Sandbox) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key})
+
+
 async def create(http: aiohttp.ClientSession, operation_id: str = "a", **fields: str) -> int:
     async with http.post(CREATE, json={"operationId": operation_id, **fields}) as response:
         return response.status
@@ -95,6 +99,35 @@ async def test_operation_of_the_phone_is_there_once_approved(sandbox: Sandbox, h
     sandbox.approve("a", user_id=USER, external_user_id="ann", operation_payload="Pay 5")
     status, operation = await get(http)
     assert (status, operation["userId"], operation["externalUserId"]) == (200, USER, "ann")
+
+
+@pytest.mark.looptime
+async def test_each_request_of_the_api_is_reported_when_it_ends() -> None:
+    reported: list[object] = []
+
+    def report(record: RequestRecord) -> None:
+        reported.append((record.method, record.path, record.status, record.duration))
+
+    async with Sandbox(on_request=report) as sandbox, session_for(sandbox) as http:
+        await create(http)
+        async with http.get("/", headers={"Accept": "text/html"}):
+            pass  # the phone is not the API
+        sandbox.latency = 0.5
+        await get(http)
+    assert reported == [
+        ("POST", CREATE, 200, pytest.approx(0, abs=0.1)),
+        ("GET", "/v2/operations/a", 200, pytest.approx(0.5, abs=0.1)),
+    ]
+
+
+async def test_a_report_that_raises_is_logged_and_the_request_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    def report(_: RequestRecord) -> None:
+        raise LookupError("no such report")
+
+    async with Sandbox(on_request=report) as sandbox, session_for(sandbox) as http:
+        assert await create(http) == 200
+    assert "on_request of the sandbox failed for POST" in caplog.text
+    assert "no such report" in caplog.text
 
 
 async def test_tampered_operation_lies(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
