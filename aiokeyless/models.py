@@ -245,7 +245,7 @@ class Authentication(Model, frozen=True, kw_only=True):
 
     @property
     def failed(self) -> bool:
-        """Whether the attempt failed: it has an error code other than 0, or a result other than ``"APPROVED"``.
+        """Whether an error code other than 0, or a result other than ``"APPROVED"``, says that the attempt failed.
 
         An attempt that did not fail approves nothing: see `Operation.is_approved`.
         """
