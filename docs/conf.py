@@ -41,7 +41,7 @@ nitpick_ignore_regex = [
     # Names of the standard library and of other packages, whose inventories would have to be fetched.
     ("py:.*", r"(aiohttp|anyio|asyncio|collections|datetime|enum|logging|msgspec)(\..*)?"),
     ("py:.*", r"(nats|pathlib|ssl|tenacity|types|typing)(\..*)?"),
-    ("py:.*", r"wait_base|Client"),
+    ("py:.*", r"wait_base|Client|Broker"),
     # A type variable and names that users need in no other place.
     ("py:class", r"aiokeyless\.worker\.messages\.T|HealthServer|aiokeyless\.sandbox\.service\.ClientOptions"),
 ]
