@@ -42,7 +42,10 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
 
 @pytest.fixture
 def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> KeylessClient:  # noqa: ARG001  # its order
-    """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test."""
+    """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test.
+
+    It polls every 20 ms, so that a test does not wait for a schedule that is made for people.
+    """
     client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_loop_of(request)}")
     return client
 
@@ -97,7 +100,9 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
             yield sandbox
 
     async def client(keyless_sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-        async with keyless_sandbox.client() as client:
+        from tenacity import wait_fixed  # noqa: PLC0415  # only when used
+
+        async with keyless_sandbox.client(schedule=wait_fixed(0.02)) as client:
             yield client
 
     async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, MemoryBroker]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util.nodes import make_refnode
 
 import aiokeyless
@@ -43,7 +44,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(nats|pathlib|ssl|tenacity|types|typing)(\..*)?"),
     ("py:.*", r"wait_base|Client|Broker"),
     # A type variable and names that users need in no other place.
-    ("py:class", r"aiokeyless\.worker\.messages\.T|HealthServer|aiokeyless\.sandbox\.service\.ClientOptions"),
+    ("py:class", r"aiokeyless\.worker\.messages\.T|Broker|HealthServer|aiokeyless\.sandbox\.service\.ClientOptions"),
 ]
 
 
@@ -51,6 +52,9 @@ nitpick_ignore_regex = [
 for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "aiokeyless"]:
     for public in aiokeyless.__all__:
         vars(module).setdefault(public, getattr(aiokeyless, public))
+
+# Napoleon would take the first words of an attribute's docstring, up to a colon, for its type.
+GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))  # type: ignore[method-assign]  # noqa: SLF001  # there is no option
 
 
 def resolve_short_name(

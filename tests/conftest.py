@@ -57,8 +57,10 @@ def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
 
 
 @pytest.fixture
-def client(keyless_client: KeylessClient) -> KeylessClient:
-    return keyless_client
+async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
+    """A client as users make it, and not the one of the plugin, which polls fast."""
+    async with sandbox.client() as client:
+        yield client
 
 
 @pytest.fixture

@@ -4,50 +4,114 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import looptime
 import pytest
 
+import aiokeyless.sandbox
+import aiokeyless.worker
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 
 
 class Block(NamedTuple):
+    page: str
     code: str
     output: str | None
 
+    def __str__(self) -> str:
+        """Return the page, for the name of a test."""
+        return self.page
+
 
 def blocks(page: str) -> list[Block]:
-    return [Block(found["code"], found["output"]) for found in FENCE.finditer((DOCS / page).read_text())]
+    """Return the Python blocks of a page, each with the output that is shown below it."""
+    return [Block(page, found["code"], found["output"]) for found in FENCE.finditer((DOCS / page).read_text())]
 
 
-def run(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a program in this process, on a clock that moves by itself."""
+LOOP, *FAILURES = blocks("why-not-a-loop.md")
+OTHERS = [block for page in PAGES if page != LOOP.page for block in blocks(page)]
+TESTS = [block for block in OTHERS if "def test_" in block.code]
+#: The programs of the examples have tests of their own.
+EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
+EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
+PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS]
 
-    def run_main(main: object) -> object:
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let `asyncio.run` run on a clock that moves by itself, beside a service whose users approve after two seconds."""
+
+    async def beside_a_service(program: Coroutine[object, object, object]) -> None:
+        async with Sandbox(auto_approve=2) as sandbox:
+            monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+            monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+            await program
+
+    def run(program: Coroutine[object, object, object]) -> None:
         with asyncio.Runner(loop_factory=looptime.new_event_loop) as runner:
-            return runner.run(main)  # type: ignore[arg-type]  # what the program gives to asyncio.run
+            runner.run(beside_a_service(program))
 
-    monkeypatch.setattr(asyncio, "run", run_main)
+    monkeypatch.setattr(asyncio, "run", run)
+    monkeypatch.chdir(tmp_path)
+
+
+def execute(code: str) -> None:
     exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})  # noqa: S102  # our own pages
 
 
-# Why not a while loop
+@pytest.mark.usefixtures("service")
+@pytest.mark.parametrize("block", PROGRAMS, ids=str)
+def test_a_program_of_the_docs_runs(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    execute(block.code)
+    assert block.output is None or capsys.readouterr().out == block.output
 
-LOOP, *FAILURES = blocks("why-not-a-loop.md")
 
-
+@pytest.mark.usefixtures("service")
 @pytest.mark.parametrize("block", FAILURES, ids=range(len(FAILURES)))
-@pytest.mark.filterwarnings("ignore::looptime.TimeWarning")
-def test_loop_fails_as_said_and_a_wait_does_not(
+def test_a_loop_fails_as_said_and_a_wait_does_not(
     block: Block, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loop = ModuleType("loop")
     exec(LOOP.code, vars(loop))  # noqa: S102
     monkeypatch.setitem(sys.modules, "loop", loop)
-    run(block.code, monkeypatch)
+    execute(block.code)
     assert capsys.readouterr().out == block.output
+
+
+@pytest.mark.parametrize("mode", ["strict", "auto"])
+def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
+    for number, block in enumerate(TESTS):
+        (tmp_path / f"test_{number}.py").write_text(block.code)
+    options = ("-q", "-o", f"asyncio_mode={mode}", "-p", "no:cacheprovider", "-W", "error")
+    scope = ("-o", "asyncio_default_fixture_loop_scope=function")
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *scope], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in ended.stdout
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (DOCS / "index.md").read_text()
+    missing = [page for page in PAGES if page != "index.md" and not re.search(rf"^{page[:-3]}$", index, re.MULTILINE)]
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    errors = {name for name in aiokeyless.__all__ if name.endswith("Error")}  # one directive for their whole module
+    named = set(re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", reference, re.MULTILINE))
+    public = {*aiokeyless.__all__, *aiokeyless.worker.__all__, *aiokeyless.sandbox.__all__} - errors - {"__version__"}
+    assert public - named - {"BrokerError", "InvalidRequestError"} == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import subprocess
 import sys
@@ -146,6 +147,20 @@ def test_both_are_closed_after_the_test(pytester: pytest.Pytester) -> None:
                 await client.get_operation("txn-1")
     """
     passes(pytester, test, *AUTO, passed=2)
+
+
+# -- as fast as a test wants it
+
+
+@pytest.mark.looptime
+async def test_an_approval_that_is_there_is_noticed_within_moments(
+    keyless_sandbox: Sandbox, keyless_client: KeylessClient
+) -> None:
+    ticket = await keyless_client.create_operation("C0FFEE")
+    keyless_sandbox.approve(ticket.operation_id)
+    before = asyncio.get_running_loop().time()
+    await keyless_client.wait_for_approval(ticket)
+    assert asyncio.get_running_loop().time() - before < 0.1  # of the test's own clock
 
 
 # -- where they cannot live
