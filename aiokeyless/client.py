@@ -452,6 +452,50 @@ class KeylessClient:
         finally:
             poller.leave(wait)
 
+    async def hold_for_approval(
+        self,
+        target: str | ApprovalTicket,
+        *,
+        seconds: float,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+    ) -> Operation | None:
+        """Wait for one piece of a longer wait: for an HTTP long poll, a tool call, a job that is run again.
+
+        A series of holds of one target polls as a single wait would: each hold of the same client goes on by the
+        schedule where the one before it stopped, for up to two minutes after that ended. A hold that ends without an
+        approval is no timeout; it makes no final poll.
+
+        Args:
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
+                id of each answer are checked too.
+            seconds: The length of this piece; above 0 and finite. It may be cut short at any time by cancelling it.
+            schedule: When to poll. Default: the client's schedule.
+            if_missing: See `wait_for_approval`.
+
+        Returns:
+            The approved operation; None if the operation is pending after so many seconds. For a ticket, that is while
+            its ``expires_at`` has not passed; an operation id has no end of its own, so give up after some time.
+
+        Raises:
+            ConfigurationError: An argument is wrong, or the schedule did not return a number.
+            ApprovalTimeoutError: The ticket's ``expires_at`` passed during this hold, and a final poll found the
+                operation pending. It can still be approved later.
+            KeylessError: What else `wait_for_approval` raises.
+
+        Source: ``docs/rules.md``, "Holds".
+
+        Example:
+            >>> async def approved(client: KeylessClient, ticket: ApprovalTicket) -> bool:
+            ...     return await client.hold_for_approval(ticket, seconds=25) is not None  # the browser asks again
+        """
+        poller, wait = self._hold(target, seconds, schedule, if_missing)
+        try:
+            outcome = await wait
+        finally:
+            poller.leave(wait)
+        return None if outcome is None else _result(outcome)
+
     async def request_approval(
         self,
         user_id: str,
@@ -587,6 +631,20 @@ class KeylessClient:
             may_be_missing=if_missing == "wait",
         )
 
+    def _hold(
+        self, target: str | ApprovalTicket, seconds: float, schedule: wait_base | None, if_missing: IfMissing
+    ) -> tuple[Poller, Wait]:
+        options = self._options(target, None, schedule, if_missing)
+        seconds = finite_seconds(seconds, "seconds")
+        _, poller = self._open()
+        return poller, poller.hold(
+            options["operation_id"],
+            ticket=options["ticket"],
+            seconds=seconds,
+            schedule=options["schedule"],
+            may_be_missing=options["may_be_missing"],
+        )
+
     def _start(self, options: _WaitOptions) -> tuple[Poller, Wait]:
         _, poller = self._open()
         return poller, poller.start(**options)
@@ -677,6 +735,7 @@ class _View(KeylessClient):
 def _result(outcome: WaitResult) -> Operation:
     if isinstance(outcome, Exception):
         raise outcome
+    assert outcome is not None  # noqa: S101  # only a hold's can be
     return outcome
 
 

@@ -364,6 +364,8 @@ async def test_a_configuration_error_of_a_call_names_its_argument() -> None:
             ("if_exists", some.create_operation("AB", if_exists=wrong)),
             ("expires_in", some.create_operation("AB", expires_in=1e12)),
             ("on_poll", some.wait_for_approval("txn-1", on_poll=wrong)),
+            ("seconds", some.hold_for_approval("txn-1", seconds=0)),
+            ("target", some.hold_for_approval(wrong, seconds=1)),
         ):
             with pytest.raises(ConfigurationError) as error:
                 await call

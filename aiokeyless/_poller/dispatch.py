@@ -67,6 +67,8 @@ class Dispatcher:
 
     def clear_final_polls(self) -> None:
         """Forget the queued final polls: no wait is left."""
+        for _, polled in self._final_polls:
+            polled.final_poll_queued = False  # a hold may take it up again
         self._final_polls.clear()
 
     # -- what is polled

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.protocol import get_operation
-from aiokeyless._rules.approval import WaitRecord, rejection_error, timed_out, unknown
+from aiokeyless._rules.approval import Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.outcome import YOUNG, PollFacts, Result, poll_outcome
@@ -35,7 +35,8 @@ from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
 from .dispatch import RESOLUTION, Dispatcher
 from .packing import pack_pending
-from .state import Poll, PolledOperation, Wait
+from .pauses import Pause, Pauses, next_poll
+from .state import Hold, Poll, PolledOperation, Wait
 from .timer_queue import TimerQueue
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from aiokeyless._http.transport import Transport
-    from aiokeyless._rules.outcome import Outcome
     from aiokeyless.ticket import ApprovalTicket
 
     from .state import WaitResult
@@ -81,6 +81,7 @@ class Poller:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
         self._created: dict[str, float] = {}
+        self._pauses = Pauses()
         self._sequence = -math.inf
         self._waiting = 0
         self._polls = 0
@@ -99,6 +100,7 @@ class Poller:
         while self._created and now - self._created[oldest := next(iter(self._created))] > YOUNG:
             del self._created[oldest]
         self._created[operation_id] = now
+        self._pauses.remove(operation_id)  # of the time before it existed
 
     def start(
         self,
@@ -120,19 +122,15 @@ class Poller:
             may_be_missing: Whether 404 counts as pending.
             updates: Where an update goes for each poll; closed when the wait ends.
         """
-        if self.closed:
-            raise ClientClosedError("the client is closed; check the operation with get_operation of another client")
-        now = self._loop.time()
-        age = self._age(ticket, now)
+        now, age = self._now_and_age(ticket)
         if timeout is None:
             timeout = math.inf if ticket is None else _left(ticket, age)
         schedule = schedule or self._schedule
-        fresh = ticket is not None and operation_id in self._created and age < FRESH
+        fresh = self._is_fresh(ticket, age)
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
         origin = now - age if age else now  # the same float twice, not two of them: there are many waits
-        polled = self._polled_operation(operation_id, now, origin, ticket)
         wait = Wait(
-            polled,
+            self._polled_operation(operation_id, now, origin, ticket),
             self._loop,
             started_at=now,
             origin=origin,
@@ -143,17 +141,55 @@ class Poller:
             updates=updates,
         )
         wait.attempt += fresh
-        polled.add(wait)
-        self._waiting += 1
-        if schedule is self._schedule and not polled.learners:
-            polled.learners = self._learners  # one tuple for all, as nearly all are
-        elif isinstance(schedule, wait_adaptive) and schedule not in polled.learners:
-            polled.learners += (schedule,)
-        if wait.deadline < math.inf:
-            self._deadlines.schedule(wait, wait.deadline)
-        if first < wait.deadline:
-            self._dispatcher.schedule(polled, first)
-        self._arm(now)
+        self._register(wait, first)
+        return wait
+
+    def hold(
+        self,
+        operation_id: str,
+        *,
+        ticket: ApprovalTicket | None,
+        seconds: float,
+        schedule: wait_base | None,
+        may_be_missing: bool,
+    ) -> Wait:
+        """Start one piece of a longer wait; the caller must `leave` it.
+
+        Args:
+            operation_id: What to wait for.
+            ticket: What is known about it; None for a bare id, which has no end of its own.
+            seconds: After which it ends with None; where the ticket's own time ends before, it is a wait until then.
+            schedule: When to poll; None for the client's.
+            may_be_missing: Whether 404 counts as pending.
+        """
+        now, age = self._now_and_age(ticket)
+        left = math.inf if ticket is None else _left(ticket, age)
+        schedule = schedule or self._schedule
+        pause = self._pauses.find(operation_id, now)
+        if pause is not None:
+            first, attempt = pause.next_poll(schedule, now), pause.attempt
+        elif (polled := self._polled.get(operation_id)) is not None:
+            first, attempt = next_poll(polled, schedule, 1, now), 1 + (polled.pending_at is not None)
+        else:
+            fresh = self._is_fresh(ticket, age)
+            first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
+            attempt = 1 + fresh
+        origin = now - age if age else now
+        wait = (Wait if left <= seconds else Hold)(
+            self._polled_operation(operation_id, now, origin, ticket),
+            self._loop,
+            started_at=now,
+            origin=origin,
+            deadline=now + min(seconds, left),
+            schedule=schedule,
+            ticket=ticket,
+            may_be_missing=may_be_missing,
+            updates=None,
+        )
+        wait.attempt = attempt
+        self._register(wait, first)
+        if pause is not None:
+            self._continue(wait, pause, now)
         return wait
 
     def leave(self, wait: Wait) -> None:
@@ -170,6 +206,10 @@ class Poller:
         if not self.closed:
             self.closed = True
             self._disarm()
+            self._pauses.clear()
+            for poll in self._dispatcher.in_flight:
+                if not poll.polled.live:  # it goes on between two holds
+                    poll.stop()
             self._end_batch(wait for polled in tuple(self._polled.values()) for wait in polled.active_waits())
         await asyncio.shield(self._ended)
         while tasks := [poll.task for poll in self._dispatcher.in_flight if poll.task is not None]:
@@ -206,6 +246,17 @@ class Poller:
 
     # -- times
 
+    def _now_and_age(self, ticket: ApprovalTicket | None) -> tuple[float, float]:
+        """Return the time and the age of a wait's operation, for a wait that starts now."""
+        if self.closed:
+            raise ClientClosedError("the client is closed; check the operation with get_operation of another client")
+        now = self._loop.time()
+        return now, self._age(ticket, now)
+
+    def _is_fresh(self, ticket: ApprovalTicket | None, age: float) -> bool:
+        """Return whether this client created the operation a moment ago: nobody approves so soon."""
+        return ticket is not None and ticket.operation_id in self._created and age < FRESH
+
     def _age(self, ticket: ApprovalTicket | None, now: float) -> float:
         """Return the seconds since the operation was created: 0 for a bare id, whose clock starts with the wait."""
         if ticket is None:
@@ -217,15 +268,48 @@ class Poller:
 
     # -- operations and waits
 
+    def _register(self, wait: Wait, first: float) -> None:
+        """Add a wait that starts now, and schedule its first poll and its deadline."""
+        polled = wait.polled
+        polled.add(wait)
+        self._waiting += 1
+        if wait.schedule is self._schedule and not polled.learners:
+            polled.learners = self._learners  # one tuple for all, as nearly all are
+        elif isinstance(wait.schedule, wait_adaptive) and wait.schedule not in polled.learners:
+            polled.learners += (wait.schedule,)
+        if wait.deadline < math.inf:
+            self._deadlines.schedule(wait, wait.deadline)
+        if first < wait.deadline or isinstance(wait, Hold):  # the next hold goes on from what this one does not reach
+            self._dispatcher.schedule(polled, first)
+        self._arm(wait.started_at)
+
+    def _continue(self, wait: Wait, pause: Pause, now: float) -> None:
+        """Give a hold what is known from the one before it."""
+        wait.seen = pause.seen
+        poll = wait.polled.poll
+        if poll is not None:  # that one's, still in flight
+            poll.waits.append(wait)
+            wait.polls += poll.under_way
+        elif pause.approval is not None:
+            verdict = evaluate(pause.approval, wait.polled.operation_id, wait.ticket)
+            if verdict is Verdict.APPROVED:  # else its first poll meets the answer again
+                self._record_observation(wait.polled, now)
+                self._approve(wait, pause.approval, now)
+
     def _polled_operation(
         self, operation_id: str, now: float, origin: float, ticket: ApprovalTicket | None
     ) -> PolledOperation:
         polled = self._polled.get(operation_id)
         if polled is None:
-            self._sequence = max(now, math.nextafter(self._sequence, math.inf))  # a coarse clock may show a time twice
-            polled = PolledOperation(
-                self._sequence, operation_id, self._transport.url(get_operation(operation_id)), origin
-            )
+            pause = self._pauses.remove(operation_id)
+            if pause is not None:
+                polled = pause.polled
+            else:
+                # A coarse clock may show a time twice.
+                self._sequence = max(now, math.nextafter(self._sequence, math.inf))
+                polled = PolledOperation(
+                    self._sequence, operation_id, self._transport.url(get_operation(operation_id)), origin
+                )
             self._polled[operation_id] = polled
         polled.origin = min(polled.origin, origin)
         if polled.observed_from is None and ticket is not None and now - origin < FRESH:
@@ -247,26 +331,51 @@ class Poller:
         """Unregister a wait that has ended; the last one of an operation stops its polls."""
         polled = wait.polled
         wait.registered = False
-        wait.seen = None  # the timer queue may keep the wait for a while
         self._deadlines.remove(wait)
         if wait.updates is not None:
             wait.updates.close()
         polled.remove(wait)
         self._waiting -= 1
         if not polled.live:
-            self._stop_polling(polled)
+            self._stop_polling(wait)
+        wait.seen = None  # the timer queue may keep the wait for a while
 
-    def _stop_polling(self, polled: PolledOperation) -> None:
+    def _stop_polling(self, last: Wait) -> None:
+        """Stop the polls of an operation after its last wait; after a hold, keep what the next hold goes on from."""
+        polled = last.polled
+        now = self._loop.time()
         del self._polled[polled.operation_id]
+        goes_on = self._pause(last, now) if isinstance(last, Hold) and not self.closed else None
         self._dispatcher.unschedule(polled)
         for poll in self._dispatcher.in_flight:
-            if poll.polled is polled:
+            if poll.polled is polled and poll is not goes_on:
                 poll.stop()
         if not self._polled:
             self._dispatcher.clear_final_polls()
             self._disarm()
+            self._arm(now)  # for a poll that goes on
         if polled.pending_at is not None:
             self._record_observation(polled, None)
+            polled.observed_from = polled.pending_at  # the next hold observes it from there on
+
+    def _pause(self, hold: Hold, now: float) -> Poll | None:
+        """Keep what the next hold goes on from; return the poll in flight that is not cut off for that.
+
+        Where a service takes longer for an answer than the holds last, each of them would cut off the poll of the one
+        before it. A caller that is gone leaves nothing behind.
+        """
+        polled = hold.polled
+        if not hold.is_paused():
+            return None
+        poll = polled.poll
+        if poll is None:
+            self._pauses.add(Pause(hold, polled.due, now))
+        elif hold.cancelled():
+            self._pauses.add(Pause(hold, now, now))
+        else:
+            self._pauses.add(Pause(hold, None, now))
+            return poll
+        return None
 
     def _record_observation(self, polled: PolledOperation, approved_by: float | None) -> None:
         """Give the schedules what was observed of an operation, once: approved between two polls, or still pending.
@@ -333,7 +442,9 @@ class Poller:
                 poll.stop()
 
     def _expire_one(self, wait: Wait, now: float, hanging: set[Poll]) -> None:
-        if not wait.deadline_passed:
+        if isinstance(wait, Hold):
+            self._end(wait, None)
+        elif not wait.deadline_passed:
             self._pass_deadline(wait.polled, now)
             self._queue_final_poll(wait.polled, wait.deadline)
             if wait.polled.poll is not None:
@@ -346,6 +457,8 @@ class Poller:
     def _pass_deadline(self, polled: PolledOperation, now: float) -> None:
         """Mark the waits of an operation whose deadline has passed: only a final poll counts for them now."""
         for wait in polled.all_waits():
+            if isinstance(wait, Hold):  # it ends without a final poll
+                continue
             if wait.deadline <= now + RESOLUTION and wait.registered and not wait.deadline_passed:
                 wait.deadline_passed = True
                 polled.before_deadline -= 1
@@ -474,14 +587,19 @@ class Poller:
     # -- what a poll brought
 
     def _apply(self, poll: Poll, answer: Operation | KeylessError) -> None:
-        """Do with each wait what the result of the poll means for it."""
         now = self._loop.time()
         self._record_in_circuit(poll, answer, now)
-        active = poll.polled.active_waits()
+        if active := poll.polled.active_waits():
+            self._apply_to_waits(poll, answer, active, now)
+        else:
+            self._apply_to_pause(poll, answer, now)
+
+    def _apply_to_waits(self, poll: Poll, answer: Operation | KeylessError, active: list[Wait], now: float) -> None:
+        """Do with each wait what the result of the poll means for it."""
         was_seen = any(wait.seen is not None for wait in active)
         outcomes = [(wait, poll_outcome(answer, _facts(wait, poll, was_seen=was_seen))) for wait in active]
-        if isinstance(answer, Operation) and answer.is_approved:
-            self._observe_approval(poll.polled, outcomes, now)
+        if any(outcome.result is Result.APPROVED for _, outcome in outcomes):
+            self._record_observation(poll.polled, now)
         waits = poll.waits if len(poll.waits) == 1 else set(poll.waits)
         pending: list[Wait] = []
         transient: list[Wait] = []
@@ -505,6 +623,26 @@ class Poller:
         else:
             poll.polled.failures = 0
 
+    def _apply_to_pause(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
+        """Keep the result of a poll that ended between two holds, as far as it says when to poll next."""
+        polled = poll.polled
+        pause = self._pauses.find(polled.operation_id, now)
+        if pause is None or pause.polled is not polled:
+            return
+        if isinstance(answer, KeylessError):
+            polled.failures += is_transient(answer)
+            pause.due = now + error_delay(polled.failures) if is_transient(answer) else now
+            return
+        polled.failures = 0
+        verdict = evaluate(answer, polled.operation_id)
+        if verdict is Verdict.PENDING:
+            polled.pending_at = poll.started_at
+            pause.seen = pack_pending(answer)
+            pause.attempt += 1
+        else:
+            pause.due = now
+            pause.approval = answer if verdict is Verdict.APPROVED else None
+
     def _record_in_circuit(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
         if isinstance(answer, KeylessError) and is_transient(answer):
             self._failures += 1
@@ -513,10 +651,6 @@ class Poller:
             )
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             self._circuit.record_success(now, started_at=poll.started_at)
-
-    def _observe_approval(self, polled: PolledOperation, outcomes: list[tuple[Wait, Outcome]], now: float) -> None:
-        if any(outcome.result is Result.APPROVED for _, outcome in outcomes):
-            self._record_observation(polled, now)
 
     def _approve(self, wait: Wait, operation: Operation, now: float) -> None:
         wait.polls = max(wait.polls, 1)

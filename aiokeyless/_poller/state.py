@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiokeyless.schedule import wait_adaptive
     from aiokeyless.ticket import ApprovalTicket
 
-WaitResult = Operation | Exception
+WaitResult = Operation | Exception | None  # None: a hold ended, and the operation is waited for later
 
 
 class Wait(asyncio.Future[WaitResult]):
@@ -89,6 +89,16 @@ class Wait(asyncio.Future[WaitResult]):
         operation_id = self.polled.operation_id
         seen = unpack_pending(self.seen, operation_id) if self.seen is not None else None
         return WaitRecord(operation_id, seen, self.error, self.polls, now - self.started_at, self.ticket)
+
+
+class Hold(Wait):
+    """One piece of a longer wait: its deadline ends it without a final poll and without an error."""
+
+    __slots__ = ()
+
+    def is_paused(self) -> bool:
+        """Return whether it ended and its target did not: its time is over, or its caller is gone."""
+        return self.cancelled() or self.result() is None
 
 
 class PolledOperation:

@@ -98,6 +98,10 @@ async def ask(
     return await client.wait_for_approval(ticket, timeout=timeout, if_missing=if_missing, on_poll=on_poll)
 
 
+async def hold(client: KeylessClient, ticket: ApprovalTicket) -> None:
+    assert_type(await client.hold_for_approval(ticket, seconds=25, if_missing="wait"), Operation | None)
+
+
 async def errors(client: KeylessClient) -> None:
     try:
         await client.wait_for_approval("op")

@@ -1,0 +1,562 @@
+"""Holds: a series of them polls as one wait would, and loses nothing between two of them."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from leaks import armed_timers, tasks_since
+from tenacity import wait_exponential, wait_fixed
+
+from aiokeyless import (
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ClientClosedError,
+    ConfigurationError,
+    InconsistentOperationError,
+    KeylessClient,
+    NotFoundError,
+    Operation,
+    OperationMismatchError,
+    wait_adaptive,
+)
+from aiokeyless._poller import pauses
+
+if TYPE_CHECKING:
+    from tenacity.wait import wait_base
+
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+USER = "0123456789ABCDEF"
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def polls(sandbox: Sandbox, operation_id: str = "op") -> list[float]:
+    return [r.at for r in sandbox.requests if r.method == "GET" and r.path.endswith(f"/{operation_id}")]
+
+
+async def old_ticket(client: KeylessClient, **options: Any) -> ApprovalTicket:
+    """Create an operation, and return its ticket once it is not fresh any more."""
+    ticket = await client.create_operation(USER, operation_id="op", **options)
+    await asyncio.sleep(1)
+    return ticket
+
+
+async def hold_on(
+    client: KeylessClient,
+    target: str | ApprovalTicket,
+    *,
+    pieces: int,
+    seconds: float,
+    gap: float = 0.0,
+    **options: Any,
+) -> Operation | None:
+    """Hold again and again, as a browser with a long poll does."""
+    for _ in range(pieces):
+        operation = await client.hold_for_approval(target, seconds=seconds, **options)
+        if operation is not None:
+            return operation
+        await asyncio.sleep(gap)
+    return None
+
+
+async def cut_off(holding: asyncio.Task[Any]) -> None:
+    holding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await holding
+
+
+class TestOneHold:
+    async def test_it_returns_the_approval(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await old_ticket(client)
+        asyncio.get_running_loop().call_later(3.5, sandbox.approve, "op")
+        start = now()
+        operation = await client.hold_for_approval(ticket, seconds=10, schedule=wait_fixed(1))
+        assert operation is not None
+        assert operation.is_approved
+        assert now() - start == pytest.approx(4)
+        assert client.statistics.approvals == 1
+
+    async def test_an_approval_that_is_there_is_found_by_the_shortest_hold(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.approve("op")
+        assert await client.hold_for_approval(ticket, seconds=0.001) is not None
+
+    @pytest.mark.parametrize("target", ["ticket", "id"])
+    async def test_it_ends_with_none_without_a_final_poll_and_is_no_timeout(
+        self, sandbox: Sandbox, client: KeylessClient, target: str
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        held = ticket if target == "ticket" else "op"
+        assert await client.hold_for_approval(held, seconds=10, schedule=wait_fixed(4)) is None
+        assert now() - start == pytest.approx(10)
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 8])
+        assert client.statistics.timeouts == 0
+        assert client.statistics.waiting == 0
+
+    async def test_a_bare_id_has_no_end_of_its_own(self, client: KeylessClient) -> None:
+        await old_ticket(client)
+        assert await client.hold_for_approval("op", seconds=500, schedule=wait_fixed(50)) is None
+
+    @pytest.mark.parametrize(("expires_in", "seconds"), [(11, 25), (11, 10)])
+    async def test_where_the_ticket_ends_it_raises_what_a_wait_raises(
+        self, sandbox: Sandbox, client: KeylessClient, expires_in: float, seconds: float
+    ) -> None:
+        ticket = await old_ticket(client, expires_in=expires_in)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.hold_for_approval(ticket, seconds=seconds, schedule=wait_fixed(4))
+        assert not isinstance(caught.value, ApprovalUnknownError)
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10], abs=0.01)
+        assert client.statistics.timeouts == 1
+
+    async def test_an_expired_ticket_gets_one_poll(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await old_ticket(client, expires_in=0.5)
+        sandbox.approve("op")
+        assert await client.hold_for_approval(ticket, seconds=10) is not None
+        with pytest.raises(ApprovalTimeoutError):
+            await client.hold_for_approval(await client.create_operation(USER, expires_in=1e-6), seconds=10)
+
+    async def test_it_raises_what_ends_a_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        with pytest.raises(NotFoundError):
+            await client.hold_for_approval("nope", seconds=10)
+        assert await client.hold_for_approval("nope", seconds=10, if_missing="wait") is None
+        ticket = await old_ticket(client)
+        sandbox.tamper("op", user_id="FFFF", state="approved", result=True)
+        with pytest.raises(OperationMismatchError):
+            await client.hold_for_approval(ticket, seconds=10)
+
+    @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, "10", None])
+    async def test_a_length_that_is_no_positive_number_is_refused(self, client: KeylessClient, seconds: Any) -> None:
+        with pytest.raises(ConfigurationError, match="seconds must be") as caught:
+            await client.hold_for_approval("op", seconds=seconds)
+        assert caught.value.argument == "seconds"
+
+    async def test_a_wait_with_the_same_deadline_has_its_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        ends = await asyncio.gather(
+            client.hold_for_approval(ticket, seconds=10, schedule=wait_fixed(4)),
+            client.wait_for_approval(ticket, timeout=10, schedule=wait_fixed(4)),
+            return_exceptions=True,
+        )
+        assert ends[0] is None
+        assert isinstance(ends[1], ApprovalTimeoutError)
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 8, start + 10])
+
+    async def test_a_wait_with_an_earlier_deadline_takes_nothing_from_a_hold(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        asyncio.get_running_loop().call_later(8.5, sandbox.approve, "op")
+        waiting = asyncio.create_task(client.wait_for_approval(ticket, timeout=5, schedule=wait_fixed(4)))
+        assert await client.hold_for_approval(ticket, seconds=20, schedule=wait_fixed(4)) is not None
+        with pytest.raises(ApprovalTimeoutError):
+            await waiting
+
+    async def test_cancelling_it_leaves_nothing_behind(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await old_ticket(client)
+        before = asyncio.all_tasks()
+        sandbox.latency = 1
+        for passed in (0, 0.5, 1.5):  # before its poll, during it, between two
+            holding = asyncio.create_task(client.hold_for_approval(ticket, seconds=10, schedule=wait_fixed(3)))
+            await asyncio.sleep(passed)
+            await cut_off(holding)
+            assert tasks_since(before) == set()
+            assert armed_timers() == []
+            assert client.statistics.waiting == 0
+
+
+class TestSeries:
+    @pytest.mark.parametrize(("seconds", "gap"), [(1.1, 0), (2.2, 0), (10.1, 0), (5, 0.3), (0.5, 1), (25, 2)])
+    @pytest.mark.parametrize("ends", ["in time", "cancelled"])
+    async def test_it_polls_as_one_wait_would(
+        self, sandbox: Sandbox, client: KeylessClient, seconds: float, gap: float, ends: str
+    ) -> None:
+        ticket = await old_ticket(client)
+        schedule = wait_fixed(3)
+        start = now()
+        while now() < start + 30:
+            hold = client.hold_for_approval(ticket, seconds=seconds if ends == "in time" else 60, schedule=schedule)
+            holding = asyncio.create_task(hold)
+            await asyncio.wait([holding], timeout=seconds)
+            if ends == "cancelled":
+                await cut_off(holding)
+            else:
+                assert await holding is None
+            await asyncio.sleep(gap)
+        times = polls(sandbox)
+        assert times[0] == pytest.approx(start)
+        assert len(times) <= 1 + (now() - start) // 3  # those of one wait
+        assert all(3 - 1e-3 <= later - earlier <= 3 + gap + 1e-3 for earlier, later in pairwise(times))
+
+    @pytest.mark.parametrize("seconds", [1, 2, 5, 20])
+    async def test_an_exponential_schedule_goes_on_where_it_was(
+        self, sandbox: Sandbox, client: KeylessClient, seconds: float
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        await hold_on(client, ticket, pieces=int(40 / seconds), seconds=seconds, schedule=wait_exponential())
+        assert polls(sandbox) == pytest.approx([start + t for t in (0, 1, 3, 7, 15, 31)], abs=1e-3)
+
+    async def test_a_ticket_made_just_now_is_first_polled_when_the_schedule_says(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER, operation_id="op")
+        start = now()
+        await hold_on(client, ticket, pieces=20, seconds=0.25, schedule=wait_fixed(2))
+        assert polls(sandbox) == pytest.approx([start + 2, start + 4], abs=1e-3)
+
+    async def test_the_last_hold_of_a_ticket_goes_on_too_and_has_a_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client, expires_in=11)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await hold_on(client, ticket, pieces=5, seconds=4, schedule=wait_fixed(3))
+        assert polls(sandbox) == pytest.approx([start, start + 3, start + 6, start + 9, start + 10], abs=0.01)
+
+    @pytest.mark.parametrize(("schedule", "due"), [(wait_fixed(2), 2), (wait_fixed(9), 9), (wait_exponential(), 1)])
+    async def test_a_schedule_made_anew_counts_from_the_last_poll(
+        self, sandbox: Sandbox, client: KeylessClient, schedule: wait_base, due: float
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        assert await client.hold_for_approval(ticket, seconds=0.5, schedule=wait_fixed(5)) is None
+        assert await client.hold_for_approval(ticket, seconds=9.4, schedule=schedule) is None
+        assert polls(sandbox)[1] == pytest.approx(start + due)
+
+    async def test_a_schedule_made_anew_before_any_poll_polls_at_once(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await client.create_operation(USER, operation_id="op")
+        assert await client.hold_for_approval(ticket, seconds=0.25, schedule=wait_fixed(5)) is None
+        start = now()
+        assert await client.hold_for_approval(ticket, seconds=0.25, schedule=wait_fixed(5)) is None
+        assert polls(sandbox) == pytest.approx([start])
+
+    async def test_a_schedule_that_fails_between_two_holds_ends_the_second_and_nothing_else(
+        self, client: KeylessClient
+    ) -> None:
+        class Broken(wait_fixed):
+            def __call__(self, retry_state: object) -> float:
+                raise RuntimeError
+
+        ticket = await old_ticket(client)
+        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(5)) is None
+        with pytest.raises(ConfigurationError):
+            await client.hold_for_approval(ticket, seconds=1, schedule=Broken(1))
+        assert client.statistics.waiting == 0
+        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(5)) is None
+
+    async def test_a_wait_between_two_holds_polls_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await old_ticket(client)
+        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(5)) is None
+        sandbox.approve("op")
+        start = now()
+        assert (await client.wait_for_approval(ticket)).is_approved
+        assert now() == pytest.approx(start)
+
+    async def test_a_hold_of_an_operation_that_is_polled_for_others_adds_no_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        schedule = wait_fixed(3)
+        waiting = asyncio.create_task(client.wait_for_approval(ticket, timeout=20, schedule=schedule))
+        await asyncio.sleep(0.1)
+        holds = [hold_on(client, ticket, pieces=40, seconds=s, schedule=schedule) for s in (0.4, 0.6, 1)]
+        held = await asyncio.wait_for(asyncio.gather(*holds), 100)
+        assert held == [None] * 3
+        await asyncio.wait([waiting])
+        times = [time for time in polls(sandbox) if time < start + 19.9]
+        assert times == pytest.approx([start + 3 * n for n in range(7)], abs=0.05)
+
+    async def test_an_operation_seen_in_one_hold_is_not_missing_in_the_next(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        await asyncio.sleep(10)  # no replica lags so long
+        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
+        sandbox.forget("op")
+        assert await client.hold_for_approval(ticket, seconds=3, schedule=wait_fixed(2)) is None
+        assert client.statistics.transient_failures > 0
+
+    async def test_a_failing_operation_is_not_polled_at_the_start_of_each_hold(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: 4.0)
+        ticket = await old_ticket(client)
+        sandbox.fail_next(status=500, times=2, method="GET")
+        start = now()
+        for _ in range(10):  # the backoff does not depend on whose schedule it is
+            assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 8], abs=0.01)
+
+    async def test_what_was_polled_before_an_operation_was_created_is_forgotten(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = wait_fixed(50)
+        assert await client.hold_for_approval("op", seconds=1, schedule=schedule, if_missing="wait") is None
+        ticket = await old_ticket(client)
+        sandbox.approve("op")
+        assert await client.hold_for_approval(ticket, seconds=1, schedule=schedule) is not None
+
+
+class TestPollInFlight:
+    """A poll that is in flight when a hold ends goes on, and the next hold has its result."""
+
+    @pytest.mark.parametrize("gap", [0, 0.1, 2])
+    async def test_a_service_slower_than_the_holds_is_noticed(
+        self, sandbox: Sandbox, client: KeylessClient, gap: float
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.latency = 1.5
+        asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+        start = now()
+        operation = await hold_on(client, ticket, pieces=30, seconds=1, gap=gap, schedule=wait_fixed(1))
+        assert operation is not None
+        assert now() - start <= 5 + 1.5 + 1 + 1.5 + 2 * gap
+
+    async def test_an_approval_between_two_holds_is_taken_without_a_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.approve("op")
+        sandbox.latency = 2
+        assert await client.hold_for_approval(ticket, seconds=1) is None
+        await asyncio.sleep(5)
+        start = now()
+        operation = await client.hold_for_approval(ticket, seconds=1)
+        assert operation is not None
+        assert operation.is_approved
+        assert now() == start
+        assert client.statistics.polls == 1
+        assert client.statistics.approvals == 1
+        assert client.statistics.waiting == 0
+
+    async def test_an_approval_between_two_holds_is_compared_with_the_ticket_of_the_second(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await old_ticket(client)
+        sandbox.approve("op")
+        sandbox.latency = 0.5
+        assert await client.hold_for_approval("op", seconds=0.25) is None
+        await asyncio.sleep(1)
+        other = ApprovalTicket.for_operation("op", user_id=USER, operation_payload="Pay 4000")
+        with pytest.raises(OperationMismatchError):
+            await client.hold_for_approval(other, seconds=1)
+
+    @pytest.mark.parametrize(
+        ("status", "due"),
+        [(None, [3.0]), (500, [4.0]), (404, [0.0])],  # by the schedule; by the backoff; the next hold meets it itself
+    )
+    async def test_what_it_brings_sets_the_next_poll(
+        self,
+        sandbox: Sandbox,
+        client: KeylessClient,
+        monkeypatch: pytest.MonkeyPatch,
+        status: int | None,
+        due: list[float],
+    ) -> None:
+        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: 4.0)
+        ticket = await old_ticket(client)
+        schedule = wait_fixed(3)
+        if status is not None:
+            sandbox.fail_next(status=status, method="GET")
+        sandbox.latency = 0.5
+        assert await client.hold_for_approval(ticket, seconds=0.25, schedule=schedule) is None
+        await asyncio.sleep(0.25)
+        ended = now()
+        sandbox.latency = 0
+        await asyncio.sleep(0.01)
+        assert await client.hold_for_approval(ticket, seconds=4.5, schedule=schedule) is None
+        assert [t - ended for t in polls(sandbox)[1:2]] == pytest.approx(due, abs=0.6)
+        assert polls(sandbox)[1] - ended <= due[0] + 0.02  # and never later
+
+    async def test_an_answer_that_is_rejected_is_met_again_by_the_next_hold(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.tamper("op", state="denied")
+        sandbox.latency = 0.5
+        assert await client.hold_for_approval(ticket, seconds=0.25) is None
+        await asyncio.sleep(1)
+        sandbox.latency = 0
+        with pytest.raises(InconsistentOperationError):
+            await client.hold_for_approval(ticket, seconds=1)
+
+    async def test_a_hold_that_starts_meanwhile_has_its_pending_answer(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.latency = 1
+        start = now()
+        await hold_on(client, ticket, pieces=12, seconds=0.5, schedule=wait_fixed(1.5))
+        # Each poll takes a second, and the next one starts a second and a half after its end.
+        assert polls(sandbox) == pytest.approx([start, start + 2.5, start + 5], abs=0.01)
+
+    async def test_a_wait_that_starts_meanwhile_does_not_poll_beside_it(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.latency = 1
+        assert await client.hold_for_approval(ticket, seconds=0.5) is None
+        sandbox.approve("op")
+        start = now()
+        assert (await client.wait_for_approval(ticket)).is_approved
+        assert client.statistics.in_flight <= 1
+        assert now() - start <= 1.6
+
+    async def test_it_is_cut_off_with_its_caller(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        ticket = await old_ticket(client)
+        sandbox.latency = 60
+        holding = asyncio.create_task(client.hold_for_approval(ticket, seconds=10))
+        await asyncio.sleep(1)
+        await cut_off(holding)
+        await asyncio.sleep(0.01)
+        assert client.statistics.in_flight == 0
+        sandbox.latency = 0
+        sandbox.approve("op")
+        start = now()
+        assert await client.hold_for_approval(ticket, seconds=10) is not None
+        assert now() - start <= 0.01
+
+    async def test_a_hold_right_after_one_that_was_cut_off_polls_at_once(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.latency = 5
+        holding = asyncio.create_task(client.hold_for_approval(ticket, seconds=10))
+        await asyncio.sleep(1)
+        sandbox.latency = 0
+        sandbox.approve("op")
+        start = now()
+        await cut_off(holding)
+        assert await client.hold_for_approval(ticket, seconds=10) is not None
+        assert now() - start <= 0.01
+
+    async def test_it_ends_after_the_request_timeout_like_any_other(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(request_timeout=3) as client:
+            ticket = await old_ticket(client)
+            sandbox.latency = 600
+            assert await client.hold_for_approval(ticket, seconds=1) is None
+            assert client.statistics.in_flight == 1
+            await asyncio.sleep(2.5)
+            assert client.statistics.in_flight == 0
+            assert armed_timers() == []
+
+    async def test_closing_the_client_cuts_it_off(self, sandbox: Sandbox) -> None:
+        before = asyncio.all_tasks()
+        client = sandbox.client(request_timeout=100)
+        ticket = await old_ticket(client)
+        sandbox.latency = 600
+        assert await client.hold_for_approval(ticket, seconds=1) is None
+        start = now()
+        await client.aclose()
+        assert now() - start < 1
+        assert tasks_since(before) == set()
+        assert armed_timers() == []
+
+    async def test_it_is_forgotten_where_too_many_are_kept(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pauses, "KEPT", 1)
+        sandbox.latency = 1
+        tickets = [await client.create_operation(USER) for _ in range(3)]
+        await asyncio.sleep(1)
+        await asyncio.gather(*(client.hold_for_approval(ticket, seconds=0.5) for ticket in tickets))
+        assert client.statistics.in_flight == 3
+        for ticket in tickets:
+            sandbox.approve(ticket.operation_id)
+        holds = [client.hold_for_approval(ticket, seconds=5) for ticket in tickets]
+        assert None not in await asyncio.gather(*holds)
+
+
+class TestWhatIsKept:
+    async def test_it_is_forgotten_after_two_minutes(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        schedule = wait_fixed(600)
+        await old_ticket(client)
+        assert await client.hold_for_approval("op", seconds=1, schedule=schedule) is None
+        await asyncio.sleep(119)
+        assert await client.hold_for_approval("op", seconds=1, schedule=schedule) is None
+        assert len(polls(sandbox)) == 1
+        await asyncio.sleep(121)
+        assert await client.hold_for_approval("op", seconds=1, schedule=schedule) is None
+        assert len(polls(sandbox)) == 2
+
+    async def test_its_number_is_bounded(self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pauses, "KEPT", 3)
+        tickets = [await client.create_operation(USER, operation_id=f"op{n}") for n in range(10)]
+        await asyncio.gather(*(client.hold_for_approval(ticket, seconds=0.5) for ticket in tickets))
+        assert client._poller is not None
+        assert len(client._poller._pauses) == 3
+
+    @pytest.mark.parametrize("end", ["approved", "timed out", "missing", "closed", "waited for"])
+    async def test_nothing_is_kept_of_a_target_that_ended(self, sandbox: Sandbox, end: str) -> None:
+        client = sandbox.client()
+        ticket = await old_ticket(client, expires_in=20)
+        hold = client.hold_for_approval(ticket, seconds=60 if end == "timed out" else 5)
+        if end == "approved":
+            sandbox.approve("op")
+        elif end == "missing":
+            hold.close()
+            hold = client.hold_for_approval("nope", seconds=5)
+        elif end == "closed":
+            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(client.aclose()))
+        elif end == "waited for":
+            hold.close()
+            hold = client.wait_for_approval(ticket, timeout=5)
+        expected = (ApprovalTimeoutError, NotFoundError, ClientClosedError)
+        (outcome,) = await asyncio.gather(hold, return_exceptions=True)
+        assert isinstance(outcome, (Operation, *expected))
+        assert client._poller is not None
+        assert len(client._poller._pauses) == 0
+        await client.aclose()
+
+
+class Observed(wait_adaptive):
+    """A schedule of a poll every 3 s that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(min_interval=3, max_interval=3)
+        self.told: list[tuple[float, float, float | None]] = []
+
+    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+        self.told.append((since, after, until))
+
+
+class TestLearning:
+    async def test_each_hold_is_observed_from_where_the_one_before_it_stopped(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = Observed()
+        ticket = await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(13, sandbox.approve, "op")
+        assert await hold_on(client, ticket, pieces=9, seconds=5.5, schedule=schedule) is not None
+        expected = [(0, 3), (3, 9), (9, 12)]
+        assert [told[:2] for told in schedule.told] == [pytest.approx(told, abs=0.01) for told in expected]
+        assert [told[2] for told in schedule.told] == [None, None, pytest.approx(15, abs=0.01)]
+
+    async def test_an_approval_between_two_holds_is_observed_by_the_second(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = Observed()
+        ticket = await client.create_operation(USER, operation_id="op")
+        asyncio.get_running_loop().call_later(4, sandbox.approve, "op")
+        sandbox.latency = 1
+        assert await hold_on(client, ticket, pieces=9, seconds=3.5, gap=2, schedule=schedule) is not None
+        assert schedule.told[-1][2] is not None
