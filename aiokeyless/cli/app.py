@@ -94,6 +94,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
     except KeylessError as error:
         return _fail(describe(error), _exit_code(error))
+    except BrokenPipeError:  # stdout was closed, as `head` does: nobody reads on
+        return Exit.ERROR
     except (CommandError, OSError) as error:
         return _fail(str(error), Exit.ERROR)
     except (InterruptedCommandError, KeyboardInterrupt) as interruption:

@@ -37,6 +37,8 @@ _UNFOLDED_WIDTH: Final = 36
 #: Columns of a terminal below which it is folded too.
 _NARROW: Final = 70
 _PHRASE_WIDTH: Final = 23
+#: Seconds between two drawings of a line.
+FRAME: Final = 0.125
 
 
 def safe(text: str) -> str:
@@ -50,9 +52,24 @@ def safe(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class _Console(Console):
+    """A console whose closed stdout is an error like any other: rich's SystemExit would end the event loop."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error, after rich has seen to what is still buffered.
+
+        Raises:
+            BrokenPipeError: Always.
+        """
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise BrokenPipeError from None
+
+
 def new_console() -> Console:
     """Make the console for stdout."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return _Console(highlight=False, markup=False, emoji=False)
 
 
 def is_terminal(console: Console) -> bool:
@@ -127,7 +144,6 @@ class Progress:
         self._budget = budget
         self.polls: int = 0
         self.next_poll_at: float | None = None
-        self.approved_after: float | None = None
         self.phrase: str = "Waiting for the user"
 
     @property
@@ -139,10 +155,6 @@ class Progress:
     def left(self) -> float | None:
         """Seconds left of the budget; None: not shown."""
         return None if self._budget is None else max(0.0, self._budget - self.elapsed)
-
-    def approve(self) -> None:
-        """Record that the user has just approved."""
-        self.approved_after = self.elapsed
 
     def add(self, update: ApprovalUpdate) -> None:
         """Record the result of a poll."""
@@ -181,8 +193,6 @@ class Display:
 class _Facts(Display):
     """Prints the facts of a wait."""
 
-    frame: float | None = 0.125
-
     def __init__(self, console: Console) -> None:
         self._console = console
 
@@ -194,9 +204,7 @@ class _Facts(Display):
 
 
 class PlainLines(_Facts):
-    """A line for each poll, and for the approval where it is known. For files, pipes and dumb terminals."""
-
-    _approval_shown = False
+    """A line for each poll. For files, pipes and dumb terminals."""
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -204,19 +212,10 @@ class PlainLines(_Facts):
         yield
         self._console.print()
 
-    def draw(self, progress: Progress) -> None:
-        """Print the approval, once."""
-        if progress.approved_after is not None and not self._approval_shown:
-            self._approval_shown = True
-            self._line(progress.approved_after, "the user approves")
-
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
         """Print the result of a poll."""
         after = "" if update.next_poll_in is None else f", next in {update.next_poll_in:.2f} s"
-        self._line(progress.elapsed, f"poll {update.polls}: {_result(update)}{after}")
-
-    def _line(self, seconds: float, event: str) -> None:
-        self._console.print(Text(f"  {seconds:6.2f} s  {event}"))
+        self._console.print(Text(f"  {progress.elapsed:6.2f} s  poll {update.polls}: {_result(update)}{after}"))
 
 
 def _result(update: ApprovalUpdate) -> str:
@@ -227,11 +226,11 @@ def _result(update: ApprovalUpdate) -> str:
     return f"no answer ({type(update.error).__name__})"
 
 
-class LiveLine(_Facts):
-    """One line that is redrawn while the wait lasts, and removed at its end."""
+class StatusLine:
+    """A line below everything that is printed; it is redrawn while it is shown, and then removed."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(console)
+        self._console = console
         self._spinner = Spinner("line" if console.options.ascii_only else "dots", style="cyan")
         # The waiting task draws, and not a thread of rich's: an error is raised where it can be handled.
         self._live = Live(console=console, auto_refresh=False, transient=True)
@@ -242,18 +241,37 @@ class LiveLine(_Facts):
         with self._live:
             yield
 
-    def draw(self, progress: Progress) -> None:
+    def draw(self, text: Text) -> None:
         """Redraw the line."""
         frame = self._spinner.render(self._console.get_time())
         assert isinstance(frame, Text)  # noqa: S101  # a spinner without a text
         # Only a single line can be redrawn, in a narrow terminal too.
-        line = Text.assemble(frame, " ", _live_text(progress), no_wrap=True, overflow="ellipsis")
-        self._live.update(line, refresh=True)
+        self._live.update(Text.assemble(frame, " ", text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+class LiveLine(_Facts):
+    """One line that is redrawn while the wait lasts, and removed at its end."""
+
+    frame = FRAME
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._line = StatusLine(console)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keep the line in place, and remove it at the end."""
+        with self._line.shown():
+            yield
+
+    def draw(self, progress: Progress) -> None:
+        """Redraw the line."""
+        self._line.draw(_live_text(progress))
 
 
 def _live_text(progress: Progress) -> Text:
     elapsed = progress.elapsed
-    text = Text(progress.phrase if progress.approved_after is None else "Approved, not noticed")
+    text = Text(progress.phrase)
     text.truncate(_PHRASE_WIDTH, pad=True)
     text.append(f"{elapsed:7.1f} s", style="bold")
     text.append(f"  {counted(progress.polls, 'poll')}")
@@ -282,7 +300,7 @@ async def follow(
 
     def on_poll(update: ApprovalUpdate) -> None:
         progress.add(update)
-        display.draw(progress)  # an approval before this poll is shown before it
+        display.draw(progress)
         display.poll(progress, update)
 
     async def wait() -> tuple[Operation, float]:

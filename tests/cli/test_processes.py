@@ -132,9 +132,18 @@ def test_a_payload_beyond_the_encoding_of_stdout_is_escaped(monkeypatch: pytest.
         assert b"Pay 40 \\u20ac \xe9\n" in content.getvalue()
 
 
-def test_a_process_without_a_terminal_prints_plain_lines_and_exits_0() -> None:
+@pytest.mark.slow
+def test_the_demo_runs_on_the_real_clock() -> None:
     text = output("demo", "--after", "0.3")
-    assert "the user approves" in text
+    assert "the user     approves" in text
+    assert "aiokeyless   refuses: OperationMismatchError" in text
+    assert ESCAPE not in text
+
+
+def test_a_process_without_a_terminal_prints_plain_lines_and_exits_0(other_terminal: dict[str, str]) -> None:
+    output("create", "C0FFEE", "--operation-id", "plain", **other_terminal)
+    text = output("wait", "plain", **other_terminal)
+    assert re.search(r"poll \d+: approved\n", text)
     assert ESCAPE not in text
 
 
@@ -147,10 +156,12 @@ def test_terminals_share_a_sandbox_by_its_environment_alone(other_terminal: dict
     assert outcome["operation"]["operation_payload"] == "Pay 40 to Alice"
 
 
-def test_a_process_on_a_terminal_draws_a_line() -> None:
+def test_a_process_on_a_terminal_draws_a_line(other_terminal: dict[str, str]) -> None:
+    output("create", "C0FFEE", "--operation-id", "drawn", **other_terminal)
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "aiokeyless", "demo", "--after", "0.3"]
-    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment()) as process:
+    command = [sys.executable, "-m", "aiokeyless", "wait", "drawn"]
+    environ = environment(**other_terminal)
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environ) as process:
         os.close(slave)
         text = b""
         # A terminal that was closed is an OSError.
@@ -159,13 +170,13 @@ def test_a_process_on_a_terminal_draws_a_line() -> None:
                 text += chunk
     assert process.returncode == 0
     assert b"Waiting for the user" in text
-    assert b"Noticed" in text
+    assert b"Approved" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "sign", "message"),
     [
-        (["demo", "--after", "60"], "poll 1", "interrupted"),
+        (["demo", "--after", "3600"], "1. ", "interrupted"),
         (
             ["wait", "yet to come", "--if-missing", "wait"],
             "poll 1",
@@ -218,8 +229,8 @@ def test_ctrl_c_interrupts_the_reading_of_a_ticket(other_terminal: dict[str, str
     assert (process.returncode, err) == (130, "aiokeyless: interrupted\n")
 
 
-def test_a_closed_stdout_is_no_traceback() -> None:
-    with start("demo", "--after", "0.3") as process:
+def test_a_closed_stdout_is_no_traceback(other_terminal: dict[str, str]) -> None:
+    with start("wait", "never-to-come", "--if-missing", "wait", **other_terminal) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()

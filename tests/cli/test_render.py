@@ -123,9 +123,10 @@ async def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.looptime
-async def test_forced_colours_do_not_make_a_file_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_forced_colours_do_not_make_a_file_a_terminal(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert "poll 1: pending" in await output_of(monkeypatch, io.StringIO(), "demo")
+    service.approve("txn-1", user_id="C0FFEE")
+    assert "poll 1: approved" in await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
 
 
 @pytest.mark.looptime
