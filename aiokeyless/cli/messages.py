@@ -11,8 +11,10 @@ import shlex
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.protocol import BASE_URLS
+from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import (
+    ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
     BadRequestError,
@@ -23,10 +25,11 @@ from aiokeyless.errors import (
     NotFoundError,
     NotJsonError,
     RateLimitError,
+    RequestTimeoutError,
     StatusError,
     TransportError,
 )
-from aiokeyless.models import Region
+from aiokeyless.models import Operation, Region
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,19 +92,25 @@ def describe(error: KeylessError) -> str:
     """Return one line that says what went wrong and what to do about it."""
     match error:
         case ApprovalTimeoutError():
-            return _describe_timeout(error)
+            message = _describe_timeout(error)
+        case ApprovalError(last_operation=Operation() as answer):
+            message = _describe_rejection(error, answer)
         case ConfigurationError():
-            return describe_argument(error, OPTIONS)
+            message = describe_argument(error, OPTIONS)
         case StatusError() if advice := _advice(error):
-            return f"{error.method} {error.path} answered {error.status}: {advice}"
+            message = f"{error.method} {error.path} answered {error.status}: {advice}"
         case DecodeError() if not isinstance(error, NotJsonError):
-            return (
+            message = (
                 f"{error.method} {error.path} answered {error.status} with JSON that the API does not document; "
                 "check KEYLESS_BASE_URL, or upgrade aiokeyless"
             )
+        case RequestTimeoutError():
+            message = f"{error.method} {error.path} got no answer in time; {_check_address()}"
         case TransportError():
-            return f"{error}; {_check_address()}"
-    return str(error)
+            message = f"{error}; {_check_address()}"
+        case _:
+            message = str(error)
+    return message
 
 
 def _advice(error: StatusError) -> str | None:
@@ -131,6 +140,15 @@ def _describe_timeout(error: ApprovalTimeoutError) -> str:
         return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
     state = "missing" if error.last_operation is None else "pending"
     return f"still {state} after {spent}; a timeout is not a denial: it can still be approved; {check}"
+
+
+def _describe_rejection(error: ApprovalError, answer: Operation) -> str:
+    verdict = evaluate(answer, error.operation_id, error.ticket)
+    reason = f": {verdict.value}" if isinstance(verdict, Rejection) else ""
+    return (
+        f"the answer for operation {error.operation_id} was rejected{reason}; do not act on it, and check the proxies "
+        f"between you and Keyless; to see the answer: aiokeyless get {operation_argument(error.operation_id)}"
+    )
 
 
 def operation_argument(operation_id: str) -> str:

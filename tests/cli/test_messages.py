@@ -8,6 +8,8 @@ import subprocess
 import pytest
 
 from aiokeyless import (
+    ApprovalError,
+    ApprovalTicket,
     ApprovalUnknownError,
     BadRequestError,
     ConfigurationError,
@@ -16,7 +18,9 @@ from aiokeyless import (
     KeylessError,
     NotFoundError,
     NotJsonError,
+    Operation,
     RateLimitError,
+    RequestTimeoutError,
     ServerError,
     StatusError,
     TransportError,
@@ -76,6 +80,36 @@ def test_errors_are_described_without_the_librarys_names(error: KeylessError, pa
     assert not re.search(
         r"get_operation|if_missing|operation_id|retry_after|\.detail|base_url|expires_in|api_key", message
     )
+
+
+@pytest.mark.parametrize(
+    ("state", "ticket", "reason"),
+    [
+        (
+            "pending",
+            ApprovalTicket.for_operation("-a", user_id="BAD", operation_payload="Pay 40 to Alice"),
+            ": it belongs to another user than the ticket; ",
+        ),
+        ("denied", None, ": its state is not documented; "),
+        ("pending", None, "; "),  # not an error of this library's
+    ],
+)
+def test_a_rejected_answer_is_described_by_what_is_wrong_with_it(
+    state: str, ticket: ApprovalTicket | None, reason: str
+) -> None:
+    answer = Operation(
+        id=1, timestamp="", node_id="", user_id="C0FFEE", api_key=None, operation_id="-a", result=False, state=state
+    )
+    assert describe(ApprovalError("see .last_operation", operation_id="-a", ticket=ticket, last_operation=answer)) == (
+        f"the answer for operation -a was rejected{reason}do not act on it, and check the proxies between you and "
+        "Keyless; to see the answer: aiokeyless get -- -a"
+    )
+
+
+def test_a_slow_service_is_described_without_the_name_of_the_clients_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
+    error = RequestTimeoutError("it took longer than request_timeout=10 s", method="GET", path="/v2/x")
+    assert describe(error).startswith("GET /v2/x got no answer in time; check that KEYLESS_BASE_URL (http://")
 
 
 def test_a_transport_error_names_the_address_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
