@@ -33,6 +33,7 @@ from .errors import (
     TransportError,
     UnsupportedMediaTypeError,
 )
+from .events import Listener
 from .models import (
     Authentication,
     Authentications,
@@ -75,6 +76,7 @@ __all__ = [
     "InvalidRequestError",
     "KeylessClient",
     "KeylessError",
+    "Listener",
     "NotAcceptableError",
     "NotApproved",
     "NotFoundError",

@@ -5,11 +5,13 @@ Nothing here does I/O.
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import math
 import re
 import unicodedata
-from typing import Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from tenacity.wait import wait_base
@@ -17,6 +19,9 @@ from yarl import URL
 
 from .errors import ConfigurationError, InvalidIdentifierError
 from .models import Region, Secret
+
+if TYPE_CHECKING:
+    from .events import Listener
 
 MAX_IDENTIFIER: Final = 512  # characters: longer than the ids in use, and below the URL limits of gateways
 
@@ -258,3 +263,21 @@ def check_schedule(schedule: wait_base | None) -> wait_base | None:
 def check_on_poll(on_poll: object) -> None:
     if on_poll is not None and not callable(on_poll):
         raise ConfigurationError(f"on_poll must be callable or None, not {type(on_poll).__name__}", argument="on_poll")
+
+
+def check_listeners(listeners: object) -> tuple[Listener, ...]:
+    if not isinstance(listeners, Iterable) or isinstance(listeners, str | bytes):
+        raise ConfigurationError(
+            f"listeners must be several functions, such as a list, not {type(listeners).__name__}", argument="listeners"
+        )
+    checked = tuple(listeners)
+    for listener in checked:
+        if not callable(listener):
+            raise ConfigurationError(
+                f"each of listeners must be callable, not {type(listener).__name__}", argument="listeners"
+            )
+        if any(inspect.iscoroutinefunction(function) for function in (listener, type(listener).__call__)):
+            raise ConfigurationError(
+                "each of listeners must be a plain function: an async one would never be awaited", argument="listeners"
+            )
+    return checked

@@ -23,6 +23,7 @@ import anyio
 
 from aiokeyless._validation import (
     check_base_url,
+    check_listeners,
     check_on_poll,
     check_operation_id,
     check_region,
@@ -36,6 +37,7 @@ from aiokeyless._validation import (
 from ._http import protocol
 from ._http.creation import Creation
 from ._http.transport import Transport
+from ._listeners import Listeners
 from ._poller.poller import Poller
 from ._poller.state import WaitResult
 from ._rules.circuit import CircuitState
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from ._poller.state import Wait
+    from .events import Listener
     from .reports import ApprovalOutcome
 
 
@@ -111,6 +114,8 @@ class KeylessClient:
         max_in_flight: Concurrent polls of all waits together. Default: 64.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
+        listeners: Functions that are told of each `Event`, such as the end of an exchange, while it happens: what they
+            take, polls and waits take longer. What one raises is logged. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong; the message names it and states what is valid.
@@ -131,6 +136,7 @@ class KeylessClient:
         max_attempts: int = 3,
         max_in_flight: int = 64,
         schedule: wait_base | None = None,
+        listeners: Iterable[Listener] = (),
     ) -> None:
         self._transport: Transport | None = None  # set first: __del__ reads it, also where __init__ raises
         self._closed = False
@@ -152,6 +158,8 @@ class KeylessClient:
         self._max_attempts = whole_number(max_attempts, "max_attempts")
         self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
         self._schedule = check_schedule(schedule) or wait_adaptive()
+        checked = check_listeners(listeners)
+        self._listeners = Listeners(checked) if checked else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
 
@@ -237,6 +245,7 @@ class KeylessClient:
                 session=self._session,
                 request_timeout=self._request_timeout,
                 max_attempts=self._max_attempts,
+                listeners=self._listeners,
             )
             self._poller = Poller(transport, schedule=self._schedule, max_in_flight=self._max_in_flight)
             self._transport = transport

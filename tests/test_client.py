@@ -638,6 +638,7 @@ class TestPublicNames:
             "max_attempts": 3,
             "max_in_flight": 64,
             "schedule": None,
+            "listeners": (),
         }
 
 

@@ -87,9 +87,9 @@ class Creation:
             error.sent = error.sent or self._ambiguous is not None  # an earlier attempt may have taken effect
             raise
 
-    async def _attempt(self) -> bool:
+    async def _attempt(self, number: int) -> bool:
         try:
-            answer = await self._transport.send(self._post)
+            answer = await self._transport.send(self._post, attempt=number)
             if not answer.success:  # documented as always true, so its meaning is unknown
                 raise DecodeError(
                     f"POST {self._post.path} answered without success",

@@ -85,17 +85,25 @@ class Endpoint(Generic[T]):
 
     Attributes:
         method: HTTP method.
+        route: The path as documented, with the names of its parameters.
         decode: Turns the body of a success into a struct.
         success: The statuses that count as a success.
         max_body: Largest body of an answer, in bytes.
     """
 
-    __slots__ = ("decode", "max_body", "method", "success")
+    __slots__ = ("decode", "max_body", "method", "route", "success")
 
     def __init__(
-        self, method: str, decode: Callable[[bytes], T], *, success: frozenset[int], max_body: int = MAX_BODY
+        self,
+        method: str,
+        route: str,
+        decode: Callable[[bytes], T],
+        *,
+        success: frozenset[int],
+        max_body: int = MAX_BODY,
     ) -> None:
         self.method = method
+        self.route = route
         self.decode = decode
         self.success = success
         self.max_body = max_body
@@ -133,16 +141,19 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> None:
         raise msgspec.ValidationError("an object has the same key twice")
 
 
-GET_OPERATION: Final = Endpoint("GET", _decode_operation, success=frozenset({200}))
+GET_OPERATION: Final = Endpoint("GET", "/v2/operations/{operationId}", _decode_operation, success=frozenset({200}))
 GET_PENDING: Final = Endpoint(
     "GET",
+    "/v2/users/{userId}/operations/pending",
     msgspec.json.Decoder(list[PendingOperation]).decode,
     success=frozenset({200}),
     max_body=MAX_LIST_BODY,
 )
 GET_AUTHENTICATIONS: Final = Endpoint("GET", _decode_authentications, success=frozenset({200}), max_body=MAX_LIST_BODY)
 # 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
-POST_OPERATION: Final = Endpoint("POST", _decode_created, success=frozenset({200, 201}))
+POST_OPERATION: Final = Endpoint(
+    "POST", "/v2/users/{userId}/operations", _decode_created, success=frozenset({200, 201})
+)
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
@@ -240,7 +251,7 @@ def _decode_error(method: str, path: str, answer: Answer, reason: Exception, red
         "status": answer.status,
         "method": method,
         "path": path,
-        "request_id": _request_id(answer, redaction),
+        "request_id": request_id(answer, redaction),
     }
     where = f"{method} {path} answered {answer.status}"
     if isinstance(reason, msgspec.ValidationError) and _is_json(answer.body):
@@ -265,7 +276,7 @@ def _status_error(method: str, path: str, answer: Answer, redaction: Redaction) 
         status=status,
         method=method,
         path=path,
-        request_id=_request_id(answer, redaction),
+        request_id=request_id(answer, redaction),
         retry_after=retry_after(answer.headers),
         detail=redaction.printable(answer.body.decode("utf-8", "replace")),
         advice=_advice(status),
@@ -286,7 +297,8 @@ def _advice(status: int) -> str | None:
 _REQUEST_ID_HEADERS: Final = ("X-Request-Id", "X-Correlation-Id", "X-Amzn-RequestId", "X-Amzn-Trace-Id", "CF-Ray")
 
 
-def _request_id(answer: Answer, redaction: Redaction) -> str | None:
+def request_id(answer: Answer, redaction: Redaction) -> str | None:
+    """Return the service's id of the exchange, or None if the answer has none."""
     values = (answer.headers.get(name) for name in _REQUEST_ID_HEADERS)
     return next((redaction.printable(value) for value in values if value), None)
 

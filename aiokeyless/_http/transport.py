@@ -30,6 +30,7 @@ from aiokeyless.errors import (
     StatusError,
     TransportError,
 )
+from aiokeyless.events import RequestEnded
 
 from . import protocol
 from .redaction import Redaction
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
+    from aiokeyless._listeners import Listeners
     from aiokeyless.models import Operation, Secret
 
 T = TypeVar("T")
@@ -60,6 +62,7 @@ class Transport:
         session: A session to borrow, or None to create one.
         request_timeout: Seconds for one exchange, from connecting to the last byte.
         max_attempts: Attempts of one call on transient failures.
+        listeners: Whom to tell of each exchange; None for nobody.
     """
 
     def __init__(
@@ -70,8 +73,11 @@ class Transport:
         session: aiohttp.ClientSession | None,
         request_timeout: float,
         max_attempts: int,
+        listeners: Listeners | None = None,
     ) -> None:
         self._base = URL(base_url)
+        self._server, self._port = self._base.host or "", self._base.port or 0  # a checked URL has both
+        self._listeners = listeners
         self._base_path = self._base.raw_path.rstrip("/")
         self._api_key = api_key
         self._redaction = Redaction(api_key)
@@ -127,18 +133,67 @@ class Transport:
         """Return the API's path of such a URL, without the base path, for messages."""
         return url.raw_path.removeprefix(self._base_path)
 
-    async def send(self, request: protocol.Request[T]) -> T:
-        """Send a request once and read its answer."""
+    async def send(self, request: protocol.Request[T], *, attempt: int = 1) -> T:
+        """Send a request once and read its answer.
+
+        Args:
+            request: The request.
+            attempt: Which attempt of its call this is, for the listeners.
+        """
         endpoint = request.endpoint
         url = self.url(request)
-        answer = await self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
-        return protocol.read(endpoint, request.path, answer, self._redaction)
+        exchange = self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
+        if self._listeners is not None:
+            return await self._tell(self._listeners, endpoint, request.path, exchange, attempt)
+        return protocol.read(endpoint, request.path, await exchange, self._redaction)
 
     async def poll(self, url: URL) -> Operation:
         """Poll an operation once; the caller bounds the exchange by cancelling it."""
         endpoint = protocol.GET_OPERATION
-        answer = await self._exchange(endpoint, url, timeouts=self._poll_timeout)
-        return protocol.read(endpoint, self.path(url), answer, self._redaction)
+        exchange = self._exchange(endpoint, url, timeouts=self._poll_timeout)
+        if self._listeners is not None:
+            return await self._tell(self._listeners, endpoint, self.path(url), exchange, 1)
+        return protocol.read(endpoint, self.path(url), await exchange, self._redaction)
+
+    async def _tell(
+        self,
+        listeners: Listeners,
+        endpoint: protocol.Endpoint[T],
+        path: str,
+        exchange: Awaitable[protocol.Answer],
+        attempt: int,
+    ) -> T:
+        """Do an exchange, read its answer, and tell the listeners how it ended."""
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        status: int | None = None
+        request_id: str | None = None
+        failure: str | None = None
+        try:
+            answer = await exchange
+            status = answer.status
+            request_id = protocol.request_id(answer, self._redaction)
+            return protocol.read(endpoint, path, answer, self._redaction)
+        except BaseException as error:
+            failure = type(error).__name__
+            raise
+        finally:
+            seconds = clock() - started
+            if failure == "CancelledError" and seconds >= self.request_timeout:  # the poller keeps the time of a poll
+                failure = RequestTimeoutError.__name__
+            listeners.tell(
+                RequestEnded(
+                    method=endpoint.method,
+                    route=endpoint.route,
+                    server=self._server,
+                    port=self._port,
+                    status=status,
+                    error=failure,
+                    seconds=seconds,
+                    attempt=attempt,
+                    request_id=request_id,
+                )
+            )
 
     async def fetch(self, request: protocol.Request[T]) -> T:
         """Send a request and read its answer; retry transient failures, with `max_attempts` attempts in total."""
@@ -148,17 +203,17 @@ class Transport:
             except KeylessError as error:
                 if not self._repeats(error, is_transient):
                     raise
-                return await self._again(lambda: self.send(request), error, is_transient)
+                return await self._again(lambda number: self.send(request, attempt=number), error, is_transient)
 
-    async def retry(self, attempt: Callable[[], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
+    async def retry(self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
         """Run an attempt; repeat it while `may_repeat` allows, with `max_attempts` attempts in total.
 
         Args:
-            attempt: The call.
+            attempt: The call; it is given the number of the attempt, from 1 on.
             may_repeat: Whether to repeat it after this failure.
         """
         try:
-            return await attempt()
+            return await attempt(1)
         except KeylessError as error:
             if not self._repeats(error, may_repeat):
                 raise
@@ -168,7 +223,7 @@ class Transport:
         return self._max_attempts > 1 and _worth_repeating(error, may_repeat)
 
     async def _again(
-        self, attempt: Callable[[], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
+        self, attempt: Callable[[int], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
     ) -> T:
         """Continue after the first attempt has failed, so that tenacity costs nothing where nothing fails.
 
@@ -181,7 +236,7 @@ class Transport:
         async def again() -> T:
             if first:
                 raise first.pop()
-            return await attempt()
+            return await attempt(1 + len(earlier))
 
         def note(retry_state: RetryCallState) -> None:
             failure = _failure(retry_state)

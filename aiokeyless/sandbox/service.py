@@ -29,12 +29,13 @@ from .phone import Phones, wants_page
 from .store import OperationStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     import aiohttp
     from tenacity.wait import wait_base
 
+    from aiokeyless.events import Listener
     from aiokeyless.models import Authentication, Operation
 
 _LOGGER: Final = logging.getLogger("aiokeyless")
@@ -52,6 +53,7 @@ class ClientOptions(TypedDict, total=False):
     max_attempts: int
     max_in_flight: int
     schedule: wait_base | None
+    listeners: Iterable[Listener]
 
 
 class _Fault(msgspec.Struct):

@@ -142,7 +142,7 @@ async def _layers(bench: Bench, transport: Transport) -> dict[str, list[float]]:
     async def nothing(_operation_id: str) -> None: ...
 
     async def ours(operation_id: str) -> None:
-        await transport.retry(lambda: nothing(operation_id), is_transient)
+        await transport.retry(lambda _attempt: nothing(operation_id), is_transient)
 
     layered: dict[str, Call] = {OURS: ours, **{name: decorator(nothing) for name, decorator in _DECORATORS.items()}}
     count = bench.pick(full=20_000, quick=10_000, smoke=500)
