@@ -53,12 +53,14 @@ class TestRequestEnded:
             ticket = await client.create_operation(USER, operation_payload="Pay 40 to Alice")
             await client.get_pending_operations(USER)
             await client.get_operation(ticket.operation_id)
+            await client.get_authentications(user_id=USER)
             sandbox.approve(ticket.operation_id)
             await client.wait_for_approval(ticket.operation_id)
         assert [(event.method, event.route, event.status, event.error, event.attempt) for event in told.requests] == [
             ("POST", OPERATIONS, 200, None, 1),
             ("GET", PENDING, 200, None, 1),
             ("GET", OPERATION, 200, None, 1),
+            ("GET", "/v2/users/{userId}/authentications", 200, None, 1),
             ("GET", OPERATION, 200, None, 1),
         ]
         assert {f"http://{event.server}:{event.port}" for event in told.requests} == {sandbox.url}

@@ -149,7 +149,20 @@ GET_PENDING: Final = Endpoint(
     success=frozenset({200}),
     max_body=MAX_LIST_BODY,
 )
-GET_AUTHENTICATIONS: Final = Endpoint("GET", _decode_authentications, success=frozenset({200}), max_body=MAX_LIST_BODY)
+GET_AUTHENTICATIONS: Final = Endpoint(
+    "GET",
+    "/v2/users/{userId}/authentications",
+    _decode_authentications,
+    success=frozenset({200}),
+    max_body=MAX_LIST_BODY,
+)
+GET_EXTERNAL_AUTHENTICATIONS: Final = Endpoint(
+    "GET",
+    "/v2/external-users/{externalUserId}/authentications",
+    _decode_authentications,
+    success=frozenset({200}),
+    max_body=MAX_LIST_BODY,
+)
 # 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
 POST_OPERATION: Final = Endpoint(
     "POST", "/v2/users/{userId}/operations", _decode_created, success=frozenset({200, 201})
@@ -193,19 +206,20 @@ def create_operation(user_id: str, operation: NewOperation) -> Request[CreateAns
 
 def get_authentications(user_id: str, operation_id: str | None = None) -> Request[Authentications]:
     """Build ``GET /v2/users/{userId}/authentications``."""
-    return _authentications(f"/v2/users/{check_user_id(user_id)}", operation_id)
+    return _authentications(GET_AUTHENTICATIONS, f"/v2/users/{check_user_id(user_id)}", operation_id)
 
 
 def get_external_authentications(external_user_id: str, operation_id: str | None = None) -> Request[Authentications]:
     """Build ``GET /v2/external-users/{externalUserId}/authentications``."""
-    return _authentications(
-        f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}", operation_id
-    )
+    user_path = f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}"
+    return _authentications(GET_EXTERNAL_AUTHENTICATIONS, user_path, operation_id)
 
 
-def _authentications(user_path: str, operation_id: str | None) -> Request[Authentications]:
+def _authentications(
+    endpoint: Endpoint[Authentications], user_path: str, operation_id: str | None
+) -> Request[Authentications]:
     query = "" if operation_id is None else f"operationId={quote(check_operation_id(operation_id), safe='')}"
-    return Request(GET_AUTHENTICATIONS, f"{user_path}/authentications", query=query)
+    return Request(endpoint, f"{user_path}/authentications", query=query)
 
 
 _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {

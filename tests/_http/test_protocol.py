@@ -20,6 +20,7 @@ from yarl import URL
 from aiokeyless._http.protocol import (
     BASE_URLS,
     GET_AUTHENTICATIONS,
+    GET_EXTERNAL_AUTHENTICATIONS,
     GET_OPERATION,
     GET_PENDING,
     POST_OPERATION,
@@ -296,7 +297,7 @@ def test_attempts_are_asked_for_by_a_get_without_a_body(operation_id: str | None
         GET_AUTHENTICATIONS, "/v2/users/AB/authentications", None, query
     )
     assert get_external_authentications("Ann", operation_id) == Request(
-        GET_AUTHENTICATIONS, "/v2/external-users/Ann/authentications", None, query
+        GET_EXTERNAL_AUTHENTICATIONS, "/v2/external-users/Ann/authentications", None, query
     )
 
 
