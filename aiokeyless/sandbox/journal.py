@@ -1,4 +1,4 @@
-"""`RequestRecord`: one request in the sandbox's journal, for tests and for the phone's page."""
+"""The sandbox's journal of requests, for tests and for the phone's page: its records, and its bounds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import msgspec
 
 # Enough for every ASCII id that the client accepts, percent-encoded.
 _MOST_CHARACTERS: Final = 2000
+_MOST_METHOD: Final = 40
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
     """One request in `Sandbox.requests`.
 
     Attributes:
-        method: HTTP method.
+        method: HTTP method, cut after 40 characters.
         path: Request target as received: percent-encoded, with the query, and cut after 2000 characters.
         status: Status of the answer. None until there is one, and permanently if there is none: the connection was
             dropped, the client disconnected, or the sandbox closed.
@@ -29,7 +30,46 @@ class RequestRecord(msgspec.Struct, frozen=True):
     duration: float = 0.0
 
 
-def shorten(text: str) -> str:
-    """Return a text, cut after 2000 characters; a note of how many are missing is added."""
-    more = len(text) - _MOST_CHARACTERS
-    return text if more <= 0 else f"{text[:_MOST_CHARACTERS]}… ({more} more characters)"
+class Journal:
+    """The latest requests, of bounded number and bounded text.
+
+    Args:
+        most_text: Characters that the paths have together, at most.
+
+    Attributes:
+        requests: The records, oldest first; its owner may clear it.
+    """
+
+    def __init__(self, most_text: int = 4_000_000) -> None:
+        self.requests: list[RequestRecord] = []
+        self._most_text = most_text
+        self._text = 0  # an upper bound of the paths' characters: `requests` may have been cleared meanwhile
+
+    def add(self, method: str, path: str, at: float, most_records: int) -> RequestRecord:
+        """Add a request, remove the oldest ones beyond the bounds, and return its record."""
+        record = RequestRecord(shorten(method, _MOST_METHOD), shorten(path), None, at)
+        self.requests.append(record)
+        del self.requests[:-most_records]
+        self._text += len(record.path)
+        if self._text > self._most_text:
+            self._halve()
+        return record
+
+    def _halve(self) -> None:
+        """Keep the latest half of the permitted text: going through the records is then rare."""
+        space = self._most_text // 2
+        kept = 0
+        for record in reversed(self.requests):
+            space -= len(record.path)
+            if space < 0:
+                break
+            kept += 1
+        kept = max(kept, 1)
+        del self.requests[:-kept]
+        self._text = sum(len(record.path) for record in self.requests)
+
+
+def shorten(text: str, most: int = _MOST_CHARACTERS) -> str:
+    """Return a text, cut after `most` characters; a note of how many are missing is added."""
+    more = len(text) - most
+    return text if more <= 0 else f"{text[:most]}… ({more} more characters)"

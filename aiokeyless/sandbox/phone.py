@@ -1,27 +1,16 @@
-"""The web page with the phones of the sandbox's users: its content, its event stream, and the effects of its buttons.
+"""The endpoints of the web page with the phones of the sandbox's users: its event stream, and its buttons.
 
-The page is phone.html, served unchanged. It follows the sandbox by server-sent events, each of which is a complete
-snapshot: a slow reader misses snapshots, but never the last one, and one that does not read is disconnected. So the
-buffered data is bounded by the number of readers and the size of a snapshot. guard.py decides which requests are
-accepted; operations are approved through `Sandbox.approve`.
+The page follows the sandbox by server-sent events, each of which is a complete snapshot (snapshot.py): a slow reader
+misses snapshots, but never the last one, and one that does not read is disconnected. So the buffered data is bounded by
+the number of readers and the size of a snapshot. guard.py decides which requests are accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import re
-import secrets
-import time
-from collections import deque
 from contextlib import suppress
-from datetime import UTC
-from functools import cache
 from http import HTTPStatus
-from importlib import resources
-from itertools import count, islice
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -30,85 +19,30 @@ from aiokeyless.errors import ConfigurationError
 
 from .api import Answer, error_answer
 from .guard import refuse_foreign_origin, refuse_host
-from .journal import shorten
+from .page import HEADERS, load_page
+from .snapshot import READABLE, Camel, Fault
 from .store import is_user_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from typing import Any
 
-    from aiokeyless.models import Authentication, Operation
-
-    from .journal import RequestRecord
-    from .store import OperationStore
+    from .snapshot import PhoneBook
 
 _Body = TypeVar("_Body")
 
 #: Seconds between two snapshots: fast enough for a person, and a limit on the cost of many requests.
 _INTERVAL: Final = 0.1
-# Limits of a snapshot, so that in a load test an open page costs little beside the API.
-_MOST_PHONES: Final = 24
-_MOST_OPERATIONS: Final = 20  # per phone
-_MOST_TEXT: Final = 10_000  # characters per phone; an operation has at most about 6000
-_MOST_REQUESTS: Final = 12
-_MOST_APPROVALS: Final = 50
 _MOST_READERS: Final = 32  # concurrent streams, enough for a demonstration to a group
-_CHUNK: Final = 1 << 16  # bytes of a snapshot that are written to a connection at once
+_CHUNK: Final = 1 << 14  # bytes of a snapshot that are written to a connection at once
 _WRITE_TIMEOUT: Final = 10.0  # seconds in which a reader must take a chunk
+#: Seconds that closing gives the pages to take their last snapshot.
+_FAREWELL: Final = 1.0
 
-_PAGE_HEADERS: Final = {
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    # Not no-referrer: under that one a browser may send "Origin: null" with the page's own POSTs.
-    "Referrer-Policy": "same-origin",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
-_EVENT_HEADERS: Final = {**_PAGE_HEADERS, "Content-Type": "text/event-stream"}
+_EVENT_HEADERS: Final = {**HEADERS, "Content-Type": "text/event-stream"}
 
 
-class _Camel(msgspec.Struct, rename="camel"):
-    """Base of the JSON that the page and the sandbox exchange."""
-
-
-class _Card(_Camel):
-    key: str
-    number: int | float
-    operation_id: str
-    operation_payload: str | None
-    external_user_id: str | None
-    age: float
-
-
-class _Phone(_Camel):
-    user: str
-    pending: list[_Card]
-    more: int
-
-
-class _Approved(_Camel):
-    key: str
-    auth_type: str | None
-
-
-class _Request(_Camel):
-    method: str
-    path: str
-    status: int | None
-    age: float
-    duration: float
-
-
-class _Snapshot(_Camel):
-    boot: str
-    connection_lost: bool
-    crowded: bool
-    phones: list[_Phone]
-    approved: list[_Approved]
-    requests: list[_Request]
-
-
-class _Approval(_Camel):
+class _Approval(Camel):
     """The body of ``POST /sandbox/approve``."""
 
     user: str
@@ -116,76 +50,89 @@ class _Approval(_Camel):
     auth_type: Literal["biom", "pin"]
 
 
-class _Connection(_Camel):
-    """The body of ``POST /sandbox/connection``."""
+class _Failure(Camel):
+    """The body of ``POST /sandbox/fail``."""
 
-    lost: bool
+    user: str
+    key: str
+    error_code: Literal[30003, 30004]  # CANCELLED, MISMATCH
 
 
-class Page(NamedTuple):
-    """The page, and headers with a policy that allows its own script and style only."""
+class _Creation(Camel):
+    """The body of ``POST /sandbox/create``."""
 
-    html: bytes
-    headers: Mapping[str, str]
+    user: str
+    operation_payload: Annotated[str, msgspec.Meta(max_length=READABLE)]
+
+
+class _FaultChoice(Camel):
+    """The body of ``POST /sandbox/fault``."""
+
+    fault: Fault
+
+
+class _Encoded(NamedTuple):
+    version: int
+    at: float
+    event: bytes
+
+
+class Actions(NamedTuple):
+    """What the page's buttons do.
+
+    Attributes:
+        approve: Approves an operation, given its id and its ``auth_type``.
+        fail: Lets an attempt to approve an operation fail, given its id and an error code.
+        create: Creates an operation, given its user and its payload, "" for none.
+    """
+
+    approve: Callable[[str, str], object]
+    fail: Callable[[str, int], object]
+    create: Callable[[str, str], object]
 
 
 class Phones:
-    """The page's own endpoints, for one store and one journal.
+    """The page's own endpoints.
 
     Args:
-        store: Holds the operations.
-        requests: Returns the journal, oldest first.
-        approve: Approves an operation, given its id and its ``auth_type``.
+        book: What the page shows.
+        actions: What its buttons do.
         host: Name or address that the server listens on.
     """
 
-    def __init__(
-        self,
-        store: OperationStore,
-        requests: Callable[[], Sequence[RequestRecord]],
-        approve: Callable[[str, str], object],
-        host: str,
-    ) -> None:
-        self._store = store
-        self._requests = requests
-        self._approve_operation = approve
+    def __init__(self, book: PhoneBook, actions: Actions, host: str) -> None:
+        self._book = book
+        self._actions = actions
         self._host = host
-        # A new sandbox numbers its operations from 1 again: a page that stayed open must not confuse old and new ones.
-        self._boot = secrets.token_hex(4)
-        self._users: dict[str, int] = {}  # the users on the page, last active last, with their order of arrival
-        self._arrivals = count()
-        self._crowded = False  # whether a phone was removed because there were too many
-        self._approved: deque[Operation] = deque(maxlen=_MOST_APPROVALS)
         self._readers: dict[asyncio.Task[Any], asyncio.Event] = {}
-        self.connection_lost: bool = False
-        """Whether the page's switch is on: the API then answers 503 to every request."""
-
-    def created(self, operation: Operation) -> None:
-        """Show a new operation on its user's phone."""
-        user = operation.user_id
-        arrival = self._users.pop(user, None)
-        self._users[user] = next(self._arrivals) if arrival is None else arrival
-        if len(self._users) > _MOST_PHONES:
-            del self._users[next(iter(self._users))]
-            self._crowded = True
-        self.refresh()
-
-    def approved(self, operation: Operation) -> None:
-        """Show that an operation was approved, on the page or by other means."""
-        self._approved.append(operation)
-        self.refresh()
-
-    def attempted(self, _user_id: str, _attempt: Authentication) -> None:
-        """Show that a user tried to authenticate, with success or not; see `Authentication.failed` and ``reason``."""
-        self.refresh()
+        self._closing = asyncio.Event()
+        self._version = 0
+        self._encoded: dict[str, _Encoded] = {}  # by user; readers of the same phones share what they are sent
+        self._buttons: Mapping[str, tuple[type[Any], Callable[[Any], Answer]]] = {
+            "approve": (_Approval, self._approve),
+            "fail": (_Failure, self._fail),
+            "create": (_Creation, self._create),
+            "fault": (_FaultChoice, self._choose_fault),
+        }
 
     def refresh(self) -> None:
         """Send the pages a new snapshot."""
+        self._version += 1
         for changed in self._readers.values():
             changed.set()
 
-    def close(self) -> None:
-        """End the streams to the pages."""
+    def open(self) -> None:
+        """Accept readers, also after `close`."""
+        self._closing = asyncio.Event()
+        self._book.ended = False
+
+    async def close(self) -> None:
+        """Send the pages a last snapshot, which says that it is the last one, and end their streams."""
+        self._book.ended = True
+        self._closing.set()
+        self.refresh()
+        if readers := list(self._readers):
+            await asyncio.wait(readers, timeout=_FAREWELL)
         for reader in self._readers:
             reader.cancel()
 
@@ -202,13 +149,15 @@ class Phones:
         refused = refuse_host(headers.get("Host", ""), self._host) or refuse_foreign_origin(request.method, headers)
         if refused:
             return _response(refused)
-        match request.match_info["path"], request.method:
-            case "events", "GET":
+        match request.method, request.match_info["path"]:
+            case "GET", "events":
                 return await self._events(request)
-            case "approve", "POST":
-                return _response(self._approve(await _decoded(request, _Approval)))
-            case "connection", "POST":
-                return _response(self._connection(await _decoded(request, _Connection)))
+            case "GET", "payload":
+                return _response(self._payload(request.query.get("user", ""), request.query.get("key", "")))
+            case "POST", path if path in self._buttons:
+                kind, act = self._buttons[path]
+                body = await _decoded(request, kind)
+                return _response(body if isinstance(body, Answer) else act(body))
         return _response(error_answer(HTTPStatus.NOT_FOUND, "the phone has no such endpoint"))
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
@@ -231,85 +180,86 @@ class Phones:
             with suppress(ConnectionError):  # the page was closed
                 await response.prepare(request)
                 await response.write(b"retry: 500\n\n")
-                while True:
-                    await changed.wait()
-                    changed.clear()
-                    # Taken and encoded per sending, not per change.
-                    await _write(response, b"data: %b\n\n" % msgspec.json.encode(self._snapshot(user)))
-                    await asyncio.sleep(_INTERVAL)
+                await self._send_snapshots(response, user, changed)
         except TimeoutError:
             assert request.transport is not None  # noqa: S101  # a lost connection cancels this task
             request.transport.abort()  # close() would keep the unread data
         finally:
             del self._readers[task]
+            if not self._readers:
+                self._encoded.clear()
         return response
 
-    def _approve(self, approval: _Approval | Answer) -> Answer:
-        """Approve the operation that the page showed, and not another one that has its id by now."""
-        if isinstance(approval, Answer):
-            return approval
-        for operation in self._store.pending(approval.user).values():
-            if self._key(operation) == approval.key:
-                try:
-                    self._approve_operation(operation.operation_id, approval.auth_type)
-                except ConfigurationError:  # it is there and pending, so nothing else stands in the way
-                    return error_answer(HTTPStatus.CONFLICT, "You are locked out, after too many failed attempts.")
-                return _DONE
-        return error_answer(HTTPStatus.CONFLICT, "This operation is no longer pending.")
+    async def _send_snapshots(self, response: web.StreamResponse, user: str, changed: asyncio.Event) -> None:
+        while True:
+            await changed.wait()
+            changed.clear()
+            last = self._closing.is_set()
+            await _write(response, self._event(user))
+            if last:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_INTERVAL):
+                    await self._closing.wait()
 
-    def _connection(self, connection: _Connection | Answer) -> Answer:
-        if isinstance(connection, Answer):
-            return connection
-        self.connection_lost = connection.lost
+    def _event(self, user: str) -> bytes:
+        """Return the present snapshot as an event, encoded once for all who read the same phones now."""
+        now = asyncio.get_running_loop().time()
+        found = self._encoded.get(user)
+        if found is None or found.version != self._version or now - found.at > _INTERVAL:
+            event = b"data: %b\n\n" % msgspec.json.encode(self._book.snapshot(user, now))
+            found = self._encoded[user] = _Encoded(self._version, now, event)
+        return found.event
+
+    def _payload(self, user: str, key: str) -> Answer:
+        """Return the whole text of an operation whose start the page shows."""
+        operation = self._book.pending(user, key)
+        if operation is None:
+            return _NOT_PENDING
+        payload = operation.operation_payload or ""
+        if len(payload) > READABLE:
+            return _UNREADABLE
+        return Answer(HTTPStatus.OK, msgspec.json.encode({"operationPayload": payload}))
+
+    def _approve(self, approval: _Approval) -> Answer:
+        """Approve the operation that the page showed, and not another one that has its id by now."""
+        operation = self._book.pending(approval.user, approval.key)
+        if operation is None:
+            return _NOT_PENDING
+        if len(operation.operation_payload or "") > READABLE:
+            return _UNREADABLE
+        try:
+            self._actions.approve(operation.operation_id, approval.auth_type)
+        except ConfigurationError:  # it is there and pending, so nothing else stands in the way
+            return error_answer(HTTPStatus.CONFLICT, "You are locked out, after too many failed attempts.")
+        return _DONE
+
+    def _fail(self, failure: _Failure) -> Answer:
+        operation = self._book.pending(failure.user, failure.key)
+        if operation is None:
+            return _NOT_PENDING
+        self._actions.fail(operation.operation_id, failure.error_code)
+        return _DONE
+
+    def _create(self, creation: _Creation) -> Answer:
+        user = creation.user.strip().upper()
+        if not is_user_id(user):
+            return error_answer(HTTPStatus.BAD_REQUEST, "A user id is a hex string, such as C0FFEE.")
+        self._actions.create(user, creation.operation_payload)
+        return _DONE
+
+    def _choose_fault(self, choice: _FaultChoice) -> Answer:
+        self._book.fault = choice.fault
         self.refresh()
         return _DONE
 
-    def _snapshot(self, user: str) -> _Snapshot:
-        """Return one user's phone, or, for "", all phones and the journal."""
-        users = [user] if user else sorted(self._users, key=self._users.__getitem__)
-        return _Snapshot(
-            boot=self._boot,
-            connection_lost=self.connection_lost,
-            crowded=self._crowded and not user,
-            phones=[self._phone(user) for user in users],
-            approved=[
-                _Approved(self._key(operation), operation.auth_type)
-                for operation in self._approved
-                if user in ("", operation.user_id)
-            ],
-            requests=[] if user else _latest(self._requests()),
-        )
-
-    def _phone(self, user: str) -> _Phone:
-        """Return a phone's content, the newest operation first: old ones that are never approved stay pending."""
-        pending = self._store.pending(user)
-        cards: list[_Card] = []
-        space = _MOST_TEXT
-        for each in islice(reversed(pending), _MOST_OPERATIONS):
-            card = self._card(pending[each])
-            space -= len(card.operation_id) + len(card.operation_payload or "") + len(card.external_user_id or "")
-            if space < 0:
-                break
-            cards.append(card)
-        return _Phone(user, cards, len(pending) - len(cards))
-
-    def _card(self, operation: Operation) -> _Card:
-        created = operation.created_at
-        assert created is not None  # noqa: S101  # the store writes timestamps only
-        return _Card(
-            key=self._key(operation),
-            number=operation.id,
-            operation_id=shorten(operation.operation_id),
-            operation_payload=operation.operation_payload and shorten(operation.operation_payload),
-            external_user_id=operation.external_user_id and shorten(operation.external_user_id),
-            age=max(0.0, time.time() - created.replace(tzinfo=UTC).timestamp()),
-        )
-
-    def _key(self, operation: Operation) -> str:
-        return f"{self._boot}-{operation.id}"
-
 
 _DONE: Final = Answer(HTTPStatus.OK, b"{}")
+_NOT_PENDING: Final = error_answer(HTTPStatus.CONFLICT, "This operation is no longer pending.")
+_UNREADABLE: Final = error_answer(
+    HTTPStatus.CONFLICT,
+    f"A text of more than {READABLE} characters cannot be read here, so it cannot be approved here.",
+)
 
 
 def wants_page(request: web.Request) -> bool:
@@ -317,34 +267,8 @@ def wants_page(request: web.Request) -> bool:
     return "text/html" in request.headers.get("Accept", "")
 
 
-@cache
-def load_page() -> Page:
-    """Read the page; its policy allows its script and its style by their hashes, and no others."""
-    html = resources.files("aiokeyless.sandbox").joinpath("phone.html").read_bytes()
-    hashes = {tag: _hash(html, tag) for tag in ("script", "style")}
-    policy = [
-        "default-src 'none'",
-        f"script-src {hashes['script']}",
-        f"style-src {hashes['style']}",
-        "connect-src 'self'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    ]
-    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": "; ".join(policy)}
-    return Page(html, {**_PAGE_HEADERS, **headers})
-
-
-def _hash(html: bytes, tag: str) -> str:
-    [content] = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
-
-
 def _response(answer: Answer) -> web.Response:
-    return web.Response(status=answer.status, body=answer.body, headers={**_PAGE_HEADERS, **answer.headers})
+    return web.Response(status=answer.status, body=answer.body, headers={**HEADERS, **answer.headers})
 
 
 async def _decoded(request: web.Request, kind: type[_Body]) -> _Body | Answer:
@@ -363,12 +287,3 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
     for start in range(0, len(data), _CHUNK):
         async with asyncio.timeout(_WRITE_TIMEOUT):
             await response.write(data[start : start + _CHUNK])
-
-
-def _latest(requests: Sequence[RequestRecord]) -> list[_Request]:
-    """Return the latest requests, the newest first."""
-    now = asyncio.get_running_loop().time()
-    return [
-        _Request(record.method, record.path, record.status, now - record.at, record.duration)
-        for record in reversed(requests[-_MOST_REQUESTS:])
-    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, Unpack
@@ -24,8 +25,9 @@ from aiokeyless.models import AuthType
 from .api import JSON, Answer, KeylessApi, error_answer
 from .attempts import MISMATCH
 from .guard import refuse_host
-from .journal import RequestRecord, shorten
-from .phone import Phones, wants_page
+from .journal import Journal
+from .phone import Actions, Phones, wants_page
+from .snapshot import PhoneBook
 from .store import OperationStore
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.events import Listener
     from aiokeyless.models import Authentication, Operation
+
+    from .journal import RequestRecord
 
 _LOGGER: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
@@ -65,18 +69,22 @@ class _Fault(msgspec.Struct):
     answer: Answer | None  # None: the connection is dropped
 
 
-_CONNECTION_LOST: Final = _Fault(
-    math.inf,
-    method=None,
-    stored=False,
-    answer=error_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the connection was switched off on the sandbox's page"),
-)
+_CHOSEN_ON_PAGE: Final = {
+    "unavailable": _Fault(
+        math.inf,
+        method=None,
+        stored=False,
+        answer=error_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the sandbox's page was told to let the API answer 503"),
+    ),
+    "dropped": _Fault(math.inf, method=None, stored=False, answer=None),
+}
 
 
 class Sandbox:
     """A Keyless service on localhost that strictly follows the documentation of the real one.
 
-    In a browser, its URL shows a phone for each user, where a person approves operations, and the latest requests;
+    In a browser, its URL shows a phone for each user, where a person approves operations, and the latest requests; a
+    person can create operations there too, and let the API fail.
     ``/?user=C0FFEE`` shows the phone of one user.
 
     Enter it with ``async with``, or call `start` and `aclose`. It can be entered again after closing: it then serves on
@@ -104,7 +112,7 @@ class Sandbox:
     """
 
     JOURNAL_LIMIT: Final = 10_000
-    """Largest number of records in `requests`; beyond it, the oldest are removed."""
+    """Largest number of records in `requests`; beyond it, the oldest are removed. If paths are long, it keeps fewer."""
 
     def __init__(
         self,
@@ -127,14 +135,17 @@ class Sandbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._store = OperationStore(timer=self._now, on_attempt=self._attempted)
         self._api = KeylessApi(self._store, api_key, self._created)
-        self._phones = Phones(self._store, lambda: self.requests, self._approve_on_phone, host)
+        self._journal = Journal()
+        self._book = PhoneBook(self._store, lambda: self.requests)
+        actions = Actions(self._approve_on_phone, self.fail_authentication, self._create_on_phone)
+        self._phones = Phones(self._book, actions, host)
         self._latency = 0.0
         self._faults: list[_Fault] = []
         self._approvals: dict[str, asyncio.TimerHandle] = {}
         self._handlers: set[asyncio.Task[Any]] = set()
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
-        self.requests: list[RequestRecord] = []
+        self.requests: list[RequestRecord] = self._journal.requests
         """The received requests, oldest first, at most `JOURNAL_LIMIT`; a live list, which you may clear."""
         self.request_count: int = 0
         """Number of all received requests, including those that are no longer in `requests`."""
@@ -158,6 +169,7 @@ class Sandbox:
         if self._runner is not None:
             raise ConfigurationError("the sandbox is running already; enter it once, or close it first")
         self._loop = asyncio.get_running_loop()
+        self._phones.open()
         runner = self._runner = web.AppRunner(
             self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_GRACE
         )
@@ -259,7 +271,6 @@ class Sandbox:
             ConfigurationError: There is no such operation and `user_id` is missing, the user is locked out, or an
                 argument is wrong. (It is not a `LookupError`: this library has one exception for wrong arguments.)
         """
-        before = self._store.operations.get(operation_id)
         operation = self._store.approve(
             operation_id,
             user_id=user_id,
@@ -268,8 +279,6 @@ class Sandbox:
             operation_payload=operation_payload,
         )
         self._cancel_approval(operation_id)
-        if operation is not before:
-            self._phones.approved(operation)
         return operation
 
     def fail_authentication(
@@ -452,15 +461,15 @@ class Sandbox:
         return application
 
     async def _cancel_handlers(self, _application: web.Application) -> None:
-        self._phones.close()
         for task in self._handlers:
             task.cancel()
+        await self._phones.close()
 
     async def _serve_root(self, request: web.Request) -> web.Response:
         return self._phones.page(request) if wants_page(request) else await self._serve(request)
 
     async def _serve(self, request: web.Request) -> web.Response:
-        record = self._journal(request)
+        record = self._record(request)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a running coroutine belongs to a task
         self._handlers.add(task)
@@ -488,8 +497,8 @@ class Sandbox:
     async def _answer(self, request: web.Request) -> Answer | None:
         """Apply a request's effect, sleep for the latency, and return the answer; None to drop the connection."""
         latency = self._latency
-        # While the page's switch is on, requests take none of the faults that a test has queued.
-        fault = _CONNECTION_LOST if self._phones.connection_lost else self._next_fault(request.method)
+        # While the page lets all requests fail, they take none of the faults that a test has queued.
+        fault = _CHOSEN_ON_PAGE.get(self._book.fault) or self._next_fault(request.method)
         if fault is None:
             answer: Answer | None = await self._take_effect(request)
         else:
@@ -500,12 +509,10 @@ class Sandbox:
             await asyncio.sleep(latency)
         return answer
 
-    def _journal(self, request: web.Request) -> RequestRecord:
-        method, path = shorten(request.method), shorten(request.raw_path)
-        record = RequestRecord(method, path, None, asyncio.get_running_loop().time())
-        self.requests.append(record)
+    def _record(self, request: web.Request) -> RequestRecord:
+        now = asyncio.get_running_loop().time()
+        record = self._journal.add(request.method, request.raw_path, now, self.JOURNAL_LIMIT)
         self.request_count += 1
-        del self.requests[: -self.JOURNAL_LIMIT]
         self._phones.refresh()
         return record
 
@@ -537,13 +544,22 @@ class Sandbox:
         return time.monotonic() if self._loop is None else self._loop.time()
 
     def _attempted(self, user_id: str, attempt: Authentication) -> None:
-        self._phones.attempted(user_id, attempt)
+        self._book.attempted(user_id, attempt)
+        self._phones.refresh()
 
     def _approve_on_phone(self, operation_id: str, auth_type: str) -> None:
         self.approve(operation_id, auth_type=auth_type)
 
+    def _create_on_phone(self, user_id: str, operation_payload: str) -> None:
+        operation = self._store.create(
+            user_id, f"page-{secrets.token_hex(8)}", operation_payload=operation_payload or None
+        )
+        assert operation is not None  # noqa: S101  # the id is random
+        self._created(operation)
+
     def _created(self, operation: Operation) -> None:
-        self._phones.created(operation)
+        self._book.created(operation)
+        self._phones.refresh()
         delay = self._auto_approve
         if callable(delay):
             delay = delay(operation)

@@ -9,7 +9,7 @@ import json
 import re
 import socket
 import time
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -18,7 +18,9 @@ import pytest
 from aiohttp import web
 
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.sandbox.journal import Journal
 from aiokeyless.sandbox.phone import Phones
+from aiokeyless.sandbox.snapshot import PhoneBook
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -60,7 +62,7 @@ class Events:
         raise EOFError
 
     async def until(self, condition: Callable[[Any], bool]) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition(picture := await self.next()):
                 pass
         return picture
@@ -92,10 +94,15 @@ async def approve(page: aiohttp.ClientSession, key: str, user: str = USER, how: 
     return status
 
 
+async def fail(page: aiohttp.ClientSession, key: str, error_code: int) -> int:
+    status, _ = await post(page, "fail", {"user": USER, "key": key, "errorCode": error_code})
+    return status
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop run until what other tasks do has come about."""
     # Not a number of turns: uvloop makes a thousand of them before a socket has answered.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never came about"
         await asyncio.sleep(0)
@@ -182,7 +189,14 @@ async def test_operation_is_shown_on_its_users_phone(http: aiohttp.ClientSession
     assert 0 <= first.pop("age") < 60
     key = first.pop("key")
     assert key != second["key"]
-    assert first == {"number": 1, "operationId": "a", "operationPayload": "Pay 5", "externalUserId": "ann@example.com"}
+    assert first == {
+        "number": 1,
+        "operationId": "a",
+        "operationPayload": "Pay 5",
+        "characters": 5,
+        "readable": True,
+        "externalUserId": "ann@example.com",
+    }
     assert (second["operationPayload"], second["externalUserId"]) == (None, None)
 
 
@@ -200,11 +214,36 @@ async def test_what_happens_is_shown_as_it_happens(
         assert [card["operationId"] for card in shown["phones"][0]["pending"]] == ["b", "a"]
         sandbox.forget("b")
         shown = await stream.until(lambda shown: len(shown["phones"][0]["pending"]) == 1)
-        assert shown["approved"] == []
+        assert shown["history"] == []
+        sandbox.fail_authentication("a")
         sandbox.approve("a", auth_type="pin")
         sandbox.approve("a")
         shown = await stream.until(lambda shown: not shown["phones"][0]["pending"])
-        assert shown["approved"] == [{"key": key, "authType": "pin"}]
+        for number, entry in ((2, shown["history"][0]), (1, shown["history"][1])):
+            assert 0 <= entry.pop("age") < 60
+            assert entry.pop("number") == number
+        common = {"key": key, "user": USER, "text": None}
+        assert shown["history"] == [
+            {**common, "authType": "pin", "errorCode": 0, "reason": None},
+            {**common, "authType": "biom", "errorCode": 30004, "reason": "the face did not match"},
+        ]
+
+
+async def test_attempt_for_what_the_phone_would_create_is_in_the_history(
+    sandbox: Sandbox, page: aiohttp.ClientSession
+) -> None:
+    sandbox.fail_authentication("of the phone", user_id=USER)
+    [entry] = (await picture(page))["history"]
+    assert (entry["key"], entry["text"], entry["user"]) == (None, None, USER)
+
+
+async def test_history_has_the_start_of_a_text_and_the_latest_attempts(
+    sandbox: Sandbox, page: aiohttp.ClientSession
+) -> None:
+    for number in range(60):
+        sandbox.approve(str(number), user_id=USER, operation_payload=f"{number} " + "p" * 120)
+    shown = (await picture(page))["history"]
+    assert [entry["text"] for entry in shown] == [f"{number} {'p' * 117}…" for number in range(59, 9, -1)]
 
 
 async def test_simulated_user_is_shown_too() -> None:
@@ -214,8 +253,8 @@ async def test_simulated_user_is_shown_too() -> None:
     ):
         await create(http)
         shown = await picture(http)
-    assert [each["authType"] for each in shown["approved"]] == ["biom"]
-    assert shown["phones"] == [{"user": USER, "pending": [], "more": 0}]
+    assert [each["authType"] for each in shown["history"]] == ["biom"]
+    assert shown["phones"] == [{"user": USER, "lockedFor": 0, "pending": [], "more": 0}]
 
 
 async def test_phone_alone_shows_nothing_of_others(
@@ -227,13 +266,13 @@ async def test_phone_alone_shows_nothing_of_others(
     sandbox.approve("secret-too")
     shown = await picture(page, user=USER.lower())
     assert [phone["user"] for phone in shown["phones"]] == [USER]
-    assert (shown["approved"], shown["requests"]) == ([], [])
+    assert (shown["history"], shown["requests"]) == ([], [])
     assert "secret" not in json.dumps(shown)
     assert OTHER not in json.dumps(shown)
 
 
 async def test_the_phone_of_an_unknown_user_is_empty(page: aiohttp.ClientSession) -> None:
-    assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", "pending": [], "more": 0}]
+    assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", "lockedFor": 0, "pending": [], "more": 0}]
 
 
 async def test_user_that_is_not_hex_is_a_bad_request(page: aiohttp.ClientSession) -> None:
@@ -304,11 +343,13 @@ async def test_only_the_users_who_were_active_last_are_shown_and_none_changes_pl
 
 
 async def test_text_without_end_is_cut(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
-    await create(http, "i" * 2001, operationPayload="p" * 500_000, externalUserId="e" * 2000)
+    await create(http, "i" * 601, operationPayload="p" * 500_000, externalUserId="e" * 600)
     [card] = (await picture(page))["phones"][0]["pending"]
-    assert card["operationPayload"] == "p" * 2000 + "… (498000 more characters)"
-    assert card["operationId"] == "i" * 2000 + "… (1 more characters)"
-    assert card["externalUserId"] == "e" * 2000
+    assert (card["operationPayload"], card["characters"], card["readable"]) == ("p" * 2000, 500_000, False)
+    assert card["operationId"] == "i" * 600 + "… (1 more characters)"
+    assert card["externalUserId"] == "e" * 600
+    await get(http, "f" * 2000)
+    assert len((await picture(page))["requests"][0]["path"]) < 450
 
 
 async def test_phone_shows_no_more_text_than_a_person_reads(
@@ -323,6 +364,44 @@ async def test_phone_shows_no_more_text_than_a_person_reads(
     [phone] = (await picture(page))["phones"]
     assert [card["number"] for card in phone["pending"]] == [40]
     assert phone["more"] == 39
+
+
+# Long texts
+
+
+async def whole_text(page: aiohttp.ClientSession, **query: str) -> tuple[int, Any]:
+    async with page.get("/sandbox/payload", params=query) as response:
+        return response.status, await response.json()
+
+
+async def test_long_text_is_there_to_be_read(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    text = "€" * 19_999 + "!"
+    await create(http, operationPayload=text)
+    [card] = (await picture(page))["phones"][0]["pending"]
+    assert (card["operationPayload"], card["characters"], card["readable"]) == (text[:2000], 20_000, True)
+    assert await whole_text(page, user=USER, key=card["key"]) == (200, {"operationPayload": text})
+    assert await approve(page, card["key"]) == 200
+    assert (await whole_text(page, user=USER, key=card["key"]))[0] == 409
+    assert (await whole_text(page))[0] == 409
+
+
+async def test_text_that_cannot_be_read_cannot_be_approved(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http, operationPayload="p" * 20_001)
+    key = await key_of(page)
+    status, answer = await whole_text(page, user=USER, key=key)
+    assert (status, "cannot be read" in answer["error"]) == (409, True)
+    assert await approve(page, key) == 409
+    assert not sandbox.operations["a"].is_approved
+    assert await fail(page, key, 30003) == 200
+
+
+async def test_operation_without_a_text_has_an_empty_one(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    assert await whole_text(page, user=USER, key=await key_of(page)) == (200, {"operationPayload": ""})
 
 
 # How it is sent
@@ -352,7 +431,7 @@ def buffered(sandbox: Sandbox) -> int:
 async def test_little_is_buffered_for_readers_that_do_not_read_and_then_they_are_dropped(
     sandbox: Sandbox, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for number in range(24 * 20):  # as much as is shown at all, and each character takes six bytes
+    for number in range(24 * 3):  # as much as is shown at all, and each character takes six bytes
         await create(http, str(number), f"AB{number % 24:02}", operationPayload="\x01" * 2000)
     assert sandbox._runner is not None
     [site] = sandbox._runner.sites
@@ -373,12 +452,12 @@ async def test_little_is_buffered_for_readers_that_do_not_read_and_then_they_are
             await asyncio.sleep(0.2)
             most = max(most, buffered(sandbox))
         assert len(sandbox._phones._readers) == 32
-        assert 0 < most < 32 * (3 << 16)
+        assert 0 < most < 32 * (3 << 15)
         await asyncio.sleep(20)
         assert not sandbox._phones._readers
         assert buffered(sandbox) == 0
         assert caplog.records == []
-        assert (await picture(http, user="AB00"))["phones"][0]["more"] == 16
+        assert (await picture(http, user="AB00"))["phones"][0]["more"] == 1
 
 
 @pytest.mark.looptime
@@ -388,7 +467,7 @@ async def test_many_changes_are_one_picture(sandbox: Sandbox, page: aiohttp.Clie
         for number in range(1000):
             sandbox.approve(str(number), user_id=USER)
         sandbox.requests.clear()
-        assert len((await stream.next())["approved"]) == 50
+        assert len((await stream.next())["history"]) == 50
         started = asyncio.get_running_loop().time()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(10):
@@ -401,14 +480,14 @@ async def test_a_reader_that_does_not_read_piles_nothing_up_and_delays_no_other(
     sandbox: Sandbox, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = 0
-    draw = Phones._snapshot  # nothing public tells how often
+    draw = Phones._event  # nothing public tells how often
 
     def count_and_draw(phones: Phones, user: str) -> Any:
         nonlocal drawn
         drawn += 1
         return draw(phones, user)
 
-    monkeypatch.setattr(Phones, "_snapshot", count_and_draw)
+    monkeypatch.setattr(Phones, "_event", count_and_draw)
     for number in range(20):
         await create(http, str(number), operationPayload="€" * 2000)
     address = urlsplit(sandbox.url)
@@ -430,12 +509,37 @@ async def test_closing_ends_the_streams_and_leaves_nothing() -> None:
     before = asyncio.all_tasks()
     async with Sandbox() as sandbox, aiohttp.ClientSession(sandbox.url) as http, events(http) as stream:
         await stream.next()
-        started = asyncio.get_running_loop().time()
-        await sandbox.aclose()
-        with pytest.raises((EOFError, aiohttp.ClientPayloadError)):
+        closing = asyncio.create_task(sandbox.aclose())
+        assert (await stream.until(lambda shown: shown["ended"]))["history"] == []
+        with pytest.raises(EOFError):
             await stream.next()
-        assert asyncio.get_running_loop().time() - started < 1
+        await closing
     assert asyncio.all_tasks() == before
+
+
+@pytest.mark.looptime
+async def test_readers_of_the_same_phones_share_what_they_are_sent(
+    sandbox: Sandbox, page: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    draw = PhoneBook.snapshot
+
+    def count_and_draw(book: PhoneBook, user: str, now: float) -> Any:
+        drawn.append(user)
+        return draw(book, user, now)
+
+    monkeypatch.setattr(PhoneBook, "snapshot", count_and_draw)
+    async with AsyncExitStack() as streams:
+        opened = [await streams.enter_async_context(events(page)) for _ in range(5)]
+        alone = await streams.enter_async_context(events(page, user=USER))
+        for stream in (*opened, alone):
+            await stream.next()
+        await asyncio.sleep(1)
+        drawn.clear()
+        sandbox.approve("a", user_id=USER)
+        for stream in (*opened, alone):
+            assert len((await stream.next())["history"]) == 1
+    assert sorted(drawn) == ["", USER]
 
 
 async def test_page_that_is_closed_leaves_nothing(sandbox: Sandbox, page: aiohttp.ClientSession) -> None:
@@ -546,7 +650,7 @@ async def test_operation_that_took_the_id_of_the_one_shown_is_not_approved(
     ],
 )
 async def test_body_that_the_page_does_not_send_is_a_bad_request(page: aiohttp.ClientSession, body: bytes) -> None:
-    for path in ("approve", "connection"):
+    for path in ("approve", "fail", "create", "fault"):
         headers = {"Content-Type": "application/json"}
         async with page.post(f"/sandbox/{path}", data=body, headers=headers) as response:
             assert (response.status, list(await response.json())) == (400, ["error"])
@@ -608,42 +712,126 @@ async def test_the_page_works_for_every_host_the_sandbox_listens_on(host: str) -
                 assert await approve(page, "none") == 409
 
 
-# The switch
+# Refusing
 
 
-async def test_switch_loses_the_connection_of_everyone_and_gives_it_back(
+@pytest.mark.parametrize(("code", "reason"), [(30003, "the user cancelled"), (30004, "the face did not match")])
+async def test_attempt_fails_as_the_button_says_and_the_operation_stays_pending(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession, code: int, reason: str
+) -> None:
+    await create(http)
+    key = await key_of(page)
+    assert await fail(page, key, code) == 200
+    [entry] = (await picture(page))["history"]
+    assert (entry["key"], entry["errorCode"], entry["reason"]) == (key, code, reason)
+    assert [each.error_code for each in sandbox.authentications] == [code]
+    assert await approve(page, key) == 200
+    assert await fail(page, key, code) == 409
+
+
+async def test_page_lets_attempts_fail_with_its_own_codes_only(
     sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
 ) -> None:
     await create(http)
-    assert await post(page, "connection", {"lost": True}) == (200, {})
-    assert (await picture(page))["connectionLost"]
+    key = await key_of(page)
+    assert [await fail(page, key, code) for code in (0, 1, 30007)] == [400] * 3
+    assert sandbox.authentications == []
+
+
+@pytest.mark.looptime
+async def test_phone_that_is_locked_says_for_how_long(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    await create(http)
+    key = await key_of(page)
+    for _ in range(5):
+        assert await fail(page, key, 30004) == 200
+    assert 0 < (await picture(page))["phones"][0]["lockedFor"] <= 600
+    assert await approve(page, key) == 409
+    await asyncio.sleep(600)
+    assert (await picture(page))["phones"][0]["lockedFor"] == 0
+    assert await approve(page, key) == 200
+
+
+# Creating
+
+
+async def test_page_creates_an_operation_as_a_program_does(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    for user, text in ((f" {USER.lower()} ", "Pay 5"), (OTHER, "")):
+        assert await post(page, "create", {"user": user, "operationPayload": text}) == (200, {})
+    first, second = sandbox.operations.values()
+    assert (first.user_id, first.operation_payload, second.user_id, second.operation_payload) == (
+        USER,
+        "Pay 5",
+        OTHER,
+        None,
+    )
+    assert await get(http, first.operation_id) == 200
+    assert [phone["user"] for phone in (await picture(page))["phones"]] == [USER, OTHER]
+
+
+async def test_simulated_user_approves_what_the_page_creates() -> None:
+    async with (
+        Sandbox(auto_approve=0) as sandbox,
+        aiohttp.ClientSession(sandbox.url, headers={"Origin": sandbox.url}) as page,
+    ):
+        assert (await post(page, "create", {"user": USER, "operationPayload": "Pay 5"}))[0] == 200
+        assert [each.is_approved for each in sandbox.operations.values()] == [True]
+
+
+@pytest.mark.parametrize(("user", "text"), [("", "Pay"), ("Alice", "Pay"), (USER, "p" * 20_001)])
+async def test_page_creates_nothing_that_it_could_not_show(
+    sandbox: Sandbox, page: aiohttp.ClientSession, user: str, text: str
+) -> None:
+    status, answer = await post(page, "create", {"user": user, "operationPayload": text})
+    assert (status, list(answer)) == (400, ["error"])
+    assert not sandbox.operations
+
+
+# The faults
+
+
+async def test_api_answers_503_to_everyone_until_it_is_to_work_again(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    assert await post(page, "fault", {"fault": "unavailable"}) == (200, {})
+    assert (await picture(page))["fault"] == "unavailable"
     assert [await get(http) for _ in range(3)] == [503] * 3
     async with aiohttp.ClientSession(sandbox.url) as nobody, nobody.get("/v2/operations/a") as response:
         assert (response.status, list(await response.json())) == (503, ["error"])
     assert await approve(page, await key_of(page)) == 200
-    assert await post(page, "connection", {"lost": False}) == (200, {})
-    assert not (await picture(page))["connectionLost"]
+    assert await post(page, "fault", {"fault": "none"}) == (200, {})
+    assert (await picture(page))["fault"] == "none"
     assert await get(http) == 200
     assert [record.status for record in sandbox.requests] == [200, 503, 503, 503, 503, 200]
 
 
-async def test_switch_leaves_the_faults_of_a_test_alone(
+async def test_api_drops_connections_until_it_is_to_work_again(
     sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await post(page, "fault", {"fault": "dropped"})
+    for attempt in (create(http), get(http)):
+        with pytest.raises((aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
+            await attempt
+    assert not sandbox.operations
+    await post(page, "fault", {"fault": "none"})
+    await create(http)
+    assert {record.status for record in sandbox.requests} == {None, 200}
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "dropped"])
+async def test_faults_of_the_page_leave_those_of_a_test_alone_and_let_nothing_take_effect(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession, fault: str
 ) -> None:
     sandbox.fail_next(500)
-    await post(page, "connection", {"lost": True})
-    assert await get(http) == 503
-    await post(page, "connection", {"lost": False})
-    assert [await get(http), await get(http)] == [500, 404]
-
-
-async def test_request_that_the_switch_fails_does_not_take_effect(
-    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
-) -> None:
-    await post(page, "connection", {"lost": True})
-    async with http.post(f"/v2/users/{USER}/operations", json={"operationId": "a"}) as response:
-        assert response.status == 503
+    await post(page, "fault", {"fault": fault})
+    with suppress(aiohttp.ClientError):
+        async with http.post(f"/v2/users/{USER}/operations", json={"operationId": "a"}) as response:
+            assert response.status == 503
+    await post(page, "fault", {"fault": "none"})
     assert not sandbox.operations
+    assert [await get(http), await get(http)] == [500, 404]
 
 
 # The journal
@@ -670,3 +858,28 @@ async def test_the_journal_records_how_long_a_client_waited_that_left(
     await until(lambda: sandbox.requests[0].duration)
     assert sandbox.requests[0].status is None
     assert sandbox.requests[0].duration == pytest.approx(1)
+
+
+def test_journal_keeps_a_bounded_amount_of_text() -> None:
+    journal = Journal(most_text=10_000)
+    for number in range(100):
+        journal.add("GET", f"/{number}" + "p" * 1000, number, most_records=1000)
+        assert sum(len(record.path) for record in journal.requests) <= 10_000
+    assert journal.requests[-1].path.startswith("/99")
+
+
+def test_journal_that_was_cleared_has_room_again() -> None:
+    journal = Journal(most_text=1000)
+    journal.add("GET", "p" * 900, 0, most_records=10)
+    journal.requests.clear()
+    for number in range(3):
+        journal.add("GET", "p" * 200, number, most_records=10)
+    assert [record.at for record in journal.requests] == [0, 1, 2]
+
+
+def test_journal_keeps_the_latest_request_whatever_its_length() -> None:
+    journal = Journal(most_text=10)
+    journal.add("GET", "/first", 0, most_records=10)
+    record = journal.add("M" * 100, "/" + "p" * 1000, 1, most_records=10)
+    assert journal.requests == [record]
+    assert record.method == "M" * 40 + "… (60 more characters)"

@@ -1,6 +1,7 @@
 """The phone in a real browser: what a person sees, clicks and hears of it, and that nothing they are shown runs.
 
-Needs Playwright for Python and Debian's Chromium; skipped where either is missing.
+Needs Playwright for Python and Debian's Chromium; skipped where either is missing. The rules of axe-core need npm too,
+which fetches it, in this version, into a temporary folder.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
+import subprocess
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ import pytest_asyncio
 from tenacity import wait_fixed
 
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.sandbox.phone import Phones
 
 playwright_api = pytest.importorskip("playwright.async_api", reason="Playwright is not installed")
 
@@ -45,6 +49,11 @@ pytestmark = [
 ]
 
 expect = playwright_api.expect
+expect.set_options(timeout=60_000)  # a patience for a busy machine; nothing here takes that long
+
+AXE = "axe-core@4.14.1"
+#: What Chromium says of a sandbox that is gone, and of an answer that is an error.
+GONE = ("Failed to load resource", "ERR_INCOMPLETE_CHUNKED_ENCODING")
 USER = "C0FFEE"
 OTHER = "BADA55"
 MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script><b>bold</b>"
@@ -54,7 +63,7 @@ MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='ru
 async def browser() -> AsyncGenerator[Browser]:
     flags = [*FLAGS, "--no-sandbox"] if os.geteuid() == 0 else FLAGS  # root cannot have Chromium's own sandbox
     async with playwright_api.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=120_000)
         yield browser
         await browser.close()
 
@@ -63,6 +72,13 @@ async def browser() -> AsyncGenerator[Browser]:
 def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
     """The plugin's, which runs in the loop of these tests."""
     return keyless_sandbox
+
+
+# An approved operation goes after some seconds, in which a busy machine may not find the time to see it.
+CONFIRMATIONS_STAY = """
+    const realTimeout = setTimeout;
+    window.setTimeout = (run, ms, ...rest) => realTimeout(run, ms === 6000 ? 1e9 : ms, ...rest);
+"""
 
 
 @asynccontextmanager
@@ -78,7 +94,9 @@ async def opened(browser: Browser, url: str, complaints: tuple[str, ...] = (), *
         if not request.url.startswith((url.partition("?")[0], "data:")):
             wrong.append(f"asked for {request.url}")
 
-    async with await browser.new_context(**options) as context:
+    async with await browser.new_context(reduced_motion="reduce", **options) as context:
+        context.set_default_timeout(60_000)
+        await context.add_init_script(CONFIRMATIONS_STAY)
         page = await context.new_page()
         page.on("console", on_console)
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -106,15 +124,15 @@ def button(where: Page | Locator, how: str = "face") -> Locator:
 # Approving
 
 
-async def test_operation_appears_within_a_second_and_a_click_ends_the_wait(client: KeylessClient, page: Page) -> None:
+async def test_operation_appears_by_itself_and_a_click_ends_the_wait(client: KeylessClient, page: Page) -> None:
     ticket = await client.create_operation(USER, operation_payload="Pay 40 EUR", external_user_id="ann@example.com")
     waiting = asyncio.create_task(client.wait_for_approval(ticket, schedule=wait_fixed(0.1)))
-    await expect(phone(page).get_by_text("Pay 40 EUR")).to_be_visible(timeout=1000)
-    for text in ("ann@example.com", ticket.operation_id, "just now"):
+    await expect(phone(page).get_by_text("Pay 40 EUR")).to_be_visible()
+    for text in ("ann@example.com", ticket.operation_id, re.compile("^just now$| ago$")):
         await expect(phone(page).get_by_text(text)).to_be_visible()
     await expect(page).to_have_title("(1) Keyless sandbox")
     await button(page).click()
-    operation = await asyncio.wait_for(waiting, 10)
+    operation = await asyncio.wait_for(waiting, 60)
     assert operation.auth_type == "biom"
     await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
     await expect(button(page)).to_have_count(0)
@@ -193,7 +211,7 @@ async def test_two_users_do_not_see_each_others(client: KeylessClient, sandbox: 
         for page, own, others in ((anns, "For Ann", "For Bob"), (bobs, "For Bob", "For Ann")):
             await expect(page.get_by_text(own, exact=True)).to_be_visible()
             await expect(page.get_by_text(others)).to_have_count(0)
-            await expect(page.get_by_role("button")).to_have_count(2)
+            await expect(button(page)).to_have_count(1)
         await bobs.get_by_role("link", name="All phones").click()
         for text in ("For Ann", "For Bob"):
             await expect(bobs.get_by_text(text, exact=True)).to_be_visible()
@@ -213,7 +231,7 @@ async def test_markup_is_shown_as_text_and_nothing_runs(client: KeylessClient, p
     )
     for text in (MARKUP, MARKUP + "/id", MARKUP + "/external"):
         await expect(phone(page).get_by_text(text, exact=True)).to_be_visible()
-    assert await page.locator("main img, main script, main b:not(td b)").count() == 0
+    assert await page.locator("main img, main script, .phone b").count() == 0
     await expect(page).to_have_title("(1) Keyless sandbox")
 
 
@@ -234,38 +252,109 @@ async def test_empty_page_says_what_to_do(sandbox: Sandbox, client: KeylessClien
 # The service as a whole
 
 
-async def test_switch_loses_the_connection_and_gives_it_back(sandbox: Sandbox, page: Page) -> None:
+async def test_page_lets_the_api_fail_in_two_ways(sandbox: Sandbox, page: Page) -> None:
     async with aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http:
 
-        async def status() -> int:
-            async with http.get(f"/v2/users/{USER}/operations/pending") as response:
-                return response.status
+        async def status() -> int | None:
+            try:
+                async with http.get(f"/v2/users/{USER}/operations/pending") as response:
+                    return response.status
+            except aiohttp.ClientError:
+                return None
 
-        switch = page.get_by_role("switch", name="Lose connection")
-        notice = page.get_by_text("every request to the API is answered 503")
-        await switch.check()
-        await expect(notice).to_be_visible()
+        faults = page.get_by_role("group", name="The API")
+        await faults.get_by_role("radio", name="answers 503").check()
+        await expect(page.get_by_text("The API answers every request with 503")).to_be_visible()
         assert await status() == 503
         await expect(page.get_by_role("row").filter(has_text="503")).to_contain_text("GET /v2/users/C0FFEE/operations")
-        await switch.press("Space")
-        await expect(notice).to_be_hidden()
+        await faults.get_by_role("radio", name="answers 503").press("ArrowRight")
+        await expect(page.get_by_text("The API drops the connection of every request")).to_be_visible()
+        assert await status() is None
+        await expect(page.get_by_role("row").filter(has_text="no answer").first).to_be_visible()
+        await faults.get_by_role("radio", name="works").check()
+        await expect(page.get_by_text("The API drops")).to_be_hidden()
         assert await status() == 200
 
 
+async def test_test_operation_is_sent_from_the_page(sandbox: Sandbox, browser: Browser) -> None:
+    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
+        form = page.get_by_role("region", name="Send a test operation")
+        await form.get_by_label("User id").fill("Alice")
+        await form.get_by_role("button").click()
+        await expect(form.get_by_role("alert")).to_contain_text("hex string, such as C0FFEE")
+        await form.get_by_label("User id").fill(OTHER.lower())
+        await form.get_by_label("Text").fill("Pay 5")
+        await form.get_by_role("button").click()
+        await expect(phone(page, OTHER).get_by_text("Pay 5")).to_be_visible()
+        await expect(form.get_by_role("alert")).to_be_hidden()
+        assert [each.operation_payload for each in sandbox.operations.values()] == ["Pay 5"]
+
+
+async def test_environment_is_copied(sandbox: Sandbox, page: Page) -> None:
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await page.get_by_role("button", name="Copy").click()
+    await expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert await page.evaluate("navigator.clipboard.readText()") == (
+        f"export KEYLESS_BASE_URL={sandbox.url}\nexport KEYLESS_API_KEY={sandbox.api_key}"
+    )
+
+
+async def test_environment_is_selected_where_the_browser_does_not_copy(sandbox: Sandbox, page: Page) -> None:
+    await page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error()))")
+    await page.get_by_role("button", name="Copy").click()
+    await expect(page.get_by_role("button", name="Selected: press Ctrl+C")).to_be_visible()
+    assert sandbox.url in await page.evaluate("getSelection().toString()")
+
+
 async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
-    client: KeylessClient, sandbox: Sandbox, browser: Browser
+    client: KeylessClient, sandbox: Sandbox, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await client.create_operation(USER, operation_payload="Still there")
-    async with opened(browser, f"{sandbox.url}/", complaints=("Failed to load resource",)) as page:
-        await expect(button(page)).to_be_visible()
+    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
+        await expect(button(page)).to_be_enabled()
+        monkeypatch.setattr("aiokeyless.sandbox.phone._FAREWELL", 0)  # as if the program was killed
+        monkeypatch.setattr(Phones, "_event", lambda *_: b"")
         await sandbox.aclose()
+        monkeypatch.undo()
         await expect(page.get_by_text("The sandbox is not reachable")).to_be_visible()
-        await expect(page.get_by_role("switch")).to_be_disabled()
+        await expect(page.get_by_role("radio", name="works")).to_be_disabled()
+        await expect(button(page)).to_be_disabled()
+        await button(page).click(force=True)
+        await expect(button(page)).to_be_visible()
+        await sandbox.start()
+        await expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        await expect(page.get_by_text("What is shown here may be out of date")).to_be_hidden()
         await button(page).click()
-        await expect(page.get_by_role("alert").filter(has_text="not reachable")).to_be_visible()
+        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
+
+
+async def test_problem_of_a_card_goes_with_its_cause(client: KeylessClient, sandbox: Sandbox, browser: Browser) -> None:
+    await client.create_operation(USER, operation_payload="Still there")
+    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
+        await page.route("**/sandbox/approve", lambda route: route.abort())
+        await button(page).click()
+        problem = phone(page).get_by_role("alert").filter(has_text="The sandbox is not reachable")
+        await expect(problem).to_be_visible()
+        await page.unroute("**/sandbox/approve")
+        await sandbox.aclose()
+        await expect(page.get_by_text("The sandbox was ended by its program")).to_be_visible()
+        await expect(problem).to_be_hidden()
         await sandbox.start()
         await expect(page.get_by_text("Live", exact=True)).to_be_visible()
         await button(page).click()
+        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
+
+
+async def test_page_of_a_sandbox_that_ends_after_an_approval_ends_as_a_success(
+    client: KeylessClient, sandbox: Sandbox, browser: Browser
+) -> None:
+    await client.create_operation(USER, operation_payload="Pay 40 EUR")
+    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
+        await button(page).click()
+        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
+        await sandbox.aclose()
+        await expect(page.get_by_text("Everything that was asked for is approved")).to_be_visible()
+        await expect(page.get_by_text("What is shown here may be out of date")).to_be_hidden()
         await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
 
 
@@ -277,11 +366,9 @@ async def test_page_that_nobody_sees_gives_its_connection_back(
         document.dispatchEvent(new Event("visibilitychange"));
     }"""
     await page.evaluate(hide, arg=True)
-    for _ in range(500):
-        if not sandbox._phones._readers:
-            break
-        await asyncio.sleep(0.01)
-    assert not sandbox._phones._readers
+    async with asyncio.timeout(60):
+        while sandbox._phones._readers:  # noqa: ASYNC110  # nothing tells when they are gone
+            await asyncio.sleep(0.01)
     await client.create_operation(USER)
     assert await button(page).count() == 0
     await page.evaluate(hide, arg=False)
@@ -293,7 +380,7 @@ async def test_foreign_page_approves_nothing(
     client: KeylessClient, sandbox: Sandbox, browser: Browser, name: str
 ) -> None:
     await client.create_operation(USER, operation_id="a")
-    body = {"user": USER, "key": sandbox._phones._key(sandbox.operations["a"]), "authType": "biom"}
+    body = {"user": USER, "key": sandbox._book.key(sandbox.operations["a"]), "authType": "biom"}
     async with Sandbox() as evil, await browser.new_page() as page:
         evil.fail_next(200, times=None, body=b"<title>You have won</title>", content_type="text/html")
         await page.goto(f"{evil.url.replace('127.0.0.1', name)}/evil")
@@ -316,53 +403,203 @@ async def test_foreign_page_approves_nothing(
     assert not sandbox.operations["a"].is_approved
 
 
+# Refusing, and the history
+
+
+async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
+    client: KeylessClient, sandbox: Sandbox, page: Page
+) -> None:
+    for operation_id in "ab":
+        await client.create_operation(USER, operation_id=operation_id, operation_payload=f"Pay for {operation_id}")
+    card = phone(page).get_by_role("listitem").filter(has_text="Pay for a")
+    history = page.get_by_role("region", name="History").get_by_role("listitem")
+    await card.get_by_role("button", name="Cancel").click()
+    await expect(card).to_contain_text("The user cancelled (30003). The operation stays pending.")
+    await expect(history.first).to_contain_text("The user cancelled (30003)Pay for aC0FFEE, ")
+    for number in range(5):
+        await card.get_by_role("button", name="Face does not match").click()
+        await expect(history).to_have_count(number + 2)
+    await expect(card).to_contain_text("6 attempts failed, the last one: The face did not match (30004).")
+    await expect(phone(page).get_by_text("Locked out for")).to_be_visible()
+    for how in ("face", "PIN"):
+        for each in await button(page, how).all():
+            await expect(each).to_be_disabled()
+    for each in await page.get_by_role("button", name="Cancel").all():
+        await expect(each).to_be_enabled()
+    assert not any(each.is_approved for each in sandbox.operations.values())
+    assert [each.error_code for each in sandbox.authentications] == [30003, *[30004] * 5]
+
+
+async def test_history_tells_what_was_approved_also_to_a_page_that_opens_later(
+    client: KeylessClient, sandbox: Sandbox, page: Page
+) -> None:
+    await client.create_operation(USER, operation_id="a", operation_payload="Pay 40 EUR")
+    sandbox.approve("a", auth_type="pin")
+    for _ in range(2):
+        await expect(page.get_by_role("region", name="History").get_by_role("listitem")).to_contain_text(
+            ["Approved with PINPay 40 EURC0FFEE, "]
+        )
+        await page.reload()
+
+
+# Texts that deceive
+
+
+# What is created, and what is seen of it.
+SEEN = {
+    "Pay 40 to \u202eecilA\u202c": "Pay 40 to U+202EecilAU+202C",
+    "Pay 4\u200b0\u2066 to\ufeff \u00adBob\u2069": "Pay 4U+200B0U+2066 toU+FEFF U+00ADBobU+2069",
+    "Pay \x00\x1b[1m\x85 \u2028 \U000e0041 \ue000": "Pay U+0000U+001B[1mU+0085 U+2028 U+E0041 U+E000",
+    "Zero\u200dwidth 👩\u200d alone": "ZeroU+200Dwidth 👩U+200D alone",
+}
+SEEN_AS_IT_IS = ("Две строки\n\u05e9\u05dc\u05d5\u05dd\t", "👩🏽\u200d💻 ❤\ufe0f 1\ufe0f\u20e3 é")
+
+
+async def test_characters_that_are_not_seen_are_shown_as_codes(client: KeylessClient, page: Page) -> None:
+    cases = SEEN | {text: text for text in SEEN_AS_IT_IS}
+    for text in cases:
+        await client.create_operation(USER, operation_payload=text, external_user_id=text)
+    cards = phone(page).get_by_role("listitem")
+    await expect(cards).to_have_count(len(cases))
+    for card, (text, seen) in zip(reversed(await cards.all()), cases.items(), strict=True):
+        for part in (card.locator(".payload"), card.locator(".external")):
+            assert await part.evaluate("each => each.textContent") == seen
+            await expect(part).to_have_attribute("dir", "auto")
+        note = expect(card.get_by_text("A framed code stands for a character that is invisible"))
+        await (note.to_be_hidden() if text == seen else note.to_be_visible())
+    await client.create_operation(OTHER, operation_id="id\u202e")
+    await expect(phone(page, OTHER).get_by_text("idU+202E")).to_be_visible()
+
+
+async def test_text_is_approved_only_after_it_could_be_read_to_its_end(
+    client: KeylessClient, sandbox: Sandbox, page: Page
+) -> None:
+    text = "Contract. " + "Lorem ipsum dolor sit amet. " * 400 + "And 9000 EUR."
+    await client.create_operation(USER, operation_id="a", operation_payload=text)
+    await expect(phone(page).get_by_text("This is the start of a text of 11,223 characters.")).to_be_visible()
+    await expect(button(page)).to_be_disabled()
+    await button(page).click(force=True)
+    await phone(page).get_by_role("button", name="Read all 11,223 characters").click()
+    await expect(phone(page).get_by_text("And 9000 EUR.")).to_be_focused()
+    await expect(phone(page).get_by_text("This is the start")).to_be_hidden()
+    assert not sandbox.operations["a"].is_approved
+    await button(page).click()
+    await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
+
+
+async def test_text_that_is_too_long_to_be_read_is_not_approved(client: KeylessClient, page: Page) -> None:
+    await client.create_operation(USER, operation_id="a", operation_payload="p" * 20_001)
+    await expect(phone(page).get_by_text("so it cannot be approved here")).to_be_visible()
+    await expect(phone(page).get_by_role("button", name="Read all")).to_be_hidden()
+    await expect(button(page)).to_be_disabled()
+    await expect(button(page, "PIN")).to_be_disabled()
+
+
 # Its appearance, and how it reads
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_page_fits_and_can_be_read(
-    client: KeylessClient, sandbox: Sandbox, browser: Browser, scheme: str
-) -> None:
-    await client.create_operation(
-        USER, operation_id="i" * 100, operation_payload="Pay " + "9" * 200, external_user_id="e" * 100
-    )
-    for user in (OTHER, "F" * 64):
-        await client.create_operation(user, operation_payload="Pay")
-    async with opened(browser, f"{sandbox.url}/", color_scheme=scheme) as page:
-        await expect(button(page)).to_have_count(3)
-        await page.get_by_role("switch").check()
-        await button(page).last.click()
-        await expect(page.get_by_text("Approved with face", exact=True)).to_be_visible()
-        for width in (320, 390, 1440):
-            await page.set_viewport_size({"width": width, "height": 900})
-            await page.evaluate("Promise.all(document.getAnimations().map(each => each.finished))")
-            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert await page.evaluate(CONTRASTS) == []
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The script of axe-core, fetched by npm."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed, so axe-core cannot be fetched")
+    folder = tmp_path_factory.mktemp("axe")
+    options = ("--no-save", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error")
+    subprocess.run([npm, "install", "--prefix", str(folder), *options, AXE], check=True, timeout=300)
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text()
 
 
-# Texts of less contrast with what is behind them than WCAG 2 asks for (AA: 4.5).
-CONTRASTS = """() => {
-    const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
-    const light = (colour) => {
-        const [r, g, b] = parts(colour).map((each) => each / 255)
-            .map((each) => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-    };
-    const behind = (element) => {
-        const colour = getComputedStyle(element).backgroundColor;
-        return parts(colour)[3] === 0 ? behind(element.parentElement) : colour;
-    };
-    const poor = [];
-    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    while (walker.nextNode()) {
-        const element = walker.currentNode.parentElement;
-        if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
-        const lights = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
-        const contrast = (lights[0] + 0.05) / (lights[1] + 0.05);
-        if (contrast < 4.5) poor.push([walker.currentNode.data, contrast]);
-    }
-    return poor;
+# Rules of WCAG 2.2, levels A and AA, and what axe-core calls best practices; and that nothing is wider than the page.
+AXE_RUN = """async () => {
+    const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
+    const {violations} = await axe.run({runOnly: tags, resultTypes: ["violations"]});
+    const found = violations.map((each) => [each.id, each.help, ...each.nodes.map((node) => node.html.slice(0, 200))]);
+    if (document.documentElement.scrollWidth > innerWidth) found.push(["wider than the page"]);
+    return found;
 }"""
+
+
+class Accessibility:
+    """Checks a page in both colour schemes at four widths."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    async def check(self, state: str) -> None:
+        wrong = []
+        for scheme in ("light", "dark"):
+            await self.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            for width in (390, 768, 1440, 1920):
+                await self.page.set_viewport_size({"width": width, "height": 900})
+                wrong += [(state, scheme, width, each) for each in await self.page.evaluate(AXE_RUN)]
+        assert wrong == []
+
+
+async def test_axe_core_finds_nothing_in_any_state(
+    client: KeylessClient, sandbox: Sandbox, browser: Browser, axe: str
+) -> None:
+    """One page goes through all states: loading it, and axe-core with it, takes longer than checking it."""
+    async with opened(browser, f"{sandbox.url}/", complaints=GONE, bypass_csp=True) as page:
+        await page.evaluate(axe)
+        accessibility = Accessibility(page)
+        await accessibility.check("empty")
+
+        await client.create_operation(
+            USER, operation_id="a", operation_payload="Pay to \u202eecilA", external_user_id="x"
+        )
+        await client.create_operation(USER, operation_id="b", operation_payload="Lorem ipsum. " * 300)
+        await client.create_operation(USER, operation_id="c")
+        await expect(button(page)).to_have_count(3)
+        sandbox.approve("c")
+        await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
+        await page.get_by_label("User id").fill("Alice")
+        await page.get_by_role("button", name="Send to the phone").click()
+        await expect(page.get_by_role("alert").filter(has_text="hex string")).to_be_visible()
+        await page.get_by_text("Connect a program").click()
+        await accessibility.check("one phone: a long text, codes, an approval, an error")
+
+        await phone(page).get_by_role("button", name="Read all").click()
+        for _ in range(5):
+            sandbox.fail_authentication("a")
+        await expect(phone(page).get_by_text("Locked out for")).to_be_visible()
+        await accessibility.check("locked")
+
+        for number in range(12):
+            await client.create_operation(f"AB0{number % 6}", operation_payload=f"Payment {number}")
+        await client.create_operation("F" * 64, operation_id="i" * 100, operation_payload="9" * 200)
+        await page.get_by_role("radio", name="answers 503").check()
+        await expect(page.get_by_text("The API answers every request with 503")).to_be_visible()
+        await accessibility.check("many phones, and an API that fails")
+
+        await sandbox.aclose()
+        await expect(page.get_by_text("The sandbox was ended by its program")).to_be_visible()
+        await accessibility.check("ended")
+
+
+async def test_axe_core_finds_nothing_where_there_is_only_an_error(
+    sandbox: Sandbox, browser: Browser, axe: str
+) -> None:
+    async with await browser.new_context(bypass_csp=True) as context:
+        page = await context.new_page()
+        await page.goto(f"{sandbox.url}/?user=nobody")
+        await expect(page.get_by_role("alert")).to_be_visible()
+        await page.evaluate(axe)
+        await Accessibility(page).check("error")
+
+
+async def test_many_operations_of_many_users_make_a_page_of_some_screens(client: KeylessClient, page: Page) -> None:
+    for number in range(50):
+        await client.create_operation(f"AB0{number % 6}", operation_payload=f"Payment {number}")
+    await expect(page.get_by_text("Payment 49")).to_have_count(1)
+    for width, screens in ((390, 5), (768, 5), (1440, 4), (1920, 3)):
+        await page.set_viewport_size({"width": width, "height": 900})
+        assert await page.evaluate("document.documentElement.scrollHeight / innerHeight") < screens
+    # Where there is room for one phone, the others are a tap away.
+    await page.set_viewport_size({"width": 390, "height": 900})
+    await expect(phone(page, "AB03")).to_be_hidden()
+    await page.get_by_role("navigation", name="Phones").get_by_role("button", name="AB03 8").click()
+    await expect(phone(page, "AB03").get_by_text("Payment 45")).to_be_visible()
 
 
 async def test_page_reads_as_what_it_is(client: KeylessClient, page: Page) -> None:
@@ -373,9 +610,6 @@ async def test_page_reads_as_what_it_is(client: KeylessClient, page: Page) -> No
     )
     await expect(page.get_by_role("table", name="API requests")).to_be_visible()
     await expect(page.get_by_role("heading", level=1)).to_have_text("Keyless sandbox")
-    await expect(page.get_by_role("switch", name="Lose connection")).to_have_accessible_description(
-        "API answers 503 to everyone"
-    )
     await expect(phone(page)).to_match_aria_snapshot(
         """
         - heading "C0FFEE" [level=2]
@@ -391,5 +625,7 @@ async def test_page_reads_as_what_it_is(client: KeylessClient, page: Page) -> No
             - definition: /.+/
             - button "Approve with face"
             - button "Approve with PIN"
+            - button "Face does not match"
+            - button "Cancel"
         """
     )
