@@ -56,10 +56,10 @@ async def demo(
 
     Both wait at the same time for the same operation of a sandbox on this machine,
     over real HTTP: while nothing goes wrong, during an outage, and where the answer
-    is about something else. Takes about 20 seconds.
+    is about something else. Takes about 15 seconds.
 
     Args:
-        after: Seconds until the simulated user approves in the first scene, 0 to 3600; 7.5 if left out.
+        after: Seconds until the simulated user approves in the first scene, 0 to 3600; 3.5 if left out.
         phone: Be the user of the first scene: open the phone in your browser, and approve there.
         as_json: Print one JSON object at the end, and nothing else.
     """

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 AIOKEYLESS: Final = "aiokeyless"
 #: Seconds between two polls of the plain loop.
 INTERVAL: Final = 1.0
-#: Seconds after which the simulated user approves.
-DEFAULT_AFTER: Final = 7.5
+#: Seconds after which the simulated user approves: in the middle between two polls of the loop, as approvals are on
+#: average.
+DEFAULT_AFTER: Final = 3.5
 
 _USER: Final = "C0FFEE"
 _PAYLOAD: Final = "Pay 40 to Alice"

@@ -30,7 +30,7 @@ TRANSCRIPT = [
         r"error, compare the state, sleep one second\.",
     ],
     [
-        r"1\. The user approves after 7\.5 s",
+        r"1\. The user approves after 3\.5 s",
         r"SECONDS  the user     approves",
         r"SECONDS  aiokeyless   returns \d+\.\d\d s after the approval, \d+ polls?",
         r"SECONDS  the loop     returns \d+\.\d\d s after the approval, \d+ polls?",
@@ -73,7 +73,7 @@ async def test_the_transcript_has_what_happened_and_what_both_made_of_it(monkeyp
     assert_is_the_transcript(text)
 
 
-async def test_by_default_the_demo_takes_about_20_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_by_default_the_demo_takes_about_15_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
     await output_of(monkeypatch, io.StringIO(), "demo")
