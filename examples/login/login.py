@@ -1,0 +1,149 @@
+"""Log in by approving on the phone: no request is open for long, and one approval is used once."""
+
+import logging
+import os
+import secrets
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+import uvicorn
+from fastapi import Body, Cookie, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import FileResponse
+
+from aiokeyless import (
+    ApprovalError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ClientClosedError,
+    KeylessClient,
+    KeylessError,
+)
+from aiokeyless.shutdown import close_on_signals
+
+USERS = {"alice@example.com": "A11CE0", "bob@example.com": "B0B0"}  # a real site has them from the enrolment
+UNREACHABLE = "We cannot reach Keyless. There is nothing wrong with your phone; try again in a moment."
+LIFETIME = float(os.environ.get("LOGIN_EXPIRES_IN", "120"))
+
+
+class State(TypedDict):
+    """What lives as long as the server."""
+
+    client: KeylessClient
+    record: sqlite3.Connection
+
+
+@asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
+    """Open the record and the client. The signal that stops the server closes the client, which ends the long polls."""
+    path = os.environ.get("LOGIN_DB", "login.sqlite3")
+    record = sqlite3.connect(path, isolation_level=None)  # each statement commits
+    record.execute("CREATE TABLE IF NOT EXISTS logins (id PRIMARY KEY, browser, email, ticket, state)")
+    async with KeylessClient() as client, close_on_signals(client):
+        yield {"client": client, "record": record}
+    record.close()
+
+
+def client_of(request: Request) -> KeylessClient:
+    """Return the one client of the process."""
+    client: KeylessClient = request.state.client
+    return client
+
+
+def record_of(request: Request) -> sqlite3.Connection:
+    """Return the record of logins and sessions."""
+    record: sqlite3.Connection = request.state.record
+    return record
+
+
+Client = Annotated[KeylessClient, Depends(client_of)]
+Record = Annotated[sqlite3.Connection, Depends(record_of)]
+log = logging.getLogger("uvicorn.error")
+app = FastAPI(lifespan=lifespan)
+
+
+@app.get("/")
+async def page() -> FileResponse:
+    """Show the page."""
+    return FileResponse(Path(__file__).with_name("login.html"), headers={"X-Frame-Options": "DENY"})
+
+
+@app.post("/login")
+async def start(
+    client: Client, record: Record, response: Response, email: Annotated[str, Body(embed=True)]
+) -> dict[str, str]:
+    """Ask the phone of the user with this address, and bind the login to this browser by a cookie."""
+    user = USERS.get(email.lower())
+    if user is None:
+        raise HTTPException(404, "We do not know this address.")
+    login, browser, code = secrets.token_hex(8), secrets.token_urlsafe(32), secrets.token_hex(2).upper()
+    payload = f"Log in to Fern & Clay? Code {code}"  # the page shows the code too: users approve what they started
+    ticket = ApprovalTicket.for_operation(login, user_id=user, operation_payload=payload, expires_in=LIFETIME)
+    # Stored before the user is asked: the server may be killed at any point, and the page goes on with the next one.
+    row = (login, browser, email.lower(), ticket.to_json(), "pending")
+    record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?)", row)
+    try:
+        await client.create_operation(user, operation_id=login, operation_payload=payload, expires_in=LIFETIME)
+    except KeylessError as error:
+        raise HTTPException(503, UNREACHABLE) from error
+    response.set_cookie("browser", browser, httponly=True, samesite="lax")
+    return {"id": login, "code": code}
+
+
+@app.get("/login/{login}")
+async def follow(
+    login: str,
+    client: Client,
+    record: Record,
+    *,
+    browser: Annotated[str, Cookie()] = "",
+    wait: Annotated[float, Query(gt=0, le=55)] = 25,
+) -> dict[str, str]:
+    """Answer as soon as the login is decided, or that it is pending after `wait` seconds: the page then asks again."""
+    query = "SELECT ticket, state FROM logins WHERE id = ? AND browser = ?"
+    found = record.execute(query, (login, browser)).fetchone()
+    if found is None:
+        raise HTTPException(404, "no login of this browser")
+    stored, state = found
+    if state == "pending":
+        state = await outcome(client, ApprovalTicket.from_json(stored), wait)
+    if state != "pending":
+        # The first to know decides, across tabs, repeated requests and processes; a later answer changes nothing.
+        query = "UPDATE logins SET state = ? WHERE id = ? AND state = 'pending'"
+        if record.execute(query, (state, login)).rowcount == 1:
+            log.info("login %s: %s", login, state)
+        [state] = record.execute("SELECT state FROM logins WHERE id = ?", (login,)).fetchone()
+    return {"state": state}
+
+
+async def outcome(client: KeylessClient, ticket: ApprovalTicket, seconds: float) -> str:
+    """Return what a login has come to after so many seconds at most."""
+    if not ticket.remaining():
+        return "timed_out"  # an approval that is found after the end logs nobody in
+    try:
+        operation = await client.hold_for_approval(ticket, seconds=seconds)
+    except ApprovalTimeoutError:
+        return "timed_out"
+    except ApprovalError:
+        return "refused"  # an answer about something else
+    except ClientClosedError:
+        return "pending"  # the server stops; the page asks the next one
+    except KeylessError as error:
+        raise HTTPException(503, UNREACHABLE) from error
+    return "pending" if operation is None else "approved"
+
+
+@app.get("/me")
+async def me(record: Record, browser: Annotated[str, Cookie()] = "") -> dict[str, str]:
+    """Say who is logged in: an approved login is the session of the browser that started it."""
+    query = "SELECT email FROM logins WHERE browser = ? AND state = 'approved'"
+    found = record.execute(query, (browser,)).fetchone()
+    if found is None:
+        raise HTTPException(401, "not logged in")
+    return {"email": found[0]}
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, port=int(os.environ.get("LOGIN_PORT", "8000")))

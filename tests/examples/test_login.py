@@ -1,0 +1,238 @@
+"""The login example as its users have it: a real server in a process of its own, a sandbox, and a real browser."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import aiohttp
+import pytest
+from nats_server import until
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+
+if TYPE_CHECKING:
+    from aiokeyless.sandbox import Sandbox
+
+LOGIN = Path(__file__).parents[2] / "examples" / "login" / "login.py"
+
+
+class Server:
+    """The example in a process of its own, which can be ended and started again on the same port with the same file."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path, **settings: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / "log"
+        self._environment = os.environ | {
+            "KEYLESS_BASE_URL": sandbox.url,
+            "KEYLESS_API_KEY": sandbox.api_key,
+            "LOGIN_DB": str(folder / "login.sqlite3"),
+            "LOGIN_PORT": str(port),
+            **settings,
+        }
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Self:
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-W", "error", str(LOGIN), env=self._environment, stdout=log, stderr=log
+            )
+        async with aiohttp.ClientSession() as session:
+            while not await self._serves(session):  # noqa: ASYNC110  # a process has no event for it
+                await asyncio.sleep(0.05)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.end(signal.SIGKILL)
+
+    async def _serves(self, session: aiohttp.ClientSession) -> bool:
+        assert self._process is not None
+        assert self._process.returncode is None, self._log.read_text()
+        with contextlib.suppress(aiohttp.ClientError):
+            async with session.get(self.url) as answer:
+                return answer.status == 200
+        return False
+
+    async def end(self, number: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(number)
+            await process.wait()
+
+
+class Browser:
+    """A browser without a screen: the requests that the page makes, and the cookies that it keeps."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True))
+        self.login = ""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def start(self, email: str = "alice@example.com") -> int:
+        async with self._session.post(f"{self._server.url}/login", json={"email": email}) as answer:
+            if answer.status == 200:
+                self.login = (await answer.json())["id"]
+            return answer.status
+
+    async def follow(self, login: str = "", wait: float = 25) -> str | int:
+        """Return the state, or the status where there is none."""
+        url = f"{self._server.url}/login/{login or self.login}"
+        async with self._session.get(url, params={"wait": str(wait)}) as answer:
+            return str((await answer.json())["state"]) if answer.status == 200 else answer.status
+
+    async def who(self) -> str | None:
+        async with self._session.get(f"{self._server.url}/me") as answer:
+            email: str | None = (await answer.json()).get("email")
+            return email
+
+
+async def test_approval_logs_in_the_browser_that_asked_and_no_other(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
+        assert await alice.start() == 200
+        assert await alice.who() is None
+        held = asyncio.create_task(alice.follow())
+        sandbox.approve(alice.login)
+        assert await mallory.follow(alice.login) == 404
+        assert await held == "approved"
+        assert await alice.who() == "alice@example.com"
+        assert await mallory.who() is None
+
+
+async def test_one_approval_counts_once_however_often_it_is_asked_about(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()
+        tabs = [asyncio.create_task(alice.follow()) for _ in range(5)]
+        sandbox.approve(alice.login)
+        assert await asyncio.gather(*tabs) == ["approved"] * 5
+        assert await alice.follow() == "approved"
+        assert await alice.who() == "alice@example.com"
+        assert (tmp_path / "log").read_text().count(f"login {alice.login}: approved") == 1
+
+
+async def test_lost_answer_does_not_lose_the_login(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()
+        lost = asyncio.create_task(alice.follow())
+        await until(lambda: any(request.path.endswith(alice.login) for request in sandbox.requests))
+        lost.cancel()  # as when the page is reloaded
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "approved"
+        assert await alice.who() == "alice@example.com"
+
+
+async def test_login_survives_a_server_that_is_killed(sandbox: Sandbox, tmp_path: Path) -> None:
+    server = Server(sandbox, tmp_path)
+    async with Browser(server) as alice:
+        async with server:
+            await alice.start()
+            assert await alice.follow(wait=0.1) == "pending"
+        sandbox.approve(alice.login)
+        async with server:
+            assert await alice.follow() == "approved"
+            assert await alice.who() == "alice@example.com"
+
+
+async def test_server_that_is_stopped_answers_the_open_poll_with_pending(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()
+        held = asyncio.create_task(alice.follow(wait=55))
+        await until(lambda: any(request.path.endswith(alice.login) for request in sandbox.requests))
+        async with asyncio.timeout(45):  # less than the poll would last
+            await server.end(signal.SIGTERM)
+        assert await held == "pending"
+
+
+async def test_approval_after_the_end_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path, LOGIN_EXPIRES_IN="0.5") as server, Browser(server) as alice:
+        await alice.start()
+        assert await alice.follow() == "timed_out"
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "timed_out"
+        assert await alice.who() is None
+
+
+async def test_approval_that_is_found_only_after_the_end_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path, LOGIN_EXPIRES_IN="0.01") as server, Browser(server) as alice:
+        await alice.start()
+        await asyncio.sleep(0.05)  # the time of the login, which is another process's
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "timed_out"
+        assert await alice.who() is None
+
+
+async def test_answer_about_another_user_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()
+        sandbox.tamper(alice.login, user_id="BAD", state="approved", result=True)
+        assert await alice.follow() == "refused"
+        sandbox.tamper(alice.login)
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "refused"
+        assert await alice.who() is None
+
+
+async def test_outage_is_told_and_nobody_is_logged_in(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        sandbox.fail_next(401, times=None)
+        assert await alice.start() == 503
+        sandbox.recover()
+        await alice.start()
+        sandbox.fail_next(401, times=None)
+        assert await alice.follow() == 503
+        sandbox.recover()
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "approved"
+
+
+async def test_bad_input_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        assert await alice.start("nobody@example.com") == 404
+        assert not sandbox.operations
+        assert await alice.start("ALICE@example.com") == 200
+        for wait in (0, -1, 56, float("nan")):
+            assert await alice.follow(wait=wait) == 422
+        assert await alice.follow("unknown") == 404
+
+
+@pytest.mark.browser
+async def test_page_logs_in_and_shows_the_code_of_the_phone(sandbox: Sandbox, tmp_path: Path) -> None:
+    playwright_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium on this machine")
+    playwright_api.expect.set_options(timeout=60_000)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    async with Server(sandbox, tmp_path) as server, playwright_api.async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=chromium, args=[*flags, "--disable-sync", "--no-first-run"]
+        )
+        page = await browser.new_page()
+        await page.goto(server.url)
+        await page.get_by_role("button", name="Log in with your face").click()
+        await playwright_api.expect(page.locator("#code")).to_have_text(re.compile("[0-9A-F]{4}"))
+        [operation] = sandbox.operations.values()
+        assert operation.operation_payload is not None
+        assert operation.operation_payload.endswith(f"Code {await page.locator('#code').text_content()}")
+        await page.reload()  # the page goes on with the same login
+        await playwright_api.expect(page.locator("#code")).to_be_visible()
+        sandbox.approve(operation.operation_id)
+        await playwright_api.expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
+        assert len(sandbox.operations) == 1
+        await browser.close()
