@@ -171,6 +171,11 @@ class KeylessClient:
         return f"<KeylessClient {where}{' closed' if self._closed else ''}>"
 
     @property
+    def base_url(self) -> str:
+        """Base URL of the API that it asks."""
+        return self._base_url
+
+    @property
     def request_timeout(self) -> float:
         """Seconds for one HTTP exchange."""
         return self._request_timeout

@@ -8,12 +8,23 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless.worker import Fleet, StreamSettings
+from aiokeyless.worker.nats import streams
 from benchmarks import broker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-PATIENCE: Final = 20.0
+    from nats.js import JetStreamContext
+
+PATIENCE: Final = 60.0  # seconds, against hangs only
+
+#: What the streams, the consumer and the subject of requests are called where the fleet has no name of its own.
+REQUESTS: Final = "KEYLESS_REQUESTS"
+OUTCOMES: Final = "KEYLESS_OUTCOMES"
+CLAIMS: Final = "KEYLESS_CLAIMS"
+CONSUMER: Final = "keyless-approvals"
+REQUEST_SUBJECT: Final = "keyless.approvals.request"
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], patience: float = PATIENCE) -> None:
@@ -25,6 +36,15 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], patience: float
             return
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.01)
+
+
+async def prepare(stream: JetStreamContext, settings: StreamSettings | None = None, *, ack_wait: float) -> float:
+    """Make the streams and the consumer of the fleet that has no name of its own, as an operator does.
+
+    They say nothing of the service that they are for, so that a worker of any sandbox may use them.
+    """
+    made = settings or StreamSettings()
+    return await streams.prepare(stream, Fleet(), made, ack_wait=ack_wait, service="")
 
 
 class NatsServer(broker.NatsServer):

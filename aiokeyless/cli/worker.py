@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from aiokeyless.errors import ConfigurationError
+
 from .app import AsJson, CommandError, Exit, Seconds, app, new_client
 from .sandbox import check_port
 
@@ -45,9 +47,13 @@ Example, as an orchestrator runs it, with NATS_URL naming a cluster's servers:
 async def worker(
     *,
     nats_url: Annotated[str | None, Parameter(name="--nats")] = None,
+    name: str = "keyless",
+    tenant: str | None = None,
     max_in_flight: Count = 64,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     creds: Path | None = None,
+    domain: str | None = None,
+    prefix: str | None = None,
     replicas: OptionalCount = None,
     duplicate_window: Seconds = 24 * 3600.0,
     health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
@@ -61,9 +67,13 @@ async def worker(
 
     Args:
         nats_url: Addresses of the broker, separated by commas; NATS_URL, or nats://127.0.0.1:4222, if left out.
+        name: Name of the fleet; fleets of different names share a broker and nothing else.
+        tenant: Your name of the Keyless tenant; a worker of another one does not start in this fleet.
         max_in_flight: Requests that are processed at the same time.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         creds: File with the broker's credentials for this worker.
+        domain: JetStream domain of the streams; that of the server if left out.
+        prefix: Prefix of JetStream's API, where another account exports it.
         replicas: Servers that store each message; if left out, 1 for new streams.
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
         health_port: Port for GET /healthz; none if left out.
@@ -71,7 +81,8 @@ async def worker(
         as_json: Log JSON objects, one a line.
     """
     try:
-        from aiokeyless.worker import ApprovalWorker, StreamSettings, serve_health  # noqa: PLC0415  # needs the extra
+        # Imported here: they need the extra.
+        from aiokeyless.worker import ApprovalWorker, Fleet, StreamSettings, serve_health  # noqa: PLC0415
         from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
         from aiokeyless.worker.service import DEFAULT_NATS_URL  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -81,12 +92,17 @@ async def worker(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        fleet = Fleet(name=name, tenant=tenant, domain=domain, prefix=prefix)
+    except ConfigurationError as error:
+        raise CommandError(f"--{error}") from None
     async with new_client() as client:
         service = ApprovalWorker(
             client,
             nats_url or os.environ.get("NATS_URL") or DEFAULT_NATS_URL,
             max_in_flight=max_in_flight,
             grace=grace,
+            fleet=fleet,
             settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window),
             connect_options={} if creds is None else {"user_credentials": str(creds)},
         )

@@ -12,6 +12,7 @@ from .healthz import serve_health
 from .memory import MemoryBroker
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
 from .nats.broker import is_outcome
+from .nats.fleet import Fleet
 from .nats.streams import StreamSettings
 from .service import ApprovalWorker
 from .serving import WorkerStatistics
@@ -22,6 +23,7 @@ __all__ = [
     "ApprovalWorker",
     "BrokerError",
     "FailureReason",
+    "Fleet",
     "InvalidRequestError",
     "MemoryBroker",
     "Outcome",

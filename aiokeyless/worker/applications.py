@@ -28,6 +28,7 @@ from .messages import (
     request_name,
 )
 from .nats.broker import NatsBroker
+from .nats.fleet import KEYLESS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from .engine import OutcomeMessage
+    from .nats.fleet import Fleet
 
 _DURABLE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _UPGRADED_IN: Final = 60.0  # seconds until an event of a later version is delivered again
@@ -66,6 +68,7 @@ async def submit_approval(
     context: object = None,
     message_id: str | None = None,
     created_at: datetime | None = None,
+    fleet: Fleet = KEYLESS,
 ) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it.
 
@@ -86,6 +89,7 @@ async def submit_approval(
             derived where you give none; otherwise it has no effect. Default: a new UUID.
         created_at: When you asked, with a zone. Give it where your own trigger may fire twice: then both submissions
             have the same deadline. It counts as now where it is in the future. Default: now, by the broker's clock.
+        fleet: Of the workers that are to process it. Default: that of the name ``keyless``.
 
     Returns:
         The operation's id, and whether exactly this request was stored already.
@@ -106,12 +110,12 @@ async def submit_approval(
         created_at=None if created_at is None else _aware(created_at),
         context=_encoded(context),
     )
-    duplicate = await _submit(_broker(connection), request, operation_id)
+    duplicate = await _submit(_broker(connection, fleet), request, operation_id)
     return Submission(operation_id=operation_id, message_id=message_id, duplicate=duplicate)
 
 
-def _broker(connection: Client | Broker) -> Broker:
-    return connection if isinstance(connection, Broker) else NatsBroker(connection)
+def _broker(connection: Client | Broker, fleet: Fleet) -> Broker:
+    return connection if isinstance(connection, Broker) else NatsBroker(connection, fleet)
 
 
 async def _submit(broker: Broker, request: ApprovalRequest, operation_id: str) -> bool:
@@ -172,7 +176,9 @@ def _encoded(context: object) -> msgspec.Raw:
     return encoded
 
 
-async def approval_outcomes(connection: Client | Broker, durable: str) -> AsyncGenerator[ApprovalEvent]:
+async def approval_outcomes(
+    connection: Client | Broker, durable: str, *, fleet: Fleet = KEYLESS
+) -> AsyncGenerator[ApprovalEvent]:
     """Iterate over the outcomes of requests, each event until it was handled.
 
     An event is acknowledged when the next one is asked for. One whose handling raised, or took over 30 s, is delivered
@@ -186,6 +192,7 @@ async def approval_outcomes(connection: Client | Broker, durable: str) -> AsyncG
         connection: A connection to NATS; or a `MemoryBroker`, for tests.
         durable: Name of the reading application: its place in the stream is remembered under it, and processes that
             share it share the events. Letters, digits, ``-`` and ``_``.
+        fleet: Of the workers that decided. Default: that of the name ``keyless``.
 
     Yields:
         Events, from the oldest that this application has not handled, without end.
@@ -199,7 +206,7 @@ async def approval_outcomes(connection: Client | Broker, durable: str) -> AsyncG
         raise ConfigurationError(f"durable must be 1 to 128 letters, digits, '-' and '_', not {durable!r:.80}")
     try:
         # One at a time: a batch would make the last of it wait for an application that is slow with the first.
-        async with aclosing(_broker(connection).outcomes(durable)) as messages:
+        async with aclosing(_broker(connection, fleet).outcomes(durable)) as messages:
             async for message in messages:
                 event = await _event(message)
                 if event is not None:

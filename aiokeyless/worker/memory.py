@@ -42,6 +42,39 @@ class MemoryBroker(Broker):
     """
 
     def __init__(self) -> None:
+        self._store = _Store()
+
+    def now(self) -> datetime:
+        """Return the time: that of its making, and what has passed since on the loop's clock."""
+        return self._store.now()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are not decided."""
+        return self._store.waiting()
+
+    @property
+    def largest_message(self) -> int:
+        """See `Broker`."""
+        return _LARGEST_MESSAGE
+
+    async def submit(self, request: bytes, name: str) -> bool:
+        """See `Broker`."""
+        return self._store.submit(request, name)
+
+    def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
+        """See `Broker`."""
+        return self._store.outcomes(reader)
+
+    def engine(self) -> MemoryEngine:
+        """Make the worker's side of it, for one worker."""
+        return MemoryEngine(self._store)
+
+
+class _Store:
+    """What is stored: requests, outcomes, claims, and when requests are due."""
+
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._began_at = datetime.now(UTC)
         self._began = self._loop.time()
@@ -57,20 +90,14 @@ class MemoryBroker(Broker):
         self._news = asyncio.Event()
 
     def now(self) -> datetime:
-        """Return the time: that of its making, and what has passed since on the loop's clock."""
+        """See `MemoryBroker`."""
         return self._began_at + timedelta(seconds=self._loop.time() - self._began)
 
-    @property
     def waiting(self) -> int:
-        """How many requests are not decided."""
+        """See `MemoryBroker`."""
         return sum(not request.is_decided for request in self._requests.values())
 
-    @property
-    def largest_message(self) -> int:
-        """See `Broker`."""
-        return _LARGEST_MESSAGE
-
-    async def submit(self, request: bytes, name: str) -> bool:
+    def submit(self, request: bytes, name: str) -> bool:
         """See `Broker`."""
         if name in self._requests:
             return True
@@ -100,12 +127,6 @@ class MemoryBroker(Broker):
                 if not message.is_settled:
                     del delays[message.sequence]
                     self._news.set()
-
-    # -- for its engines
-
-    def engine(self) -> MemoryEngine:
-        """Make the worker's side of it, for one worker."""
-        return MemoryEngine(self)
 
     def attach(self, engine: MemoryEngine) -> None:
         """Deliver to a worker from now on."""
@@ -202,18 +223,18 @@ class MemoryEngine(Engine):
     """One worker's side of a broker in memory, which is never lost.
 
     Args:
-        broker: The broker.
+        store: What the broker stores.
     """
 
-    def __init__(self, broker: MemoryBroker) -> None:
-        self._broker = broker
+    def __init__(self, store: _Store) -> None:
+        self._store = store
         self._loop = asyncio.get_running_loop()
         self._is_connected = False
         self._asked = 0
         self._asked_until = 0.0
         self._unsettled: dict[_Request, None] = {}
         self._deliver: Callable[[Message], None]
-        self.claims = MemoryClaims(broker.holders)
+        self.claims = MemoryClaims(store.holders)
 
     async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:  # noqa: ARG002
         """See `Engine`."""
@@ -226,7 +247,7 @@ class MemoryEngine(Engine):
     async def open(self, *, deliver: Callable[[Message], None], ended: Callable[[str | None], None]) -> None:  # noqa: ARG002
         """See `Engine`."""
         self._deliver = deliver
-        self._broker.attach(self)
+        self._store.attach(self)
 
     @property
     def is_connected(self) -> bool:
@@ -235,7 +256,7 @@ class MemoryEngine(Engine):
 
     def now(self) -> datetime:
         """See `Engine`."""
-        return self._broker.now()
+        return self._store.now()
 
     def expected(self) -> int:
         """See `Engine`."""
@@ -245,28 +266,28 @@ class MemoryEngine(Engine):
         """See `Engine`."""
         self._asked = self.expected() + batch
         self._asked_until = self._loop.time() + EXPIRES
-        self._broker.deliver()
+        self._store.deliver()
 
     async def restore(self) -> None:
         """See `Engine`."""
 
     async def close(self) -> None:
         """See `Engine`."""
-        self._broker.detach(self)
+        self._store.detach(self)
 
     async def disconnect(self) -> None:
         """See `Engine`."""
         self._is_connected = False
-        self._broker.detach(self)
+        self._store.detach(self)
         while self._unsettled:
             self.settle(request := next(iter(self._unsettled)))
-            self._broker.put_off(request, 0.0)
+            self._store.put_off(request, 0.0)
 
     def take(self, request: _Request, backlog: int) -> None:
         """Hand on a delivery."""
         self._asked -= 1
         self._unsettled[request] = None
-        self._deliver(_MemoryMessage(self, self._broker, request, backlog))
+        self._deliver(_MemoryMessage(self, self._store, request, backlog))
 
     def settle(self, request: _Request) -> None:
         """Expect no word about a delivery any more."""
@@ -276,11 +297,11 @@ class MemoryEngine(Engine):
 class _MemoryMessage(Message):
     """One delivery of a request."""
 
-    __slots__ = ("_broker", "_engine", "_request")
+    __slots__ = ("_engine", "_request", "_store")
 
-    def __init__(self, engine: MemoryEngine, broker: MemoryBroker, request: _Request, backlog: int) -> None:
+    def __init__(self, engine: MemoryEngine, store: _Store, request: _Request, backlog: int) -> None:
         self._engine = engine
-        self._broker = broker
+        self._store = store
         self._request = request
         self.data = request.data
         self.message_id = request.message_id
@@ -292,12 +313,12 @@ class _MemoryMessage(Message):
     async def put_off(self, delay: float) -> None:
         """See `Message`."""
         self._engine.settle(self._request)
-        self._broker.put_off(self._request, delay)
+        self._store.put_off(self._request, delay)
 
     async def decide(self, event: Sealed) -> bool:
         """See `Message`."""
         self._engine.settle(self._request)
-        return self._broker.decide(self._request, event)
+        return self._store.decide(self._request, event)
 
 
 class _MemoryOutcome(OutcomeMessage):

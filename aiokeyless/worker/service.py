@@ -17,6 +17,7 @@ from .exchanges import check_key
 from .logs import log
 from .memory import MemoryBroker
 from .nats.engine import NatsEngine
+from .nats.fleet import KEYLESS
 from .nats.streams import StreamSettings
 from .serving import Limits, Serving, WorkerStatistics
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from aiokeyless.client import KeylessClient
 
     from .engine import Engine
+    from .nats.fleet import Fleet
 
 DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
 _PUBLISH_WITHIN: Final = 5.0  # seconds
@@ -54,6 +56,7 @@ class ApprovalWorker:
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
             30.
+        fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
         settings: Of the streams, where they do not exist yet.
         connect_options: Of ``nats.connect``: credentials, TLS.
 
@@ -73,6 +76,7 @@ class ApprovalWorker:
         max_in_flight: int = 64,
         schedule: wait_base | None = None,
         grace: float = 30.0,
+        fleet: Fleet = KEYLESS,
         settings: StreamSettings | None = None,
         connect_options: Mapping[str, object] | None = None,
     ) -> None:
@@ -92,6 +96,8 @@ class ApprovalWorker:
         else:
             self._engine = NatsEngine(
                 broker,
+                fleet=fleet,
+                service=client.base_url,
                 settings=settings or StreamSettings(),
                 options=dict(connect_options or {}),
                 timeout=_PUBLISH_WITHIN,

@@ -17,12 +17,11 @@ import aiohttp
 import nats
 import pytest
 from nats.js.api import StreamConfig
-from nats_server import NatsServer, until
+from nats_server import REQUESTS, NatsServer, until
 
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.worker import Outcome, approval_outcomes, submit_approval
-from aiokeyless.worker.nats.streams import REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -196,10 +195,12 @@ async def test_as_json_every_line_is_an_object(workers: Workers, connection: Cli
 async def test_the_environment_names_the_broker_and_options_its_settings(
     workers: Workers, connection: Client, nats_url: str
 ) -> None:
-    worker = await workers.start("--duplicate-window", "600", "--replicas", "1", NATS_URL=nats_url)
+    options = ("--duplicate-window", "600", "--replicas", "1", "--name", "staging", "--tenant", "shop")
+    worker = await workers.start(*options, NATS_URL=nats_url)
     await worker.logged("worker.ready")
-    config = (await connection.jetstream().stream_info(REQUESTS)).config
+    config = (await connection.jetstream().stream_info("STAGING_REQUESTS")).config
     assert (config.duplicate_window, config.num_replicas) == (600, 1)
+    assert (config.metadata or {})["aiokeyless-tenant"] == "shop"
     assert await worker.stop() == 0
 
 
@@ -334,6 +335,16 @@ def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "aiokeyless._rules.approval", None)
     with pytest.raises(ModuleNotFoundError, match="approval"):
         run(["worker"])
+
+
+@pytest.mark.parametrize("option", ["name", "tenant", "domain", "prefix"])
+def test_a_fleet_that_cannot_be_is_one_line_that_names_the_option(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
+    assert run(["worker", f"--{option}", "a\n"]) == Exit.ERROR
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aiokeyless: --{option} ")
 
 
 def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import nats
 import nats.errors
 import pytest
 from nats.js.errors import NotFoundError
-from nats_server import NatsServer, until
+from nats_server import OUTCOMES, REQUESTS, NatsServer, prepare, until
 
 from aiokeyless import ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
@@ -39,7 +39,7 @@ from aiokeyless.worker.messages import (
     read_request,
 )
 from aiokeyless.worker.nats import broker as nats_broker
-from aiokeyless.worker.nats.streams import OUTCOMES, REQUESTS, outcome_subject, prepare
+from aiokeyless.worker.nats.fleet import KEYLESS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -79,7 +79,9 @@ async def publish(stream: JetStreamContext, *names: str) -> None:
             decided_at=datetime.now(UTC),
             deliveries=1,
         )
-        await stream.publish(outcome_subject(event.outcome), msgspec.json.encode(event), headers={MESSAGE_ID: name})
+        await stream.publish(
+            KEYLESS.outcome_subject(event.outcome), msgspec.json.encode(event), headers={MESSAGE_ID: name}
+        )
 
 
 FORGED = msgspec.json.encode(
@@ -567,7 +569,7 @@ async def test_a_message_that_is_no_event_is_skipped_for_good_and_logged(
     connection: Client, stream: JetStreamContext, caplog: pytest.LogCaptureFixture, data: bytes
 ) -> None:
     await publish(stream, "a")
-    await stream.publish(outcome_subject(Outcome.FAILED), data)
+    await stream.publish(KEYLESS.outcome_subject(Outcome.FAILED), data)
     await publish(stream, "b")
     async with reading(connection) as events:
         assert [await name_of_next(events) for _ in range(2)] == ["a", "b"]
@@ -580,7 +582,7 @@ async def test_a_message_that_is_no_event_is_skipped_for_good_and_logged(
 async def test_an_event_of_a_later_version_is_left_to_a_later_reader_and_logged(
     connection: Client, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await stream.publish(outcome_subject(Outcome.FAILED), b'{"version": 2}')
+    await stream.publish(KEYLESS.outcome_subject(Outcome.FAILED), b'{"version": 2}')
     await publish(stream, "b")
     async with reading(connection) as events:
         assert await name_of_next(events) == "b"
@@ -593,7 +595,7 @@ async def test_an_event_of_a_later_version_comes_again(
     connection: Client, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(applications, "_UPGRADED_IN", 0.05)
-    await stream.publish(outcome_subject(Outcome.APPROVED), b'{"version": 2}')
+    await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), b'{"version": 2}')
     async with reading(connection) as events:
         coming = asyncio.create_task(name_of_next(events))
 
@@ -660,7 +662,7 @@ async def test_an_outcome_under_the_subject_of_another_one_is_not_believed(
         decided_at=now,
         deliveries=1,
     )
-    await stream.publish(outcome_subject(Outcome.FAILED), msgspec.json.encode(forged))
+    await stream.publish(KEYLESS.outcome_subject(Outcome.FAILED), msgspec.json.encode(forged))
     await publish(stream, "genuine")
     async with aclosing(approval_outcomes(connection, "reader")) as events:
         assert (await anext(events)).operation_id == "genuine"
@@ -725,8 +727,8 @@ async def test_a_broker_that_says_nothing_when_reading_begins_is_waited_for_and_
     try:
         began = asyncio.get_running_loop().time()
         with pytest.raises(nats.errors.TimeoutError):
-            await nats_broker._subscribed(hasty, "test")
+            await nats_broker._subscribed(hasty, KEYLESS, "test")
         assert 0.6 <= asyncio.get_running_loop().time() - began < 5
     finally:
         broker.resume()
-    await (await nats_broker._subscribed(stream, "test")).unsubscribe()
+    await (await nats_broker._subscribed(stream, KEYLESS, "test")).unsubscribe()

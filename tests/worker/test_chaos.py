@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 import msgspec
 import nats
 import pytest
-from nats_server import NatsServer, until
+from nats_server import OUTCOMES, REQUESTS, NatsServer, prepare, until
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, StreamSettings, submit_approval
-from aiokeyless.worker.nats.streams import OUTCOMES, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import nats
 import nats.errors
 import pytest
-from nats_server import NatsServer, until
+from nats_server import REQUESTS, NatsServer, until
 from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalWorker, Outcome, StreamSettings, approval_outcomes, submit_approval
-from aiokeyless.worker.nats.streams import REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -20,7 +20,6 @@ from aiokeyless.worker import (
     submit_approval,
 )
 from aiokeyless.worker.engine import EXPIRES, Claim, Message, Sealed
-from aiokeyless.worker.memory import MemoryEngine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -151,7 +150,7 @@ class Hand:
     """An engine, and what it handed on."""
 
     def __init__(self, broker: MemoryBroker) -> None:
-        self.engine = MemoryEngine(broker)
+        self.engine = broker.engine()
         self.messages: list[Message] = []
 
     async def open(self) -> None:
@@ -222,7 +221,7 @@ async def test_of_two_events_of_one_name_the_first_is_kept() -> None:
 
 @looptime
 async def test_an_id_belongs_to_one_request_until_that_gives_it_back() -> None:
-    claims = MemoryEngine(MemoryBroker()).claims
+    claims = MemoryBroker().engine().claims
     assert [await claims.take("txn-1", request) for request in ("a", "b", "a")] == [
         Claim.NEW,
         Claim.ANOTHERS,

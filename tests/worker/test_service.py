@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import msgspec
 import nats
 import pytest
 from nats.aio.msg import Msg
-from nats_server import PATIENCE, NatsServer, until
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, NatsServer, prepare, until
 from tenacity import wait_fixed
 from tenacity.wait import wait_base
 
@@ -43,6 +43,7 @@ from aiokeyless.worker import (
     ApprovalWorker,
     BrokerError,
     FailureReason,
+    Fleet,
     Outcome,
     StreamSettings,
     approval_outcomes,
@@ -56,15 +57,7 @@ from aiokeyless.worker.messages import MESSAGE_ID, ROOM_FOR_EVENT, request_name
 from aiokeyless.worker.nats import engine, intake
 from aiokeyless.worker.nats.connection import connect
 from aiokeyless.worker.nats.engine import NatsEngine
-from aiokeyless.worker.nats.streams import (
-    CLAIMS,
-    CONSUMER,
-    OUTCOMES,
-    REQUEST_SUBJECT,
-    REQUESTS,
-    outcome_subject,
-    prepare,
-)
+from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.serving import Serving
 
 if TYPE_CHECKING:
@@ -274,6 +267,22 @@ async def test_refusal_at_the_start_that_will_not_pass_ends_the_worker(
     sandbox.fail_next(status=403)
     with pytest.raises(PermissionDeniedError):
         await ApprovalWorker(client, broker.url).run()
+
+
+async def test_two_environments_on_one_broker_never_approve_each_others_requests(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with Sandbox(auto_approve=0.0) as staging, staging.client() as theirs, working(client, broker):
+        with pytest.raises(BrokerError, match=f"belongs to {sandbox.url}, and this worker to {staging.url}: give it"):
+            await ApprovalWorker(theirs, broker.url).run()
+        fleet = Fleet(name="staging")
+        async with working(theirs, broker, fleet=fleet):
+            operation_id = await submit(connection, "C0FFEE")
+            await submit(connection, "C0FFEE", fleet=fleet)
+            async with aclosing(approval_outcomes(connection, "test", fleet=fleet)) as events:
+                assert (await anext(events)).outcome is Outcome.APPROVED
+            await until(lambda: operation_id in sandbox.operations)
+        assert (len(sandbox.operations), len(staging.operations)) == (1, 1)
 
 
 async def test_keyless_that_is_down_at_the_start_is_waited_for(
@@ -947,7 +956,7 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
     async with working(client, broker) as worker:
         name = {MESSAGE_ID: request_name(**CONTENT)}
         await connection.jetstream().publish(
-            outcome_subject(Outcome.APPROVED), b"the other's", stream=OUTCOMES, headers=name
+            KEYLESS.outcome_subject(Outcome.APPROVED), b"the other's", stream=OUTCOMES, headers=name
         )
         await publish(connection, {"operation_id": "txn-1"})
         await until(lambda: "txn-1" in sandbox.operations)

@@ -18,7 +18,8 @@ from aiokeyless.worker.logs import Seldom
 from aiokeyless.worker.messages import MESSAGE_ID
 
 from .failures import engine_errors
-from .streams import OUTCOMES, REQUEST_SUBJECT, REQUESTS, is_delivery
+from .fleet import KEYLESS, Fleet
+from .streams import is_delivery
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
 _PUBLISH_WITHIN: Final = 5.0  # seconds
+_ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
@@ -38,10 +40,12 @@ class NatsBroker(Broker):
 
     Args:
         connection: The connection, which stays the application's.
+        fleet: The fleet.
     """
 
-    def __init__(self, connection: Client) -> None:
+    def __init__(self, connection: Client, fleet: Fleet) -> None:
         self._connection = connection
+        self._fleet = fleet
 
     @property
     def largest_message(self) -> int:
@@ -50,10 +54,12 @@ class NatsBroker(Broker):
 
     async def submit(self, request: bytes, name: str) -> bool:
         """See `Broker`."""
-        stream = self._connection.jetstream(timeout=_PUBLISH_WITHIN)
+        stream = self._fleet.jetstream(self._connection, _PUBLISH_WITHIN)
         with engine_errors():
             try:
-                stored = await stream.publish(REQUEST_SUBJECT, request, stream=REQUESTS, headers={MESSAGE_ID: name})
+                stored = await stream.publish(
+                    self._fleet.request_subject, request, stream=self._fleet.requests, headers={MESSAGE_ID: name}
+                )
             except nats.js.errors.NoStreamResponseError:
                 raise BrokerError(
                     "the request for an approval was not stored: no stream took it; start a worker first, it makes the "
@@ -65,16 +71,18 @@ class NatsBroker(Broker):
         """See `Broker`."""
         foreign = Seldom(logging.WARNING, "broker.foreign_message")
         with engine_errors():
-            subscription = await _subscribed(self._connection.jetstream(), reader)
+            subscription = await _subscribed(
+                self._fleet.jetstream(self._connection, _ANSWER_WITHIN), self._fleet, reader
+            )
             try:
                 while True:
                     message = await _next_message(subscription)
                     if message is None:
                         continue
-                    if is_outcome(message.reply, reader):
+                    if is_outcome(message.reply, reader, fleet=self._fleet):
                         yield NatsOutcomeMessage(message)
                     else:
-                        foreign.log({"stream": OUTCOMES, "durable": reader})
+                        foreign.log({"stream": self._fleet.outcomes, "durable": reader})
             finally:
                 with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
                     await subscription.unsubscribe()
@@ -111,7 +119,7 @@ class NatsOutcomeMessage(OutcomeMessage):
             await self._message.nak(delay=delay)
 
 
-def is_outcome(reply: str, durable: str) -> bool:
+def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
     """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
 
     `approval_outcomes` does this itself. An inbox takes messages from any user who may publish to it, and
@@ -120,17 +128,18 @@ def is_outcome(reply: str, durable: str) -> bool:
     Args:
         reply: The message's reply subject.
         durable: Name of the reading application's consumer.
+        fleet: The fleet whose outcomes they are.
     """
-    return is_delivery(reply, OUTCOMES, durable)
+    return is_delivery(reply, fleet.outcomes, durable)
 
 
-async def _subscribed(stream: JetStreamContext, durable: str) -> JetStreamContext.PullSubscription:
+async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> JetStreamContext.PullSubscription:
     place = ConsumerConfig(durable_name=durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT)
     silences = 0
     while True:
         try:
-            await stream.add_consumer(OUTCOMES, place)
-            return await stream.pull_subscribe_bind(durable, OUTCOMES)
+            await stream.add_consumer(fleet.outcomes, place)
+            return await stream.pull_subscribe_bind(durable, fleet.outcomes)
         except nats.js.errors.NotFoundError:
             raise BrokerError(
                 "outcomes cannot be read: there is no stream; start a worker first, it makes it"

@@ -10,10 +10,11 @@ import nats.js.errors
 from aiokeyless.worker.engine import Claim, Claims
 
 from .failures import engine_errors
-from .streams import CLAIMS, claim_subject
 
 if TYPE_CHECKING:
     from nats.js import JetStreamContext
+
+    from .fleet import Fleet
 
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 #: The broker's codes: another message is the last of the subject, or another one is just being stored. A cluster says
@@ -27,10 +28,12 @@ class NatsClaims(Claims):
 
     Args:
         stream: The broker's JetStream.
+        fleet: The fleet of the workers.
     """
 
-    def __init__(self, stream: JetStreamContext) -> None:
+    def __init__(self, stream: JetStreamContext, fleet: Fleet) -> None:
         self._stream = stream
+        self._fleet = fleet
 
     async def take(self, operation_id: str, request: str) -> Claim:
         """See `Claims`."""
@@ -57,7 +60,9 @@ class NatsClaims(Claims):
         headers = {_EXPECTED: str(expected)}
         with engine_errors():
             try:
-                await self._stream.publish(_subject(operation_id), holder, stream=CLAIMS, headers=headers)
+                await self._stream.publish(
+                    self._subject(operation_id), holder, stream=self._fleet.claims, headers=headers
+                )
             except nats.js.errors.APIError as error:
                 if error.err_code not in _WRONG_LAST_SEQUENCE:
                     raise
@@ -67,11 +72,10 @@ class NatsClaims(Claims):
     async def _last(self, operation_id: str) -> tuple[int, bytes]:
         with engine_errors():
             try:
-                message = await self._stream.get_last_msg(CLAIMS, _subject(operation_id))
+                message = await self._stream.get_last_msg(self._fleet.claims, self._subject(operation_id))
             except nats.js.errors.NotFoundError:
                 return 0, _RELEASED
         return message.seq or 0, message.data or _RELEASED
 
-
-def _subject(operation_id: str) -> str:
-    return claim_subject(sha256(operation_id.encode()).hexdigest())
+    def _subject(self, operation_id: str) -> str:
+        return self._fleet.claim_subject(sha256(operation_id.encode()).hexdigest())

@@ -13,7 +13,7 @@ from .claims import NatsClaims
 from .connection import connect, disconnect
 from .failures import engine_errors
 from .intake import Intake
-from .streams import OUTCOMES, outcome_subject, prepare, restore_consumer
+from .streams import prepare, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.errors import BrokerError
 
+    from .fleet import Fleet
     from .streams import StreamSettings
 
 
@@ -32,14 +33,27 @@ class NatsEngine(Engine):
 
     Args:
         url: Addresses of servers, separated by commas.
+        fleet: The fleet of the worker.
         settings: Of the streams, where they do not exist yet.
+        service: Base URL of the service that the worker asks.
         options: Of ``nats.connect``.
         timeout: Seconds within which the broker must answer.
     """
 
-    def __init__(self, url: str, *, settings: StreamSettings, options: Mapping[str, object], timeout: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        fleet: Fleet,
+        settings: StreamSettings,
+        service: str,
+        options: Mapping[str, object],
+        timeout: float,
+    ) -> None:
         self._url = url
+        self._fleet = fleet
         self._settings = settings
+        self._service = service
         self._options = options
         self._timeout = timeout
         self._ack_wait = 0.0
@@ -56,20 +70,23 @@ class NatsEngine(Engine):
             on_reconnect()
 
         self._connection = await connect(self._url, self._options, on_reconnect=reconnected, on_loss=on_loss)
-        self._stream = self._connection.jetstream(timeout=self._timeout)
-        self.claims = NatsClaims(self._stream)
+        self._stream = self._fleet.jetstream(self._connection, self._timeout)
+        self.claims = NatsClaims(self._stream, self._fleet)
 
     async def prepare(self, *, ack_wait: float) -> Terms:
         """See `Engine`."""
         self._ack_wait = ack_wait
-        longest_wait = await prepare(self._stream, self._settings, ack_wait=ack_wait)
+        longest_wait = await prepare(
+            self._stream, self._fleet, self._settings, ack_wait=ack_wait, service=self._service
+        )
         return Terms(longest_wait, self._connection.max_payload)
 
     async def open(self, *, deliver: Callable[[Message], None], ended: Callable[[str | None], None]) -> None:
         """See `Engine`."""
         self._intake = Intake(
             self._connection,
-            deliver=lambda message: deliver(NatsMessage(message, self._stream)),
+            self._fleet,
+            deliver=lambda message: deliver(NatsMessage(message, self._stream, self._fleet)),
             ended=ended,
             now=asyncio.get_running_loop().time,
         )
@@ -95,7 +112,7 @@ class NatsEngine(Engine):
 
     async def restore(self) -> None:
         """See `Engine`."""
-        await restore_consumer(self._stream, ack_wait=self._ack_wait)
+        await restore_consumer(self._stream, self._fleet, ack_wait=self._ack_wait)
 
     async def close(self) -> None:
         """See `Engine`."""
@@ -116,12 +133,14 @@ class NatsMessage(Message):
     Args:
         message: The delivery.
         stream: JetStream.
+        fleet: The fleet of the worker.
     """
 
-    __slots__ = ("_message", "_stream")
+    __slots__ = ("_fleet", "_message", "_stream")
 
-    def __init__(self, message: Msg, stream: JetStreamContext) -> None:
+    def __init__(self, message: Msg, stream: JetStreamContext, fleet: Fleet) -> None:
         metadata = message.metadata
+        self._fleet = fleet
         self._message = message
         self._stream = stream
         self.data = message.data
@@ -141,7 +160,10 @@ class NatsMessage(Message):
         """See `Message`."""
         with engine_errors():
             stored = await self._stream.publish(
-                outcome_subject(event.outcome), event.data, stream=OUTCOMES, headers={MESSAGE_ID: event.name}
+                self._fleet.outcome_subject(event.outcome),
+                event.data,
+                stream=self._fleet.outcomes,
+                headers={MESSAGE_ID: event.name},
             )
             await self._message.ack()
         return not stored.duplicate

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless.worker.engine import EXPIRES
 from aiokeyless.worker.logs import Seldom
 
-from .streams import CONSUMER, REQUESTS, is_delivery
+from .streams import is_delivery
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
+    from .fleet import Fleet
+
 _LATE: Final = 2.0  # seconds after which the end of a pull is not to be expected any more
 _EXPIRED: Final = "408"  # a pull that was kept for as long as it was asked to
-_SUBJECT: Final = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{CONSUMER}"
 
 
 class _Pull:
@@ -45,6 +46,7 @@ class Intake:
 
     Args:
         connection: The broker.
+        fleet: The fleet of the worker.
         deliver: Takes a delivery; it must not block.
         ended: Told that a pull has ended, so that there may be reason to ask again; and why, where the broker did not
             keep it for as long as it was asked to.
@@ -54,12 +56,15 @@ class Intake:
     def __init__(
         self,
         connection: Client,
+        fleet: Fleet,
         *,
         deliver: Callable[[Msg], None],
         ended: Callable[[str | None], None],
         now: Callable[[], float],
     ) -> None:
         self._connection = connection
+        self._fleet = fleet
+        self._subject = f"{fleet.api_prefix}.CONSUMER.MSG.NEXT.{fleet.requests}.{fleet.consumer}"
         self._deliver = deliver
         self._ended = ended
         self._now = now
@@ -83,7 +88,7 @@ class Intake:
         """Ask for so many more."""
         self._pulls.append(_Pull(batch, self._now() + EXPIRES + _LATE))
         pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
-        await self._connection.publish(_SUBJECT, json.dumps(pull).encode(), reply=self._inbox)
+        await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._inbox)
 
     def forget(self) -> None:
         """Expect nothing any more: the pulls went with the connection."""
@@ -105,9 +110,9 @@ class Intake:
         await self._subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     async def _arrived(self, message: Msg) -> None:
-        if message.reply and not is_delivery(message.reply, REQUESTS, CONSUMER):
+        if message.reply and not is_delivery(message.reply, self._fleet.requests, self._fleet.consumer):
             self._foreign.log(
-                {"stream": REQUESTS}
+                {"stream": self._fleet.requests}
             )  # published to this inbox by another user, and not delivered by the stream
             return
         self._moved.set()

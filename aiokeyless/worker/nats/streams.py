@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
     from nats.js import JetStreamContext
 
-REQUESTS: Final = "KEYLESS_REQUESTS"
-OUTCOMES: Final = "KEYLESS_OUTCOMES"
-CLAIMS: Final = "KEYLESS_CLAIMS"
-CONSUMER: Final = "keyless-approvals"
-REQUEST_SUBJECT: Final = "keyless.approvals.request"
+    from .fleet import Fleet
 
+_TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
+_SERVICE: Final = "aiokeyless-service"
 _UNLIMITED: Final = -1
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
@@ -51,27 +49,32 @@ class StreamSettings(NamedTuple):
     max_age: float = 7 * 24 * 3600.0
 
 
-async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wait: float) -> float:
+async def prepare(
+    stream: JetStreamContext, fleet: Fleet, settings: StreamSettings, *, ack_wait: float, service: str
+) -> float:
     """Make or check the streams and the consumer.
 
     Args:
         stream: The broker's JetStream.
+        fleet: The fleet.
         settings: What the operator chose.
         ack_wait: Seconds after which a delivery that was not acknowledged is repeated: longer than one takes at most.
+        service: Base URL of the service that the workers of the fleet ask.
 
     Returns:
         Seconds of the duplicate window that is in force, which bounds `expires_in`.
 
     Raises:
-        BrokerError: One of them has other settings, or cannot be made.
+        BrokerError: One of them has other settings, or cannot be made; or the fleet is another tenant's.
     """
     try:
-        requests = await _stream(stream, _requests(settings))
-        outcomes = await _stream(stream, _outcomes(settings))
+        requests = await _stream(stream, _requests(fleet, settings, service))
+        _check_owner(requests, fleet, service)
+        outcomes = await _stream(stream, _outcomes(fleet, settings))
         window = min(requests.duplicate_window, outcomes.duplicate_window)
-        claims = await _stream(stream, _claims(settings, window))
-        _check(f"stream {CLAIMS}", _claims_differences(claims, window))
-        await _consumer(stream, ack_wait)
+        claims = await _stream(stream, _claims(fleet, settings, window))
+        _check(f"stream {fleet.claims}", _claims_differences(claims, window))
+        await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
         raise BrokerError(
             "the broker has no JetStream: start it with -js, or enable JetStream for this account"
@@ -81,42 +84,43 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings, *, ack_wai
     except nats.errors.Error as error:
         raise BrokerError(
             f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, and may this "
-            "user publish to $JS.API.>, $JS.ACK.>, keyless.approvals.* and keyless.claims.*?"
+            f"user publish to {fleet.api_prefix}.>, $JS.ACK.>, {fleet.name}.approvals.* and {fleet.name}.claims.*?"
         ) from None
     return window
 
 
-async def restore_consumer(stream: JetStreamContext, *, ack_wait: float) -> None:
+async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:
     """Make the consumer again if it was deleted; while the broker has no leader for it, do nothing.
 
     Raises:
         BrokerError: It has other settings now, or its stream is gone.
     """
     try:
-        await _consumer(stream, ack_wait)
+        await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.NotFoundError:
-        raise BrokerError(f"the stream {REQUESTS} is gone, and the requests in it") from None
+        raise BrokerError(f"the stream {fleet.requests} is gone, and the requests in it") from None
     except nats.errors.Error as error:
         log(logging.WARNING, "broker.unsettled", {"error": f"{type(error).__name__}: {error}"})
 
 
-def _requests(settings: StreamSettings) -> StreamConfig:
+def _requests(fleet: Fleet, settings: StreamSettings, service: str) -> StreamConfig:
     return StreamConfig(
-        name=REQUESTS,
+        name=fleet.requests,
         description="Requests for approvals, until they are decided",
-        subjects=[REQUEST_SUBJECT],
+        subjects=[fleet.request_subject],
         retention=RetentionPolicy.WORK_QUEUE,  # a message is there as long as its wait lasts, and goes with its ack
         storage=StorageType.FILE,
         num_replicas=settings.replicas or 1,
         duplicate_window=settings.duplicate_window,
+        metadata={key: value for key, value in ((_SERVICE, service), (_TENANT, fleet.tenant)) if value},
     )
 
 
-def _outcomes(settings: StreamSettings) -> StreamConfig:
+def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
     return StreamConfig(
-        name=OUTCOMES,
+        name=fleet.outcomes,
         description="How requests for approvals ended",
-        subjects=[outcome_subject(outcome) for outcome in Outcome],
+        subjects=[fleet.outcome_subject(outcome) for outcome in Outcome],
         retention=RetentionPolicy.LIMITS,  # any number of applications may read them, each at its own pace
         storage=StorageType.FILE,
         num_replicas=settings.replicas or 1,
@@ -125,11 +129,11 @@ def _outcomes(settings: StreamSettings) -> StreamConfig:
     )
 
 
-def _claims(settings: StreamSettings, window: float) -> StreamConfig:
+def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
     return StreamConfig(
-        name=CLAIMS,
+        name=fleet.claims,
         description="Which request an operation id belongs to",
-        subjects=[claim_subject("*")],
+        subjects=[fleet.claim_subject("*")],
         retention=RetentionPolicy.LIMITS,
         storage=StorageType.FILE,
         num_replicas=settings.replicas or 1,
@@ -138,14 +142,22 @@ def _claims(settings: StreamSettings, window: float) -> StreamConfig:
     )
 
 
-def outcome_subject(outcome: Outcome) -> str:
-    """Return where events of a kind are published."""
-    return f"keyless.approvals.{outcome}"
+def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
+    """Refuse a fleet whose requests are for another service or tenant: it would ask their users, and approve for them.
 
-
-def claim_subject(name: str) -> str:
-    """Return the subject of the claims on one operation id, by a name of that."""
-    return f"keyless.claims.{name}"
+    A stream that an operator made, or an earlier release, may not say; then nothing can be compared.
+    """
+    found = requests.metadata or {}
+    if (owner := found.get(_SERVICE, service)) != service:
+        raise BrokerError(
+            f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: "
+            "give it another name"
+        )
+    if fleet.tenant is not None and (tenant := found.get(_TENANT, fleet.tenant)) != fleet.tenant:
+        raise BrokerError(
+            f"the fleet {fleet.name!r} on this broker belongs to the tenant {tenant!r}, and this worker to "
+            f"{fleet.tenant!r}: give it another name"
+        )
 
 
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:
@@ -172,9 +184,9 @@ def _claims_differences(found: StreamConfig, window: float) -> Iterator[str]:
         yield f"max age is {found.max_age:g} s, not the duplicate window of {window:g} s"
 
 
-def _wanted_consumer(ack_wait: float) -> ConsumerConfig:
+def _wanted_consumer(fleet: Fleet, ack_wait: float) -> ConsumerConfig:
     return ConsumerConfig(
-        durable_name=CONSUMER,
+        durable_name=fleet.consumer,
         description="Workers that wait for approvals",
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
@@ -212,14 +224,14 @@ def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[s
             yield f"{name} is {getattr(found, name)}, and what is over it is dropped from the old end"
 
 
-async def _consumer(stream: JetStreamContext, ack_wait: float) -> None:
-    wanted = _wanted_consumer(ack_wait)
+async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
+    wanted = _wanted_consumer(fleet, ack_wait)
     try:
-        found = (await stream.consumer_info(REQUESTS, CONSUMER)).config
+        found = (await stream.consumer_info(fleet.requests, fleet.consumer)).config
     except nats.js.errors.NotFoundError:
-        found = (await stream.add_consumer(REQUESTS, wanted)).config
+        found = (await stream.add_consumer(fleet.requests, wanted)).config
     assert found is not None  # noqa: S101  # the broker tells it
-    _check(f"consumer {CONSUMER} of stream {REQUESTS}", _consumer_differences(found, wanted))
+    _check(f"consumer {fleet.consumer} of stream {fleet.requests}", _consumer_differences(found, wanted))
 
 
 def _consumer_differences(found: ConsumerConfig, wanted: ConsumerConfig) -> Iterator[str]:

@@ -6,11 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from nats_server import CLAIMS, prepare
 
 from aiokeyless.worker import StreamSettings
 from aiokeyless.worker.engine import Claim, EngineError
 from aiokeyless.worker.nats.claims import NatsClaims
-from aiokeyless.worker.nats.streams import CLAIMS, prepare
+from aiokeyless.worker.nats.fleet import KEYLESS
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -22,7 +23,7 @@ OURS, THEIRS = "request-1", "request-2"
 @pytest.fixture
 async def claims(connection: Client) -> NatsClaims:
     await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
-    return NatsClaims(connection.jetstream())
+    return NatsClaims(connection.jetstream(), KEYLESS)
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:

@@ -8,12 +8,12 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import until
+from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, prepare, until
 
 from aiokeyless.worker import StreamSettings
 from aiokeyless.worker.nats import intake
+from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.intake import Intake
-from aiokeyless.worker.nats.streams import CONSUMER, REQUEST_SUBJECT, REQUESTS, prepare
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -30,7 +30,9 @@ class Hand:
         self.messages: list[Msg] = []
         self.reasons: list[str | None] = []
         self.time = 0.0
-        self.intake = Intake(connection, deliver=self.messages.append, ended=self.reasons.append, now=lambda: self.time)
+        self.intake = Intake(
+            connection, KEYLESS, deliver=self.messages.append, ended=self.reasons.append, now=lambda: self.time
+        )
 
     @property
     def ends(self) -> int:

@@ -17,20 +17,12 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats_server import NatsServer
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, prepare
 
-from aiokeyless.worker import BrokerError, StreamSettings
-from aiokeyless.worker.messages import Outcome
-from aiokeyless.worker.nats.streams import (
-    CLAIMS,
-    CONSUMER,
-    OUTCOMES,
-    REQUESTS,
-    is_delivery,
-    outcome_subject,
-    prepare,
-    restore_consumer,
-)
+from aiokeyless.worker import BrokerError, Fleet, StreamSettings
+from aiokeyless.worker.nats import streams
+from aiokeyless.worker.nats.fleet import KEYLESS
+from aiokeyless.worker.nats.streams import is_delivery, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -304,7 +296,7 @@ async def test_a_user_without_permission_is_told_within_seconds(strict_broker: N
 async def test_a_consumer_that_was_deleted_is_made_again(stream: JetStreamContext) -> None:
     await prepared(stream)
     await stream.delete_consumer(REQUESTS, CONSUMER)
-    await restore_consumer(stream, ack_wait=ACK_WAIT)
+    await restore_consumer(stream, KEYLESS, ack_wait=ACK_WAIT)
     assert (await stream.consumer_info(REQUESTS, CONSUMER)).config.max_ack_pending == -1
 
 
@@ -314,14 +306,14 @@ async def test_a_stream_that_was_deleted_is_not_made_again_since_its_requests_ar
     await prepared(stream)
     await stream.delete_stream(REQUESTS)
     with pytest.raises(BrokerError, match=f"^the stream {REQUESTS} is gone"):
-        await restore_consumer(stream, ack_wait=ACK_WAIT)
+        await restore_consumer(stream, KEYLESS, ack_wait=ACK_WAIT)
 
 
 async def test_where_the_consumer_has_no_leader_nothing_is_done(
     strict_broker: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with await nats.connect(strict_broker.url, user="nobody", password="pass", error_cb=silent) as connection:
-        await restore_consumer(connection.jetstream(timeout=0.2), ack_wait=ACK_WAIT)
+        await restore_consumer(connection.jetstream(timeout=0.2), KEYLESS, ack_wait=ACK_WAIT)
     assert "broker.unsettled" in caplog.text
 
 
@@ -350,9 +342,46 @@ def test_a_delivery_is_told_by_the_reply_that_no_client_can_choose(reply: str, i
     assert is_delivery(reply, "S", "c") is is_one
 
 
-def test_an_event_is_published_under_the_subject_of_its_outcome() -> None:
-    assert [outcome_subject(outcome) for outcome in Outcome] == [
-        "keyless.approvals.approved",
-        "keyless.approvals.expired",
-        "keyless.approvals.failed",
+# -- whose fleet it is
+
+OURS, THEIRS = "https://api.keyless.io", "https://staging.example.com"
+
+
+async def made(stream: JetStreamContext, fleet: Fleet, service: str) -> float:
+    return await streams.prepare(stream, fleet, StreamSettings(), ack_wait=ACK_WAIT, service=service)
+
+
+async def test_a_worker_of_another_service_is_refused_in_one_line(stream: JetStreamContext) -> None:
+    await made(stream, KEYLESS, OURS)
+    await made(stream, KEYLESS, OURS)
+    with pytest.raises(BrokerError) as caught:
+        await made(stream, KEYLESS, THEIRS)
+    assert str(caught.value) == (
+        f"the fleet 'keyless' on this broker belongs to {OURS}, and this worker to {THEIRS}: give it another name"
+    )
+
+
+async def test_a_worker_of_another_tenant_is_refused_in_one_line(stream: JetStreamContext) -> None:
+    await made(stream, Fleet(tenant="shop"), OURS)
+    await made(stream, Fleet(tenant="shop"), OURS)
+    await made(stream, KEYLESS, OURS)  # it says nothing of its tenant
+    with pytest.raises(BrokerError, match=r"belongs to the tenant 'shop', and this worker to 'bank'"):
+        await made(stream, Fleet(tenant="bank"), OURS)
+
+
+async def test_streams_that_say_nothing_of_their_service_are_used(stream: JetStreamContext) -> None:
+    await prepared(stream)
+    await made(stream, Fleet(tenant="shop"), OURS)
+
+
+async def test_fleets_of_different_names_have_streams_of_their_own(stream: JetStreamContext) -> None:
+    await made(stream, KEYLESS, OURS)
+    await made(stream, Fleet(name="staging-2"), THEIRS)
+    assert sorted(info.config.name or "" for info in await stream.streams_info()) == [
+        "KEYLESS_CLAIMS",
+        "KEYLESS_OUTCOMES",
+        "KEYLESS_REQUESTS",
+        "STAGING-2_CLAIMS",
+        "STAGING-2_OUTCOMES",
+        "STAGING-2_REQUESTS",
     ]

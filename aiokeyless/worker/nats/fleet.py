@@ -1,0 +1,113 @@
+"""What a fleet of workers is called on NATS: its streams, its consumer, its subjects, and how JetStream is reached."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from aiokeyless.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.js import JetStreamContext
+
+    from aiokeyless.worker.messages import Outcome
+
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_PREFIX: Final = re.compile(r"[^\s.*>]+(?:\.[^\s.*>]+)*")
+_TENANT: Final = re.compile(r"[ -~]{1,128}")
+_DOMAIN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """A fleet: all workers of one tenant, and the applications that ask them and read what they decide.
+
+    Two fleets on one broker never see each other's messages. Give production and staging a name each, even where the
+    brokers are separate today.
+
+    Attributes:
+        name: In the names of all streams and subjects: a lower-case letter, then letters, digits and ``-``, 32 at most.
+            Default: ``keyless``.
+        tenant: Your name of the Keyless tenant, any printable ASCII. It is kept with the streams, and a worker that
+            names another one does not start. Default: not compared.
+        domain: JetStream domain that the streams are in, where that is not the one of the server. Default: none.
+        prefix: Prefix of JetStream's API, where the streams are in another account that exports it. Default: that of
+            the domain, or ``$JS.API``.
+
+    Raises:
+        ConfigurationError: An attribute is wrong.
+    """
+
+    name: str = "keyless"
+    tenant: str | None = None
+    domain: str | None = None
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _matches(_NAME, self.name):
+            raise ConfigurationError(
+                f"name must be a lower-case letter, and then up to 31 of them, digits and '-', not {self.name!r:.80}",
+                argument="name",
+            )
+        if self.domain is not None and self.prefix is not None:
+            raise ConfigurationError(
+                "domain and prefix must not both be given: a domain is a prefix", argument="prefix"
+            )
+        for argument, pattern in (("tenant", _TENANT), ("domain", _DOMAIN), ("prefix", _PREFIX)):
+            value = getattr(self, argument)
+            if value is not None and not _matches(pattern, value):
+                raise ConfigurationError(f"{argument} is not valid: {value!r:.80}", argument=argument)
+
+    @property
+    def requests(self) -> str:
+        """Name of the stream of requests."""
+        return f"{self.name.upper()}_REQUESTS"
+
+    @property
+    def outcomes(self) -> str:
+        """Name of the stream of outcomes."""
+        return f"{self.name.upper()}_OUTCOMES"
+
+    @property
+    def claims(self) -> str:
+        """Name of the stream of claims."""
+        return f"{self.name.upper()}_CLAIMS"
+
+    @property
+    def consumer(self) -> str:
+        """Name of the workers' consumer of requests."""
+        return f"{self.name}-approvals"
+
+    @property
+    def request_subject(self) -> str:
+        """Where requests are published."""
+        return f"{self.name}.approvals.request"
+
+    def outcome_subject(self, outcome: Outcome) -> str:
+        """Return where events of a kind are published."""
+        return f"{self.name}.approvals.{outcome}"
+
+    def claim_subject(self, operation: str) -> str:
+        """Return the subject of the claims on one operation id, by a name of that."""
+        return f"{self.name}.claims.{operation}"
+
+    @property
+    def api_prefix(self) -> str:
+        """Prefix of JetStream's API."""
+        if self.prefix is not None:
+            return self.prefix
+        return "$JS.API" if self.domain is None else f"$JS.{self.domain}.API"
+
+    def jetstream(self, connection: Client, timeout: float) -> JetStreamContext:
+        """Return the JetStream that the streams are in, for requests that take so many seconds at most."""
+        return connection.jetstream(prefix=self.api_prefix, timeout=timeout)
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+#: The fleet where none is named.
+KEYLESS: Final = Fleet()

@@ -1,0 +1,69 @@
+"""The names of a fleet: they never change from release to release, and never meet those of another fleet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aiokeyless import ConfigurationError
+from aiokeyless.worker import Fleet, Outcome
+
+
+def names(fleet: Fleet) -> list[str]:
+    return [
+        fleet.requests,
+        fleet.outcomes,
+        fleet.claims,
+        fleet.consumer,
+        fleet.request_subject,
+        *(fleet.outcome_subject(outcome) for outcome in Outcome),
+        fleet.claim_subject("*"),
+    ]
+
+
+def test_names_never_change() -> None:
+    assert names(Fleet()) == [
+        "KEYLESS_REQUESTS",
+        "KEYLESS_OUTCOMES",
+        "KEYLESS_CLAIMS",
+        "keyless-approvals",
+        "keyless.approvals.request",
+        "keyless.approvals.approved",
+        "keyless.approvals.expired",
+        "keyless.approvals.failed",
+        "keyless.claims.*",
+    ]
+
+
+def test_two_fleets_share_no_name() -> None:
+    assert not set(names(Fleet(name="a"))) & set(names(Fleet(name="a-b")))
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({}, "$JS.API"),
+        ({"domain": "hub"}, "$JS.hub.API"),
+        ({"prefix": "approvals.api"}, "approvals.api"),
+    ],
+)
+def test_jetstream_is_reached_by_its_domain_or_prefix(options: dict[str, str], prefix: str) -> None:
+    assert Fleet(**options).api_prefix == prefix
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"name": name} for name in ("", "Keyless", "a.b", "a b", "a*", "a>", "-a", "a_b", "a" * 33, "\u00e9", 7)),
+        *({"tenant": tenant} for tenant in ("", "a\n", "\u00e9", "a" * 129, 7)),
+        *({"domain": domain} for domain in ("", "a.b", "a b", 7)),
+        *({"prefix": prefix} for prefix in ("", "a..b", ".a", "a.", "a.*", "a b", "a.>", 7)),
+        {"domain": "hub", "prefix": "$JS.hub.API"},
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_in_a_name_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Fleet(**wrong)
+    assert caught.value.argument in wrong
