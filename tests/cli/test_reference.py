@@ -1,0 +1,26 @@
+"""docs/reference/command-line.md names only commands that there are, each exit code, and each outcome of a wait."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from aiokeyless.cli import wait
+from aiokeyless.cli.app import Exit, app
+
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "command-line.md").read_text()
+
+
+def test_each_command_of_the_page_exists() -> None:
+    named = set(re.findall(r"^\| `([a-z]+)` \|.*\| (?:yes|no) \|$", PAGE, re.MULTILINE))
+    assert named
+    assert named <= set(app)
+
+
+def test_the_page_names_each_exit_code() -> None:
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)} == set(Exit)
+
+
+def test_the_page_names_each_outcome_of_a_wait() -> None:
+    outcomes = set(re.findall(r"^\| `(\w+)` \|.*\| \d+ \|$", PAGE, re.MULTILINE))
+    assert outcomes == {"approved", "error", "interrupted", *(name for _, name in wait._OUTCOMES)}
