@@ -28,17 +28,20 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 async def phone(browser: Browser) -> None:
-    """Take a screenshot of the phones of two users and the journal."""
+    """Take a screenshot of the phones of two users, their history and the journal."""
     async with Sandbox() as sandbox, sandbox.client() as client:
-        page = await browser.new_page(viewport={"width": 1440, "height": 720})
+        page = await browser.new_page(viewport={"width": 1320, "height": 880}, reduced_motion="reduce")
         await fill(client)
+        sandbox.fail_authentication("txn-20261124-001")
+        sandbox.approve("login-88", auth_type="pin")
         await page.goto(sandbox.url)
-        await expect(page.get_by_text("Pay 40 EUR to Alice").first).to_be_visible(timeout=20_000)
+        await expect(page.get_by_text("Pay 40 EUR to Alice").first).to_be_visible(timeout=60_000)
         await page.screenshot(path=HERE / "phone.png")
 
 
 async def fill(client: KeylessClient) -> None:
-    """Ask two users for an approval, and poll."""
+    """Ask two users for approvals, and poll."""
+    await client.create_operation("C0FFEE", operation_id="login-88", operation_payload="Log in from Firefox on Linux")
     await client.create_operation("C0FFEE", operation_id="order-7741", operation_payload="Pay 40 EUR to Alice")
     await client.create_operation(
         "BADA55",
@@ -60,11 +63,10 @@ async def checkout(browser: Browser) -> None:
         environment |= {"CHECKOUT_PORT": str(port), "CHECKOUT_DB": str(Path(tempfile.mkdtemp()) / "shop.sqlite3")}
         shop = await asyncio.create_subprocess_exec(sys.executable, SHOP, env=environment)
         try:
-            page = await browser.new_page(viewport={"width": 1440, "height": 720})
+            page = await browser.new_page(viewport={"width": 1440, "height": 720}, reduced_motion="reduce")
             await open_when_it_answers(page, f"http://127.0.0.1:{port}")
             await page.get_by_role("button", name="Pay").click()
-            await expect(page.get_by_text("phone").first).to_be_visible(timeout=20_000)
-            await asyncio.sleep(1)  # for the page's animation
+            await expect(page.locator('[data-state="waiting"]')).to_be_visible(timeout=60_000)
             await page.screenshot(path=HERE / "checkout.png")
         finally:
             shop.terminate()
@@ -73,7 +75,7 @@ async def checkout(browser: Browser) -> None:
 
 async def open_when_it_answers(page: Page, url: str) -> None:
     """Open a page of a server that is still starting."""
-    async for attempt in AsyncRetrying(stop=stop_after_delay(20), wait=wait_fixed(0.1), reraise=True):
+    async for attempt in AsyncRetrying(stop=stop_after_delay(60), wait=wait_fixed(0.1), reraise=True):
         with attempt:
             await page.goto(url)
 
