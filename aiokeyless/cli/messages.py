@@ -26,6 +26,7 @@ from aiokeyless.errors import (
     NotJsonError,
     RateLimitError,
     RequestTimeoutError,
+    ServerError,
     StatusError,
     TransportError,
 )
@@ -110,7 +111,21 @@ def describe(error: KeylessError) -> str:
             message = f"{error}; {_check_address()}"
         case _:
             message = str(error)
-    return message
+    return f"{message}{_doubt(error)}"
+
+
+def _doubt(error: KeylessError) -> str:
+    """Return how to check whether a create that failed took effect, where it may have."""
+    match error:
+        case (
+            TransportError(sent=True, operation_id=str(operation_id))
+            | DecodeError(operation_id=str(operation_id))
+            | ServerError(operation_id=str(operation_id))
+        ):
+            return (
+                f"; the operation may exist all the same, to check: aiokeyless get {operation_argument(operation_id)}"
+            )
+    return ""
 
 
 def _advice(error: StatusError) -> str | None:

@@ -106,6 +106,24 @@ def test_a_rejected_answer_is_described_by_what_is_wrong_with_it(
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "in_doubt"),
+    [
+        (TransportError("cut off", method="POST", path="/v2/x"), True),
+        (TransportError("refused", method="POST", path="/v2/x", sent=False), False),
+        (DecodeError("odd", status=200, method="POST", path="/v2/x"), True),
+        (BadRequestError(status=400, method="POST", path="/v2/x"), False),
+    ],
+    ids=repr,
+)
+def test_a_failed_create_says_how_to_check_only_where_it_may_have_taken_effect(
+    error: TransportError | DecodeError | BadRequestError, in_doubt: bool
+) -> None:
+    assert "aiokeyless get" not in describe(error), "not of a create"
+    error.operation_id = "txn-1"
+    assert describe(error).endswith("to check: aiokeyless get txn-1") is in_doubt
+
+
 def test_a_slow_service_is_described_without_the_name_of_the_clients_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
     error = RequestTimeoutError("it took longer than request_timeout=10 s", method="GET", path="/v2/x")

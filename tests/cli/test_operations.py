@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError
+from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError, ServerError
 from aiokeyless.cli.app import CommandError, app
+from aiokeyless.cli.messages import describe
 
 from .terminal import lines_of_json, output_of
 
@@ -88,6 +89,15 @@ async def test_creating_another_operation_under_a_taken_id_is_a_conflict(
     service.approve("txn-1")
     with pytest.raises(AlreadyApprovedError):
         await app.run_async([*command, "Pay 40 to Alice"])
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("stored", [True, False])
+async def test_a_create_that_may_have_taken_effect_says_how_to_check(service: Sandbox, stored: bool) -> None:
+    service.fail_next(times=None, stored=stored)
+    with pytest.raises(ServerError) as error:
+        await app.run_async(["create", "C0FFEE", "--operation-id", "-5"])
+    assert describe(error.value).endswith("; the operation may exist all the same, to check: aiokeyless get -- -5")
 
 
 @pytest.mark.looptime
