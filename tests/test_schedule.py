@@ -28,7 +28,7 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay, record_observation, wait_adaptive
 from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.optimum import least_cost
-from benchmarks.polling import cost, poll_times, simulate_waits
+from benchmarks.polling import TIMEOUT, cost, lateness_quantile, poll_times, simulate_waits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -354,10 +354,31 @@ def test_pieces_of_waits_and_whole_waits_give_the_same_schedule(length: float, a
 
 
 def test_an_observation_counts_half_after_five_hundred_more() -> None:
-    schedule = schedule_after([(4096.0, None)])
-    for _ in range(500):
-        schedule.observe(0.0, None)
+    schedule = schedule_after([(4096.0, None), *[(4.0, 5.0)] * 500])
     assert json.loads(schedule.to_json())["pending"][-1] == pytest.approx(0.5)
+
+
+def test_an_observation_of_no_time_says_nothing() -> None:
+    schedule = schedule_after([(4.0, 5.0)])
+    before = schedule.to_json()
+    schedule.observe(0.0, None)
+    schedule.observe(7.0, None, since=7.0)
+    assert schedule.to_json() == before
+
+
+@pytest.mark.parametrize("learned", [30, 300, 1000])
+def test_after_an_outage_of_the_push_service_fifty_approvals_bring_promptness_back(learned: int) -> None:
+    schedule = learn(TYPICAL, 0.02, learned, seed=1)
+    before = learned_lateness(schedule, TYPICAL)
+    for _ in range(1500):
+        schedule.observe(120.0, None)
+    assert learned_lateness(schedule, TYPICAL) <= before * 2.0
+    source = seeded_random(2)
+    for _ in range(50):
+        while (approved := TYPICAL.draw(source)) > 120:
+            pass
+        schedule.observe(max(0.0, approved - 0.5), approved)
+    assert learned_lateness(schedule, TYPICAL) <= before * 1.4
 
 
 def test_ten_thousand_observations_at_once_are_learned_as_one_by_one() -> None:
@@ -662,7 +683,7 @@ def test_an_adaptive_schedule_reads_no_attempt_so_none_is_counted() -> None:
 
 # --- what it costs
 
-POLL_COSTS = (0.1, 0.3, 1.0)
+POLL_COSTS = (0.02, 0.3, 1.0)
 
 Schedule = tenacity.wait.wait_base
 
@@ -682,6 +703,12 @@ def learned_ratio(schedule: wait_adaptive, approvals: ApprovalTimes, poll_cost: 
     return ratio(exact, approvals, poll_cost)
 
 
+def learned_lateness(schedule: wait_adaptive, approvals: ApprovalTimes) -> float:
+    """Return the expected lateness of an approval in seconds, by what was learned and the default options."""
+    exact = wait_adaptive.from_json(schedule.to_json(), jitter=0)
+    return cost(poll_times(exact), approvals).lateness / approvals.approved_by(TIMEOUT)
+
+
 def learn(approvals: ApprovalTimes, poll_cost: float, waits: int, seed: int) -> wait_adaptive:
     random.seed(f"jitter {seed}")  # another seed than the approval times, or both would be correlated
     schedule = wait_adaptive(poll_cost=poll_cost, max_interval=60)
@@ -693,6 +720,36 @@ def mean_learned_ratio(approvals: ApprovalTimes, poll_cost: float, waits: int, s
     return statistics.mean(
         learned_ratio(learn(approvals, poll_cost, waits, seed), approvals, poll_cost) for seed in range(seeds)
     )
+
+
+#: People who approve in 1 or 2 s: a button that is tapped at once.
+QUICK = ApprovalTimes(((1.0, 1.5, 0.6),))
+
+
+@pytest.mark.parametrize(
+    ("approvals", "waits", "lateness", "p95", "polls"),
+    [
+        (TYPICAL, 0, 0.62, 1.4, 22.5),
+        (TYPICAL, 100, 0.50, 1.15, 21.0),
+        (SLOW, 0, 0.85, 1.9, 36.0),
+        (SLOW, 100, 0.92, 2.1, 32.0),
+        (QUICK, 0, 0.50, 1.1, 16.0),
+        (QUICK, 100, 0.25, 0.5, 11.0),
+    ],
+)
+def test_by_default_an_approval_is_noticed_within_about_half_a_second(
+    approvals: ApprovalTimes, waits: int, lateness: float, p95: float, polls: float
+) -> None:
+    exact = [
+        wait_adaptive.from_json(learn(approvals, 0.02, waits, seed).to_json(), jitter=0)
+        for seed in range(8 if waits else 1)
+    ]
+    times = [[*poll_times(schedule)] for schedule in exact]
+    costs = [cost(of, approvals) for of in times]
+    assert statistics.mean(of.lateness for of in costs) / approvals.approved_by(TIMEOUT) <= lateness
+    assert lateness_quantile(times, approvals, 0.95) <= p95
+    assert statistics.mean(of.polls for of in costs) <= polls
+    assert cost(poll_times(tenacity.wait_fixed(1)), TYPICAL).polls > 33
 
 
 def test_the_optimum_is_at_least_as_good_as_the_best_fixed_interval() -> None:
@@ -737,9 +794,9 @@ def test_when_approval_times_change_it_follows_within_five_hundred_waits(
         assert learned_ratio(schedule, after, 0.3) <= 1.15
 
 
-@pytest.mark.parametrize("poll_cost", POLL_COSTS)
-def test_the_usual_backoff_and_the_usual_fixed_second_cost_far_more(poll_cost: float) -> None:
+@pytest.mark.parametrize(("poll_cost", "more"), [(0.02, 1.15), (0.3, 1.7), (1.0, 1.7)])
+def test_the_usual_backoff_and_the_usual_fixed_second_cost_far_more(poll_cost: float, more: float) -> None:
     backoff = tenacity.wait_exponential(multiplier=0.5, exp_base=1.5, max=5)
     adaptive = ratio(wait_adaptive(poll_cost=poll_cost, max_interval=60, jitter=0), TYPICAL, poll_cost)
     assert ratio(backoff, TYPICAL, poll_cost) > adaptive * 1.2
-    assert ratio(tenacity.wait_fixed(1), TYPICAL, poll_cost) > adaptive * 1.7
+    assert ratio(tenacity.wait_fixed(1), TYPICAL, poll_cost) > adaptive * more

