@@ -251,6 +251,25 @@ def whole_number(value: object, name: str) -> int:
     return value
 
 
+def check_rate(rate: object, name: str) -> float | None:
+    """Return a number of polls a second; None where there is no limit.
+
+    Raises:
+        ConfigurationError: It is neither None nor a positive, finite number.
+    """
+    if rate is None:
+        return None
+    try:
+        number = float(rate) if isinstance(rate, int | float) and not isinstance(rate, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ConfigurationError(
+            f"{name} must be a number of polls above 0, or None for no limit, not {rate!r:.80}", argument=name
+        )
+    return number
+
+
 def check_schedule(schedule: wait_base | None) -> wait_base | None:
     if schedule is not None and not isinstance(schedule, wait_base):
         raise ConfigurationError(

@@ -26,6 +26,7 @@ from aiokeyless._validation import (
     check_listeners,
     check_on_poll,
     check_operation_id,
+    check_rate,
     check_region,
     check_schedule,
     check_text,
@@ -112,6 +113,9 @@ class KeylessClient:
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
         max_in_flight: Concurrent polls of all waits together. Default: 64.
+        max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
+            are due, all delays are stretched alike; ``statistics.lag`` shows by how much polls are late. Final polls
+            count and are never late. After a 429 it is halved, and climbs back within about a minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
         listeners: Functions that are told of each `Event`, such as the end of an exchange, while it happens: what they
@@ -135,6 +139,7 @@ class KeylessClient:
         request_timeout: float = 10.0,
         max_attempts: int = 3,
         max_in_flight: int = 64,
+        max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),
     ) -> None:
@@ -157,6 +162,7 @@ class KeylessClient:
         self._request_timeout = finite_seconds(request_timeout, "request_timeout")
         self._max_attempts = whole_number(max_attempts, "max_attempts")
         self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
+        self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
         checked = check_listeners(listeners)
         self._listeners = Listeners(checked) if checked else None
@@ -252,7 +258,12 @@ class KeylessClient:
                 max_attempts=self._max_attempts,
                 listeners=self._listeners,
             )
-            self._poller = Poller(transport, schedule=self._schedule, max_in_flight=self._max_in_flight)
+            self._poller = Poller(
+                transport,
+                schedule=self._schedule,
+                max_in_flight=self._max_in_flight,
+                max_polls_per_second=self._max_polls_per_second,
+            )
             self._transport = transport
             self._loop = loop
         elif self._loop is not loop:
@@ -620,6 +631,7 @@ class KeylessClient:
                 timeouts=0,
                 transient_failures=0,
                 lag=0.0,
+                rate_limit=self._max_polls_per_second,
                 circuit=CircuitState.CLOSED.value,
             )
         return self._poller.statistics()

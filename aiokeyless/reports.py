@@ -73,8 +73,10 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
         approvals: Waits that ended with an approval.
         timeouts: Waits that ended with `ApprovalTimeoutError`.
         transient_failures: Polls that failed transiently.
-        lag: Seconds by which the oldest due poll is late. If it stays over a second, ``max_in_flight`` is too small or
-            the process is too busy.
+        lag: Seconds by which the oldest due poll is late. If it stays over a second, ``max_in_flight`` or
+            ``max_polls_per_second`` is too small, or the process is too busy.
+        rate_limit: Polls a second that may start now: ``max_polls_per_second``, or less for about a minute after the
+            service answered 429. None: no limit.
         circuit: How the service fares: ``"closed"``, it is well; ``"half_open"``, it answers again and gets few polls
             at first; ``"open"``, it fails or asked for a pause, and gets one poll at a time or none.
     """
@@ -86,4 +88,5 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
     timeouts: int
     transient_failures: int
     lag: float
+    rate_limit: float | None
     circuit: str

@@ -309,6 +309,10 @@ last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
         *(("request_timeout", partial(client, request_timeout=value)) for value in (wrong, 10**400, 0, math.inf)),
         ("max_attempts", lambda: client(max_attempts=0)),
         ("max_in_flight", lambda: client(max_in_flight=0)),
+        *(
+            ("max_polls_per_second", partial(client, max_polls_per_second=value))
+            for value in (0, -1, math.nan, math.inf, 10**400, True, "10")
+        ),
         ("schedule", lambda: client(schedule=wrong)),
         ("target", lambda: client().watch_approval(wrong)),
         ("operation_id", lambda: client().watch_approval("")),

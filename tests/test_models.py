@@ -163,11 +163,19 @@ def test_an_absent_payload_and_an_empty_one_are_shown_differently() -> None:
 
 def test_a_model_without_a_payload_has_a_plain_repr() -> None:
     statistics = ClientStatistics(
-        waiting=1, in_flight=2, polls=3, approvals=4, timeouts=5, transient_failures=6, lag=0.5, circuit="open"
+        waiting=1,
+        in_flight=2,
+        polls=3,
+        approvals=4,
+        timeouts=5,
+        transient_failures=6,
+        lag=0.5,
+        rate_limit=9.5,
+        circuit="open",
     )
     assert repr(statistics) == (
         "ClientStatistics(waiting=1, in_flight=2, polls=3, approvals=4, timeouts=5, transient_failures=6, lag=0.5, "
-        "circuit='open')"
+        "rate_limit=9.5, circuit='open')"
     )
     error = ServerError(status=503, method="GET", path="/x", detail=PAYLOAD)
     assert PAYLOAD not in repr(NotApproved(operation_id="txn-1", error=error))

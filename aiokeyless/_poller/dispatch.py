@@ -10,6 +10,8 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._rules.rate import DueClock
+
 from .state import Poll, PolledOperation
 from .timer_queue import TimerQueue
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aiokeyless._rules.circuit import Circuit
+    from aiokeyless._rules.rate import PollRate
 
 #: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 RESOLUTION: Final = 1e-6
@@ -27,12 +30,15 @@ class Dispatcher:
 
     Args:
         circuit: How the service fares, and how many polls it bears.
+        rate: How many polls may start in a second; final ones are counted and do not wait for it.
         max_in_flight: Polls in flight at once.
         request_timeout: Seconds after which a poll in flight is overdue.
     """
 
-    def __init__(self, circuit: Circuit, *, max_in_flight: int, request_timeout: float) -> None:
+    def __init__(self, circuit: Circuit, rate: PollRate, *, max_in_flight: int, request_timeout: float) -> None:
         self._circuit = circuit
+        self._rate = rate
+        self._clock = DueClock()  # the queue's
         self._max_in_flight = max_in_flight
         self._request_timeout = request_timeout
         self._due: TimerQueue[PolledOperation] = TimerQueue()
@@ -52,7 +58,7 @@ class Dispatcher:
         if due < polled.due:
             polled.due = due
             if polled.poll is None:
-                self._due.schedule(polled, due)
+                self._due.schedule(polled, self._clock.due(due))
 
     def unschedule(self, polled: PolledOperation) -> None:
         """Take back the ordinary poll of an operation."""
@@ -70,6 +76,7 @@ class Dispatcher:
         for _, polled in self._final_polls:
             polled.final_poll_queued = False  # a hold may take it up again
         self._final_polls.clear()
+        self._clock.reset()
 
     # -- what is polled
 
@@ -85,11 +92,19 @@ class Dispatcher:
             polled.final_poll_queued = False
             if polled.needs_final_poll():
                 return self._start(polled, now, final=True)
-        if room > 0:
-            due = self._due.pop_due(now + RESOLUTION)
-            if due is not None:
-                return self._start(due, now, final=False)
-        return None
+        return self._next_ordinary(now, room)
+
+    def _next_ordinary(self, now: float, room: int) -> Poll | None:
+        self._clock.advance(now)
+        first = self._due.first()
+        if room <= 0 or first is None or first.due > now + RESOLUTION:
+            self._clock.stands_still = False
+            return None
+        self._clock.stands_still = self._rate.ready_at(now) > now + RESOLUTION
+        if self._clock.stands_still:
+            return None
+        self._clock.catch_up(now, self._due.pop())
+        return self._start(first, now, final=False)
 
     def finish(self, poll: Poll, now: float) -> None:
         """Free the slot of a poll, and schedule another one where its operation needs one."""
@@ -104,7 +119,7 @@ class Dispatcher:
         if polled.due == math.inf and polled.before_deadline:
             polled.due = now  # it was cut off, or brought nothing, and a wait goes on
         if polled.due < math.inf and polled.scheduled_at is None:
-            self._due.schedule(polled, polled.due)
+            self._due.schedule(polled, self._clock.due(polled.due))
 
     def overdue(self, now: float) -> Iterator[Poll]:
         """Yield the polls that have been in flight for longer than an exchange may take."""
@@ -128,15 +143,15 @@ class Dispatcher:
                 when = poll.started_at + self._request_timeout
                 break
         if len(self.in_flight) < self._max_in_flight and self._counted() < self._circuit.limit:
-            due = self._due.next_due()
-            if due is not None:
-                when = min(when, max(due, self._circuit.retry_at()))
+            first = self._due.first()
+            if first is not None:
+                when = min(when, max(first.due, self._circuit.retry_at(), self._rate.ready_at(now)))
         return when
 
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
-        due = self._due.next_due()
-        late = 0.0 if due is None else max(0.0, now - due)
+        first = self._due.first()
+        late = 0.0 if first is None else max(0.0, now - first.due)
         if self._final_polls:
             since, polled = self._final_polls[0]
             if polled.needs_final_poll():
@@ -152,6 +167,7 @@ class Dispatcher:
     def _start(self, polled: PolledOperation, now: float, *, final: bool) -> Poll:
         poll = Poll(polled, now, final=final)
         self.in_flight[poll] = None
+        self._rate.record_poll(now)
         if final:
             self._final_in_flight += 1
         else:

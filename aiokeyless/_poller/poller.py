@@ -21,10 +21,12 @@ from aiokeyless._rules.approval import Verdict, WaitRecord, evaluate, rejection_
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.outcome import YOUNG, PollFacts, Result, poll_outcome
+from aiokeyless._rules.rate import PollRate
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ClientClosedError,
     KeylessError,
+    RateLimitError,
     RequestTimeoutError,
     StatusError,
     TransportError,
@@ -63,9 +65,17 @@ class Poller:
         transport: What sends the polls.
         schedule: When to poll, for waits that bring no schedule of their own.
         max_in_flight: Polls in flight at once.
+        max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
     """
 
-    def __init__(self, transport: Transport, *, schedule: wait_base, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        schedule: wait_base,
+        max_in_flight: int,
+        max_polls_per_second: float | None = None,
+    ) -> None:
         self._transport = transport
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
@@ -73,8 +83,9 @@ class Poller:
         # Not the context of the caller that happened to be first: its trace and its logging variables are not ours.
         self._context = contextvars.Context()
         self._circuit = Circuit(max_in_flight)
+        self._rate = PollRate(max_polls_per_second)
         self._dispatcher = Dispatcher(
-            self._circuit, max_in_flight=max_in_flight, request_timeout=transport.request_timeout
+            self._circuit, self._rate, max_in_flight=max_in_flight, request_timeout=transport.request_timeout
         )
         self._polled: dict[str, PolledOperation] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
@@ -233,6 +244,8 @@ class Poller:
 
     def statistics(self) -> ClientStatistics:
         """Return the counts as of now."""
+        now = self._loop.time()
+        rate = self._rate.per_second(now)
         return ClientStatistics(
             waiting=self._waiting,
             in_flight=len(self._dispatcher.in_flight),
@@ -240,7 +253,8 @@ class Poller:
             approvals=self._approvals,
             timeouts=self._timeouts,
             transient_failures=self._failures,
-            lag=self._dispatcher.lag(self._loop.time()),
+            lag=self._dispatcher.lag(now),
+            rate_limit=None if rate == math.inf else rate,
             circuit=self._circuit.state.value,
         )
 
@@ -646,6 +660,8 @@ class Poller:
     def _record_in_circuit(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
         if isinstance(answer, KeylessError) and is_transient(answer):
             self._failures += 1
+            if isinstance(answer, RateLimitError):
+                self._rate.record_refusal(now, started_at=poll.started_at)
             self._circuit.record_failure(
                 now, started_at=poll.started_at, is_probe=not poll.final, pause=requested_pause(answer)
             )

@@ -56,6 +56,7 @@ class ClientOptions(TypedDict, total=False):
     request_timeout: float
     max_attempts: int
     max_in_flight: int
+    max_polls_per_second: float | None
     schedule: wait_base | None
     listeners: Iterable[Listener]
 

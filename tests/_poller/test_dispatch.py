@@ -12,6 +12,7 @@ from yarl import URL
 from aiokeyless._poller.dispatch import Dispatcher
 from aiokeyless._poller.state import PolledOperation, Wait
 from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit
+from aiokeyless._rules.rate import PollRate
 
 if TYPE_CHECKING:
     import asyncio
@@ -58,9 +59,9 @@ def operation(loop: asyncio.AbstractEventLoop) -> Callable[..., PolledOperation]
     return make
 
 
-def dispatcher(limit: int = 2) -> tuple[Dispatcher, Circuit]:
+def dispatcher(limit: int = 2, *, rate: float | None = None) -> tuple[Dispatcher, Circuit]:
     circuit = Circuit(limit)
-    return Dispatcher(circuit, max_in_flight=limit, request_timeout=TIMEOUT), circuit
+    return Dispatcher(circuit, PollRate(rate), max_in_flight=limit, request_timeout=TIMEOUT), circuit
 
 
 def opened(circuit: Circuit, now: float) -> None:
@@ -237,3 +238,111 @@ def test_a_queued_final_poll_whose_worker_was_cancelled_wakes_the_poller_at_once
     dispatch, _ = dispatcher()
     dispatch.queue_final_poll(operation(deadline_passed=True), 1.0)
     assert dispatch.next_event(7.0) == 7.0
+
+
+def run(
+    dispatch: Dispatcher, until: float, delays: dict[PolledOperation, float]
+) -> list[tuple[float, PolledOperation]]:
+    """Run the polls of operations that are each polled again after their delay; an answer takes no time."""
+    now, polls = 0.0, []
+    while (now := max(now, dispatch.next_event(now))) <= until:
+        while (poll := dispatch.next_poll(now)) is not None:
+            polls.append((now, poll.polled))
+            dispatch.schedule(poll.polled, now + delays[poll.polled])
+            dispatch.finish(poll, now)
+    return polls
+
+
+def test_below_the_rate_nothing_changes(operation: Callable[..., PolledOperation]) -> None:
+    delays = {operation(): 1.0, operation(): 2.5}
+    unlimited, limited = dispatcher()[0], dispatcher(rate=2.0)[0]
+    for dispatch in (unlimited, limited):
+        for polled in delays:
+            polled.due = math.inf
+            dispatch.schedule(polled, 0.0)
+        assert [now for now, _ in run(dispatch, 10.0, delays)] == [0, 0, 1, 2, 2.5, 3, 4, 5, 5, 6, 7, 7.5, 8, 9, 10, 10]
+
+
+def test_above_the_rate_all_delays_are_stretched_alike(operation: Callable[..., PolledOperation]) -> None:
+    delays = {operation(): float(n % 3 + 1) for n in range(60)}  # 37 polls a second are due
+    dispatch, _ = dispatcher(rate=10.0)
+    for polled in delays:
+        dispatch.schedule(polled, 0.0)
+    polls = [(now, polled) for now, polled in run(dispatch, 300.0, delays) if now > 20.0]
+    assert len(polls) == pytest.approx(2800, abs=10)
+    for delay in (1.0, 2.0, 3.0):
+        count = sum(delays[polled] == delay for _, polled in polls)
+        assert 20 * 280 / count == pytest.approx(delay * 36.7 / 10, rel=0.05)
+
+
+def test_no_operation_starves_above_the_rate(operation: Callable[..., PolledOperation]) -> None:
+    delays = {operation(): 0.1 for _ in range(50)}
+    slow = operation()
+    delays[slow] = 10.0
+    dispatch, _ = dispatcher(rate=50.0)
+    for polled in delays:
+        dispatch.schedule(polled, 0.0)
+    times = [now for now, polled in run(dispatch, 500.0, delays) if polled is slow]
+    assert len(times) >= 4
+
+
+def test_the_lag_is_the_time_by_which_polls_are_late(operation: Callable[..., PolledOperation]) -> None:
+    dispatch, _ = dispatcher(rate=1.0)
+    waiting = [operation() for _ in range(5)]
+    for polled in waiting:
+        dispatch.schedule(polled, 0.0)
+    assert dispatch.lag(0.0) == 0.0
+    run(dispatch, 2.0, dict.fromkeys(waiting, 100.0))
+    assert dispatch.lag(3.0) == 3.0
+    run(dispatch, 4.0, dict.fromkeys(waiting, 100.0))
+    assert dispatch.lag(5.0) == 0.0
+
+
+def test_a_final_poll_does_not_wait_for_the_rate_and_is_counted(operation: Callable[..., PolledOperation]) -> None:
+    dispatch, _ = dispatcher(limit=9, rate=1.0)
+    ordinary, ending = operation(), [operation(deadline=0.0, deadline_passed=True) for _ in range(3)]
+    for polled in ending:
+        dispatch.queue_final_poll(polled, 0.0)
+    dispatch.schedule(ordinary, 0.0)
+    started = [dispatch.next_poll(0.0) for _ in range(4)]
+    assert [poll and poll.polled for poll in started] == [*ending, None]
+    assert dispatch.next_event(0.0) == pytest.approx(2.0)  # a second's polls are owed, and no more
+    assert dispatch.next_poll(1.9) is None
+    poll = dispatch.next_poll(2.0)
+    assert poll is not None
+    assert poll.polled is ordinary
+
+
+def test_what_was_late_is_forgotten_once_no_wait_is_left(operation: Callable[..., PolledOperation]) -> None:
+    dispatch, _ = dispatcher(rate=1.0)
+    waiting = [operation() for _ in range(30)]
+    for polled in waiting:
+        dispatch.schedule(polled, 0.0)
+    run(dispatch, 10.0, dict.fromkeys(waiting, 5.0))
+    for polled in waiting:
+        dispatch.unschedule(polled)
+    dispatch.clear_final_polls()
+    dispatch.schedule(waiting[0], 20.0)
+    assert dispatch.next_event(20.0) == 20.0
+    assert dispatch.next_poll(20.0) is not None
+
+
+def test_the_clock_of_what_is_due_goes_on_while_an_open_circuit_holds_the_polls(
+    operation: Callable[..., PolledOperation],
+) -> None:
+    dispatch, circuit = dispatcher(rate=1.0)
+    first, second, later = operation(), operation(), operation()
+    for polled in (first, second):
+        dispatch.schedule(polled, 0.0)
+    dispatch.schedule(later, 30.0)
+    poll = dispatch.next_poll(0.0)
+    assert poll is not None
+    assert dispatch.next_poll(0.0) is None  # for the rate
+    opened(circuit, 0.0)
+    dispatch.finish(poll, 0.0)
+    dispatch.unschedule(first)
+    assert dispatch.next_poll(0.0) is None  # for the circuit
+    circuit.record_success(60.0, started_at=60.0)
+    assert dispatch.lag(60.0) == 60.0
+    polled_again = [dispatch.next_poll(60.0), dispatch.next_poll(61.0)]
+    assert {poll and poll.polled for poll in polled_again} == {second, later}

@@ -37,6 +37,7 @@ from aiokeyless import (
     NotFoundError,
     Operation,
     OperationMismatchError,
+    RateLimitError,
     RequestTimeoutError,
     ServerError,
     StatusError,
@@ -48,6 +49,7 @@ from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
+    from yarl import URL
 
 pytestmark = pytest.mark.looptime
 
@@ -2085,3 +2087,78 @@ async def cancel(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def limit_polls(client: KeylessClient, limit: int) -> None:
+    """Let the service answer 429 to the polls beyond so many in a second."""
+    transport, _ = client._open()
+    poll = transport.poll
+    answered: list[float] = []
+
+    async def limited(url: URL) -> Operation:
+        if len(answered) >= limit and answered[-limit] > now() - 1:
+            await asyncio.sleep(0.02)
+            raise RateLimitError(status=429, method="GET", path=url.raw_path)
+        answered.append(now())
+        return await poll(url)
+
+    transport.poll = limited  # type: ignore[method-assign]
+
+
+class TestRate:
+    """Of ``max_polls_per_second``: "The rate" in docs/rules.md."""
+
+    async def test_polls_above_the_rate_run_late_and_the_statistics_tell(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_polls_per_second=5) as client:
+            names = [await pending(client, f"op{n}") for n in range(20)]
+            waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in names]
+            await asyncio.sleep(2)
+            assert client.statistics.lag == pytest.approx(2, abs=0.1)
+            await asyncio.sleep(38)
+            assert len(polls(sandbox)) == pytest.approx(5 + 5 * 40, abs=3)
+            assert client.statistics.rate_limit == 5
+            assert {record.path for record in sandbox.requests} >= {f"/v2/operations/{name}" for name in names}
+            sandbox.approve("op7")
+            await asyncio.wait_for(waits[7], 5)  # each is polled every four seconds
+            await cancel(waits)
+
+    async def test_final_polls_are_never_late(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_polls_per_second=1) as client:
+            names = [await pending(client, f"op{n}") for n in range(30)]
+            start = now()
+            waits = [client.wait_for_approval(n, schedule=EVERY_SECOND, timeout=10) for n in names]
+            ends = await asyncio.gather(*waits, return_exceptions=True)
+            assert {type(end) for end in ends} == {ApprovalTimeoutError}
+            assert now() - start == pytest.approx(10, abs=0.5)
+            assert len(polls(sandbox)) == pytest.approx(10 + 30, abs=2)
+
+    @pytest.mark.parametrize("status", [429, 503])
+    async def test_a_429_halves_the_rate_and_no_other_failure_does(self, sandbox: Sandbox, status: int) -> None:
+        async with sandbox.client(max_polls_per_second=None) as client:
+            assert client.statistics.rate_limit is None
+            names = [await pending(client, f"op{n}") for n in range(20)]
+            assert client.statistics.rate_limit is None
+            waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in names]
+            await asyncio.sleep(10.5)
+            sandbox.fail_next(status)
+            await asyncio.sleep(1)
+            rate = client.statistics.rate_limit
+            assert rate is None if status == 503 else rate is not None and 5 < rate < 20
+            await cancel(waits)
+            await asyncio.sleep(130)
+            assert client.statistics.rate_limit is None
+
+    async def test_a_service_with_a_limit_loses_nobody(self, sandbox: Sandbox) -> None:
+        async with sandbox.client() as client:
+            names = [await pending(client, f"op{n}") for n in range(20)]
+            limit_polls(client, 10)
+            waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in names]
+            await asyncio.sleep(30)
+            refused = client.statistics.transient_failures
+            await asyncio.sleep(30)
+            assert client.statistics.transient_failures - refused < 60  # of twenty polls a second that are due
+            for name in names:
+                sandbox.approve(name)
+            operations = await asyncio.gather(*waits)
+            assert all(operation.is_approved for operation in operations)
+            assert client.statistics.transient_failures > 0

@@ -1,0 +1,129 @@
+"""How many polls may start in a second: a token bucket, and what the service's refusals make of its rate.
+
+Pure: it is told the time and what happened. `PollRate` says when the next poll may start, `DueClock` what that means
+for all that is due. Both engines use the first; the second is for the one that keeps its waits in a queue.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+_BURST: Final = 1.0  # seconds of polls that may start at once after a quiet time, and of those that may be owed
+_BURST_AFTER_REFUSAL: Final = 0.1  # the service may count polls over a shorter time than a second
+#: Seconds after a refusal until the rate is back where it was refused: most of the way in the first few, so that a
+#: service with a limit is polled close to it, and then slowly, so that it seldom has to refuse again.
+_RECOVERY: Final = 20.0
+_CURVE: Final = 9  # the exponent of that; an odd one
+_FORGOTTEN: Final = 120.0  # seconds after which a refusal means nothing any more
+#: The lowest rate that is halved: a service that refuses everything is the circuit's.
+_LEAST: Final = 1.0
+#: Seconds after a refusal in which further ones are about the polls before it.
+_SETTLED: Final = 1.0
+#: Seconds over which polls are counted, to find the rate that was refused.
+_COUNTED: Final = 1.0
+
+
+class PollRate:
+    """A token bucket whose rate the service's 429 halves.
+
+    A refused rate is halved once and climbs back: to where it was within 20 s, beyond that ever faster, a thousandfold
+    within about a minute. So the limit of a service is found, and polls stay just below it. Times are of one clock, in
+    seconds.
+
+    Args:
+        limit: Polls a second at most; None for no limit until the service refuses.
+    """
+
+    __slots__ = ("_counted", "_counted_at", "_filled_at", "_limit", "_refused", "_refused_at", "_tokens")
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = math.inf if limit is None else limit
+        self._refused = math.inf  # the rate that was refused last
+        self._refused_at = -math.inf
+        self._tokens = math.inf
+        self._filled_at = 0.0
+        self._counted = 0.0  # polls of the last second, those just made in full
+        self._counted_at = 0.0
+
+    def per_second(self, now: float) -> float:
+        """Return the polls a second that may start now; infinity where there is no limit."""
+        if self._refused == math.inf:
+            return self._limit
+        since = now - self._refused_at
+        rate = self._refused * (1.0 + 0.5 * (since / _RECOVERY - 1.0) ** _CURVE)
+        if rate >= self._limit or since > _FORGOTTEN:
+            self._refused = math.inf
+            return self._limit
+        return rate
+
+    def ready_at(self, now: float) -> float:
+        """Return the time from which the next poll may start; not after `now` if it may start at once."""
+        rate = self._fill(now)
+        return now if self._tokens >= 1.0 else now + (1.0 - self._tokens) / rate
+
+    def record_poll(self, now: float) -> None:
+        """Record that a poll starts. One that did not wait to be ready, such as a final one, is owed by later ones."""
+        rate = self._fill(now)
+        self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))
+        self._counted = self._counted * math.exp(min(0.0, self._counted_at - now) / _COUNTED) + 1.0
+        self._counted_at = now
+
+    def record_refusal(self, now: float, *, started_at: float) -> None:
+        """Record a 429.
+
+        Args:
+            now: The time.
+            started_at: When the refused poll started: one from before the rate was halved does not halve it again.
+        """
+        if started_at < self._refused_at + _SETTLED:
+            return
+        self._refused = min(self._limit, max(_LEAST, min(self.per_second(now), self._counted)))
+        self._refused_at = now
+
+    def _fill(self, now: float) -> float:
+        """Add the tokens since the last time, as many as the bucket holds; return the rate."""
+        rate = self.per_second(now)
+        if rate == math.inf:
+            self._tokens = math.inf
+        else:
+            added = max(0.0, now - self._filled_at) * rate
+            burst = _BURST if self._refused == math.inf else _BURST_AFTER_REFUSAL
+            self._tokens = min(self._tokens + added, max(1.0, rate * burst))
+        self._filled_at = now
+        return rate
+
+
+class DueClock:
+    """The clock that decides which of the due polls goes first: it stands still while they wait for the rate.
+
+    So all delays are stretched by the same factor, as the best schedule for that rate would have them. Were they all
+    late by the same time instead, the polls that people are waiting for would suffer most.
+    """
+
+    __slots__ = ("_at", "_behind", "stands_still")
+
+    def __init__(self) -> None:
+        self._behind = 0.0  # seconds by which it is behind the loop's clock
+        self._at = 0.0
+        self.stands_still = False
+        """Whether a poll is due and waits for the rate."""
+
+    def advance(self, now: float) -> None:
+        """Go on until now, unless it stood still since the last time."""
+        if self.stands_still:
+            self._behind += now - self._at
+        self._at = now
+
+    def catch_up(self, now: float, when: float) -> None:
+        """Go on to a time of its own, since the poll that was put there starts now."""
+        self._behind = max(0.0, min(self._behind, now - when))
+
+    def due(self, when: float) -> float:
+        """Return the time of its own for what is due at this time of the loop's clock."""
+        return when - self._behind if self._behind else when  # no float object of its own where nothing was late
+
+    def reset(self) -> None:
+        """Be the loop's clock again: nothing is due any more."""
+        self._behind = 0.0
+        self.stands_still = False

@@ -1,0 +1,172 @@
+"""How many polls may start in a second, on a made-up clock."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless._rules.rate import DueClock, PollRate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def start_polls(rate: PollRate, start: float, until: float, *, demand: float = math.inf) -> list[float]:
+    """Start polls as soon as they may, as many a second as are due."""
+    times: list[float] = []
+    now = start
+    while True:
+        now = max(rate.ready_at(now), now)
+        if now >= until:
+            return times
+        rate.record_poll(now)
+        times.append(now)
+        now += 1 / demand
+
+
+class TestTokenBucket:
+    def test_without_a_limit_polls_start_at_once(self) -> None:
+        rate = PollRate(None)
+        assert rate.per_second(0.0) == math.inf
+        for _ in range(10_000):
+            assert rate.ready_at(5.0) <= 5.0
+            rate.record_poll(5.0)
+
+    def test_after_a_quiet_time_a_seconds_polls_start_at_once_and_the_others_by_the_rate(self) -> None:
+        times = start_polls(PollRate(10.0), 100.0, 105.0)
+        assert times[:10] == [100.0] * 10
+        assert times[10:] == pytest.approx([100 + n / 10 for n in range(1, 50)])
+
+    @pytest.mark.parametrize("limit", [0.1, 0.5, 3.0])
+    def test_a_small_rate_lets_a_whole_poll_through(self, limit: float) -> None:
+        times = start_polls(PollRate(limit), 0.0, 100.0)
+        assert len(times) == pytest.approx(100 * limit + max(1, limit), abs=1)
+
+    def test_polls_that_do_not_wait_are_owed_up_to_a_seconds(self) -> None:
+        rate = PollRate(10.0)
+        for _ in range(1000):
+            rate.record_poll(0.0)
+        assert rate.ready_at(0.0) == pytest.approx(1.1)
+        assert rate.ready_at(1.2) <= 1.2
+
+    def test_a_clock_that_stands_still_adds_nothing(self) -> None:
+        rate = PollRate(1.0)
+        rate.record_poll(5.0)
+        assert rate.ready_at(5.0) == rate.ready_at(5.0) == pytest.approx(6.0)
+
+
+class TestRefusals:
+    def test_a_refusal_halves_the_rate_at_which_polls_started(self) -> None:
+        rate = PollRate(1000.0)
+        start_polls(rate, 0.0, 20.0, demand=100)
+        rate.record_refusal(20.0, started_at=19.95)
+        assert rate.per_second(20.0) == pytest.approx(50, rel=0.02)
+
+    def test_a_refusal_without_a_limit_sets_one(self) -> None:
+        rate = PollRate(None)
+        start_polls(rate, 0.0, 20.0, demand=100)
+        rate.record_refusal(20.0, started_at=19.95)
+        assert len(start_polls(rate, 21.0, 22.0)) < 150
+        assert rate.per_second(20.0 + 121.0) == math.inf
+
+    def test_further_refusals_of_the_same_polls_do_not_halve_it_again(self) -> None:
+        rate = PollRate(100.0)
+        start_polls(rate, 0.0, 10.0)
+        for _ in range(50):
+            rate.record_refusal(10.0, started_at=9.9)
+            rate.record_refusal(10.5, started_at=10.4)
+        assert rate.per_second(10.0) == pytest.approx(50, rel=0.02)
+
+    def test_it_climbs_back_within_about_a_minute(self) -> None:
+        rate = PollRate(1000.0)
+        start_polls(rate, 0.0, 10.0, demand=50)
+        rate.record_refusal(10.0, started_at=9.9)
+        rates = [rate.per_second(10.0 + second) for second in range(90)]
+        assert rates == sorted(rates)
+        assert rates[8] > 0.9 * 50
+        assert rates[20] == pytest.approx(50, rel=0.02)
+        assert rates[30] < 1.1 * 50
+        assert rates[70] == rates[89] == 1000.0
+
+    def test_it_is_never_less_than_half_a_poll_a_second(self) -> None:
+        rate = PollRate(1000.0)
+        for second in range(0, 200, 2):
+            rate.record_refusal(float(second), started_at=float(second))
+        assert rate.per_second(200.0) >= 0.5
+
+    @pytest.mark.parametrize("service", ["a bucket of 50", "a bucket of 5", "50 in each second"])
+    @pytest.mark.parametrize("demand", [75.0, 200.0, 2000.0])
+    def test_a_service_with_a_limit_of_50_is_polled_at_45_to_50_after_a_minute(
+        self, service: str, demand: float
+    ) -> None:
+        allows = limited_service(service)
+        rate = PollRate(1000.0)
+        answers: list[tuple[float, bool]] = []
+        good_after_a_minute: list[float] = []
+        now = 0.0
+        while now < 300.0:
+            now = max(rate.ready_at(now), now)
+            rate.record_poll(now)
+            answers.append((now, allows(now)))
+            while answers and answers[0][0] <= now - 0.05:  # an answer takes 50 ms
+                started_at, good = answers.pop(0)
+                if not good:
+                    rate.record_refusal(now, started_at=started_at)
+                elif started_at >= 60.0:
+                    good_after_a_minute.append(started_at)
+            now += 1 / demand
+        assert 45 <= len(good_after_a_minute) / 240 <= 50.5
+
+
+def limited_service(kind: str) -> Callable[[float], bool]:
+    """Return what says whether a service with a limit of 50 a second answers a request at that time."""
+    if kind == "50 in each second":
+        counts: dict[int, int] = {}
+
+        def in_each_second(now: float) -> bool:
+            counts[int(now)] = counts.get(int(now), 0) + 1
+            return counts[int(now)] <= 50
+
+        return in_each_second
+    capacity = 50.0 if kind == "a bucket of 50" else 5.0
+    level, at = capacity, 0.0
+
+    def bucket(now: float) -> bool:
+        nonlocal level, at
+        level, at = min(capacity, level + 50 * (now - at)), now
+        good = level >= 1
+        level -= good
+        return good
+
+    return bucket
+
+
+class TestDueClock:
+    def test_it_goes_with_the_loops_clock(self) -> None:
+        clock = DueClock()
+        clock.advance(7.5)
+        when = 9.0
+        assert clock.due(when) is when  # no object of its own
+
+    def test_it_stands_still_while_it_is_told_to(self) -> None:
+        clock = DueClock()
+        clock.advance(10.0)
+        clock.stands_still = True
+        clock.advance(12.0)
+        clock.advance(13.0)
+        assert clock.due(20.0) == 17.0
+        clock.stands_still = False
+        clock.advance(15.0)
+        assert clock.due(20.0) == 17.0
+        clock.reset()
+        assert clock.due(20.0) == 20.0
+
+    def test_it_catches_up_by_what_is_polled_and_never_falls_back_or_runs_ahead(self) -> None:
+        clock = DueClock()
+        clock.stands_still = True
+        clock.advance(10.0)
+        for when, expected in ((-5.0, 10.0), (4.0, 6.0), (3.0, 6.0), (11.0, 0.0)):
+            clock.catch_up(10.0, when)
+            assert clock.due(20.0) == 20.0 - expected
