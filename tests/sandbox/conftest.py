@@ -32,6 +32,13 @@ async def http(sandbox: Sandbox) -> AsyncGenerator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
+async def page(sandbox: Sandbox) -> AsyncGenerator[aiohttp.ClientSession]:
+    """The sandbox's own page, as far as its requests show."""
+    async with aiohttp.ClientSession(sandbox.url, headers={"Origin": sandbox.url}) as session:
+        yield session
+
+
+@pytest.fixture
 def raw(sandbox: Sandbox) -> Callable[..., Awaitable[tuple[int, bytes]]]:
     async def ask(
         target: bytes,

@@ -74,6 +74,12 @@ def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
     return keyless_sandbox
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
+    async with sandbox.client() as client:
+        yield client
+
+
 # An approved operation goes after some seconds, in which a busy machine may not find the time to see it.
 CONFIRMATIONS_STAY = """
     const realTimeout = setTimeout;
@@ -592,8 +598,9 @@ async def test_many_operations_of_many_users_make_a_page_of_some_screens(client:
     for number in range(50):
         await client.create_operation(f"AB0{number % 6}", operation_payload=f"Payment {number}")
     await expect(page.get_by_text("Payment 49")).to_have_count(1)
-    for width, screens in ((390, 5), (768, 5), (1440, 4), (1920, 3)):
+    for width, screens in ((320, 5), (390, 5), (768, 5), (1440, 4), (1920, 3)):
         await page.set_viewport_size({"width": width, "height": 900})
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert await page.evaluate("document.documentElement.scrollHeight / innerHeight") < screens
     # Where there is room for one phone, the others are a tap away.
     await page.set_viewport_size({"width": 390, "height": 900})

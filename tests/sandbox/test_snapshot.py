@@ -1,0 +1,199 @@
+"""What the phone's page is shown: the phones of the users, their history and the requests, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+
+from aiokeyless.sandbox import Sandbox
+
+from .phone_page import OTHER, USER, create, events, get, picture, until
+
+
+async def test_operation_is_shown_on_its_users_phone(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    await create(http, operationPayload="Pay 5", externalUserId="ann@example.com")
+    await create(http, "b", OTHER)
+    shown = await picture(page)
+    assert [phone["user"] for phone in shown["phones"]] == [USER, OTHER]
+    [first], [second] = (phone["pending"] for phone in shown["phones"])
+    assert 0 <= first.pop("age") < 60
+    key = first.pop("key")
+    assert key != second["key"]
+    assert first == {
+        "number": 1,
+        "operationId": "a",
+        "operationPayload": "Pay 5",
+        "characters": 5,
+        "readable": True,
+        "externalUserId": "ann@example.com",
+    }
+    assert (second["operationPayload"], second["externalUserId"]) == (None, None)
+
+
+@pytest.mark.looptime
+async def test_what_happens_is_shown_as_it_happens(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    async with events(page) as stream:
+        assert (await stream.next())["phones"] == []
+        await create(http)
+        shown = await stream.until(lambda shown: shown["phones"])
+        key = shown["phones"][0]["pending"][0]["key"]
+        await create(http, "b")
+        shown = await stream.until(lambda shown: len(shown["phones"][0]["pending"]) == 2)
+        assert [card["operationId"] for card in shown["phones"][0]["pending"]] == ["b", "a"]
+        sandbox.forget("b")
+        shown = await stream.until(lambda shown: len(shown["phones"][0]["pending"]) == 1)
+        assert shown["history"] == []
+        sandbox.fail_authentication("a")
+        sandbox.approve("a", auth_type="pin")
+        sandbox.approve("a")
+        shown = await stream.until(lambda shown: not shown["phones"][0]["pending"])
+        for number, entry in ((2, shown["history"][0]), (1, shown["history"][1])):
+            assert 0 <= entry.pop("age") < 60
+            assert entry.pop("number") == number
+        common = {"key": key, "user": USER, "text": None}
+        assert shown["history"] == [
+            {**common, "authType": "pin", "errorCode": 0, "reason": None},
+            {**common, "authType": "biom", "errorCode": 30004, "reason": "the face did not match"},
+        ]
+
+
+async def test_attempt_for_what_the_phone_would_create_is_in_the_history(
+    sandbox: Sandbox, page: aiohttp.ClientSession
+) -> None:
+    sandbox.fail_authentication("of the phone", user_id=USER)
+    [entry] = (await picture(page))["history"]
+    assert (entry["key"], entry["text"], entry["user"]) == (None, None, USER)
+
+
+async def test_history_has_the_start_of_a_text_and_the_latest_attempts(
+    sandbox: Sandbox, page: aiohttp.ClientSession
+) -> None:
+    for number in range(60):
+        sandbox.approve(str(number), user_id=USER, operation_payload=f"{number} " + "p" * 120)
+    shown = (await picture(page))["history"]
+    assert [entry["text"] for entry in shown] == [f"{number} {'p' * 117}…" for number in range(59, 9, -1)]
+
+
+async def test_simulated_user_is_shown_too() -> None:
+    async with (
+        Sandbox(auto_approve=0) as sandbox,
+        aiohttp.ClientSession(sandbox.url, headers={"X-Api-Key": sandbox.api_key}) as http,
+    ):
+        await create(http)
+        shown = await picture(http)
+    assert [each["authType"] for each in shown["history"]] == ["biom"]
+    assert shown["phones"] == [{"user": USER, "lockedFor": 0, "pending": [], "more": 0}]
+
+
+async def test_phone_alone_shows_nothing_of_others(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    await create(http, "secret-of-the-other", OTHER)
+    await create(http, "secret-too", OTHER)
+    sandbox.approve("secret-too")
+    shown = await picture(page, user=USER.lower())
+    assert [phone["user"] for phone in shown["phones"]] == [USER]
+    assert (shown["history"], shown["requests"]) == ([], [])
+    assert "secret" not in json.dumps(shown)
+    assert OTHER not in json.dumps(shown)
+
+
+async def test_the_phone_of_an_unknown_user_is_empty(page: aiohttp.ClientSession) -> None:
+    assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", "lockedFor": 0, "pending": [], "more": 0}]
+
+
+async def test_user_that_is_not_hex_is_a_bad_request(page: aiohttp.ClientSession) -> None:
+    async with page.get("/sandbox/events?user=%3Cb%3E") as response:
+        assert response.status == 400
+
+
+@pytest.mark.looptime
+async def test_journal_is_shown_latest_first_with_status_and_duration(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    sandbox.latency = 0.25
+    await create(http)
+    sandbox.drop_next(method="POST")
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http, "b")
+    asking = asyncio.create_task(get(http))
+    await until(lambda: len(sandbox.requests) == 3)
+    shown = await picture(page)
+    assert [(each["method"], each["status"]) for each in shown["requests"]] == [
+        ("GET", None),
+        ("POST", None),
+        ("POST", 200),
+    ]
+    assert [each["duration"] for each in shown["requests"]] == [0, pytest.approx(0.25), pytest.approx(0.25)]
+    assert [each["age"] for each in shown["requests"]] == [0, pytest.approx(0.25), pytest.approx(0.5)]
+    await asking
+    sandbox.latency = 0
+    for number in range(15):
+        await get(http, str(number))
+    shown = await picture(page)
+    assert [each["path"] for each in shown["requests"]] == [f"/v2/operations/{n}" for n in range(14, 2, -1)]
+
+
+async def test_picture_has_no_key_in_it(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    await get(http)
+    shown = json.dumps(await picture(page))
+    assert sandbox.api_key not in shown
+    assert "sandbox-sdk-key" not in shown
+
+
+async def test_only_the_newest_operations_are_shown_and_the_others_counted(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    for number in range(23):
+        await create(http, str(number))
+    [phone] = (await picture(page))["phones"]
+    assert [card["operationId"] for card in phone["pending"]] == [str(number) for number in range(22, 2, -1)]
+    assert phone["more"] == 3
+
+
+async def test_only_the_users_who_were_active_last_are_shown_and_none_changes_places(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    users = [f"AB{number:02}" for number in range(24)]
+    for user in users:
+        await create(http, user, user)
+    assert not (await picture(page))["crowded"]
+    await create(http, "again", users[0])
+    await create(http, "one more", "FF")
+    shown = await picture(page)
+    assert [phone["user"] for phone in shown["phones"]] == [users[0], *users[2:], "FF"]
+    assert shown["crowded"]
+    assert not (await picture(page, user=users[0]))["crowded"]
+
+
+async def test_text_without_end_is_cut(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    await create(http, "i" * 601, operationPayload="p" * 500_000, externalUserId="e" * 600)
+    [card] = (await picture(page))["phones"][0]["pending"]
+    assert (card["operationPayload"], card["characters"], card["readable"]) == ("p" * 2000, 500_000, False)
+    assert card["operationId"] == "i" * 600 + "… (1 more characters)"
+    assert card["externalUserId"] == "e" * 600
+    await get(http, "f" * 2000)
+    assert len((await picture(page))["requests"][0]["path"]) < 450
+
+
+async def test_phone_shows_no_more_text_than_a_person_reads(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    for number in range(20):
+        await create(http, str(number), operationPayload="p" * 100)
+    [phone] = (await picture(page))["phones"]
+    assert (len(phone["pending"]), phone["more"]) == (20, 0)
+    for number in range(20, 40):
+        await create(http, f"{number}{'i' * 2000}", operationPayload="p" * 3000, externalUserId="e" * 3000)
+    [phone] = (await picture(page))["phones"]
+    assert [card["number"] for card in phone["pending"]] == [40]
+    assert phone["more"] == 39
