@@ -270,6 +270,11 @@ def check_rate(rate: object, name: str) -> float | None:
     return number
 
 
+def check_flag(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False, not {value!r}", argument=name)
+
+
 def check_schedule(schedule: wait_base | None) -> wait_base | None:
     if schedule is not None and not isinstance(schedule, wait_base):
         raise ConfigurationError(

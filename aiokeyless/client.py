@@ -23,6 +23,7 @@ import anyio
 
 from aiokeyless._validation import (
     check_base_url,
+    check_flag,
     check_listeners,
     check_on_poll,
     check_operation_id,
@@ -435,6 +436,7 @@ class KeylessClient:
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
         on_poll: OnPoll | None = None,
+        explain: bool = False,
     ) -> Operation:
         """Wait until the user approves this operation, and return only then.
 
@@ -450,6 +452,11 @@ class KeylessClient:
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
                 raises ends the wait and propagates; a ``StopIteration``, which no coroutine can raise, becomes the
                 cause of a ``RuntimeError``. Default: none.
+            explain: Whether to learn of the user's attempts to authenticate, for the ``attempts`` of `ApprovalUpdate`
+                and of `ApprovalTimeoutError`. While the operation is pending, Telemetry is asked for them beside the
+                polls, at most once in 10 s per operation and 8 times at once; at the deadline for the last time, for
+                which the wait may end up to 1 s later. Its failures are ignored and logged at debug level. It never
+                approves and never ends the wait: what is raised in `on_poll` may. Default: False.
 
         Returns:
             The approved operation.
@@ -468,8 +475,10 @@ class KeylessClient:
 
         Source: ``docs/rules.md``, "The rules of a wait".
         """
-        if on_poll is not None:
-            return await self._wait_reporting(self._options(target, timeout, schedule, if_missing), on_poll)
+        check_flag(explain, "explain")
+        if on_poll is not None or explain:
+            options = self._options(target, timeout, schedule, if_missing)
+            return await self._wait_reporting(options, on_poll or _ignore, explain=explain)
         # The options are not kept in a variable: each waiting frame would hold them in memory.
         poller, wait = self._start(self._options(target, timeout, schedule, if_missing))
         try:
@@ -531,6 +540,7 @@ class KeylessClient:
         expires_in: float = _DEFAULT_TIMEOUT,
         if_exists: IfExists = "raise",
         on_poll: OnPoll | None = None,
+        explain: bool = False,
     ) -> Operation:
         """Create an operation and wait until the user approves it: `create_operation`, then `wait_for_approval`.
 
@@ -542,6 +552,7 @@ class KeylessClient:
             expires_in: Seconds for the wait. Default: 120.
             if_exists: What to do on a 409: see `create_operation`. Default: ``"raise"``.
             on_poll: Called with an `ApprovalUpdate` for each poll; may be async. Default: none.
+            explain: Whether to learn of the user's attempts: see `wait_for_approval`. Default: False.
 
         Returns:
             The approved operation.
@@ -550,6 +561,7 @@ class KeylessClient:
             KeylessError: What `create_operation` and `wait_for_approval` raise.
         """
         check_on_poll(on_poll)  # before anything is created
+        check_flag(explain, "explain")
         ticket = await self.create_operation(
             user_id,
             operation_id=operation_id,
@@ -558,7 +570,7 @@ class KeylessClient:
             expires_in=expires_in,
             if_exists=if_exists,
         )
-        return await self.wait_for_approval(ticket, on_poll=on_poll)
+        return await self.wait_for_approval(ticket, on_poll=on_poll, explain=explain)
 
     def watch_approval(
         self,
@@ -567,6 +579,7 @@ class KeylessClient:
         timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
+        explain: bool = False,
     ) -> AsyncGenerator[ApprovalUpdate, None]:
         """Wait as `wait_for_approval` does, and yield an update for each poll.
 
@@ -578,6 +591,7 @@ class KeylessClient:
             timeout: See `wait_for_approval`.
             schedule: See `wait_for_approval`.
             if_missing: See `wait_for_approval`.
+            explain: See `wait_for_approval`.
 
         Yields:
             One update per poll; the operation of the last one is approved.
@@ -585,7 +599,8 @@ class KeylessClient:
         Raises:
             KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
         """
-        return self._updates(self._options(target, timeout, schedule, if_missing))
+        check_flag(explain, "explain")
+        return self._updates(self._options(target, timeout, schedule, if_missing), explain=explain)
 
     def wait_for_approvals(
         self,
@@ -675,10 +690,10 @@ class KeylessClient:
         _, poller = self._open()
         return poller, poller.start(**options)
 
-    async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll) -> Operation:
+    async def _wait_reporting(self, options: _WaitOptions, on_poll: OnPoll, *, explain: bool) -> Operation:
         check_on_poll(on_poll)
         operation: Operation | None = None
-        updates = self._updates(options)
+        updates = self._updates(options, explain=explain)
         try:
             async for update in updates:
                 operation = update.operation
@@ -695,18 +710,24 @@ class KeylessClient:
         assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
         return operation
 
-    async def _updates(self, options: _WaitOptions) -> AsyncGenerator[ApprovalUpdate, None]:
+    async def _updates(self, options: _WaitOptions, *, explain: bool) -> AsyncGenerator[ApprovalUpdate, None]:
         _, poller = self._open()
         # Unbounded: the rate of polls bounds it, and a poll must not wait for a slow reader.
         send, receive = anyio.create_memory_object_stream[ApprovalUpdate](math.inf)
         with send, receive:
             wait = poller.start(**options, updates=send)
+            explanation = poller.explain(wait) if explain else None
             try:
                 async for update in receive:
-                    yield update
-                _result(wait.result())
+                    yield update if explanation is None else explanation.add_to(update)
+                outcome = wait.result()
+                if explanation is not None:
+                    await explanation.complete(outcome)
+                _result(outcome)
             finally:
                 poller.leave(wait)
+                if explanation is not None:
+                    explanation.leave()
 
     async def _outcomes(self, waits: list[_WaitOptions]) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
@@ -756,6 +777,10 @@ class _View(KeylessClient):
 
     def __repr__(self) -> str:
         return repr(self._client)
+
+
+def _ignore(_update: ApprovalUpdate) -> None:
+    """Do nothing with an update."""
 
 
 def _result(outcome: WaitResult) -> Operation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:  # for annotations only: errors.py is below models.py and must not import it
-    from .models import Operation
+    from .models import Authentication, Operation
     from .ticket import ApprovalTicket
 
 __all__ = [
@@ -339,7 +339,13 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
     What to do: refuse what the user wanted to do. A timeout is not a denial: the API has no cancel, so the user can
     still approve later. Check with ``get_operation(operation_id)`` before you repeat anything, and never treat a
     late approval as the answer to a newer question.
+
+    Attributes:
+        attempts: The user's attempts to authenticate for this operation, oldest first, as far as a wait with
+            ``explain=True`` learned of them; else empty. They explain, and decide nothing.
     """
+
+    attempts: tuple[Authentication, ...] = ()
 
 
 class ApprovalUnknownError(ApprovalTimeoutError):

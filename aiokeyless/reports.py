@@ -8,7 +8,7 @@ from .models import Model
 
 if TYPE_CHECKING:
     from .errors import KeylessError
-    from .models import Operation
+    from .models import Authentication, Operation
 
 __all__ = ["ApprovalOutcome", "ApprovalUpdate", "Approved", "ClientStatistics", "NotApproved"]
 
@@ -22,6 +22,8 @@ class ApprovalUpdate(Model, frozen=True, kw_only=True):
         polls: Polls sent on behalf of this wait so far.
         elapsed: Seconds since the wait started.
         next_poll_in: Seconds until the next poll is due, or None if this was the last one.
+        attempts: The user's attempts to authenticate for this operation, oldest first, as far as a wait with
+            ``explain=True`` has learned of them; else empty. They explain, and never approve.
     """
 
     operation: Operation | None
@@ -29,6 +31,7 @@ class ApprovalUpdate(Model, frozen=True, kw_only=True):
     polls: int
     elapsed: float
     next_poll_in: float | None
+    attempts: tuple[Authentication, ...] = ()
 
 
 class Approved(Model, frozen=True, kw_only=True):

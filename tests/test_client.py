@@ -625,7 +625,8 @@ class TestPublicNames:
 
     def test_the_signatures_are_those_of_the_design(self) -> None:
         wait = inspect.signature(KeylessClient.wait_for_approval)
-        assert [p.default for p in wait.parameters.values()][2:] == [DefaultTimeout.FROM_TARGET, None, "raise", None]
+        defaults = [p.default for p in wait.parameters.values()][2:]
+        assert defaults == [DefaultTimeout.FROM_TARGET, None, "raise", None, False]
         create = inspect.signature(KeylessClient.create_operation)
         assert create.parameters["expires_in"].default == 120.0
         made = inspect.signature(KeylessClient)

@@ -36,6 +36,7 @@ from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
 from .dispatch import RESOLUTION, Dispatcher
+from .explanation import Explainer, Explanation
 from .packing import pack_pending
 from .pauses import Pause, Pauses, next_poll
 from .state import Hold, Poll, PolledOperation, Wait
@@ -99,6 +100,7 @@ class Poller:
         self._approvals = 0
         self._timeouts = 0
         self._failures = 0
+        self._explainer = Explainer(transport)
         self.closed = False
         self._ended: asyncio.Future[None] = self._loop.create_future()  # once it is closed and no wait is left
 
@@ -209,6 +211,10 @@ class Poller:
             wait.cancel()
             self._close(wait)
 
+    def explain(self, wait: Wait) -> Explanation:
+        """Explain a wait; the caller must `Explanation.leave` it."""
+        return self._explainer.start(wait, until=wait.deadline + FINAL_POLL_TIMEOUT)
+
     async def aclose(self) -> None:
         """End all waits with `ClientClosedError`, and what is in flight for them.
 
@@ -225,6 +231,7 @@ class Poller:
         await asyncio.shield(self._ended)
         while tasks := [poll.task for poll in self._dispatcher.in_flight if poll.task is not None]:
             await asyncio.wait(tasks)
+        await self._explainer.aclose()
 
     def _end_batch(self, waits: Iterator[Wait]) -> None:
         """End some of the waits; the rest in callbacks, which nobody can cancel."""

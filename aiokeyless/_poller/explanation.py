@@ -1,0 +1,211 @@
+"""Explains waits: asks Telemetry for the attempts at an operation, beside its polls and never in place of one.
+
+It approves nothing and ends nothing. What may be asked, and when, is decided in `_rules/explanation.py`; here requests
+are bounded in number at once, shared by all waits for an operation, and cancelled with the last of them. A request that
+fails is logged at debug level and otherwise ignored.
+
+Source: Keyless documentation, Server API / Telemetry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import logging
+import math
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from aiokeyless._http.protocol import get_authentications
+from aiokeyless._rules.explanation import AT_THE_END, explain, may_ask, merged
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    AuthenticationError,
+    KeylessError,
+    NotFoundError,
+    PermissionDeniedError,
+    StatusError,
+)
+
+if TYPE_CHECKING:
+    from aiokeyless._http.transport import Transport
+    from aiokeyless.models import Authentication, Operation
+    from aiokeyless.reports import ApprovalUpdate
+
+    from .state import Wait, WaitResult
+
+_LOGGER: Final = logging.getLogger("aiokeyless")
+
+_MOST_REQUESTS: Final = 8  # at once, of all waits together
+_REFUSED_FOR: Final = 120.0  # seconds without a request after one that was not allowed: the next would not be, either
+_MAX_PAUSE: Final = 120.0  # seconds: more is not waited for, whatever Retry-After says
+_MOST_LEFT: Final = 1000  # operations that are remembered after their last wait, for the next piece of a longer wait
+_LEFT_FOR: Final = 60.0  # seconds for which they are
+
+
+class _Subject:
+    """An operation that is explained, for one wait or for many."""
+
+    __slots__ = ("asked_at", "attempts", "left_at", "operation_id", "pending_since", "request", "user_id", "waits")
+
+    def __init__(self, operation_id: str) -> None:
+        self.operation_id = operation_id
+        self.user_id: str | None = None  # from a ticket, or from the first answer about a bare id
+        self.pending_since = math.inf
+        self.asked_at = -math.inf
+        self.attempts: tuple[Authentication, ...] = ()
+        self.request: asyncio.Task[None] | None = None
+        self.waits = 0
+        self.left_at = 0.0  # when the last wait left
+
+
+class Explainer:
+    """The explanations of one client's waits.
+
+    Args:
+        transport: What sends the requests; neither held nor counted by the circuit, as single calls are.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._slots = asyncio.Semaphore(_MOST_REQUESTS)
+        self._subjects: dict[str, _Subject] = {}  # those that have waits
+        self._left: dict[str, _Subject] = {}  # those whose last wait has left, in the order of left_at
+        self._requests: set[asyncio.Task[None]] = set()
+        self._not_before = -math.inf  # after a refusal, or by Retry-After
+
+    def start(self, wait: Wait, until: float) -> Explanation:
+        """Explain a wait; the caller must `Explanation.leave` it.
+
+        Args:
+            wait: The wait.
+            until: When it must have ended, by the loop's clock.
+        """
+        operation_id = wait.polled.operation_id
+        subject = self._subjects.get(operation_id) or self._left.pop(operation_id, None) or _Subject(operation_id)
+        self._subjects[operation_id] = subject
+        subject.waits += 1
+        if wait.ticket is not None:
+            subject.user_id = wait.ticket.user_id
+        subject.pending_since = min(subject.pending_since, wait.origin)
+        return Explanation(self, subject, wait.deadline, until)
+
+    def leave(self, subject: _Subject) -> None:
+        """Forget a wait; with the last one of an operation its request ends."""
+        subject.waits -= 1
+        if subject.waits:
+            return
+        if subject.request is not None:
+            subject.request.cancel()
+            subject.request = None
+        subject.left_at = now = self._loop.time()
+        self._left[subject.operation_id] = self._subjects.pop(subject.operation_id)
+        while len(self._left) > _MOST_LEFT or now - self._oldest().left_at > _LEFT_FOR:
+            del self._left[self._oldest().operation_id]
+
+    def _oldest(self) -> _Subject:
+        return next(iter(self._left.values()))
+
+    def ask_if_due(self, subject: _Subject, deadline: float) -> None:
+        """Ask in the background, unless it is too early or too much is under way."""
+        if self._slots.locked() or not may_ask(
+            self._loop.time(), asked_at=subject.asked_at, pending_since=subject.pending_since, deadline=deadline
+        ):
+            return
+        self._ask(subject)
+
+    async def aclose(self) -> None:
+        """End the requests under way."""
+        for request in self._requests:
+            request.cancel()
+        while self._requests:
+            await asyncio.wait(self._requests)
+
+    async def ask_at_the_end(self, subject: _Subject, until: float) -> None:
+        """Ask for the last time, or wait for what is under way, for a moment at most.
+
+        Args:
+            subject: The operation.
+            until: When the wait must have ended, by the loop's clock.
+        """
+        now = self._loop.time()
+        if subject.request is None and may_ask(now, asked_at=subject.asked_at):
+            self._ask(subject)
+        if subject.request is not None and until > now:
+            await asyncio.wait([subject.request], timeout=min(AT_THE_END, until - now))
+
+    def _ask(self, subject: _Subject) -> None:
+        if subject.user_id is None or subject.request is not None or self._loop.time() < self._not_before:
+            return
+        subject.asked_at = self._loop.time()
+        # As the poller's workers: past the loop's task factory, and not in the context of a caller.
+        subject.request = asyncio.Task(
+            self._fetch(subject, subject.user_id), loop=self._loop, context=contextvars.Context()
+        )
+        self._requests.add(subject.request)
+        subject.request.add_done_callback(functools.partial(self._asked, subject))
+
+    def _asked(self, subject: _Subject, request: asyncio.Task[None]) -> None:
+        self._requests.discard(request)
+        if subject.request is request:  # what cancels it lets another one start
+            subject.request = None
+
+    async def _fetch(self, subject: _Subject, user_id: str) -> None:
+        try:
+            with self._transport.call():
+                async with self._slots:
+                    answer = await self._transport.send(get_authentications(user_id, subject.operation_id))
+        except KeylessError as error:
+            _LOGGER.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
+            self._pause_after(error)
+        else:
+            subject.attempts = merged(subject.attempts, answer, subject.operation_id)
+
+    def _pause_after(self, error: KeylessError) -> None:
+        pause = 0.0
+        if isinstance(error, AuthenticationError | PermissionDeniedError):
+            pause = _REFUSED_FOR
+        elif isinstance(error, StatusError):
+            pause = min(error.retry_after or 0.0, _MAX_PAUSE)
+        self._not_before = max(self._not_before, self._loop.time() + pause)
+
+
+class Explanation:
+    """What is known about the attempts at one wait's operation."""
+
+    __slots__ = ("_deadline", "_explainer", "_subject", "_until")
+
+    def __init__(self, explainer: Explainer, subject: _Subject, deadline: float, until: float) -> None:
+        self._explainer = explainer
+        self._subject = subject
+        self._deadline = deadline
+        self._until = until
+
+    def add_to(self, update: ApprovalUpdate) -> ApprovalUpdate:
+        """Return an update with the attempts that are known; ask for more where the operation is pending."""
+        self._learn_user(update.operation)
+        operation = update.operation
+        if isinstance(update.error, NotFoundError) if operation is None else not operation.is_approved:
+            self._explainer.ask_if_due(self._subject, self._deadline)
+        return msgspec.structs.replace(update, attempts=self._subject.attempts)
+
+    async def complete(self, outcome: WaitResult) -> None:
+        """Add the attempts to the outcome where that is a timeout, after asking for the last time."""
+        if not isinstance(outcome, ApprovalTimeoutError):
+            return
+        if not isinstance(outcome, ApprovalUnknownError):  # there, the service does not answer
+            self._learn_user(outcome.last_operation)
+            await self._explainer.ask_at_the_end(self._subject, self._until)
+        explain(outcome, self._subject.attempts)
+
+    def leave(self) -> None:
+        """Forget the wait."""
+        self._explainer.leave(self._subject)
+
+    def _learn_user(self, operation: Operation | None) -> None:
+        if self._subject.user_id is None and operation is not None:
+            self._subject.user_id = operation.user_id
