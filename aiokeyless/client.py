@@ -493,6 +493,7 @@ class KeylessClient:
         seconds: float,
         schedule: wait_base | None = None,
         if_missing: IfMissing = "raise",
+        explain: bool = False,
     ) -> Operation | None:
         """Wait for one piece of a longer wait: for an HTTP long poll, a tool call, a job that is run again.
 
@@ -506,6 +507,9 @@ class KeylessClient:
             seconds: The length of this piece; above 0 and finite. It may be cut short at any time by cancelling it.
             schedule: When to poll. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
+            explain: Whether to learn of the user's attempts where the ticket's time ends during this hold, for
+                `ApprovalTimeoutError`: see `wait_for_approval`. A hold that returns None asks nothing; call
+                `get_authentications` for the reasons so far. Default: False.
 
         Returns:
             The approved operation; None if the operation is pending after so many seconds. For a ticket, that is while
@@ -523,11 +527,17 @@ class KeylessClient:
             >>> async def approved(client: KeylessClient, ticket: ApprovalTicket) -> bool:
             ...     return await client.hold_for_approval(ticket, seconds=25) is not None  # the browser asks again
         """
+        check_flag(explain, "explain")
         poller, wait = self._hold(target, seconds, schedule, if_missing)
+        explanation = poller.explain(wait) if explain else None
         try:
             outcome = await wait
+            if explanation is not None:
+                await explanation.complete(outcome)
         finally:
             poller.leave(wait)
+            if explanation is not None:
+                explanation.leave()
         return None if outcome is None else _result(outcome)
 
     async def request_approval(

@@ -277,6 +277,25 @@ class TestWhatItCosts:
         assert all(later - earlier > 9.9 for earlier, later in pairwise(asked))
         assert len(asked) <= 4
 
+    async def test_a_hold_asks_only_where_the_tickets_time_ends_within_it(
+        self, service: Service, client: KeylessClient
+    ) -> None:
+        ticket = await created(client, expires_in=30)
+        service.fail_authentication("op")
+        for _ in range(2):
+            assert await client.hold_for_approval(ticket, seconds=14, explain=True) is None
+        assert service.asked() == []
+        with pytest.raises(ApprovalTimeoutError, match=r"1 attempt failed: the face did not match \(30004\)") as caught:
+            await client.hold_for_approval(ticket, seconds=14, explain=True)
+        assert len(caught.value.attempts) == 1
+        assert len(service.asked()) == 1
+
+    async def test_a_hold_that_is_approved_costs_no_request(self, service: Service, client: KeylessClient) -> None:
+        ticket = await created(client)
+        later(8, service.approve, "op")
+        assert await client.hold_for_approval(ticket, seconds=25, explain=True) is not None
+        assert service.asked() == []
+
     async def test_few_requests_are_under_way_at_once_and_each_wait_gets_its_turn(
         self, service: Service, client: KeylessClient
     ) -> None:
@@ -445,6 +464,8 @@ class TestTrouble:
     ) -> None:
         with pytest.raises(ConfigurationError, match="explain must be True or False"):
             await client.wait_for_approval("op", explain=explain)
+        with pytest.raises(ConfigurationError, match="explain must be True or False"):
+            await client.hold_for_approval("op", seconds=5, explain=explain)
         with pytest.raises(ConfigurationError, match="explain must be True or False"):
             await client.request_approval(USER, explain=explain)
         with pytest.raises(ConfigurationError, match="explain must be True or False"):
