@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._http.protocol import BASE_URLS
 from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._rules.backoff import is_transient
+from aiokeyless._rules.explanation import in_words
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -154,7 +155,9 @@ def _describe_timeout(error: ApprovalTimeoutError) -> str:
         reason = "" if error.last_error is None else f" (last failure: {describe(error.last_error)})"
         return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
     state = "missing" if error.last_operation is None else "pending"
-    return f"still {state} after {spent}; a timeout is not a denial: it can still be approved; {check}"
+    words = in_words(error.attempts)
+    failed = f"{words}; " if words else ""
+    return f"still {state} after {spent}; {failed}a timeout is not a denial: it can still be approved; {check}"
 
 
 def _describe_rejection(error: ApprovalError, answer: Operation) -> str:

@@ -1,4 +1,4 @@
-"""``aiokeyless create``, ``get`` and ``pending``: one call of one endpoint each."""
+"""``aiokeyless create``, ``get``, ``pending`` and ``attempts``: one call, or two, and no wait."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aiokeyless._rules.explanation import merged
 from aiokeyless.client import IfExists  # noqa: TC001  # cyclopts reads the signature of a command
 from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
 from .messages import approval_method, operation_argument
-from .render import new_console, print_command, print_fact, print_json, print_pending
+from .render import new_console, print_command, print_fact, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aiokeyless.client import KeylessClient
+    from aiokeyless.models import Authentication
     from aiokeyless.ticket import ApprovalTicket
 
 
@@ -107,12 +110,7 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     async with new_client() as client:
-        operation = await client.get_operation(operation_id)
-    if operation.operation_id != operation_id:
-        raise CommandError(
-            f"the answer is about another operation, {operation.operation_id[:80]}; do not trust it, and check the "
-            "proxies between you and Keyless"
-        )
+        operation = await _get(client, operation_id)
     console = new_console()
     if as_json:
         print_json(console, {**operation.to_dict(), "is_approved": operation.is_approved})
@@ -131,6 +129,16 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         if value is not None:
             print_fact(console, name, value, "bold" if name == "State" else "")
     return Exit.DONE
+
+
+async def _get(client: KeylessClient, operation_id: str) -> Operation:
+    operation = await client.get_operation(operation_id)
+    if operation.operation_id != operation_id:
+        raise CommandError(
+            f"the answer is about another operation, {operation.operation_id[:80]}; do not trust it, and check the "
+            "proxies between you and Keyless"
+        )
+    return operation
 
 
 def _state(operation: Operation) -> str:
@@ -157,7 +165,7 @@ async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
     if as_json:
         print_json(console, {"user_id": user_id.upper(), "pending": [msgspec.structs.asdict(o) for o in operations]})
     elif operations:
-        print_pending(
+        print_table(
             console,
             [
                 {
@@ -172,3 +180,54 @@ async def pending(user_id: UserId, /, *, as_json: AsJson = False) -> int:
     else:
         console.print(f"No pending operations for {user_id.upper()}.")
     return Exit.DONE
+
+
+@app.command(help_epilogue="Example:\n  aiokeyless attempts txn-1\n  aiokeyless attempts txn-1 --json")
+async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
+    """Show how the user tried to approve an operation in the last ten minutes.
+
+    An attempt is never an approval: only the operation's state is.
+
+    Args:
+        operation_id: The operation.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        operation = await _get(client, operation_id)  # it tells the user
+        answered = await client.get_authentications(user_id=operation.user_id, operation_id=operation_id)
+    made = merged((), answered, operation_id)
+    console = new_console()
+    if as_json:
+        print_json(
+            console,
+            {
+                "operation_id": operation_id,
+                "user_id": operation.user_id,
+                "is_approved": operation.is_approved,
+                "attempts": [attempt.to_dict() for attempt in made],
+                "truncated": answered.truncated,
+            },
+        )
+        return Exit.DONE
+    print_fact(console, "Operation", operation_id)
+    print_fact(console, "State", _state(operation), "bold")
+    console.print()
+    if made:
+        print_table(console, [_row(attempt) for attempt in made])
+    else:
+        console.print("No attempts in the last ten minutes.")
+    if answered.truncated:
+        console.print("There are more, which the service does not show.")
+    return Exit.DONE
+
+
+def _row(attempt: Authentication) -> dict[str, str | None]:
+    code = attempt.error_code or 0
+    why = f"{attempt.reason} ({code})" if attempt.reason else f"error {code}"
+    return {
+        "Time": (attempt.created_at or "unknown").partition(".")[0],
+        "Result": attempt.result,
+        "Why": why if code else None,
+        "By": attempt.auth_type,
+        "Device": attempt.device_id,
+    }

@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from aiokeyless._rules.explanation import in_words
 from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from aiokeyless.client import IfMissing, KeylessClient, WaitTimeout
-    from aiokeyless.models import Operation
+    from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
     from aiokeyless.ticket import ApprovalTicket
 
@@ -114,7 +115,7 @@ def print_command(console: Console, command: str) -> None:
     console.print(Text(f"  {safe(command)}"), soft_wrap=True)
 
 
-def print_pending(console: Console, rows: list[Mapping[str, str | None]]) -> None:
+def print_table(console: Console, rows: list[Mapping[str, str | None]]) -> None:
     """Print a table of texts without its empty columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     names = [name for name in rows[0] if any(row[name] for row in rows)]
@@ -145,6 +146,7 @@ class Progress:
         self.polls: int = 0
         self.next_poll_at: float | None = None
         self.phrase: str = "Waiting for the user"
+        self._attempts: tuple[Authentication, ...] = ()
 
     @property
     def elapsed(self) -> float:
@@ -160,13 +162,19 @@ class Progress:
         """Record the result of a poll."""
         self.polls = update.polls
         self.next_poll_at = None if update.next_poll_in is None else self.elapsed + update.next_poll_in
+        self._attempts = update.attempts
+        failed = sum(attempt.failed for attempt in update.attempts)
         match update.error:
             case None:
-                self.phrase = "Waiting for the user"
+                self.phrase = f"{counted(failed, 'attempt')} failed" if failed else "Waiting for the user"
             case NotFoundError():
                 self.phrase = "Not created yet"
             case _:
                 self.phrase = "No answer, retrying"
+
+    def new_attempts(self, update: ApprovalUpdate) -> list[Authentication]:
+        """Return the attempts of an update that earlier ones did not have; call it before `add`."""
+        return [attempt for attempt in update.attempts if attempt not in self._attempts]
 
 
 class Display:
@@ -185,6 +193,9 @@ class Display:
 
     def draw(self, progress: Progress) -> None:
         """Show the progress; called every `frame`."""
+
+    def attempt(self, progress: Progress, attempt: Authentication) -> None:
+        """Show that an attempt to authenticate became known."""
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
         """Show the result of a poll."""
@@ -211,6 +222,11 @@ class PlainLines(_Facts):
         """Print an empty line at the end."""
         yield
         self._console.print()
+
+    def attempt(self, progress: Progress, attempt: Authentication) -> None:
+        """Print an attempt that failed."""
+        if words := in_words([attempt]):
+            self._console.print(Text(f"  {progress.elapsed:6.2f} s  {words}"))
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
         """Print the result of a poll."""
@@ -295,16 +311,22 @@ async def follow(
     *,
     timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
+    explain: bool = False,
 ) -> tuple[Operation, float]:
     """Wait for an approval while the display shows the progress; return the operation, and when it was noticed."""
 
     def on_poll(update: ApprovalUpdate) -> None:
+        made = progress.new_attempts(update)
         progress.add(update)
         display.draw(progress)
+        for attempt in made:
+            display.attempt(progress, attempt)
         display.poll(progress, update)
 
     async def wait() -> tuple[Operation, float]:
-        operation = await client.wait_for_approval(target, timeout=timeout, if_missing=if_missing, on_poll=on_poll)
+        operation = await client.wait_for_approval(
+            target, timeout=timeout, if_missing=if_missing, on_poll=on_poll, explain=explain
+        )
         return operation, progress.elapsed
 
     with display.shown():

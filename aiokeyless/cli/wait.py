@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from cyclopts import Token
     from rich.console import Console
 
-    from aiokeyless.models import Operation
+    from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
 
 _DEFAULT_TIMEOUT: Final = 120.0
@@ -109,6 +109,9 @@ Example, with the ticket, so that user and payload are also checked:
 Example, for an operation that the phone will create:
   aiokeyless wait txn-2 --if-missing wait
 
+While the operation is pending, attempts of the user that failed are shown;
+they decide nothing.
+
 Ctrl-C ends the wait and not the operation; it prints how to resume.
 
 Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 4 timed out and the
@@ -133,7 +136,7 @@ async def wait(
         ticket: Instead of an id, a file with the ticket of create --json; - is stdin.
         timeout: Seconds, or inf for no limit; if left out: the ticket's remaining time, or 120 for an id.
         if_missing: If there is no such operation, fail (raise), or wait until the phone creates it (wait).
-        as_json: Print a line of JSON for each poll, and one for the outcome.
+        as_json: Print a line of JSON for each poll and each attempt of the user, and one for the outcome.
     """
     target = operation_id if ticket is None else ticket.ticket
     assert target is not None  # noqa: S101  # see _check_target
@@ -151,6 +154,7 @@ async def wait(
                 display,
                 timeout=DefaultTimeout.FROM_TARGET if timeout is None else timeout,
                 if_missing=if_missing,
+                explain=True,
             )
         except KeylessError as error:
             if as_json:
@@ -199,6 +203,10 @@ class _JsonLines(Display):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    def attempt(self, progress: Progress, attempt: Authentication) -> None:
+        """Print an attempt to authenticate, failed or not."""
+        print_json(self._console, {"event": "attempt", "elapsed": round(progress.elapsed, 3), **attempt.to_dict()})
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
         """Print the result of a poll; the operation itself is printed once, with the outcome."""

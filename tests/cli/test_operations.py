@@ -1,4 +1,4 @@
-"""``aiokeyless create``, ``get`` and ``pending``."""
+"""``aiokeyless create``, ``get``, ``pending`` and ``attempts``."""
 
 from __future__ import annotations
 
@@ -230,3 +230,63 @@ async def test_pending_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch)
     assert lines_of_json(await output_of(monkeypatch, io.StringIO(), "pending", "c0ffee", "--json")) == [
         {"user_id": "C0FFEE", "pending": []}
     ]
+
+
+@pytest.mark.looptime
+async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_approval(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn 1")
+    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "other")
+    service.fail_authentication("txn 1", 30003)
+    service.fail_authentication("txn 1", 12345, auth_type="pin")
+    service.fail_authentication("other", 30004)
+    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn 1")
+    assert re.match(r"  Operation  txn 1\n  State      pending\n\n", text)
+    assert re.search(r"\n20[\dT:.-]+ +FAILED +the user cancelled \(30003\) +biom +sandbox-phone *\n", text)
+    assert re.search(r"\n20[\dT:.-]+ +FAILED +error 12345 +pin +sandbox-phone *\n", text)
+    assert "30004" not in text
+    service.approve("txn 1")
+    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn 1")
+    assert re.search(r"State +approved with their face\n", text)
+    assert re.search(r" APPROVED +", text)
+
+
+@pytest.mark.looptime
+@pytest.mark.usefixtures("service")
+async def test_attempts_says_that_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1")
+    assert text.endswith("\nNo attempts in the last ten minutes.\n")
+
+
+@pytest.mark.looptime
+async def test_attempts_says_that_there_are_more(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+    for _ in range(21):
+        service.fail_authentication("txn-1", 30003)
+    text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1")
+    assert text.endswith("\nThere are more, which the service does not show.\n")
+
+
+@pytest.mark.looptime
+async def test_attempts_as_json_is_one_object(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "txn-1")
+    failed = service.fail_authentication("txn-1", 30003)
+    [answer] = lines_of_json(await output_of(monkeypatch, io.StringIO(), "attempts", "txn-1", "--json"))
+    assert answer == {
+        "operation_id": "txn-1",
+        "user_id": "C0FFEE",
+        "is_approved": False,
+        "attempts": [failed.to_dict()],
+        "truncated": False,
+    }
+
+
+@pytest.mark.looptime
+async def test_attempts_of_an_answer_about_another_operation_are_not_asked_for(service: Sandbox) -> None:
+    service.approve("txn-1", user_id="C0FFEE")
+    service.tamper("txn-1", operation_id="txn-2")
+    with pytest.raises(CommandError, match="another operation, txn-2"):
+        await app.run_async(["attempts", "txn-1"])
+    assert len(service.requests) == 1

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from aiokeyless import ApprovalUpdate, ServerError
-from aiokeyless.cli.render import PlainLines, Progress, print_pending, safe
+from aiokeyless.cli.render import PlainLines, Progress, print_table, safe
 
 from .terminal import ESCAPE, Terminal, output_of
 
@@ -91,7 +91,7 @@ async def test_a_payload_is_one_line_in_a_file_and_folded_on_a_terminal(
 def test_a_table_loses_nothing_in_a_narrow_terminal(operation_id: str, width: int) -> None:
     stream = io.StringIO()
     texts = {"Operation": operation_id, "Payload": "y" * 200, "External user": "z" * 50, "By": None}
-    print_pending(Console(file=stream, width=width), [texts])
+    print_table(Console(file=stream, width=width), [texts])
     text = stream.getvalue()
     assert max(map(len, text.splitlines())) <= width
     content = text.partition("user")[2] if width == 80 else text

@@ -290,3 +290,52 @@ def test_a_wait_is_for_an_id_or_a_ticket_and_not_both(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.encode())))
     assert run(["wait", "a", "--ticket", "-"]) == 2
     assert "either OPERATION_ID or --ticket FILE. See aiokeyless wait --help.\n" in capsys.readouterr().err
+
+
+@pytest.mark.looptime
+async def test_wait_shows_attempts_that_failed(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    for code in (30003, 30004):
+        service.fail_authentication("txn-1", code)
+    later(20, service.approve, "txn-1")
+    text = await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
+    assert re.search(r"\n +\d+\.\d\d s  1 attempt failed: the user cancelled \(30003\)\n", text)
+    assert text.count("1 attempt failed: the face did not match (30004)") == 1
+    assert text.count("attempt failed") == 2
+
+
+@pytest.mark.looptime
+async def test_wait_on_a_terminal_counts_attempts_that_failed(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    service.fail_authentication("txn-1", 30003)
+    later(20, service.approve, "txn-1")
+    text = await output_of(monkeypatch, Terminal(), "wait", "txn-1")
+    assert "1 attempt failed " in re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+@pytest.mark.looptime
+async def test_wait_as_json_is_a_line_an_attempt_too(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    failed = service.fail_authentication("txn-1", 30003)
+    later(20, service.approve, "txn-1")
+    lines = lines_of_json(await output_of(monkeypatch, io.StringIO(), "wait", "txn-1", "--json"))
+    [attempt] = [line for line in lines if line["event"] == "attempt"]
+    assert attempt == {"event": "attempt", "elapsed": attempt["elapsed"], **failed.to_dict()}
+    assert 5 < attempt["elapsed"] < 20
+
+
+@pytest.mark.looptime
+async def test_wait_that_times_out_says_what_failed(service: Sandbox) -> None:
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1")
+    service.fail_authentication("txn-1")
+    with pytest.raises(ApprovalTimeoutError) as end:
+        await app.run_async(["wait", "txn-1", "--timeout", "3"])
+    assert "; 1 attempt failed: the face did not match (30004); a timeout is not a denial" in describe(end.value)
