@@ -241,7 +241,7 @@ class OperationStore:
     def _attempted(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:
         """Remember an attempt. "APPROVED" is the documented result; the other one is the sandbox's own word."""
         attempt = Authentication(
-            created_at=_timestamp(self._clock(), _FRACTION_DIGITS[0]),
+            created_at=_timestamp(self._clock(), max(_FRACTION_DIGITS)),  # so that the order of quick ones is told
             result="FAILED" if error_code else "APPROVED",
             error_code=error_code,
             operation_id=operation.operation_id,

@@ -19,6 +19,7 @@ import aiokeyless
 from aiokeyless.shutdown import close_on_signals
 
 FINAL = ("paid", "refused", "cancelled")
+CANCELLED = 30003  # the error code of an attempt that the user cancelled
 log = logging.getLogger("uvicorn.error")
 client = aiokeyless.KeylessClient()  # one for all customers; key and address come from the environment
 
@@ -34,16 +35,22 @@ app = FastAPI(lifespan=lifespan)
 
 
 class Order(BaseModel):
-    """An order, and its row on disk. Its id is the operation's id too, so that a customer is asked once per order."""
+    """An order, and its row on disk. Its operation's id is made of its own, so that each question is asked once."""
 
     id: str = Field(default_factory=lambda: secrets.token_hex(8))
     session: str = Field(exclude=True)  # the page is told neither this nor the ticket
     user_id: str  # who must approve, in Keyless: a real shop has it from the customer's enrolment
     price: str = "38.00 EUR"
     payload: str = Field(default_factory=lambda o: f"Pay {o['price']} to Fern & Clay, order {o['id'][:6].upper()}")
-    state: str = "open"  # then waiting, timed_out or unknown (both may still be approved), one of FINAL
+    asked: int = 1  # how often: the questions before this one were declined, and are answered no more
+    state: str = "open"  # then waiting, declined, timed_out or unknown (these may still be approved), one of FINAL
     lifetime: float = float(os.environ.get("CHECKOUT_EXPIRES_IN", "120"))
     ticket: str | None = Field(default=None, exclude=True)
+
+    @property
+    def operation_id(self) -> str:
+        """The operation of the question that counts."""
+        return self.id if self.asked == 1 else f"{self.id}-{self.asked}"
 
 
 db = sqlite3.connect(os.environ.get("CHECKOUT_DB", "checkout.sqlite3"), isolation_level=None)  # autocommit
@@ -59,13 +66,14 @@ def find(session: str, order_id: str | None = None) -> Order | None:
 
 
 def move(order: Order, state: str, ticket: str | None = None) -> Order:
-    """Change an order's state, unless it is final, and keep its first ticket; return the order as it is then.
+    """Change an order's state, unless it is final or was asked anew, and keep its ticket; return it as it is then.
 
     This ensures "paid once": the operation's id makes asking idempotent, and is not a lock on what follows from the
     approval. Many streams may learn of one approval; one of them changes the row, and that one ships.
     """
-    query = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?) WHERE id = ? AND state NOT IN (?, ?, ?)"
-    if db.execute(query, (state, ticket, order.id, *FINAL)).rowcount == 1 and state == "paid":
+    change = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?)"
+    query = change + " WHERE id = ? AND asked = ? AND state NOT IN (?, ?, ?)"
+    if db.execute(query, (state, ticket, order.id, order.asked, *FINAL)).rowcount == 1 and state == "paid":
         log.info("order %s is paid: ship it", order.id)
     return find(order.session, order.id) or order
 
@@ -100,29 +108,47 @@ async def start(req: Request, response: Response, session: Annotated[str, Cookie
     session = session if last else secrets.token_urlsafe(32)
     response.set_cookie("session", session, httponly=True, samesite="lax", secure=req.url.scheme == "https")
     order = Order(session=session, user_id=last.user_id if last else secrets.token_hex(8).upper())
-    db.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?, ?, ?)", tuple(dict(order).values()))
+    db.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", tuple(dict(order).values()))
     return order
 
 
 @app.post("/order/{order_id}/pay", dependencies=[Depends(same_origin)])
 async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
-    """Ask the customer's phone: once per order, however often and in however many tabs Pay is clicked."""
+    """Ask the customer's phone: once per question, however often and in however many tabs Pay is clicked."""
     if order.ticket:
         return order
     try:
         ticket = await client.create_operation(
-            order.user_id, operation_id=order.id, operation_payload=order.payload, expires_in=order.lifetime
+            order.user_id, operation_id=order.operation_id, operation_payload=order.payload, expires_in=order.lifetime
         )
     except (
         aiokeyless.ConflictError
     ):  # asked before, maybe approved (AlreadyApprovedError); the wait compares the content
         ticket = aiokeyless.ApprovalTicket.for_operation(
-            order.id, user_id=order.user_id, operation_payload=order.payload, expires_in=order.lifetime
+            order.operation_id, user_id=order.user_id, operation_payload=order.payload, expires_in=order.lifetime
         )
     except aiokeyless.KeylessError as error:  # the operation may exist: clicking again is safe, and finds it
         log.warning("order %s: %s", order.id, error)
         raise HTTPException(503, "Keyless is not reachable") from error
     return move(order, "waiting", ticket.to_json())
+
+
+@app.post("/order/{order_id}/again", dependencies=[Depends(same_origin)])
+async def ask_again(order: Annotated[Order, Depends(own_order)]) -> Order:
+    """Ask anew after the customer declined: by a new operation, since the declined one stays pending on the phone.
+
+    From here on only an approval of the new one pays; the payload tells the customer which is which.
+    """
+    payload = f"{order.payload.partition(', request ')[0]}, request {order.asked + 1}"
+    change = "UPDATE orders SET asked = asked + 1, payload = ?, ticket = NULL, state = 'open'"
+    query = change + " WHERE id = ? AND asked = ? AND state = 'declined'"
+    db.execute(query, (payload, order.id, order.asked))  # no second time where it is clicked in two tabs
+    return await pay(find(order.session, order.id) or order)
+
+
+def declined(attempts: tuple[aiokeyless.Authentication, ...]) -> bool:
+    """Return whether the customer's last attempt was cancelled; one who goes on trying has not declined."""
+    return bool(attempts) and attempts[-1].error_code == CANCELLED
 
 
 @app.get("/order/{order_id}/events", response_class=EventSourceResponse)
@@ -132,12 +158,19 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
         ticket = aiokeyless.ApprovalTicket.from_json(order.ticket)
         yield ServerSentEvent(data={"state": "waiting", "left": ticket.remaining()}, retry=1000)
         try:
-            async with contextlib.aclosing(client.watch_approval(ticket)) as updates:
+            async with contextlib.aclosing(client.watch_approval(ticket, explain=True)) as updates:
                 async for update in updates:
-                    yield ServerSentEvent(data={"state": "waiting", "trouble": update.error is not None})
-            end = "paid"  # only an approval of this ticket gets here: everything else raises
-        except aiokeyless.ApprovalTimeoutError:
-            end = "timed_out"  # not a denial: following this order later polls again
+                    approved = update.operation is not None and update.operation.is_approved
+                    if declined(update.attempts) and not approved:  # our decision: the wait would go on
+                        end = "declined"
+                        break
+                    reasons = [attempt.reason for attempt in update.attempts if attempt.failed]
+                    news = {"trouble": update.error is not None, "reason": reasons[-1] if reasons else None}
+                    yield ServerSentEvent(data={"state": "waiting", **news})
+                else:
+                    end = "paid"  # only an approval of this ticket gets here: everything else raises
+        except aiokeyless.ApprovalTimeoutError as error:  # not a denial: following this order later polls again
+            end = "declined" if declined(error.attempts) else "timed_out"
         except aiokeyless.ClientClosedError:
             return  # the server is stopping; the browser reconnects by itself, and resumes the wait
         except aiokeyless.KeylessError as error:  # a rejected answer, or an error such as a wrong key

@@ -346,6 +346,66 @@ class TestOverHttp:
             await hasty.post(f"/order?after={hasty.order_id}")
             assert await stream == "cancelled"
 
+    async def test_a_customer_who_declines_and_tries_again_pays_once_by_the_new_request(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        old, payload = hasty.order_id, hasty.order["payload"]
+        keyless.fail_authentication(old, 30004)
+        keyless.fail_authentication(old, 30003)
+        assert await hasty.outcome() == "declined"
+        assert (await hasty.open_shop()).order["state"] == "declined"
+        for status, order in await asyncio.gather(*[hasty.post(f"/order/{old}/again") for _ in range(2)]):
+            assert (status, order["state"], order["asked"]) == (200, "waiting", 2)
+            assert order["payload"] == f"{payload}, request 2"
+        assert await hasty.outcome() == "timed_out"
+        keyless.approve(old)
+        assert await hasty.outcome() == "timed_out"  # the request that was declined pays for nothing any more
+        keyless.approve(f"{old}-2")
+        assert await hasty.outcome() == "paid"
+        assert await hasty.outcome() == "paid"
+        assert len(asked(keyless, hasty.order["user_id"])) == 2
+        assert hasty.backend.shipped(old) == 1
+
+    async def test_a_customer_who_declined_and_approves_after_all_has_paid(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        keyless.fail_authentication(hasty.order_id, 30003)
+        assert await hasty.outcome() == "declined"
+        keyless.approve(hasty.order_id)
+        assert await hasty.outcome() == "paid"
+        status, order = await hasty.post(f"/order/{hasty.order_id}/again")
+        assert (status, order["state"], order["asked"]) == (200, "paid", 1)
+
+    async def test_a_customer_whose_face_did_not_match_has_not_declined(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        keyless.fail_authentication(hasty.order_id, 30003)
+        keyless.fail_authentication(hasty.order_id, 30004)
+        assert await hasty.outcome() == "timed_out"
+        status, order = await hasty.post(f"/order/{hasty.order_id}/again")
+        assert (status, order["state"], order["asked"]) == (200, "timed_out", 1)
+
+    async def test_an_approval_that_comes_in_while_the_customer_tries_again_ships_once_at_most(
+        self, keyless: Sandbox, hasty: Customer
+    ) -> None:
+        await hasty.pay()
+        keyless.fail_authentication(hasty.order_id, 30003)
+        assert await hasty.outcome() == "declined"
+        keyless.approve(hasty.order_id)
+        with slow(keyless, 0.3):
+            stream = asyncio.create_task(hasty.outcome())
+            await eventually(lambda: keyless.requests)
+            _, order = await hasty.post(f"/order/{hasty.order_id}/again")
+            outcome = await stream
+        assert (outcome == "paid") is (order["asked"] == 1)  # one of the two came first
+        if order["asked"] == 2:
+            keyless.approve(f"{hasty.order_id}-2")
+        assert await hasty.outcome() == "paid"
+        assert hasty.backend.shipped(hasty.order_id) == 1
+
     async def test_an_order_under_way_cannot_be_started_over(self, customer: Customer) -> None:
         first = customer.order_id
         assert (await customer.open_shop(after=first)).order_id == first
@@ -527,6 +587,26 @@ class TestInTheBrowser:
             await click(page, "Order another")
             await shows(page, "open")
             assert len(asked(keyless, user)) == 1
+            assert visitor.errors == []
+
+    async def test_a_customer_who_declines_learns_it_within_seconds_and_tries_again(
+        self, keyless: Sandbox, backend: Backend, browser: Browser
+    ) -> None:
+        async with Visitor(browser) as visitor:
+            page = await visitor.tab(backend)
+            user = await visitor.user_id(page)
+            await click(page, "Pay")
+            await shows(page, "waiting")
+            [operation] = asked(keyless, user)
+            keyless.fail_authentication(operation.operation_id, 30003)
+            await expect(page.locator("#title")).to_have_text("You declined on your phone", timeout=60_000)
+            await page.reload()
+            await shows(page, "declined")
+            await click(page, "Try again")
+            await shows(page, "waiting")
+            await expect(page.locator("#payload")).to_have_text(f"{operation.operation_payload}, request 2")
+            keyless.approve(f"{operation.operation_id}-2")
+            await shows(page, "paid")
             assert visitor.errors == []
 
     async def test_a_keyless_that_is_not_reachable_is_named(

@@ -59,7 +59,7 @@ def test_failed_attempt_shows_exactly_the_documented_fields(phone: Phone) -> Non
                 "userId": USER,
                 "authentications": [
                     {
-                        "createdAt": "2020-01-02T03:04:05.24",
+                        "createdAt": "2020-01-02T03:04:05.242194378",
                         "result": "FAILED",
                         "errorCode": 30003,
                         "operationId": "a",
