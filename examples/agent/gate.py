@@ -1,0 +1,154 @@
+"""The gate between an agent and money: what the code wrote, one person approves, and one approval acts once.
+
+The agent, which may be wrong, tricked or lying, chooses the arguments and nothing else: not whom to ask, not what the
+phone shows, not whether it was approved.
+"""
+
+import secrets
+import sqlite3
+from contextlib import suppress
+from decimal import Decimal
+from typing import Annotated, Literal, NamedTuple, TypeAlias
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from aiokeyless import (
+    AlreadyApprovedError,
+    ApprovalError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ClientClosedError,
+    KeylessClient,
+    KeylessError,
+)
+
+# What may stand in a text on a phone: no line break, no invisible and no bidirectional character.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z .'-]{0,39}$")]
+Amount = Annotated[Decimal, Field(gt=0, le=1000, decimal_places=2)]
+OPEN = "state IN ('asked', 'approved')"  # asked: undecided; approved: not used yet
+State: TypeAlias = Literal["approved", "pending", "timed_out", "refused", "unreachable"]
+
+
+class Transfer(BaseModel, frozen=True):
+    """The validated arguments."""
+
+    amount: Amount
+    recipient: Name
+
+    @property
+    def payload(self) -> str:
+        """What the phone shows: made by code from the validated arguments, never by the agent."""
+        return f"Pay {self.amount:.2f} EUR to {self.recipient}"
+
+
+class Answer(NamedTuple):
+    """What a request has come to."""
+
+    state: State
+    request: str
+
+
+class Gate:
+    """Asks one user for transfers, and lets each approval act once.
+
+    Args:
+        client: The client.
+        record: The record of the requests, in autocommit mode; processes may share the file.
+        user_id: Whom to ask: of the session that the agent works for, never an argument of its tools.
+        expires_in: Seconds within which an approval counts.
+    """
+
+    def __init__(
+        self, client: KeylessClient, record: sqlite3.Connection, user_id: str, *, expires_in: float = 300.0
+    ) -> None:
+        self._client = client
+        self._record = record
+        self._user_id = user_id
+        self._expires_in = expires_in
+        record.execute("CREATE TABLE IF NOT EXISTS requests (id PRIMARY KEY, payload, ticket, created, state)")
+        # At most one open request for a transfer, across processes: an agent that repeats itself asks nobody again.
+        record.execute(f"CREATE UNIQUE INDEX IF NOT EXISTS one_open ON requests (payload) WHERE {OPEN}")
+
+    async def hold(self, transfer: Transfer, *, request: str | None = None, seconds: float = 50.0) -> Answer:
+        """Ask for a transfer, or go on with the open request for it, for so many seconds at most.
+
+        Args:
+            transfer: What to do.
+            request: The request to go on with. Default: the open one for this transfer, else a new one.
+            seconds: How long to wait: less than the time-out of what calls the tool.
+        """
+        if request is None:
+            request = self._open(transfer)
+        found = self._record.execute(
+            "SELECT ticket, created, state FROM requests WHERE id = ? AND payload = ?", (request, transfer.payload)
+        ).fetchone()
+        if found is None:
+            return Answer("refused", request)  # no such request, or one for something else
+        stored, created, state = found
+        ticket = ApprovalTicket.from_json(stored)
+        if not ticket.remaining():  # neither an approval that is found after the end counts, nor one unused until then
+            state = self._change(request, "timed_out", OPEN)
+        elif state == "asked":
+            state = await self._outcome(request, ticket, transfer, seconds, created=created)
+        return Answer("refused" if state == "spent" else state, request)
+
+    def spend(self, transfer: Transfer, request: str) -> bool:
+        """Use up an approval; return whether it was there, for exactly this transfer, and had not been used.
+
+        Only who gets True may act. A crash right after it leaves a transfer that is marked and not made: use the
+        request's id as the idempotency key of the payment, and repeat what is marked and not confirmed.
+        """
+        query = "UPDATE requests SET state = 'spent' WHERE id = ? AND payload = ? AND state = 'approved'"
+        return self._record.execute(query, (request, transfer.payload)).rowcount == 1
+
+    def _open(self, transfer: Transfer) -> str:
+        """Return the open request for a transfer, after making one where there was none; nobody is asked here."""
+        request = secrets.token_hex(8)
+        ticket = ApprovalTicket.for_operation(
+            request, user_id=self._user_id, operation_payload=transfer.payload, expires_in=self._expires_in
+        )
+        row = (request, transfer.payload, ticket.to_json(), False, "asked")
+        self._record.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", row)
+        query = f"SELECT id FROM requests WHERE payload = ? AND {OPEN}"  # noqa: S608  # OPEN is a constant
+        found = self._record.execute(query, (transfer.payload,)).fetchone()
+        return str(found[0]) if found else request
+
+    async def _outcome(
+        self, request: str, ticket: ApprovalTicket, transfer: Transfer, seconds: float, *, created: bool
+    ) -> State:
+        try:
+            if not created:
+                await self._create(request, ticket, transfer)
+            operation = await self._client.hold_for_approval(ticket, seconds=seconds)
+        except ApprovalTimeoutError:
+            return self._decide(request, "timed_out")
+        except ApprovalError:
+            return self._decide(request, "refused")  # an answer about something else
+        except ClientClosedError:
+            return "pending"  # this server stops; the next one goes on
+        except KeylessError:
+            return "unreachable"
+        return "pending" if operation is None else self._decide(request, "approved")
+
+    async def _create(self, request: str, ticket: ApprovalTicket, transfer: Transfer) -> None:
+        """Create the operation, once: after a crash it may be there already, pending or approved."""
+        # Approved already: the record says that the request is open, so the approval is its own, and was not used.
+        with suppress(AlreadyApprovedError):
+            await self._client.create_operation(
+                self._user_id,
+                operation_id=request,
+                operation_payload=transfer.payload,
+                expires_in=ticket.remaining(),
+                if_exists="resume",
+            )
+        self._record.execute("UPDATE requests SET created = TRUE WHERE id = ?", (request,))
+
+    def _decide(self, request: str, state: State) -> State:
+        """Decide a request that is undecided, and return what it is then: another process may have been first."""
+        return self._change(request, state, "state = 'asked'")
+
+    def _change(self, request: str, state: State, where: str) -> State:
+        query = f"UPDATE requests SET state = ? WHERE id = ? AND {where}"  # noqa: S608  # both callers pass a constant
+        self._record.execute(query, (state, request))
+        [now] = self._record.execute("SELECT state FROM requests WHERE id = ?", (request,)).fetchone()
+        return "refused" if now == "spent" else now

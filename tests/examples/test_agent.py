@@ -1,0 +1,279 @@
+"""The agent example: agents that lie, repeat, change arguments, or approve themselves, get nothing done."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import sys
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("mcp", reason="mcp is not installed")
+pytest.importorskip("pydantic_ai", reason="pydantic-ai is not installed")
+
+from mcp import Client
+from mcp.types import TextContent
+from nats_server import until
+from pydantic import ValidationError
+from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
+from pydantic_ai.models.function import AgentInfo, FunctionModel
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "agent"
+sys.path.insert(0, str(EXAMPLE))
+from deferred import make_agent  # noqa: E402  # from the folder of the example
+from gate import Gate, Transfer  # noqa: E402
+from server import make_server  # noqa: E402
+
+sys.path.remove(str(EXAMPLE))
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+FORTY = Transfer.model_validate({"amount": "40", "recipient": "Alice"})
+FOUR_THOUSAND = Transfer.model_validate({"amount": "400", "recipient": "Mallory"})
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Generator[sqlite3.Connection]:
+    with closing(sqlite3.connect(tmp_path / "agent.sqlite3", isolation_level=None)) as record:
+        yield record
+
+
+@pytest.fixture
+async def gate(client: KeylessClient, record: sqlite3.Connection) -> Gate:
+    return Gate(client, record, "C0FFEE")
+
+
+async def approve(sandbox: Sandbox, after: float = 1) -> None:
+    """Approve what is open, some seconds after something is."""
+    await until(lambda: len(sandbox.operations) > 0)
+    await asyncio.sleep(after)
+    for operation_id in list(sandbox.operations):
+        sandbox.approve(operation_id)
+
+
+# -- the gate
+
+
+async def test_approved_transfer_is_made_once(gate: Gate, sandbox: Sandbox) -> None:
+    tap = asyncio.create_task(approve(sandbox))
+    state, request = await gate.hold(FORTY)
+    await tap
+    assert state == "approved"
+    assert [gate.spend(FORTY, request) for _ in range(3)] == [True, False, False]
+    assert (await gate.hold(FORTY, request=request)).state == "refused"
+
+
+async def test_unapproved_transfer_is_not_made(gate: Gate) -> None:
+    state, request = await gate.hold(FORTY, seconds=5)
+    assert state == "pending"
+    assert not gate.spend(FORTY, request)
+
+
+async def test_phone_shows_what_the_code_wrote(gate: Gate, sandbox: Sandbox) -> None:
+    _, request = await gate.hold(FORTY, seconds=1)
+    assert sandbox.operations[request].operation_payload == "Pay 40.00 EUR to Alice"
+    assert sandbox.operations[request].user_id == "C0FFEE"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"amount": "0", "recipient": "Alice"},
+        {"amount": "-40", "recipient": "Alice"},
+        {"amount": "NaN", "recipient": "Alice"},
+        {"amount": "1e9", "recipient": "Alice"},
+        {"amount": "0.001", "recipient": "Alice"},
+        {"amount": "40", "recipient": ""},
+        {"amount": "40", "recipient": "Alice\n(approved)"},
+        {"amount": "40", "recipient": "\u202eecilA"},
+        {"amount": "40", "recipient": "A" * 41},
+    ],
+    ids=str,
+)
+def test_arguments_that_would_mislead_are_refused(arguments: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        Transfer.model_validate(arguments)
+
+
+async def test_changed_arguments_are_refused_under_the_old_request(gate: Gate, sandbox: Sandbox) -> None:
+    tap = asyncio.create_task(approve(sandbox))
+    _, request = await gate.hold(FORTY)
+    await tap
+    assert await gate.hold(FOUR_THOUSAND, request=request) == ("refused", request)
+    assert not gate.spend(FOUR_THOUSAND, request)
+    assert gate.spend(FORTY, request)
+
+
+async def test_repeated_calls_ask_once_and_go_on(gate: Gate, sandbox: Sandbox) -> None:
+    first = await gate.hold(FORTY, seconds=5)
+    answers = await asyncio.gather(*(gate.hold(FORTY, seconds=5) for _ in range(5)))
+    assert {first, *answers} == {("pending", first.request)}
+    assert len(sandbox.operations) == 1
+
+
+async def test_two_processes_on_one_record_ask_once_and_act_once(gate: Gate, sandbox: Sandbox, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "agent.sqlite3", isolation_level=None)) as record:
+        async with sandbox.client() as client:
+            gates = [gate, Gate(client, record, "C0FFEE")]
+            tap = asyncio.create_task(approve(sandbox))
+            answers = await asyncio.gather(*(each.hold(FORTY) for each in gates * 3))
+            await tap
+            assert {answer.state for answer in answers} == {"approved"}
+            assert len(sandbox.operations) == 1
+            assert sorted(each.spend(FORTY, answers[0].request) for each in gates * 3) == [False] * 5 + [True]
+
+
+async def test_request_that_nobody_approves_ends_and_a_late_approval_counts_for_nothing(
+    client: KeylessClient, record: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    gate = Gate(client, record, "C0FFEE", expires_in=0.2)
+    state, request = await gate.hold(FORTY)
+    assert state == "timed_out"
+    await approve(sandbox)
+    assert (await gate.hold(FORTY, request=request)).state == "timed_out"
+    assert not gate.spend(FORTY, request)
+
+
+async def test_answer_about_something_else_is_refused_for_good(gate: Gate, sandbox: Sandbox) -> None:
+    _, request = await gate.hold(FORTY, seconds=1)
+    sandbox.tamper(request, operation_payload="Pay 400.00 EUR to Mallory", state="approved", result=True)
+    assert (await gate.hold(FORTY, request=request)).state == "refused"
+    sandbox.tamper(request)
+    sandbox.approve(request)
+    assert (await gate.hold(FORTY, request=request)).state == "refused"
+    assert not gate.spend(FORTY, request)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["lost", "stored"])
+async def test_outage_is_told_and_the_same_request_goes_on(gate: Gate, sandbox: Sandbox, *, stored: bool) -> None:
+    sandbox.fail_next(503, times=1, stored=stored, method="POST")
+    sandbox.fail_next(401, times=None)
+    state, request = await gate.hold(FORTY)
+    assert state == "unreachable"
+    sandbox.recover()
+    for operation_id in list(sandbox.operations):  # approved meanwhile, where the create was stored
+        sandbox.approve(operation_id)
+    tap = asyncio.create_task(approve(sandbox))
+    assert await gate.hold(FORTY, request=request) == ("approved", request)
+    await tap
+    assert gate.spend(FORTY, request)
+    assert len(sandbox.operations) == 1
+
+
+async def test_closed_client_leaves_the_request_open(gate: Gate, client: KeylessClient, sandbox: Sandbox) -> None:
+    held = asyncio.create_task(gate.hold(FORTY))
+    await until(lambda: len(sandbox.operations) > 0)
+    await client.aclose()
+    assert (await held).state in {"pending", "unreachable"}
+
+
+# -- the MCP server
+
+
+@asynccontextmanager
+async def bank(client: KeylessClient, tmp_path: Path) -> AsyncGenerator[Client]:
+    async with Client(make_server(client, str(tmp_path / "agent.sqlite3"))) as caller:
+        yield caller
+
+
+async def call(caller: Client, **arguments: object) -> str:
+    """Return the text of the tool, or of its error."""
+    [content] = (await caller.call_tool("transfer", dict(arguments))).content
+    assert isinstance(content, TextContent)
+    return content.text
+
+
+async def test_tool_transfers_what_the_phone_approved(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
+    async with bank(client, tmp_path) as caller:
+        tap = asyncio.create_task(approve(sandbox))
+        assert await call(caller, amount="40", recipient="Alice") == "Pay 40.00 EUR to Alice: done."
+        await tap
+
+
+async def test_tool_answers_pending_with_a_handle_and_goes_on(
+    client: KeylessClient, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    async with bank(client, tmp_path) as caller:
+        before = asyncio.get_running_loop().time()
+        text = await call(caller, amount="40", recipient="Alice")
+        assert asyncio.get_running_loop().time() - before < 52
+        [request] = sandbox.operations
+        assert text.endswith(f"this request: {request}")
+        sandbox.approve(request)
+        assert "refused" not in await call(caller, amount="40", recipient="Alice", request=request)
+        assert (await call(caller, amount="40", recipient="Alice", request=request)).startswith(
+            "Nothing was transferred"
+        )
+
+
+async def test_tool_refuses_what_an_agent_makes_up(client: KeylessClient, sandbox: Sandbox, tmp_path: Path) -> None:
+    async with bank(client, tmp_path) as caller:
+        for extra in ({"request": "made-up"}, {"request": "approved"}):
+            assert (await call(caller, amount="40", recipient="Alice", **extra)).startswith("Nothing was transferred")
+        assert not sandbox.operations
+        for wrong in ({"amount": "4000"}, {"recipient": "A\u202eB"}):
+            assert "done" not in await call(caller, **({"amount": "40", "recipient": "Alice"} | wrong))
+        assert not sandbox.operations
+
+
+# -- pydantic-ai
+
+
+def model_that_calls(*calls: dict[str, Any]) -> FunctionModel:
+    """Return a model that calls the tool with these arguments in turn, and then says that all went well."""
+
+    def answer(messages: list[ModelMessage], _info: AgentInfo) -> ModelResponse:
+        returned = sum(isinstance(part, ToolReturnPart) for message in messages for part in message.parts)
+        if returned < len(calls):
+            return ModelResponse(parts=[ToolCallPart("send_money", calls[returned])])
+        return ModelResponse(parts=[TextPart("The user approved, and all was transferred.")])
+
+    return FunctionModel(answer)
+
+
+ALICE = {"transfer": {"amount": "40", "recipient": "Alice"}}
+MALLORY = {"transfer": {"amount": "400", "recipient": "Mallory"}}
+
+
+async def test_agent_transfers_what_the_phone_approved(gate: Gate, sandbox: Sandbox) -> None:
+    transfers: list[str] = []
+    tap = asyncio.create_task(approve(sandbox))
+    await make_agent(model_that_calls(ALICE), transfers).run("Pay Alice", deps=gate)
+    await tap
+    assert transfers == ["Pay 40.00 EUR to Alice"]
+
+
+async def test_agent_that_says_it_was_approved_gets_nothing_done(
+    client: KeylessClient, record: sqlite3.Connection
+) -> None:
+    transfers: list[str] = []
+    gate = Gate(client, record, "C0FFEE", expires_in=30)
+    agent = make_agent(model_that_calls(MALLORY | {"request": "approved"}), transfers)
+    await agent.run("Pay Mallory", deps=gate)
+    assert transfers == []
+
+
+async def test_agent_that_repeats_or_changes_a_call_is_asked_about_anew(
+    client: KeylessClient, record: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    transfers: list[str] = []
+    gate = Gate(client, record, "C0FFEE", expires_in=30)
+    agent = make_agent(model_that_calls(ALICE, ALICE | {"request": "approved"}, MALLORY), transfers)
+    run = asyncio.create_task(agent.run("Pay Alice", deps=gate))
+    await approve(sandbox, after=0)
+    await run
+    assert transfers == ["Pay 40.00 EUR to Alice"]
+    assert [operation.operation_payload for operation in sandbox.operations.values()] == [
+        "Pay 40.00 EUR to Alice",
+        "Pay 40.00 EUR to Alice",
+        "Pay 400.00 EUR to Mallory",
+    ]
