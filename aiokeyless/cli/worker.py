@@ -52,6 +52,7 @@ async def worker(
     max_in_flight: Count = 64,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     creds: Path | None = None,
+    event_key: list[Path] | None = None,
     domain: str | None = None,
     prefix: str | None = None,
     replicas: OptionalCount = None,
@@ -72,6 +73,8 @@ async def worker(
         max_in_flight: Requests that are processed at the same time.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         creds: File with the broker's credentials for this worker.
+        event_key: File with a key that events are signed with; given again, further keys that readers accept. If left
+            out, the keys in KEYLESS_EVENT_KEY.
         domain: JetStream domain of the streams; that of the server if left out.
         prefix: Prefix of JetStream's API, where another account exports it.
         replicas: Servers that store each message; if left out, 1 for new streams.
@@ -82,7 +85,7 @@ async def worker(
     """
     try:
         # Imported here: they need the extra.
-        from aiokeyless.worker import ApprovalWorker, Fleet, StreamSettings, serve_health  # noqa: PLC0415
+        from aiokeyless.worker import ApprovalWorker, EventKeys, Fleet, StreamSettings, serve_health  # noqa: PLC0415
         from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
         from aiokeyless.worker.service import DEFAULT_NATS_URL  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -96,6 +99,7 @@ async def worker(
         fleet = Fleet(name=name, tenant=tenant, domain=domain, prefix=prefix)
     except ConfigurationError as error:
         raise CommandError(f"--{error}") from None
+    event_keys = EventKeys.from_files(*event_key) if event_key else EventKeys.from_environment()
     async with new_client() as client:
         service = ApprovalWorker(
             client,
@@ -103,6 +107,7 @@ async def worker(
             max_in_flight=max_in_flight,
             grace=grace,
             fleet=fleet,
+            event_keys=event_keys,
             settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window),
             connect_options={} if creds is None else {"user_credentials": str(creds)},
         )

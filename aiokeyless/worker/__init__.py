@@ -8,6 +8,7 @@ keep nothing of it in memory; the outcome is read with `approval_outcomes`. Wher
 from aiokeyless.errors import BrokerError, InvalidRequestError
 
 from .applications import Submission, approval_outcomes, submit_approval
+from .event_keys import EventKeys
 from .healthz import serve_health
 from .memory import MemoryBroker
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
@@ -22,6 +23,7 @@ __all__ = [
     "ApprovalRequest",
     "ApprovalWorker",
     "BrokerError",
+    "EventKeys",
     "FailureReason",
     "Fleet",
     "InvalidRequestError",

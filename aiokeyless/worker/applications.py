@@ -15,7 +15,7 @@ from aiokeyless._validation import MAX_IDENTIFIER, check_operation_id, check_tex
 from aiokeyless.errors import BrokerError, ConfigurationError
 
 from .engine import Broker, EngineError
-from .logs import log
+from .logs import Seldom, log
 from .messages import (
     ROOM_FOR_EVENT,
     VERSION,
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from .engine import OutcomeMessage
+    from .event_keys import EventKeys
     from .nats.fleet import Fleet
 
 _DURABLE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_UPGRADED_IN: Final = 60.0  # seconds until an event of a later version is delivered again
+_UPGRADED_IN: Final = 60.0  # seconds until an event is delivered again that this reader is not fit for
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,7 +178,7 @@ def _encoded(context: object) -> msgspec.Raw:
 
 
 async def approval_outcomes(
-    connection: Client | Broker, durable: str, *, fleet: Fleet = KEYLESS
+    connection: Client | Broker, durable: str, *, fleet: Fleet = KEYLESS, event_keys: EventKeys | None = None
 ) -> AsyncGenerator[ApprovalEvent]:
     """Iterate over the outcomes of requests, each event until it was handled.
 
@@ -193,6 +194,9 @@ async def approval_outcomes(
         durable: Name of the reading application: its place in the stream is remembered under it, and processes that
             share it share the events. Letters, digits, ``-`` and ``_``.
         fleet: Of the workers that decided. Default: that of the name ``keyless``.
+        event_keys: Keys that the workers sign events with; an event that none of them signed is logged, and delivered
+            again a minute later, for the case that the keys are wrong. Default: none, and then any user who may use
+            JetStream in the account of the streams can forge an approval.
 
     Yields:
         Events, from the oldest that this application has not handled, without end.
@@ -204,12 +208,16 @@ async def approval_outcomes(
     """
     if not _DURABLE.fullmatch(durable):
         raise ConfigurationError(f"durable must be 1 to 128 letters, digits, '-' and '_', not {durable!r:.80}")
+    broker = _broker(connection, fleet)
+    unsigned = Seldom(logging.ERROR, "outcome.unsigned")
     try:
         # One at a time: a batch would make the last of it wait for an application that is slow with the first.
-        async with aclosing(_broker(connection, fleet).outcomes(durable)) as messages:
+        async with aclosing(broker.outcomes(durable)) as messages:
             async for message in messages:
-                event = await _event(message)
-                if event is not None:
+                if event_keys and not event_keys.are_of(message.data, message.signature, fleet=broker.fleet_name):
+                    unsigned.log({"sequence": message.sequence})
+                    await message.put_off(_UPGRADED_IN)
+                elif (event := await _event(message)) is not None:
                     yield event
                     await message.done()
     except EngineError as error:

@@ -61,11 +61,13 @@ class Sealed(NamedTuple):
         outcome: Its kind.
         data: The event as JSON.
         name: Of two events with the same name, the broker keeps the first.
+        signature: See `EventKeys`; None where the worker has no event key.
     """
 
     outcome: Outcome
     data: bytes
     name: str
+    signature: str | None = None
 
 
 class Message(ABC):
@@ -137,9 +139,11 @@ class Engine(ABC):
 
     Attributes:
         claims: Which request an operation id belongs to.
+        fleet_name: Name of the worker's fleet.
     """
 
     claims: Claims
+    fleet_name: str
 
     @abstractmethod
     async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:
@@ -223,13 +227,15 @@ class OutcomeMessage(ABC):
         data: What was published.
         kind: The kind of outcome under which it was published.
         sequence: Its number among the outcomes.
+        signature: See `EventKeys`; None where it has none.
     """
 
-    __slots__ = ("data", "kind", "sequence")
+    __slots__ = ("data", "kind", "sequence", "signature")
 
     data: bytes
     kind: str
     sequence: int
+    signature: str | None
 
     @abstractmethod
     async def done(self) -> None:
@@ -245,7 +251,13 @@ class OutcomeMessage(ABC):
 
 
 class Broker(ABC):
-    """The application's side of a broker: requests go in, outcomes come out."""
+    """The application's side of a broker: requests go in, outcomes come out.
+
+    Attributes:
+        fleet_name: Name of the fleet.
+    """
+
+    fleet_name: str
 
     @property
     @abstractmethod

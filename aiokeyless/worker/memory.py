@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LONGEST_WAIT: Final = 24 * 3600.0  # seconds
 _LARGEST_MESSAGE: Final = 1 << 20  # bytes, as with NATS
+_FLEET_NAME: Final = "keyless"
 
 
 class MemoryBroker(Broker):
@@ -42,6 +43,7 @@ class MemoryBroker(Broker):
     """
 
     def __init__(self) -> None:
+        self.fleet_name = _FLEET_NAME
         self._store = _Store()
 
     def now(self) -> datetime:
@@ -235,6 +237,7 @@ class MemoryEngine(Engine):
         self._unsettled: dict[_Request, None] = {}
         self._deliver: Callable[[Message], None]
         self.claims = MemoryClaims(store.holders)
+        self.fleet_name = _FLEET_NAME
 
     async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:  # noqa: ARG002
         """See `Engine`."""
@@ -332,6 +335,7 @@ class _MemoryOutcome(OutcomeMessage):
         self.data = event.data
         self.kind = event.outcome
         self.sequence = sequence
+        self.signature = event.signature
         self.is_settled = False
 
     async def done(self) -> None:

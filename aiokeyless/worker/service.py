@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aiokeyless.client import KeylessClient
 
     from .engine import Engine
+    from .event_keys import EventKeys
     from .nats.fleet import Fleet
 
 DEFAULT_NATS_URL: Final = "nats://127.0.0.1:4222"
@@ -57,6 +58,8 @@ class ApprovalWorker:
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
             30.
         fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
+        event_keys: What it signs its events with, so that readers believe no others. Default: none; then all users of
+            the broker's account must be trusted with approvals.
         settings: Of the streams, where they do not exist yet.
         connect_options: Of ``nats.connect``: credentials, TLS.
 
@@ -77,6 +80,7 @@ class ApprovalWorker:
         schedule: wait_base | None = None,
         grace: float = 30.0,
         fleet: Fleet = KEYLESS,
+        event_keys: EventKeys | None = None,
         settings: StreamSettings | None = None,
         connect_options: Mapping[str, object] | None = None,
     ) -> None:
@@ -90,6 +94,7 @@ class ApprovalWorker:
         self._client = client.with_max_attempts(1)
         self._schedule = check_schedule(schedule) or wait_adaptive()
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a strategy that fails is found out here
+        self._event_keys = event_keys
         self._engine: Engine
         if isinstance(broker, MemoryBroker):
             self._engine = broker.engine()
@@ -191,8 +196,15 @@ class ApprovalWorker:
             schedule=self._schedule,
             limits=self._limits,
             terms=terms,
+            event_keys=self._event_keys,
             on_fatal=self._fail,
         )
+        if self._event_keys is None:
+            log(
+                logging.WARNING,
+                "worker.events_unsigned",
+                {"advice": "set an event key, or trust all users of the account"},
+            )
         if self._stopping:
             self._serving.stop()
         await self._serving.open()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from .decisions import Decided, Decision
     from .engine import Engine, Message, Terms
+    from .event_keys import EventKeys
     from .messages import ApprovalEvent, Delivery
 
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
@@ -98,6 +99,7 @@ class Serving:
         schedule: When to poll.
         limits: What bounds the deliveries.
         terms: What the broker allows.
+        event_keys: What events are signed with.
         on_fatal: Called with what is wrong with this worker, and with no request.
     """
 
@@ -109,6 +111,7 @@ class Serving:
         schedule: wait_base,
         limits: Limits,
         terms: Terms,
+        event_keys: EventKeys | None,
         on_fatal: Callable[[KeylessError], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -116,6 +119,7 @@ class Serving:
         self._schedule = schedule
         self._limits = limits
         self._terms = terms
+        self._event_keys = event_keys
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight)
         self._load_shedding = LoadShedding()
@@ -295,12 +299,18 @@ class Serving:
             await message.put_off(decision.delay)
             return
         event = decision.event
-        if await message.decide(Sealed(event.outcome, msgspec.json.encode(event), decision.name)):
+        if await message.decide(self._sealed(event, decision.name)):
             self._counts[event.outcome] += 1
             _log_outcome(event)
             self._learn(decision)
         else:
             self._counts["duplicates"] += 1
+
+    def _sealed(self, event: ApprovalEvent, name: str) -> Sealed:
+        data, signature = msgspec.json.encode(event), None
+        if self._event_keys is not None:
+            signature = self._event_keys.sign(data, fleet=self._engine.fleet_name)
+        return Sealed(event.outcome, data, name, signature)
 
     def _learn(self, decided: Decided) -> None:
         """Tell the schedule when the user approved, or until when they had not."""

@@ -24,7 +24,15 @@ from faststream.nats.annotations import Client, NatsMessage
 from msgspec import Meta
 from nats.aio.msg import Msg
 
-from aiokeyless.worker import ApprovalEvent, BrokerError, FailureReason, Outcome, is_outcome, submit_approval
+from aiokeyless.worker import (
+    ApprovalEvent,
+    BrokerError,
+    EventKeys,
+    FailureReason,
+    Outcome,
+    is_outcome,
+    submit_approval,
+)
 
 NATS_URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 
@@ -96,18 +104,20 @@ def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
             created_at=payment.requested_at,  # so that an event that is delivered again is the same request
         )
 
+    keys = EventKeys.from_environment()  # those of the workers; None trusts every user of the broker
+
     async def from_the_stream(message: Msg, parse: Callable[[Msg], Awaitable[NatsMessage]]) -> NatsMessage:
-        if not is_outcome(message.reply, READER):  # published by another user: neither believed nor acknowledged
-            raise SkipMessage
+        signature = (message.headers or {}).get("Keyless-Signature")
+        is_signed = keys is None or keys.are_of(message.data, signature, fleet="keyless")
+        if not is_outcome(message.reply, READER) or not is_signed:
+            raise SkipMessage  # published by another user: neither believed nor acknowledged
         return await parse(message)
 
     @broker.subscriber("keyless.approvals.*", stream=outcomes, durable=READER, pull_sub=True, parser=from_the_stream)
     async def decide(message: NatsMessage) -> None:
         event = msgspec.json.decode(message.body, type=ApprovalEvent)
-        if (
-            message.raw_message.subject.rpartition(".")[2] != event.outcome
-        ):  # permission for one subject is none for another
-            return
+        if message.raw_message.subject != f"keyless.approvals.{event.outcome}":
+            return  # permission for one subject is none for another
         try:
             payment = event.read_context(Payment)
         except msgspec.ValidationError:

@@ -17,11 +17,11 @@ import aiohttp
 import nats
 import pytest
 from nats.js.api import StreamConfig
-from nats_server import REQUESTS, NatsServer, until
+from nats_server import PATIENCE, REQUESTS, NatsServer, until
 
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
-from aiokeyless.worker import Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker import EventKeys, Outcome, approval_outcomes, submit_approval
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
+EVENT_KEY = "a-key-of-the-workers-and-readers-only"
 USER, PASSWORD = "worker", "n4ts-s3cret"
 CONFIGURATION = f'authorization {{ users = [ {{ user: {USER}, password: "{PASSWORD}" }} ] }}'
 
@@ -65,6 +66,7 @@ def environment(sandbox: Sandbox) -> Mapping[str, str]:
         "PYTHONWARNINGS": "error",
         "KEYLESS_BASE_URL": sandbox.url,
         "KEYLESS_API_KEY": sandbox.api_key,
+        "KEYLESS_EVENT_KEY": EVENT_KEY,
     }
 
 
@@ -202,6 +204,33 @@ async def test_the_environment_names_the_broker_and_options_its_settings(
     assert (config.duplicate_window, config.num_replicas) == (600, 1)
     assert (config.metadata or {})["aiokeyless-tenant"] == "shop"
     assert await worker.stop() == 0
+
+
+@pytest.mark.parametrize("option", [True, False], ids=["file", "environment"])
+async def test_it_signs_its_events_with_the_key_that_it_was_given(
+    workers: Workers, connection: Client, nats_url: str, tmp_path: Path, *, option: bool
+) -> None:
+    file = tmp_path / "key"
+    file.write_text(EVENT_KEY)
+    variables = {"KEYLESS_EVENT_KEY": ""} if option else {}
+    worker = await workers.start("--nats", nats_url, *(["--event-key", str(file)] if option else []), **variables)
+    await worker.logged("worker.ready")
+    assert not any("worker.events_unsigned" in line for line in worker.lines)
+    await submit_approval(connection, "C0FFEE", expires_in=0.01)
+    async with aclosing(approval_outcomes(connection, "test", event_keys=EventKeys(EVENT_KEY))) as events:
+        assert (await asyncio.wait_for(anext(events), PATIENCE)).outcome is Outcome.EXPIRED
+    assert await worker.stop() == 0
+
+
+async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) -> None:
+    worker = await workers.start("--nats", nats_url, KEYLESS_EVENT_KEY="")
+    await worker.logged("worker.events_unsigned")
+    assert await worker.stop() == 0
+
+
+async def test_an_event_key_that_cannot_be_read_is_one_line(workers: Workers, nats_url: str, tmp_path: Path) -> None:
+    worker = await workers.start("--nats", nats_url, "--event-key", str(tmp_path / "none"))
+    assert "none: No such file" in await refusal(worker)
 
 
 async def test_healthz_is_served_while_it_runs(workers: Workers, connection: Client, nats_url: str) -> None:

@@ -15,6 +15,7 @@ import msgspec
 import nats
 import pytest
 from nats.aio.msg import Msg
+from nats.js.api import RePublish
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, NatsServer, prepare, until
 from tenacity import wait_fixed
 from tenacity.wait import wait_base
@@ -42,6 +43,7 @@ from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
     BrokerError,
+    EventKeys,
     FailureReason,
     Fleet,
     Outcome,
@@ -81,6 +83,7 @@ CONTENT: dict[str, Any] = {
     "expires_in": 120.0,
     "context": msgspec.Raw(b"null"),
 }
+EVENT_KEYS = EventKeys("a-key-of-the-workers-and-readers-only")
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -1579,3 +1582,54 @@ async def test_request_that_is_refused_leaves_the_outcome_of_another_one_under_i
         sandbox.approve("txn-1")
         events = await all_outcomes(connection)
     assert [(event.outcome, event.user_id) for event in events] == [(Outcome.FAILED, "DEAD"), (Outcome.APPROVED, "C0")]
+
+
+async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no_reader_with_the_key(
+    tmp_path: Path, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user who may not publish outcomes has the broker do it."""
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(
+        "authorization { users = [ { user: worker, password: p }, { user: mallory, password: p, permissions: { "
+        'publish: { allow: ["$JS.API.>", "mine", "_INBOX.>"] }, subscribe: ["_INBOX.>"] } } ] }'
+    )
+    broker = NatsServer(tmp_path, "-c", str(configuration))
+    await broker.start()
+    try:
+        async with (
+            sandbox.client() as client,
+            await nats.connect(broker.url, user="worker", password="p") as ours,
+            await nats.connect(broker.url, user="mallory", password="p") as mallory,
+            working(client, broker, event_keys=EVENT_KEYS, connect_options={"user": "worker", "password": "p"}),
+        ):
+            theirs = mallory.jetstream()
+            # The broker publishes what is republished by itself, and asks no permissions.
+            republish = RePublish(src="mine", dest="keyless.approvals.approved")
+            await theirs.add_stream(name="MINE", subjects=["mine"], republish=republish)
+            moment = datetime.now(UTC)
+            forged = ApprovalEvent(
+                version=1,
+                outcome=Outcome.APPROVED,
+                operation_id="forged",
+                requested_at=moment,
+                decided_at=moment,
+                deliveries=2,
+            )
+            await theirs.publish("mine", msgspec.json.encode(forged))
+
+            async def is_stored() -> bool:
+                return (await ours.jetstream().stream_info(OUTCOMES)).state.messages == 1
+
+            await until(is_stored)  # the broker's permissions did not keep it out
+            assert [event.operation_id for event in await outcomes(ours, 1, "trusting")] == ["forged"]
+            operation_id = await submit(ours, "C0FFEE")
+            await until(lambda: operation_id in sandbox.operations)
+            sandbox.approve(operation_id)
+            async with (
+                asyncio.timeout(PATIENCE),
+                aclosing(approval_outcomes(ours, "careful", event_keys=EVENT_KEYS)) as events,
+            ):
+                assert (await anext(events)).operation_id == operation_id
+    finally:
+        broker.stop()
+    assert "outcome.unsigned sequence=1 count=1" in caplog.text

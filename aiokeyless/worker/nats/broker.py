@@ -14,6 +14,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker.engine import Broker, OutcomeMessage
+from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.logs import Seldom
 from aiokeyless.worker.messages import MESSAGE_ID
 
@@ -44,6 +45,7 @@ class NatsBroker(Broker):
     """
 
     def __init__(self, connection: Client, fleet: Fleet) -> None:
+        self.fleet_name = fleet.name
         self._connection = connection
         self._fleet = fleet
 
@@ -80,7 +82,7 @@ class NatsBroker(Broker):
                     if message is None:
                         continue
                     if is_outcome(message.reply, reader, fleet=self._fleet):
-                        yield NatsOutcomeMessage(message)
+                        yield NatsOutcomeMessage(message, self._fleet)
                     else:
                         foreign.log({"stream": self._fleet.outcomes, "durable": reader})
             finally:
@@ -93,15 +95,17 @@ class NatsOutcomeMessage(OutcomeMessage):
 
     Args:
         message: The delivery.
+        fleet: The fleet.
     """
 
     __slots__ = ("_message",)
 
-    def __init__(self, message: Msg) -> None:
+    def __init__(self, message: Msg, fleet: Fleet) -> None:
         self._message = message
         self.data = message.data
-        self.kind = message.subject.rpartition(".")[2]
+        self.kind = fleet.kind_of(message.subject)
         self.sequence = message.metadata.sequence.stream
+        self.signature = (message.headers or {}).get(SIGNATURE)
 
     async def done(self) -> None:
         """See `OutcomeMessage`."""
@@ -123,7 +127,8 @@ def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
     """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
 
     `approval_outcomes` does this itself. An inbox takes messages from any user who may publish to it, and
-    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one.
+    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one. It
+    may still be what another user had the stream publish: `EventKeys.are_of` tells what a worker signed.
 
     Args:
         reply: The message's reply subject.

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aiokeyless.worker.engine import Engine, Message, Sealed, Terms
+from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.messages import MESSAGE_ID
 
 from .claims import NatsClaims
@@ -51,6 +52,7 @@ class NatsEngine(Engine):
         timeout: float,
     ) -> None:
         self._url = url
+        self.fleet_name = fleet.name
         self._fleet = fleet
         self._settings = settings
         self._service = service
@@ -158,12 +160,15 @@ class NatsMessage(Message):
 
     async def decide(self, event: Sealed) -> bool:
         """See `Message`."""
+        headers = {MESSAGE_ID: event.name}
+        if event.signature is not None:
+            headers[SIGNATURE] = event.signature
         with engine_errors():
             stored = await self._stream.publish(
                 self._fleet.outcome_subject(event.outcome),
                 event.data,
                 stream=self._fleet.outcomes,
-                headers={MESSAGE_ID: event.name},
+                headers=headers,
             )
             await self._message.ack()
         return not stored.duplicate

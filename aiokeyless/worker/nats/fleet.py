@@ -89,6 +89,10 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         """Return where events of a kind are published."""
         return f"{self.name}.approvals.{outcome}"
 
+    def kind_of(self, subject: str) -> str:
+        """Return the kind of the events that are published to a subject; the subject itself where it is no such."""
+        return subject.removeprefix(f"{self.name}.approvals.")
+
     def claim_subject(self, operation: str) -> str:
         """Return the subject of the claims on one operation id, by a name of that."""
         return f"{self.name}.claims.{operation}"
