@@ -41,7 +41,8 @@ def blocks(page: str) -> list[Block]:
 
 
 LOOP, *FAILURES = blocks("why-not-a-loop.md")
-OTHERS = [block for page in PAGES if page != LOOP.page for block in blocks(page)]
+SITE, SITE_TESTS = blocks("tutorial.md")
+OTHERS = [block for page in PAGES if page not in {LOOP.page, SITE.page} for block in blocks(page)]
 TESTS = [block for block in OTHERS if "def test_" in block.code]
 #: The programs of the examples have tests of their own.
 EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
@@ -90,17 +91,26 @@ def test_a_loop_fails_as_said_and_a_wait_does_not(
     assert capsys.readouterr().out == block.output
 
 
+def run_tests(folder: Path, mode: str = "strict") -> str:
+    """Run the tests in a folder as a user would, and return what pytest prints."""
+    options = ("-q", "-o", f"asyncio_mode={mode}", "-p", "no:cacheprovider", "-W", "error")
+    command = (sys.executable, "-m", "pytest", *options, "-o", "asyncio_default_fixture_loop_scope=function")
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
 @pytest.mark.parametrize("mode", ["strict", "auto"])
 def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
     for number, block in enumerate(TESTS):
         (tmp_path / f"test_{number}.py").write_text(block.code)
-    options = ("-q", "-o", f"asyncio_mode={mode}", "-p", "no:cacheprovider", "-W", "error")
-    scope = ("-o", "asyncio_default_fixture_loop_scope=function")
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *scope], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stdout
-    assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in ended.stdout
+    assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in run_tests(tmp_path, mode)
+
+
+def test_the_site_of_the_tutorial_passes_its_tests(tmp_path: Path) -> None:
+    (tmp_path / "login.py").write_text(SITE.code)
+    (tmp_path / "test_login.py").write_text(SITE_TESTS.code)
+    assert "5 passed" in run_tests(tmp_path)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
