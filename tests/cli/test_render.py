@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from aiokeyless import ApprovalUpdate, ServerError
+from aiokeyless import ApprovalUpdate, Authentication, ServerError
 from aiokeyless.cli.render import PlainLines, Progress, print_table, safe
 
 from .terminal import ESCAPE, Terminal, output_of
@@ -136,3 +136,17 @@ async def test_a_poll_without_an_answer_is_a_line_that_names_the_error() -> None
     update = ApprovalUpdate(operation=None, error=error, polls=2, elapsed=1.0, next_poll_in=0.5)
     PlainLines(Console(file=stream)).poll(Progress(), update)
     assert stream.getvalue() == "    0.00 s  poll 2: no answer (ServerError), next in 0.50 s\n"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "shown"),
+    [
+        (Authentication(result=HOSTILE, error_code=30003), "1 attempt failed: the user cancelled (30003)"),
+        (Authentication(result="APPROVED", error_code=0), ""),
+    ],
+    ids=["failed", "not failed"],
+)
+async def test_an_attempt_is_a_line_where_it_failed(attempt: Authentication, shown: str) -> None:
+    stream = io.StringIO()
+    PlainLines(Console(file=stream)).attempt(Progress(), attempt)
+    assert stream.getvalue().partition(" s  ")[2].rstrip("\n") == shown

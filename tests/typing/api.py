@@ -100,6 +100,9 @@ async def ask(
 
 async def hold(client: KeylessClient, ticket: ApprovalTicket) -> None:
     assert_type(await client.hold_for_approval(ticket, seconds=25, if_missing="wait"), Operation | None)
+    assert_type(await client.hold_for_approval(ticket, seconds=25, explain=True), Operation | None)
+    async for update in client.watch_approval(ticket, explain=True):
+        assert_type(update.attempts, tuple[Authentication, ...])
 
 
 async def errors(client: KeylessClient) -> None:
