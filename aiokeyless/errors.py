@@ -374,7 +374,13 @@ class BrokerError(KeylessError):
     """The broker cannot be reached, does not permit what a worker does, or holds a stream with other settings.
 
     What to do: the message says; fix the address, the permissions or the stream, and start again. Nothing is lost.
+
+    Attributes:
+        operation_id: Of `submit_approval`, where the request may be stored or not: submit it again under this id, and
+            it is the same request. Else None.
     """
+
+    operation_id: str | None = None
 
 
 class InvalidRequestError(KeylessError):

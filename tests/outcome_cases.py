@@ -196,7 +196,7 @@ def _undecoded(kind: type[DecodeError]) -> DecodeError:
 
 
 _MISSING: Final = _status(NotFoundError, 404)
-_CREATES: Final = WorkerDiffers("a 404 (O6, O7)", WorkerDoes.CREATE, Result.TIMED_OUT)
+_CREATES: Final = WorkerDiffers("a 404 (O6, O7)", WorkerDoes.CREATE, Result.UNANSWERED)
 
 CASES: Final = (
     OutcomeCase(
@@ -241,7 +241,7 @@ CASES: Final = (
         answer=_MISSING,
         arrange=Sandbox.forget,
         was_seen=True,
-        worker=WorkerDiffers("O5", WorkerDoes.CREATE, Result.TIMED_OUT),
+        worker=WorkerDiffers("O5", WorkerDoes.CREATE, Result.UNANSWERED),
     ),
     OutcomeCase(
         name="404 of a young operation",
@@ -268,7 +268,13 @@ CASES: Final = (
         worker=WorkerDiffers("401", WorkerDoes.END, WorkerDoes.END),
     ),
     _failed("400", _status(BadRequestError, 400), _answer(400)),
-    _failed("403", _status(PermissionDeniedError, 403), _answer(403)),
+    OutcomeCase(
+        name="403",
+        rule="O7",
+        answer=_status(PermissionDeniedError, 403),
+        arrange=_answer(403),
+        worker=WorkerDiffers("403", Result.TRANSIENT, Result.UNANSWERED),
+    ),
     _failed("a redirect", _status(StatusError, 302), _answer(302, headers={"Location": "/elsewhere"})),
     _failed("204", _status(StatusError, 204), _answer(204, body=b"")),
     _failed("JSON of the wrong shape", _undecoded(DecodeError), _lie(state=1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from aiokeyless._rules.backoff import error_delay
 from aiokeyless._validation import MAX_IDENTIFIER, check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import BrokerError, ConfigurationError
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .event_keys import EventKeys
     from .nats.fleet import Fleet
 
+_SUBMISSIONS: Final = 3  # attempts
 _DURABLE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _UPGRADED_IN: Final = 60.0  # seconds until an event is delivered again that this reader is not fit for
 
@@ -97,8 +100,8 @@ async def submit_approval(
 
     Raises:
         ConfigurationError: An argument is wrong; nothing was published.
-        BrokerError: The broker did not store it, as far as is known. It is safe to submit it again under the
-            `operation_id` that the message names.
+        BrokerError: The broker did not store it in three attempts, as far as is known. It is safe to submit it again
+            under the error's `operation_id`.
     """
     message_id, operation_id = _names(message_id, operation_id)
     request = ApprovalRequest(
@@ -131,13 +134,21 @@ async def _submit(broker: Broker, request: ApprovalRequest, operation_id: str) -
         expires_in=request.expires_in,
         context=request.context,
     )
-    try:
-        return await broker.submit(encoded, name)
-    except EngineError as error:
-        raise BrokerError(
-            f"the request for an approval was not stored, as far as is known ({error}); submit it again under the same "
-            f"operation_id, {operation_id!r}"
-        ) from None
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            # Under one name, so that the broker stores it once although the answer to an attempt was lost.
+            return await broker.submit(encoded, name)
+        except EngineError as error:
+            if attempt == _SUBMISSIONS:
+                unknown = BrokerError(
+                    f"the request for an approval was not stored, as far as is known ({error}); submit it again under "
+                    f"the same operation_id, {operation_id!r}"
+                )
+                unknown.operation_id = operation_id
+                raise unknown from None
+        await asyncio.sleep(error_delay(attempt))
 
 
 def _names(message_id: str | None, operation_id: str | None) -> tuple[str | None, str]:

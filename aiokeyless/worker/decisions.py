@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay, is_transient
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
-from aiokeyless.errors import DecodeError, KeylessError, NotFoundError
+from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
 from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
@@ -90,7 +90,13 @@ def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliv
 
 
 def after_poll(
-    delivery: Delivery, answer: Operation | KeylessError, *, polled_at: datetime, now: datetime, pacing: Pacing
+    delivery: Delivery,
+    answer: Operation | KeylessError,
+    *,
+    polled_at: datetime,
+    now: datetime,
+    pacing: Pacing,
+    was_created: bool = False,
 ) -> Decision | Next:
     """Decide by the result of a poll.
 
@@ -100,6 +106,8 @@ def after_poll(
         polled_at: When the poll started; at the deadline or later, it is the final one.
         now: The time.
         pacing: When to go on.
+        was_created: Whether this request may have created the operation, as far as the broker knows: then a 403 or a
+            404 says nothing about it, as gateways answer so for a moment.
 
     Returns:
         The decision; `Next.CREATE` where there is no operation, and it is not too late for it.
@@ -107,11 +115,13 @@ def after_poll(
     ticket = delivery.ticket
     # What an earlier delivery saw is not remembered; it may have ended before it created the operation.
     facts = PollFacts(
-        ticket.operation_id, ticket, is_final=is_final(delivery, polled_at), may_be_missing=True, was_seen=False
+        ticket.operation_id, ticket, is_final=is_final(delivery, polled_at), may_be_missing=True, was_seen=was_created
     )
     result, rejection = poll_outcome(answer, facts)
     if rejection is not None:
         return _rejected(delivery, now, rejection)
+    if was_created and isinstance(answer, PermissionDeniedError):
+        result = Result.UNANSWERED if facts.is_final else Result.TRANSIENT
     if result is Result.PENDING:
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
@@ -148,11 +158,24 @@ def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
     return _failed(delivery, now, FailureReason.CONFLICT, "the operation id belongs to a different request")
 
 
-def after_failed_creation(delivery: Delivery, error: KeylessError, *, now: datetime, pacing: Pacing) -> Decision:
-    """Decide after the operation could not be created."""
-    if is_transient(error):
+def after_failed_creation(
+    delivery: Delivery, error: KeylessError, *, now: datetime, pacing: Pacing, may_exist: bool
+) -> Decision:
+    """Decide after the operation could not be created.
+
+    Args:
+        delivery: The delivery.
+        error: Why not.
+        now: The time.
+        pacing: When to go on.
+        may_exist: Whether an earlier attempt may have created it: then the user may have been asked.
+    """
+    if is_transient(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
-    reason = FailureReason.UNREADABLE if isinstance(error, DecodeError) else FailureReason.REJECTED
+    if isinstance(error, DecodeError):
+        reason = FailureReason.UNREADABLE
+    else:
+        reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
     return _failed(delivery, now, reason, str(error))
 
 

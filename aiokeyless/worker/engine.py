@@ -42,6 +42,18 @@ class Claim(Enum):
     """A different request's."""
 
 
+class Taken(NamedTuple):
+    """The answer to a request for an operation id.
+
+    Attributes:
+        claim: Whose the id is.
+        token: Stands for the claim as it is now; it changes when another delivery of the same request takes the id.
+    """
+
+    claim: Claim
+    token: int
+
+
 class Terms(NamedTuple):
     """What the broker allows.
 
@@ -122,7 +134,7 @@ class Claims(ABC):
     """
 
     @abstractmethod
-    async def take(self, operation_id: str, request: str) -> Claim:
+    async def take(self, operation_id: str, request: str) -> Taken:
         """Take an operation id for a request, by its name, unless the id is taken."""
 
     @abstractmethod
@@ -130,8 +142,17 @@ class Claims(ABC):
         """Return whether the id belongs to this request."""
 
     @abstractmethod
-    async def release(self, operation_id: str, request: str) -> None:
-        """Give the id back, where this request holds it."""
+    async def release(self, operation_id: str, request: str, token: int) -> bool:
+        """Give an id back that was taken, unless another delivery of the request took it as well in the meantime.
+
+        Args:
+            operation_id: The id.
+            request: Name of the request that took it.
+            token: What `take` returned with it.
+
+        Returns:
+            Whether nobody holds it any more.
+        """
 
 
 class Engine(ABC):

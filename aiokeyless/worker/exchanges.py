@@ -18,6 +18,7 @@ from aiokeyless.errors import (
     ConflictError,
     KeylessError,
     NotFoundError,
+    PermissionDeniedError,
     ServerError,
     StatusError,
     TransportError,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 
 _REQUEST_TIMEOUT: Final = 408
+_FASTEST_APPROVAL: Final = 1.0  # seconds: nobody approves sooner after being asked
 _LATE_REPEATS: Final = 2  # repetitions of a final poll that the broker is not asked to repeat any more
 
 
@@ -144,7 +146,7 @@ class Exchanges:
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
         """Create the operation, which was missing just now; `Next.POLL` where this request may have created it."""
-        claim = await self._claims.take(delivery.ticket.operation_id, delivery.name)
+        claim, token = await self._claims.take(delivery.ticket.operation_id, delivery.name)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
@@ -156,24 +158,26 @@ class Exchanges:
                 external_user_id=ticket.external_user_id,
             )
         except AlreadyApprovedError:
-            # Nothing was there before, and our create was in doubt: the user approved before it was found.
+            # Nothing seemed to be there before, and our create was in doubt: the user approved before it was found, or
+            # a gateway had hidden an older operation.
             self._record_success(started_at)
-            return Next.POLL
+            is_older = claim is Claim.NEW and self._now() - started_at < _FASTEST_APPROVAL
+            return await self._poll_older(delivery, token) if is_older else Next.POLL
         except ConflictError:
             self._record_success(started_at)
-            return await self._poll_older(delivery) if claim is Claim.NEW else Next.POLL
+            return await self._poll_older(delivery, token) if claim is Claim.NEW else Next.POLL
         except KeylessError as error:
-            if claim is Claim.NEW and not _may_have_created(error):
-                await self._release(delivery)
+            may_exist = claim is Claim.HELD or _may_have_created(error) or not await self._release(delivery, token)
             self._record_error(delivery, error, started_at, is_probe=True)
-            return after_failed_creation(delivery, error, now=self._clock(), pacing=self._pacing())
+            return after_failed_creation(delivery, error, now=self._clock(), pacing=self._pacing(), may_exist=may_exist)
         self._record_success(started_at)
         self.created += 1
         return after_creation(delivery, self._clock(), self._pacing())
 
-    async def _poll_older(self, delivery: Delivery) -> Decision | Next:
+    async def _poll_older(self, delivery: Delivery, token: int) -> Decision | Next:
         """Poll an operation that was there before this request, the first one to hold its id, asked for it."""
-        await self._release(delivery)
+        if not await self._release(delivery, token):
+            return Next.POLL  # another delivery of this request took the id meanwhile, and created the operation
         polled_at = self._clock()
         answer = await self._get(delivery, polled_at)
         if isinstance(answer, Operation):
@@ -184,7 +188,9 @@ class Exchanges:
         """Poll the operation; `Next.CREATE` where there is none and it is not too late to create it."""
         polled_at = self._clock()
         answer = await self._get(delivery, polled_at)
-        step = self._after_poll(delivery, answer, polled_at)
+        was_created = await self._was_created(delivery, answer, polled_at)
+        self.failures += was_created
+        step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
         if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._is_held(delivery):
             return after_older(delivery, answer, now=self._clock())
         return step
@@ -192,11 +198,25 @@ class Exchanges:
     async def _is_held(self, delivery: Delivery) -> bool:
         return await self._claims.is_held(delivery.ticket.operation_id, delivery.name)
 
-    async def _release(self, delivery: Delivery) -> None:
-        await self._claims.release(delivery.ticket.operation_id, delivery.name)
+    async def _release(self, delivery: Delivery, token: int) -> bool:
+        return await self._claims.release(delivery.ticket.operation_id, delivery.name, token)
 
-    def _after_poll(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> Decision | Next:
-        return after_poll(delivery, answer, polled_at=polled_at, now=self._clock(), pacing=self._pacing())
+    async def _was_created(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> bool:
+        """Return whether a refusal contradicts that this request may have created the operation.
+
+        A 404 before the deadline does not: the operation may not be there yet, and is created.
+        """
+        contradicts = isinstance(answer, PermissionDeniedError) or (
+            isinstance(answer, NotFoundError) and is_final(delivery, polled_at)
+        )
+        return contradicts and await self._is_held(delivery)
+
+    def _after_poll(
+        self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, *, was_created: bool = False
+    ) -> Decision | Next:
+        return after_poll(
+            delivery, answer, polled_at=polled_at, now=self._clock(), pacing=self._pacing(), was_created=was_created
+        )
 
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from .engine import EXPIRES, Broker, Claim, Claims, Engine, Message, OutcomeMessage, Terms
+from .engine import EXPIRES, Broker, Claim, Claims, Engine, Message, OutcomeMessage, Taken, Terms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -85,7 +85,7 @@ class _Store:
         self._due: list[_Due] = []  # those that no worker has, in the order of delivery
         self._timer: asyncio.TimerHandle | None = None
         self._engines: list[MemoryEngine] = []
-        self.holders: dict[str, str] = {}
+        self.holders: dict[str, _Holder] = {}
         """The name of the request that holds each operation id."""
         self._events: dict[str, Sealed] = {}  # by their names
         self._readers: dict[str, dict[int, float]] = {}  # when each may have an event again that it has had
@@ -194,6 +194,13 @@ class _Due(NamedTuple):
     request: _Request
 
 
+class _Holder(NamedTuple):
+    """The request that holds an operation id, and how often it was taken."""
+
+    request: str
+    token: int
+
+
 class MemoryClaims(Claims):
     """The claims on operation ids.
 
@@ -201,24 +208,28 @@ class MemoryClaims(Claims):
         holders: The name of the request that holds each operation id.
     """
 
-    def __init__(self, holders: dict[str, str]) -> None:
+    def __init__(self, holders: dict[str, _Holder]) -> None:
         self._holders = holders
 
-    async def take(self, operation_id: str, request: str) -> Claim:
+    async def take(self, operation_id: str, request: str) -> Taken:
         """See `Claims`."""
-        if operation_id not in self._holders:
-            self._holders[operation_id] = request
-            return Claim.NEW
-        return Claim.HELD if self._holders[operation_id] == request else Claim.ANOTHERS
+        holder = self._holders.get(operation_id)
+        if holder is not None and holder.request != request:
+            return Taken(Claim.ANOTHERS, holder.token)
+        taken = self._holders[operation_id] = _Holder(request, holder.token + 1 if holder else 1)
+        return Taken(Claim.HELD if holder else Claim.NEW, taken.token)
 
     async def is_held(self, operation_id: str, request: str) -> bool:
         """See `Claims`."""
-        return self._holders.get(operation_id) == request
+        holder = self._holders.get(operation_id)
+        return holder is not None and holder.request == request
 
-    async def release(self, operation_id: str, request: str) -> None:
+    async def release(self, operation_id: str, request: str, token: int) -> bool:
         """See `Claims`."""
-        if self._holders.get(operation_id) == request:
-            del self._holders[operation_id]
+        if self._holders.get(operation_id) != (request, token):
+            return False
+        del self._holders[operation_id]
+        return True
 
 
 class MemoryEngine(Engine):

@@ -236,6 +236,8 @@ def _decode(data: bytes) -> ApprovalRequest:
     try:
         data.decode()  # a context, which is not decoded, could hold bytes that are not text
         version = msgspec.json.decode(data, type=_Version).version
+        if version > VERSION:
+            raise NewerRequestError(f"version {version} of the request is not known here, only {VERSION}: upgrade")
         if version != VERSION:
             raise InvalidRequestError(f"version {version} of the request is not known here, only {VERSION}")
         return msgspec.json.decode(data, type=ApprovalRequest)
@@ -302,6 +304,10 @@ def read_event(data: bytes) -> ApprovalEvent:
 
 class NewerEventError(msgspec.DecodeError):
     """An event is of a later version: a newer reader understands it."""
+
+
+class NewerRequestError(InvalidRequestError):
+    """A request is of a later version: a newer worker understands it."""
 
 
 def read_context(data: bytes) -> msgspec.Raw:

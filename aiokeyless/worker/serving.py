@@ -16,15 +16,15 @@ import msgspec
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import Circuit, CircuitState
-from aiokeyless.errors import InvalidRequestError, KeylessError
+from aiokeyless.errors import AuthenticationError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .decisions import Redeliver, after_bug, invalid, observation
 from .engine import EXPIRES, EngineError, Sealed
-from .exchanges import Exchanges
+from .exchanges import Exchanges, check_key
 from .load_shedding import LoadShedding
 from .logs import log
-from .messages import ROOM_FOR_EVENT, Outcome, read_context, read_request
+from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, read_context, read_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from .event_keys import EventKeys
     from .messages import ApprovalEvent, Delivery
 
+_UPGRADED_IN: Final = 10.0  # seconds until a request is delivered again that this worker is too old for
+#: Seconds before each check of a key that was refused; when all of them were refused, the worker ends.
+KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
 
 
@@ -116,6 +119,8 @@ class Serving:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
+        self._client = client
+        self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._schedule = schedule
         self._limits = limits
         self._terms = terms
@@ -199,6 +204,8 @@ class Serving:
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative where there are too many."""
+        if self._key_check is not None:
+            return -len(self._deliveries)
         counted = sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
         return min(self._circuit.room(now) - counted, self._limits.max_in_flight - len(self._deliveries))
 
@@ -228,11 +235,36 @@ class Serving:
 
     async def _abandon(self) -> None:
         """Leave what is still in flight: the broker delivers it again."""
+        if self._key_check is not None:
+            self._key_check.cancel()
         while tasks := tuple(self._deliveries):
             for task in tasks:
                 task.cancel()
             # What waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is repeated.
             await asyncio.wait(tasks, timeout=_LOST)
+
+    # -- the key
+
+    def _suspect_key(self, error: AuthenticationError) -> None:
+        """Take no deliveries until the key was checked: one refusal may be a gateway's."""
+        if self._key_check is None and not self._stopping:
+            log(logging.WARNING, "keyless.key_refused", {"error": str(error)})
+            self._key_check = asyncio.Task(self._check_key(error), loop=self._loop)
+
+    async def _check_key(self, error: KeylessError) -> None:
+        for pause in KEY_CHECKS:
+            await asyncio.sleep(pause)
+            try:
+                await check_key(self._client)
+            except AuthenticationError:
+                continue
+            except KeylessError as another:
+                error = another
+                break
+            self._key_check = None
+            self._changed.set()
+            return
+        self._on_fatal(error)
 
     # -- one delivery
 
@@ -263,7 +295,10 @@ class Serving:
             # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
             log(logging.WARNING, "delivery.unsettled", {"error": str(error)})
         except KeylessError as error:  # of this worker, not of the request
-            self._on_fatal(error)
+            if isinstance(error, AuthenticationError):
+                self._suspect_key(error)
+            else:
+                self._on_fatal(error)
             with suppress(EngineError):  # otherwise it is delivered again by itself, a little later
                 await message.put_off(error_delay(1))
 
@@ -272,6 +307,10 @@ class Serving:
         try:
             delivery = self._read(message)
         except InvalidRequestError as error:
+            waited = (self._engine.now() - message.stored_at).total_seconds()
+            if isinstance(error, NewerRequestError) and waited < self._terms.longest_wait:
+                log(logging.WARNING, "request.newer", {"error": str(error)})
+                return Redeliver(_UPGRADED_IN)  # another worker of the fleet has been upgraded, or will be
             # It has no content to tell it from others by, so it is named by its place at the broker.
             context, now = read_context(message.data), self._engine.now()
             return invalid(message.name, message.number, error, context, stored_at=message.stored_at, now=now)

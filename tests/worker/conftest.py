@@ -29,5 +29,11 @@ async def client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
 
 
 @pytest.fixture(autouse=True)
+def _hasty_key_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose key is refused ends soon: it takes half a minute otherwise."""
+    monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (0.01,) * 5)
+
+
+@pytest.fixture(autouse=True)
 def _short_pulls(short_pulls: None) -> None:
     """Every worker in this process ends soon."""

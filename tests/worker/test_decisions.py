@@ -122,8 +122,10 @@ def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: An
     return polled(operation(**changed), age, took=took, schedule=wait_fixed(every))
 
 
-def not_created(error: KeylessError, age: float, *, paused_for: float = 0.0) -> Decision:
-    return after_failed_creation(DELIVERY, error, now=at(age), pacing=pacing(paused_for=paused_for))
+def not_created(error: KeylessError, age: float, *, paused_for: float = 0.0, may_exist: bool = False) -> Decision:
+    return after_failed_creation(
+        DELIVERY, error, now=at(age), pacing=pacing(paused_for=paused_for), may_exist=may_exist
+    )
 
 
 def decided(decision: Decision | Next) -> Decided:

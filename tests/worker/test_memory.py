@@ -222,15 +222,12 @@ async def test_of_two_events_of_one_name_the_first_is_kept() -> None:
 @looptime
 async def test_an_id_belongs_to_one_request_until_that_gives_it_back() -> None:
     claims = MemoryBroker().engine().claims
-    assert [await claims.take("txn-1", request) for request in ("a", "b", "a")] == [
-        Claim.NEW,
-        Claim.ANOTHERS,
-        Claim.HELD,
-    ]
-    await claims.release("txn-1", "b")
+    taken = [await claims.take("txn-1", request) for request in ("a", "b", "a")]
+    assert [claim for claim, _ in taken] == [Claim.NEW, Claim.ANOTHERS, Claim.HELD]
+    assert not await claims.release("txn-1", "a", taken[0].token)  # another delivery took it meanwhile
     assert (await claims.is_held("txn-1", "a"), await claims.is_held("txn-1", "b")) == (True, False)
-    await claims.release("txn-1", "a")
-    assert await claims.take("txn-1", "b") is Claim.NEW
+    assert await claims.release("txn-1", "a", taken[2].token)
+    assert (await claims.take("txn-1", "b")).claim is Claim.NEW
 
 
 # -- outcomes

@@ -592,8 +592,9 @@ async def test_an_operation_that_somebody_else_waits_for_is_not_taken_for_ours(
 
 
 async def test_an_approval_that_comes_before_a_lost_create_is_found_is_an_answer_to_this_request(
-    broker: NatsServer, connection: Client
+    broker: NatsServer, connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(exchanges, "_FASTEST_APPROVAL", 0.0)  # this user takes no time
     async with Sandbox(auto_approve=0) as sandbox, sandbox.client() as client, working(client, broker):
         sandbox.drop_next(stored=True, method="POST")
         await submit(connection, "C0FFEE")
@@ -855,7 +856,7 @@ async def test_request_that_the_service_refuses_fails(
         b"",
         b"\xff no JSON",
         b"[1]",
-        b'{"version": 2, "user_id": "C0"}',
+        b'{"version": 0, "user_id": "C0"}',
         b'{"version": 1, "user_id": "C0", "operation_id": "a", "context": ' + b"[" * 930 + b"]" * 930 + b"}",
         {"user_id": "../C0", "operation_id": "txn-1"},
         {"operation_id": ".."},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import nats.js.errors
 
-from aiokeyless.worker.engine import Claim, Claims
+from aiokeyless.worker.engine import Claim, Claims, Taken
 
 from .failures import engine_errors
 
@@ -35,39 +35,39 @@ class NatsClaims(Claims):
         self._stream = stream
         self._fleet = fleet
 
-    async def take(self, operation_id: str, request: str) -> Claim:
+    async def take(self, operation_id: str, request: str) -> Taken:
         """See `Claims`."""
-        expected = 0
-        while not await self._put(operation_id, request.encode(), expected):
+        expected, claim = 0, Claim.NEW
+        # Stored again where this request holds it already: that changes the sequence, which is the token.
+        while (sequence := await self._put(operation_id, request.encode(), expected)) is None:
             expected, holder = await self._last(operation_id)
-            if holder != _RELEASED:
-                return Claim.HELD if holder == request.encode() else Claim.ANOTHERS
-        return Claim.NEW
+            if holder not in {_RELEASED, request.encode()}:
+                return Taken(Claim.ANOTHERS, expected)
+            claim = Claim.NEW if holder == _RELEASED else Claim.HELD
+        return Taken(claim, sequence)
 
     async def is_held(self, operation_id: str, request: str) -> bool:
         """See `Claims`."""
         _, holder = await self._last(operation_id)
         return holder == request.encode()
 
-    async def release(self, operation_id: str, request: str) -> None:
+    async def release(self, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # the token is its
         """See `Claims`."""
-        sequence, holder = await self._last(operation_id)
-        if holder == request.encode():
-            await self._put(operation_id, _RELEASED, sequence)
+        return await self._put(operation_id, _RELEASED, token) is not None
 
-    async def _put(self, operation_id: str, holder: bytes, expected: int) -> bool:
-        """Store who holds the id; return False where the holder had changed before."""
+    async def _put(self, operation_id: str, holder: bytes, expected: int) -> int | None:
+        """Store who holds the id; return the sequence, or None where the holder had changed before."""
         headers = {_EXPECTED: str(expected)}
         with engine_errors():
             try:
-                await self._stream.publish(
+                stored = await self._stream.publish(
                     self._subject(operation_id), holder, stream=self._fleet.claims, headers=headers
                 )
             except nats.js.errors.APIError as error:
                 if error.err_code not in _WRONG_LAST_SEQUENCE:
                     raise
-                return False
-        return True
+                return None
+        return stored.seq
 
     async def _last(self, operation_id: str) -> tuple[int, bytes]:
         with engine_errors():

@@ -27,15 +27,15 @@ async def claims(connection: Client) -> NatsClaims:
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
-    assert await claims.take(ID, OURS) is Claim.NEW
-    assert await claims.take(ID, THEIRS) is Claim.ANOTHERS
-    assert await claims.take(ID, OURS) is Claim.HELD
+    assert (await claims.take(ID, OURS)).claim is Claim.NEW
+    assert (await claims.take(ID, THEIRS)).claim is Claim.ANOTHERS
+    assert (await claims.take(ID, OURS)).claim is Claim.HELD
     assert (await claims.is_held(ID, OURS), await claims.is_held(ID, THEIRS)) == (True, False)
 
 
 async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
     taken = await asyncio.gather(*(claims.take(ID, f"request-{number}") for number in range(20)))
-    assert sorted(claim.name for claim in taken) == ["ANOTHERS"] * 19 + ["NEW"]
+    assert sorted(claim.name for claim, _ in taken) == ["ANOTHERS"] * 19 + ["NEW"]
 
 
 async def test_an_id_that_was_never_taken_is_not_held(claims: NatsClaims) -> None:
@@ -43,23 +43,24 @@ async def test_an_id_that_was_never_taken_is_not_held(claims: NatsClaims) -> Non
 
 
 async def test_ids_are_taken_one_by_one(claims: NatsClaims) -> None:
-    assert await claims.take(ID, OURS) is Claim.NEW
-    assert await claims.take("txn 2", THEIRS) is Claim.NEW
+    assert (await claims.take(ID, OURS)).claim is Claim.NEW
+    assert (await claims.take("txn 2", THEIRS)).claim is Claim.NEW
 
 
 async def test_what_is_released_can_be_taken_by_another_one(claims: NatsClaims) -> None:
-    await claims.take(ID, OURS)
-    await claims.release(ID, OURS)
+    _, token = await claims.take(ID, OURS)
+    assert await claims.release(ID, OURS, token)
     assert not await claims.is_held(ID, OURS)
-    assert await claims.take(ID, THEIRS) is Claim.NEW
-    assert await claims.take(ID, OURS) is Claim.ANOTHERS
+    assert (await claims.take(ID, THEIRS)).claim is Claim.NEW
+    assert (await claims.take(ID, OURS)).claim is Claim.ANOTHERS
 
 
-async def test_only_the_holder_releases_an_id(claims: NatsClaims) -> None:
-    await claims.release(ID, OURS)
-    await claims.take(ID, OURS)
-    await claims.release(ID, THEIRS)
+async def test_an_id_that_another_delivery_took_meanwhile_is_not_given_back(claims: NatsClaims) -> None:
+    _, token = await claims.take(ID, OURS)
+    _, later = await claims.take(ID, OURS)
+    assert not await claims.release(ID, OURS, token)
     assert await claims.is_held(ID, OURS)
+    assert await claims.release(ID, OURS, later)
 
 
 async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:

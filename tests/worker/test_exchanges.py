@@ -1,0 +1,218 @@
+"""What a worker makes of a service, and of a broker, that is wrong for a moment: in memory, on a clock that moves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tenacity import wait_fixed
+
+from aiokeyless import AuthenticationError, BrokerError, KeylessClient
+from aiokeyless.worker import (
+    ApprovalEvent,
+    ApprovalWorker,
+    FailureReason,
+    MemoryBroker,
+    Outcome,
+    approval_outcomes,
+    serving,
+    submit_approval,
+)
+from aiokeyless.worker.engine import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from aiokeyless import ApprovalTicket
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+
+@asynccontextmanager
+async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple[ApprovalWorker, MemoryBroker]]:
+    broker = MemoryBroker()
+    async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker:
+        yield worker, broker
+
+
+async def events_of(broker: MemoryBroker, count: int) -> list[ApprovalEvent]:
+    async with aclosing(approval_outcomes(broker, "test")) as events:
+        return [await anext(events) for _ in range(count)]
+
+
+async def created(sandbox: Sandbox, count: int) -> None:
+    while len(sandbox.operations) < count:  # noqa: ASYNC110  # the sandbox has no event for it
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_a_gateways_blip_costs_no_waiting_request_its_approval(
+    client: KeylessClient, sandbox: Sandbox, status: int
+) -> None:
+    async with working(client) as (_, broker):
+        for number in range(20):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
+        await created(sandbox, 20)
+        sandbox.fail_next(status=status, times=None)
+        await asyncio.sleep(5)
+        sandbox.recover()
+        for number in range(20):
+            sandbox.approve(f"txn-{number}")
+        assert {event.outcome for event in await events_of(broker, 20)} == {Outcome.APPROVED}
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_a_gateways_blip_at_the_deadline_leaves_the_outcome_unknown(
+    client: KeylessClient, sandbox: Sandbox, status: int
+) -> None:
+    async with working(client, grace=2) as (_, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1", expires_in=3)
+        await created(sandbox, 1)
+        sandbox.fail_next(status=status, times=None)
+        [event] = await events_of(broker, 1)
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_rejected_is_what_cannot_have_been_created(client: KeylessClient, sandbox: Sandbox, status: int) -> None:
+    async with working(client) as (_, broker):
+        sandbox.fail_next(status=status, times=None, method="POST")
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        [event] = await events_of(broker, 1)
+    assert event.reason == FailureReason.REJECTED
+
+
+async def test_a_create_that_is_refused_after_one_in_doubt_does_not_say_that_nobody_was_asked(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with working(client) as (_, broker):
+        sandbox.drop_next(times=None, method="POST")
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await asyncio.sleep(2)
+        sandbox.recover()
+        sandbox.fail_next(status=400, times=None, method="POST")
+        [event] = await events_of(broker, 1)
+    assert event.reason == FailureReason.POLL_REFUSED
+
+
+async def test_an_approval_that_a_lost_create_finds_at_once_is_an_older_one(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    """A gateway answers 404 to the first poll, and 502 to the create: nobody approves as fast as that."""
+    sandbox.approve("txn-1", user_id="C0FFEE")
+    sandbox.fail_next(status=404, times=1, method="GET")
+    sandbox.fail_next(status=502, times=1, method="POST")
+    async with working(client) as (_, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        [event] = await events_of(broker, 1)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
+    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker may deliver a request again while its first delivery is in flight."""
+    create, broker = KeylessClient.create_operation, MemoryBroker()
+    first = True
+
+    async def be_overtaken(one: KeylessClient, user_id: str, **options: Any) -> ApprovalTicket:
+        nonlocal first
+        if first:
+            first = False
+            claims = broker.engine().claims
+            [holder] = broker._store.holders.values()
+            await claims.take("txn-1", holder.request)
+            await create(one, user_id, **options)
+        return await create(one, user_id, **options)
+
+    monkeypatch.setattr(KeylessClient, "create_operation", be_overtaken)
+    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0)):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        await asyncio.sleep(3)
+        sandbox.approve("txn-1")
+        [event] = await events_of(broker, 1)
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(
+    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
+    async with working(client) as (worker, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox.fail_next(status=401, times=None)
+        await asyncio.sleep(6)
+        sandbox.recover()
+        sandbox.approve("txn-1")
+        [event] = await events_of(broker, 1)
+        assert not worker.statistics.is_draining
+    assert event.outcome is Outcome.APPROVED
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, AuthenticationError), (400, Exception)])
+async def test_a_key_that_stays_refused_ends_the_worker(
+    client: KeylessClient, sandbox: Sandbox, status: int, error: type[Exception]
+) -> None:
+    broker = MemoryBroker()
+    run = asyncio.create_task(ApprovalWorker(client, broker).run())
+    await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    await created(sandbox, 1)
+    sandbox.fail_next(status=401, times=1)
+    sandbox.fail_next(status=status, times=None)
+    with pytest.raises(error):
+        await run
+
+
+async def test_a_request_of_a_later_version_waits_for_a_later_worker(
+    client: KeylessClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(client) as (_, broker):
+        await broker.submit(b'{"version": 2, "user_id": "C0FFEE"}', "newer")
+        await asyncio.sleep(60)
+        assert broker.waiting == 1
+    assert "request.newer" in caplog.text
+
+
+async def test_a_request_of_a_later_version_does_not_wait_for_ever(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 60.0)
+    async with working(client) as (_, broker):
+        await broker.submit(b'{"version": 2, "user_id": "C0FFEE"}', "newer")
+        [event] = await events_of(broker, 1)
+    assert event.reason == FailureReason.INVALID_REQUEST
+
+
+class Hiccup(MemoryBroker):
+    """A broker whose answers get lost so often."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    async def submit(self, request: bytes, name: str) -> bool:
+        stored = await super().submit(request, name)
+        if self.times:
+            self.times -= 1
+            raise EngineError("timeout")
+        return stored
+
+
+async def test_a_submission_whose_answer_was_lost_is_repeated_under_its_name() -> None:
+    broker = Hiccup(times=2)
+    assert (await submit_approval(broker, "C0FFEE")).duplicate
+    assert broker.waiting == 1
+
+
+async def test_a_submission_that_is_given_up_tells_the_id_under_which_to_repeat_it() -> None:
+    broker = Hiccup(times=3)
+    with pytest.raises(BrokerError, match="submit it again under the same operation_id") as caught:
+        await submit_approval(broker, "C0FFEE")
+    assert caught.value.operation_id is not None
+    assert (await submit_approval(broker, "C0FFEE", operation_id=caught.value.operation_id)).duplicate
+    assert broker.waiting == 1
