@@ -176,7 +176,7 @@ function showHelp(isUsed) {
   if (used || !isUsed) return;
   used = true;
   byId("help").open = false;
-  byId("side").append(byId("help"));
+  byId("aside").append(byId("help"));
 }
 
 function showEnd(snapshot, pending) {
