@@ -1,7 +1,13 @@
 """Which operation is polled next, and how many at once: the queues and the slots of one client. Pure.
 
 It is told the time and what happened, and says what to start; the poller starts it, awaits it and reports back. Its
-cases are few: a final poll that waits for a slot goes first, then the operation that has been due longest.
+cases, in the order in which they are tried:
+
+1. a final poll that waits for a slot; but every eighth slot goes to an ordinary poll that is due, so that none starves;
+2. while the circuit is open: an operation that did not fail when it was polled last, the one due longest, since its
+   answer tells most about the service; only where there is none, one that failed;
+3. the operation that has been due longest; those that failed when they were polled last get half of the slots, so that
+   a few that hang leave room for the others.
 """
 
 from __future__ import annotations
@@ -10,17 +16,19 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.rate import DueClock
 
 from .state import Poll, PolledOperation
 from .timer_queue import TimerQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
 
+_FINAL_POLLS_IN_A_ROW: Final = 7
 #: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 RESOLUTION: Final = 1e-6
 
@@ -38,18 +46,21 @@ class Dispatcher:
     def __init__(self, circuit: Circuit, rate: PollRate, *, max_in_flight: int, request_timeout: float) -> None:
         self._circuit = circuit
         self._rate = rate
-        self._clock = DueClock()  # the queue's
+        self._clock = DueClock()  # the queues'
         self._max_in_flight = max_in_flight
         self._request_timeout = request_timeout
         self._due: TimerQueue[PolledOperation] = TimerQueue()
+        self._retries: TimerQueue[PolledOperation] = TimerQueue()  # those that failed when they were polled last
+        self._retries_in_flight = 0
         self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits for a slot
         self._final_in_flight = 0
+        self._final_in_a_row = 0  # started since the last ordinary poll
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
 
     def __len__(self) -> int:
         """Return the number of operations for which an ordinary poll is scheduled."""
-        return len(self._due)
+        return len(self._due) + len(self._retries)
 
     # -- what is to be polled
 
@@ -58,11 +69,11 @@ class Dispatcher:
         if due < polled.due:
             polled.due = due
             if polled.poll is None:
-                self._due.schedule(polled, self._clock.due(due))
+                self._enqueue(polled)
 
     def unschedule(self, polled: PolledOperation) -> None:
         """Take back the ordinary poll of an operation."""
-        self._due.remove(polled)
+        self._queue(polled).remove(polled)
         polled.due = math.inf
 
     def queue_final_poll(self, polled: PolledOperation, since: float) -> None:
@@ -85,26 +96,52 @@ class Dispatcher:
         if len(self.in_flight) >= self._max_in_flight:
             return None
         room = self._circuit.room(now + RESOLUTION) - self._counted()
-        while self._final_polls and (
-            self._final_in_flight == 0 or (room > 0 and not self._circuit.limits_final_polls(now))
-        ):
+        if self._final_in_a_row >= _FINAL_POLLS_IN_A_ROW and (poll := self._next_ordinary(now, room)) is not None:
+            return poll
+        return self._next_final(now, room) or self._next_ordinary(now, room)
+
+    def _next_final(self, now: float, room: int) -> Poll | None:
+        if self._final_in_flight and (room <= 0 or self._circuit.limits_final_polls(now)):
+            return None
+        while self._final_polls:
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll():
                 return self._start(polled, now, final=True)
-        return self._next_ordinary(now, room)
+        return None
 
     def _next_ordinary(self, now: float, room: int) -> Poll | None:
         self._clock.advance(now)
-        first = self._due.first()
-        if room <= 0 or first is None or first.due > now + RESOLUTION:
+        queue = self._due_queue(now) if room > 0 else None
+        if queue is None:
             self._clock.stands_still = False
             return None
         self._clock.stands_still = self._rate.ready_at(now) > now + RESOLUTION
         if self._clock.stands_still:
             return None
-        self._clock.catch_up(now, self._due.pop())
-        return self._start(first, now, final=False)
+        polled, when = queue.pop()
+        self._clock.catch_up(now, when)
+        return self._start(polled, now, final=False)
+
+    def _due_queue(self, now: float) -> TimerQueue[PolledOperation] | None:
+        """Return the queue of which the next ordinary poll is, if one is due."""
+        for queue in self._queues():
+            first = queue.first()
+            if first is not None and first.due <= now + RESOLUTION:
+                return queue
+        return None
+
+    def _queues(self) -> Sequence[TimerQueue[PolledOperation]]:
+        """Return the queues of which a poll may start, the one that goes first first."""
+        if self._retries_in_flight >= max(1, self._circuit.limit // 2):
+            return (self._due,)
+        retry = self._retries.next_due()
+        if retry is None:
+            return (self._due,)
+        due = self._due.next_due()
+        if due is not None and (due <= retry or self._circuit.state is CircuitState.OPEN):
+            return (self._due, self._retries)
+        return (self._retries, self._due)
 
     def finish(self, poll: Poll, now: float) -> None:
         """Free the slot of a poll, and schedule another one where its operation needs one."""
@@ -114,12 +151,13 @@ class Dispatcher:
             self._final_in_flight -= 1
         else:
             polled.poll = None
+            self._retries_in_flight -= poll.is_retry
         if not polled.live or polled.poll is not None:
             return
         if polled.due == math.inf and polled.before_deadline:
             polled.due = now  # it was cut off, or brought nothing, and a wait goes on
         if polled.due < math.inf and polled.scheduled_at is None:
-            self._due.schedule(polled, self._clock.due(polled.due))
+            self._enqueue(polled)
 
     def overdue(self, now: float) -> Iterator[Poll]:
         """Yield the polls that have been in flight for longer than an exchange may take."""
@@ -143,15 +181,19 @@ class Dispatcher:
                 when = poll.started_at + self._request_timeout
                 break
         if len(self.in_flight) < self._max_in_flight and self._counted() < self._circuit.limit:
-            first = self._due.first()
-            if first is not None:
-                when = min(when, max(first.due, self._circuit.retry_at(), self._rate.ready_at(now)))
+            for queue in self._queues():
+                first = queue.first()
+                if first is not None:
+                    when = min(when, max(first.due, self._circuit.retry_at(), self._rate.ready_at(now)))
         return when
 
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
-        first = self._due.first()
-        late = 0.0 if first is None else max(0.0, now - first.due)
+        late = 0.0
+        for queue in (self._due, self._retries):
+            first = queue.first()
+            if first is not None:
+                late = max(late, now - first.due)
         if self._final_polls:
             since, polled = self._final_polls[0]
             if polled.needs_final_poll():
@@ -170,8 +212,22 @@ class Dispatcher:
         self._rate.record_poll(now)
         if final:
             self._final_in_flight += 1
+            self._final_in_a_row += 1
         else:
             polled.poll = poll
+            self._final_in_a_row = 0
+            poll.is_retry = polled.is_retry
+            self._retries_in_flight += poll.is_retry
         if not final or polled.due <= now + RESOLUTION:  # a final poll does for an ordinary one that is due
             self.unschedule(polled)
         return poll
+
+    def _enqueue(self, polled: PolledOperation) -> None:
+        """Put an operation into the queue where it belongs since its last poll."""
+        if polled.is_retry is not (polled.failures > 0):
+            self._queue(polled).remove(polled)
+            polled.is_retry = not polled.is_retry
+        self._queue(polled).schedule(polled, self._clock.due(polled.due))
+
+    def _queue(self, polled: PolledOperation) -> TimerQueue[PolledOperation]:
+        return self._retries if polled.is_retry else self._due

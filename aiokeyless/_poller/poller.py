@@ -502,7 +502,7 @@ class Poller:
             if not poll.counted_as_failure:  # it may be the final poll of many waits
                 poll.counted_as_failure = True
                 self._failures += 1
-                self._circuit.record_failure(now, started_at=poll.started_at, is_probe=False)
+                self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
         self._end(wait, unknown(wait.record(now)))
 
     # -- polls
@@ -669,9 +669,12 @@ class Poller:
             self._failures += 1
             if isinstance(answer, RateLimitError):
                 self._rate.record_refusal(now, started_at=poll.started_at)
-            self._circuit.record_failure(
-                now, started_at=poll.started_at, is_probe=not poll.final, pause=requested_pause(answer)
-            )
+            name, started_at = poll.polled.operation_id, poll.started_at
+            self._circuit.record_failure(now, name, started_at=started_at, is_probe=not poll.final)
+            of_all = isinstance(answer, RateLimitError)
+            # A second one in a row is the operation's: five that always get one must not hold the others for ever.
+            if (pause := requested_pause(answer)) and (of_all or not poll.polled.failures):
+                self._circuit.record_pause(now, name, pause, started_at=started_at, of_all=of_all)
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             self._circuit.record_success(now, started_at=poll.started_at)
 
@@ -706,9 +709,8 @@ class Poller:
         polled = poll.polled
         polled.failures += 1
         self._failures += not is_transient(error)  # the others were counted
-        # While the circuit is open it paces the probes, and this operation takes its turn.
         if polled.before_deadline:
-            self._dispatcher.schedule(polled, now if self._circuit.is_probed else now + error_delay(polled.failures))
+            self._dispatcher.schedule(polled, now + max(error_delay(polled.failures), requested_pause(error)))
         again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
         for wait in waits:
             wait.error = error

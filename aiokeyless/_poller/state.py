@@ -110,6 +110,7 @@ class PolledOperation:
         "failures",
         "final_poll_queued",
         "first",
+        "is_retry",
         "learners",
         "live",
         "observed_from",
@@ -136,6 +137,7 @@ class PolledOperation:
         self.due = math.inf  # of the next ordinary poll; while one is in flight, of the one after it
         self.final_poll_queued = False
         self.failures = 0  # transient ones in a row
+        self.is_retry = False  # which of the dispatcher's queues it is in: it had failed when it was put there
         self.pending_at: float | None = None  # start of the last poll that was answered with pending
         # When it was first known to be pending: its creation, if it was waited for since then, else the start of the
         # first poll that was answered with pending. Before that nothing is learned of it.
@@ -188,6 +190,7 @@ class Poll:
         "counted_as_failure",
         "cut",
         "final",
+        "is_retry",
         "overdue",
         "polled",
         "started_at",
@@ -200,6 +203,7 @@ class Poll:
         self.polled = polled
         self.started_at = now
         self.final = final
+        self.is_retry = False  # an ordinary one, of an operation that failed before
         self.waits: list[Wait] = []
         self.task: asyncio.Task[None] | None = None
         self.under_way = False

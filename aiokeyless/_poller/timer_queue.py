@@ -80,11 +80,13 @@ class TimerQueue(Generic[T]):
         heap = self._front()
         return heap[0].item if heap else None
 
-    def pop(self) -> float:
-        """Take out the earliest entry, of which there must be one, and return its time."""
-        when = self._front()[0].when
-        self.pop_due(when)
-        return when
+    def pop(self) -> tuple[T, float]:
+        """Take out the earliest entry, of which there must be one, and return its item and its time."""
+        entry = heappop(self._front())
+        entry.item.scheduled_at = None
+        self._live -= 1
+        self._sweep()
+        return entry.item, entry.when
 
     def pop_due(self, now: float) -> T | None:
         """Take out the earliest entry that is due at `now`, or return None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tenacity import wait_random_exponential
+from tenacity import wait_exponential, wait_random_exponential
 
 from aiokeyless.errors import NotJsonError, StatusError, TransportError
 from aiokeyless.schedule import next_delay
@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 #: The documentation says "try again later" of a 500; the rest are what gateways send for a moment.
 TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
-#: Full jitter in a window that doubles from 0.5 s to 30 s.
-_ERROR_BACKOFF: Final = wait_random_exponential(multiplier=0.5, max=30.0)
+_MAY_ASK_FOR_A_PAUSE: Final = frozenset({429, 503})
+#: Seconds that count of a Retry-After: one of days must not turn a wait into a sleep.
+MAX_PAUSE: Final = 120.0
+#: A window that doubles from 0.5 s to 5 s, and the delay somewhere in its second half. Shorter delays than 2.5 s cost
+#: requests while a service is down, longer ones than 5 s cost time once it is well again.
+_ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)
 
 
 def is_transient(error: KeylessError) -> bool:
@@ -30,6 +34,8 @@ def error_delay(failures: int) -> float:
     return next_delay(_ERROR_BACKOFF, attempt_number=failures, since_start=0.0)
 
 
-def requested_pause(error: KeylessError) -> float | None:
-    """Return the seconds for which the service asks all polls to stop: ``Retry-After`` on 429 and 503."""
-    return error.retry_after if isinstance(error, StatusError) and error.status in {429, 503} else None
+def requested_pause(error: KeylessError) -> float:
+    """Return the seconds for which the service asks to be left alone: ``Retry-After`` on 429 and 503; at most 120."""
+    if isinstance(error, StatusError) and error.status in _MAY_ASK_FOR_A_PAUSE:
+        return min(error.retry_after or 0.0, MAX_PAUSE)
+    return 0.0

@@ -1,26 +1,38 @@
-"""A circuit breaker: how the service fares, and how many polls may be in flight for it.
+"""A circuit breaker with a limit that adapts: how the service fares, and how many polls may be in flight for it.
 
 Pure: it is told the time and what happened, and says how much room there is. It exists so that thousands of waits
-do not hammer a service that is down, and do not fall upon it together when it comes back. Rule 4 of docs/rules.md.
+do not hammer a service that is down, and do not fall upon it together when it comes back; and so that an operation
+which fails by itself, or a service of which half the answers fail, costs the other waits as little as possible. Rule 4
+of docs/rules.md, which has the table of its transitions.
 """
 
 from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from .backoff import error_delay
+from .backoff import MAX_PAUSE, error_delay
 
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+#: Operations that fail, with no good answer in between, until a circuit opens where failures are rare.
 FAILURES_UNTIL_OPEN: Final = 5
-MAX_PAUSE: Final = 120.0  # seconds: a Retry-After of days must not turn a wait into a sleep
+#: ... and this many times the number that usually fails between two good answers: where two of three fail at random,
+#: five in a row are no news.
+_TIMES_USUAL: Final = 7
+#: Failures narrow what is in flight to this many at least; only an open circuit allows fewer.
+_LEAST: Final = 4.0
+#: How much of "usually" one more good answer is.
+_NEWEST: Final = 1 / 8
 
 
 class CircuitState(StrEnum):
     """The states of the circuit."""
 
     CLOSED = "closed"
-    """The service is well: all the room there is."""
+    """The service is well: all the room there is, less a little after each failure."""
     HALF_OPEN = "half_open"
     """The service answers again: few polls in flight, twice as many after each round of good answers."""
     OPEN = "open"
@@ -30,48 +42,64 @@ class CircuitState(StrEnum):
 class Circuit:
     """The circuit of one client or worker; it starts closed.
 
-    It opens after 5 failed polls in a row, and then lets one probe through at a time, on the error backoff. A
-    ``Retry-After`` opens it too, for that time and with no poll at all. Either way it is half open afterwards.
-    Times are of one clock, in seconds.
+    A good answer lets one more poll be in flight; a failure takes away a share of them. What opens the circuit is the
+    service and not an operation: different operations that fail, with no good answer since their polls started. It then
+    lets one probe through at a time, on the error backoff. A ``Retry-After`` of the service opens it too, for that time
+    and with no poll at all. Either way the next good answer makes it half open. Times are of one clock, in seconds.
 
     Args:
-        limit: Polls that may be in flight while it is closed.
+        limit: Polls that may be in flight while all is well.
     """
 
-    __slots__ = ("_failures", "_full", "_paused_until", "_probe_at", "_probes", "_successes", "limit", "since")
+    __slots__ = (
+        "_answered_at",
+        "_asking",
+        "_failed",
+        "_full",
+        "_held_until",
+        "_limit",
+        "_probe_at",
+        "_probes",
+        "_usual",
+        "since",
+        "state",
+    )
 
     def __init__(self, limit: int) -> None:
         self._full = limit
-        self.limit: int = limit
-        """Polls that may be in flight once polls may start at all."""
+        self._limit = float(limit)
+        self.state: CircuitState = CircuitState.CLOSED
+        """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
         self.since: float = -math.inf
-        """When the present state began: polls that started earlier say nothing about it and take no room in it."""
-        self._failures = 0  # in a row
-        self._successes = 0  # of the present round, while half open
-        self._paused_until = -math.inf
+        """Since when few polls start: those that started earlier say nothing about it and take no room in it."""
+        self._answered_at = -math.inf  # the last good answer
+        self._failed: set[Hashable] = set()  # the operations that failed since then
+        self._usual = 0.0  # how many operations that were lately, at each good answer
+        self._asking: Hashable | None = (
+            None  # the operation that got a Retry-After since then, while it is the only one
+        )
+        self._held_until = -math.inf  # by the rate limit, which no good answer lifts
         self._probes = 0  # failed ones in a row, the failure that opened the circuit included; 0: it is not probed
         self._probe_at = -math.inf
 
     @property
-    def state(self) -> CircuitState:
-        """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
-        if self._probes or self._paused_until > -math.inf:
-            return CircuitState.OPEN
-        return CircuitState.CLOSED if self.limit == self._full else CircuitState.HALF_OPEN
-
-    @property
     def is_closed(self) -> bool:
-        """Whether there is all the room there is."""
-        return self.limit == self._full and not self._probes and self._paused_until == -math.inf
+        """Whether all polls in flight count, and as many may be as the service bears."""
+        return self.state is CircuitState.CLOSED
 
     @property
     def is_probed(self) -> bool:
         """Whether it is open because polls failed, so that only probes start."""
         return self._probes > 0
 
+    @property
+    def limit(self) -> int:
+        """Polls that may be in flight once polls may start at all."""
+        return int(self._limit)
+
     def retry_at(self) -> float:
         """Return the time from which polls may start."""
-        return max(self._paused_until, self._probe_at)
+        return max(self._held_until, self._probe_at)
 
     def room(self, now: float) -> int:
         """Return how many polls may be in flight at this time; final polls go by `limits_final_polls`."""
@@ -83,53 +111,80 @@ class Circuit:
 
     def limits_final_polls(self, now: float) -> bool:
         """Return whether final polls start one at a time."""
-        return self.is_probed or now < self._paused_until
+        return self.is_probed or now < self.retry_at()
 
     def record_success(self, now: float, *, started_at: float) -> None:
         """Record an answer that is no transient failure."""
-        self._failures = 0
-        paused = now < self._paused_until  # a final poll's answer then: no reason to start others before the pause ends
-        if not paused:
-            self._paused_until = -math.inf
-        if self.is_probed:
-            self._probes = 0
-            self._probe_at = -math.inf
-            self._restart(now)
-            if not paused:
-                self.limit = min(2, self._full)  # the probe was the first round
-        elif self.limit < self._full and started_at >= self.since and not paused:
-            self._successes += 1
-            if self._successes >= self.limit:
-                self.limit = min(2 * self.limit, self._full)
-                self._successes = 0
+        self._answered_at = now
+        self._usual += _NEWEST * (len(self._failed) - self._usual)
+        self._failed.clear()
+        self._asking = None
+        self._probes = 0
+        self._probe_at = -math.inf
+        if now < self._held_until:  # a final poll's answer: no reason to start others before the pause ends
+            return
+        if self.state is CircuitState.OPEN:
+            self._enter(CircuitState.HALF_OPEN, now)
+        elif not self.takes_room(started_at):
+            return
+        self._limit = min(self._limit + 1, self._full)
+        if self._limit == self._full:
+            self._enter(CircuitState.CLOSED, now)
 
-    def record_failure(self, now: float, *, started_at: float, is_probe: bool, pause: float | None = None) -> None:
+    def record_failure(self, now: float, operation: Hashable, *, started_at: float, is_probe: bool) -> None:
         """Record a transient failure.
 
         Args:
             now: The time.
+            operation: Whose poll failed.
             started_at: When the failed poll started.
             is_probe: Whether it was an ordinary poll; a final poll starts whatever the state, and paces no probe.
-            pause: Seconds for which the service asked to be left alone, where it did; at most 120 count.
         """
-        self._failures += 1
-        if pause:
-            self._paused_until = max(self._paused_until, now + min(pause, MAX_PAUSE))
-            if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
-                self._restart(now)
         if self.is_probed:
             if is_probe and started_at >= self.since:
                 self._schedule_probe(now)
-        elif self._failures >= FAILURES_UNTIL_OPEN:
-            self._restart(now)
-            self._schedule_probe(now)
+            return
+        if self.state is not CircuitState.OPEN:
+            self._limit = max(self._limit * (1 - 1 / self._full), min(self._limit, _LEAST))
+        if started_at >= self._answered_at:  # else the service has answered well since, and it is the operation
+            self._failed.add(operation)
+            if len(self._failed) >= FAILURES_UNTIL_OPEN + int(_TIMES_USUAL * self._usual):
+                self._enter(CircuitState.OPEN, now)
+                self._schedule_probe(now)
 
-    def _restart(self, now: float) -> None:
-        """Begin a new state with room for a single poll."""
-        self.limit = 1
+    def record_pause(self, now: float, operation: Hashable, seconds: float, *, started_at: float, of_all: bool) -> None:
+        """Record a ``Retry-After``, besides the failure that it came with.
+
+        Args:
+            now: The time.
+            operation: Whose poll got it.
+            seconds: How long it asks for; at most 120 count.
+            started_at: When that poll started.
+            of_all: Whether it is meant for all polls, as by a rate limit. Else it is the operation's, until a second
+                operation gets one and there was no good answer in between; a good answer then ends the pause.
+        """
+        until = now + min(seconds, MAX_PAUSE)
+        if of_all:
+            self._held_until = max(self._held_until, until)
+        elif started_at < self._answered_at:
+            return
+        elif self._asking in (None, operation):
+            self._asking = operation
+            return
+        else:
+            self._asking = None
+            self._probe_at = max(self._probe_at, until)
+        if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
+            self._enter(CircuitState.OPEN, now)
+
+    def _enter(self, state: CircuitState, now: float) -> None:
+        """Change the state: the one place where that happens."""
+        self.state = state
+        if state is CircuitState.CLOSED:
+            return
+        self._limit = 1.0
         self.since = now
-        self._successes = 0
 
     def _schedule_probe(self, now: float) -> None:
         self._probes += 1
-        self._probe_at = now + error_delay(self._probes)
+        self._probe_at = max(self._probe_at, now + error_delay(self._probes))

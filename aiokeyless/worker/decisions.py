@@ -69,7 +69,8 @@ class Pacing(NamedTuple):
         schedule: When to poll after a pending answer.
         stretch: Factor by which load shedding stretches the schedule's delays.
         failures: Failures in a row, of this worker.
-        paused_for: Seconds until the circuit lets polls start; negative where it does already.
+        paused_for: Seconds until the circuit lets polls start, or for which the answer asked the request to pause; 0 or
+            less where there is nothing to wait for.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 

@@ -19,6 +19,7 @@ from aiokeyless.errors import (
     KeylessError,
     NotFoundError,
     PermissionDeniedError,
+    RateLimitError,
     ServerError,
     StatusError,
     TransportError,
@@ -169,7 +170,9 @@ class Exchanges:
         except KeylessError as error:
             may_exist = claim is Claim.HELD or _may_have_created(error) or not await self._release(delivery, token)
             self._record_error(delivery, error, started_at, is_probe=True)
-            return after_failed_creation(delivery, error, now=self._clock(), pacing=self._pacing(), may_exist=may_exist)
+            return after_failed_creation(
+                delivery, error, now=self._clock(), pacing=self._pacing(error), may_exist=may_exist
+            )
         self._record_success(started_at)
         self.created += 1
         return after_creation(delivery, self._clock(), self._pacing())
@@ -215,7 +218,12 @@ class Exchanges:
         self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, *, was_created: bool = False
     ) -> Decision | Next:
         return after_poll(
-            delivery, answer, polled_at=polled_at, now=self._clock(), pacing=self._pacing(), was_created=was_created
+            delivery,
+            answer,
+            polled_at=polled_at,
+            now=self._clock(),
+            pacing=self._pacing(answer),
+            was_created=was_created,
         )
 
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
@@ -246,18 +254,21 @@ class Exchanges:
             return
         self._failures_in_a_row += 1
         self.failures += 1
-        self._circuit.record_failure(
-            self._now(), started_at=started_at, is_probe=is_probe, pause=requested_pause(error)
-        )
+        now, operation_id = self._now(), delivery.ticket.operation_id
+        self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
+        if pause := requested_pause(error):
+            of_all = isinstance(error, RateLimitError)
+            self._circuit.record_pause(now, operation_id, pause, started_at=started_at, of_all=of_all)
         log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
-    def _pacing(self) -> Pacing:
+    def _pacing(self, answer: Operation | KeylessError | None = None) -> Pacing:
+        own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0
         # While the circuit is open it paces the probes, and this request takes its turn.
         return Pacing(
             schedule=self._schedule,
             stretch=self._load_shedding.factor,
             failures=1 if self._circuit.is_probed else max(1, self._failures_in_a_row),
-            paused_for=self._circuit.retry_at() - self._now(),
+            paused_for=max(self._circuit.retry_at() - self._now(), own_pause),
             grace=self._grace,
         )
 

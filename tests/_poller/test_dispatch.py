@@ -65,8 +65,8 @@ def dispatcher(limit: int = 2, *, rate: float | None = None) -> tuple[Dispatcher
 
 
 def opened(circuit: Circuit, now: float) -> None:
-    for _ in range(FAILURES_UNTIL_OPEN):
-        circuit.record_failure(now, started_at=now, is_probe=True)
+    for operation in range(FAILURES_UNTIL_OPEN):
+        circuit.record_failure(now, operation, started_at=now, is_probe=True)
 
 
 def test_nothing_is_polled_before_it_is_due(operation: Callable[..., PolledOperation]) -> None:

@@ -889,15 +889,19 @@ class TestRule4TransientFailures:
 
     async def test_the_statistics_tell_how_the_service_fares(self, sandbox: Sandbox, client: KeylessClient) -> None:
         seen = [client.statistics.circuit]  # before first use
-        await pending(client)
+        for number in range(5):
+            await pending(client, f"op{number}")
         sandbox.fail_next(503, times=5)
-        wait = asyncio.create_task(client.wait_for_approval("op", timeout=None, schedule=EVERY_SECOND))
+        waits = [
+            asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=None, schedule=EVERY_SECOND))
+            for number in range(5)
+        ]
         for _ in range(1200):
             await asyncio.sleep(0.1)
             seen.append(client.statistics.circuit)
         assert [circuit for circuit, _ in groupby(seen)] == ["closed", "open", "half_open", "closed"]
         assert {type(circuit) for circuit in seen} == {str}
-        await cancel([wait])
+        await cancel(waits)
 
     async def test_retry_after_delays_by_two_minutes_at_most(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -921,7 +925,7 @@ class TestRule4TransientFailures:
         for number in range(10):
             await pending(client, f"op{number}")
         sandbox.fail_next(503, times=6)
-        sandbox.fail_next(503, times=1, retry_after=100)
+        sandbox.fail_next(429, times=1, retry_after=100)
         waits = [asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=20)) for number in range(10)]
         await asyncio.sleep(19)
         sandbox.requests.clear()
@@ -950,17 +954,18 @@ class TestRule4TransientFailures:
     async def test_an_unanswered_final_poll_is_a_failure_of_the_service(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        await pending(client)
+        for number in range(5):
+            await pending(client, f"op{number}")
         sandbox.latency = 3600
-        for _ in range(5):
+        for number in range(5):
             with pytest.raises(ApprovalUnknownError):
-                await client.wait_for_approval("op", timeout=0.01)
+                await client.wait_for_approval(f"op{number}", timeout=0.01)
         assert client.statistics.transient_failures == 5
         sandbox.latency = 0
         sandbox.requests.clear()
         start = now()
         with pytest.raises(ApprovalTimeoutError):  # open: no first poll at once, but the final one goes
-            await client.wait_for_approval("op", timeout=0.001)
+            await client.wait_for_approval("op0", timeout=0.001)
         assert polls(sandbox) == pytest.approx([start + 0.001])
 
     async def test_an_unanswered_final_poll_of_many_is_one_failure(
@@ -1125,7 +1130,7 @@ class TestRule5EverythingElse:
         start = now()
         assert (await client.wait_for_approval("other")).is_approved
         assert now() == start
-        assert len(polls(sandbox, "op")) <= 100
+        assert len(polls(sandbox, "op")) <= 300
         await cancel([wait])
 
     async def test_a_404_at_the_deadline_after_the_operation_was_seen_leaves_the_outcome_unknown(

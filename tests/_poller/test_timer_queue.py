@@ -272,7 +272,7 @@ def test_the_first_item_and_its_time_can_be_told_and_taken_without_a_time() -> N
     queue.schedule(later, 5.0)
     queue.schedule(sooner, 3.0)
     assert queue.first() is sooner
-    assert queue.pop() == 3.0
+    assert queue.pop() == (sooner, 3.0)
     assert sooner.scheduled_at is None
     assert queue.first() is later
     assert len(queue) == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 
 import pytest
 from hypothesis import settings
@@ -10,15 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aiokeyless._rules import circuit as circuit_module
-from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, MAX_PAUSE, Circuit
+from aiokeyless._rules.backoff import MAX_PAUSE
+from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState
+from benchmarks.approval_times import seeded_random
 
 LIMIT = 64
-MAX_BACKOFF = 30.0
+MAX_BACKOFF = 5.0
+OPERATIONS = itertools.count()  # of which each polls once
 
 
 @pytest.fixture
 def full_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the chance out of the backoff: always the full window, 0.5 s, 1 s, 2 s ... 30 s."""
+    """Take the chance out of the backoff: always the full window, 0.5 s, 1 s, 2 s, 4 s, 5 s."""
 
     def full(failures: int) -> float:
         return min(0.5 * 2.0 ** (failures - 1), MAX_BACKOFF)
@@ -27,8 +32,18 @@ def full_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = None) -> None:
+    """Let polls of different operations fail, one after another; with a pause, each gets a rate limit."""
     for _ in range(times):
-        circuit.record_failure(now, started_at=now, is_probe=True, pause=pause)
+        operation = next(OPERATIONS)
+        circuit.record_failure(now, operation, started_at=now, is_probe=True)
+        if pause:
+            circuit.record_pause(now, operation, pause, started_at=now, of_all=True)
+
+
+def unavailable(circuit: Circuit, now: float, operation: object, pause: float) -> None:
+    """Let an operation get a 503 with Retry-After."""
+    circuit.record_failure(now, operation, started_at=now, is_probe=True)
+    circuit.record_pause(now, operation, pause, started_at=now, of_all=False)
 
 
 def open_at(now: float, limit: int = LIMIT) -> Circuit:
@@ -58,15 +73,11 @@ def test_a_new_circuit_is_closed_and_allows_all_polls() -> None:
     assert circuit.retry_at() == -math.inf
 
 
-def test_four_failures_in_a_row_change_nothing() -> None:
+def test_four_failures_in_a_row_take_little_room() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 1.0, 4)
-    assert (circuit.room(1.0), circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(1.0)) == (
-        LIMIT,
-        True,
-        False,
-        False,
-    )
+    assert (circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(1.0)) == (True, False, False)
+    assert circuit.room(1.0) == 60
 
 
 def test_a_good_answer_between_them_makes_failures_not_in_a_row() -> None:
@@ -75,15 +86,69 @@ def test_a_good_answer_between_them_makes_failures_not_in_a_row() -> None:
         fail(circuit, float(now), 4)
         circuit.record_success(float(now), started_at=float(now))
     assert circuit.is_closed
-    fail(circuit, 10.0, 5)
+
+
+def test_one_operation_that_fails_all_the_time_does_not_open_the_circuit() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(100):
+        circuit.record_failure(float(now), "bad", started_at=float(now), is_probe=True)
+    assert circuit.is_closed
+    assert circuit.room(100.0) >= 4
+
+
+def test_polls_that_fail_after_the_service_answered_others_do_not_open_the_circuit() -> None:
+    circuit = Circuit(LIMIT)
+    circuit.record_success(5.0, started_at=4.9)
+    for operation in range(20):  # they hung
+        circuit.record_failure(10.0, operation, started_at=0.0, is_probe=True)
+    assert circuit.is_closed
+
+
+def test_five_in_a_row_are_no_news_where_several_fail_between_two_good_answers() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(100):
+        fail(circuit, float(now), 3)
+        circuit.record_success(float(now), started_at=float(now))
+    fail(circuit, 100.0, 20)
+    assert not circuit.is_probed
+    fail(circuit, 100.0, 6)
     assert circuit.is_probed
+
+
+def test_a_service_that_is_well_again_for_a_while_counts_as_well() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(100):
+        fail(circuit, float(now), 3)
+        circuit.record_success(float(now), started_at=float(now))
+    for now in range(100, 150):
+        circuit.record_success(float(now), started_at=float(now))
+    fail(circuit, 150.0, 6)
+    assert circuit.is_probed
+
+
+@pytest.mark.parametrize(("failing", "room"), [(0.3, (50, 64)), (0.5, (40, 64)), (0.7, (12, 45)), (0.9, (2, 20))])
+def test_the_more_fail_the_fewer_are_in_flight_and_some_always_are(failing: float, room: tuple[int, int]) -> None:
+    circuit = Circuit(LIMIT)
+    source = seeded_random(1)
+    seen = []
+    circuit.record_success(1.0, started_at=0.0)
+    for number in range(4000):
+        if source.random() < failing:
+            circuit.record_failure(2.0, number, started_at=0.0, is_probe=True)
+        else:
+            circuit.record_success(2.0, started_at=0.0)
+        seen.append(circuit.limit)
+    assert room[0] <= statistics.mean(seen[1000:]) <= room[1]
+    assert min(seen) >= 4
+    assert circuit.is_closed
 
 
 @pytest.mark.parametrize("pause", [None, 0.0], ids=["none", "zero"])
 def test_no_retry_after_and_one_of_zero_are_the_same(pause: float | None) -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 1.0, pause=pause)
-    assert circuit.room(1.0) == LIMIT
+    assert circuit.is_closed
+    assert circuit.room(1.0) == LIMIT - 1
 
 
 # -- closed
@@ -103,7 +168,7 @@ def test_five_failures_in_a_row_allow_one_probe_and_only_after_the_backoff() -> 
 def test_unanswered_final_polls_open_the_circuit_too() -> None:
     circuit = Circuit(LIMIT)
     for _ in range(5):
-        circuit.record_failure(100.0, started_at=98.0, is_probe=False)
+        circuit.record_failure(100.0, next(OPERATIONS), started_at=98.0, is_probe=False)
     assert circuit.is_probed
     assert circuit.retry_at() == 100.5
 
@@ -111,9 +176,6 @@ def test_unanswered_final_polls_open_the_circuit_too() -> None:
 @pytest.mark.usefixtures("full_backoff")
 def test_probes_follow_the_backoff_counted_from_the_opening() -> None:
     circuit = Circuit(LIMIT)
-    for second in range(200):  # a long life with failures, none of them five in a row
-        fail(circuit, float(second), 4)
-        circuit.record_success(float(second), started_at=float(second))
     now = 1000.0
     fail(circuit, now, 5)
     gaps = []
@@ -121,7 +183,7 @@ def test_probes_follow_the_backoff_counted_from_the_opening() -> None:
         gaps.append(circuit.retry_at() - now)
         now = circuit.retry_at()
         fail(circuit, now)
-    assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert gaps == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0]
 
 
 @pytest.mark.usefixtures("full_backoff")
@@ -130,7 +192,8 @@ def test_a_second_opening_restarts_the_backoff() -> None:
     for _ in range(5):
         fail(circuit, circuit.retry_at())
     now = circuit.retry_at()
-    circuit.record_success(now, started_at=now)
+    for _ in range(50):
+        circuit.record_success(now, started_at=now)
     fail(circuit, now, 5)
     assert circuit.retry_at() - now == 0.5
 
@@ -138,7 +201,7 @@ def test_a_second_opening_restarts_the_backoff() -> None:
 @pytest.mark.usefixtures("full_backoff")
 def test_the_delay_counts_from_the_probes_failure_not_from_its_start() -> None:
     circuit = open_at(0.0)
-    circuit.record_failure(10.5, started_at=0.5, is_probe=True)
+    circuit.record_failure(10.5, next(OPERATIONS), started_at=0.5, is_probe=True)
     assert circuit.retry_at() == 11.5
 
 
@@ -146,7 +209,7 @@ def test_the_delay_counts_from_the_probes_failure_not_from_its_start() -> None:
 def test_stragglers_that_fail_do_not_advance_the_backoff() -> None:
     circuit = open_at(100.0)
     for now in (100.0, 100.1, 100.4, 107.0):
-        circuit.record_failure(now, started_at=99.9, is_probe=True)
+        circuit.record_failure(now, next(OPERATIONS), started_at=99.9, is_probe=True)
         assert circuit.retry_at() == 100.5
     fail(circuit, 108.0)
     assert circuit.retry_at() == 109.0  # the second probe's window, not the sixth's
@@ -156,7 +219,7 @@ def test_stragglers_that_fail_do_not_advance_the_backoff() -> None:
 def test_final_polls_do_not_pace_the_probes() -> None:
     circuit = open_at(100.0)
     for now in (100.1, 100.2, 100.3):
-        circuit.record_failure(now, started_at=now, is_probe=False)
+        circuit.record_failure(now, next(OPERATIONS), started_at=now, is_probe=False)
         assert circuit.retry_at() == 100.5
 
 
@@ -200,12 +263,13 @@ def test_the_limit_doubles_with_every_round_of_good_answers_up_to_max_in_flight(
     assert circuit.is_closed
 
 
-def test_a_round_is_as_many_good_answers_as_polls_were_allowed() -> None:
+def test_each_good_answer_makes_room_for_one_more() -> None:
     circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
-    for answers, allowed in enumerate([2, 2, 4, 4, 4, 4, 8]):
-        assert circuit.room(100.0) == allowed, answers
+    for allowed in range(2, LIMIT):
+        assert (circuit.room(100.0), circuit.state) == (allowed, CircuitState.HALF_OPEN)
         circuit.record_success(100.0, started_at=100.0)
+    assert (circuit.room(100.0), circuit.state) == (LIMIT, CircuitState.CLOSED)
 
 
 def test_a_single_failure_while_half_open_does_not_stop_the_ramp_up() -> None:
@@ -217,27 +281,14 @@ def test_a_single_failure_while_half_open_does_not_stop_the_ramp_up() -> None:
     assert circuit.room(100.0) == 4
 
 
-def test_five_failures_while_half_open_open_it_again() -> None:
+def test_failures_while_half_open_open_it_again() -> None:
     circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
     one_round(circuit, 100.0)
-    fail(circuit, 101.0, 5)
+    fail(circuit, 101.0, 9)
     assert circuit.is_probed
     circuit.record_success(150.0, started_at=150.0)
     assert circuit.room(150.0) == 2
-
-
-def test_a_round_that_was_broken_off_does_not_count_in_the_next_ramp_up() -> None:
-    circuit = open_at(0.0)
-    circuit.record_success(100.0, started_at=100.0)
-    for _ in range(3):
-        one_round(circuit, 100.0)
-    for _ in range(15):  # of 16
-        circuit.record_success(101.0, started_at=101.0)
-    fail(circuit, 102.0, 5)
-    circuit.record_success(150.0, started_at=150.0)
-    circuit.record_success(151.0, started_at=151.0)
-    assert circuit.room(151.0) == 2
 
 
 def test_good_answers_to_polls_from_before_the_opening_do_not_ramp_up() -> None:
@@ -337,6 +388,44 @@ def test_a_retry_after_while_half_open_starts_again_from_one() -> None:
     assert (circuit.room(102.9), circuit.room(103.0)) == (0, 1)
 
 
+def test_a_503_with_retry_after_is_its_operations_own() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(10):
+        unavailable(circuit, float(now), "bad", 30.0)
+    assert circuit.is_closed
+    assert circuit.retry_at() == -math.inf
+
+
+def test_a_second_operation_with_one_makes_all_polls_pause() -> None:
+    circuit = Circuit(LIMIT)
+    unavailable(circuit, 100.0, "a", 30.0)
+    unavailable(circuit, 101.0, "b", 30.0)
+    assert circuit.state is CircuitState.OPEN
+    assert (circuit.room(130.9), circuit.room(131.0)) == (0, 1)
+
+
+def test_a_good_answer_between_the_two_shows_that_they_are_the_operations_own() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(10):
+        unavailable(circuit, float(now), f"bad-{now}", 30.0)
+        circuit.record_success(now + 0.5, started_at=now + 0.4)
+    circuit.record_success(20.0, started_at=19.9)
+    for operation in "ab":  # they were sent before that answer
+        circuit.record_pause(20.1, operation, 30.0, started_at=19.8, of_all=False)
+    assert circuit.is_closed
+
+
+def test_a_good_answer_ends_the_pause_of_a_503_and_not_that_of_a_429() -> None:
+    circuit = Circuit(LIMIT)
+    unavailable(circuit, 100.0, "a", 30.0)
+    unavailable(circuit, 100.0, "b", 30.0)
+    circuit.record_success(101.0, started_at=99.0)
+    assert (circuit.state, circuit.room(101.0)) == (CircuitState.HALF_OPEN, 2)
+    fail(circuit, 102.0, pause=30.0)
+    circuit.record_success(103.0, started_at=101.0)
+    assert (circuit.state, circuit.room(103.0)) == (CircuitState.OPEN, 0)
+
+
 # -- both at once
 
 
@@ -362,16 +451,18 @@ def test_a_short_retry_after_with_every_failure_does_not_let_probes_run_faster_t
         gaps.append(circuit.retry_at() - now)
         sent_at = circuit.retry_at()
         now = sent_at + 0.25  # an answer takes its time, and the probe was sent before the pause that it brings
-        circuit.record_failure(now, started_at=sent_at, is_probe=True, pause=pause)
-    assert gaps == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+        circuit.record_failure(now, "probe", started_at=sent_at, is_probe=True)
+        circuit.record_pause(now, "probe", pause, started_at=sent_at, of_all=True)
+    assert gaps == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0]
 
 
 @pytest.mark.usefixtures("full_backoff")
 def test_a_retry_after_of_a_straggler_leaves_the_probe_under_way_a_probe() -> None:
     circuit = open_at(100.0)
-    circuit.record_failure(101.0, started_at=99.0, is_probe=True, pause=1.0)
+    circuit.record_failure(101.0, "old", started_at=99.0, is_probe=True)
+    circuit.record_pause(101.0, "old", 1.0, started_at=99.0, of_all=True)
     assert circuit.since == 100.0  # so the probe sent at 100.5 stays the only one
-    circuit.record_failure(102.0, started_at=100.5, is_probe=True)
+    circuit.record_failure(102.0, next(OPERATIONS), started_at=100.5, is_probe=True)
     assert circuit.retry_at() == 103.0
 
 
@@ -449,13 +540,17 @@ class CircuitMachine(RuleBasedStateMachine):
         data=st.data(),
         many=st.integers(1, 8),
         pause=st.sampled_from([None, None, 0.0, 0.001, 1.0, 60.0, 1e9]),
+        of_all=st.booleans(),
     )
-    def fail(self, data: st.DataObject, many: int, pause: float | None) -> None:
+    def fail(self, data: st.DataObject, many: int, pause: float | None, *, of_all: bool) -> None:
         for _ in range(min(many, len(self.flying))):
             sent_at, final = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
             before, was_open = self.circuit.retry_at(), self.circuit.is_probed
-            self.circuit.record_failure(self.now, started_at=sent_at, is_probe=not final, pause=pause)
-            assert self.circuit.limit in {1, self.limit} or not (pause or self.circuit.is_probed)
+            operation = next(OPERATIONS)
+            self.circuit.record_failure(self.now, operation, started_at=sent_at, is_probe=not final)
+            if pause:
+                self.circuit.record_pause(self.now, operation, pause, started_at=sent_at, of_all=of_all)
+            assert self.circuit.limit == 1 or self.circuit.state is not CircuitState.OPEN
             if was_open and (final or sent_at < self.circuit.since) and not pause:
                 assert self.circuit.retry_at() == before
 
@@ -486,9 +581,9 @@ class CircuitMachine(RuleBasedStateMachine):
                 assert self.circuit.limits_final_polls(self.now)
 
     @invariant()
-    def open_means_all_the_room(self) -> None:
+    def closed_means_room(self) -> None:
         if hasattr(self, "circuit") and self.circuit.is_closed:
-            assert self.circuit.room(self.now) == self.limit
+            assert self.circuit.room(self.now) >= min(2, self.limit)
             assert not self.circuit.limits_final_polls(self.now)
 
     def teardown(self) -> None:

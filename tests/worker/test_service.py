@@ -404,24 +404,25 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
         await until(lambda: slow <= sandbox.operations.keys())
         monkeypatch.setattr(KeylessClient, "get_operation", hang)
         await until(lambda: hanging == slow)
-        await submit(connection, "C0FFEE")
-        await until(lambda: len(sandbox.operations) == 3)
-        sandbox.fail_next(times=5, method="GET")
+        for _ in range(5):
+            await submit(connection, "C0FFEE")
+        await until(lambda: len(sandbox.operations) == 7)
+        sandbox.fail_next(times=None, method="GET")
         await until(lambda: worker.statistics.circuit == "open")
+        sandbox.recover()
         await until(lambda: worker.statistics.circuit == "closed")
         assert hanging == slow
         released.set()
 
 
-@pytest.mark.parametrize("status", [429, 503])
-async def test_retry_after_pauses_the_whole_intake(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, status: int
+async def test_a_rate_limit_pauses_the_whole_intake(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, max_in_flight=4) as worker:
         for _ in range(30):
             await submit(connection, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
-        sandbox.fail_next(status=status, retry_after=1.5)
+        sandbox.fail_next(status=429, retry_after=1.5)
         await until(lambda: worker.statistics.transient_failures == 1)
         paused = now()
         await until(lambda: worker.statistics.in_flight == 0)
@@ -434,7 +435,7 @@ async def test_request_that_arrives_during_a_pause_is_handed_back(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, max_in_flight=8) as worker:
-        sandbox.fail_next(retry_after=1)
+        sandbox.fail_next(status=429, retry_after=1)
         await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
         paused = now()
@@ -442,6 +443,21 @@ async def test_request_that_arrives_during_a_pause_is_handed_back(
         await until(lambda: worker.statistics.deliveries == 2)
         await until(lambda: late in sandbox.operations)
         assert now() > paused + 0.9
+
+
+async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=8) as worker:
+        sandbox.fail_next(status=503, retry_after=2)
+        first = await submit(connection, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 1)
+        paused = now()
+        other = await submit(connection, "C0FFEE")
+        await until(lambda: other in sandbox.operations)
+        assert first not in sandbox.operations
+        await until(lambda: first in sandbox.operations)
+        assert now() > paused + 1.9
 
 
 # -- the deadline
@@ -747,7 +763,7 @@ async def test_a_request_that_was_handed_back_at_first_takes_no_operation_from_b
     await client.create_operation("C0", operation_id="txn-1")
     sandbox.approve("txn-1")
     async with working(client, broker, max_in_flight=8) as worker:
-        sandbox.fail_next(retry_after=1)
+        sandbox.fail_next(status=429, retry_after=1)
         await submit(connection, "C0FFEE")
         await until(lambda: worker.statistics.transient_failures == 1)
         await publish(connection, {"operation_id": "txn-1"})

@@ -1,0 +1,159 @@
+"""A client's real poller against a service that is simulated, on a virtual clock: minutes take seconds to run.
+
+Nothing is sent. A service is a function that says for each poll how long it takes and how it ends, so that it can be
+well, down, half down, or bad for some operations only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import looptime
+from yarl import URL
+
+from aiokeyless._http.transport import Transport
+from aiokeyless._poller.poller import Poller
+from aiokeyless.errors import RateLimitError, StatusError
+from aiokeyless.models import Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from tenacity.wait import wait_base
+
+    from aiokeyless._http import protocol
+    from aiokeyless._poller.state import Wait
+
+LATENCY: Final = 0.05  # seconds of a good answer
+
+#: Seconds that an answer takes (infinite: none comes), and the failure that it is; None: a good one.
+Answer = tuple[float, StatusError | None]
+#: A service: its answer to a poll, by the operation id and the time.
+Service = Callable[[str, float], Answer]
+
+GOOD: Final[Answer] = (LATENCY, None)
+HANGING: Final[Answer] = (math.inf, None)
+
+
+def failing(status: int = 500, *, seconds: float = LATENCY, retry_after: float | None = None) -> Answer:
+    """Return an answer that is a failure."""
+    kind = RateLimitError if status == 429 else StatusError  # as protocol.read
+    return seconds, kind(status=status, method="GET", path="/v2/operations/x", retry_after=retry_after)
+
+
+class Sent(NamedTuple):
+    """One poll as the service saw it."""
+
+    at: float
+    operation_id: str
+    failed: bool
+
+
+class SimulatedTransport(Transport):
+    """A transport that asks a function instead of a network."""
+
+    def __init__(self, service: Service) -> None:  # there is no session: nothing of the real one is called
+        self.request_timeout = 10.0
+        self.service = service
+        self.sent: list[Sent] = []
+        self.approved_at: dict[str, float] = {}
+
+    def url(self, request: protocol.Request[Any]) -> URL:
+        """Return a URL that has nothing but the path."""
+        return URL.build(path=request.path, encoded=True)
+
+    def path(self, url: URL) -> str:
+        """Return that path."""
+        return url.raw_path
+
+    async def poll(self, url: URL) -> Operation:
+        """Answer as the service says."""
+        loop = asyncio.get_running_loop()
+        operation_id = url.raw_path.rpartition("/")[2]
+        now = loop.time()
+        seconds, error = self.service(operation_id, now)
+        self.sent.append(Sent(now, operation_id, error is not None or seconds == math.inf))
+        await (loop.create_future() if seconds == math.inf else asyncio.sleep(seconds))
+        if error is not None:
+            raise error.with_traceback(None)
+        return self._operation(operation_id, now)
+
+    def _operation(self, operation_id: str, now: float) -> Operation:
+        approved = now >= self.approved_at.get(operation_id, math.inf)
+        return Operation(
+            id=1,
+            timestamp="2026-01-01T00:00:00",
+            node_id="",
+            user_id="AB",
+            api_key=None,
+            operation_id=operation_id,
+            result=approved,
+            state="approved" if approved else "pending",
+        )
+
+
+class Simulation:
+    """A poller, its service, and what became of the waits.
+
+    Args:
+        service: How each poll ends.
+        schedule: When to poll.
+        seed: Of all that is random, the library's backoff and jitter included.
+        max_in_flight: Polls in flight at once.
+    """
+
+    transport: SimulatedTransport
+    poller: Poller
+
+    def __init__(self, service: Service, schedule: wait_base, *, seed: int = 1, max_in_flight: int = 64) -> None:
+        random.seed(seed)
+        self._service = service
+        self._schedule = schedule
+        self._max_in_flight = max_in_flight
+        self._loop = looptime.new_event_loop()
+        self.lateness: dict[str, float] = {}
+        """Seconds from the approval of an operation to the end of its wait."""
+        self.outcomes: dict[str, tuple[float, type]] = {}
+        """When each wait ended, and the type of its outcome."""
+
+    def run(self, scenario: Coroutine[Any, Any, None]) -> None:
+        """Run a scenario to its end, and close the client."""
+
+        async def main() -> None:
+            self.transport = SimulatedTransport(self._service)
+            self.poller = Poller(self.transport, schedule=self._schedule, max_in_flight=self._max_in_flight)
+            await scenario
+            await self.poller.aclose()
+
+        try:
+            self._loop.run_until_complete(main())
+        finally:
+            self._loop.close()
+
+    @property
+    def now(self) -> float:
+        """The virtual time, in seconds from the start."""
+        return self._loop.time()
+
+    async def sleep_until(self, when: float) -> None:
+        """Let time pass."""
+        await asyncio.sleep(max(0.0, when - self.now))
+
+    def start(self, operation_id: str, *, approved_in: float = math.inf, timeout: float = math.inf) -> Wait:
+        """Start a wait for an operation that is approved in so many seconds."""
+        at = self.now + approved_in
+        self.transport.approved_at[operation_id] = at
+        wait = self.poller.start(operation_id, ticket=None, timeout=timeout, schedule=None, may_be_missing=False)
+
+        def ended(_: object) -> None:
+            outcome = wait.result()
+            self.outcomes[operation_id] = self.now, type(outcome)
+            if isinstance(outcome, Operation):
+                self.lateness[operation_id] = self.now - at
+
+        wait.add_done_callback(ended)
+        return wait

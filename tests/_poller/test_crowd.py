@@ -1,0 +1,87 @@
+"""Waits that share a client with bad operations and bad minutes, in simulated time: nobody is held hostage.
+
+The real poller against a simulated service. `python -m benchmarks crowd` has the same in full; here each case is small
+and has a seed, so that it always runs the same way.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+import pytest
+from tenacity import wait_fixed
+
+from aiokeyless import ApprovalTimeoutError, Operation
+from benchmarks.simulation import GOOD, HANGING, Simulation, failing
+from benchmarks.suite.crowd import ASKS_FOR_A_PAUSE, FAILS, brown_out, lateness_beside, outage
+
+if TYPE_CHECKING:
+    from benchmarks.simulation import Answer
+
+HEALTHY = 60
+
+
+@pytest.fixture(scope="module")
+def alone() -> float:
+    """How late approvals are noticed where every operation is well."""
+    return statistics.mean(lateness_beside(0, GOOD, seed=1, healthy=HEALTHY))
+
+
+@pytest.mark.parametrize(
+    ("bad", "answer"),
+    [(1, FAILS), (5, FAILS), (20, FAILS), (5, HANGING), (20, HANGING), (1, ASKS_FOR_A_PAUSE)],
+    ids=["one fails", "five fail", "twenty fail", "five hang", "twenty hang", "one asks for a pause"],
+)
+def test_operations_that_are_bad_do_not_make_the_others_late(bad: int, answer: Answer, alone: float) -> None:
+    late = lateness_beside(bad, answer, seed=1, healthy=HEALTHY)
+    assert len(late) == HEALTHY
+    assert statistics.mean(late) <= 1.5 * alone
+
+
+@pytest.mark.parametrize("down", [30.0, 120.0])
+def test_recovery_is_seen_soon_after_few_requests(down: float) -> None:
+    outages = [outage(down, seed=seed, waits=50) for seed in range(4)]
+    assert all(o.first_good <= 6 for o in outages)
+    assert statistics.mean(o.first_good for o in outages) <= 4
+    # Four steps of the backoff, then one request in 3.75 s.
+    assert all(o.requests <= 14 + 0.3 * down for o in outages)
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.5, 20), (0.7, 10)])
+def test_where_answers_fail_at_random_the_others_are_still_polled(share: float, least: float) -> None:
+    assert brown_out(share, seed=1, waits=100, seconds=20).polls >= least  # of 50 a second
+
+
+def test_operations_that_always_ask_for_a_pause_hold_the_others_no_longer_than_once_each() -> None:
+    late = lateness_beside(5, ASKS_FOR_A_PAUSE, seed=1, healthy=HEALTHY)
+    assert len(late) == HEALTHY
+    assert statistics.median(late) <= 2 * statistics.median(lateness_beside(0, GOOD, seed=1, healthy=HEALTHY))
+
+
+def test_a_pause_that_the_service_asks_for_holds_all_polls() -> None:
+    async def scenario() -> None:
+        for k in range(100):
+            await simulation.sleep_until(k / 50)
+            simulation.start(f"op-{k}")
+        await simulation.sleep_until(100)
+
+    answer = failing(503, retry_after=30)
+    simulation = Simulation(lambda _, now: answer if 10 <= now < 60 else GOOD, wait_fixed(2))
+    simulation.run(scenario())
+    assert sum(10 <= poll.at < 60 for poll in simulation.transport.sent) <= 10
+    assert sum(poll.at >= 75 for poll in simulation.transport.sent) > 1000
+
+
+def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:
+    async def scenario() -> None:
+        ordinary = simulation.start("ordinary", approved_in=12, timeout=90)
+        for k in range(1000):  # 50 a second end, and 40 a second fit
+            await simulation.sleep_until(10 + k / 50)
+            simulation.start(f"op-{k}", timeout=0.5)
+        assert isinstance(ordinary.result(), Operation)
+
+    simulation = Simulation(lambda *_: GOOD, wait_fixed(2), max_in_flight=2)
+    simulation.run(scenario())
+    assert simulation.lateness["ordinary"] <= 10
+    assert {kind for _, kind in simulation.outcomes.values()} >= {Operation, ApprovalTimeoutError}
