@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import ssl
 from contextlib import suppress
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
 from typing import TYPE_CHECKING, Annotated
@@ -52,6 +53,9 @@ async def worker(
     max_in_flight: Count = 64,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     creds: Path | None = None,
+    tls_ca: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
     event_key: list[Path] | None = None,
     domain: str | None = None,
     prefix: str | None = None,
@@ -73,6 +77,9 @@ async def worker(
         max_in_flight: Requests that are processed at the same time.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         creds: File with the broker's credentials for this worker.
+        tls_ca: File with the certificates that the broker's is checked with; those of the system if left out.
+        tls_cert: File with this worker's certificate, where the broker asks for one.
+        tls_key: File with the key of that certificate; the same file if left out.
         event_key: File with a key that events are signed with; given again, further keys that readers accept. If left
             out, the keys in KEYLESS_EVENT_KEY.
         domain: JetStream domain of the streams; that of the server if left out.
@@ -100,6 +107,9 @@ async def worker(
     except ConfigurationError as error:
         raise CommandError(f"--{error}") from None
     event_keys = EventKeys.from_files(*event_key) if event_key else EventKeys.from_environment()
+    options: dict[str, object] = {} if creds is None else {"user_credentials": str(creds)}
+    if tls_ca or tls_cert or tls_key:
+        options["tls"] = _tls(tls_ca, tls_cert, tls_key)
     async with new_client() as client:
         service = ApprovalWorker(
             client,
@@ -109,7 +119,7 @@ async def worker(
             fleet=fleet,
             event_keys=event_keys,
             settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window),
-            connect_options={} if creds is None else {"user_credentials": str(creds)},
+            connect_options=options,
         )
         health = None if health_port is None else await serve_health(service, health_port, health_host)
         try:
@@ -119,6 +129,18 @@ async def worker(
             if health is not None:
                 await health.cleanup()
     return Exit.DONE
+
+
+def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+    if key and not certificate:
+        raise CommandError("--tls-key needs --tls-cert, the certificate that it is the key of")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        if certificate:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:  # a file that is missing, or is no certificate
+        raise CommandError(f"--tls-ca, --tls-cert or --tls-key cannot be used: {error}") from None
+    return context
 
 
 def _stop_on_signals(service: ApprovalWorker) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from contextlib import aclosing, suppress
@@ -220,6 +221,32 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
     async with aclosing(approval_outcomes(connection, "test", event_keys=EventKeys(EVENT_KEY))) as events:
         assert (await asyncio.wait_for(anext(events), PATIENCE)).outcome is Outcome.EXPIRED
     assert await worker.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
+        (["--tls-ca", "no-such-file.pem"], "--tls-ca, --tls-cert or --tls-key cannot be used: "),
+        (["--tls-cert", __file__], "--tls-ca, --tls-cert or --tls-key cannot be used: "),
+    ],
+)
+def test_files_of_tls_that_cannot_be_used_are_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
+    assert run(["worker", *options]) == Exit.ERROR
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aiokeyless: {message}")
+
+
+async def test_with_a_certificate_authority_it_speaks_tls(workers: Workers, nats_url: str, tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    authority.write_text(ssl.DER_cert_to_PEM_cert(ssl.create_default_context().get_ca_certs(binary_form=True)[0]))
+    worker = await workers.start("--nats", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
+    message = await refusal(worker)  # this one has no TLS
+    assert message.startswith("no connection to the broker")
+    assert message.endswith(": it does not ask for TLS")
 
 
 async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) -> None:

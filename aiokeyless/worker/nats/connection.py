@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from nats.aio.client import Server
 
 _CONNECT_WITHIN: Final = 5.0  # seconds
+_CLOSE_WITHIN: Final = 5.0  # seconds
+#: A broker that says nothing is noticed after 15 s at most, and not after six minutes.
+_PING_INTERVAL: Final = 5  # seconds
+_MAX_OUTSTANDING_PINGS: Final = 2
 #: What may be shown of an address: a host and a port, and nothing that may be the half of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
@@ -42,12 +48,20 @@ async def connect(
     Raises:
         BrokerError: It cannot be reached, or does not let this user in.
     """
-    given: dict[str, Any] = {"name": "aiokeyless worker", "connect_timeout": _CONNECT_WITHIN, **options}
+    given: dict[str, Any] = {
+        "name": "aiokeyless worker",
+        "connect_timeout": _CONNECT_WITHIN,
+        "ping_interval": _PING_INTERVAL,
+        "max_outstanding_pings": _MAX_OUTSTANDING_PINGS,
+        **options,
+    }
     servers = [url.strip() for url in nats_url.split(",")]
+    within = _CONNECT_WITHIN * (1 + len(servers))  # nats-py bounds a server's part of it, and not each of its own
     failures: list[Exception] = []
     try:
-        await _try_once(servers, given, failures)
-        client = Client()
+        async with asyncio.timeout(within):
+            await _try_once(servers, given, failures)
+        client = _client(servers, given)
 
         async def on_disconnect() -> None:
             if not client.is_closed:  # by the worker itself, at its end
@@ -80,10 +94,29 @@ async def connect(
         raise BrokerError(f'credentials need {error.name}: pip install "nats-py[nkeys]"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
         # That no server is left is said of those that cannot be reached; why not was said before.
-        cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError) else error
+        cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError | TimeoutError) else error
         reason = str(cause) or type(cause).__name__
         raise BrokerError(f"no connection to the broker at {_shown(servers)}: {reason}") from None
     return client
+
+
+def _client(servers: list[str], given: dict[str, Any]) -> Client:
+    # A WebSocket is made with TLS or without by its own scheme, before the server says anything.
+    is_secure = bool(given.get("tls")) or any(server.startswith("tls://") for server in servers)
+    return _SecureClient() if is_secure and not any(server.startswith("ws") for server in servers) else Client()
+
+
+class _SecureClient(Client):
+    """A client that speaks TLS or not at all.
+
+    nats-py goes on without TLS, and sends its password, where the first line of the server does not ask for TLS; that
+    line is not encrypted, so anybody on the way can write it.
+    """
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection and not info.get("tls_required"):
+            raise nats.errors.Error("it does not ask for TLS")
+        await super()._process_info(info, initial_connection)
 
 
 async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Exception]) -> None:
@@ -92,19 +125,24 @@ async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Ex
     async def note(error: Exception) -> None:
         failures.append(error)
 
-    client = Client()
+    client = _client(servers, given)
     hasty = {"error_cb": note, "allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
     try:
         await client.connect(servers, **{**given, **hasty})
     finally:
         if client.is_connecting or client.is_connected:
-            await client.close()  # a connection that was refused is not closed by itself
+            # A connection that was refused is not closed by itself; and after a failed TLS handshake, nats-py may
+            # wait for its end without end.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_WITHIN):
+                    await client.close()
 
 
 async def disconnect(connection: Client) -> None:
     """End the connection, whatever became of the broker."""
     try:
-        await connection.close()
+        async with asyncio.timeout(_CLOSE_WITHIN):
+            await connection.close()
     except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the third that of asyncio on Python 3.13
         # nats-py still held something for a broker that is away, and gave up before it had ended all of its tasks.
         for subscription in connection._subs.values():  # noqa: SLF001
