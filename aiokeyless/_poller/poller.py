@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 FINAL_POLL_TIMEOUT: Final = 2.0  # seconds past the deadline for the final poll, and for repeating it where it fails
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
+#: Seconds after which a wait whose ticket had expired before it gets a poll with a deadline, where none could start.
+EXPIRED_PATIENCE: Final = 120.0
 _BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
 
@@ -138,6 +140,9 @@ class Poller:
         now, age = self._now_and_age(ticket)
         if timeout is None:
             timeout = math.inf if ticket is None else _left(ticket, age)
+        had_expired = timeout <= 0.0
+        if had_expired:  # no deadline to keep: ten thousand resumed after a restart are all answered
+            timeout = EXPIRED_PATIENCE
         schedule = schedule or self._schedule
         fresh = self._is_fresh(ticket, age)
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
@@ -154,6 +159,7 @@ class Poller:
             updates=updates,
         )
         wait.attempt += fresh
+        wait.had_expired = had_expired
         self._register(wait, first)
         return wait
 
@@ -598,7 +604,7 @@ class Poller:
         self._polls += 1
         for wait in poll.waits:
             wait.polls += 1
-            if wait.deadline_passed and wait.final is None:
+            if (wait.deadline_passed or wait.had_expired) and wait.final is None:
                 wait.final = poll
 
     def _no_answer(self, polled: PolledOperation, seconds: float) -> RequestTimeoutError:
@@ -725,6 +731,8 @@ class Poller:
         Where that is too late, as by a long ``Retry-After``, the wait ends at once: there is nothing left to wait for.
         """
         wait.final = None
+        if wait.had_expired and not wait.deadline_passed:  # now it has a deadline to keep
+            wait.deadline = now
         if again < wait.deadline + FINAL_POLL_TIMEOUT:
             self._deadlines.schedule(wait, again)
             self._update(wait, now, wait.error, due=again)

@@ -37,6 +37,7 @@ class Wait(asyncio.Future[WaitResult]):
         "deadline_passed",
         "error",
         "final",
+        "had_expired",
         "may_be_missing",
         "origin",
         "polled",
@@ -78,6 +79,7 @@ class Wait(asyncio.Future[WaitResult]):
         self.error: KeylessError | None = None
         self.deadline_passed = False
         self.final: Poll | None = None  # its final poll, once that has started
+        self.had_expired = False  # before it began: its first poll is the final one, and no deadline bounds that
         self.registered = True  # known to the poller: it has not ended, or ended in this very turn of the loop
         self.scheduled_at: float | None = None  # in the queue of deadlines
 

@@ -740,6 +740,39 @@ class TestRule3OneBudget:
         sandbox.approve(ticket.operation_id)
         assert (await client.wait_for_approval(ticket)).is_approved
 
+    async def test_many_expired_tickets_at_once_are_all_answered(self, sandbox: Sandbox) -> None:
+        tickets = [aged(await _ticket_of_another_client(sandbox), seconds=500) for _ in range(100)]
+        sandbox.latency = 0.1
+        async with sandbox.client(max_in_flight=2) as client:
+            start = now()
+            outcomes = await asyncio.gather(
+                *(client.wait_for_approval(ticket) for ticket in tickets), return_exceptions=True
+            )
+        assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
+        assert now() - start == pytest.approx(5, abs=0.5)  # a final poll would have had 2 s
+        assert len(polls(sandbox)) == 100
+
+    async def test_the_poll_of_an_expired_ticket_may_take_the_request_timeout(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
+        sandbox.approve(ticket.operation_id)
+        sandbox.latency = 5
+        assert (await client.wait_for_approval(ticket)).is_approved
+
+    async def test_the_poll_of_an_expired_ticket_is_repeated_for_two_seconds_where_it_fails(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
+        sandbox.approve(ticket.operation_id)
+        sandbox.fail_next(503)
+        assert (await client.wait_for_approval(ticket)).is_approved
+        sandbox.fail_next(503, times=None)
+        start = now()
+        with pytest.raises(ApprovalUnknownError):
+            await client.wait_for_approval(ticket)
+        assert now() - start <= 2 + 1e-6
+
     async def test_the_default_budget_of_an_id_is_two_minutes(self, client: KeylessClient) -> None:
         await pending(client)
         start = now()
