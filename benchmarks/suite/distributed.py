@@ -273,7 +273,9 @@ def _plan(count: int, interval: float, intervals: int) -> Plan:
 
 async def _by_poller(workers: Fleet, plan: Plan) -> list[Noticed | None]:
     operation_ids, known = _operation_ids(plan), dict[str, float]()
-    async with KeylessClient(API_KEY, base_url=workers.server.base_url, schedule=wait_fixed(plan.interval)) as client:
+    async with KeylessClient(
+        API_KEY, base_url=workers.server.base_url, schedule=wait_fixed(plan.interval), max_polls_per_second=None
+    ) as client:
 
         async def request(operation_id: str) -> None:
             await client.request_approval(

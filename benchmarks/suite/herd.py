@@ -269,7 +269,11 @@ class _AtDueTime(wait_base):
 
 async def _ours(herd: _Herd) -> None:
     async with KeylessClient(
-        API_KEY, base_url=herd.server.base_url, schedule=_AtDueTime(herd), max_in_flight=_IN_FLIGHT
+        API_KEY,
+        base_url=herd.server.base_url,
+        schedule=_AtDueTime(herd),
+        max_in_flight=_IN_FLIGHT,
+        max_polls_per_second=None,
     ) as client:
         await herd.measure(
             lambda operation_id: client.wait_for_approval(operation_id, timeout=3600.0),

@@ -310,7 +310,9 @@ def _outcome(journal: Journal, cpu: float, *, lost: int) -> Outcome:
 
 async def _ours(server: Server, plan: Plan) -> Outcome:
     schedule = wait_chain(wait_random(0, plan.interval), wait_fixed(plan.interval))  # spread the waits after the start
-    async with KeylessClient(API_KEY, base_url=server.base_url, schedule=schedule, max_in_flight=_IN_FLIGHT) as client:
+    async with KeylessClient(
+        API_KEY, base_url=server.base_url, schedule=schedule, max_in_flight=_IN_FLIGHT, max_polls_per_second=None
+    ) as client:
         return await _outage(server, plan, lambda operation_id: client.wait_for_approval(operation_id, timeout=3600.0))
 
 

@@ -232,7 +232,9 @@ async def _waiting_client(server: Server, size: int, interval: float) -> AsyncIt
     With a fixed interval, a few waits would become synchronized after many polls, and simultaneous polls are cheaper.
     """
     schedule = wait_chain(wait_random(0, interval), wait_random(0.5 * interval, 1.5 * interval))
-    async with KeylessClient(API_KEY, base_url=server.base_url, schedule=schedule, max_in_flight=_IN_FLIGHT) as client:
+    async with KeylessClient(
+        API_KEY, base_url=server.base_url, schedule=schedule, max_in_flight=_IN_FLIGHT, max_polls_per_second=None
+    ) as client:
         tasks = [asyncio.create_task(client.wait_for_approval(str(uuid.uuid4()), timeout=3600.0)) for _ in range(size)]
         try:
             async with asyncio.timeout(_START_WITHIN):

@@ -257,7 +257,9 @@ def _reached(polled: Callable[[], int], count: int) -> bool:
 
 
 async def _ours(server: Server, gauge: _Gauge) -> None:
-    async with KeylessClient(API_KEY, base_url=server.base_url, schedule=wait_fixed(gauge.pause)) as client:
+    async with KeylessClient(
+        API_KEY, base_url=server.base_url, schedule=wait_fixed(gauge.pause), max_polls_per_second=None
+    ) as client:
         await gauge.measure(
             lambda operation_id: asyncio.create_task(client.wait_for_approval(operation_id, timeout=_TIMEOUT)),
             lambda: client.statistics.polls - client.statistics.in_flight,
@@ -269,7 +271,7 @@ async def _urls(server: Server, gauge: _Gauge) -> None:
     count = itertools.count(1)
     answered = 0
     polls: set[asyncio.Task[None]] = set()
-    async with KeylessClient(API_KEY, base_url=server.base_url) as client:
+    async with KeylessClient(API_KEY, base_url=server.base_url, max_polls_per_second=None) as client:
         transport, _ = client._open()  # noqa: SLF001  # builds and uses the URL as the poller does
 
         def start(operation_id: str) -> object:
