@@ -25,7 +25,20 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["request", "retry", "waits", "herd", "decode", "import", "lateness", "outage", "scale", "distributed", "crowd"],
+    [
+        "request",
+        "retry",
+        "waits",
+        "herd",
+        "decode",
+        "import",
+        "lateness",
+        "outage",
+        "rate",
+        "scale",
+        "distributed",
+        "crowd",
+    ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
     done = benchmarks(name, "--smoke", "--save", str(tmp_path))

@@ -17,7 +17,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState
-from aiokeyless._rules.rate import DueClock
 
 from .state import Poll, PolledOperation
 from .timer_queue import TimerQueue
@@ -46,7 +45,6 @@ class Dispatcher:
     def __init__(self, circuit: Circuit, rate: PollRate, *, max_in_flight: int, request_timeout: float) -> None:
         self._circuit = circuit
         self._rate = rate
-        self._clock = DueClock()  # the queues'
         self._max_in_flight = max_in_flight
         self._request_timeout = request_timeout
         self._due: TimerQueue[PolledOperation] = TimerQueue()
@@ -87,7 +85,6 @@ class Dispatcher:
         for _, polled in self._final_polls:
             polled.final_poll_queued = False  # a hold may take it up again
         self._final_polls.clear()
-        self._clock.reset()
 
     # -- what is polled
 
@@ -111,24 +108,12 @@ class Dispatcher:
         return None
 
     def _next_ordinary(self, now: float, room: int) -> Poll | None:
-        self._clock.advance(now)
-        queue = self._due_queue(now) if room > 0 else None
-        if queue is None:
-            self._clock.stands_still = False
+        if room <= 0 or self._rate.ready_at(now) > now + RESOLUTION:
             return None
-        self._clock.stands_still = self._rate.ready_at(now) > now + RESOLUTION
-        if self._clock.stands_still:
-            return None
-        polled, when = queue.pop()
-        self._clock.catch_up(now, when)
-        return self._start(polled, now, final=False)
-
-    def _due_queue(self, now: float) -> TimerQueue[PolledOperation] | None:
-        """Return the queue of which the next ordinary poll is, if one is due."""
         for queue in self._queues():
-            first = queue.first()
-            if first is not None and first.due <= now + RESOLUTION:
-                return queue
+            polled = queue.pop_due(now + RESOLUTION)
+            if polled is not None:
+                return self._start(polled, now, final=False)
         return None
 
     def _queues(self) -> Sequence[TimerQueue[PolledOperation]]:
@@ -182,18 +167,18 @@ class Dispatcher:
                 break
         if len(self.in_flight) < self._max_in_flight and self._counted() < self._circuit.limit:
             for queue in self._queues():
-                first = queue.first()
-                if first is not None:
-                    when = min(when, max(first.due, self._circuit.retry_at(), self._rate.ready_at(now)))
+                due = queue.next_due()
+                if due is not None:
+                    when = min(when, max(due, self._circuit.retry_at(), self._rate.ready_at(now)))
         return when
 
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
         late = 0.0
         for queue in (self._due, self._retries):
-            first = queue.first()
-            if first is not None:
-                late = max(late, now - first.due)
+            due = queue.next_due()
+            if due is not None:
+                late = max(late, now - due)
         if self._final_polls:
             since, polled = self._final_polls[0]
             if polled.needs_final_poll():
@@ -227,7 +212,7 @@ class Dispatcher:
         if polled.is_retry is not (polled.failures > 0):
             self._queue(polled).remove(polled)
             polled.is_retry = not polled.is_retry
-        self._queue(polled).schedule(polled, self._clock.due(polled.due))
+        self._queue(polled).schedule(polled, polled.due)
 
     def _queue(self, polled: PolledOperation) -> TimerQueue[PolledOperation]:
         return self._retries if polled.is_retry else self._due

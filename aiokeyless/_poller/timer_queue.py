@@ -75,19 +75,6 @@ class TimerQueue(Generic[T]):
         heap = self._front()
         return heap[0].when if heap else None
 
-    def first(self) -> T | None:
-        """Return the item of the earliest entry, or None where there is none."""
-        heap = self._front()
-        return heap[0].item if heap else None
-
-    def pop(self) -> tuple[T, float]:
-        """Take out the earliest entry, of which there must be one, and return its item and its time."""
-        entry = heappop(self._front())
-        entry.item.scheduled_at = None
-        self._live -= 1
-        self._sweep()
-        return entry.item, entry.when
-
     def pop_due(self, now: float) -> T | None:
         """Take out the earliest entry that is due at `now`, or return None."""
         heap = self._front()

@@ -1,7 +1,6 @@
 """How many polls may start in a second: a token bucket, and what the service's refusals make of its rate.
 
-Pure: it is told the time and what happened. `PollRate` says when the next poll may start, `DueClock` what that means
-for all that is due. Both engines use the first; the second is for the one that keeps its waits in a queue.
+Pure: it is told the time and what happened, and says when the next poll may start.
 """
 
 from __future__ import annotations
@@ -92,38 +91,3 @@ class PollRate:
             self._tokens = min(self._tokens + added, max(1.0, rate * burst))
         self._filled_at = now
         return rate
-
-
-class DueClock:
-    """The clock that decides which of the due polls goes first: it stands still while they wait for the rate.
-
-    So all delays are stretched by the same factor, as the best schedule for that rate would have them. Were they all
-    late by the same time instead, the polls that people are waiting for would suffer most.
-    """
-
-    __slots__ = ("_at", "_behind", "stands_still")
-
-    def __init__(self) -> None:
-        self._behind = 0.0  # seconds by which it is behind the loop's clock
-        self._at = 0.0
-        self.stands_still = False
-        """Whether a poll is due and waits for the rate."""
-
-    def advance(self, now: float) -> None:
-        """Go on until now, unless it stood still since the last time."""
-        if self.stands_still:
-            self._behind += now - self._at
-        self._at = now
-
-    def catch_up(self, now: float, when: float) -> None:
-        """Go on to a time of its own, since the poll that was put there starts now."""
-        self._behind = max(0.0, min(self._behind, now - when))
-
-    def due(self, when: float) -> float:
-        """Return the time of its own for what is due at this time of the loop's clock."""
-        return when - self._behind if self._behind else when  # no float object of its own where nothing was late
-
-    def reset(self) -> None:
-        """Be the loop's clock again: nothing is due any more."""
-        self._behind = 0.0
-        self.stands_still = False

@@ -263,18 +263,6 @@ def test_below_the_rate_nothing_changes(operation: Callable[..., PolledOperation
         assert [now for now, _ in run(dispatch, 10.0, delays)] == [0, 0, 1, 2, 2.5, 3, 4, 5, 5, 6, 7, 7.5, 8, 9, 10, 10]
 
 
-def test_above_the_rate_all_delays_are_stretched_alike(operation: Callable[..., PolledOperation]) -> None:
-    delays = {operation(): float(n % 3 + 1) for n in range(60)}  # 37 polls a second are due
-    dispatch, _ = dispatcher(rate=10.0)
-    for polled in delays:
-        dispatch.schedule(polled, 0.0)
-    polls = [(now, polled) for now, polled in run(dispatch, 300.0, delays) if now > 20.0]
-    assert len(polls) == pytest.approx(2800, abs=10)
-    for delay in (1.0, 2.0, 3.0):
-        count = sum(delays[polled] == delay for _, polled in polls)
-        assert 20 * 280 / count == pytest.approx(delay * 36.7 / 10, rel=0.05)
-
-
 def test_no_operation_starves_above_the_rate(operation: Callable[..., PolledOperation]) -> None:
     delays = {operation(): 0.1 for _ in range(50)}
     slow = operation()
@@ -311,38 +299,3 @@ def test_a_final_poll_does_not_wait_for_the_rate_and_is_counted(operation: Calla
     poll = dispatch.next_poll(2.0)
     assert poll is not None
     assert poll.polled is ordinary
-
-
-def test_what_was_late_is_forgotten_once_no_wait_is_left(operation: Callable[..., PolledOperation]) -> None:
-    dispatch, _ = dispatcher(rate=1.0)
-    waiting = [operation() for _ in range(30)]
-    for polled in waiting:
-        dispatch.schedule(polled, 0.0)
-    run(dispatch, 10.0, dict.fromkeys(waiting, 5.0))
-    for polled in waiting:
-        dispatch.unschedule(polled)
-    dispatch.clear_final_polls()
-    dispatch.schedule(waiting[0], 20.0)
-    assert dispatch.next_event(20.0) == 20.0
-    assert dispatch.next_poll(20.0) is not None
-
-
-def test_the_clock_of_what_is_due_goes_on_while_an_open_circuit_holds_the_polls(
-    operation: Callable[..., PolledOperation],
-) -> None:
-    dispatch, circuit = dispatcher(rate=1.0)
-    first, second, later = operation(), operation(), operation()
-    for polled in (first, second):
-        dispatch.schedule(polled, 0.0)
-    dispatch.schedule(later, 30.0)
-    poll = dispatch.next_poll(0.0)
-    assert poll is not None
-    assert dispatch.next_poll(0.0) is None  # for the rate
-    opened(circuit, 0.0)
-    dispatch.finish(poll, 0.0)
-    dispatch.unschedule(first)
-    assert dispatch.next_poll(0.0) is None  # for the circuit
-    circuit.record_success(60.0, started_at=60.0)
-    assert dispatch.lag(60.0) == 60.0
-    polled_again = [dispatch.next_poll(60.0), dispatch.next_poll(61.0)]
-    assert {poll and poll.polled for poll in polled_again} == {second, later}

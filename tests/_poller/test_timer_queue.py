@@ -263,16 +263,3 @@ def test_a_long_life_with_many_cancellations_agrees_with_the_model(seed: int, ca
         assert (len(queue), queue.next_due()) == (len(naive.entries), naive.next_due())
         sweeps += bool(queue._old)
     assert sweeps
-
-
-def test_the_first_item_and_its_time_can_be_told_and_taken_without_a_time() -> None:
-    queue: TimerQueue[Item] = TimerQueue()
-    assert queue.first() is None
-    later, sooner = Item(1), Item(2)
-    queue.schedule(later, 5.0)
-    queue.schedule(sooner, 3.0)
-    assert queue.first() is sooner
-    assert queue.pop() == (sooner, 3.0)
-    assert sooner.scheduled_at is None
-    assert queue.first() is later
-    assert len(queue) == 1

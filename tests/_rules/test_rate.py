@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless._rules.rate import DueClock, PollRate
+from aiokeyless._rules.rate import PollRate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,32 +141,3 @@ def limited_service(kind: str) -> Callable[[float], bool]:
         return good
 
     return bucket
-
-
-class TestDueClock:
-    def test_it_goes_with_the_loops_clock(self) -> None:
-        clock = DueClock()
-        clock.advance(7.5)
-        when = 9.0
-        assert clock.due(when) is when  # no object of its own
-
-    def test_it_stands_still_while_it_is_told_to(self) -> None:
-        clock = DueClock()
-        clock.advance(10.0)
-        clock.stands_still = True
-        clock.advance(12.0)
-        clock.advance(13.0)
-        assert clock.due(20.0) == 17.0
-        clock.stands_still = False
-        clock.advance(15.0)
-        assert clock.due(20.0) == 17.0
-        clock.reset()
-        assert clock.due(20.0) == 20.0
-
-    def test_it_catches_up_by_what_is_polled_and_never_falls_back_or_runs_ahead(self) -> None:
-        clock = DueClock()
-        clock.stands_still = True
-        clock.advance(10.0)
-        for when, expected in ((-5.0, 10.0), (4.0, 6.0), (3.0, 6.0), (11.0, 0.0)):
-            clock.catch_up(10.0, when)
-            assert clock.due(20.0) == 20.0 - expected
