@@ -19,6 +19,7 @@ _FORGOTTEN: Final = 120.0  # seconds after which a refusal means nothing any mor
 _LEAST: Final = 1.0
 #: Seconds after a refusal in which further ones are about the polls before it.
 _SETTLED: Final = 1.0
+_ROUNDING: Final = 1e-6
 #: Seconds over which polls are counted, to find the rate that was refused.
 _COUNTED: Final = 1.0
 
@@ -60,6 +61,11 @@ class PollRate:
         """Return the time from which the next poll may start; not after `now` if it may start at once."""
         rate = self._fill(now)
         return now if self._tokens >= 1.0 else now + (1.0 - self._tokens) / rate
+
+    def room(self, now: float) -> int | None:
+        """Return how many polls may start at once; None where there is no limit."""
+        self._fill(now)
+        return None if self._tokens == math.inf else max(0, math.floor(self._tokens + _ROUNDING))
 
     def record_poll(self, now: float) -> None:
         """Record that a poll starts. One that did not wait to be ready, such as a final one, is owed by later ones."""

@@ -27,6 +27,11 @@ def _check_count(_type: object, number: int | None) -> None:
         raise ValueError("Must be at least 1.")
 
 
+def _check_rate(_type: object, rate: float) -> None:
+    if not 0 < rate < float("inf"):  # NaN is not
+        raise ValueError("Must be above 0 polls.")
+
+
 def _check_grace(_type: object, grace: float) -> None:
     if not grace >= 0:  # NaN is not
         raise ValueError("Must be at least 0 seconds.")
@@ -51,6 +56,7 @@ async def worker(
     name: str = "keyless",
     tenant: str | None = None,
     max_in_flight: Count = 64,
+    max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     creds: Path | None = None,
     tls_ca: Path | None = None,
@@ -75,6 +81,7 @@ async def worker(
         name: Name of the fleet; fleets of different names share a broker and nothing else.
         tenant: Your name of the Keyless tenant; a worker of another one does not start in this fleet.
         max_in_flight: Requests that are processed at the same time.
+        max_polls_per_second: Polls of this worker in a second; what is due beyond that stays at the broker.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         creds: File with the broker's credentials for this worker.
         tls_ca: File with the certificates that the broker's is checked with; those of the system if left out.
@@ -115,6 +122,7 @@ async def worker(
             client,
             nats_url or os.environ.get("NATS_URL") or DEFAULT_NATS_URL,
             max_in_flight=max_in_flight,
+            max_polls_per_second=max_polls_per_second,
             grace=grace,
             fleet=fleet,
             event_keys=event_keys,

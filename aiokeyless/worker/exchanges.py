@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from aiokeyless._rules.circuit import Circuit
+    from aiokeyless._rules.rate import PollRate
     from aiokeyless.client import KeylessClient
 
     from .decisions import Decision
@@ -89,6 +90,7 @@ class Exchanges:
         schedule: When to poll.
         load_shedding: How much its delays are stretched.
         circuit: Records how the exchanges went.
+        rate: Records the polls, and those that were refused with 429.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
         now: The time, as requests are stored by.
     """
@@ -101,6 +103,7 @@ class Exchanges:
         schedule: wait_base,
         load_shedding: LoadShedding,
         circuit: Circuit,
+        rate: PollRate,
         grace: float,
         now: Callable[[], datetime],
     ) -> None:
@@ -109,6 +112,7 @@ class Exchanges:
         self._schedule = schedule
         self._load_shedding = load_shedding
         self._circuit = circuit
+        self._rate = rate
         self._grace = grace
         self._clock = now
         self._failures_in_a_row = 0
@@ -230,6 +234,7 @@ class Exchanges:
         """Return the operation, or the failure to get it."""
         started_at = self._now()
         self.polls += 1
+        self._rate.record_poll(started_at)
         try:
             operation = await self._client.get_operation(delivery.ticket.operation_id)
         except KeylessError as error:
@@ -255,6 +260,8 @@ class Exchanges:
         self._failures_in_a_row += 1
         self.failures += 1
         now, operation_id = self._now(), delivery.ticket.operation_id
+        if isinstance(error, RateLimitError):
+            self._rate.record_refusal(now, started_at=started_at)
         self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
         if pause := requested_pause(error):
             of_all = isinstance(error, RateLimitError)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final, Self
 
-from aiokeyless._validation import check_schedule, seconds, whole_number
+from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
@@ -54,6 +54,8 @@ class ApprovalWorker:
             caller closes it, after the worker.
         broker: Address of a NATS server, or several, separated by commas; or a `MemoryBroker`, for tests.
         max_in_flight: Deliveries in flight at once. Default: 64.
+        max_polls_per_second: Polls of this worker in a second; None for as many as fit. What is due beyond that stays
+            at the broker, for this worker or another. A 429 halves it, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
             30.
@@ -77,6 +79,7 @@ class ApprovalWorker:
         broker: str | MemoryBroker = DEFAULT_NATS_URL,
         *,
         max_in_flight: int = 64,
+        max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
         grace: float = 30.0,
         fleet: Fleet = KEYLESS,
@@ -87,6 +90,7 @@ class ApprovalWorker:
         longest_delivery = _EXCHANGES * client.request_timeout + _PUBLISH_WITHIN
         self._limits = Limits(
             max_in_flight=whole_number(max_in_flight, "max_in_flight"),
+            max_polls_per_second=check_rate(max_polls_per_second, "max_polls_per_second"),
             longest_delivery=longest_delivery,
             ack_wait=longest_delivery + _MARGIN,
             grace=seconds(grace, "grace", zero=True),

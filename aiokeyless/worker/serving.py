@@ -16,6 +16,7 @@ import msgspec
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import Circuit, CircuitState
+from aiokeyless._rules.rate import PollRate
 from aiokeyless.errors import AuthenticationError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
@@ -82,12 +83,14 @@ class Limits(NamedTuple):
 
     Attributes:
         max_in_flight: Deliveries in flight at once.
+        max_polls_per_second: Polls of this worker in a second; None for as many as fit.
         longest_delivery: Seconds that one takes at most.
         ack_wait: Seconds after which the broker delivers again what was not acknowledged.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
     max_in_flight: int
+    max_polls_per_second: float | None
     longest_delivery: float
     ack_wait: float
     grace: float
@@ -127,6 +130,7 @@ class Serving:
         self._event_keys = event_keys
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight)
+        self._rate = PollRate(limits.max_polls_per_second)
         self._load_shedding = LoadShedding()
         self._exchanges = Exchanges(
             client,
@@ -134,6 +138,7 @@ class Serving:
             schedule=schedule,
             load_shedding=self._load_shedding,
             circuit=self._circuit,
+            rate=self._rate,
             grace=limits.grace,
             now=engine.now,
         )
@@ -197,7 +202,9 @@ class Serving:
         if self._refusals:
             await self._engine.restore()
         expected = self._engine.expected()
-        room = self._room(now) - expected
+        room = self._room(now)
+        polls = self._rate.room(now)
+        room = (room if polls is None else min(room, polls)) - expected
         if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
             with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
                 await self._engine.ask(room)
@@ -210,7 +217,7 @@ class Serving:
         return min(self._circuit.room(now) - counted, self._limits.max_in_flight - len(self._deliveries))
 
     async def _wait_for_change(self, now: float) -> None:
-        closed_for = max(self._circuit.retry_at(), self._pulls_from) - now
+        closed_for = max(self._circuit.retry_at(), self._pulls_from, self._rate.ready_at(now)) - now
         with suppress(TimeoutError):
             async with asyncio.timeout(closed_for if closed_for > 0 else EXPIRES):
                 await self._changed.wait()

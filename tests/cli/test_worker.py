@@ -419,6 +419,7 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
             for value in ("0", "-1", "nan", "inf")
         ),
         *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),
+        *((["--max-polls-per-second", value], ["--max-polls", "above 0"]) for value in ("0", "-1", "nan", "inf")),
         *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
         (["--nats"], ["--nats"]),
         (["--nope"], ["--nope"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import ConfigurationError
+from aiokeyless import ConfigurationError, KeylessClient
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
@@ -24,7 +24,6 @@ from aiokeyless.worker.engine import EXPIRES, Claim, Message, Sealed
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
 looptime = pytest.mark.looptime
@@ -310,3 +309,41 @@ async def test_the_fixtures_are_a_whole_worker(
         keyless_sandbox.approve("txn-1")
         assert (await next_event(keyless_broker)).outcome is Outcome.APPROVED
     assert keyless_worker.statistics.approved == 1
+
+
+# -- the rate
+
+
+@looptime
+@pytest.mark.parametrize(("limit", "most"), [(2.0, 45), (None, 400)])
+async def test_no_more_polls_are_made_in_a_second_than_it_may(
+    client: KeylessClient, sandbox: Sandbox, limit: float | None, most: int
+) -> None:
+    async with working(client, max_polls_per_second=limit) as broker:
+        for number in range(10):
+            await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}", expires_in=300)
+        await asyncio.sleep(20)
+        polls = [record for record in sandbox.requests if record.method == "GET"]
+        assert most / 4 < len(polls) <= most
+        assert set(sandbox.operations) == {f"txn-{number}" for number in range(10)}
+
+
+@looptime
+async def test_a_429_costs_no_request_its_outcome(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client, max_polls_per_second=None) as broker:
+        for number in range(10):
+            await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}", expires_in=300)
+        await asyncio.sleep(10)
+        sandbox.fail_next(429, method="GET")
+        await asyncio.sleep(3)
+        for number in range(10):
+            sandbox.approve(f"txn-{number}")
+        async with aclosing(approval_outcomes(broker, "test")) as events:
+            outcomes = [(await anext(events)).outcome for _ in range(10)]
+    assert outcomes == [Outcome.APPROVED] * 10
+
+
+def test_a_rate_that_is_no_positive_number_is_refused() -> None:
+    client = KeylessClient("key", base_url="http://localhost:1")
+    with pytest.raises(ConfigurationError, match="max_polls_per_second"):
+        ApprovalWorker(client, max_polls_per_second=0)
