@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import re
 import subprocess
 import sys
@@ -12,13 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import looptime
 import pytest
+from nats_server import until
 
 import aiokeyless.sandbox
 import aiokeyless.worker
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
+    from nats_server import NatsServer
 
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
@@ -46,8 +52,12 @@ OTHERS = [block for page in PAGES if page not in {LOOP.page, SITE.page} for bloc
 TESTS = [block for block in OTHERS if "def test_" in block.code]
 #: The programs of the examples have tests of their own.
 EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
+#: Programs beside a worker, which need a broker.
+APPLICATIONS = [
+    block for block in OTHERS if "approval_outcomes" in block.code and block.page == "howto/running-workers.md"
+]
 EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
-PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS]
+PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS]
 
 
 @pytest.fixture
@@ -111,6 +121,64 @@ def test_the_site_of_the_tutorial_passes_its_tests(tmp_path: Path) -> None:
     (tmp_path / "login.py").write_text(SITE.code)
     (tmp_path / "test_login.py").write_text(SITE_TESTS.code)
     assert "5 passed" in run_tests(tmp_path)
+
+
+@pytest.mark.parametrize("block", APPLICATIONS, ids=str)
+async def test_an_application_of_the_docs_gets_its_outcome_from_a_worker(
+    block: Block, tmp_path: Path, broker: NatsServer
+) -> None:
+    (tmp_path / "program.py").write_text(block.code)
+    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
+        worker = ApprovalWorker(client, broker.url)
+        working = asyncio.create_task(worker.run())
+        await until(lambda: worker.statistics.is_ready)
+        program = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "error", "program.py"),
+            cwd=tmp_path,
+            env=os.environ | {"NATS_URL": broker.url},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await program.communicate()
+        worker.stop()
+        await working
+    assert program.returncode == 0
+    assert output.startswith(b"approved ")
+    assert output.endswith(b"{'order': 7}\n")
+
+
+# The tables
+
+ROWS = {
+    "a poll of a wait": "aiokeyless, a poll of a wait",
+    "`get_operation`": "aiokeyless",
+    "aiohttp + pydantic": "aiohttp + pydantic",
+    "niquests + msgspec": "niquests + msgspec",
+    "httpx + msgspec": "httpx + msgspec",
+    "written and parsed by hand: the limit": "parsed by hand + msgspec: the limit",
+}
+
+
+@pytest.mark.parametrize(("column", "loop"), [(0, "asyncio's loop"), (1, "uvloop")])
+def test_the_figures_of_the_table_are_those_of_the_committed_run(column: int, loop: str) -> None:
+    page = (DOCS / "explanation" / "costs.md").read_text()
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]["request"]
+    [table] = [table for table in results["tables"] if table["title"] == f"{loop}, 16 in flight"]
+    measured = {name: float(ratio.split()[0]) for name, _, ratio, _ in table["rows"]}
+    for row, name in ROWS.items():
+        shown = re.findall(rf"^\| {re.escape(row)} \| (.*) \| (.*) \|$", page, re.MULTILINE)[0][column]
+        decimals = len(shown.partition(".")[2])
+        assert float(shown) == round(measured[name], decimals), (row, loop)
+
+
+def test_every_exception_stands_in_the_table() -> None:
+    table = (DOCS / "reference" / "exceptions.md").read_text().partition("```")[0]
+    roots = {"KeylessError", "ApprovalError"}
+    for name in aiokeyless.__all__:
+        if name.endswith("Error") and name not in roots:
+            assert f"`{name}`" in table, name
+
+
+# The site
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
