@@ -43,6 +43,7 @@ from ._listeners import Listeners
 from ._poller.poller import Poller
 from ._poller.state import WaitResult
 from ._rules.circuit import CircuitState
+from ._tracing import current_traceparent
 from ._validation import finite_seconds, seconds
 from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
 from .models import Authentications, NewOperation, Operation, PendingOperation, Region
@@ -119,8 +120,8 @@ class KeylessClient:
             count and are never late. After a 429 it is halved, and climbs back within about a minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
-        listeners: Functions that are told of each `Event`, such as the end of an exchange, while it happens: what they
-            take, polls and waits take longer. What one raises is logged. Default: none.
+        listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens: polls and waits
+            take longer by what they take. What one raises is logged. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong; the message names it and states what is valid.
@@ -264,6 +265,7 @@ class KeylessClient:
                 schedule=self._schedule,
                 max_in_flight=self._max_in_flight,
                 max_polls_per_second=self._max_polls_per_second,
+                listeners=self._listeners,
             )
             self._transport = transport
             self._loop = loop
@@ -424,6 +426,7 @@ class KeylessClient:
             created_at=created_at,
             expires_at=created_at + lifetime,
             reconciled=reconciled,
+            traceparent=current_traceparent(),
         )
 
     # -- waits

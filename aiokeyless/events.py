@@ -1,16 +1,27 @@
-"""What listeners are told: an event for each exchange with the service.
+"""What listeners are told: an event for each exchange, each wait, each poll, and each change of the circuit.
 
-An event is a frozen struct. It never holds a key, a payload or a user.
+An event is a frozen struct. It never holds a key, a payload or a user; an operation id only where it names a wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 from typing import TypeAlias
 
 from .models import Model
 
-__all__ = ["Event", "Listener", "RequestEnded"]
+__all__ = [
+    "CircuitChanged",
+    "Event",
+    "Listener",
+    "PollEnded",
+    "PollResult",
+    "RequestEnded",
+    "WaitEnded",
+    "WaitOutcome",
+    "WaitStarted",
+]
 
 
 class RequestEnded(Model, frozen=True, kw_only=True):
@@ -41,7 +52,121 @@ class RequestEnded(Model, frozen=True, kw_only=True):
     request_id: str | None
 
 
-Event: TypeAlias = RequestEnded
+class WaitStarted(Model, frozen=True, kw_only=True):
+    """A wait has started; the listener runs in the context of its caller.
+
+    Attributes:
+        wait: Number of the wait, unique in the process.
+        operation_id: What is waited for.
+        timeout: Seconds that it may last; None for no end.
+        traceparent: Where the ticket was created, if that was traced (W3C Trace Context); else None.
+    """
+
+    wait: int
+    operation_id: str
+    timeout: float | None
+    traceparent: str | None
+
+
+class WaitOutcome(StrEnum):
+    """How a wait ended."""
+
+    APPROVED = "approved"
+    """By the approval."""
+    TIMED_OUT = "timed_out"
+    """`ApprovalTimeoutError`: the final poll said pending."""
+    UNKNOWN = "unknown"
+    """`ApprovalUnknownError`: the final poll got no answer."""
+    REJECTED = "rejected"
+    """`OperationMismatchError` or `InconsistentOperationError`: an answer contradicts itself or the ticket."""
+    FAILED = "failed"
+    """Another error, such as `NotFoundError`."""
+    CANCELLED = "cancelled"
+    """The caller was cancelled, or left an iterator."""
+    CLOSED = "closed"
+    """`ClientClosedError`: the client was closed."""
+    HELD = "held"
+    """A hold is over; its operation is still waited for."""
+
+
+class WaitEnded(Model, frozen=True, kw_only=True):
+    """A wait has ended.
+
+    Attributes:
+        wait: Number of the wait.
+        operation_id: What was waited for.
+        outcome: How it ended.
+        error: Name of the type of what was raised; None where nothing was, and for a cancellation.
+        seconds: Seconds that it took.
+        polls: Polls on its behalf.
+        age: Seconds since the operation was created; None for a bare id, of which that is not known.
+    """
+
+    wait: int
+    operation_id: str
+    outcome: WaitOutcome
+    error: str | None
+    seconds: float
+    polls: int
+    age: float | None
+
+
+class PollResult(StrEnum):
+    """What one poll brought."""
+
+    APPROVED = "approved"
+    """An approval; whether it is the one that is waited for is a wait's outcome."""
+    PENDING = "pending"
+    """The operation is pending."""
+    INVALID = "invalid"
+    """An answer of neither kind."""
+    FAILED = "failed"
+    """An error; a wait goes on where it is transient."""
+    CUT_OFF = "cut_off"
+    """It was cut off, since no wait needed it any more."""
+
+
+class PollEnded(Model, frozen=True, kw_only=True):
+    """A poll has ended; one poll serves all waits for its operation.
+
+    Attributes:
+        waits: Numbers of the waits for which it was sent.
+        operation_id: What was polled.
+        result: What it brought.
+        error: Name of the error's type if it failed; else None.
+        is_final: Whether it was the final poll of waits whose deadline had passed.
+        seconds: Seconds that it took.
+        lag: Seconds after it was due at which it started; 0 for a final poll.
+    """
+
+    waits: tuple[int, ...]
+    operation_id: str
+    result: PollResult
+    error: str | None
+    is_final: bool
+    seconds: float
+    lag: float
+
+
+class CircuitChanged(Model, frozen=True, kw_only=True):
+    """The circuit, which all waits of a client share, has changed its state.
+
+    Attributes:
+        state: The new state: ``"closed"``, ``"half_open"`` or ``"open"``; see ``ClientStatistics.circuit``.
+        previous: The state before.
+        cause: Name of the type of the failure that changed it; None if that was a good answer.
+        waiting: Waits under way.
+        seconds: Seconds for which the previous state lasted.
+    """
+
+    state: str
+    previous: str
+    cause: str | None
+    waiting: int
+    seconds: float
+
+
+Event: TypeAlias = RequestEnded | WaitStarted | WaitEnded | PollEnded | CircuitChanged
 """The events that a listener is told of. Kinds may be added, so ignore those that you do not know."""
 
 Listener: TypeAlias = Callable[[Event], object]

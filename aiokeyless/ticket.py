@@ -21,6 +21,7 @@ TICKET_VERSION: Final = 1
 
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_TRACEPARENT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 
 def payload_digest(payload: str | None) -> str:
@@ -48,6 +49,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         expires_at: When a wait for the ticket ends by default: aware, UTC.
         reconciled: True if the POST of this call was not confirmed and the operation was found under its id with this
             content: it may belong to an earlier or a concurrent request.
+        traceparent: The position in the trace that created it (W3C Trace Context), where there is a trace; or None.
         version: Version of the ticket's format, 1.
 
     Raises:
@@ -61,6 +63,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     expires_at: datetime
     reconciled: bool = False
+    traceparent: str | None = None
     version: int = TICKET_VERSION
 
     def __post_init__(self) -> None:
@@ -72,6 +75,11 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ConfigurationError(
                 "payload_sha256 of a ticket must be 64 lower-case hex digits", argument="payload_sha256"
+            )
+        traceparent: object = self.traceparent
+        if traceparent is not None and not (isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent)):
+            raise ConfigurationError(
+                "traceparent of a ticket must be one of W3C Trace Context, or None", argument="traceparent"
             )
         for name in ("created_at", "expires_at"):
             msgspec.structs.force_setattr(self, name, _utc(getattr(self, name), name))

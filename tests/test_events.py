@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 import msgspec
 import pytest
 from raw_server import RawServer
+from tenacity.wait import wait_fixed
 
 from aiokeyless import (
+    ApprovalTicket,
+    ClientClosedError,
     ConflictError,
     KeylessClient,
     KeylessError,
@@ -19,17 +24,17 @@ from aiokeyless import (
     ServerError,
     TransportError,
 )
+from aiokeyless.events import CircuitChanged, PollEnded, RequestEnded, WaitEnded, WaitStarted
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from aiokeyless.events import Event, RequestEnded
+    from aiokeyless.events import Event
 
 USER = "C0FFEE"
 OPERATION = "/v2/operations/{operationId}"
 PENDING = "/v2/users/{userId}/operations/pending"
 OPERATIONS = "/v2/users/{userId}/operations"
+T = TypeVar("T")
 
 
 class Told:
@@ -43,7 +48,10 @@ class Told:
 
     @property
     def requests(self) -> list[RequestEnded]:
-        return list(self.events)
+        return self.of(RequestEnded)
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 class TestRequestEnded:
@@ -157,6 +165,212 @@ class TestRequestEnded:
             await client.get_pending_operations(USER)
         assert told.requests[0].request_id is not None
         assert sandbox.api_key not in told.requests[0].request_id
+
+
+# -- waits: what is done with one, and how it then ends
+
+
+async def approve(sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    sandbox.approve(ticket.operation_id)
+    await client.wait_for_approval(ticket)
+
+
+async def time_out(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    await client.wait_for_approval(ticket, timeout=5)
+
+
+async def be_unknown(sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    sandbox.fail_next(503, times=None)
+    await client.wait_for_approval(ticket, timeout=5)
+
+
+async def be_rejected(sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    sandbox.tamper(ticket.operation_id, user_id="BAD0")
+    await client.wait_for_approval(ticket)
+
+
+async def fail(sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    sandbox.fail_next(403)
+    await client.wait_for_approval(ticket)
+
+
+async def be_cancelled(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    async with asyncio.timeout(5):
+        await client.wait_for_approval(ticket)
+
+
+async def be_closed(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(client.wait_for_approval(ticket))
+        await asyncio.sleep(5)
+        await client.aclose()
+
+
+async def hold(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    await client.hold_for_approval(ticket, seconds=5)
+
+
+async def leave_an_iterator(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
+    updates = client.watch_approval(ticket)
+    await anext(updates)
+    await updates.aclose()
+
+
+Act = Callable[[Sandbox, KeylessClient, ApprovalTicket], Coroutine[Any, Any, None]]
+
+ENDS: dict[Act, tuple[str, str | None]] = {
+    approve: ("approved", None),
+    time_out: ("timed_out", "ApprovalTimeoutError"),
+    be_unknown: ("unknown", "ApprovalUnknownError"),
+    be_rejected: ("rejected", "OperationMismatchError"),
+    fail: ("failed", "PermissionDeniedError"),
+    be_cancelled: ("cancelled", None),
+    be_closed: ("closed", "ClientClosedError"),
+    hold: ("held", None),
+    leave_an_iterator: ("cancelled", None),
+}
+
+
+@pytest.mark.looptime
+class TestWaits:
+    @pytest.mark.parametrize("act", ENDS, ids=lambda act: act.__name__)
+    async def test_a_wait_is_told_once_when_it_starts_and_once_how_it_ended(self, act: Act) -> None:
+        told = Told()
+        async with Sandbox() as sandbox, sandbox.client(listeners=[told]) as client:
+            ticket = await client.create_operation(USER)
+            with contextlib.suppress(Exception):
+                await act(sandbox, client, ticket)
+            [started] = told.of(WaitStarted)
+            [ended] = told.of(WaitEnded)
+        assert (ended.outcome, ended.error) == ENDS[act]
+        assert ended.wait == started.wait
+        assert ended.operation_id == started.operation_id == ticket.operation_id
+        assert 0 <= ended.seconds <= 10
+        assert ended.age is not None
+        assert ended.seconds <= ended.age
+
+    async def test_its_polls_are_told_between_these(self, sandbox: Sandbox) -> None:
+        told = Told()
+        async with sandbox.client(listeners=[told], schedule=wait_fixed(2)) as client:
+            ticket = await client.create_operation(USER)
+            asyncio.get_running_loop().call_later(3.5, sandbox.approve, ticket.operation_id)
+            sandbox.fail_next(503, method="GET")
+            await client.wait_for_approval(ticket)
+        started, *polls, ended = (event for event in told.events if not isinstance(event, RequestEnded))
+        assert isinstance(started, WaitStarted)
+        assert started.timeout == pytest.approx(120, abs=1)
+        assert isinstance(ended, WaitEnded)
+        assert ended.polls == len(polls)
+        assert all(isinstance(poll, PollEnded) and poll.waits == (started.wait,) for poll in polls)
+        results = [(poll.result, poll.error) for poll in told.of(PollEnded)]
+        assert results[0] == ("failed", "ServerError")
+        assert results[1:] == [*[("pending", None)] * (len(polls) - 2), ("approved", None)]
+        assert all(poll.lag < 0.1 and not poll.is_final for poll in told.of(PollEnded))
+
+    async def test_a_final_poll_is_told_as_such_and_an_odd_answer_as_invalid(self, sandbox: Sandbox) -> None:
+        told = Told()
+        async with sandbox.client(listeners=[told]) as client:
+            await client.create_operation(USER, operation_id="op")
+            for state in ("pending", "odd"):
+                sandbox.tamper("op", state=state)
+                with pytest.raises(KeylessError):
+                    await client.wait_for_approval("op", timeout=1)
+        *_, final, odd = told.of(PollEnded)
+        assert (final.is_final, final.result) == (True, "pending")
+        assert (odd.is_final, odd.result) == (False, "invalid")
+        assert told.of(WaitStarted)[0].timeout == 1
+        assert told.of(WaitEnded)[0].age is None  # of a bare id it is not known
+
+    async def test_a_poll_that_no_wait_needs_any_more_is_told_as_cut_off(self, sandbox: Sandbox) -> None:
+        told = Told()
+        async with sandbox.client(listeners=[told]) as client:
+            await client.create_operation(USER, operation_id="op")
+            sandbox.latency = 5
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1):
+                    await client.wait_for_approval("op")
+            await asyncio.sleep(1)
+        assert [(poll.result, poll.error) for poll in told.of(PollEnded)] == [("cut_off", None)]
+
+    async def test_waits_for_one_operation_have_numbers_of_their_own_and_share_polls(self, sandbox: Sandbox) -> None:
+        told = Told()
+        async with sandbox.client(listeners=[told]) as client:
+            await client.create_operation(USER, operation_id="op")
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(3):
+                    tasks.create_task(client.wait_for_approval("op", timeout=None))
+                await asyncio.sleep(5)
+                sandbox.approve("op")
+        numbers = {event.wait for event in told.of(WaitStarted)}
+        assert len(numbers) == 3
+        assert {event.timeout for event in told.of(WaitStarted)} == {None}
+        assert [event.wait for event in told.of(WaitEnded)] == sorted(numbers)
+        assert set(told.of(PollEnded)[-1].waits) == numbers
+
+    async def test_a_listener_may_call_the_client(self, sandbox: Sandbox) -> None:
+        """It cannot await; what it starts goes on by itself."""
+        tasks: list[asyncio.Task[Any]] = []
+
+        def listen(event: Event) -> None:
+            client.statistics  # noqa: B018  # it may be read
+            if isinstance(event, WaitEnded) and len(tasks) < 3:
+                tasks.append(asyncio.create_task(client.wait_for_approval(event.operation_id)))
+
+        async with sandbox.client(listeners=[listen]) as client:
+            await client.create_operation(USER, operation_id="op")
+            sandbox.approve("op")
+            await client.wait_for_approval("op")
+            operations = [await tasks[number] for number in range(3)]
+        assert all(operation.is_approved for operation in operations)
+
+    async def test_a_listener_that_closes_the_client_ends_the_other_waits(self, sandbox: Sandbox) -> None:
+        closing: list[asyncio.Task[None]] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, WaitEnded) and not closing:
+                closing.append(asyncio.create_task(client.aclose()))
+
+        async with sandbox.client(listeners=[listen]) as client:
+            for name in ("a", "b"):
+                await client.create_operation(USER, operation_id=name)
+            waits = [asyncio.create_task(client.wait_for_approval(name)) for name in ("a", "b")]
+            await asyncio.sleep(1)
+            sandbox.approve("a")
+            a, b = await asyncio.gather(*waits, return_exceptions=True)
+            await closing[0]
+        assert not isinstance(a, BaseException)
+        assert isinstance(b, ClientClosedError)
+
+    async def test_a_wait_for_a_ticket_tells_the_trace_that_created_it(self, sandbox: Sandbox) -> None:
+        told = Told()
+        parent = f"00-{1:032x}-{2:016x}-01"
+        async with sandbox.client(listeners=[told]) as client:
+            ticket = await client.create_operation(USER)
+            sandbox.approve(ticket.operation_id)
+            await client.wait_for_approval(msgspec.structs.replace(ticket, traceparent=parent))
+        assert told.of(WaitStarted)[0].traceparent == parent
+
+
+@pytest.mark.looptime
+async def test_an_outage_opens_the_circuit_and_its_end_closes_it(sandbox: Sandbox) -> None:
+    told = Told()
+    async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client, asyncio.TaskGroup() as tasks:
+        for number in range(20):
+            await client.create_operation(USER, operation_id=f"op-{number}")
+            tasks.create_task(client.wait_for_approval(f"op-{number}", timeout=300))
+        await asyncio.sleep(5)
+        sandbox.fail_next(503, times=None)
+        await asyncio.sleep(20)
+        sandbox.recover()
+        await asyncio.sleep(60)
+        for number in range(20):
+            sandbox.approve(f"op-{number}")
+    changes = told.of(CircuitChanged)
+    first, last = changes[0], changes[-1]
+    assert (first.previous, first.state, first.cause, first.waiting) == ("closed", "open", "ServerError", 20)
+    assert (last.state, last.cause) == ("closed", None)
+    assert [change.previous for change in changes[1:]] == [change.state for change in changes[:-1]]
+    assert sum(change.seconds for change in changes[1:]) >= 15
 
 
 async def test_a_view_of_a_client_tells_the_same_listeners(sandbox: Sandbox) -> None:

@@ -27,6 +27,7 @@ TICKET: dict[str, Any] = {
     "created_at": "2026-11-24T12:00:00Z",
     "expires_at": "2026-11-24T12:02:00Z",
     "reconciled": False,
+    "traceparent": None,
     "version": 1,
 }
 
@@ -38,6 +39,11 @@ def ticket(**changed: Any) -> ApprovalTicket:
 def test_the_form_of_a_ticket_is_this_one() -> None:
     assert json.loads(ticket().to_json()) == TICKET
     assert "\n" not in ticket().to_json()
+
+
+def test_a_trace_is_kept() -> None:
+    parent = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+    assert ApprovalTicket.from_json(ticket(traceparent=parent).to_json()).traceparent == parent
 
 
 instants = st.datetimes(timezones=st.just(UTC))
@@ -131,6 +137,10 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
         ({"created_at": "2026-02-31T12:00:00Z"}, "created_at"),
         ({"created_at": "0001-01-01T00:00:00+14:00"}, "created_at"),
         ({"expires_at": "9999-12-31T23:59:59-14:00"}, "expires_at"),
+        ({"traceparent": ""}, "traceparent"),
+        ({"traceparent": "00-0123456789ABCDEF0123456789abcdef-0123456789abcdef-01"}, "traceparent"),
+        ({"traceparent": "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01\n"}, "traceparent"),
+        ({"traceparent": 1}, "traceparent"),
         ({"version": True}, "version"),
         ({"version": "1"}, "version"),
         ({"version": 1.5}, "version"),
@@ -232,7 +242,9 @@ def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any],
         ApprovalTicket.for_operation(**({"operation_id": "txn-1", "user_id": "C0FFEE"} | arguments))
 
 
-@pytest.mark.parametrize("field", [name for name in TICKET if name not in {"external_user_id", "reconciled"}])
+@pytest.mark.parametrize(
+    "field", [name for name in TICKET if name not in {"external_user_id", "reconciled", "traceparent"}]
+)
 def test_a_ticket_lacking_a_field_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigurationError, match=field):
         ApprovalTicket.from_json(json.dumps({name: value for name, value in TICKET.items() if name != field}))

@@ -199,6 +199,7 @@ class Dispatcher:
             self._final_in_flight += 1
             self._final_in_a_row += 1
         else:
+            poll.lag = max(0.0, now - polled.due)
             polled.poll = poll
             self._final_in_a_row = 0
             poll.is_retry = polled.is_retry

@@ -9,7 +9,6 @@ polled next in `dispatch`.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import itertools
 import math
@@ -22,6 +21,7 @@ from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.outcome import YOUNG, PollFacts, Result, poll_outcome
 from aiokeyless._rules.rate import PollRate
+from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ClientClosedError,
@@ -39,6 +39,7 @@ from .dispatch import RESOLUTION, Dispatcher
 from .explanation import Explainer, Explanation
 from .packing import pack_pending
 from .pauses import Pause, Pauses, next_poll
+from .reporting import Reporter
 from .state import Hold, Poll, PolledOperation, Wait
 from .timer_queue import TimerQueue
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from aiokeyless._http.transport import Transport
+    from aiokeyless._listeners import Listeners
     from aiokeyless.ticket import ApprovalTicket
 
     from .state import WaitResult
@@ -69,6 +71,7 @@ class Poller:
         schedule: When to poll, for waits that bring no schedule of their own.
         max_in_flight: Polls in flight at once.
         max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
+        listeners: Whom to tell of waits, polls and the circuit; None for nobody.
     """
 
     def __init__(
@@ -78,13 +81,15 @@ class Poller:
         schedule: wait_base,
         max_in_flight: int,
         max_polls_per_second: float | None = None,
+        listeners: Listeners | None = None,
     ) -> None:
         self._transport = transport
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
         self._loop = asyncio.get_running_loop()
         # Not the context of the caller that happened to be first: its trace and its logging variables are not ours.
-        self._context = contextvars.Context()
+        self._context = context_without_traces()
+        self._reporter = Reporter(listeners, self._loop.time())
         self._circuit = Circuit(max_in_flight)
         self._rate = PollRate(max_polls_per_second)
         self._dispatcher = Dispatcher(
@@ -309,6 +314,8 @@ class Poller:
         if first < wait.deadline or isinstance(wait, Hold):  # the next hold goes on from what this one does not reach
             self._dispatcher.schedule(polled, first)
         self._arm(wait.started_at)
+        if self._reporter.listens:
+            self._reporter.wait_started(wait)
 
     def _continue(self, wait: Wait, pause: Pause, now: float) -> None:
         """Give a hold what is known from the one before it."""
@@ -366,6 +373,8 @@ class Poller:
         if not polled.live:
             self._stop_polling(wait)
         wait.seen = None  # the timer queue may keep the wait for a while
+        if self._reporter.listens:
+            self._reporter.wait_ended(wait, self._loop.time())
 
     def _stop_polling(self, last: Wait) -> None:
         """Stop the polls of an operation after its last wait; after a hold, keep what the next hold goes on from."""
@@ -509,6 +518,7 @@ class Poller:
                 poll.counted_as_failure = True
                 self._failures += 1
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
+                self._report_circuit(wait.error, now)
         self._end(wait, unknown(wait.record(now)))
 
     # -- polls
@@ -572,6 +582,8 @@ class Poller:
         try:
             self._start_poll(poll)
             answer = await self._fetch(poll)
+            if self._reporter.listens:
+                self._reporter.poll_ended(poll, answer, self._loop.time())
             if answer is not None:  # None: cut off, and neither good nor bad
                 self._apply(poll, answer)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
@@ -602,6 +614,7 @@ class Poller:
         poll.started_at = self._loop.time()
         poll.waits = poll.polled.active_waits()
         self._polls += 1
+        self._reporter.poll_started(poll.lag, poll.started_at, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1
             if (wait.deadline_passed or wait.had_expired) and wait.final is None:
@@ -616,6 +629,7 @@ class Poller:
     def _apply(self, poll: Poll, answer: Operation | KeylessError) -> None:
         now = self._loop.time()
         self._record_in_circuit(poll, answer, now)
+        self._report_circuit(answer, now)
         if active := poll.polled.active_waits():
             self._apply_to_waits(poll, answer, active, now)
         else:
@@ -683,6 +697,10 @@ class Poller:
                 self._circuit.record_pause(now, name, pause, started_at=started_at, of_all=of_all)
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             self._circuit.record_success(now, started_at=poll.started_at)
+
+    def _report_circuit(self, answer: Operation | KeylessError | None, now: float) -> None:
+        cause = answer if isinstance(answer, KeylessError) and is_transient(answer) else None
+        self._reporter.circuit_is(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
 
     def _approve(self, wait: Wait, operation: Operation, now: float) -> None:
         wait.polls = max(wait.polls, 1)

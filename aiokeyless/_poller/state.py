@@ -39,6 +39,7 @@ class Wait(asyncio.Future[WaitResult]):
         "final",
         "had_expired",
         "may_be_missing",
+        "number",
         "origin",
         "polled",
         "polls",
@@ -73,6 +74,7 @@ class Wait(asyncio.Future[WaitResult]):
         self.ticket = ticket
         self.may_be_missing = may_be_missing
         self.updates = updates
+        self.number = 0  # for listeners, where there are any
         self.attempt = 1  # for the schedule: delays asked for, of pending answers only
         self.polls = 0
         self.seen: bytes | None = None  # the last pending answer, packed: a third of the size of what it unpacks to
@@ -193,6 +195,7 @@ class Poll:
         "cut",
         "final",
         "is_retry",
+        "lag",
         "overdue",
         "polled",
         "started_at",
@@ -206,6 +209,7 @@ class Poll:
         self.started_at = now
         self.final = final
         self.is_retry = False  # an ordinary one, of an operation that failed before
+        self.lag = 0.0  # seconds after it was due at which it started
         self.waits: list[Wait] = []
         self.task: asyncio.Task[None] | None = None
         self.under_way = False

@@ -1,0 +1,112 @@
+"""The log lines that concern all waits of a client: few, and each tells what an operator asks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+from tenacity.wait import wait_fixed
+
+from aiokeyless._poller.reporting import Reporter
+from aiokeyless._rules.circuit import CircuitState
+from aiokeyless.errors import ServerError
+
+if TYPE_CHECKING:
+    from aiokeyless.sandbox import Sandbox
+
+USER = "C0FFEE"
+FAILURE = ServerError(status=503, method="GET", path="/v2/operations/op")
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records if record.levelno >= logging.INFO]
+
+
+@pytest.fixture
+def reporter(caplog: pytest.LogCaptureFixture) -> Reporter:
+    caplog.set_level(logging.INFO, "aiokeyless")
+    return Reporter(None, 0.0)
+
+
+def test_an_outage_is_two_lines_however_often_the_circuit_goes_to_and_fro(
+    reporter: Reporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = (
+        CircuitState.CLOSED,
+        CircuitState.OPEN,
+        CircuitState.OPEN,
+        CircuitState.HALF_OPEN,
+        CircuitState.OPEN,
+        CircuitState.HALF_OPEN,
+        CircuitState.CLOSED,
+        CircuitState.CLOSED,
+    )
+    for now, state in enumerate(states, 10):
+        cause = FAILURE if state is CircuitState.OPEN else None
+        reporter.circuit_is(state, cause=cause, waiting=7, now=float(now))
+    opened, closed = lines(caplog)
+    assert opened[0] == "WARNING"
+    assert "503" in opened[1]
+    assert "7 waits" in opened[1]
+    assert closed == ("INFO", "Keyless answers again: the circuit is closed, 5.0 s after it opened")
+
+
+def test_a_circuit_that_never_opened_is_not_logged(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
+    for state in (CircuitState.HALF_OPEN, CircuitState.CLOSED):
+        reporter.circuit_is(state, cause=None, waiting=7, now=1.0)
+    assert lines(caplog) == []
+
+
+def test_polls_that_are_late_for_a_while_are_one_line(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
+    for tenth in range(200):
+        reporter.poll_started(6.5, tenth / 10, waiting=90_000)
+    [(level, message)] = lines(caplog)
+    assert level == "WARNING"
+    assert "90000 waits" in message
+    assert "6.5 s" in message
+    assert "max_in_flight" in message
+
+
+def test_polls_that_are_late_again_are_logged_again(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
+    for now, lag in ((0, 2.0), (6, 2.0), (7, 0.0), (8, 2.0), (12, 2.0), (14, 2.0)):
+        reporter.poll_started(lag, float(now), waiting=1)
+    assert len(lines(caplog)) == 2
+
+
+def test_a_moment_is_not_a_line(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
+    for now, lag in ((0, 20.0), (4.9, 20.0), (5.0, 0.5), (5.1, 20.0), (10.0, 20.0)):
+        reporter.poll_started(lag, float(now), waiting=1)
+    assert lines(caplog) == []
+
+
+def test_while_the_service_fails_polls_are_late_on_purpose(
+    reporter: Reporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    reporter.circuit_is(CircuitState.OPEN, cause=FAILURE, waiting=1, now=0.0)
+    caplog.clear()
+    for now in range(20):
+        reporter.poll_started(9.0, float(now), waiting=1)
+    assert lines(caplog) == []
+
+
+@pytest.mark.looptime
+async def test_a_client_logs_an_outage_of_its_service(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "aiokeyless")
+    async with sandbox.client(schedule=wait_fixed(1)) as client, asyncio.TaskGroup() as tasks:
+        for number in range(20):
+            await client.create_operation(USER, operation_id=f"op-{number}")
+            tasks.create_task(client.wait_for_approval(f"op-{number}", timeout=300))
+        await asyncio.sleep(5)
+        sandbox.fail_next(503, times=None)
+        await asyncio.sleep(20)
+        sandbox.recover()
+        await asyncio.sleep(60)
+        for number in range(20):
+            sandbox.approve(f"op-{number}")
+    opened, closed = lines(caplog)
+    assert opened[0] == "WARNING"
+    assert "20 waits" in opened[1]
+    assert closed[0] == "INFO"
+    assert sandbox.api_key not in opened[1] + closed[1]
