@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from .events import Event, Listener
 
 logger = logging.getLogger("aiokeyless")
+
+DEFAULT_LISTENERS: Final[list[Listener]] = []
+"""What each new client tells, beside its own listeners: for instrumentation."""
 
 
 class Listeners:

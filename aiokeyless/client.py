@@ -39,7 +39,7 @@ from aiokeyless._validation import (
 from ._http import protocol
 from ._http.creation import Creation
 from ._http.transport import Transport
-from ._listeners import Listeners
+from ._listeners import DEFAULT_LISTENERS, Listeners
 from ._poller.poller import Poller
 from ._poller.state import WaitResult
 from ._rules.circuit import CircuitState
@@ -166,7 +166,7 @@ class KeylessClient:
         self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
         self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
-        checked = check_listeners(listeners)
+        checked = (*check_listeners(listeners), *DEFAULT_LISTENERS)
         self._listeners = Listeners(checked) if checked else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None

@@ -154,8 +154,8 @@ class Reporter:
         if now - self._late_since > _LATE_FOR and not self._late_logged:
             self._late_logged = True
             logger.warning(
-                "polls have been late for over %.0f s, now by %.1f s, with %d waits: raise max_in_flight, or give the "
-                "process more CPU",
+                "polls have been late for over %.0f s, now by %.1f s, with %d waits: raise max_in_flight or "
+                "max_polls_per_second, or give the process more CPU",
                 _LATE_FOR,
                 lag,
                 waiting,

@@ -1,0 +1,181 @@
+"""OpenTelemetry: a span for each wait, and metrics. It needs the extra ``otel``, which is opentelemetry-api alone.
+
+It is a listener: see `aiokeyless.events`. Without an SDK it records nothing, and what an exporter raises costs no wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.metrics import get_meter
+from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags, get_tracer
+
+from ._listeners import DEFAULT_LISTENERS
+from ._version import __version__
+from .events import CircuitChanged, PollEnded, RequestEnded, WaitEnded, WaitOutcome, WaitStarted
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import Span, TracerProvider
+
+    from .events import Event
+
+__all__ = ["KeylessInstrumentor", "OpenTelemetryListener"]
+
+#: Outcomes that say that something is wrong, and not only that nobody approved.
+_ERRORS: Final = frozenset({WaitOutcome.UNKNOWN, WaitOutcome.REJECTED, WaitOutcome.FAILED})
+#: Boundaries of the conventions for HTTP, and such as fit waits for people.
+_REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_WAIT_SECONDS: Final = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
+_LAG_SECONDS: Final = (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_CIRCUIT: Final = {"closed": 0, "half_open": 1, "open": 2}
+
+
+class OpenTelemetryListener:
+    """Turns events into spans and metrics: ``KeylessClient(listeners=[OpenTelemetryListener()])``.
+
+    A wait is one span, ``aiokeyless.wait``, a child of its caller's span; a failed poll is an event of it. A wait for a
+    ticket that another trace created links to that. Polls have no spans: instrumentations of aiohttp are suppressed for
+    them. No operation id, user, payload or key is in an attribute.
+
+    Metrics: ``http.client.request.duration`` (by the conventions for HTTP, with ``url.template``),
+    ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag`` and
+    ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; set when it changes).
+
+    Args:
+        tracer_provider: Makes the tracer. Default: the global one.
+        meter_provider: Makes the meter. Default: the global one.
+    """
+
+    def __init__(
+        self, *, tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None
+    ) -> None:
+        self._tracer = get_tracer("aiokeyless", __version__, tracer_provider)
+        self._spans: dict[int, Span] = {}  # by the numbers of the waits under way
+        meter = get_meter("aiokeyless", __version__, meter_provider)
+        self._requests = meter.create_histogram(
+            "http.client.request.duration",
+            "s",
+            "Duration of HTTP client requests.",
+            explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
+        )
+        self._durations = meter.create_histogram(
+            "aiokeyless.wait.duration",
+            "s",
+            "How long a wait for an approval took, by its outcome.",
+            explicit_bucket_boundaries_advisory=_WAIT_SECONDS,
+        )
+        self._active = meter.create_up_down_counter("aiokeyless.waits.active", "{wait}", "Waits under way.")
+        self._polls = meter.create_counter("aiokeyless.polls", "{poll}", "Polls, by what they brought.")
+        self._lag = meter.create_histogram(
+            "aiokeyless.poll.lag",
+            "s",
+            "How much later than it was due a poll started.",
+            explicit_bucket_boundaries_advisory=_LAG_SECONDS,
+        )
+        self._circuit = meter.create_gauge(
+            "aiokeyless.circuit.state", "1", "How the service fares: 0 closed, 1 half open, 2 open."
+        )
+
+    def __call__(self, event: Event) -> None:
+        """Record an event."""
+        match event:
+            case RequestEnded():
+                self._record_request(event)
+            case PollEnded():
+                self._record_poll(event)
+            case WaitStarted():
+                self._start_wait(event)
+            case WaitEnded():
+                self._end_wait(event)
+            case CircuitChanged():
+                self._circuit.set(_CIRCUIT[event.state])
+
+    def _record_request(self, event: RequestEnded) -> None:
+        attributes: dict[str, str | int] = {
+            "http.request.method": event.method,
+            "server.address": event.server,
+            "server.port": event.port,
+            "url.template": event.route,
+        }
+        if event.status is not None:
+            attributes["http.response.status_code"] = event.status
+        if event.error is not None:
+            is_status = event.status is not None and event.status >= 400
+            attributes["error.type"] = str(event.status) if is_status else event.error
+        self._requests.record(event.seconds, attributes)
+
+    def _record_poll(self, event: PollEnded) -> None:
+        self._polls.add(1, {"aiokeyless.poll.result": event.result.value})
+        self._lag.record(event.lag)
+        if event.error is not None:
+            for wait in event.waits:
+                if wait in self._spans:
+                    self._spans[wait].add_event("aiokeyless.poll.failed", {"error.type": event.error})
+
+    def _start_wait(self, event: WaitStarted) -> None:
+        self._active.add(1)
+        span = self._tracer.start_span("aiokeyless.wait", links=_links(event.traceparent))
+        if span.is_recording():
+            self._spans[event.wait] = span
+
+    def _end_wait(self, event: WaitEnded) -> None:
+        outcome = {"aiokeyless.wait.outcome": event.outcome.value}
+        self._active.add(-1)
+        self._durations.record(event.seconds, outcome)
+        span = self._spans.pop(event.wait, None)
+        if span is None:
+            return
+        span.set_attributes({**outcome, "aiokeyless.wait.polls": event.polls})
+        if event.outcome in _ERRORS:
+            span.set_status(Status(StatusCode.ERROR, event.error))
+        if event.error is not None:
+            span.set_attribute("error.type", event.error)
+        span.end()
+
+
+def _links(traceparent: str | None) -> list[Link]:
+    """Return a link to where a ticket was created."""
+    if traceparent is None:
+        return []
+    _, trace_id, span_id, flags = traceparent.split("-")
+    return [
+        Link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16))))
+    ]
+
+
+class KeylessInstrumentor:
+    """Gives each client that is created from now on an `OpenTelemetryListener`.
+
+    ``opentelemetry-instrument`` finds it under the entry point ``opentelemetry_instrumentor``.
+
+    Example:
+        >>> KeylessInstrumentor().instrument()
+    """
+
+    _listener: OpenTelemetryListener | None = None
+
+    def instrument(
+        self,
+        *,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        **_options: Any,  # of opentelemetry-instrument: they concern packages that are patched
+    ) -> None:
+        """Start, unless it was started before.
+
+        Args:
+            tracer_provider: Makes the tracer. Default: the global one.
+            meter_provider: Makes the meter. Default: the global one.
+        """
+        if KeylessInstrumentor._listener is None:
+            KeylessInstrumentor._listener = OpenTelemetryListener(
+                tracer_provider=tracer_provider, meter_provider=meter_provider
+            )
+            DEFAULT_LISTENERS.append(KeylessInstrumentor._listener)
+
+    def uninstrument(self, **_options: Any) -> None:
+        """Stop: clients that are created from now on have no listener of this kind."""
+        if KeylessInstrumentor._listener is not None:
+            DEFAULT_LISTENERS.remove(KeylessInstrumentor._listener)
+            KeylessInstrumentor._listener = None

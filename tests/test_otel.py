@@ -1,0 +1,326 @@
+"""OpenTelemetry with its real SDK: one span a wait, metrics by the conventions, and nothing that identifies anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from tenacity.wait import wait_fixed
+
+from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError
+from aiokeyless.sandbox import Sandbox
+
+pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
+
+from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.util.types import AttributeValue
+
+USER = "C0FFEE"
+
+
+class Recorder:
+    """An SDK that keeps what it is given, and the listener for it."""
+
+    def __init__(self) -> None:
+        self._exporter = InMemorySpanExporter()
+        self._reader = InMemoryMetricReader()
+        self.traces = TracerProvider(shutdown_on_exit=False)
+        self.traces.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.meters = MeterProvider([self._reader], shutdown_on_exit=False)
+        self.tracer = self.traces.get_tracer("the application")
+        self.listener = OpenTelemetryListener(tracer_provider=self.traces, meter_provider=self.meters)
+
+    @property
+    def spans(self) -> Sequence[ReadableSpan]:
+        return self._exporter.get_finished_spans()
+
+    def span(self, name: str) -> ReadableSpan:
+        [found] = [span for span in self.spans if span.name == name]
+        return found
+
+    @property
+    def points(self) -> dict[str, list[Any]]:
+        """The points of each metric."""
+        data = self._reader.get_metrics_data()
+        if data is None:
+            return {}
+        return {
+            metric.name: list(metric.data.data_points)
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        }
+
+    @property
+    def attributes(self) -> list[dict[str, AttributeValue]]:
+        """All attributes of spans, of their events, and of metrics."""
+        of_spans = [dict(span.attributes or {}) for span in self.spans]
+        of_events = [dict(event.attributes or {}) for span in self.spans for event in span.events]
+        of_metrics = [dict(point.attributes) for points in self.points.values() for point in points]
+        return of_spans + of_events + of_metrics
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@contextmanager
+def traced_aiohttp(recorder: Recorder) -> Iterator[None]:
+    """Instrument aiohttp's client for sessions that are made meanwhile."""
+    AioHttpClientInstrumentor().instrument(tracer_provider=recorder.traces, meter_provider=recorder.meters)
+    try:
+        yield
+    finally:
+        AioHttpClientInstrumentor().uninstrument()
+
+
+@pytest.mark.looptime
+class TestSpans:
+    async def test_a_wait_of_ten_polls_is_one_span_of_its_caller(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        with traced_aiohttp(recorder):
+            async with sandbox.client(listeners=[recorder.listener], schedule=wait_fixed(1)) as client:
+                with recorder.tracer.start_as_current_span("checkout"):
+                    ticket = await client.create_operation(USER)
+                    asyncio.get_running_loop().call_later(9.5, sandbox.approve, ticket.operation_id)
+                    await client.wait_for_approval(ticket)
+        assert client.statistics.polls >= 10
+        checkout, wait = recorder.span("checkout"), recorder.span("aiokeyless.wait")
+        assert wait.parent is not None
+        assert wait.parent == checkout.context
+        assert [span.name for span in recorder.spans] == ["POST", "aiokeyless.wait", "checkout"]
+        assert dict(wait.attributes or {}) == {
+            "aiokeyless.wait.outcome": "approved",
+            "aiokeyless.wait.polls": client.statistics.polls,
+        }
+        assert wait.status.status_code is StatusCode.UNSET
+
+    async def test_a_wait_that_fails_says_how_and_shows_the_polls_that_failed(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            ticket = await client.create_operation(USER)
+            sandbox.fail_next(503, times=None)
+            with pytest.raises(ApprovalUnknownError):
+                await client.wait_for_approval(ticket, timeout=10)
+        span = recorder.span("aiokeyless.wait")
+        assert span.status.status_code is StatusCode.ERROR
+        assert (span.attributes or {})["error.type"] == "ApprovalUnknownError"
+        assert (span.attributes or {})["aiokeyless.wait.outcome"] == "unknown"
+        assert {event.name for event in span.events} == {"aiokeyless.poll.failed"}
+        assert dict(span.events[0].attributes or {}) == {"error.type": "ServerError"}
+
+    async def test_that_nobody_approved_is_no_error(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            ticket = await client.create_operation(USER)
+            with pytest.raises(ApprovalTimeoutError):
+                await client.wait_for_approval(ticket, timeout=5)
+        assert recorder.span("aiokeyless.wait").status.status_code is StatusCode.UNSET
+
+    async def test_a_resumed_wait_links_to_the_trace_that_created_the_ticket(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            with recorder.tracer.start_as_current_span("create"):
+                ticket = await client.create_operation(USER)
+            sandbox.approve(ticket.operation_id)
+            with recorder.tracer.start_as_current_span("resume"):
+                await client.wait_for_approval(ticket)
+        [link] = recorder.span("aiokeyless.wait").links
+        created = recorder.span("create").context
+        assert created is not None
+        assert (link.context.trace_id, link.context.span_id) == (created.trace_id, created.span_id)
+        assert link.context.is_remote
+
+    async def test_a_cancelled_wait_ends_its_span(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            ticket = await client.create_operation(USER)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(5):
+                    await client.wait_for_approval(ticket)
+        assert (recorder.span("aiokeyless.wait").attributes or {})["aiokeyless.wait.outcome"] == "cancelled"
+
+
+class BrokenExporter(SpanExporter):
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        raise RuntimeError("the collector is gone")
+
+
+@pytest.mark.looptime
+class TestMetrics:
+    async def test_they_count_requests_waits_and_polls(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            ticket = await client.create_operation(USER)
+            wait = asyncio.create_task(client.wait_for_approval(ticket))
+            await asyncio.sleep(5)
+            [active] = recorder.points["aiokeyless.waits.active"]
+            assert active.value == 1
+            sandbox.fail_next(503)
+            await asyncio.sleep(15)
+            sandbox.approve(ticket.operation_id)
+            await wait
+            with pytest.raises(NotFoundError):
+                await client.get_operation("unknown")
+            polls = client.statistics.polls
+        points = recorder.points
+        assert [point.value for point in points["aiokeyless.waits.active"]] == [0]
+        assert {point.attributes["aiokeyless.poll.result"]: point.value for point in points["aiokeyless.polls"]} == {
+            "pending": polls - 2,
+            "failed": 1,
+            "approved": 1,
+        }
+        [duration] = points["aiokeyless.wait.duration"]
+        assert dict(duration.attributes) == {"aiokeyless.wait.outcome": "approved"}
+        assert 20 <= duration.sum <= 60
+        assert sum(point.count for point in points["aiokeyless.poll.lag"]) == polls
+        requests = {
+            (point.attributes["http.request.method"], point.attributes["http.response.status_code"]): point
+            for point in points["http.client.request.duration"]
+        }
+        assert sorted(requests) == [("GET", 200), ("GET", 404), ("GET", 503), ("POST", 200)]
+        assert dict(requests["GET", 404].attributes) == {
+            "http.request.method": "GET",
+            "http.response.status_code": 404,
+            "error.type": "404",
+            "server.address": "127.0.0.1",
+            "server.port": int(sandbox.url.rpartition(":")[2]),
+            "url.template": "/v2/operations/{operationId}",
+        }
+        assert "error.type" not in requests["GET", 200].attributes
+
+    async def test_an_exchange_without_an_answer_is_named_by_its_error(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        async with sandbox.client(listeners=[recorder.listener], max_attempts=1) as client:
+            sandbox.fail_next(200, body=b"<html>")
+            sandbox.drop_next(times=None)
+            for _ in range(2):
+                with pytest.raises(Exception, match="GET"):
+                    await client.get_pending_operations(USER)
+        found = {point.attributes["error.type"] for point in recorder.points["http.client.request.duration"]}
+        assert found == {"NotJsonError", "TransportError"}
+
+    async def test_the_circuit_is_a_number(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        async with sandbox.client(listeners=[recorder.listener], schedule=wait_fixed(1)) as client:
+            sandbox.fail_next(503, times=None, method="GET")
+            tickets = [await client.create_operation(USER) for _ in range(20)]
+            waits = [asyncio.create_task(client.wait_for_approval(ticket)) for ticket in tickets]
+            await asyncio.sleep(20)
+            assert [point.value for point in recorder.points["aiokeyless.circuit.state"]] == [2]
+            sandbox.recover()
+            for ticket in tickets:
+                sandbox.approve(ticket.operation_id)
+            await asyncio.gather(*waits)
+
+
+@pytest.mark.looptime
+class TestPrivacyAndFailures:
+    async def test_no_attribute_identifies_anybody(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            ticket = await client.create_operation(
+                USER, operation_id="txn-1", operation_payload="Pay 40 to Alice", external_user_id="alice@example.com"
+            )
+            sandbox.approve("txn-1")
+            await client.wait_for_approval(ticket)
+            await client.get_pending_operations(USER)
+            await client.get_authentications(user_id=USER)
+        text = repr(recorder.attributes)
+        for secret in ("txn-1", "alice", "Alice", USER, sandbox.api_key):
+            assert secret not in text
+
+    async def test_a_broken_exporter_costs_no_wait(self, sandbox: Sandbox) -> None:
+        traces = TracerProvider(shutdown_on_exit=False)
+        traces.add_span_processor(SimpleSpanProcessor(BrokenExporter()))
+        listener = OpenTelemetryListener(tracer_provider=traces)
+        async with sandbox.client(listeners=[listener]) as client:
+            ticket = await client.create_operation(USER)
+            sandbox.approve(ticket.operation_id)
+            assert (await client.wait_for_approval(ticket)).is_approved
+
+    async def test_without_an_sdk_nothing_is_kept(self, sandbox: Sandbox) -> None:
+        listener = OpenTelemetryListener()
+        async with sandbox.client(listeners=[listener]) as client:
+            ticket = await client.create_operation(USER)
+            wait = asyncio.create_task(client.wait_for_approval(ticket))
+            await asyncio.sleep(5)
+            assert not listener._spans
+            sandbox.fail_next(503)
+            await asyncio.sleep(15)
+            sandbox.approve(ticket.operation_id)
+            await wait
+
+
+def test_a_kind_of_event_that_is_not_known_is_ignored(recorder: Recorder) -> None:
+    recorder.listener("another kind")  # type: ignore[arg-type]  # of a later release
+    assert not recorder.points
+
+
+class TestInstrumentor:
+    async def test_clients_are_instrumented_from_then_on_and_until_it_ends(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        instrumentor = KeylessInstrumentor()
+        early = sandbox.client()
+        instrumentor.instrument(tracer_provider=recorder.traces, meter_provider=recorder.meters, skip_dep_check=True)
+        KeylessInstrumentor().instrument()  # again: no second listener
+        try:
+            client = sandbox.client()
+        finally:
+            KeylessInstrumentor().uninstrument()
+        instrumentor.uninstrument()  # again: nothing to do
+        late = sandbox.client()
+        async with early, client, late:
+            for used in (early, client, late):
+                ticket = await used.create_operation(USER)
+                sandbox.approve(ticket.operation_id)
+                await used.wait_for_approval(ticket)
+        assert [span.name for span in recorder.spans] == ["aiokeyless.wait"]
+
+    async def test_opentelemetry_instrument_traces_the_command_line(self) -> None:
+        pytest.importorskip("opentelemetry.distro", reason="opentelemetry-distro is not installed")
+        async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client() as client:
+            await client.create_operation(USER, operation_id="op")
+            run = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"  # the command
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", run),
+                *("--traces_exporter", "console", "--metrics_exporter", "none", "--logs_exporter", "none"),
+                *(sys.executable, "-m", "aiokeyless", "wait", "op"),
+                env={**os.environ, "KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            output, _ = await process.communicate()
+        assert process.returncode == 0, output.decode()
+        assert b'"name": "aiokeyless.wait"' in output
+        assert b'"aiokeyless.wait.outcome": "approved"' in output
+
+
+async def test_a_session_that_is_traced_otherwise_stays_traced_for_single_calls(
+    sandbox: Sandbox, recorder: Recorder
+) -> None:
+    with traced_aiohttp(recorder):
+        async with (
+            aiohttp.ClientSession() as session,
+            KeylessClient(sandbox.api_key, base_url=sandbox.url, session=session) as client,
+        ):
+            await client.get_pending_operations(USER)
+    assert [span.name for span in recorder.spans] == ["GET"]
