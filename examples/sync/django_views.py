@@ -1,0 +1,30 @@
+"""Approvals in Django's synchronous views; `urlpatterns` belongs to the project's `urls.py`."""
+
+from django.contrib.sessions.backends.base import SessionBase
+from django.http import HttpRequest, JsonResponse
+from django.urls import path
+from keyless_sync import ask, is_approved
+
+from aiokeyless import ApprovalTicket
+
+
+class Request(HttpRequest):  # type: ignore[misc]  # Django has no types
+    """A request with the session that Django's middleware gives it."""
+
+    session: SessionBase
+
+
+def pay(request: Request) -> JsonResponse:
+    """Ask the user's phone, and keep the ticket in the session."""
+    ticket = ask(str(request.POST["user_id"]), "Pay 40 to Alice")
+    request.session["ticket"] = ticket.to_json()
+    return JsonResponse({"id": ticket.operation_id})
+
+
+def payment(request: Request) -> JsonResponse:
+    """Answer once it is approved, or that it is pending: the page then asks again."""
+    ticket = ApprovalTicket.from_json(request.session["ticket"])
+    return JsonResponse({"state": "approved" if is_approved(ticket) else "pending"})
+
+
+urlpatterns = [path("pay", pay), path("payment", payment)]

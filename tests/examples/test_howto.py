@@ -1,0 +1,122 @@
+"""The programs of docs/howto/logging.md and docs/howto/sync.md, each in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PATIENCE = 60.0
+
+WAITS = [f"op-{number}" for number in range(8)]
+
+
+@asynccontextmanager
+async def running(*command: str, folder: str, sandbox: Sandbox) -> AsyncGenerator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        cwd=EXAMPLES / folder,
+        env={
+            **os.environ,
+            "KEYLESS_BASE_URL": sandbox.url,
+            "KEYLESS_API_KEY": sandbox.api_key,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+        },
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def lines_of_an_outage(program: str) -> list[str]:
+    """Run a program that waits, first through an outage, and return what it printed."""
+    async with Sandbox() as sandbox, sandbox.client() as client:
+        for operation_id in WAITS:
+            await client.create_operation("C0FFEE", operation_id=operation_id)
+        sandbox.fail_next(503, times=None, method="GET")
+        async with running(program, *WAITS, folder="logs", sandbox=sandbox) as process, asyncio.timeout(PATIENCE):
+            assert process.stdout is not None
+            first = (await process.stdout.readline()).decode()
+            sandbox.recover()
+            for operation_id in WAITS:
+                sandbox.approve(operation_id)
+            output, _ = await process.communicate()
+        assert process.returncode == 0, first + output.decode()
+        return [first, *output.decode().splitlines()]
+
+
+async def test_dict_config_shows_an_outage() -> None:
+    first, *others = await lines_of_an_outage("dict_config.py")
+    assert " WARNING aiokeyless: " in first
+    assert sorted(line for line in others if line.startswith("op-")) == [f"{name} approved" for name in WAITS]
+
+
+async def test_structlog_shows_an_outage_as_json_beside_the_applications_lines() -> None:
+    pytest.importorskip("structlog")
+    first, *others = (json.loads(line) for line in await lines_of_an_outage("structlog_lines.py"))
+    assert (first["level"], first["logger"]) == ("warning", "aiokeyless")
+    approved = [line["operation_id"] for line in others if line["logger"] == "shop" and line["approved"]]
+    assert sorted(approved) == WAITS
+
+
+FLASK = """
+import flask_app
+with flask_app.app.test_client() as browser:
+    payment = browser.post("/payments", data={"user_id": "C0FFEE"}).json["id"]
+    print(browser.get(f"/payments/{payment}").json["state"])
+"""
+
+DJANGO = """
+from django.conf import settings
+settings.configure(
+    ROOT_URLCONF="django_views", ALLOWED_HOSTS=["testserver"], SECRET_KEY="key",
+    MIDDLEWARE=["django.contrib.sessions.middleware.SessionMiddleware"],
+    SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies",
+)
+import django, django.test
+django.setup()
+browser = django.test.Client()
+browser.post("/pay", {"user_id": "C0FFEE"})
+print(browser.get("/payment").json()["state"])
+"""
+
+CELERY = """
+from keyless_sync import ask
+import celery_tasks
+print(celery_tasks.settle.apply([ask("C0FFEE", "Pay 40 to Alice").to_json()]).get())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "printed"),
+    [("flask", FLASK, "approved"), ("django", DJANGO, "approved"), ("celery", CELERY, "paid")],
+)
+async def test_synchronous_code_waits_in_a_background_loop_and_ends(module: str, program: str, printed: str) -> None:
+    pytest.importorskip(module)
+    async with (
+        Sandbox(auto_approve=0.2) as sandbox,
+        running("-c", program, folder="sync", sandbox=sandbox) as process,
+        asyncio.timeout(PATIENCE),
+    ):
+        output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert output.decode() == f"{printed}\n"
