@@ -59,12 +59,12 @@ def run(bench: Bench) -> Report:
 
 
 def _lateness(bench: Bench, report: Report) -> None:
-    seconds = bench.pick(full=600.0, quick=150.0, smoke=70.0)
+    seconds = bench.pick(full=600.0, quick=150.0, smoke=40.0)
     table = Table(
         f"users with a median of 8 s, {_LIMIT:.0f} polls a second, mean lateness in seconds",
         ["arrivals a second", "with the limit", "without"],
     )
-    for arrivals in bench.pick(full=[10.0, 20.0, 50.0], quick=[20.0, 50.0], smoke=[20.0]):
+    for arrivals in bench.pick(full=[10.0, 20.0, 50.0], quick=[20.0, 50.0], smoke=[2.0]):
         bench.progress(f"  {arrivals:.0f} arrivals a second")
         limited = bench.in_fresh_process(lateness, arrivals, seconds, _LIMIT)
         unlimited = bench.in_fresh_process(lateness, arrivals, seconds, None)
@@ -119,7 +119,7 @@ def _service_limit(bench: Bench, report: Report) -> None:
         f"a service that answers 429 beyond {_SERVICE_LIMIT} polls in any second, after a minute",
         ["waits, polled every second", "answered, polls/s", "refused, polls/s", "lost"],
     )
-    for waits in bench.pick(full=[75, 200, 1000], quick=[200], smoke=[75]):
+    for waits in bench.pick(full=[75, 200, 1000], quick=[200], smoke=[20]):
         bench.progress(f"  a service with a limit, {waits} waits")
         found = bench.in_fresh_process(find_limit, waits, bench.pick(full=300.0, quick=120.0, smoke=65.0))
         table.rows.append([f"{waits}", f"{found.answered:.1f}", f"{found.refused:.2f}", f"{found.lost}"])
