@@ -7,23 +7,38 @@ requests that were never delivered, and that is all that workers need to make ro
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MAX_FACTOR: Final = 16.0
-#: What the factor grows by with each poll that was made before a new request, and shrinks by with each that was not.
-_STEP: Final = 1.01
+_DOUBLES_IN: Final = (
+    5.0  # seconds in which the factor doubles while new requests wait: a burst passes before it matters
+)
+_HALVES_IN: Final = 2.5  # seconds, while none waits
+_SEEN_FOR: Final = 1.0  # seconds for which it counts that new requests waited when a delivery came
 _NEGLIGIBLE: Final = 1.1  # as much as the schedule's own jitter
 
 
 class LoadShedding:
     """How much one worker stretches the delays of its schedule.
 
-    Attributes:
-        factor: What they are multiplied by, 1 to 16.
+    Args:
+        now: The clock, in seconds.
     """
 
-    def __init__(self) -> None:
-        self.factor: float = 1.0
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._factor = 1.0
+        self._at = now()  # what the factor is the factor of
+        self._behind_until = self._at
+
+    @property
+    def factor(self) -> float:
+        """What delays are multiplied by, 1 to 16."""
+        self._advance()
+        return self._factor
 
     @property
     def is_noticeable(self) -> bool:
@@ -34,8 +49,19 @@ class LoadShedding:
         """Adapt to a delivery.
 
         Args:
-            redelivered: Whether it was delivered before. New ones say nothing: a burst of them is no lack of room.
+            redelivered: Whether it was delivered before. New ones say nothing while others wait: a burst of them is no
+                lack of room.
             backlog: How many requests were never delivered.
         """
-        if redelivered:
-            self.factor = min(self.factor * _STEP, _MAX_FACTOR) if backlog else max(self.factor / _STEP, 1.0)
+        self._advance()
+        if not backlog:
+            self._behind_until = self._at
+        elif redelivered:
+            self._behind_until = self._at + _SEEN_FOR
+
+    def _advance(self) -> None:
+        now = self._now()
+        behind = max(0.0, min(now, self._behind_until) - self._at)
+        grown = min(self._factor * 2.0 ** (behind / _DOUBLES_IN), _MAX_FACTOR)
+        self._factor = max(grown * 2.0 ** -((now - self._at - behind) / _HALVES_IN), 1.0)
+        self._at = now

@@ -194,12 +194,19 @@ class ApprovalWorker:
 
     async def _serve(self) -> None:
         terms = await self._engine.prepare(ack_wait=self._limits.ack_wait)
+        # A claim is kept for the duplicate window, and matters until the last repetition of a final poll.
+        longest_wait = terms.longest_wait - self._limits.grace
+        if longest_wait <= 0:
+            raise BrokerError(
+                f"the duplicate window of {terms.longest_wait:g} s leaves no time to wait before a grace of "
+                f"{self._limits.grace:g} s: shorten the grace"
+            )
         self._serving = Serving(
             self._engine,
             self._client,
             schedule=self._schedule,
             limits=self._limits,
-            terms=terms,
+            terms=terms._replace(longest_wait=longest_wait),
             event_keys=self._event_keys,
             on_fatal=self._fail,
         )

@@ -131,7 +131,7 @@ class Serving:
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight)
         self._rate = PollRate(limits.max_polls_per_second)
-        self._load_shedding = LoadShedding()
+        self._load_shedding = LoadShedding(self._loop.time)
         self._exchanges = Exchanges(
             client,
             engine.claims,

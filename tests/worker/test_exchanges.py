@@ -216,3 +216,22 @@ async def test_a_submission_that_is_given_up_tells_the_id_under_which_to_repeat_
     assert caught.value.operation_id is not None
     assert (await submit_approval(broker, "C0FFEE", operation_id=caught.value.operation_id)).duplicate
     assert broker.waiting == 1
+
+
+async def test_no_wait_outlives_the_claim_on_its_operation_id(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 100.0)
+    async with working(client, grace=30) as (_, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="too-long", expires_in=71)
+        [event] = await events_of(broker, 1)
+    assert event.reason == FailureReason.INVALID_REQUEST
+    assert "allows 70 s" in (event.detail or "")
+
+
+async def test_a_duplicate_window_that_leaves_no_time_to_wait_is_one_line(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 30.0)
+    with pytest.raises(BrokerError, match=r"^the duplicate window of 30 s leaves no time .* grace of 30 s"):
+        await ApprovalWorker(client, MemoryBroker(), grace=30).run()

@@ -1,43 +1,75 @@
 from __future__ import annotations
 
+import pytest
+
 from aiokeyless.worker.load_shedding import LoadShedding
 
 
+class Shedding(LoadShedding):
+    """Load shedding with a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+        super().__init__(lambda: self.time)
+
+    def deliver(self, seconds: float, *, backlog: int, redelivered: bool = True) -> None:
+        """Deliver ten times a second for so long."""
+        for _ in range(round(seconds * 10)):
+            self.on_delivery(redelivered=redelivered, backlog=backlog)
+            self.time += 0.1
+
+
 def test_with_room_for_all_the_schedule_stays_as_it_is() -> None:
-    shedding = LoadShedding()
-    for _ in range(1000):
-        shedding.on_delivery(redelivered=True, backlog=0)
+    shedding = Shedding()
+    shedding.deliver(100, backlog=0)
     assert shedding.factor == 1
 
 
-def test_polls_made_before_new_requests_are_stretched_up_to_a_bound() -> None:
-    shedding = LoadShedding()
-    shedding.on_delivery(redelivered=True, backlog=1)
-    assert shedding.factor > 1
-    for _ in range(1000):
-        shedding.on_delivery(redelivered=True, backlog=1)
+def test_while_new_requests_wait_delays_double_every_five_seconds_up_to_a_bound() -> None:
+    shedding = Shedding()
+    shedding.deliver(5, backlog=1)
+    assert shedding.factor == pytest.approx(2)
+    shedding.deliver(5, backlog=10_000)
+    assert shedding.factor == pytest.approx(4)
+    shedding.deliver(60, backlog=1)
     assert shedding.factor == 16
 
 
+@pytest.mark.parametrize("deliveries", [1, 1000])
+def test_how_many_deliveries_come_at_once_makes_no_difference(deliveries: int) -> None:
+    shedding = Shedding()
+    for _ in range(deliveries):
+        shedding.on_delivery(redelivered=True, backlog=700)
+    shedding.time += 0.5
+    assert shedding.factor == pytest.approx(2**0.1)
+
+
 def test_a_burst_of_new_requests_stretches_nothing() -> None:
-    shedding = LoadShedding()
-    for backlog in range(10_000, 0, -1):
-        shedding.on_delivery(redelivered=False, backlog=backlog)
+    shedding = Shedding()
+    shedding.deliver(100, backlog=10_000, redelivered=False)
     assert shedding.factor == 1
 
 
-def test_without_a_backlog_the_schedule_comes_back() -> None:
-    shedding = LoadShedding()
-    for backlog in (1, 0):
-        for _ in range(500):
-            shedding.on_delivery(redelivered=True, backlog=backlog)
-    assert abs(shedding.factor - 1) < 1e-9
+@pytest.mark.parametrize("redelivered", [True, False])
+def test_without_a_backlog_the_schedule_comes_back_twice_as_fast(*, redelivered: bool) -> None:
+    shedding = Shedding()
+    shedding.deliver(60, backlog=1)
+    shedding.deliver(2.5, backlog=0, redelivered=redelivered)
+    assert shedding.factor == pytest.approx(8)
+    shedding.deliver(30, backlog=0, redelivered=redelivered)
+    assert shedding.factor == 1
+
+
+def test_an_idle_worker_forgets_the_load_of_before() -> None:
+    shedding = Shedding()
+    shedding.deliver(60, backlog=1)
+    shedding.time += 15
+    assert shedding.factor == 1
 
 
 def test_it_is_noticeable_once_delays_differ_from_the_schedule_by_more_than_its_jitter() -> None:
-    shedding = LoadShedding()
-    shedding.on_delivery(redelivered=True, backlog=1)
+    shedding = Shedding()
+    shedding.deliver(0.5, backlog=1)
     assert not shedding.is_noticeable
-    for _ in range(10):
-        shedding.on_delivery(redelivered=True, backlog=1)
+    shedding.deliver(0.5, backlog=1)
     assert shedding.is_noticeable
