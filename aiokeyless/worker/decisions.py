@@ -180,6 +180,11 @@ def after_failed_creation(
     return _failed(delivery, now, reason, str(error))
 
 
+def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
+    """Decide about a request whose final poll got no answer in time, and can get none while the service is down."""
+    return _decided(delivery, now, Outcome.EXPIRED, answered=False)
+
+
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:
     """Decide about a request that the worker could not handle: it must not be delivered again forever."""
     detail = f"the worker failed ({type(error).__name__}); see its log"

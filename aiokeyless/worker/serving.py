@@ -20,7 +20,7 @@ from aiokeyless._rules.rate import PollRate
 from aiokeyless.errors import AuthenticationError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
-from .decisions import Redeliver, after_bug, invalid, observation
+from .decisions import Redeliver, after_bug, after_outage, invalid, observation
 from .engine import EXPIRES, EngineError, Sealed
 from .exchanges import Exchanges, check_key
 from .load_shedding import LoadShedding
@@ -147,6 +147,7 @@ class Serving:
         self._is_open = False
         self._stopping = False
         self._refusals = 0  # of pulls, in a row
+        self._expiries_from = -math.inf  # while the circuit is open: the next pull for requests whose time is over
         self._pulls_from = -math.inf  # after a refusal, no pull before this time
         self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates"), 0)
 
@@ -205,6 +206,9 @@ class Serving:
         room = self._room(now)
         polls = self._rate.room(now)
         room = (room if polls is None else min(room, polls)) - expected
+        if room <= 0 and self._circuit.is_probed and now >= self._expiries_from:
+            # The service is down. Applications are told so in time: what is past its grace needs no exchange.
+            room, self._expiries_from = self._limits.max_in_flight - len(self._deliveries) - expected, now + EXPIRES
         if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
             with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
                 await self._engine.ask(room)
@@ -218,6 +222,8 @@ class Serving:
 
     async def _wait_for_change(self, now: float) -> None:
         closed_for = max(self._circuit.retry_at(), self._pulls_from, self._rate.ready_at(now)) - now
+        if self._circuit.is_probed:
+            closed_for = min(closed_for, EXPIRES)
         with suppress(TimeoutError):
             async with asyncio.timeout(closed_for if closed_for > 0 else EXPIRES):
                 await self._changed.wait()
@@ -294,7 +300,7 @@ class Serving:
                 # Not at once: it would be delivered to this worker's own pulls, which are still there.
                 decision: Decision = Redeliver(EXPIRES)
             elif self._room(now := self._loop.time()) < 0:  # it was asked for before the circuit opened
-                decision = Redeliver(max(0.0, self._circuit.retry_at() - now) + error_delay(1))
+                decision = self._decide_without_exchange(message, now)
             else:
                 decision = await self._decide(message)
             await self._settle(message, decision)
@@ -308,6 +314,15 @@ class Serving:
                 self._on_fatal(error)
             with suppress(EngineError):  # otherwise it is delivered again by itself, a little later
                 await message.put_off(error_delay(1))
+
+    def _decide_without_exchange(self, message: Message, now: float) -> Decision:
+        """Put a delivery off; while the service is down, end a request whose final poll can be repeated no more."""
+        moment = self._engine.now()
+        with suppress(InvalidRequestError):
+            delivery = self._read(message)
+            if self._circuit.is_probed and (moment - delivery.ticket.expires_at).total_seconds() > self._limits.grace:
+                return after_outage(delivery, now=moment)
+        return Redeliver(max(0.0, self._circuit.retry_at() - now) + error_delay(1))
 
     async def _decide(self, message: Message) -> Decision:
         self._load_shedding.on_delivery(redelivered=message.number > 1, backlog=message.backlog)

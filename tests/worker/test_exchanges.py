@@ -235,3 +235,49 @@ async def test_a_duplicate_window_that_leaves_no_time_to_wait_is_one_line(
     monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 30.0)
     with pytest.raises(BrokerError, match=r"^the duplicate window of 30 s leaves no time .* grace of 30 s"):
         await ApprovalWorker(client, MemoryBroker(), grace=30).run()
+
+
+async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_grace(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with working(client, grace=5) as (_, broker):
+        for number in range(100):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
+        await created(sandbox, 100)
+        began = loop.time()
+        sandbox.latency = 0.2
+        sandbox.fail_next(status=503, times=None)
+        events = await events_of(broker, 100)
+    assert {(event.outcome, event.answered) for event in events} == {(Outcome.EXPIRED, False)}
+    assert loop.time() - began < 30 + 5 + 20
+
+
+async def test_what_waits_in_an_outage_is_found_approved_after_it(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client) as (_, broker):
+        for number in range(100):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=300)
+        await created(sandbox, 100)
+        sandbox.fail_next(status=503, times=None)
+        await asyncio.sleep(60)
+        sandbox.recover()
+        for number in range(100):
+            sandbox.approve(f"txn-{number}")
+        assert {event.outcome for event in await events_of(broker, 100)} == {Outcome.APPROVED}
+
+
+async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with working(client) as (worker, broker):
+        sandbox.fail_next(status=503, times=None)
+        for number in range(100):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
+        while worker.statistics.circuit != "open":  # noqa: ASYNC110  # there is no event for it
+            await asyncio.sleep(0.1)
+        for number in range(5):
+            await broker.submit(b"no request", str(number))
+        await asyncio.sleep(5)
+        sandbox.recover()
+        events = await events_of(broker, 5)
+    assert {event.reason for event in events} == {FailureReason.INVALID_REQUEST}
