@@ -313,8 +313,11 @@ _REQUEST_ID_HEADERS: Final = ("X-Request-Id", "X-Correlation-Id", "X-Amzn-Reques
 
 def request_id(answer: Answer, redaction: Redaction) -> str | None:
     """Return the service's id of the exchange, or None if the answer has none."""
-    values = (answer.headers.get(name) for name in _REQUEST_ID_HEADERS)
-    return next((redaction.printable(value) for value in values if value), None)
+    for name in _REQUEST_ID_HEADERS:
+        value = answer.headers.get(name)
+        if value:
+            return redaction.printable(value)
+    return None
 
 
 _SECONDS: Final = re.compile(r"\d{1,15}(\.\d{1,9})?", re.ASCII)

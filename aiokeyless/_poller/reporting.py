@@ -99,7 +99,7 @@ class Reporter:
         assert self._listeners is not None  # noqa: S101
         self._listeners.tell(
             PollEnded(
-                waits=tuple(wait.number for wait in poll.waits),
+                waits=tuple([wait.number for wait in poll.waits]),
                 operation_id=poll.polled.operation_id,
                 result=_result(answer),
                 error=type(answer).__name__ if isinstance(answer, KeylessError) else None,
