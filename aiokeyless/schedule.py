@@ -13,7 +13,7 @@ The method has three parts:
   not come yet. Both are counted as such, as censored observations: `_Histogram`, `_estimate`. An
   operation that was observed from some time on says nothing about earlier times (left truncation).
 * **Forget.** The weight of an observation halves with every 500 later ones, so that the estimate follows changes in
-  how people behave. Waits without an approval weigh at most half of all.
+  how people behave. Never are more than half of them believed not to approve at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import math
 import random
 import sys
 from bisect import bisect_left, bisect_right
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import add
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Self
 
 import msgspec
@@ -56,9 +57,10 @@ _PRIOR_WAITS: Final = 3.0
 
 #: The factor by which one more observation reduces the weight of all earlier ones: a half-life of 500.
 _KEPT: Final = 0.5 ** (1 / 500)
-#: Waits without an approval weigh at most so many times what approvals and prior do. More of them (a load test, an
-#: outage of the push service) say nothing of when people approve, and would take hundreds of approvals to forget.
-_MOST_PENDING: Final = 1.0
+#: The share of users that is believed to never approve, at most. Waits that nobody answered (a load test, an outage of
+#: the push service) say nothing of when people approve: beyond this share they are left out, or it would take hundreds
+#: of approvals to forget them.
+_MOST_NEVER: Final = 0.5
 #: The largest weight that an observation has before all weights are reduced.
 _LARGEST_GAIN: Final = 2.0**20
 
@@ -168,8 +170,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
     def _interval(self, start: float) -> float:
         """Return the delay without its jitter."""
         if self._curve is None:
-            self._observed.rescale()
-            self._curve = _estimate(self._observed.approved, self._observed.pending)
+            self._curve = self._observed.curve()
         step = self._curve.step(start, self._poll_cost)
         # Not min(): an overflow gives NaN, which must count as a long delay.
         return max(step, self._min_interval) if step < self._max_interval else self._max_interval
@@ -236,7 +237,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
 
     def to_json(self) -> str:
         """Return the learned state as one line of JSON, for `from_json`; it does not contain the options."""
-        self._observed.rescale()
+        self._observed.curve()  # leaves out what is not believed
         state = _State(version=_STATE_VERSION, approved=self._observed.approved, pending=self._observed.pending)
         return msgspec.json.encode(state).decode()
 
@@ -437,6 +438,27 @@ class _Histogram:
             self.rescale()
         self.gain *= _KEPT**-observations
 
+    def curve(self) -> _Curve:
+        """Return the survival curve, and leave out for good what nobody answered beyond the share that is believed."""
+        self.rescale()
+        curve = _estimate(self.approved, self.pending)
+        never = self._never(curve)
+        if never > _MOST_NEVER:
+            # Exact where the waits lasted longer than half of the approvals took: the odds are then those of the sums.
+            kept = _MOST_NEVER / (1.0 - _MOST_NEVER) * (1.0 - never) / never
+            self.pending = [change * kept for change in self.pending]
+            curve = _estimate(self.approved, self.pending)
+        return curve
+
+    def _never(self, curve: _Curve) -> float:
+        """Return the share of users who never approve, by how many have when half of the approvals have come.
+
+        Not by how many have at the end: short waits that nobody answers tell nothing of the end.
+        """
+        expected: list[float] = [*accumulate(map(add, _PRIOR, self.approved))]
+        half = bisect_left(expected, expected[-1] / 2)
+        return 1.0 - (1.0 - 1.0 / curve.inverse[half + 1]) * expected[-1] / expected[half]
+
     def add_approval(self, since: float, after: float, until: float) -> None:
         """Count an approval in ``(after, until]``, of an operation that was observed from ``since`` on.
 
@@ -468,9 +490,6 @@ class _Histogram:
         if since:
             self._add_change(_bin(since), _passed(since), -self.gain)
         self._add_change(_bin(after), _passed(after), self.gain)
-        most = _MOST_PENDING * (sum(self.approved) + _PRIOR_APPROVALS * self.gain)
-        if (total := sum(self.pending)) > most:
-            self.pending = [change * most / total for change in self.pending]
 
     def _add_change(self, k: int, passed: float, weight: float) -> None:
         """Change what is observed from a moment in a bin on, in proportion at the two edges of the bin."""
@@ -504,7 +523,6 @@ def _prior() -> tuple[float, ...]:
 
 
 _PRIOR: Final = _prior()
-_PRIOR_APPROVALS: Final = sum(_PRIOR)
 
 
 def _decode_state(text: str | bytes) -> _State:

@@ -50,6 +50,8 @@ class ApprovalTimes:
         return source.lognormvariate(math.log(median), sigma)
 
 
+#: A button that is tapped at once.
+QUICK: Final = ApprovalTimes(((1.0, 1.5, 0.6),))
 TYPICAL: Final = ApprovalTimes(((1.0, 8.0, 0.8),))
 SLOW: Final = ApprovalTimes(((1.0, 25.0, 1.2),))
 TWO_GROUPS: Final = ApprovalTimes(((0.6, 4.0, 0.5), (0.4, 40.0, 0.6)))

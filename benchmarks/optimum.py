@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .approval_times import ApprovalTimes
 
 #: The times at which a poll may be sent, closer together at the start; more of them lower the least cost by less than
-#: 0.02%.
+#: 0.02% at a poll cost of 0.3, and by 0.1% at 0.02.
 _POINTS: Final = 500
 _GRID: Final = tuple(TIMEOUT * (k / _POINTS) ** 2 for k in range(_POINTS + 1))
 

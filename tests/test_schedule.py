@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from aiokeyless import schedule as schedule_room
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay, record_observation, wait_adaptive
-from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
+from benchmarks.approval_times import QUICK, SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.optimum import least_cost
 from benchmarks.polling import TIMEOUT, cost, lateness_quantile, poll_times, simulate_waits
 
@@ -366,12 +366,15 @@ def test_an_observation_of_no_time_says_nothing() -> None:
     assert schedule.to_json() == before
 
 
+@pytest.mark.parametrize("timeout", [10.0, 30.0, 120.0])
 @pytest.mark.parametrize("learned", [30, 300, 1000])
-def test_after_an_outage_of_the_push_service_fifty_approvals_bring_promptness_back(learned: int) -> None:
+def test_after_an_outage_of_the_push_service_fifty_approvals_bring_promptness_back(
+    learned: int, timeout: float
+) -> None:
     schedule = learn(TYPICAL, 0.02, learned, seed=1)
     before = learned_lateness(schedule, TYPICAL)
     for _ in range(1500):
-        schedule.observe(120.0, None)
+        schedule.observe(timeout, None)
     assert learned_lateness(schedule, TYPICAL) <= before * 2.0
     source = seeded_random(2)
     for _ in range(50):
@@ -720,10 +723,6 @@ def mean_learned_ratio(approvals: ApprovalTimes, poll_cost: float, waits: int, s
     return statistics.mean(
         learned_ratio(learn(approvals, poll_cost, waits, seed), approvals, poll_cost) for seed in range(seeds)
     )
-
-
-#: People who approve in 1 or 2 s: a button that is tapped at once.
-QUICK = ApprovalTimes(((1.0, 1.5, 0.6),))
 
 
 @pytest.mark.parametrize(

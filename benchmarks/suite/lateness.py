@@ -2,6 +2,8 @@
 
 Computed, not timed: the cost of a sequence of polls is the exact average over the distribution of approval times. Only
 the jitter and the approvals from which our schedule learns are random, with the same seeds for each variant.
+
+The front is what a schedule can reach: the lateness for each number of requests, as the cost of a request varies.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from tenacity import wait_fixed
 
 from aiokeyless import wait_adaptive
 from benchmarks import pictures
-from benchmarks.approval_times import SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
+from benchmarks.approval_times import QUICK, SLOW, TWO_GROUPS, TYPICAL, ApprovalTimes, seeded_random
 from benchmarks.baselines import OURS
 from benchmarks.labels import label
 from benchmarks.optimum import best_poll_times, least_cost
@@ -35,12 +37,21 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Json
 
-_POLL_COST: Final = 0.3
-_FRONT: Final = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 20.0)  # poll costs of the line
-_DISTRIBUTIONS: Final = (TYPICAL, SLOW, TWO_GROUPS)
+_POLL_COST: Final = 0.02  # ours by default
+_FRONT: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)  # poll costs
+_FIXED: Final = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 7.0)  # intervals in seconds
+_FRONT_AFTER: Final = 100  # waits from which ours has learned
+_SECOND: Final = "every 1 s"
+_SLOWER: Final = (TYPICAL, SLOW, TWO_GROUPS)  # the prior expects nobody in less than a second
+_DISTRIBUTIONS: Final = (QUICK, *_SLOWER)
 
-_CAP: Final = 60.0  # max_interval of ours: a lower cap costs requests in waits without approval; the optimum has none
 _TRAINING: Final = {0: "untrained", 30: "after 30 waits", 100: "after 100", 1000: "after 1 000"}
+#: Approval times, waits learned from; at most: lateness, its 95th percentile, requests.
+_PROMPT: Final = (
+    (QUICK, 100, 0.5, 1.0, 12.0),
+    (TYPICAL, 0, 0.62, 1.4, 22.5),
+    (TYPICAL, 100, 0.5, 1.15, 21.0),
+)
 _MOST_OVER: Final = {0: 1.20, 30: 1.07, 100: 1.06}
 
 _SHIFTS: Final = ((TYPICAL, SLOW), (SLOW, TYPICAL), (TYPICAL, TWO_GROUPS))
@@ -50,9 +61,9 @@ _WINDOWS: Final = 8
 _BACK_AFTER: Final = 500
 _BACK_UNDER: Final = 1.15
 
-OURS_BY_DEFAULT: Final = f"{OURS}, max_interval=20, after 1 000"
 BEST_FIXED: Final = "the best fixed interval, found in hindsight"
 OPTIMUM: Final = "the optimum"
+FIXED: Final = "fixed intervals"
 
 
 class Figures(NamedTuple):
@@ -68,9 +79,8 @@ class Figures(NamedTuple):
 class Distribution(msgspec.Struct):
     """All figures for one distribution: for each schedule one per seed, or a single one if nothing is random."""
 
-    approved: float  # share of the waits
     schedules: dict[str, list[Figures]]
-    front: list[tuple[float, float]]  # polls and lateness of the optimum at other poll costs
+    fronts: dict[str, list[tuple[float, float]]]  # polls and lateness: ours and the optimum at other poll costs, fixed
 
 
 class Results(msgspec.Struct):
@@ -87,9 +97,11 @@ def run(bench: Bench) -> Report:
     report = Report(f"lateness: time until an approval is noticed, and requests (a wait of {TIMEOUT:g} s)")
     report.tables = [
         *(_table(name, distribution) for name, distribution in results.distributions.items()),
+        *(_front_table(name, distribution.fronts) for name, distribution in results.distributions.items()),
         _shift_table(results.shifts),
     ]
-    for name, distribution in results.distributions.items():
+    for name in map(str, _SLOWER):
+        distribution = results.distributions[name]
         report.goals += [
             Goal(
                 f"{name}: cost over the optimum, {_TRAINING[waits]}",
@@ -99,6 +111,7 @@ def run(bench: Bench) -> Report:
             )
             for waits, most in _MOST_OVER.items()
         ]
+    report.goals += _promptness(results)
     window = _BACK_AFTER // _WINDOW - 1
     report.goals += [
         Goal(
@@ -117,10 +130,24 @@ def run(bench: Bench) -> Report:
     return report
 
 
+def _promptness(results: Results) -> list[Goal]:
+    """Return the goals of the default: as prompt as a loop of one poll a second, for 40% fewer requests."""
+    goals = []
+    for approvals, waits, *most in _PROMPT:
+        of = results.distributions[str(approvals)].schedules[_ours(waits)]
+        figures = Figures(*(Spread.of([*values]).median for values in zip(*of, strict=True)))
+        for what, limit, figure in zip(
+            ("lateness", "p95", "requests"), most, (figures.lateness, figures.p95, figures.polls), strict=True
+        ):
+            unit = "" if what == "requests" else " s"
+            goals.append(Goal(f"{approvals}: {what}, {_TRAINING[waits]}", limit, figure, unit))
+    return goals
+
+
 def measure(bench: Bench) -> Results:
     """Compute all figures."""
-    seeds = range(bench.pick(full=100, quick=8, smoke=1))
-    draws = bench.pick(full=20, quick=8, smoke=1)
+    seeds = range(bench.pick(full=32, quick=8, smoke=1))
+    draws = bench.pick(full=8, quick=4, smoke=1)
     distributions = {}
     for approvals in _DISTRIBUTIONS:
         bench.progress(f"  {approvals}: {len(seeds)} seeds")
@@ -143,9 +170,25 @@ def _distribution(approvals: ApprovalTimes, seeds: range, draws: int) -> Distrib
     schedules |= {name: [of[name] for of in trained] for name in trained[0]}
     schedules[BEST_FIXED] = [_best_fixed(approvals)]
     schedules[OPTIMUM] = [_figures([best_poll_times(approvals, _POLL_COST)], approvals)]
-    front = [cost(best_poll_times(approvals, poll_cost), approvals) for poll_cost in _FRONT]
-    approved = approvals.approved_by(TIMEOUT)
-    return Distribution(approved, schedules, [(at.polls, at.lateness / approved) for at in front])
+    return Distribution(schedules, _fronts(approvals, seeds, draws))
+
+
+def _fronts(approvals: ApprovalTimes, seeds: range, draws: int) -> dict[str, list[tuple[float, float]]]:
+    """Return the requests and the lateness that each kind of schedule can be set to."""
+    ours = [
+        _point([_sampled(_trained(approvals, seed, poll_cost), approvals, seed, draws) for seed in seeds])
+        for poll_cost in _FRONT
+    ]
+    fixed = [_point([_figures([[*poll_times(wait_fixed(seconds))]], approvals)]) for seconds in _FIXED]
+    best = [_point([_figures([best_poll_times(approvals, poll_cost)], approvals)]) for poll_cost in _FRONT]
+    return {OURS: ours, FIXED: fixed, OPTIMUM: best}
+
+
+def _trained(approvals: ApprovalTimes, seed: int, poll_cost: float) -> wait_adaptive:
+    schedule = wait_adaptive(poll_cost=poll_cost)
+    with _seeded_jitter(seed):
+        simulate_waits(schedule, approvals, _FRONT_AFTER, seeded_random(seed))
+    return schedule
 
 
 def _ours(waits: int) -> str:
@@ -154,8 +197,7 @@ def _ours(waits: int) -> str:
 
 def _train(approvals: ApprovalTimes, seed: int, draws: int) -> dict[str, Figures]:
     """Let our schedule learn from waits; return its figures untrained and after each number of waits."""
-    schedule = wait_adaptive(poll_cost=_POLL_COST, max_interval=_CAP)
-    by_default = wait_adaptive(poll_cost=_POLL_COST)
+    schedule = wait_adaptive()
     figures = {}
     source, learned = seeded_random(seed), 0
     with _seeded_jitter(seed):
@@ -163,14 +205,12 @@ def _train(approvals: ApprovalTimes, seed: int, draws: int) -> dict[str, Figures
             simulate_waits(schedule, approvals, waits - learned, source)
             learned = waits
             figures[_ours(waits)] = _sampled(schedule, approvals, seed, draws)
-        simulate_waits(by_default, approvals, learned, seeded_random(seed))
-    figures[OURS_BY_DEFAULT] = _sampled(by_default, approvals, seed, draws)
     return figures
 
 
 def _shifted(before: ApprovalTimes, after: ApprovalTimes, seed: int) -> list[float]:
     """Return the cost of ours over the optimum of the new distribution, window by window, while it learns."""
-    schedule = wait_adaptive(poll_cost=_POLL_COST, max_interval=_CAP)
+    schedule = wait_adaptive()
     source = seeded_random(seed)
     windows = []
     with _seeded_jitter(seed):
@@ -242,6 +282,19 @@ def _text(values: list[float], digits: int) -> str:
     return f"{values[0]:.{digits}f}" if len(values) == 1 else Spread.of(values).text(digits)
 
 
+def _front_table(name: str, fronts: Mapping[str, list[tuple[float, float]]]) -> Table:
+    table = Table(
+        f"approval times: {name}; the front: {OURS} after {_FRONT_AFTER} waits",
+        [
+            "poll_cost, s",
+            *(f"{side}: {figure}" for side in (OURS, OPTIMUM) for figure in ("requests", "lateness, s")),
+        ],
+    )
+    for poll_cost, ours, best in zip(_FRONT, fronts[OURS], fronts[OPTIMUM], strict=True):
+        table.rows.append([f"{poll_cost:g}", *(f"{figure:.2f}" for figure in (*ours, *best))])
+    return table
+
+
 def _shift_table(shifts: Mapping[str, list[list[float]]]) -> Table:
     table = Table(
         f"the distribution changes after {_BEFORE_SHIFT} waits: cost over the new optimum, while {OURS} learns",
@@ -253,49 +306,50 @@ def _shift_table(shifts: Mapping[str, list[list[float]]]) -> Table:
     return table
 
 
-_TIMES_OPTIMUM: Final = (1.5, 2.5, 5.0)
-_REQUESTS: Final = (1.3, 80.0)
-_LATENESS: Final = (0.38, 30.0)
+_REQUESTS: Final = (1.3, 130.0)
+_LATENESS: Final = (0.15, 30.0)
 
 
 def draw(raw: dict[str, Json]) -> Figure:
     """Draw lateness against requests, one diagram per distribution."""
     results = msgspec.convert(raw, Results)
-    figure, axes = pictures.panels(len(results.distributions), width=3.6, height=4.8)
-    multiples = ", ".join(f"{times:g}" for times in _TIMES_OPTIMUM)
-    figure.supxlabel(
-        f"requests per wait, on average (1 in 5 is never approved); grey: equal cost, {multiples} times the optimum's",
-        fontsize=10,
-    )
+    drawn = {name: results.distributions[name] for name in map(str, _SLOWER)}
+    figure, axes = pictures.panels(len(drawn), width=3.6, height=4.8)
+    figure.supxlabel("requests per wait, on average (1 in 5 is never approved)", fontsize=10)
     axes[0].set_ylabel("seconds until an approval is noticed, on average")
-    for name, diagram in zip(results.distributions, axes, strict=True):
+    for name, diagram in zip(drawn, axes, strict=True):
         diagram.set_title(name, fontsize=10)
         _scales(diagram)
     # Labels come last: their positions depend on the layout.
-    for distribution, diagram in zip(results.distributions.values(), axes, strict=True):
-        _diagram(diagram, distribution, results.poll_cost)
+    for distribution, diagram in zip(drawn.values(), axes, strict=True):
+        _diagram(diagram, distribution)
     return figure
 
 
 def _scales(axes: Axes) -> None:
     axes.set(xscale="log", yscale="log", xlim=_REQUESTS, ylim=_LATENESS)
-    for axis, ticks in ((axes.xaxis, (2, 5, 10, 20, 50)), (axes.yaxis, (0.5, 1, 2, 5, 10, 20))):
+    for axis, ticks in ((axes.xaxis, (2, 5, 10, 20, 50, 100)), (axes.yaxis, (0.2, 0.5, 1, 2, 5, 10, 20))):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     axes.grid(visible=False)
 
 
-def _diagram(axes: Axes, distribution: Distribution, poll_cost: float) -> None:
-    _equal_costs(axes, distribution, poll_cost)
-    axes.plot(*zip(*distribution.front, strict=True), color="black", linewidth=1)
+def _diagram(axes: Axes, distribution: Distribution) -> None:
+    ours, fixed, best = (distribution.fronts[name] for name in (OURS, FIXED, OPTIMUM))
+    axes.plot(*zip(*fixed, strict=True), color=pictures.OTHERS[0], linewidth=1)
+    axes.plot(*zip(*best, strict=True), color="black", linewidth=1)
+    axes.plot(*zip(*ours, strict=True), color=pictures.OURS, linewidth=2.5, alpha=0.7, zorder=3)
     dots = {baseline.label: _point(distribution.schedules[name]) for name, baseline in BASELINES.items()}
     axes.plot(*zip(*dots.values(), strict=True), "o", markersize=4, color=pictures.OTHERS[2])
-    path = [_point(distribution.schedules[_ours(waits)]) for waits in _TRAINING]
-    axes.plot(*zip(*path, strict=True), "o-", markersize=4, color=pictures.OURS, linewidth=1.5, zorder=3)
-    label(axes, dots, [*path, *distribution.front], "#333333")
-    _callout(axes, f"{OURS},\nuntrained to\n1 000 waits", path[-1], (-10, -46), pictures.OURS)
-    _callout(axes, OPTIMUM, distribution.front[2], (-14, -14), "black")
+    second, default = _point(distribution.schedules[_SECOND]), _point(distribution.schedules[_ours(_FRONT_AFTER)])
+    axes.plot(*second, "o", markersize=8, color=pictures.OTHERS[1], zorder=4)
+    axes.plot(*default, "*", markersize=14, color=pictures.OURS, zorder=4)
+    del dots[BASELINES[_SECOND].label]  # it has a callout
+    label(axes, dots, [*ours, *best, *fixed, default], "#333333")
+    _callout(axes, f"{OURS}, 0.005 to 1 s\na request;\nstar: the default", default, (-12, -38), pictures.OURS)
+    _callout(axes, OPTIMUM, best[-3], (-16, -16), "black")
+    _callout(axes, "a loop of one\npoll a second", second, (24, 44), pictures.OTHERS[1])
 
 
 def _callout(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], color: str) -> None:
@@ -310,16 +364,6 @@ def _callout(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float
         color=color,
         arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8},
     )
-
-
-def _equal_costs(axes: Axes, distribution: Distribution, poll_cost: float) -> None:
-    least = distribution.schedules[OPTIMUM][0].cost
-    low, high = _LATENESS
-    lateness = [low * (high / low) ** (k / 200) for k in range(201)]
-    for times in _TIMES_OPTIMUM:
-        line = [((times * least - distribution.approved * y) / poll_cost, y) for y in lateness]
-        axes.plot(*zip(*[at for at in line if at[0] > 0], strict=True), color="#c8c8c8", linewidth=0.7, zorder=0)
-        axes.annotate(f"{times:g}x", line[0], (1, 2), textcoords="offset points", fontsize=7.5, color="#888888")
 
 
 def _point(of: list[Figures]) -> tuple[float, float]:

@@ -44,6 +44,8 @@ _START_WITHIN: Final = 600.0
 _FEW: Final = 1_000  # up to here allocations are counted: for more it takes long
 
 URLS: Final = "URL objects alone"
+HOLDS: Final = f"{OURS}, hold_for_approval"
+MANY: Final = f"{OURS}, wait_for_approvals"
 TENACITY: Final = "tenacity per wait"
 
 
@@ -96,7 +98,7 @@ def _method(size: int) -> Method:
 def _measured(bench: Bench, server: Server, size: int) -> dict[str, Growth]:
     """Measure each side once: many waits are an average already, and the count of allocations is exact."""
     growths = {}
-    for name in bench.pick(full=[*_SIDES], quick=[*_SIDES], smoke=[OURS, URLS, TENACITY]):
+    for name in bench.pick(full=[*_SIDES], quick=[*_SIDES], smoke=[OURS, HOLDS, MANY, URLS, TENACITY]):
         bench.progress(f"  {size} waits: {name}")
         growths[name] = bench.in_fresh_process(measure, server, name, size, _method(size))
     return growths
@@ -121,7 +123,8 @@ def _wake_ups(bench: Bench, server: Server) -> dict[str, list[float]]:
     wake_ups: dict[str, list[float]] = {
         name: [] for name in bench.pick(full=[*_SIDES], quick=[OURS, LOOP], smoke=[OURS])
     }
-    wake_ups.pop(URLS, None)  # it never wakes up
+    for name in (URLS, HOLDS, MANY):  # the first never wakes up, the others wake up as ours
+        wake_ups.pop(name, None)
     for k in range(rounds):
         bench.progress(f"  wake-ups, round {k + 1} of {rounds}")
         for name in order([*wake_ups], k):
@@ -266,6 +269,39 @@ async def _ours(server: Server, gauge: _Gauge) -> None:
         )
 
 
+async def _holds(server: Server, gauge: _Gauge) -> None:
+    """Hold: a task each, as the requests of long polls have."""
+    async with KeylessClient(API_KEY, base_url=server.base_url, schedule=wait_fixed(gauge.pause)) as client:
+        await gauge.measure(
+            lambda operation_id: asyncio.create_task(client.hold_for_approval(operation_id, seconds=_TIMEOUT)),
+            lambda: client.statistics.polls - client.statistics.in_flight,
+        )
+
+
+async def _many(server: Server, gauge: _Gauge) -> None:
+    """Wait for all that are started at once in one task, and not in a task each."""
+    loop = asyncio.get_running_loop()
+    started: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def outcomes(operation_ids: list[str]) -> None:
+        async for _ in client.wait_for_approvals(operation_ids, timeout=_TIMEOUT):
+            pass
+
+    def wait_for_all() -> None:
+        tasks.append(asyncio.create_task(outcomes([*started])))
+        started.clear()
+
+    def start(operation_id: str) -> None:
+        if not started:
+            loop.call_soon(wait_for_all)
+        started.append(operation_id)
+
+    async with KeylessClient(API_KEY, base_url=server.base_url, schedule=wait_fixed(gauge.pause)) as client:
+        await gauge.measure(start, lambda: client.statistics.polls - client.statistics.in_flight)
+        await cancel(tasks)
+
+
 async def _urls(server: Server, gauge: _Gauge) -> None:
     """Keep only URLs as our waits do, each used for one request."""
     count = itertools.count(1)
@@ -349,6 +385,8 @@ def _coroutine(
 
 _SIDES: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]] = {
     OURS: _ours,
+    HOLDS: _holds,
+    MANY: _many,
     URLS: _urls,
     LOOP: _coroutine(_Coroutines.loop),
     "asyncio.timeout": _coroutine(_Coroutines.asyncio_timeout),
@@ -361,8 +399,9 @@ def draw(raw: dict[str, Any]) -> Figure:
     """Draw the memory per wait, at the largest size."""
     size = max((key for key in raw if key.isdigit()), key=int)
     memory = {name: growth["memory"] for name, growth in raw[size]["sides"].items() if name != URLS}
-    figure, (ax,) = pictures.panels(1, width=7.0, height=2.6)
-    bars = ax.barh([*memory], [*memory.values()], color=[pictures.OURS, *pictures.OTHERS[:1] * (len(memory) - 1)])
+    figure, (ax,) = pictures.panels(1, width=7.0, height=3.2)
+    colors = [pictures.OURS if name in {OURS, HOLDS, MANY} else pictures.OTHERS[0] for name in memory]
+    bars = ax.barh([*memory], [*memory.values()], color=colors)
     ax.barh([OURS], [raw[size]["sides"][URLS]["memory"]], color="#78b39e", label="of which its URL")
     ax.bar_label(bars, [f"{each:.0f}" for each in memory.values()], padding=4)
     ax.invert_yaxis()

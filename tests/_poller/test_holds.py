@@ -24,6 +24,8 @@ from aiokeyless import (
     wait_adaptive,
 )
 from aiokeyless._poller import pauses
+from aiokeyless.schedule import next_delay
+from benchmarks.approval_times import TYPICAL, seeded_random
 
 if TYPE_CHECKING:
     from tenacity.wait import wait_base
@@ -539,7 +541,36 @@ class Observed(wait_adaptive):
         self.told.append((since, after, until))
 
 
+async def learned(client: KeylessClient, sandbox: Sandbox, schedule: wait_adaptive, seconds: float) -> None:
+    """Wait for forty operations in pieces of this length, and let the schedule learn from them."""
+    source = seeded_random(1)
+    approved_after = [TYPICAL.draw(source) for _ in range(40)]
+
+    async def wait(number: int) -> None:
+        await asyncio.sleep(2 * number)
+        ticket = await client.create_operation(USER, operation_id=f"{seconds}-{number}")
+        if approved_after[number] < 60:
+            asyncio.get_running_loop().call_later(approved_after[number], sandbox.approve, ticket.operation_id)
+        await hold_on(client, ticket, pieces=round(60 / seconds), seconds=seconds, gap=0.1, schedule=schedule)
+
+    await asyncio.gather(*(wait(number) for number in range(40)))
+
+
 class TestLearning:
+    @pytest.mark.slow
+    async def test_long_polls_of_any_length_give_the_schedule_that_one_long_wait_gives(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        whole = wait_adaptive(jitter=0)
+        await learned(client, sandbox, whole, 60.0)
+        for seconds in (5.0, 10.0, 30.0):
+            pieces = wait_adaptive(jitter=0)
+            await learned(client, sandbox, pieces, seconds)
+            for since_start in (0.0, 2.0, 4.0, 8.0, 16.0, 32.0):
+                expected = next_delay(whole, attempt_number=1, since_start=since_start)
+                delay = next_delay(pieces, attempt_number=1, since_start=since_start)
+                assert delay == pytest.approx(expected, rel=0.15)
+
     async def test_each_hold_is_observed_from_where_the_one_before_it_stopped(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
