@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aiokeyless.worker.engine import Engine, Message, Sealed, Terms
@@ -11,6 +10,7 @@ from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.messages import MESSAGE_ID
 
 from .claims import NatsClaims
+from .clock import BrokerClock
 from .connection import connect, disconnect
 from .failures import engine_errors
 from .intake import Intake
@@ -18,6 +18,7 @@ from .streams import prepare, restore_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import datetime
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
@@ -59,6 +60,8 @@ class NatsEngine(Engine):
         self._options = options
         self._timeout = timeout
         self._ack_wait = 0.0
+        self._clock = BrokerClock()
+        self._keeping_time: asyncio.Task[None] | None = None
         self._connection: Client
         self._stream: JetStreamContext
         self._intake: Intake
@@ -81,7 +84,12 @@ class NatsEngine(Engine):
         longest_wait = await prepare(
             self._stream, self._fleet, self._settings, ack_wait=ack_wait, service=self._service
         )
+        await self._clock.measure(self._connection, self._time_subject, self._timeout)
         return Terms(longest_wait, self._connection.max_payload)
+
+    @property
+    def _time_subject(self) -> str:
+        return f"{self._fleet.api_prefix}.STREAM.INFO.{self._fleet.requests}"
 
     async def open(self, *, deliver: Callable[[Message], None], ended: Callable[[str | None], None]) -> None:
         """See `Engine`."""
@@ -93,6 +101,8 @@ class NatsEngine(Engine):
             now=asyncio.get_running_loop().time,
         )
         await self._intake.open()
+        keeping = self._clock.keep(self._connection, self._time_subject, self._timeout)
+        self._keeping_time = asyncio.create_task(keeping)
 
     @property
     def is_connected(self) -> bool:
@@ -101,7 +111,7 @@ class NatsEngine(Engine):
 
     def now(self) -> datetime:
         """See `Engine`."""
-        return datetime.now(UTC)
+        return self._clock.now()
 
     def expected(self) -> int:
         """See `Engine`."""
@@ -126,6 +136,8 @@ class NatsEngine(Engine):
 
     async def disconnect(self) -> None:
         """See `Engine`."""
+        if self._keeping_time is not None:
+            self._keeping_time.cancel()
         await disconnect(self._connection)
 
 

@@ -1,0 +1,78 @@
+"""The broker's clock: a machine whose clock is wrong keeps the deadlines of the others."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from nats_server import REQUESTS, prepare, until
+
+from aiokeyless.worker import ApprovalWorker, Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker.nats import clock
+from aiokeyless.worker.nats.clock import BrokerClock
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats_server import NatsServer
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+SUBJECT = f"$JS.API.STREAM.INFO.{REQUESTS}"
+
+
+def off_by(seconds: float) -> BrokerClock:
+    return BrokerClock(lambda: datetime.now(UTC) + timedelta(seconds=seconds))
+
+
+def error_of(of: BrokerClock) -> float:
+    return abs((of.now() - datetime.now(UTC)).total_seconds())
+
+
+@pytest.mark.parametrize("seconds", [150.0, -130.0, 0.0])
+async def test_a_clock_that_is_off_is_corrected_and_told(
+    connection: Client, caplog: pytest.LogCaptureFixture, seconds: float
+) -> None:
+    await prepare(connection.jetstream(), ack_wait=60)
+    wrong = off_by(seconds)
+    assert error_of(wrong) == pytest.approx(abs(seconds), abs=20)
+    await wrong.measure(connection, SUBJECT, 60)
+    assert error_of(wrong) < 20  # half of the time that the broker took
+    if seconds:
+        assert "worker.clock_differs" in caplog.text
+
+
+async def test_a_broker_that_does_not_tell_its_time_changes_nothing(connection: Client) -> None:
+    async def answer_nonsense(message: object) -> None:
+        await connection.publish(message.reply, b"{}")  # type: ignore[attr-defined]  # nats-py's Msg
+
+    await connection.subscribe("nonsense", cb=answer_nonsense)
+    wrong = off_by(150)
+    for subject in ("nobody.answers", "nonsense"):
+        await wrong.measure(connection, subject, 60)
+    assert error_of(wrong) == pytest.approx(150, abs=20)
+
+
+async def test_it_is_measured_again_as_the_worker_runs(connection: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_EVERY", 0.01)
+    await prepare(connection.jetstream(), ack_wait=60)
+    wrong = off_by(150)
+    keeping = asyncio.create_task(wrong.keep(connection, SUBJECT, 60))
+    await until(lambda: error_of(wrong) < 20)
+    keeping.cancel()
+    await asyncio.wait([keeping])
+
+
+async def test_a_worker_whose_clock_is_ahead_expires_nothing_early(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.nats.engine.BrokerClock", lambda: off_by(150))
+    async with ApprovalWorker(client, broker.url):
+        await submit_approval(connection, "C0FFEE", operation_id="txn-1", expires_in=120)
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        async with asyncio.timeout(60), aclosing(approval_outcomes(connection, "test")) as events:
+            assert (await anext(events)).outcome is Outcome.APPROVED
