@@ -341,6 +341,15 @@ class TestWaits:
         assert not isinstance(a, BaseException)
         assert isinstance(b, ClientClosedError)
 
+    async def test_a_ticket_that_has_expired_has_no_time(self, sandbox: Sandbox) -> None:
+        told = Told()
+        async with sandbox.client(listeners=[told]) as client:
+            ticket = await client.create_operation(USER, expires_in=1)
+            sandbox.approve(ticket.operation_id)
+            await asyncio.sleep(10)
+            await client.wait_for_approval(ticket)
+        assert told.of(WaitStarted)[0].timeout == 0
+
     async def test_a_wait_for_a_ticket_tells_the_trace_that_created_it(self, sandbox: Sandbox) -> None:
         told = Told()
         parent = f"00-{1:032x}-{2:016x}-01"

@@ -68,7 +68,7 @@ class Reporter:
         """Report a wait that was registered."""
         assert self._listeners is not None  # noqa: S101  # callers ask `listens`
         wait.number = next(_NUMBERS)
-        left = wait.deadline - wait.started_at
+        left = 0.0 if wait.had_expired else wait.deadline - wait.started_at
         self._listeners.tell(
             WaitStarted(
                 wait=wait.number,
