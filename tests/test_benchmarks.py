@@ -38,6 +38,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "scale",
         "distributed",
         "crowd",
+        "endings",
     ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
