@@ -72,6 +72,7 @@ async def test_nobody_waits_for_minutes_in_a_test(client: KeylessClient) -> None
     assert (event.outcome, event.answered, event.deliveries) == (Outcome.EXPIRED, True, 7)
     assert loop.time() - began == pytest.approx(300, abs=5)
     assert (event.decided_at - event.requested_at).total_seconds() == pytest.approx(300, abs=5)
+    assert broker.now() >= event.decided_at
 
 
 @looptime
