@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 import pytest
-from bot_api_server import TOKEN, BotApiServer
 from nats_server import until
 
 from aiokeyless.sandbox import Sandbox
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
+
+from bot_api import TOKEN, BotApiServer  # examples are programs, not a package
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -1,5 +1,7 @@
 """A small Bot API server on loopback: as much of Telegram as a bot needs that answers texts and edits its answers.
 
+The bot is tried with it (`chat.py`) and tested with it, without a token and without Telegram.
+
 It refuses what Telegram refuses (a wrong token, markup that does not parse, an edit that changes nothing), and shows a
 message as a person sees it.
 
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-TOKEN = "42:loopback"
+TOKEN = "42:loopback"  # noqa: S105  # of no real bot
 _TAGS = frozenset({"b", "i", "u", "s", "code", "pre", "a"})
-_PATIENCE = 60.0
+_PATIENCE = 60.0  # seconds, against hangs only
 
 
 class ApiError(Exception):
-    """What the server answers in place of a result."""
+    """What the server answers in place of a result: Telegram's error code, its description and its parameters."""
 
     def __init__(self, code: int, description: str, **parameters: object) -> None:
         super().__init__(description)
@@ -44,6 +46,7 @@ class Message:
 
     @property
     def text(self) -> str:
+        """What it says now."""
         return self.texts[-1]
 
 
@@ -54,7 +57,8 @@ class BotApiServer:
         self.url = ""
         self.messages: list[Message] = []
         self.calls: list[str] = []
-        self.broken: Callable[[str], web.Response | None] = lambda _method: None
+        self.broken: Callable[[str], web.Response | None] = lambda _method: None  # an answer in place of the usual one
+        self.shown: Callable[[Message], None] = lambda _message: None  # told of each message and of each edit
         self._updates: list[dict[str, Any]] = []
         self._last_update = 0
         self._last_message = 0
@@ -62,6 +66,7 @@ class BotApiServer:
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
+        """Listen on a free port; `url` is then the server's address."""
         application = web.Application()
         application.router.add_post("/bot{token}/{method}", self._serve)
         self._runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
@@ -74,8 +79,8 @@ class BotApiServer:
     async def __aexit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
+        if self._runner is not None:
+            await self._runner.cleanup()
 
     # -- what users do
 
@@ -107,6 +112,8 @@ class BotApiServer:
         return (await self.read_all([chat], words))[0]
 
     async def read_all(self, chats: list[int], words: str) -> list[Message]:
+        """Wait until the last message in each chat has these words, and return them."""
+
         def last() -> list[Message]:
             shown = {message.chat: message for message in self.messages}
             return [shown[chat] for chat in chats if chat in shown and words in shown[chat].text]
@@ -173,6 +180,7 @@ class BotApiServer:
         return await self._changed(found[0])
 
     async def _changed(self, message: Message) -> dict[str, Any]:
+        self.shown(message)
         async with self._change:
             self._change.notify_all()
         chat = {"id": message.chat, "type": "private"}
@@ -180,6 +188,7 @@ class BotApiServer:
 
 
 def refusal(error: ApiError) -> web.Response:
+    """Return the answer that Telegram gives with an error."""
     body = {"ok": False, "error_code": error.code, "description": str(error), "parameters": error.parameters}
     return web.json_response(body, status=error.code)
 
