@@ -22,6 +22,7 @@ import aiohttp
 import anyio
 
 from aiokeyless._validation import (
+    are_operation_ids,
     check_base_url,
     check_flag,
     check_listeners,
@@ -645,7 +646,12 @@ class KeylessClient:
             raise ConfigurationError(
                 "targets must be several operation ids or tickets, such as a list, not a single one", argument="targets"
             )
-        return self._outcomes([self._options(target, timeout, schedule, if_missing) for target in targets])
+        targets = list(targets)
+        # At once, as promised, and yet quickly: there may be a hundred thousand.
+        plain = are_operation_ids([t.operation_id if isinstance(t, ApprovalTicket) else t for t in targets])
+        for target in targets[:1] if plain else targets:
+            self._options(target, timeout, schedule, if_missing)
+        return self._outcomes(targets, timeout, schedule, if_missing)
 
     @property
     def statistics(self) -> ClientStatistics:
@@ -742,13 +748,20 @@ class KeylessClient:
                 if explanation is not None:
                     explanation.leave()
 
-    async def _outcomes(self, waits: list[_WaitOptions]) -> AsyncGenerator[ApprovalOutcome, None]:
+    async def _outcomes(
+        self,
+        targets: list[str | ApprovalTicket],
+        timeout: WaitTimeout,  # noqa: ASYNC109  # of each wait
+        schedule: wait_base | None,
+        if_missing: IfMissing,
+    ) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
         started: list[Wait] = []
         with send, receive:
             try:
-                for count, options in enumerate(waits, 1):
+                for count, target in enumerate(targets, 1):
+                    options = self._options(target, timeout, schedule, if_missing)
                     try:
                         wait = poller.start(**options)
                     except KeylessError as error:
@@ -758,11 +771,10 @@ class KeylessClient:
                     wait.add_done_callback(functools.partial(_report, send, options["operation_id"]))
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)
-                for _ in waits:
+                for _ in targets:
                     yield _outcome(*await receive.receive())
             finally:
-                for wait in started:
-                    poller.leave(wait)
+                poller.leave_all(started)
 
 
 class _View(KeylessClient):

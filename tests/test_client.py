@@ -260,6 +260,19 @@ class TestArguments:
         with pytest.raises(ConfigurationError, match="targets"):
             client.wait_for_approvals(targets)
 
+    @pytest.mark.parametrize("wrong", ["", "..", "a\nb", "x" * 513, 7, None], ids=repr)
+    async def test_a_wrong_one_among_many_targets_is_named_at_the_call(self, client: KeylessClient, wrong: Any) -> None:
+        with pytest.raises(ConfigurationError, match=r"operation_id|target"):
+            client.wait_for_approvals([*(f"op{number}" for number in range(200)), wrong])
+
+    async def test_very_many_targets_are_not_checked_one_by_one_at_the_call(
+        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checked: list[str] = []
+        monkeypatch.setattr("aiokeyless.client.check_operation_id", checked.append)
+        client.wait_for_approvals(f"op{number}" for number in range(1000))
+        assert checked == ["op0"]
+
     async def test_a_single_ticket_is_not_many(self, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER)
         with pytest.raises(ConfigurationError, match="targets"):

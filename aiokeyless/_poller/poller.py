@@ -12,6 +12,7 @@ import asyncio
 import copy
 import itertools
 import math
+from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -44,7 +45,7 @@ from .state import Hold, Poll, PolledOperation, Wait
 from .timer_queue import TimerQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
@@ -59,7 +60,8 @@ FINAL_POLL_TIMEOUT: Final = 2.0  # seconds past the deadline for the final poll,
 FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 #: Seconds after which a wait whose ticket had expired before it gets a poll with a deadline, where none could start.
 EXPIRED_PATIENCE: Final = 120.0
-_BATCH: Final = 128  # deadlines handled in one callback: many at once must not block the loop
+_BATCH: Final = 128  # waits handled in one turn of the loop: a hundred thousand at once must not block it
+_SKIPPED: Final = 16  # operations that nobody waits for any more, passed over in search of the next poll
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
 
 
@@ -108,6 +110,8 @@ class Poller:
         self._timeouts = 0
         self._failures = 0
         self._explainer = Explainer(transport)
+        self._leaving: deque[Wait] = deque()  # their callers are gone
+        self._left = 0  # waits that left in this turn of the loop; above 0 a callback is set for the next turn
         self.closed = False
         self._ended: asyncio.Future[None] = self._loop.create_future()  # once it is closed and no wait is left
 
@@ -217,10 +221,38 @@ class Poller:
         return wait
 
     def leave(self, wait: Wait) -> None:
-        """End a wait whose caller is gone; harmless after it has ended."""
-        if wait.registered:
-            wait.cancel()
+        """End a wait whose caller is gone; harmless after it has ended.
+
+        Of very many in one turn of the loop, the first ones leave at once, and the others in the next turns.
+        """
+        if not wait.registered:
+            return
+        wait.cancel()
+        if self._left < _BATCH:
             self._close(wait)
+        else:
+            self._leaving.append(wait)
+        self._left += 1
+        if self._left == 1:
+            self._loop.call_soon(self._leave_batch, context=self._context)
+
+    def leave_all(self, waits: Iterable[Wait]) -> None:
+        """End waits that have one caller, who is gone; as `leave` does for each."""
+        left = [wait for wait in waits if wait.registered]
+        for wait in left[:_BATCH]:
+            self.leave(wait)
+        self._leaving.extend(left[_BATCH:])
+
+    def _leave_batch(self) -> None:
+        """End some of the waits that are about to leave; called once a turn, as long as any did in the turn before."""
+        batch = [self._leaving.popleft() for _ in range(min(_BATCH, len(self._leaving)))]
+        self._left = len(batch)
+        if batch:
+            self._loop.call_soon(self._leave_batch, context=self._context)  # first, whatever is raised below
+        for wait in batch:
+            if wait.registered:
+                wait.cancel()
+                self._close(wait)
 
     def explain(self, wait: Wait) -> Explanation:
         """Explain a wait; the caller must `Explanation.leave` it."""
@@ -238,7 +270,7 @@ class Poller:
             for poll in self._dispatcher.in_flight:
                 if not poll.polled.live:  # it goes on between two holds
                     poll.stop()
-            self._end_batch(wait for polled in tuple(self._polled.values()) for wait in polled.active_waits())
+            self._end_batch(wait for polled in tuple(self._polled.values()) for wait in polled.all_waits())
         await asyncio.shield(self._ended)
         while tasks := [poll.task for poll in self._dispatcher.in_flight if poll.task is not None]:
             await asyncio.wait(tasks)
@@ -252,6 +284,8 @@ class Poller:
             return
         self._loop.call_soon(self._end_batch, waits, context=self._context)  # first, whatever is raised below
         for wait in batch:
+            if wait.cancelled() and wait.registered:  # its caller is gone
+                self._close(wait)
             self._end(
                 wait,
                 ClientClosedError(
@@ -533,7 +567,18 @@ class Poller:
             poll.task.add_done_callback(self._worker_gone)
 
     def _next_poll(self, now: float) -> Poll | None:
-        return None if self.closed else self._dispatcher.next_poll(now)
+        """Take the next poll that may start, and none for callers that are gone and about to leave."""
+        if self.closed:
+            return None
+        for _ in range(_SKIPPED):
+            poll = self._dispatcher.next_poll(now)
+            if poll is None or poll.polled.is_waited_for():
+                return poll
+            for wait in poll.polled.all_waits()[:_BATCH]:
+                if wait.registered:
+                    self._close(wait)
+            self._dispatcher.finish(poll, now)
+        return None  # the timer goes on with it
 
     async def _work(self, poll: Poll | None) -> None:
         """Run polls for as long as any may start."""

@@ -182,6 +182,10 @@ class PolledOperation:
         """Return the waits that have not ended."""
         return [wait for wait in self.all_waits() if not wait.done()]
 
+    def is_waited_for(self) -> bool:
+        """Return whether a wait has not ended."""
+        return (self.first is not None and not self.first.done()) or any(not wait.done() for wait in self.others or ())
+
     def needs_final_poll(self) -> bool:
         """Return whether a wait's deadline has passed, and no final poll of it is in flight."""
         return any(wait.deadline_passed and wait.final is None for wait in self.active_waits())

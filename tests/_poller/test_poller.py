@@ -1316,6 +1316,7 @@ class TestRule7Cancellation:
         waits = [asyncio.create_task(client.wait_for_approval(f"op{n}", timeout=t)) for n in range(200) for t in (1, 9)]
         await asyncio.sleep(1.1)
         await cancel(waits)
+        await settle()  # they leave in batches
         assert tasks_since(before) == set()
         assert armed_timers() == []
         assert len(client._poller._dispatcher) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
