@@ -192,9 +192,12 @@ class Poller:
         """
         now, age = self._now_and_age(ticket)
         left = math.inf if ticket is None else _left(ticket, age)
+        had_expired = left <= 0.0
         schedule = schedule or self._schedule
         pause = self._pauses.find(operation_id, now)
-        if pause is not None:
+        if had_expired:
+            first, attempt = now, 1
+        elif pause is not None:
             first, attempt = pause.next_poll(schedule, now), pause.attempt
         elif (polled := self._polled.get(operation_id)) is not None:
             first, attempt = next_poll(polled, schedule, 1, now), 1 + (polled.pending_at is not None)
@@ -208,13 +211,14 @@ class Poller:
             self._loop,
             started_at=now,
             origin=origin,
-            deadline=now + min(seconds, left),
+            deadline=now + (seconds if had_expired else min(seconds, left)),
             schedule=schedule,
             ticket=ticket,
             may_be_missing=may_be_missing,
             updates=None,
         )
         wait.attempt = attempt
+        wait.had_expired = had_expired
         self._register(wait, first)
         if pause is not None:
             self._continue(wait, pause, now)
@@ -439,7 +443,8 @@ class Poller:
             return None
         poll = polled.poll
         if poll is None:
-            self._pauses.add(Pause(hold, polled.due, now))
+            # None is scheduled where a final poll of a wait that has ended did for the one that was due.
+            self._pauses.add(Pause(hold, polled.due if polled.due < math.inf else now, now))
         elif hold.cancelled():
             self._pauses.add(Pause(hold, now, now))
         else:

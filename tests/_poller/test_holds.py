@@ -130,6 +130,27 @@ class TestOneHold:
         with pytest.raises(ApprovalTimeoutError):
             await client.hold_for_approval(await client.create_operation(USER, expires_in=1e-6), seconds=10)
 
+    async def test_many_expired_tickets_are_all_answered(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(max_in_flight=2) as client:
+            tickets = [await client.create_operation(USER, expires_in=0.5) for _ in range(40)]
+            await asyncio.sleep(1)
+            for ticket in tickets[::2]:
+                sandbox.approve(ticket.operation_id)
+            sandbox.latency = 0.5
+            holds = [client.hold_for_approval(ticket, seconds=25) for ticket in tickets]
+            ends = await asyncio.gather(*holds, return_exceptions=True)
+        assert [type(end) for end in ends] == [Operation, ApprovalTimeoutError] * 20
+
+    async def test_an_expired_ticket_that_nobody_answers_ends_with_the_hold(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client, expires_in=0.5)
+        sandbox.latency = 9
+        start = now()
+        with pytest.raises(ApprovalUnknownError):
+            await client.hold_for_approval(ticket, seconds=5)
+        assert now() - start == pytest.approx(5 + 2)
+
     async def test_it_raises_what_ends_a_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         with pytest.raises(NotFoundError):
             await client.hold_for_approval("nope", seconds=10)
@@ -271,6 +292,28 @@ class TestSeries:
         start = now()
         assert (await client.wait_for_approval(ticket)).is_approved
         assert now() == pytest.approx(start)
+
+    @pytest.mark.parametrize("ends", ["in time", "cancelled"])
+    async def test_a_final_poll_of_a_wait_that_nobody_answered_does_not_end_the_polls(
+        self, sandbox: Sandbox, client: KeylessClient, ends: str
+    ) -> None:
+        """It took the place of the ordinary poll that was due, and is cut off with the hold."""
+        await old_ticket(client)
+        schedule = wait_fixed(4)
+        waiting = asyncio.create_task(client.wait_for_approval("op", timeout=4, schedule=schedule))
+        holding = asyncio.create_task(client.hold_for_approval("op", seconds=7, schedule=schedule))
+        await asyncio.sleep(3)
+        sandbox.latency = 9
+        with pytest.raises(ApprovalUnknownError):
+            await waiting
+        if ends == "cancelled":
+            await cut_off(holding)
+        else:
+            assert await holding is None
+        sandbox.latency = 0
+        sandbox.approve("op")
+        await asyncio.sleep(1)
+        assert await client.hold_for_approval("op", seconds=7, schedule=schedule) is not None
 
     async def test_a_hold_of_an_operation_that_is_polled_for_others_adds_no_poll(
         self, sandbox: Sandbox, client: KeylessClient
