@@ -58,7 +58,8 @@ class Fleet:
     """Worker processes, and what starts them again, as an orchestrator does."""
 
     def __init__(self, size: int, broker: NatsServer, sandbox: Sandbox) -> None:
-        self._command = [sys.executable, str(PROGRAM), broker.url, sandbox.url]
+        # -P: the folder of the program has one that is called nats, and must not be imported from.
+        self._command = [sys.executable, "-P", str(PROGRAM), broker.url, sandbox.url]
         self._environment = {**os.environ, "KEYLESS_API_KEY": sandbox.api_key}
         self._processes = [self._started() for _ in range(size)]
 
