@@ -34,6 +34,12 @@ class CpuCost:
     server_share: float  # of the server's core
     server_bound: bool
 
+    @classmethod
+    def of(cls, seconds: dict[int, float], workloads: list[Workload]) -> CpuCost:
+        """Summarize the rounds of one side."""
+        share = statistics.median(workload.share for workload in workloads)
+        return cls(seconds, share, sum(workload.bound for workload in workloads) > len(workloads) / 2)
+
     def over(self, other: CpuCost) -> Spread | None:
         """Return the ratios of the rounds in which both took part; None if the server was the bottleneck of either."""
         if self.server_bound or other.server_bound:
@@ -94,12 +100,7 @@ async def measure_in_turn(
             workloads[name].append(workload)
         if (k + 1) % 20 == 0:
             bench.progress(f"  {in_flight} in flight: round {k + 1} of {rounds}")
-    return {name: _cpu_cost(seconds[name], workloads[name]) for name in calls}
-
-
-def _cpu_cost(seconds: dict[int, float], workloads: list[Workload]) -> CpuCost:
-    share = statistics.median(workload.share for workload in workloads)
-    return CpuCost(seconds, share, sum(workload.bound for workload in workloads) > len(workloads) / 2)
+    return {name: CpuCost.of(seconds[name], workloads[name]) for name in calls}
 
 
 def cpu_cost_table(title: str, costs: Mapping[str, CpuCost], reference: str) -> Table:

@@ -39,6 +39,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "distributed",
         "crowd",
         "endings",
+        "listeners",
     ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
