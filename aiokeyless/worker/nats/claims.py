@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 #: The broker's codes: another message is the last of the subject, or another one is just being stored. A cluster says
 #: 10164 where its leader found the first on the way.
-_WRONG_LAST_SEQUENCE: Final = frozenset({10060, 10071, 10164})
+_WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
+_NO_MESSAGE: Final = 10037  # and not that there is no stream, of which a broker says 404 too
 _RELEASED: Final = b""
 
 
@@ -73,7 +74,9 @@ class NatsClaims(Claims):
         with engine_errors():
             try:
                 message = await self._stream.get_last_msg(self._fleet.claims, self._subject(operation_id))
-            except nats.js.errors.NotFoundError:
+            except nats.js.errors.NotFoundError as error:
+                if error.err_code != _NO_MESSAGE:
+                    raise
                 return 0, _RELEASED
         return message.seq or 0, message.data or _RELEASED
 

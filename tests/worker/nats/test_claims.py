@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CLAIMS, prepare
+from nats_server import CLAIMS, PATIENCE, prepare
 
 from aiokeyless.worker import StreamSettings
 from aiokeyless.worker.engine import Claim, EngineError
@@ -68,3 +68,21 @@ async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connect
     await stream.update_stream((await stream.stream_info(CLAIMS)).config.evolve(sealed=True))
     with pytest.raises(EngineError, match="sealed"):
         await claims.take(ID, OURS)
+
+
+async def test_of_claims_that_are_gone_nothing_is_known(claims: NatsClaims, connection: Client) -> None:
+    """That a request does not hold its id would make an approval an older one."""
+    await claims.take(ID, OURS)
+    await connection.jetstream().delete_stream(CLAIMS)
+    with pytest.raises(EngineError, match="stream not found"):
+        await claims.is_held(ID, OURS)
+
+
+async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
+    claims: NatsClaims, connection: Client
+) -> None:
+    stream = connection.jetstream()
+    await stream.delete_stream(CLAIMS)
+    await stream.add_stream(name="THEIRS", subjects=[KEYLESS.claim_subject("*")])
+    with pytest.raises(EngineError, match="expected stream does not match"):
+        await asyncio.wait_for(claims.take(ID, OURS), PATIENCE)
