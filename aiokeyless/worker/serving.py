@@ -17,7 +17,7 @@ import msgspec
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import Circuit, CircuitState
 from aiokeyless._rules.rate import PollRate
-from aiokeyless.errors import AuthenticationError, InvalidRequestError, KeylessError
+from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .decisions import Redeliver, after_bug, after_outage, invalid, observation
@@ -269,11 +269,12 @@ class Serving:
             await asyncio.sleep(pause)
             try:
                 await check_key(self._client)
-            except AuthenticationError:
-                continue
-            except KeylessError as another:
-                error = another
+            except ClientClosedError as closed:
+                error = closed
                 break
+            except KeylessError as refusal:  # a gateway that refuses everything may say it in several ways
+                error = refusal
+                continue
             self._key_check = None
             self._changed.set()
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import AuthenticationError, BrokerError, KeylessClient
+from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
@@ -155,6 +155,34 @@ async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(
         events = await events_of(broker, 10)
         assert not worker.statistics.is_draining
     assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
+async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_no_worker(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with working(client) as (worker, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox.fail_next(status=401, times=1)
+        sandbox.fail_next(status=403, times=2)
+        await asyncio.sleep(5)
+        sandbox.approve("txn-1")
+        [event] = await events_of(broker, 1)
+        assert not worker.statistics.is_draining
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    broker = MemoryBroker()
+    run = asyncio.create_task(ApprovalWorker(client, broker).run())
+    await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+    await created(sandbox, 1)
+    sandbox.fail_next(status=401, times=None)
+    await client.aclose()
+    with pytest.raises(ClientClosedError):
+        await run
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, AuthenticationError), (400, Exception)])
