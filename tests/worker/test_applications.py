@@ -12,8 +12,9 @@ import msgspec
 import nats
 import nats.errors
 import pytest
+from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
-from nats_server import OUTCOMES, REQUESTS, NatsServer, prepare, until
+from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
 
 from aiokeyless import ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
@@ -608,6 +609,20 @@ async def test_an_event_of_a_later_version_comes_again(
         coming.cancel()
         with suppress(asyncio.CancelledError):
             await coming
+
+
+async def test_a_thousand_events_that_a_reader_puts_off_keep_it_from_no_other_one(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    """JetStream delivers nothing more where 1000 deliveries are not acknowledged, and its own default is that many."""
+    for _ in range(1001):
+        await connection.publish(KEYLESS.outcome_subject(Outcome.FAILED), b'{"version": 2}')
+    await connection.flush()
+    await publish(stream, "b")
+    # A place that an earlier release made is changed.
+    await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
+    async with asyncio.timeout(PATIENCE), reading(connection) as events:
+        assert (await anext(events)).operation_id == "b"
 
 
 # -- forgeries

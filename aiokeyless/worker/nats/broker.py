@@ -33,6 +33,7 @@ _PUBLISH_WITHIN: Final = 5.0  # seconds
 _ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
+_UNLIMITED: Final = -1
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
 
 
@@ -139,7 +140,12 @@ def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
 
 
 async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> JetStreamContext.PullSubscription:
-    place = ConsumerConfig(durable_name=durable, ack_policy=AckPolicy.EXPLICIT, ack_wait=_ACK_WAIT)
+    place = ConsumerConfig(
+        durable_name=durable,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=_ACK_WAIT,
+        max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
+    )
     silences = 0
     while True:
         try:
