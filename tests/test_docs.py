@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import looptime
 import pytest
+from cyclopts import CycloptsError
 from nats_server import until
 
 import aiokeyless.sandbox
 import aiokeyless.worker
+from aiokeyless.cli.app import app
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
     from nats_server import NatsServer
 
@@ -170,12 +173,102 @@ def test_the_figures_of_the_table_are_those_of_the_committed_run(column: int, lo
         assert float(shown) == round(measured[name], decimals), (row, loop)
 
 
+LATENESS = re.compile(
+    r"^\| (?P<schedule>[^|]+) \| (?P<requests>[\d.]+) \| (?P<late>[\d.]+) s \| (?P<cost>[\d.]+) \|$", re.MULTILINE
+)
+LOG_NORMAL = "approval times: log-normal ({}); 1 in 5 waits is never approved"
+
+
+def lateness(title: str) -> dict[str, list[str]]:
+    """Return the rows of a table of the committed run, without their spreads."""
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
+    [table] = [table for table in results["lateness"]["tables"] if table["title"].startswith(title)]
+    return {name: [figure.split()[0] for figure in figures] for name, *figures in table["rows"]}
+
+
+def test_what_the_page_about_the_schedule_says_was_measured() -> None:
+    page = (DOCS / "explanation" / "schedule.md").read_text()
+    measured = lateness(LOG_NORMAL.format("8 s, 0.8"))
+    shown = [*LATENESS.finditer(page)]
+    assert len(shown) == 7
+    for row in shown:
+        requests, late, _, _, cost = (float(figure) for figure in measured[row["schedule"]])
+        assert row["requests"] == f"{requests:.1f}"
+        assert row["late"] == f"{late:.2f}"
+        assert row["cost"] == f"{cost:.2f}"
+    hasty = lateness(LOG_NORMAL.format("1.5 s, 0.6"))
+    assert f"with {float(hasty['aiokeyless, untrained'][4]):.1f} times" in page
+    assert f"after 100 waits it is {float(hasty['aiokeyless, after 100'][4]):.2f}" in page
+    others = [lateness(LOG_NORMAL.format(name)) for name in ("8 s, 0.8", "25 s, 1.2")]
+    others.append(lateness("approval times: 60% (4 s, 0.5) + 40% (40 s, 0.6); 1 in 5"))
+    worst = max(float(rows["aiokeyless, untrained"][4]) for rows in others)
+    assert f"at most {worst:.2f}\ntimes the optimum" in page
+    change = lateness("the distribution changes after 1000 waits")
+    first, fifth = (float(change[waits][0]) - 1 for waits in ("1 to 100", "401 to 500"))
+    assert f"new optimum is {first:.0%} in the first hundred waits and {fifth:.1%} in the fifth" in page
+
+
 def test_every_exception_stands_in_the_table() -> None:
     table = (DOCS / "reference" / "exceptions.md").read_text().partition("```")[0]
     roots = {"KeylessError", "ApprovalError"}
     for name in aiokeyless.__all__:
         if name.endswith("Error") and name not in roots:
             assert f"`{name}`" in table, name
+
+
+# The command lines
+
+ROOT = DOCS.parent
+TEXTS = [ROOT / "README.md", *(DOCS / page for page in PAGES), *sorted((ROOT / "examples").rglob("README.md"))]
+SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
+OPERATORS = {"&&", "||", "|", ";", "&", ">", ">>", "<"}
+
+
+def shell_commands(text: str) -> Iterator[list[str]]:
+    """Yield the words of each command of the shell blocks, without comments and what follows an operator."""
+    for block in SHELL.finditer(text):
+        for line in block["lines"].replace("\\\n", " ").splitlines():
+            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            command: list[str] = []
+            for word in words:
+                if word in OPERATORS:
+                    yield command
+                    command = []
+                else:
+                    command.append(word)
+            yield command
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{text.relative_to(ROOT)}: {' '.join(command)}")
+    for text in TEXTS
+    for command in shell_commands(text.read_text())
+    if command
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_docs_parses_and_the_files_that_it_names_exist(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ticket.json").write_text(aiokeyless.ApprovalTicket.for_operation("order-7", user_id="C0FFEE").to_json())
+    for word in command:
+        if re.match(r"(benchmarks|docs|examples|tests)/", word):
+            assert (ROOT / word).exists(), word
+    names = [Path(word).name for word in command]
+    if "aiokeyless" in names and command[0] != "pip":
+        app.parse_args(command[names.index("aiokeyless") + 1 :], exit_on_error=False, print_error=False)
+
+
+def test_the_shell_blocks_are_read() -> None:
+    assert sum("aiokeyless" in str(command.values) for command in COMMANDS) > 10
+
+
+def test_a_command_with_a_wrong_option_does_not_parse() -> None:
+    with pytest.raises(CycloptsError):
+        app.parse_args(["wait", "txn-1", "--nope"], exit_on_error=False, print_error=False)
 
 
 # The site
