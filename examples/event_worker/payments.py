@@ -1,14 +1,17 @@
 """Payments that a human must approve: `payments.requested` in, one verdict out. The waiting is a Keyless worker's.
 
-Nothing about a payment is kept here, and no key of Keyless. An event is acknowledged only once what follows it is in a
-stream: the request for an approval, or the verdict. So none is lost with this application, a worker or the broker.
+No key of Keyless is kept here, and of a payment only its verdict, so that an approval pays once. An event is
+acknowledged only once what follows it is in a stream: the request for an approval, or the verdict. So none is lost with
+this application, a worker or the broker.
 """
 
 import asyncio
 import logging
 import os
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from datetime import datetime
 from hashlib import sha256
 from typing import Annotated
@@ -74,13 +77,52 @@ class Payment(msgspec.Struct, frozen=True):
         )
 
 
-def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
-    """Make the application; what the broker did not take is tried again after `retry` seconds."""
+class Record:
+    """The verdict on each payment, on disk: the first one counts, and only the one that stored an approval pays.
+
+    The stream drops a second verdict too, but forgets the first after a day, or with the broker's disk.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database  # in autocommit
+        database.execute("CREATE TABLE IF NOT EXISTS verdicts (payment TEXT PRIMARY KEY, id TEXT, verdict TEXT)")
+        database.execute("CREATE UNIQUE INDEX IF NOT EXISTS paid ON verdicts (id) WHERE verdict = 'approved'")
+
+    def settle(self, payment: Payment, verdict: str) -> tuple[str, bool]:
+        """Store the verdict on a payment, unless there is one; return the one that counts, and whether it is new."""
+        query = "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?)"
+        is_new = self._database.execute(query, (payment.digest, payment.payment_id, verdict)).rowcount == 1
+        query = "SELECT verdict FROM verdicts WHERE payment = ?"
+        found = self._database.execute(query, (payment.digest,)).fetchone()
+        return (found[0] if found else "refused"), is_new  # refused: another payment under its id is paid
+
+
+def order(payment: Payment) -> None:
+    """Stand in for what a bank would do: the payment's digest is its idempotency key, to repeat it after a crash."""
+    logging.getLogger("payments").info("%s: %s", payment.text, payment.digest)
+
+
+def make_app(
+    database: sqlite3.Connection,
+    nats_url: str = NATS_URL,
+    *,
+    retry: float = 5.0,
+    pay: Callable[[Payment], object] = order,
+) -> FastStream:
+    """Make the application.
+
+    Args:
+        database: Where the record of the verdicts is kept.
+        nats_url: The broker.
+        retry: Seconds after which is tried again what the broker did not take.
+        pay: Moves the money; called once for an approved payment.
+    """
 
     def try_again(error: Exception, logger: Logger) -> None:
         logger.warning("an event will be tried again: %s", error)
         raise NackMessage(delay=retry) from error
 
+    record = Record(database)
     broker = NatsBroker(
         nats_url,
         max_reconnect_attempts=-1,  # a broker that is away is waited for
@@ -124,8 +166,11 @@ def make_app(nats_url: str = NATS_URL, *, retry: float = 5.0) -> FastStream:
             return  # another application's: the stream is everybody's
         if event.operation_id is not None and not payment.is_asked_by(event):
             return
-        once = {"Nats-Msg-Id": f"verdict-{payment.digest}"}  # whatever the verdict: the first one counts
-        await broker.publish(payment, f"payments.{verdict(event)}", stream=payments.name, headers=once, timeout=10.0)
+        what, is_new = record.settle(payment, verdict(event))
+        if is_new and what == "approved":
+            pay(payment)
+        once = {"Nats-Msg-Id": f"verdict-{payment.digest}"}  # an event that is delivered again publishes no second one
+        await broker.publish(payment, f"payments.{what}", stream=payments.name, headers=once, timeout=10.0)
 
     return FastStream(broker)
 
@@ -139,7 +184,9 @@ def verdict(event: ApprovalEvent) -> str:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
     try:
-        asyncio.run(make_app().run())
+        with closing(sqlite3.connect(os.environ.get("PAYMENTS_DB", "payments.sqlite3"), isolation_level=None)) as file:
+            asyncio.run(make_app(file).run())
     except nats.js.errors.NotFoundError:
         sys.exit("there is no stream KEYLESS_OUTCOMES: start a worker first, it makes it")

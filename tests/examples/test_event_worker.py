@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -27,10 +28,10 @@ from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outc
 EXAMPLE = Path(__file__).parents[2] / "examples" / "event_worker"
 sys.path.insert(0, str(EXAMPLE))
 
-from payments import Payment, make_app, verdict  # noqa: E402  # examples are programs, not a package
+from payments import Payment, Record, make_app, verdict  # noqa: E402  # examples are programs, not a package
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterator
 
     from nats.aio.client import Client
     from nats.js.api import ConsumerInfo
@@ -144,9 +145,19 @@ async def working(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
             await task
 
 
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """The record of all applications of a test, on disk."""
+    with closing(sqlite3.connect(tmp_path / "payments.sqlite3", isolation_level=None)) as database:
+        yield database
+
+
 @asynccontextmanager
-async def deciding(broker: NatsServer) -> AsyncGenerator[None]:
-    async with make_app(broker.url, retry=RETRY):
+async def deciding(
+    broker: NatsServer, database: sqlite3.Connection, paid: list[Payment] | None = None
+) -> AsyncGenerator[None]:
+    pays: list[Payment] = [] if paid is None else paid
+    async with make_app(database, broker.url, retry=RETRY, pay=pays.append):
         yield
 
 
@@ -157,8 +168,12 @@ async def worker(broker: NatsServer, sandbox: Sandbox) -> AsyncGenerator[None]:
 
 
 @pytest.fixture
-async def application(broker: NatsServer, worker: None) -> AsyncGenerator[None]:  # noqa: ARG001  # it makes the streams
-    async with deciding(broker):
+async def application(
+    broker: NatsServer,
+    worker: None,  # noqa: ARG001  # it makes the streams
+    database: sqlite3.Connection,
+) -> AsyncGenerator[None]:
+    async with deciding(broker, database):
         yield
 
 
@@ -375,12 +390,12 @@ async def test_an_outcome_sent_to_the_inbox_by_another_client_is_neither_believe
 
 
 async def test_event_stays_until_the_request_for_its_approval_is_stored(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox
+    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
 ) -> None:
     async with working(broker, sandbox):
         pass
     await streams.js.delete_stream("KEYLESS_REQUESTS")
-    async with deciding(broker):
+    async with deciding(broker, database):
         await streams.request(payment())
         await until(streams.asks_again)
         async with working(broker, sandbox):  # it makes the stream again
@@ -389,22 +404,57 @@ async def test_event_stays_until_the_request_for_its_approval_is_stored(
             assert await streams.settled() == [Verdict("approved", "1")]
 
 
-@pytest.mark.usefixtures("application")
-async def test_outcome_stays_until_its_verdict_is_stored(streams: Streams, sandbox: Sandbox) -> None:
-    config = (await streams.js.stream_info("payments")).config
-    await streams.request(payment())
-    await streams.js.update_stream(config, max_msgs=1, discard=DiscardPolicy.NEW)  # full
-    await asked(sandbox)
-    sandbox.approve("payment-1")
-    await until(streams.decides_again)
-    await streams.js.update_stream(config)
-    assert await streams.settled() == [Verdict("approved", "1")]
+@pytest.mark.usefixtures("worker")
+async def test_outcome_stays_until_its_verdict_is_stored_and_pays_once(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
+) -> None:
+    asked_for, paid = payment(), list[Payment]()
+    async with deciding(broker, database, paid):
+        config = (await streams.js.stream_info("payments")).config
+        await streams.request(asked_for)
+        await streams.js.update_stream(config, max_msgs=1, discard=DiscardPolicy.NEW)  # full
+        await asked(sandbox)
+        sandbox.approve("payment-1")
+        await until(streams.decides_again)
+        await streams.js.update_stream(config)
+        assert await streams.settled() == [Verdict("approved", "1")]
+    assert paid == [asked_for]
 
 
 @pytest.mark.usefixtures("worker")
-async def test_application_that_was_away_misses_nothing(broker: NatsServer, streams: Streams, sandbox: Sandbox) -> None:
+async def test_outcome_that_comes_again_pays_once_though_the_stream_forgot_the_verdict(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
+) -> None:
+    asked_for, paid = payment(), list[Payment]()
+    async with deciding(broker, database, paid):
+        await streams.request(asked_for)
+        await asked(sandbox)
+        sandbox.approve("payment-1")
+        await streams.settled()
+    event = await streams.js.get_msg("KEYLESS_OUTCOMES", 1)
+    await streams.js.delete_stream("payments")
+    async with deciding(broker, database, paid):
+        await streams.js.publish(event.subject or "", event.data or b"")
+        await until(streams.has_verdicts)
+        assert await streams.settled() == [Verdict("approved", "1")]
+    assert paid == [asked_for]
+
+
+def test_first_verdict_counts_and_another_payment_under_a_paid_id_is_refused(database: sqlite3.Connection) -> None:
+    record, first, second = Record(database), payment("1"), payment("2")
+    assert record.settle(first, "expired") == ("expired", True)
+    assert record.settle(first, "approved") == ("expired", False)
+    assert record.settle(second, "approved") == ("approved", True)
+    assert record.settle(second, "approved") == ("approved", False)
+    assert record.settle(replace(second, amount="9000.00"), "approved") == ("refused", False)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_application_that_was_away_misses_nothing(
+    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
+) -> None:
     names = [f"{number}" for number in range(20)]
-    async with deciding(broker):
+    async with deciding(broker, database):
         for name in names:
             await streams.request(payment(name))
             await asked(sandbox, name)
@@ -412,7 +462,7 @@ async def test_application_that_was_away_misses_nothing(broker: NatsServer, stre
         sandbox.approve(f"payment-{name}")
     await until(streams.are_waited_for_no_more)
     assert await streams.verdicts() == []
-    async with deciding(broker):
+    async with deciding(broker, database):
         assert sorted(await streams.settled()) == sorted(Verdict("approved", name) for name in names)
 
 
@@ -433,7 +483,7 @@ async def test_application_outlives_a_broker_that_is_killed(
 async def start(
     *arguments: str | Path, broker: NatsServer, sandbox: Sandbox | None = None
 ) -> asyncio.subprocess.Process:
-    environment = {**os.environ, "NATS_URL": broker.url}
+    environment = {**os.environ, "NATS_URL": broker.url, "PAYMENTS_DB": ":memory:"}
     if sandbox is not None:  # a worker: nobody else needs a key
         environment |= {"KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}
     pipe = asyncio.subprocess.PIPE
@@ -455,7 +505,7 @@ async def test_program_without_a_worker_says_in_one_line_what_to_do(broker: Nats
 
 @pytest.mark.usefixtures("worker")
 async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox
+    broker: NatsServer, streams: Streams, sandbox: Sandbox, database: sqlite3.Connection
 ) -> None:
     program = await start("-W", "error", EXAMPLE / "payments.py", broker=broker)
     await until(streams.are_read)
@@ -466,7 +516,7 @@ async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
     await ended(program)
     assert time.monotonic() - began < 30
     sandbox.approve("payment-1")
-    async with deciding(broker):
+    async with deciding(broker, database):
         assert await streams.settled() == [Verdict("approved", "1")]
 
 
@@ -490,3 +540,12 @@ async def test_thousand_payments_at_once_over_two_workers_have_a_verdict_each(
     for program in programs:
         program.send_signal(signal.SIGTERM)
         await ended(program)
+
+
+@pytest.mark.slow
+async def test_one_command_runs_all_of_the_example() -> None:
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, EXAMPLE / "try_it.py"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, _ = await ended(program)
+    assert "payments.approved: 1000" in out.splitlines()
