@@ -12,8 +12,8 @@ import sys
 def context_without_traces() -> contextvars.Context:
     """Return a context in which OpenTelemetry's instrumentations of other packages make no spans.
 
-    Polls run in it. They are shared by waits of different callers, so they belong to no caller's trace; and a trace for
-    each poll of 100 000 waits would be 100 000 traces.
+    Polls and explanations run in it. They are shared by waits of different callers, so they belong to no caller's
+    trace; and a trace for each poll of 100 000 waits would be 100 000 traces.
     """
     context = contextvars.Context()
     if "opentelemetry.context" in sys.modules:

@@ -114,6 +114,15 @@ class TestSpans:
         }
         assert wait.status.status_code is StatusCode.UNSET
 
+    async def test_what_explains_a_wait_is_in_no_trace(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        with traced_aiohttp(recorder):
+            async with sandbox.client(schedule=wait_fixed(1)) as client:
+                ticket = await client.create_operation(USER)
+                asyncio.get_running_loop().call_later(9.5, sandbox.approve, ticket.operation_id)
+                await client.wait_for_approval(ticket, explain=True)
+        assert any("/authentications" in record.path for record in sandbox.requests)
+        assert [span.name for span in recorder.spans] == ["POST"]
+
     async def test_a_wait_that_fails_says_how_and_shows_the_polls_that_failed(
         self, sandbox: Sandbox, recorder: Recorder
     ) -> None:

@@ -10,7 +10,6 @@ Source: Keyless documentation, Server API / Telemetry.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import logging
 import math
@@ -20,6 +19,7 @@ import msgspec
 
 from aiokeyless._http.protocol import get_authentications
 from aiokeyless._rules.explanation import AT_THE_END, explain, may_ask, merged
+from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import (
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -144,7 +144,7 @@ class Explainer:
         subject.asked_at = self._loop.time()
         # As the poller's workers: past the loop's task factory, and not in the context of a caller.
         subject.request = asyncio.Task(
-            self._fetch(subject, subject.user_id), loop=self._loop, context=contextvars.Context()
+            self._fetch(subject, subject.user_id), loop=self._loop, context=context_without_traces()
         )
         self._requests.add(subject.request)
         subject.request.add_done_callback(functools.partial(self._asked, subject))
