@@ -114,6 +114,14 @@ def check_text(text: str | None, name: str) -> str | None:
     return text
 
 
+_TRACEPARENT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+
+
+def is_traceparent(value: object) -> bool:
+    """Return whether this is a position in a trace as W3C Trace Context writes it."""
+    return isinstance(value, str) and _TRACEPARENT.fullmatch(value) is not None
+
+
 def seconds(value: object, name: str, *, zero: bool = False) -> float:
     """Check an argument that is a number of seconds.
 

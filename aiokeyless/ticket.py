@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from ._validation import check_operation_id, check_text, check_user_id, finite_seconds
+from ._validation import check_operation_id, check_text, check_user_id, finite_seconds, is_traceparent
 from .errors import ConfigurationError
 
 __all__ = ["ApprovalTicket"]
@@ -21,7 +21,6 @@ TICKET_VERSION: Final = 1
 
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_TRACEPARENT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
 
 def payload_digest(payload: str | None) -> str:
@@ -76,8 +75,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(
                 "payload_sha256 of a ticket must be 64 lower-case hex digits", argument="payload_sha256"
             )
-        traceparent: object = self.traceparent
-        if traceparent is not None and not (isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent)):
+        if self.traceparent is not None and not is_traceparent(self.traceparent):
             raise ConfigurationError(
                 "traceparent of a ticket must be one of W3C Trace Context, or None", argument="traceparent"
             )

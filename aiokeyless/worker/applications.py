@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from aiokeyless._rules.backoff import error_delay
+from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import MAX_IDENTIFIER, check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import BrokerError, ConfigurationError
 
@@ -76,6 +77,9 @@ async def submit_approval(
 ) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it.
 
+    The caller's position in its trace, where OpenTelemetry is loaded, travels as the header ``traceparent`` and comes
+    back in the event.
+
     The same request submitted twice is one. It is the same if all arguments but `created_at` are equal. A different
     one under a used operation id is stored too, and ends as ``failed`` with `FailureReason.CONFLICT`.
 
@@ -134,12 +138,13 @@ async def _submit(broker: Broker, request: ApprovalRequest, operation_id: str) -
         expires_in=request.expires_in,
         context=request.context,
     )
+    traceparent = current_traceparent()
     attempt = 0
     while True:
         attempt += 1
         try:
             # Under one name, so that the broker stores it once although the answer to an attempt was lost.
-            return await broker.submit(encoded, name)
+            return await broker.submit(encoded, name, traceparent)
         except EngineError as error:
             if attempt == _SUBMISSIONS:
                 unknown = BrokerError(

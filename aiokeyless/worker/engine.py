@@ -74,12 +74,14 @@ class Sealed(NamedTuple):
         data: The event as JSON.
         name: Of two events with the same name, the broker keeps the first.
         signature: See `EventKeys`; None where the worker has no event key.
+        traceparent: The position in the trace of who submitted the request (W3C Trace Context); or None.
     """
 
     outcome: Outcome
     data: bytes
     name: str
     signature: str | None = None
+    traceparent: str | None = None
 
 
 class Message(ABC):
@@ -92,9 +94,10 @@ class Message(ABC):
         number: Number of this delivery, from 1.
         backlog: How many requests were never delivered.
         name: A name of the message that is unique for good.
+        traceparent: The header of that name, as it was sent; None where there is none.
     """
 
-    __slots__ = ("backlog", "data", "message_id", "name", "number", "stored_at")
+    __slots__ = ("backlog", "data", "message_id", "name", "number", "stored_at", "traceparent")
 
     data: bytes
     message_id: str | None
@@ -102,6 +105,7 @@ class Message(ABC):
     number: int
     backlog: int
     name: str
+    traceparent: str | None
 
     @abstractmethod
     async def put_off(self, delay: float) -> None:
@@ -286,8 +290,13 @@ class Broker(ABC):
         """Bytes of one message."""
 
     @abstractmethod
-    async def submit(self, request: bytes, name: str) -> bool:
+    async def submit(self, request: bytes, name: str, traceparent: str | None = None) -> bool:
         """Store a request, unless one of this name is stored.
+
+        Args:
+            request: The request as JSON.
+            name: Its name.
+            traceparent: The submitter's position in its trace (W3C Trace Context), which travels beside the request.
 
         Returns:
             Whether there was one already.

@@ -60,9 +60,9 @@ class MemoryBroker(Broker):
         """See `Broker`."""
         return _LARGEST_MESSAGE
 
-    async def submit(self, request: bytes, name: str) -> bool:
+    async def submit(self, request: bytes, name: str, traceparent: str | None = None) -> bool:
         """See `Broker`."""
-        return self._store.submit(request, name)
+        return self._store.submit(request, name, traceparent)
 
     def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
         """See `Broker`."""
@@ -99,11 +99,11 @@ class _Store:
         """See `MemoryBroker`."""
         return sum(not request.is_decided for request in self._requests.values())
 
-    def submit(self, request: bytes, name: str) -> bool:
+    def submit(self, request: bytes, name: str, traceparent: str | None) -> bool:
         """See `Broker`."""
         if name in self._requests:
             return True
-        stored = _Request(request, name, self.now(), next(self._sequence))
+        stored = _Request(request, name, self.now(), next(self._sequence), traceparent)
         self._requests[name] = stored
         self.put_off(stored, 0.0)
         return False
@@ -174,13 +174,16 @@ class _Store:
 class _Request:
     """A request that was submitted."""
 
-    __slots__ = ("data", "deliveries", "is_decided", "message_id", "sequence", "stored_at")
+    __slots__ = ("data", "deliveries", "is_decided", "message_id", "sequence", "stored_at", "traceparent")
 
-    def __init__(self, data: bytes, message_id: str, stored_at: datetime, sequence: int) -> None:
+    def __init__(
+        self, data: bytes, message_id: str, stored_at: datetime, sequence: int, traceparent: str | None
+    ) -> None:
         self.data = data
         self.message_id = message_id
         self.stored_at = stored_at
         self.sequence = sequence
+        self.traceparent = traceparent
         self.deliveries = 0
         self.is_decided = False
 
@@ -323,6 +326,7 @@ class _MemoryMessage(Message):
         self.number = request.deliveries
         self.backlog = backlog
         self.name = f"message-{request.sequence}"
+        self.traceparent = request.traceparent
 
     async def put_off(self, delay: float) -> None:
         """See `Message`."""

@@ -24,6 +24,7 @@ __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 T = TypeVar("T")
 
 MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
+TRACEPARENT: Final = "traceparent"  # the header of W3C Trace Context, of requests and events
 VERSION: Final = 1
 ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit into a message that the broker takes, 1 MiB by default
@@ -117,6 +118,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         decided_at: When the outcome was known, by the worker's clock.
         deliveries: How often the broker delivered the request: about the number of polls.
         context: What the request carried along, as JSON.
+        traceparent: Where in a trace the request was submitted (W3C Trace Context), by its header of that name; or
+            None. The event's message has the header too, for instrumentations.
     """
 
     version: int
@@ -133,6 +136,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     decided_at: datetime
     deliveries: int
     context: msgspec.Raw = _NOTHING
+    traceparent: str | None = None
 
     def read_context(self, type: type[T]) -> T:  # noqa: A002  # as msgspec calls it
         """Return the context, decoded.

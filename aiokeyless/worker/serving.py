@@ -17,6 +17,7 @@ import msgspec
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import Circuit, CircuitState
 from aiokeyless._rules.rate import PollRate
+from aiokeyless._validation import is_traceparent
 from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
@@ -361,6 +362,8 @@ class Serving:
             await message.put_off(decision.delay)
             return
         event = decision.event
+        if is_traceparent(message.traceparent):  # any publisher may set the header, and to anything
+            event = msgspec.structs.replace(event, traceparent=message.traceparent)
         if await message.decide(self._sealed(event, decision.name)):
             self._counts[event.outcome] += 1
             _log_outcome(event)
@@ -372,7 +375,7 @@ class Serving:
         data, signature = msgspec.json.encode(event), None
         if self._event_keys is not None:
             signature = self._event_keys.sign(data, fleet=self._engine.fleet_name)
-        return Sealed(event.outcome, data, name, signature)
+        return Sealed(event.outcome, data, name, signature, event.traceparent)
 
     def _learn(self, decided: Decided) -> None:
         """Tell the schedule when the user approved, or until when they had not."""

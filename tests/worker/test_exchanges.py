@@ -226,8 +226,8 @@ class Hiccup(MemoryBroker):
         super().__init__()
         self.times = times
 
-    async def submit(self, request: bytes, name: str) -> bool:
-        stored = await super().submit(request, name)
+    async def submit(self, request: bytes, name: str, traceparent: str | None = None) -> bool:
+        stored = await super().submit(request, name, traceparent)
         if self.times:
             self.times -= 1
             raise EngineError("timeout")

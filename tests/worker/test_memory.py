@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from tenacity import wait_fixed
 
@@ -60,6 +61,49 @@ async def test_an_approval_comes_out(client: KeylessClient, sandbox: Sandbox) ->
         assert broker.waiting == 0
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)
     assert event.read_context(dict[str, int]) == {"order": 7}
+
+
+TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
+
+
+@looptime
+@pytest.mark.parametrize(
+    ("sent", "handed_back"),
+    [(TRACEPARENT, TRACEPARENT), (None, None), ("", None), ("00-nonsense", None), (TRACEPARENT + "\r\nX: y", None)],
+)
+async def test_an_event_carries_the_trace_of_its_request_and_nothing_else_that_the_header_may_hold(
+    client: KeylessClient, sandbox: Sandbox, sent: str | None, handed_back: str | None
+) -> None:
+    request = msgspec.json.encode({"version": 1, "user_id": "c0ffee", "operation_id": "txn-1"})
+    async with working(client) as broker:
+        await broker.submit(request, "txn-1", sent)
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        event = await next_event(broker)
+    assert (event.outcome, event.traceparent) == (Outcome.APPROVED, handed_back)
+
+
+@looptime
+async def test_a_request_that_cannot_be_read_keeps_its_trace(client: KeylessClient) -> None:
+    async with working(client) as broker:
+        await broker.submit(b"no request", "broken", TRACEPARENT)
+        event = await next_event(broker)
+    assert (event.outcome, event.traceparent) == (Outcome.FAILED, TRACEPARENT)
+
+
+@looptime
+async def test_a_submission_carries_the_trace_of_its_caller(client: KeylessClient, sandbox: Sandbox) -> None:
+    trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is not installed")
+    span = trace.NonRecordingSpan(
+        trace.SpanContext(trace_id=1, span_id=2, is_remote=False, trace_flags=trace.TraceFlags(1))
+    )
+    async with working(client) as broker:
+        with trace.use_span(span):
+            submission = await submit_approval(broker, "c0ffee")
+        await created(sandbox, submission.operation_id)
+        sandbox.approve(submission.operation_id)
+        event = await next_event(broker)
+    assert event.traceparent == TRACEPARENT
 
 
 @looptime

@@ -57,6 +57,7 @@ from aiokeyless.worker.load_shedding import LoadShedding
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import MESSAGE_ID, ROOM_FOR_EVENT, request_name
 from aiokeyless.worker.nats import engine, intake
+from aiokeyless.worker.nats.broker import NatsBroker
 from aiokeyless.worker.nats.connection import connect
 from aiokeyless.worker.nats.engine import NatsEngine
 from aiokeyless.worker.nats.fleet import KEYLESS
@@ -199,6 +200,22 @@ async def test_approval_comes_out_with_its_context(
         [event] = await outcomes(connection, 1)
     assert (event.outcome, event.operation_id, event.user_id) == (Outcome.APPROVED, operation_id, "C0FFEE")
     assert event.read_context(dict[str, int]) == {"order": 7}
+
+
+async def test_a_trace_travels_in_the_header_that_instrumentations_know(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    traceparent = f"00-{1:032x}-{2:016x}-01"
+    request = msgspec.json.encode({"version": 1, "user_id": "C0FFEE", "operation_id": "txn-1"})
+    async with working(client, broker):
+        await NatsBroker(connection, KEYLESS).submit(request, "txn-1", traceparent)
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        [event] = await outcomes(connection, 1)
+    message = await connection.jetstream().get_msg(OUTCOMES, 1)
+    assert event.traceparent == traceparent
+    assert message.headers is not None
+    assert message.headers["traceparent"] == traceparent
 
 
 # -- the start

@@ -16,7 +16,7 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker.engine import Broker, OutcomeMessage
 from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.logs import Seldom
-from aiokeyless.worker.messages import MESSAGE_ID
+from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
 
 from .failures import engine_errors
 from .fleet import KEYLESS, Fleet
@@ -55,13 +55,14 @@ class NatsBroker(Broker):
         """See `Broker`."""
         return self._connection.max_payload
 
-    async def submit(self, request: bytes, name: str) -> bool:
+    async def submit(self, request: bytes, name: str, traceparent: str | None = None) -> bool:
         """See `Broker`."""
+        headers = {MESSAGE_ID: name} if traceparent is None else {MESSAGE_ID: name, TRACEPARENT: traceparent}
         stream = self._fleet.jetstream(self._connection, _PUBLISH_WITHIN)
         with engine_errors():
             try:
                 stored = await stream.publish(
-                    self._fleet.request_subject, request, stream=self._fleet.requests, headers={MESSAGE_ID: name}
+                    self._fleet.request_subject, request, stream=self._fleet.requests, headers=headers
                 )
             except nats.js.errors.NoStreamResponseError:
                 raise BrokerError(

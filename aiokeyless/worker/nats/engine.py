@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from aiokeyless.worker.engine import Engine, Message, Sealed, Terms
 from aiokeyless.worker.event_keys import SIGNATURE
-from aiokeyless.worker.messages import MESSAGE_ID
+from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
 
 from .claims import NatsClaims
 from .clock import BrokerClock
@@ -158,7 +158,9 @@ class NatsMessage(Message):
         self._message = message
         self._stream = stream
         self.data = message.data
-        self.message_id = (message.headers or {}).get(MESSAGE_ID)
+        headers = message.headers or {}
+        self.message_id = headers.get(MESSAGE_ID)
+        self.traceparent = headers.get(TRACEPARENT)
         self.stored_at = metadata.timestamp
         self.number = metadata.num_delivered
         self.backlog = metadata.num_pending
@@ -175,6 +177,8 @@ class NatsMessage(Message):
         headers = {MESSAGE_ID: event.name}
         if event.signature is not None:
             headers[SIGNATURE] = event.signature
+        if event.traceparent is not None:
+            headers[TRACEPARENT] = event.traceparent
         with engine_errors():
             stored = await self._stream.publish(
                 self._fleet.outcome_subject(event.outcome),
