@@ -20,7 +20,7 @@ from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.approval import Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless._rules.circuit import Circuit
-from aiokeyless._rules.outcome import YOUNG, PollFacts, Result, poll_outcome
+from aiokeyless._rules.outcome import YOUNG, Outcome, PollFacts, Result, poll_outcome
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import (
@@ -41,7 +41,7 @@ from .explanation import Explainer, Explanation
 from .packing import pack_pending
 from .pauses import Pause, Pauses, next_poll
 from .reporting import Reporter
-from .state import Hold, Poll, PolledOperation, Wait
+from .state import Applied, Hold, Poll, PolledOperation, Wait
 from .timer_queue import TimerQueue
 
 if TYPE_CHECKING:
@@ -635,7 +635,7 @@ class Poller:
             if self._reporter.listens:
                 self._reporter.poll_ended(poll, answer, self._loop.time())
             if answer is not None:  # None: cut off, and neither good nor bad
-                self._apply(poll, answer)
+                await self._apply(poll, answer)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in poll.polled.active_waits():
                 self._end(wait, error)
@@ -676,43 +676,50 @@ class Poller:
 
     # -- what a poll brought
 
-    def _apply(self, poll: Poll, answer: Operation | KeylessError) -> None:
+    async def _apply(self, poll: Poll, answer: Operation | KeylessError) -> None:
         now = self._loop.time()
         self._record_in_circuit(poll, answer, now)
         self._report_circuit(answer, now)
-        if active := poll.polled.active_waits():
-            self._apply_to_waits(poll, answer, active, now)
-        else:
+        active = poll.polled.active_waits()
+        if not active:
             self._apply_to_pause(poll, answer, now)
+            return
+        applied = Applied(poll, active)
+        for start in range(0, len(active), _BATCH):
+            if start:  # very many wait for one operation: nobody else may be held up by that
+                await asyncio.sleep(0)
+            batch = [wait for wait in active[start : start + _BATCH] if not wait.done()]
+            self._apply_to_waits(applied, answer, batch, self._loop.time())
+        if not applied.failed:
+            poll.polled.failures = 0
 
-    def _apply_to_waits(self, poll: Poll, answer: Operation | KeylessError, active: list[Wait], now: float) -> None:
-        """Do with each wait what the result of the poll means for it."""
-        was_seen = any(wait.seen is not None for wait in active)
-        outcomes = [(wait, poll_outcome(answer, _facts(wait, poll, was_seen=was_seen))) for wait in active]
+    def _apply_to_waits(
+        self, applied: Applied, answer: Operation | KeylessError, active: list[Wait], now: float
+    ) -> None:
+        """Do with each of some waits what the result of the poll means for it."""
+        poll, served = applied.poll, applied.served
+        outcomes = [(wait, _outcome(answer, wait, applied)) for wait in active]
         if any(outcome.result is Result.APPROVED for _, outcome in outcomes):
             self._record_observation(poll.polled, now)
-        waits = poll.waits if len(poll.waits) == 1 else set(poll.waits)
         pending: list[Wait] = []
         transient: list[Wait] = []
         for wait, (result, rejection) in outcomes:
             if isinstance(answer, Operation) and result is Result.APPROVED:
                 self._approve(wait, answer, now)  # counts for waits that started after the poll, too
-            elif wait not in waits:
+            elif wait not in served:
                 continue
             elif rejection is not None:
                 self._end(wait, rejection_error(rejection, _record(wait, now, answer)))
             elif result is Result.PENDING or result is Result.TIMED_OUT:
                 pending.append(wait)
             elif isinstance(answer, KeylessError) and result is Result.FAILED:
-                self._end(wait, copy.copy(answer) if len(waits) > 1 else answer)
+                self._end(wait, copy.copy(answer) if len(served) > 1 else answer)
             else:
                 transient.append(wait)
         if pending:
-            self._after_pending(poll, answer, pending, now)
+            self._after_pending(applied, answer, pending, now)
         if isinstance(answer, KeylessError) and transient:
-            self._after_transient(poll, answer, transient, now)
-        else:
-            poll.polled.failures = 0
+            self._after_transient(applied, answer, transient, now)
 
     def _apply_to_pause(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
         """Keep the result of a poll that ended between two holds, as far as it says when to poll next."""
@@ -757,9 +764,9 @@ class Poller:
         self._update(wait, now, operation)
         self._end(wait, operation)
 
-    def _after_pending(self, poll: Poll, answer: Operation | KeylessError, waits: list[Wait], now: float) -> None:
+    def _after_pending(self, applied: Applied, answer: Operation | KeylessError, waits: list[Wait], now: float) -> None:
         """Go on by the schedule, and end the waits whose final poll this was."""
-        polled = poll.polled
+        poll, polled = applied.poll, applied.poll.polled
         polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
         if polled.observed_from is None:
             polled.observed_from = polled.pending_at
@@ -775,16 +782,18 @@ class Poller:
                 self._end(wait, timed_out(wait.record(now)))
             elif not wait.deadline_passed:  # else it waits for its final poll
                 going_on.append(wait)
-        for wait in self._schedule_next(polled, going_on, now):
+        for wait in self._schedule_next(polled, going_on, applied.delays, now):
             self._update(wait, now, answer, due=polled.due)
 
-    def _after_transient(self, poll: Poll, error: KeylessError, waits: list[Wait], now: float) -> None:
+    def _after_transient(self, applied: Applied, error: KeylessError, waits: list[Wait], now: float) -> None:
         """Go on by the backoff, and repeat final polls."""
-        polled = poll.polled
-        polled.failures += 1
-        self._failures += not is_transient(error)  # the others were counted
-        if polled.before_deadline:
-            self._dispatcher.schedule(polled, now + max(error_delay(polled.failures), requested_pause(error)))
+        poll, polled = applied.poll, applied.poll.polled
+        if not applied.failed:
+            applied.failed = True
+            polled.failures += 1
+            self._failures += not is_transient(error)  # the others were counted
+            if polled.before_deadline:
+                self._dispatcher.schedule(polled, now + max(error_delay(polled.failures), requested_pause(error)))
         again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
         for wait in waits:
             wait.error = error
@@ -808,9 +817,10 @@ class Poller:
             self._update(wait, now, wait.error)
             self._end(wait, unknown(wait.record(now)))
 
-    def _schedule_next(self, polled: PolledOperation, waits: list[Wait], now: float) -> list[Wait]:
+    def _schedule_next(
+        self, polled: PolledOperation, waits: list[Wait], delays: dict[int, float | Exception], now: float
+    ) -> list[Wait]:
         """Ask each schedule once and take the soonest delay; return the waits whose schedule answered."""
-        delays: dict[int, float | Exception] = {}
         for wait in waits:
             if id(wait.schedule) not in delays:
                 try:
@@ -825,7 +835,7 @@ class Poller:
             if isinstance(delay, Exception):
                 self._end(wait, copy.copy(delay))
         good = [delay for delay in delays.values() if isinstance(delay, float)]
-        if good:
+        if good and waits:
             self._dispatcher.schedule(polled, now + min(good))
         return [wait for wait in waits if not wait.done()]
 
@@ -846,11 +856,19 @@ class Poller:
         )
 
 
-def _facts(wait: Wait, poll: Poll, *, was_seen: bool) -> PollFacts:
+def _outcome(answer: Operation | KeylessError, wait: Wait, applied: Applied) -> Outcome:
+    """Return what the answer means for a wait; waits of which the same is known share it, and one hash of a payload."""
+    poll = applied.poll
     is_young = wait.ticket is not None and poll.started_at - wait.origin < YOUNG
-    return PollFacts(
-        wait.polled.operation_id, wait.ticket, wait.final is poll, wait.may_be_missing or is_young, was_seen
+    facts = PollFacts(
+        wait.polled.operation_id, wait.ticket, wait.final is poll, wait.may_be_missing or is_young, applied.was_seen
     )
+    if len(applied.served) == 1:
+        return poll_outcome(answer, facts)
+    outcome = applied.outcomes.get(facts)
+    if outcome is None:
+        outcome = applied.outcomes[facts] = poll_outcome(answer, facts)
+    return outcome
 
 
 def _record(wait: Wait, now: float, answer: Operation | KeylessError) -> WaitRecord:

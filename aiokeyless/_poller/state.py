@@ -16,10 +16,13 @@ from aiokeyless.models import Operation
 from .packing import unpack_pending
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
     from yarl import URL
 
+    from aiokeyless._rules.outcome import Outcome, PollFacts
     from aiokeyless.errors import KeylessError
     from aiokeyless.reports import ApprovalUpdate
     from aiokeyless.schedule import wait_adaptive
@@ -233,3 +236,18 @@ class Poll:
         self.overdue = overdue
         if self.under_way and self.task is not None:  # one that has not started sees the mark when it does
             self.task.cancel()
+
+
+class Applied:
+    """The result of one poll while it is applied to its waits: what is the same for all batches of them."""
+
+    __slots__ = ("delays", "failed", "outcomes", "poll", "served", "was_seen")
+
+    def __init__(self, poll: Poll, active: list[Wait]) -> None:
+        self.poll = poll
+        self.was_seen = any(wait.seen is not None for wait in active)
+        # The waits for which the poll was made.
+        self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
+        self.outcomes: dict[PollFacts, Outcome] = {}
+        self.delays: dict[int, float | Exception] = {}  # by the id of the schedule that was asked
+        self.failed = False  # it was counted as a failure of the operation

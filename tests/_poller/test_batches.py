@@ -7,11 +7,16 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
-from leaks import armed_timers
+from leaks import armed_timers, tasks_since
+from tenacity import wait_fixed
 
-from aiokeyless import ClientClosedError, KeylessClient
+from aiokeyless import ApprovalTicket, ClientClosedError, KeylessClient, NotFoundError, Operation, wait_adaptive
+from aiokeyless._rules import approval
+from aiokeyless.ticket import payload_digest
 
 if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
     from aiokeyless._poller.poller import Poller
     from aiokeyless._poller.state import Wait
     from aiokeyless.sandbox import Sandbox
@@ -38,6 +43,12 @@ async def waiting_by_turn(poller: Poller) -> list[int]:
         await asyncio.sleep(0)
         counts.append(poller.statistics().waiting)
     return counts
+
+
+async def first_batch(waits: list[Wait]) -> None:
+    """Let turns pass until the first of the waits has ended."""
+    while not waits[0].done():  # noqa: ASYNC110  # this very turn is what is tested
+        await asyncio.sleep(0)
 
 
 def most_in_a_turn(counts: list[int]) -> int:
@@ -99,3 +110,101 @@ class TestLeaving:
         sandbox.approve("op", user_id="AB")
         assert getattr(await another, "is_approved", False)
         assert poller.statistics().waiting == 0
+
+
+class TestOneAnswerForMany:
+    async def test_an_approval_ends_them_in_batches(self, sandbox: Sandbox, poller: Poller) -> None:
+        waits = [start(poller, "op") for _ in range(MANY)]
+        sandbox.approve("op", user_id="AB")
+        assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
+        assert {getattr(wait.result(), "is_approved", False) for wait in waits} == {True}
+        assert len(sandbox.requests) == 1
+
+    async def test_a_failure_ends_them_in_batches_each_with_an_error_of_its_own(self, poller: Poller) -> None:
+        waits = [start(poller, "op", missing=False) for _ in range(MANY)]
+        assert most_in_a_turn(await waiting_by_turn(poller)) <= MOST
+        errors = [wait.result() for wait in waits]
+        assert {type(error) for error in errors} == {NotFoundError}
+        assert len({id(error) for error in errors}) == MANY
+
+    async def test_a_pending_answer_asks_their_schedule_once(self, poller: Poller) -> None:
+        asked: list[object] = []
+
+        class Counted(wait_fixed):
+            def __call__(self, retry_state: RetryCallState) -> float:
+                asked.append(retry_state)
+                return 1000.0
+
+        schedule = Counted(1)
+        for _ in range(MANY):
+            poller.start("op", ticket=None, timeout=60.0, schedule=schedule, may_be_missing=True)
+        await asyncio.sleep(1)
+        assert len(asked) == 1
+        await poller.aclose()
+
+    async def test_a_transient_failure_counts_once(self, sandbox: Sandbox, poller: Poller) -> None:
+        sandbox.fail_next(status=500)
+        sandbox.approve("op", user_id="AB")
+        waits = [start(poller, "op") for _ in range(MANY)]
+        await asyncio.wait(waits)
+        assert {type(wait.result()) for wait in waits} == {Operation}
+        assert (poller.statistics().transient_failures, len(sandbox.requests)) == (1, 2)
+
+    async def test_what_is_learned_is_learned_once(self, sandbox: Sandbox) -> None:
+        learned: list[float | None] = []
+
+        class Learner(wait_adaptive):
+            def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+                learned.append(until)
+
+        async with sandbox.client(schedule=Learner()) as client:
+            ticket = await client.create_operation("AB", operation_id="op")
+            poller = client._open()[1]
+            waits = [
+                poller.start("op", ticket=ticket, timeout=60.0, schedule=None, may_be_missing=False)
+                for _ in range(MANY)
+            ]
+            asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+            await asyncio.wait(waits)
+        assert len(learned) == 1
+
+    async def test_a_payload_is_hashed_once(
+        self, sandbox: Sandbox, poller: Poller, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashed: list[str | None] = []
+
+        def digest(payload: str | None) -> str:
+            hashed.append(payload)
+            return payload_digest(payload)
+
+        monkeypatch.setattr(approval, "payload_digest", digest)
+        sandbox.approve("op", user_id="AB")
+        texts = [ApprovalTicket.for_operation("op", user_id="AB").to_json()] * MANY
+        waits = [
+            poller.start("op", ticket=ApprovalTicket.from_json(t), timeout=60.0, schedule=None, may_be_missing=False)
+            for t in texts
+        ]
+        await waiting_by_turn(poller)
+        assert {type(wait.result()) for wait in waits} == {Operation}
+        assert len(hashed) == 1
+
+    async def test_one_that_leaves_before_its_batch_is_cancelled(self, sandbox: Sandbox, poller: Poller) -> None:
+        waits = [start(poller, "op") for _ in range(MANY)]
+        sandbox.approve("op", user_id="AB")
+        await first_batch(waits)
+        poller.leave(waits[-1])
+        await waiting_by_turn(poller)
+        assert waits[-1].cancelled()
+        assert {type(wait.result()) for wait in waits[:-1]} == {Operation}
+
+    async def test_a_worker_that_is_cancelled_between_two_batches_costs_no_approval(
+        self, sandbox: Sandbox, poller: Poller
+    ) -> None:
+        before = asyncio.all_tasks()
+        waits = [start(poller, "op") for _ in range(MANY)]
+        sandbox.approve("op", user_id="AB")
+        await first_batch(waits)
+        for task in tasks_since(before):
+            task.cancel()
+        await waiting_by_turn(poller)
+        assert {type(wait.result()) for wait in waits} == {Operation}
