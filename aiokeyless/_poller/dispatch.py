@@ -93,7 +93,8 @@ class Dispatcher:
         if len(self.in_flight) >= self._max_in_flight:
             return None
         room = self._circuit.room(now + RESOLUTION) - self._counted()
-        if self._final_in_a_row >= _FINAL_POLLS_IN_A_ROW and (poll := self._next_ordinary(now, room)) is not None:
+        # Not by the rate: where final polls take all of it for long, a wait without a deadline would never be polled.
+        if self._final_in_a_row >= _FINAL_POLLS_IN_A_ROW and room > 0 and (poll := self._next_due(now)) is not None:
             return poll
         return self._next_final(now, room) or self._next_ordinary(now, room)
 
@@ -110,6 +111,9 @@ class Dispatcher:
     def _next_ordinary(self, now: float, room: int) -> Poll | None:
         if room <= 0 or self._rate.ready_at(now) > now + RESOLUTION:
             return None
+        return self._next_due(now)
+
+    def _next_due(self, now: float) -> Poll | None:
         for queue in self._queues():
             polled = queue.pop_due(now + RESOLUTION)
             if polled is not None:

@@ -286,6 +286,22 @@ def test_the_lag_is_the_time_by_which_polls_are_late(operation: Callable[..., Po
     assert dispatch.lag(5.0) == 0.0
 
 
+def test_final_polls_that_take_the_whole_rate_starve_nobody(operation: Callable[..., PolledOperation]) -> None:
+    dispatch, _ = dispatcher(rate=5)
+    starving = operation()
+    dispatch.schedule(starving, 0.0)
+    now = 0.0
+    for _ in range(100):  # ten deadlines a second
+        dispatch.queue_final_poll(operation(deadline_passed=True), now)
+        while (poll := dispatch.next_poll(now)) is not None:
+            dispatch.finish(poll, now)
+            if poll.polled is starving:
+                starving.due = math.inf
+                dispatch.schedule(starving, now + 1)
+        now += 0.1
+    assert dispatch.lag(now) < 2
+
+
 def test_a_final_poll_does_not_wait_for_the_rate_and_is_counted(operation: Callable[..., PolledOperation]) -> None:
     dispatch, _ = dispatcher(limit=9, rate=1.0)
     ordinary, ending = operation(), [operation(deadline=0.0, deadline_passed=True) for _ in range(3)]
