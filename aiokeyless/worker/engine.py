@@ -75,6 +75,7 @@ class Sealed(NamedTuple):
         name: Of two events with the same name, the broker keeps the first.
         signature: See `EventKeys`; None where the worker has no event key.
         traceparent: The position in the trace of who submitted the request (W3C Trace Context); or None.
+        is_genuine: Tells of an event and its signature whether a worker wrote it about the same request; None likewise.
     """
 
     outcome: Outcome
@@ -82,6 +83,7 @@ class Sealed(NamedTuple):
     name: str
     signature: str | None = None
     traceparent: str | None = None
+    is_genuine: Callable[[bytes, str | None], bool] | None = None
 
 
 class Message(ABC):
@@ -118,6 +120,8 @@ class Message(ABC):
     @abstractmethod
     async def decide(self, event: Sealed) -> bool:
         """Store the event, and only when that is done, remove the request.
+
+        Where anybody else may have stored an event under its name, one that is not genuine does not keep it out.
 
         Returns:
             Whether the event is stored by this call; False where there was one of this name already.

@@ -306,6 +306,21 @@ def read_event(data: bytes) -> ApprovalEvent:
     return event
 
 
+def is_about(data: bytes, event: ApprovalEvent) -> bool:
+    """Return whether a worker's message, perhaps of a later version, is about the request that an event is about."""
+    try:
+        other = read_event(data)
+    except NewerEventError:
+        return True
+    except msgspec.DecodeError:
+        return False
+    return _subject(other) == _subject(event)
+
+
+def _subject(event: ApprovalEvent) -> tuple[object, ...]:
+    return event.operation_id, event.user_id, event.external_user_id, event.payload_sha256, bytes(event.context)
+
+
 class NewerEventError(msgspec.DecodeError):
     """An event is of a later version: a newer reader understands it."""
 

@@ -26,7 +26,7 @@ from .engine import EXPIRES, EngineError, Sealed
 from .exchanges import Exchanges, check_key
 from .load_shedding import LoadShedding
 from .logs import log
-from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, read_context, read_request
+from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, is_about, read_context, read_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -372,10 +372,15 @@ class Serving:
             self._counts["duplicates"] += 1
 
     def _sealed(self, event: ApprovalEvent, name: str) -> Sealed:
-        data, signature = msgspec.json.encode(event), None
-        if self._event_keys is not None:
-            signature = self._event_keys.sign(data, fleet=self._engine.fleet_name)
-        return Sealed(event.outcome, data, name, signature, event.traceparent)
+        data, keys, fleet = msgspec.json.encode(event), self._event_keys, self._engine.fleet_name
+        if keys is None:
+            return Sealed(event.outcome, data, name, traceparent=event.traceparent)
+
+        def is_genuine(other: bytes, signature: str | None) -> bool:
+            return keys.are_of(other, signature, fleet=fleet) and is_about(other, event)
+
+        signature = keys.sign(data, fleet=fleet)
+        return Sealed(event.outcome, data, name, signature, event.traceparent, is_genuine)
 
     def _learn(self, decided: Decided) -> None:
         """Tell the schedule when the user approved, or until when they had not."""

@@ -23,7 +23,9 @@ from aiokeyless.worker.messages import (
     ApprovalRequest,
     Delivery,
     NewerEventError,
+    Outcome,
     derived_operation_id,
+    is_about,
     read_context,
     read_event,
     read_request,
@@ -496,3 +498,19 @@ def test_whatever_the_bytes_they_are_an_event_or_one_kind_of_error(data: bytes) 
 def test_the_deepest_context_is_read_by_every_reader() -> None:
     context = json.loads(nested(MAX_DEPTH))
     assert read_event(event_with(nested(MAX_DEPTH))).read_context(list) == context
+
+
+@pytest.mark.parametrize(
+    ("data", "is_it"),
+    [
+        (msgspec.json.encode(an_event()), True),
+        (msgspec.json.encode(msgspec.structs.replace(an_event(), outcome=Outcome.EXPIRED, deliveries=9)), True),
+        (b'{"version": 2}', True),
+        (msgspec.json.encode(msgspec.structs.replace(an_event(), operation_id="another")), False),
+        (msgspec.json.encode(msgspec.structs.replace(an_event(), user_id="DEAD")), False),
+        (msgspec.json.encode(msgspec.structs.replace(an_event(), context=msgspec.Raw(b"1"))), False),
+        (b"", False),
+    ],
+)
+def test_what_a_worker_signed_about_another_request_is_told_apart(data: bytes, is_it: bool) -> None:
+    assert is_about(data, an_event()) is is_it

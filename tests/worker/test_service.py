@@ -1003,6 +1003,49 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
     assert (await connection.jetstream().stream_info(OUTCOMES)).state.messages == 1
 
 
+@pytest.mark.usefixtures("one_ack_is_lost")
+async def test_an_event_that_a_forger_stored_under_the_name_of_an_outcome_does_not_keep_the_genuine_one_out(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The name of an outcome follows from the request, so that who knows the one knows the other."""
+    forged = {MESSAGE_ID: request_name(**CONTENT)}
+    subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), connection.jetstream()
+    async with working(client, broker, event_keys=EVENT_KEYS) as worker:
+        await stream.publish(subject, b"forged", stream=OUTCOMES, headers=forged)
+        await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        await until(lambda: worker.statistics.duplicates == 1)  # the first delivery's, whose ack was lost
+        assert worker.statistics.approved == 1
+        async with (
+            asyncio.timeout(PATIENCE),
+            aclosing(approval_outcomes(connection, "careful", event_keys=EVENT_KEYS)) as events,
+        ):
+            assert (await anext(events)).outcome is Outcome.APPROVED
+    assert (await stream.stream_info(OUTCOMES)).state.messages == 2
+    assert "outcome.forged sequence=1" in caplog.text
+
+
+async def test_an_event_that_was_removed_since_is_not_stored_again(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    """A worker with an event key reads what is there in place of its event."""
+    stored = {MESSAGE_ID: request_name(**CONTENT)}
+    subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), connection.jetstream()
+    async with working(client, broker, event_keys=EVENT_KEYS) as worker:
+        await stream.publish(subject, b"the other's", stream=OUTCOMES, headers=stored)
+        await stream.purge_stream(OUTCOMES)
+        await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        await until(lambda: worker.statistics.duplicates == 1)
+    assert (await stream.stream_info(OUTCOMES)).state.messages == 0
+
+
 async def test_broker_that_is_killed_and_started_again_loses_nothing(
     impatient_client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
+
+import nats.js.errors
 
 from aiokeyless.worker.engine import Engine, Message, Sealed, Terms
 from aiokeyless.worker.event_keys import SIGNATURE
+from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
 
 from .claims import NatsClaims
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.js import JetStreamContext
+    from nats.js.api import PubAck
 
     from aiokeyless.errors import BrokerError
 
@@ -174,17 +179,31 @@ class NatsMessage(Message):
 
     async def decide(self, event: Sealed) -> bool:
         """See `Message`."""
-        headers = {MESSAGE_ID: event.name}
+        name = event.name
+        with engine_errors():
+            while (stored := await self._publish(event, name)).duplicate:
+                if event.is_genuine is None or await self._is_genuine(stored.seq, event.is_genuine):
+                    break
+                # A forger knew the name. This one follows from it, so that other deliveries use the same.
+                log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
+                name = f"{event.name}-{stored.seq}"
+            await self._message.ack()
+        return not stored.duplicate
+
+    async def _publish(self, event: Sealed, name: str) -> PubAck:
+        headers = {MESSAGE_ID: name}
         if event.signature is not None:
             headers[SIGNATURE] = event.signature
         if event.traceparent is not None:
             headers[TRACEPARENT] = event.traceparent
-        with engine_errors():
-            stored = await self._stream.publish(
-                self._fleet.outcome_subject(event.outcome),
-                event.data,
-                stream=self._fleet.outcomes,
-                headers=headers,
-            )
-            await self._message.ack()
-        return not stored.duplicate
+        return await self._stream.publish(
+            self._fleet.outcome_subject(event.outcome), event.data, stream=self._fleet.outcomes, headers=headers
+        )
+
+    async def _is_genuine(self, sequence: int, is_genuine: Callable[[bytes, str | None], bool]) -> bool:
+        """Return whether what is stored is genuine; what an operator has removed since is taken for it."""
+        try:
+            kept = await self._stream.get_msg(self._fleet.outcomes, seq=sequence)
+        except nats.js.errors.NotFoundError:
+            return True
+        return is_genuine(kept.data or b"", (kept.headers or {}).get(SIGNATURE))
