@@ -560,6 +560,7 @@ async def test_many_chats_wait_at_once_and_edits_are_few(
     assert sorted(teller.transfers) == sorted((users[chat], f"{chat}", "alice") for chat in users)
 
 
+@pytest.mark.slow  # aiogram takes seconds of computing to start
 async def test_chat_in_a_terminal_runs_the_bot_without_telegram_and_without_a_phone() -> None:
     chat = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "error", str(PROGRAM.with_name("chat.py")), "--auto-approve", "0.1"),
