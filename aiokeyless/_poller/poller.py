@@ -513,40 +513,35 @@ class Poller:
                 self._end(wait, error)
         for poll in hanging:
             # A poll that started before the deadline does not count at the deadline; others may still need it.
-            if not any(poll.serves(wait) for wait in poll.waits):
+            if not poll.serves_any():
                 poll.stop()
 
     def _expire_one(self, wait: Wait, now: float, hanging: set[Poll]) -> None:
         if isinstance(wait, Hold):
             self._end(wait, None)
         elif not wait.deadline_passed:
-            self._pass_deadline(wait.polled, now)
-            self._queue_final_poll(wait.polled, wait.deadline)
+            self._pass_deadline(wait)
+            self._queue_final_poll(wait, wait.deadline)
             if wait.polled.poll is not None:
                 hanging.add(wait.polled.poll)
         elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a final poll that failed is over
-            self._queue_final_poll(wait.polled, now)
+            self._queue_final_poll(wait, now)
         else:
             self._end_unknown(wait, now)
 
-    def _pass_deadline(self, polled: PolledOperation, now: float) -> None:
-        """Mark the waits of an operation whose deadline has passed: only a final poll counts for them now."""
-        for wait in polled.all_waits():
-            if isinstance(wait, Hold):  # it ends without a final poll
-                continue
-            if wait.deadline <= now + RESOLUTION and wait.registered and not wait.deadline_passed:
-                wait.deadline_passed = True
-                polled.before_deadline -= 1
+    def _pass_deadline(self, wait: Wait) -> None:
+        """Mark a wait whose deadline has passed: only a final poll counts for it now."""
+        polled = wait.polled
+        wait.deadline_passed = True
+        polled.before_deadline -= 1
         if not polled.before_deadline:
             self._dispatcher.unschedule(polled)
 
-    def _queue_final_poll(self, polled: PolledOperation, due: float) -> None:
-        """Queue one final poll for all waits of an operation whose deadline has passed."""
-        for wait in polled.all_waits():
-            end = wait.deadline + FINAL_POLL_TIMEOUT
-            if wait.deadline_passed and wait.registered and wait.scheduled_at != end:
-                self._deadlines.schedule(wait, end)
-        self._dispatcher.queue_final_poll(polled, due)
+    def _queue_final_poll(self, wait: Wait, due: float) -> None:
+        """Queue a final poll for a wait whose deadline has passed, unless one that started since then is in flight."""
+        self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)
+        if wait.final is None:
+            self._dispatcher.queue_final_poll(wait.polled, due)
 
     def _end_unknown(self, wait: Wait, now: float) -> None:
         """End a wait whose final polls were not answered in time, or found no slot."""
@@ -624,7 +619,7 @@ class Poller:
                 wait.final = None
         self._dispatcher.finish(poll, now)
         if polled.needs_final_poll():
-            self._queue_final_poll(polled, now)
+            self._dispatcher.queue_final_poll(polled, now)
 
     async def _send(self, poll: Poll) -> None:
         if poll.cut:  # the last wait left before it started
@@ -667,7 +662,9 @@ class Poller:
         self._reporter.poll_started(poll.lag, poll.started_at, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1
-            if (wait.deadline_passed or wait.had_expired) and wait.final is None:
+            # By the time, and not by the mark: where many deadlines pass at once, it may be still to come.
+            is_final = wait.had_expired or wait.deadline <= poll.started_at + RESOLUTION
+            if is_final and wait.final is None and not isinstance(wait, Hold):
                 wait.final = poll
 
     def _no_answer(self, polled: PolledOperation, seconds: float) -> RequestTimeoutError:

@@ -170,9 +170,11 @@ class PolledOperation:
         """Remove a wait that has ended; its reference stays until more than half of them have."""
         self.live -= 1
         self.before_deadline -= not wait.deadline_passed
-        if 1 + len(self.others or ()) > 2 * self.live:
+        if not self.live:
+            self.first = self.others = None
+        elif 1 + len(self.others or ()) > 2 * self.live:
             kept = self.active_waits()
-            self.first = kept.pop(0) if kept else None
+            self.first = kept.pop(0) if kept else None  # none is left where all are about to leave
             self.others = kept or None
 
     def all_waits(self) -> list[Wait]:
@@ -198,6 +200,7 @@ class Poll:
     """One poll: for which waits it is made, and whether and why it was cut off."""
 
     __slots__ = (
+        "_unserved",
         "counted_as_failure",
         "cut",
         "final",
@@ -223,10 +226,17 @@ class Poll:
         self.cut = False
         self.overdue = False
         self.counted_as_failure = False
+        self._unserved = 0  # so many of the first waits it no longer serves: they never come back
 
     def serves(self, wait: Wait) -> bool:
         """Return whether the answer counts for a wait: once its deadline has passed, only its final poll does."""
         return not wait.done() and (not wait.deadline_passed or wait.final is self)
+
+    def serves_any(self) -> bool:
+        """Return whether its answer counts for a wait; asked again and again, it checks each wait once."""
+        while self._unserved < len(self.waits) and not self.serves(self.waits[self._unserved]):
+            self._unserved += 1
+        return self._unserved < len(self.waits)
 
     def stop(self, *, overdue: bool = False) -> None:
         """Cut the exchange off, once; overdue: since it took longer than an exchange may."""

@@ -10,7 +10,17 @@ import pytest
 from leaks import armed_timers, tasks_since
 from tenacity import wait_fixed
 
-from aiokeyless import ApprovalTicket, ClientClosedError, KeylessClient, NotFoundError, Operation, wait_adaptive
+from aiokeyless import (
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ClientClosedError,
+    KeylessClient,
+    NotFoundError,
+    Operation,
+    wait_adaptive,
+)
+from aiokeyless._poller.state import PolledOperation
 from aiokeyless._rules import approval
 from aiokeyless.ticket import payload_digest
 
@@ -43,6 +53,12 @@ async def waiting_by_turn(poller: Poller) -> list[int]:
         await asyncio.sleep(0)
         counts.append(poller.statistics().waiting)
     return counts
+
+
+async def sandbox_has_pending(sandbox: Sandbox) -> None:
+    async with sandbox.client() as other:
+        await other.create_operation("AB", operation_id="op")
+    sandbox.requests.clear()
 
 
 async def first_batch(waits: list[Wait]) -> None:
@@ -208,3 +224,50 @@ class TestOneAnswerForMany:
             task.cancel()
         await waiting_by_turn(poller)
         assert {type(wait.result()) for wait in waits} == {Operation}
+
+
+class TestDeadlines:
+    async def test_many_waits_of_one_operation_share_a_final_poll_however_many_batches_they_are(
+        self, sandbox: Sandbox, poller: Poller
+    ) -> None:
+        await sandbox_has_pending(sandbox)
+        schedule = wait_fixed(1000)
+        waits = [
+            poller.start("op", ticket=None, timeout=5.0, schedule=schedule, may_be_missing=False) for _ in range(MANY)
+        ]
+        await asyncio.wait(waits)
+        assert {type(wait.result()) for wait in waits} == {ApprovalTimeoutError}
+        assert len(sandbox.requests) == 2
+
+    async def test_many_deadlines_of_one_operation_are_marked_one_by_one(
+        self, sandbox: Sandbox, poller: Poller, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        visited: list[int] = []
+        all_waits = PolledOperation.all_waits
+
+        def counted(polled: PolledOperation) -> list[Wait]:
+            visited.append(polled.live)
+            return all_waits(polled)
+
+        sandbox.latency = 3600.0
+        waits = [start(poller, "op", timeout=5.0 + k / 10_000) for k in range(MANY)]
+        await asyncio.sleep(4.9)
+        monkeypatch.setattr(PolledOperation, "all_waits", counted)
+        await asyncio.sleep(0.2)  # all deadlines pass
+        assert len(visited) <= 2 * 64  # by the final polls that may be in flight, and not by each of the deadlines
+        await asyncio.wait(waits)
+        assert {type(wait.result()) for wait in waits} == {ApprovalUnknownError}
+
+    async def test_a_hold_whose_time_is_over_as_a_poll_starts_is_no_timeout(
+        self, sandbox: Sandbox, poller: Poller
+    ) -> None:
+        await sandbox_has_pending(sandbox)
+        for _ in range(MANY):
+            start(poller, "other", timeout=1.0)
+        holds = [
+            poller.hold("op", ticket=None, seconds=1.0, schedule=wait_fixed(1), may_be_missing=False)
+            for _ in range(MANY)
+        ]
+        await asyncio.wait(holds)
+        assert {hold.result() for hold in holds} == {None}
+        await poller.aclose()
