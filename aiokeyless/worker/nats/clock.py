@@ -60,7 +60,10 @@ class BrokerClock:
             answer = await connection.request(subject, b"", timeout=within)
             answered_at = self._local()
             told = msgspec.json.decode(answer.data, type=_Answer).ts
-            self._ahead = told - (asked_at + (answered_at - asked_at) / 2)
+            margin = (answered_at - asked_at) / 2  # told at some time in between
+            if abs((ahead := told - (asked_at + margin)) - self._ahead) <= margin:
+                return  # a slow answer, and no reason to move deadlines by as much
+            self._ahead = ahead
             seconds = self._ahead.total_seconds()
             if abs(seconds) > _NOTICEABLE:
                 log(logging.WARNING, "worker.clock_differs", {"broker_ahead_by": round(seconds, 3)})

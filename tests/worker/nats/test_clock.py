@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from nats_server import REQUESTS, prepare, until
@@ -54,6 +55,21 @@ async def test_a_broker_that_does_not_tell_its_time_changes_nothing(connection: 
     for subject in ("nobody.answers", "nonsense"):
         await wrong.measure(connection, subject, 60)
     assert error_of(wrong) == pytest.approx(150, abs=20)
+
+
+@pytest.mark.parametrize(("off", "left"), [(0, 0), (-150, 2)])
+async def test_a_slow_answer_moves_no_deadline_by_what_it_cannot_tell(off: int, left: int) -> None:
+    moment = datetime(2026, 11, 27, tzinfo=UTC)
+
+    class Slow:
+        async def request(self, _subject: str, _data: bytes, **_options: float) -> SimpleNamespace:
+            nonlocal moment
+            moment += timedelta(seconds=4)
+            return SimpleNamespace(data=f'{{"ts": "{(moment + timedelta(seconds=off)).isoformat()}"}}'.encode())
+
+    measured = BrokerClock(lambda: moment)
+    await measured.measure(cast("Client", Slow()), SUBJECT, 60)
+    assert abs(measured.now() - (moment + timedelta(seconds=off))) == timedelta(seconds=left)
 
 
 async def test_it_is_measured_again_as_the_worker_runs(connection: Client, monkeypatch: pytest.MonkeyPatch) -> None:
