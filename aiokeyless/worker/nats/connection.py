@@ -56,6 +56,8 @@ async def connect(
         **options,
     }
     servers = [url.strip() for url in nats_url.split(",")]
+    if given.get("tls") and "ws" in _schemes(servers):
+        raise BrokerError(f"no connection to the broker at {_shown(servers)}: ws:// is without TLS, use wss://")
     within = _CONNECT_WITHIN * (1 + len(servers))  # nats-py bounds a server's part of it, and not each of its own
     failures: list[Exception] = []
     try:
@@ -102,8 +104,13 @@ async def connect(
 
 def _client(servers: list[str], given: dict[str, Any]) -> Client:
     # A WebSocket is made with TLS or without by its own scheme, before the server says anything.
-    is_secure = bool(given.get("tls")) or any(server.startswith("tls://") for server in servers)
-    return _SecureClient() if is_secure and not any(server.startswith("ws") for server in servers) else Client()
+    schemes = _schemes(servers)
+    is_secure = bool(given.get("tls")) or "tls" in schemes
+    return _SecureClient() if is_secure and schemes.isdisjoint({"ws", "wss"}) else Client()
+
+
+def _schemes(servers: list[str]) -> set[str]:
+    return {server.partition("://")[0].lower() for server in servers if "://" in server}
 
 
 class _SecureClient(Client):

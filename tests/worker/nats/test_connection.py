@@ -102,8 +102,8 @@ async def test_a_certificate_that_is_trusted_lets_the_worker_in(
     await disconnect(client)
 
 
-@pytest.mark.parametrize("option", [True, False], ids=["option", "scheme"])
-async def test_a_broker_without_tls_is_sent_no_password_where_tls_was_asked_for(*, option: bool) -> None:
+@pytest.mark.parametrize(("user", "option"), [("nats://worker", True), ("tls://worker", False), ("wsworker", True)])
+async def test_a_broker_without_tls_is_sent_no_password_where_tls_was_asked_for(user: str, *, option: bool) -> None:
     """nats-py goes on without it."""
     sent: list[bytes] = []
 
@@ -113,12 +113,16 @@ async def test_a_broker_without_tls_is_sent_no_password_where_tls_was_asked_for(
         writer.close()
 
     async with await asyncio.start_server(offer_no_tls, "127.0.0.1", 0) as server:
-        address = f"worker:s3cret@127.0.0.1:{server.sockets[0].getsockname()[1]}"
         options = {"tls": ssl.create_default_context()} if option else {}
-        message = await refusal(f"{'nats' if option else 'tls'}://{address}", **options)
+        message = await refusal(f"{user}:s3cret@127.0.0.1:{server.sockets[0].getsockname()[1]}", **options)
         await until(lambda: bool(sent))
     assert message.endswith(": it does not ask for TLS")
     assert set(sent) == {b""}
+
+
+async def test_a_websocket_without_tls_is_no_connection_where_tls_was_asked_for() -> None:
+    message = await refusal("ws://127.0.0.1:1", tls=ssl.create_default_context())
+    assert message == "no connection to the broker at 127.0.0.1:1: ws:// is without TLS, use wss://"
 
 
 # -- at first
