@@ -153,10 +153,11 @@ def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
             f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: "
             "give it another name"
         )
-    if fleet.tenant is not None and (tenant := found.get(_TENANT, fleet.tenant)) != fleet.tenant:
+    if (tenant := found.get(_TENANT)) not in {None, fleet.tenant}:
+        own = "names none" if fleet.tenant is None else f"to {fleet.tenant!r}"
         raise BrokerError(
-            f"the fleet {fleet.name!r} on this broker belongs to the tenant {tenant!r}, and this worker to "
-            f"{fleet.tenant!r}: give it another name"
+            f"the fleet {fleet.name!r} on this broker belongs to the tenant {tenant!r}, and this worker {own}: "
+            "name that one, or give the fleet another name"
         )
 
 
