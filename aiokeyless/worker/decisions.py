@@ -122,7 +122,8 @@ def after_poll(
     if rejection is not None:
         return _rejected(delivery, now, rejection)
     if was_created and isinstance(answer, PermissionDeniedError):
-        result = Result.UNANSWERED if facts.is_final else Result.TRANSIENT
+        # It does not open the circuit, and many requests on the backoff alone would be hundreds of polls a second.
+        result = Result.UNANSWERED if facts.is_final else Result.PENDING
     if result is Result.PENDING:
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
@@ -171,8 +172,10 @@ def after_failed_creation(
         pacing: When to go on.
         may_exist: Whether an earlier attempt may have created it: then the user may have been asked.
     """
-    if is_transient(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
+    if is_transient(error):
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
+    if may_exist and isinstance(error, NotFoundError | PermissionDeniedError):  # a gateway's, as after a poll
+        return Redeliver(_scheduled(delivery, now, pacing))
     if isinstance(error, DecodeError):
         reason = FailureReason.UNREADABLE
     else:

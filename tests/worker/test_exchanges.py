@@ -65,6 +65,24 @@ async def test_a_gateways_blip_costs_no_waiting_request_its_approval(
 
 
 @pytest.mark.parametrize("status", [403, 404])
+async def test_a_gateway_that_refuses_everything_is_asked_no_more_often_than_a_service_that_is_well(
+    client: KeylessClient, sandbox: Sandbox, status: int
+) -> None:
+    """A refusal is no failure of the service, so no circuit limits what waiting requests send to it."""
+    async with working(client, schedule=wait_fixed(5.0)) as (_, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        before = len(sandbox.requests)
+        sandbox.fail_next(status=status, times=None)
+        await asyncio.sleep(21)
+        assert len(sandbox.requests) - before <= 4 * 2  # after a 404, the operation is polled and created
+        sandbox.recover()
+        sandbox.approve("txn-1")
+        [event] = await events_of(broker, 1)
+    assert event.outcome is Outcome.APPROVED
+
+
+@pytest.mark.parametrize("status", [403, 404])
 async def test_a_gateways_blip_at_the_deadline_leaves_the_outcome_unknown(
     client: KeylessClient, sandbox: Sandbox, status: int
 ) -> None:
