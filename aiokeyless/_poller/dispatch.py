@@ -122,7 +122,7 @@ class Dispatcher:
 
     def _queues(self) -> Sequence[TimerQueue[PolledOperation]]:
         """Return the queues of which a poll may start, the one that goes first first."""
-        if self._retries_in_flight >= max(1, self._circuit.limit // 2):
+        if self._counted_retries() >= max(1, self._circuit.limit // 2):
             return (self._due,)
         retry = self._retries.next_due()
         if retry is None:
@@ -194,6 +194,12 @@ class Dispatcher:
         if self._circuit.is_closed:  # all of them: asked for at each poll, so it must not walk through 64 of them
             return len(self.in_flight)
         return sum(self._circuit.takes_room(poll.started_at) for poll in self.in_flight)
+
+    def _counted_retries(self) -> int:
+        """Return those of operations that had failed: one that hangs since before the circuit opened keeps no probe."""
+        if self._circuit.is_closed:
+            return self._retries_in_flight
+        return sum(poll.is_retry and self._circuit.takes_room(poll.started_at) for poll in self.in_flight)
 
     def _start(self, polled: PolledOperation, now: float, *, final: bool) -> Poll:
         poll = Poll(polled, now, final=final)

@@ -286,6 +286,24 @@ def test_the_lag_is_the_time_by_which_polls_are_late(operation: Callable[..., Po
     assert dispatch.lag(5.0) == 0.0
 
 
+def test_a_retry_that_hangs_since_before_the_circuit_opened_keeps_no_probe_from_starting(
+    operation: Callable[..., PolledOperation],
+) -> None:
+    dispatch, circuit = dispatcher(limit=8)
+    hanging, other = operation(), operation()
+    hanging.failures = other.failures = 1
+    dispatch.schedule(hanging, 0.0)
+    assert dispatch.next_poll(0.0) is not None
+    opened(circuit, 1.0)
+    dispatch.schedule(other, 1.0)
+    now = circuit.retry_at()
+    assert dispatch.next_event(1.0) == now
+    probe = dispatch.next_poll(now)
+    assert probe is not None
+    assert probe.polled is other
+    assert dispatch.next_poll(now) is None
+
+
 def test_final_polls_that_take_the_whole_rate_starve_nobody(operation: Callable[..., PolledOperation]) -> None:
     dispatch, _ = dispatcher(rate=5)
     starving = operation()
