@@ -191,13 +191,16 @@ async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_n
 
 
 async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
-    client: KeylessClient, sandbox: Sandbox
+    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(serving, "KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
     broker = MemoryBroker()
     run = asyncio.create_task(ApprovalWorker(client, broker).run())
     await submit_approval(broker, "C0FFEE", operation_id="txn-1")
     await created(sandbox, 1)
     sandbox.fail_next(status=401, times=None)
+    while "keyless.key_refused" not in caplog.text:  # noqa: ASYNC110  # as above
+        await asyncio.sleep(0.01)
     await client.aclose()
     with pytest.raises(ClientClosedError):
         await run
