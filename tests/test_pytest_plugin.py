@@ -32,6 +32,7 @@ AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=fun
 
 
 def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = "", passed: int = 1) -> None:
+    pytester.makeini("[pytest]")  # else a settings file further up counts, as of the checkout that the folder is in
     pytester.makeconftest(conftest)
     pytester.makepyfile(test)
     result = pytester.runpytest_inprocess("-W", "error", *options)
@@ -39,6 +40,7 @@ def passes(pytester: pytest.Pytester, test: str, *options: str, conftest: str = 
 
 
 def fails_with(pytester: pytest.Pytester, message: str, test: str, *options: str, conftest: str = "") -> None:
+    pytester.makeini("[pytest]")  # else a settings file further up counts, as of the checkout that the folder is in
     pytester.makeconftest(conftest)
     pytester.makepyfile(test)
     result = pytester.runpytest_inprocess("-W", "error", *options)

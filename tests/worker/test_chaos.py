@@ -219,7 +219,9 @@ def is_true(event: ApprovalEvent, case: Case, approved_at: datetime | None) -> b
         return approved_at is not None and approved_at <= event.decided_at
     deadline = event.requested_at + timedelta(seconds=case.expires_in)
     in_time = approved_at is not None and approved_at < deadline
-    return event.outcome is Outcome.EXPIRED and event.answered is True and not in_time
+    return event.outcome is Outcome.EXPIRED and not (
+        event.answered and in_time
+    )  # unanswered: it says that it is unknown
 
 
 async def outcomes_with(workers: int, folder: Path) -> set[tuple[str | None, Outcome, bool | None]]:

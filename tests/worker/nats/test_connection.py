@@ -302,12 +302,11 @@ async def test_a_broker_that_falls_silent_is_noticed_in_seconds_and_not_in_minut
     client = await connected(server.url)
     try:
         server.pause()
-        await until(lambda: not client.is_connected)  # with the defaults of nats-py, after six minutes
+        await until(lambda: "broker.disconnected" in caplog.text)  # with the defaults of nats-py, after six minutes
     finally:
         server.resume()
     await disconnect(client)
     server.stop()
-    assert "broker.disconnected" in caplog.text
 
 
 async def test_a_connection_whose_end_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
