@@ -113,6 +113,7 @@ def run_tests(folder: Path, mode: str = "strict") -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["strict", "auto"])
 def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
     for number, block in enumerate(TESTS):
@@ -120,6 +121,7 @@ def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
     assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in run_tests(tmp_path, mode)
 
 
+@pytest.mark.slow
 def test_the_site_of_the_tutorial_passes_its_tests(tmp_path: Path) -> None:
     (tmp_path / "login.py").write_text(SITE.code)
     (tmp_path / "test_login.py").write_text(SITE_TESTS.code)

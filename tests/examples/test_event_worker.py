@@ -362,6 +362,7 @@ async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is
     assert await streams.settled() == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("application")
 @pytest.mark.parametrize("headers", [None, {"content-type": "application/json"}], ids=["plain", "json"])
 @pytest.mark.parametrize("garbled", [False, True])

@@ -22,6 +22,8 @@ pytest.importorskip("fastapi", reason="fastapi is not installed")
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.slow
+
 LOGIN = Path(__file__).parents[2] / "examples" / "login" / "login.py"
 
 

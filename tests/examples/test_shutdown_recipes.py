@@ -24,6 +24,8 @@ from bot_api import TOKEN, BotApiServer  # examples are programs, not a package
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "shutdown"
 PAGE = ROOT / "docs" / "howto" / "shutdown.md"
