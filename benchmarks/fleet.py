@@ -116,6 +116,11 @@ class Fleet:
                 raise CannotMeasureError(f"the workers did not get that far within {_TIMEOUT:g} s")
             await asyncio.sleep(0.02)
 
+    async def until_polled(self) -> None:
+        """Wait until the workers, which may have just started, poll."""
+        before = self.server.statistics().requests
+        await self.until(lambda statistics: statistics.requests > before)
+
     def cpu(self) -> Shares:
         """Return the CPU seconds used so far."""
         return self._shares(_cpu)
@@ -174,7 +179,7 @@ def _work(server: Server, nats_url: str, schedule: wait_base, ready: Connection)
 
     async def work() -> None:
         async with KeylessClient(API_KEY, base_url=server.base_url, max_attempts=1) as client:
-            worker = ApprovalWorker(client, nats_url, schedule=schedule)
+            worker = ApprovalWorker(client, nats_url, schedule=schedule, max_polls_per_second=None)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())

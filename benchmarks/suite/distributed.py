@@ -123,6 +123,7 @@ async def _measure_polls(bench: Bench, server: Server, report: Report) -> None:
             for count in order([*windows][::-1], k):  # the most first: workers that start together start faster
                 bench.progress(f"  polls, round {k + 1} of {rounds}: {count} of {most} workers")
                 await workers.resize(count)
+                await workers.until_polled()
                 await asyncio.sleep(seconds / 4)
                 windows[count].append(await _window(workers, seconds, due=waiting / interval))
     report.tables.append(_polls_table(windows, waiting))
@@ -139,6 +140,8 @@ async def _window(workers: Fleet, seconds: float, *, due: float) -> Window:
     polls = service.requests
     if service.bound:
         raise CannotMeasureError(f"the server was the bottleneck ({service.share:.0%} of its core)")
+    if not polls:
+        raise CannotMeasureError("the workers made no poll: other programs took the machine")
     if polls > _ENOUGH_WORK * due * service.wall:
         raise CannotMeasureError("the workers ran out of due polls: more requests must wait")
     return Window(polls / service.wall, cpu.workers / polls, cpu.broker / polls, service.cpu / polls)
