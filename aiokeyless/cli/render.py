@@ -268,7 +268,7 @@ class StatusLine:
 class LiveLine(_Facts):
     """One line that is redrawn while the wait lasts, and removed at its end."""
 
-    frame = FRAME
+    frame: float | None = FRAME
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)

@@ -179,13 +179,13 @@ class _Request:
     def __init__(
         self, data: bytes, message_id: str, stored_at: datetime, sequence: int, traceparent: str | None
     ) -> None:
-        self.data = data
-        self.message_id = message_id
-        self.stored_at = stored_at
-        self.sequence = sequence
-        self.traceparent = traceparent
-        self.deliveries = 0
-        self.is_decided = False
+        self.data: bytes = data
+        self.message_id: str = message_id
+        self.stored_at: datetime = stored_at
+        self.sequence: int = sequence
+        self.traceparent: str | None = traceparent
+        self.deliveries: int = 0
+        self.is_decided: bool = False
 
 
 class _Due(NamedTuple):
@@ -250,8 +250,8 @@ class MemoryEngine(Engine):
         self._asked_until = 0.0
         self._unsettled: dict[_Request, None] = {}
         self._deliver: Callable[[Message], None]
-        self.claims = MemoryClaims(store.holders)
-        self.fleet_name = _FLEET_NAME
+        self.claims: Claims = MemoryClaims(store.holders)
+        self.fleet_name: str = _FLEET_NAME
 
     async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:  # noqa: ARG002
         """See `Engine`."""

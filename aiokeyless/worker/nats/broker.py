@@ -46,7 +46,7 @@ class NatsBroker(Broker):
     """
 
     def __init__(self, connection: Client, fleet: Fleet) -> None:
-        self.fleet_name = fleet.name
+        self.fleet_name: str = fleet.name
         self._connection = connection
         self._fleet = fleet
 
@@ -104,10 +104,10 @@ class NatsOutcomeMessage(OutcomeMessage):
 
     def __init__(self, message: Msg, fleet: Fleet) -> None:
         self._message = message
-        self.data = message.data
-        self.kind = fleet.kind_of(message.subject)
-        self.sequence = message.metadata.sequence.stream
-        self.signature = (message.headers or {}).get(SIGNATURE)
+        self.data: bytes = message.data
+        self.kind: str = fleet.kind_of(message.subject)
+        self.sequence: int = message.metadata.sequence.stream
+        self.signature: str | None = (message.headers or {}).get(SIGNATURE)
 
     async def done(self) -> None:
         """See `OutcomeMessage`."""

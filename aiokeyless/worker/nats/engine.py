@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nats.js.api import PubAck
 
     from aiokeyless.errors import BrokerError
+    from aiokeyless.worker.engine import Claims
 
     from .fleet import Fleet
     from .streams import StreamSettings
@@ -58,7 +59,7 @@ class NatsEngine(Engine):
         timeout: float,
     ) -> None:
         self._url = url
-        self.fleet_name = fleet.name
+        self.fleet_name: str = fleet.name
         self._fleet = fleet
         self._settings = settings
         self._service = service
@@ -81,7 +82,7 @@ class NatsEngine(Engine):
 
         self._connection = await connect(self._url, self._options, on_reconnect=reconnected, on_loss=on_loss)
         self._stream = self._fleet.jetstream(self._connection, self._timeout)
-        self.claims = NatsClaims(self._stream, self._fleet)
+        self.claims: Claims = NatsClaims(self._stream, self._fleet)
 
     async def prepare(self, *, ack_wait: float) -> Terms:
         """See `Engine`."""
@@ -162,15 +163,15 @@ class NatsMessage(Message):
         self._fleet = fleet
         self._message = message
         self._stream = stream
-        self.data = message.data
+        self.data: bytes = message.data
         headers = message.headers or {}
-        self.message_id = headers.get(MESSAGE_ID)
-        self.traceparent = headers.get(TRACEPARENT)
-        self.stored_at = metadata.timestamp
-        self.number = metadata.num_delivered
-        self.backlog = metadata.num_pending
+        self.message_id: str | None = headers.get(MESSAGE_ID)
+        self.traceparent: str | None = headers.get(TRACEPARENT)
+        self.stored_at: datetime = metadata.timestamp
+        self.number: int = metadata.num_delivered
+        self.backlog: int = metadata.num_pending
         # A stream that was made anew has the same numbers again.
-        self.name = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
+        self.name: str = f"message-{metadata.stream}-{metadata.sequence.stream}-{metadata.timestamp.timestamp():.6f}"
 
     async def put_off(self, delay: float) -> None:
         """See `Message`."""
