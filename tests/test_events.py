@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 import msgspec
 import pytest
+from outage import live_through_an_outage
 from raw_server import RawServer
 from tenacity.wait import wait_fixed
 
@@ -363,17 +364,8 @@ class TestWaits:
 @pytest.mark.looptime
 async def test_an_outage_opens_the_circuit_and_its_end_closes_it(sandbox: Sandbox) -> None:
     told = Told()
-    async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client, asyncio.TaskGroup() as tasks:
-        for number in range(20):
-            await client.create_operation(USER, operation_id=f"op-{number}")
-            tasks.create_task(client.wait_for_approval(f"op-{number}", timeout=300))
-        await asyncio.sleep(5)
-        sandbox.fail_next(503, times=None)
-        await asyncio.sleep(20)
-        sandbox.recover()
-        await asyncio.sleep(60)
-        for number in range(20):
-            sandbox.approve(f"op-{number}")
+    async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client:
+        await live_through_an_outage(sandbox, client, USER)
     changes = told.of(CircuitChanged)
     first, last = changes[0], changes[-1]
     assert (first.previous, first.state, first.cause, first.waiting) == ("closed", "open", "ServerError", 20)

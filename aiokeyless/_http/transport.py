@@ -276,7 +276,7 @@ class Transport:
             )
             try:
                 content = await _read(response, endpoint.max_body)
-            except BaseException:
+            except BaseException:  # a cancellation too: what is left of the answer must not reach the next request
                 response.close()
                 raise
         except _PROPAGATED as interruption:  # most often a cancellation, on its way to the caller

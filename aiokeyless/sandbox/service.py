@@ -177,7 +177,7 @@ class Sandbox:
         try:
             await runner.setup()
             await web.TCPSite(runner, self._host, self._port).start()
-        except BaseException:
+        except BaseException:  # a cancellation too: it was not started, and can be started again
             self._runner = None
             await runner.cleanup()
             raise
