@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from example_process import example_process
 
 from aiokeyless.sandbox import Sandbox
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENCE = 60.0
 
 WAITS = [f"op-{number}" for number in range(8)]
-
-
-@asynccontextmanager
-async def running(*command: str, folder: str, sandbox: Sandbox) -> AsyncGenerator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        cwd=EXAMPLES / folder,
-        env={
-            **os.environ,
-            "KEYLESS_BASE_URL": sandbox.url,
-            "KEYLESS_API_KEY": sandbox.api_key,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONUNBUFFERED": "1",
-        },
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def lines_of_an_outage(program: str) -> list[str]:
@@ -53,7 +23,10 @@ async def lines_of_an_outage(program: str) -> list[str]:
         for operation_id in WAITS:
             await client.create_operation("C0FFEE", operation_id=operation_id)
         sandbox.fail_next(503, times=None, method="GET")
-        async with running(program, *WAITS, folder="logs", sandbox=sandbox) as process, asyncio.timeout(PATIENCE):
+        async with (
+            example_process(program, *WAITS, folder=EXAMPLES / "logs", sandbox=sandbox) as process,
+            asyncio.timeout(PATIENCE),
+        ):
             assert process.stdout is not None
             first = (await process.stdout.readline()).decode()
             sandbox.recover()
@@ -114,7 +87,7 @@ async def test_synchronous_code_waits_in_a_background_loop_and_ends(module: str,
     pytest.importorskip(module)
     async with (
         Sandbox(auto_approve=0.2) as sandbox,
-        running("-c", program, folder="sync", sandbox=sandbox) as process,
+        example_process("-c", program, folder=EXAMPLES / "sync", sandbox=sandbox) as process,
         asyncio.timeout(PATIENCE),
     ):
         output, _ = await process.communicate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 import pytest
+from example_process import example_process
 from nats_server import until
 
 from aiokeyless.sandbox import Sandbox
@@ -85,27 +85,8 @@ class Program:
 
 @asynccontextmanager
 async def running(*command: str, sandbox: Sandbox, **environment: str) -> AsyncGenerator[Program]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *command,
-        cwd=FOLDER,
-        env={
-            **os.environ,
-            "KEYLESS_BASE_URL": sandbox.url,
-            "KEYLESS_API_KEY": sandbox.api_key,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONUNBUFFERED": "1",
-            **environment,
-        },
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
+    async with example_process(*command, folder=FOLDER, sandbox=sandbox, **environment) as process:
         yield Program(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def until_polled(sandbox: Sandbox) -> None:
