@@ -231,6 +231,7 @@ async def test_approval_from_before_a_payment_asked_is_unclear_and_never_counts_
     assert await streams.settled() == [Verdict("unclear", "1")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("application")
 async def test_payment_whose_approval_is_unknown_at_its_deadline_is_unclear(streams: Streams, sandbox: Sandbox) -> None:
     await streams.request(payment(seconds=2))
@@ -467,6 +468,7 @@ async def test_application_that_was_away_misses_nothing(
         assert sorted(await streams.settled()) == sorted(Verdict("approved", name) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("application")
 async def test_application_outlives_a_broker_that_is_killed(
     broker: NatsServer, streams: Streams, sandbox: Sandbox

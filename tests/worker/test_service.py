@@ -1180,6 +1180,7 @@ async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
         await until(lambda: len(sandbox.operations) == 1, patience=30)  # ack wait is 40 s
 
 
+@pytest.mark.slow
 async def test_stop_ends_a_worker_whose_broker_is_away(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:

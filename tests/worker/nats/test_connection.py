@@ -87,6 +87,7 @@ async def secured(tmp_path: Path, certificate: tuple[Path, Path]) -> AsyncGenera
     server.stop()
 
 
+@pytest.mark.slow
 async def test_a_certificate_that_is_not_trusted_is_one_line_and_hangs_nothing(secured: NatsServer) -> None:
     message = await refusal(secured.url.replace("nats://", "tls://"))
     assert "certificate verify failed" in message
