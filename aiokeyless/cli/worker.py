@@ -67,6 +67,7 @@ async def worker(
     prefix: str | None = None,
     replicas: OptionalCount = None,
     duplicate_window: Seconds = 24 * 3600.0,
+    max_age: Seconds = 7 * 24 * 3600.0,
     health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
     health_host: str = "127.0.0.1",
     as_json: AsJson = False,
@@ -93,6 +94,8 @@ async def worker(
         prefix: Prefix of JetStream's API, where another account exports it.
         replicas: Servers that store each message; if left out, 1 for new streams.
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
+        max_age: Seconds for which new streams keep outcomes for applications that are away; at least those of
+            --duplicate-window.
         health_port: Port for GET /healthz; none if left out.
         health_host: Address that /healthz is served on.
         as_json: Log JSON objects, one a line.
@@ -126,7 +129,7 @@ async def worker(
             grace=grace,
             fleet=fleet,
             event_keys=event_keys,
-            settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window),
+            settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window, max_age=max_age),
             connect_options=options,
         )
         health = None if health_port is None else await serve_health(service, health_port, health_host)

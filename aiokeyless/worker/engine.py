@@ -306,7 +306,6 @@ class Broker(ABC):
             Whether there was one already.
 
         Raises:
-            BrokerError: There is no place for requests: no worker ever ran.
             EngineError: It was not stored, as far as is known; the same can be submitted again.
         """
 

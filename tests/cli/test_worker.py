@@ -198,12 +198,24 @@ async def test_as_json_every_line_is_an_object(workers: Workers, connection: Cli
 async def test_the_environment_names_the_broker_and_options_its_settings(
     workers: Workers, connection: Client, nats_url: str
 ) -> None:
-    options = ("--duplicate-window", "600", "--replicas", "1", "--name", "staging", "--tenant", "shop")
+    options = (
+        "--duplicate-window",
+        "600",
+        "--max-age",
+        "3600",
+        "--replicas",
+        "1",
+        "--name",
+        "staging",
+        "--tenant",
+        "shop",
+    )
     worker = await workers.start(*options, NATS_URL=nats_url)
     await worker.logged("worker.ready")
     config = (await connection.jetstream().stream_info("STAGING_REQUESTS")).config
     assert (config.duplicate_window, config.num_replicas) == (600, 1)
     assert (config.metadata or {})["aiokeyless-tenant"] == "shop"
+    assert (await connection.jetstream().stream_info("STAGING_OUTCOMES")).config.max_age == 3600
     assert await worker.stop() == 0
 
 
@@ -415,7 +427,8 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         (["--max-in-flight", "many"], ["--max-in-flight", "many"]),
         (["--replicas", "0"], ["--replicas", "at least 1"]),
         *(
-            (["--duplicate-window", value], ["--duplicate-window", "more than 0"])
+            ([option, value], [option, "more than 0"])
+            for option in ("--duplicate-window", "--max-age")
             for value in ("0", "-1", "nan", "inf")
         ),
         *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),

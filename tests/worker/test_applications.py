@@ -314,9 +314,32 @@ async def test_operation_ids_that_a_header_would_make_alike_are_different_reques
     assert await stored(stream) == 4
 
 
-async def test_asking_before_any_worker_ever_ran_says_to_start_one(connection: Client) -> None:
-    with pytest.raises(BrokerError, match=r"^the request .* was not stored: .*start a worker first"):
+async def test_asking_before_any_worker_ever_ran_says_to_start_one(
+    connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_broker, "_LEADERLESS_FOR", 0.0)
+    with pytest.raises(BrokerError, match=r"^the request .* was not stored, .*start a worker first"):
         await submit_approval(connection, "c0ffee")
+
+
+async def test_a_stream_that_has_no_leader_yet_is_waited_for(
+    connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To one who publishes, it is as if there were no stream.
+    refusals: list[int] = []
+
+    def pause(failures: int) -> float:
+        refusals.append(failures)
+        return 0.01
+
+    monkeypatch.setattr(nats_broker, "_LEADERLESS_FOR", PATIENCE)
+    monkeypatch.setattr(nats_broker, "error_delay", pause)
+    submitting = asyncio.create_task(submit_approval(connection, "c0ffee"))
+    await until(lambda: len(refusals) > 1)
+    stream = connection.jetstream()
+    await prepare(stream, StreamSettings(), ack_wait=30)
+    assert not (await submitting).duplicate
+    assert await stored(stream) == 1
 
 
 async def test_a_request_that_the_stream_does_not_take_says_so_and_that_it_can_be_submitted_again(

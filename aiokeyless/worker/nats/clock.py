@@ -42,6 +42,7 @@ class BrokerClock:
     def __init__(self, local: Callable[[], datetime] = _local) -> None:
         self._local = local
         self._ahead = timedelta()  # how far the broker's clock is ahead of this machine's
+        self._told = 0.0  # seconds of it that were logged last
 
     def now(self) -> datetime:
         """Return the time by the broker's clock."""
@@ -64,9 +65,14 @@ class BrokerClock:
             if abs((ahead := told - (asked_at + margin)) - self._ahead) <= margin:
                 return  # a slow answer, and no reason to move deadlines by as much
             self._ahead = ahead
-            seconds = self._ahead.total_seconds()
-            if abs(seconds) > _NOTICEABLE:
-                log(logging.WARNING, "worker.clock_differs", {"broker_ahead_by": round(seconds, 3)})
+            self._tell(ahead.total_seconds())
+
+    def _tell(self, ahead: float) -> None:
+        """Log a difference once, and again when it has changed noticeably, or has gone."""
+        if abs(ahead - self._told) > _NOTICEABLE:
+            self._told = ahead
+            level = logging.WARNING if abs(ahead) > _NOTICEABLE else logging.INFO
+            log(level, "worker.clock_differs", {"broker_ahead_by": round(ahead, 3)})
 
     async def keep(self, connection: Client, subject: str, within: float) -> None:
         """Measure again and again, without end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -70,6 +71,23 @@ async def test_a_slow_answer_moves_no_deadline_by_what_it_cannot_tell(took: int,
     measured = BrokerClock(lambda: moment)
     await measured.measure(cast("Client", Slow()), SUBJECT, 60)
     assert abs(measured.now() - (moment + timedelta(seconds=off))) == timedelta(seconds=left)
+
+
+async def test_a_difference_is_logged_once_and_again_only_when_it_has_changed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    off = 0.0
+
+    class Broker:
+        async def request(self, *_: object, **_options: float) -> SimpleNamespace:
+            told = datetime.now(UTC) + timedelta(hours=off)
+            return SimpleNamespace(data=f'{{"ts": "{told.isoformat()}"}}'.encode())
+
+    caplog.set_level(logging.INFO)
+    measured = BrokerClock()
+    for off in (0.0, 1.0, 1.0, 1.0, -1.0, -1.0, 0.0, 0.0):  # noqa: B007  # read by the broker
+        await measured.measure(cast("Client", Broker()), SUBJECT, 60)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
 
 
 async def test_it_is_measured_again_as_the_worker_runs(connection: Client, monkeypatch: pytest.MonkeyPatch) -> None:
