@@ -50,8 +50,8 @@ def blocks(page: str) -> list[Block]:
 
 
 LOOP, *FAILURES = blocks("why-not-a-loop.md")
-SITE, SITE_TESTS = blocks("tutorial.md")
-OTHERS = [block for page in PAGES if page not in {LOOP.page, SITE.page} for block in blocks(page)]
+#: tests/examples/test_tutorial.py follows the tutorial.
+OTHERS = [block for page in PAGES if page not in {LOOP.page, "tutorial.md"} for block in blocks(page)]
 TESTS = [block for block in OTHERS if "def test_" in block.code]
 #: The programs of the examples have tests of their own.
 EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
@@ -119,13 +119,6 @@ def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
     for number, block in enumerate(TESTS):
         (tmp_path / f"test_{number}.py").write_text(block.code)
     assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in run_tests(tmp_path, mode)
-
-
-@pytest.mark.slow
-def test_the_site_of_the_tutorial_passes_its_tests(tmp_path: Path) -> None:
-    (tmp_path / "login.py").write_text(SITE.code)
-    (tmp_path / "test_login.py").write_text(SITE_TESTS.code)
-    assert "5 passed" in run_tests(tmp_path)
 
 
 @pytest.mark.parametrize("block", APPLICATIONS, ids=str)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 import pytest
 import pytest_asyncio
+from chromium import chromium
 
 from aiokeyless.sandbox import Sandbox
 
@@ -36,14 +36,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SHOP = Path(__file__).parents[2] / "examples" / "checkout" / "shop.py"
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 FAULTS: dict[str, Callable[[Sandbox], None]] = {
     "dropped": lambda sandbox: sandbox.drop_next(method="POST"),
     "503": lambda sandbox: sandbox.fail_next(503, method="POST"),
@@ -489,15 +481,8 @@ class TestOverHttp:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncGenerator[Browser]:
-    playwright_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
-    playwright_api.expect.set_options(timeout=PATIENCE * 1000)
-    async with playwright_api.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
+    async with chromium() as browser:
         yield browser
-        await browser.close()
 
 
 class Visitor:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import aiohttp
 import pytest
+from chromium import chromium
 from nats_server import until
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
@@ -215,26 +215,18 @@ async def test_bad_input_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
 
 @pytest.mark.browser
 async def test_page_logs_in_and_shows_the_code_of_the_phone(sandbox: Sandbox, tmp_path: Path) -> None:
-    playwright_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
-    playwright_api.expect.set_options(timeout=60_000)
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    async with Server(sandbox, tmp_path) as server, playwright_api.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=chromium, args=[*flags, "--disable-sync", "--no-first-run"]
-        )
+    async with Server(sandbox, tmp_path) as server, chromium() as browser:
+        from playwright.async_api import expect  # chromium() skips where it is missing
+
         page = await browser.new_page()
         await page.goto(server.url)
         await page.get_by_role("button", name="Log in with your face").click()
-        await playwright_api.expect(page.locator("#code")).to_have_text(re.compile("[0-9A-F]{4}"))
+        await expect(page.locator("#code")).to_have_text(re.compile("[0-9A-F]{4}"))
         [operation] = sandbox.operations.values()
         assert operation.operation_payload is not None
         assert operation.operation_payload.endswith(f"Code {await page.locator('#code').text_content()}")
         await page.reload()  # the page goes on with the same login
-        await playwright_api.expect(page.locator("#code")).to_be_visible()
+        await expect(page.locator("#code")).to_be_visible()
         sandbox.approve(operation.operation_id)
-        await playwright_api.expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
+        await expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
         assert len(sandbox.operations) == 1
-        await browser.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from chromium import chromium
 from tenacity import wait_fixed
 
 from aiokeyless.sandbox import Sandbox
@@ -32,24 +32,13 @@ if TYPE_CHECKING:
 
     from aiokeyless import KeylessClient
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
 # One browser for all of them: it takes longer to start than all the tests to run.
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
 ]
 
 expect = playwright_api.expect
-expect.set_options(timeout=60_000)  # a patience for a busy machine; nothing here takes that long
 
 AXE = "axe-core@4.14.1"
 #: What Chromium says of a sandbox that is gone, and of an answer that is an error.
@@ -61,11 +50,8 @@ MARKUP = "<img src=x onerror=\"document.title='run'\"><script>document.title='ru
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncGenerator[Browser]:
-    flags = [*FLAGS, "--no-sandbox"] if os.geteuid() == 0 else FLAGS  # root cannot have Chromium's own sandbox
-    async with playwright_api.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=120_000)
+    async with chromium() as browser:
         yield browser
-        await browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,39 @@
+"""Debian's Chromium, driven by Playwright, for the tests that need a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from playwright.async_api import Browser
+
+CHROMIUM = shutil.which("chromium")
+#: It must not call home, and must not ask questions when it starts for the first time.
+FLAGS = [
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+@asynccontextmanager
+async def chromium() -> AsyncGenerator[Browser]:
+    """Run a browser; skip the test where Playwright or Chromium is missing."""
+    api = pytest.importorskip("playwright.async_api", reason="Playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    api.expect.set_options(timeout=60_000)  # a patience for a busy machine; nothing takes that long
+    flags = [*FLAGS, "--no-sandbox"] if os.geteuid() == 0 else FLAGS  # root cannot have Chromium's own sandbox
+    async with api.async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=120_000)
+        yield browser
+        await browser.close()

@@ -1,0 +1,116 @@
+"""The tutorial, followed from an empty folder as it is written: its files, its commands, its clicks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from chromium import chromium
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from playwright.async_api import Browser
+
+ROOT = Path(__file__).parents[2]
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+FENCE = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+INSTALL, SERVE, LOG_IN, TEST = (block["text"] for block in FENCE.finditer(TUTORIAL) if block["language"] == "sh")
+SITE, SITE_TESTS = (block["text"] for block in FENCE.finditer(TUTORIAL) if block["language"] == "python")
+# The commands must not see how these tests were started; the first python3 on the path is the one that runs them.
+ENVIRONMENT = {
+    **{
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("COV", "KEYLESS_", "PYTEST_", "PYTHON"))
+    },
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONUNBUFFERED": "1",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+
+async def run(commands: str, folder: Path) -> str:
+    """Run a shell block to its end, and return what it printed."""
+    shell = await asyncio.create_subprocess_exec(
+        *("bash", "-ec", commands),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await shell.communicate()
+    assert shell.returncode == 0, output.decode()
+    return output.decode()
+
+
+@asynccontextmanager
+async def server(command: str, folder: Path) -> AsyncGenerator[str]:
+    """Run a command that serves until it is stopped, on a free port, and give the URL that it prints."""
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", f"exec env {command.strip()} --port 0"),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    try:
+        found = None
+        while found is None:
+            line = (await process.stdout.readline()).decode()
+            assert line, "it ended"
+            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        yield found[0]
+    finally:
+        process.terminate()
+        await process.communicate()
+
+
+async def log_in(browser: Browser, site: str, phone: str) -> None:
+    """Do what section 3 says: log in, then once more, through an outage."""
+    from playwright.async_api import expect  # chromium() skips where it is missing
+
+    page, other = await browser.new_page(), await browser.new_page()
+    await page.goto(site)
+    await other.goto(phone)
+    button = page.get_by_role("button", name="Log in with your face")
+    status, face = page.get_by_role("status"), other.get_by_role("button", name="Approve with face")
+    await button.click()
+    await face.click()
+    await expect(status).to_have_text("logged in")
+    await button.click()
+    await expect(status).to_have_text("Approve on your phone.")
+    await other.get_by_role("radio", name="answers 503").check()
+    await face.click()
+    await expect(other.get_by_role("row").filter(has_text="503").first).to_be_visible()
+    await expect(status).to_have_text("Approve on your phone.")
+    await other.get_by_role("radio", name="works").check()
+    await expect(status).to_have_text("logged in")
+
+
+async def test_tutorial_works_as_written(tmp_path: Path) -> None:
+    checkout = tmp_path / "aiokeyless"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    shutil.copytree(ROOT / "aiokeyless", checkout / "aiokeyless", ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "login"
+    await run(INSTALL, tmp_path)
+    (folder / "login.py").write_text(SITE)
+    (folder / "test_login.py").write_text(SITE_TESTS)
+    async with (
+        chromium() as browser,
+        server(SERVE, folder) as phone,
+        server(LOG_IN.replace("http://127.0.0.1:3223", phone), folder) as site,
+    ):
+        await log_in(browser, site, phone)
+    assert "5 passed" in await run(TEST, folder)
