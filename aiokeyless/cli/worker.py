@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import ssl
 from contextlib import suppress
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
@@ -20,6 +21,8 @@ from .sandbox import check_port
 
 if TYPE_CHECKING:
     from aiokeyless.worker import ApprovalWorker
+
+_SUBJECT: Final = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
 
 
 def _check_count(_type: object, number: int | None) -> None:
@@ -35,6 +38,11 @@ def _check_rate(_type: object, rate: float) -> None:
 def _check_grace(_type: object, grace: float) -> None:
     if not grace >= 0:  # NaN is not
         raise ValueError("Must be at least 0 seconds.")
+
+
+def _check_subject(_type: object, subject: str | None) -> None:
+    if subject is not None and not _SUBJECT.fullmatch(subject):
+        raise ValueError("Must be a subject: words of letters, digits, - and _, separated by dots.")
 
 
 Count = Annotated[int, Parameter(validator=_check_count)]
@@ -59,6 +67,7 @@ async def worker(
     max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     creds: Path | None = None,
+    inbox_prefix: Annotated[str | None, Parameter(validator=_check_subject)] = None,
     tls_ca: Path | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
@@ -85,6 +94,7 @@ async def worker(
         max_polls_per_second: Polls of this worker in a second; what is due beyond that stays at the broker.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         creds: File with the broker's credentials for this worker.
+        inbox_prefix: Subject under which the broker answers this worker, where it may not subscribe to _INBOX.>.
         tls_ca: File with the certificates that the broker's is checked with; those of the system if left out.
         tls_cert: File with this worker's certificate, where the broker asks for one.
         tls_key: File with the key of that certificate; the same file if left out.
@@ -118,6 +128,8 @@ async def worker(
         raise CommandError(f"--{error}") from None
     event_keys = EventKeys.from_files(*event_key) if event_key else EventKeys.from_environment()
     options: dict[str, object] = {} if creds is None else {"user_credentials": str(creds)}
+    if inbox_prefix is not None:
+        options["inbox_prefix"] = inbox_prefix
     if tls_ca or tls_cert or tls_key:
         options["tls"] = _tls(tls_ca, tls_cert, tls_key)
     async with new_client() as client:

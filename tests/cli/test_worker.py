@@ -135,6 +135,26 @@ async def workers(environment: Mapping[str, str]) -> AsyncGenerator[Workers]:
     await workers.end()
 
 
+@pytest.mark.slow
+async def test_a_worker_with_its_own_inbox_needs_no_permission_for_that_of_all(
+    tmp_path: Path, workers: Workers
+) -> None:
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(
+        f'authorization {{ users = [ {{ user: {USER}, password: "{PASSWORD}", '
+        'permissions: { subscribe: ["_INBOX_worker.>"] } } ] }'
+    )
+    server = NatsServer(tmp_path, "-c", str(configuration))
+    await server.start()
+    try:
+        url = server.url.replace("//", f"//{USER}:{PASSWORD}@")
+        worker = await workers.start("--nats", url, "--inbox-prefix", "_INBOX_worker")
+        await worker.logged("worker.ready")
+        assert await worker.stop() == 0
+    finally:
+        server.stop()
+
+
 async def refusal(worker: Worker) -> str:
     """Return the one line that a worker prints that cannot start."""
     assert await worker.ended() == 1
@@ -434,6 +454,7 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),
         *((["--max-polls-per-second", value], ["--max-polls", "above 0"]) for value in ("0", "-1", "nan", "inf")),
         *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
+        *((["--inbox-prefix", value], ["--inbox-prefix"]) for value in ("", "_INBOX.", "_INBOX.*", "a b", ">")),
         (["--nats"], ["--nats"]),
         (["--nope"], ["--nope"]),
     ],

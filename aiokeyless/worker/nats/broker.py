@@ -146,16 +146,10 @@ def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
 
 
 async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> JetStreamContext.PullSubscription:
-    place = ConsumerConfig(
-        durable_name=durable,
-        ack_policy=AckPolicy.EXPLICIT,
-        ack_wait=_ACK_WAIT,
-        max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
-    )
     silences = 0
     while True:
         try:
-            await stream.add_consumer(fleet.outcomes, place)
+            await _ensure_place(stream, fleet, durable)
             return await stream.pull_subscribe_bind(durable, fleet.outcomes)
         except nats.js.errors.NotFoundError:
             raise BrokerError(
@@ -165,6 +159,27 @@ async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> J
             silences += 1
             if silences == _ATTEMPTS:
                 raise
+
+
+async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) -> None:
+    """Make the reader's consumer, or change it, where it is not as it must be.
+
+    A reader whose consumer an operator made needs no permission to make one. That is worth having: who may make a
+    consumer chooses where it delivers.
+    """
+    with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is found out below
+        found = (await stream.consumer_info(fleet.outcomes, durable)).config
+        if found is not None and found.max_ack_pending == _UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
+            return
+    await stream.add_consumer(
+        fleet.outcomes,
+        ConsumerConfig(
+            durable_name=durable,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=_ACK_WAIT,
+            max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
+        ),
+    )
 
 
 async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
