@@ -1,4 +1,7 @@
-"""The command line: ``python -m benchmarks [NAME ...] [--quick] [--save FOLDER]``."""
+"""The command line: ``python -m benchmarks [NAME ...] [--quick] [--save FOLDER]``.
+
+A benchmark that says ``ONLY_BY_NAME`` takes part where it is named, and is saved in files of its own name.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +34,43 @@ _PACKAGES: Final = (
 
 
 def main() -> int:
-    """Run the selected benchmarks; return 1 if one of them could not measure."""
+    """Run the selected benchmarks; return 1 if one of them could not measure, or missed a goal that is required."""
     modules = {name: importlib.import_module(f"{suite.__name__}.{module}") for name, module in _names().items()}
     parser = _parser(modules)
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - modules.keys():
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; choose from {', '.join(modules)}")
-    bench = Bench(Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL)
-    reports = {name: _run(name, modules[name], bench) for name in arguments.names or modules}
-    text = "\n\n".join([_machine_text(), *(report.text() for report in reports.values())])
-    print(text)
+    effort = Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL
+    bench = Bench(effort, arguments.minutes)
+    names = arguments.names or [name for name, module in modules.items() if not _only_by_name(module)]
+    reports = {name: _run(name, modules[name], bench) for name in names}
+    machine = _machine_text()
+    print(_text(machine, reports))
     if arguments.save is not None:
         arguments.save.mkdir(parents=True, exist_ok=True)
-        (arguments.save / "results.txt").write_text(text + "\n")
-        (arguments.save / "results.json").write_text(_compact(_data(bench, reports)) + "\n")
+        alone = [name for name in reports if _only_by_name(modules[name])]
+        files = {"results": [name for name in reports if name not in alone], **{name: [name] for name in alone}}
+        for file, of in files.items():
+            _save(arguments.save / file, machine, bench, {name: reports[name] for name in of})
         for name, report in reports.items():
             if report.tables and hasattr(modules[name], "draw"):
                 pictures.save(modules[name].draw(report.raw), arguments.save / f"{name}.svg")
-    return 1 if any(not report.tables for report in reports.values()) else 0
+    return 1 if any(report.failed for report in reports.values()) else 0
+
+
+def _only_by_name(module: ModuleType) -> bool:
+    return getattr(module, "ONLY_BY_NAME", False)
+
+
+def _text(machine: str, reports: dict[str, Report]) -> str:
+    return "\n\n".join([machine, *(report.text() for report in reports.values())])
+
+
+def _save(path: Path, machine: str, bench: Bench, reports: dict[str, Report]) -> None:
+    """Write the tables and the raw numbers into two files of this name, if there are any."""
+    if reports:
+        path.with_suffix(".txt").write_text(_text(machine, reports) + "\n")
+        path.with_suffix(".json").write_text(_compact(_data(bench, reports)) + "\n")
 
 
 def _names() -> dict[str, str]:
@@ -61,7 +83,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:10} {(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Benchmarks of aiokeyless; all of them, or the named ones.",
+        description="Benchmarks of aiokeyless; all of them (the soak only by its name), or the named ones.",
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,6 +94,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="write the tables, raw numbers and pictures to this directory"
     )
+    parser.add_argument("--minutes", type=float, help="how long the soak takes (60)")
     return parser
 
 

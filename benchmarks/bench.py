@@ -31,9 +31,15 @@ class Effort(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One run of the benchmarks."""
+    """One run of the benchmarks.
+
+    Attributes:
+        effort: How much is measured.
+        minutes: How long the soak takes; None: by the effort.
+    """
 
     effort: Effort
+    minutes: float | None = None
 
     def pick(self, *, full: T, quick: T, smoke: T) -> T:
         """Return the value for the effort."""

@@ -60,19 +60,25 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """An upper limit for a figure. The figure is None if it could not be measured."""
+    """An upper limit for a figure. The figure is None if it could not be measured; a required goal fails the run."""
 
     what: str
     at_most: float
     figure: float | None
     unit: str = ""
+    required: bool = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether the figure was measured and does not exceed the limit."""
+        return self.figure is not None and self.figure <= self.at_most
 
     def text(self) -> str:
         """Write it as one line, with its verdict."""
         limit = f"{self.what}: at most {self.at_most:g}{self.unit}"
         if self.figure is None:
             return f"[  ?   ] {limit}; not measured"
-        verdict = "reached" if self.figure <= self.at_most else "MISSED"
+        verdict = "reached" if self.reached else "MISSED"
         return f"[{verdict:^7}] {limit}; is {self.figure:.4g}{self.unit}"
 
 
@@ -85,6 +91,11 @@ class Report:
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     raw: dict[str, Json] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing was measured, or a required goal was missed."""
+        return not self.tables or any(goal.required and not goal.reached for goal in self.goals)
 
     def text(self) -> str:
         """Write the whole report, for a terminal."""

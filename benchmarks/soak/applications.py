@@ -1,0 +1,366 @@
+"""The client's process: applications that wait for users in every way that the client offers, and write down the end.
+
+As many waits as planned are under way at any time. Each application creates an operation, waits for its approval by one
+of the methods, writes the outcome down, and begins again: nothing is kept, so that the memory of the process is that of
+the client and of the waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import time
+import uuid
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from aiokeyless import (
+    AlreadyApprovedError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    KeylessClient,
+    KeylessError,
+    OperationMismatchError,
+    RateLimitError,
+    ServerError,
+    TransportError,
+    wait_adaptive,
+)
+from benchmarks.server import API_KEY, allow_many_sockets
+
+from .histogram import Histogram
+from .journal import Writer
+from .verdicts import Ending, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from aiokeyless import Operation
+
+    Method = Callable[["Applications", "Request"], Awaitable[object]]
+
+_PAYLOAD: Final = "Approve wire transfer of $500 to account "
+_POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: for those who count requests
+_IN_BATCHES: Final = 0.1  # of the waits
+_BATCH: Final = 10
+_FINAL: Final = 2.0  # seconds that a wait may last beyond its deadline: rule 3
+_BEAT: Final = 0.05  # seconds between two readings of the event loop's lag
+_AGAIN: Final = 20  # times that an application asks again where the outcome is unknown
+
+
+class Plan(NamedTuple):
+    """What the applications do."""
+
+    waits: int  # under way at a time
+    seconds: float
+    ramp: float  # seconds within which the applications begin
+    expires_in: float  # seconds
+    sample: float  # seconds between two samples
+
+
+class Request(NamedTuple):
+    """What an application asks a user."""
+
+    user_id: str
+    payload: str
+    external_user_id: str | None
+
+
+class Sample(NamedTuple):
+    """The client, its event loop and its process at one instant."""
+
+    at: float
+    tasks: int
+    waiting: int
+    polls: int
+    failures: int
+    lag: float  # of the polls, seconds
+    loop_lag: dict[str, int]  # since the sample before: a histogram
+    cancel: float  # seconds until the slowest cancelled wait since then had ended
+    circuit: str
+
+
+class Applications:
+    """All applications of one client.
+
+    Args:
+        client: The client, open.
+        plan: What they do.
+        outcomes: Where they write down how their waits ended.
+        source: Of the random numbers.
+    """
+
+    def __init__(self, client: KeylessClient, plan: Plan, outcomes: Writer, source: random.Random) -> None:
+        self._client = client
+        self._plan = plan
+        self._outcomes = outcomes
+        self._source = source
+        self.slowest_cancel = 0.0
+
+    async def run(self) -> None:
+        """Run all applications for the planned time, then cancel them."""
+        batches = int(self._plan.waits * _IN_BATCHES / _BATCH)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._repeat(k, self._batch)) for k in range(batches)]
+            tasks += [group.create_task(self._repeat(k, self._one)) for k in range(self._plan.waits - batches * _BATCH)]
+            await asyncio.sleep(self._plan.seconds)
+            for task in tasks:
+                task.cancel()
+
+    async def _repeat(self, number: int, application: Callable[[Request], Awaitable[object]]) -> None:
+        await asyncio.sleep(self._source.uniform(0.0, self._plan.ramp))
+        while True:
+            payload = f"{_PAYLOAD}{self._source.randrange(10**9)}" if self._source.random() < 0.9 else ""
+            external = f"user-{number}@example.com" if self._source.random() < 0.5 else None
+            await application(Request(f"{number:016X}", payload, external))
+
+    async def _one(self, request: Request) -> None:
+        (method,) = self._source.choices(list(_METHODS), list(_METHODS.values()))
+        await method(self, request)
+
+    # -- the methods
+
+    async def _wait(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._until_known("wait_for_approval", ticket, self._client.wait_for_approval(ticket))
+
+    async def _explained(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._until_known("explain", ticket, self._client.wait_for_approval(ticket, explain=True))
+
+    async def _request(self, request: Request) -> None:
+        operation_id = str(uuid.uuid4())
+        waiting = self._client.request_approval(
+            request.user_id,
+            operation_id=operation_id,
+            operation_payload=request.payload,
+            external_user_id=request.external_user_id,
+            expires_in=self._plan.expires_in,
+        )
+        deadline = time.monotonic() + self._plan.expires_in  # or later: it counts from the creation
+        ending = await self._outcome("request_approval", operation_id, waiting, deadline)
+        if ending is Ending.NOT_CREATED:
+            await asyncio.sleep(self._source.uniform(1.0, 5.0))
+
+    async def _hold(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._until_known("hold_for_approval", ticket, self._holds(ticket))
+
+    async def _holds(self, ticket: ApprovalTicket) -> Operation:
+        while True:
+            seconds = self._source.uniform(0.02, 0.2) * self._plan.expires_in
+            operation = await self._client.hold_for_approval(ticket, seconds=seconds)
+            if operation is not None:
+                return operation
+
+    async def _updates(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._until_known("watch_approval", ticket, self._last_update(ticket))
+
+    async def _last_update(self, ticket: ApprovalTicket) -> Operation | None:
+        operation = None
+        async with contextlib.aclosing(self._client.watch_approval(ticket)) as updates:
+            async for update in updates:
+                operation = update.operation
+        return operation
+
+    async def _bare(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._short(ticket)
+
+    async def _short(self, ticket: ApprovalTicket) -> None:
+        timeout = self._source.uniform(0.02, 0.8) * self._plan.expires_in
+        deadline = time.monotonic() + timeout
+        waiting = self._client.wait_for_approval(ticket.operation_id, timeout=timeout)
+        await self._outcome("an id, with a timeout", ticket.operation_id, waiting, deadline, deadline + _FINAL)
+
+    async def _shared(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._until_known("shared polls", ticket, self._client.wait_for_approval(ticket)))
+                group.create_task(self._short(ticket))
+
+    async def _cancelled(self, request: Request) -> None:
+        if ticket := await self._create(request):
+            await self._leave_early(ticket)
+
+    async def _resumed(self, request: Request) -> None:
+        ticket = await self._create(request)
+        if ticket and await self._leave_early(ticket):
+            text = ticket.to_json()
+            await asyncio.sleep(self._source.uniform(0.0, 0.3) * self._plan.expires_in)
+            ticket = ApprovalTicket.from_json(text)
+            await self._until_known("resumed", ticket, self._client.wait_for_approval(ticket))
+
+    async def _batch(self, request: Request) -> None:
+        """Create a number of operations, and wait for all of them by one call."""
+        tickets = [ticket for _ in range(_BATCH) if (ticket := await self._create(request))]
+        bounds = {ticket.operation_id: _bounds(ticket) for ticket in tickets}
+        started = time.monotonic()
+        async with contextlib.aclosing(self._client.wait_for_approvals(tickets)) as outcomes:
+            async for outcome in outcomes:
+                told = _told("wait_for_approvals", outcome.operation_id, started, outcome.operation or outcome.error)
+                deadline, limit = bounds[outcome.operation_id]
+                self._outcomes.write(msgspec.structs.replace(told, deadline=deadline, limit=limit))
+
+    # -- what they share
+
+    async def _create(self, request: Request) -> ApprovalTicket | None:
+        """Create an operation, with an id that the client makes; return None where the service did not confirm it."""
+        try:
+            return await self._client.create_operation(
+                request.user_id,
+                operation_payload=request.payload,
+                external_user_id=request.external_user_id,
+                expires_in=self._plan.expires_in,
+            )
+        except KeylessError as error:
+            operation_id = getattr(error, "operation_id", None) or ""
+            self._outcomes.write(_told("create_operation", operation_id, time.monotonic(), error))
+        await asyncio.sleep(self._source.uniform(1.0, 5.0))
+        return None
+
+    async def _leave_early(self, ticket: ApprovalTicket) -> bool:
+        """Wait, but not for long; return whether the wait was cancelled."""
+        patience = asyncio.timeout(self._source.uniform(0.0, 0.5) * self._plan.expires_in)
+        with contextlib.suppress(TimeoutError):
+            async with patience:
+                await self._until_known("cancelled", ticket, self._client.wait_for_approval(ticket))
+        if not patience.expired():
+            return False
+        now = time.monotonic()
+        self.slowest_cancel = max(self.slowest_cancel, asyncio.get_running_loop().time() - (patience.when() or now))
+        self._outcomes.write(Outcome(ticket.operation_id, "cancelled", Ending.CANCELLED, now, now))
+        return True
+
+    async def _until_known(self, how: str, ticket: ApprovalTicket, waiting: Awaitable[Operation | None]) -> None:
+        """Wait; where the outcome is unknown, ask again, as an application must."""
+        ending = await self._outcome(how, ticket.operation_id, waiting, *_bounds(ticket))
+        for _ in range(_AGAIN):
+            if ending is not Ending.UNKNOWN:
+                return
+            await asyncio.sleep(self._source.uniform(0.5, 2.0))
+            again = self._client.wait_for_approval(ticket)
+            ending = await self._outcome("asked again", ticket.operation_id, again, *_bounds(ticket))
+
+    async def _outcome(
+        self,
+        how: str,
+        operation_id: str,
+        waiting: Awaitable[Operation | None],
+        deadline: float,
+        limit: float | None = None,
+    ) -> Ending:
+        """Wait, write down how it ended, and return that."""
+        started = time.monotonic()
+        result: Operation | Exception | None
+        try:
+            result = await waiting
+        except Exception as error:  # noqa: BLE001  # what a wait raises is what is measured
+            result = error
+        told = msgspec.structs.replace(_told(how, operation_id, started, result), deadline=deadline, limit=limit)
+        self._outcomes.write(told)
+        return told.ending
+
+
+#: How often each method is chosen, beside the others.
+_METHODS: Final[dict[Method, float]] = {
+    Applications._wait: 35,  # noqa: SLF001  # a table of the methods above
+    Applications._explained: 3,  # noqa: SLF001
+    Applications._request: 10,  # noqa: SLF001
+    Applications._hold: 15,  # noqa: SLF001
+    Applications._updates: 5,  # noqa: SLF001
+    Applications._bare: 10,  # noqa: SLF001
+    Applications._shared: 4,  # noqa: SLF001
+    Applications._cancelled: 6,  # noqa: SLF001
+    Applications._resumed: 12,  # noqa: SLF001
+}
+
+
+def _bounds(ticket: ApprovalTicket) -> tuple[float, float | None]:
+    """Return until when an approval must be found, and when a wait that starts now must be over."""
+    now, left = time.monotonic(), ticket.remaining()
+    return (now + left, now + left + _FINAL) if left > 0 else (now, None)
+
+
+def _told(how: str, operation_id: str, started: float, result: Operation | Exception | None) -> Outcome:
+    """Put what a wait returned or raised into an outcome, without its bounds."""
+    now = time.monotonic()
+    if isinstance(result, Exception):
+        ending = _ending(result)
+        detail = f"{type(result).__name__}: {result}" if ending in {Ending.FAILED, Ending.MISMATCHED} else ""
+        return Outcome(operation_id, how, ending, started, now, detail=detail)
+    approved = None
+    if result is not None and result.is_approved:
+        approved = result.operation_id, result.user_id, result.operation_payload or ""
+    return Outcome(operation_id, how, Ending.APPROVED, started, now, approved=approved)
+
+
+def _ending(error: Exception) -> Ending:
+    match error:
+        case AlreadyApprovedError():
+            return Ending.ALREADY_APPROVED
+        case ApprovalUnknownError():
+            return Ending.UNKNOWN
+        case ApprovalTimeoutError():
+            return Ending.TIMED_OUT
+        case OperationMismatchError():
+            return Ending.MISMATCHED
+        case TransportError() | ServerError() | RateLimitError():
+            return Ending.NOT_CREATED  # they must not end a wait
+    return Ending.FAILED
+
+
+async def _measure(applications: Applications, client: KeylessClient, samples: Writer, every: float) -> None:
+    """Read the lag of the event loop all the time, and write a sample now and then, until cancelled."""
+    loop = asyncio.get_running_loop()
+    lags, due, written = Histogram(), loop.time(), loop.time()
+    while True:
+        due = max(due + _BEAT, loop.time())
+        await asyncio.sleep(due - loop.time())
+        lags.add(loop.time() - due)
+        if loop.time() - written >= every:
+            samples.write(_sample(client, lags, applications.slowest_cancel))
+            lags, written, applications.slowest_cancel = Histogram(), loop.time(), 0.0
+
+
+def _sample(client: KeylessClient, lags: Histogram, slowest_cancel: float) -> Sample:
+    now = client.statistics
+    tasks, failures = len(asyncio.all_tasks()), now.transient_failures
+    at = time.monotonic()
+    return Sample(at, tasks, now.waiting, now.polls, failures, now.lag, lags.counts, slowest_cancel, now.circuit)
+
+
+async def _run(base_url: str, plan: Plan, folder: Path) -> None:
+    source = random.Random(1)  # noqa: S311  # simulated applications, not keys
+    with Writer(folder / "outcomes") as outcomes, Writer(folder / "samples") as samples:
+        async with KeylessClient(
+            API_KEY, base_url=base_url, schedule=wait_adaptive(poll_cost=_POLL_COST), max_polls_per_second=2000.0
+        ) as client:
+            applications = Applications(client, plan, outcomes, source)
+            measuring = asyncio.create_task(_measure(applications, client, samples, plan.sample))
+            await applications.run()
+            measuring.cancel()
+            await asyncio.wait([measuring])
+            await asyncio.sleep(plan.sample)  # polls of the last turn end
+            samples.write(_sample(client, Histogram(), 0.0))
+
+
+def run(base_url: str, plan: Plan, folder: Path) -> None:
+    """Run the applications; the main function of their process.
+
+    Args:
+        base_url: Of the service, through the proxy.
+        plan: What the applications do.
+        folder: Where "outcomes" and "samples" are written.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
+    logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the circuit opens is what is expected here
+    allow_many_sockets()
+    asyncio.run(_run(base_url, plan, folder))

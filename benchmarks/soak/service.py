@@ -1,0 +1,238 @@
+"""The service: the sandbox's API in a process of its own, whose record survives when it is killed.
+
+The record is written before anything is answered, and is what the outcomes of all waits are compared with. Users
+approve at times that are drawn when their operation is created; one whose time comes while the service is down approves
+once it is back. The service itself fails a small share of the requests, as gateways and servers do that are ill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import multiprocessing
+import random
+import signal
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from aiohttp import web
+
+from aiokeyless.sandbox.api import KeylessApi
+from aiokeyless.sandbox.store import OperationStore
+from benchmarks.server import API_KEY, allow_many_sockets
+
+from .journal import Reader, Writer
+from .verdicts import Entry, Event
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
+    from pathlib import Path
+
+    from aiokeyless.models import Operation
+    from benchmarks.approval_times import ApprovalTimes
+
+_GATEWAY_PAGE: Final = "<html><body>one moment, please</body></html>"
+_OPERATIONS: Final = "/v2/operations/"
+_TICK: Final = 0.02  # seconds between two checks of which users approve
+_SWAP_AMONG: Final = 1000  # approved operations of others that can be answered in an operation's place
+
+
+class Illness(NamedTuple):
+    """The share of the requests, 0 to 1, that the service fails in each way."""
+
+    error: float = 0.002  # 500; half of those for a POST come after it was stored
+    unavailable: float = 0.001  # 503, every third with Retry-After
+    rate_limit: float = 0.000_004  # 429 with Retry-After: it holds all polls of the client
+    page: float = 0.0005  # 200 with a page of a gateway
+    slow: float = 0.002  # answered after up to four seconds
+
+
+#: The share of the GETs of an operation that are answered with an approved operation of somebody else.
+_SWAPPED: Final = 0.0001
+
+
+class Habits(NamedTuple):
+    """How users and the service behave."""
+
+    approvals: ApprovalTimes
+    memory: float  # seconds after its creation for which an operation is remembered
+    illness: Illness = Illness()
+
+
+class Service:
+    """Answers requests, keeps the record, and lets users approve.
+
+    Args:
+        record: The file of the record; what it says of recent operations is restored.
+        habits: How users and the service behave.
+        source: Of the random numbers.
+    """
+
+    def __init__(self, record: Path, habits: Habits, source: random.Random) -> None:
+        self._habits = habits
+        self._illnesses = [*habits.illness._asdict().items()]
+        self._source = source
+        self._store = OperationStore()
+        self._api = KeylessApi(self._store, API_KEY, self._created)
+        self._due: list[tuple[float, str]] = []  # a heap: when users approve
+        self._ages: deque[tuple[float, str]] = deque()
+        self._others: deque[str] = deque(maxlen=_SWAP_AMONG)  # approved ones
+        self._restore(record)
+        self._record = Writer(record)
+
+    def _restore(self, record: Path) -> None:
+        oldest = time.monotonic() - self._habits.memory
+        for entry in Reader(record, Entry).read():
+            if entry.event is Event.CREATED and entry.at > oldest:
+                self._store.create(
+                    entry.user_id,
+                    entry.operation_id,
+                    operation_payload=entry.payload or None,
+                    external_user_id=entry.external_user_id,
+                )
+                self._remember(entry)
+            elif entry.event is Event.APPROVED and entry.operation_id in self._store.operations:
+                self._store.approve(entry.operation_id)
+
+    def _remember(self, created: Entry) -> None:
+        self._ages.append((created.at, created.operation_id))
+        if created.due is not None:
+            heapq.heappush(self._due, (created.due, created.operation_id))
+
+    def _created(self, operation: Operation) -> None:
+        now = time.monotonic()
+        after = self._habits.approvals.draw(self._source)
+        entry = Entry(
+            Event.CREATED,
+            now,
+            operation.operation_id,
+            operation.user_id,
+            operation.operation_payload or "",
+            operation.external_user_id,
+            now + after if after < self._habits.memory else None,
+        )
+        self._record.write(entry)
+        self._remember(entry)
+
+    async def approve_when_due(self) -> None:
+        """Let users approve, until cancelled; forget what is old."""
+        while True:
+            now = time.monotonic()
+            while self._due and self._due[0][0] <= now:
+                self._approve(heapq.heappop(self._due)[1])
+            while self._ages and self._ages[0][0] < now - self._habits.memory:
+                self._store.forget(self._ages.popleft()[1])
+            await asyncio.sleep(_TICK)
+
+    def _approve(self, operation_id: str) -> None:
+        operation = self._store.operations.get(operation_id)
+        if operation is None or operation.is_approved:  # forgotten, or restored as approved
+            return
+        self._store.approve(operation_id)
+        self._record.write(Entry(Event.APPROVED, time.monotonic(), operation_id))
+        self._others.append(operation_id)
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request, or fail it."""
+        try:
+            body = await request.read()
+        except ConnectionError:
+            return web.Response(status=400)  # nobody is there to read it
+        failure = await self._failure()
+        if failure is not None and (request.method != "POST" or self._source.random() < 0.5):
+            return failure
+        target = request.raw_path
+        if request.method == "GET" and self._others and self._source.random() < _SWAPPED:
+            target = self._swap(target)
+        answer = self._api.answer(
+            request.method,
+            target,
+            api_key=request.headers.get("X-Api-Key", ""),
+            accept=request.headers.get("Accept", ""),
+            content_type=request.headers.get("Content-Type", ""),
+            body=body,
+        )
+        return failure or web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+
+    def _swap(self, target: str) -> str:
+        operation_id, other = target.removeprefix(_OPERATIONS), self._source.choice(self._others)
+        if operation_id not in self._store.operations or other not in self._store.operations or operation_id == other:
+            return target
+        self._record.write(Entry(Event.SWAPPED, time.monotonic(), operation_id))
+        return _OPERATIONS + other
+
+    async def _failure(self) -> web.Response | None:
+        """Return the answer of a request that fails, or None, after the time that the answer takes."""
+        kind = self._draw()
+        match kind:
+            case "error":
+                return web.json_response({"error": "an internal error"}, status=500)
+            case "unavailable":
+                pause = {"Retry-After": "1"} if self._source.random() < 1 / 3 else {}
+                return web.Response(status=503, text=_GATEWAY_PAGE, content_type="text/html", headers=pause)
+            case "rate_limit":
+                return web.Response(status=429, headers={"Retry-After": "1"})
+            case "page":
+                return web.Response(text=_GATEWAY_PAGE, content_type="text/html")
+            case "slow":
+                await asyncio.sleep(self._source.uniform(0.2, 4.0))
+        return None
+
+    def _draw(self) -> str:
+        """Return how a request fails, by its name in `Illness`, or ""."""
+        rest = self._source.random()
+        for kind, share in self._illnesses:
+            rest -= share
+            if rest < 0.0:
+                return kind
+        return ""
+
+
+class ServiceProcess:
+    """The service as a process that can be killed and started again.
+
+    Args:
+        record: The file of its record.
+        habits: How users and the service behave.
+    """
+
+    def __init__(self, record: Path, habits: Habits) -> None:
+        self._record = record
+        self._habits = habits
+        self._process: SpawnProcess | None = None
+        self.starts = 0
+
+    async def start(self) -> int:
+        """Start it, and return the port on which it listens, another one each time."""
+        self.starts += 1
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(self._record, self._habits, self.starts, there), daemon=True)
+        self._process.start()
+        there.close()
+        port: int = await asyncio.to_thread(here.recv)
+        return port
+
+    async def kill(self) -> None:
+        """Kill it, without a chance to finish anything."""
+        if self._process is not None:
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+            self._process = None
+
+
+def _serve(record: Path, habits: Habits, seed: int, started: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
+    allow_many_sockets()
+    asyncio.run(_listen(Service(record, habits, random.Random(seed)), started))  # noqa: S311  # simulated users, not keys
+
+
+async def _listen(service: Service, started: Connection) -> None:
+    runner = web.ServerRunner(web.Server(service.answer), access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    started.send(runner.addresses[0][1])
+    await service.approve_when_due()

@@ -1,0 +1,312 @@
+"""The soak's own parts: a check that finds nothing proves nothing unless it can find something."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.approval_times import seeded_random
+from benchmarks.soak.histogram import Histogram
+from benchmarks.soak.journal import Reader, Writer
+from benchmarks.soak.proxy import ANSWER_FAULTS, REQUEST_FAULTS, Fault, FaultyProxy
+from benchmarks.soak.verdicts import Ending, Entry, Event, Outcome, Verdict, Verdicts
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 60.0
+
+# -- verdicts
+
+
+def outcome(ending: Ending, *, ended: float = 60.0, how: str = "wait", **of: object) -> Outcome:
+    return Outcome("a", how, ending, 0.0, ended, **{"deadline": 60.0, **of})  # type: ignore[arg-type]  # by name
+
+
+APPROVED = outcome(Ending.APPROVED, ended=31.0, approved=("a", "AB", "pay"))
+ANOTHER_USER = outcome(Ending.APPROVED, ended=31.0, approved=("a", "CD", "pay"))
+ANOTHER_PAYLOAD = outcome(Ending.APPROVED, ended=31.0, approved=("a", "AB", "pay more"))
+ANOTHER_OPERATION = outcome(Ending.APPROVED, ended=31.0, approved=("b", "AB", "pay"))
+TOO_EARLY = outcome(Ending.APPROVED, ended=29.0, approved=("a", "AB", "pay"))
+NOT_APPROVED = outcome(Ending.APPROVED, ended=31.0)
+TIMED_OUT = outcome(Ending.TIMED_OUT)
+TIMED_OUT_EARLIER = outcome(Ending.TIMED_OUT, deadline=29.0)
+
+
+@pytest.mark.parametrize(
+    ("told", "recorded", "verdict"),
+    [
+        (APPROVED, [Event.APPROVED], Verdict.RIGHT),
+        (APPROVED, [], Verdict.WRONG),
+        (APPROVED, None, Verdict.WRONG),
+        (TOO_EARLY, [Event.APPROVED], Verdict.WRONG),
+        (ANOTHER_USER, [Event.APPROVED], Verdict.WRONG),
+        (ANOTHER_PAYLOAD, [Event.APPROVED], Verdict.WRONG),
+        (ANOTHER_OPERATION, [Event.APPROVED], Verdict.WRONG),
+        (NOT_APPROVED, [Event.APPROVED], Verdict.WRONG),
+        (outcome(Ending.ALREADY_APPROVED), [Event.APPROVED], Verdict.RIGHT),
+        (outcome(Ending.ALREADY_APPROVED), [], Verdict.WRONG),
+        (TIMED_OUT, [], Verdict.RIGHT),
+        (TIMED_OUT, [Event.APPROVED], Verdict.LOST),
+        (TIMED_OUT_EARLIER, [Event.APPROVED], Verdict.RIGHT),
+        (TIMED_OUT, None, Verdict.UNEXPECTED),
+        (outcome(Ending.UNKNOWN), [Event.APPROVED], Verdict.RIGHT),
+        (outcome(Ending.CANCELLED), [Event.APPROVED], Verdict.RIGHT),
+        (outcome(Ending.MISMATCHED), [Event.SWAPPED], Verdict.RIGHT),
+        (outcome(Ending.MISMATCHED), [Event.APPROVED], Verdict.UNEXPECTED),
+        (outcome(Ending.NOT_CREATED, how="create_operation"), [], Verdict.RIGHT),
+        (outcome(Ending.NOT_CREATED), [], Verdict.UNEXPECTED),
+        (outcome(Ending.FAILED), [Event.APPROVED], Verdict.UNEXPECTED),
+    ],
+)
+def test_outcome_is_decided_by_the_record_alone(told: Outcome, recorded: list[Event] | None, verdict: Verdict) -> None:
+    verdicts = Verdicts(memory=600.0)
+    if recorded is not None:
+        verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
+        for event in recorded:
+            verdicts.record(Entry(event, 30.0, "a"))
+    assert verdicts.evaluate(told) is verdict
+    assert verdicts.verdicts == {verdict: 1}
+    assert bool(verdicts.examples) is (verdict is not Verdict.RIGHT)
+
+
+def test_wait_that_is_over_too_late_is_counted() -> None:
+    verdicts = Verdicts(memory=600.0)
+    verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
+    verdicts.evaluate(outcome(Ending.TIMED_OUT, ended=61.9, limit=62.0))
+    assert verdicts.overrun.total == 0
+    verdicts.evaluate(outcome(Ending.TIMED_OUT, ended=62.5, limit=62.0))
+    assert verdicts.overrun.quantile(1.0) == 0.5
+
+
+def test_lateness_counts_from_the_approval_or_from_a_later_wait() -> None:
+    verdicts = Verdicts(memory=600.0)
+    verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
+    verdicts.record(Entry(Event.APPROVED, 30.0, "a"))
+    verdicts.evaluate(APPROVED)
+    assert verdicts.lateness.counts == {"1": 1}
+    verdicts.evaluate(Outcome("a", "resumed", Ending.APPROVED, 100.0, 100.5, approved=("a", "AB", "pay")))
+    assert verdicts.lateness.counts == {"0.5": 1, "1": 1}
+
+
+def test_old_operations_are_forgotten() -> None:
+    verdicts = Verdicts(memory=10.0)
+    verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
+    verdicts.record(Entry(Event.CREATED, 11.0, "b", "AB", "pay"))
+    verdicts.record(Entry(Event.APPROVED, 12.0, "a"))
+    assert verdicts.evaluate(APPROVED) is Verdict.WRONG
+
+
+# -- files and histograms
+
+
+def test_reader_yields_complete_lines_once(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    reader = Reader(path, Entry)
+    assert list(reader.read()) == []
+    first, second = Entry(Event.CREATED, 1.0, "a", "AB", "pay", due=2.5), Entry(Event.APPROVED, 2.5, "a")
+    with Writer(path) as writer:
+        writer.write(first)
+        assert list(reader.read()) == [first]
+        with path.open("ab") as file:
+            file.write(b'["appro')
+        assert list(reader.read()) == []
+        with path.open("ab") as file:
+            file.write(b'ved",2.5,"a"]\n')
+    assert list(reader.read()) == [second]
+
+
+def test_histogram_has_the_quantiles_of_its_values() -> None:
+    histogram = Histogram()
+    for k in range(1, 100):
+        histogram.add(k / 1000)
+    assert histogram.total == 99
+    assert histogram.quantile(0.5) == 0.05
+    assert histogram.quantile(1.0) == 0.099
+    histogram.update(Histogram(histogram.counts))
+    assert histogram.total == 198
+    assert histogram.quantile(0.5) == 0.05
+    assert Histogram().quantile(0.5) == 0.0
+
+
+# -- the proxy
+
+ANSWER = b"ok" * 500
+
+
+@contextlib.asynccontextmanager
+async def echo() -> AsyncGenerator[tuple[int, list[bytes]]]:
+    """Run a server that answers each chunk with ANSWER; it yields its port and what it received."""
+    received: list[bytes] = []
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                received.append(data)
+                writer.write(ANSWER)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], received
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+class Scripted(FaultyProxy):
+    """A proxy with one fault, for the first bytes in its direction."""
+
+    def __init__(self, fault: Fault | None, *, of_request: bool = False) -> None:
+        super().__init__(seeded_random(1), longest_delay=0.01)
+        self._next = fault
+        self.struck = asyncio.Event()
+        self._faults = REQUEST_FAULTS if of_request else ANSWER_FAULTS
+
+    def draw(self, faults: tuple[Fault, ...]) -> Fault | None:
+        if faults is not self._faults:
+            return None
+        self.struck.set()
+        fault, self._next = self._next, None
+        return fault
+
+
+async def exchange(proxy: FaultyProxy, *, enough: Callable[[bytes], bool]) -> bytes:
+    """Send a request, and return what is answered until it is enough or the connection ends."""
+    port = int(proxy.url.rpartition(":")[2])
+    async with asyncio.timeout(PATIENCE):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(b"request")
+            answer = b""
+            while not enough(answer) and (data := await reader.read(65536)):
+                answer += data
+            return answer
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+def complete(answer: bytes) -> bool:
+    return len(answer) >= len(ANSWER)
+
+
+def never(_answer: bytes) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("fault", [None, Fault.DELAY])
+async def test_proxy_forwards_what_no_fault_changes(fault: Fault | None) -> None:
+    async with echo() as (port, received), Scripted(fault) as proxy:
+        proxy.target = port
+        assert await exchange(proxy, enough=complete) == ANSWER
+        assert received == [b"request"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_right"),
+    [
+        (Fault.HALF_CLOSE, lambda answer: answer == b""),
+        (Fault.TRUNCATION, lambda answer: len(answer) < len(ANSWER) and ANSWER.startswith(answer)),
+    ],
+)
+async def test_answer_that_is_cut_off_ends_the_connection(fault: Fault, is_right: Callable[[bytes], bool]) -> None:
+    async with echo() as (port, _), Scripted(fault) as proxy:
+        proxy.target = port
+        assert is_right(await exchange(proxy, enough=never))
+
+
+async def test_garbage_comes_in_place_of_an_answer_or_after_it() -> None:
+    async with echo() as (port, _), Scripted(Fault.GARBAGE) as proxy:
+        proxy.target = port
+        assert (await exchange(proxy, enough=bool)) not in {b"", ANSWER}
+    async with echo() as (port, _), Scripted(Fault.EXTRA) as proxy:
+        proxy.target = port
+        answer = await exchange(proxy, enough=lambda answer: len(answer) > len(ANSWER))
+        assert answer.startswith(ANSWER)
+
+
+@pytest.mark.parametrize("of_request", [False, True])
+async def test_reset_is_seen_by_the_client(of_request: bool) -> None:
+    async with echo() as (port, _), Scripted(Fault.RESET, of_request=of_request) as proxy:
+        proxy.target = port
+        with pytest.raises(ConnectionResetError):
+            await exchange(proxy, enough=never)
+
+
+async def test_dropped_request_never_arrives_and_the_connection_stays_open() -> None:
+    async with echo() as (port, received), Scripted(Fault.DROP, of_request=True) as proxy:
+        proxy.target = port
+        hanging = asyncio.create_task(exchange(proxy, enough=never))
+        await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
+        assert await exchange(proxy, enough=complete) == ANSWER  # on a connection of its own
+        assert not hanging.done()
+        assert received == [b"request"]
+        proxy.reset_all()
+        with pytest.raises(ConnectionResetError):
+            await hanging
+
+
+async def test_truncated_request_ends_the_connection_of_the_service() -> None:
+    async with echo() as (port, received), Scripted(Fault.TRUNCATION, of_request=True) as proxy:
+        proxy.target = port
+        await exchange(proxy, enough=never)
+        assert b"request" not in received
+
+
+async def test_connection_is_reset_while_there_is_no_service() -> None:
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        for target in (None, nobody.getsockname()[1]):
+            async with FaultyProxy(seeded_random(1)) as proxy:
+                proxy.target = target
+                with pytest.raises(ConnectionResetError):
+                    await exchange(proxy, enough=never)
+
+
+async def test_proxy_counts_the_faults_that_it_draws() -> None:
+    proxy = FaultyProxy(seeded_random(1), rate=0.5)
+    drawn = [proxy.draw(REQUEST_FAULTS) for _ in range(200)]
+    assert 50 < proxy.counts.total() < 150
+    assert proxy.counts.total() == sum(fault is not None for fault in drawn)
+    assert Fault.GARBAGE not in drawn  # a request never arrives changed
+
+
+def test_closed_proxy_has_no_url() -> None:
+    with pytest.raises(RuntimeError):
+        _ = FaultyProxy(seeded_random(1)).url
+
+
+# -- all of it
+
+
+@pytest.mark.slow
+def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "soak", "--smoke", "--save", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "soak.json").read_text())["benchmarks"]["soak"]
+    assert report["raw"]["verdicts"]["right"] > 0
+    assert done.stdout == (tmp_path / "soak.txt").read_text()
+    assert (tmp_path / "soak.svg").exists()
+    assert not (tmp_path / "results.txt").exists()
