@@ -211,6 +211,25 @@ def test_every_exception_stands_in_the_table() -> None:
             assert f"`{name}`" in table, name
 
 
+# The threat model
+
+THREATS = (DOCS / "explanation" / "threat-model.md").read_text()
+SHOWN_BY = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
+
+
+def test_each_line_of_the_threat_model_names_tests_and_they_exist() -> None:
+    lines = [line for line in THREATS.splitlines() if line.startswith("| ") and not line.endswith("| shown by |")]
+    assert len(lines) > 40
+    assert [line for line in lines if not SHOWN_BY.search(line.rpartition(" | ")[2])] == []
+    tests = Path(__file__).parent
+    missing = [
+        f"{file}::{name}"
+        for file, name in SHOWN_BY.findall(THREATS)
+        if not re.search(rf"^ *(async )?def {name}\(", (tests / file).read_text(), re.MULTILINE)
+    ]
+    assert missing == []
+
+
 # The command lines
 
 ROOT = DOCS.parent

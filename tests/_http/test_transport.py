@@ -8,6 +8,7 @@ import gzip
 import itertools
 import logging
 import re
+import ssl
 import sys
 import tracemalloc
 import zlib
@@ -54,6 +55,7 @@ from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+    from pathlib import Path
 
     from raw_server import Handler
 
@@ -388,6 +390,26 @@ async def test_failed_tls_was_not_sent() -> None:
         error = await failure(client.get_operation("a"))
     assert type(error) is TransportError
     assert not error.sent
+
+
+async def test_service_whose_certificate_is_not_trusted_is_sent_nothing(certificate: tuple[Path, Path]) -> None:
+    heard: list[bytes] = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(1))
+        writer.close()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    async with (
+        await asyncio.start_server(hear, "127.0.0.1", 0, ssl=context) as server,
+        once(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client,
+    ):
+        error = await failure(client.get_operation("a"))
+    assert type(error) is TransportError
+    assert "certificate" in str(error).lower()
+    assert not error.sent
+    assert heard == []
 
 
 BROKEN: dict[str, bytes | Handler] = {

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import shutil
 import ssl
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -61,19 +59,6 @@ async def refusal(url: str, **options: object) -> str:
 
 
 # -- TLS
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for this machine that nobody trusts, and its key."""
-    if (openssl := shutil.which("openssl")) is None:
-        pytest.skip("openssl makes the certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    files = folder / "certificate.pem", folder / "key.pem"
-    options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=broker"
-    more = ("-addext", "subjectAltName=IP:127.0.0.1", "-out", str(files[0]), "-keyout", str(files[1]))
-    subprocess.run([openssl, "req", *options.split(), *more], check=True, capture_output=True)
-    return files
 
 
 @pytest.fixture
