@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,10 +19,23 @@ import looptime
 import pytest
 from cyclopts import CycloptsError
 from nats_server import until
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 
 import aiokeyless.sandbox
 import aiokeyless.worker
 from aiokeyless.cli.app import app
+from aiokeyless.events import (
+    CircuitChanged,
+    Event,
+    PollEnded,
+    PollResult,
+    RequestEnded,
+    WaitEnded,
+    WaitOutcome,
+    WaitStarted,
+)
+from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
 
@@ -307,3 +322,94 @@ def test_every_public_name_is_in_the_reference() -> None:
     named = set(re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", reference, re.MULTILINE))
     public = {*aiokeyless.__all__, *aiokeyless.worker.__all__, *aiokeyless.sandbox.__all__} - errors - {"__version__"}
     assert public - named - {"BrokerError", "InvalidRequestError"} == set()
+
+
+# The pictures
+
+
+def drawings() -> ModuleType:
+    """Load the script that draws the diagrams."""
+    spec = importlib.util.spec_from_file_location("draw", DOCS / "pictures" / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_diagrams_are_what_their_script_draws() -> None:
+    for name, draw in drawings().PICTURES.items():
+        assert (DOCS / "pictures" / name).read_text() == str(draw()), f"{name}: run docs/pictures/draw.py"
+
+
+def test_the_picture_of_the_layers_is_the_import_contract() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        [layers, *_] = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    contract = [set(layer.split(" | ")) for layer in layers["layers"]]
+    drawn = [set(modules) for modules, _ in drawings().LAYERS]
+    assert [layer for layer in contract if not layer & {"__main__", "_version"}] == drawn
+
+
+# The metrics
+
+#: One of each kind.
+EVENTS: tuple[Event, ...] = (
+    WaitStarted(wait=1, operation_id="order-7", timeout=60, traceparent=None),
+    PollEnded(
+        waits=(1,),
+        operation_id="order-7",
+        result=PollResult.FAILED,
+        error="ServerError",
+        is_final=False,
+        seconds=0.1,
+        lag=0,
+    ),
+    RequestEnded(
+        method="GET",
+        route="/v2/operations/{operationId}",
+        server="localhost",
+        port=80,
+        status=503,
+        error="ServerError",
+        seconds=0.1,
+        attempt=1,
+        request_id=None,
+    ),
+    CircuitChanged(state="open", previous="closed", cause="ServerError", waiting=1, seconds=1),
+    WaitEnded(
+        wait=1,
+        operation_id="order-7",
+        outcome=WaitOutcome.TIMED_OUT,
+        error="ApprovalTimeoutError",
+        seconds=60,
+        polls=9,
+        age=60,
+    ),
+)
+
+
+def kind(data: object) -> str:
+    """Return what the page calls a kind of metric."""
+    match data:
+        case Sum(is_monotonic=True):
+            return "counter"
+        case Sum():
+            return "up-down counter"
+    return type(data).__name__.lower()
+
+
+def test_the_page_about_metrics_names_each_with_its_attributes() -> None:
+    page = (DOCS / "reference" / "events.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\w-]+(?: counter)?) \| (\S+) \| ?(.*) ?\|$", page, re.MULTILINE)
+    shown = {name: (type_, unit, set(re.findall("`([a-z_.]+)`", attributes))) for name, type_, unit, attributes in rows}
+    reader = InMemoryMetricReader()
+    listener = OpenTelemetryListener(meter_provider=MeterProvider([reader]))
+    for event in EVENTS:
+        listener(event)
+    data = reader.get_metrics_data()
+    assert data is not None
+    made = {}
+    for metric in data.resource_metrics[0].scope_metrics[0].metrics:
+        named = {str(name) for point in metric.data.data_points for name in point.attributes or {}}
+        made[metric.name] = kind(metric.data), metric.unit, named
+    assert shown == made

@@ -1,0 +1,182 @@
+"""Draws the diagrams of the documentation as SVG files, beside this script: ``python docs/pictures/draw.py``.
+
+They are files and not Mermaid, since GitHub and the built site show the same file, without a script. The background is
+white in dark themes too, where text on a transparent one could not be read.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Final, Literal
+
+INK: Final = "#1b1f24"
+GREY: Final = "#59636e"
+LINE: Final = "#8c959f"
+PALE: Final = "#f3f5f7"
+BLUE: Final = "#0b57d0"
+GREEN: Final = "#1a7f37"
+RED: Final = "#c4281c"
+FONT: Final = "'Segoe UI', Roboto, Helvetica, Arial, 'Liberation Sans', sans-serif"
+
+Anchor = Literal["start", "middle", "end"]
+
+
+class Drawing:
+    """An SVG file in the making; all numbers are pixels, from the top left corner.
+
+    Args:
+        width: Width of the picture.
+        height: Height of the picture.
+        title: What it shows, for those who do not see it.
+    """
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self._parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"',
+            f' role="img" font-family="{FONT}" font-size="14">',
+            f"<title>{escape(title)}</title>",
+            *(_arrow_head(colour) for colour in (LINE, GREEN, RED)),
+            f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
+        ]
+
+    def text(
+        self, x: float, y: float, *lines: str, colour: str = INK, anchor: Anchor = "start", bold: bool = False
+    ) -> None:
+        """Write lines, the first one's baseline at `y`."""
+        weight = ' font-weight="600"' if bold else ""
+        for number, line in enumerate(lines):
+            self._parts.append(
+                f'<text x="{x}" y="{y + 18 * number}" fill="{colour}" text-anchor="{anchor}"{weight}>'
+                f"{escape(line)}</text>"
+            )
+
+    def box(self, x: float, y: float, width: float, height: float, *lines: str, colour: str = LINE) -> None:
+        """Draw a box; its first line is bold."""
+        self._parts.append(
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" fill="{PALE}" stroke="{colour}"/>'
+        )
+        top = y + height / 2 + 5 - 9 * (len(lines) - 1)
+        for number, line in enumerate(lines):
+            self.text(x + width / 2, top + 18 * number, line, anchor="middle", bold=number == 0)
+
+    def band(self, x: float, y: float, width: float, height: float, fill: str) -> None:
+        """Draw a shaded span of time."""
+        self._parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}"/>')
+
+    def path(self, points: str, colour: str = LINE, *, arrow: bool = True, dashed: bool = False) -> None:
+        """Draw a line along an SVG path."""
+        head = f' marker-end="url(#head-{colour[1:]})"' if arrow else ""
+        dashes = ' stroke-dasharray="4 4"' if dashed else ""
+        self._parts.append(f'<path d="{points}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}{head}/>')
+
+    def dot(self, x: float, y: float, colour: str, *, filled: bool) -> None:
+        """Draw a poll."""
+        fill = colour if filled else "#ffffff"
+        self._parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>')
+
+    def __str__(self) -> str:
+        """Return the text of the file."""
+        return "\n".join([*self._parts, "</svg>", ""])
+
+
+def _arrow_head(colour: str) -> str:
+    return (
+        f'<marker id="head-{colour[1:]}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+        f'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" fill="{colour}"/></marker>'
+    )
+
+
+def life_of_a_wait() -> Drawing:
+    """Draw the polls of a wait along its time, and below them how it can end."""
+    drawing = Drawing(860, 376, "A wait from its first poll to its final poll, and the ways in which it ends")
+    axis, start, deadline, end = 130, 40, 640, 756
+    drawing.band(300, 84, 150, 92, "#fdecea")
+    drawing.band(deadline, 84, end - deadline, 92, "#e8f0fe")
+    drawing.path(f"M{start} {axis}H820")
+    for x in (44, 96, 122, 152, 186, 224, 266, 470, 516, 568, 624):
+        drawing.dot(x, axis, BLUE, filled=False)
+    for x in (312, 340, 386, 436):
+        drawing.dot(x, axis, RED, filled=True)
+    drawing.path(f"M{deadline} 62V176", arrow=False, dashed=True)
+    drawing.dot(deadline, axis, BLUE, filled=True)
+    drawing.text(start, 34, "Pending: the schedule sets", "the next poll", colour=BLUE)
+    drawing.text(375, 34, "Failing: the backoff sets", "the next poll", colour=RED, anchor="middle")
+    drawing.text(deadline, 34, "Deadline: the final poll starts here", anchor="middle")
+    drawing.text((deadline + end) / 2, 104, "it may take 2 s", colour=GREY, anchor="middle")
+    drawing.text(818, axis + 24, "time", colour=GREY, anchor="end")
+    drawing.path("M245 178V196H40V178", arrow=False)
+    drawing.path("M245 196H600V178", arrow=False)
+    drawing.text(320, 216, "an answer to any poll can end it", colour=GREY, anchor="middle")
+    drawing.path("M320 224V238", arrow=False)
+    drawing.path("M130 256V238H520V256")
+    drawing.path("M130 240V256")
+    drawing.path("M328 238V256")
+    drawing.path("M690 178V256")
+    drawing.text(700, 216, "the final poll ends it", colour=GREY)
+    drawing.box(30, 258, 180, 96, "approved", "this operation, user,", "payload: returned", colour=GREEN)
+    drawing.box(
+        224, 258, 208, 96, "about something else", "OperationMismatchError,", "InconsistentOperationError", colour=RED
+    )
+    drawing.box(446, 258, 150, 96, "400, 401, 403, …", "raised at once", colour=RED)
+    drawing.box(620, 258, 210, 96, "pending, or no answer", "ApprovalTimeoutError,", "ApprovalUnknownError")
+    return drawing
+
+
+def circuit() -> Drawing:
+    """Draw the states of the circuit and what leads from one to another."""
+    drawing = Drawing(760, 300, "The circuit: closed, open, half open, and what leads from one to another")
+    drawing.box(30, 40, 190, 76, "closed", "polls up to max_in_flight", colour=GREEN)
+    drawing.box(540, 40, 190, 76, "open", "one probe at a time", colour=RED)
+    drawing.box(285, 200, 190, 76, "half open", "2 polls, 4, 8, …")
+    drawing.path("M220 66H538", RED)
+    drawing.text(380, 36, "several operations fail in a row,", "or the service asks for a pause", anchor="middle")
+    drawing.path("M655 116V238H477", GREEN)
+    drawing.text(645, 262, "a probe is answered", anchor="end")
+    drawing.path("M475 216H580V118", RED)
+    drawing.text(572, 152, "as from closed", colour=GREY, anchor="end")
+    drawing.path("M285 238H125V118", GREEN)
+    drawing.text(275, 262, "max_in_flight is reached", anchor="end")
+    drawing.path("M690 40V16H750V78H732", RED)
+    drawing.text(668, 20, "a probe fails: backoff", colour=GREY, anchor="end")
+    return drawing
+
+
+LAYERS: Final = (
+    (("cli", "pytest_plugin"), "what people run"),
+    (("worker", "sandbox", "shutdown", "otel"), "engine 2, a service to test with, signals, OpenTelemetry"),
+    (("client",), "the public methods"),
+    (("_poller",), "engine 1: waits in memory"),
+    (("_http",), "endpoints as data, exchanges over aiohttp"),
+    (("_rules",), "what a poll means, the circuit, the backoff: pure"),
+    (("schedule",), "when to poll next"),
+    (("_listeners", "_tracing"), "tells listeners; the caller's trace"),
+    (("ticket", "reports", "events"), "what is stored, and what is reported"),
+    (("_validation",), "every check of an argument"),
+    (("models",), "what the service sends and takes"),
+    (("errors",), "every exception"),
+)
+
+
+def house() -> Drawing:
+    """Draw the layers of the package, the highest one at the top."""
+    drawing = Drawing(860, 48 + 44 * len(LAYERS), "The layers of the package; each imports only what is below it")
+    for row, (modules, what) in enumerate(LAYERS):
+        top = 16 + 44 * row
+        width = (356 - 8 * (len(modules) - 1)) / len(modules)
+        for column, module in enumerate(modules):
+            colour = LINE if module.startswith("_") else BLUE
+            drawing.box(44 + column * (width + 8), top, width, 34, module, colour=colour)
+        drawing.text(416, top + 22, what, colour=GREY)
+    bottom = 16 + 44 * len(LAYERS)
+    drawing.path(f"M24 18V{bottom - 12}")
+    drawing.text(44, bottom + 12, "Imports go down, never up. Blue: public. Grey: private.", colour=GREY)
+    return drawing
+
+
+PICTURES: Final = {"circuit.svg": circuit, "house.svg": house, "wait.svg": life_of_a_wait}
+
+
+if __name__ == "__main__":
+    for name, draw in PICTURES.items():
+        Path(__file__).with_name(name).write_text(str(draw()))
