@@ -1,6 +1,6 @@
 """The client's process: applications that wait for users in every way that the client offers, and write down the end.
 
-As many waits as planned are under way at any time. Each application creates an operation, waits for its approval by one
+As many applications as planned run at a time. Each application creates an operation, waits for its approval by one
 of the methods, writes the outcome down, and begins again: nothing is kept, so that the memory of the process is that of
 the client and of the waits.
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Method = Callable[["Applications", "Request"], Awaitable[object]]
 
 _PAYLOAD: Final = "Approve wire transfer of $500 to account "
-_POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: for those who count requests
+_POLL_COST: Final = 1.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
 _IN_BATCHES: Final = 0.1  # of the waits
 _BATCH: Final = 10
 _FINAL: Final = 2.0  # seconds that a wait may last beyond its deadline: rule 3
@@ -57,7 +57,7 @@ _AGAIN: Final = 20  # times that an application asks again where the outcome is 
 class Plan(NamedTuple):
     """What the applications do."""
 
-    waits: int  # under way at a time
+    applications: int  # each has one wait under way, nearly all of the time
     seconds: float
     ramp: float  # seconds within which the applications begin
     expires_in: float  # seconds
@@ -105,10 +105,12 @@ class Applications:
 
     async def run(self) -> None:
         """Run all applications for the planned time, then cancel them."""
-        batches = int(self._plan.waits * _IN_BATCHES / _BATCH)
+        batches = int(self._plan.applications * _IN_BATCHES / _BATCH)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._repeat(k, self._batch)) for k in range(batches)]
-            tasks += [group.create_task(self._repeat(k, self._one)) for k in range(self._plan.waits - batches * _BATCH)]
+            tasks += [
+                group.create_task(self._repeat(k, self._one)) for k in range(self._plan.applications - batches * _BATCH)
+            ]
             await asyncio.sleep(self._plan.seconds)
             for task in tasks:
                 task.cancel()
@@ -340,9 +342,7 @@ def _sample(client: KeylessClient, lags: Histogram, slowest_cancel: float) -> Sa
 async def _run(base_url: str, plan: Plan, folder: Path) -> None:
     source = random.Random(1)  # noqa: S311  # simulated applications, not keys
     with Writer(folder / "outcomes") as outcomes, Writer(folder / "samples") as samples:
-        async with KeylessClient(
-            API_KEY, base_url=base_url, schedule=wait_adaptive(poll_cost=_POLL_COST), max_polls_per_second=2000.0
-        ) as client:
+        async with KeylessClient(API_KEY, base_url=base_url, schedule=wait_adaptive(poll_cost=_POLL_COST)) as client:
             applications = Applications(client, plan, outcomes, source)
             measuring = asyncio.create_task(_measure(applications, client, samples, plan.sample))
             await applications.run()

@@ -235,4 +235,9 @@ async def _listen(service: Service, started: Connection) -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     started.send(runner.addresses[0][1])
-    await service.approve_when_due()
+    approving = asyncio.create_task(service.approve_when_due())
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a benchmark that was killed itself leaves no service behind
+        asyncio.get_running_loop().add_reader(parent.sentinel, approving.cancel)
+    await asyncio.wait([approving])
+    await runner.cleanup()

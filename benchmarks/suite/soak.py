@@ -176,12 +176,12 @@ def run(bench: Bench) -> Report:
     minutes = bench.minutes if bench.minutes is not None else bench.pick(full=60.0, quick=1.5, smoke=0.1)
     seconds = 60 * minutes
     plan = bench.pick(
-        full=Plan(10_000, seconds, min(60.0, seconds / 6), expires_in=120.0, sample=5.0),
+        full=Plan(10_700, seconds, min(60.0, seconds / 6), expires_in=180.0, sample=5.0),
         quick=Plan(1_000, seconds, 10.0, expires_in=30.0, sample=1.0),
         smoke=Plan(100, seconds, 0.5, expires_in=2.0, sample=0.2),
     )
     weather = bench.pick(
-        full=Weather(0.002, 0.2, storm_every=300.0, storm=30.0, kill_every=420.0, down=20.0),
+        full=Weather(0.002, 0.05, storm_every=300.0, storm=30.0, kill_every=420.0, down=20.0),
         quick=Weather(0.005, 0.2, storm_every=30.0, storm=5.0, kill_every=30.0, down=5.0),
         smoke=Weather(0.02, 0.2, storm_every=2.0, storm=0.5, kill_every=2.5, down=0.5),
     )
@@ -195,7 +195,8 @@ def run(bench: Bench) -> Report:
 def _report(soak: Soak, minutes: float) -> Report:
     if not soak.readings or len(soak.samples) < 2:
         raise CannotMeasureError("the client ended before anything was measured")
-    report = Report(f"soak: {soak.plan.waits} waits at a time for {minutes:g} minutes, with faults at every layer")
+    waiting = statistics.median(sample.waiting for sample in soak.samples)
+    report = Report(f"soak: {waiting:.0f} waits at a time for {minutes:g} minutes, with faults at every layer")
     report.tables += [_endings(soak), _verdicts(soak), _process(soak), _faults(soak)]
     counts = soak.verdicts.verdicts
     slope = _slope(soak)
