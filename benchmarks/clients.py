@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self, cast
 from urllib.parse import quote
 
 import httpx
+import httpx2
 import niquests
 
 from .baselines import HEADERS, PlainOperation, decode
@@ -27,6 +28,12 @@ def httpx_client(connections: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(headers=HEADERS, limits=limits, trust_env=False)
 
 
+def httpx2_client(connections: int) -> httpx2.AsyncClient:
+    """Make a client as `httpx_client` does, of the package that continues httpx."""
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=None)
+    return httpx2.AsyncClient(headers=HEADERS, limits=limits, trust_env=False)
+
+
 def niquests_session(connections: int) -> niquests.AsyncSession:
     """Make a session that keeps this many connections open."""
     session = niquests.AsyncSession(pool_maxsize=connections, headers=HEADERS)
@@ -35,9 +42,9 @@ def niquests_session(connections: int) -> niquests.AsyncSession:
 
 
 class ContentClient:
-    """httpx or niquests, which share the methods used here."""
+    """httpx, httpx2 or niquests, which share the methods used here."""
 
-    def __init__(self, session: httpx.AsyncClient | niquests.AsyncSession, server: Server) -> None:
+    def __init__(self, session: httpx.AsyncClient | httpx2.AsyncClient | niquests.AsyncSession, server: Server) -> None:
         self._session = session
         self._base = server.base_url + OPERATIONS
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Method = Callable[["Applications", "Request"], Awaitable[object]]
 
 _PAYLOAD: Final = "Approve wire transfer of $500 to account "
-_POLL_COST: Final = 1.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
+_POLL_COST: Final = 3.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
 _IN_BATCHES: Final = 0.1  # of the waits
 _BATCH: Final = 10
 _FINAL: Final = 2.0  # seconds that a wait may last beyond its deadline: rule 3

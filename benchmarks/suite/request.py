@@ -17,7 +17,7 @@ from aiokeyless import KeylessClient
 from aiokeyless._http import protocol
 from benchmarks import pictures
 from benchmarks.baselines import BARE, BARE_REPEATED, OURS, AiohttpClient, BareClient, bare_session, default_session
-from benchmarks.clients import ContentClient, MinimalClient, httpx_client, niquests_session
+from benchmarks.clients import ContentClient, MinimalClient, httpx2_client, httpx_client, niquests_session
 from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn
 from benchmarks.decoders import pydantic_operation
 from benchmarks.report import CannotMeasureError, Goal, Report
@@ -39,6 +39,7 @@ POLL: Final = f"{OURS}, a poll of a wait"
 DEFAULTS: Final = f"{BARE}, default session"
 PYDANTIC: Final = "aiohttp + pydantic"
 HTTPX: Final = "httpx + msgspec"
+HTTPX2: Final = "httpx2 + msgspec"
 NIQUESTS: Final = "niquests + msgspec"
 LIMIT: Final = "parsed by hand + msgspec: the limit"
 
@@ -112,6 +113,7 @@ async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Cp
             DEFAULTS: BareClient(await enter(default_session()), server).get_operation,
             PYDANTIC: AiohttpClient(bare, server, pydantic_operation).get_operation,
             HTTPX: ContentClient(await enter(httpx_client(in_flight)), server).get_operation,
+            HTTPX2: ContentClient(await enter(httpx2_client(in_flight)), server).get_operation,
             NIQUESTS: ContentClient(await enter(niquests_session(in_flight)), server).get_operation,
             LIMIT: (await enter(MinimalClient(server))).get_operation,
         }
@@ -122,7 +124,7 @@ async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, Cp
             in_flight=in_flight,
             rounds=bench.pick(full=30, quick=10, smoke=2),
             count=bench.pick(full=300, quick=200, smoke=50),
-            slow={HTTPX, NIQUESTS},
+            slow={HTTPX, HTTPX2, NIQUESTS},
         )
 
 
