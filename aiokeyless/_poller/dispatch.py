@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from aiokeyless._rules.rate import PollRate
 
 _FINAL_POLLS_IN_A_ROW: Final = 7
+#: Queued final polls that no wait needs any more, passed over in search of the next one: there may be many thousands.
+_PASSED_OVER: Final = 128
 #: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 RESOLUTION: Final = 1e-6
 
@@ -99,14 +101,17 @@ class Dispatcher:
         return self._next_final(now, room) or self._next_ordinary(now, room)
 
     def _next_final(self, now: float, room: int) -> Poll | None:
-        if self._final_in_flight and (room <= 0 or self._circuit.limits_final_polls(now)):
+        if not self._may_start_final(now, room):
             return None
-        while self._final_polls:
+        for _ in range(min(_PASSED_OVER, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll():
                 return self._start(polled, now, final=True)
         return None
+
+    def _may_start_final(self, now: float, room: int) -> bool:
+        return not self._final_in_flight or (room > 0 and not self._circuit.limits_final_polls(now))
 
     def _next_ordinary(self, now: float, room: int) -> Poll | None:
         if room <= 0 or self._rate.ready_at(now) > now + RESOLUTION:
@@ -162,8 +167,12 @@ class Dispatcher:
 
         The end of a poll is no such event: it is reported by `finish`.
         """
-        if self._final_polls and not self._final_in_flight and len(self.in_flight) < self._max_in_flight:
-            return now  # a worker was cancelled
+        if (
+            self._final_polls
+            and len(self.in_flight) < self._max_in_flight
+            and self._may_start_final(now, self._circuit.room(now + RESOLUTION) - self._counted())
+        ):
+            return now  # a worker was cancelled, or there were very many that no wait needs any more
         when = math.inf
         for poll in self.in_flight:
             if not poll.cut:

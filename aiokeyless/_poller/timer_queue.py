@@ -1,7 +1,8 @@
 """A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be removed.
 
-Removing marks the entry as stale. Stale entries are swept out a few at a time, so that no single call is long: a
-heap of this size rebuilt in one go would block the event loop for tens of milliseconds.
+Removing marks the entry as stale. Stale entries are swept out a few at a time, and those at the front are dropped some
+hundred at a time, so that no single call is long: fifty thousand in one go would block the event loop for tens of
+milliseconds. Until the last of these is dropped, the queue answers as if one of them were still due: early, never late.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 _SWEEP: Final = 4  # entries moved by each call, while there are many stale ones
 _SLACK: Final = 64  # stale entries that are not worth a sweep
+_DROPPED: Final = 256  # stale entries at the front that one call drops
 
 
 class Scheduled(Protocol):
@@ -71,14 +73,23 @@ class TimerQueue(Generic[T]):
             self._sweep()
 
     def next_due(self) -> float | None:
-        """Return the time of the earliest entry, or None where there is none."""
-        heap = self._front()
-        return heap[0].when if heap else None
+        """Return the time of the earliest entry, or None where there is none.
+
+        While very many stale entries stand before it, it is the time of one of these: `pop_due` drops them.
+        """
+        if not self._live:
+            return None
+        return self._front()[0].when
 
     def pop_due(self, now: float) -> T | None:
-        """Take out the earliest entry that is due at `now`, or return None."""
+        """Take out the earliest entry that is due at `now`, or return None.
+
+        None also where very many stale entries were before it, and some still are: `next_due` is then not after `now`.
+        """
+        if not self._live:
+            return None
         heap = self._front()
-        if not heap or heap[0].when > now:
+        if heap[0].when > now or not _is_live(heap[0]):
             return None
         item = heappop(heap).item
         item.scheduled_at = None
@@ -87,12 +98,12 @@ class TimerQueue(Generic[T]):
         return item
 
     def _front(self) -> list[_Entry[T]]:
-        """Return the heap, of the two, whose top is the earliest live entry."""
+        """Return the heap, of the two, whose top is the earliest entry: a live one, unless there is more to drop."""
         heap, old = self._heap, self._old
-        while heap and heap[0].item.scheduled_at is not heap[0].when:
-            heappop(heap)
-        while old and old[0].item.scheduled_at is not old[0].when:
-            heappop(old)
+        if heap and not _is_live(heap[0]):
+            _drop_stale(heap)
+        if old and not _is_live(old[0]):
+            _drop_stale(old)
         return old if old and (not heap or old[0] < heap[0]) else heap
 
     def _sweep(self) -> None:
@@ -102,5 +113,17 @@ class TimerQueue(Generic[T]):
             self._old, self._heap = self._heap, []
         for _ in range(min(_SWEEP, len(self._old))):
             entry = self._old.pop()
-            if entry.item.scheduled_at is entry.when:
+            if _is_live(entry):
                 heappush(self._heap, entry)
+
+
+def _is_live(entry: _Entry[T]) -> bool:
+    return entry.item.scheduled_at is entry.when
+
+
+def _drop_stale(heap: list[_Entry[T]]) -> None:
+    """Drop the stale entries at the front of a heap, as many as one call may."""
+    for _ in range(_DROPPED):
+        if not heap or _is_live(heap[0]):
+            return
+        heappop(heap)

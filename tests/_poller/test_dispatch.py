@@ -132,6 +132,29 @@ def test_a_final_poll_that_no_wait_needs_any_more_is_left_out(operation: Callabl
     assert not polled.final_poll_queued
 
 
+@pytest.mark.parametrize("in_flight", [False, True], ids=["none in flight", "one in flight"])
+def test_of_very_many_final_polls_that_no_wait_needs_some_are_passed_over_at_a_time_and_the_next_one_starts(
+    operation: Callable[..., PolledOperation], *, in_flight: bool
+) -> None:
+    dispatch, _ = dispatcher()
+    if in_flight:  # its end, perhaps long after, must not be what the next one waits for
+        dispatch.queue_final_poll(operation(deadline_passed=True), 1.0)
+        assert dispatch.next_poll(1.0) is not None
+    gone = [operation(deadline_passed=True) for _ in range(1_000)]
+    needed = operation(deadline_passed=True)
+    for polled in (*gone, needed):
+        dispatch.queue_final_poll(polled, 1.0)
+    for polled in gone:
+        polled.all_waits()[0].cancel()
+    poll = None
+    while poll is None:
+        assert dispatch.next_event(1.0) == 1.0
+        queued = sum(polled.final_poll_queued for polled in gone)
+        poll = dispatch.next_poll(1.0)
+        assert queued - sum(polled.final_poll_queued for polled in gone) <= 200
+    assert poll.polled is needed
+
+
 def test_queued_final_polls_can_be_forgotten(operation: Callable[..., PolledOperation]) -> None:
     dispatch, _ = dispatcher()
     dispatch.queue_final_poll(operation(deadline_passed=True), 1.0)
@@ -254,11 +277,10 @@ def run(
 
 
 def test_below_the_rate_nothing_changes(operation: Callable[..., PolledOperation]) -> None:
-    delays = {operation(): 1.0, operation(): 2.5}
     unlimited, limited = dispatcher()[0], dispatcher(rate=2.0)[0]
     for dispatch in (unlimited, limited):
+        delays = {operation(): 1.0, operation(): 2.5}
         for polled in delays:
-            polled.due = math.inf
             dispatch.schedule(polled, 0.0)
         assert [now for now, _ in run(dispatch, 10.0, delays)] == [0, 0, 1, 2, 2.5, 3, 4, 5, 5, 6, 7, 7.5, 8, 9, 10, 10]
 

@@ -183,6 +183,49 @@ def test_memory_stays_small_where_every_wait_is_cancelled_before_it_is_due() -> 
     assert sorted(drain(queue)) == list(range(10))
 
 
+class Counting(Item):
+    """An item that counts comparisons: with equal times, each step of a heap makes one or more."""
+
+    __slots__ = ()
+    comparisons = 0
+
+    def __lt__(self, other: Item) -> bool:
+        Counting.comparisons += 1
+        return super().__lt__(other)
+
+
+def test_very_many_stale_entries_at_the_front_are_dropped_in_many_calls_and_none_is_long() -> None:
+    queue: TimerQueue[Item] = TimerQueue()
+    items = [Counting(name) for name in range(20_000)]
+    for item in items:
+        queue.schedule(item, 1.0)
+    gone, kept = items[:9_900], items[9_900:]
+    for item in reversed(gone):  # the front is live to the last, so nothing is dropped meanwhile
+        queue.remove(item)
+    calls = 0
+    taken = None
+    while taken is None:
+        Counting.comparisons = 0
+        assert queue.next_due() == 1.0  # something may be due: the caller comes back for it
+        taken = queue.pop_due(1.0)
+        assert Counting.comparisons < 20_000  # of 300 000 for all of them
+        calls += 1
+    assert taken is kept[0]
+    assert 1 < calls < 100
+    assert drain(queue) == [item.name for item in kept[1:]]
+
+
+def test_a_queue_of_nothing_but_stale_entries_has_nothing_due() -> None:
+    queue: TimerQueue[Item] = TimerQueue()
+    items = [Item(name) for name in range(1_000)]
+    for item in items:
+        queue.schedule(item, 1.0)
+    for item in reversed(items):
+        queue.remove(item)
+    assert queue.next_due() is None
+    assert queue.pop_due(2.0) is None
+
+
 NAMES = 40
 times = st.integers(0, 9).map(float)
 
