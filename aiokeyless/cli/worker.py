@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import ssl
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -20,6 +20,8 @@ from .app import AsJson, CommandError, Exit, Seconds, app, new_client
 from .sandbox import check_port
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aiokeyless.worker import ApprovalWorker
 
 _SUBJECT: Final = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
@@ -47,6 +49,17 @@ def _check_subject(_type: object, subject: str | None) -> None:
 
 Count = Annotated[int, Parameter(validator=_check_count)]
 OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
+
+
+@contextmanager
+def needs_the_extra() -> Iterator[None]:
+    """Import what is a part of the worker; where its extra is missing, say so."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
+            raise
+        raise CommandError('the worker is an extra: pip install "aiokeyless[cli,nats]"') from None
 
 
 @app.command(
@@ -110,15 +123,10 @@ async def worker(
         health_host: Address that /healthz is served on.
         as_json: Log JSON objects, one a line.
     """
-    try:
-        # Imported here: they need the extra.
+    with needs_the_extra():
         from aiokeyless.worker import ApprovalWorker, EventKeys, Fleet, StreamSettings, serve_health  # noqa: PLC0415
         from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
         from aiokeyless.worker.service import DEFAULT_NATS_URL  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
-            raise
-        raise CommandError('the worker is an extra: pip install "aiokeyless[cli,nats]"') from None
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -1,0 +1,32 @@
+"""``aiokeyless schema``: the messages of the worker as JSON Schema, for applications in other languages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Literal
+
+from .app import Exit, app
+from .worker import needs_the_extra
+
+
+@app.command(
+    help_epilogue="""\
+Example:
+  aiokeyless schema request > approval-request.schema.json"""
+)
+def schema(message: Literal["request", "event"], /) -> int:
+    """Print the JSON Schema of a message between applications and the worker.
+
+    A worker checks more than a schema can say: what it refuses, it answers with
+    an event that says why.
+
+    Args:
+        message: The request for an approval, or the event that says how it ended.
+    """
+    with needs_the_extra():
+        from aiokeyless.worker import ApprovalEvent, ApprovalRequest  # noqa: PLC0415
+        from aiokeyless.worker.schema import message_schema  # noqa: PLC0415
+    kind = ApprovalRequest if message == "request" else ApprovalEvent
+    sys.stdout.write(f"{json.dumps(message_schema(kind), indent=2)}\n")
+    return Exit.DONE

@@ -1,0 +1,49 @@
+"""JSON Schemas of the messages on the broker, for applications in other languages.
+
+msgspec makes them of the structs that workers and readers decode. Two things are added that a struct does not say: the
+limits that are checked after decoding, and the descriptions in the docstrings. A worker checks more than a schema can.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from aiokeyless._validation import MAX_IDENTIFIER
+
+from .messages import VERSION, ApprovalEvent, ApprovalRequest
+
+_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+_ATTRIBUTE: Final = re.compile(r"^    (\w+): (.*(?:\n      +.*)*)", re.MULTILINE)
+_TIME: Final[dict[str, object]] = {"format": "date-time"}  # msgspec says so of times that must have a zone, alone
+_LIMITS: Final[dict[str, dict[str, object]]] = {
+    "version": {"const": VERSION},
+    "user_id": {"pattern": f"^[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}$"},
+    "operation_id": {"minLength": 1, "maxLength": MAX_IDENTIFIER},
+    "expires_in": {"exclusiveMinimum": 0},
+    "created_at": _TIME,
+    "requested_at": _TIME,
+    "decided_at": _TIME,
+}
+
+
+def message_schema(message: type[ApprovalRequest | ApprovalEvent]) -> dict[str, Any]:
+    """Return the JSON Schema of a kind of message, in the dialect of draft 2020-12.
+
+    Args:
+        message: `ApprovalRequest` or `ApprovalEvent`.
+    """
+    described = dict(_ATTRIBUTE.findall((inspect.getdoc(message) or "").replace("``", "`")))
+    fields: list[Any] = []
+    for field in msgspec.structs.fields(message):
+        # A context is kept as the bytes that came; as JSON it is any value.
+        kind, default = (Any, None) if field.type is msgspec.Raw else (field.type, field.default)
+        extra = {"description": " ".join(described.get(field.name, "").split()), **_LIMITS.get(field.name, {})}
+        annotated = Annotated[kind, msgspec.Meta(extra_json_schema=extra)]  # type: ignore[valid-type]  # a run time type
+        fields.append((field.name, annotated) if field.required else (field.name, annotated, default))
+    strict = message.__struct_config__.forbid_unknown_fields
+    shape = msgspec.defstruct(message.__name__, fields, kw_only=True, forbid_unknown_fields=strict)
+    return {"$schema": _DIALECT, **msgspec.json.schema(shape)}

@@ -1,0 +1,150 @@
+"""The JSON Schemas of requests and events: what is real is valid, and what is not valid a worker refuses too."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.exceptions import ValidationError
+from tenacity import wait_fixed
+
+from aiokeyless.errors import InvalidRequestError
+from aiokeyless.worker import (
+    ApprovalEvent,
+    ApprovalRequest,
+    ApprovalWorker,
+    EventKeys,
+    MemoryBroker,
+    Outcome,
+    approval_outcomes,
+    submit_approval,
+)
+from aiokeyless.worker.messages import read_request
+from aiokeyless.worker.schema import message_schema
+
+if TYPE_CHECKING:
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
+REQUEST = Draft202012Validator(message_schema(ApprovalRequest), format_checker=FormatChecker())
+EVENT = Draft202012Validator(message_schema(ApprovalEvent), format_checker=FormatChecker())
+NOW = datetime(2026, 11, 27, 6, tzinfo=UTC)
+
+
+def read(request: dict[str, Any]) -> None:
+    """Read a request as a worker does."""
+    read_request(
+        msgspec.json.encode(request), message_id="a", stored_at=NOW, number=1, longest=3600, largest=float("inf")
+    )
+
+
+def test_they_are_schemas() -> None:
+    for validator in (REQUEST, EVENT):
+        Draft202012Validator.check_schema(validator.schema)
+
+
+@pytest.mark.parametrize("message", [ApprovalRequest, ApprovalEvent])
+def test_each_field_is_described_as_in_the_docstring(message: type[ApprovalRequest | ApprovalEvent]) -> None:
+    properties = message_schema(message)["$defs"][message.__name__]["properties"]
+    assert list(properties) == [field.encode_name for field in msgspec.structs.fields(message)]
+    assert [name for name, schema in properties.items() if not schema["description"].endswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ApprovalRequest(version=1, user_id="c0ffee"),
+        ApprovalRequest(
+            version=1,
+            user_id="C0FFEE",
+            operation_id="é" * 512,
+            operation_payload="",
+            external_user_id="alice@example.com",
+            expires_in=0.5,
+            created_at=NOW,
+            context=msgspec.Raw(b"[1, null]"),
+        ),
+    ],
+    ids=["the shortest", "everything"],
+)
+def test_a_request_is_valid(request_: ApprovalRequest) -> None:
+    REQUEST.validate(json.loads(msgspec.json.encode(request_)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"version": 2},
+        {"version": "1"},
+        {"user_id": ""},
+        {"user_id": "not hex"},
+        {"user_id": None},
+        {"operation_id": ""},
+        {"operation_id": "x" * 513},
+        {"operation_payload": 7},
+        {"expires_in": 0},
+        {"expires_in": -1},
+        {"expires_in": None},
+        {"created_at": 7},
+        {"operationPayload": "a misspelt name"},
+    ],
+    ids=str,
+)
+def test_what_is_not_valid_a_worker_refuses_too(wrong: dict[str, Any]) -> None:
+    request = {"version": 1, "user_id": "C0FFEE", **wrong}
+    with pytest.raises(ValidationError):
+        REQUEST.validate(request)
+    with pytest.raises(InvalidRequestError):
+        read(request)
+
+
+@pytest.mark.looptime
+async def test_what_goes_over_a_broker_is_valid(client: KeylessClient, sandbox: Sandbox) -> None:
+    broker = MemoryBroker()
+    sandbox.approve("txn-1", user_id="C0FFEE")
+    seen: dict[str, Outcome] = {}
+    async with ApprovalWorker(client, broker, schedule=wait_fixed(1)):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="x", context={"order": 7})
+        await submit_approval(broker, "C0FFEE", operation_id="txn-2", external_user_id="alice", expires_in=1)
+        approved = await submit_approval(broker, "C0FFEE", operation_payload="Pay 40")
+        await broker.submit(b'{"version": 1}', "no request")
+        async for event in approval_outcomes(broker, "shop"):
+            EVENT.validate(json.loads(msgspec.json.encode(event)))
+            seen[str(event.operation_id)] = event.outcome
+            if len(seen) == 3:
+                sandbox.approve(approved.operation_id)
+            elif len(seen) == 4:
+                break
+    assert seen == {
+        "txn-1": Outcome.FAILED,
+        "None": Outcome.FAILED,
+        "txn-2": Outcome.EXPIRED,
+        approved.operation_id: Outcome.APPROVED,
+    }
+
+
+# -- the page
+
+
+def test_the_examples_of_the_page_are_valid() -> None:
+    request, event = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    REQUEST.validate(request)
+    read(request)
+    EVENT.validate(event)
+
+
+def test_the_page_checks_a_signature_as_a_reader_does() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    program: dict[str, Any] = {}
+    exec(code, program)  # noqa: S102  # our own page
+    key = "a-key-of-the-workers-and-readers-only"
+    signature = EventKeys(key).sign(b"{}", fleet="keyless")
+    assert program["is_signed"](b"{}", signature, key.encode())
+    assert not program["is_signed"](b"{ }", signature, key.encode())
