@@ -1,15 +1,16 @@
-"""A program of the examples in a process of its own, beside a sandbox."""
+"""Programs of the examples, and commands of the pages, in processes of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping
     from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
@@ -41,3 +42,27 @@ async def example_process(
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+@asynccontextmanager
+async def serving(command: str, *, folder: Path, environment: Mapping[str, str]) -> AsyncGenerator[str]:
+    """Run a shell command that serves until it is stopped, and give the URL that it prints."""
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-c", f"exec env {command.strip()}"),
+        cwd=folder,
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    printed = ""
+    try:
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", printed)):
+            line = (await process.stdout.readline()).decode()
+            assert line, f"it ended: {printed}"
+            printed += line
+        yield found[0]
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()

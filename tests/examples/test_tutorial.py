@@ -7,16 +7,14 @@ import os
 import re
 import shutil
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from chromium import chromium
+from example_process import serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from playwright.async_api import Browser
 
 ROOT = Path(__file__).parents[2]
@@ -52,27 +50,9 @@ async def run(commands: str, folder: Path) -> str:
     return output.decode()
 
 
-@asynccontextmanager
-async def server(command: str, folder: Path) -> AsyncGenerator[str]:
-    """Run a command that serves until it is stopped, on a free port, and give the URL that it prints."""
-    process = await asyncio.create_subprocess_exec(
-        *("bash", "-c", f"exec env {command.strip()} --port 0"),
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    try:
-        found = None
-        while found is None:
-            line = (await process.stdout.readline()).decode()
-            assert line, "it ended"
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        yield found[0]
-    finally:
-        process.terminate()
-        await process.communicate()
+def log_in_at(phone: str) -> str:
+    """Return the command for the site, with the sandbox where it is: the port as written may be taken."""
+    return LOG_IN.strip().replace("http://127.0.0.1:3223", phone)
 
 
 async def log_in(browser: Browser, site: str, phone: str) -> None:
@@ -109,8 +89,8 @@ async def test_tutorial_works_as_written(tmp_path: Path) -> None:
     (folder / "test_login.py").write_text(SITE_TESTS)
     async with (
         chromium() as browser,
-        server(SERVE, folder) as phone,
-        server(LOG_IN.replace("http://127.0.0.1:3223", phone), folder) as site,
+        serving(f"{SERVE.strip()} --port 0", folder=folder, environment=ENVIRONMENT) as phone,
+        serving(f"{log_in_at(phone)} --port 0", folder=folder, environment=ENVIRONMENT) as site,
     ):
         await log_in(browser, site, phone)
     assert "5 passed" in await run(TEST, folder)

@@ -1,0 +1,58 @@
+"""The commands of the examples' own pages, as they are written; the ports excepted, which may be taken."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import aiohttp
+import pytest
+from example_process import serving
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
+INSTALL = re.compile(r"\.venv/bin/pip install -q -e \"\.\[[a-z,]+\]\" (?P<packages>.*)$", re.MULTILINE)
+
+pytestmark = pytest.mark.slow
+
+
+class Page(NamedTuple):
+    example: str
+    port: str  # the variable that sets it
+    path: str
+
+
+PAGES = [
+    Page("login", "LOGIN_PORT", "/"),
+    Page("checkout", "CHECKOUT_PORT", "/"),
+    Page("agent", "AGENT_PORT", "/mcp"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.example for page in PAGES])
+async def test_two_terminals_are_enough(page: Page, tmp_path: Path) -> None:
+    blocks = SHELL.findall((EXAMPLES / page.example / "README.md").read_text())
+    sandbox, program = blocks[1].splitlines()
+    # A checkout with an environment, by the names that the page uses.
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", page.port: "0"}
+    async with serving(f"{sandbox} --port 0", folder=tmp_path, environment=environment) as keyless:
+        program = program.replace("http://127.0.0.1:3223", keyless)
+        async with (
+            serving(program, folder=tmp_path, environment=environment) as url,
+            aiohttp.ClientSession() as session,
+            session.get(url + page.path) as answer,
+        ):
+            assert answer.status not in {404, 500}  # MCP refuses a plain GET, by one status or another
+
+
+@pytest.mark.parametrize("readme", sorted(EXAMPLES.glob("*/README.md")), ids=lambda readme: readme.parent.name)
+def test_what_a_page_installs_is_what_the_tests_have(readme: Path) -> None:
+    [install] = INSTALL.finditer(readme.read_text())
+    project = (EXAMPLES.parent / "pyproject.toml").read_text()
+    for package in install["packages"].replace('"', "").split():
+        assert f'"{package.partition(">")[0]}' in project
