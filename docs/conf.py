@@ -27,6 +27,9 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "aiokeyless"
 html_extra_path = ["llms.txt"]
+html_static_path = ["style"]
+html_css_files = ["site.css"]
+maximum_signature_line_length = 100  # longer ones have a line for each argument
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -289,6 +290,15 @@ def test_a_command_of_the_docs_parses_and_the_files_that_it_names_exist(
     names = [Path(word).name for word in command]
     if "aiokeyless" in names and command[0] != "pip":
         app.parse_args(command[names.index("aiokeyless") + 1 :], exit_on_error=False, print_error=False)
+
+
+def test_every_shell_block_is_valid() -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    for text in TEXTS:
+        for block in SHELL.finditer(text.read_text()):
+            checked = subprocess.run([bash, "-n"], input=block["lines"], capture_output=True, text=True, check=False)
+            assert (checked.returncode, checked.stderr) == (0, ""), text
 
 
 def test_the_shell_blocks_are_read() -> None:
