@@ -61,6 +61,8 @@ _KEPT: Final = 0.5 ** (1 / 500)
 #: the push service) say nothing of when people approve: beyond this share they are left out, or it would take hundreds
 #: of approvals to forget them.
 _MOST_NEVER: Final = 0.5
+#: How far above it the share may stay: what is left out is found by approximation.
+_NEARLY: Final = 0.001
 #: The largest weight that an observation has before all weights are reduced.
 _LARGEST_GAIN: Final = 2.0**20
 
@@ -442,9 +444,9 @@ class _Histogram:
         """Return the survival curve, and leave out for good what nobody answered beyond the share that is believed."""
         self.rescale()
         curve = _estimate(self.approved, self.pending)
-        never = self._never(curve)
-        if never > _MOST_NEVER:
+        while (never := self._never(curve)) > _MOST_NEVER + _NEARLY:
             # Exact where the waits lasted longer than half of the approvals took: the odds are then those of the sums.
+            # Else it is too little, so again: what is kept must be left as it is when the state is saved and loaded.
             kept = _MOST_NEVER / (1.0 - _MOST_NEVER) * (1.0 - never) / never
             self.pending = [change * kept for change in self.pending]
             curve = _estimate(self.approved, self.pending)

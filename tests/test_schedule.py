@@ -419,6 +419,17 @@ def test_a_saved_schedule_goes_on_as_if_nothing_had_happened(
     assert delay_at(restored, elapsed) == delay_at(schedule, elapsed)
 
 
+@pytest.mark.parametrize("wait", [5.0, 120.0])
+def test_saving_changes_no_delay_after_waits_that_nobody_answered(wait: float) -> None:
+    schedule = schedule_after([(wait, None)] * 500, jitter=0)
+    before = [delay_at(schedule, elapsed) for elapsed in (0.0, 3.0, 17.0, 119.0)]
+    for _ in range(5):
+        restored = wait_adaptive.from_json(schedule.to_json(), jitter=0)
+        for each in (schedule, restored):
+            each.observe(0.0, None)  # says nothing, but has the delays computed anew
+            assert [delay_at(each, elapsed) for elapsed in (0.0, 3.0, 17.0, 119.0)] == before
+
+
 def test_what_is_saved_is_what_was_learned_and_not_the_options() -> None:
     text = schedule_after([(4.0, 5.0)], poll_cost=2.0, max_interval=99).to_json()
     assert repr(wait_adaptive.from_json(text, poll_cost=1)) == repr(wait_adaptive(poll_cost=1))
