@@ -203,3 +203,20 @@ def benchmarks(session: nox.Session) -> None:
     """Run every benchmark in short; arguments after -- take the place of --quick."""
     install(session, "-e", ".[dev]")
     session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feed what reads bytes with ever new ones; arguments after --: --seconds 60, --seed 1, --target operation."""
+    session.install("-q", "-e", ".[nats]")
+    try:
+        # Of this session only: there are wheels for few platforms, and to build one takes a compiler with libFuzzer.
+        session.install("-q", "--only-binary", "atheris", "atheris>=3")
+    except CommandFailed:
+        session.skip("there is no wheel of atheris for this Python and this platform")
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    env = {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
+    with session.chdir("tests"):
+        session.run("python", "-m", "fuzz", *session.posargs, env=env)

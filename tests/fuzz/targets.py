@@ -1,0 +1,357 @@
+"""The readers of bytes from outside, each with what it promises for any bytes: a target raises where one is broken.
+
+A reader returns a struct or raises one of its documented errors. What it returned is compared with what the standard
+library reads in the same bytes: no approval may come from bytes that do not say so, and what is written again is read
+as the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from multidict import CIMultiDict
+
+from aiokeyless._http import protocol
+from aiokeyless._http.protocol import Answer
+from aiokeyless._http.redaction import Redaction
+from aiokeyless._rules.approval import Verdict, evaluate
+from aiokeyless._rules.backoff import is_transient, requested_pause
+from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestError, StatusError
+from aiokeyless.models import Secret
+from aiokeyless.schedule import next_delay, wait_adaptive
+from aiokeyless.ticket import ApprovalTicket
+from aiokeyless.worker.decisions import after_conflict, invalid
+from aiokeyless.worker.event_keys import EventKeys
+from aiokeyless.worker.messages import (
+    ROOM_FOR_EVENT,
+    VERSION,
+    ApprovalEvent,
+    ApprovalRequest,
+    Delivery,
+    is_about,
+    read_context,
+    read_event,
+    read_request,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aiokeyless.models import Operation
+
+KEY: Final = "sdk-key-0123456789"
+REDACTION: Final = Redaction(Secret(KEY))
+NOW: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+OPERATION_ID: Final = "txn-1"
+USER_ID: Final = "C0FFEE"
+PAYLOAD: Final = "Pay 40"
+EXTERNAL_USER_ID: Final = "ada"
+TICKET: Final = ApprovalTicket.for_operation(
+    OPERATION_ID, user_id=USER_ID, operation_payload=PAYLOAD, external_user_id=EXTERNAL_USER_ID, created_at=NOW
+)
+
+
+def plain(data: bytes | str) -> Any:
+    """Return the JSON as the standard library reads it, or None where it is none.
+
+    Bytes that are no UTF-8 may be in what no reader uses, such as unknown fields.
+    """
+    try:
+        return json.loads(data if isinstance(data, str) else data.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def digest(payload: str | None) -> str:
+    return hashlib.sha256((payload or "").encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# -- answers
+
+
+def answered(data: bytes) -> Answer:
+    return Answer(200, {}, data)
+
+
+def operation(data: bytes) -> None:
+    """An operation, and what counts as its approval."""
+    try:
+        found = protocol.read(protocol.GET_OPERATION, "/", answered(data), REDACTION)
+    except DecodeError:
+        return
+    assert repr(found)
+    assert found.created_at is None or found.created_at.tzinfo is None
+    said = plain(data)
+    if found.is_approved:
+        assert said["state"] == "approved"
+        assert said["result"] is True
+        assert not has_duplicate_keys(data)
+    if evaluate(found, OPERATION_ID) is Verdict.APPROVED:
+        assert found.is_approved
+        assert said["operationId"] == OPERATION_ID
+    if evaluate(found, OPERATION_ID, TICKET) is Verdict.APPROVED:
+        assert evaluate(found, OPERATION_ID) is Verdict.APPROVED
+        assert said["userId"].encode("utf-8", "surrogatepass").upper() == USER_ID.encode()  # of bytes: of ASCII alone
+        assert said["operationPayload"] == PAYLOAD
+        assert said["externalUserId"] == EXTERNAL_USER_ID
+    again = protocol.read(protocol.GET_OPERATION, "/", answered(on_the_wire(found)), REDACTION)
+    assert again == found
+
+
+def on_the_wire(found: Operation) -> bytes:
+    """Return an operation as the service would write it."""
+    key = {} if found.api_key is None else {"apiKey": found.api_key.reveal()}
+    names = {"node_id": "nodeId", "user_id": "userId", "external_user_id": "externalUserId", "auth_type": "authType"}
+    names |= {"operation_id": "operationId", "operation_payload": "operationPayload"}
+    fields = {names.get(name, name): value for name, value in found.to_dict().items()}
+    return json.dumps(fields | key).encode()
+
+
+def has_duplicate_keys(data: bytes) -> bool:
+    """Return whether any object in the JSON has a key twice."""
+    counts: list[bool] = []
+    json.loads(data, object_pairs_hook=lambda pairs: counts.append(len(dict(pairs)) < len(pairs)))
+    return any(counts)
+
+
+def pending_operations(data: bytes) -> None:
+    """The list of pending operations."""
+    try:
+        found = protocol.read(protocol.GET_PENDING, "/", answered(data), REDACTION)
+    except DecodeError:
+        return
+    assert [each.operation_id for each in found] == [each["operationId"] for each in plain(data)]
+    again = protocol.read(protocol.GET_PENDING, "/", answered(msgspec.json.encode(found)), REDACTION)
+    assert again == found
+
+
+def created(data: bytes) -> None:
+    """The answer to a create."""
+    try:
+        answer = protocol.read(protocol.POST_OPERATION, "/", answered(data), REDACTION)
+    except DecodeError:
+        return
+    assert plain(data)["success"] is answer.success
+    assert not has_duplicate_keys(data)
+
+
+def authentications(data: bytes) -> None:
+    """Telemetry's attempts."""
+    try:
+        found = protocol.read(protocol.GET_AUTHENTICATIONS, "/", answered(data), REDACTION)
+    except DecodeError:
+        return
+    attempts = [attempt for user in plain(data)["content"] for attempt in user["authentications"]]
+    assert len(found) == len(attempts)
+    for attempt in found:
+        assert attempt.failed or attempt.result in {None, "APPROVED"}
+        assert json.dumps(attempt.to_dict())
+
+
+ENDPOINTS: Final[tuple[protocol.Endpoint[Any], ...]] = (protocol.GET_OPERATION, protocol.POST_OPERATION)
+
+
+def refusal(data: bytes) -> None:
+    """An answer with a status that is no success: a line with the status, header lines, an empty line, the body."""
+    head, _, body = data.partition(b"\n\n")
+    first, *lines = head.decode("utf-8", "surrogateescape").split("\n")
+    status = int(first) if first.isascii() and first.isdecimal() and len(first) == 3 else 500
+    headers = CIMultiDict([(name, value) for name, _, value in (line.partition(":") for line in lines)])
+    for endpoint in ENDPOINTS:
+        if status in endpoint.success:
+            continue
+        try:
+            protocol.read(endpoint, "/v2/operations", Answer(status, headers, body), REDACTION)
+        except StatusError as error:
+            check_refusal(error, status)
+        else:
+            raise AssertionError(f"{status} was read as a success")
+
+
+def check_refusal(error: StatusError, status: int) -> None:
+    assert error.status == status
+    assert is_transient(error) == (status in {408, 425, 429} or status // 100 == 5)
+    assert error.retry_after is None or 0.0 <= error.retry_after < math.inf
+    assert 0.0 <= requested_pause(error) <= 120.0
+    for text in (error.detail, error.request_id):
+        assert text is None or (0 < len(text) <= 200 and text.isprintable())
+    assert str(error).isprintable()
+    assert KEY not in f"{error} {error.detail} {error.request_id}"
+
+
+# -- what was saved
+
+
+def ticket(data: bytes) -> None:
+    """A ticket, as bytes and as text."""
+    for text in (data, data.decode("utf-8", "surrogateescape")):
+        try:
+            found = ApprovalTicket.from_json(text)
+        except ConfigurationError as error:
+            assert error.argument  # noqa: PT017  # an error is one of the two correct results
+            continue
+        said = plain(text)
+        assert found.operation_id == said["operation_id"]
+        assert found.user_id == said["user_id"].upper()
+        assert found.payload_sha256 == said["payload_sha256"]
+        assert found.external_user_id == said.get("external_user_id")
+        assert found.remaining() >= 0.0
+        assert ApprovalTicket.from_json(found.to_json()) == found
+
+
+AGES: Final = (0.0, 0.5, 3.0, 17.0, 119.0, 121.0, 4000.0, 5000.0, 1e9)
+
+
+def schedule(data: bytes) -> None:
+    """The saved state of a schedule."""
+    try:
+        found = wait_adaptive.from_json(data, jitter=0)
+    except ConfigurationError:
+        return
+    again = wait_adaptive.from_json(found.to_json(), jitter=0)
+    still_pending = [1.0 / inverse for inverse in found._observed.curve().inverse]
+    assert 1.0 >= max(still_pending) >= min(still_pending) > 0.0
+    assert still_pending == sorted(still_pending, reverse=True)
+    for age in AGES:
+        delay = next_delay(found, attempt_number=1, since_start=age)
+        assert 0.25 <= delay <= 20.0
+        assert delay == next_delay(again, attempt_number=1, since_start=age)
+        assert 0.0 <= found.previous_poll(age) <= age
+    for after, until, since in ((5.0, 6.0, 0.0), (120.0, None, 0.0), (300.0, 310.0, 250.0), (900.0, None, 800.0)):
+        found.observe(after, until, since=since)
+    wait_adaptive.from_json(found.to_json())
+
+
+# -- the worker's messages
+
+FIELDS: Final = frozenset(ApprovalRequest.__struct_fields__)
+
+
+def read(data: bytes) -> Delivery:
+    return read_request(data, message_id="order-7", stored_at=NOW, number=1, longest=86400.0, largest=1 << 20)
+
+
+def request(data: bytes) -> None:
+    """A request to a worker, and the event about it where it is none."""
+    try:
+        delivery = read(data)
+    except InvalidRequestError as error:
+        context = read_context(data)
+        event = invalid("request-1", 1, error, context, stored_at=NOW, now=NOW).event
+    else:
+        context = delivery.context
+        event = after_conflict(delivery, now=NOW).event
+        check_request(delivery, plain(data))
+    encoded = msgspec.json.encode(event)
+    assert msgspec.json.encode(read_event(encoded)) == encoded
+    assert len(encoded) <= len(data) + ROOM_FOR_EVENT
+    assert plain(bytes(context)) == plain(bytes(event.context))
+
+
+def check_request(delivery: Delivery, said: Mapping[str, Any]) -> None:
+    ticket = delivery.ticket
+    operation_id = said.get("operation_id")
+    if operation_id is None:
+        operation_id = str(uuid.uuid5(uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e"), "order-7"))
+    assert said["version"] == VERSION
+    assert said.keys() <= FIELDS
+    assert ticket.operation_id == operation_id
+    assert ticket.user_id == said["user_id"].upper()
+    assert ticket.external_user_id == said.get("external_user_id")
+    assert ticket.payload_sha256 == digest(said.get("operation_payload"))
+    assert delivery.payload == said.get("operation_payload")
+    assert plain(bytes(delivery.context)) == said.get("context")
+    assert ticket.created_at <= NOW
+    assert timedelta() <= ticket.expires_at - ticket.created_at <= timedelta(days=1)
+    asked_again = ApprovalRequest(
+        version=VERSION,
+        user_id=ticket.user_id,
+        operation_id=ticket.operation_id,
+        operation_payload=delivery.payload,
+        external_user_id=ticket.external_user_id,
+        expires_in=said.get("expires_in", 120.0),
+        created_at=ticket.created_at,
+        context=delivery.context,
+    )
+    again = read(msgspec.json.encode(asked_again))
+    assert (again.ticket, again.payload, again.name) == (ticket, delivery.payload, delivery.name)
+
+
+def event(data: bytes) -> None:
+    """An event of a worker."""
+    try:
+        found: ApprovalEvent = read_event(data)
+    except msgspec.DecodeError:
+        return
+    said = plain(data)
+    assert said["version"] == VERSION
+    assert said["outcome"] == found.outcome
+    assert said.get("operation_id") == found.operation_id
+    assert said.get("payload_sha256") == found.payload_sha256
+    assert plain(bytes(found.context)) == said.get("context")
+    assert is_about(data, found)
+    encoded = msgspec.json.encode(found)
+    assert msgspec.json.encode(read_event(encoded)) == encoded
+
+
+SECRETS: Final = ("0123456789abcdef" * 2, "fedcba9876543210" * 2)
+KEYS: Final = EventKeys(*SECRETS)
+FLEET: Final = "keyless"
+
+
+def signature(data: bytes) -> None:
+    """The signature of an event: a line with it, and the event; and what the right signature becomes by that line."""
+    line, _, signed = data.partition(b"\n")
+    header = line.decode("utf-8", "surrogateescape")
+    genuine = genuine_signatures(signed)
+    right = KEYS.sign(signed, fleet=FLEET)
+    assert right == genuine[0]
+    at = len(line) % len(right)
+    changed = (right + header, header + right, right[:at] + header + right[at:], right[:at] + header, right[:-1])
+    for each in (header, *changed):
+        assert KEYS.are_of(signed, each, fleet=FLEET) == (each in genuine)
+    assert not KEYS.are_of(signed + b" ", right, fleet=FLEET)
+    assert not KEYS.are_of(signed, right, fleet="other")
+
+
+def genuine_signatures(signed: bytes) -> list[str]:
+    texts = []
+    for secret in SECRETS:
+        key_id = hashlib.sha256(b"aiokeyless event key id\0" + secret.encode()).hexdigest()[:16]
+        message = b"aiokeyless event\0" + FLEET.encode() + b"\0" + signed
+        texts.append(f"v1 {key_id} {hmac.new(secret.encode(), message, 'sha256').hexdigest()}")
+    return texts
+
+
+TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
+    target.__name__: target
+    for target in (
+        operation,
+        pending_operations,
+        created,
+        authentications,
+        refusal,
+        ticket,
+        schedule,
+        request,
+        event,
+        signature,
+    )
+}
+
+
+def check(name: str, data: bytes) -> None:
+    """Run a target; what it raises names the target and its input."""
+    try:
+        TARGETS[name](data)
+    except BaseException as error:
+        error.add_note(f"target {name}, input {data!r}")
+        raise
