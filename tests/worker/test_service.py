@@ -1581,12 +1581,13 @@ async def test_connection_that_the_broker_ends_for_good_ends_the_worker(
 ) -> None:
     worker = ApprovalWorker(client, broker.url)
 
-    async def say_too_much() -> None:
-        connection = connection_of(worker)
-        await connection.publish("somewhere", bytes(connection.max_payload), headers={"counts": "too"})
+    async def say_nonsense() -> None:
+        transport = connection_of(worker)._transport
+        assert transport is not None
+        transport.write(b"NONSENSE\r\n")
 
-    error = await end_after(worker, say_too_much)
-    assert error == "the broker ended the connection for good: nats: maximum payload violation"
+    error = await end_after(worker, say_nonsense)
+    assert error == "the broker ended the connection for good: nats: unknown protocol operation"
 
 
 async def test_worker_that_may_not_acknowledge_ends_and_names_what_it_may_not(

@@ -106,14 +106,32 @@ def _client(servers: list[str], given: dict[str, Any]) -> Client:
     # A WebSocket is made with TLS or without by its own scheme, before the server says anything.
     schemes = _schemes(servers)
     is_secure = bool(given.get("tls")) or "tls" in schemes
-    return _SecureClient() if is_secure and schemes.isdisjoint({"ws", "wss"}) else Client()
+    return _SecureClient() if is_secure and schemes.isdisjoint({"ws", "wss"}) else _Client()
 
 
 def _schemes(servers: list[str]) -> set[str]:
     return {server.partition("://")[0].lower() for server in servers if "://" in server}
 
 
-class _SecureClient(Client):
+class _Client(Client):
+    """A client that tells of its end, whatever became of the broker.
+
+    nats-py gives up before it has told, and before it has ended all of its tasks, where it still held something for a
+    broker that is away. It would not reconnect either: its worker would be deaf for good.
+    """
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_WITHIN):
+                await super()._close(status, do_cbs)
+        except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the third that of asyncio on Python 3.13
+            for subscription in self._subs.values():
+                subscription._stop_processing()  # noqa: SLF001
+            if do_cbs and self._closed_cb is not None:
+                await self._closed_cb()
+
+
+class _SecureClient(_Client):
     """A client that speaks TLS or not at all.
 
     nats-py goes on without TLS, and sends its password, where the first line of the server does not ask for TLS; that
@@ -147,13 +165,9 @@ async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Ex
 
 async def disconnect(connection: Client) -> None:
     """End the connection, whatever became of the broker."""
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(_CLOSE_WITHIN):
             await connection.close()
-    except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the third that of asyncio on Python 3.13
-        # nats-py still held something for a broker that is away, and gave up before it had ended all of its tasks.
-        for subscription in connection._subs.values():  # noqa: SLF001
-            subscription._stop_processing()  # noqa: SLF001
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:

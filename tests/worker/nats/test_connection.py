@@ -249,11 +249,41 @@ async def test_a_connection_that_the_broker_ends_for_good_is_told_of(guarded: Na
     losses: list[BrokerError] = []
     url = f"nats://worker:s3cret@{host_of(guarded)}"
     connection = await connect(url, {}, on_reconnect=nothing, on_loss=losses.append)
-    await connection.publish("somewhere", bytes(connection.max_payload), headers={"counts": "too"})
-    await until(lambda: connection.is_closed)
+    transport = connection._transport
+    assert transport is not None
+    transport.write(b"NONSENSE\r\n")  # and not a payload that is too large: it is reset before all of that is sent
+    await until(lambda: bool(losses))
     assert [str(loss) for loss in losses] == [
-        "the broker ended the connection for good: nats: maximum payload violation"
+        "the broker ended the connection for good: nats: unknown protocol operation"
     ]
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_an_end_with_something_unsent_is_told_of_too(
+    guarded: NatsServer, monkeypatch: pytest.MonkeyPatch, *, told: bool
+) -> None:
+    losses: list[BrokerError] = []
+    tasks = asyncio.all_tasks()
+    url = f"nats://worker:s3cret@{host_of(guarded)}"
+    client = await connect(url, {}, on_reconnect=nothing, on_loss=losses.append)
+    await client.subscribe("somewhere", cb=ignore)
+    await client.flush()
+    transport = client._transport
+    assert transport is not None
+
+    async def is_reset() -> None:
+        client._pending = []
+        transport.close()  # type: ignore[no-untyped-call]  # nats-py has no types here
+        raise ConnectionResetError
+
+    async def keep() -> None:
+        client._pending, client._pending_data_size = [b"PING\r\n"], 1
+
+    monkeypatch.setattr(transport, "drain", is_reset)
+    monkeypatch.setattr(client, "_flush_pending", keep)
+    await client._close(client.CLOSED, do_cbs=told)
+    assert [str(loss) for loss in losses] == ["the broker ended the connection for good: it did not say why"] * told
+    await until(lambda: asyncio.all_tasks() == tasks)
 
 
 async def test_what_is_not_permitted_is_told_of_and_named(tmp_path: Path) -> None:
