@@ -119,8 +119,8 @@ async def worker(
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
         max_age: Seconds for which new streams keep outcomes for applications that are away; at least those of
             --duplicate-window.
-        health_port: Port for GET /healthz; none if left out.
-        health_host: Address that /healthz is served on.
+        health_port: Port for GET /livez, /readyz and /healthz; none if left out.
+        health_host: Address that these are served on.
         as_json: Log JSON objects, one a line.
     """
     with needs_the_extra():

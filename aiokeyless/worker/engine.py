@@ -31,6 +31,10 @@ class EngineError(Exception):
     """
 
 
+class RefusedError(EngineError):
+    """The broker answered that it does not do it: a stream is full, say, or sealed."""
+
+
 class Claim(Enum):
     """Whose an operation id is."""
 
@@ -64,6 +68,24 @@ class Terms(NamedTuple):
 
     longest_wait: float
     largest_message: int
+
+
+class Inspection(NamedTuple):
+    """What the broker tells of the fleet at one moment.
+
+    Attributes:
+        waiting: Requests that are not decided.
+        backlog: Those of them that were never delivered.
+        oldest_age: Seconds since the oldest of them was stored; 0 where there is none.
+        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
+        problems: Why requests or outcomes cannot be stored or delivered, in one line each.
+    """
+
+    waiting: int = 0
+    backlog: int = 0
+    oldest_age: float = 0.0
+    clock_ahead: float = 0.0
+    problems: tuple[str, ...] = ()
 
 
 class Sealed(NamedTuple):
@@ -127,7 +149,8 @@ class Message(ABC):
             Whether the event is stored by this call; False where there was one of this name already.
 
         Raises:
-            EngineError: The event or the removal may not be stored; the request may be delivered again.
+            EngineError: The event or the removal may not be stored; the request may be delivered again. It is a
+                `RefusedError` where the broker said that it does not store the event.
         """
 
 
@@ -226,6 +249,14 @@ class Engine(ABC):
 
         Raises:
             EngineError: Nothing was asked for.
+        """
+
+    @abstractmethod
+    async def inspect(self) -> Inspection:
+        """Ask the broker how the fleet fares, by few and cheap requests.
+
+        Raises:
+            EngineError: It does not answer.
         """
 
     @abstractmethod

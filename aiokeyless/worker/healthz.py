@@ -1,4 +1,4 @@
-"""``/healthz``: whether a worker works, for the orchestrator that starts and stops it.
+"""``/livez``, ``/readyz`` and ``/healthz``: whether a worker works, for the orchestrator that starts and stops it.
 
 Anything that reaches the port can connect, and takes descriptors that the exchanges with Keyless need. So few
 connections are open at once, each for a short time, whatever is sent over them.
@@ -30,9 +30,14 @@ _PAUSE: Final = 1.0  # seconds, where the process has no descriptor left
 
 
 async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> HealthServer:
-    """Serve ``GET /healthz``: 200 while the worker takes requests, 503 while the broker is away or the worker ends.
+    """Serve what an orchestrator asks for, by GET.
 
-    A worker is healthy while Keyless is down: another one would fare no better. The body is JSON.
+    ``/livez`` answers 200 while the event loop of the process turns. ``/readyz`` answers 200 while the worker takes
+    requests, and else 503 with a line for each of its problems. ``/healthz`` has the status of ``/readyz``, and the
+    worker's statistics as JSON.
+
+    Restart a worker by ``/livez`` alone: where the broker is away or a stream is full, another one would fare no
+    better. It is ready while Keyless is down, for the same reason.
 
     Args:
         worker: The worker.
@@ -46,20 +51,28 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
         BrokerError: The port cannot be bound.
     """
 
+    async def livez(_request: web.Request) -> web.Response:
+        return _once(web.Response(text="ok\n"))
+
+    async def readyz(_request: web.Request) -> web.Response:
+        problems = worker.statistics.problems
+        lines = problems or ("ok",)
+        return _once(web.Response(text="".join(f"{line}\n" for line in lines), status=503 if problems else 200))
+
     async def healthz(_request: web.Request) -> web.Response:
         statistics = worker.statistics
         body = {"status": "ok" if statistics.is_ready else "unavailable", **msgspec.structs.asdict(statistics)}
         status = 200 if statistics.is_ready else 503
-        response = web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
-        response.force_close()
-        return response
+        return _once(web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json"))
 
     app = web.Application()
+    app.router.add_get("/livez", livez)
+    app.router.add_get("/readyz", readyz)
     app.router.add_get("/healthz", healthz)
     try:
         listeners = await _listen(host, port)
     except OSError as error:
-        raise BrokerError(f"cannot serve /healthz on {host} port {port}: {error.strerror}") from None
+        raise BrokerError(f"cannot serve the probes on {host} port {port}: {error.strerror}") from None
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -70,6 +83,12 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
     )
     await runner.setup()
     return HealthServer(runner, listeners)
+
+
+def _once(response: web.Response) -> web.Response:
+    """End the connection with the answer."""
+    response.force_close()
+    return response
 
 
 def _bad_requests() -> logging.Logger:
@@ -104,7 +123,7 @@ async def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 class HealthServer:
-    """What serves ``/healthz``.
+    """What serves the probes.
 
     asyncio's own servers take connections without a bound, and log it 128 times a second, and more each second, while
     no descriptor is left. So connections are accepted here.

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from .engine import EXPIRES, Broker, Claim, Claims, Engine, Message, OutcomeMessage, Taken, Terms
+from .engine import EXPIRES, Broker, Claim, Claims, Engine, Inspection, Message, OutcomeMessage, Taken, Terms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -99,6 +99,16 @@ class _Store:
         """See `MemoryBroker`."""
         return sum(not request.is_decided for request in self._requests.values())
 
+    def backlog(self) -> int:
+        """Return how many requests were never delivered."""
+        return sum(not due.request.deliveries for due in self._due)
+
+    def inspect(self) -> Inspection:
+        """See `Engine`."""
+        waiting = [request.stored_at for request in self._requests.values() if not request.is_decided]
+        oldest_age = (self.now() - min(waiting, default=self.now())).total_seconds()
+        return Inspection(waiting=len(waiting), backlog=self.backlog(), oldest_age=oldest_age)
+
     def submit(self, request: bytes, name: str, traceparent: str | None) -> bool:
         """See `Broker`."""
         if name in self._requests:
@@ -162,8 +172,7 @@ class _Store:
         while self._due and self._due[0].at <= now and (engine := self._free_engine()) is not None:
             request = self._due.pop(0).request
             request.deliveries += 1
-            backlog = sum(not due.request.deliveries for due in self._due)
-            engine.take(request, backlog)
+            engine.take(request, self.backlog())
         if self._due and self._due[0].at > now:
             self._timer = self._loop.call_at(self._due[0].at, self.deliver)
 
@@ -284,6 +293,10 @@ class MemoryEngine(Engine):
         self._asked = self.expected() + batch
         self._asked_until = self._loop.time() + EXPIRES
         self._store.deliver()
+
+    async def inspect(self) -> Inspection:
+        """See `Engine`."""
+        return self._store.inspect()
 
     async def restore(self) -> None:
         """See `Engine`."""

@@ -19,7 +19,7 @@ from .memory import MemoryBroker
 from .nats.engine import NatsEngine
 from .nats.fleet import KEYLESS
 from .nats.streams import StreamSettings
-from .serving import Limits, Serving, WorkerStatistics
+from .serving import STARTING, Limits, Serving, WorkerStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -124,7 +124,7 @@ class ApprovalWorker:
     def statistics(self) -> WorkerStatistics:
         """The worker at this moment."""
         if self._serving is None:
-            return WorkerStatistics(is_draining=self._stopping)
+            return WorkerStatistics(is_draining=self._stopping, problems=(STARTING,))
         return self._serving.statistics()
 
     def stop(self) -> None:

@@ -22,14 +22,15 @@ from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidReq
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .decisions import Redeliver, after_bug, after_outage, invalid, observation
-from .engine import EXPIRES, EngineError, Sealed
+from .engine import EXPIRES, EngineError, RefusedError, Sealed
 from .exchanges import Exchanges, check_key
 from .load_shedding import LoadShedding
 from .logs import log
 from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, is_about, read_context, read_request
+from .monitor import Monitor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tenacity.wait import wait_base
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 _UPGRADED_IN: Final = 10.0  # seconds until a request is delivered again that this worker is too old for
 #: Seconds before each check of a key that was refused; when all of them were refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
+#: What keeps a worker that has not started from being ready.
+STARTING: Final = "the worker has not started yet"
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
 
 
@@ -59,9 +62,21 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         failed: Likewise.
         duplicates: Events that the stream had already, from a delivery whose acknowledgement was lost.
         transient_failures: Exchanges with Keyless that failed transiently.
+        unsettled: Deliveries of which the broker took no word: it delivers these requests again.
+        waiting: Requests of the fleet that are not decided. This and the following are what the broker told at the last
+            inspection; there is one every 5 s.
+        backlog: Requests of the fleet that were never delivered.
+        oldest_age: Seconds since the oldest request of the fleet was stored; 0 where none waits.
+        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
+        lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
+            inspections.
+        load_shedding: What the schedule's delays are multiplied by, 1 to 16: more than 1 while new requests wait for
+            room.
         circuit: How Keyless fares, as far as this worker can tell: ``closed`` (well), ``half_open`` (ramping up) or
             ``open`` (probes only, or none until its ``Retry-After``).
-        is_ready: Whether it takes requests: broker and streams are there, and the worker is not about to end.
+        is_ready: Whether it takes requests: there are no problems.
+        problems: Why it is not ready, in one line each: it is about to end, the broker is away or silent, a stream is
+            gone or full, the key is refused, requests are not delivered.
         is_draining: Whether the worker is about to end.
     """
 
@@ -74,8 +89,16 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0
     duplicates: int = 0
     transient_failures: int = 0
+    unsettled: int = 0
+    waiting: int = 0
+    backlog: int = 0
+    oldest_age: float = 0.0
+    clock_ahead: float = 0.0
+    lateness: float = 0.0
+    load_shedding: float = 1.0
     circuit: str = CircuitState.CLOSED.value
     is_ready: bool = False
+    problems: tuple[str, ...] = ()
     is_draining: bool = False
 
 
@@ -125,6 +148,7 @@ class Serving:
         self._engine = engine
         self._client = client
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
+        self._key_refusal: KeylessError | None = None  # the last one
         self._schedule = schedule
         self._limits = limits
         self._terms = terms
@@ -143,6 +167,8 @@ class Serving:
             grace=limits.grace,
             now=engine.now,
         )
+        self._monitor = Monitor(engine, self._loop.time, lambda: self._circuit.state is not CircuitState.CLOSED)
+        self._monitoring: asyncio.Task[None] | None = None
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
         self._changed = asyncio.Event()
         self._is_open = False
@@ -150,20 +176,42 @@ class Serving:
         self._refusals = 0  # of pulls, in a row
         self._expiries_from = -math.inf  # while the circuit is open: the next pull for requests whose time is over
         self._pulls_from = -math.inf  # after a refusal, no pull before this time
-        self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates"), 0)
+        self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates", "unsettled"), 0)
 
     def statistics(self) -> WorkerStatistics:
         """Return the worker at this moment."""
+        problems = tuple(self._problems())
+        told = self._monitor.last
         return WorkerStatistics(
             in_flight=len(self._deliveries),
             polls=self._exchanges.polls,
             created=self._exchanges.created,
             transient_failures=self._exchanges.failures,
+            waiting=told.waiting,
+            backlog=told.backlog,
+            oldest_age=round(told.oldest_age, 3),
+            clock_ahead=round(told.clock_ahead, 3),
+            lateness=round(self._monitor.lateness, 3),
+            load_shedding=round(self._load_shedding.factor, 3),
             circuit=self._circuit.state.value,
-            is_ready=self._is_open and not self._stopping and self._engine.is_connected,
+            is_ready=not problems,
+            problems=problems,
             is_draining=self._stopping,
             **self._counts,
         )
+
+    def _problems(self) -> Iterator[str]:
+        """Return why it is not ready, in one line each."""
+        if self._stopping:
+            yield "the worker is about to end"
+        elif not self._is_open:
+            yield STARTING
+        elif not self._engine.is_connected:
+            yield "there is no connection to the broker"
+        else:
+            yield from self._monitor.problems()
+            if self._key_check is not None:
+                yield f"Keyless refuses the key: {self._key_refusal}"
 
     def stop(self) -> None:
         """Take no more deliveries, and let `serve` end."""
@@ -195,6 +243,7 @@ class Serving:
         """Get ready to be delivered to."""
         await self._engine.open(deliver=self._take, ended=self._pull_ended)
         self._is_open = True
+        self._monitoring = self._loop.create_task(self._monitor.run())
         log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
 
     async def _pull(self, now: float) -> None:
@@ -245,13 +294,16 @@ class Serving:
             await self._engine.close()
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
-        log(logging.INFO, "worker.done", msgspec.structs.asdict(self.statistics()))
+        facts = msgspec.structs.asdict(self.statistics())
+        del facts["problems"]
+        log(logging.INFO, "worker.done", facts)
 
     async def _abandon(self) -> None:
         """Leave what is still in flight: the broker delivers it again."""
         if self._key_check is not None:
             self._key_check.cancel()
-        while tasks := tuple(self._deliveries):
+        background = {self._monitoring} if self._monitoring is not None else set()
+        while tasks := {*self._deliveries, *(task for task in background if not task.done())}:
             for task in tasks:
                 task.cancel()
             # What waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is repeated.
@@ -263,6 +315,7 @@ class Serving:
         """Take no deliveries until the key was checked: one refusal may be a gateway's."""
         if self._key_check is None and not self._stopping:
             log(logging.WARNING, "keyless.key_refused", {"error": str(error)})
+            self._key_refusal = error
             self._key_check = asyncio.Task(self._check_key(error), loop=self._loop)
 
     async def _check_key(self, error: KeylessError) -> None:
@@ -274,7 +327,7 @@ class Serving:
                 error = closed
                 break
             except KeylessError as refusal:  # a gateway that refuses everything may say it in several ways
-                error = refusal
+                error = self._key_refusal = refusal
                 continue
             self._key_check = None
             self._changed.set()
@@ -285,6 +338,7 @@ class Serving:
 
     def _take(self, message: Message) -> None:
         self._refusals = 0
+        self._monitor.on_delivery(message)
         # Past the loop's task factory: an eager one runs the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop)
         self._deliveries[task] = self._loop.time()
@@ -308,6 +362,9 @@ class Serving:
             await self._settle(message, decision)
         except EngineError as error:
             # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
+            self._counts["unsettled"] += 1
+            if isinstance(error, RefusedError):
+                self._monitor.on_refusal(error)
             log(logging.WARNING, "delivery.unsettled", {"error": str(error)})
         except KeylessError as error:  # of this worker, not of the request
             if isinstance(error, AuthenticationError):
@@ -370,6 +427,7 @@ class Serving:
             self._learn(decision)
         else:
             self._counts["duplicates"] += 1
+        self._monitor.on_stored()
 
     def _sealed(self, event: ApprovalEvent, name: str) -> Sealed:
         data, keys, fleet = msgspec.json.encode(event), self._event_keys, self._engine.fleet_name

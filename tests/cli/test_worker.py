@@ -397,7 +397,7 @@ async def test_a_port_that_is_in_use_is_one_line(workers: Workers, nats_url: str
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         worker = await workers.start("--nats", nats_url, "--health-port", port)
-        assert (await refusal(worker)).startswith(f"cannot serve /healthz on 127.0.0.1 port {port}: ")
+        assert (await refusal(worker)).startswith(f"cannot serve the probes on 127.0.0.1 port {port}: ")
 
 
 @pytest.mark.parametrize("missing", ["nats", "nkeys"])

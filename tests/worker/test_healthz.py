@@ -14,9 +14,11 @@ import aiohttp
 import msgspec
 import nats
 import pytest
-from nats_server import PATIENCE, NatsServer, until
+from nats.js.api import DiscardPolicy
+from nats_server import OUTCOMES, PATIENCE, NatsServer, until
 
 from aiokeyless.worker import (
+    ApprovalWorker,
     BrokerError,
     Outcome,
     WorkerStatistics,
@@ -25,12 +27,15 @@ from aiokeyless.worker import (
     serve_health,
     submit_approval,
 )
+from aiokeyless.worker.serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from nats.aio.client import Client
+
+    from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker import ApprovalWorker
     from aiokeyless.worker.healthz import HealthServer
 
 STATISTICS = WorkerStatistics(
@@ -49,6 +54,9 @@ STATISTICS = WorkerStatistics(
 )
 
 
+UNREADY = msgspec.structs.replace(STATISTICS, is_ready=False, problems=("a stream is full", "a key is refused"))
+
+
 class Worker:
     """A worker as it is seen from outside."""
 
@@ -59,6 +67,11 @@ class Worker:
 @pytest.fixture
 def worker() -> Worker:
     return Worker()
+
+
+@pytest.fixture
+def _frequent_inspections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiokeyless.worker.monitor._EVERY", 0.05)
 
 
 @pytest.fixture
@@ -78,20 +91,39 @@ async def asked(server: HealthServer, method: str = "GET", path: str = "/healthz
         return response.status, response.content_type, await response.json() if is_json else None
 
 
+async def asked_for_text(server: HealthServer, path: str) -> tuple[int, str]:
+    host, port = server.addresses[0]
+    async with aiohttp.ClientSession() as session, session.get(f"http://{host}:{port}{path}") as response:
+        assert response.content_type == "text/plain"
+        return response.status, await response.text()
+
+
 async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: HealthServer) -> None:
     status, content_type, body = await asked(served)
     assert (status, content_type) == (200, "application/json")
     assert body["status"] == "ok"
-    assert {name: body[name] for name in STATISTICS.__struct_fields__} == {
-        name: getattr(STATISTICS, name) for name in STATISTICS.__struct_fields__
-    }
+    del body["status"]
+    assert body == msgspec.json.decode(msgspec.json.encode(STATISTICS))
 
 
 async def test_a_worker_that_takes_none_is_unavailable(served: HealthServer, worker: Worker) -> None:
-    worker.statistics = msgspec.structs.replace(STATISTICS, is_ready=False, is_draining=True)
+    worker.statistics = UNREADY
     status, content_type, body = await asked(served)
     assert (status, content_type) == (503, "application/json")
-    assert (body["status"], body["is_draining"]) == ("unavailable", True)
+    assert (body["status"], body["problems"]) == ("unavailable", ["a stream is full", "a key is refused"])
+
+
+async def test_it_is_ready_while_it_takes_requests_and_else_says_why_not_a_line_each(
+    served: HealthServer, worker: Worker
+) -> None:
+    assert await asked_for_text(served, "/readyz") == (200, "ok\n")
+    worker.statistics = UNREADY
+    assert await asked_for_text(served, "/readyz") == (503, "a stream is full\na key is refused\n")
+
+
+async def test_it_is_alive_whatever_keeps_it_from_being_ready(served: HealthServer, worker: Worker) -> None:
+    worker.statistics = UNREADY
+    assert await asked_for_text(served, "/livez") == (200, "ok\n")
 
 
 async def test_it_listens_on_this_machine_only(served: HealthServer) -> None:
@@ -106,7 +138,7 @@ async def test_there_is_nothing_else(served: HealthServer, method: str, path: st
 async def test_a_port_that_is_taken_is_one_line(worker: Worker) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(BrokerError, match=rf"^cannot serve /healthz on 127\.0\.0\.1 port {port}: .*in use"):
+        with pytest.raises(BrokerError, match=rf"^cannot serve the probes on 127\.0\.0\.1 port {port}: .*in use"):
             await serve_health(cast("ApprovalWorker", worker), port)
 
 
@@ -127,8 +159,136 @@ async def test_where_one_of_two_addresses_is_taken_the_other_one_is_free_again(
 
 
 async def test_an_address_of_another_machine_is_one_line(worker: Worker) -> None:
-    with pytest.raises(BrokerError, match=r"^cannot serve /healthz on 192\.0\.2\.1 port 0: "):
+    with pytest.raises(BrokerError, match=r"^cannot serve the probes on 192\.0\.2\.1 port 0: "):
         await serve_health(cast("ApprovalWorker", worker), 0, "192.0.2.1")
+
+
+# -- a worker on a real broker
+
+
+@asynccontextmanager
+async def probed(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[HealthServer]:
+    """Run a worker that is ready, and its probes."""
+    async with ApprovalWorker(client, broker.url) as worker:
+        server = await serve_health(worker, 0)
+        try:
+            await until_it_answers(server, "ok")
+            yield server
+            assert await asked_for_text(server, "/livez") == (200, "ok\n")
+        finally:
+            await server.cleanup()
+
+
+async def until_it_answers(server: HealthServer, *starts: str) -> None:
+    """Wait until there are as many lines as that, each with its start."""
+
+    async def answers() -> bool:
+        status, text = await asked_for_text(server, "/readyz")
+        assert (status == 200) is (text == "ok\n")
+        lines = text.splitlines()
+        return len(lines) == len(starts) and all(map(str.startswith, lines, starts))
+
+    await until(answers)
+
+
+@pytest.mark.usefixtures("_frequent_inspections")
+async def test_without_a_stream_it_is_not_ready(client: KeylessClient, broker: NatsServer, connection: Client) -> None:
+    async with probed(client, broker) as server:
+        await connection.jetstream().delete_stream(OUTCOMES)
+        await until_it_answers(server, f"the stream {OUTCOMES} is gone")
+
+
+@pytest.mark.usefixtures("_frequent_inspections")
+async def test_while_outcomes_are_not_stored_it_is_not_ready(
+    client: KeylessClient, broker: NatsServer, connection: Client
+) -> None:
+    stream = connection.jetstream()
+    async with probed(client, broker) as server:
+        config = (await stream.stream_info(OUTCOMES)).config
+        await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
+        for _ in range(2):
+            await submit_approval(connection, "C0FFEE", expires_in=0.01)
+        refused = "the broker does not store outcomes: maximum messages exceeded"
+        await until_it_answers(server, f"the stream {OUTCOMES} is full: it has 1 messages", refused)
+
+
+async def test_while_the_key_is_refused_it_is_not_ready(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (0.1,) * 1000)
+    async with probed(client, broker) as server:
+        sandbox.fail_next(status=401, times=None)
+        await submit_approval(connection, "C0FFEE")
+        await until_it_answers(server, "Keyless refuses the key: GET /v2/operations/")
+        sandbox.recover()
+        await until_it_answers(server, "ok")
+
+
+async def test_before_it_starts_and_after_it_ended_it_says_so(
+    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, seen = Serving.open, []
+
+    async def read_and_open(serving: Serving) -> None:
+        seen.append(serving.statistics().problems)
+        await opened(serving)
+
+    monkeypatch.setattr(Serving, "open", read_and_open)
+    worker = ApprovalWorker(client, broker.url)
+    seen.append(worker.statistics.problems)
+    async with worker:
+        assert worker.statistics.is_ready
+    assert seen == [("the worker has not started yet",)] * 2
+    assert worker.statistics.problems == ("the worker is about to end",)
+
+
+@pytest.mark.slow
+async def test_a_process_whose_broker_is_silent_or_killed_is_alive_and_not_ready_until_it_is_back(
+    broker: NatsServer, sandbox: Sandbox
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aiokeyless", "worker", "--nats", broker.url, "--health-port", str(port)),
+        env={**os.environ, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url},
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+
+    async def answer(path: str) -> tuple[int, str] | None:
+        with suppress(aiohttp.ClientConnectionError):
+            async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as response:
+                return response.status, await response.text()
+        return None
+
+    async def is_ready() -> bool:
+        return await answer("/readyz") == (200, "ok\n")
+
+    async def is_unsure() -> bool:
+        return (await answer("/readyz") or (0, ""))[0] == 503
+
+    async def is_cut_off() -> bool:
+        return await answer("/readyz") == (503, "there is no connection to the broker\n")
+
+    try:
+        await until(is_ready)
+        broker.pause()
+        try:
+            await until(is_unsure)
+        finally:
+            broker.resume()
+        await until(is_ready)
+        broker.kill()
+        await until(is_cut_off)
+        assert await answer("/livez") == (200, "ok\n")
+        await broker.start()
+        await until(is_ready)
+    finally:
+        worker.terminate()
+        await worker.wait()
 
 
 # -- clients that mean no good

@@ -48,6 +48,11 @@ class BrokerClock:
         """Return the time by the broker's clock."""
         return self._local() + self._ahead
 
+    @property
+    def ahead(self) -> float:
+        """Seconds by which it is ahead of this machine's, as far as is known."""
+        return self._ahead.total_seconds()
+
     async def measure(self, connection: Client, subject: str, within: float) -> None:
         """Compare the clocks; where the broker does not tell its time, what was measured before stays.
 
@@ -65,7 +70,7 @@ class BrokerClock:
             if abs((ahead := told - (asked_at + margin)) - self._ahead) <= margin:
                 return  # a slow answer, and no reason to move deadlines by as much
             self._ahead = ahead
-            self._tell(ahead.total_seconds())
+            self._tell(self.ahead)
 
     def _tell(self, ahead: float) -> None:
         """Log a difference once, and again when it has changed noticeably, or has gone."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import nats.js.errors
 
-from aiokeyless.worker.engine import Engine, Message, Sealed, Terms
+from aiokeyless.worker.engine import Engine, Inspection, Message, Sealed, Terms
 from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
@@ -17,6 +17,7 @@ from .claims import NatsClaims
 from .clock import BrokerClock
 from .connection import connect, disconnect
 from .failures import engine_errors
+from .inspection import Inspector
 from .intake import Intake
 from .streams import prepare, restore_consumer
 
@@ -127,6 +128,10 @@ class NatsEngine(Engine):
         """See `Engine`."""
         with engine_errors():
             await self._intake.ask(batch)
+
+    async def inspect(self) -> Inspection:
+        """See `Engine`."""
+        return await Inspector(self._connection, self._fleet, self._clock, self._timeout).inspect()
 
     async def restore(self) -> None:
         """See `Engine`."""

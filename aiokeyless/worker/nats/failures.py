@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import nats.errors
+import nats.js.errors
 
-from aiokeyless.worker.engine import EngineError
+from aiokeyless.worker.engine import EngineError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,8 @@ def engine_errors() -> Iterator[None]:
     """Raise what nats-py raises as an `EngineError`."""
     try:
         yield
+    except nats.js.errors.APIError as error:
+        raise RefusedError(reason(error)) from None
     except nats.errors.Error as error:
         raise EngineError(reason(error)) from None
     except OSError as error:

@@ -1,0 +1,98 @@
+"""What a worker knows of its fleet from the broker, and what follows for whether it is ready.
+
+The broker is asked every few seconds. Nothing here changes anything: what is not ready goes on working as well as it
+can, and somebody is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING, Final
+
+from .engine import EngineError, Inspection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from .engine import Engine, Message, RefusedError
+
+_EVERY: Final = 5.0  # seconds between two inspections
+_STALLED_FOR: Final = 30.0  # seconds for which requests may wait while this worker is delivered nothing
+#: Seconds for which a refusal counts: longer than the broker takes to deliver again what was refused (its ack wait).
+_REFUSED_FOR: Final = 60.0
+
+
+class Monitor:
+    """Inspects the fleet for one worker.
+
+    Args:
+        engine: The broker.
+        now: The clock, in seconds.
+        is_paused: Whether this worker takes no deliveries just now, because Keyless fares badly.
+    """
+
+    def __init__(self, engine: Engine, now: Callable[[], float], is_paused: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._now = now
+        self._is_paused = is_paused
+        self._silence: str | None = None  # why the broker did not answer the last inspection
+        self._refusal: str | None = None  # why the broker did not store the last event
+        self._refused_until = -math.inf
+        self._deliveries = 0  # since the last inspection
+        self._stalled_since: float | None = None  # requests have waited since, and none was delivered to this worker
+        self._longest_wait = 0.0  # for a first delivery, since the last inspection
+        self.last: Inspection = Inspection()
+        """What the broker told last."""
+        self.lateness: float = 0.0
+        """Seconds that a request waited for its first delivery: the most between the last two inspections."""
+
+    async def run(self) -> None:
+        """Inspect, again and again, without end."""
+        while True:
+            await self._inspect()
+            await asyncio.sleep(_EVERY)
+
+    def on_delivery(self, message: Message) -> None:
+        """Count a delivery."""
+        self._deliveries += 1
+        if message.number == 1:
+            waited = (self._engine.now() - message.stored_at).total_seconds()
+            self._longest_wait = max(self._longest_wait, waited)
+
+    def on_refusal(self, error: RefusedError) -> None:
+        """Remember that the broker did not store an event."""
+        self._refusal = str(error)
+        self._refused_until = self._now() + _REFUSED_FOR
+
+    def on_stored(self) -> None:
+        """Forget a refusal: the broker stores events."""
+        self._refused_until = -math.inf
+
+    def problems(self) -> Iterator[str]:
+        """Return why requests are not stored, delivered and decided as they should be, in one line each."""
+        if self._silence is not None:
+            yield f"the broker does not answer: {self._silence}"
+        yield from self.last.problems
+        now = self._now()
+        if now < self._refused_until:
+            yield f"the broker does not store outcomes: {self._refusal}"
+        if self._stalled_since is not None and now - self._stalled_since >= _STALLED_FOR:
+            waited = round(now - self._stalled_since)
+            yield f"{self.last.backlog} requests wait, and none was delivered to this worker for {waited} s"
+
+    async def _inspect(self) -> None:
+        if not self._engine.is_connected:  # which is a problem of its own
+            return
+        try:
+            self.last = await self._engine.inspect()
+        except EngineError as error:
+            self._silence = str(error)
+            return
+        self._silence = None
+        self.lateness, self._longest_wait = self._longest_wait, 0.0
+        if not self.last.backlog or self._deliveries or self._is_paused():
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = self._now()
+        self._deliveries = 0

@@ -1,0 +1,119 @@
+"""How a fleet fares, on a real broker that is well, full, deleted, or does not answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from nats.js.api import DiscardPolicy
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, prepare
+
+from aiokeyless.worker.engine import EngineError, Inspection
+from aiokeyless.worker.nats.clock import BrokerClock
+from aiokeyless.worker.nats.fleet import KEYLESS, Fleet
+from aiokeyless.worker.nats.inspection import Inspector
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.js import JetStreamContext
+
+
+@pytest.fixture
+async def stream(connection: Client) -> JetStreamContext:
+    stream = connection.jetstream()
+    await prepare(stream, ack_wait=60)
+    return stream
+
+
+async def inspected(connection: Client, fleet: Fleet = KEYLESS) -> Inspection:
+    return await Inspector(connection, fleet, BrokerClock(), PATIENCE).inspect()
+
+
+async def limit(stream: JetStreamContext, name: str, **limits: int) -> None:
+    config = (await stream.stream_info(name)).config
+    await stream.update_stream(config.evolve(discard=DiscardPolicy.NEW, **limits))
+
+
+@pytest.mark.usefixtures("stream")
+async def test_an_empty_fleet_is_well(connection: Client) -> None:
+    assert await inspected(connection) == Inspection()
+
+
+async def test_requests_are_counted_and_those_that_were_never_delivered(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    for _ in range(3):
+        await stream.publish(REQUEST_SUBJECT, b"")
+    taken = await stream.pull_subscribe_bind(CONSUMER, REQUESTS)
+    [message] = await taken.fetch(1, timeout=PATIENCE)
+    told = await inspected(connection)
+    assert (told.waiting, told.backlog, told.problems) == (3, 2, ())
+    assert told.oldest_age > 0
+    await message.ack_sync(timeout=PATIENCE)
+    assert (await inspected(connection)).waiting == 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "described"),
+    [({"max_msgs": 2}, "it has 2 messages of at most 2"), ({"max_bytes": 4200}, "bytes of at most 4200")],
+    ids=["messages", "bytes"],
+)
+@pytest.mark.parametrize("name", [REQUESTS, OUTCOMES, CLAIMS])
+async def test_a_stream_that_is_full_is_named(
+    connection: Client, stream: JetStreamContext, name: str, limits: dict[str, int], described: str
+) -> None:
+    subjects = {REQUESTS: REQUEST_SUBJECT, OUTCOMES: "keyless.approvals.expired", CLAIMS: "keyless.claims.a"}
+    await limit(stream, name, **limits)
+    assert (await inspected(connection)).problems == ()
+    for _ in range(2):
+        await stream.publish(subjects[name], b"x" * 40)
+    [problem] = (await inspected(connection)).problems
+    assert problem.startswith(f"the stream {name} is full: it has ")
+    assert problem.endswith(described)
+
+
+@pytest.mark.parametrize("name", [REQUESTS, OUTCOMES, CLAIMS])
+async def test_a_stream_that_is_gone_is_named(connection: Client, stream: JetStreamContext, name: str) -> None:
+    await stream.delete_stream(name)
+    assert (await inspected(connection)).problems == (f"the stream {name} is gone",)
+
+
+async def test_a_consumer_that_is_gone_is_named(connection: Client, stream: JetStreamContext) -> None:
+    await stream.delete_consumer(REQUESTS, CONSUMER)
+    await stream.publish(REQUEST_SUBJECT, b"")
+    told = await inspected(connection)
+    assert (told.problems, told.waiting, told.backlog) == ((f"the consumer {CONSUMER} is gone",), 1, 0)
+
+
+async def test_a_consumer_that_is_paused_is_named(connection: Client, stream: JetStreamContext) -> None:
+    await connection.request(
+        f"$JS.API.CONSUMER.PAUSE.{REQUESTS}.{CONSUMER}", b'{"pause_until": "2100-01-01T00:00:00Z"}', timeout=PATIENCE
+    )
+    await stream.publish(REQUEST_SUBJECT, b"")
+    told = await inspected(connection)
+    assert (told.problems, told.backlog) == ((f"the consumer {CONSUMER} is paused",), 1)
+
+
+@pytest.mark.usefixtures("stream")
+async def test_a_broker_without_jetstream_for_the_fleet_does_not_answer(connection: Client) -> None:
+    with pytest.raises(EngineError, match="no responders"):
+        await inspected(connection, Fleet(prefix="another.account"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"{}", "STREAM.INFO.KEYLESS_REQUESTS answers cannot be read: "),
+        (b"no JSON", "STREAM.INFO.KEYLESS_REQUESTS answers cannot be read: "),
+        (b'{"error": {"code": 503, "description": "no leader"}}', "^no leader$"),
+        (b'{"error": {}}', "^it did not say why$"),
+    ],
+    ids=repr,
+)
+async def test_what_is_no_answer_is_none(connection: Client, answer: bytes, told: str) -> None:
+    async def reply(message: object) -> None:
+        await connection.publish(message.reply, answer)  # type: ignore[attr-defined]  # nats-py's Msg
+
+    await connection.subscribe("another.account.>", cb=reply)
+    with pytest.raises(EngineError, match=told):
+        await inspected(connection, Fleet(prefix="another.account"))
