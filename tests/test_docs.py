@@ -39,6 +39,7 @@ from aiokeyless.events import (
 from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
+from aiokeyless.worker.event_keys import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -332,6 +333,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     named = set(re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", reference, re.MULTILINE))
     public = {*aiokeyless.__all__, *aiokeyless.worker.__all__, *aiokeyless.sandbox.__all__} - errors - {"__version__"}
     assert public - named - {"BrokerError", "InvalidRequestError"} == set()
+
+
+def test_the_page_about_the_environment_names_each_variable() -> None:
+    page = (DOCS / "reference" / "environment.md").read_text()
+    shown = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
+    assert shown == {"KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "NATS_URL", VARIABLE}
 
 
 # The pictures
