@@ -29,17 +29,17 @@ class Listeners:
 
     def tell(self, event: Event) -> None:
         """Tell each listener of an event; what one raises is logged, and the others are told all the same."""
-        for position, listener in enumerate(self._listeners):
+        for listener in self._listeners:
             try:
                 listener(event)
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:  # noqa: BLE001  # a CancelledError too: it would end a poll or a wait
-                self._log(position, listener, event, error)
+                self._log(listener, event, error)
 
-    def _log(self, position: int, listener: Listener, event: Event, error: BaseException) -> None:
+    def _log(self, listener: Listener, event: Event, error: BaseException) -> None:
         """Log a failure; with a traceback once for each kind of it, as there may be thousands a second."""
-        kind = (position, type(error))
+        kind = (id(listener), type(error))
         if kind in self._failed:
             logger.debug("listener %r failed again: %s", listener, type(error).__name__)
             return

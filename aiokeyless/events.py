@@ -154,7 +154,8 @@ class CircuitChanged(Model, frozen=True, kw_only=True):
     Attributes:
         state: The new state: ``"closed"``, ``"half_open"`` or ``"open"``; see ``ClientStatistics.circuit``.
         previous: The state before.
-        cause: Name of the type of the failure that changed it; None if that was a good answer.
+        cause: Name of the type of the failure that changed it; None if that was a good answer; ``"ClientClosedError"``
+            where the client was closed while its circuit was not.
         waiting: Waits under way.
         seconds: Seconds for which the previous state lasted.
     """

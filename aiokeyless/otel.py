@@ -5,9 +5,11 @@ It is a listener: see `aiokeyless.events`. Without an SDK it records nothing, an
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
-from opentelemetry.metrics import get_meter
+from opentelemetry.metrics import MeterProvider, Observation, get_meter, get_meter_provider
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags, get_tracer
 
 from ._listeners import DEFAULT_LISTENERS
@@ -15,7 +17,7 @@ from ._version import __version__
 from .events import CircuitChanged, PollEnded, RequestEnded, WaitEnded, WaitOutcome, WaitStarted
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.metrics import CallbackOptions, Meter
     from opentelemetry.trace import Span, TracerProvider
 
     from .events import Event
@@ -28,7 +30,8 @@ _ERRORS: Final = frozenset({WaitOutcome.UNKNOWN, WaitOutcome.REJECTED, WaitOutco
 _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _WAIT_SECONDS: Final = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
 _LAG_SECONDS: Final = (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_CIRCUIT: Final = {"closed": 0, "half_open": 1, "open": 2}
+#: How many circuits are in each state, a client's being closed at first: by the providers that are told of them.
+_CIRCUITS: Final[WeakKeyDictionary[MeterProvider, Counter[str]]] = WeakKeyDictionary()
 
 
 class OpenTelemetryListener:
@@ -40,7 +43,7 @@ class OpenTelemetryListener:
 
     Metrics: ``http.client.request.duration`` (by the conventions for HTTP, with ``url.template``),
     ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag`` and
-    ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; set when it changes).
+    ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; of several clients, the worst).
 
     Args:
         tracer_provider: Makes the tracer. Default: the global one.
@@ -73,9 +76,7 @@ class OpenTelemetryListener:
             "How much later than it was due a poll started.",
             explicit_bucket_boundaries_advisory=_LAG_SECONDS,
         )
-        self._circuit = meter.create_gauge(
-            "aiokeyless.circuit.state", "1", "How the service fares: 0 closed, 1 half open, 2 open."
-        )
+        self._circuits = _circuits(meter, meter_provider or get_meter_provider())
 
     def __call__(self, event: Event) -> None:
         """Record an event."""
@@ -89,7 +90,8 @@ class OpenTelemetryListener:
             case WaitEnded():
                 self._end_wait(event)
             case CircuitChanged():
-                self._circuit.set(_CIRCUIT[event.state])
+                self._circuits.subtract((event.previous,))
+                self._circuits.update((event.state,))
 
     def _record_request(self, event: RequestEnded) -> None:
         attributes: dict[str, str | int] = {
@@ -132,6 +134,26 @@ class OpenTelemetryListener:
         if event.error is not None:
             span.set_attribute("error.type", event.error)
         span.end()
+
+
+def _circuits(meter: Meter, provider: MeterProvider) -> Counter[str]:
+    """Return the counts of a provider's circuits; the first call has the worst observed, so that it is there at once.
+
+    All listeners of a provider share them: of two observations of one instrument, only the last would count.
+    """
+    counts = _CIRCUITS.get(provider)
+    if counts is not None:
+        return counts
+    observed: Counter[str] = Counter()
+
+    def observe(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(2 if observed["open"] > 0 else 1 if observed["half_open"] > 0 else 0)]
+
+    meter.create_observable_gauge(
+        "aiokeyless.circuit.state", [observe], "1", "How the service fares: 0 closed, 1 half open, 2 open."
+    )
+    _CIRCUITS[provider] = observed
+    return observed
 
 
 def _links(traceparent: str | None) -> list[Link]:

@@ -374,6 +374,19 @@ async def test_an_outage_opens_the_circuit_and_its_end_closes_it(sandbox: Sandbo
     assert sum(change.seconds for change in changes[1:]) >= 15
 
 
+@pytest.mark.looptime
+async def test_a_circuit_that_is_open_when_its_client_is_closed_is_told_to_be_gone(sandbox: Sandbox) -> None:
+    told = Told()
+    async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client:
+        sandbox.fail_next(503, times=None)
+        for number in range(20):
+            with contextlib.suppress(KeylessError):
+                await client.wait_for_approval(f"op-{number}", timeout=0.5)
+    first, *_, last = told.of(CircuitChanged)
+    assert (first.previous, first.state) == ("closed", "open")
+    assert (last.state, last.cause, last.waiting) == ("closed", "ClientClosedError", 0)
+
+
 async def test_a_view_of_a_client_tells_the_same_listeners(sandbox: Sandbox) -> None:
     told = Told()
     async with sandbox.client(listeners=[told]) as client:

@@ -26,6 +26,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, Sp
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from aiokeyless.events import CircuitChanged
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ class Recorder:
             for scope in resource.scope_metrics
             for metric in scope.metrics
         }
+
+    @property
+    def circuit(self) -> int:
+        """The one value of the circuit's gauge."""
+        [point] = self.points["aiokeyless.circuit.state"]
+        value: int = point.value
+        return value
 
     @property
     def attributes(self) -> list[dict[str, AttributeValue]]:
@@ -229,16 +237,38 @@ class TestMetrics:
         assert found == {"NotJsonError", "TransportError"}
 
     async def test_the_circuit_is_a_number(self, sandbox: Sandbox, recorder: Recorder) -> None:
+        assert recorder.circuit == 0  # before anything has happened
         async with sandbox.client(listeners=[recorder.listener], schedule=wait_fixed(1)) as client:
             sandbox.fail_next(503, times=None, method="GET")
             tickets = [await client.create_operation(USER) for _ in range(20)]
             waits = [asyncio.create_task(client.wait_for_approval(ticket)) for ticket in tickets]
             await asyncio.sleep(20)
-            assert [point.value for point in recorder.points["aiokeyless.circuit.state"]] == [2]
+            assert recorder.circuit == 2
             sandbox.recover()
             for ticket in tickets:
                 sandbox.approve(ticket.operation_id)
             await asyncio.gather(*waits)
+
+    async def test_of_the_circuits_of_several_clients_the_worst_counts_until_its_client_is_closed(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        other = OpenTelemetryListener(tracer_provider=recorder.traces, meter_provider=recorder.meters)
+        async with sandbox.client(listeners=[recorder.listener]) as well:
+            async with sandbox.client(listeners=[other], schedule=wait_fixed(1)) as client:
+                sandbox.fail_next(503, times=None)
+                waits = [asyncio.create_task(client.wait_for_approval(f"op-{number}")) for number in range(20)]
+                await asyncio.sleep(20)
+                assert recorder.circuit == 2
+            assert recorder.circuit == 0
+            sandbox.recover()
+            await well.create_operation(USER)
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) -> None:
+    for previous, state, number in (("closed", "open", 2), ("open", "half_open", 1), ("half_open", "closed", 0)):
+        recorder.listener(CircuitChanged(state=state, previous=previous, cause=None, waiting=1, seconds=1.0))
+        assert recorder.circuit == number
 
 
 @pytest.mark.looptime
@@ -280,7 +310,7 @@ class TestPrivacyAndFailures:
 
 def test_a_kind_of_event_that_is_not_known_is_ignored(recorder: Recorder) -> None:
     recorder.listener("another kind")  # type: ignore[arg-type]  # of a later release
-    assert not recorder.points
+    assert [*recorder.points] == ["aiokeyless.circuit.state"]
 
 
 class TestInstrumentor:

@@ -35,7 +35,9 @@ class Redaction:
         """Return at most 200 printable characters of a text, or None if nothing is left."""
         # Redacted before the cut, so that no part of a key remains.
         text = self._echo.sub("***", " ".join(text.split())[: self._reach])
-        text = "".join(c if c.isprintable() else " " for c in text[:MAX_DETAIL])
+        text = text[:MAX_DETAIL]
+        if not text.isprintable():  # nearly all are, and each poll that a listener is told of may have an id
+            text = "".join(c if c.isprintable() else " " for c in text)
         return text.strip() or None
 
 

@@ -36,7 +36,7 @@ from . import protocol
 from .redaction import Redaction
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
     from aiokeyless._listeners import Listeners
@@ -78,6 +78,7 @@ class Transport:
         self._base = URL(base_url)
         self._server, self._port = self._base.host or "", self._base.port or 0  # a checked URL has both
         self._listeners = listeners
+        self._now = asyncio.get_running_loop().time
         self._base_path = self._base.raw_path.rstrip("/")
         self._api_key = api_key
         self._redaction = Redaction(api_key)
@@ -140,60 +141,53 @@ class Transport:
             request: The request.
             attempt: Which attempt of its call this is, for the listeners.
         """
-        endpoint = request.endpoint
-        url = self.url(request)
+        endpoint, url = request.endpoint, self.url(request)
         exchange = self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
-        if self._listeners is not None:
-            return await self._tell(self._listeners, endpoint, request.path, exchange, attempt)
-        return protocol.read(endpoint, request.path, await exchange, self._redaction)
+        return await self._read_answer(endpoint, url, exchange, attempt=attempt)
 
-    async def poll(self, url: URL) -> Operation:
-        """Poll an operation once; the caller bounds the exchange by cancelling it."""
-        endpoint = protocol.GET_OPERATION
-        exchange = self._exchange(endpoint, url, timeouts=self._poll_timeout)
-        if self._listeners is not None:
-            return await self._tell(self._listeners, endpoint, self.path(url), exchange, 1)
-        return protocol.read(endpoint, self.path(url), await exchange, self._redaction)
+    def poll(self, url: URL) -> Coroutine[Any, Any, Operation]:
+        """Poll an operation once; the caller bounds the exchange by cancelling it.
 
-    async def _tell(
-        self,
-        listeners: Listeners,
-        endpoint: protocol.Endpoint[T],
-        path: str,
-        exchange: Awaitable[protocol.Answer],
-        attempt: int,
+        It returns the coroutine of the exchange, as one around it would cost each poll a little.
+        """
+        exchange = self._exchange(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
+        return self._read_answer(protocol.GET_OPERATION, url, exchange, attempt=1)
+
+    async def _read_answer(
+        self, endpoint: protocol.Endpoint[T], url: URL, exchange: Awaitable[protocol.Answer], *, attempt: int
     ) -> T:
-        """Do an exchange, read its answer, and tell the listeners how it ended."""
-        clock = asyncio.get_running_loop().time
-        started = clock()
+        """Do an exchange, read its answer, and tell the listeners, where there are any, how it ended."""
+        started = self._now()
         status: int | None = None
         request_id: str | None = None
         failure: str | None = None
         try:
             answer = await exchange
-            status = answer.status
-            request_id = protocol.request_id(answer, self._redaction)
-            return protocol.read(endpoint, path, answer, self._redaction)
+            if self._listeners is not None:
+                status = answer.status
+                request_id = protocol.request_id(answer, self._redaction)
+            return protocol.read(endpoint, self.path(url), answer, self._redaction)
         except BaseException as error:
             failure = type(error).__name__
             raise
         finally:
-            seconds = clock() - started
-            if failure == "CancelledError" and seconds >= self.request_timeout:  # the poller keeps the time of a poll
-                failure = RequestTimeoutError.__name__
-            listeners.tell(
-                RequestEnded(
-                    method=endpoint.method,
-                    route=endpoint.route,
-                    server=self._server,
-                    port=self._port,
-                    status=status,
-                    error=failure,
-                    seconds=seconds,
-                    attempt=attempt,
-                    request_id=request_id,
+            if self._listeners is not None:
+                seconds = self._now() - started
+                if failure == "CancelledError" and seconds >= self.request_timeout:  # the poller keeps a poll's time
+                    failure = RequestTimeoutError.__name__
+                self._listeners.tell(
+                    RequestEnded(
+                        method=endpoint.method,
+                        route=endpoint.route,
+                        server=self._server,
+                        port=self._port,
+                        status=status,
+                        error=failure,
+                        seconds=seconds,
+                        attempt=attempt,
+                        request_id=request_id,
+                    )
                 )
-            )
 
     async def fetch(self, request: protocol.Request[T]) -> T:
         """Send a request and read its answer; retry transient failures, with `max_attempts` attempts in total."""

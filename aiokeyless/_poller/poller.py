@@ -40,7 +40,7 @@ from .dispatch import RESOLUTION, Dispatcher
 from .explanation import Explainer, Explanation
 from .packing import pack_pending
 from .pauses import Pause, Pauses, next_poll
-from .reporting import Reporter
+from .reporting import LATE, Reporter
 from .state import Applied, Hold, Poll, PolledOperation, Wait
 from .timer_queue import TimerQueue
 
@@ -278,6 +278,7 @@ class Poller:
         await asyncio.shield(self._ended)
         while tasks := [poll.task for poll in self._dispatcher.in_flight if poll.task is not None]:
             await asyncio.wait(tasks)
+        self._reporter.closed(self._loop.time())
         await self._explainer.aclose()
 
     def _end_batch(self, waits: Iterator[Wait]) -> None:
@@ -552,7 +553,8 @@ class Poller:
                 poll.counted_as_failure = True
                 self._failures += 1
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
-                self._report_circuit(wait.error, now)
+                if self._circuit.state is not self._reporter.circuit:
+                    self._report_circuit(wait.error, now)
         self._end(wait, unknown(wait.record(now)))
 
     # -- polls
@@ -627,10 +629,11 @@ class Poller:
         try:
             self._start_poll(poll)
             answer = await self._fetch(poll)
+            now = self._loop.time()
             if self._reporter.listens:
-                self._reporter.poll_ended(poll, answer, self._loop.time())
+                self._reporter.poll_ended(poll, answer, now)
             if answer is not None:  # None: cut off, and neither good nor bad
-                await self._apply(poll, answer)
+                await self._apply(poll, answer, now)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in poll.polled.active_waits():
                 self._end(wait, error)
@@ -659,7 +662,8 @@ class Poller:
         poll.started_at = self._loop.time()
         poll.waits = poll.polled.active_waits()
         self._polls += 1
-        self._reporter.poll_started(poll.lag, poll.started_at, waiting=self._waiting)
+        if poll.lag >= LATE or self._reporter.polls_are_late:
+            self._reporter.poll_started(poll.lag, poll.started_at, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1
             # By the time, and not by the mark: where many deadlines pass at once, it may be still to come.
@@ -673,18 +677,18 @@ class Poller:
 
     # -- what a poll brought
 
-    async def _apply(self, poll: Poll, answer: Operation | KeylessError) -> None:
-        now = self._loop.time()
+    async def _apply(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
         self._record_in_circuit(poll, answer, now)
-        self._report_circuit(answer, now)
+        if self._circuit.state is not self._reporter.circuit:
+            self._report_circuit(answer, now)
         active = poll.polled.active_waits()
         if not active:
             self._apply_to_pause(poll, answer, now)
             return
         applied = Applied(poll, active)
-        for start in range(0, len(active), _BATCH):
-            if start:  # very many wait for one operation: nobody else may be held up by that
-                await asyncio.sleep(0)
+        self._apply_to_waits(applied, answer, active[:_BATCH], now)
+        for start in range(_BATCH, len(active), _BATCH):
+            await asyncio.sleep(0)  # very many wait for one operation: nobody else may be held up by that
             batch = [wait for wait in active[start : start + _BATCH] if not wait.done()]
             self._apply_to_waits(applied, answer, batch, self._loop.time())
         if not applied.failed:
@@ -754,7 +758,7 @@ class Poller:
 
     def _report_circuit(self, answer: Operation | KeylessError | None, now: float) -> None:
         cause = answer if isinstance(answer, KeylessError) and is_transient(answer) else None
-        self._reporter.circuit_is(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
+        self._reporter.circuit_changed(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
 
     def _approve(self, wait: Wait, operation: Operation, now: float) -> None:
         wait.polls = max(wait.polls, 1)

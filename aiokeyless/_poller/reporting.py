@@ -8,7 +8,7 @@ import math
 from types import NoneType
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._rules.circuit import CircuitState
+from aiokeyless._rules.circuit import CircuitState, Transitions
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -21,12 +21,16 @@ from aiokeyless.models import Operation, OperationState
 
 if TYPE_CHECKING:
     from aiokeyless._listeners import Listeners
+    from aiokeyless._rules.circuit import Transition
 
     from .state import Poll, Wait
 
 logger = logging.getLogger("aiokeyless")
 
-_LATE: Final = 1.0  # seconds: a poll that starts later than it was due by so much is late
+LATE: Final = 1.0  # seconds: a poll that starts later than it was due by so much is late
+#: Of nearly all polls; a member of an enum is not found as fast as a name.
+_PENDING: Final = PollResult.PENDING
+_STATE_PENDING: Final = OperationState.PENDING.value
 _LATE_FOR: Final = 5.0  # seconds for which all polls were late, until that is logged
 _NUMBERS: Final = itertools.count(1)  # of all clients: a listener may serve several
 
@@ -51,16 +55,13 @@ class Reporter:
 
     def __init__(self, listeners: Listeners | None, now: float) -> None:
         self._listeners = listeners
-        self._circuit = CircuitState.CLOSED
-        self._circuit_since = now
-        self._opened_at: float | None = None  # when the circuit opened, until it is closed
-        self._late_since = math.inf
-        self._late_logged = False
-
-    @property
-    def listens(self) -> bool:
+        self.listens: bool = listeners is not None
         """Whether anybody is told of events: where nobody is, they are not built."""
-        return self._listeners is not None
+        self._transitions = Transitions(now)
+        self.polls_are_late: bool = False
+        """Whether the poll that was reported last was late."""
+        self._late_since = 0.0
+        self._late_logged = False
 
     # -- events of waits and polls
 
@@ -97,9 +98,10 @@ class Reporter:
     def poll_ended(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> None:
         """Report a poll; `answer` is None where it was cut off since no wait needed it any more."""
         assert self._listeners is not None  # noqa: S101
+        waits = poll.waits
         self._listeners.tell(
             PollEnded(
-                waits=tuple([wait.number for wait in poll.waits]),
+                waits=(waits[0].number,) if len(waits) == 1 else tuple([wait.number for wait in waits]),
                 operation_id=poll.polled.operation_id,
                 result=_result(answer),
                 error=type(answer).__name__ if isinstance(answer, KeylessError) else None,
@@ -111,46 +113,58 @@ class Reporter:
 
     # -- the circuit, and late polls
 
-    def circuit_is(self, state: CircuitState, *, cause: KeylessError | None, waiting: int, now: float) -> None:
-        """Report the circuit's state after a poll, if it has changed.
+    @property
+    def circuit(self) -> CircuitState:
+        """The state of the circuit that was reported last."""
+        return self._transitions.state
+
+    def circuit_changed(self, state: CircuitState, *, cause: KeylessError | None, waiting: int, now: float) -> None:
+        """Report another state of the circuit than the last one.
 
         Args:
             state: The state.
-            cause: The failure of that poll; None if it was answered.
+            cause: The failure that changed it; None if it was a good answer.
             waiting: Waits under way.
             now: The time.
         """
-        if state is self._circuit:
-            return
-        previous, self._circuit = self._circuit, state
-        seconds, self._circuit_since = now - self._circuit_since, now
-        self._log_circuit(state, cause, waiting, now)
-        if self._listeners is not None:
-            name = None if cause is None else type(cause).__name__
-            self._listeners.tell(
-                CircuitChanged(state=state.value, previous=previous.value, cause=name, waiting=waiting, seconds=seconds)
-            )
-
-    def _log_circuit(self, state: CircuitState, cause: KeylessError | None, waiting: int, now: float) -> None:
-        """Log when it opens first, and when it is closed again: between these it may go to and fro."""
-        if state is CircuitState.OPEN and self._opened_at is None:
-            self._opened_at = now
+        change = self._transitions.notice(state, now)
+        if change.is_outage:
             logger.warning(
                 "Keyless fails (last: %s), so the circuit is open: %d waits go on, with few polls until it answers",
                 cause,
                 waiting,
             )
-        elif state is CircuitState.CLOSED and self._opened_at is not None:
-            logger.info("Keyless answers again: the circuit is closed, %.1f s after it opened", now - self._opened_at)
-            self._opened_at = None
+        elif change.outage is not None:
+            logger.info("Keyless answers again: the circuit is closed, %.1f s after it opened", change.outage)
+        self._tell_circuit(change, None if cause is None else type(cause).__name__, waiting)
+
+    def closed(self, now: float) -> None:
+        """Report that there is no circuit any more: to listeners, who may count those that are not closed."""
+        if self.circuit is not CircuitState.CLOSED:
+            self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, now), ClientClosedError.__name__, 0)
+
+    def _tell_circuit(self, change: Transition, cause: str | None, waiting: int) -> None:
+        if self._listeners is not None:
+            self._listeners.tell(
+                CircuitChanged(
+                    state=change.state.value,
+                    previous=change.previous.value,
+                    cause=cause,
+                    waiting=waiting,
+                    seconds=change.seconds,
+                )
+            )
 
     def poll_started(self, lag: float, now: float, *, waiting: int) -> None:
-        """Log once when polls have been late for a while, though the service is well; again after they were not."""
-        if lag < _LATE or self._circuit is not CircuitState.CLOSED:
-            self._late_since = math.inf
-            self._late_logged = False
+        """Log once when polls have been late for a while, though the service is well; again after they were not.
+
+        It need not be called for a poll in time after another one.
+        """
+        if lag < LATE or self.circuit is not CircuitState.CLOSED:
+            self.polls_are_late = False
             return
-        self._late_since = min(self._late_since, now)
+        if not self.polls_are_late:
+            self.polls_are_late, self._late_since, self._late_logged = True, now, False
         if now - self._late_since > _LATE_FOR and not self._late_logged:
             self._late_logged = True
             logger.warning(
@@ -172,10 +186,8 @@ def _outcome(wait: Wait) -> WaitOutcome:
 
 def _result(answer: Operation | KeylessError | None) -> PollResult:
     """Return what one poll brought."""
-    if answer is None:
-        return PollResult.CUT_OFF
-    if isinstance(answer, KeylessError):
-        return PollResult.FAILED
-    if answer.is_approved:
-        return PollResult.APPROVED
-    return PollResult.PENDING if answer.state == OperationState.PENDING else PollResult.INVALID
+    if isinstance(answer, Operation):
+        if answer.state == _STATE_PENDING:
+            return _PENDING
+        return PollResult.APPROVED if answer.is_approved else PollResult.INVALID
+    return PollResult.CUT_OFF if answer is None else PollResult.FAILED

@@ -255,7 +255,8 @@ class Applied:
 
     def __init__(self, poll: Poll, active: list[Wait]) -> None:
         self.poll = poll
-        self.was_seen = any(wait.seen is not None for wait in active)
+        # Nearly always by the first: it spares the polls a generator.
+        self.was_seen = active[0].seen is not None or any(wait.seen is not None for wait in active)
         # The waits for which the poll was made.
         self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
         self.outcomes: dict[PollFacts, Outcome] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .backoff import MAX_PAUSE, error_delay
 
@@ -188,3 +188,51 @@ class Circuit:
     def _schedule_probe(self, now: float) -> None:
         self._probes += 1
         self._probe_at = max(self._probe_at, now + error_delay(self._probes))
+
+
+class Transition(NamedTuple):
+    """A change of a circuit's state.
+
+    Attributes:
+        previous: The state before.
+        state: The state now.
+        seconds: Seconds for which the state before lasted.
+        is_outage: Whether the circuit opened for the first time since it was closed.
+        outage: Where it is closed again: seconds since it opened for the first time; else None.
+    """
+
+    previous: CircuitState
+    state: CircuitState
+    seconds: float
+    is_outage: bool
+    outage: float | None
+
+
+class Transitions:
+    """Notices how a circuit's state changes. An outage begins when it opens and ends when it is closed again.
+
+    Between these it may go to and fro.
+
+    Args:
+        now: The time; the circuit is closed.
+    """
+
+    __slots__ = ("_opened_at", "_since", "state")
+
+    def __init__(self, now: float) -> None:
+        self.state: CircuitState = CircuitState.CLOSED
+        """The state that was noticed last."""
+        self._since = now
+        self._opened_at: float | None = None  # the outage's beginning
+
+    def notice(self, state: CircuitState, now: float) -> Transition:
+        """Notice a state that is not the last one."""
+        previous, self.state = self.state, state
+        seconds, self._since = now - self._since, now
+        is_outage = state is CircuitState.OPEN and self._opened_at is None
+        outage = None
+        if is_outage:
+            self._opened_at = now
+        elif state is CircuitState.CLOSED and self._opened_at is not None:
+            outage, self._opened_at = now - self._opened_at, None
+        return Transition(previous, state, seconds, is_outage, outage)

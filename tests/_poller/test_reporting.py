@@ -34,29 +34,35 @@ def test_an_outage_is_two_lines_however_often_the_circuit_goes_to_and_fro(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
     states = (
-        CircuitState.CLOSED,
-        CircuitState.OPEN,
         CircuitState.OPEN,
         CircuitState.HALF_OPEN,
         CircuitState.OPEN,
         CircuitState.HALF_OPEN,
-        CircuitState.CLOSED,
         CircuitState.CLOSED,
     )
-    for now, state in enumerate(states, 10):
+    for now, state in enumerate(states, 11):
         cause = FAILURE if state is CircuitState.OPEN else None
-        reporter.circuit_is(state, cause=cause, waiting=7, now=float(now))
+        reporter.circuit_changed(state, cause=cause, waiting=7, now=float(now))
     opened, closed = lines(caplog)
     assert opened[0] == "WARNING"
     assert "503" in opened[1]
     assert "7 waits" in opened[1]
-    assert closed == ("INFO", "Keyless answers again: the circuit is closed, 5.0 s after it opened")
+    assert closed == ("INFO", "Keyless answers again: the circuit is closed, 4.0 s after it opened")
 
 
 def test_a_circuit_that_never_opened_is_not_logged(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
     for state in (CircuitState.HALF_OPEN, CircuitState.CLOSED):
-        reporter.circuit_is(state, cause=None, waiting=7, now=1.0)
+        reporter.circuit_changed(state, cause=None, waiting=7, now=1.0)
     assert lines(caplog) == []
+
+
+def test_a_client_that_is_closed_during_an_outage_does_not_log_that_it_is_over(
+    reporter: Reporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    reporter.circuit_changed(CircuitState.OPEN, cause=FAILURE, waiting=7, now=1.0)
+    reporter.closed(2.0)
+    assert len(lines(caplog)) == 1
+    assert reporter.circuit is CircuitState.CLOSED
 
 
 def test_polls_that_are_late_for_a_while_are_one_line(reporter: Reporter, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,7 +90,7 @@ def test_a_moment_is_not_a_line(reporter: Reporter, caplog: pytest.LogCaptureFix
 def test_while_the_service_fails_polls_are_late_on_purpose(
     reporter: Reporter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reporter.circuit_is(CircuitState.OPEN, cause=FAILURE, waiting=1, now=0.0)
+    reporter.circuit_changed(CircuitState.OPEN, cause=FAILURE, waiting=1, now=0.0)
     caplog.clear()
     for now in range(20):
         reporter.poll_started(9.0, float(now), waiting=1)

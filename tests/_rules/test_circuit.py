@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.backoff import MAX_PAUSE
-from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState
+from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState, Transition, Transitions
 from benchmarks.approval_times import seeded_random
 
 LIMIT = 64
@@ -485,6 +485,28 @@ def test_a_good_answer_does_not_end_a_retry_after_and_the_ramp_up_then_starts_fr
 
 
 # -- whatever happens
+
+
+# -- its transitions
+
+
+def test_an_outage_lasts_from_the_first_opening_until_it_is_closed() -> None:
+    closed, half_open, opened = CircuitState.CLOSED, CircuitState.HALF_OPEN, CircuitState.OPEN
+    transitions = Transitions(10.0)
+    changes = [
+        transitions.notice(state, now)
+        for now, state in ((12.0, opened), (15.0, half_open), (16.0, opened), (20.0, half_open), (21.5, closed))
+    ]
+    assert changes == [
+        Transition(closed, opened, 2.0, is_outage=True, outage=None),
+        Transition(opened, half_open, 3.0, is_outage=False, outage=None),
+        Transition(half_open, opened, 1.0, is_outage=False, outage=None),
+        Transition(opened, half_open, 4.0, is_outage=False, outage=None),
+        Transition(half_open, closed, 1.5, is_outage=False, outage=9.5),
+    ]
+    assert transitions.state is closed
+    assert transitions.notice(half_open, 30.0) == Transition(closed, half_open, 8.5, is_outage=False, outage=None)
+    assert transitions.notice(closed, 31.0) == Transition(half_open, closed, 1.0, is_outage=False, outage=None)
 
 
 class CircuitMachine(RuleBasedStateMachine):
