@@ -88,8 +88,8 @@ class Endpoint(Generic[T]):
         method: HTTP method.
         route: The path as documented, with the names of its parameters.
         decode: Turns the body of a success into a struct.
-        success: The statuses that count as a success.
-        max_body: Largest body of an answer, in bytes.
+        success: The statuses that count as a success. Default: 200.
+        max_body: Largest body of an answer, in bytes. Default: 1 MiB.
     """
 
     __slots__ = ("decode", "max_body", "method", "route", "success")
@@ -100,7 +100,7 @@ class Endpoint(Generic[T]):
         route: str,
         decode: Callable[[bytes], T],
         *,
-        success: frozenset[int],
+        success: frozenset[int] = frozenset({200}),
         max_body: int = MAX_BODY,
     ) -> None:
         self.method = method
@@ -142,27 +142,18 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> None:
         raise msgspec.ValidationError("an object has the same key twice")
 
 
-GET_OPERATION: Final = Endpoint("GET", "/v2/operations/{operationId}", _decode_operation, success=frozenset({200}))
+GET_OPERATION: Final = Endpoint("GET", "/v2/operations/{operationId}", _decode_operation)
 GET_PENDING: Final = Endpoint(
     "GET",
     "/v2/users/{userId}/operations/pending",
     msgspec.json.Decoder(list[PendingOperation]).decode,
-    success=frozenset({200}),
     max_body=MAX_LIST_BODY,
 )
 GET_AUTHENTICATIONS: Final = Endpoint(
-    "GET",
-    "/v2/users/{userId}/authentications",
-    _decode_authentications,
-    success=frozenset({200}),
-    max_body=MAX_LIST_BODY,
+    "GET", "/v2/users/{userId}/authentications", _decode_authentications, max_body=MAX_LIST_BODY
 )
 GET_EXTERNAL_AUTHENTICATIONS: Final = Endpoint(
-    "GET",
-    "/v2/external-users/{externalUserId}/authentications",
-    _decode_authentications,
-    success=frozenset({200}),
-    max_body=MAX_LIST_BODY,
+    "GET", "/v2/external-users/{externalUserId}/authentications", _decode_authentications, max_body=MAX_LIST_BODY
 )
 # 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
 POST_OPERATION: Final = Endpoint(

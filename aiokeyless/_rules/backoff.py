@@ -35,7 +35,7 @@ def error_delay(failures: int) -> float:
 
 
 def requested_pause(error: KeylessError) -> float:
-    """Return the seconds for which the service asks to be left alone: ``Retry-After`` on 429 and 503; at most 120."""
+    """Return the seconds of the pause that the service asks for: ``Retry-After`` on 429 and 503; at most 120."""
     if isinstance(error, StatusError) and error.status in _MAY_ASK_FOR_A_PAUSE:
         return min(error.retry_after or 0.0, MAX_PAUSE)
     return 0.0

@@ -1,7 +1,7 @@
 """A circuit breaker with a limit that adapts: how the service fares, and how many polls may be in flight for it.
 
 Pure: it is told the time and what happened, and says how much room there is. It exists so that thousands of waits
-do not hammer a service that is down, and do not fall upon it together when it comes back; and so that an operation
+do not hammer a service that is down, and do not all poll it at once when it recovers; and so that an operation
 which fails by itself, or a service of which half the answers fail, costs the other waits as little as possible. Rule 4
 of docs/rules.md, which has the table of its transitions.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Operations that fail, with no good answer in between, until a circuit opens where failures are rare.
 FAILURES_UNTIL_OPEN: Final = 5
 #: ... and this many times the number that usually fails between two good answers: where two of three fail at random,
-#: five in a row are no news.
+#: five in a row are common.
 _TIMES_USUAL: Final = 7
 #: Failures narrow what is in flight to this many at least; only an open circuit allows fewer.
 _LEAST: Final = 4.0
@@ -36,7 +36,7 @@ class CircuitState(StrEnum):
     HALF_OPEN = "half_open"
     """The service answers again: few polls in flight, twice as many after each round of good answers."""
     OPEN = "open"
-    """The service fails, or asked to be left alone: one probe at a time, or no poll until `Circuit.retry_at`."""
+    """The service fails, or asked for a pause: one probe at a time, or no poll until `Circuit.retry_at`."""
 
 
 class Circuit:
@@ -75,9 +75,8 @@ class Circuit:
         self._answered_at = -math.inf  # the last good answer
         self._failed: set[Hashable] = set()  # the operations that failed since then
         self._usual = 0.0  # how many operations that were lately, at each good answer
-        self._asking: Hashable | None = (
-            None  # the operation that got a Retry-After since then, while it is the only one
-        )
+        # The operation that got a Retry-After since then, while it is the only one.
+        self._asking: Hashable | None = None
         self._held_until = -math.inf  # by the rate limit, which no good answer lifts
         self._probes = 0  # failed ones in a row, the failure that opened the circuit included; 0: it is not probed
         self._probe_at = -math.inf

@@ -5,13 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
-import socket
 import sqlite3
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +15,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from chromium import chromium
+from example_server import ExampleServer
 
 from aiokeyless.sandbox import Sandbox
 
@@ -45,50 +42,13 @@ FAULTS: dict[str, Callable[[Sandbox], None]] = {
 PATIENCE = 60.0  # seconds within which what must happen has happened, on a busy machine too
 
 
-class Backend:
-    """The shop in a process of its own, which can be killed and started again on the same port with the same file."""
+class Backend(ExampleServer):
+    """The shop, with its database."""
 
     def __init__(self, sandbox: Sandbox, folder: Path, *, expires_in: float) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
         self.database = folder / "orders.sqlite3"
-        self.log = folder / "log"
-        self._environment = os.environ | {
-            "KEYLESS_BASE_URL": sandbox.url,
-            "KEYLESS_API_KEY": sandbox.api_key,
-            "CHECKOUT_DB": str(self.database),
-            "CHECKOUT_PORT": str(port),
-            "CHECKOUT_EXPIRES_IN": str(expires_in),
-        }
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-W", "error", str(SHOP), env=self._environment, stdout=log, stderr=log
-            )
-        async with aiohttp.ClientSession() as session:
-            await eventually(lambda: self._serves(session))
-
-    async def _serves(self, session: aiohttp.ClientSession) -> bool:
-        assert self._process is not None
-        assert self._process.returncode is None, self.log.read_text()
-        with contextlib.suppress(aiohttp.ClientError):
-            async with session.get(self.url) as answer:
-                return answer.status == 200
-        return False
-
-    async def end(self, number: signal.Signals) -> float:
-        """Send a signal and return how many seconds the end took."""
-        process, self._process = self._process, None
-        assert process is not None
-        began = time.monotonic()
-        process.send_signal(number)
-        async with asyncio.timeout(PATIENCE):
-            await process.wait()
-        return time.monotonic() - began
+        settings = {"CHECKOUT_DB": str(self.database), "CHECKOUT_EXPIRES_IN": str(expires_in)}
+        super().__init__(SHOP, sandbox, folder, port="CHECKOUT_PORT", **settings)
 
     def sql(self, statement: str, *values: str) -> None:
         with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as database:
@@ -97,14 +57,6 @@ class Backend:
     def shipped(self, order_id: str) -> int:
         """Return how many times an order was shipped."""
         return self.log.read_text().count(f"order {order_id} is paid: ship it")
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._process is not None:
-            await self.end(signal.SIGKILL)
 
 
 class Customer:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import re
 import signal
-import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
 import pytest
 from chromium import chromium
+from example_server import ExampleServer
 from nats_server import until
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
@@ -27,50 +24,12 @@ pytestmark = pytest.mark.slow
 LOGIN = Path(__file__).parents[2] / "examples" / "login" / "login.py"
 
 
-class Server:
-    """The example in a process of its own, which can be ended and started again on the same port with the same file."""
+class Server(ExampleServer):
+    """The login, with its database."""
 
     def __init__(self, sandbox: Sandbox, folder: Path, **settings: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = folder / "log"
-        self._environment = os.environ | {
-            "KEYLESS_BASE_URL": sandbox.url,
-            "KEYLESS_API_KEY": sandbox.api_key,
-            "LOGIN_DB": str(folder / "login.sqlite3"),
-            "LOGIN_PORT": str(port),
-            **settings,
-        }
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def __aenter__(self) -> Self:
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-W", "error", str(LOGIN), env=self._environment, stdout=log, stderr=log
-            )
-        async with aiohttp.ClientSession() as session:
-            while not await self._serves(session):  # noqa: ASYNC110  # a process has no event for it
-                await asyncio.sleep(0.05)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.end(signal.SIGKILL)
-
-    async def _serves(self, session: aiohttp.ClientSession) -> bool:
-        assert self._process is not None
-        assert self._process.returncode is None, self._log.read_text()
-        with contextlib.suppress(aiohttp.ClientError):
-            async with session.get(self.url) as answer:
-                return answer.status == 200
-        return False
-
-    async def end(self, number: signal.Signals) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.send_signal(number)
-            await process.wait()
+        settings["LOGIN_DB"] = str(folder / "login.sqlite3")
+        super().__init__(LOGIN, sandbox, folder, port="LOGIN_PORT", **settings)
 
 
 class Browser:
