@@ -90,6 +90,7 @@ async def worker(
     replicas: OptionalCount = None,
     duplicate_window: Seconds = 24 * 3600.0,
     max_age: Seconds = 7 * 24 * 3600.0,
+    learned: Path | None = None,
     health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
     health_host: str = "127.0.0.1",
     as_json: AsJson = False,
@@ -119,6 +120,8 @@ async def worker(
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
         max_age: Seconds for which new streams keep outcomes for applications that are away; at least those of
             --duplicate-window.
+        learned: File for what this worker learns of when people approve, so that a restart does not forget it; made
+            where it is missing, saved every minute and at the end. Each worker needs one of its own.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address that these are served on.
         as_json: Log JSON objects, one a line.
@@ -146,6 +149,7 @@ async def worker(
             nats_url or os.environ.get("NATS_URL") or DEFAULT_NATS_URL,
             max_in_flight=max_in_flight,
             max_polls_per_second=max_polls_per_second,
+            learned=learned,
             grace=grace,
             fleet=fleet,
             event_keys=event_keys,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, Self
 
 from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
@@ -14,6 +15,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .exchanges import check_key
+from .learned import LearnedFile
 from .logs import log
 from .memory import MemoryBroker
 from .nats.engine import NatsEngine
@@ -23,6 +25,8 @@ from .serving import STARTING, Limits, Serving, WorkerStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
     from types import TracebackType
 
     from tenacity.wait import wait_base
@@ -57,6 +61,9 @@ class ApprovalWorker:
         max_polls_per_second: Polls of this worker in a second; None for as many as fit. What is due beyond that stays
             at the broker, for this worker or another. A 429 halves it, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
+        learned: A file for what that default schedule learns, which is saved every minute and at the end, and read at
+            the start; it is made where it is missing. Each worker needs one of its own. An application that passes a
+            `schedule` keeps that one's `to_json` itself. Default: none; then a restart forgets it.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
             30.
         fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
@@ -66,7 +73,7 @@ class ApprovalWorker:
         connect_options: Of ``nats.connect``: credentials, TLS.
 
     Raises:
-        ConfigurationError: An argument is wrong.
+        ConfigurationError: An argument is wrong, or `learned` is a file of something else.
 
     Example:
         >>> async with KeylessClient() as client:
@@ -81,6 +88,7 @@ class ApprovalWorker:
         max_in_flight: int = 64,
         max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
+        learned: Path | str | None = None,
         grace: float = 30.0,
         fleet: Fleet = KEYLESS,
         event_keys: EventKeys | None = None,
@@ -96,7 +104,14 @@ class ApprovalWorker:
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client.with_max_attempts(1)
+        if learned is not None and schedule is not None:
+            raise ConfigurationError("learned and schedule must not both be given", argument="learned")
+        self._keeping: AbstractAsyncContextManager[None] = nullcontext()
         self._schedule = check_schedule(schedule) or wait_adaptive()
+        if learned is not None:
+            file = LearnedFile(learned)
+            self._schedule = own = file.load()
+            self._keeping = file.keeping(own)
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a strategy that fails is found out here
         self._event_keys = event_keys
         self._engine: Engine
@@ -158,7 +173,7 @@ class ApprovalWorker:
         That takes one exchange with Keyless, and at most three of them, where the answer to a create was lost.
 
         Raises:
-            ConfigurationError: It has run already.
+            ConfigurationError: It has run already, or what it learns cannot be saved.
             BrokerError: The broker cannot be reached at the start, does not permit what a worker does, or has streams
                 that are not as they should be. A broker that is away later is waited for.
             AuthenticationError: Keyless does not accept the key. Requests stay in the stream, for another worker.
@@ -180,7 +195,11 @@ class ApprovalWorker:
             self._started.set()
 
     async def _work(self) -> None:
-        await check_key(self._client)
+        async with self._keeping:
+            await check_key(self._client)
+            await self._serve_connected()
+
+    async def _serve_connected(self) -> None:
         await self._engine.connect(on_reconnect=self._reconnected, on_loss=self._fail)
         try:
             await self._serve()
