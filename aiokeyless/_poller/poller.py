@@ -793,15 +793,18 @@ class Poller:
             applied.failed = True
             polled.failures += 1
             self._failures += not is_transient(error)  # the others were counted
-            if polled.before_deadline:
-                self._dispatcher.schedule(polled, now + max(error_delay(polled.failures), requested_pause(error)))
+            applied.retry_at = now + max(error_delay(polled.failures), requested_pause(error))
+            # Beside an ordinary poll in flight, a final one sets nothing: it could be over when that one fails.
+            if polled.before_deadline and polled.poll in (None, poll):
+                self._dispatcher.schedule(polled, applied.retry_at)
         again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
         for wait in waits:
             wait.error = error
             if wait.final is poll:
                 self._repeat_final(wait, again, now)
             else:
-                self._update(wait, now, error, due=max(polled.due, self._circuit.retry_at()))
+                due = min(polled.due, applied.retry_at)
+                self._update(wait, now, error, due=max(due, self._circuit.retry_at()))
 
     def _repeat_final(self, wait: Wait, again: float, now: float) -> None:
         """Repeat a final poll that failed: an error at the wrong moment must not cost an approval that came in time.

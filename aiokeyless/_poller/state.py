@@ -251,7 +251,7 @@ class Poll:
 class Applied:
     """The result of one poll while it is applied to its waits: what is the same for all batches of them."""
 
-    __slots__ = ("delays", "failed", "outcomes", "poll", "served", "was_seen")
+    __slots__ = ("delays", "failed", "outcomes", "poll", "retry_at", "served", "was_seen")
 
     def __init__(self, poll: Poll, active: list[Wait]) -> None:
         self.poll = poll
@@ -262,3 +262,4 @@ class Applied:
         self.outcomes: dict[PollFacts, Outcome] = {}
         self.delays: dict[int, float | Exception] = {}  # by the id of the schedule that was asked
         self.failed = False  # it was counted as a failure of the operation
+        self.retry_at = math.inf  # the end of the backoff after that

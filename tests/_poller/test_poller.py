@@ -847,6 +847,27 @@ class TestRule4TransientFailures:
         assert all(u.next_poll_in is not None and u.next_poll_in <= 4 for u in updates[:4])
         assert polls(sandbox)[-1] == pytest.approx(start + 30)
 
+    async def test_a_final_poll_that_fails_beside_one_that_hangs_does_not_cancel_the_backoff_of_that_one(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:  # found by tests/simulation, seed 267
+        await pending(client)
+        start = now()
+        loop = asyncio.get_running_loop()
+        loop.call_later(4.4, setattr, sandbox, "latency", 3600)  # the poll at 4.5 s hangs until 14.5 s
+        loop.call_later(4.7, setattr, sandbox, "latency", 0)
+        loop.call_later(4.8, sandbox.fail_next, 503, None)
+        updates: list[ApprovalUpdate] = []
+        goes_on = asyncio.create_task(
+            client.wait_for_approval("op", schedule=wait_fixed(4.5), timeout=None, on_poll=updates.append)
+        )
+        with pytest.raises(ApprovalUnknownError):
+            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
+        await asyncio.sleep(start + 14.7 - now())
+        assert updates[-1].elapsed == pytest.approx(14.5)
+        assert max(polls(sandbox)) < 7  # the next one is not due before 14.75 s
+        assert all(update.next_poll_in is not None and update.next_poll_in <= 5 for update in updates)
+        await cancel([goes_on])
+
     async def test_failed_polls_do_not_advance_the_attempts_of_a_schedule(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
