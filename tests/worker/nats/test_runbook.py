@@ -1,0 +1,183 @@
+"""The runbook of docs/howto/operating-nats.md: streams that are full, deleted or purged, on a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+import nats
+import pytest
+from nats.js.errors import APIError
+from nats_server import CLAIMS, OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
+from tenacity import wait_fixed
+
+from aiokeyless.errors import BrokerError
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, approval_outcomes, submit_approval
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from nats.aio.client import Client
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker import ApprovalEvent
+
+USER: Final = "C0"
+
+
+def new_worker(client: KeylessClient, broker: NatsServer) -> ApprovalWorker:
+    return ApprovalWorker(client, broker.url, schedule=wait_fixed(0.05))
+
+
+async def ask(connection: Client, sandbox: Sandbox, operation_id: str) -> None:
+    """Submit a request, and wait until its user is asked."""
+    await submit_approval(connection, USER, operation_id=operation_id)
+    await until(lambda: operation_id in sandbox.operations)
+
+
+async def outcomes(connection: Client, count: int, reader: str = "shop") -> list[ApprovalEvent]:
+    async with asyncio.timeout(PATIENCE), aclosing(approval_outcomes(connection, reader)) as events:
+        return [await anext(events) for _ in range(count)]
+
+
+@asynccontextmanager
+async def with_a_request_that_waits(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> AsyncGenerator[None]:
+    async with new_worker(client, broker):
+        await ask(connection, sandbox, "txn-1")
+        yield
+
+
+# -- full
+
+
+async def fill(connection: Client) -> None:
+    """Store messages until there is no room, not even for a small one."""
+    stream = connection.jetstream()
+    await stream.add_stream(name="FILLER", subjects=["filler"])
+    for size in (512 << 10, 8 << 10, 1):
+        with suppress(APIError):
+            while True:
+                await stream.publish("filler", bytes(size))
+
+
+@pytest.mark.slow
+async def test_a_broker_that_is_full_takes_no_request_and_loses_none_that_it_has(
+    tmp_path: Path, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text("jetstream: { max_file_store: 4MB }")
+    broker = NatsServer(tmp_path, "-c", str(configuration))
+    await broker.start()
+    try:
+        # With this timeout, what could not be decided is delivered again after 13 s, not 40.
+        async with (
+            sandbox.client(request_timeout=1) as client,
+            await nats.connect(broker.url) as connection,
+            with_a_request_that_waits(client, broker, connection, sandbox),
+        ):
+            await fill(connection)
+            with pytest.raises(BrokerError, match="not stored, as far as is known"):
+                await submit_approval(connection, USER, operation_id="txn-2")
+            sandbox.approve("txn-1")
+            await until(lambda: "delivery.unsettled" in caplog.text)
+            await connection.jetstream().delete_stream("FILLER")
+            await ask(connection, sandbox, "txn-2")
+            [event] = await outcomes(connection, 1)
+    finally:
+        broker.stop()
+    assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+
+
+# -- deleted
+
+
+async def test_requests_that_were_deleted_go_on_once_they_are_submitted_again(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    worker = new_worker(client, broker)
+    working = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    await ask(connection, sandbox, "txn-1")
+    await connection.jetstream().delete_stream(REQUESTS)
+    with pytest.raises(BrokerError, match="is gone, and the requests in it"):
+        await asyncio.wait_for(working, PATIENCE)
+    async with new_worker(client, broker):  # makes the stream
+        assert not (await submit_approval(connection, USER, operation_id="txn-1")).duplicate
+        sandbox.approve("txn-1")
+        [event] = await outcomes(connection, 1)
+    assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+    assert len(sandbox.operations) == 1
+
+
+async def test_outcomes_that_were_deleted_are_gone_and_later_ones_come_after_a_restart_of_the_workers(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with with_a_request_that_waits(client, broker, connection, sandbox):
+        await ask(connection, sandbox, "txn-2")
+        sandbox.approve("txn-2")
+        await outcomes(connection, 1, "others")
+        await connection.jetstream().delete_stream(OUTCOMES)
+    with pytest.raises(BrokerError, match="start a worker first"):
+        await outcomes(connection, 1)
+    async with new_worker(client, broker):
+        sandbox.approve("txn-1")
+        [event] = await outcomes(connection, 1)
+    assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+    assert (await client.get_operation("txn-2")).is_approved  # which no event says any more
+
+
+@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "purged"])
+async def test_without_its_claim_an_approval_does_not_count(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, *, deleted: bool
+) -> None:
+    stream = connection.jetstream()
+    async with with_a_request_that_waits(client, broker, connection, sandbox):
+        await (stream.delete_stream if deleted else stream.purge_stream)(CLAIMS)
+    async with new_worker(client, broker):
+        sandbox.approve("txn-1")
+        await ask(connection, sandbox, "txn-2")  # asked after that: nothing is wrong with it
+        sandbox.approve("txn-2")
+        first, second = sorted(await outcomes(connection, 2), key=lambda event: event.operation_id or "")
+    assert (first.operation_id, first.outcome, first.reason) == (
+        "txn-1",
+        Outcome.FAILED,
+        FailureReason.ALREADY_APPROVED,
+    )
+    assert (second.operation_id, second.outcome) == ("txn-2", Outcome.APPROVED)
+
+
+# -- purged
+
+
+async def test_requests_that_were_purged_count_as_stored_until_their_stream_is_made_anew(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with with_a_request_that_waits(client, broker, connection, sandbox):
+        await connection.jetstream().purge_stream(REQUESTS)
+        assert (await submit_approval(connection, USER, operation_id="txn-1")).duplicate  # and nothing is stored
+        assert (await connection.jetstream().stream_info(REQUESTS)).state.messages == 0
+    await connection.jetstream().delete_stream(REQUESTS)
+    async with new_worker(client, broker):
+        await submit_approval(connection, USER, operation_id="txn-1")
+        sandbox.approve("txn-1")
+        [event] = await outcomes(connection, 1)
+    assert (event.operation_id, event.outcome) == ("txn-1", Outcome.APPROVED)
+
+
+async def test_outcomes_that_were_purged_are_gone_and_readers_go_on_with_later_ones(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with with_a_request_that_waits(client, broker, connection, sandbox):
+        sandbox.approve("txn-1")
+        await outcomes(connection, 1, "others")
+        await connection.jetstream().purge_stream(OUTCOMES)
+        await ask(connection, sandbox, "txn-2")
+        sandbox.approve("txn-2")
+        [event] = await outcomes(connection, 1)
+    assert event.operation_id == "txn-2"
+    assert (await client.get_operation("txn-1")).is_approved  # which no event says any more
