@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+import ssl
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import nats
 import nats.errors
 import pytest
-from nats_server import REQUESTS, NatsServer, until
+from nats_server import PATIENCE, REQUESTS, NatsServer, until
 from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalWorker, Outcome, StreamSettings, approval_outcomes, submit_approval
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-    from pathlib import Path
 
     from nats.aio.client import Client
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.cluster
 
+EXAMPLES: Final = Path(__file__).parents[2] / "examples" / "nats"
 NAMES = ("a", "b", "c")
 WAITS = 50
 
@@ -38,6 +41,16 @@ def free_ports(count: int) -> list[int]:
 
 
 @asynccontextmanager
+async def running(servers: dict[str, NatsServer]) -> AsyncGenerator[dict[str, NatsServer]]:
+    try:
+        await asyncio.gather(*(server.start() for server in servers.values()))
+        yield servers
+    finally:
+        for server in servers.values():
+            server.kill()
+
+
+@asynccontextmanager
 async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
     """Run three servers that know each other."""
     routes = [f"nats://127.0.0.1:{port}" for port in free_ports(len(NAMES))]
@@ -45,12 +58,34 @@ async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
     for name, route in zip(NAMES, routes, strict=True):
         options = ("--server_name", name, "--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes))
         servers[name] = NatsServer(folder / name, *options)
-    try:
-        await asyncio.gather(*(server.start() for server in servers.values()))
+    async with running(servers):
         yield servers
-    finally:
-        for server in servers.values():
-            server.kill()
+
+
+@asynccontextmanager
+async def documented_cluster(folder: Path, certificate: tuple[Path, Path]) -> AsyncGenerator[dict[str, NatsServer]]:
+    """Run three servers with the configuration of the documentation."""
+    certificates, key = (str(file) for file in certificate)
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(len(NAMES))]
+    shared = {"TLS_CERT": certificates, "TLS_KEY": key, "TLS_CA": certificates}
+    shared |= {f"ROUTE_{number}": f"nats://{address}" for number, address in enumerate(addresses)}
+    servers = {}
+    for name, address in zip(NAMES, addresses, strict=True):
+        place = folder / name
+        place.mkdir()
+        own = {**shared, "SERVER_NAME": name, "CLUSTER_LISTEN": address, "STORE": str(place / "store")}
+        for file in ("cluster.conf", "one-account.conf"):
+            (place / file).write_text(with_values((EXAMPLES / file).read_text(), own))
+        servers[name] = NatsServer(place, "-c", str(place / "cluster.conf"), jetstream=False)  # the file turns it on
+    async with running(servers):
+        yield servers
+
+
+def with_values(configuration: str, values: dict[str, str]) -> str:
+    """Fill in what each server takes from its own environment."""
+    for variable, value in values.items():
+        configuration = re.sub(rf"\${variable}\b", f'"{value}"', configuration)
+    return configuration
 
 
 async def unheard(_error: Exception) -> None:
@@ -97,3 +132,38 @@ async def test_no_approval_is_lost_with_a_broker(tmp_path: Path, sandbox: Sandbo
     assert [event.outcome for event in found] == [Outcome.APPROVED] * WAITS
     assert {event.read_context(int) for event in found} == set(range(WAITS))
     assert len(sandbox.operations) == WAITS
+
+
+async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
+    tmp_path: Path, certificate: tuple[Path, Path], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user in ("OPERATOR", "WORKER", "SHOP_ASKER", "SHOP_READER"):
+        monkeypatch.setenv(f"{user}_PASSWORD", "of-every-user")
+    trusted = ssl.create_default_context(cafile=certificate[0])
+
+    def options(user: str) -> dict[str, Any]:
+        return {"user": user, "password": "of-every-user", "inbox_prefix": f"_INBOX_{user}", "tls": trusted}
+
+    async with documented_cluster(tmp_path, certificate) as servers, sandbox.client(request_timeout=1) as client:
+        urls = [server.url.replace("nats://", "tls://") for server in servers.values()]
+        async with (
+            await nats.connect(urls, error_cb=unheard, **options("operator")) as operator,
+            await nats.connect(urls, error_cb=unheard, **options("shop_asker")) as asker,
+            await nats.connect(urls, error_cb=unheard, **options("shop_reader")) as reader,
+        ):
+            await until(lambda: has_a_leader(operator))
+            worker = ApprovalWorker(
+                client,
+                ",".join(urls),
+                schedule=wait_fixed(0.2),
+                settings=StreamSettings(replicas=len(NAMES)),
+                connect_options=options("worker"),
+            )
+            async with worker:
+                submission = await submit_approval(asker, "C0FFEE")
+                await until(lambda: submission.operation_id in sandbox.operations)
+                servers[await leader_of_the_requests(operator)].kill()
+                sandbox.approve(submission.operation_id)
+                async with asyncio.timeout(PATIENCE), aclosing(approval_outcomes(reader, "shop")) as events:
+                    event = await anext(events)
+    assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)

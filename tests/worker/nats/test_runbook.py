@@ -1,4 +1,4 @@
-"""The runbook of docs/howto/operating-nats.md: streams that are full, deleted or purged, on a real broker."""
+"""The runbook of docs/howto/operating-workers.md: streams that are full, deleted or purged, on a real broker."""
 
 from __future__ import annotations
 
