@@ -55,6 +55,8 @@ def main() -> int:
         for name, report in reports.items():
             if report.tables and hasattr(modules[name], "draw"):
                 pictures.save(modules[name].draw(report.raw), arguments.save / f"{name}.svg")
+            if report.tables and hasattr(modules[name], "page"):
+                (arguments.save / f"{name}.md").write_text(modules[name].page(report.raw))
     return 1 if any(report.failed for report in reports.values()) else 0
 
 

@@ -17,7 +17,7 @@ from benchmarks.approval_times import seeded_random
 from benchmarks.soak.histogram import Histogram
 from benchmarks.soak.journal import Reader, Writer
 from benchmarks.soak.proxy import ANSWER_FAULTS, REQUEST_FAULTS, Fault, FaultyProxy
-from benchmarks.soak.verdicts import Ending, Entry, Event, Outcome, Verdict, Verdicts
+from benchmarks.soak.verdicts import HOLD, Ending, Entry, Event, Outcome, Verdict, Verdicts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -61,6 +61,8 @@ TIMED_OUT_EARLIER = outcome(Ending.TIMED_OUT, deadline=29.0)
         (TIMED_OUT, None, Verdict.UNEXPECTED),
         (outcome(Ending.UNKNOWN), [Event.APPROVED], Verdict.RIGHT),
         (outcome(Ending.CANCELLED), [Event.APPROVED], Verdict.RIGHT),
+        (outcome(Ending.HELD, how=HOLD), [Event.APPROVED], Verdict.RIGHT),
+        (outcome(Ending.HELD), [Event.APPROVED], Verdict.UNEXPECTED),
         (outcome(Ending.MISMATCHED), [Event.SWAPPED], Verdict.RIGHT),
         (outcome(Ending.MISMATCHED), [Event.APPROVED], Verdict.UNEXPECTED),
         (outcome(Ending.NOT_CREATED, how="create_operation"), [], Verdict.RIGHT),
@@ -83,9 +85,9 @@ def test_wait_that_is_over_too_late_is_counted() -> None:
     verdicts = Verdicts(memory=600.0)
     verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
     verdicts.evaluate(outcome(Ending.TIMED_OUT, ended=61.9, limit=62.0))
-    assert verdicts.overrun.total == 0
+    assert not verdicts.overrun
     verdicts.evaluate(outcome(Ending.TIMED_OUT, ended=62.5, limit=62.0))
-    assert verdicts.overrun.quantile(1.0) == 0.5
+    assert verdicts.overrun["wait"].quantile(1.0) == 0.5
 
 
 def test_lateness_counts_from_the_approval_or_from_a_later_wait() -> None:

@@ -35,7 +35,7 @@ from benchmarks.server import API_KEY, allow_many_sockets
 
 from .histogram import Histogram
 from .journal import Writer
-from .verdicts import Ending, Outcome
+from .verdicts import HOLD, Ending, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -49,8 +49,9 @@ _PAYLOAD: Final = "Approve wire transfer of $500 to account "
 _POLL_COST: Final = 3.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
 _IN_BATCHES: Final = 0.1  # of the waits
 _BATCH: Final = 10
-_FINAL: Final = 2.0  # seconds that a wait may last beyond its deadline: rule 3
+_FINAL: Final = 2.05  # seconds that a wait may last beyond its deadline (rule 3), with the time to wake up its task
 _BEAT: Final = 0.05  # seconds between two readings of the event loop's lag
+_IN_FLIGHT: Final = 256  # polls; three processes share two cores, so an answer can take long
 _AGAIN: Final = 20  # times that an application asks again where the outcome is unknown
 
 
@@ -151,15 +152,13 @@ class Applications:
             await asyncio.sleep(self._source.uniform(1.0, 5.0))
 
     async def _hold(self, request: Request) -> None:
-        if ticket := await self._create(request):
-            await self._until_known("hold_for_approval", ticket, self._holds(ticket))
-
-    async def _holds(self, ticket: ApprovalTicket) -> Operation:
-        while True:
+        """Wait piece by piece; each hold has bounds of its own, and what it returns late counts from the first one."""
+        ticket = await self._create(request)
+        started, ending = time.monotonic(), Ending.HELD
+        while ticket and ending in {Ending.HELD, Ending.UNKNOWN}:
             seconds = self._source.uniform(0.02, 0.2) * self._plan.expires_in
-            operation = await self._client.hold_for_approval(ticket, seconds=seconds)
-            if operation is not None:
-                return operation
+            hold = self._client.hold_for_approval(ticket, seconds=seconds)
+            ending = await self._outcome(HOLD, ticket.operation_id, hold, *_bounds(ticket), started=started)
 
     async def _updates(self, request: Request) -> None:
         if ticket := await self._create(request):
@@ -258,9 +257,11 @@ class Applications:
         waiting: Awaitable[Operation | None],
         deadline: float,
         limit: float | None = None,
+        *,
+        started: float | None = None,
     ) -> Ending:
         """Wait, write down how it ended, and return that."""
-        started = time.monotonic()
+        started = time.monotonic() if started is None else started
         result: Operation | Exception | None
         try:
             result = await waiting
@@ -298,8 +299,10 @@ def _told(how: str, operation_id: str, started: float, result: Operation | Excep
         ending = _ending(result)
         detail = f"{type(result).__name__}: {result}" if ending in {Ending.FAILED, Ending.MISMATCHED} else ""
         return Outcome(operation_id, how, ending, started, now, detail=detail)
+    if result is None:
+        return Outcome(operation_id, how, Ending.HELD, started, now)
     approved = None
-    if result is not None and result.is_approved:
+    if result.is_approved:
         approved = result.operation_id, result.user_id, result.operation_payload or ""
     return Outcome(operation_id, how, Ending.APPROVED, started, now, approved=approved)
 
@@ -342,7 +345,8 @@ def _sample(client: KeylessClient, lags: Histogram, slowest_cancel: float) -> Sa
 async def _run(base_url: str, plan: Plan, folder: Path) -> None:
     source = random.Random(1)  # noqa: S311  # simulated applications, not keys
     with Writer(folder / "outcomes") as outcomes, Writer(folder / "samples") as samples:
-        async with KeylessClient(API_KEY, base_url=base_url, schedule=wait_adaptive(poll_cost=_POLL_COST)) as client:
+        schedule = wait_adaptive(poll_cost=_POLL_COST)
+        async with KeylessClient(API_KEY, base_url=base_url, schedule=schedule, max_in_flight=_IN_FLIGHT) as client:
             applications = Applications(client, plan, outcomes, source)
             measuring = asyncio.create_task(_measure(applications, client, samples, plan.sample))
             await applications.run()

@@ -6,7 +6,7 @@ the machine's monotonic clock, which all processes share. Nothing here does I/O.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from enum import StrEnum
 from typing import Final
 
@@ -14,6 +14,8 @@ import msgspec
 
 from .histogram import Histogram
 
+#: The method that may return None.
+HOLD: Final = "hold_for_approval"
 #: The methods that create an operation.
 CREATING: Final = frozenset({"create_operation", "request_approval"})
 #: Seconds by which a deadline that an application computes may differ from that of its wait.
@@ -51,6 +53,7 @@ class Ending(StrEnum):
     MISMATCHED = "mismatched"
     ALREADY_APPROVED = "already approved"
     NOT_CREATED = "not created"
+    HELD = "held"  # a hold returned None: the wait goes on
     CANCELLED = "cancelled"  # by the application
     FAILED = "failed"  # anything else
 
@@ -111,7 +114,7 @@ class Verdicts:
         verdicts: How many outcomes each verdict was given to.
         endings: How many outcomes there were of each method and ending.
         lateness: Seconds from the approval, or from the start of a later wait, until the application was told.
-        overrun: Seconds by which waits ended after their limit, of those that did.
+        overrun: Seconds by which waits ended after their limit, of those that did, by method.
         examples: The first findings, in words.
     """
 
@@ -122,7 +125,7 @@ class Verdicts:
         self.verdicts: Counter[Verdict] = Counter()
         self.endings: Counter[tuple[str, Ending]] = Counter()
         self.lateness = Histogram()
-        self.overrun = Histogram()
+        self.overrun: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.examples: list[str] = []
 
     def record(self, entry: Entry) -> None:
@@ -147,7 +150,7 @@ class Verdicts:
         self.verdicts[verdict] += 1
         self.endings[outcome.how, outcome.ending] += 1
         if outcome.limit is not None and outcome.ended > outcome.limit:
-            self.overrun.add(outcome.ended - outcome.limit)
+            self.overrun[outcome.how].add(outcome.ended - outcome.limit)
         if verdict is not Verdict.RIGHT and len(self.examples) < _EXAMPLES:
             self.examples.append(f"{verdict}: {outcome}")
         return verdict
@@ -162,6 +165,8 @@ class Verdicts:
                 return Verdict.RIGHT if known is not None and known.swapped else Verdict.UNEXPECTED
             case Ending.NOT_CREATED:  # the same errors must never end a wait
                 return Verdict.RIGHT if outcome.how in CREATING else Verdict.UNEXPECTED
+            case Ending.HELD:
+                return Verdict.RIGHT if outcome.how == HOLD else Verdict.UNEXPECTED
             case Ending.FAILED:
                 return Verdict.UNEXPECTED
         return Verdict.RIGHT
