@@ -162,14 +162,14 @@ class Verdicts:
             case Ending.TIMED_OUT:
                 return self._of_timeout(outcome, known)
             case Ending.MISMATCHED:
-                return Verdict.RIGHT if known is not None and known.swapped else Verdict.UNEXPECTED
+                explained = known is not None and known.swapped
             case Ending.NOT_CREATED:  # the same errors must never end a wait
-                return Verdict.RIGHT if outcome.how in CREATING else Verdict.UNEXPECTED
+                explained = outcome.how in CREATING
             case Ending.HELD:
-                return Verdict.RIGHT if outcome.how == HOLD else Verdict.UNEXPECTED
-            case Ending.FAILED:
-                return Verdict.UNEXPECTED
-        return Verdict.RIGHT
+                explained = outcome.how == HOLD
+            case _:
+                explained = outcome.ending in {Ending.UNKNOWN, Ending.CANCELLED}
+        return Verdict.RIGHT if explained else Verdict.UNEXPECTED
 
     def _of_approval(self, outcome: Outcome, known: _Known | None) -> Verdict:
         if known is None or known.approved_at is None or known.approved_at > outcome.ended:
