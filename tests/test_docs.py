@@ -220,6 +220,40 @@ def test_what_the_page_about_the_schedule_says_was_measured() -> None:
     assert f"new optimum is {first:.0%} in the first hundred waits and {fifth:.1%} in the fifth" in page
 
 
+FRONT = "approval times: log-normal (8 s, 0.8); the front"
+
+
+def test_the_table_of_poll_costs_was_measured() -> None:
+    page = (DOCS / "howto" / "schedules.md").read_text()
+    shown = re.findall(r"^\| ([\d.]+)(?:, the default)? \| ([\d.]+) \| ([\d.]+) s \|$", page, re.MULTILINE)
+    assert len(shown) == 5
+    measured = lateness(FRONT)
+    for poll_cost, *figures in shown:
+        for figure, exact in zip(figures, measured[poll_cost][:2], strict=True):
+            assert float(figure) == round(float(exact), len(figure.partition(".")[2])), poll_cost
+
+
+def test_the_costs_that_the_pages_name_were_measured() -> None:
+    page = (DOCS / "explanation" / "costs.md").read_text()
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
+    ten_thousand, hundred_thousand = (
+        {name: float(longest.split()[0]) for name, longest, *_ in table["rows"]} for table in results["herd"]["tables"]
+    )
+    ours, semaphore, connector, unbounded = ten_thousand.values()
+    assert f"ours {ours:.1f} ms, a semaphore {semaphore:.0f} ms, a connector" in page
+    assert f"limit {connector:.0f} ms, unbounded {unbounded:.0f} ms" in page
+    assert round(ours) == round(hundred_thousand["aiokeyless"]) == 2
+    assert "block the event loop for 2 ms" in page
+    assert "block the event loop for 2 ms" in (ROOT / "README.md").read_text()
+    *_, table = (table for table in results["waits"]["tables"] if table["title"] == "100000 waits")
+    assert f"takes {int(table['rows'][0][1]) / 1000:.1f} KB" in page
+    people = lateness(LOG_NORMAL.format("8 s, 0.8"))
+    (requests, late, *_), (requests_of_loop, late_of_loop, *_) = people["aiokeyless, after 100"], people["every 1 s"]
+    assert f"after {float(late):.2f} s on average with {float(requests):.1f} requests a wait" in page
+    assert f"the loop after {late_of_loop} s\nwith {float(requests_of_loop):.1f}" in page
+    assert f"{1 - float(requests) / float(requests_of_loop):.0%} fewer requests" in page
+
+
 def test_every_exception_stands_in_the_table() -> None:
     table = (DOCS / "reference" / "exceptions.md").read_text().partition("```")[0]
     roots = {"KeylessError", "ApprovalError"}
