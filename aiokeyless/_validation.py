@@ -206,8 +206,6 @@ def check_region(region: Region | str) -> Region:
 # Only what urlsplit and yarl parse in the same way: no zone, no percent sign, ASCII. (The connection uses yarl's
 # result.) Resolving an empty or a longer label raises something other than an OSError.
 _LABEL: Final = "[a-z0-9_-]{1,63}"
-
-
 _AUTHORITY: Final = re.compile(
     rf"(?:\[[0-9a-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?)(?::0*[1-9][0-9]*)?", re.ASCII | re.IGNORECASE
 )

@@ -83,7 +83,6 @@ T = TypeVar("T")
 _DEFAULT_TIMEOUT: Final = 120.0
 _BATCH: Final = 128  # waits started between two yields to the event loop
 
-
 _OTHER_LOOP: Final = (
     "the client belongs to the event loop of its first use, and this is another one: create one client per event loop"
 )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from .state import Wait, WaitResult
 
-_LOGGER: Final = logging.getLogger("aiokeyless")
+logger: Final = logging.getLogger("aiokeyless")
 
 _MOST_REQUESTS: Final = 8  # at once, of all waits together
 _REFUSED_FOR: Final = 120.0  # seconds without a request after one that was not allowed: the next would not be, either
@@ -160,7 +160,7 @@ class Explainer:
                 async with self._slots:
                     answer = await self._transport.send(get_authentications(user_id, subject.operation_id))
         except KeylessError as error:
-            _LOGGER.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
+            logger.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
             self._pause_after(error)
         else:
             subject.attempts = merged(subject.attempts, answer, subject.operation_id)
