@@ -238,8 +238,9 @@ def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
     ids=str,
 )
 def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
         ApprovalTicket.for_operation(**({"operation_id": "txn-1", "user_id": "C0FFEE"} | arguments))
+    assert [caught.value.argument] == list(arguments)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +311,11 @@ def test_remaining_counts_from_this_machines_clock_by_default() -> None:
 
 
 def test_remaining_refuses_a_naive_now() -> None:
-    with pytest.raises(ConfigurationError, match="aware"):
+    with pytest.raises(
+        ConfigurationError, match=r"^now must be an aware datetime, such as datetime\.now\(UTC\)"
+    ) as caught:
         ticket().remaining(datetime(2026, 11, 24, 12))  # noqa: DTZ001
+    assert caught.value.argument == "now"
 
 
 def test_an_absent_payload_and_an_empty_one_have_the_same_digest() -> None:

@@ -31,6 +31,7 @@ from aiokeyless import (
     StatusError,
     TransportError,
 )
+from aiokeyless.events import Event, RequestEnded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -234,6 +235,12 @@ async def test_a_refusal_after_an_ambiguous_failure_that_was_resolved_is_raised(
     talk = Talk(BUSY, MISSING, answer(b"", status=b"401 No"))
     assert type(await failure(talk.create())) is AuthenticationError
     assert talk.methods == ["POST", "GET", "POST"]
+
+
+async def test_a_status_above_the_successes_had_no_effect() -> None:
+    talk = Talk(answer(b"", status=b"300 Choose"))
+    assert type(await failure(talk.create())) is StatusError
+    assert talk.methods == ["POST"]
 
 
 # Conflicts
@@ -500,8 +507,10 @@ async def test_new_id_is_created_where_it_might_have_been_resumed(client: Keyles
 )
 async def test_taken_id_is_not_resumed(found: bytes, kind: type[KeylessError]) -> None:
     error = await failure(Talk(CONFLICT, found).create(if_exists="resume", **MINE))
+    assert isinstance(error, ConflictError)
     assert type(error) is kind
-    assert error.operation_id == "a"  # type: ignore[attr-defined]  # every error of a create has it
+    assert (error.status, error.method, error.path) == (409, "POST", f"/v2/users/{USER}/operations")
+    assert error.operation_id == "a"
 
 
 async def test_taken_id_that_a_replica_does_not_know_yet_is_resumed() -> None:
@@ -546,6 +555,24 @@ async def test_an_error_that_was_not_sent_after_an_ambiguous_one_may_have_taken_
 async def test_error_names_the_operation(answers: list[Any]) -> None:
     error = await failure(Talk(*answers).create())
     assert error.operation_id == "a"  # type: ignore[attr-defined]  # every error of a create has it
+
+
+async def test_an_answer_without_success_is_described() -> None:
+    error = await failure(Talk(answer(b'{"success": false}'), MISSING, max_attempts=1).create())
+    assert isinstance(error, DecodeError)
+    path = f"/v2/users/{USER}/operations"
+    assert (error.status, error.method, error.path) == (200, "POST", path)
+    assert str(error).startswith(f"POST {path} answered without success")
+
+
+async def test_listeners_are_told_the_attempt() -> None:
+    told: list[Event] = []
+    await Talk(BUSY, MISSING, CREATED, listeners=[told.append]).create()
+    assert [(event.method, event.attempt) for event in told if isinstance(event, RequestEnded)] == [
+        ("POST", 1),
+        ("GET", 1),
+        ("POST", 2),
+    ]
 
 
 async def test_error_of_another_call_names_none(client: KeylessClient) -> None:

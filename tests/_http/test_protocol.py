@@ -15,6 +15,7 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.pretty import pretty_repr
 from yarl import URL
 
 from aiokeyless._http.protocol import (
@@ -1151,3 +1152,22 @@ def test_no_answer_raises_anything_but_the_two_documented_roots(
 
 def test_the_limit_of_identifiers_is_the_documented_one() -> None:
     assert MAX_IDENTIFIER == 512
+
+
+# What error reporters print
+
+
+def test_neither_a_request_nor_an_answer_shows_its_body() -> None:
+    request = create_operation("c0ffee", NewOperation(operation_id="txn-1", operation_payload="Pay 40"))
+    answer = Answer(200, {}, GOOD["operation"])
+    assert repr(request) == "<Request POST /v2/users/C0FFEE/operations>"
+    assert pretty_repr(request) == "Request(path='/v2/users/C0FFEE/operations')"
+    assert repr(answer) == f"<Answer 200, {len(answer.body)} bytes>"
+    assert pretty_repr(answer) == f"Answer(status=200, size={len(answer.body)})"
+
+
+def test_an_endpoint_has_what_it_was_made_of() -> None:
+    endpoint = Endpoint("GET", "/v2/{it}", bytes.hex, success=frozenset({200}), max_body=7)
+    assert (endpoint.method, endpoint.route, endpoint.max_body) == ("GET", "/v2/{it}", 7)
+    assert endpoint.decode(b"\x01") == "01"
+    assert endpoint.success == {200}

@@ -71,6 +71,7 @@ def test_a_new_circuit_is_closed_and_allows_all_polls() -> None:
         False,
     )
     assert circuit.retry_at() == -math.inf
+    assert circuit.since == -math.inf
 
 
 def test_four_failures_in_a_row_take_little_room() -> None:
@@ -213,6 +214,13 @@ def test_stragglers_that_fail_do_not_advance_the_backoff() -> None:
         assert circuit.retry_at() == 100.5
     fail(circuit, 108.0)
     assert circuit.retry_at() == 109.0  # the second probe's window, not the sixth's
+
+
+@pytest.mark.usefixtures("full_backoff")
+def test_a_poll_that_starts_in_the_moment_of_the_opening_is_a_probe() -> None:
+    circuit = open_at(10.0)
+    circuit.record_failure(12.0, "probe", started_at=10.0, is_probe=True)
+    assert circuit.retry_at() == 13.0
 
 
 @pytest.mark.usefixtures("full_backoff")
@@ -413,6 +421,24 @@ def test_a_good_answer_between_the_two_shows_that_they_are_the_operations_own() 
     for operation in "ab":  # they were sent before that answer
         circuit.record_pause(20.1, operation, 30.0, started_at=19.8, of_all=False)
     assert circuit.is_closed
+
+
+def test_a_503_counts_where_its_poll_started_in_the_moment_of_the_last_good_answer() -> None:
+    circuit = Circuit(LIMIT)
+    circuit.record_success(1.0, started_at=0.9)
+    for operation in ("a", "b"):
+        circuit.record_pause(2.0, operation, 30.0, started_at=1.0, of_all=False)
+    assert circuit.retry_at() == 32.0
+
+
+def test_the_operation_after_those_two_is_the_first_of_the_next_two() -> None:
+    circuit = Circuit(LIMIT)
+    for operation in ("a", "b"):
+        unavailable(circuit, 1.0, operation, 10.0)
+    unavailable(circuit, 2.0, "c", 60.0)
+    assert circuit.retry_at() == 11.0
+    unavailable(circuit, 3.0, "d", 60.0)
+    assert circuit.retry_at() == 63.0
 
 
 def test_a_good_answer_ends_the_pause_of_a_503_and_not_that_of_a_429() -> None:

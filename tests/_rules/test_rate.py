@@ -56,6 +56,25 @@ class TestTokenBucket:
         rate.record_poll(5.0)
         assert rate.ready_at(5.0) == rate.ready_at(5.0) == pytest.approx(6.0)
 
+    def test_there_is_room_for_the_polls_that_may_start_at_once(self) -> None:
+        rate = PollRate(10.0)
+        assert PollRate(None).room(0.0) is None
+        assert rate.room(0.0) == 10
+        for left in (9, 8, 7):
+            rate.record_poll(0.0)
+            assert rate.room(0.0) == left
+        assert rate.room(0.1) == 8
+        assert rate.room(0.19) == 8
+        for _ in range(20):
+            rate.record_poll(0.2)
+        assert rate.room(0.2) == 0
+
+    def test_room_is_not_lost_to_rounding(self) -> None:
+        rate = PollRate(10.0)
+        for _ in range(10):
+            rate.record_poll(0.0)
+        assert rate.room(0.3) == 3  # 0.3 * 10 may be a little less
+
 
 class TestRefusals:
     def test_a_refusal_halves_the_rate_at_which_polls_started(self) -> None:

@@ -37,6 +37,7 @@ from aiokeyless.worker.decisions import (
     after_creation,
     after_failed_creation,
     after_older,
+    after_outage,
     after_poll,
     invalid,
     is_final,
@@ -112,10 +113,12 @@ def polled(
     took: float = 0.0,
     delivery: Delivery = DELIVERY,
     schedule: wait_base = EVERY_THREE,
+    was_created: bool = False,
     **options: Any,
 ) -> Decision | Next:
     """Decide by a poll that starts at this age."""
-    return after_poll(delivery, answer, polled_at=at(age), now=at(age + took), pacing=pacing(schedule, **options))
+    paced = pacing(schedule, **options)
+    return after_poll(delivery, answer, polled_at=at(age), now=at(age + took), pacing=paced, was_created=was_created)
 
 
 def answered(age: float, *, took: float = 0.0, every: float = 3.0, **changed: Any) -> Decision | Next:
@@ -146,6 +149,7 @@ def status(kind: type[Any], number: int, *, path: str = "/v2/x") -> KeylessError
 UNREACHABLE = TransportError("no answer", method="GET", path="/v2/x")
 GATEWAY = NotJsonError("a page", status=200, method="GET", path="/v2/x")
 MISSING = status(NotFoundError, 404)
+FORBIDDEN = status(PermissionDeniedError, 403)
 MISSHAPEN = DecodeError("another shape", status=200, method="GET", path="/v2/x")
 
 # -- answers
@@ -176,7 +180,8 @@ def test_a_poll_that_started_in_time_is_not_the_final_one_however_late_its_answe
     assert delay(answered(IN_TIME, took=10)) == SHORTEST
 
 
-def test_the_schedule_sees_the_age_of_the_request_and_the_number_of_the_delivery() -> None:
+@pytest.mark.parametrize("age", [0.25, 10.0])
+def test_the_schedule_sees_the_age_of_the_request_and_the_number_of_the_delivery(age: float) -> None:
     seen = []
 
     class Noting(wait_fixed):
@@ -184,8 +189,9 @@ def test_the_schedule_sees_the_age_of_the_request_and_the_number_of_the_delivery
             seen.append((retry_state.attempt_number, retry_state.seconds_since_start))
             return super().__call__(retry_state)
 
-    polled(operation(), 9, took=1, schedule=Noting(1))
-    assert seen[-1] == (7, 10.0)
+    delivery = msgspec.structs.replace(DELIVERY, number=1 if age < 1 else 7)
+    polled(operation(), age - 0.25, took=0.25, schedule=Noting(1), delivery=delivery)
+    assert seen[-1] == (delivery.number, age)
 
 
 def test_failed_polls_do_not_advance_an_exponential_schedule() -> None:
@@ -259,6 +265,25 @@ def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_t
     assert {decided(outcome).name for outcome in outcomes} == {DELIVERY.name}
 
 
+def test_every_outcome_says_when_it_was_decided() -> None:
+    now = at(FINAL + 2)
+    outcomes = [
+        answered(FINAL, took=2),
+        answered(FINAL, took=2, **APPROVED),
+        answered(FINAL, took=2, state="denied"),
+        polled(UNREACHABLE, FINAL, took=2),
+        polled(MISSHAPEN, FINAL, took=2),
+        not_created(MISSHAPEN, FINAL + 2),
+        after_bug(DELIVERY, ZeroDivisionError(), now=now),
+        after_conflict(DELIVERY, now=now),
+        after_older(DELIVERY, operation(**APPROVED), now=now),
+        after_older(DELIVERY, operation(), now=now),
+        after_older(DELIVERY, operation(user_id="BAD"), now=now),
+        after_outage(DELIVERY, now=now),
+    ]
+    assert {decided(outcome).event.decided_at for outcome in outcomes} == {now}
+
+
 def test_an_event_tells_whom_and_when_and_hands_the_context_back() -> None:
     event, *_ = decided(answered(5, took=2, **APPROVED))
     assert (event.operation_id, event.user_id, event.external_user_id) == ("txn 1", "C0FFEE", "eve")
@@ -279,7 +304,9 @@ def test_no_event_holds_the_payload_or_the_key_of_the_answer() -> None:
 def test_an_approval_from_before_the_request_does_not_count_again() -> None:
     event, *_ = decided(after_older(DELIVERY, operation(**APPROVED), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
-    assert event.detail
+    assert event.detail == (
+        "an operation of this id and content was approved before this request asked; one approval counts once"
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,10 +329,15 @@ def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why
     assert event.detail
 
 
+def test_an_operation_from_before_the_request_is_told_from_one_of_another_request() -> None:
+    event, *_ = decided(after_older(DELIVERY, operation(), now=at(1)))
+    assert event.detail == "an operation of this id was there before this request"
+
+
 def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:
     event, *_ = decided(after_conflict(DELIVERY, now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
-    assert event.detail
+    assert event.detail == "the operation id belongs to a different request"
 
 
 # -- no answer
@@ -326,6 +358,25 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
     assert "ZeroDivisionError" in (event.detail or "")
     assert "secret" not in (event.detail or "")
     assert name == DELIVERY.name
+
+
+def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
+    event, name, polled_at = after_outage(DELIVERY, now=at(LATE))
+    assert (event.outcome, event.answered, event.reason) == (Outcome.EXPIRED, False, None)
+    assert (name, polled_at) == (DELIVERY.name, None)
+
+
+def test_what_this_request_may_have_created_is_not_created_again_where_it_is_missing_for_a_moment() -> None:
+    assert SHORTEST <= delay(polled(MISSING, 10, was_created=True)) <= 0.5
+    assert SHORTEST <= delay(polled(MISSING, FINAL, was_created=True, grace=30)) <= 0.5
+    assert decided(polled(MISSING, FINAL, was_created=True)).event.answered is False
+
+
+def test_a_gateway_that_refuses_everything_for_a_moment_does_not_end_what_users_were_asked() -> None:
+    assert delay(polled(FORBIDDEN, 10, was_created=True, failures=9)) == 3  # by the schedule
+    assert SHORTEST <= delay(polled(FORBIDDEN, FINAL, was_created=True, grace=30)) <= 0.5
+    event, *_ = decided(polled(FORBIDDEN, FINAL, was_created=True))
+    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:
@@ -424,6 +475,22 @@ def test_what_is_not_to_be_created_has_failed_with_its_reason(error: KeylessErro
     assert name == DELIVERY.name
 
 
+@pytest.mark.parametrize("error", [MISSING, FORBIDDEN], ids=repr)
+def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(error: KeylessError) -> None:
+    assert delay(not_created(error, 10, may_exist=True)) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(status(BadRequestError, 400), FailureReason.POLL_REFUSED), (MISSHAPEN, FailureReason.UNREADABLE)],
+    ids=repr,
+)
+def test_what_may_have_been_created_is_not_said_to_be_rejected(error: KeylessError, reason: FailureReason) -> None:
+    event, *_ = decided(not_created(error, 1, may_exist=True))
+    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
+
+
 def test_a_long_message_is_cut() -> None:
     error = TransportError("x" * 10_000, method="GET", path="/v2/x")
     event, *_ = decided(after_bug(DELIVERY, error, now=at(1)))
@@ -485,6 +552,11 @@ def test_an_approval_found_by_the_first_poll_came_since_the_beginning() -> None:
 def test_a_request_that_expired_was_pending_at_the_start_of_its_final_poll() -> None:
     assert learned(answered(FINAL, took=2)) == (FINAL, None)
     assert learned(polled(MISSING, FINAL, took=2)) == (FINAL, None)
+
+
+def test_a_short_request_that_expired_was_observed_for_no_longer_than_it_lasted() -> None:
+    ticket = msgspec.structs.replace(DELIVERY.ticket, expires_at=at(0.5))
+    assert learned(polled(operation(), 0.5, delivery=msgspec.structs.replace(DELIVERY, ticket=ticket))) == (0.5, None)
 
 
 def test_a_clock_that_steps_back_during_a_poll_makes_no_observation_that_ends_before_it_begins() -> None:
