@@ -19,7 +19,7 @@ import nats
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
-from aiokeyless.worker import ApprovalWorker, submit_approval
+from aiokeyless.worker import ApprovalWorker, load_shedding, submit_approval
 
 from .broker import NatsServer
 from .report import CannotMeasureError
@@ -48,6 +48,20 @@ class Shares(NamedTuple):
     broker: float
 
 
+class Pace(NamedTuple):
+    """How workers poll.
+
+    Attributes:
+        schedule: When; None for the default.
+        rate: Polls of a worker in a second, at most; None for as many as fit.
+        sheds_load: Whether they stretch their schedule while new requests wait.
+    """
+
+    schedule: wait_base | None
+    rate: float | None = None
+    sheds_load: bool = True
+
+
 class Fleet:
     """A changing number of workers on one broker; made by `fleet`.
 
@@ -56,17 +70,15 @@ class Fleet:
         broker: Delivers their messages.
         folder: Directory of the broker's files.
         connection: An application's connection to the broker.
-        schedule: When they poll.
+        pace: How they poll.
     """
 
-    def __init__(
-        self, server: Server, broker: NatsServer, folder: Path, connection: Client, schedule: wait_base
-    ) -> None:
+    def __init__(self, server: Server, broker: NatsServer, folder: Path, connection: Client, pace: Pace) -> None:
         self.server = server
         self.connection = connection
         self._broker = broker
         self._folder = folder
-        self._schedule = schedule
+        self._pace = pace
         self._workers: list[SpawnProcess] = []
 
     async def resize(self, count: int) -> None:
@@ -84,7 +96,7 @@ class Fleet:
     def _start(self) -> Connection:
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
-        worker = spawn.Process(target=_work, args=(self.server, self._broker.url, self._schedule, there), daemon=True)
+        worker = spawn.Process(target=_work, args=(self.server, self._broker.url, self._pace, there), daemon=True)
         worker.start()
         there.close()
         self._workers.append(worker)
@@ -152,7 +164,7 @@ def _resident(process: psutil.Process) -> float:
 
 
 @contextlib.asynccontextmanager
-async def fleet(server: Server, schedule: wait_base, workers: int = 1) -> AsyncIterator[Fleet]:
+async def fleet(server: Server, pace: Pace, workers: int = 1) -> AsyncIterator[Fleet]:
     """Run a broker without any streams, and workers."""
     with tempfile.TemporaryDirectory() as folder:
         broker = NatsServer(Path(folder))
@@ -162,7 +174,7 @@ async def fleet(server: Server, schedule: wait_base, workers: int = 1) -> AsyncI
             raise CannotMeasureError(f"the broker did not start: {error}") from error
         try:
             async with await nats.connect(broker.url) as connection:
-                running = Fleet(server, broker, Path(folder), connection, schedule)
+                running = Fleet(server, broker, Path(folder), connection, pace)
                 await asyncio.to_thread(server.require_creation, required=True)  # a worker creates what is missing
                 try:
                     await running.resize(workers)
@@ -174,12 +186,14 @@ async def fleet(server: Server, schedule: wait_base, workers: int = 1) -> AsyncI
             broker.stop()
 
 
-def _work(server: Server, nats_url: str, schedule: wait_base, ready: Connection) -> None:
+def _work(server: Server, nats_url: str, pace: Pace, ready: Connection) -> None:
     """Run a worker until SIGTERM."""
+    if not pace.sheds_load:
+        vars(load_shedding)["_MAX_FACTOR"] = 1.0
 
     async def work() -> None:
         async with KeylessClient(API_KEY, base_url=server.base_url, max_attempts=1) as client:
-            worker = ApprovalWorker(client, nats_url, schedule=schedule, max_polls_per_second=None)
+            worker = ApprovalWorker(client, nats_url, schedule=pace.schedule, max_polls_per_second=pace.rate)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())

@@ -22,7 +22,7 @@ from aiokeyless.worker import Outcome, approval_outcomes
 from benchmarks import pictures
 from benchmarks.approval_times import seeded_random
 from benchmarks.bench import order
-from benchmarks.fleet import EXPIRES_IN, Fleet, Shares, fleet
+from benchmarks.fleet import EXPIRES_IN, Fleet, Pace, Shares, fleet
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
 from benchmarks.server import (
     API_KEY,
@@ -48,6 +48,8 @@ _ENOUGH_WORK: Final = 0.8  # of the due polls: if more of them were sent, the sc
 _FULL: Final = 0.9  # of all cores: with less in use, something else was the limit
 _SAMPLES: Final = 10
 _LOST_AFTER: Final = 20.0  # seconds after which an unnoticed approval counts as lost
+_BURST_LOST_AFTER: Final = 180.0  # the same, in a burst
+_RATE: Final = 1000.0  # polls of a worker in a second: its default
 
 POLLER: Final = "in-process poller"
 WORKER: Final = "worker"
@@ -90,6 +92,7 @@ class Noticed(NamedTuple):
     late: float  # seconds from the approval until the application was told
     delivery: float  # seconds of these after the answer of the service
     polls: int
+    at: float  # when the application was told, by `time.perf_counter`
 
 
 def run(bench: Bench) -> Report:
@@ -104,6 +107,7 @@ async def _measure(bench: Bench, server: Server, report: Report) -> None:
     await _measure_polls(bench, server, report)
     await _measure_memory(bench, server, report)
     await _measure_lateness(bench, server, report)
+    await _measure_bursts(bench, server, report)
 
 
 # -- polls per second
@@ -115,7 +119,7 @@ async def _measure_polls(bench: Bench, server: Server, report: Report) -> None:
     windows: dict[int, list[Window]] = {count + 1: [] for count in range(most)}
     # The broker prefers redeliveries, and workers poll less often while new requests are waiting. So all operations are
     # created first, and nothing but polls is measured.
-    async with fleet(server, wait_chain(wait_fixed(first), wait_fixed(interval)), most) as workers:
+    async with fleet(server, Pace(wait_chain(wait_fixed(first), wait_fixed(interval))), most) as workers:
         requests = server.statistics().requests
         await workers.submit(waiting)
         await workers.until(lambda statistics: statistics.requests - requests > waiting)
@@ -202,7 +206,7 @@ def _cores_notes(windows: dict[int, list[Window]]) -> list[str]:
 async def _measure_memory(bench: Bench, server: Server, report: Report) -> None:
     sizes = bench.pick(full=[10_000, 100_000], quick=[2_000], smoke=[100])
     interval, settle = bench.pick(full=(40.0, 2.0), quick=(0.7, 0.1), smoke=(0.2, 0.05))
-    async with fleet(server, wait_fixed(interval)) as workers:
+    async with fleet(server, Pace(wait_fixed(interval))) as workers:
         requests = server.statistics().requests
         holdings = {0: await _holding(workers, settle)}
         for waiting, size in itertools.pairwise([0, *sizes]):
@@ -250,7 +254,7 @@ async def _holding(workers: Fleet, settle: float) -> Holding:
 async def _measure_lateness(bench: Bench, server: Server, report: Report) -> None:
     plan = _plan(*bench.pick(full=(500, 1.0, 8), quick=(200, 0.2, 3), smoke=(40, 0.05, 2)))
     sides: dict[str, list[Noticed | None]] = {}
-    async with fleet(server, wait_fixed(plan.interval)) as workers:
+    async with fleet(server, Pace(wait_fixed(plan.interval))) as workers:
         by_side: dict[str, Callable[[Fleet, Plan], Awaitable[list[Noticed | None]]]] = {
             POLLER: _by_poller,
             WORKER: _by_worker,
@@ -294,7 +298,7 @@ async def _by_poller(workers: Fleet, plan: Plan) -> list[Noticed | None]:
     return _noticed(workers.server, operation_ids, known)
 
 
-async def _by_worker(workers: Fleet, plan: Plan) -> list[Noticed | None]:
+async def _by_worker(workers: Fleet, plan: Plan, *, lost_after: float = _LOST_AFTER) -> list[Noticed | None]:
     operation_ids, known = _operation_ids(plan), dict[str, float]()
 
     async def read() -> None:
@@ -306,7 +310,7 @@ async def _by_worker(workers: Fleet, plan: Plan) -> list[Noticed | None]:
                     return
 
     with suppress(TimeoutError):  # approvals not known by then are lost
-        async with asyncio.timeout(plan.interval + max(plan.ages) + _LOST_AFTER), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(plan.interval + max(plan.ages) + lost_after), asyncio.TaskGroup() as group:
             group.create_task(read())
             await _request_all(operation_ids, plan, workers.request)
     return _noticed(workers.server, operation_ids, known)
@@ -335,7 +339,7 @@ def _noticed(server: Server, operation_ids: list[str], known: dict[str, float]) 
         if approval is None or approval.reported is None or operation_id not in known:
             return None
         at = known[operation_id]
-        return Noticed(at - approval.due, at - approval.reported, approval.polls)
+        return Noticed(at - approval.due, at - approval.reported, approval.polls, at)
 
     return [one(operation_id) for operation_id in operation_ids]
 
@@ -366,6 +370,74 @@ def _later(these: Sequence[Noticed | None], those: Sequence[Noticed | None]) -> 
     """Return how many ms later these were noticed than those, approval by approval."""
     pairs = zip(these, those, strict=True)
     return [1e3 * (this.late - that.late) for this, that in pairs if this is not None and that is not None]
+
+
+# -- bursts
+
+
+async def _measure_bursts(bench: Bench, server: Server, report: Report) -> None:
+    """Submit many requests at once, to one worker that was idle, with load shedding and without it."""
+    sizes, ages = bench.pick(
+        full=((1_000, 10_000), (5.0, 15.0)), quick=((1_000,), (2.0, 6.0)), smoke=((50,), (0.1, 0.5))
+    )
+    table = Table(
+        f"bursts: requests at once, to one idle worker of {_RATE:g} polls/s",
+        [
+            "requests",
+            "load shedding",
+            "all asked, s",
+            "late, s",
+            "p95, s",
+            "asked late and late, s",
+            "polls per wait",
+            "lost",
+        ],
+    )
+    for size in sizes:
+        late: dict[bool, float] = {}
+        for sheds in (True, False):
+            bench.progress(f"  burst of {size}, load shedding {'on' if sheds else 'off'}")
+            source = seeded_random(size)
+            plan = Plan(0.0, [0.0] * size, [source.uniform(*ages) for _ in range(size)])
+            async with fleet(server, Pace(None, _RATE, sheds)) as workers:
+                began = time.perf_counter()
+                asked, noticed = await _burst(workers, plan)
+            known = [one for one in noticed if one is not None]
+            pairs = zip(noticed, plan.ages, strict=True)
+            in_all = [one.at - began - age for one, age in pairs if one is not None]
+            if len(known) < 2:
+                raise CannotMeasureError(f"{len(known)} of {size} approvals were noticed")
+            seconds = [one.late for one in known]
+            late[sheds] = statistics.median(seconds)
+            table.rows.append(
+                [
+                    f"{size}",
+                    "on" if sheds else "off",
+                    f"{asked:.1f}",
+                    Spread.of(seconds).text(2),
+                    f"{statistics.quantiles(seconds, n=20, method='inclusive')[-1]:.2f}",
+                    Spread.of(in_all).text(1),
+                    f"{statistics.fmean(one.polls for one in known):.1f}",
+                    f"{noticed.count(None)}",
+                ]
+            )
+        ratio = late[True] / late[False]
+        report.goals.append(Goal(f"lateness in a burst of {size}, load shedding on / off", 3, ratio))
+    report.tables.append(table)
+
+
+async def _burst(workers: Fleet, plan: Plan) -> tuple[float, list[Noticed | None]]:
+    """Return the seconds until all users were asked, and what became of the approvals."""
+    before, began = workers.server.statistics().created, time.perf_counter()
+
+    async def until_all_are_asked() -> float:
+        await workers.until(lambda statistics: statistics.created - before >= len(plan.ages))
+        return time.perf_counter() - began
+
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(until_all_are_asked())
+        noticed = group.create_task(_by_worker(workers, plan, lost_after=_BURST_LOST_AFTER))
+    return asked.result(), noticed.result()
 
 
 # -- the picture
