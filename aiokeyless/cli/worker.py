@@ -84,7 +84,7 @@ async def worker(
     tls_ca: Path | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
-    event_key: list[Path] | None = None,
+    event_key: Annotated[list[Path] | None, Parameter(negative="")] = None,
     domain: str | None = None,
     prefix: str | None = None,
     replicas: OptionalCount = None,
@@ -112,16 +112,13 @@ async def worker(
         tls_ca: File with the certificates that the broker's is checked with; those of the system if left out.
         tls_cert: File with this worker's certificate, where the broker asks for one.
         tls_key: File with the key of that certificate; the same file if left out.
-        event_key: File with a key that events are signed with; given again, further keys that readers accept. If left
-            out, the keys in KEYLESS_EVENT_KEY.
+        event_key: File with a key that signs events; given again, more keys that readers accept; or KEYLESS_EVENT_KEY.
         domain: JetStream domain of the streams; that of the server if left out.
         prefix: Prefix of JetStream's API, where another account exports it.
         replicas: Servers that store each message; if left out, 1 for new streams.
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
-        max_age: Seconds for which new streams keep outcomes for applications that are away; at least those of
-            --duplicate-window.
-        learned: File for what this worker learns of when people approve, so that a restart does not forget it; made
-            where it is missing, saved every minute and at the end. Each worker needs one of its own.
+        max_age: Seconds for which new streams keep outcomes for readers that are away; at least --duplicate-window.
+        learned: File that keeps what this worker learns; made where it is missing, and each worker's own.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address that these are served on.
         as_json: Log JSON objects, one a line.
