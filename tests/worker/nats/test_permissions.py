@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,19 +15,22 @@ import nats
 import nats.errors
 import pytest
 from nats.js.api import ConsumerConfig
-from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, until
+from nats_server import CLAIMS, OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
 from tenacity import wait_fixed
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker import (
+    ApprovalEvent,
     ApprovalWorker,
     EventKeys,
     FailureReason,
     Fleet,
     Outcome,
+    StreamSettings,
     approval_outcomes,
     submit_approval,
 )
+from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.messages import MESSAGE_ID, request_name
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 EXAMPLES: Final = Path(__file__).parents[3] / "examples" / "nats"
 ONE_ACCOUNT: Final = (EXAMPLES / "one-account.conf").read_text()
 ACCOUNTS: Final = (EXAMPLES / "accounts.conf").read_text()
+NOW: Final = datetime(2026, 11, 27, 6, tzinfo=UTC)
 PASSWORD: Final = "of-every-user"
 KEYS: Final = EventKeys("a-key-of-the-workers-and-readers-only")
 IMPORTED: Final = Fleet(prefix="keyless.api")
@@ -271,6 +276,30 @@ async def test_in_one_account_a_reply_subject_takes_an_operation_id_and_approves
     assert "txn-1" not in sandbox.operations
 
 
+async def test_in_one_account_a_reader_has_an_old_outcome_stored_again_and_a_reader_gets_it_twice(
+    one_account: NatsServer,
+) -> None:
+    """What permissions do not keep out either, once the broker has forgotten the name of the outcome."""
+    event = ApprovalEvent(version=1, outcome=Outcome.APPROVED, requested_at=NOW, decided_at=NOW, deliveries=1)
+    data = msgspec.json.encode(event)
+    headers = {MESSAGE_ID: "request-1", SIGNATURE: KEYS.sign(data, fleet="keyless")}
+    async with connected(one_account, "operator") as operator, connected(one_account, "shop_reader") as reader:
+        stream = operator.jetstream()
+        await prepare(stream, StreamSettings(duplicate_window=0.5), ack_wait=30)
+        await stream.publish("keyless.approvals.approved", data, headers=headers)
+        await reader.jetstream().add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_wait=0.2))
+
+        # It is not acknowledged, so it is delivered there again and again.
+        pull = b'{"batch": 50, "expires": 60000000000}'
+        subject = "$JS.API.CONSUMER.MSG.NEXT.KEYLESS_OUTCOMES.shop"
+        await reader.publish(subject, pull, reply="keyless.approvals.approved")
+        async with (
+            asyncio.timeout(PATIENCE),
+            aclosing(approval_outcomes(operator, "bank", event_keys=KEYS)) as events,
+        ):
+            assert [await anext(events) for _ in range(2)] == [event] * 2
+
+
 @pytest.mark.parametrize("configuration", [ONE_ACCOUNT, ACCOUNTS], ids=["one account", "accounts"])
 async def test_a_reader_whose_consumer_an_operator_made_needs_no_permission_to_make_one(
     tmp_path: Path, configuration: str, client: KeylessClient, sandbox: Sandbox
@@ -353,6 +382,34 @@ async def test_an_application_in_an_account_of_its_own_has_the_broker_publish_no
 async def counts(connection: Client) -> dict[str, int]:
     stream = connection.jetstream()
     return {name: (await stream.stream_info(name)).state.messages for name in (OUTCOMES, CLAIMS)}
+
+
+def imported(subject: str) -> str:
+    """Return what a subject of the workers' account is called in an account that imports it."""
+    return subject.replace("$JS.API.", "keyless.api.")
+
+
+async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_prefix(
+    tmp_path: Path, client: KeylessClient, sandbox: Sandbox
+) -> None:
+    subjects = granted(ONE_ACCOUNT)
+    exports = "".join(f'{{ service: "{subject}", response_type: stream }}\n' for subject in subjects)
+    imports = "".join(
+        f'{{ service: {{ account: KEYLESS, subject: "{subject}" }}, to: "{imported(subject)}" }}\n'
+        for subject in subjects
+    )
+    streams = f"users: [{{ user: operator, password: {PASSWORD} }}], exports: [{exports}]"
+    others = f"users: [{{ user: worker, password: {PASSWORD} }}], imports: [{imports}]"
+    configuration = f"accounts: {{ KEYLESS: {{ jetstream: enabled, {streams} }}\n OTHERS: {{ {others} }} }}"
+    async with serving(tmp_path, configuration) as server:
+        options = {"user": "worker", "password": PASSWORD}
+        worker = ApprovalWorker(client, server.url, fleet=IMPORTED, event_keys=KEYS, connect_options=options)
+        async with worker, connected(server, "worker") as shop:
+            await submit_approval(shop, "C0", operation_id="txn-1", fleet=IMPORTED)
+            await approve(sandbox, "txn-1")
+            assert await approved(shop, IMPORTED, 1) == ["txn-1"]
+        async with connected(server, "operator") as operator:
+            assert (await operator.jetstream().stream_info(REQUESTS)).state.messages == 0
 
 
 # -- a leaf node
