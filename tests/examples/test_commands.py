@@ -1,7 +1,8 @@
-"""The commands of the examples' own pages, as they are written; the ports excepted, which may be taken."""
+"""The commands of the pages, as they are written; the ports excepted, which may be taken."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import sys
@@ -12,7 +13,10 @@ import aiohttp
 import pytest
 from example_process import serving
 
+from aiokeyless.sandbox import Sandbox
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+DOCS = EXAMPLES.parent / "docs"
 SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALL = re.compile(r"\.venv/bin/pip install -q -e \"\.\[[a-z,]+\]\" (?P<packages>.*)$", re.MULTILINE)
 
@@ -48,6 +52,42 @@ async def test_two_terminals_are_enough(page: Page, tmp_path: Path) -> None:
             session.get(url + page.path) as answer,
         ):
             assert answer.status not in {404, 500}  # MCP refuses a plain GET, by one status or another
+
+
+async def run(commands: str, folder: Path, environment: dict[str, str]) -> str:
+    """Run lines of a shell block to their end, and return what they printed."""
+    shell = await asyncio.create_subprocess_exec(
+        *("bash", "-ec", commands),
+        cwd=folder,
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await shell.communicate()
+    assert shell.returncode == 0, output.decode()
+    return output.decode()
+
+
+async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Path) -> None:
+    [block] = SHELL.findall((DOCS / "howto" / "without-a-phone.md").read_text())
+    sandbox, commands = block.split("\n", 1)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    command = f"{sandbox.partition('#')[0]} --port 0 --auto-approve 1"  # in place of the person with the phone
+    async with serving(command, folder=tmp_path, environment=environment) as url:
+        assert "Approved" in await run(commands.replace("http://127.0.0.1:3223", url), tmp_path, environment)
+
+
+async def test_a_script_may_run_twice(tmp_path: Path) -> None:
+    [block] = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
+    create, wait = block.splitlines()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    async with Sandbox() as sandbox:
+        environment |= {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
+        await run(create, tmp_path, environment)
+        await run(create, tmp_path, environment)
+        [operation_id] = sandbox.operations
+        sandbox.approve(operation_id)
+        assert "Approved" in await run(wait, tmp_path, environment)
 
 
 @pytest.mark.parametrize("readme", sorted(EXAMPLES.glob("*/README.md")), ids=lambda readme: readme.parent.name)
