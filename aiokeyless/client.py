@@ -166,8 +166,7 @@ class KeylessClient:
         self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
         self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
-        checked = (*check_listeners(listeners), *DEFAULT_LISTENERS)
-        self._listeners = Listeners(checked) if checked else None
+        self._told: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
 
@@ -187,6 +186,11 @@ class KeylessClient:
     def request_timeout(self) -> float:
         """Seconds for one HTTP exchange."""
         return self._request_timeout
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """What is told of its events: its own listeners, and those of instrumentations."""
+        return self._told
 
     def with_max_attempts(self, max_attempts: int) -> KeylessClient:
         """Return this client with another number of attempts of a call, for a caller that repeats by itself.
@@ -252,20 +256,21 @@ class KeylessClient:
             raise ClientClosedError("the client is closed; create a new one, or close it later")
         loop = asyncio.get_running_loop()
         if self._loop is None:
+            listeners = Listeners(self._told) if self._told else None
             transport = Transport(
                 self._base_url,
                 self._api_key,
                 session=self._session,
                 request_timeout=self._request_timeout,
                 max_attempts=self._max_attempts,
-                listeners=self._listeners,
+                listeners=listeners,
             )
             self._poller = Poller(
                 transport,
                 schedule=self._schedule,
                 max_in_flight=self._max_in_flight,
                 max_polls_per_second=self._max_polls_per_second,
-                listeners=self._listeners,
+                listeners=listeners,
             )
             self._transport = transport
             self._loop = loop
@@ -787,6 +792,7 @@ class _View(KeylessClient):
             max_attempts=max_attempts,
         )
         self._client = client
+        self._told = client._told  # noqa: SLF001
 
     def _open(self) -> tuple[Transport, Poller]:
         transport, poller = self._client._open()  # noqa: SLF001

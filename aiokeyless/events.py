@@ -1,4 +1,4 @@
-"""What listeners are told: an event for each exchange, each wait, each poll, and each change of the circuit.
+"""What listeners are told: an event for each exchange, wait and poll, each change of the circuit, and what workers do.
 
 An event is a frozen struct. It never holds a key, a payload or a user; an operation id only where it names a wait.
 """
@@ -13,8 +13,10 @@ from .models import Model
 
 __all__ = [
     "CircuitChanged",
+    "DeliveryEnded",
     "Event",
     "Listener",
+    "OutcomePublished",
     "PollEnded",
     "PollResult",
     "RequestEnded",
@@ -130,13 +132,14 @@ class PollEnded(Model, frozen=True, kw_only=True):
     """A poll has ended; one poll serves all waits for its operation.
 
     Attributes:
-        waits: Numbers of the waits for which it was sent.
+        waits: Numbers of the waits for which it was sent; none of a worker, whose waits are the broker's.
         operation_id: What was polled.
         result: What it brought.
         error: Name of the error's type if it failed; else None.
         is_final: Whether it was the final poll of waits whose deadline had passed.
         seconds: Seconds that it took.
-        lag: Seconds after it was due at which it started; 0 for a final poll.
+        lag: Seconds after it was due at which it started; 0 for a final poll; None of a worker, which does not know
+            when it was due.
     """
 
     waits: tuple[int, ...]
@@ -145,18 +148,18 @@ class PollEnded(Model, frozen=True, kw_only=True):
     error: str | None
     is_final: bool
     seconds: float
-    lag: float
+    lag: float | None
 
 
 class CircuitChanged(Model, frozen=True, kw_only=True):
-    """The circuit, which all waits of a client share, has changed its state.
+    """The circuit, which all waits of a client or of a worker share, has changed its state.
 
     Attributes:
         state: The new state: ``"closed"``, ``"half_open"`` or ``"open"``; see ``ClientStatistics.circuit``.
         previous: The state before.
         cause: Name of the type of the failure that changed it; None if that was a good answer; ``"ClientClosedError"``
-            where the client was closed while its circuit was not.
-        waiting: Waits under way.
+            where the client was closed, or the worker ended, while its circuit was not.
+        waiting: Waits under way; of a worker, deliveries in flight.
         seconds: Seconds for which the previous state lasted.
     """
 
@@ -167,7 +170,54 @@ class CircuitChanged(Model, frozen=True, kw_only=True):
     seconds: float
 
 
-Event: TypeAlias = RequestEnded | WaitStarted | WaitEnded | PollEnded | CircuitChanged
+class DeliveryEnded(Model, frozen=True, kw_only=True):
+    """A worker has processed a delivery of a request: one poll, mostly, after which the request is delivered again.
+
+    Attributes:
+        system: Kind of the broker, ``"nats"``.
+        destination: Where requests are published; it names the fleet.
+        number: Number of the delivery of its request, from 1.
+        error: Name of the type of what kept it from being settled: ``"BrokerError"``, or what is wrong with the worker,
+            such as ``"AuthenticationError"``. The request is delivered again. Else None.
+        seconds: Seconds that it took.
+    """
+
+    system: str
+    destination: str
+    number: int
+    error: str | None
+    seconds: float
+
+
+class OutcomePublished(Model, frozen=True, kw_only=True):
+    """A worker has decided a request, and the broker has stored the event: told once, by one worker of the fleet.
+
+    Attributes:
+        system: Kind of the broker, ``"nats"``.
+        destination: Where requests are published; it names the fleet.
+        operation_id: What was waited for; None where the request was too broken to have one.
+        outcome: How the wait ended, in the words for a client's waits: ``expired`` is `WaitOutcome.TIMED_OUT` where
+            the final poll was answered, else `WaitOutcome.UNKNOWN`; a failure is `WaitOutcome.REJECTED` where an
+            answer contradicted itself or the request, else `WaitOutcome.FAILED`.
+        reason: Why it failed, see `aiokeyless.worker.FailureReason`; else None.
+        deliveries: How often the request was delivered: about the number of polls.
+        age: Seconds from when the approval was asked for until it was decided.
+        traceparent: Where the request was submitted, if that was traced (W3C Trace Context); else None.
+    """
+
+    system: str
+    destination: str
+    operation_id: str | None
+    outcome: WaitOutcome
+    reason: str | None
+    deliveries: int
+    age: float
+    traceparent: str | None
+
+
+Event: TypeAlias = (
+    RequestEnded | WaitStarted | WaitEnded | PollEnded | CircuitChanged | DeliveryEnded | OutcomePublished
+)
 """The events that a listener is told of. Kinds may be added, so ignore those that you do not know."""
 
 Listener: TypeAlias = Callable[[Event], object]

@@ -5,16 +5,37 @@ It is a listener: see `aiokeyless.events`. Without an SDK it records nothing, an
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
+from opentelemetry.context import Context
 from opentelemetry.metrics import MeterProvider, Observation, get_meter, get_meter_provider
-from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags, get_tracer
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    get_tracer,
+    set_span_in_context,
+)
 
 from ._listeners import DEFAULT_LISTENERS
 from ._version import __version__
-from .events import CircuitChanged, PollEnded, RequestEnded, WaitEnded, WaitOutcome, WaitStarted
+from .events import (
+    CircuitChanged,
+    DeliveryEnded,
+    OutcomePublished,
+    PollEnded,
+    RequestEnded,
+    WaitEnded,
+    WaitOutcome,
+    WaitStarted,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Meter
@@ -38,12 +59,16 @@ class OpenTelemetryListener:
     """Turns events into spans and metrics: ``KeylessClient(listeners=[OpenTelemetryListener()])``.
 
     A wait is one span, ``aiokeyless.wait``, a child of its caller's span; a failed poll is an event of it. A wait for a
-    ticket that another trace created links to that. Polls have no spans: instrumentations of aiohttp are suppressed for
-    them. No operation id, user, payload or key is in an attribute.
+    ticket that another trace created links to that. The wait of a worker's request is such a span too, of the kind
+    consumer, a child of the span in which it was submitted; the worker that decides it records it, at its end. Polls
+    and deliveries have no spans: instrumentations of aiohttp are suppressed for them. No operation id, user, payload or
+    key is in an attribute.
 
     Metrics: ``http.client.request.duration`` (by the conventions for HTTP, with ``url.template``),
     ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag`` and
-    ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; of several clients, the worst).
+    ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; of several clients, the worst). For each delivery to a
+    worker also ``messaging.client.consumed.messages`` and ``messaging.process.duration`` (by the conventions for
+    messaging).
 
     Args:
         tracer_provider: Makes the tracer. Default: the global one.
@@ -76,6 +101,17 @@ class OpenTelemetryListener:
             "How much later than it was due a poll started.",
             explicit_bucket_boundaries_advisory=_LAG_SECONDS,
         )
+        self._deliveries = meter.create_counter(
+            "messaging.client.consumed.messages",
+            "{message}",
+            "Number of messages that were delivered to the application.",
+        )
+        self._processing = meter.create_histogram(
+            "messaging.process.duration",
+            "s",
+            "Duration of processing operation.",
+            explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
+        )
         self._circuits = _circuits(meter, meter_provider or get_meter_provider())
 
     def __call__(self, event: Event) -> None:
@@ -89,6 +125,10 @@ class OpenTelemetryListener:
                 self._start_wait(event)
             case WaitEnded():
                 self._end_wait(event)
+            case DeliveryEnded():
+                self._record_delivery(event)
+            case OutcomePublished():
+                self._record_outcome(event)
             case CircuitChanged():
                 self._circuits.subtract((event.previous,))
                 self._circuits.update((event.state,))
@@ -109,7 +149,8 @@ class OpenTelemetryListener:
 
     def _record_poll(self, event: PollEnded) -> None:
         self._polls.add(1, {"aiokeyless.poll.result": event.result.value})
-        self._lag.record(event.lag)
+        if event.lag is not None:
+            self._lag.record(event.lag)
         if event.error is not None:
             for wait in event.waits:
                 if wait in self._spans:
@@ -135,6 +176,31 @@ class OpenTelemetryListener:
             span.set_attribute("error.type", event.error)
         span.end()
 
+    def _record_delivery(self, event: DeliveryEnded) -> None:
+        attributes = {**_messaging(event), "messaging.operation.name": "process"}
+        if event.error is not None:
+            attributes["error.type"] = event.error
+        self._deliveries.add(1, attributes)
+        self._processing.record(event.seconds, attributes)
+
+    def _record_outcome(self, event: OutcomePublished) -> None:
+        """Record the wait of a worker's request, which is over: as one span, from when the approval was asked for."""
+        outcome = {"aiokeyless.wait.outcome": event.outcome.value}
+        self._durations.record(event.age, outcome)
+        end = time.time_ns()
+        span = self._tracer.start_span(
+            "aiokeyless.wait",
+            context=_context(event.traceparent),
+            kind=SpanKind.CONSUMER,
+            attributes={**outcome, **_messaging(event), "aiokeyless.wait.deliveries": event.deliveries},
+            start_time=end - round(event.age * 1e9),
+        )
+        if event.outcome in _ERRORS:
+            span.set_status(Status(StatusCode.ERROR, event.reason))
+        if event.reason is not None:
+            span.set_attribute("error.type", event.reason)
+        span.end(end)
+
 
 def _circuits(meter: Meter, provider: MeterProvider) -> Counter[str]:
     """Return the counts of a provider's circuits; the first call has the worst observed, so that it is there at once.
@@ -156,14 +222,26 @@ def _circuits(meter: Meter, provider: MeterProvider) -> Counter[str]:
     return observed
 
 
+def _messaging(event: DeliveryEnded | OutcomePublished) -> dict[str, str]:
+    """Return the attributes by the conventions for messaging."""
+    return {"messaging.system": event.system, "messaging.destination.name": event.destination}
+
+
 def _links(traceparent: str | None) -> list[Link]:
     """Return a link to where a ticket was created."""
-    if traceparent is None:
-        return []
+    return [] if traceparent is None else [Link(_position(traceparent))]
+
+
+def _context(traceparent: str | None) -> Context:
+    """Return the context of a request's submission: none where that was not traced, and never that of the worker."""
+    return (
+        Context() if traceparent is None else set_span_in_context(NonRecordingSpan(_position(traceparent)), Context())
+    )
+
+
+def _position(traceparent: str) -> SpanContext:
     _, trace_id, span_id, flags = traceparent.split("-")
-    return [
-        Link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16))))
-    ]
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
 
 
 class KeylessInstrumentor:

@@ -28,7 +28,9 @@ import aiokeyless.worker
 from aiokeyless.cli.app import app
 from aiokeyless.events import (
     CircuitChanged,
+    DeliveryEnded,
     Event,
+    OutcomePublished,
     PollEnded,
     PollResult,
     RequestEnded,
@@ -435,6 +437,17 @@ EVENTS: tuple[Event, ...] = (
         seconds=60,
         polls=9,
         age=60,
+    ),
+    DeliveryEnded(system="nats", destination="keyless.approvals.request", number=1, error="BrokerError", seconds=0.1),
+    OutcomePublished(
+        system="nats",
+        destination="keyless.approvals.request",
+        operation_id="order-7",
+        outcome=WaitOutcome.APPROVED,
+        reason=None,
+        deliveries=9,
+        age=60,
+        traceparent=None,
     ),
 )
 

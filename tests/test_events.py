@@ -266,7 +266,7 @@ class TestWaits:
         results = [(poll.result, poll.error) for poll in told.of(PollEnded)]
         assert results[0] == ("failed", "ServerError")
         assert results[1:] == [*[("pending", None)] * (len(polls) - 2), ("approved", None)]
-        assert all(poll.lag < 0.1 and not poll.is_final for poll in told.of(PollEnded))
+        assert all(poll.lag == pytest.approx(0, abs=0.1) and not poll.is_final for poll in told.of(PollEnded))
 
     async def test_a_final_poll_is_told_as_such_and_an_odd_answer_as_invalid(self, sandbox: Sandbox) -> None:
         told = Told()

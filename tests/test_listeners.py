@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aiokeyless import ConfigurationError, KeylessClient
 from aiokeyless._listeners import Listeners
-from aiokeyless.events import Event, RequestEnded
+from aiokeyless.events import Event, PollEnded, RequestEnded, WaitEnded, WaitStarted
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
@@ -119,3 +120,26 @@ async def test_a_broken_listener_costs_no_call(sandbox: Sandbox, caplog: pytest.
             sandbox.approve(ticket.operation_id)
             assert (await client.wait_for_approval(ticket)).is_approved
     assert len(caplog.records) == 1
+
+
+def test_a_client_says_what_it_tells_and_so_does_its_view() -> None:
+    client = KeylessClient("key", listeners=[print, repr])
+    assert client.listeners == (print, repr)
+    assert client.with_max_attempts(1).listeners == (print, repr)
+    assert KeylessClient("key").listeners == ()
+
+
+@pytest.mark.looptime
+async def test_a_listener_that_blocks_delays_a_wait_by_what_it_takes_and_by_no_poll_more(sandbox: Sandbox) -> None:
+    told: list[Event] = []
+
+    def block(event: Event) -> None:
+        told.append(event)
+        time.sleep(0.05)
+
+    async with sandbox.client() as other:
+        await other.create_operation("C0FFEE", operation_id="op")
+    sandbox.approve("op")
+    async with sandbox.client(listeners=[block]) as client:
+        assert (await client.wait_for_approval("op")).is_approved
+    assert [type(event) for event in told] == [WaitStarted, RequestEnded, PollEnded, WaitEnded]

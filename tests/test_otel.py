@@ -6,32 +6,43 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import nats
 import pytest
+from nats_server import until
 from tenacity.wait import wait_fixed
 
 from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker, Fleet, MemoryBroker, approval_outcomes, submit_approval
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.metrics.export import (
+    InMemoryMetricReader,
+    MetricExporter,
+    MetricExportResult,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import StatusCode
+from opentelemetry.trace import SpanKind, StatusCode
 
-from aiokeyless.events import CircuitChanged
+from aiokeyless.events import CircuitChanged, DeliveryEnded
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from nats_server import NatsServer
+    from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.util.types import AttributeValue
 
@@ -182,6 +193,40 @@ class BrokenExporter(SpanExporter):
         raise RuntimeError("the collector is gone")
 
 
+class HangingExporter(SpanExporter):
+    """It hangs until it may go on, as where a collector is silent."""
+
+    def __init__(self) -> None:
+        self.is_hanging = threading.Semaphore(0)
+        self.goes_on = threading.Event()
+
+    def hang(self) -> None:
+        self.is_hanging.release()
+        self.goes_on.wait()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.hang()
+        return SpanExportResult.SUCCESS
+
+
+class HangingMetricExporter(MetricExporter):
+    """Metrics that hang in the same way."""
+
+    def __init__(self, exporter: HangingExporter) -> None:
+        super().__init__()
+        self._exporter = exporter
+
+    def export(self, metrics_data: MetricsData, timeout_millis: float = 0, **kwargs: Any) -> MetricExportResult:
+        self._exporter.hang()
+        return MetricExportResult.SUCCESS
+
+    def force_flush(self, timeout_millis: float = 0) -> bool:
+        return True
+
+    def shutdown(self, timeout_millis: float = 0, **kwargs: Any) -> None:
+        """Nothing is open."""
+
+
 @pytest.mark.looptime
 class TestMetrics:
     async def test_they_count_requests_waits_and_polls(self, sandbox: Sandbox, recorder: Recorder) -> None:
@@ -271,6 +316,109 @@ def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) 
         assert recorder.circuit == number
 
 
+class TestWorker:
+    @pytest.mark.looptime
+    async def test_a_request_is_one_span_in_the_trace_that_submitted_it_however_often_it_is_delivered(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        broker = MemoryBroker()
+        with traced_aiohttp(recorder):
+            async with (
+                sandbox.client(listeners=[recorder.listener]) as client,
+                ApprovalWorker(client, broker, schedule=wait_fixed(1)) as worker,
+            ):
+                with recorder.tracer.start_as_current_span("checkout"):
+                    await submit_approval(broker, USER, operation_id="txn-1", operation_payload="Pay 40 to Alice")
+                asyncio.get_running_loop().call_later(9.5, sandbox.approve, "txn-1")
+                event = await anext(approval_outcomes(broker, "test"))
+                await asyncio.sleep(1)  # the span ends when the request is acknowledged
+                assert recorder.circuit == 0
+            statistics = worker.statistics
+        checkout, wait = recorder.span("checkout"), recorder.span("aiokeyless.wait")
+        # The worker checks its key when it starts; its polls and the create have no spans.
+        assert [span.name for span in recorder.spans] == ["GET", "checkout", "aiokeyless.wait"]
+        assert wait.kind is SpanKind.CONSUMER
+        assert wait.parent is not None
+        assert checkout.context is not None
+        assert (wait.parent.trace_id, wait.parent.span_id) == (checkout.context.trace_id, checkout.context.span_id)
+        assert wait.start_time is not None
+        assert wait.end_time is not None
+        took = (event.decided_at - event.requested_at).total_seconds()
+        assert (wait.end_time - wait.start_time) / 1e9 == pytest.approx(took)
+        assert dict(wait.attributes or {}) == {
+            "aiokeyless.wait.outcome": "approved",
+            "aiokeyless.wait.deliveries": event.deliveries,
+            "messaging.system": "memory",
+            "messaging.destination.name": "keyless.approvals.request",
+        }
+        points = recorder.points
+        [deliveries] = points["messaging.client.consumed.messages"]
+        [processing] = points["messaging.process.duration"]
+        assert deliveries.value == processing.count == statistics.deliveries >= 10
+        assert dict(deliveries.attributes) == {
+            "messaging.system": "memory",
+            "messaging.destination.name": "keyless.approvals.request",
+            "messaging.operation.name": "process",
+        }
+        [duration] = points["aiokeyless.wait.duration"]
+        assert dict(duration.attributes) == {"aiokeyless.wait.outcome": "approved"}
+        assert duration.sum == pytest.approx(took)
+        assert sum(point.value for point in points["aiokeyless.polls"]) == statistics.polls
+        for name in ("aiokeyless.poll.lag", "aiokeyless.waits.active"):  # a worker holds no wait
+            assert name not in points
+        text = repr(recorder.attributes)
+        for secret in ("txn-1", "Alice", USER, sandbox.api_key):
+            assert secret not in text
+
+    @pytest.mark.looptime
+    async def test_a_request_that_fails_says_why_and_starts_a_trace_where_it_had_none(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        broker = MemoryBroker()
+        with recorder.tracer.start_as_current_span("the program that runs the worker"):
+            async with sandbox.client(listeners=[recorder.listener]) as client, ApprovalWorker(client, broker):
+                await broker.submit(b"no request", "broken")
+                await anext(approval_outcomes(broker, "test"))
+                await asyncio.sleep(1)
+        span = recorder.span("aiokeyless.wait")
+        assert span.parent is None
+        assert span.status.status_code is StatusCode.ERROR
+        assert (span.attributes or {})["aiokeyless.wait.outcome"] == "failed"
+        assert (span.attributes or {})["error.type"] == "invalid_request"
+
+    async def test_a_fleet_on_nats_is_told_apart_by_its_destination(
+        self, sandbox: Sandbox, broker: NatsServer, recorder: Recorder, short_pulls: None
+    ) -> None:
+        fleet = Fleet(name="staging")
+        async with (
+            sandbox.client(listeners=[recorder.listener]) as client,
+            ApprovalWorker(client, broker.url, fleet=fleet, schedule=wait_fixed(0.05)),
+            await nats.connect(broker.url) as connection,
+        ):
+            with recorder.tracer.start_as_current_span("checkout"):
+                await submit_approval(connection, USER, operation_id="txn-1", fleet=fleet)
+            await until(lambda: "txn-1" in sandbox.operations)
+            sandbox.approve("txn-1")
+            await until(lambda: "aiokeyless.wait" in [span.name for span in recorder.spans])
+        wait, checkout = recorder.span("aiokeyless.wait"), recorder.span("checkout").context
+        assert checkout is not None
+        assert wait.parent is not None
+        assert wait.parent.trace_id == checkout.trace_id
+        attributes = wait.attributes or {}
+        assert attributes["messaging.system"] == "nats"
+        assert attributes["messaging.destination.name"] == "staging.approvals.request"
+        assert attributes["aiokeyless.wait.outcome"] == "approved"
+
+
+def test_a_delivery_that_was_not_settled_is_counted_with_its_error(recorder: Recorder) -> None:
+    recorder.listener(
+        DeliveryEnded(system="nats", destination="a.approvals.request", number=1, error="BrokerError", seconds=0.1)
+    )
+    for name in ("messaging.client.consumed.messages", "messaging.process.duration"):
+        [point] = recorder.points[name]
+        assert point.attributes["error.type"] == "BrokerError"
+
+
 @pytest.mark.looptime
 class TestPrivacyAndFailures:
     async def test_no_attribute_identifies_anybody(self, sandbox: Sandbox, recorder: Recorder) -> None:
@@ -294,6 +442,28 @@ class TestPrivacyAndFailures:
             ticket = await client.create_operation(USER)
             sandbox.approve(ticket.operation_id)
             assert (await client.wait_for_approval(ticket)).is_approved
+
+    async def test_an_exporter_that_hangs_delays_no_wait(self, sandbox: Sandbox) -> None:
+        exporter = HangingExporter()
+        traces = TracerProvider(shutdown_on_exit=False)
+        traces.add_span_processor(BatchSpanProcessor(exporter, max_export_batch_size=1))
+        metrics = PeriodicExportingMetricReader(HangingMetricExporter(exporter), export_interval_millis=10)
+        meters = MeterProvider([metrics], shutdown_on_exit=False)
+        listener = OpenTelemetryListener(tracer_provider=traces, meter_provider=meters)
+        try:
+            async with sandbox.client(listeners=[listener]) as client:
+                for number in range(30):
+                    ticket = await client.create_operation(USER, operation_id=f"op-{number}")
+                    sandbox.approve(ticket.operation_id)
+                    assert (await client.wait_for_approval(ticket)).is_approved
+                    if not number:  # from now on both hang, that of the spans and that of the metrics
+                        assert await asyncio.to_thread(exporter.is_hanging.acquire, timeout=60)
+                        assert await asyncio.to_thread(exporter.is_hanging.acquire, timeout=60)
+            assert not exporter.goes_on.is_set()
+        finally:
+            exporter.goes_on.set()
+            traces.shutdown()
+            meters.shutdown()
 
     async def test_without_an_sdk_nothing_is_kept(self, sandbox: Sandbox) -> None:
         listener = OpenTelemetryListener()

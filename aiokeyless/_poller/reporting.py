@@ -9,6 +9,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState, Transitions
+from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -16,8 +17,8 @@ from aiokeyless.errors import (
     ClientClosedError,
     KeylessError,
 )
-from aiokeyless.events import CircuitChanged, PollEnded, PollResult, WaitEnded, WaitOutcome, WaitStarted
-from aiokeyless.models import Operation, OperationState
+from aiokeyless.events import CircuitChanged, PollEnded, WaitEnded, WaitOutcome, WaitStarted
+from aiokeyless.models import Operation
 
 if TYPE_CHECKING:
     from aiokeyless._listeners import Listeners
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aiokeyless")
 
 LATE: Final = 1.0  # seconds: a poll that starts later than it was due by so much is late
-#: Of nearly all polls; a member of an enum is not found as fast as a name.
-_PENDING: Final = PollResult.PENDING
-_STATE_PENDING: Final = OperationState.PENDING.value
 _LATE_FOR: Final = 5.0  # seconds for which all polls were late, until that is logged
 _NUMBERS: Final = itertools.count(1)  # of all clients: a listener may serve several
 
@@ -103,7 +101,7 @@ class Reporter:
             PollEnded(
                 waits=(waits[0].number,) if len(waits) == 1 else tuple([wait.number for wait in waits]),
                 operation_id=poll.polled.operation_id,
-                result=_result(answer),
+                result=poll_result(answer),
                 error=type(answer).__name__ if isinstance(answer, KeylessError) else None,
                 is_final=poll.final,
                 seconds=now - poll.started_at,
@@ -182,12 +180,3 @@ def _outcome(wait: Wait) -> WaitOutcome:
         return WaitOutcome.CANCELLED
     result = wait.result()
     return next((outcome for kind, outcome in _OUTCOMES.items() if isinstance(result, kind)), WaitOutcome.FAILED)
-
-
-def _result(answer: Operation | KeylessError | None) -> PollResult:
-    """Return what one poll brought."""
-    if isinstance(answer, Operation):
-        if answer.state == _STATE_PENDING:
-            return _PENDING
-        return PollResult.APPROVED if answer.is_approved else PollResult.INVALID
-    return PollResult.CUT_OFF if answer is None else PollResult.FAILED

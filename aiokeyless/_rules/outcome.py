@@ -21,14 +21,18 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless.errors import KeylessError, NotFoundError
+from aiokeyless.events import PollResult
+from aiokeyless.models import Operation, OperationState
 
 from .approval import Rejection, Verdict, evaluate
 from .backoff import is_transient
 
 if TYPE_CHECKING:
-    from aiokeyless.models import Operation
     from aiokeyless.ticket import ApprovalTicket
 
+#: What nearly all polls bring; a member of an enum is not found as fast as a name.
+_POLL_PENDING: Final = PollResult.PENDING
+_STATE_PENDING: Final = OperationState.PENDING.value
 YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
 
 
@@ -109,3 +113,16 @@ def _after_error(error: KeylessError, facts: PollFacts) -> Outcome:
         if facts.may_be_missing:
             return _PENDING[facts.is_final]
     return _FAILED
+
+
+def poll_result(answer: Operation | KeylessError | None) -> PollResult:
+    """Return what one poll brought, for listeners: whatever it means for the waits.
+
+    Args:
+        answer: The operation, or the failure; None if the poll was cut off.
+    """
+    if isinstance(answer, Operation):
+        if answer.state == _STATE_PENDING:
+            return _POLL_PENDING
+        return PollResult.APPROVED if answer.is_approved else PollResult.INVALID
+    return PollResult.CUT_OFF if answer is None else PollResult.FAILED

@@ -192,10 +192,14 @@ class Engine(ABC):
     Attributes:
         claims: Which request an operation id belongs to.
         fleet_name: Name of the worker's fleet.
+        system: Kind of the broker, for listeners, by OpenTelemetry's conventions.
+        destination: Where requests are published, likewise.
     """
 
     claims: Claims
     fleet_name: str
+    system: str
+    destination: str
 
     @abstractmethod
     async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:

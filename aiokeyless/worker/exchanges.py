@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .engine import Claims
     from .load_shedding import LoadShedding
     from .messages import Delivery
+    from .reporting import Reporter
 
 #: No operation has this id: that it is missing shows that the key is accepted.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
@@ -93,6 +94,7 @@ class Exchanges:
         rate: Records the polls, and those that were refused with 429.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
         now: The time, as requests are stored by.
+        reporter: Is told of polls, and of the circuit.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Exchanges:
         rate: PollRate,
         grace: float,
         now: Callable[[], datetime],
+        reporter: Reporter,
     ) -> None:
         self._client = client
         self._claims = claims
@@ -115,6 +118,7 @@ class Exchanges:
         self._rate = rate
         self._grace = grace
         self._clock = now
+        self._reporter = reporter
         self._failures_in_a_row = 0
         self.created: int = 0
         self.polls: int = 0
@@ -238,10 +242,18 @@ class Exchanges:
         try:
             operation = await self._client.get_operation(delivery.ticket.operation_id)
         except KeylessError as error:
+            self._report_poll(delivery, error, polled_at, started_at)
             self._record_error(delivery, error, started_at, is_probe=not is_final(delivery, polled_at))
             return error.with_traceback(None)
+        self._report_poll(delivery, operation, polled_at, started_at)
         self._record_success(started_at)
         return operation
+
+    def _report_poll(
+        self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, started_at: float
+    ) -> None:
+        operation_id, final = delivery.ticket.operation_id, is_final(delivery, polled_at)
+        self._reporter.poll_ended(operation_id, answer, is_final=final, started_at=started_at)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -249,6 +261,7 @@ class Exchanges:
     def _record_success(self, started_at: float) -> None:
         self._failures_in_a_row = 0
         self._circuit.record_success(self._now(), started_at=started_at)
+        self._reporter.circuit_is(self._circuit.state, None)
 
     def _record_error(self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool) -> None:
         """Record what a failure says about the service; raise it where it says something about this worker."""
@@ -266,6 +279,7 @@ class Exchanges:
         if pause := requested_pause(error):
             of_all = isinstance(error, RateLimitError)
             self._circuit.record_pause(now, operation_id, pause, started_at=started_at, of_all=of_all)
+        self._reporter.circuit_is(self._circuit.state, error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 
     def _pacing(self, answer: Operation | KeylessError | None = None) -> Pacing:

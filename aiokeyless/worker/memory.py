@@ -261,6 +261,8 @@ class MemoryEngine(Engine):
         self._deliver: Callable[[Message], None]
         self.claims: Claims = MemoryClaims(store.holders)
         self.fleet_name: str = _FLEET_NAME
+        self.system: str = "memory"
+        self.destination: str = f"{_FLEET_NAME}.approvals.request"
 
     async def connect(self, *, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]) -> None:  # noqa: ARG002
         """See `Engine`."""

@@ -10,6 +10,7 @@ import logging
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, Self
 
+from aiokeyless._listeners import Listeners
 from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
@@ -228,6 +229,7 @@ class ApprovalWorker:
             terms=terms._replace(longest_wait=longest_wait),
             event_keys=self._event_keys,
             on_fatal=self._fail,
+            listeners=Listeners(self._client.listeners) if self._client.listeners else None,
         )
         if self._event_keys is None:
             log(

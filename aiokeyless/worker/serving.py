@@ -17,6 +17,7 @@ import msgspec
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.circuit import Circuit, CircuitState
 from aiokeyless._rules.rate import PollRate
+from aiokeyless._tracing import context_without_traces
 from aiokeyless._validation import is_traceparent
 from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
@@ -28,12 +29,14 @@ from .load_shedding import LoadShedding
 from .logs import log
 from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, is_about, read_context, read_request
 from .monitor import Monitor
+from .reporting import Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tenacity.wait import wait_base
 
+    from aiokeyless._listeners import Listeners
     from aiokeyless.client import KeylessClient
 
     from .decisions import Decided, Decision
@@ -131,6 +134,7 @@ class Serving:
         terms: What the broker allows.
         event_keys: What events are signed with.
         on_fatal: Called with what is wrong with this worker, and with no request.
+        listeners: Whom to tell of events; None for nobody.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class Serving:
         terms: Terms,
         event_keys: EventKeys | None,
         on_fatal: Callable[[KeylessError], None],
+        listeners: Listeners | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
@@ -157,6 +162,10 @@ class Serving:
         self._circuit = Circuit(limits.max_in_flight)
         self._rate = PollRate(limits.max_polls_per_second)
         self._load_shedding = LoadShedding(self._loop.time)
+        self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
+        # A request belongs to the trace of who submitted it, and its polls have no spans.
+        self._context = context_without_traces()
+        self._reporter = Reporter(listeners, engine, self._deliveries)
         self._exchanges = Exchanges(
             client,
             engine.claims,
@@ -166,10 +175,10 @@ class Serving:
             rate=self._rate,
             grace=limits.grace,
             now=engine.now,
+            reporter=self._reporter,
         )
         self._monitor = Monitor(engine, self._loop.time, lambda: self._circuit.state is not CircuitState.CLOSED)
         self._monitoring: asyncio.Task[None] | None = None
-        self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
         self._changed = asyncio.Event()
         self._is_open = False
         self._stopping = False
@@ -236,6 +245,7 @@ class Serving:
             await self._drain()
         finally:
             await self._abandon()
+            self._reporter.closed()
 
     # -- the intake
 
@@ -340,7 +350,7 @@ class Serving:
         self._refusals = 0
         self._monitor.on_delivery(message)
         # Past the loop's task factory: an eager one runs the delivery before it is counted below.
-        task = asyncio.Task(self._deliver(message), loop=self._loop)
+        task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
         self._deliveries[task] = self._loop.time()
         task.add_done_callback(self._delivered)
 
@@ -349,8 +359,17 @@ class Serving:
         self._changed.set()
 
     async def _deliver(self, message: Message) -> None:
-        """Process a delivery. However it ends, the request is either decided or delivered again."""
         self._counts["deliveries"] += 1
+        started_at = self._loop.time()
+        failure = await self._process(message)
+        self._reporter.delivery_ended(message.number, failure, started_at=started_at)
+
+    async def _process(self, message: Message) -> Exception | None:
+        """Process a delivery. However it ends, the request is either decided or delivered again.
+
+        Returns:
+            What kept it from being settled, if anything did.
+        """
         try:
             if self._stopping:
                 # Not at once: it would be delivered to this worker's own pulls, which are still there.
@@ -366,6 +385,7 @@ class Serving:
             if isinstance(error, RefusedError):
                 self._monitor.on_refusal(error)
             log(logging.WARNING, "delivery.unsettled", {"error": str(error)})
+            return error
         except KeylessError as error:  # of this worker, not of the request
             if isinstance(error, AuthenticationError):
                 self._suspect_key(error)
@@ -373,6 +393,8 @@ class Serving:
                 self._on_fatal(error)
             with suppress(EngineError):  # otherwise it is delivered again by itself, a little later
                 await message.put_off(error_delay(1))
+            return error
+        return None
 
     def _decide_without_exchange(self, message: Message, now: float) -> Decision:
         """Put a delivery off; while the service is down, end a request whose final poll can be repeated no more."""
@@ -424,6 +446,7 @@ class Serving:
         if await message.decide(self._sealed(event, decision.name)):
             self._counts[event.outcome] += 1
             _log_outcome(event)
+            self._reporter.outcome_published(event)
             self._learn(decision)
         else:
             self._counts["duplicates"] += 1

@@ -61,6 +61,8 @@ class NatsEngine(Engine):
     ) -> None:
         self._url = url
         self.fleet_name: str = fleet.name
+        self.system: str = "nats"
+        self.destination: str = fleet.request_subject
         self._fleet = fleet
         self._settings = settings
         self._service = service

@@ -1,0 +1,142 @@
+"""What a worker tells of itself: events for the listeners of its client, and two log lines for an outage of Keyless."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless._rules.circuit import CircuitState, Transitions
+from aiokeyless._rules.outcome import poll_result
+from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
+from aiokeyless.events import CircuitChanged, DeliveryEnded, OutcomePublished, PollEnded, WaitOutcome
+
+from .engine import EngineError
+from .logs import log
+from .messages import FailureReason, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+    from aiokeyless._listeners import Listeners
+    from aiokeyless._rules.circuit import Transition
+    from aiokeyless.models import Operation
+
+    from .engine import Engine
+    from .messages import ApprovalEvent
+
+#: Failures of which the poller says that the answer was rejected.
+_REJECTED: Final = frozenset({FailureReason.MISMATCH, FailureReason.INCONSISTENT})
+
+
+class Reporter:
+    """Reports for one worker.
+
+    Args:
+        listeners: Whom to tell of events; None for nobody.
+        engine: The broker.
+        deliveries: Those in flight.
+    """
+
+    def __init__(self, listeners: Listeners | None, engine: Engine, deliveries: Sized) -> None:
+        self._listeners = listeners
+        self._engine = engine
+        self._deliveries = deliveries
+        self._now = asyncio.get_running_loop().time
+        self._transitions = Transitions(self._now())
+
+    def poll_ended(
+        self, operation_id: str, answer: Operation | KeylessError, *, is_final: bool, started_at: float
+    ) -> None:
+        """Report a poll."""
+        if self._listeners is not None:
+            self._listeners.tell(
+                PollEnded(
+                    waits=(),
+                    operation_id=operation_id,
+                    result=poll_result(answer),
+                    error=type(answer).__name__ if isinstance(answer, KeylessError) else None,
+                    is_final=is_final,
+                    seconds=self._now() - started_at,
+                    lag=None,
+                )
+            )
+
+    def delivery_ended(self, number: int, failure: Exception | None, *, started_at: float) -> None:
+        """Report a delivery.
+
+        Args:
+            number: Its number.
+            failure: What kept it from being settled; None if it was.
+            started_at: When it started.
+        """
+        if self._listeners is not None:
+            kind = BrokerError if isinstance(failure, EngineError) else type(failure)  # an EngineError is internal
+            self._listeners.tell(
+                DeliveryEnded(
+                    system=self._engine.system,
+                    destination=self._engine.destination,
+                    number=number,
+                    error=None if failure is None else kind.__name__,
+                    seconds=self._now() - started_at,
+                )
+            )
+
+    def outcome_published(self, event: ApprovalEvent) -> None:
+        """Report an event that this worker has stored."""
+        if self._listeners is not None:
+            self._listeners.tell(
+                OutcomePublished(
+                    system=self._engine.system,
+                    destination=self._engine.destination,
+                    operation_id=event.operation_id,
+                    outcome=_outcome(event),
+                    reason=event.reason,
+                    deliveries=event.deliveries,
+                    age=(event.decided_at - event.requested_at).total_seconds(),
+                    traceparent=event.traceparent,
+                )
+            )
+
+    def circuit_is(self, state: CircuitState, cause: KeylessError | None) -> None:
+        """Report the circuit's state after an exchange, if it has changed.
+
+        Args:
+            state: The state.
+            cause: The failure of the exchange; None if it was answered.
+        """
+        if state is self._transitions.state:
+            return
+        change = self._transitions.notice(state, self._now())
+        if change.is_outage:
+            log(logging.WARNING, "keyless.circuit_opened", {"error": str(cause), "in_flight": len(self._deliveries)})
+        elif change.outage is not None:
+            log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
+        self._tell_circuit(change, None if cause is None else type(cause).__name__)
+
+    def closed(self) -> None:
+        """Report that there is no circuit any more: to listeners, who may count those that are not closed."""
+        if self._transitions.state is not CircuitState.CLOSED:
+            change = self._transitions.notice(CircuitState.CLOSED, self._now())
+            self._tell_circuit(change, ClientClosedError.__name__)
+
+    def _tell_circuit(self, change: Transition, cause: str | None) -> None:
+        if self._listeners is not None:
+            self._listeners.tell(
+                CircuitChanged(
+                    state=change.state.value,
+                    previous=change.previous.value,
+                    cause=cause,
+                    waiting=len(self._deliveries),
+                    seconds=change.seconds,
+                )
+            )
+
+
+def _outcome(event: ApprovalEvent) -> WaitOutcome:
+    """Return how a wait of the poller would have ended."""
+    if event.outcome is Outcome.APPROVED:
+        return WaitOutcome.APPROVED
+    if event.outcome is Outcome.EXPIRED:
+        return WaitOutcome.TIMED_OUT if event.answered else WaitOutcome.UNKNOWN
+    return WaitOutcome.REJECTED if event.reason in _REJECTED else WaitOutcome.FAILED

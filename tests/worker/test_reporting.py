@@ -1,0 +1,259 @@
+"""What a worker tells the listeners of its client, and the log of an outage: in memory, on a clock that moves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+from tenacity import wait_fixed
+
+from aiokeyless import AuthenticationError
+from aiokeyless._listeners import Listeners
+from aiokeyless.events import (
+    CircuitChanged,
+    DeliveryEnded,
+    OutcomePublished,
+    PollEnded,
+    RequestEnded,
+    WaitEnded,
+    WaitOutcome,
+    WaitStarted,
+)
+from aiokeyless.worker import (
+    ApprovalEvent,
+    ApprovalWorker,
+    FailureReason,
+    MemoryBroker,
+    Outcome,
+    approval_outcomes,
+    submit_approval,
+)
+from aiokeyless.worker.engine import EngineError
+from aiokeyless.worker.memory import _MemoryMessage
+from aiokeyless.worker.reporting import Reporter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from aiokeyless.events import Event, Listener
+    from aiokeyless.sandbox import Sandbox
+
+pytestmark = pytest.mark.looptime
+
+DESTINATION = "keyless.approvals.request"
+TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
+T = TypeVar("T")
+
+
+class Told:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[T]) -> list[T]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@asynccontextmanager
+async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> AsyncGenerator[MemoryBroker]:
+    broker = MemoryBroker()
+    async with (
+        sandbox.client(listeners=[listener]) as client,
+        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}),
+    ):
+        yield broker
+
+
+async def next_events(broker: MemoryBroker, count: int = 1) -> list[ApprovalEvent]:
+    async with aclosing(approval_outcomes(broker, "test")) as events:
+        return [await anext(events) for _ in range(count)]
+
+
+async def created(sandbox: Sandbox, count: int) -> None:
+    while len(sandbox.operations) < count:  # noqa: ASYNC110  # the sandbox has no event for it
+        await asyncio.sleep(0.01)
+
+
+async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox: Sandbox) -> None:
+    told = Told()
+    async with working(sandbox, told) as broker:
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="Pay 40")
+        await created(sandbox, 1)
+        asyncio.get_running_loop().call_later(4.5, sandbox.approve, "txn-1")
+        [event] = await next_events(broker)
+        await asyncio.sleep(1)
+    deliveries = told.of(DeliveryEnded)
+    assert [delivery.number for delivery in deliveries] == [*range(1, event.deliveries + 1)]
+    assert {(delivery.system, delivery.destination, delivery.error) for delivery in deliveries} == {
+        ("memory", DESTINATION, None)
+    }
+    assert all(delivery.seconds >= 0 for delivery in deliveries)
+    missing, *pending, approved = told.of(PollEnded)
+    assert (missing.result, missing.error) == ("failed", "NotFoundError")  # so it is created
+    assert {poll.result for poll in pending} == {"pending"}
+    assert approved.result == "approved"
+    assert {(poll.waits, poll.operation_id, poll.lag, poll.is_final) for poll in told.of(PollEnded)} == {
+        ((), "txn-1", None, False)
+    }
+    [outcome] = told.of(OutcomePublished)
+    assert (outcome.operation_id, outcome.outcome, outcome.reason) == ("txn-1", "approved", None)
+    assert outcome.deliveries == event.deliveries
+    assert outcome.age == pytest.approx((event.decided_at - event.requested_at).total_seconds())
+    assert 4.5 <= outcome.age <= 10
+    assert (outcome.system, outcome.destination, outcome.traceparent) == ("memory", DESTINATION, None)
+    assert not told.of(WaitStarted)
+    assert not told.of(WaitEnded)
+    assert "Pay 40" not in repr(told.events)
+
+
+async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: Sandbox) -> None:
+    told = Told()
+    async with working(sandbox, told) as broker:
+        await broker.submit(
+            b'{"version": 1, "user_id": "C0FFEE", "operation_id": "txn-1", "expires_in": 5}', "txn-1", TRACEPARENT
+        )
+        await next_events(broker)
+        await asyncio.sleep(1)
+    assert [poll.is_final for poll in told.of(PollEnded)][-2:] == [False, True]
+    [outcome] = told.of(OutcomePublished)
+    assert (outcome.outcome, outcome.reason, outcome.traceparent) == ("timed_out", None, TRACEPARENT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answered", "reason", "outcome"),
+    [
+        (Outcome.APPROVED, None, None, WaitOutcome.APPROVED),
+        (Outcome.EXPIRED, True, None, WaitOutcome.TIMED_OUT),
+        (Outcome.EXPIRED, False, None, WaitOutcome.UNKNOWN),
+        (Outcome.FAILED, None, FailureReason.MISMATCH, WaitOutcome.REJECTED),
+        (Outcome.FAILED, None, FailureReason.INCONSISTENT, WaitOutcome.REJECTED),
+        (Outcome.FAILED, None, FailureReason.CONFLICT, WaitOutcome.FAILED),
+        (Outcome.FAILED, None, FailureReason.INTERNAL, WaitOutcome.FAILED),
+    ],
+)
+async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
+    kind: Outcome, answered: bool | None, reason: FailureReason | None, outcome: WaitOutcome
+) -> None:
+    told = Told()
+    asked_at = datetime(2026, 1, 1, tzinfo=UTC)
+    event = ApprovalEvent(
+        version=1,
+        outcome=kind,
+        answered=answered,
+        reason=reason,
+        requested_at=asked_at,
+        decided_at=asked_at + timedelta(seconds=9),
+        deliveries=3,
+    )
+    Reporter(Listeners((told,)), MemoryBroker().engine(), ()).outcome_published(event)
+    [published] = told.of(OutcomePublished)
+    assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
+
+
+async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    lost = [EngineError("the answer was lost")]
+    put_off = _MemoryMessage.put_off
+
+    async def lose_once(self: _MemoryMessage, delay: float) -> None:
+        await put_off(self, delay)
+        if lost:
+            raise lost.pop()
+
+    monkeypatch.setattr(_MemoryMessage, "put_off", lose_once)
+    async with working(sandbox, told) as broker:
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox.approve("txn-1")
+        await next_events(broker)
+        await asyncio.sleep(1)
+    assert [delivery.error for delivery in told.of(DeliveryEnded)] == ["BrokerError", None]
+
+
+async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_error(sandbox: Sandbox) -> None:
+    told = Told()
+    broker = MemoryBroker()
+    async with sandbox.client(listeners=[told]) as client:
+        run = asyncio.create_task(ApprovalWorker(client, broker).run())
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox.fail_next(status=401, times=None)
+        with pytest.raises(AuthenticationError):
+            await run
+    assert told.of(DeliveryEnded)[-1].error == "AuthenticationError"
+    assert told.of(PollEnded)[-1].error == "AuthenticationError"
+    assert not told.of(OutcomePublished)
+
+
+async def test_an_outage_is_told_and_is_two_lines_of_the_log(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = Told()
+    caplog.set_level(logging.INFO, "aiokeyless.worker")
+    async with working(sandbox, told) as broker:
+        for number in range(20):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=300)
+        await created(sandbox, 20)
+        sandbox.fail_next(503, times=None)
+        await asyncio.sleep(20)
+        sandbox.recover()
+        await asyncio.sleep(60)
+        for number in range(20):
+            sandbox.approve(f"txn-{number}")
+        assert {event.outcome for event in await next_events(broker, 20)} == {Outcome.APPROVED}
+    changes = told.of(CircuitChanged)
+    first, last = changes[0], changes[-1]
+    assert (first.previous, first.state, first.cause) == ("closed", "open", "ServerError")
+    assert 1 <= first.waiting <= 20
+    assert (last.state, last.cause) == ("closed", None)
+    assert [change.previous for change in changes[1:]] == [change.state for change in changes[:-1]]
+    lines = [
+        (record.levelname, record.message.partition(" ")[0])
+        for record in caplog.records
+        if "keyless.circuit" in record.message
+    ]
+    assert lines == [("WARNING", "keyless.circuit_opened"), ("INFO", "keyless.circuit_closed")]
+
+
+async def test_a_circuit_that_is_open_when_its_worker_ends_is_told_to_be_gone(sandbox: Sandbox) -> None:
+    told = Told()
+    async with working(sandbox, told) as broker:
+        for number in range(20):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}")
+        await created(sandbox, 20)
+        sandbox.fail_next(503, times=None)
+        await asyncio.sleep(20)
+    last = told.of(CircuitChanged)[-1]
+    assert (last.state, last.cause, last.waiting) == ("closed", "ClientClosedError", 0)
+
+
+async def test_a_listener_that_fails_costs_no_request(sandbox: Sandbox) -> None:
+    def fail(_event: Event) -> None:
+        raise ValueError("broken")
+
+    async with working(sandbox, fail) as broker:
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox.approve("txn-1")
+        [event] = await next_events(broker)
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_exchanges_of_a_worker_are_told_once(sandbox: Sandbox) -> None:
+    told = Told()
+    async with working(sandbox, told) as broker:
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox.approve("txn-1")
+        await next_events(broker)
+    assert len(told.of(RequestEnded)) == len(sandbox.requests)
