@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -505,22 +505,43 @@ class TestInstrumentor:
         assert [span.name for span in recorder.spans] == ["aiokeyless.wait"]
 
     async def test_opentelemetry_instrument_traces_the_command_line(self) -> None:
-        pytest.importorskip("opentelemetry.distro", reason="opentelemetry-distro is not installed")
         async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client() as client:
             await client.create_operation(USER, operation_id="op")
-            run = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"  # the command
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", run),
-                *("--traces_exporter", "console", "--metrics_exporter", "none", "--logs_exporter", "none"),
-                *(sys.executable, "-m", "aiokeyless", "wait", "op"),
-                env={**os.environ, "KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
+            process = await instrumented(sandbox, "wait", "op")
             output, _ = await process.communicate()
         assert process.returncode == 0, output.decode()
         assert b'"name": "aiokeyless.wait"' in output
         assert b'"aiokeyless.wait.outcome": "approved"' in output
+
+    @pytest.mark.slow
+    async def test_opentelemetry_instrument_traces_a_worker(self, broker: NatsServer) -> None:
+        async with Sandbox(auto_approve=0.1) as sandbox, await nats.connect(broker.url) as connection:
+            process = await instrumented(sandbox, "worker", "--nats", broker.url)
+            assert process.stdout is not None
+            while b"worker.ready" not in (line := await asyncio.wait_for(process.stdout.readline(), 60)):
+                assert line, "it ended"
+            await submit_approval(connection, USER)
+            async with aclosing(approval_outcomes(connection, "test")) as events:
+                assert (await anext(events)).outcome == "approved"
+            process.terminate()
+            output, _ = await process.communicate()
+        assert process.returncode == 0, output.decode()
+        assert output.count(b'"name": "aiokeyless.wait"') == 1
+        assert b'"kind": "SpanKind.CONSUMER"' in output
+
+
+async def instrumented(sandbox: Sandbox, *command: str) -> asyncio.subprocess.Process:
+    """Start our command line as ``opentelemetry-instrument`` does, and have it print its spans."""
+    pytest.importorskip("opentelemetry.distro", reason="opentelemetry-distro is not installed")
+    run = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", run),
+        *("--traces_exporter", "console", "--metrics_exporter", "none", "--logs_exporter", "none"),
+        *(sys.executable, "-m", "aiokeyless", *command),
+        env={**os.environ, "KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 async def test_a_session_that_is_traced_otherwise_stays_traced_for_single_calls(
