@@ -42,7 +42,7 @@ _START_WITHIN: Final = 900.0
 _POLL_EVERY: Final = 0.02  # seconds between two checks of whether all waits have started
 _BEAT: Final = 0.01  # seconds between two readings of the event loop's lag
 _USERS: Final = ApprovalTimes(((1.0, 8.0, 0.8),), never=0.0)
-_LONGEST: Final = 40.0  # seconds: the slowest users are cut off there, so that the number of waits settles
+_LONGEST: Final = 25.0  # seconds: the slowest users are cut off there, so that the number of waits settles
 
 
 class Window(NamedTuple):
@@ -215,8 +215,8 @@ def _size_table(sizes: Sequence[Size]) -> Table:
 
 
 def _arrivals(bench: Bench, server: Server) -> list[Arrivals]:
-    rates = bench.pick(full=[10.0, 50.0, 100.0, 200.0], quick=[20.0], smoke=[20.0])
-    warm_up, seconds = bench.pick(full=(40.0, 20.0), quick=(3.0, 2.0), smoke=(0.3, 0.3))
+    rates = bench.pick(full=[10.0, 50.0, 200.0], quick=[20.0], smoke=[20.0])
+    warm_up, seconds = bench.pick(full=(30.0, 15.0), quick=(3.0, 2.0), smoke=(0.3, 0.3))
     found = []
     for rate in rates:
         bench.progress(f"  {rate:.0f} arrivals a second")
@@ -289,7 +289,7 @@ def _arrival_table(arrivals: Sequence[Arrivals]) -> Table:
 
 
 def _overloads(bench: Bench, server: Server) -> list[Overload]:
-    plan = bench.pick(full=Plan(10_000, 30.0, 500), quick=Plan(1_000, 4.0, 50), smoke=Plan(100, 1.0, 10))
+    plan = bench.pick(full=Plan(10_000, 15.0, 300), quick=Plan(1_000, 4.0, 50), smoke=Plan(100, 1.0, 10))
     offered = bench.pick(
         full=[2_000.0, 5_000.0, 10_000.0, 20_000.0, 40_000.0], quick=[2_000.0, 20_000.0], smoke=[300.0]
     )
