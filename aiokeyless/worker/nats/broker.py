@@ -80,9 +80,7 @@ class NatsBroker(Broker):
         """See `Broker`."""
         foreign = Seldom(logging.WARNING, "broker.foreign_message")
         with engine_errors():
-            subscription = await _subscribed(
-                self._fleet.jetstream(self._connection, _ANSWER_WITHIN), self._fleet, reader
-            )
+            subscription = await self._subscription(reader)
             try:
                 while True:
                     message = await _next_message(subscription)
@@ -95,6 +93,15 @@ class NatsBroker(Broker):
             finally:
                 with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
                     await subscription.unsubscribe()
+
+    async def _subscription(self, reader: str) -> JetStreamContext.PullSubscription:
+        try:
+            return await _subscribed(self._fleet.jetstream(self._connection, _ANSWER_WITHIN), self._fleet, reader)
+        except nats.errors.TimeoutError:  # a broker says nothing to who may not ask
+            raise BrokerError(
+                "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
+                f"{self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{reader} and subscribe to its inbox?"
+            ) from None
 
 
 class NatsOutcomeMessage(OutcomeMessage):

@@ -239,6 +239,18 @@ async def test_a_user_hears_nothing_but_its_own_inbox(one_account: NatsServer, u
     assert all("permissions violation for subscription" in error.lower() for error in errors)
 
 
+async def test_a_reader_without_permission_is_told_what_to_permit(
+    one_account: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiokeyless.worker.nats.broker._ANSWER_WITHIN", 0.2)
+    monkeypatch.setattr("aiokeyless.worker.nats.broker._ATTEMPTS", 2)
+    async with connected(one_account, "shop_reader", []) as reader:
+        with pytest.raises(
+            BrokerError, match=r"may this user publish to \$JS\.API\.CONSUMER\.INFO\.KEYLESS_OUTCOMES\.bank "
+        ):
+            await anext(approval_outcomes(reader, "bank"))
+
+
 @pytest.mark.slow
 async def test_a_worker_of_another_fleet_does_not_start(one_account: NatsServer, client: KeylessClient) -> None:
     options = {"user": "worker", "password": PASSWORD, "inbox_prefix": "_INBOX_worker"}
