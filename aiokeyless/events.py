@@ -23,6 +23,7 @@ __all__ = [
     "WaitEnded",
     "WaitOutcome",
     "WaitStarted",
+    "WorkerInspected",
 ]
 
 
@@ -215,8 +216,54 @@ class OutcomePublished(Model, frozen=True, kw_only=True):
     traceparent: str | None
 
 
+class WorkerInspected(Model, frozen=True, kw_only=True):
+    """How a worker and its fleet fare: told every 5 seconds, when the broker was asked, and once more at the end.
+
+    The figures are those of `aiokeyless.worker.WorkerStatistics`.
+
+    Attributes:
+        worker: Number of the worker, unique in the process.
+        system: Kind of the broker, ``"nats"``.
+        destination: Where requests are published; it names the fleet.
+        has_ended: Whether the worker has ended: it tells no more.
+        is_ready: Whether it takes requests.
+        in_flight: Its deliveries in flight.
+        waiting: Requests of the fleet that are not decided.
+        backlog: Requests of the fleet that were never delivered.
+        oldest_age: Seconds since the oldest request of the fleet was stored.
+        lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
+            inspections.
+        load_shedding: What the schedule's delays are multiplied by, 1 to 16.
+        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
+        duplicates: Events that the stream had already, since the worker started.
+        unsettled: Deliveries of which the broker took no word, since the worker started.
+    """
+
+    worker: int
+    system: str
+    destination: str
+    has_ended: bool
+    is_ready: bool
+    in_flight: int
+    waiting: int
+    backlog: int
+    oldest_age: float
+    lateness: float
+    load_shedding: float
+    clock_ahead: float
+    duplicates: int
+    unsettled: int
+
+
 Event: TypeAlias = (
-    RequestEnded | WaitStarted | WaitEnded | PollEnded | CircuitChanged | DeliveryEnded | OutcomePublished
+    RequestEnded
+    | WaitStarted
+    | WaitEnded
+    | PollEnded
+    | CircuitChanged
+    | DeliveryEnded
+    | OutcomePublished
+    | WorkerInspected
 )
 """The events that a listener is told of. Kinds may be added, so ignore those that you do not know."""
 

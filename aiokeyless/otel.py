@@ -35,9 +35,12 @@ from .events import (
     WaitEnded,
     WaitOutcome,
     WaitStarted,
+    WorkerInspected,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from opentelemetry.metrics import CallbackOptions, Meter
     from opentelemetry.trace import Span, TracerProvider
 
@@ -53,6 +56,19 @@ _WAIT_SECONDS: Final = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
 _LAG_SECONDS: Final = (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 #: How many circuits are in each state, a client's being closed at first: by the providers that are told of them.
 _CIRCUITS: Final[WeakKeyDictionary[MeterProvider, Counter[str]]] = WeakKeyDictionary()
+#: What each worker that runs told last, by its number: by the providers that are told.
+_WORKERS: Final[WeakKeyDictionary[MeterProvider, dict[int, WorkerInspected]]] = WeakKeyDictionary()
+#: Metrics of workers: what they are read from, their unit, and what is told of several workers of a fleet.
+_WORKER_GAUGES: Final[dict[str, tuple[str, str, Callable[[Iterable[float]], float], str]]] = {
+    "ready": ("is_ready", "1", min, "Whether workers take requests: 1, or 0 where one does not."),
+    "in_flight": ("in_flight", "{delivery}", sum, "Deliveries in flight."),
+    "waiting": ("waiting", "{request}", max, "Requests of the fleet that are not decided."),
+    "backlog": ("backlog", "{request}", max, "Requests of the fleet that were never delivered."),
+    "oldest_age": ("oldest_age", "s", max, "Since when the oldest request of the fleet has been waiting."),
+    "lateness": ("lateness", "s", max, "How long requests waited for their first delivery, at most."),
+    "load_shedding": ("load_shedding", "1", max, "What the schedule's delays are multiplied by."),
+    "clock_ahead": ("clock_ahead", "s", max, "How far the broker's clock is ahead of this machine's."),
+}
 
 
 class OpenTelemetryListener:
@@ -68,7 +84,9 @@ class OpenTelemetryListener:
     ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag`` and
     ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; of several clients, the worst). For each delivery to a
     worker also ``messaging.client.consumed.messages`` and ``messaging.process.duration`` (by the conventions for
-    messaging).
+    messaging), and how workers and their fleets fare: gauges ``aiokeyless.worker.ready``, ``.in_flight``, ``.waiting``,
+    ``.backlog``, ``.oldest_age``, ``.lateness``, ``.load_shedding`` and ``.clock_ahead``, counters ``.duplicates`` and
+    ``.unsettled``.
 
     Args:
         tracer_provider: Makes the tracer. Default: the global one.
@@ -112,7 +130,15 @@ class OpenTelemetryListener:
             "Duration of processing operation.",
             explicit_bucket_boundaries_advisory=_REQUEST_SECONDS,
         )
+        self._duplicates = meter.create_counter(
+            "aiokeyless.worker.duplicates", "{event}", "Outcomes that were stored already."
+        )
+        self._unsettled = meter.create_counter(
+            "aiokeyless.worker.unsettled", "{delivery}", "Deliveries of which the broker took no word."
+        )
         self._circuits = _circuits(meter, meter_provider or get_meter_provider())
+        self._workers = _workers(meter, meter_provider or get_meter_provider())
+        self._counted: dict[int, WorkerInspected] = {}  # what each worker told last, of which the counts are taken
 
     def __call__(self, event: Event) -> None:
         """Record an event."""
@@ -129,6 +155,8 @@ class OpenTelemetryListener:
                 self._record_delivery(event)
             case OutcomePublished():
                 self._record_outcome(event)
+            case WorkerInspected():
+                self._record_worker(event)
             case CircuitChanged():
                 self._circuits.subtract((event.previous,))
                 self._circuits.update((event.state,))
@@ -201,6 +229,46 @@ class OpenTelemetryListener:
             span.set_attribute("error.type", event.reason)
         span.end(end)
 
+    def _record_worker(self, event: WorkerInspected) -> None:
+        before = self._counted.pop(event.worker, None)
+        attributes = _messaging(event)
+        self._duplicates.add(event.duplicates - (before.duplicates if before else 0), attributes)
+        self._unsettled.add(event.unsettled - (before.unsettled if before else 0), attributes)
+        if event.has_ended:
+            self._workers.pop(event.worker, None)
+        else:
+            self._counted[event.worker] = self._workers[event.worker] = event
+
+
+def _workers(meter: Meter, provider: MeterProvider) -> dict[int, WorkerInspected]:
+    """Return what the workers of a provider told last; the first call has it observed. See `_circuits`."""
+    if (known := _WORKERS.get(provider)) is not None:
+        return known
+    told: dict[int, WorkerInspected] = {}
+
+    def observer(
+        field: str, combine: Callable[[Iterable[float]], float]
+    ) -> Callable[[CallbackOptions], list[Observation]]:
+        return lambda _options: _of_fleets([*told.values()], field, combine)  # an exporter has a thread of its own
+
+    for name, (field, unit, combine, description) in _WORKER_GAUGES.items():
+        meter.create_observable_gauge(f"aiokeyless.worker.{name}", [observer(field, combine)], unit, description)
+    _WORKERS[provider] = told
+    return told
+
+
+def _of_fleets(
+    told: list[WorkerInspected], field: str, combine: Callable[[Iterable[float]], float]
+) -> list[Observation]:
+    """Return one observation for each fleet that this process has workers of."""
+    fleets: dict[str, list[WorkerInspected]] = {}
+    for event in told:
+        fleets.setdefault(event.destination, []).append(event)
+    return [
+        Observation(combine([float(getattr(event, field)) for event in fleet]), _messaging(fleet[0]))
+        for fleet in fleets.values()
+    ]
+
 
 def _circuits(meter: Meter, provider: MeterProvider) -> Counter[str]:
     """Return the counts of a provider's circuits; the first call has the worst observed, so that it is there at once.
@@ -222,7 +290,7 @@ def _circuits(meter: Meter, provider: MeterProvider) -> Counter[str]:
     return observed
 
 
-def _messaging(event: DeliveryEnded | OutcomePublished) -> dict[str, str]:
+def _messaging(event: DeliveryEnded | OutcomePublished | WorkerInspected) -> dict[str, str]:
     """Return the attributes by the conventions for messaging."""
     return {"messaging.system": event.system, "messaging.destination.name": event.destination}
 

@@ -37,6 +37,7 @@ from aiokeyless.events import (
     WaitEnded,
     WaitOutcome,
     WaitStarted,
+    WorkerInspected,
 )
 from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
@@ -448,6 +449,22 @@ EVENTS: tuple[Event, ...] = (
         deliveries=9,
         age=60,
         traceparent=None,
+    ),
+    WorkerInspected(
+        worker=1,
+        system="nats",
+        destination="keyless.approvals.request",
+        has_ended=False,
+        is_ready=True,
+        in_flight=1,
+        waiting=9,
+        backlog=0,
+        oldest_age=60,
+        lateness=0.1,
+        load_shedding=1,
+        clock_ahead=0,
+        duplicates=0,
+        unsettled=0,
     ),
 )
 

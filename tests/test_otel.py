@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import nats
 import pytest
+from msgspec.structs import replace
 from nats_server import until
 from tenacity.wait import wait_fixed
 
@@ -35,7 +36,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from aiokeyless.events import CircuitChanged, DeliveryEnded
+from aiokeyless.events import CircuitChanged, DeliveryEnded, WorkerInspected
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class Recorder:
         [point] = self.points["aiokeyless.circuit.state"]
         value: int = point.value
         return value
+
+    def of_fleets(self, name: str) -> dict[str, float]:
+        """The value of a metric of workers, by the destination of their fleet."""
+        points = self.points.get(f"aiokeyless.worker.{name}", [])
+        return {point.attributes["messaging.destination.name"]: point.value for point in points}
 
     @property
     def attributes(self) -> list[dict[str, AttributeValue]]:
@@ -385,6 +391,93 @@ class TestWorker:
         assert span.status.status_code is StatusCode.ERROR
         assert (span.attributes or {})["aiokeyless.wait.outcome"] == "failed"
         assert (span.attributes or {})["error.type"] == "invalid_request"
+
+    @pytest.mark.looptime
+    async def test_how_a_fleet_fares_is_observed_while_a_worker_of_it_runs(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        broker = MemoryBroker()
+        async with (
+            sandbox.client(listeners=[recorder.listener]) as client,
+            ApprovalWorker(client, broker, schedule=wait_fixed(1)),
+        ):
+            for number in range(3):
+                await submit_approval(broker, USER, operation_id=f"txn-{number}")
+            await asyncio.sleep(7)
+            assert recorder.of_fleets("waiting") == {"keyless.approvals.request": 3}
+            assert recorder.of_fleets("ready") == {"keyless.approvals.request": 1}
+            assert 4 < recorder.of_fleets("oldest_age")["keyless.approvals.request"] < 6
+            for number in range(3):
+                sandbox.approve(f"txn-{number}")
+            await asyncio.sleep(10)
+            assert recorder.of_fleets("waiting") == {"keyless.approvals.request": 0}
+        assert recorder.of_fleets("waiting") == {}
+
+    def test_of_several_workers_of_a_fleet_the_worst_is_observed(self, recorder: Recorder) -> None:
+        told = WorkerInspected(
+            worker=1,
+            system="nats",
+            destination="a",
+            has_ended=False,
+            is_ready=True,
+            in_flight=2,
+            waiting=5,
+            backlog=4,
+            oldest_age=60.0,
+            lateness=3.0,
+            load_shedding=1.0,
+            clock_ahead=0.5,
+            duplicates=2,
+            unsettled=1,
+        )
+        recorder.listener(told)
+        recorder.listener(
+            replace(told, worker=2, is_ready=False, in_flight=1, waiting=7, load_shedding=4.0, duplicates=10)
+        )
+        recorder.listener(replace(told, worker=3, destination="b", lateness=9.0))
+        recorder.listener(replace(told, worker=1, duplicates=3, unsettled=1))
+        observed = {
+            name: recorder.of_fleets(name)
+            for name in ("ready", "in_flight", "waiting", "backlog", "oldest_age", "lateness", "load_shedding")
+        }
+        assert observed == {
+            "ready": {"a": 0, "b": 1},
+            "in_flight": {"a": 3, "b": 2},
+            "waiting": {"a": 7, "b": 5},
+            "backlog": {"a": 4, "b": 4},
+            "oldest_age": {"a": 60, "b": 60},
+            "lateness": {"a": 3, "b": 9},
+            "load_shedding": {"a": 4, "b": 1},
+        }
+        assert recorder.of_fleets("clock_ahead") == {"a": 0.5, "b": 0.5}
+        for number, destination in ((1, "a"), (2, "a"), (3, "b")):
+            recorder.listener(replace(told, worker=number, destination=destination, has_ended=True, duplicates=10))
+        assert recorder.of_fleets("waiting") == {}
+        assert recorder.of_fleets("duplicates") == {"a": 20, "b": 10}  # what was counted stays
+        assert recorder.of_fleets("unsettled") == {"a": 2, "b": 1}
+
+    def test_two_listeners_of_one_provider_observe_each_worker(self, recorder: Recorder) -> None:
+        another = OpenTelemetryListener(tracer_provider=recorder.traces, meter_provider=recorder.meters)
+        for listener, destination in ((recorder.listener, "a"), (another, "b")):
+            listener(
+                WorkerInspected(
+                    worker=ord(destination),
+                    system="nats",
+                    destination=destination,
+                    has_ended=False,
+                    is_ready=True,
+                    in_flight=0,
+                    waiting=1,
+                    backlog=0,
+                    oldest_age=0.0,
+                    lateness=0.0,
+                    load_shedding=1.0,
+                    clock_ahead=0.0,
+                    duplicates=0,
+                    unsettled=0,
+                )
+            )
+        assert recorder.of_fleets("waiting") == {"a": 1, "b": 1}
 
     async def test_a_fleet_on_nats_is_told_apart_by_its_destination(
         self, sandbox: Sandbox, broker: NatsServer, recorder: Recorder, short_pulls: None

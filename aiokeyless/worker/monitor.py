@@ -30,12 +30,21 @@ class Monitor:
         engine: The broker.
         now: The clock, in seconds.
         is_paused: Whether this worker takes no deliveries just now, because Keyless fares badly.
+        inspected: Called after each inspection, whatever became of it.
     """
 
-    def __init__(self, engine: Engine, now: Callable[[], float], is_paused: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        now: Callable[[], float],
+        *,
+        is_paused: Callable[[], bool],
+        inspected: Callable[[], None],
+    ) -> None:
         self._engine = engine
         self._now = now
         self._is_paused = is_paused
+        self._inspected = inspected
         self._silence: str | None = None  # why the broker did not answer the last inspection
         self._refusal: str | None = None  # why the broker did not store the last event
         self._refused_until = -math.inf
@@ -51,6 +60,7 @@ class Monitor:
         """Inspect, again and again, without end."""
         while True:
             await self._inspect()
+            self._inspected()
             await asyncio.sleep(_EVERY)
 
     def on_delivery(self, message: Message) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState, Transitions
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
-from aiokeyless.events import CircuitChanged, DeliveryEnded, OutcomePublished, PollEnded, WaitOutcome
+from aiokeyless.events import (
+    CircuitChanged,
+    DeliveryEnded,
+    OutcomePublished,
+    PollEnded,
+    WaitOutcome,
+    WorkerInspected,
+)
 
 from .engine import EngineError
 from .logs import log
@@ -24,7 +32,10 @@ if TYPE_CHECKING:
 
     from .engine import Engine
     from .messages import ApprovalEvent
+    from .serving import WorkerStatistics
 
+#: Numbers of the workers of this process.
+_WORKERS: Final = itertools.count(1)
 #: Failures of which the poller says that the answer was rejected.
 _REJECTED: Final = frozenset({FailureReason.MISMATCH, FailureReason.INCONSISTENT})
 
@@ -42,6 +53,7 @@ class Reporter:
         self._listeners = listeners
         self._engine = engine
         self._deliveries = deliveries
+        self._worker = next(_WORKERS)
         self._now = asyncio.get_running_loop().time
         self._transitions = Transitions(self._now())
 
@@ -114,8 +126,31 @@ class Reporter:
             log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
         self._tell_circuit(change, None if cause is None else type(cause).__name__)
 
-    def closed(self) -> None:
-        """Report that there is no circuit any more: to listeners, who may count those that are not closed."""
+    def inspected(self, statistics: WorkerStatistics, *, has_ended: bool = False) -> None:
+        """Report how the worker and its fleet fare."""
+        if self._listeners is not None:
+            self._listeners.tell(
+                WorkerInspected(
+                    worker=self._worker,
+                    system=self._engine.system,
+                    destination=self._engine.destination,
+                    has_ended=has_ended,
+                    is_ready=statistics.is_ready,
+                    in_flight=statistics.in_flight,
+                    waiting=statistics.waiting,
+                    backlog=statistics.backlog,
+                    oldest_age=statistics.oldest_age,
+                    lateness=statistics.lateness,
+                    load_shedding=statistics.load_shedding,
+                    clock_ahead=statistics.clock_ahead,
+                    duplicates=statistics.duplicates,
+                    unsettled=statistics.unsettled,
+                )
+            )
+
+    def closed(self, statistics: WorkerStatistics) -> None:
+        """Report the end: to listeners, who may count workers, and circuits that are not closed."""
+        self.inspected(statistics, has_ended=True)
         if self._transitions.state is not CircuitState.CLOSED:
             change = self._transitions.notice(CircuitState.CLOSED, self._now())
             self._tell_circuit(change, ClientClosedError.__name__)

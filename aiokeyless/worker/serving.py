@@ -177,7 +177,12 @@ class Serving:
             now=engine.now,
             reporter=self._reporter,
         )
-        self._monitor = Monitor(engine, self._loop.time, lambda: self._circuit.state is not CircuitState.CLOSED)
+        self._monitor = Monitor(
+            engine,
+            self._loop.time,
+            is_paused=lambda: self._circuit.state is not CircuitState.CLOSED,
+            inspected=lambda: self._reporter.inspected(self.statistics()),
+        )
         self._monitoring: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_open = False
@@ -245,7 +250,7 @@ class Serving:
             await self._drain()
         finally:
             await self._abandon()
-            self._reporter.closed()
+            self._reporter.closed(self.statistics())
 
     # -- the intake
 

@@ -31,6 +31,10 @@ class Broker:
         self.is_paused = False
         self.told: Inspection | EngineError = Inspection()
         self.inspections = 0
+        self.told_of = 0
+
+    def count_inspection(self) -> None:
+        self.told_of += 1
 
     def now(self) -> datetime:
         return NOW
@@ -51,7 +55,9 @@ def broker() -> Broker:
 async def monitoring(broker: Broker) -> AsyncGenerator[Monitor]:
     """Run a monitor; the body starts between two inspections."""
     loop = asyncio.get_running_loop()
-    monitor = Monitor(cast("Engine", broker), loop.time, lambda: broker.is_paused)
+    monitor = Monitor(
+        cast("Engine", broker), loop.time, is_paused=lambda: broker.is_paused, inspected=broker.count_inspection
+    )
     running = asyncio.create_task(monitor.run())
     await asyncio.sleep(1)
     yield monitor
@@ -73,7 +79,7 @@ async def test_a_broker_that_is_away_is_not_asked(broker: Broker) -> None:
     async with monitoring(broker) as monitor:
         broker.is_connected = False
         await asyncio.sleep(100)
-        assert broker.inspections == 1
+        assert (broker.inspections, broker.told_of) == (1, 21)
         assert [*monitor.problems()] == []
 
 

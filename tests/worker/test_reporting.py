@@ -22,6 +22,7 @@ from aiokeyless.events import (
     WaitEnded,
     WaitOutcome,
     WaitStarted,
+    WorkerInspected,
 )
 from aiokeyless.worker import (
     ApprovalEvent,
@@ -75,6 +76,30 @@ async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> Async
 async def next_events(broker: MemoryBroker, count: int = 1) -> list[ApprovalEvent]:
     async with aclosing(approval_outcomes(broker, "test")) as events:
         return [await anext(events) for _ in range(count)]
+
+
+async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandbox: Sandbox) -> None:
+    told = Told()
+    async with working(sandbox, told) as broker:
+        await submit_approval(broker, "C0FFEE")
+        await asyncio.sleep(12)
+    inspections = told.of(WorkerInspected)
+    assert [(event.waiting, event.is_ready, event.has_ended) for event in inspections] == [
+        (0, True, False),
+        (1, True, False),
+        (1, True, False),
+        (1, False, True),
+    ]
+    assert {(event.system, event.destination) for event in inspections} == {("memory", DESTINATION)}
+    assert len({event.worker for event in inspections}) == 1
+
+
+async def test_each_worker_of_a_process_has_a_number(sandbox: Sandbox) -> None:
+    told = Told()
+    for _ in range(2):
+        async with working(sandbox, told):
+            await asyncio.sleep(1)
+    assert len({event.worker for event in told.of(WorkerInspected)}) == 2
 
 
 async def created(sandbox: Sandbox, count: int) -> None:
