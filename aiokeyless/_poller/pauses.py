@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._rules.outcome import YOUNG
 from aiokeyless.schedule import next_delay
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ class Pause:
         now: The time.
     """
 
-    __slots__ = ("approval", "attempt", "due", "polled", "schedule", "seen", "since")
+    __slots__ = ("approval", "attempt", "due", "may_be_missing_until", "polled", "schedule", "seen", "since")
 
     def __init__(self, hold: Hold, due: float | None, now: float) -> None:
         self.polled: PolledOperation = hold.polled
         self.schedule: wait_base = hold.schedule
         self.attempt: int = hold.attempt
         self.seen: bytes | None = hold.seen
+        young_until = -math.inf if hold.ticket is None else hold.origin + YOUNG
+        self.may_be_missing_until = math.inf if hold.may_be_missing else young_until  # a 404 counts as pending
         self.due = due
         self.since = now
         self.approval: Operation | None = None  # brought by the poll that was in flight

@@ -728,19 +728,24 @@ class Poller:
         pause = self._pauses.find(polled.operation_id, now)
         if pause is None or pause.polled is not polled:
             return
-        if isinstance(answer, KeylessError):
-            polled.failures += is_transient(answer)
-            pause.due = now + error_delay(polled.failures) if is_transient(answer) else now
-            return
-        polled.failures = 0
-        verdict = evaluate(answer, polled.operation_id)
-        if verdict is Verdict.PENDING:
+        may_be_missing = poll.started_at < pause.may_be_missing_until
+        facts = PollFacts(
+            polled.operation_id,
+            ticket=None,  # that of the next hold counts
+            is_final=False,
+            may_be_missing=may_be_missing,
+            was_seen=pause.seen is not None,
+        )
+        result, _ = poll_outcome(answer, facts)
+        polled.failures = polled.failures + 1 if result is Result.TRANSIENT else 0
+        if result is Result.PENDING:
             polled.pending_at = poll.started_at
-            pause.seen = pack_pending(answer)
             pause.attempt += 1
-        else:
-            pause.due = now
-            pause.approval = answer if verdict is Verdict.APPROVED else None
+            if isinstance(answer, Operation):
+                pause.seen = pack_pending(answer)
+            return
+        pause.due = now + error_delay(polled.failures) if result is Result.TRANSIENT else now
+        pause.approval = answer if isinstance(answer, Operation) and result is Result.APPROVED else None
 
     def _record_in_circuit(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:
         if isinstance(answer, KeylessError) and is_transient(answer):

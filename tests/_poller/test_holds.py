@@ -407,7 +407,8 @@ class TestPollInFlight:
 
     @pytest.mark.parametrize(
         ("status", "due"),
-        [(None, [3.0]), (500, [4.0]), (404, [0.0])],  # by the schedule; by the backoff; the next hold meets it itself
+        # By the schedule, a 404 about a young ticket too; by the backoff; the next hold meets it itself.
+        [(None, [3.0]), (404, [3.0]), (500, [4.0]), (403, [0.0])],
     )
     async def test_what_it_brings_sets_the_next_poll(
         self,
@@ -431,6 +432,20 @@ class TestPollInFlight:
         assert await client.hold_for_approval(ticket, seconds=4.5, schedule=schedule) is None
         assert [t - ended for t in polls(sandbox)[1:2]] == pytest.approx(due, abs=0.6)
         assert polls(sandbox)[1] - ended <= due[0] + 0.02  # and never later
+
+    @pytest.mark.parametrize("known", ["made by the phone", "young ticket"])
+    async def test_a_404_that_counts_as_pending_sets_the_next_poll_too(
+        self, sandbox: Sandbox, client: KeylessClient, known: str
+    ) -> None:  # found by tests/simulation, seed 27
+        target: str | ApprovalTicket = "op"
+        if known == "young ticket":
+            target = ApprovalTicket.for_operation("op", user_id=USER)
+        sandbox.latency = 0.5
+        schedule = wait_fixed(2)
+        holding = {"seconds": 0.25, "gap": 0.5, "schedule": schedule}
+        if_missing = "wait" if known == "made by the phone" else "raise"
+        await hold_on(client, target, pieces=5, if_missing=if_missing, **holding)  # type: ignore[arg-type]  # mixed
+        assert polls(sandbox) == pytest.approx([0.0, 2.25], abs=0.01)  # and not at the start of each hold
 
     async def test_an_answer_that_is_rejected_is_met_again_by_the_next_hold(
         self, sandbox: Sandbox, client: KeylessClient
