@@ -199,6 +199,21 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def simulate(session: nox.Session) -> None:
+    """Try to lose an approval, in stories made up from seeds: ``nox -s simulate -- --seconds 600 --seed N``."""
+    install(session, "-e", ".[dev]")
+    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+    session.run("python", "-m", "tests.simulation", *(session.posargs or ["--seconds", "60"]), env=env)
+
+
+@nox.session
+def simulate_mutants(session: nox.Session) -> None:
+    """Break copies of the library in many ways, and demand of the simulator that it finds nearly all of them."""
+    install(session, "-e", ".[dev]")
+    session.run("python", "-m", "tests.simulation.mutants", *session.posargs, env={"PYTHONDONTWRITEBYTECODE": "1"})
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Run every benchmark in short; arguments after -- take the place of --quick."""
     install(session, "-e", ".[dev]")

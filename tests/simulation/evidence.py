@@ -1,0 +1,273 @@
+"""What the history shows about one client: what its answers mean, by docs/rules.md, and when it had no trouble.
+
+Nothing of the library is used here or in the promises: what checks it must not share its mistakes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .history import Exchange, History, Known, ObservedClient, ObservedCreate, ObservedWait
+
+#: Seconds by which times may differ: wall clocks tell microseconds, and the loop's clock rounds.
+EPS: Final = 1e-4
+#: Seconds that a final poll may take, its repetitions included (rule 3).
+FINAL: Final = 2.0
+#: Seconds after which a wait for an expired ticket gets a final poll (rule 3).
+EXPIRED: Final = 120.0
+#: Seconds for which an operation may still be missing, since a replica lags (rule 5).
+YOUNG: Final = 5.0
+#: Seconds of a Retry-After that count.
+LONGEST_PAUSE: Final = 120.0
+#: Operations that fail before the circuit can open.
+FAILURES_UNTIL_OPEN: Final = 5
+
+_SHAPE: Final = {"operationId": str, "userId": str, "state": str, "result": bool}
+_ERRORS: Final = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    406: "NotAcceptableError",
+    409: "ConflictError",
+    415: "UnsupportedMediaTypeError",
+}
+
+
+class Violation(NamedTuple):
+    """A promise that was broken."""
+
+    promise: str
+    client: str
+    operation_id: str
+    at: float
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.promise}: {self.client}, operation {self.operation_id!r}, at {self.at:.4f} s: {self.text}"
+
+
+class Reading(NamedTuple):
+    """What came of a poll.
+
+    Attributes:
+        kind: Its answer said something; a transient failure; 404; another error, which ends waits; or the client gave
+            it up, which says nothing.
+        said: The answer.
+        error: The name of the error.
+    """
+
+    kind: Literal["said", "failed", "missing", "error", "cut"]
+    said: dict[str, Any] | None = None
+    error: str = ""
+
+
+def read(exchange: Exchange, request_timeout: float) -> Reading:  # noqa: PLR0911  # one for each case
+    """Return what came of a poll, by rules 2, 4 and 5."""
+    status = exchange.status
+    if status is None:
+        is_overdue = exchange.ended_at - exchange.sent_at >= request_timeout - EPS
+        return Reading("cut") if exchange.was_cut and not is_overdue else Reading("failed")
+    if status == 404:
+        return Reading("missing", error="NotFoundError")
+    if status in {408, 425, 429} or 500 <= status < 600:
+        return Reading("failed")
+    if status != 200:
+        return Reading("error", error=_ERRORS.get(status, "StatusError"))
+    twice: list[str] = []
+    try:
+        said = json.loads(exchange.body, object_pairs_hook=lambda pairs: _object(pairs, twice))
+    except ValueError:
+        return Reading("failed")
+    if not isinstance(said, dict) or any(not isinstance(said.get(name), kind) for name, kind in _SHAPE.items()):
+        return Reading("error", error="DecodeError")
+    return Reading("error", error="DecodeError") if twice else Reading("said", said)
+
+
+def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
+    said = dict(pairs)
+    twice += [name for name, _ in pairs[len(said) :]]
+    return said
+
+
+def verdict(said: dict[str, Any], operation_id: str, ticket: Known | None) -> str:
+    """Return what an answer means by rule 2: approved, pending, or the name of the error that rejects it."""
+    if said["operationId"] != operation_id:
+        return "OperationMismatchError"
+    if ticket is not None:
+        payload, external = said.get("operationPayload") or "", said.get("externalUserId")
+        same = (
+            said["userId"].upper() == ticket.user_id.upper()
+            and hashlib.sha256(payload.encode()).digest() == hashlib.sha256(ticket.payload.encode()).digest()
+            and (not ticket.external_user_id or external == ticket.external_user_id)
+        )
+        if not same:
+            return "OperationMismatchError"
+    if said["state"] == "approved" and said["result"] is True:
+        return "approved"
+    return "pending" if said["state"] == "pending" else "InconsistentOperationError"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When a wait must end, as one of the clocks that the rules allow tells.
+
+    Attributes:
+        deadline: The time of its final poll; of a hold, its end.
+        is_hold: Whether it then ends with nothing, and without a final poll.
+        had_expired: Whether there was no time left when it began.
+        origin: When the operation was created.
+    """
+
+    deadline: float
+    is_hold: bool
+    had_expired: bool
+    origin: float
+
+
+def budgets(wait: ObservedWait) -> list[Budget]:
+    """Return the budgets that a wait may have: several where clocks disagree about the age of its ticket."""
+    return [_budget(wait, age) for age in wait.ages]
+
+
+def _budget(wait: ObservedWait, age: float) -> Budget:
+    start, origin = wait.started_at, wait.started_at - age
+    left = math.inf if wait.ticket is None else max(0.0, wait.ticket.lifetime - age)
+    if wait.hold is not None:
+        if left > wait.hold:
+            return Budget(start + wait.hold, is_hold=True, had_expired=False, origin=origin)
+        expired = left <= 0.0
+        return Budget(start + (wait.hold if expired else left), is_hold=False, had_expired=expired, origin=origin)
+    if wait.timeout is not None:
+        return Budget(start + wait.timeout, is_hold=False, had_expired=False, origin=origin)
+    if left <= 0.0:
+        return Budget(start + EXPIRED, is_hold=False, had_expired=True, origin=origin)
+    return Budget(start + left, is_hold=False, had_expired=False, origin=origin)
+
+
+class _Groups(dict[str, list[Any]]):
+    def __missing__(self, name: str) -> list[Any]:
+        return []
+
+
+class Evidence:
+    """The history of one client.
+
+    Args:
+        client: The client.
+        history: All that happened.
+    """
+
+    def __init__(self, client: ObservedClient, history: History) -> None:
+        self.client = client
+        self.history = history
+        self.exchanges = [exchange for exchange in history.exchanges if exchange.client == client.name]
+        self.polls = [exchange for exchange in self.exchanges if exchange.is_poll]
+        self.waits = [wait for wait in history.waits if wait.client == client.name]
+        self.creates: list[ObservedCreate] = [c for c in history.creates if c.client == client.name]
+        self.polls_of: dict[str, list[Exchange]] = _Groups()
+        self.waits_of: dict[str, list[ObservedWait]] = _Groups()
+        for poll in self.polls:
+            self.polls_of.setdefault(poll.operation_id, []).append(poll)
+        for wait in self.waits:
+            self.waits_of.setdefault(wait.operation_id, []).append(wait)
+        self._readings: dict[int, Reading] = {}
+        self._sent = [poll.sent_at for poll in self.polls]
+
+    def violation(
+        self, promise: str, about: ObservedWait | ObservedCreate | Exchange, at: float, text: str
+    ) -> Violation:
+        """Return the violation of a promise by this client."""
+        return Violation(promise, self.client.name, str(about.operation_id), at, text)
+
+    def read(self, poll: Exchange) -> Reading:
+        """Return what came of a poll."""
+        reading = self._readings.get(poll.number)
+        if reading is None:
+            reading = self._readings[poll.number] = read(poll, self.client.request_timeout)
+        return reading
+
+    def sent_between(self, begins: float, ends: float) -> Sequence[Exchange]:
+        """Return the polls that were sent in a time, both ends included."""
+        return self.polls[bisect_left(self._sent, begins) : bisect_right(self._sent, ends)]
+
+    def in_flight(self, at: float) -> int:
+        """Return how many polls were under way just before a time."""
+        earlier = self.sent_between(at - self.client.request_timeout - EPS, at - EPS)
+        return sum(poll.ended_at > at + EPS for poll in earlier)
+
+    def is_final(self, poll: Exchange) -> bool:
+        """Return whether a poll may be a final one: the deadline of a wait that goes on has passed."""
+        return any(
+            wait.started_at <= poll.sent_at <= wait.ended_at + EPS
+            and any(b.had_expired or (not b.is_hold and b.deadline <= poll.sent_at + EPS) for b in budgets(wait))
+            for wait in self.waits_of[poll.operation_id]
+        )
+
+    @cached_property
+    def _failures(self) -> list[Exchange]:
+        # A final poll that is cut at the end of its two seconds is one, too.
+        kinds = ((poll, self.read(poll).kind) for poll in self.polls)
+        failed = [poll for poll, kind in kinds if kind == "failed" or (kind == "cut" and self.is_final(poll))]
+        return sorted(failed, key=lambda poll: poll.ended_at)
+
+    @cached_property
+    def _failed_at(self) -> list[float]:
+        return [poll.ended_at for poll in self._failures]
+
+    @cached_property
+    def _good_at(self) -> list[float]:
+        return sorted(p.ended_at for p in self.polls if self.read(p).kind in {"said", "missing", "error"})
+
+    @cached_property
+    def _first_trouble(self) -> float:
+        """When the circuit can have opened for the first time."""
+        failed: set[str] = set()
+        for poll in self._failures:
+            failed.add(poll.operation_id)
+            if len(failed) >= FAILURES_UNTIL_OPEN or poll.retry_after is not None or poll.status == 429:
+                return poll.ended_at
+        return math.inf
+
+    def is_well(self, at: float) -> bool:
+        """Return whether the circuit must be closed at a time.
+
+        It has never had a reason to open; or the last failure is so long ago, and so many good answers have come since,
+        that it is closed again, and a refused rate is forgotten.
+        """
+        if at < self._first_trouble:
+            return True
+        count = bisect_left(self._failed_at, at)
+        last = self._failed_at[count - 1] if count else -math.inf
+        good = bisect_right(self._good_at, at - EPS) - bisect_right(self._good_at, last + EPS)
+        return at - last > LONGEST_PAUSE + 10.0 and good >= self.client.max_in_flight
+
+    def has_room(self, at: float, others: int = 0) -> bool:
+        """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
+        lately = len(self.sent_between(at - 2.0, at - EPS))
+        return (
+            self.is_well(at)
+            and self.in_flight(at) + others < min(4, self.client.max_in_flight)
+            and lately + others < self.client.rate / 2
+        )
+
+    def failed_lately(self, operation_id: str, at: float) -> bool:
+        """Return whether an operation failed, so that its polls are retries, which get half of the slots."""
+        return any(
+            poll.sent_at <= at and self.read(poll).kind in {"failed", "cut", "missing"} and poll.ended_at > at - 30.0
+            for poll in self.polls_of[operation_id]
+        )
+
+    def waits_at(self, operation_id: str, at: float) -> Iterator[ObservedWait]:
+        """Yield the waits for an operation that are under way at a time."""
+        for wait in self.waits_of[operation_id]:
+            if wait.started_at <= at + EPS and wait.ended_at >= at - EPS:
+                yield wait

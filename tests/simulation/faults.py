@@ -1,0 +1,237 @@
+"""What goes wrong between a client and the service, and in the service itself.
+
+A fault is data: when it begins and ends, whom it concerns, and what it makes of a request. Where several apply, the
+first one in the story decides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable
+
+    from .service import Stored
+
+    #: Makes a lying answer of the true one, of all operations, and of the time.
+    Lie = Callable[[dict[str, Any], list[Stored], float], bytes]
+
+
+class Request(NamedTuple):
+    """A request as the service gets it."""
+
+    at: float
+    method: str
+    operation_id: str
+    user_id: str
+    body: bytes
+    payload: str
+    """Of the operation that it is about; empty where that does not exist yet."""
+    client: str
+
+
+@dataclass(slots=True, frozen=True)
+class Fate:
+    """What becomes of a request.
+
+    Attributes:
+        latency: Seconds until the answer begins to arrive; infinite: never.
+        status: The status that is answered instead of the true one.
+        body: The body of that answer.
+        retry_after: Seconds that the answer asks for.
+        is_refused: No connection.
+        is_processed: Whether it reaches the service, whatever is answered.
+        is_lost: The connection breaks before an answer.
+        is_truncated: The connection breaks before the end of the answer.
+        pieces: In how many pieces the body arrives.
+        between_pieces: Seconds between them.
+        lie: What the answer says instead of the truth, where it is a success.
+    """
+
+    latency: float
+    status: int | None = None
+    body: bytes = b'{"message": "try again later"}'
+    retry_after: float | None = None
+    is_refused: bool = False
+    is_processed: bool = True
+    is_lost: bool = False
+    is_truncated: bool = False
+    pieces: int = 1
+    between_pieces: float = 0.0
+    lie: Lie | None = None
+
+
+class Fault(Protocol):
+    """Something that goes wrong."""
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Return what becomes of a request; None where the fault does not concern it."""
+
+
+class Failure(NamedTuple):
+    """A way to fail."""
+
+    how: Literal["refused", "lost", "lost answer", "hangs", "truncated", "html", "status"]
+    status: int = 500
+    retry_after: float | None = None
+
+    def fate(self, rng: random.Random) -> Fate:  # noqa: PLR0911  # one for each way
+        """Return what becomes of a request that fails in this way."""
+        latency = rng.uniform(0.01, 0.2)
+        match self.how:
+            case "refused":
+                return Fate(latency, is_refused=True)
+            case "lost":
+                return Fate(latency, is_lost=True, is_processed=False)
+            case "lost answer":
+                return Fate(latency, is_lost=True)
+            case "hangs":
+                return Fate(math.inf)
+            case "truncated":
+                return Fate(latency, is_truncated=True)
+            case "html":
+                return Fate(latency, status=200, body=b"<html>down for maintenance</html>")
+            case "status":
+                is_processed = self.status != 429 and rng.random() < 0.5
+                return Fate(latency, self.status, retry_after=self.retry_after, is_processed=is_processed)
+
+
+@dataclass(frozen=True)
+class Outage:
+    """For some time every request fails, or a share of them, or those of one operation."""
+
+    begins: float
+    ends: float
+    failure: Failure
+    share: float = 1.0
+    payload: str | None = None
+    """Only of the operation with this payload."""
+    methods: str = "GET POST"
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Fail."""
+        if not self.begins <= request.at < self.ends or request.method not in self.methods:
+            return None
+        if self.payload not in (None, request.payload):
+            return None
+        return self.failure.fate(rng) if rng.random() < self.share else None
+
+    @property
+    def is_total(self) -> bool:
+        """Whether nothing gets through."""
+        return self.share == 1.0 and self.payload is None and "GET" in self.methods
+
+
+@dataclass(frozen=True)
+class Slowness:
+    """For some time answers are slow, or arrive in drips."""
+
+    begins: float
+    ends: float
+    longest: float
+    pieces: int
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Answer late."""
+        if not self.begins <= request.at < self.ends:
+            return None
+        return Fate(rng.uniform(0.2, self.longest), pieces=self.pieces, between_pieces=rng.uniform(0.0, 0.5))
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """For some time a gateway refuses what exceeds so many requests in a second."""
+
+    begins: float
+    ends: float
+    per_second: int
+    retry_after: float | None
+    _passed: list[float] = field(default_factory=list, repr=False, compare=False)
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Refuse what is too much."""
+        if not self.begins <= request.at < self.ends:
+            return None
+        self._passed[:] = [at for at in self._passed if 0 <= request.at - at < 1.0]
+        if len(self._passed) < self.per_second:
+            self._passed.append(request.at)
+            return None
+        return Fate(rng.uniform(0.01, 0.1), 429, retry_after=self.retry_after, is_processed=False)
+
+
+@dataclass(frozen=True)
+class Lag:
+    """For some time a replica does not have operations that are younger than so many seconds."""
+
+    begins: float
+    ends: float
+    seconds: float
+    _created: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Say that there is no such operation."""
+        if request.method == "POST":
+            self._created.setdefault(request.operation_id, request.at)
+            return None
+        age = request.at - self._created.get(request.operation_id, -math.inf)
+        if not self.begins <= request.at < self.ends or age >= self.seconds:
+            return None
+        return Fate(rng.uniform(0.01, 0.1), status=404, body=b"{}")
+
+
+@dataclass(frozen=True)
+class Lies:
+    """From some time on, some answers about one operation are not what was asked for, or contradict themselves."""
+
+    begins: float
+    payload: str
+    kind: str
+    share: float
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Lie."""
+        if request.at < self.begins or request.method != "GET" or request.payload != self.payload:
+            return None
+        return Fate(rng.uniform(0.02, 0.2), lie=LIES[self.kind]) if rng.random() < self.share else None
+
+
+def _claim(**wrong: object) -> Lie:
+    """Claim an approval of something else than what was asked for."""
+    approval = {"state": "approved", "result": True}
+    return lambda said, _stored, _at: json.dumps(said | approval | wrong).encode()
+
+
+def _another(said: dict[str, Any], stored: list[Stored], at: float) -> bytes:
+    """Answer with another operation, an approved one if there is one."""
+    others = [operation for operation in stored if operation.operation_id != said["operationId"]]
+    approved = [operation for operation in others if operation.approved_at <= at]
+    other = (approved or others)[0].to_json(at) if others else said | {"operationId": "nothing", "state": "approved"}
+    return json.dumps(other).encode()
+
+
+def _twice(said: dict[str, Any], _stored: list[Stored], _at: float) -> bytes:
+    """Say it twice, and differently."""
+    return b'{"result": false, ' + json.dumps(said | {"state": "approved", "result": True}).encode()[1:]
+
+
+def _shapeless(said: dict[str, Any], _stored: list[Stored], _at: float) -> bytes:
+    return json.dumps(said | {"result": "true"}).encode()
+
+
+LIES: dict[str, Lie] = {
+    "another operation": _another,
+    "another id": _claim(operationId="something else"),
+    "another user": _claim(userId="FFFF"),
+    "another payload": _claim(operationPayload="Pay 1000000 to Mallory"),
+    "no payload": _claim(operationPayload=None),
+    "another external user": _claim(externalUserId="mallory"),
+    "approved, but false": _claim(result=False),
+    "pending, but true": _claim(state="pending"),
+    "an unknown state": _claim(state="APPROVED"),
+    "two results": _twice,
+    "another shape": _shapeless,
+}

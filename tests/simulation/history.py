@@ -1,0 +1,149 @@
+"""What happened in a story, as an observer outside of the library saw it: the only thing that the checker reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .service import Stored
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """One request of a client, and what came of it."""
+
+    number: int
+    """Its place among all events of the story: it tells apart what happened in one instant."""
+    client: str
+    method: str
+    operation_id: str
+    is_poll: bool
+    """Whether it is a poll, and not a request of a single call."""
+    sent_at: float
+    ended_at: float = math.inf
+    status: int | None = None
+    """None: no answer arrived."""
+    body: bytes = b""
+    retry_after: float | None = None
+    was_cut: bool = False
+    """The client gave it up."""
+
+    def tell(self) -> str:
+        """Return it as a line of a timeline."""
+        what = f"{'poll' if self.is_poll else self.method} {self.sent_at:.4f} .. {self.ended_at:.4f} s"
+        pause = "" if self.retry_after is None else f", Retry-After {self.retry_after:g}"
+        answer = "cut off" if self.was_cut else "no answer" if self.status is None else f"{self.status}{pause}"
+        return f"{what}: {answer} {self.body.decode() if self.status == 200 else ''}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Known:
+    """What a ticket says about its operation."""
+
+    user_id: str
+    payload: str
+    external_user_id: str | None
+    lifetime: float
+    """Seconds from its creation until it expires."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ObservedWait:
+    """One wait of an application, or one hold."""
+
+    number: int
+    client: str
+    operation_id: str
+    started_at: float
+    ticket: Known | None
+    ages: tuple[float, ...] = (0.0,)
+    """Seconds since the operation was created, by each clock that the rules allow; 0 for a bare id."""
+    timeout: float | None
+    """Seconds; None: what the ticket has left."""
+    hold: float | None = None
+    """Seconds of a hold; None for a wait."""
+    delays: tuple[float, float]
+    """The shortest and the longest delay of its schedule."""
+    may_be_missing: bool = False
+    made_here: bool = False
+    """The same client has just created the operation."""
+    ended_at: float = math.inf
+    end_number: int = 0
+    outcome: str = ""
+    """approved, nothing (of a hold), cancelled, or the name of the exception."""
+    approved: dict[str, object] | None = None
+    """The operation that it returned."""
+
+    def tell(self) -> str:
+        """Return it as a line of a timeline."""
+        what = "wait" if self.hold is None else f"hold of {self.hold:g} s"
+        limit = "" if self.timeout is None else f", timeout {self.timeout:g} s"
+        ages = ", ".join(f"{age:.4f}" for age in self.ages)
+        known = "bare id" if self.ticket is None else f"ticket for {self.ticket.lifetime:g} s, {ages} s old"
+        return f"{what} {self.started_at:.4f} .. {self.ended_at:.4f} s ({known}{limit}): {self.outcome}"
+
+
+@dataclass(slots=True, kw_only=True)
+class ObservedCreate:
+    """One call of ``create_operation``."""
+
+    number: int
+    client: str
+    operation_id: str | None
+    """None: the client made it, and the call ended with an error that names none."""
+    id_is_new: bool
+    resumes: bool
+    user_id: str
+    payload: str
+    external_user_id: str | None
+    started_at: float
+    ended_at: float = math.inf
+    outcome: str = ""
+    """created, reconciled, cancelled, or the name of the exception."""
+    was_sent: bool = True
+    """What a `TransportError` says of itself."""
+
+    def tell(self) -> str:
+        """Return it as a line of a timeline."""
+        return f"create {self.started_at:.4f} .. {self.ended_at:.4f} s: {self.outcome}"
+
+
+@dataclass(slots=True, kw_only=True)
+class ObservedClient:
+    """One client, from its start to its end."""
+
+    name: str
+    max_in_flight: int
+    rate: float
+    request_timeout: float
+    max_attempts: int
+    started_at: float
+    closed_at: float = math.inf
+    leftovers: list[str] = field(default_factory=list)
+    """What it left behind when its last wait had ended, or when it was closed."""
+
+
+@dataclass(slots=True)
+class History:
+    """All of it."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    waits: list[ObservedWait] = field(default_factory=list)
+    creates: list[ObservedCreate] = field(default_factory=list)
+    clients: dict[str, ObservedClient] = field(default_factory=dict)
+    operations: dict[str, Stored] = field(default_factory=dict)
+    """The service's own records: the truth."""
+    problems: list[str] = field(default_factory=list)
+    ended_at: float = 0.0
+    _events: int = 0
+
+    def next_number(self) -> int:
+        """Return the place of the next event."""
+        self._events += 1
+        return self._events
+
+    def lines(self) -> list[str]:
+        """Return the history as text, for comparing two runs."""
+        return [*map(repr, (*self.exchanges, *self.waits, *self.creates)), *map(repr, self.clients.values())]

@@ -1,0 +1,269 @@
+"""A model of the service, and the session that takes a client's requests to it without a network.
+
+The session stands where aiohttp's is: all of the library runs, and what it sends and reads are the protocol's bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+import aiohttp
+from multidict import CIMultiDict
+
+from .faults import Fate, Request
+from .history import Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from yarl import URL
+
+    from .faults import Fault
+    from .history import History
+    from .people import Person
+
+#: Requests in one story: more means that something polls without end.
+MOST_REQUESTS: Final = 60_000
+
+
+class TooManyRequestsError(Exception):
+    """A client polls without end."""
+
+
+@dataclass(slots=True)
+class Stored:
+    """An operation as the service has it."""
+
+    operation_id: str
+    user_id: str
+    payload: str | None
+    external_user_id: str | None
+    created_at: float
+    approved_at: float = math.inf
+    created_by: int = 0
+    """The number of the request that created it; 0: the phone."""
+
+    def to_json(self, at: float) -> dict[str, Any]:
+        """Return what a GET says about it at a time."""
+        approved = self.approved_at <= at
+        answer: dict[str, Any] = {
+            "id": 7,
+            "timestamp": "2026-11-27T00:00:00.25",
+            "nodeId": "node",
+            "userId": self.user_id,
+            "apiKey": "secret",
+            "operationId": self.operation_id,
+            "result": approved,
+            "state": "approved" if approved else "pending",
+        }
+        if self.payload is not None:
+            answer["operationPayload"] = self.payload
+        if self.external_user_id is not None:
+            answer["externalUserId"] = self.external_user_id
+        return answer
+
+
+class Service:
+    """The service: it stores operations, knows when each user will approve, and answers as its faults let it.
+
+    Args:
+        seed: Of the latencies and of what the faults draw.
+        faults: What goes wrong, and when.
+        people: Who approves what, by the payload.
+        history: Where requests are recorded.
+    """
+
+    def __init__(self, seed: int, faults: Sequence[Fault], people: dict[str, Person], history: History) -> None:
+        self._faults = faults
+        self._people = people
+        self._random = random.Random(f"{seed} service")  # noqa: S311
+        self.history = history
+        self.operations = history.operations
+
+    def store(self, operation: Stored) -> None:
+        """Store an operation; its user begins to think about it."""
+        person = self._people.get(operation.payload or "")
+        if person is not None:
+            operation.approved_at = operation.created_at + person.approves_after
+        self.operations[operation.operation_id] = operation
+
+    def store_by_phone(self, operation_id: str, user_id: str, payload: str) -> None:
+        """Store an operation that the phone starts: it exists from its approval on."""
+        approved_at = asyncio.get_running_loop().time() + self._people[payload].approves_after
+        if approved_at < math.inf:
+            self.operations[operation_id] = Stored(operation_id, user_id, payload, None, approved_at, approved_at)
+
+    def fate(self, request: Request) -> Fate:
+        """Return what becomes of a request: the first fault that applies decides."""
+        for fault in self._faults:
+            fate = fault.fate(request, self._random)
+            if fate is not None:
+                return fate
+        return Fate(self._random.uniform(0.02, 0.2))
+
+    def answer(self, request: Request, fate: Fate, number: int) -> tuple[int, bytes]:
+        """Process a request at half of its latency, and return status and body of the answer."""
+        at = request.at + min(fate.latency, 0.2) / 2
+        if request.method == "GET":
+            status, said = self._get(request, at)
+        elif fate.is_processed:
+            status, said = self._post(request, at, number)
+        else:
+            status, said = 500, {}
+        if fate.status is not None:
+            return fate.status, fate.body
+        if fate.lie is not None and status == 200:
+            return status, fate.lie(said, list(self.operations.values()), at)
+        return status, json.dumps(said).encode()
+
+    def _get(self, request: Request, at: float) -> tuple[int, dict[str, Any]]:
+        stored = self.operations.get(request.operation_id)
+        if stored is None or stored.created_at > at:
+            return 404, {"message": "no such operation"}
+        return 200, stored.to_json(at)
+
+    def _post(self, request: Request, at: float, number: int) -> tuple[int, dict[str, Any]]:
+        if request.operation_id in self.operations:
+            return 409, {"message": "the operation exists"}
+        said = json.loads(request.body)
+        self.store(
+            Stored(
+                request.operation_id,
+                request.user_id,
+                said.get("operationPayload"),
+                said.get("externalUserId"),
+                created_at=at,
+                created_by=number,
+            )
+        )
+        return 200, {"success": True}
+
+    def payload_of(self, operation_id: str) -> str:
+        """Return what an operation is about; the empty text if it does not exist."""
+        stored = self.operations.get(operation_id)
+        return "" if stored is None else stored.payload or ""
+
+
+class _Answer:
+    """The part of aiohttp's response that the library reads, its content included."""
+
+    def __init__(self, exchange: Exchange, fate: Fate, deadline: float) -> None:
+        self.status = exchange.status
+        self.headers = CIMultiDict({} if exchange.retry_after is None else {"Retry-After": f"{exchange.retry_after:g}"})
+        self.content = self
+        self._exchange = exchange
+        self._fate = fate
+        self._deadline = deadline
+        body, size = exchange.body, -(-len(exchange.body) // fate.pieces) or 1
+        self._pieces = [body[start : start + size] for start in range(0, len(body), size)]
+
+    def at_eof(self) -> bool:
+        if not self._pieces:
+            self._exchange.ended_at = asyncio.get_running_loop().time()
+        return not self._pieces
+
+    async def readany(self) -> bytes:
+        try:
+            if len(self._pieces) < self._fate.pieces:
+                await _pass(self._fate.between_pieces, self._deadline)
+            if len(self._pieces) == 1 and self._fate.is_truncated:
+                raise aiohttp.ClientPayloadError("not enough data")  # noqa: TRY301  # as the network does
+        except BaseException as error:
+            _fail(self._exchange, error)
+            raise
+        return self._pieces.pop(0)
+
+    def close(self) -> None:
+        """Drop the connection."""
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # aiohttp advises against subclasses
+
+    class SimulatedSession(aiohttp.ClientSession):
+        """A session whose requests go to the model.
+
+        Args:
+            service: The model.
+            client: The name of the client that it belongs to.
+        """
+
+        def __init__(self, service: Service, client: str) -> None:  # nothing of aiohttp's is set up, nor closed
+            self._service = service
+            self._name = client
+            self.under_way = 0
+            """Requests without an end."""
+
+        def __del__(self, _warnings: object = None) -> None:
+            """Close nothing."""
+
+        @property
+        def closed(self) -> bool:
+            return False
+
+        async def request(  # type: ignore[override]  # aiohttp's returns an awaitable that is a context manager, too
+            self, method: str, url: URL, *, timeout: aiohttp.ClientTimeout, data: bytes | None = None, **_: Any
+        ) -> _Answer:
+            service, now = self._service, asyncio.get_running_loop().time()
+            history = service.history
+            if len(history.exchanges) > MOST_REQUESTS:
+                raise TooManyRequestsError
+            parts = url.raw_path.split("/")
+            operation_id = unquote(parts[3]) if method == "GET" else json.loads(data or b"")["operationId"]
+            exchange = Exchange(
+                number=history.next_number(),
+                client=self._name,
+                method=method,
+                operation_id=operation_id,
+                is_poll=timeout.total is None,  # the poller bounds its polls by itself
+                sent_at=now,
+            )
+            history.exchanges.append(exchange)
+            request = Request(
+                now, method, operation_id, parts[3], data or b"", service.payload_of(operation_id), self._name
+            )
+            deadline = math.inf if timeout.total is None else now + timeout.total
+            self.under_way += 1
+            try:
+                return await self._send(request, exchange, deadline)
+            except BaseException as error:
+                _fail(exchange, error)
+                raise
+            finally:
+                self.under_way -= 1
+
+        async def _send(self, request: Request, exchange: Exchange, deadline: float) -> _Answer:
+            fate = self._service.fate(request)
+            if fate.is_refused:
+                await _pass(fate.latency, deadline)
+                # aiohttp's own, without the key of a connection that there is not
+                raise aiohttp.ClientConnectorError(None, OSError(111, "refused"))  # type: ignore[arg-type]
+            status, body = self._service.answer(request, fate, exchange.number)
+            await _pass(fate.latency, deadline)
+            if fate.is_lost:
+                raise aiohttp.ServerDisconnectedError
+            exchange.status, exchange.body, exchange.retry_after = status, body, fate.retry_after
+            return _Answer(exchange, fate, deadline)
+
+
+def _fail(exchange: Exchange, error: BaseException) -> None:
+    exchange.status = None
+    exchange.ended_at = asyncio.get_running_loop().time()
+    exchange.was_cut = isinstance(error, asyncio.CancelledError)
+
+
+async def _pass(seconds: float, deadline: float) -> None:
+    """Let time pass, but not beyond a deadline."""
+    loop = asyncio.get_running_loop()
+    if seconds <= deadline - loop.time():
+        await (asyncio.sleep(seconds) if seconds < math.inf else loop.create_future())
+        return
+    await asyncio.sleep(deadline - loop.time())
+    raise TimeoutError

@@ -1,0 +1,259 @@
+"""A story: which processes, actors and faults there are; how one is made up from a seed, run, and told."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import random
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final, Literal
+
+from .actors import Actor, Application, Leg, Process, act
+from .faults import LIES, Failure, Lag, Lies, Outage, RateLimit, Slowness
+from .history import History
+from .people import someone
+from .service import Service, TooManyRequestsError
+from .world import StuckError, VirtualLoop, deterministic
+
+if TYPE_CHECKING:
+    from .faults import Fault
+
+#: Seconds after which a story must have ended by itself.
+LONGEST: Final = 86_400.0
+
+FAILURES: Final = (
+    Failure("refused"),
+    Failure("lost"),
+    Failure("lost answer"),
+    Failure("hangs"),
+    Failure("truncated"),
+    Failure("html"),
+    Failure("status", 500),
+    Failure("status", 503),
+    Failure("status", 408),
+)
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that happens, as data.
+
+    Attributes:
+        seed: Of what is drawn while it runs: latencies, and the library's own jitter and backoff.
+        processes: The processes of the application.
+        actors: What they do.
+        faults: What goes wrong; of two that concern a request, the first decides.
+    """
+
+    seed: int
+    processes: tuple[Process, ...]
+    actors: tuple[Actor, ...]
+    faults: tuple[Fault, ...]
+
+    def tell(self) -> str:
+        """Return it as text, one line for each part; what is as by default is left out."""
+        parts = (*self.processes, *sorted(self.actors, key=lambda actor: actor.at), *self.faults)
+        return "\n".join(f"  {_brief(part)}" for part in parts)
+
+
+def _brief(part: object) -> str:
+    if isinstance(part, tuple):
+        return f"({', '.join(map(_brief, part))})"
+    if isinstance(part, float):
+        return f"{part:.6g}"
+    if not hasattr(part, "__dataclass_fields__"):
+        return repr(part)
+    shown = {f.name: getattr(part, f.name) for f in fields(part) if f.repr}  # type: ignore[arg-type]  # it is one
+    defaults = {f.name: f.default for f in fields(part)}  # type: ignore[arg-type]
+    told = (f"{name}={_brief(value)}" for name, value in shown.items() if value != defaults[name])
+    return f"{type(part).__name__}({', '.join(told)})"
+
+
+def run(story: Story) -> History:
+    """Run a story to its end."""
+    history = History()
+    loop = VirtualLoop()
+    with deterministic(story.seed):
+        try:
+            loop.run_until_complete(_main(story, history))
+        except (StuckError, TooManyRequestsError, TimeoutError) as error:
+            history.problems.append(f"{type(error).__name__}: {error}")
+        finally:
+            _tear_down(loop, history)
+    history.ended_at = loop.time()
+    history.problems += loop.problems
+    return history
+
+
+async def _main(story: Story, history: History) -> None:
+    people = {actor.payload: actor.person for actor in reversed(story.actors)}
+    service = Service(story.seed, copy.deepcopy(story.faults), people, history)  # some of them remember
+    applications = [Application(process, number, service) for number, process in enumerate(story.processes)]
+    end = asyncio.Event()
+    lives = [asyncio.create_task(application.live(end)) for application in applications]
+    async with asyncio.timeout(LONGEST):
+        await asyncio.gather(*(act(actor, applications, service) for actor in story.actors))
+        await asyncio.sleep(15.0)  # a poll that goes on between two holds ends by itself
+        end.set()
+        await asyncio.gather(*lives)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    history.problems += [f"a task is left: {task!r}" for task in left]
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    history.problems += [f"a timer is left: {timer}" for timer in loop.armed_timers() if "timeout" not in timer.lower()]
+
+
+def _tear_down(loop: VirtualLoop, history: History) -> None:
+    """Cancel what is left, where a story broke off."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        try:
+            loop.run_until_complete(asyncio.wait(tasks, timeout=60.0))
+        except StuckError as error:
+            history.problems.append(f"it cannot be cancelled: {error}")
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+# -- making one up
+
+
+def make_up(seed: int) -> Story:
+    """Return the story of a seed: some hours, in which a few episodes are dense and the rest is quiet."""
+    rng = random.Random(seed)  # noqa: S311
+    processes = tuple(_process(rng) for _ in range(rng.randint(1, 3)))
+    actors: list[Actor] = []
+    faults: list[Fault] = []
+    begins = 0.0
+    for episode in range(rng.randint(2, 4)):
+        begins += rng.uniform(1200.0, 6000.0)
+        new = _episode(rng, begins, f"e{episode}", len(processes))
+        actors += new
+        faults += _faults(rng, begins, new)
+    closes = rng.random() < 0.3
+    jumps = rng.random() < 0.3
+    moment = rng.choice(actors).at
+    processes = tuple(
+        Process(
+            **{f.name: getattr(process, f.name) for f in fields(process)}
+            | {"closes": (moment + rng.uniform(0.0, 60.0),) if closes else ()}
+            | {"jumps": ((moment + rng.uniform(-5.0, 30.0), rng.choice((-3600.0, -40.0, 3.0, 90.0))),) if jumps else ()}
+        )
+        for process in processes
+    )
+    return Story(seed, processes, tuple(actors), tuple(faults))
+
+
+def _process(rng: random.Random) -> Process:
+    return Process(
+        max_in_flight=rng.choice((3, 8, 16, 64, 64)),
+        rate=rng.choice((3.0, 20.0, 1000.0, 1000.0)),
+        request_timeout=rng.choice((1.0, 3.0, 10.0, 10.0)),
+        max_attempts=rng.choice((1, 3, 3, 5)),
+        poll_cost=rng.choice((0.02, 0.3, 0.3, 2.0)),
+        clock_error=rng.choice((0.0, 0.0, -200.0, -7.0, 0.4, 31.0, 500.0)),
+    )
+
+
+def _episode(rng: random.Random, begins: float, name: str, processes: int) -> list[Actor]:
+    """Return actors that begin within a minute or two."""
+    crowd, within = rng.choice((3, 8, 8, 16)), rng.choice((0.0, 5.0, 60.0, 120.0))
+    lifetime = rng.choice((None, None, 5.0, 30.0))  # None: each has its own; else they all end at once
+    actors: list[Actor] = []
+    for number in range(crowd):
+        own = rng.choice((1.0, 10.0, 45.0, 120.0, 120.0, 300.0)) if lifetime is None else lifetime
+        actor = _actor(rng, begins + rng.uniform(0.0, within), f"{name}a{number}", own, processes)
+        actors.append(actor)
+        if actor.creates == "application" and rng.random() < 0.4:
+            actors.append(_rival(rng, actor, f"{name}r{number}", processes))
+    return actors
+
+
+def _actor(rng: random.Random, at: float, name: str, lifetime: float, processes: int) -> Actor:
+    creates: Literal["application", "client", "phone"]
+    creates = rng.choices(("application", "client", "phone"), (3, 5, 1))[0]
+    return Actor(
+        at=at,
+        name=name,
+        process=rng.randrange(processes),
+        creates=creates,
+        lifetime=lifetime,
+        external_user_id=f"user of {name}" if creates != "phone" and rng.random() < 0.3 else None,
+        if_exists=rng.choice(("raise", "resume")),
+        cancel_create_after=rng.uniform(0.0, 0.5) if rng.random() < 0.04 else math.inf,
+        person=someone(rng, lifetime),
+        legs=tuple(_leg(rng, lifetime, processes, first=not number) for number in range(rng.choice((1, 1, 1, 2, 3)))),
+    )
+
+
+def _rival(rng: random.Random, actor: Actor, name: str, processes: int) -> Actor:
+    """Return an actor that takes the operation id of another one, for the same content or not."""
+    return Actor(
+        at=actor.at + rng.choice((0.0, rng.uniform(0.0, 1.0), rng.uniform(0.0, 60.0))),
+        name=name,
+        process=rng.randrange(processes),
+        creates="application",
+        lifetime=actor.lifetime,
+        external_user_id=actor.external_user_id,
+        takes_id_of=actor.name,
+        asks_for=actor.payload if rng.random() < 0.7 else None,
+        if_exists=rng.choice(("raise", "resume")),
+        person=actor.person,
+        legs=(_leg(rng, actor.lifetime, processes, first=True),),
+    )
+
+
+def _leg(rng: random.Random, lifetime: float, processes: int, *, first: bool) -> Leg:
+    after = 0.0 if first else rng.choice((0.0, rng.uniform(0.0, 1.2 * lifetime), lifetime + 1.0))
+    forever = rng.random() < 0.05
+    gives_up = forever or rng.random() < 0.15
+    return Leg(
+        after=after,
+        process=rng.randrange(processes),
+        how=rng.choices(("wait", "report", "iterate", "hold", "many"), (6, 2, 2, 3, 1))[0],
+        timeout=math.inf if forever else rng.choice((None, None, None, lifetime, lifetime / 3)),
+        by_id=rng.random() < 0.2,
+        cancel_after=rng.uniform(0.0, 1.1 * lifetime) if gives_up else math.inf,
+        every=rng.choice((None, None, None, 1.0, 5.0, 30.0)),
+        hold=rng.choice((0.5, 2.0, 10.0, 25.0)),
+        gap=rng.choice((0.0, 0.1, 1.0, 20.0)),
+    )
+
+
+def _faults(rng: random.Random, begins: float, actors: list[Actor]) -> list[Fault]:
+    """Return what goes wrong in an episode; in some nothing does, so that every promise is checked in full."""
+    faults: list[Fault] = []
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+        victim = rng.choice(actors)
+        start = rng.choice((begins + rng.uniform(0.0, 100.0), victim.at, victim.at + victim.lifetime - 0.5))
+        faults.append(_fault(rng, start, victim))
+    if rng.random() < 0.5:  # the worst moment for an answer to be lost
+        failure = rng.choice((Failure("lost answer"), Failure("lost"), Failure("status", 500), Failure("truncated")))
+        faults.append(Outage(begins, begins + 150.0, failure, share=rng.choice((0.1, 0.5)), methods="POST"))
+    return faults
+
+
+def _fault(rng: random.Random, start: float, victim: Actor) -> Fault:  # noqa: PLR0911  # one for each kind
+    failure = rng.choice(FAILURES)
+    match rng.randrange(10):
+        case 0 | 1:
+            return Outage(start, start + rng.choice((0.3, 1.2, 20.0, 60.0, 300.0)), failure)
+        case 2:
+            return Outage(start, start + rng.choice((20.0, 120.0)), failure, share=rng.uniform(0.2, 0.8))
+        case 3 | 4:
+            failure = rng.choice((*FAILURES, Failure("status", 503, 30.0), Failure("status", 404)))
+            return Outage(start, start + rng.choice((2.0, 60.0, 600.0)), failure, payload=victim.payload)
+        case 5:
+            pause = rng.choice((None, 1.0, 20.0, 1000.0))
+            return Outage(start, start + rng.choice((0.5, 5.0, 30.0)), Failure("status", rng.choice((429, 503)), pause))
+        case 6:
+            return RateLimit(start, start + 120.0, rng.choice((1, 3, 10)), rng.choice((None, 1.0, 5.0)))
+        case 7:
+            return Slowness(start, start + 60.0, rng.choice((1.0, 3.0, 15.0)), rng.choice((1, 4)))
+        case 8:
+            return Lag(start - 100.0, start + 100.0, rng.choice((0.3, 2.0, 4.0)))
+        case _:
+            return Lies(start, victim.payload, rng.choice(list(LIES)), rng.choice((0.2, 1.0)))

@@ -1,0 +1,269 @@
+"""The checker sees what is wrong: each promise is broken once, in a history that was right before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from .actors import USER, Actor, Leg, Process
+from .checker import check
+from .evidence import read
+from .faults import Failure, Outage
+from .history import Exchange, History
+from .people import Person
+from .story import Story, run
+
+OUTAGE = Outage(100.0, 160.0, Failure("status", 500))
+#: One wait is approved after 8 s, one times out after 5 s, six live through an outage, one is held for.
+STORY = Story(
+    seed=1,
+    processes=(Process(poll_cost=0.3, max_in_flight=8),),
+    actors=(
+        Actor(1.0, "approved", 0, person=Person(8.0), legs=(Leg(2.0, 0, every=1.0),)),
+        Actor(20.0, "late", 0, lifetime=5.0, person=Person(60.0), legs=(Leg(0.0, 0, every=2.0),)),
+        *(Actor(90.0, f"down {n}", 0, lifetime=110.0, legs=(Leg(0.0, 0, every=1.0),)) for n in range(6)),
+        Actor(500.0, "held", 0, person=Person(30.0), legs=(Leg(0.0, 0, how="hold", hold=5.0, every=2.0),)),
+    ),
+    faults=(OUTAGE,),
+)
+
+Tamper = Callable[[History], None]
+
+
+@pytest.fixture(scope="module")
+def told() -> History:
+    return run(STORY)
+
+
+@pytest.fixture
+def history(told: History) -> History:
+    return copy.deepcopy(told)
+
+
+def test_a_history_that_is_right_breaks_no_promise(history: History) -> None:
+    assert check(history, STORY.faults) == []
+    assert [wait.outcome for wait in history.waits[:2]] == ["approved", "ApprovalTimeoutError"]
+
+
+def _polls(history: History, name: str) -> list[Exchange]:
+    ids = {stored.operation_id for stored in history.operations.values() if stored.payload == f"Pay 40 to {name}"}
+    return [exchange for exchange in history.exchanges if exchange.is_poll and exchange.operation_id in ids]
+
+
+def _approve_another_user(history: History) -> None:
+    approved = history.waits[0].approved
+    assert approved is not None
+    approved["user_id"] = "FFFF"
+
+
+def _approve_nothing(history: History) -> None:
+    history.waits[0].approved = None
+
+
+def _approve_what_is_pending(history: History) -> None:
+    history.operations[history.waits[0].operation_id].approved_at = 1e9
+
+
+def _forget_the_approval(history: History) -> None:
+    history.waits[0].outcome = "cancelled"
+
+
+def _time_out_early(history: History) -> None:
+    history.waits[1].ended_at -= 1.0
+
+
+def _end_late(history: History) -> None:
+    history.waits[1].ended_at += 3.0
+
+
+def _never_end(history: History) -> None:
+    history.waits[1].ended_at = float("inf")
+
+
+def _lose_an_approval(history: History) -> None:
+    history.operations[history.waits[1].operation_id].approved_at = 22.0
+
+
+def _raise_something_else(history: History) -> None:
+    history.waits[1].outcome = "ValueError"
+
+
+def _find_it_unknown(history: History) -> None:
+    history.waits[1].outcome = "ApprovalUnknownError"
+
+
+def _close_nothing(history: History) -> None:
+    history.waits[1].outcome = "ClientClosedError"
+
+
+def _hold_too_short(history: History) -> None:
+    next(wait for wait in history.waits if wait.hold is not None).ended_at -= 0.5
+
+
+def _remove_first_poll(history: History) -> None:
+    history.exchanges.remove(_polls(history, "approved")[0])
+
+
+def _remove_final_poll(history: History) -> None:
+    history.exchanges.remove(_polls(history, "late")[-1])
+
+
+def _poll_for_nobody(history: History) -> None:
+    _polls(history, "approved")[-1].sent_at += 200.0
+
+
+def _add(history: History, poll: Exchange, *, after: float, lasts: float = 0.1) -> None:
+    begins = poll.sent_at + after
+    added = replace(poll, sent_at=begins, ended_at=begins + lasts)
+    history.exchanges.insert(history.exchanges.index(poll) + 1, added)
+
+
+def _poll_twice_at_once(history: History) -> None:
+    _add(history, _polls(history, "approved")[1], after=0.01)
+
+
+def _poll_too_soon(history: History) -> None:
+    _add(history, _polls(history, "approved")[1], after=0.5)
+
+
+def _poll_too_late(history: History) -> None:
+    for poll in _polls(history, "approved")[2:5]:
+        history.exchanges.remove(poll)
+
+
+def _poll_many_at_once(history: History) -> None:
+    for _ in range(9):
+        _add(history, _polls(history, "approved")[1], after=0.0)
+
+
+def _poll_too_fast(history: History) -> None:
+    history.clients["process 0.1"].rate = 0.5
+
+
+def _poll_on_in_the_outage(history: History) -> None:
+    polls = [poll for poll in history.exchanges if poll.is_poll and 130.0 < poll.sent_at < 150.0]
+    _add(history, polls[0], after=polls[0].ended_at - polls[0].sent_at + 1.0)
+
+
+def _ignore_a_pause(history: History) -> None:
+    poll = _polls(history, "approved")[1]
+    poll.status, poll.retry_after = 429, 30.0
+
+
+def _stay_away_after_the_outage(history: History) -> None:
+    for poll in [poll for poll in _polls(history, "down 3") if 160.0 <= poll.sent_at < 180.0]:
+        history.exchanges.remove(poll)
+
+
+def _hang_for_ever(history: History) -> None:
+    _polls(history, "down 2")[-1].ended_at += 20.0
+
+
+def _cut_what_is_needed(history: History) -> None:
+    poll = _polls(history, "approved")[1]
+    poll.status, poll.was_cut = None, True
+
+
+def _create_twice(history: History) -> None:
+    post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
+    post.status, post.ended_at = 500, post.sent_at + 0.01
+    again = replace(post, sent_at=post.sent_at + 0.02, status=200)
+    history.exchanges.insert(1, again)
+
+
+def _create_something_else(history: History) -> None:
+    history.operations[history.waits[0].operation_id].payload = "Pay 9 to Mallory"
+
+
+def _deny_what_was_created(history: History) -> None:
+    history.creates[0].outcome = "ConflictError"
+
+
+def _hide_what_was_created(history: History) -> None:
+    history.creates[0].outcome, history.creates[0].operation_id = "ServerError", None
+
+
+def _leave_a_task(history: History) -> None:
+    history.problems.append("a task is left")
+
+
+def _leave_a_wait(history: History) -> None:
+    history.clients["process 0.1"].leftovers.append("1 waiting")
+
+
+BREAKAGES: list[tuple[Tamper, str]] = [
+    (_approve_another_user, "no wrong approval"),
+    (_approve_nothing, "no wrong approval"),
+    (_approve_what_is_pending, "no wrong approval"),
+    (_forget_the_approval, "right end"),
+    (_time_out_early, "right end"),
+    (_raise_something_else, "right end"),
+    (_find_it_unknown, "right end"),
+    (_close_nothing, "right end"),
+    (_hold_too_short, "right end"),
+    (_end_late, "ends in time"),
+    (_never_end, "ends in time"),
+    (_lose_an_approval, "no approval lost"),
+    (_remove_first_poll, "first poll at once"),
+    (_remove_final_poll, "final poll at the deadline"),
+    (_poll_for_nobody, "polls for somebody"),
+    (_poll_twice_at_once, "single flight"),
+    (_poll_many_at_once, "polls in flight"),
+    (_hang_for_ever, "polls in flight"),
+    (_poll_too_fast, "rate of polls"),
+    (_poll_too_soon, "not too soon"),
+    (_poll_too_late, "not too late"),
+    (_cut_what_is_needed, "cut for nobody"),
+    (_poll_on_in_the_outage, "few requests in an outage"),
+    (_ignore_a_pause, "pauses are kept"),
+    (_stay_away_after_the_outage, "polled after an outage"),
+    (_create_twice, "created once"),
+    (_hide_what_was_created, "exactly one"),
+    (_create_something_else, "truth about creation"),
+    (_deny_what_was_created, "truth about creation"),
+    (_leave_a_task, "nothing left behind"),
+    (_leave_a_wait, "nothing left behind"),
+]
+
+
+@pytest.mark.parametrize(("tamper", "promise"), BREAKAGES, ids=[tamper.__name__[1:] for tamper, _ in BREAKAGES])
+def test_a_broken_promise_is_seen(history: History, tamper: Tamper, promise: str) -> None:
+    tamper(history)
+    assert promise in {violation.promise for violation in check(history, STORY.faults)}
+
+
+GOOD = b'{"operationId": "op", "userId": "AB", "state": "pending", "result": false}'
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "error"),
+    [
+        (200, GOOD, "said", ""),
+        (200, b"<html>", "failed", ""),
+        (200, b'{"operationId": "op"}', "error", "DecodeError"),
+        (200, b"[]", "error", "DecodeError"),
+        (200, b'{"result": true, ' + GOOD[1:], "error", "DecodeError"),
+        (404, b"", "missing", "NotFoundError"),
+        (408, b"", "failed", ""),
+        (429, b"", "failed", ""),
+        (503, b"", "failed", ""),
+        (401, b"", "error", "AuthenticationError"),
+        (302, b"", "error", "StatusError"),
+        (None, b"", "failed", ""),
+    ],
+)
+def test_an_answer_is_read_by_the_rules(status: int | None, body: bytes, kind: str, error: str) -> None:
+    exchange = Exchange(number=1, client="", method="GET", operation_id="op", is_poll=True, sent_at=0.0, ended_at=1.0)
+    exchange.status, exchange.body = status, body
+    reading = read(exchange, request_timeout=10.0)
+    assert (reading.kind, reading.error) == (kind, error)
+
+
+@pytest.mark.parametrize(("lasts", "kind"), [(1.0, "cut"), (10.0, "failed")])
+def test_a_poll_that_is_given_up_is_a_failure_only_where_it_took_too_long(lasts: float, kind: str) -> None:
+    exchange = Exchange(number=1, client="", method="GET", operation_id=USER, is_poll=True, sent_at=0.0, ended_at=lasts)
+    exchange.was_cut = True
+    assert read(exchange, request_timeout=10.0).kind == kind

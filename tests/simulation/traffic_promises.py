@@ -1,0 +1,266 @@
+"""What a client promises to the service: how many requests it sends, when, and for whom.
+
+Each function is one promise, by the rule of docs/rules.md that its docstring names, and yields what breaks it.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, Evidence, budgets
+from .faults import Outage, RateLimit, Slowness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .evidence import Violation
+    from .faults import Fault
+    from .history import Exchange, ObservedWait
+
+#: The backoff's shortest first pause, its shortest last one, and its longest.
+SHORTEST, SHORTEST_LAST, LONGEST = 0.25, 2.5, 5.0
+#: Good answers in a row after which failures are rare again, so that five of them open the circuit.
+RARE = 50
+#: Failed probes after which the backoff has reached its last step.
+STEPS = 5
+#: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
+RAMP = 5.0
+#: Seconds for which what a hold knows is kept for the next one (H4).
+PAUSES_ARE_KEPT = 120.0
+
+
+def polls_for_somebody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rules 6 and 7: the last wait that ends stops the polling, and a closed client sends nothing."""
+    for poll in evidence.polls:
+        if not any(evidence.waits_at(poll.operation_id, poll.sent_at)):
+            yield evidence.violation("polls for somebody", poll, poll.sent_at, "nobody waits for it")
+    for exchange in evidence.exchanges:
+        if exchange.sent_at > evidence.client.closed_at + EPS:
+            yield evidence.violation("polls for somebody", exchange, exchange.sent_at, "the client is closed")
+
+
+def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 6: waits for one operation share their polls; only a final one starts beside another."""
+    for polls in evidence.polls_of.values():
+        for earlier, later in pairwise(polls):
+            overlaps = later.sent_at < earlier.ended_at - EPS
+            if overlaps and not evidence.is_final(later) and not evidence.is_final(earlier):
+                yield evidence.violation("single flight", later, later.sent_at, "another poll of it is in flight")
+
+
+def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """`max_in_flight`, `request_timeout`: so many polls are under way at once, final ones included, and so long."""
+    for poll in evidence.polls:
+        if poll.ended_at > poll.sent_at + evidence.client.request_timeout + EPS:
+            yield evidence.violation("polls in flight", poll, poll.ended_at, "it took longer than request_timeout")
+    ends = [(poll.ended_at, -1, poll.number, poll) for poll in evidence.polls]
+    begins = [(poll.sent_at, 1, poll.number, poll) for poll in evidence.polls]
+    count = 0
+    for at, change, _, poll in sorted(ends + begins, key=lambda event: event[:3]):
+        count += change
+        if count > evidence.client.max_in_flight:
+            yield evidence.violation("polls in flight", poll, at, f"{count} polls are in flight")
+
+
+def rate_of_polls(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """R1 to R3: a second's polls may start at once; final ones are free, and every eighth poll beside them."""
+    rate, tokens, filled_at, finals = evidence.client.rate, max(1.0, evidence.client.rate), 0.0, 0
+    for poll in evidence.polls:
+        tokens = min(max(1.0, rate), tokens + rate * (poll.sent_at - filled_at))
+        filled_at = poll.sent_at
+        if evidence.is_final(poll):
+            finals += 1
+            continue
+        if tokens < 1.0 - 0.01 and finals < 7:
+            yield evidence.violation("rate of polls", poll, poll.sent_at, f"more than {rate:g} a second")
+        tokens -= 1.0
+        finals = 0
+
+
+def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 4: the schedule paces pending answers, the backoff failures; a wait that begins or ends polls at once."""
+    for polls in evidence.polls_of.values():
+        for earlier, later in pairwise(polls):
+            reading = evidence.read(earlier)
+            waits = [*evidence.waits_at(earlier.operation_id, earlier.ended_at)]
+            waits += evidence.waits_at(earlier.operation_id, later.sent_at)
+            if reading.kind == "cut" or not waits or later.sent_at < earlier.ended_at - EPS:
+                continue
+            least = SHORTEST if reading.kind in {"failed", "missing"} else min(wait.delays[0] for wait in waits)
+            # Between two holds a delay counts from the start of the last poll (H2).
+            since = earlier.sent_at if any(wait.hold is not None for wait in waits) else earlier.ended_at
+            if later.sent_at < since + least - EPS and not _is_excused(evidence, earlier, later):
+                yield evidence.violation("not too soon", later, later.sent_at, f"{least:g} s had to pass")
+
+
+def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
+    """Return whether a wait that begins, or a deadline, explains a poll that is sooner than the schedule."""
+    waits = evidence.waits_of[earlier.operation_id]
+    return any(
+        (earlier.sent_at - EPS <= wait.started_at <= later.sent_at + EPS and not _goes_on(wait, waits))
+        or any(
+            b.had_expired or (not b.is_hold and earlier.sent_at - FINAL - EPS <= b.deadline <= later.sent_at + EPS)
+            for b in budgets(wait)
+        )
+        for wait in waits
+    )
+
+
+def _goes_on(wait: ObservedWait, waits: Sequence[ObservedWait]) -> bool:
+    """H2: whether a hold goes on by the schedule of the one before it; one that is cancelled leaves nothing to it.
+
+    Beside another wait of the operation it does not: that one's polls, and the hold's own, are no series (H5).
+    """
+    earlier = [w for w in waits if w.hold is not None and w.started_at < wait.started_at]
+    beside = any(w is not wait and w.started_at <= wait.started_at + EPS < w.ended_at for w in waits)
+    if wait.hold is None or not earlier or beside:
+        return False
+    last = max(earlier, key=lambda hold: hold.ended_at)
+    return last.outcome == "nothing" and wait.started_at - last.ended_at < PAUSES_ARE_KEPT - EPS
+
+
+def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rules 3 and 6, H3: a poll that a wait needs is not cut for the end of another, nor for the end of a hold."""
+    for poll in evidence.polls:
+        if evidence.read(poll).kind != "cut":
+            continue
+        at = poll.ended_at
+        waits = list(evidence.waits_at(poll.operation_id, at))
+        needed = any(
+            wait.number < poll.number and wait.ended_at > at + EPS and all(b.deadline > at + EPS for b in budgets(wait))
+            for wait in waits
+        )
+        ends = {wait.outcome for wait in waits if wait.ended_at <= at + EPS}
+        beside = any(p.sent_at <= at < p.ended_at - EPS for p in evidence.polls_of[poll.operation_id] if p is not poll)
+        if (needed or ends == {"nothing"}) and not beside:
+            yield evidence.violation("cut for nobody", poll, at, "a poll that is needed was cut off")
+
+
+def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rules 1 and 4: while the service is well, the next poll comes within the schedule's longest delay."""
+    for polls in evidence.polls_of.values():
+        for poll, later in zip(polls, [*polls[1:], None], strict=True):
+            reading = evidence.read(poll)
+            is_pending = reading.said is not None and reading.said["state"] == "pending"
+            waits = [
+                wait
+                for wait in evidence.waits_at(poll.operation_id, poll.ended_at)
+                if wait.number < poll.number and budgets(wait)[0].deadline > poll.ended_at < wait.ended_at - EPS
+            ]
+            if not (is_pending or reading.kind in {"failed", "cut"}) or not waits:
+                continue
+            # A Retry-After is the operation's own, and longer.
+            longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
+            due = poll.ended_at + longest
+            sent = math.inf if later is None else later.sent_at
+            goes_on = any(wait.ended_at > due + EPS and budgets(wait)[0].deadline > due for wait in waits)
+            if sent <= due + EPS or not goes_on or poll.retry_after is not None:
+                continue
+            if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1) and _retries(evidence, due) < 1:
+                yield evidence.violation("not too late", poll, due, f"the next poll is due, and starts at {sent:.4f} s")
+
+
+def _retries(evidence: Evidence, at: float) -> int:
+    """Return how many operations that fail have a poll in flight: together they have half of the slots."""
+    lately = evidence.sent_between(at - evidence.client.request_timeout, at)
+    return sum(p.ended_at > at and evidence.failed_lately(p.operation_id, p.sent_at) for p in lately)
+
+
+def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
+    """The circuit: once five operations have failed, one probe at a time, and each on the backoff."""
+    for outage in _total(faults):
+        polls = [poll for poll in evidence.sent_between(outage.begins, outage.ends) if poll.sent_at < outage.ends]
+        opened = _opened_at(evidence, outage, polls)
+        probes = [poll for poll in polls if poll.sent_at > opened + EPS and not evidence.is_final(poll)]
+        for number, (earlier, later) in enumerate(pairwise(probes)):
+            if evidence.read(earlier).kind == "cut":
+                continue
+            pause = SHORTEST_LAST if number >= STEPS else SHORTEST
+            if later.sent_at < earlier.ended_at + pause - EPS:
+                yield evidence.violation("few requests in an outage", later, later.sent_at, f"a probe within {pause} s")
+        after = [poll for poll in polls if poll.sent_at > opened + EPS]
+        for poll in after:
+            beside = sum(other.sent_at <= poll.sent_at + EPS and other.ended_at > poll.sent_at + EPS for other in after)
+            if beside > 2:  # a probe and a final one
+                yield evidence.violation("few requests in an outage", poll, poll.sent_at, f"{beside} at once")
+
+
+def _total(faults: Sequence[Fault]) -> list[Outage]:
+    """Return the outages that nothing gets through, none of them with a Retry-After, which is another promise."""
+    total = [fault for fault in faults if isinstance(fault, Outage) and fault.is_total]
+    return [f for f in total if f.failure.retry_after is None and f.failure.status not in {404, 429}]
+
+
+def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) -> float:
+    """Return when the circuit is open at the latest; infinity where that is not certain."""
+    before = [poll for poll in evidence.polls if poll.ended_at < outage.begins]
+    lately = sorted(before, key=lambda poll: poll.ended_at)[-RARE:]
+    failed_before = any(evidence.read(poll).kind == "failed" for poll in lately)
+    if failed_before and len(before) > 0:
+        return math.inf
+    good = [p.ended_at for p in evidence.polls if outage.begins <= p.ended_at and evidence.read(p).kind != "failed"]
+    since = max([at for at in good if at < outage.ends], default=outage.begins)
+    failed: set[str] = set()
+    for poll in sorted(polls, key=lambda poll: poll.ended_at):
+        if poll.sent_at >= since and evidence.read(poll).kind == "failed":
+            failed.add(poll.operation_id)
+            if len(failed) == FAILURES_UNTIL_OPEN:
+                return poll.ended_at
+    return math.inf
+
+
+def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 4: a 429's ``Retry-After`` holds all polls but final ones, a 503's those of its operation."""
+    for poll in evidence.polls:
+        if poll.retry_after is None or poll.status not in {429, 503}:
+            continue
+        begins, ends = poll.ended_at, poll.ended_at + min(poll.retry_after, LONGEST_PAUSE)
+        for later in evidence.sent_between(begins + EPS, ends - EPS):
+            if evidence.is_final(later) or (poll.status == 503 and later.operation_id != poll.operation_id):
+                continue
+            if poll.status == 503 and (evidence.is_final(poll) or _is_excused(evidence, poll, later)):
+                continue
+            yield evidence.violation("pauses are kept", later, later.sent_at, f"a pause until {ends:.4f} s")
+
+
+def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
+    """The circuit: within the longest backoff after an outage, and a hanging probe, everybody is polled again."""
+    for outage in _total(faults):
+        hanging = evidence.client.request_timeout if outage.failure.how == "hangs" else 0.0
+        until = outage.ends + hanging + LONGEST + RAMP
+        troubled = any(
+            _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage
+        )
+        if troubled or evidence.client.rate < 20 or len(evidence.waits) > 400:
+            continue
+        for wait in evidence.waits:
+            goes_on = wait.started_at < outage.ends and wait.ended_at > until
+            if not goes_on or any(budget.deadline <= until for budget in budgets(wait)):
+                continue
+            polls = [poll for poll in evidence.polls_of[wait.operation_id] if wait.number < poll.number]
+            before = [poll for poll in polls if poll.sent_at < outage.ends]
+            failed = before and evidence.read(before[-1]).kind == "failed"
+            if failed and not any(outage.ends <= poll.sent_at <= until + EPS for poll in polls):
+                yield evidence.violation(
+                    "polled after an outage", wait, until, f"the outage ended at {outage.ends:.4f} s"
+                )
+
+
+def _concerns(fault: Fault, begins: float, ends: float) -> bool:
+    return isinstance(fault, Outage | RateLimit | Slowness) and fault.begins < ends and fault.ends > begins
+
+
+PROMISES = (
+    polls_for_somebody,
+    single_flight,
+    polls_in_flight,
+    rate_of_polls,
+    not_too_soon,
+    cut_for_nobody,
+    not_too_late,
+    few_requests_in_outage,
+    pauses_are_kept,
+    polled_after_outage,
+)

@@ -1,0 +1,230 @@
+"""What a wait promises to its caller: the right end, in time, with the polls that must have happened.
+
+Each function is one promise, by the rule of docs/rules.md that its docstring names, and yields what breaks it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from .evidence import EPS, FINAL, YOUNG, Budget, Evidence, Reading, budgets, verdict
+from .faults import Lies, Outage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .evidence import Violation
+    from .faults import Fault
+    from .history import Exchange, ObservedWait
+
+TIMED_OUT, UNKNOWN = "ApprovalTimeoutError", "ApprovalUnknownError"
+#: Seconds before its end within which an unanswered final poll is not repeated any more: the longest first backoff.
+BACKOFF = 0.5
+
+
+class Decisive(NamedTuple):
+    """An answer that ends a wait.
+
+    Attributes:
+        poll: The poll that it answers.
+        outcome: What the wait ends with.
+        is_certain: Whether it must; else it may.
+    """
+
+    poll: Exchange
+    outcome: str
+    is_certain: bool
+
+
+def no_wrong_approval(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 2: what is returned is an approval of this operation, for this user, of this payload, and is true."""
+    lied_about = {fault.payload for fault in faults if isinstance(fault, Lies)}
+    for wait in evidence.waits:
+        if wait.outcome != "approved":
+            continue
+        got = wait.approved
+        if got is None:
+            yield evidence.violation("no wrong approval", wait, wait.ended_at, "it returned nothing")
+            continue
+        said = {
+            "operationId": got["operation_id"],
+            "userId": got["user_id"],
+            "operationPayload": got["operation_payload"],
+            "externalUserId": got["external_user_id"],
+            "state": got["state"],
+            "result": got["result"],
+        }
+        if verdict(said, wait.operation_id, wait.ticket) != "approved":
+            yield evidence.violation("no wrong approval", wait, wait.ended_at, f"it returned {said}")
+        true = evidence.history.operations.get(wait.operation_id)
+        if true is None or (true.approved_at > wait.ended_at and true.payload not in lied_about):
+            yield evidence.violation("no wrong approval", wait, wait.ended_at, f"the truth is {true}")
+
+
+def right_end(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rules 2 to 5, O1 to O7: the first answer that decides ends the wait, with what it means; nothing else does."""
+    for wait in evidence.waits:
+        reasons = [_wrong_end(evidence, wait, budget) for budget in budgets(wait)]
+        if all(reasons):
+            yield evidence.violation("right end", wait, wait.ended_at, f"{wait.outcome or 'no end'}; {reasons[0]}")
+
+
+def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  # noqa: PLR0911  # one for each end
+    """Return why the end of a wait is wrong; the empty text where it is right."""
+    for decisive in _decisive(evidence, wait, budget):
+        at = decisive.poll.ended_at
+        if decisive.outcome == wait.outcome and abs(at - wait.ended_at) <= EPS:
+            return ""
+        if decisive.is_certain:
+            return f"the answer at {at:.4f} s must have ended it with {decisive.outcome}"
+    match wait.outcome:
+        case "cancelled":
+            return ""
+        case "ClientClosedError":
+            return "" if evidence.client.closed_at <= wait.ended_at + EPS else "the client is open"
+        case "nothing":
+            in_time = budget.is_hold and abs(wait.ended_at - budget.deadline) <= EPS
+            return "" if in_time else f"a hold ends with nothing at its end, {budget.deadline:.4f} s"
+        case "ApprovalUnknownError":
+            return _wrong_unknown(evidence, wait, budget)
+        case "approved" if wait.hold is not None and _was_approved_between_holds(evidence, wait):
+            return ""
+    return "no answer says so"
+
+
+def _was_approved_between_holds(evidence: Evidence, wait: ObservedWait) -> bool:
+    """H3: a poll that was in flight when a hold ended is not lost."""
+    return wait.ended_at <= wait.started_at + EPS and any(
+        poll.ended_at <= wait.started_at + EPS and _means(evidence.read(poll), wait) == "approved"
+        for poll in evidence.polls_of[wait.operation_id]
+    )
+
+
+def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:
+    """Rule 3: an unanswered final poll is repeated for two seconds."""
+    if budget.is_hold:
+        return "a hold that ends is no timeout"
+    if budget.had_expired:
+        return "" if wait.ended_at <= budget.deadline + FINAL + EPS else "it is late"
+    if wait.ended_at < budget.deadline - EPS:
+        return f"its deadline is at {budget.deadline:.4f} s"
+    final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= budget.deadline - EPS]
+    if any(poll.retry_after for poll in final):
+        return ""
+    if wait.ended_at < budget.deadline + FINAL - BACKOFF - EPS:
+        return "a final poll that fails is repeated"
+    return ""
+
+
+def _means(reading: Reading, wait: ObservedWait) -> str:
+    return "" if reading.said is None else verdict(reading.said, wait.operation_id, wait.ticket)
+
+
+def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterator[Decisive]:
+    """Yield the answers that decide about a wait, in the order in which they came."""
+    polls = evidence.polls_of[wait.operation_id]
+    came = [poll for poll in polls if wait.started_at - EPS <= poll.ended_at <= wait.ended_at + EPS]
+    seen = False
+    seen_by_others = any(
+        _means(evidence.read(poll), wait) == "pending" and poll.ended_at <= wait.ended_at for poll in polls
+    )
+    for poll in sorted(came, key=lambda poll: poll.ended_at):
+        reading = evidence.read(poll)
+        is_served = poll.number > wait.number  # an answer counts for those who were there when its poll started
+        is_final = not budget.is_hold and (budget.had_expired or poll.sent_at >= budget.deadline - EPS)
+        # Where two polls are under way after the deadline, one of them is the final one.
+        is_alone = not any(
+            p is not poll and p.sent_at <= poll.sent_at + EPS and p.ended_at > poll.sent_at for p in polls
+        )
+        meaning = _means(reading, wait)
+        if meaning == "approved":  # an approval counts for all
+            yield Decisive(poll, "approved", is_certain=poll.ended_at > wait.started_at + EPS)
+        elif meaning == "pending":
+            if is_final and is_served:
+                yield Decisive(poll, TIMED_OUT, is_certain=is_alone)
+            seen = seen or is_served
+        elif meaning or reading.kind == "error":
+            if is_served or wait.hold is not None:
+                yield Decisive(poll, meaning or reading.error, is_certain=is_served)
+        elif reading.kind == "missing" and is_served and not seen:
+            is_young = wait.ticket is not None and poll.sent_at - budget.origin < YOUNG
+            if not (wait.may_be_missing or is_young):
+                yield Decisive(poll, reading.error, is_certain=not seen_by_others)
+            elif is_final:
+                yield Decisive(poll, TIMED_OUT, is_certain=is_alone and not seen_by_others)
+
+
+def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 3: no wait lasts longer than its budget and two seconds."""
+    for wait in evidence.waits:
+        last = max(budget.deadline + (0.0 if budget.is_hold else FINAL) for budget in budgets(wait))
+        if wait.ended_at > last + EPS or wait.ended_at == math.inf:
+            yield evidence.violation("ends in time", wait, wait.ended_at, f"it must have ended at {last:.4f} s")
+
+
+def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 3: a final poll decides, so a wait whose operation was approved by its deadline does not time out."""
+    untrue: set[str | None] = {fault.payload for fault in faults if isinstance(fault, Lies)}
+    untrue |= {fault.payload for fault in faults if isinstance(fault, Outage) and fault.failure.status == 404}
+    for wait in evidence.waits:
+        true = evidence.history.operations.get(wait.operation_id)
+        if wait.outcome != TIMED_OUT or true is None or true.payload in untrue:
+            continue
+        ends = [poll for poll in evidence.polls_of[wait.operation_id] if abs(poll.ended_at - wait.ended_at) <= EPS]
+        if any(poll.status == 404 for poll in ends):  # a replica lags: O6
+            continue
+        by = min(wait.started_at if budget.had_expired else budget.deadline for budget in budgets(wait))
+        if true.approved_at < by:
+            yield evidence.violation("no approval lost", wait, wait.ended_at, f"approved at {true.approved_at:.4f} s")
+
+
+def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 1: a wait polls when it begins, unless its ticket was made here less than a second ago."""
+    for wait in evidence.waits:
+        start = wait.started_at
+        is_fresh = wait.made_here and min(wait.ages) < 1.0 + EPS
+        if wait.hold is not None or is_fresh or evidence.failed_lately(wait.operation_id, start):
+            continue
+        others = sum(abs(other.started_at - start) <= EPS for other in evidence.waits)
+        if wait.ended_at <= start + EPS or not evidence.has_room(start, others):
+            continue
+        polls = evidence.polls_of[wait.operation_id]
+        if not any(poll.sent_at <= start + EPS and poll.ended_at >= start - EPS for poll in polls):
+            yield evidence.violation("first poll at once", wait, start, "no poll starts with it")
+
+
+def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 3: a final poll starts exactly at the deadline, also while the circuit is open if it is the only one."""
+    deadlines = [(wait, budget.deadline) for wait in evidence.waits for budget in budgets(wait)[:1]]
+    for wait in evidence.waits:
+        budget, *more = budgets(wait)
+        deadline = budget.deadline
+        differs = any(abs(other.deadline - deadline) > EPS for other in more)
+        if budget.is_hold or budget.had_expired or differs or wait.ended_at <= deadline + EPS:
+            continue
+        rivals = sum(
+            deadline - FINAL - EPS <= at <= deadline + EPS and other.ended_at >= deadline - EPS
+            for other, at in deadlines
+        )
+        well = evidence.is_well(deadline)
+        if evidence.in_flight(deadline) + rivals > evidence.client.max_in_flight or (rivals > 1 and not well):
+            continue
+        final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= deadline - EPS]
+        final = [poll for poll in final if poll.sent_at <= wait.ended_at]
+        if not final or final[0].sent_at > deadline + EPS:
+            yield evidence.violation("final poll at the deadline", wait, deadline, "no poll starts there")
+            continue
+        failed_early = final[0].ended_at < deadline + 1.0 and final[0].retry_after is None
+        if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
+            yield evidence.violation("final poll at the deadline", wait, deadline, "it fails, and is not repeated")
+
+
+PROMISES = (
+    no_wrong_approval,
+    right_end,
+    ends_in_time,
+    no_approval_lost,
+    first_poll_at_once,
+    final_poll_at_deadline,
+)
