@@ -259,9 +259,19 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
                 is wrong.
         """
         schedule = cls(**options)
-        state = _decode_state(text)
-        schedule._observed = _Histogram(state.approved, state.pending)
+        restore(schedule, text)
         return schedule
+
+
+def restore(schedule: wait_adaptive, text: str | bytes) -> None:
+    """Replace what a schedule has learned by a saved state.
+
+    Raises:
+        ConfigurationError: See `wait_adaptive.from_json`.
+    """
+    state = _decode_state(text)
+    schedule._observed = _Histogram(state.approved, state.pending)  # noqa: SLF001  # of this module
+    schedule._curve = None  # noqa: SLF001
 
 
 def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) -> float:

@@ -90,7 +90,7 @@ async def worker(
     replicas: OptionalCount = None,
     duplicate_window: Seconds = 24 * 3600.0,
     max_age: Seconds = 7 * 24 * 3600.0,
-    learned: Path | None = None,
+    learned: str | None = None,
     health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
     health_host: str = "127.0.0.1",
     as_json: AsJson = False,
@@ -118,7 +118,7 @@ async def worker(
         replicas: Servers that store each message; if left out, 1 for new streams.
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
         max_age: Seconds for which new streams keep outcomes for readers that are away; at least --duplicate-window.
-        learned: File that keeps what this worker learns; made where it is missing, and each worker's own.
+        learned: File that keeps what this worker learns; or kv://BUCKET, a bucket of the broker that a fleet shares.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address that these are served on.
         as_json: Log JSON objects, one a line.

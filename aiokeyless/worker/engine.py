@@ -88,6 +88,18 @@ class Inspection(NamedTuple):
     problems: tuple[str, ...] = ()
 
 
+class Learned(NamedTuple):
+    """What the schedules of a fleet have learned, as the broker keeps it.
+
+    Attributes:
+        state: As `wait_adaptive.to_json` returns it; None where nothing was written.
+        revision: Stands for this state; it changes when another one is written.
+    """
+
+    state: bytes | None
+    revision: int
+
+
 class Sealed(NamedTuple):
     """An event, ready to be published.
 
@@ -261,6 +273,30 @@ class Engine(ABC):
 
         Raises:
             EngineError: It does not answer.
+        """
+
+    @abstractmethod
+    async def read_learned(self, bucket: str) -> Learned:
+        """Return what the fleet has learned, from a bucket.
+
+        Raises:
+            EngineError: There is no such bucket, or the broker does not answer.
+        """
+
+    @abstractmethod
+    async def write_learned(self, bucket: str, state: bytes, revision: int) -> bool:
+        """Write what the fleet has learned, unless another worker has done so since it was read.
+
+        Args:
+            bucket: The bucket.
+            state: The state.
+            revision: That of the state that was read.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            EngineError: As far as is known, it was not.
         """
 
     @abstractmethod

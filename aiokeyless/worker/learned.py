@@ -1,6 +1,7 @@
-"""What a worker's schedule has learned, in a file, so that a restart does not forget it.
+"""What a worker's schedule has learned, kept outside of it, so that a restart does not forget it.
 
-The file is one line of JSON, as `wait_adaptive.to_json` returns it. It is replaced as a whole, or not at all.
+In a file it is one worker's own, and replaced as a whole or not at all. In a bucket of the broker the fleet shares it:
+each worker adds what it has observed to what the others have, as if one schedule had observed it all.
 """
 
 from __future__ import annotations
@@ -8,73 +9,74 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import tempfile
+from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.errors import ConfigurationError
-from aiokeyless.schedule import wait_adaptive
+from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
+from aiokeyless.schedule import restore, wait_adaptive
 
+from .engine import EngineError
 from .logs import log
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from .engine import Engine
+
 _EVERY: Final = 60.0  # seconds between two saves
 _LARGEST: Final = 64 << 10  # bytes: a state has about two thousand
+_SCHEME: Final = "kv://"
+_BUCKET: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ATTEMPTS: Final = 5  # to write what no other worker has written meanwhile
+_MOST_FRESH: Final = 10_000  # observations that are kept while they cannot be written
 
 
-class LearnedFile:
-    """A file that keeps what one worker's schedule has learned.
+def keeper(learned: Path | str) -> Keeper:
+    """Return what keeps a schedule: in the bucket of ``kv://BUCKET``, else in a file.
 
-    Args:
-        path: The file, which need not exist yet; its folder must.
+    Raises:
+        ConfigurationError: The bucket cannot be named so, or the file cannot be read, or holds something else.
+    """
+    if isinstance(learned, str) and learned.startswith(_SCHEME):
+        return LearnedBucket(learned.removeprefix(_SCHEME))
+    return LearnedFile(learned)
+
+
+class Keeper(ABC):
+    """Keeps what one schedule has learned.
+
+    Attributes:
+        schedule: The schedule.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._path = Path(path).resolve()  # where it is a link, the link stays
-        self._saved = ""
-
-    def load(self) -> wait_adaptive:
-        """Return a schedule with what was learned, or a new one where there is no file yet.
-
-        Raises:
-            ConfigurationError: The file cannot be read, or holds something else: it is never overwritten then.
-        """
-        try:
-            with self._path.open("rb") as file:
-                return wait_adaptive.from_json(file.read(_LARGEST))
-        except FileNotFoundError:
-            return wait_adaptive()
-        except OSError as error:
-            raise _unusable(f"what was learned cannot be read from {self._path}: {error.strerror}") from None
-        except ConfigurationError as error:
-            reason = str(error).partition(";")[0]
-            raise _unusable(f"{self._path} holds something else: {reason}; move it away to start anew") from None
+    schedule: wait_adaptive
 
     @asynccontextmanager
-    async def keeping(self, schedule: wait_adaptive) -> AsyncGenerator[None]:
-        """Save a schedule at once, every minute, and at the end.
+    async def keeping(self, engine: Engine) -> AsyncGenerator[None]:
+        """Save at once, every minute, and at the end.
 
         A save that fails later costs no approval: it is logged, and tried again.
 
+        Args:
+            engine: The broker, which is connected.
+
         Raises:
-            ConfigurationError: The file cannot be written.
+            KeylessError: The first save has failed.
         """
-        try:
-            await self._save(schedule)
-        except OSError as error:
-            raise _unusable(f"what is learned cannot be saved to {self._path}: {error.strerror}") from None
+        await self._save(engine)
         ending = asyncio.Event()
-        saving = asyncio.create_task(self._save_until(ending, schedule))
+        saving = asyncio.create_task(self._save_until(ending, engine))
         try:
             yield
         finally:
             ending.set()  # and no cancellation: the thread of a save that is under way would overwrite the last one
             await asyncio.wait([saving])
 
-    async def _save_until(self, ending: asyncio.Event, schedule: wait_adaptive) -> None:
+    async def _save_until(self, ending: asyncio.Event, engine: Engine) -> None:
         is_last = False
         while not is_last:
             with suppress(TimeoutError):
@@ -82,19 +84,130 @@ class LearnedFile:
                     await ending.wait()
             is_last = ending.is_set()
             try:
-                await self._save(schedule)
-            except OSError as error:
-                log(logging.WARNING, "learned.not_saved", {"path": str(self._path), "error": error.strerror})
+                await self._save(engine)
+            except KeylessError as error:
+                log(logging.WARNING, "learned.not_saved", {"error": str(error)})
 
-    async def _save(self, schedule: wait_adaptive) -> None:
-        state = schedule.to_json()
-        if state != self._saved:
+    @abstractmethod
+    async def _save(self, engine: Engine) -> None:
+        """Save what was learned.
+
+        Raises:
+            KeylessError: It was not saved.
+        """
+
+
+class LearnedFile(Keeper):
+    """A file that keeps what one worker's schedule has learned.
+
+    Args:
+        path: The file, which need not exist yet; its folder must.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or holds something else: it is not overwritten then.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path).resolve()  # where it is a link, the link stays
+        self._saved = ""
+        try:
+            with self._path.open("rb") as file:
+                self.schedule = wait_adaptive.from_json(file.read(_LARGEST))
+        except FileNotFoundError:
+            self.schedule = wait_adaptive()
+        except OSError as error:
+            raise _unusable(f"what was learned cannot be read from {self._path}: {error.strerror}") from None
+        except ConfigurationError as error:
+            raise _unusable(
+                f"{self._path} holds something else: {_reason(error)}; move it away to start anew"
+            ) from None
+
+    async def _save(self, engine: Engine) -> None:  # noqa: ARG002  # it needs no broker
+        state = self.schedule.to_json()
+        if state == self._saved:
+            return
+        try:
             await asyncio.to_thread(_replace, self._path, state)
-            self._saved = state
+        except OSError as error:
+            raise _unusable(f"what is learned cannot be saved to {self._path}: {error.strerror}") from None
+        self._saved = state
+
+
+class LearnedBucket(Keeper):
+    """A bucket of the broker in which a fleet shares what its schedules have learned.
+
+    Args:
+        bucket: Its name.
+
+    Raises:
+        ConfigurationError: No bucket has such a name.
+    """
+
+    def __init__(self, bucket: str) -> None:
+        if not _BUCKET.fullmatch(bucket):
+            raise _unusable(f"{_SCHEME}{bucket!r:.80} names no bucket: letters, digits, '-' and '_'")
+        self._bucket = bucket
+        self._recording = _Recording()
+        self.schedule = self._recording
+
+    async def _save(self, engine: Engine) -> None:
+        try:
+            for _ in range(_ATTEMPTS):
+                if await self._merge(engine):
+                    return
+        except EngineError as error:
+            raise BrokerError(f"what the fleet learns cannot be kept in the bucket {self._bucket}: {error}") from None
+        raise BrokerError(f"what the fleet learns was not kept in the bucket {self._bucket}: others kept writing")
+
+    async def _merge(self, engine: Engine) -> bool:
+        """Add what this worker has observed to what the fleet has learned; False where another worker was faster."""
+        kept = await engine.read_learned(self._bucket)
+        fleets = wait_adaptive()
+        try:
+            if kept.state is not None:
+                restore(fleets, kept.state)
+        except ConfigurationError as error:
+            raise _unusable(
+                f"the bucket {self._bucket} holds something else under {engine.fleet_name}: {_reason(error)}; delete "
+                "that key to start anew"
+            ) from None
+        fresh = [*self._recording.fresh]
+        for after, until, since in fresh:
+            fleets.observe(after, until, since=since)
+        state = fleets.to_json()
+        if fresh and not await engine.write_learned(self._bucket, state.encode(), kept.revision):
+            return False
+        del self._recording.fresh[: len(fresh)]
+        self._recording.adopt(state)
+        return True
+
+
+class _Recording(wait_adaptive):
+    """A schedule that remembers what it has observed until that is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh: list[tuple[float, float | None, float]] = []
+
+    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+        super().observe(after, until, since=since)
+        if len(self.fresh) < _MOST_FRESH:
+            self.fresh.append((after, until, since))
+
+    def adopt(self, state: str) -> None:
+        """Go on from what the fleet has learned, and from what was observed while that was written."""
+        restore(self, state)
+        for after, until, since in self.fresh:
+            super().observe(after, until, since=since)
 
 
 def _unusable(message: str) -> ConfigurationError:
     return ConfigurationError(message, argument="learned")
+
+
+def _reason(error: ConfigurationError) -> str:
+    """Return what is wrong with a state, without the advice for who passed it."""
+    return str(error).partition(";")[0]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from .engine import EXPIRES, Broker, Claim, Claims, Engine, Inspection, Message, OutcomeMessage, Taken, Terms
+from .engine import EXPIRES, Broker, Claim, Claims, Engine, Inspection, Learned, Message, OutcomeMessage, Taken, Terms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -87,6 +87,8 @@ class _Store:
         self._engines: list[MemoryEngine] = []
         self.holders: dict[str, _Holder] = {}
         """The name of the request that holds each operation id."""
+        self.learned: dict[str, Learned] = {}
+        """What each bucket keeps."""
         self._events: dict[str, Sealed] = {}  # by their names
         self._readers: dict[str, dict[int, float]] = {}  # when each may have an event again that it has had
         self._news = asyncio.Event()
@@ -299,6 +301,17 @@ class MemoryEngine(Engine):
     async def inspect(self) -> Inspection:
         """See `Engine`."""
         return self._store.inspect()
+
+    async def read_learned(self, bucket: str) -> Learned:
+        """See `Engine`."""
+        return self._store.learned.get(bucket, Learned(None, 0))
+
+    async def write_learned(self, bucket: str, state: bytes, revision: int) -> bool:
+        """See `Engine`."""
+        if (await self.read_learned(bucket)).revision != revision:
+            return False
+        self._store.learned[bucket] = Learned(state, revision + 1)
+        return True
 
     async def restore(self) -> None:
         """See `Engine`."""

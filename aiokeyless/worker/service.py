@@ -16,7 +16,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .exchanges import check_key
-from .learned import LearnedFile
+from .learned import keeper
 from .logs import log
 from .memory import MemoryBroker
 from .nats.engine import NatsEngine
@@ -26,7 +26,6 @@ from .serving import STARTING, Limits, Serving, WorkerStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
-    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.client import KeylessClient
 
-    from .engine import Engine
+    from .engine import Engine, Terms
     from .event_keys import EventKeys
     from .nats.fleet import Fleet
 
@@ -62,9 +61,10 @@ class ApprovalWorker:
         max_polls_per_second: Polls of this worker in a second; None for as many as fit. What is due beyond that stays
             at the broker, for this worker or another. A 429 halves it, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
-        learned: A file for what that default schedule learns, which is saved every minute and at the end, and read at
-            the start; it is made where it is missing. Each worker needs one of its own. An application that passes a
-            `schedule` keeps that one's `to_json` itself. Default: none; then a restart forgets it.
+        learned: Where what that default schedule learns is kept: it is read at the start, and saved every minute and at
+            the end. A file, of this worker alone, which is made where it is missing; or ``kv://BUCKET``, a key-value
+            bucket of the broker, which the workers of a fleet share. An application that passes a `schedule` keeps that
+            one's `to_json` itself. Default: nowhere; then a restart forgets it.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
             30.
         fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
@@ -107,12 +107,10 @@ class ApprovalWorker:
         self._client = client.with_max_attempts(1)
         if learned is not None and schedule is not None:
             raise ConfigurationError("learned and schedule must not both be given", argument="learned")
-        self._keeping: AbstractAsyncContextManager[None] = nullcontext()
-        self._schedule = check_schedule(schedule) or wait_adaptive()
-        if learned is not None:
-            file = LearnedFile(learned)
-            self._schedule = own = file.load()
-            self._keeping = file.keeping(own)
+        self._keeper = None if learned is None else keeper(learned)
+        self._schedule = check_schedule(schedule) or (
+            wait_adaptive() if self._keeper is None else self._keeper.schedule
+        )
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a strategy that fails is found out here
         self._event_keys = event_keys
         self._engine: Engine
@@ -196,11 +194,7 @@ class ApprovalWorker:
             self._started.set()
 
     async def _work(self) -> None:
-        async with self._keeping:
-            await check_key(self._client)
-            await self._serve_connected()
-
-    async def _serve_connected(self) -> None:
+        await check_key(self._client)
         await self._engine.connect(on_reconnect=self._reconnected, on_loss=self._fail)
         try:
             await self._serve()
@@ -221,12 +215,16 @@ class ApprovalWorker:
                 f"the duplicate window of {terms.longest_wait:g} s leaves no time to wait before a grace of "
                 f"{self._limits.grace:g} s: shorten the grace"
             )
+        async with nullcontext() if self._keeper is None else self._keeper.keeping(self._engine):
+            await self._serve_on(terms._replace(longest_wait=longest_wait))
+
+    async def _serve_on(self, terms: Terms) -> None:
         self._serving = Serving(
             self._engine,
             self._client,
             schedule=self._schedule,
             limits=self._limits,
-            terms=terms._replace(longest_wait=longest_wait),
+            terms=terms,
             event_keys=self._event_keys,
             on_fatal=self._fail,
             listeners=Listeners(self._client.listeners) if self._client.listeners else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,19 @@ import pytest
 from nats_server import PATIENCE, until
 
 from aiokeyless import ConfigurationError, wait_adaptive
-from aiokeyless.worker import ApprovalWorker, MemoryBroker, learned, submit_approval
-from aiokeyless.worker.learned import LearnedFile
+from aiokeyless.worker import ApprovalWorker, BrokerError, MemoryBroker, learned, submit_approval
+from aiokeyless.worker.learned import LearnedBucket, LearnedFile
+from aiokeyless.worker.memory import MemoryEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nats.aio.client import Client
+    from nats_server import NatsServer
+
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.engine import Engine, Learned
 
 STATE = wait_adaptive().to_json()
 
@@ -51,11 +57,9 @@ def beside(path: Path) -> list[Path]:
     return [*path.parent.iterdir()]
 
 
-def taught(*approvals: float) -> wait_adaptive:
-    schedule = wait_adaptive()
-    for approval in approvals:
-        schedule.observe(0.0, approval)
-    return schedule
+@pytest.fixture
+async def engine() -> Engine:
+    return MemoryBroker().engine()
 
 
 @pytest.mark.parametrize(
@@ -120,18 +124,20 @@ async def test_a_worker_that_is_started_again_knows_what_the_one_before_had_lear
     assert beside(path) == [path]
 
 
-async def test_it_is_saved_as_it_goes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_saved_as_it_goes(path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "_EVERY", 0.01)
-    schedule = taught()
-    async with LearnedFile(path).keeping(schedule):
+    file = LearnedFile(path)
+    async with file.keeping(engine):
         for approval in (1.0, 20.0):
-            schedule.observe(0.0, approval)
-            await until(lambda: read(path) == f"{schedule.to_json()}\n")
+            file.schedule.observe(0.0, approval)
+            await until(lambda: read(path) == f"{file.schedule.to_json()}\n")
 
 
-async def test_what_has_not_changed_is_not_written_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_has_not_changed_is_not_written_again(
+    path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(learned, "_EVERY", 0.001)
-    async with LearnedFile(path).keeping(taught(1.0)):
+    async with LearnedFile(path).keeping(engine):
         remove(path)
         for _ in range(20):
             await asyncio.sleep(0.001)
@@ -139,31 +145,34 @@ async def test_what_has_not_changed_is_not_written_again(path: Path, monkeypatch
 
 
 async def test_a_save_that_fails_leaves_the_file_before_it_and_is_logged_and_tried_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(learned, "_EVERY", 0.01)
-    schedule = taught(1.0)
+    file = LearnedFile(path)
     failures: list[int] = []
 
     def fail(descriptor: int) -> None:
         failures.append(descriptor)
         raise OSError(28, "No space left on device")
 
-    async with LearnedFile(path).keeping(schedule):
+    async with file.keeping(engine):
         before = read(path)
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", fail)
-            schedule.observe(0.0, 20.0)
+            file.schedule.observe(0.0, 20.0)
             await until(lambda: len(failures) > 1)
             assert read(path) == before
         await until(lambda: read(path) != before)
-    assert 'error="No space left on device"' in caplog.text
+    assert "learned.not_saved" in caplog.text
+    assert "No space left on device" in caplog.text
     assert beside(path) == [path]
 
 
-async def test_the_last_save_is_not_overtaken_by_one_under_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_save_is_not_overtaken_by_one_under_way(
+    path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(learned, "_EVERY", 0.01)
-    schedule = taught()
+    file = LearnedFile(path)
     loop = asyncio.get_running_loop()
     started, go_on = asyncio.Event(), asyncio.Event()
     replace = learned._replace
@@ -173,19 +182,155 @@ async def test_the_last_save_is_not_overtaken_by_one_under_way(path: Path, monke
         asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(PATIENCE)
         replace(path, text)
 
-    async with LearnedFile(path).keeping(schedule):
+    async with file.keeping(engine):
         monkeypatch.setattr(learned, "_replace", replace_slowly)
-        schedule.observe(0.0, 1.0)
+        file.schedule.observe(0.0, 1.0)
         await started.wait()
-        schedule.observe(0.0, 20.0)
+        file.schedule.observe(0.0, 20.0)
         loop.call_soon(go_on.set)
-    assert read(path) == f"{schedule.to_json()}\n"
+    assert read(path) == f"{file.schedule.to_json()}\n"
 
 
-async def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
+async def test_a_link_stays_a_link(path: Path, tmp_path: Path, engine: Engine) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(path)
-    async with LearnedFile(link).keeping(taught(1.0)):
+    async with LearnedFile(link).keeping(engine):
         pass
     assert is_link(link)
     assert is_there(path)
+
+
+# -- a bucket that a fleet shares
+
+
+def kept(engine: Engine) -> wait_adaptive:
+    """Return what the fleet has learned."""
+    assert isinstance(engine, MemoryEngine)
+    state = engine._store.learned["shared"].state
+    assert state is not None
+    return wait_adaptive.from_json(state)
+
+
+def figures(schedule: wait_adaptive) -> list[float]:
+    """Return what a schedule has learned; numbers are rounded each time that they are written."""
+    state = json.loads(schedule.to_json())
+    return [*state["approved"], *state["pending"]]
+
+
+@pytest.mark.parametrize("bucket", ["", "a.b", "a b", "a/b", "*", "\u00e9", "x" * 129], ids=ascii)
+async def test_a_bucket_that_cannot_be_is_refused(client: KeylessClient, bucket: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^kv://.* names no bucket: letters, digits, '-' and '_'$"):
+        ApprovalWorker(client, learned=f"kv://{bucket}")
+
+
+async def test_a_fleet_learns_as_one_schedule_would(engine: Engine) -> None:
+    one, another, alone = LearnedBucket("shared"), LearnedBucket("shared"), wait_adaptive()
+    for number in range(1, 7):
+        (one if number % 2 else another).schedule.observe(number / 2, number, since=0.25)
+        await (one if number % 2 else another)._save(engine)
+        alone.observe(number / 2, number, since=0.25)
+    await one._save(engine)
+    for schedule in (kept(engine), one.schedule, another.schedule):
+        assert figures(schedule) == pytest.approx(figures(alone))
+
+
+async def test_what_another_worker_wrote_meanwhile_is_not_lost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, another, alone = LearnedBucket("shared"), LearnedBucket("shared"), wait_adaptive()
+    another.schedule.observe(0.0, 30.0)
+    one.schedule.observe(0.0, 2.0)
+    read_learned = engine.read_learned
+
+    async def be_overtaken(bucket: str) -> Learned:
+        state = await read_learned(bucket)
+        monkeypatch.undo()
+        await another._save(engine)
+        return state
+
+    monkeypatch.setattr(engine, "read_learned", be_overtaken)
+    await one._save(engine)
+    for approval in (30.0, 2.0):
+        alone.observe(0.0, approval)
+    assert kept(engine).to_json() == one.schedule.to_json()
+    assert figures(one.schedule) == pytest.approx(figures(alone))
+
+
+async def test_what_is_observed_while_it_is_written_is_written_the_next_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, alone = LearnedBucket("shared"), wait_adaptive()
+    one.schedule.observe(0.0, 2.0)
+    write_learned = engine.write_learned
+
+    async def observe_meanwhile(bucket: str, state: bytes, revision: int) -> bool:
+        monkeypatch.undo()
+        one.schedule.observe(0.0, 30.0)
+        return await write_learned(bucket, state, revision)
+
+    monkeypatch.setattr(engine, "write_learned", observe_meanwhile)
+    await one._save(engine)
+    alone.observe(0.0, 2.0)
+    assert figures(kept(engine)) == pytest.approx(figures(alone))
+    alone.observe(0.0, 30.0)
+    assert figures(one.schedule) == pytest.approx(figures(alone))
+    await one._save(engine)
+    assert figures(kept(engine)) == pytest.approx(figures(alone))
+
+
+async def test_where_others_keep_writing_it_is_kept_for_the_next_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = LearnedBucket("shared")
+    one.schedule.observe(0.0, 2.0)
+
+    async def be_late(*_: object) -> bool:
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "write_learned", be_late)
+        with pytest.raises(BrokerError, match=r"^what the fleet learns was not kept in the bucket shared: others kept"):
+            await one._save(engine)
+    await one._save(engine)
+    assert kept(engine).to_json() == one.schedule.to_json()
+
+
+async def test_while_the_broker_is_away_not_everything_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "_MOST_FRESH", 3)
+    one = LearnedBucket("shared")
+    for approval in range(1, 9):
+        one.schedule.observe(0.0, approval)
+    assert len(one._recording.fresh) == 3
+
+
+async def test_a_bucket_that_holds_something_else_is_refused_and_left_as_it_is(engine: Engine) -> None:
+    await engine.write_learned("shared", b'{"order": 7}', 0)
+    with pytest.raises(ConfigurationError) as caught:
+        await LearnedBucket("shared")._save(engine)
+    message = str(caught.value)
+    assert message.startswith("the bucket shared holds something else under keyless: not a saved schedule")
+    assert message.endswith("; delete that key to start anew")
+    assert (await engine.read_learned("shared")).state == b'{"order": 7}'
+
+
+async def test_workers_of_a_fleet_share_what_they_learn_in_a_bucket_of_the_broker(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    bucket = await connection.jetstream().create_key_value(bucket="shared")
+    async with ApprovalWorker(client, broker.url, learned="kv://shared") as worker:
+        operation_id = (await submit_approval(connection, "C0FFEE")).operation_id
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        await until(lambda: worker.statistics.approved == 1)
+    state = (await bucket.get("keyless")).value
+    assert state is not None
+    assert state.decode() != STATE
+    async with ApprovalWorker(client, broker.url, learned="kv://shared") as restarted:
+        assert isinstance(restarted._schedule, wait_adaptive)
+        assert restarted._schedule.to_json() == state.decode()
+
+
+async def test_a_bucket_that_is_missing_is_one_line(client: KeylessClient, broker: NatsServer) -> None:
+    with pytest.raises(BrokerError) as caught:
+        await ApprovalWorker(client, broker.url, learned="kv://shared").run()
+    assert str(caught.value) == (
+        "what the fleet learns cannot be kept in the bucket shared: there is no such bucket; nats kv add makes one"
+    )

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import nats.js.errors
 
-from aiokeyless.worker.engine import Engine, Inspection, Message, Sealed, Terms
+from aiokeyless.worker.engine import Engine, Inspection, Learned, Message, Sealed, Terms
 from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
 
+from . import learned
 from .claims import NatsClaims
 from .clock import BrokerClock
 from .connection import connect, disconnect
@@ -134,6 +135,14 @@ class NatsEngine(Engine):
     async def inspect(self) -> Inspection:
         """See `Engine`."""
         return await Inspector(self._connection, self._fleet, self._clock, self._timeout).inspect()
+
+    async def read_learned(self, bucket: str) -> Learned:
+        """See `Engine`."""
+        return await learned.read(self._stream, bucket, self._fleet.name)
+
+    async def write_learned(self, bucket: str, state: bytes, revision: int) -> bool:
+        """See `Engine`."""
+        return await learned.write(self._stream, bucket, self._fleet.name, state, revision)
 
     async def restore(self) -> None:
         """See `Engine`."""
