@@ -174,7 +174,29 @@ def house() -> Drawing:
     return drawing
 
 
-PICTURES: Final = {"circuit.svg": circuit, "house.svg": house, "wait.svg": life_of_a_wait}
+def actors() -> Drawing:
+    """Draw who takes part, and the boundaries that the threat model numbers."""
+    drawing = Drawing(860, 250, "The actors, and the four boundaries between them")
+    across = (("user", 30, 80), ("phone", 150, 80), ("Keyless", 270, 100), ("gateway, network", 420, 140))
+    for name, x, width in across:
+        drawing.box(x, 40, width, 48, name)
+    drawing.box(610, 40, 220, 48, "your process", colour=BLUE)
+    drawing.box(610, 150, 220, 64, "a broker,", "if there are workers")
+    drawing.box(330, 150, 230, 64, "the broker's users:", "workers, askers, readers, others")
+    drawing.box(30, 150, 250, 64, "logs, tracebacks,", "stores, error reporters")
+    drawing.path("M110 64H148")
+    drawing.path("M230 64H268")
+    drawing.path("M420 64H372")
+    drawing.path("M610 64H562")
+    drawing.path("M720 88V148")
+    drawing.path("M560 182H608")
+    drawing.path("M650 88V118H155V148")
+    for x, y, number in ((396, 56, "1"), (586, 56, "2"), (400, 112, "3"), (734, 124, "4")):
+        drawing.text(x, y, number, colour=RED, anchor="middle", bold=True)
+    return drawing
+
+
+PICTURES: Final = {"actors.svg": actors, "circuit.svg": circuit, "house.svg": house, "wait.svg": life_of_a_wait}
 
 
 if __name__ == "__main__":
