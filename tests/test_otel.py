@@ -19,7 +19,7 @@ from tenacity.wait import wait_fixed
 
 from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import ApprovalWorker, Fleet, MemoryBroker, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Fleet, MemoryBroker, approval_outcomes, submit_approval
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 
@@ -42,6 +42,7 @@ from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from nats.aio.client import Client
     from nats_server import NatsServer
     from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.trace import ReadableSpan
@@ -322,6 +323,11 @@ def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) 
         assert recorder.circuit == number
 
 
+async def next_event(connection: Client | MemoryBroker) -> ApprovalEvent:
+    async with aclosing(approval_outcomes(connection, "test")) as events:
+        return await anext(events)
+
+
 class TestWorker:
     @pytest.mark.looptime
     async def test_a_request_is_one_span_in_the_trace_that_submitted_it_however_often_it_is_delivered(
@@ -336,7 +342,7 @@ class TestWorker:
                 with recorder.tracer.start_as_current_span("checkout"):
                     await submit_approval(broker, USER, operation_id="txn-1", operation_payload="Pay 40 to Alice")
                 asyncio.get_running_loop().call_later(9.5, sandbox.approve, "txn-1")
-                event = await anext(approval_outcomes(broker, "test"))
+                event = await next_event(broker)
                 await asyncio.sleep(1)  # the span ends when the request is acknowledged
                 assert recorder.circuit == 0
             statistics = worker.statistics
@@ -384,7 +390,7 @@ class TestWorker:
         with recorder.tracer.start_as_current_span("the program that runs the worker"):
             async with sandbox.client(listeners=[recorder.listener]) as client, ApprovalWorker(client, broker):
                 await broker.submit(b"no request", "broken")
-                await anext(approval_outcomes(broker, "test"))
+                await next_event(broker)
                 await asyncio.sleep(1)
         span = recorder.span("aiokeyless.wait")
         assert span.parent is None
@@ -614,8 +620,7 @@ class TestInstrumentor:
             while b"worker.ready" not in (line := await asyncio.wait_for(process.stdout.readline(), 60)):
                 assert line, "it ended"
             await submit_approval(connection, USER)
-            async with aclosing(approval_outcomes(connection, "test")) as events:
-                assert (await anext(events)).outcome == "approved"
+            assert (await next_event(connection)).outcome == "approved"
             process.terminate()
             output, _ = await process.communicate()
         assert process.returncode == 0, output.decode()
