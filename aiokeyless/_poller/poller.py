@@ -752,12 +752,17 @@ class Poller:
             self._failures += 1
             if isinstance(answer, RateLimitError):
                 self._rate.record_refusal(now, started_at=poll.started_at)
-            name, started_at = poll.polled.operation_id, poll.started_at
-            self._circuit.record_failure(now, name, started_at=started_at, is_probe=not poll.final)
-            of_all = isinstance(answer, RateLimitError)
-            # A second one in a row is the operation's: five that always get one must not hold the others for ever.
-            if (pause := requested_pause(answer)) and (of_all or not poll.polled.failures):
-                self._circuit.record_pause(now, name, pause, started_at=started_at, of_all=of_all)
+            pause = requested_pause(answer)
+            is_rate_limit = isinstance(answer, RateLimitError)
+            self._circuit.record_failure(
+                now,
+                poll.polled.operation_id,
+                started_at=poll.started_at,
+                is_probe=not poll.final,
+                asks_for_pause=pause > 0 and not is_rate_limit,
+            )
+            if pause and is_rate_limit:
+                self._circuit.record_pause(now, pause)
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             self._circuit.record_success(now, started_at=poll.started_at)
 

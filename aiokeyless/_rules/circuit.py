@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Operations that fail, with no good answer in between, until a circuit opens where failures are rare.
 FAILURES_UNTIL_OPEN: Final = 5
+#: Those among them that got a 503 with ``Retry-After``: so many are enough.
+_ASKING_UNTIL_OPEN: Final = 2
 #: ... and this many times the number that usually fails between two good answers: where two of three fail at random,
 #: five in a row are common.
 _TIMES_USUAL: Final = 7
@@ -44,7 +46,7 @@ class Circuit:
 
     A good answer lets one more poll be in flight; a failure takes away a share of them. What opens the circuit is the
     service and not an operation: different operations that fail, with no good answer since their polls started. It then
-    lets one probe through at a time, on the error backoff. A ``Retry-After`` of the service opens it too, for that time
+    lets one probe through at a time, on the error backoff. A rate limit's ``Retry-After`` opens it too, for that time
     and with no poll at all. Either way the next good answer makes it half open. Times are of one clock, in seconds.
 
     Args:
@@ -75,8 +77,7 @@ class Circuit:
         self._answered_at = -math.inf  # the last good answer
         self._failed: set[Hashable] = set()  # the operations that failed since then
         self._usual = 0.0  # how many operations that were lately, at each good answer
-        # The operation that got a Retry-After since then, while it is the only one.
-        self._asking: Hashable | None = None
+        self._asking: set[Hashable] = set()  # the operations that got a Retry-After since then
         self._held_until = -math.inf  # by the rate limit, which no good answer lifts
         self._probes = 0  # failed ones in a row, the failure that opened the circuit included; 0: it is not probed
         self._probe_at = -math.inf
@@ -117,7 +118,7 @@ class Circuit:
         self._answered_at = now
         self._usual += _NEWEST * (len(self._failed) - self._usual)
         self._failed.clear()
-        self._asking = None
+        self._asking.clear()
         self._probes = 0
         self._probe_at = -math.inf
         if now < self._held_until:  # a final poll's answer: no reason to start others before the pause ends
@@ -130,7 +131,9 @@ class Circuit:
         if self._limit == self._full:
             self._enter(CircuitState.CLOSED, now)
 
-    def record_failure(self, now: float, operation: Hashable, *, started_at: float, is_probe: bool) -> None:
+    def record_failure(
+        self, now: float, operation: Hashable, *, started_at: float, is_probe: bool, asks_for_pause: bool = False
+    ) -> None:
         """Record a transient failure.
 
         Args:
@@ -138,6 +141,8 @@ class Circuit:
             operation: Whose poll failed.
             started_at: When the failed poll started.
             is_probe: Whether it was an ordinary poll; a final poll starts whatever the state, and paces no probe.
+            asks_for_pause: Whether it was a 503 with ``Retry-After``. That time is the operation's; but where two
+                operations get one, it is the service that is not available.
         """
         if self.is_probed:
             if is_probe and started_at >= self.since:
@@ -145,36 +150,29 @@ class Circuit:
             return
         if self.state is not CircuitState.OPEN:
             self._limit = max(self._limit * (1 - 1 / self._full), min(self._limit, _LEAST))
-        if started_at >= self._answered_at:  # else the service has answered well since, and it is the operation
-            self._failed.add(operation)
-            if len(self._failed) >= FAILURES_UNTIL_OPEN + int(_TIMES_USUAL * self._usual):
-                self._enter(CircuitState.OPEN, now)
-                self._schedule_probe(now)
+        if started_at < self._answered_at:  # the service has answered well since, so it is the operation
+            return
+        self._failed.add(operation)
+        if asks_for_pause:
+            self._asking.add(operation)
+        if self._are_unusual(self._failed, FAILURES_UNTIL_OPEN) or self._are_unusual(self._asking, _ASKING_UNTIL_OPEN):
+            self._enter(CircuitState.OPEN, now)
+            self._schedule_probe(now)
 
-    def record_pause(self, now: float, operation: Hashable, seconds: float, *, started_at: float, of_all: bool) -> None:
-        """Record a ``Retry-After``, besides the failure that it came with.
+    def record_pause(self, now: float, seconds: float) -> None:
+        """Record the ``Retry-After`` of a rate limit, besides the failure that it came with: it is meant for all polls.
 
         Args:
             now: The time.
-            operation: Whose poll got it.
             seconds: How long it asks for; at most 120 count.
-            started_at: When that poll started.
-            of_all: Whether it is meant for all polls, as by a rate limit. Else it is the operation's, until a second
-                operation gets one and there was no good answer in between; a good answer then ends the pause.
         """
-        until = now + min(seconds, MAX_PAUSE)
-        if of_all:
-            self._held_until = max(self._held_until, until)
-        elif started_at < self._answered_at:
-            return
-        elif self._asking in (None, operation):
-            self._asking = operation
-            return
-        else:
-            self._asking = None
-            self._probe_at = max(self._probe_at, until)
+        self._held_until = max(self._held_until, now + min(seconds, MAX_PAUSE))
         if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
             self._enter(CircuitState.OPEN, now)
+
+    def _are_unusual(self, operations: set[Hashable], many: int) -> bool:
+        """Return whether so many operations failed in a row that it is the service: `many`, where failures are rare."""
+        return len(operations) >= many + int(_TIMES_USUAL * self._usual)
 
     def _enter(self, state: CircuitState, now: float) -> None:
         """Change the state: the one place where that happens."""

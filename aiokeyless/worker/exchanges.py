@@ -275,10 +275,17 @@ class Exchanges:
         now, operation_id = self._now(), delivery.ticket.operation_id
         if isinstance(error, RateLimitError):
             self._rate.record_refusal(now, started_at=started_at)
-        self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
-        if pause := requested_pause(error):
-            of_all = isinstance(error, RateLimitError)
-            self._circuit.record_pause(now, operation_id, pause, started_at=started_at, of_all=of_all)
+        pause = requested_pause(error)
+        is_rate_limit = isinstance(error, RateLimitError)
+        self._circuit.record_failure(
+            now,
+            operation_id,
+            started_at=started_at,
+            is_probe=is_probe,
+            asks_for_pause=pause > 0 and not is_rate_limit,
+        )
+        if pause and is_rate_limit:
+            self._circuit.record_pause(now, pause)
         self._reporter.circuit_is(self._circuit.state, error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
 

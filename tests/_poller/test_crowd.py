@@ -30,8 +30,19 @@ def alone() -> float:
 
 @pytest.mark.parametrize(
     ("bad", "answer"),
-    [(1, FAILS), (5, FAILS), (20, FAILS), (5, HANGING), (20, HANGING), (1, ASKS_FOR_A_PAUSE)],
-    ids=["one fails", "five fail", "twenty fail", "five hang", "twenty hang", "one asks for a pause"],
+    [
+        (1, FAILS),
+        (5, FAILS),
+        (20, FAILS),
+        (5, HANGING),
+        (20, HANGING),
+        (1, ASKS_FOR_A_PAUSE),
+        (5, ASKS_FOR_A_PAUSE),
+    ],
+    ids=[
+        *("one fails", "five fail", "twenty fail", "five hang", "twenty hang"),
+        *("one asks for a pause", "five ask for a pause"),
+    ],
 )
 def test_operations_that_are_bad_do_not_make_the_others_late(bad: int, answer: Answer, alone: float) -> None:
     late = lateness_beside(bad, answer, seed=1, healthy=HEALTHY)
@@ -53,24 +64,39 @@ def test_where_answers_fail_at_random_the_others_are_still_polled(share: float, 
     assert brown_out(share, seed=1, waits=100, seconds=20).polls >= least  # of 50 a second
 
 
-def test_operations_that_always_ask_for_a_pause_hold_the_others_no_longer_than_once_each() -> None:
-    late = lateness_beside(5, ASKS_FOR_A_PAUSE, seed=1, healthy=HEALTHY)
-    assert len(late) == HEALTHY
-    assert statistics.median(late) <= 2 * statistics.median(lateness_beside(0, GOOD, seed=1, healthy=HEALTHY))
+def test_the_first_operations_that_ask_for_a_pause_hold_the_others_for_no_longer_than_an_open_circuit() -> None:
+    async def scenario() -> None:
+        simulation.start("bad-1")
+        simulation.start("bad-2")
+        await simulation.sleep_until(1)
+        simulation.start("healthy", approved_in=0)
+        await simulation.sleep_until(60)
+
+    simulation = Simulation(lambda name, _: ASKS_FOR_A_PAUSE if name.startswith("bad") else GOOD, wait_fixed(2))
+    simulation.run(scenario())
+    assert simulation.lateness["healthy"] <= 1
 
 
-def test_a_pause_that_the_service_asks_for_holds_all_polls() -> None:
+def test_no_operation_is_polled_before_the_pause_that_it_was_asked_for_is_over() -> None:
     async def scenario() -> None:
         for k in range(100):
             await simulation.sleep_until(k / 50)
             simulation.start(f"op-{k}")
         await simulation.sleep_until(100)
 
-    answer = failing(503, retry_after=30)
-    simulation = Simulation(lambda _, now: answer if 10 <= now < 60 else GOOD, wait_fixed(2))
+    simulation = Simulation(lambda _, now: ASKS_FOR_A_PAUSE if 10 <= now < 60 else GOOD, wait_fixed(2))
     simulation.run(scenario())
-    assert sum(10 <= poll.at < 60 for poll in simulation.transport.sent) <= 10
+    asked: dict[str, float] = {}
+    for poll in simulation.transport.sent:
+        assert poll.at >= asked.get(poll.operation_id, 0.0)
+        if poll.failed:
+            asked[poll.operation_id] = poll.at + 30
+    assert len(asked) <= 30  # in 50 s: the first few, then one probe at a time
     assert sum(poll.at >= 75 for poll in simulation.transport.sent) > 1000
+
+
+def test_a_service_that_refuses_everything_by_its_rate_limit_gets_probes_only() -> None:
+    assert outage(60.0, seed=1, waits=100, answer=failing(429)).requests <= 34
 
 
 def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:

@@ -37,13 +37,12 @@ def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = 
         operation = next(OPERATIONS)
         circuit.record_failure(now, operation, started_at=now, is_probe=True)
         if pause:
-            circuit.record_pause(now, operation, pause, started_at=now, of_all=True)
+            circuit.record_pause(now, pause)
 
 
-def unavailable(circuit: Circuit, now: float, operation: object, pause: float) -> None:
+def unavailable(circuit: Circuit, now: float, operation: str) -> None:
     """Let an operation get a 503 with Retry-After."""
-    circuit.record_failure(now, operation, started_at=now, is_probe=True)
-    circuit.record_pause(now, operation, pause, started_at=now, of_all=False)
+    circuit.record_failure(now, operation, started_at=now, is_probe=True, asks_for_pause=True)
 
 
 def open_at(now: float, limit: int = LIMIT) -> Circuit:
@@ -399,27 +398,38 @@ def test_a_retry_after_while_half_open_starts_again_from_one() -> None:
 def test_a_503_with_retry_after_is_its_operations_own() -> None:
     circuit = Circuit(LIMIT)
     for now in range(10):
-        unavailable(circuit, float(now), "bad", 30.0)
+        unavailable(circuit, float(now), "bad")
     assert circuit.is_closed
     assert circuit.retry_at() == -math.inf
 
 
-def test_a_second_operation_with_one_makes_all_polls_pause() -> None:
+def test_a_second_operation_with_one_opens_the_circuit_and_a_probe_asks_again_before_that_time_is_over() -> None:
     circuit = Circuit(LIMIT)
-    unavailable(circuit, 100.0, "a", 30.0)
-    unavailable(circuit, 101.0, "b", 30.0)
-    assert circuit.state is CircuitState.OPEN
-    assert (circuit.room(130.9), circuit.room(131.0)) == (0, 1)
+    unavailable(circuit, 100.0, "a")
+    unavailable(circuit, 101.0, "b")
+    assert circuit.is_probed
+    assert (circuit.room(101.2), circuit.room(101.5)) == (0, 1)
 
 
 def test_a_good_answer_between_the_two_shows_that_they_are_the_operations_own() -> None:
     circuit = Circuit(LIMIT)
-    for now in range(10):
-        unavailable(circuit, float(now), f"bad-{now}", 30.0)
-        circuit.record_success(now + 0.5, started_at=now + 0.4)
     circuit.record_success(20.0, started_at=19.9)
     for operation in "ab":  # they were sent before that answer
-        circuit.record_pause(20.1, operation, 30.0, started_at=19.8, of_all=False)
+        circuit.record_failure(20.1, operation, started_at=19.8, is_probe=True, asks_for_pause=True)
+    assert circuit.is_closed
+    unavailable(circuit, 21.0, "a")
+    circuit.record_success(22.0, started_at=21.9)
+    unavailable(circuit, 23.0, "b")
+    assert circuit.is_closed
+
+
+def test_where_many_operations_get_one_between_good_answers_two_in_a_row_are_common() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(20):
+        unavailable(circuit, float(now), f"bad-{now}")
+        circuit.record_success(now + 0.5, started_at=now + 0.4)
+    for now in range(5):
+        unavailable(circuit, 20.0, f"other-{now}")
     assert circuit.is_closed
 
 
@@ -427,24 +437,24 @@ def test_a_503_counts_where_its_poll_started_in_the_moment_of_the_last_good_answ
     circuit = Circuit(LIMIT)
     circuit.record_success(1.0, started_at=0.9)
     for operation in ("a", "b"):
-        circuit.record_pause(2.0, operation, 30.0, started_at=1.0, of_all=False)
-    assert circuit.retry_at() == 32.0
+        circuit.record_failure(2.0, operation, started_at=1.0, is_probe=True, asks_for_pause=True)
+    assert circuit.is_probed
 
 
-def test_the_operation_after_those_two_is_the_first_of_the_next_two() -> None:
+@pytest.mark.usefixtures("full_backoff")
+def test_further_ones_of_polls_from_before_do_not_put_off_the_probe() -> None:
     circuit = Circuit(LIMIT)
-    for operation in ("a", "b"):
-        unavailable(circuit, 1.0, operation, 10.0)
-    unavailable(circuit, 2.0, "c", 60.0)
-    assert circuit.retry_at() == 11.0
-    unavailable(circuit, 3.0, "d", 60.0)
-    assert circuit.retry_at() == 63.0
+    unavailable(circuit, 1.0, "a")
+    unavailable(circuit, 1.0, "b")
+    for operation in ("c", "d"):
+        circuit.record_failure(1.2, operation, started_at=0.9, is_probe=True, asks_for_pause=True)
+    assert circuit.retry_at() == 1.5
 
 
 def test_a_good_answer_ends_the_pause_of_a_503_and_not_that_of_a_429() -> None:
     circuit = Circuit(LIMIT)
-    unavailable(circuit, 100.0, "a", 30.0)
-    unavailable(circuit, 100.0, "b", 30.0)
+    unavailable(circuit, 100.0, "a")
+    unavailable(circuit, 100.0, "b")
     circuit.record_success(101.0, started_at=99.0)
     assert (circuit.state, circuit.room(101.0)) == (CircuitState.HALF_OPEN, 2)
     fail(circuit, 102.0, pause=30.0)
@@ -478,7 +488,7 @@ def test_a_short_retry_after_with_every_failure_does_not_let_probes_run_faster_t
         sent_at = circuit.retry_at()
         now = sent_at + 0.25  # an answer takes its time, and the probe was sent before the pause that it brings
         circuit.record_failure(now, "probe", started_at=sent_at, is_probe=True)
-        circuit.record_pause(now, "probe", pause, started_at=sent_at, of_all=True)
+        circuit.record_pause(now, pause)
     assert gaps == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0]
 
 
@@ -486,7 +496,7 @@ def test_a_short_retry_after_with_every_failure_does_not_let_probes_run_faster_t
 def test_a_retry_after_of_a_straggler_leaves_the_probe_under_way_a_probe() -> None:
     circuit = open_at(100.0)
     circuit.record_failure(101.0, "old", started_at=99.0, is_probe=True)
-    circuit.record_pause(101.0, "old", 1.0, started_at=99.0, of_all=True)
+    circuit.record_pause(101.0, 1.0)
     assert circuit.since == 100.0  # so the probe sent at 100.5 stays the only one
     circuit.record_failure(102.0, next(OPERATIONS), started_at=100.5, is_probe=True)
     assert circuit.retry_at() == 103.0
@@ -594,10 +604,15 @@ class CircuitMachine(RuleBasedStateMachine):
         for _ in range(min(many, len(self.flying))):
             sent_at, final = self.flying.pop(data.draw(st.integers(0, len(self.flying) - 1)))
             before, was_open = self.circuit.retry_at(), self.circuit.is_probed
-            operation = next(OPERATIONS)
-            self.circuit.record_failure(self.now, operation, started_at=sent_at, is_probe=not final)
-            if pause:
-                self.circuit.record_pause(self.now, operation, pause, started_at=sent_at, of_all=of_all)
+            self.circuit.record_failure(
+                self.now,
+                next(OPERATIONS),
+                started_at=sent_at,
+                is_probe=not final,
+                asks_for_pause=bool(pause) and not of_all,
+            )
+            if pause and of_all:
+                self.circuit.record_pause(self.now, pause)
             assert self.circuit.limit == 1 or self.circuit.state is not CircuitState.OPEN
             if was_open and (final or sent_at < self.circuit.since) and not pause:
                 assert self.circuit.retry_at() == before
