@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tenacity import wait_fixed
 
-from aiokeyless import wait_adaptive
+from aiokeyless import ApprovalTimeoutError, wait_adaptive
 from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.report import Goal, Report, Table
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 _EVERYBODY: Final = ApprovalTimes(((1.0, 8.0, 0.8),), never=0.0)
 _ARRIVALS: Final = 120.0  # seconds in which the healthy waits start
+_AT_FIRST: Final = 5.0  # seconds in which those of the bad ones do, unless they come like the others
 _TIMEOUT: Final = 120.0
+_LONG: Final = 90.0  # seconds: of a wait that outlasts what happens beside it
 _WARM: Final = 20.0  # seconds before an outage or a brown-out starts
+_SPREAD: Final = 5.0  # seconds in which the waits of an outage start
+
+_REQUESTS: Final = 34  # a minute, while the service is down
 
 FAILS: Final = failing()
 REFUSED: Final = failing(503, seconds=0.002)
@@ -42,6 +47,13 @@ class Outage(NamedTuple):
     first_good: float  # seconds from its end to the first good answer
 
 
+class Resumed(NamedTuple):
+    """The measurements of expired waits that are resumed at once."""
+
+    unknown: int  # those that were not told that their operation is pending
+    seconds: float  # until the last one had ended
+
+
 class BrownOut(NamedTuple):
     """The measurements of a service of which a share of the answers fails."""
 
@@ -50,18 +62,21 @@ class BrownOut(NamedTuple):
     lag: float  # seconds, mean
 
 
-def lateness_beside(bad: int, answer: Answer, *, seed: int, healthy: int = 200) -> list[float]:
+def lateness_beside(
+    bad: int, answer: Answer, *, seed: int, healthy: int = 200, bad_within: float = _AT_FIRST
+) -> list[float]:
     """Return how late the approvals of healthy operations are noticed while others always fail, or hang.
 
     Args:
-        bad: Operations that never get a good answer; their waits start in the first 5 s and do not end.
+        bad: Operations that never get a good answer; their waits do not end.
         answer: What they get.
         seed: Of all that is random.
         healthy: Operations that are well; their waits start over 120 s.
+        bad_within: Seconds over which the waits of the bad ones start.
     """
     source = seeded_random(seed)
     starts = [(source.uniform(0, _ARRIVALS), _EVERYBODY.draw(source), f"op-{k}") for k in range(healthy)]
-    starts += [(source.uniform(0, 5), math.inf, f"bad-{k}") for k in range(bad)]
+    starts += [(source.uniform(0, bad_within), math.inf, f"bad-{k}") for k in range(bad)]
 
     async def scenario() -> None:
         for at, approved_in, name in sorted(starts):
@@ -74,18 +89,18 @@ def lateness_beside(bad: int, answer: Answer, *, seed: int, healthy: int = 200) 
     return list(simulation.lateness.values())
 
 
-def outage(down: float, *, seed: int, waits: int = 1000, answer: Answer = REFUSED) -> Outage:
-    """Let the service fail for a while, under waits that poll every 5 s."""
+def outage(down: float, *, seed: int, waits: int = 1000, answer: Answer = REFUSED, every: float = 5.0) -> Outage:
+    """Let the service fail for a while, under waits that poll every so many seconds."""
     start = _WARM + seeded_random(seed).random()
     end = start + down
 
     async def scenario() -> None:
         for k in range(waits):
-            await simulation.sleep_until(5.0 * k / waits)
+            await simulation.sleep_until(_SPREAD * k / waits)
             simulation.start(f"op-{k}")
         await simulation.sleep_until(end + 15)
 
-    simulation = Simulation(lambda _, now: answer if start <= now < end else GOOD, wait_fixed(5), seed=seed)
+    simulation = Simulation(lambda _, now: answer if start <= now < end else GOOD, wait_fixed(every), seed=seed)
     simulation.run(scenario())
     sent = simulation.transport.sent
     return Outage(
@@ -118,6 +133,38 @@ def brown_out(share: float, *, seed: int, waits: int = 1000, seconds: float = 60
     )
 
 
+def resumed(waits: int, *, seed: int) -> Resumed:
+    """Resume waits whose time is over, all at once, with a service that is well."""
+
+    async def scenario() -> None:
+        for k in range(waits):
+            simulation.start(f"op-{k}", timeout=0.0)
+        await simulation.sleep_until(300)
+
+    simulation = Simulation(lambda *_: GOOD, wait_fixed(5), seed=seed)
+    simulation.run(scenario())
+    outcomes = simulation.outcomes.values()
+    return Resumed(
+        sum(kind is not ApprovalTimeoutError for _, kind in outcomes) + waits - len(outcomes),
+        max(ended for ended, _ in outcomes),
+    )
+
+
+def late_beside_final_polls(*, seed: int) -> float:
+    """Return how late an ordinary wait is noticed while more final polls are due than fit: 50 a second, and 40 do."""
+
+    async def scenario() -> None:
+        simulation.start("ordinary", approved_in=12, timeout=_LONG)
+        for k in range(1500):
+            await simulation.sleep_until(10 + k / 50)
+            simulation.start(f"op-{k}", timeout=0.5)
+        await simulation.sleep_until(_LONG)
+
+    simulation = Simulation(lambda *_: GOOD, wait_fixed(2), seed=seed, max_in_flight=2)
+    simulation.run(scenario())
+    return simulation.lateness.get("ordinary", math.inf)
+
+
 def run(bench: Bench) -> Report:
     """Simulate all of it."""
     report = Report("crowd: bad operations and bad minutes, simulated")
@@ -125,24 +172,31 @@ def run(bench: Bench) -> Report:
     healthy = bench.pick(full=200, quick=60, smoke=10)
     _bad_operations(report, seeds, healthy, bench.pick(full=[1, 5, 20], quick=[5], smoke=[1]))
     _outages(report, seeds, bench.pick(full=[30, 60, 120, 600], quick=[60], smoke=[1]))
+    _requests_in_an_outage(report, seeds, bench.pick(full=10_000, quick=1000, smoke=100))
     _brown_outs(report, seeds, bench.pick(full=1000, quick=200, smoke=10))
+    _deadlines(report, bench.pick(full=10_000, quick=10_000, smoke=100))
     return report
 
 
 def _bad_operations(report: Report, seeds: range, healthy: int, counts: list[int]) -> None:
     report.tables.append(table := Table(f"{healthy} healthy waits beside bad ones", ["", "late, mean s", "over none"]))
 
-    def late(bad: int, answer: Answer) -> float:
-        return statistics.mean([s for seed in seeds for s in lateness_beside(bad, answer, seed=seed, healthy=healthy)])
+    def late(bad: int, answer: Answer, bad_within: float = _AT_FIRST) -> float:
+        runs = [lateness_beside(bad, answer, seed=seed, healthy=healthy, bad_within=bad_within) for seed in seeds]
+        return statistics.mean([seconds for run in runs for seconds in run])
 
     none = late(0, GOOD)
     table.rows.append(["none bad", f"{none:.2f}", "1"])
+
+    def add(name: str, seconds: float, at_most: float) -> None:
+        table.rows.append([name, f"{seconds:.2f}", f"{seconds / none:.2f}"])
+        report.goals.append(Goal(f"lateness beside {name}, over that beside none", at_most, seconds / none, "x"))
+        report.raw[name] = seconds
+
     for kind, answer in KINDS.items():
         for bad in counts:
-            seconds = late(bad, answer)
-            table.rows.append([f"{bad}: {kind}", f"{seconds:.2f}", f"{seconds / none:.2f}"])
-            report.goals.append(Goal(f"lateness beside {bad}: {kind}, over that beside none", 1.5, seconds / none, "x"))
-            report.raw[f"{bad}: {kind}"] = seconds
+            add(f"{bad}: {kind}", late(bad, answer), 1.2 if bad == 1 else 1.5)
+        add(f"30% bad: {kind}", late(round(healthy * 3 / 7), answer, _ARRIVALS), 1.5)
 
 
 def _outages(report: Report, seeds: range, lengths: list[int]) -> None:
@@ -161,6 +215,29 @@ def _outages(report: Report, seeds: range, lengths: list[int]) -> None:
         )
         report.goals.append(Goal(f"the same, at most, {down} s", 6, max(first), " s"))
         report.raw[f"outage of {down} s"] = [*first]
+
+
+def _requests_in_an_outage(report: Report, seeds: range, waits: int) -> None:
+    report.tables.append(
+        table := Table(f"{waits} waits that poll every 30 s, in an outage of 60 s", ["the service answers", "requests"])
+    )
+    for kind, answer in {"503": REFUSED, "503, Retry-After 30": ASKS_FOR_A_PAUSE, "429": failing(429)}.items():
+        requests = statistics.mean(outage(60, seed=s, waits=waits, answer=answer, every=30).requests for s in seeds)
+        table.rows.append([kind, f"{requests:.0f}"])
+        report.goals.append(Goal(f"requests in an outage of 60 s, {kind}", _REQUESTS, requests))
+        report.raw[f"requests in an outage, {kind}"] = [requests]
+
+
+def _deadlines(report: Report, waits: int) -> None:
+    report.tables.append(table := Table("deadlines, with a service that is well", ["", ""]))
+    unknown, seconds = resumed(waits, seed=1)
+    late = late_beside_final_polls(seed=1)
+    table.rows.append([f"{waits} expired waits resumed at once: of unknown outcome", f"{unknown}"])
+    table.rows.append(["until the last one had ended, s", f"{seconds:.1f}"])
+    table.rows.append(["an ordinary wait beside more final polls than fit: late, s", f"{late:.1f}"])
+    report.goals.append(Goal("expired waits resumed at once: of unknown outcome", 0, unknown))
+    report.goals.append(Goal("an ordinary wait beside more final polls than fit: late", 10, late, " s"))
+    report.raw["deadlines"] = [unknown, seconds, late]
 
 
 def _brown_outs(report: Report, seeds: range, waits: int) -> None:

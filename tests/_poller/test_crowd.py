@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import ApprovalTimeoutError, Operation
 from benchmarks.simulation import GOOD, HANGING, Simulation, failing
-from benchmarks.suite.crowd import ASKS_FOR_A_PAUSE, FAILS, brown_out, lateness_beside, outage
+from benchmarks.suite.crowd import (
+    ASKS_FOR_A_PAUSE,
+    FAILS,
+    KINDS,
+    brown_out,
+    late_beside_final_polls,
+    lateness_beside,
+    outage,
+    resumed,
+)
 
 if TYPE_CHECKING:
     from benchmarks.simulation import Answer
@@ -99,15 +107,15 @@ def test_a_service_that_refuses_everything_by_its_rate_limit_gets_probes_only() 
     assert outage(60.0, seed=1, waits=100, answer=failing(429)).requests <= 34
 
 
-def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:
-    async def scenario() -> None:
-        ordinary = simulation.start("ordinary", approved_in=12, timeout=90)
-        for k in range(1000):  # 50 a second end, and 40 a second fit
-            await simulation.sleep_until(10 + k / 50)
-            simulation.start(f"op-{k}", timeout=0.5)
-        assert isinstance(ordinary.result(), Operation)
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_third_of_the_operations_are_bad_the_others_are_not_late(kind: str, alone: float) -> None:
+    late = lateness_beside(26, KINDS[kind], seed=1, healthy=HEALTHY, bad_within=120.0)
+    assert statistics.mean(late) <= 1.5 * alone
 
-    simulation = Simulation(lambda *_: GOOD, wait_fixed(2), max_in_flight=2)
-    simulation.run(scenario())
-    assert simulation.lateness["ordinary"] <= 10
-    assert {kind for _, kind in simulation.outcomes.values()} >= {Operation, ApprovalTimeoutError}
+
+def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:
+    assert late_beside_final_polls(seed=1) <= 10
+
+
+def test_very_many_expired_waits_that_are_resumed_at_once_are_all_answered() -> None:
+    assert resumed(2000, seed=1).unknown == 0
