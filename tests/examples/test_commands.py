@@ -68,6 +68,25 @@ async def run(commands: str, folder: Path, environment: dict[str, str]) -> str:
     return output.decode()
 
 
+async def test_the_quickstart_is_approved(tmp_path: Path) -> None:
+    [block] = SHELL.findall((EXAMPLES / "README.md").read_text())
+    _, sandbox, program = block.splitlines()
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = f"{sandbox.partition('#')[0]} --port 0"
+    async with serving(command, folder=tmp_path, environment=environment) as keyless:
+        program = program.replace("http://127.0.0.1:3223", keyless)
+        assert "Approved (biom): pay." in await run(program, tmp_path, environment)
+
+
+def test_every_example_is_in_the_list() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    names = [path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("_", "."))]
+    missing = [name for name in names if f"({name})" not in listed]
+    assert sorted(missing) == ["README.md", "screenshots"]
+
+
 async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Path) -> None:
     [block] = SHELL.findall((DOCS / "howto" / "without-a-phone.md").read_text())
     sandbox, commands = block.split("\n", 1)
