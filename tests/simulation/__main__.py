@@ -126,7 +126,7 @@ def main() -> int:
     if story is None:
         print("no promise was broken")
         return 0
-    print(broken[0] if options.briefly else tell_failure(story, broken))
+    print(f"seed {story.seed}: {broken[0]}" if options.briefly else tell_failure(story, broken))
     return 1
 
 

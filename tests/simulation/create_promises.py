@@ -36,8 +36,10 @@ def never_sent_twice_blindly(evidence: Evidence, _faults: Sequence[Fault]) -> It
 
 
 def _is_ambiguous(post: Exchange) -> bool:
-    """Return whether a POST may have taken effect; a refused connection is told from others by its client."""
-    return post.status in {200, 408} or (post.status is not None and post.status >= 500)
+    """Return whether a POST may have taken effect although it did not succeed."""
+    if post.status is None:
+        return not post.was_refused
+    return post.status in {200, 408} or post.status >= 500
 
 
 def exactly_one(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:

@@ -27,6 +27,8 @@ class Exchange:
     """None: no answer arrived."""
     body: bytes = b""
     retry_after: float | None = None
+    was_refused: bool = False
+    """There was no connection, so that nothing was sent."""
     was_cut: bool = False
     """The client gave it up."""
 

@@ -257,6 +257,7 @@ def _fail(exchange: Exchange, error: BaseException) -> None:
     exchange.status = None
     exchange.ended_at = asyncio.get_running_loop().time()
     exchange.was_cut = isinstance(error, asyncio.CancelledError)
+    exchange.was_refused = isinstance(error, aiohttp.ClientConnectorError)
 
 
 async def _pass(seconds: float, deadline: float) -> None:

@@ -111,14 +111,15 @@ def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
 def _goes_on(wait: ObservedWait, waits: Sequence[ObservedWait]) -> bool:
     """H2: whether a hold goes on by the schedule of the one before it; one that is cancelled leaves nothing to it.
 
-    Beside another wait of the operation it does not: that one's polls, and the hold's own, are no series (H5).
+    After or beside another wait of the operation it does not: its polls and that one's are no series (H5).
     """
-    earlier = [w for w in waits if w.hold is not None and w.started_at < wait.started_at]
-    beside = any(w is not wait and w.started_at <= wait.started_at + EPS < w.ended_at for w in waits)
-    if wait.hold is None or not earlier or beside:
+    earlier = [w for w in waits if w.hold is not None and w.ended_at <= wait.started_at + EPS and w is not wait]
+    if wait.hold is None or not earlier:
         return False
     last = max(earlier, key=lambda hold: hold.ended_at)
-    return last.outcome == "nothing" and wait.started_at - last.ended_at < PAUSES_ARE_KEPT - EPS
+    others = [w for w in waits if w is not wait and w is not last and w.started_at <= wait.started_at + EPS]
+    beside = any(w.ended_at >= last.ended_at - EPS for w in others)
+    return last.outcome == "nothing" and not beside and wait.started_at - last.ended_at < PAUSES_ARE_KEPT - EPS
 
 
 def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
