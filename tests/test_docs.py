@@ -501,7 +501,10 @@ def test_the_page_about_metrics_names_each_with_its_attributes() -> None:
 
 def test_the_changelog_says_one_thing_once() -> None:
     """Two branches that change the list are easily merged into one that has everything twice."""
-    for section in (ROOT / "CHANGELOG.md").read_text().split("\n### ")[1:]:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    bullets = re.findall(r"^- .*$", text, re.MULTILINE)
+    assert len(bullets) == len(set(bullets))
+    for section in text.split("\n### ")[1:]:
         subjects = re.findall(r"^- [^`\n]{0,40}(`[^`]+`)", section, re.MULTILINE)
         repeated = {subject for subject in subjects if subjects.count(subject) > 1}
         assert not repeated, f"merge the lines about {repeated}"

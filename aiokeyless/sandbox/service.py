@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from .journal import RequestRecord
 
-_LOGGER: Final = logging.getLogger("aiokeyless")
+logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
 # Only a connection that is still reading a refused body delays a shutdown by this much.
 _SHUTDOWN_GRACE: Final = 0.1
@@ -493,7 +493,7 @@ class Sandbox:
         try:
             self._on_request(record)
         except Exception:  # the caller's own; the request is answered all the same
-            _LOGGER.exception("on_request of the sandbox failed for %s %s", record.method, record.path)
+            logger.exception("on_request of the sandbox failed for %s %s", record.method, record.path)
 
     async def _answer(self, request: web.Request) -> Answer | None:
         """Apply a request's effect, sleep for the latency, and return the answer; None to drop the connection."""
@@ -537,7 +537,7 @@ class Sandbox:
                 body=body,
             )
         except Exception:  # most likely raised by the caller's auto_approve
-            _LOGGER.exception("the sandbox failed in %s %s", request.method, request.raw_path)
+            logger.exception("the sandbox failed in %s %s", request.method, request.raw_path)
             return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; see its log")
 
     def _now(self) -> float:
@@ -579,7 +579,7 @@ class Sandbox:
         try:
             self.approve(operation_id)
         except ConfigurationError as error:  # the user is locked out: nobody is there to be told
-            _LOGGER.info("the sandbox did not approve automatically: %s", error)
+            logger.info("the sandbox did not approve automatically: %s", error)
 
     def _cancel_approval(self, operation_id: str) -> None:
         if timer := self._approvals.pop(operation_id, None):
