@@ -36,16 +36,16 @@ def check_operation_id(operation_id: str) -> str:
     return _check_segment(operation_id, "operation_id")
 
 
+#: Of identifiers; one or two characters may be dots.
+_CERTAIN_LENGTHS: Final = frozenset(range(len("..") + 1, MAX_IDENTIFIER + 1))
+
+
 def are_operation_ids(values: list[str]) -> bool:
     """Return whether all of these are operation ids, without a doubt; else `check_operation_id` decides on each.
 
     A hundred thousand take a tenth of the time that it takes, and block the event loop for so much less.
     """
-    if set(map(type, values)) != {str}:
-        return False
-    lengths = set(map(len, values))
-    # Two characters are in doubt: they may be dots.
-    return min(lengths) > len("..") and max(lengths) <= MAX_IDENTIFIER and "".join(values).isprintable()
+    return "".join(values).isprintable() and _CERTAIN_LENGTHS.issuperset(map(len, values))
 
 
 def check_external_user_id(external_user_id: str) -> str:

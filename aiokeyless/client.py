@@ -651,11 +651,14 @@ class KeylessClient:
                 "targets must be several operation ids or tickets, such as a list, not a single one", argument="targets"
             )
         targets = list(targets)
-        # At once, as promised, and yet quickly: there may be a hundred thousand.
-        plain = are_operation_ids([t.operation_id if isinstance(t, ApprovalTicket) else t for t in targets])
-        for target in targets[:1] if plain else targets:
-            self._options(target, timeout, schedule, if_missing)
-        return self._outcomes(targets, timeout, schedule, if_missing)
+        # At once, as promised, and yet quickly: there may be a hundred thousand, and what they have in common is one.
+        schedule, may_be_missing = check_schedule(schedule), _may_be_missing(if_missing)
+        _budget(timeout, None)
+        operation_ids = [target if type(target) is str else _parts(target)[0] for target in targets]
+        if not are_operation_ids(operation_ids):
+            for operation_id in operation_ids:
+                check_operation_id(operation_id)
+        return self._outcomes(targets, timeout, schedule, may_be_missing=may_be_missing)
 
     @property
     def statistics(self) -> ClientStatistics:
@@ -678,21 +681,13 @@ class KeylessClient:
         self, target: str | ApprovalTicket, timeout: WaitTimeout, schedule: wait_base | None, if_missing: IfMissing
     ) -> _WaitOptions:
         """Check the arguments of a wait."""
-        ticket: ApprovalTicket | None = None
-        if isinstance(target, ApprovalTicket):
-            ticket, target = target, target.operation_id
-        if not isinstance(target, str):
-            raise ConfigurationError(
-                f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}", argument="target"
-            )
-        if if_missing not in get_args(IfMissing):
-            raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}", argument="if_missing")
+        operation_id, ticket = _parts(target)
         return _WaitOptions(
-            operation_id=check_operation_id(target),
+            operation_id=check_operation_id(operation_id),
             ticket=ticket,
             timeout=_budget(timeout, ticket),
             schedule=check_schedule(schedule),
-            may_be_missing=if_missing == "wait",
+            may_be_missing=_may_be_missing(if_missing),
         )
 
     def _hold(
@@ -757,7 +752,8 @@ class KeylessClient:
         targets: list[str | ApprovalTicket],
         timeout: WaitTimeout,  # noqa: ASYNC109  # of each wait
         schedule: wait_base | None,
-        if_missing: IfMissing,
+        *,
+        may_be_missing: bool,
     ) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
@@ -765,14 +761,20 @@ class KeylessClient:
         with send, receive:
             try:
                 for count, target in enumerate(targets, 1):
-                    options = self._options(target, timeout, schedule, if_missing)
+                    operation_id, ticket = _parts(target)
                     try:
-                        wait = poller.start(**options)
+                        wait = poller.start(
+                            operation_id,
+                            ticket=ticket,
+                            timeout=_budget(timeout, ticket),
+                            schedule=schedule,
+                            may_be_missing=may_be_missing,
+                        )
                     except KeylessError as error:
-                        send.send_nowait((options["operation_id"], error))
+                        send.send_nowait((operation_id, error))
                         continue
                     started.append(wait)
-                    wait.add_done_callback(functools.partial(_report, send, options["operation_id"]))
+                    wait.add_done_callback(functools.partial(_report, send, operation_id))
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)
                 for _ in targets:
@@ -856,6 +858,23 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
 def _check_if_exists(if_exists: object) -> None:
     if if_exists not in get_args(IfExists):
         raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}", argument="if_exists")
+
+
+def _parts(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
+    """Return the operation id, not yet checked, and the ticket of what is waited for."""
+    if isinstance(target, ApprovalTicket):
+        return target.operation_id, target
+    if not isinstance(target, str):
+        raise ConfigurationError(
+            f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}", argument="target"
+        )
+    return target, None
+
+
+def _may_be_missing(if_missing: object) -> bool:
+    if if_missing not in get_args(IfMissing):
+        raise ConfigurationError(f"if_missing must be 'raise' or 'wait', not {if_missing!r}", argument="if_missing")
+    return if_missing == "wait"
 
 
 def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None:

@@ -271,7 +271,7 @@ class TestArguments:
         checked: list[str] = []
         monkeypatch.setattr("aiokeyless.client.check_operation_id", checked.append)
         client.wait_for_approvals(f"op{number}" for number in range(1000))
-        assert checked == ["op0"]
+        assert not checked
 
     async def test_a_single_ticket_is_not_many(self, client: KeylessClient) -> None:
         ticket = await client.create_operation(USER)

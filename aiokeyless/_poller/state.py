@@ -89,7 +89,7 @@ class Wait(asyncio.Future[WaitResult]):
         self.scheduled_at: float | None = None  # in the queue of deadlines
 
     def __lt__(self, other: Wait) -> bool:
-        return self.polled < other.polled
+        return self.polled.sequence < other.polled.sequence
 
     def record(self, now: float) -> WaitRecord:
         """Return what an error tells of this wait."""
