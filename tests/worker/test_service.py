@@ -587,7 +587,8 @@ async def test_create_whose_answer_was_lost_makes_no_second_operation(
             sandbox.fail_next(404, method="GET")  # the poll before the create
             sandbox.fail_next(method="GET")
         operation_id = await submit(connection, "C0FFEE")
-        await until(lambda: operation_id in sandbox.operations)
+        # Before the create, and after it: what is approved by then was approved before this request asked.
+        await until(lambda: len(polls_of(sandbox, operation_id)) > 1)
         sandbox.approve(operation_id)
         [event] = await all_outcomes(connection)
     assert event.outcome is Outcome.APPROVED
