@@ -12,6 +12,7 @@ import contextlib
 import logging
 import random
 import signal
+import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -85,6 +86,7 @@ class Sample(NamedTuple):
     loop_lag: dict[str, int]  # since the sample before: a histogram
     cancel: float  # seconds until the slowest cancelled wait since then had ended
     circuit: str
+    blocks: int  # of memory that Python's objects take: unlike the resident memory, without what is free between them
 
 
 class Applications:
@@ -338,8 +340,18 @@ async def _measure(applications: Applications, client: KeylessClient, samples: W
 def _sample(client: KeylessClient, lags: Histogram, slowest_cancel: float) -> Sample:
     now = client.statistics
     tasks, failures = len(asyncio.all_tasks()), now.transient_failures
-    at = time.monotonic()
-    return Sample(at, tasks, now.waiting, now.polls, failures, now.lag, lags.counts, slowest_cancel, now.circuit)
+    return Sample(
+        time.monotonic(),
+        tasks,
+        now.waiting,
+        now.polls,
+        failures,
+        now.lag,
+        lags.counts,
+        slowest_cancel,
+        now.circuit,
+        sys.getallocatedblocks(),
+    )
 
 
 async def _run(base_url: str, plan: Plan, folder: Path) -> None:

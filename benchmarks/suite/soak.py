@@ -255,6 +255,7 @@ def _process(soak: Soak) -> Table:
             ["resident memory after the warm-up, MB", f"{warm[0].resident / _MB:.1f}"],
             ["at the end", f"{warm[-1].resident / _MB:.1f}"],
             ["growth, MB an hour", f"{_slope(soak):.2f}"],
+            ["growth of what objects take of it, % an hour", f"{_blocks_slope(soak):.2f}"],
             ["waits, at most", f"{max(sample.waiting for sample in samples)}"],
             ["tasks, at most", f"{max(sample.tasks for sample in while_busy)}"],
             ["tasks after the end", f"{samples[-1].tasks}"],
@@ -297,12 +298,23 @@ def _slope(soak: Soak) -> float:
     return statistics.linear_regression([r.at / 3600 for r in warm], [r.resident / _MB for r in warm]).slope
 
 
+def _blocks_slope(soak: Soak) -> float:
+    """Return how fast the memory blocks of objects grew after the warm-up, in percent an hour."""
+    warm = soak.samples[int(_WARM_UP * len(soak.samples)) : -1]
+    if len(warm) < 2:
+        return 0.0
+    slope = statistics.linear_regression([s.at / 3600 for s in warm], [s.blocks for s in warm]).slope
+    return 100 * slope / warm[0].blocks
+
+
 def _raw(soak: Soak, slope: float) -> dict[str, Any]:
     start = soak.readings[0].at
     every = max(len(soak.readings) // 240, 1)
     return {
         "readings": [[r.at - start, r.resident, r.descriptors, r.cpu] for r in soak.readings[::every]],
-        "samples": [[s.at - start, s.waiting, s.polls, s.failures, s.tasks, s.lag] for s in soak.samples[::every]],
+        "samples": [
+            [s.at - start, s.waiting, s.polls, s.failures, s.tasks, s.lag, s.blocks] for s in soak.samples[::every]
+        ],
         "slope": slope,
         "warm_up": _WARM_UP * soak.plan.seconds,
         "verdicts": {f"{verdict}": soak.verdicts.verdicts[verdict] for verdict in Verdict},
