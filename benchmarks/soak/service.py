@@ -35,14 +35,18 @@ if TYPE_CHECKING:
 
 _GATEWAY_PAGE: Final = "<html><body>one moment, please</body></html>"
 _OPERATIONS: Final = "/v2/operations/"
+_TOO_MANY: Final = 429
 _TICK: Final = 0.02  # seconds between two checks of which users approve
 _SWAP_AMONG: Final = 1000  # approved operations of others that can be answered in an operation's place
 
 
 class Illness(NamedTuple):
-    """The share of the requests, 0 to 1, that the service fails in each way."""
+    """The share of the requests, 0 to 1, that the service fails in each way.
 
-    error: float = 0.002  # 500; half of those for a POST come after it was stored
+    Half of the POSTs that fail were stored before, those with a 429 excepted: it says that nothing was done.
+    """
+
+    error: float = 0.002  # 500
     unavailable: float = 0.001  # 503, every third with Retry-After
     rate_limit: float = 0.000_004  # 429 with Retry-After: it holds all polls of the client
     page: float = 0.0005  # 200 with a page of a gateway
@@ -141,7 +145,7 @@ class Service:
         except ConnectionError:
             return web.Response(status=400)  # nobody is there to read it
         failure = await self._failure()
-        if failure is not None and (request.method != "POST" or self._source.random() < 0.5):
+        if failure is not None and not self._strikes_late(request, failure):
             return failure
         target = request.raw_path
         if request.method == "GET" and self._others and self._source.random() < _SWAPPED:
@@ -155,6 +159,10 @@ class Service:
             body=body,
         )
         return failure or web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+
+    def _strikes_late(self, request: web.BaseRequest, failure: web.Response) -> bool:
+        """Whether a failure comes after the request took effect; a 429 says that it did not."""
+        return request.method == "POST" and failure.status != _TOO_MANY and self._source.random() < 0.5
 
     def _swap(self, target: str) -> str:
         operation_id, other = target.removeprefix(_OPERATIONS), self._source.choice(self._others)
@@ -173,7 +181,7 @@ class Service:
                 pause = {"Retry-After": "1"} if self._source.random() < 1 / 3 else {}
                 return web.Response(status=503, text=_GATEWAY_PAGE, content_type="text/html", headers=pause)
             case "rate_limit":
-                return web.Response(status=429, headers={"Retry-After": "1"})
+                return web.Response(status=_TOO_MANY, headers={"Retry-After": "1"})
             case "page":
                 return web.Response(text=_GATEWAY_PAGE, content_type="text/html")
             case "slow":
