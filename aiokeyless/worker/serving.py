@@ -49,6 +49,9 @@ _UPGRADED_IN: Final = 10.0  # seconds until a request is delivered again that th
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
 #: What keeps a worker that has not started from being ready.
 STARTING: Final = "the worker has not started yet"
+#: Seconds by which a timer may fire too early, at most: after less than that, it would be too early once more. A clock
+#: that stands still meanwhile, as in tests, would never get past that.
+_EARLY: Final = 0.001
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
 
 
@@ -290,7 +293,7 @@ class Serving:
         if self._circuit.is_probed:
             closed_for = min(closed_for, EXPIRES)
         with suppress(TimeoutError):
-            async with asyncio.timeout(closed_for if closed_for > 0 else EXPIRES):
+            async with asyncio.timeout(max(closed_for, _EARLY) if closed_for > 0 else EXPIRES):
                 await self._changed.wait()
 
     def _pull_ended(self, refusal: str | None) -> None:

@@ -1,0 +1,415 @@
+"""Two workers in a world that goes wrong, from one seed, on a clock that moves: what must hold whatever happens.
+
+The broker loses acknowledgements, delivers twice, late and in another order; claims are answered or not; workers are
+killed; Keyless lags, fails and refuses; users approve early, late, in the last moment, or never. What came out is
+compared with what the users did. A test that fails names its seed: the same seed is the same story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random as global_random
+from contextlib import aclosing
+from datetime import UTC, datetime
+from random import Random
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+import pytest
+
+from aiokeyless.errors import (
+    AlreadyApprovedError,
+    ConflictError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    TransportError,
+)
+from aiokeyless.models import Operation
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, MemoryBroker, Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker.engine import EngineError, Terms
+from aiokeyless.worker.memory import MemoryClaims, MemoryEngine, _MemoryMessage, _Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.worker.engine import Sealed, Taken
+    from aiokeyless.worker.memory import _Request
+
+pytestmark = pytest.mark.looptime(noop_cycles=1)  # nothing here waits for sockets
+
+BEGAN_AT: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
+REQUESTS: Final = 40
+SUBMITTED_WITHIN: Final = 90.0  # seconds
+LONGEST: Final = 1200.0  # seconds until every request must be decided
+USER: Final = "C0FFEE"
+
+
+# -- Keyless, and the users
+
+
+class Stored(NamedTuple):
+    """An operation at Keyless: what it is, and when its user approves it; never is infinity."""
+
+    payload: str
+    created_at: float
+    approved_at: float
+
+
+class Keyless:
+    """What a worker needs of a client, with a service behind it that lags, fails and refuses.
+
+    Args:
+        random: Decides what happens.
+        approves_after: Seconds after its creation until the user of an operation approves it.
+    """
+
+    request_timeout: Final = 10.0
+    base_url: Final = "https://api.keyless.io"
+    listeners: tuple[()] = ()
+
+    def __init__(self, random: Random, approves_after: dict[str, float]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._random = random
+        self._approves_after = approves_after
+        self._outages = [(at, at + random.uniform(1, 40)) for at in (random.uniform(0, 200) for _ in range(3))]
+        self._refusals = [(at, at + random.uniform(0.5, 5)) for at in (random.uniform(0, 200) for _ in range(2))]
+        self.operations: dict[str, Stored] = {}
+
+    def with_max_attempts(self, _attempts: int) -> Keyless:
+        return self
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    async def get_operation(self, operation_id: str) -> Operation:
+        path = f"/v2/operations/{operation_id}"
+        await self._exchange("GET", path)
+        stored = self.operations.get(operation_id)
+        if stored is None or (self.now() - stored.created_at < 2.0 and self._random.random() < 0.3):  # a replica lags
+            raise NotFoundError(status=404, method="GET", path=path)
+        approved = stored.approved_at <= self.now()
+        return Operation(
+            id=1,
+            timestamp="2026-11-24T12:00:00",
+            node_id="node",
+            user_id=USER,
+            operation_id=operation_id,
+            operation_payload=stored.payload,
+            result=approved,
+            state="approved" if approved else "pending",
+        )
+
+    async def create_operation(self, user_id: str, *, operation_id: str, operation_payload: str, **_: object) -> None:
+        """Create it as the client does in one attempt: after a lost answer it checks what is there."""
+        path = f"/v2/users/{user_id}/operations"
+        taken = ConflictError(status=409, method="POST", path=path)
+        await self._exchange("POST", path)
+        stored = self.operations.get(operation_id)
+        if stored is None:
+            approved_at = self.now() + self._approves_after[operation_id]
+            self.operations[operation_id] = Stored(operation_payload, self.now(), approved_at)
+        if self._random.random() > 0.2:
+            if stored is not None:
+                raise taken
+            return
+        if self._random.random() < 0.5:  # nor was the check answered
+            raise TransportError("the answer was lost", method="POST", path=path, sent=True)
+        found = self.operations[operation_id]
+        if found.payload != operation_payload:
+            raise taken
+        if found.approved_at <= self.now():
+            raise AlreadyApprovedError(status=409, method="POST", path=path)
+
+    async def _exchange(self, method: str, path: str) -> None:
+        """Let some time pass; raise where the service, or what is in front of it, fails."""
+        random = self._random
+        await asyncio.sleep(random.uniform(0.02, 0.4))
+        if any(begin <= self.now() < end for begin, end in self._outages):
+            raise random.choice(
+                [
+                    ServerError(status=503, method=method, path=path),
+                    TransportError("refused", method=method, path=path, sent=False),
+                ]
+            )
+        if path.startswith("/v2/operations/txn") and any(begin <= self.now() < end for begin, end in self._refusals):
+            raise PermissionDeniedError(status=403, method=method, path=path)
+        fate = random.random()
+        if fate < 0.02:
+            await asyncio.sleep(self.request_timeout)
+            raise RequestTimeoutError("no answer", method=method, path=path, sent=False)
+        if fate < 0.06:
+            raise ServerError(status=500, method=method, path=path)
+        if fate < 0.07:
+            raise RateLimitError(status=429, method=method, path=path, retry_after=random.uniform(0, 3))
+
+
+# -- the broker
+
+
+class Broker(MemoryBroker):
+    """A broker in memory of which each answer may be lost.
+
+    Args:
+        random: Decides what happens.
+    """
+
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self._store: FaultyStore = FaultyStore(random)
+
+    def engine(self) -> FaultyEngine:
+        return FaultyEngine(self._store)
+
+    @property
+    def stored(self) -> list[Sealed]:
+        return list(self._store._events.values())
+
+
+class FaultyStore(_Store):
+    def __init__(self, random: Random) -> None:
+        super().__init__()
+        self._began_at = BEGAN_AT
+        self._began = 0.0
+        self.random = random
+
+    def put_off(self, request: _Request, delay: float) -> None:
+        if request.is_decided:  # another delivery of it was decided meanwhile
+            return
+        self._due = [due for due in self._due if due.request is not request]
+        super().put_off(request, delay * self.random.uniform(0.9, 1.1))
+
+    def keep(self, event: Sealed) -> None:
+        """Store an outcome; its request is not acknowledged."""
+        self._events.setdefault(event.name, event)
+        self._news.set()
+
+    def lose(self, share: float) -> None:
+        if self.random.random() < share:
+            raise EngineError("the broker did not answer")
+
+
+class FaultyEngine(MemoryEngine):
+    def __init__(self, store: FaultyStore) -> None:
+        super().__init__(store)
+        self._faulty = store
+        self._ack_wait = 0.0
+        self.claims = FaultyClaims(store)
+
+    async def prepare(self, *, ack_wait: float) -> Terms:
+        self._ack_wait = ack_wait
+        return await super().prepare(ack_wait=ack_wait)
+
+    def take(self, request: _Request, backlog: int) -> None:
+        self._asked -= 1
+        self._unsettled[request] = None
+        self._deliver(FaultyMessage(self, self._faulty, request, backlog))
+        # The broker delivers again what was not acknowledged in time, and now and then what is being processed.
+        twice = self._faulty.random.random() < 0.05
+        wait = self._faulty.random.uniform(0, 2) if twice else self._ack_wait
+        self._loop.call_later(wait, self._deliver_again, request, request.deliveries)
+
+    def _deliver_again(self, request: _Request, number: int) -> None:
+        if request in self._unsettled and request.deliveries == number:
+            self._faulty.put_off(request, 0.0)
+
+
+class FaultyMessage(_MemoryMessage):
+    _store: FaultyStore
+
+    async def put_off(self, delay: float) -> None:
+        self._store.lose(0.05)
+        await super().put_off(delay)
+        self._store.lose(0.03)
+
+    async def decide(self, event: Sealed) -> bool:
+        self._store.lose(0.1)
+        if self._store.random.random() < 0.1:
+            self._store.keep(event)
+            raise EngineError("the event is stored, and the request is not acknowledged")
+        is_new = await super().decide(event)
+        self._store.lose(0.05)
+        return is_new
+
+
+class FaultyClaims(MemoryClaims):
+    def __init__(self, store: FaultyStore) -> None:
+        super().__init__(store.holders)
+        self._store = store
+
+    async def take(self, operation_id: str, request: str) -> Taken:
+        self._store.lose(0.03)
+        taken = await super().take(operation_id, request)
+        self._store.lose(0.03)
+        return taken
+
+    async def is_held(self, operation_id: str, request: str) -> bool:
+        self._store.lose(0.03)
+        return await super().is_held(operation_id, request)
+
+    async def release(self, operation_id: str, request: str, token: int) -> bool:
+        self._store.lose(0.03)
+        is_free = await super().release(operation_id, request, token)
+        self._store.lose(0.03)
+        return is_free
+
+
+# -- one story
+
+
+class Asked(NamedTuple):
+    """A request: what is submitted, and when; `number` comes back as its context."""
+
+    number: int
+    at: float
+    operation_id: str
+    payload: str
+    expires_in: float
+    times: int
+
+
+class Story:
+    """Everything that happens from one seed.
+
+    Attributes:
+        asked: The requests.
+        keyless: The service, with all operations that were created.
+        older: The operations that were created and approved before anybody asked.
+        broker: The broker, with all outcomes that were stored.
+        told: The events as an application read them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)  # noqa: S311  # guards nothing
+        self.asked: list[Asked] = []
+        self.older: set[str] = set()
+        self.told: list[ApprovalEvent] = []
+        approves_after: dict[str, float] = {}
+        for number in range(REQUESTS):
+            self._plan(number, approves_after)
+        self.broker = Broker(self._random)
+        self.keyless = Keyless(self._random, approves_after)
+        now = self.keyless.now()
+        for operation_id in self.older:
+            payload = next(each.payload for each in self.asked if each.operation_id == operation_id)
+            self.keyless.operations[operation_id] = Stored(payload, now - 60.0, now - 30.0)
+
+    def _plan(self, number: int, approves_after: dict[str, float]) -> None:
+        random = self._random
+        expires_in = random.choice((5.0, 30.0, 120.0))
+        at = random.uniform(0, SUBMITTED_WITHIN)
+        request = Asked(number, at, f"txn-{number}", f"Pay {number}", expires_in, random.choice((1, 1, 1, 3)))
+        kind = random.random()
+        if kind < 0.1 and self.asked:  # under the name of another request
+            request = request._replace(operation_id=random.choice(self.asked).operation_id)
+        elif kind < 0.2:
+            self.older.add(request.operation_id)
+        self.asked.append(request)
+        when = (math.inf, random.lognormvariate(2.0, 0.8), expires_in - random.uniform(-0.3, 0.6))
+        # Nobody approves in no time.
+        approves_after.setdefault(request.operation_id, max(1.2, random.choices(when, (1, 2, 1))[0]))
+
+    async def play(self) -> None:
+        tasks = [asyncio.create_task(self._submit(request)) for request in self.asked]
+        serving = [asyncio.create_task(self._work()) for _ in range(2)]
+        serving.append(asyncio.create_task(self._read()))
+        try:
+            async with asyncio.timeout(LONGEST):
+                await asyncio.gather(*tasks)
+                while self.broker.waiting:
+                    await asyncio.sleep(1.0)
+                    for task in serving:
+                        assert not task.done(), task.exception()
+            await asyncio.sleep(1.0)  # what was decided last is read
+        finally:
+            for task in (*tasks, *serving):
+                task.cancel()
+            await asyncio.wait((*tasks, *serving))
+
+    async def _submit(self, request: Asked) -> None:
+        await asyncio.sleep(request.at)
+        for _ in range(request.times):
+            await submit_approval(
+                self.broker,
+                USER,
+                operation_id=request.operation_id,
+                operation_payload=request.payload,
+                expires_in=request.expires_in,
+                context=request.number,
+            )
+            await asyncio.sleep(self._random.uniform(0, 4))
+
+    async def _work(self) -> None:
+        """Run one worker after another: each is told to end after a while, or killed."""
+        while True:
+            worker = ApprovalWorker(cast("KeylessClient", self.keyless), self.broker, max_in_flight=16)
+            kill = self._random.random() < 0.5
+            try:
+                async with asyncio.timeout(self._random.uniform(5, 60)) as life:
+                    if not kill:
+                        asyncio.get_running_loop().call_at(life.when() or 0.0, worker.stop)
+                        life.reschedule(None)
+                    await worker.run()
+            except TimeoutError:
+                pass
+            await asyncio.sleep(self._random.uniform(0, 5))
+
+    async def _read(self) -> None:
+        async with aclosing(approval_outcomes(self.broker, "application")) as events:
+            async for event in events:
+                self.told.append(event)
+
+
+def approved_in_time(stored: Stored | None, request: Asked, event: ApprovalEvent) -> bool:
+    """Return whether the user approved what this request asked for, by its deadline.
+
+    What was created only after the request was decided does not count: the broker keeps the first outcome, and delivers
+    a request again of which the acknowledgement was lost.
+    """
+    if stored is None or stored.payload != request.payload or stored.created_at > seconds_of(event.decided_at):
+        return False
+    return stored.approved_at <= seconds_of(event.requested_at) + request.expires_in
+
+
+def seconds_of(moment: datetime) -> float:
+    """Return a moment on the clock of the loop."""
+    return (moment - BEGAN_AT).total_seconds()
+
+
+def problems(story: Story) -> Iterator[str]:
+    """Yield what must not happen and did."""
+    kept = [sealed.data for sealed in story.broker.stored]
+    numbers = [event.read_context(int) for event in story.told]
+    if len(kept) != len(story.told) or sorted(numbers) != [request.number for request in story.asked]:
+        yield f"{len(story.asked)} requests, {len(kept)} outcomes stored, {sorted(numbers)} read"
+    approved_ids = [event.operation_id for event in story.told if event.outcome is Outcome.APPROVED]
+    if len(approved_ids) > len(set(approved_ids)):
+        yield "one operation was approved twice"
+    for event in story.told:
+        request = story.asked[event.read_context(int)]
+        stored = story.keyless.operations.get(request.operation_id)
+        is_older = request.operation_id in story.older
+        facts = f"request {request.number}: {event.outcome} {event.reason} {event.answered} {event.detail}, {stored}"
+        if event.outcome is Outcome.APPROVED:
+            decided_at = seconds_of(event.decided_at)
+            is_right = stored is not None and stored.payload == request.payload and stored.approved_at <= decided_at
+            if not is_right or is_older:
+                yield f"a wrong approval: {facts}"
+        elif approved_in_time(stored, request, event) and not is_older and event.answered is not False:
+            yield f"a lost approval: {facts}"
+
+
+async def played(seed: int) -> Story:
+    global_random.seed(seed)  # of the backoff
+    story = Story(seed)
+    await story.play()
+    return story
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_goes_wrong_each_request_has_one_outcome_and_no_approval_is_wrong_or_lost(seed: int) -> None:
+    story = await played(seed)
+    assert list(problems(story)) == []
