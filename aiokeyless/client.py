@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import inspect
 import math
@@ -758,6 +759,8 @@ class KeylessClient:
         _, poller = self._open()
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
         started: list[Wait] = []
+        # One of each for all: there may be a hundred thousand, and asyncio would copy the context for each callback.
+        report, context = functools.partial(_report, send), contextvars.copy_context()
         with send, receive:
             try:
                 for count, target in enumerate(targets, 1):
@@ -774,7 +777,7 @@ class KeylessClient:
                         send.send_nowait((operation_id, error))
                         continue
                     started.append(wait)
-                    wait.add_done_callback(functools.partial(_report, send, operation_id))
+                    wait.add_done_callback(report, context=context)
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)
                 for _ in targets:
@@ -829,13 +832,11 @@ def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:
     return Approved(operation_id=operation_id, operation=_result(outcome))
 
 
-def _report(
-    send: MemoryObjectSendStream[tuple[str, WaitResult]], operation_id: str, future: asyncio.Future[WaitResult]
-) -> None:
-    if future.cancelled():  # the iterator was closed, and has left its waits
+def _report(send: MemoryObjectSendStream[tuple[str, WaitResult]], wait: Wait) -> None:
+    if wait.cancelled():  # the iterator was closed, and has left its waits
         return
     with contextlib.suppress(anyio.ClosedResourceError):  # closed since the wait ended: there is no reader any more
-        send.send_nowait((operation_id, future.result()))
+        send.send_nowait((wait.polled.operation_id, wait.result()))
 
 
 def _given(value: T | None, variable: str) -> T | str | None:
