@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import restore, wait_adaptive
 
@@ -152,9 +153,12 @@ class LearnedBucket(Keeper):
 
     async def _save(self, engine: Engine) -> None:
         try:
-            for _ in range(_ATTEMPTS):
+            for attempt in range(1, _ATTEMPTS + 1):
                 if await self._merge(engine):
                     return
+                if attempt < _ATTEMPTS:
+                    # At random: the workers of a fleet that were started together save at the same moments.
+                    await asyncio.sleep(error_delay(attempt))
         except EngineError as error:
             raise BrokerError(f"what the fleet learns cannot be kept in the bucket {self._bucket}: {error}") from None
         raise BrokerError(f"what the fleet learns was not kept in the bucket {self._bucket}: others kept writing")

@@ -276,6 +276,27 @@ async def test_what_is_observed_while_it_is_written_is_written_the_next_time(
     assert figures(kept(engine)) == pytest.approx(figures(alone))
 
 
+@pytest.mark.looptime
+async def test_workers_that_save_at_the_same_moment_keep_what_each_of_them_has_observed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_learned, delays = engine.write_learned, iter(range(1, 100))
+
+    async def write_slowly(bucket: str, state: bytes, revision: int) -> bool:
+        await asyncio.sleep(0.001)
+        return await write_learned(bucket, state, revision)
+
+    monkeypatch.setattr(engine, "write_learned", write_slowly)
+    monkeypatch.setattr(learned, "error_delay", lambda _attempt: next(delays))
+    fleet, alone = [LearnedBucket("shared") for _ in range(12)], wait_adaptive()
+    for worker in fleet:
+        worker.schedule.observe(0.0, 2.0)
+        alone.observe(0.0, 2.0)
+    await asyncio.gather(*(worker._save(engine) for worker in fleet))
+    assert figures(kept(engine)) == pytest.approx(figures(alone))
+
+
+@pytest.mark.looptime
 async def test_where_others_keep_writing_it_is_kept_for_the_next_time(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
