@@ -202,7 +202,8 @@ class ApprovalWorker:
             self._fatal = self._fatal or error
         finally:
             self._disconnecting = True
-            await self._engine.disconnect()
+            # Shielded, since a scope of anyio cancels each await: half a disconnection would leave tasks behind.
+            await asyncio.shield(self._engine.disconnect())
         if self._fatal is not None:
             raise self._fatal
 

@@ -252,8 +252,10 @@ class Serving:
                 await self._wait_for_change(self._loop.time())
             await self._drain()
         finally:
-            await self._abandon()
-            self._reporter.closed(self.statistics())
+            try:
+                await self._abandon()
+            finally:  # a scope of anyio cancels each await of what it ends
+                self._reporter.closed(self.statistics())
 
     # -- the intake
 

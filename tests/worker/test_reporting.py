@@ -94,6 +94,17 @@ async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandb
     assert len({event.worker for event in inspections}) == 1
 
 
+async def test_a_worker_whose_cancellation_is_repeated_is_told_to_have_ended(sandbox: Sandbox) -> None:
+    told = Told()
+    async with sandbox.client(listeners=[told]) as client:
+        running = asyncio.create_task(ApprovalWorker(client, MemoryBroker()).run())
+        await asyncio.sleep(1)
+        while not running.done():  # as a scope of anyio does
+            running.cancel()
+            await asyncio.sleep(0)
+    assert [event.has_ended for event in told.of(WorkerInspected)] == [False, True]
+
+
 async def test_each_worker_of_a_process_has_a_number(sandbox: Sandbox) -> None:
     told = Told()
     for _ in range(2):

@@ -1220,6 +1220,20 @@ async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
     assert worker.statistics.in_flight == 0
 
 
+async def test_a_cancellation_that_is_repeated_leaves_no_task_behind_either(
+    client: KeylessClient, broker: NatsServer
+) -> None:
+    before = asyncio.all_tasks()
+    worker = ApprovalWorker(client, broker.url)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    while not running.done():  # as a scope of anyio does
+        running.cancel()
+        await asyncio.sleep(0)
+    await client.aclose()
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
 async def test_shutdown_waits_until_the_worker_has_ended(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
