@@ -75,7 +75,11 @@ def simulate(seeds: Iterable[int], until: float) -> tuple[Report, Story | None, 
         outcomes.update(wait.outcome for wait in history.waits)
         if broken:
             break
-    return Report(stories, hours, waits, requests, outcomes), story if broken else None, broken
+    return (
+        Report(stories, hours, waits, requests, outcomes),
+        story if broken else None,
+        broken,
+    )
 
 
 def tell_failure(story: Story, broken: list[Violation]) -> str:
@@ -94,8 +98,11 @@ def _timeline(history: History, about: Violation) -> list[str]:
     """Return the events of an operation, at one client."""
     sent = [e for e in history.exchanges if e.sent_at <= about.at + 1.0 and _concerns(e, about)]
     every_call: list[ObservedWait | ObservedCreate] = [*history.waits, *history.creates]
-    calls = [call for call in every_call if _concerns(call, about)]
-    events: list[Exchange | ObservedWait | ObservedCreate] = [*sent[-SHOWN:], *calls[-SHOWN:]]
+    calls = [call for call in every_call if call.started_at <= about.at + 1.0 and _concerns(call, about)]
+    events: list[Exchange | ObservedWait | ObservedCreate] = [
+        *sent[-SHOWN:],
+        *calls[-SHOWN:],
+    ]
     return [event.tell() for event in sorted(events, key=lambda event: event.number)]
 
 
@@ -109,7 +116,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of computing (default: 60)")
     parser.add_argument("--seed", type=int, help="the first seed; the others follow it")
     parser.add_argument("--stories", type=int, help="so many stories, whatever time they take")
-    parser.add_argument("--known", action="store_true", help="the seeds that have ever failed, and no others")
+    parser.add_argument(
+        "--known",
+        action="store_true",
+        help="the seeds that have ever failed, and no others",
+    )
     parser.add_argument("--briefly", action="store_true", help="do not cut a failure down")
     options = parser.parse_args()
     first = random.SystemRandom().randrange(10**9) if options.seed is None else options.seed

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .history import Exchange, History, Known, ObservedClient, ObservedCreate, ObservedWait
+    from .history import (
+        Exchange,
+        History,
+        Known,
+        ObservedClient,
+        ObservedCreate,
+        ObservedWait,
+    )
 
 #: Seconds by which times may differ: wall clocks tell microseconds, and the loop's clock rounds.
 EPS: Final = 1e-4
@@ -103,7 +110,10 @@ def verdict(said: dict[str, Any], operation_id: str, ticket: Known | None) -> st
     if said["operationId"] != operation_id:
         return "OperationMismatchError"
     if ticket is not None:
-        payload, external = said.get("operationPayload") or "", said.get("externalUserId")
+        payload, external = (
+            said.get("operationPayload") or "",
+            said.get("externalUserId"),
+        )
         same = (
             said["userId"].upper() == ticket.user_id.upper()
             and hashlib.sha256(payload.encode()).digest() == hashlib.sha256(ticket.payload.encode()).digest()
@@ -145,7 +155,12 @@ def _budget(wait: ObservedWait, age: float) -> Budget:
         if left > wait.hold:
             return Budget(start + wait.hold, is_hold=True, had_expired=False, origin=origin)
         expired = left <= 0.0
-        return Budget(start + (wait.hold if expired else left), is_hold=False, had_expired=expired, origin=origin)
+        return Budget(
+            start + (wait.hold if expired else left),
+            is_hold=False,
+            had_expired=expired,
+            origin=origin,
+        )
     if wait.timeout is not None:
         return Budget(start + wait.timeout, is_hold=False, had_expired=False, origin=origin)
     if left <= 0.0:
@@ -183,7 +198,11 @@ class Evidence:
         self._sent = [poll.sent_at for poll in self.polls]
 
     def violation(
-        self, promise: str, about: ObservedWait | ObservedCreate | Exchange, at: float, text: str
+        self,
+        promise: str,
+        about: ObservedWait | ObservedCreate | Exchange,
+        at: float,
+        text: str,
     ) -> Violation:
         """Return the violation of a promise by this client."""
         return Violation(promise, self.client.name, str(about.operation_id), at, text)

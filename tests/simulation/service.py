@@ -80,7 +80,13 @@ class Service:
         history: Where requests are recorded.
     """
 
-    def __init__(self, seed: int, faults: Sequence[Fault], people: dict[str, Person], history: History) -> None:
+    def __init__(
+        self,
+        seed: int,
+        faults: Sequence[Fault],
+        people: dict[str, Person],
+        history: History,
+    ) -> None:
         self._faults = faults
         self._people = people
         self._random = random.Random(f"{seed} service")  # noqa: S311
@@ -209,7 +215,13 @@ with warnings.catch_warnings():
             return False
 
         async def request(  # type: ignore[override]  # aiohttp's returns an awaitable that is a context manager, too
-            self, method: str, url: URL, *, timeout: aiohttp.ClientTimeout, data: bytes | None = None, **_: Any
+            self,
+            method: str,
+            url: URL,
+            *,
+            timeout: aiohttp.ClientTimeout,
+            data: bytes | None = None,
+            **_: Any,
         ) -> _Answer:
             service, now = self._service, asyncio.get_running_loop().time()
             history = service.history
@@ -227,7 +239,13 @@ with warnings.catch_warnings():
             )
             history.exchanges.append(exchange)
             request = Request(
-                now, method, operation_id, parts[3], data or b"", service.payload_of(operation_id), self._name
+                now,
+                method,
+                operation_id,
+                parts[3],
+                data or b"",
+                service.payload_of(operation_id),
+                self._name,
             )
             deadline = math.inf if timeout.total is None else now + timeout.total
             self.under_way += 1
@@ -249,7 +267,11 @@ with warnings.catch_warnings():
             await _pass(fate.latency, deadline)
             if fate.is_lost:
                 raise aiohttp.ServerDisconnectedError
-            exchange.status, exchange.body, exchange.retry_after = status, body, fate.retry_after
+            exchange.status, exchange.body, exchange.retry_after = (
+                status,
+                body,
+                fate.retry_after,
+            )
             return _Answer(exchange, fate, deadline)
 
 

@@ -15,7 +15,7 @@ from .faults import Outage, RateLimit, Slowness
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .evidence import Violation
+    from .evidence import Reading, Violation
     from .faults import Fault
     from .history import Exchange, ObservedWait
 
@@ -47,14 +47,24 @@ def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viol
         for earlier, later in pairwise(polls):
             overlaps = later.sent_at < earlier.ended_at - EPS
             if overlaps and not evidence.is_final(later) and not evidence.is_final(earlier):
-                yield evidence.violation("single flight", later, later.sent_at, "another poll of it is in flight")
+                yield evidence.violation(
+                    "single flight",
+                    later,
+                    later.sent_at,
+                    "another poll of it is in flight",
+                )
 
 
 def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """`max_in_flight`, `request_timeout`: so many polls are under way at once, final ones included, and so long."""
     for poll in evidence.polls:
         if poll.ended_at > poll.sent_at + evidence.client.request_timeout + EPS:
-            yield evidence.violation("polls in flight", poll, poll.ended_at, "it took longer than request_timeout")
+            yield evidence.violation(
+                "polls in flight",
+                poll,
+                poll.ended_at,
+                "it took longer than request_timeout",
+            )
     ends = [(poll.ended_at, -1, poll.number, poll) for poll in evidence.polls]
     begins = [(poll.sent_at, 1, poll.number, poll) for poll in evidence.polls]
     count = 0
@@ -66,7 +76,12 @@ def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
 
 def rate_of_polls(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """R1 to R3: a second's polls may start at once; final ones are free, and every eighth poll beside them."""
-    rate, tokens, filled_at, finals = evidence.client.rate, max(1.0, evidence.client.rate), 0.0, 0
+    rate, tokens, filled_at, finals = (
+        evidence.client.rate,
+        max(1.0, evidence.client.rate),
+        0.0,
+        0,
+    )
     for poll in evidence.polls:
         tokens = min(max(1.0, rate), tokens + rate * (poll.sent_at - filled_at))
         filled_at = poll.sent_at
@@ -86,13 +101,22 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             reading = evidence.read(earlier)
             waits = [*evidence.waits_at(earlier.operation_id, earlier.ended_at)]
             waits += evidence.waits_at(earlier.operation_id, later.sent_at)
-            if reading.kind == "cut" or not waits or later.sent_at < earlier.ended_at - EPS:
+            # Beside a final poll, which sets the next one too, it counts from either answer.
+            beside = any(p.sent_at <= earlier.sent_at < p.ended_at - EPS for p in polls if p is not earlier)
+            if not waits or beside or later.sent_at < earlier.ended_at - EPS:
                 continue
+            if reading.kind in {"cut", "error"} or (reading.said is not None and not _is_pending(reading, earlier)):
+                continue  # an answer that is rejected between two holds is met again by the next one
             least = SHORTEST if reading.kind in {"failed", "missing"} else min(wait.delays[0] for wait in waits)
             # Between two holds a delay counts from the start of the last poll (H2).
             since = earlier.sent_at if any(wait.hold is not None for wait in waits) else earlier.ended_at
             if later.sent_at < since + least - EPS and not _is_excused(evidence, earlier, later):
                 yield evidence.violation("not too soon", later, later.sent_at, f"{least:g} s had to pass")
+
+
+def _is_pending(reading: Reading, poll: Exchange) -> bool:
+    said = reading.said
+    return said is not None and said["state"] == "pending" and said["operationId"] == poll.operation_id
 
 
 def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
@@ -125,7 +149,7 @@ def _goes_on(wait: ObservedWait, waits: Sequence[ObservedWait]) -> bool:
 def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rules 3 and 6, H3: a poll that a wait needs is not cut for the end of another, nor for the end of a hold."""
     for poll in evidence.polls:
-        if evidence.read(poll).kind != "cut":
+        if evidence.read(poll).kind != "cut" or evidence.is_final(poll):
             continue
         at = poll.ended_at
         waits = list(evidence.waits_at(poll.operation_id, at))
@@ -144,13 +168,12 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
     for polls in evidence.polls_of.values():
         for poll, later in zip(polls, [*polls[1:], None], strict=True):
             reading = evidence.read(poll)
-            is_pending = reading.said is not None and reading.said["state"] == "pending"
             waits = [
                 wait
                 for wait in evidence.waits_at(poll.operation_id, poll.ended_at)
                 if wait.number < poll.number and budgets(wait)[0].deadline > poll.ended_at < wait.ended_at - EPS
             ]
-            if not (is_pending or reading.kind in {"failed", "cut"}) or not waits:
+            if not (_is_pending(reading, poll) or reading.kind in {"failed", "cut"}) or not waits:
                 continue
             # A Retry-After is the operation's own, and longer.
             longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
@@ -160,7 +183,12 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             if sent <= due + EPS or not goes_on or poll.retry_after is not None:
                 continue
             if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1) and _retries(evidence, due) < 1:
-                yield evidence.violation("not too late", poll, due, f"the next poll is due, and starts at {sent:.4f} s")
+                yield evidence.violation(
+                    "not too late",
+                    poll,
+                    due,
+                    f"the next poll is due, and starts at {sent:.4f} s",
+                )
 
 
 def _retries(evidence: Evidence, at: float) -> int:
@@ -180,7 +208,12 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
                 continue
             pause = SHORTEST_LAST if number >= STEPS else SHORTEST
             if later.sent_at < earlier.ended_at + pause - EPS:
-                yield evidence.violation("few requests in an outage", later, later.sent_at, f"a probe within {pause} s")
+                yield evidence.violation(
+                    "few requests in an outage",
+                    later,
+                    later.sent_at,
+                    f"a probe within {pause} s",
+                )
         after = [poll for poll in polls if poll.sent_at > opened + EPS]
         for poll in after:
             beside = sum(other.sent_at <= poll.sent_at + EPS and other.ended_at > poll.sent_at + EPS for other in after)
@@ -196,13 +229,14 @@ def _total(faults: Sequence[Fault]) -> list[Outage]:
 
 def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) -> float:
     """Return when the circuit is open at the latest; infinity where that is not certain."""
-    before = [poll for poll in evidence.polls if poll.ended_at < outage.begins]
-    lately = sorted(before, key=lambda poll: poll.ended_at)[-RARE:]
-    failed_before = any(evidence.read(poll).kind == "failed" for poll in lately)
-    if failed_before and len(before) > 0:
-        return math.inf
     good = [p.ended_at for p in evidence.polls if outage.begins <= p.ended_at and evidence.read(p).kind != "failed"]
     since = max([at for at in good if at < outage.ends], default=outage.begins)
+    before = sorted(
+        (p for p in evidence.polls if p.ended_at <= since),
+        key=lambda poll: poll.ended_at,
+    )
+    if any(evidence.read(poll).kind in {"failed", "cut"} for poll in before[-RARE:]):
+        return math.inf
     failed: set[str] = set()
     for poll in sorted(polls, key=lambda poll: poll.ended_at):
         if poll.sent_at >= since and evidence.read(poll).kind == "failed":
@@ -217,7 +251,10 @@ def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
     for poll in evidence.polls:
         if poll.retry_after is None or poll.status not in {429, 503}:
             continue
-        begins, ends = poll.ended_at, poll.ended_at + min(poll.retry_after, LONGEST_PAUSE)
+        begins, ends = (
+            poll.ended_at,
+            poll.ended_at + min(poll.retry_after, LONGEST_PAUSE),
+        )
         for later in evidence.sent_between(begins + EPS, ends - EPS):
             if evidence.is_final(later) or (poll.status == 503 and later.operation_id != poll.operation_id):
                 continue
@@ -245,7 +282,10 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
             failed = before and evidence.read(before[-1]).kind == "failed"
             if failed and not any(outage.ends <= poll.sent_at <= until + EPS for poll in polls):
                 yield evidence.violation(
-                    "polled after an outage", wait, until, f"the outage ended at {outage.ends:.4f} s"
+                    "polled after an outage",
+                    wait,
+                    until,
+                    f"the outage ended at {outage.ends:.4f} s",
                 )
 
 

@@ -67,7 +67,12 @@ def right_end(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violatio
     for wait in evidence.waits:
         reasons = [_wrong_end(evidence, wait, budget) for budget in budgets(wait)]
         if all(reasons):
-            yield evidence.violation("right end", wait, wait.ended_at, f"{wait.outcome or 'no end'}; {reasons[0]}")
+            yield evidence.violation(
+                "right end",
+                wait,
+                wait.ended_at,
+                f"{wait.outcome or 'no end'}; {reasons[0]}",
+            )
 
 
 def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  # noqa: PLR0911  # one for each end
@@ -124,7 +129,7 @@ def _means(reading: Reading, wait: ObservedWait) -> str:
 def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterator[Decisive]:
     """Yield the answers that decide about a wait, in the order in which they came."""
     polls = evidence.polls_of[wait.operation_id]
-    came = [poll for poll in polls if wait.started_at - EPS <= poll.ended_at <= wait.ended_at + EPS]
+    came = [poll for poll in polls if wait.started_at - EPS <= poll.ended_at <= wait.ended_at]
     seen = False
     seen_by_others = any(
         _means(evidence.read(poll), wait) == "pending" and poll.ended_at <= wait.ended_at for poll in polls
@@ -160,7 +165,12 @@ def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
     for wait in evidence.waits:
         last = max(budget.deadline + (0.0 if budget.is_hold else FINAL) for budget in budgets(wait))
         if wait.ended_at > last + EPS or wait.ended_at == math.inf:
-            yield evidence.violation("ends in time", wait, wait.ended_at, f"it must have ended at {last:.4f} s")
+            yield evidence.violation(
+                "ends in time",
+                wait,
+                wait.ended_at,
+                f"it must have ended at {last:.4f} s",
+            )
 
 
 def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -176,7 +186,12 @@ def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Vi
             continue
         by = min(wait.started_at if budget.had_expired else budget.deadline for budget in budgets(wait))
         if true.approved_at < by:
-            yield evidence.violation("no approval lost", wait, wait.ended_at, f"approved at {true.approved_at:.4f} s")
+            yield evidence.violation(
+                "no approval lost",
+                wait,
+                wait.ended_at,
+                f"approved at {true.approved_at:.4f} s",
+            )
 
 
 def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -196,7 +211,7 @@ def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator
 
 def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 3: a final poll starts exactly at the deadline, also while the circuit is open if it is the only one."""
-    deadlines = [(wait, budget.deadline) for wait in evidence.waits for budget in budgets(wait)[:1]]
+    first_budgets = [(wait, budgets(wait)[0]) for wait in evidence.waits]
     for wait in evidence.waits:
         budget, *more = budgets(wait)
         deadline = budget.deadline
@@ -204,8 +219,9 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
         if budget.is_hold or budget.had_expired or differs or wait.ended_at <= deadline + EPS:
             continue
         rivals = sum(
-            deadline - FINAL - EPS <= at <= deadline + EPS and other.ended_at >= deadline - EPS
-            for other, at in deadlines
+            other.started_at <= deadline <= other.ended_at + EPS
+            and (its.had_expired or deadline - FINAL - EPS <= its.deadline <= deadline + EPS)
+            for other, its in first_budgets
         )
         well = evidence.is_well(deadline)
         if evidence.in_flight(deadline) + rivals > evidence.client.max_in_flight or (rivals > 1 and not well):
@@ -216,8 +232,15 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             yield evidence.violation("final poll at the deadline", wait, deadline, "no poll starts there")
             continue
         failed_early = final[0].ended_at < deadline + 1.0 and final[0].retry_after is None
+        slots = evidence.client.max_in_flight
+        failed_early &= all(evidence.in_flight(deadline + later) < slots for later in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
-            yield evidence.violation("final poll at the deadline", wait, deadline, "it fails, and is not repeated")
+            yield evidence.violation(
+                "final poll at the deadline",
+                wait,
+                deadline,
+                "it fails, and is not repeated",
+            )
 
 
 PROMISES = (
