@@ -387,6 +387,17 @@ async def test_a_circuit_that_is_open_when_its_client_is_closed_is_told_to_be_go
     assert (last.state, last.cause, last.waiting) == ("closed", "ClientClosedError", 0)
 
 
+@pytest.mark.looptime
+async def test_final_polls_that_get_no_answer_open_the_circuit_and_that_is_told(sandbox: Sandbox) -> None:
+    told = Told()
+    async with sandbox.client(listeners=[told]) as client:
+        sandbox.latency = 3600
+        waits = [client.wait_for_approval(f"op-{number}", timeout=1) for number in range(20)]
+        await asyncio.gather(*waits, return_exceptions=True)
+    first = told.of(CircuitChanged)[0]
+    assert (first.previous, first.state, first.cause) == ("closed", "open", "RequestTimeoutError")
+
+
 async def test_a_view_of_a_client_tells_the_same_listeners(sandbox: Sandbox) -> None:
     told = Told()
     async with sandbox.client(listeners=[told]) as client:
