@@ -108,7 +108,7 @@ class Inspector(NamedTuple):
             failure = msgspec.json.decode(answer.data, type=_Answer).error
             if failure is None:
                 return msgspec.json.decode(answer.data, type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise EngineError(f"what {subject} answers cannot be read: {error}") from None
         if failure.code != _NOT_FOUND:
             raise EngineError(failure.description)

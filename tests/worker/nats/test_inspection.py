@@ -105,6 +105,7 @@ async def test_a_broker_without_jetstream_for_the_fleet_does_not_answer(connecti
     [
         (b"{}", "STREAM.INFO.KEYLESS_REQUESTS answers cannot be read: "),
         (b"no JSON", "STREAM.INFO.KEYLESS_REQUESTS answers cannot be read: "),
+        (b'{"error": {"description": "\xff"}}', "STREAM.INFO.KEYLESS_REQUESTS answers cannot be read: "),
         (b'{"error": {"code": 503, "description": "no leader"}}', "^no leader$"),
         (b'{"error": {}}', "^it did not say why$"),
     ],
