@@ -744,7 +744,9 @@ class Poller:
             if isinstance(answer, Operation):
                 pause.seen = pack_pending(answer)
             return
-        pause.due = now + error_delay(polled.failures) if result is Result.TRANSIENT else now
+        pause.due = now
+        if result is Result.TRANSIENT and isinstance(answer, KeylessError):
+            pause.due += max(error_delay(polled.failures), requested_pause(answer))
         pause.approval = answer if isinstance(answer, Operation) and result is Result.APPROVED else None
 
     def _record_in_circuit(self, poll: Poll, answer: Operation | KeylessError, now: float) -> None:

@@ -447,6 +447,17 @@ class TestPollInFlight:
         await hold_on(client, target, pieces=5, if_missing=if_missing, **holding)  # type: ignore[arg-type]  # mixed
         assert polls(sandbox) == pytest.approx([0.0, 2.25], abs=0.01)  # and not at the start of each hold
 
+    async def test_a_retry_after_between_two_holds_is_obeyed(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:  # found by tests/simulation, seed 2000461
+        ticket = await old_ticket(client)
+        sandbox.fail_next(status=503, retry_after=3, method="GET")
+        sandbox.latency = 0.5
+        schedule = wait_fixed(1)
+        await hold_on(client, ticket, pieces=8, seconds=0.25, gap=0.5, schedule=schedule)
+        first, second = polls(sandbox)[:2]
+        assert second - first >= 3.5
+
     async def test_an_answer_that_is_rejected_is_met_again_by_the_next_hold(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:

@@ -180,7 +180,8 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             due = poll.ended_at + longest
             sent = math.inf if later is None else later.sent_at
             goes_on = any(wait.ended_at > due + EPS and budgets(wait)[0].deadline > due for wait in waits)
-            if sent <= due + EPS or not goes_on or poll.retry_after is not None:
+            beside = any(p.sent_at < due < p.ended_at for p in polls)  # then it comes after that one
+            if sent <= due + EPS or not goes_on or beside or poll.retry_after is not None:
                 continue
             if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1) and _retries(evidence, due) < 1:
                 yield evidence.violation(
