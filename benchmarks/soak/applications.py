@@ -53,7 +53,7 @@ _BATCH: Final = 10
 _FINAL: Final = 2.05  # seconds that a wait may last beyond its deadline (rule 3), with the time to wake up its task
 _BEAT: Final = 0.05  # seconds between two readings of the event loop's lag
 _IN_FLIGHT: Final = 256  # polls; three processes share two cores, so an answer can take long
-_AGAIN: Final = 20  # times that an application asks again where the outcome is unknown
+_ASKS_FOR: Final = 120.0  # seconds after its ticket's end for which an application asks again
 
 
 class Plan(NamedTuple):
@@ -157,7 +157,8 @@ class Applications:
         """Wait piece by piece; each hold has bounds of its own, and what it returns late counts from the first one."""
         ticket = await self._create(request)
         started, ending = time.monotonic(), Ending.HELD
-        while ticket and ending in {Ending.HELD, Ending.UNKNOWN}:
+        until = started + self._plan.expires_in + _ASKS_FOR
+        while ticket and ending in {Ending.HELD, Ending.UNKNOWN} and time.monotonic() < until:
             seconds = self._source.uniform(0.02, 0.2) * self._plan.expires_in
             hold = self._client.hold_for_approval(ticket, seconds=seconds)
             ending = await self._outcome(HOLD, ticket.operation_id, hold, *_bounds(ticket), started=started)
@@ -245,9 +246,8 @@ class Applications:
     async def _until_known(self, how: str, ticket: ApprovalTicket, waiting: Awaitable[Operation | None]) -> None:
         """Wait; where the outcome is unknown, ask again, as an application must."""
         ending = await self._outcome(how, ticket.operation_id, waiting, *_bounds(ticket))
-        for _ in range(_AGAIN):
-            if ending is not Ending.UNKNOWN:
-                return
+        until = time.monotonic() + ticket.remaining() + _ASKS_FOR
+        while ending is Ending.UNKNOWN and time.monotonic() < until:
             await asyncio.sleep(self._source.uniform(0.5, 2.0))
             again = self._client.wait_for_approval(ticket)
             ending = await self._outcome("asked again", ticket.operation_id, again, *_bounds(ticket))

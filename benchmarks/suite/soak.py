@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ONLY_BY_NAME: Final = True
 
 _WARM_UP: Final = 1 / 6  # of the time: what caches and pools take by then is not growth
-_MEMORY: Final = 600.0  # seconds after its creation for which an operation is remembered: no wait asks later
+_MEMORY: Final = 1200.0  # seconds after its creation for which an operation is remembered: no wait asks later
 _MB: Final = 1e6
 
 
@@ -76,7 +76,7 @@ class Soak:
         self._folder = folder
         self.service = ServiceProcess(folder / "record", Habits(approvals, _MEMORY))
         self.proxy = FaultyProxy(self._source, rate=weather.faults)
-        self.verdicts = Verdicts(_MEMORY)
+        self.verdicts = Verdicts(2 * _MEMORY)
         self._record = Reader(folder / "record", Entry)
         self._outcomes = Reader(folder / "outcomes", Outcome)
         self._samples = Reader(folder / "samples", Sample)
