@@ -221,7 +221,7 @@ class OpenTelemetryListener:
             context=_context(event.traceparent),
             kind=SpanKind.CONSUMER,
             attributes={**outcome, **_messaging(event), "aiokeyless.wait.deliveries": event.deliveries},
-            start_time=end - round(event.age * 1e9),
+            start_time=max(0, end - round(event.age * 1e9)),  # exporters fail on a time before 1970
         )
         if event.outcome in _ERRORS:
             span.set_status(Status(StatusCode.ERROR, event.reason))

@@ -36,7 +36,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from aiokeyless.events import CircuitChanged, DeliveryEnded, WorkerInspected
+from aiokeyless.events import CircuitChanged, DeliveryEnded, OutcomePublished, WaitOutcome, WorkerInspected
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
@@ -507,6 +507,22 @@ class TestWorker:
         assert attributes["messaging.system"] == "nats"
         assert attributes["messaging.destination.name"] == "staging.approvals.request"
         assert attributes["aiokeyless.wait.outcome"] == "approved"
+
+
+def test_a_request_that_claims_to_be_centuries_old_is_a_span_that_can_be_exported(recorder: Recorder) -> None:
+    recorder.listener(
+        OutcomePublished(
+            system="nats",
+            destination="a.approvals.request",
+            operation_id="txn-1",
+            outcome=WaitOutcome.TIMED_OUT,
+            reason=None,
+            deliveries=1,
+            age=6e10,
+            traceparent=None,
+        )
+    )
+    assert recorder.span("aiokeyless.wait").start_time == 0
 
 
 def test_a_delivery_that_was_not_settled_is_counted_with_its_error(recorder: Recorder) -> None:
