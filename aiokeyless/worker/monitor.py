@@ -46,7 +46,7 @@ class Monitor:
         self._is_paused = is_paused
         self._inspected = inspected
         self._silence: str | None = None  # why the broker did not answer the last inspection
-        self._refusal: str | None = None  # why the broker did not store the last event
+        self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._deliveries = 0  # since the last inspection
         self._stalled_since: float | None = None  # requests have waited since, and none was delivered to this worker
@@ -71,7 +71,7 @@ class Monitor:
             self._longest_wait = max(self._longest_wait, waited)
 
     def on_refusal(self, error: RefusedError) -> None:
-        """Remember that the broker did not store an event."""
+        """Remember that the broker did not store an event, or the claim on an operation id."""
         self._refusal = str(error)
         self._refused_until = self._now() + _REFUSED_FOR
 
@@ -86,7 +86,7 @@ class Monitor:
         yield from self.last.problems
         now = self._now()
         if now < self._refused_until:
-            yield f"the broker does not store outcomes: {self._refusal}"
+            yield f"the broker refuses outcomes or claims: {self._refusal}"
         if self._stalled_since is not None and now - self._stalled_since >= _STALLED_FOR:
             waited = round(now - self._stalled_since)
             yield f"{self.last.backlog} requests wait, and none was delivered to this worker for {waited} s"

@@ -15,7 +15,7 @@ import msgspec
 import nats
 import pytest
 from nats.js.api import DiscardPolicy
-from nats_server import OUTCOMES, PATIENCE, NatsServer, until
+from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, until
 
 from aiokeyless.worker import (
     ApprovalWorker,
@@ -199,17 +199,18 @@ async def test_without_a_stream_it_is_not_ready(client: KeylessClient, broker: N
 
 
 @pytest.mark.usefixtures("_frequent_inspections")
-async def test_while_outcomes_are_not_stored_it_is_not_ready(
-    client: KeylessClient, broker: NatsServer, connection: Client
+@pytest.mark.parametrize(("full", "expires_in"), [(OUTCOMES, 0.01), (CLAIMS, 3600.0)])
+async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
+    client: KeylessClient, broker: NatsServer, connection: Client, full: str, expires_in: float
 ) -> None:
     stream = connection.jetstream()
     async with probed(client, broker) as server:
-        config = (await stream.stream_info(OUTCOMES)).config
+        config = (await stream.stream_info(full)).config
         await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
         for _ in range(2):
-            await submit_approval(connection, "C0FFEE", expires_in=0.01)
-        refused = "the broker does not store outcomes: maximum messages exceeded"
-        await until_it_answers(server, f"the stream {OUTCOMES} is full: it has 1 messages", refused)
+            await submit_approval(connection, "C0FFEE", expires_in=expires_in)
+        refused = "the broker refuses outcomes or claims: maximum messages exceeded"
+        await until_it_answers(server, f"the stream {full} is full: it has 1 messages", refused)
 
 
 async def test_while_the_key_is_refused_it_is_not_ready(

@@ -104,7 +104,7 @@ async def test_what_the_broker_names_are_problems(broker: Broker) -> None:
 async def test_an_event_that_is_refused_is_a_problem_until_one_is_stored(broker: Broker) -> None:
     async with monitoring(broker) as monitor:
         monitor.on_refusal(RefusedError("insufficient storage"))
-        assert [*monitor.problems()] == ["the broker does not store outcomes: insufficient storage"]
+        assert [*monitor.problems()] == ["the broker refuses outcomes or claims: insufficient storage"]
         monitor.on_stored()
         assert [*monitor.problems()] == []
 
