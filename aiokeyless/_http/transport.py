@@ -100,8 +100,10 @@ class Transport:
                 headers=_headers(api_key),  # cheaper than per request: aiohttp then has nothing to merge
             )
         self._session = session
+        # No total: aiohttp loses a cancellation of the caller's that comes in the turn of the loop in which it passes,
+        # as its timer is entered twice and then takes two cancellations for its own. asyncio.timeout does not.
+        self._call_timeout = aiohttp.ClientTimeout(total=None)
         # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
-        self._call_timeout = aiohttp.ClientTimeout(total=request_timeout, ceil_threshold=math.inf)
         # No sock_read: the poller ends an exchange in time, with one timer for all; aiohttp's costs 8% of a poll.
         self._poll_timeout = aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf)
         self._calls: set[_Call] = set()
@@ -265,14 +267,11 @@ class Transport:
         response: aiohttp.ClientResponse | None = None
         outcome: BaseException
         try:
-            response = await self._session.request(
-                method, url, timeout=timeouts, data=body, headers=self._headers_of(body), **self._options
-            )
-            try:
-                content = await _read(response, endpoint.max_body)
-            except BaseException:  # a cancellation too: what is left of the answer must not reach the next request
-                response.close()
-                raise
+            if timeouts is self._call_timeout:
+                async with asyncio.timeout(self.request_timeout):
+                    response, content = await self._answer(endpoint, url, timeouts, body)
+            else:
+                response, content = await self._answer(endpoint, url, timeouts, body)
         except _PROPAGATED as interruption:  # most often a cancellation, on its way to the caller
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
@@ -297,6 +296,19 @@ class Transport:
             raise outcome.with_traceback(None)
         finally:
             del outcome  # otherwise the error and this frame would reference each other
+
+    async def _answer(
+        self, endpoint: protocol.Endpoint[Any], url: URL, timeouts: aiohttp.ClientTimeout, body: bytes | None
+    ) -> tuple[aiohttp.ClientResponse, bytes | None]:
+        """Send a request, and return its answer and the body; None if that is too large."""
+        response = await self._session.request(
+            endpoint.method, url, timeout=timeouts, data=body, headers=self._headers_of(body), **self._options
+        )
+        try:
+            return response, await _read(response, endpoint.max_body)
+        except BaseException:  # a cancellation too: what is left of the answer must not reach the next request
+            response.close()
+            raise
 
     def _headers_of(self, body: bytes | None) -> dict[str, str] | None:
         """Return the headers that the session does not already send."""

@@ -1141,3 +1141,18 @@ async def test_client_dropped_before_its_use_or_after_closing_warns_of_nothing(s
     await client.aclose()
     del client
     gc.collect()
+
+
+@pytest.mark.parametrize("name", ["get_operation", "create_operation"])
+async def test_cancellation_in_the_turn_in_which_the_timeout_passes_is_not_lost(name: str) -> None:
+    async with (
+        RawServer(hang) as server,
+        KeylessClient(KEY, base_url=server.url, request_timeout=1.0, max_attempts=1) as client,
+    ):
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        call = asyncio.create_task(getattr(client, name)("C0FFEE"))
+        await server.asked(1)
+        loop.call_at(started + 1.0, call.cancel)
+        await asyncio.wait([call])
+        assert call.cancelled()
