@@ -403,6 +403,7 @@ async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
 ) -> None:
     for operation_id in "ab":
         await client.create_operation(USER, operation_id=operation_id, operation_payload=f"Pay for {operation_id}")
+    await expect(button(page)).to_have_count(2)  # the second one's arrival moves the first one's buttons
     card = phone(page).get_by_role("listitem").filter(has_text="Pay for a")
     history = page.get_by_role("region", name="History").get_by_role("listitem")
     await card.get_by_role("button", name="Cancel").click()
