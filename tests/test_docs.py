@@ -97,6 +97,8 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         with asyncio.Runner(loop_factory=looptime.new_event_loop) as runner:
             runner.run(beside_a_service(program))
 
+    # From Python 3.12 on, a runner gives the threads that resolved names five minutes to end: a moved clock's five.
+    monkeypatch.setattr("asyncio.constants.THREAD_JOIN_TIMEOUT", None, raising=False)
     monkeypatch.setattr(asyncio, "run", run)
     monkeypatch.chdir(tmp_path)
 

@@ -160,13 +160,12 @@ class Service:
 class _Answer:
     """The part of aiohttp's response that the library reads, its content included."""
 
-    def __init__(self, exchange: Exchange, fate: Fate, deadline: float) -> None:
+    def __init__(self, exchange: Exchange, fate: Fate) -> None:
         self.status = exchange.status
         self.headers = CIMultiDict({} if exchange.retry_after is None else {"Retry-After": f"{exchange.retry_after:g}"})
         self.content = self
         self._exchange = exchange
         self._fate = fate
-        self._deadline = deadline
         body, size = exchange.body, -(-len(exchange.body) // fate.pieces) or 1
         self._pieces = [body[start : start + size] for start in range(0, len(body), size)]
 
@@ -178,7 +177,7 @@ class _Answer:
     async def readany(self) -> bytes:
         try:
             if len(self._pieces) < self._fate.pieces:
-                await _pass(self._fate.between_pieces, self._deadline)
+                await _pass(self._fate.between_pieces)
             if len(self._pieces) == 1 and self._fate.is_truncated:
                 raise aiohttp.ClientPayloadError("not enough data")  # noqa: TRY301  # as the network does
         except BaseException as error:
@@ -234,7 +233,7 @@ with warnings.catch_warnings():
                 client=self._name,
                 method=method,
                 operation_id=operation_id,
-                is_poll=timeout.total is None,  # the poller bounds its polls by itself
+                is_poll=timeout.sock_connect is not None,  # of a single call aiohttp bounds nothing
                 sent_at=now,
             )
             history.exchanges.append(exchange)
@@ -247,24 +246,23 @@ with warnings.catch_warnings():
                 service.payload_of(operation_id),
                 self._name,
             )
-            deadline = math.inf if timeout.total is None else now + timeout.total
             self.under_way += 1
             try:
-                return await self._send(request, exchange, deadline)
+                return await self._send(request, exchange)
             except BaseException as error:
                 _fail(exchange, error)
                 raise
             finally:
                 self.under_way -= 1
 
-        async def _send(self, request: Request, exchange: Exchange, deadline: float) -> _Answer:
+        async def _send(self, request: Request, exchange: Exchange) -> _Answer:
             fate = self._service.fate(request)
             if fate.is_refused:
-                await _pass(fate.latency, deadline)
+                await _pass(fate.latency)
                 # aiohttp's own, without the key of a connection that there is not
                 raise aiohttp.ClientConnectorError(None, OSError(111, "refused"))  # type: ignore[arg-type]
             status, body = self._service.answer(request, fate, exchange.number)
-            await _pass(fate.latency, deadline)
+            await _pass(fate.latency)
             if fate.is_lost:
                 raise aiohttp.ServerDisconnectedError
             exchange.status, exchange.body, exchange.retry_after = (
@@ -272,7 +270,7 @@ with warnings.catch_warnings():
                 body,
                 fate.retry_after,
             )
-            return _Answer(exchange, fate, deadline)
+            return _Answer(exchange, fate)
 
 
 def _fail(exchange: Exchange, error: BaseException) -> None:
@@ -282,11 +280,6 @@ def _fail(exchange: Exchange, error: BaseException) -> None:
     exchange.was_refused = isinstance(error, aiohttp.ClientConnectorError)
 
 
-async def _pass(seconds: float, deadline: float) -> None:
-    """Let time pass, but not beyond a deadline."""
-    loop = asyncio.get_running_loop()
-    if seconds <= deadline - loop.time():
-        await (asyncio.sleep(seconds) if seconds < math.inf else loop.create_future())
-        return
-    await asyncio.sleep(deadline - loop.time())
-    raise TimeoutError
+async def _pass(seconds: float) -> None:
+    """Let time pass; the client gives up by itself."""
+    await (asyncio.sleep(seconds) if seconds < math.inf else asyncio.get_running_loop().create_future())
