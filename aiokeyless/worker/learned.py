@@ -113,7 +113,7 @@ class LearnedFile(Keeper):
         self._saved = ""
         try:
             with self._path.open("rb") as file:
-                self.schedule = wait_adaptive.from_json(file.read(_LARGEST))
+                self.schedule: wait_adaptive = wait_adaptive.from_json(file.read(_LARGEST))
         except FileNotFoundError:
             self.schedule = wait_adaptive()
         except OSError as error:
@@ -149,7 +149,7 @@ class LearnedBucket(Keeper):
             raise _unusable(f"{_SCHEME}{bucket!r:.80} names no bucket: letters, digits, '-' and '_'")
         self._bucket = bucket
         self._recording = _Recording()
-        self.schedule = self._recording
+        self.schedule: wait_adaptive = self._recording
 
     async def _save(self, engine: Engine) -> None:
         try:
