@@ -441,11 +441,12 @@ def _summary(sizes: Sequence[Size], overloads: Sequence[Overload]) -> str:
     cpu = [size.window.cpu / size.window.polls for size in sizes]
     least, most = sizes[0].waits, sizes[-1].waits
     last = max(overloads, key=lambda each: (each.limit is None, each.offered))
+    most_sent = max(each.window.polls for each in overloads)
     approved, in_time = sum(each.approved for each in overloads), sum(each.in_time for each in overloads)
     return (
-        f"With {least} to {most} waits a poll takes {1e6 * min(cpu):.0f} to {1e6 * max(cpu):.0f} us of CPU, so one "
-        f"core is enough for about {1 / max(cpu):.0f} polls a second. {most} waits take "
-        f"{most * sizes[-1].memory / 1e6:.0f} MB. Where {last.offered:.0f} polls a second were due, "
+        f"With {least} to {most} waits a poll takes {1e6 * min(cpu):.0f} to {1e6 * max(cpu):.0f} us of CPU; the more "
+        f"polls a second, the less each. The most that one core sent is {most_sent:.0f} polls a second. {most} waits "
+        f"take {most * sizes[-1].memory / 1e6:.0f} MB. Where {last.offered:.0f} polls a second were due, "
         f"{last.window.polls:.0f} were sent, {last.window.lag:.1f} s late. Of {in_time} users who approved in time, at "
         f"all of these rates, {approved} were noticed."
     )
