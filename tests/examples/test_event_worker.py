@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
-pytestmark = pytest.mark.usefixtures("short_pulls")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_pulls")]
 
 RETRY = 0.2
 PATIENCE = 60.0
@@ -231,7 +231,6 @@ async def test_approval_from_before_a_payment_asked_is_unclear_and_never_counts_
     assert await streams.settled() == [Verdict("unclear", "1")]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("application")
 async def test_payment_whose_approval_is_unknown_at_its_deadline_is_unclear(streams: Streams, sandbox: Sandbox) -> None:
     await streams.request(payment(seconds=2))
@@ -363,7 +362,6 @@ async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is
     assert await streams.settled() == []
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("application")
 @pytest.mark.parametrize("headers", [None, {"content-type": "application/json"}], ids=["plain", "json"])
 @pytest.mark.parametrize("garbled", [False, True])
@@ -468,7 +466,6 @@ async def test_application_that_was_away_misses_nothing(
         assert sorted(await streams.settled()) == sorted(Verdict("approved", name) for name in names)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("application")
 async def test_application_outlives_a_broker_that_is_killed(
     broker: NatsServer, streams: Streams, sandbox: Sandbox
@@ -523,7 +520,6 @@ async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
         assert await streams.settled() == [Verdict("approved", "1")]
 
 
-@pytest.mark.slow
 async def test_thousand_payments_at_once_over_two_workers_have_a_verdict_each(
     broker: NatsServer, streams: Streams, sandbox: Sandbox
 ) -> None:
@@ -545,7 +541,6 @@ async def test_thousand_payments_at_once_over_two_workers_have_a_verdict_each(
         await ended(program)
 
 
-@pytest.mark.slow
 async def test_one_command_runs_all_of_the_example() -> None:
     program = await asyncio.create_subprocess_exec(
         *(sys.executable, EXAMPLE / "try_it.py"), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE

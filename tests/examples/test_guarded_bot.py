@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.slow  # an example: programs that start and end
+
 ALICE, BOB, STRANGER = 1001, 1002, 1003
 PROGRAM = Path(example.__file__)
 USERS = {ALICE: "A11CE0", BOB: "B0B000"}

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.slow  # an example: programs that start and end
+
 REQUEST = Request(operation_id="transfer-1", user_id="C0FFEE", payload="Transfer 40.00 to alice", expires_in=600)
 SHORT = dataclasses.replace(REQUEST, expires_in=0.3)
 

@@ -63,6 +63,7 @@ def _broken_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "FINAL_POLL_TIMEOUT", 9.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_broken_library")
 def test_a_failure_is_cut_down_to_what_is_needed_for_it() -> None:
     _, story, broken = simulate(range(1000), float("inf"))
@@ -72,6 +73,7 @@ def test_a_failure_is_cut_down_to_what_is_needed_for_it() -> None:
     assert len(smallest.tell()) < len(story.tell()) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_broken_library")
 def test_the_command_shows_the_seed_the_story_and_what_was_seen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
