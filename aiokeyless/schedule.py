@@ -410,7 +410,7 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
     for width, expected, seen, given_up in zip(_WIDTHS, _PRIOR, approved, pending, strict=False):
         before = at_risk - given_up
         at_risk = before - expected - seen
-        next_level = level * before / at_risk
+        next_level = level * (before / at_risk)  # in this order rounding cannot make it less than the last
         slope.append((next_level - level) / width)
         total += width * (level + next_level) / 2.0
         inverse.append(next_level)
