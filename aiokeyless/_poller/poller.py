@@ -754,17 +754,9 @@ class Poller:
             self._failures += 1
             if isinstance(answer, RateLimitError):
                 self._rate.record_refusal(now, started_at=poll.started_at)
-            pause = requested_pause(answer)
-            is_rate_limit = isinstance(answer, RateLimitError)
-            self._circuit.record_failure(
-                now,
-                poll.polled.operation_id,
-                started_at=poll.started_at,
-                is_probe=not poll.final,
-                asks_for_pause=pause > 0 and not is_rate_limit,
+            self._circuit.record_error(
+                now, poll.polled.operation_id, answer, started_at=poll.started_at, is_probe=not poll.final
             )
-            if pause and is_rate_limit:
-                self._circuit.record_pause(now, pause)
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             self._circuit.record_success(now, started_at=poll.started_at)
 

@@ -17,7 +17,7 @@ from aiokeyless.errors import (
     ClientClosedError,
     KeylessError,
 )
-from aiokeyless.events import CircuitChanged, PollEnded, WaitEnded, WaitOutcome, WaitStarted
+from aiokeyless.events import PollEnded, WaitEnded, WaitOutcome, WaitStarted
 from aiokeyless.models import Operation
 
 if TYPE_CHECKING:
@@ -134,24 +134,17 @@ class Reporter:
             )
         elif change.outage is not None:
             logger.info("Keyless answers again: the circuit is closed, %.1f s after it opened", change.outage)
-        self._tell_circuit(change, None if cause is None else type(cause).__name__, waiting)
+        self._tell_circuit(change, None if cause is None else type(cause), waiting=waiting)
 
     def closed(self, now: float) -> None:
         """Report that there is no circuit any more: to listeners, who may count those that are not closed."""
         if self.circuit is not CircuitState.CLOSED:
-            self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, now), ClientClosedError.__name__, 0)
+            change = self._transitions.notice(CircuitState.CLOSED, now)
+            self._tell_circuit(change, ClientClosedError, waiting=0)
 
-    def _tell_circuit(self, change: Transition, cause: str | None, waiting: int) -> None:
+    def _tell_circuit(self, change: Transition, cause: type[KeylessError] | None, *, waiting: int) -> None:
         if self._listeners is not None:
-            self._listeners.tell(
-                CircuitChanged(
-                    state=change.state.value,
-                    previous=change.previous.value,
-                    cause=cause,
-                    waiting=waiting,
-                    seconds=change.seconds,
-                )
-            )
+            self._listeners.tell(change.event(cause, waiting))
 
     def poll_started(self, lag: float, now: float, *, waiting: int) -> None:
         """Log once when polls have been late for a while, though the service is well; again after they were not.

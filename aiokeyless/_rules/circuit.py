@@ -12,10 +12,15 @@ import math
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from .backoff import MAX_PAUSE, error_delay
+from aiokeyless.errors import RateLimitError
+from aiokeyless.events import CircuitChanged
+
+from .backoff import MAX_PAUSE, error_delay, requested_pause
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+
+    from aiokeyless.errors import KeylessError
 
 #: Operations that fail, with no good answer in between, until a circuit opens where failures are rare.
 FAILURES_UNTIL_OPEN: Final = 5
@@ -131,6 +136,24 @@ class Circuit:
         if self._limit == self._full:
             self._enter(CircuitState.CLOSED, now)
 
+    def record_error(
+        self, now: float, operation: Hashable, error: KeylessError, *, started_at: float, is_probe: bool
+    ) -> None:
+        """Record a transient failure, and the pause that it asks for: see `record_failure` and `record_pause`.
+
+        Args:
+            now: The time.
+            operation: Whose poll failed.
+            error: The failure. The ``Retry-After`` of a rate limit is meant for all polls, that of a 503 for its own.
+            started_at: When the failed poll started.
+            is_probe: Whether it was an ordinary poll.
+        """
+        pause, is_rate_limit = requested_pause(error), isinstance(error, RateLimitError)
+        asks_for_pause = pause > 0 and not is_rate_limit
+        self.record_failure(now, operation, started_at=started_at, is_probe=is_probe, asks_for_pause=asks_for_pause)
+        if pause and is_rate_limit:
+            self.record_pause(now, pause)
+
     def record_failure(
         self, now: float, operation: Hashable, *, started_at: float, is_probe: bool, asks_for_pause: bool = False
     ) -> None:
@@ -203,6 +226,21 @@ class Transition(NamedTuple):
     seconds: float
     is_outage: bool
     outage: float | None
+
+    def event(self, cause: type[KeylessError] | None, waiting: int) -> CircuitChanged:
+        """Return what listeners are told of it.
+
+        Args:
+            cause: The kind of the failure that changed it; None if it was a good answer.
+            waiting: Waits under way, or deliveries in flight.
+        """
+        return CircuitChanged(
+            state=self.state.value,
+            previous=self.previous.value,
+            cause=None if cause is None else cause.__name__,
+            waiting=waiting,
+            seconds=self.seconds,
+        )
 
 
 class Transitions:

@@ -275,19 +275,9 @@ class Exchanges:
         now, operation_id = self._now(), delivery.ticket.operation_id
         if isinstance(error, RateLimitError):
             self._rate.record_refusal(now, started_at=started_at)
-        pause = requested_pause(error)
-        is_rate_limit = isinstance(error, RateLimitError)
-        self._circuit.record_failure(
-            now,
-            operation_id,
-            started_at=started_at,
-            is_probe=is_probe,
-            asks_for_pause=pause > 0 and not is_rate_limit,
-        )
-        if pause and is_rate_limit:
-            self._circuit.record_pause(now, pause)
+        self._circuit.record_error(now, operation_id, error, started_at=started_at, is_probe=is_probe)
         self._reporter.circuit_is(self._circuit.state, error)
-        log(logging.DEBUG, "keyless.failed", {"operation_id": delivery.ticket.operation_id, "error": str(error)})
+        log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
 
     def _pacing(self, answer: Operation | KeylessError | None = None) -> Pacing:
         own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0

@@ -11,7 +11,6 @@ from aiokeyless._rules.circuit import CircuitState, Transitions
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
 from aiokeyless.events import (
-    CircuitChanged,
     DeliveryEnded,
     OutcomePublished,
     PollEnded,
@@ -124,7 +123,7 @@ class Reporter:
             log(logging.WARNING, "keyless.circuit_opened", {"error": str(cause), "in_flight": len(self._deliveries)})
         elif change.outage is not None:
             log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
-        self._tell_circuit(change, None if cause is None else type(cause).__name__)
+        self._tell_circuit(change, None if cause is None else type(cause))
 
     def inspected(self, statistics: WorkerStatistics, *, has_ended: bool = False) -> None:
         """Report how the worker and its fleet fare."""
@@ -152,20 +151,11 @@ class Reporter:
         """Report the end: to listeners, who may count workers, and circuits that are not closed."""
         self.inspected(statistics, has_ended=True)
         if self._transitions.state is not CircuitState.CLOSED:
-            change = self._transitions.notice(CircuitState.CLOSED, self._now())
-            self._tell_circuit(change, ClientClosedError.__name__)
+            self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
 
-    def _tell_circuit(self, change: Transition, cause: str | None) -> None:
+    def _tell_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
         if self._listeners is not None:
-            self._listeners.tell(
-                CircuitChanged(
-                    state=change.state.value,
-                    previous=change.previous.value,
-                    cause=cause,
-                    waiting=len(self._deliveries),
-                    seconds=change.seconds,
-                )
-            )
+            self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
 
 
 def _outcome(event: ApprovalEvent) -> WaitOutcome:
