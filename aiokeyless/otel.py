@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from opentelemetry.context import Context
@@ -54,10 +54,6 @@ _ERRORS: Final = frozenset({WaitOutcome.UNKNOWN, WaitOutcome.REJECTED, WaitOutco
 _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _WAIT_SECONDS: Final = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
 _LAG_SECONDS: Final = (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-#: How many circuits are in each state, a client's being closed at first: by the providers that are told of them.
-_CIRCUITS: Final[WeakKeyDictionary[MeterProvider, Counter[str]]] = WeakKeyDictionary()
-#: What each worker that runs told last, by its number: by the providers that are told.
-_WORKERS: Final[WeakKeyDictionary[MeterProvider, dict[int, WorkerInspected]]] = WeakKeyDictionary()
 #: Metrics of workers: what they are read from, their unit, and what is told of several workers of a fleet.
 _WORKER_GAUGES: Final[dict[str, tuple[str, str, Callable[[Iterable[float]], float], str]]] = {
     "ready": ("is_ready", "1", min, "Whether workers take requests: 1, or 0 where one does not."),
@@ -136,8 +132,7 @@ class OpenTelemetryListener:
         self._unsettled = meter.create_counter(
             "aiokeyless.worker.unsettled", "{delivery}", "Deliveries of which the broker took no word."
         )
-        self._circuits = _circuits(meter, meter_provider or get_meter_provider())
-        self._workers = _workers(meter, meter_provider or get_meter_provider())
+        self._circuits, self._workers = _observed(meter, meter_provider or get_meter_provider())
         self._counted: dict[int, WorkerInspected] = {}  # what each worker told last, of which the counts are taken
 
     def __call__(self, event: Event) -> None:
@@ -240,21 +235,45 @@ class OpenTelemetryListener:
             self._counted[event.worker] = self._workers[event.worker] = event
 
 
-def _workers(meter: Meter, provider: MeterProvider) -> dict[int, WorkerInspected]:
-    """Return what the workers of a provider told last; the first call has it observed. See `_circuits`."""
-    if (known := _WORKERS.get(provider)) is not None:
-        return known
-    told: dict[int, WorkerInspected] = {}
+class _Observed(NamedTuple):
+    """What gauges are read from.
 
-    def observer(
+    Attributes:
+        circuits: How many circuits are in each state, a client's being closed at first.
+        workers: What each worker that runs told last, by its number.
+    """
+
+    circuits: Counter[str]
+    workers: dict[int, WorkerInspected]
+
+
+_OBSERVED: Final[WeakKeyDictionary[MeterProvider, _Observed]] = WeakKeyDictionary()
+
+
+def _observed(meter: Meter, provider: MeterProvider) -> _Observed:
+    """Return what the gauges of a provider are read from; the first call makes them, so that they are there at once.
+
+    All listeners of a provider share them: of two observations of one instrument, only the last would count.
+    """
+    if (known := _OBSERVED.get(provider)) is not None:
+        return known
+    circuits: Counter[str] = Counter()
+    workers: dict[int, WorkerInspected] = {}
+
+    def worst_circuit(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(2 if circuits["open"] > 0 else 1 if circuits["half_open"] > 0 else 0)]
+
+    def of_workers(
         field: str, combine: Callable[[Iterable[float]], float]
     ) -> Callable[[CallbackOptions], list[Observation]]:
-        return lambda _options: _of_fleets([*told.values()], field, combine)  # an exporter has a thread of its own
+        return lambda _options: _of_fleets([*workers.values()], field, combine)  # an exporter has a thread of its own
 
+    meter.create_observable_gauge(
+        "aiokeyless.circuit.state", [worst_circuit], "1", "How the service fares: 0 closed, 1 half open, 2 open."
+    )
     for name, (field, unit, combine, description) in _WORKER_GAUGES.items():
-        meter.create_observable_gauge(f"aiokeyless.worker.{name}", [observer(field, combine)], unit, description)
-    _WORKERS[provider] = told
-    return told
+        meter.create_observable_gauge(f"aiokeyless.worker.{name}", [of_workers(field, combine)], unit, description)
+    return _OBSERVED.setdefault(provider, _Observed(circuits, workers))
 
 
 def _of_fleets(
@@ -268,26 +287,6 @@ def _of_fleets(
         Observation(combine([float(getattr(event, field)) for event in fleet]), _messaging(fleet[0]))
         for fleet in fleets.values()
     ]
-
-
-def _circuits(meter: Meter, provider: MeterProvider) -> Counter[str]:
-    """Return the counts of a provider's circuits; the first call has the worst observed, so that it is there at once.
-
-    All listeners of a provider share them: of two observations of one instrument, only the last would count.
-    """
-    counts = _CIRCUITS.get(provider)
-    if counts is not None:
-        return counts
-    observed: Counter[str] = Counter()
-
-    def observe(_options: CallbackOptions) -> list[Observation]:
-        return [Observation(2 if observed["open"] > 0 else 1 if observed["half_open"] > 0 else 0)]
-
-    meter.create_observable_gauge(
-        "aiokeyless.circuit.state", [observe], "1", "How the service fares: 0 closed, 1 half open, 2 open."
-    )
-    _CIRCUITS[provider] = observed
-    return observed
 
 
 def _messaging(event: DeliveryEnded | OutcomePublished | WorkerInspected) -> dict[str, str]:
