@@ -351,7 +351,7 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
 class ApprovalUnknownError(ApprovalTimeoutError):
     """The deadline passed, and the final poll got no answer: the outcome is unknown.
 
-    What to do: refuse for now, and check with ``get_operation(operation_id)`` when the service answers again. Do not
+    What to do: refuse, and check with ``get_operation(operation_id)`` when the service answers again. Do not
     create a second operation before you know the outcome of the first.
     """
 

@@ -66,3 +66,17 @@ async def serving(command: str, *, folder: Path, environment: Mapping[str, str])
         if process.returncode is None:
             process.terminate()
         await process.communicate()
+
+
+async def output_of(commands: str, *, folder: Path, environment: Mapping[str, str]) -> str:
+    """Run lines of a shell block to their end, and return what they printed."""
+    shell = await asyncio.create_subprocess_exec(
+        *("bash", "-ec", commands),
+        cwd=folder,
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await shell.communicate()
+    assert shell.returncode == 0, output.decode()
+    return output.decode()

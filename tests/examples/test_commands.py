@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import aiohttp
 import pytest
-from example_process import serving
+from example_process import output_of, serving
 
 from aiokeyless.sandbox import Sandbox
 
@@ -54,20 +53,6 @@ async def test_two_terminals_are_enough(page: Page, tmp_path: Path) -> None:
             assert answer.status not in {404, 500}  # MCP refuses a plain GET, by one status or another
 
 
-async def run(commands: str, folder: Path, environment: dict[str, str]) -> str:
-    """Run lines of a shell block to their end, and return what they printed."""
-    shell = await asyncio.create_subprocess_exec(
-        *("bash", "-ec", commands),
-        cwd=folder,
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    output, _ = await shell.communicate()
-    assert shell.returncode == 0, output.decode()
-    return output.decode()
-
-
 async def test_the_quickstart_is_approved(tmp_path: Path) -> None:
     [block] = SHELL.findall((EXAMPLES / "README.md").read_text())
     _, sandbox, program = block.splitlines()
@@ -77,7 +62,7 @@ async def test_the_quickstart_is_approved(tmp_path: Path) -> None:
     command = f"{sandbox.partition('#')[0]} --port 0"
     async with serving(command, folder=tmp_path, environment=environment) as keyless:
         program = program.replace("http://127.0.0.1:3223", keyless)
-        assert "Approved (biom): pay." in await run(program, tmp_path, environment)
+        assert "Approved (biom): pay." in await output_of(program, folder=tmp_path, environment=environment)
 
 
 def test_every_example_is_in_the_list() -> None:
@@ -93,7 +78,9 @@ async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Pa
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     command = f"{sandbox.partition('#')[0]} --port 0 --auto-approve 1"  # in place of the person with the phone
     async with serving(command, folder=tmp_path, environment=environment) as url:
-        assert "Approved" in await run(commands.replace("http://127.0.0.1:3223", url), tmp_path, environment)
+        assert "Approved" in await output_of(
+            commands.replace("http://127.0.0.1:3223", url), folder=tmp_path, environment=environment
+        )
 
 
 async def test_a_script_may_run_twice(tmp_path: Path) -> None:
@@ -102,11 +89,11 @@ async def test_a_script_may_run_twice(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     async with Sandbox() as sandbox:
         environment |= {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
-        await run(create, tmp_path, environment)
-        await run(create, tmp_path, environment)
+        await output_of(create, folder=tmp_path, environment=environment)
+        await output_of(create, folder=tmp_path, environment=environment)
         [operation_id] = sandbox.operations
         sandbox.approve(operation_id)
-        assert "Approved" in await run(wait, tmp_path, environment)
+        assert "Approved" in await output_of(wait, folder=tmp_path, environment=environment)
 
 
 @pytest.mark.parametrize("readme", sorted(EXAMPLES.glob("*/README.md")), ids=lambda readme: readme.parent.name)

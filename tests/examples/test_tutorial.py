@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from chromium import chromium
-from example_process import serving
+from example_process import output_of, serving
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
@@ -34,20 +33,6 @@ ENVIRONMENT = {
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
-
-
-async def run(commands: str, folder: Path) -> str:
-    """Run a shell block to its end, and return what it printed."""
-    shell = await asyncio.create_subprocess_exec(
-        *("bash", "-ec", commands),
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    output, _ = await shell.communicate()
-    assert shell.returncode == 0, output.decode()
-    return output.decode()
 
 
 def log_in_at(phone: str) -> str:
@@ -84,7 +69,7 @@ async def test_tutorial_works_as_written(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, checkout)
     shutil.copytree(ROOT / "aiokeyless", checkout / "aiokeyless", ignore=shutil.ignore_patterns("__pycache__"))
     folder = tmp_path / "login"
-    await run(INSTALL, tmp_path)
+    await output_of(INSTALL, folder=tmp_path, environment=ENVIRONMENT)
     patient = SITE.replace("expires_in: float = 60", "expires_in: float = 600")  # for a busy machine
     assert patient != SITE
     (folder / "login.py").write_text(patient)
@@ -95,4 +80,4 @@ async def test_tutorial_works_as_written(tmp_path: Path) -> None:
         serving(f"{log_in_at(phone)} --port 0", folder=folder, environment=ENVIRONMENT) as site,
     ):
         await log_in(browser, site, phone)
-    assert "5 passed" in await run(TEST, folder)
+    assert "5 passed" in await output_of(TEST, folder=folder, environment=ENVIRONMENT)
