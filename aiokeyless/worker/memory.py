@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _LONGEST_WAIT: Final = 24 * 3600.0  # seconds
 _LARGEST_MESSAGE: Final = 1 << 20  # bytes, as with NATS
 _FLEET_NAME: Final = "keyless"
-_EARLY: Final = 1e-6  # seconds by which a timer may fire too early: what it is for is due
+_RESOLUTION: Final = 1e-6  # seconds by which a timer may fire too early: what it is for is due
 
 
 class MemoryBroker(Broker):
@@ -126,7 +126,7 @@ class _Store:
         delays = self._readers.setdefault(reader, {})
         while True:
             self._news.clear()
-            now = self._loop.time() + _EARLY
+            now = self._loop.time() + _RESOLUTION
             events = enumerate(self._events.values())
             found = next(((number, event) for number, event in events if delays.get(number, now) <= now), None)
             if found is None:
@@ -171,7 +171,7 @@ class _Store:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = self._loop.time() + _EARLY
+        now = self._loop.time() + _RESOLUTION
         while self._due and self._due[0].at <= now and (engine := self._free_engine()) is not None:
             request = self._due.pop(0).request
             request.deliveries += 1
