@@ -43,20 +43,20 @@ def main() -> int:
     effort = Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL
     bench = Bench(effort, arguments.minutes)
     names = arguments.names or [name for name, module in modules.items() if not _only_by_name(module)]
-    reports = {name: _run(name, modules[name], bench) for name in names}
-    machine = _machine_text()
+    machine = _machine()
+    reports: dict[str, Report] = {}
+    for name in names:
+        reports[name] = _run(name, modules[name], bench)
+        if arguments.save is not None:
+            # After each: what was measured so far is not lost where the next one breaks.
+            arguments.save.mkdir(parents=True, exist_ok=True)
+            if _only_by_name(modules[name]):
+                _save(arguments.save / name, machine, bench, {name: reports[name]})
+            else:
+                together = {of: report for of, report in reports.items() if not _only_by_name(modules[of])}
+                _save(arguments.save / "results", machine, bench, together)
+            _draw(arguments.save / name, modules[name], reports[name])
     print(_text(machine, reports))
-    if arguments.save is not None:
-        arguments.save.mkdir(parents=True, exist_ok=True)
-        alone = [name for name in reports if _only_by_name(modules[name])]
-        files = {"results": [name for name in reports if name not in alone], **{name: [name] for name in alone}}
-        for file, of in files.items():
-            _save(arguments.save / file, machine, bench, {name: reports[name] for name in of})
-        for name, report in reports.items():
-            if report.tables and hasattr(modules[name], "draw"):
-                pictures.save(modules[name].draw(report.raw), arguments.save / f"{name}.svg")
-            if report.tables and hasattr(modules[name], "page"):
-                (arguments.save / f"{name}.md").write_text(modules[name].page(report.raw))
     return 1 if any(report.failed for report in reports.values()) else 0
 
 
@@ -64,15 +64,22 @@ def _only_by_name(module: ModuleType) -> bool:
     return getattr(module, "ONLY_BY_NAME", False)
 
 
-def _text(machine: str, reports: dict[str, Report]) -> str:
-    return "\n\n".join([machine, *(report.text() for report in reports.values())])
+def _text(machine: dict[str, Json], reports: dict[str, Report]) -> str:
+    return "\n\n".join([_machine_text(machine), *(report.text() for report in reports.values())])
 
 
-def _save(path: Path, machine: str, bench: Bench, reports: dict[str, Report]) -> None:
-    """Write the tables and the raw numbers into two files of this name, if there are any."""
-    if reports:
-        path.with_suffix(".txt").write_text(_text(machine, reports) + "\n")
-        path.with_suffix(".json").write_text(_compact(_data(bench, reports)) + "\n")
+def _save(path: Path, machine: dict[str, Json], bench: Bench, reports: dict[str, Report]) -> None:
+    """Write the tables and the raw numbers into two files of this name."""
+    path.with_suffix(".txt").write_text(_text(machine, reports) + "\n")
+    path.with_suffix(".json").write_text(_compact(_data(machine, bench, reports)) + "\n")
+
+
+def _draw(path: Path, module: ModuleType, report: Report) -> None:
+    """Write the picture and the page of a benchmark that measured, if it makes any."""
+    if report.tables and hasattr(module, "draw"):
+        pictures.save(module.draw(report.raw), path.with_suffix(".svg"))
+    if report.tables and hasattr(module, "page"):
+        path.with_suffix(".md").write_text(module.page(report.raw))
 
 
 def _names() -> dict[str, str]:
@@ -123,8 +130,7 @@ def _machine() -> dict[str, Json]:
     }
 
 
-def _machine_text() -> str:
-    machine = _machine()
+def _machine_text(machine: dict[str, Json]) -> str:
     versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
     return (
         f"{machine['date']}: Python {machine['python']} on {machine['system']}, {machine['cores']} cores, "
@@ -132,9 +138,9 @@ def _machine_text() -> str:
     )
 
 
-def _data(bench: Bench, reports: dict[str, Report]) -> dict[str, Json]:
+def _data(machine: dict[str, Json], bench: Bench, reports: dict[str, Report]) -> dict[str, Json]:
     return {
-        "machine": _machine(),
+        "machine": machine,
         "effort": bench.effort,
         "benchmarks": {name: report.data() for name, report in reports.items()},
     }

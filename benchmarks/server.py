@@ -50,7 +50,10 @@ class ServerStatistics(NamedTuple):
 class Failure(StrEnum):
     """How the service fails."""
 
-    UNAVAILABLE = "503"  # it answers 503
+    UNAVAILABLE = "503"  # it answers with this status, as the next three
+    UNAUTHORIZED = "401"
+    FORBIDDEN = "403"
+    NOT_FOUND = "404"
     DROPPED = "dropped"  # it closes the connection of each request without an answer
 
 
@@ -158,6 +161,9 @@ _MISSING: Final = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 #: Answers of a failing service; empty if the connection is closed instead.
 _FAILED: Final = {
     Failure.UNAVAILABLE: b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
+    Failure.UNAUTHORIZED: b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
+    Failure.FORBIDDEN: b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+    Failure.NOT_FOUND: _MISSING,
     Failure.DROPPED: b"",
 }
 

@@ -12,17 +12,17 @@ import itertools
 import os
 import statistics
 import time
-from contextlib import aclosing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tenacity import wait_chain, wait_fixed
 
 from aiokeyless import KeylessClient
-from aiokeyless.worker import Outcome, approval_outcomes
-from benchmarks import pictures
+from benchmarks import fleet_load, pictures
 from benchmarks.approval_times import seeded_random
 from benchmarks.bench import order
 from benchmarks.fleet import EXPIRES_IN, Fleet, Pace, Shares, fleet
+from benchmarks.noticing import Noticed, Plan, by_worker, noticed, request_all
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
 from benchmarks.server import (
     API_KEY,
@@ -31,7 +31,6 @@ from benchmarks.server import (
     USER_ID,
     Server,
     Workload,
-    approved_after,
     serving,
     split_cores,
 )
@@ -41,15 +40,13 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tenacity.wait import wait_base
 
     from benchmarks.bench import Bench
 
 _ENOUGH_WORK: Final = 0.8  # of the due polls: if more of them were sent, the schedule may have been the limit
 _FULL: Final = 0.9  # of all cores: with less in use, something else was the limit
 _SAMPLES: Final = 10
-_LOST_AFTER: Final = 20.0  # seconds after which an unnoticed approval counts as lost
-_BURST_LOST_AFTER: Final = 180.0  # the same, in a burst
-_RATE: Final = 1000.0  # polls of a worker in a second: its default
 
 POLLER: Final = "in-process poller"
 WORKER: Final = "worker"
@@ -78,23 +75,6 @@ class Holding(NamedTuple):
     disk: float
 
 
-class Plan(NamedTuple):
-    """When requests start and are approved, and how often they are polled."""
-
-    interval: float  # seconds between two polls
-    starts: list[float]  # seconds from the start of the measurement
-    ages: list[float]  # seconds from an operation's creation to its approval
-
-
-class Noticed(NamedTuple):
-    """The measurements of one approval."""
-
-    late: float  # seconds from the approval until the application was told
-    delivery: float  # seconds of these after the answer of the service
-    polls: int
-    at: float  # when the application was told, by `time.perf_counter`
-
-
 def run(bench: Bench) -> Report:
     """Measure polls per second, memory, and lateness."""
     report = Report("distributed: workers on a broker")
@@ -107,7 +87,7 @@ async def _measure(bench: Bench, server: Server, report: Report) -> None:
     await _measure_polls(bench, server, report)
     await _measure_memory(bench, server, report)
     await _measure_lateness(bench, server, report)
-    await _measure_bursts(bench, server, report)
+    await fleet_load.measure(bench, server, report)
 
 
 # -- polls per second
@@ -204,8 +184,8 @@ def _cores_notes(windows: dict[int, list[Window]]) -> list[str]:
 
 
 async def _measure_memory(bench: Bench, server: Server, report: Report) -> None:
-    sizes = bench.pick(full=[10_000, 100_000], quick=[2_000], smoke=[100])
-    interval, settle = bench.pick(full=(40.0, 2.0), quick=(0.7, 0.1), smoke=(0.2, 0.05))
+    sizes = bench.pick(full=[10_000, 100_000, 200_000], quick=[2_000], smoke=[100])
+    interval, settle = bench.pick(full=(80.0, 2.0), quick=(0.7, 0.1), smoke=(0.2, 0.05))
     async with fleet(server, Pace(wait_fixed(interval))) as workers:
         requests = server.statistics().requests
         holdings = {0: await _holding(workers, settle)}
@@ -252,22 +232,24 @@ async def _holding(workers: Fleet, settle: float) -> Holding:
 
 
 async def _measure_lateness(bench: Bench, server: Server, report: Report) -> None:
-    plan = _plan(*bench.pick(full=(500, 1.0, 8), quick=(200, 0.2, 3), smoke=(40, 0.05, 2)))
+    count, interval, intervals = bench.pick(full=(500, 1.0, 8), quick=(200, 0.2, 3), smoke=(40, 0.05, 2))
+    plan = _plan(count, interval, intervals)
     sides: dict[str, list[Noticed | None]] = {}
-    async with fleet(server, Pace(wait_fixed(plan.interval))) as workers:
+    async with fleet(server, Pace(wait_fixed(interval))) as workers:
+        by_poller = partial(_by_poller, schedule=wait_fixed(interval))
         by_side: dict[str, Callable[[Fleet, Plan], Awaitable[list[Noticed | None]]]] = {
-            POLLER: _by_poller,
-            WORKER: _by_worker,
-            REPEATED: _by_poller,
+            POLLER: by_poller,
+            WORKER: by_worker,
+            REPEATED: by_poller,
         }
         for name in bench.pick(full=[*by_side], quick=[POLLER, WORKER], smoke=[POLLER, WORKER]):
             bench.progress(f"  lateness: {name}")
             sides[name] = await by_side[name](workers, plan)
-    report.tables.append(_lateness_table(plan, sides))
+    report.tables.append(_lateness_table(plan, interval, sides))
     report.raw["lateness"] = {
-        name: [None if noticed is None else {**noticed._asdict()} for noticed in of] for name, of in sides.items()
+        name: [None if one is None else {**one._asdict()} for one in of] for name, of in sides.items()
     }
-    report.raw["interval"] = plan.interval
+    report.raw["interval"] = interval
     report.goals.append(Goal(f"approvals lost by the worker, of {len(plan.ages)}", 0, sides[WORKER].count(None)))
 
 
@@ -275,14 +257,13 @@ def _plan(count: int, interval: float, intervals: int) -> Plan:
     """Return a plan: requests start within one interval, and are approved at random in the following intervals."""
     source = seeded_random(1)
     starts = sorted(source.uniform(0, interval) for _ in range(count))
-    return Plan(interval, starts, [source.uniform(interval, (1 + intervals) * interval) for _ in range(count)])
+    return Plan(starts, [source.uniform(interval, (1 + intervals) * interval) for _ in range(count)])
 
 
-async def _by_poller(workers: Fleet, plan: Plan) -> list[Noticed | None]:
-    operation_ids, known = _operation_ids(plan), dict[str, float]()
-    async with KeylessClient(
-        API_KEY, base_url=workers.server.base_url, schedule=wait_fixed(plan.interval), max_polls_per_second=None
-    ) as client:
+async def _by_poller(workers: Fleet, plan: Plan, *, schedule: wait_base) -> list[Noticed | None]:
+    operation_ids, known = plan.operation_ids(), dict[str, float]()
+    base_url = workers.server.base_url
+    async with KeylessClient(API_KEY, base_url=base_url, schedule=schedule, max_polls_per_second=None) as client:
 
         async def request(operation_id: str) -> None:
             await client.request_approval(
@@ -294,71 +275,25 @@ async def _by_poller(workers: Fleet, plan: Plan) -> list[Noticed | None]:
             )
             known[operation_id] = time.perf_counter()
 
-        await _request_all(operation_ids, plan, request)
-    return _noticed(workers.server, operation_ids, known)
+        await request_all(operation_ids, plan, request)
+    return noticed(workers.server, operation_ids, known)
 
 
-async def _by_worker(workers: Fleet, plan: Plan, *, lost_after: float = _LOST_AFTER) -> list[Noticed | None]:
-    operation_ids, known = _operation_ids(plan), dict[str, float]()
-
-    async def read() -> None:
-        async with aclosing(approval_outcomes(workers.connection, "benchmark")) as events:
-            async for event in events:
-                if event.outcome is Outcome.APPROVED and event.operation_id is not None:
-                    known[event.operation_id] = time.perf_counter()
-                if len(known) == len(operation_ids):
-                    return
-
-    with suppress(TimeoutError):  # approvals not known by then are lost
-        async with asyncio.timeout(plan.interval + max(plan.ages) + lost_after), asyncio.TaskGroup() as group:
-            group.create_task(read())
-            await _request_all(operation_ids, plan, workers.request)
-    return _noticed(workers.server, operation_ids, known)
-
-
-def _operation_ids(plan: Plan) -> list[str]:
-    return [approved_after(age) for age in plan.ages]
-
-
-async def _request_all(operation_ids: list[str], plan: Plan, request: Callable[[str], Awaitable[None]]) -> None:
-    """Start all requests, each at its time."""
-
-    async def one(start: float, operation_id: str) -> None:
-        await asyncio.sleep(start)
-        await request(operation_id)
-
-    await asyncio.gather(*map(one, plan.starts, operation_ids))
-
-
-def _noticed(server: Server, operation_ids: list[str], known: dict[str, float]) -> list[Noticed | None]:
-    """Compare the times of the approvals with those at which the application was told; None for a lost one."""
-    approvals = server.approvals()
-
-    def one(operation_id: str) -> Noticed | None:
-        approval = approvals.get(operation_id)
-        if approval is None or approval.reported is None or operation_id not in known:
-            return None
-        at = known[operation_id]
-        return Noticed(at - approval.due, at - approval.reported, approval.polls, at)
-
-    return [one(operation_id) for operation_id in operation_ids]
-
-
-def _lateness_table(plan: Plan, sides: dict[str, list[Noticed | None]]) -> Table:
+def _lateness_table(plan: Plan, interval: float, sides: dict[str, list[Noticed | None]]) -> Table:
     table = Table(
-        f"lateness: {len(plan.ages)} approvals, a poll every {plan.interval:g} s",
+        f"lateness: {len(plan.ages)} approvals, a poll every {interval:g} s",
         ["", "polls per wait", "late, s", "p95, s", "after the answer, ms", f"later than the {POLLER}, ms", "lost"],
     )
     for name, of in sides.items():
-        known = [noticed for noticed in of if noticed is not None]
+        known = [one for one in of if one is not None]
         if len(known) < 2:
             raise CannotMeasureError(f"{name}: {len(known)} of {len(of)} approvals were noticed")
-        late = [noticed.late for noticed in known]
+        late = [one.late for one in known]
         cells = [
-            f"{statistics.fmean(noticed.polls for noticed in known):.2f}",
+            f"{statistics.fmean(one.polls for one in known):.2f}",
             Spread.of(late).text(3),
             f"{statistics.quantiles(late, n=20, method='inclusive')[-1]:.3f}",
-            Spread.of([1e3 * noticed.delivery for noticed in known]).text(1),
+            Spread.of([1e3 * one.delivery for one in known]).text(1),
             "" if name == POLLER else Spread.of(_later(of, sides[POLLER])).text(1),
             str(of.count(None)),
         ]
@@ -372,74 +307,6 @@ def _later(these: Sequence[Noticed | None], those: Sequence[Noticed | None]) -> 
     return [1e3 * (this.late - that.late) for this, that in pairs if this is not None and that is not None]
 
 
-# -- bursts
-
-
-async def _measure_bursts(bench: Bench, server: Server, report: Report) -> None:
-    """Submit many requests at once, to one worker that was idle, with load shedding and without it."""
-    sizes, ages = bench.pick(
-        full=((1_000, 10_000), (5.0, 15.0)), quick=((1_000,), (2.0, 6.0)), smoke=((50,), (0.1, 0.5))
-    )
-    table = Table(
-        f"bursts: requests at once, to one idle worker of {_RATE:g} polls/s",
-        [
-            "requests",
-            "load shedding",
-            "all asked, s",
-            "late, s",
-            "p95, s",
-            "asked late and late, s",
-            "polls per wait",
-            "lost",
-        ],
-    )
-    for size in sizes:
-        late: dict[bool, float] = {}
-        for sheds in (True, False):
-            bench.progress(f"  burst of {size}, load shedding {'on' if sheds else 'off'}")
-            source = seeded_random(size)
-            plan = Plan(0.0, [0.0] * size, [source.uniform(*ages) for _ in range(size)])
-            async with fleet(server, Pace(None, _RATE, sheds)) as workers:
-                began = time.perf_counter()
-                asked, noticed = await _burst(workers, plan)
-            known = [one for one in noticed if one is not None]
-            pairs = zip(noticed, plan.ages, strict=True)
-            in_all = [one.at - began - age for one, age in pairs if one is not None]
-            if len(known) < 2:
-                raise CannotMeasureError(f"{len(known)} of {size} approvals were noticed")
-            seconds = [one.late for one in known]
-            late[sheds] = statistics.median(seconds)
-            table.rows.append(
-                [
-                    f"{size}",
-                    "on" if sheds else "off",
-                    f"{asked:.1f}",
-                    Spread.of(seconds).text(2),
-                    f"{statistics.quantiles(seconds, n=20, method='inclusive')[-1]:.2f}",
-                    Spread.of(in_all).text(1),
-                    f"{statistics.fmean(one.polls for one in known):.1f}",
-                    f"{noticed.count(None)}",
-                ]
-            )
-        ratio = late[True] / late[False]
-        report.goals.append(Goal(f"lateness in a burst of {size}, load shedding on / off", 3, ratio))
-    report.tables.append(table)
-
-
-async def _burst(workers: Fleet, plan: Plan) -> tuple[float, list[Noticed | None]]:
-    """Return the seconds until all users were asked, and what became of the approvals."""
-    before, began = workers.server.statistics().created, time.perf_counter()
-
-    async def until_all_are_asked() -> float:
-        await workers.until(lambda statistics: statistics.created - before >= len(plan.ages))
-        return time.perf_counter() - began
-
-    async with asyncio.TaskGroup() as group:
-        asked = group.create_task(until_all_are_asked())
-        noticed = group.create_task(_by_worker(workers, plan, lost_after=_BURST_LOST_AFTER))
-    return asked.result(), noticed.result()
-
-
 # -- the picture
 
 
@@ -448,7 +315,7 @@ def draw(raw: dict[str, Any]) -> Figure:
     figure, (costs, lateness) = pictures.panels(2)
     _draw_costs(costs, raw)
     for color, (name, of) in zip((pictures.OTHERS[1], pictures.OURS), raw["lateness"].items(), strict=False):
-        late = sorted(noticed["late"] for noticed in of if noticed is not None)
+        late = sorted(one["late"] for one in of if one is not None)
         lateness.plot(late, [(k + 1) / len(late) for k in range(len(late))], color=color, label=name)
     lateness.set_xlabel(f"seconds until an approval is noticed, a poll every {raw['interval']:g} s")
     lateness.set_ylabel("share of the approvals")
