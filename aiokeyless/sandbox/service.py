@@ -134,7 +134,9 @@ class Sandbox:
         self._auto_approve = auto_approve
         self._on_request = on_request
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._store = OperationStore(timer=self._now, on_attempt=self._attempted)
+        self._clocks = (time.time_ns(), time.monotonic())  # this machine's and the loop's, when they were read last
+        self._ahead = 0  # nanoseconds by which tests have moved the loop's clock
+        self._store = OperationStore(clock=self._time_ns, timer=self._now, on_attempt=self._attempted)
         self._api = KeylessApi(self._store, api_key, self._created)
         self._journal = Journal()
         self._book = PhoneBook(self._store, lambda: self.requests)
@@ -170,6 +172,7 @@ class Sandbox:
         if self._runner is not None:
             raise ConfigurationError("the sandbox is running already; enter it once, or close it first")
         self._loop = asyncio.get_running_loop()
+        self._clocks = (time.time_ns(), self._loop.time())
         self._phones.open()
         runner = self._runner = web.AppRunner(
             self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_GRACE
@@ -543,6 +546,16 @@ class Sandbox:
     def _now(self) -> float:
         """Return seconds by the clock of the loop in which the sandbox runs, or ran last."""
         return time.monotonic() if self._loop is None else self._loop.time()
+
+    def _time_ns(self) -> int:
+        """Return nanoseconds since the epoch, later ones where a test has moved the loop's clock ahead.
+
+        It may also have begun anew at 0, and while a machine sleeps it stands still: neither counts.
+        """
+        before, (now, moved_to) = self._clocks, (time.time_ns(), self._now())
+        self._clocks = now, moved_to
+        self._ahead += max(0, round((moved_to - before[1]) * 1e9) - (now - before[0]))
+        return now + self._ahead
 
     def _attempted(self, user_id: str, attempt: Authentication) -> None:
         self._book.attempted(user_id, attempt)

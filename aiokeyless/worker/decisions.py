@@ -6,6 +6,7 @@ delay. docs/rules.md says where the two engines differ.
 
 from __future__ import annotations
 
+from datetime import UTC, timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
 _FIRST_POLL: Final = 2  # the delivery whose poll is the first: the one before it created the operation
+#: How far a timestamp of the service may lie before a request that came first: its zone is not documented (clocks are
+#: at most 12 hours behind UTC), and neither are clocks exact.
+_LONGEST_BEFORE: Final = timedelta(hours=12 + 1)
 
 
 class Redeliver(NamedTuple):
@@ -144,6 +148,12 @@ def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result,
     return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT)
 
 
+def is_older(operation: Operation, delivery: Delivery) -> bool:
+    """Return whether an operation was created before its request was submitted, in whichever zone its timestamp is."""
+    requested_at = delivery.ticket.created_at.astimezone(UTC).replace(tzinfo=None)
+    return operation.created_at is not None and requested_at - operation.created_at > _LONGEST_BEFORE
+
+
 def after_older(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
     """Decide about an operation that was there before this request held its id: it is not this request's."""
     verdict = evaluate(operation, delivery.ticket.operation_id, delivery.ticket)
@@ -151,8 +161,9 @@ def after_older(delivery: Delivery, operation: Operation, *, now: datetime) -> D
         return _rejected(delivery, now, verdict)
     if verdict is Verdict.APPROVED:
         detail = "an operation of this id and content was approved before this request asked; one approval counts once"
-        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
-    return _failed(delivery, now, FailureReason.CONFLICT, "an operation of this id was there before this request")
+        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, f"{detail}{_created(operation)}")
+    detail = "an operation of this id was there before this request"
+    return _failed(delivery, now, FailureReason.CONFLICT, f"{detail}{_created(operation)}")
 
 
 def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
@@ -256,6 +267,10 @@ def _scheduled(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
 def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
     """Cut a delay to the deadline, so that a final poll starts there."""
     return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
+
+
+def _created(operation: Operation) -> str:
+    return "" if operation.created_at is None else f" (the service says that it was created at {operation.created_at})"
 
 
 def _rejected(delivery: Delivery, now: datetime, rejection: Rejection) -> Decided:

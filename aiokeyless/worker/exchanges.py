@@ -37,6 +37,7 @@ from .decisions import (
     after_older,
     after_poll,
     is_final,
+    is_older,
 )
 from .engine import Claim
 from .logs import log
@@ -131,7 +132,8 @@ class Exchanges:
             KeylessError: Something is wrong with this worker, and not with the request.
         """
         # Polled before it is created, too: a request holds an operation id only if nothing was there before, so that an
-        # approval under an id that it holds is an answer to this request, whatever fails afterwards.
+        # approval under an id that it holds is an answer to this request, whatever fails afterwards. A gateway may hide
+        # an operation for a moment, so it must not be older than the request either.
         step = await self._poll_until_answered(delivery)
         if step is Next.CREATE:
             step = await self._create(delivery)
@@ -170,8 +172,8 @@ class Exchanges:
             # Nothing seemed to be there before, and our create was in doubt: the user approved before it was found, or
             # a gateway had hidden an older operation.
             self._record_success(started_at)
-            is_older = claim is Claim.NEW and self._now() - started_at < _FASTEST_APPROVAL
-            return await self._poll_older(delivery, token) if is_older else Next.POLL
+            too_fast = claim is Claim.NEW and self._now() - started_at < _FASTEST_APPROVAL
+            return await self._poll_older(delivery, token) if too_fast else Next.POLL
         except ConflictError:
             self._record_success(started_at)
             return await self._poll_older(delivery, token) if claim is Claim.NEW else Next.POLL
@@ -202,9 +204,13 @@ class Exchanges:
         was_created = await self._was_created(delivery, answer, polled_at)
         self.failures += was_created
         step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
-        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._is_held(delivery):
+        if isinstance(answer, Operation) and await self._is_older(delivery, answer, step):
             return after_older(delivery, answer, now=self._clock())
         return step
+
+    async def _is_older(self, delivery: Delivery, operation: Operation, step: Decision | Next) -> bool:
+        """Return whether an operation was there before this request held its id."""
+        return is_older(operation, delivery) or (_needs_claim(delivery, step) and not await self._is_held(delivery))
 
     async def _is_held(self, delivery: Delivery) -> bool:
         return await self._claims.is_held(delivery.ticket.operation_id, delivery.name)

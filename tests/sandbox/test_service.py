@@ -9,6 +9,7 @@ import logging
 import math
 import socket
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -502,6 +503,17 @@ async def test_answers_come_late_by_the_latency(sandbox: Sandbox, http: aiohttp.
     assert now() == pytest.approx(0.2)
     assert (await get(http))[0] == 200
     assert now() == pytest.approx(0.4)
+
+
+@pytest.mark.looptime
+async def test_timestamps_follow_a_clock_that_a_test_moves(sandbox: Sandbox) -> None:
+    sandbox.approve("a", user_id=USER)
+    await asyncio.sleep(24 * 3600)
+    sandbox.approve("b", user_id=USER)
+    first, second = (operation.created_at for operation in sandbox.operations.values())
+    assert first is not None
+    assert second is not None
+    assert second - first >= timedelta(hours=24)
 
 
 @pytest.mark.looptime

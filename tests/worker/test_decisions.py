@@ -41,6 +41,7 @@ from aiokeyless.worker.decisions import (
     after_poll,
     invalid,
     is_final,
+    is_older,
     observation,
 )
 from aiokeyless.worker.messages import Delivery, FailureReason, Outcome
@@ -305,7 +306,8 @@ def test_an_approval_from_before_the_request_does_not_count_again() -> None:
     event, *_ = decided(after_older(DELIVERY, operation(**APPROVED), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
     assert event.detail == (
-        "an operation of this id and content was approved before this request asked; one approval counts once"
+        "an operation of this id and content was approved before this request asked; one approval counts once "
+        "(the service says that it was created at 2026-11-24 12:00:00)"
     )
 
 
@@ -330,8 +332,25 @@ def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why
 
 
 def test_an_operation_from_before_the_request_is_told_from_one_of_another_request() -> None:
-    event, *_ = decided(after_older(DELIVERY, operation(), now=at(1)))
+    event, *_ = decided(after_older(DELIVERY, operation(timestamp="yesterday"), now=at(1)))
     assert event.detail == "an operation of this id was there before this request"
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "is_one"),
+    [
+        ("2026-11-23T22:59:59.999", True),
+        ("2026-11-23T23:00:00.00", False),  # at noon in UTC, where clocks are 12 hours behind; and an hour too early
+        ("2026-11-24T12:00:00", False),
+        ("2026-11-25T02:00:00", False),  # at noon in UTC, where clocks are 14 hours ahead
+        ("2020-01-02T03:04:05.242194378", True),
+        ("0001-01-01T00:00:00", True),
+        ("9999-12-31T23:59:59", False),
+        ("yesterday", False),
+    ],
+)
+def test_an_operation_is_older_than_its_request_only_where_it_is_in_every_zone(timestamp: str, *, is_one: bool) -> None:
+    assert is_older(operation(timestamp=timestamp), DELIVERY) is is_one
 
 
 def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -121,12 +122,33 @@ async def test_an_approval_that_a_lost_create_finds_at_once_is_an_older_one(
 ) -> None:
     """A gateway answers 404 to the first poll, and 502 to the create: nobody approves as fast as that."""
     sandbox.approve("txn-1", user_id="C0FFEE")
-    sandbox.fail_next(status=404, times=1, method="GET")
-    sandbox.fail_next(status=502, times=1, method="POST")
-    async with working(client) as (_, broker):
+    async with working(client) as (_, broker):  # which has checked its key
+        sandbox.fail_next(status=404, times=1, method="GET")
+        sandbox.fail_next(status=502, times=1, method="POST")
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         [event] = await events_of(broker, 1)
+    assert len(sandbox.requests) > 3  # the check of the key, the poll, the create, and the check of that
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+@pytest.mark.parametrize("approved", [True, False])
+async def test_an_operation_that_was_there_before_its_request_is_an_older_one_whatever_a_gateway_said(
+    client: KeylessClient, sandbox: Sandbox, *, approved: bool
+) -> None:
+    """It hides the operation from the first poll, and answers neither the create nor the check of that."""
+    async with sandbox.client() as earlier:
+        await earlier.create_operation("C0FFEE", operation_id="txn-1")
+    if approved:
+        sandbox.approve("txn-1")
+    sandbox.tamper("txn-1", timestamp=f"{datetime.now(UTC) - timedelta(hours=14):%Y-%m-%dT%H:%M:%S.%f}")
+    async with working(client) as (_, broker):  # which has checked its key
+        sandbox.fail_next(status=404, times=1, method="GET")
+        sandbox.fail_next(status=502, times=1, method="POST")
+        sandbox.fail_next(status=502, times=1, method="GET")
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        [event] = await events_of(broker, 1)
+    reason = FailureReason.ALREADY_APPROVED if approved else FailureReason.CONFLICT
+    assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
