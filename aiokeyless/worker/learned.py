@@ -14,19 +14,19 @@ import tempfile
 from abc import ABC, abstractmethod
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import restore, wait_adaptive
 
-from .engine import EngineError
+from .engine import EngineError, RefusedError
 from .logs import log
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from .engine import Engine
+    from .engine import Engine, Learned
 
 _EVERY: Final = 60.0  # seconds between two saves
 _LARGEST: Final = 64 << 10  # bytes: a state has about two thousand
@@ -88,6 +88,8 @@ class Keeper(ABC):
                 await self._save(engine)
             except KeylessError as error:
                 log(logging.WARNING, "learned.not_saved", {"error": str(error)})
+            except Exception as error:  # noqa: BLE001  # logged whole: a bug costs one save, and not all later ones
+                log(logging.ERROR, "learned.not_saved", {"error": f"{type(error).__name__}: {error}"}, exc_info=True)
 
     @abstractmethod
     async def _save(self, engine: Engine) -> None:
@@ -134,8 +136,23 @@ class LearnedFile(Keeper):
         self._saved = state
 
 
+class _Unanswered(NamedTuple):
+    """A write of which it is unknown whether it was stored.
+
+    Attributes:
+        revision: Of the state that it was to replace.
+        observations: How many it added.
+    """
+
+    revision: int
+    observations: int
+
+
 class LearnedBucket(Keeper):
     """A bucket of the broker in which a fleet shares what its schedules have learned.
+
+    What a worker has observed is counted once. It may be lost where the answer to its write is: if another worker wrote
+    in its place before it is read again. That is a minute of one worker.
 
     Args:
         bucket: Its name.
@@ -149,6 +166,7 @@ class LearnedBucket(Keeper):
             raise _unusable(f"{_SCHEME}{bucket!r:.80} names no bucket: letters, digits, '-' and '_'")
         self._bucket = bucket
         self._recording = _Recording()
+        self._unanswered: _Unanswered | None = None
         self.schedule: wait_adaptive = self._recording
 
     async def _save(self, engine: Engine) -> None:
@@ -166,6 +184,7 @@ class LearnedBucket(Keeper):
     async def _merge(self, engine: Engine) -> bool:
         """Add what this worker has observed to what the fleet has learned; False where another worker was faster."""
         kept = await engine.read_learned(self._bucket)
+        self._settle(kept)
         fleets = wait_adaptive()
         try:
             if kept.state is not None:
@@ -179,11 +198,27 @@ class LearnedBucket(Keeper):
         for after, until, since in fresh:
             fleets.observe(after, until, since=since)
         state = fleets.to_json()
-        if fresh and not await engine.write_learned(self._bucket, state.encode(), kept.revision):
+        if fresh and not await self._write(engine, state, _Unanswered(kept.revision, len(fresh))):
             return False
         del self._recording.fresh[: len(fresh)]
         self._recording.adopt(state)
         return True
+
+    async def _write(self, engine: Engine, state: str, write: _Unanswered) -> bool:
+        self._unanswered = write
+        try:
+            is_written = await engine.write_learned(self._bucket, state.encode(), write.revision)
+        except RefusedError:
+            self._unanswered = None
+            raise
+        self._unanswered = None
+        return is_written
+
+    def _settle(self, kept: Learned) -> None:
+        """Count no observation twice: where a state was written since, the write that got no answer is taken for it."""
+        if self._unanswered is not None and self._unanswered.revision != kept.revision:
+            del self._recording.fresh[: self._unanswered.observations]
+        self._unanswered = None
 
 
 class _Recording(wait_adaptive):

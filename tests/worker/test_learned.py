@@ -12,6 +12,7 @@ from nats_server import PATIENCE, until
 
 from aiokeyless import ConfigurationError, wait_adaptive
 from aiokeyless.worker import ApprovalWorker, BrokerError, MemoryBroker, learned, submit_approval
+from aiokeyless.worker.engine import EngineError, RefusedError
 from aiokeyless.worker.learned import LearnedBucket, LearnedFile
 from aiokeyless.worker.memory import MemoryEngine
 
@@ -168,6 +169,28 @@ async def test_a_save_that_fails_leaves_the_file_before_it_and_is_logged_and_tri
     assert beside(path) == [path]
 
 
+async def test_a_save_that_fails_in_a_way_that_nobody_expected_is_logged_whole_and_tried_again(
+    path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(learned, "_EVERY", 0.01)
+    file = LearnedFile(path)
+
+    def fail(*_: object) -> None:
+        raise LookupError("no such thing")
+
+    async with file.keeping(engine):
+        before = read(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(learned, "_replace", fail)
+            file.schedule.observe(0.0, 20.0)
+            await until(lambda: caplog.text.count("learned.not_saved") > 1)
+        await until(lambda: read(path) != before)
+    for record in (record for record in caplog.records if record.name == "aiokeyless.worker"):
+        assert record.getMessage() == 'learned.not_saved error="LookupError: no such thing"'
+        assert record.levelname == "ERROR"
+        assert record.exc_info is not None
+
+
 async def test_the_last_save_is_not_overtaken_by_one_under_way(
     path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +335,39 @@ async def test_where_others_keep_writing_it_is_kept_for_the_next_time(
             await one._save(engine)
     await one._save(engine)
     assert kept(engine).to_json() == one.schedule.to_json()
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "error"), [(True, EngineError), (False, EngineError), (False, RefusedError)], ids=str
+)
+async def test_what_was_written_without_an_answer_is_counted_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, *, stored: bool, error: type[EngineError], overtaken: bool
+) -> None:
+    one, another, alone = LearnedBucket("shared"), LearnedBucket("shared"), wait_adaptive()
+    write_learned = engine.write_learned
+
+    async def lose_the_answer(bucket: str, state: bytes, revision: int) -> bool:
+        monkeypatch.undo()
+        if stored:
+            await write_learned(bucket, state, revision)
+        raise error("nats: timeout")
+
+    monkeypatch.setattr(engine, "write_learned", lose_the_answer)
+    one.schedule.observe(0.0, 2.0)
+    with pytest.raises(BrokerError, match=r"^what the fleet learns cannot be kept in the bucket shared: nats: timeout"):
+        await one._save(engine)
+    if overtaken:
+        another.schedule.observe(0.0, 8.0)
+        await another._save(engine)
+    one.schedule.observe(0.0, 30.0)
+    await one._save(engine)
+    await one._save(engine)
+    is_written_again = not stored and (error is RefusedError or not overtaken)  # or it is lost
+    for approval in [2.0] * stored + [8.0] * overtaken + [2.0] * is_written_again + [30.0]:
+        alone.observe(0.0, approval)
+    assert figures(kept(engine)) == pytest.approx(figures(alone))
+    assert figures(one.schedule) == pytest.approx(figures(alone))
 
 
 async def test_while_the_broker_is_away_not_everything_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
