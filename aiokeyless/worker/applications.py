@@ -17,7 +17,7 @@ from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import MAX_IDENTIFIER, check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import BrokerError, ConfigurationError
 
-from .engine import Broker, EngineError
+from .engine import Broker, EngineError, NoPlaceError
 from .logs import Seldom, log
 from .messages import (
     ROOM_FOR_EVENT,
@@ -104,8 +104,9 @@ async def submit_approval(
 
     Raises:
         ConfigurationError: An argument is wrong; nothing was published.
-        BrokerError: The broker did not store it in three attempts, as far as is known. It is safe to submit it again
-            under the error's `operation_id`.
+        BrokerError: The broker did not store it in three attempts, as far as is known; or for two seconds it had no
+            stream to store it in (15, where it is a cluster, which may be electing a leader). It is safe to submit it
+            again under the error's `operation_id`.
     """
     message_id, operation_id = _names(message_id, operation_id)
     request = ApprovalRequest(
@@ -146,7 +147,7 @@ async def _submit(broker: Broker, request: ApprovalRequest, operation_id: str) -
             # Under one name, so that the broker stores it once although the answer to an attempt was lost.
             return await broker.submit(encoded, name, traceparent)
         except EngineError as error:
-            if attempt == _SUBMISSIONS:
+            if attempt == _SUBMISSIONS or isinstance(error, NoPlaceError):
                 unknown = BrokerError(
                     f"the request for an approval was not stored, as far as is known ({error}); submit it again under "
                     f"the same operation_id, {operation_id!r}"

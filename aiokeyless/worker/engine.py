@@ -35,6 +35,10 @@ class RefusedError(EngineError):
     """The broker answered that it does not do it: a stream is full, say, or sealed."""
 
 
+class NoPlaceError(EngineError):
+    """The broker has no place for it, and waiting for one was in vain."""
+
+
 class Claim(Enum):
     """Whose an operation id is."""
 
@@ -377,7 +381,8 @@ class Broker(ABC):
             Whether there was one already.
 
         Raises:
-            EngineError: It was not stored, as far as is known; the same can be submitted again.
+            EngineError: It was not stored, as far as is known; the same can be submitted again. It is a `NoPlaceError`
+                where that is no use until a worker has started.
         """
 
     @abstractmethod

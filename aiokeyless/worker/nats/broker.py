@@ -13,7 +13,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.engine import Broker, EngineError, OutcomeMessage
+from aiokeyless.worker.engine import Broker, NoPlaceError, OutcomeMessage
 from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.logs import Seldom
 from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
 _PUBLISH_WITHIN: Final = 5.0  # seconds
-_LEADERLESS_FOR: Final = 5.0  # seconds for which one submission waits for the stream to have a leader
+#: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
+_LEADERLESS_FOR: Final = 15.0
+#: Seconds likewise, where no other server is known that it could elect: it may be linked to others as a leaf node.
+_ALONE_FOR: Final = 2.0
 _ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
@@ -61,7 +64,7 @@ class NatsBroker(Broker):
         headers = {MESSAGE_ID: name} if traceparent is None else {MESSAGE_ID: name, TRACEPARENT: traceparent}
         stream = self._fleet.jetstream(self._connection, _PUBLISH_WITHIN)
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + _LEADERLESS_FOR
+        give_up_at = loop.time() + (_LEADERLESS_FOR if len(self._connection.servers) > 1 else _ALONE_FOR)
         with engine_errors():
             while True:
                 try:
@@ -71,7 +74,7 @@ class NatsBroker(Broker):
                 except nats.js.errors.NoStreamResponseError:
                     # Said at once, and also of a stream that has no leader for the time of an election.
                     if loop.time() >= give_up_at:
-                        raise EngineError("no stream took it; start a worker first, it makes the stream") from None
+                        raise NoPlaceError("no stream took it; start a worker first, it makes the stream") from None
                 else:
                     return bool(stored.duplicate)
                 await asyncio.sleep(error_delay(1))
