@@ -25,6 +25,9 @@ _CLOSE_WITHIN: Final = 5.0  # seconds
 #: A broker that says nothing is noticed after 15 s at most, and not after six minutes.
 _PING_INTERVAL: Final = 5  # seconds
 _MAX_OUTSTANDING_PINGS: Final = 2
+#: An older server does not answer a pull for a consumer that was deleted: its worker would be deaf, and not know it.
+#: Before 2.10 they also forget the metadata of streams, by which a fleet knows whose it is, and do not tell their time.
+_OLDEST_SERVER: Final = (2, 11)
 #: What may be shown of an address: a host and a port, and nothing that may be the half of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
@@ -46,7 +49,7 @@ async def connect(
             permit what a worker does.
 
     Raises:
-        BrokerError: It cannot be reached, or does not let this user in.
+        BrokerError: It cannot be reached, does not let this user in, or is too old.
     """
     given: dict[str, Any] = {
         "name": "aiokeyless worker",
@@ -154,6 +157,7 @@ async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Ex
     hasty = {"error_cb": note, "allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
     try:
         await client.connect(servers, **{**given, **hasty})
+        _check_version(client, servers)
     finally:
         if client.is_connecting or client.is_connected:
             # A connection that was refused is not closed by itself; and after a failed TLS handshake, nats-py may
@@ -161,6 +165,20 @@ async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Ex
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_WITHIN):
                     await client.close()
+
+
+def _check_version(client: Client, servers: list[str]) -> None:
+    """Refuse a server that is too old; one that numbers its versions in another way, or tells none, is believed."""
+    version = client.connected_server_version
+    try:
+        found = (version.major, version.minor)
+    except (ValueError, TypeError):
+        return
+    if (0, 0) < found < _OLDEST_SERVER:
+        raise BrokerError(
+            f"the broker at {_shown(servers)} is a nats-server {found[0]}.{found[1]}, and workers need "
+            f"{_OLDEST_SERVER[0]}.{_OLDEST_SERVER[1]} or newer: upgrade it"
+        )
 
 
 async def disconnect(connection: Client) -> None:

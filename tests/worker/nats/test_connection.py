@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import ssl
 import sys
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -117,6 +119,39 @@ async def test_a_websocket_without_tls_is_no_connection_where_tls_was_asked_for(
 async def test_a_broker_that_is_not_there_is_one_line_at_once() -> None:
     message = await refusal("nats://worker:s3cret@127.0.0.1:1")
     assert message.startswith(f"no connection to the broker at 127.0.0.1:1: [Errno {errno.ECONNREFUSED}] ")
+
+
+@asynccontextmanager
+async def server_of_version(version: object) -> AsyncGenerator[str]:
+    """A broker that tells this version, and answers pings."""
+
+    async def answer_pings(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        info = {"server_id": "x", "max_payload": 1 << 20, "version": version}
+        writer.write(b"INFO %b\r\n" % json.dumps(info).encode())
+        while line := await reader.readline():
+            if line == b"PING\r\n":
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer_pings, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("version", "shown"), [("2.10.26", "2.10"), ("2.9.25", "2.9"), ("2.0.0-rc1", "2.0"), ("1.4.1", "1.4")]
+)
+async def test_a_broker_that_is_too_old_is_one_line(version: str, shown: str) -> None:
+    async with server_of_version(version) as address:
+        message = await refusal(f"nats://worker:s3cret@{address}")
+    assert message == (f"the broker at {address} is a nats-server {shown}, and workers need 2.11 or newer: upgrade it")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.15.1", "3.0.0-beta.1", "v2.9", "", None, 2])
+async def test_a_broker_of_any_other_version_is_used(version: object) -> None:
+    async with server_of_version(version) as address:
+        connection = await connected(f"nats://{address}")
+        assert connection.is_connected
+        await connection.close()
 
 
 async def test_of_several_that_are_not_there_all_are_named() -> None:
