@@ -247,3 +247,29 @@ def fuzz(session: nox.Session) -> None:
     env = {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
     with session.chdir("tests"):
         session.run("python", "-m", "fuzz", *session.posargs, env=env)
+
+
+#: The share of mutants that the tests must notice; tests/mutants.md says why the others are not noticed.
+NOTICED: Final = 0.95
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Break the rules in small ways, one at a time, and demand that tests notice: ``-- 'aiokeyless._rules.rate.*'``."""
+    install(session, "-e", ".[dev]", "mutmut>=3.8.1")
+    tree = Path(session.create_tmp()).resolve() / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    for name in ("aiokeyless", "benchmarks", "docs", "tests"):
+        shutil.copytree(ROOT / name, tree / name)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    with session.chdir(tree):
+        session.run("python", "-m", "mutmut", "run", *session.posargs)
+        if not session.posargs:  # which are printed with their results
+            session.run("python", "-m", "mutmut", "results")
+        session.run("python", "-m", "mutmut", "export-cicd-stats", silent=True)
+    counted = json.loads((tree / "mutants" / "mutmut-cicd-stats.json").read_text())
+    noticed = sum(counted[kind] for kind in ("killed", "timeout"))
+    missed = sum(counted[kind] for kind in ("survived", "no_tests", "suspicious", "segfault"))
+    session.log(f"{noticed} of {noticed + missed} mutants were noticed; in {tree}, mutmut show NAME prints one")
+    if noticed < NOTICED * (noticed + missed):
+        session.error(f"less than {NOTICED:.0%} of the mutants were noticed")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parameter_ids import plain
 from rich.pretty import pretty_repr
 
 from aiokeyless.errors import ConfigurationError
@@ -105,7 +106,7 @@ def test_a_ticket_holds_neither_payload_nor_key() -> None:
         1,
         ["text"],
     ],
-    ids=lambda text: repr(text)[:24],
+    ids=plain,
 )
 def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^not a valid approval ticket \(.*to_json\(\) returned$") as caught:
@@ -149,7 +150,7 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
         ({"version": 0}, "version 0 is unknown"),
         ({"version": -1}, "version -1 is unknown"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_a_ticket_with_a_wrong_field_is_refused_by_name(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
@@ -171,7 +172,7 @@ def test_a_ticket_with_a_wrong_field_is_refused_by_name(changed: dict[str, Any],
         ({"created_at": datetime(2026, 11, 24, tzinfo=None)}, "created_at"),  # noqa: DTZ001  # naive is what is refused
         ({"expires_at": None}, "expires_at"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_a_ticket_made_by_hand_checks_itself(changed: dict[str, Any], message: str) -> None:
     plain: dict[str, Any] = {name: getattr(ticket(), name) for name in ApprovalTicket.__struct_fields__}
@@ -235,7 +236,7 @@ def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
         ({"expires_in": math.inf}, "expires_in"),
         ({"expires_in": 1e12}, "expires_in must end before the year 10000"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:

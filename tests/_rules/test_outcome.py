@@ -13,7 +13,8 @@ from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, RESULT
 
 from aiokeyless import ApprovalTicket, NotFoundError, Operation
 from aiokeyless._rules import outcome
-from aiokeyless._rules.outcome import Outcome, PollFacts, Result, poll_outcome
+from aiokeyless._rules.outcome import Outcome, PollFacts, Result, poll_outcome, poll_result
+from aiokeyless.events import PollResult
 from aiokeyless.ticket import payload_digest
 
 NOON: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -73,6 +74,21 @@ def test_a_bare_id_is_bound_to_no_user_and_no_payload(case: OutcomeCase) -> None
     else:
         expected = Outcome(case.before, case.rejection)
     assert found == expected
+
+
+@each_case
+def test_listeners_are_told_what_a_poll_brought_whatever_it_means(case: OutcomeCase) -> None:
+    if not isinstance(case.answer, Operation):
+        expected = PollResult.FAILED
+    elif case.answer.state == "pending":
+        expected = PollResult.PENDING
+    else:
+        expected = PollResult.APPROVED if case.answer.is_approved else PollResult.INVALID
+    assert poll_result(case.answer) is expected
+
+
+def test_listeners_are_told_of_a_poll_that_was_cut_off() -> None:
+    assert poll_result(None) is PollResult.CUT_OFF
 
 
 # -- what is written about it

@@ -23,6 +23,7 @@ def start_polls(rate: PollRate, start: float, until: float, *, demand: float = m
             return times
         rate.record_poll(now)
         times.append(now)
+        assert len(times) < 100_000, "polls without end"
         now += 1 / demand
 
 
@@ -50,6 +51,13 @@ class TestTokenBucket:
             rate.record_poll(0.0)
         assert rate.ready_at(0.0) == pytest.approx(1.1)
         assert rate.ready_at(1.2) <= 1.2
+
+    @pytest.mark.parametrize("limit", [0.5, 0.1])
+    def test_of_a_small_rate_one_poll_is_owed_at_most(self, limit: float) -> None:
+        rate = PollRate(limit)
+        for _ in range(10):
+            rate.record_poll(0.0)
+        assert rate.ready_at(0.0) == pytest.approx(2 / limit)
 
     def test_a_clock_that_stands_still_adds_nothing(self) -> None:
         rate = PollRate(1.0)
@@ -97,6 +105,48 @@ class TestRefusals:
             rate.record_refusal(10.0, started_at=9.9)
             rate.record_refusal(10.5, started_at=10.4)
         assert rate.per_second(10.0) == pytest.approx(50, rel=0.02)
+
+    def test_a_second_after_the_rate_was_halved_a_refusal_halves_it_again(self) -> None:
+        rate = PollRate(100.0)
+        start_polls(rate, 0.0, 10.0)
+        rate.record_refusal(10.0, started_at=9.9)
+        start_polls(rate, 10.0, 11.0)
+        before = rate.per_second(11.0)
+        rate.record_refusal(11.0, started_at=11.0)
+        assert rate.per_second(11.0) < 0.75 * before
+
+    def test_a_single_poll_that_is_refused_counts_once(self) -> None:
+        rate = PollRate(None)
+        rate.record_poll(0.0)
+        rate.record_refusal(0.0, started_at=0.0)
+        assert rate.per_second(0.0) == pytest.approx(0.5)
+
+    def test_polls_at_an_earlier_time_count_once_each(self) -> None:
+        rate = PollRate(1000.0)
+        for now in (10.0, 9.5, 9.0):
+            rate.record_poll(now)
+        rate.record_refusal(9.0, started_at=9.0)
+        assert rate.per_second(9.0) == pytest.approx(1.5)
+
+    def test_after_a_refusal_only_a_tenth_of_a_seconds_polls_start_at_once(self) -> None:
+        rate = PollRate(1000.0)
+        start_polls(rate, 0.0, 10.0, demand=100)
+        rate.record_refusal(10.0, started_at=9.95)
+        assert rate.room(25.0) == pytest.approx(0.1 * rate.per_second(25.0), abs=1)
+
+    def test_once_the_rate_is_back_at_the_limit_a_seconds_polls_start_at_once_again(self) -> None:
+        rate = PollRate(10.0)
+        start_polls(rate, 0.0, 10.0)
+        rate.record_refusal(10.0, started_at=9.9)
+        assert rate.per_second(30.0) == 10.0
+        assert rate.room(31.0) == 10
+
+    def test_a_refusal_counts_for_two_minutes(self) -> None:
+        rate = PollRate(None)
+        rate.record_poll(0.0)
+        rate.record_refusal(0.0, started_at=0.0)
+        assert rate.per_second(120.0) < math.inf
+        assert rate.per_second(120.1) == math.inf
 
     def test_it_climbs_back_within_about_a_minute(self) -> None:
         rate = PollRate(1000.0)
