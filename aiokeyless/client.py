@@ -494,6 +494,7 @@ class KeylessClient:
             return _result(await wait)
         finally:
             poller.leave(wait)
+            del wait  # it has the error whose traceback has this frame
 
     async def hold_for_approval(
         self,
@@ -540,14 +541,15 @@ class KeylessClient:
         poller, wait = self._hold(target, seconds, schedule, if_missing)
         explanation = poller.explain(wait) if explain else None
         try:
-            outcome = await wait
+            await wait
             if explanation is not None:
-                await explanation.complete(outcome)
+                await explanation.complete(wait.result())
+            return None if wait.result() is None else _result(wait.result())
         finally:
             poller.leave(wait)
             if explanation is not None:
                 explanation.leave()
-        return None if outcome is None else _result(outcome)
+            del wait  # it has the error whose traceback has this frame
 
     async def request_approval(
         self,
@@ -739,14 +741,14 @@ class KeylessClient:
             try:
                 async for update in receive:
                     yield update if explanation is None else explanation.add_to(update)
-                outcome = wait.result()
                 if explanation is not None:
-                    await explanation.complete(outcome)
-                _result(outcome)
+                    await explanation.complete(wait.result())
+                _result(wait.result())
             finally:
                 poller.leave(wait)
                 if explanation is not None:
                     explanation.leave()
+                del wait  # it has the error whose traceback has this frame
 
     async def _outcomes(
         self,
@@ -819,10 +821,13 @@ def _ignore(_update: ApprovalUpdate) -> None:
 
 
 def _result(outcome: WaitResult) -> Operation:
-    if isinstance(outcome, Exception):
-        raise outcome
-    assert outcome is not None  # noqa: S101  # only a hold's can be
-    return outcome
+    try:
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None  # noqa: S101  # only a hold's can be
+        return outcome
+    finally:
+        del outcome  # otherwise the error and this frame would reference each other
 
 
 def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:

@@ -412,6 +412,7 @@ class Poller:
         if not polled.live:
             self._stop_polling(wait)
         wait.seen = None  # the timer queue may keep the wait for a while
+        wait.final = None  # that poll has the wait
         if self._reporter.listens:
             self._reporter.wait_ended(wait, self._loop.time())
 

@@ -26,6 +26,7 @@ from aiokeyless import (
     ApprovalUnknownError,
     KeylessClient,
     KeylessError,
+    NotJsonError,
     OperationMismatchError,
     RateLimitError,
     ServerError,
@@ -264,12 +265,11 @@ class Applications:
     ) -> Ending:
         """Wait, write down how it ended, and return that."""
         started = time.monotonic() if started is None else started
-        result: Operation | Exception | None
         try:
-            result = await waiting
+            told = _told(how, operation_id, started, await waiting)
         except Exception as error:  # noqa: BLE001  # what a wait raises is what is measured
-            result = error
-        told = msgspec.structs.replace(_told(how, operation_id, started, result), deadline=deadline, limit=limit)
+            told = _told(how, operation_id, started, error)
+        told = msgspec.structs.replace(told, deadline=deadline, limit=limit)
         self._outcomes.write(told)
         return told.ending
 
@@ -319,7 +319,7 @@ def _ending(error: Exception) -> Ending:
             return Ending.TIMED_OUT
         case OperationMismatchError():
             return Ending.MISMATCHED
-        case TransportError() | ServerError() | RateLimitError():
+        case TransportError() | ServerError() | RateLimitError() | NotJsonError():
             return Ending.NOT_CREATED  # they must not end a wait
     return Ending.FAILED
 

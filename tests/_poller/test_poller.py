@@ -2079,6 +2079,50 @@ class TestNothingGrows:
         kept = [thing for thing in gc.get_objects() if issubclass(type(thing), Wait | PolledOperation)]
         assert len(kept) <= 2 * 70  # the queue sweeps stale entries when there are enough of them
 
+    @pytest.mark.parametrize("ending", ["approved", "timed out", "failed", "held", "updates", "cancelled"])
+    async def test_no_wait_leaves_work_to_the_garbage_collector(
+        self, sandbox: Sandbox, client: KeylessClient, ending: str
+    ) -> None:
+        """A process with very many waits would stop for it, and take more memory until it does."""
+
+        async def wait() -> None:
+            ticket = await client.create_operation(USER, expires_in=60)
+            if ending == "approved":
+                asyncio.get_running_loop().call_later(5, sandbox.approve, ticket.operation_id)
+                await client.wait_for_approval(ticket)
+            elif ending == "held":
+                await client.hold_for_approval(ticket, seconds=10)
+            elif ending == "cancelled":
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(10):
+                        await client.wait_for_approval(ticket)
+            elif ending == "failed":
+                with pytest.raises(NotFoundError):
+                    await client.wait_for_approval("nonesuch")
+                with pytest.raises(NotFoundError):
+                    await client.hold_for_approval("nonesuch", seconds=10)
+            elif ending == "updates":
+                with pytest.raises(ApprovalTimeoutError):
+                    async for _ in client.watch_approval(ticket):
+                        pass
+            else:
+                with pytest.raises(ApprovalTimeoutError):
+                    await client.wait_for_approval(ticket)
+
+        await wait()  # what is made once
+        gc.collect()
+        gc.disable()
+        try:
+            await wait()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [thing for thing in gc.garbage if type(thing).__module__.startswith("aiokeyless")]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert left == []
+
     async def test_statistics_count_what_happened(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.latency = 1
