@@ -57,9 +57,10 @@ class Monitor:
         """Seconds that a request waited for its first delivery: the most between the last two inspections."""
 
     async def run(self) -> None:
-        """Inspect, again and again, without end."""
+        """Inspect, again and again, until it is cancelled."""
         while True:
             await self._inspect()
+            _raise_lost_cancellation()
             self._inspected()
             await asyncio.sleep(_EVERY)
 
@@ -106,3 +107,14 @@ class Monitor:
         elif self._stalled_since is None:
             self._stalled_since = self._now()
         self._deliveries = 0
+
+
+def _raise_lost_cancellation() -> None:
+    """Raise a cancellation that came with the broker's answer: asyncio.wait_for loses it on Python 3.11.
+
+    A worker repeats it, unless it was itself cancelled again, as by a scope of anyio.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  # a monitor runs in one
+    if task.cancelling():
+        raise asyncio.CancelledError
