@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from aiokeyless._rules.rate import PollRate
 
 _FINAL_POLLS_IN_A_ROW: Final = 7
-#: Queued final polls that no wait needs any more, passed over in search of the next one: there may be many thousands.
-_PASSED_OVER: Final = 128
+#: Queued final polls that no wait needs any more, passed over in search of the next one: there may be many thousands,
+#: and as many waits as this end in one turn of the loop.
+_PASSED_OVER: Final = 384
 #: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 RESOLUTION: Final = 1e-6
 

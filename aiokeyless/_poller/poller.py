@@ -61,6 +61,7 @@ FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 #: Seconds after which a wait whose ticket had expired before it gets a poll with a deadline, where none could start.
 EXPIRED_PATIENCE: Final = 120.0
 _BATCH: Final = 128  # waits handled in one turn of the loop: a hundred thousand at once must not block it
+_LATE_BATCHES: Final = 3  # of deadlines, at most, in one turn: several milliseconds
 _SKIPPED: Final = 16  # operations that nobody waits for any more, passed over in search of the next poll
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
 
@@ -505,7 +506,7 @@ class Poller:
     def _expire(self, now: float) -> None:
         """Handle deadlines: at the first one a final poll is queued, at the end of its time the wait ends."""
         hanging: set[Poll] = set()
-        for _ in range(_BATCH):
+        for _ in range(_deadlines_in_a_turn(now, self._deadlines.next_due())):
             wait = self._deadlines.pop_due(now + RESOLUTION)
             if wait is None:
                 break
@@ -863,6 +864,16 @@ class Poller:
                 next_poll_in=None if due is None else max(0.0, min(due, last) - now),
             )
         )
+
+
+def _deadlines_in_a_turn(now: float, due: float | None) -> int:
+    """Return how many deadlines one turn of the loop handles: a batch, and another one for each second of lateness.
+
+    Where others make the turns long, there are few of them: with one batch in each, waits would end ever later. The
+    number depends on nothing but the loop's clock, so that it is the same where that clock stands still within a turn.
+    """
+    late = 0.0 if due is None else max(0.0, now - due)
+    return int(_BATCH * min(1.0 + late, _LATE_BATCHES))
 
 
 def _outcome(answer: Operation | KeylessError, wait: Wait, applied: Applied) -> Outcome:

@@ -147,12 +147,39 @@ async def cancelled_callers(waits: int) -> Ending:
 async def cancelled_futures(waits: int) -> Ending:
     """Cancel as many tasks that await plain futures: what asyncio takes for that alone."""
     loop = asyncio.get_running_loop()
-    turns = Turns(loop)
 
     async def caller() -> None:
         await loop.create_future()
 
-    tasks = [asyncio.create_task(caller()) for _ in range(waits)]
+    return await _cancelled([asyncio.create_task(caller()) for _ in range(waits)])
+
+
+class _Idle(asyncio.Future[None]):
+    """A future of a subclass, as a wait is."""
+
+    __slots__ = ()
+
+    def leave(self) -> None:
+        """Do nothing."""
+
+
+async def cancelled_idle(waits: int) -> Ending:
+    """Cancel as many tasks that await as callers do, and do nothing else: a future of a subclass, and a `finally`."""
+    loop = asyncio.get_running_loop()
+
+    async def caller() -> None:
+        idle = _Idle(loop=loop)
+        try:
+            await idle
+        finally:
+            idle.leave()
+
+    return await _cancelled([asyncio.create_task(caller()) for _ in range(waits)])
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> Ending:
+    loop = asyncio.get_running_loop()
+    turns = Turns(loop)
     await asyncio.sleep(0.5)
     turns.reset()
     now = loop.time()
@@ -243,6 +270,7 @@ def run(bench: Bench) -> Report:
     few = measure(f"{some} deadlines, service hangs", one_deadline, some, patience)
     all_ = measure(f"{many} deadlines, service hangs", one_deadline, many, patience)
     asyncio_alone = measure(f"{many} tasks cancelled, asyncio alone", cancelled_futures, many)
+    measure(f"{many} tasks cancelled, as callers but idle", cancelled_idle, many)
     cancelled = measure(f"{many} callers cancelled", cancelled_callers, many)
     called = measure(f"wait_for_approvals of {many}: started", many_at_the_call, many)
     left = measure(f"wait_for_approvals of {many}: left", many_left, many)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,17 @@ from aiokeyless import (
     Operation,
     wait_adaptive,
 )
+from aiokeyless._poller.poller import Poller
 from aiokeyless._poller.state import PolledOperation
 from aiokeyless._rules import approval
 from aiokeyless.ticket import payload_digest
+from benchmarks.simulation import HANGING, SimulatedTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tenacity import RetryCallState
 
-    from aiokeyless._poller.poller import Poller
     from aiokeyless._poller.state import Wait
     from aiokeyless.sandbox import Sandbox
 
@@ -65,6 +69,28 @@ async def first_batch(waits: list[Wait]) -> None:
     """Let turns pass until the first of the waits has ended."""
     while not waits[0].done():  # noqa: ASYNC110  # this very turn is what is tested
         await asyncio.sleep(0)
+
+
+class LongTurns(asyncio.SelectorEventLoop):
+    """A loop of which each turn takes so many virtual seconds, whatever is done in it: the process gets little CPU."""
+
+    class Selector(selectors.SelectSelector):
+        now = 0.0
+
+        def __init__(self, turn: float) -> None:
+            super().__init__()
+            self.turn = turn
+
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            self.now += max(self.turn, timeout or 0.0)
+            return []
+
+    def __init__(self, turn: float) -> None:
+        self._clock = self.Selector(turn)
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
 
 
 def most_in_a_turn(counts: list[int]) -> int:
@@ -271,3 +297,44 @@ class TestDeadlines:
         await asyncio.wait(holds)
         assert {hold.result() for hold in holds} == {None}
         await poller.aclose()
+
+
+class TestLongTurns:
+    """Where a turn of the loop takes a second, there are few of them."""
+
+    @pytest.fixture
+    def loop(self) -> Iterator[LongTurns]:
+        loop = LongTurns(1.0)
+        yield loop
+        loop.close()
+
+    def test_waits_do_not_end_ever_later(self, loop: LongTurns) -> None:
+        """A hundred in each turn; and each has a deadline that passes, and an end."""
+        late: list[float] = []
+
+        def ended(wait: Wait) -> None:
+            late.append(loop.time() - wait.deadline)
+
+        async def scenario() -> None:
+            poller = Poller(SimulatedTransport(lambda *_: HANGING), schedule=wait_fixed(5), max_in_flight=64)
+            for turn in range(40):
+                for k in range(100):
+                    start(poller, f"op{turn}-{k}", timeout=5.0).add_done_callback(ended)
+                await asyncio.sleep(0)
+            await waiting_by_turn(poller)
+            await poller.aclose()
+
+        loop.run_until_complete(scenario())
+        assert len(late) == 4000
+        assert max(late) <= 2.0 + 2.0  # a turn until the deadline is noticed, and one until the caller wakes up
+
+    def test_however_late_they_are_not_all_of_them_end_in_one_turn(self, loop: LongTurns) -> None:
+        async def scenario() -> None:
+            poller = Poller(SimulatedTransport(lambda *_: HANGING), schedule=wait_fixed(5), max_in_flight=64)
+            for k in range(30 * MOST):
+                start(poller, f"op{k}", timeout=5.0)
+            counts = await waiting_by_turn(poller)
+            assert MOST < most_in_a_turn(counts) <= 3 * MOST
+            await poller.aclose()
+
+        loop.run_until_complete(scenario())
