@@ -59,7 +59,7 @@ def run(bench: Bench) -> Report:
 
 
 def _lateness(bench: Bench, report: Report) -> None:
-    seconds = bench.pick(full=600.0, quick=150.0, smoke=40.0)
+    seconds = bench.pick(full=300.0, quick=150.0, smoke=40.0)
     table = Table(
         f"users with a median of 8 s, {_LIMIT:.0f} polls a second, mean lateness in seconds",
         ["arrivals a second", "with the limit", "without"],
