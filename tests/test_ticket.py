@@ -112,6 +112,7 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^not a valid approval ticket \(.*to_json\(\) returned$") as caught:
         ApprovalTicket.from_json(text)
     assert str(caught.value).isprintable()
+    assert caught.value.argument == "text"
     assert caught.value.__cause__ is None
 
 
@@ -166,18 +167,21 @@ def test_a_ticket_with_a_wrong_field_is_refused_by_name(changed: dict[str, Any],
         ({"user_id": None}, "user_id"),
         ({"user_id": "ann"}, "user_id"),
         ({"external_user_id": 7}, "external_user_id"),
-        ({"payload_sha256": None}, "payload_sha256"),
+        ({"payload_sha256": None}, "^payload_sha256 of a ticket must be 64 lower-case hex digits$"),
         ({"payload_sha256": "0" * 63}, "payload_sha256"),
-        ({"created_at": "2026-11-24T12:00:00Z"}, "created_at"),
+        ({"created_at": "2026-11-24T12:00:00Z"}, "created_at of a ticket must be a datetime, not str"),
         ({"created_at": datetime(2026, 11, 24, tzinfo=None)}, "created_at"),  # noqa: DTZ001  # naive is what is refused
+        ({"created_at": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))}, "created_at .* the years 1 to 9999"),
         ({"expires_at": None}, "expires_at"),
+        ({"traceparent": 1}, "^traceparent of a ticket must be one of W3C Trace Context, or None$"),
     ],
     ids=plain,
 )
 def test_a_ticket_made_by_hand_checks_itself(changed: dict[str, Any], message: str) -> None:
-    plain: dict[str, Any] = {name: getattr(ticket(), name) for name in ApprovalTicket.__struct_fields__}
-    with pytest.raises(ConfigurationError, match=message):
-        ApprovalTicket(**(plain | changed))
+    fields: dict[str, Any] = {name: getattr(ticket(), name) for name in ApprovalTicket.__struct_fields__}
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        ApprovalTicket(**(fields | changed))
+    assert [caught.value.argument] == list(changed)
 
 
 def test_a_ticket_made_by_hand_is_as_one_that_was_read() -> None:
@@ -253,8 +257,9 @@ def test_a_ticket_lacking_a_field_is_refused_by_name(field: str) -> None:
 
 
 def test_a_newer_ticket_is_refused_for_its_version_in_any_form() -> None:
-    with pytest.raises(ConfigurationError, match=r"ticket version 2 .* upgrade this one$"):
+    with pytest.raises(ConfigurationError, match=r"^ticket version 2 .* upgrade this one$") as caught:
         ApprovalTicket.from_json('{"version": 2, "operations": ["a", "b"], "created_at": 5}')
+    assert caught.value.argument == "text"
 
 
 def test_a_ticket_of_this_version_with_more_in_it_is_read() -> None:

@@ -935,6 +935,15 @@ def test_no_other_2xx_is_a_success(name: str, status: int) -> None:
     assert not is_transient(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [(b"", "an empty body"), (b" \n", "an empty body"), (b"<html>", "a body that is not JSON")],
+    ids=plain,
+)
+def test_a_success_that_is_not_json_says_whether_there_was_a_body_at_all(body: bytes, kind: str) -> None:
+    assert f" answered 200 with {kind}; a gateway" in str(undecoded(body))
+
+
 TWICE = [
     b'"result": false, "result": true',
     b'"result": true, "result": true',
@@ -947,7 +956,7 @@ TWICE = [
 def test_an_approval_with_a_key_that_occurs_twice_is_none(fields: bytes) -> None:
     error = undecoded(GOOD["operation"].replace(b'"result": true', fields))
     assert type(error) is DecodeError
-    assert "the same key twice" in str(error)
+    assert "with JSON of another shape: an object has the same key twice; check" in str(error)
 
 
 @pytest.mark.parametrize("body", [b'{"success": false, "success": true}', b'{"success": true, "success": true}'])

@@ -14,11 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.backoff import MAX_PAUSE
 from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState, Transition, Transitions
+from aiokeyless.errors import RateLimitError, ServerError, TransportError
+from aiokeyless.events import CircuitChanged
 from benchmarks.approval_times import seeded_random
 
 LIMIT = 64
 MAX_BACKOFF = 5.0
 OPERATIONS = itertools.count()  # of which each polls once
+RESET = TransportError("reset", method="GET", path="/")
+UNAVAILABLE = ServerError(status=503, method="GET", path="/", retry_after=0.5)
 
 
 @pytest.fixture
@@ -34,15 +38,13 @@ def full_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = None) -> None:
     """Let polls of different operations fail, one after another; with a pause, each gets a rate limit."""
     for _ in range(times):
-        operation = next(OPERATIONS)
-        circuit.record_failure(now, operation, started_at=now, is_probe=True)
-        if pause:
-            circuit.record_pause(now, pause)
+        error = RESET if pause is None else RateLimitError(status=429, method="GET", path="/", retry_after=pause)
+        circuit.record_error(now, next(OPERATIONS), error, started_at=now, is_probe=True)
 
 
 def unavailable(circuit: Circuit, now: float, operation: str) -> None:
     """Let an operation get a 503 with Retry-After."""
-    circuit.record_failure(now, operation, started_at=now, is_probe=True, asks_for_pause=True)
+    circuit.record_error(now, operation, UNAVAILABLE, started_at=now, is_probe=True)
 
 
 def open_at(now: float, limit: int = LIMIT) -> Circuit:
@@ -91,7 +93,7 @@ def test_a_good_answer_between_them_makes_failures_not_in_a_row() -> None:
 def test_one_operation_that_fails_all_the_time_does_not_open_the_circuit() -> None:
     circuit = Circuit(LIMIT)
     for now in range(100):
-        circuit.record_failure(float(now), "bad", started_at=float(now), is_probe=True)
+        circuit.record_error(float(now), "bad", RESET, started_at=float(now), is_probe=True)
     assert circuit.is_closed
     assert circuit.room(100.0) >= 4
 
@@ -100,7 +102,7 @@ def test_polls_that_fail_after_the_service_answered_others_do_not_open_the_circu
     circuit = Circuit(LIMIT)
     circuit.record_success(5.0, started_at=4.9)
     for operation in range(20):  # they hung
-        circuit.record_failure(10.0, operation, started_at=0.0, is_probe=True)
+        circuit.record_error(10.0, operation, RESET, started_at=0.0, is_probe=True)
     assert circuit.is_closed
 
 
@@ -226,7 +228,7 @@ def test_a_poll_that_starts_in_the_moment_of_the_opening_is_a_probe() -> None:
 def test_final_polls_do_not_pace_the_probes() -> None:
     circuit = open_at(100.0)
     for now in (100.1, 100.2, 100.3):
-        circuit.record_failure(now, next(OPERATIONS), started_at=now, is_probe=False)
+        circuit.record_error(now, next(OPERATIONS), RESET, started_at=now, is_probe=False)
         assert circuit.retry_at() == 100.5
 
 
@@ -403,6 +405,14 @@ def test_a_503_with_retry_after_is_its_operations_own() -> None:
     assert circuit.retry_at() == -math.inf
 
 
+def test_two_operations_that_are_told_of_a_rate_limit_do_not_open_the_circuit_beyond_its_pause() -> None:
+    circuit = Circuit(LIMIT)
+    fail(circuit, 100.0, 2, pause=10.0)
+    assert circuit.state is CircuitState.OPEN
+    assert not circuit.is_probed
+    assert circuit.retry_at() == 110.0
+
+
 def test_a_second_operation_with_one_opens_the_circuit_and_a_probe_asks_again_before_that_time_is_over() -> None:
     circuit = Circuit(LIMIT)
     unavailable(circuit, 100.0, "a")
@@ -543,6 +553,16 @@ def test_an_outage_lasts_from_the_first_opening_until_it_is_closed() -> None:
     assert transitions.state is closed
     assert transitions.notice(half_open, 30.0) == Transition(closed, half_open, 8.5, is_outage=False, outage=None)
     assert transitions.notice(closed, 31.0) == Transition(half_open, closed, 1.0, is_outage=False, outage=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"), [(TransportError, "TransportError"), (None, None)], ids=["failure", "good"]
+)
+def test_listeners_are_told_from_which_state_to_which_why_and_how_long_it_lasted(
+    error: type[TransportError] | None, cause: str | None
+) -> None:
+    told = Transition(CircuitState.CLOSED, CircuitState.OPEN, 2.0, is_outage=True, outage=None).event(error, 7)
+    assert told == CircuitChanged(state="open", previous="closed", cause=cause, waiting=7, seconds=2.0)
 
 
 class CircuitMachine(RuleBasedStateMachine):

@@ -139,7 +139,7 @@ class TestRefusals:
         start_polls(rate, 0.0, 10.0)
         rate.record_refusal(10.0, started_at=9.9)
         assert rate.per_second(30.0) == 10.0
-        assert rate.room(31.0) == 10
+        assert rate.room(30.0) == 10
 
     def test_a_refusal_counts_for_two_minutes(self) -> None:
         rate = PollRate(None)
