@@ -35,6 +35,8 @@ from aiokeyless import (
 )
 from benchmarks.server import API_KEY, allow_many_sockets
 
+from . import heap
+from .heap import Heap  # noqa: TC001  # msgspec reads the type of a sample
 from .histogram import Histogram
 from .journal import Writer
 from .verdicts import HOLD, Ending, Outcome
@@ -88,6 +90,7 @@ class Sample(NamedTuple):
     cancel: float  # seconds until the slowest cancelled wait since then had ended
     circuit: str
     blocks: int  # of memory that Python's objects take: unlike the resident memory, without what is free between them
+    heap: Heap | None  # of the C library, for what is larger
 
 
 class Applications:
@@ -351,6 +354,7 @@ def _sample(client: KeylessClient, lags: Histogram, slowest_cancel: float) -> Sa
         slowest_cancel,
         now.circuit,
         sys.getallocatedblocks(),
+        heap.read(),
     )
 
 

@@ -21,7 +21,7 @@ from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 from benchmarks.server import allow_many_sockets
-from benchmarks.soak import applications
+from benchmarks.soak import applications, heap
 from benchmarks.soak.applications import Plan, Sample
 from benchmarks.soak.histogram import Histogram
 from benchmarks.soak.journal import Reader
@@ -207,6 +207,8 @@ def _report(soak: Soak, minutes: float) -> Report:
         Goal("waits left after the end", 0, soak.samples[-1].waiting, required=True),
         Goal("growth of the resident memory, an hour", 1.0, slope, " MB"),
     ]
+    if heap.threshold() is not None:
+        report.notes.append(f"with {heap.THRESHOLD}={heap.threshold()} in the environment")
     report.notes += soak.verdicts.examples
     report.raw = _raw(soak, slope)
     return report
@@ -256,6 +258,7 @@ def _process(soak: Soak) -> Table:
             ["at the end", f"{warm[-1].resident / _MB:.1f}"],
             ["growth, MB an hour", f"{_slope(soak):.2f}"],
             ["growth of what objects take of it, % an hour", f"{_blocks_slope(soak):.2f}"],
+            *_heap_rows(soak),
             ["waits, at most", f"{max(sample.waiting for sample in samples)}"],
             ["tasks, at most", f"{max(sample.tasks for sample in while_busy)}"],
             ["tasks after the end", f"{samples[-1].tasks}"],
@@ -305,6 +308,20 @@ def _blocks_slope(soak: Soak) -> float:
         return 0.0
     slope = statistics.linear_regression([s.at / 3600 for s in warm], [s.blocks for s in warm]).slope
     return 100 * slope / warm[0].blocks
+
+
+def _heap_rows(soak: Soak) -> list[list[str]]:
+    """Return how fast the C library's heap grew after the warm-up: what is in use, and what is free between that."""
+    warm = [(s.at / 3600, s.heap) for s in soak.samples[int(_WARM_UP * len(soak.samples)) : -1] if s.heap is not None]
+    if len(warm) < 2:
+        return []
+    hours = [hour for hour, _ in warm]
+    in_use = statistics.linear_regression(hours, [of.in_use / _MB for _, of in warm]).slope
+    free = statistics.linear_regression(hours, [of.free / _MB for _, of in warm]).slope
+    return [
+        ["growth of what is in use of the C library's heap, MB an hour", f"{in_use:.2f}"],
+        ["growth of what is free in it, MB an hour", f"{free:.2f}"],
+    ]
 
 
 def _raw(soak: Soak, slope: float) -> dict[str, Any]:
