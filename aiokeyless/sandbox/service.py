@@ -31,7 +31,7 @@ from .snapshot import PhoneBook
 from .store import OperationStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
     from types import TracebackType
 
     import aiohttp
@@ -179,7 +179,7 @@ class Sandbox:
         )
         try:
             await runner.setup()
-            await web.TCPSite(runner, self._host, self._port).start()
+            await _completed(web.TCPSite(runner, self._host, self._port).start())
         except BaseException:  # a cancellation too: it was not started, and can be started again
             self._runner = None
             await runner.cleanup()
@@ -597,6 +597,17 @@ class Sandbox:
     def _cancel_approval(self, operation_id: str) -> None:
         if timer := self._approvals.pop(operation_id, None):
             timer.cancel()
+
+
+async def _completed(starting: Coroutine[Any, Any, None]) -> None:
+    """Start a server; a cancellation waits for that: asyncio leaves the socket open where it comes in between."""
+    task = asyncio.ensure_future(starting)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.exception()  # or asyncio would log that nobody took it
+        raise
 
 
 def _drop(request: web.Request) -> NoReturn:

@@ -847,6 +847,32 @@ async def test_taken_port_is_an_os_error_and_can_be_tried_again(sandbox: Sandbox
         assert second.url
 
 
+@pytest.mark.parametrize("turns", range(8))
+async def test_start_that_is_cancelled_at_any_point_leaves_the_port_free(sandbox: Sandbox, turns: int) -> None:
+    port = urlsplit(sandbox.url).port or 0
+    await sandbox.aclose()
+    second = Sandbox(port=port)
+    starting = asyncio.create_task(second.start())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait([starting])
+    if not starting.cancelled():
+        await second.aclose()
+    async with second:
+        assert second.url == f"http://127.0.0.1:{port}"
+
+
+async def test_start_that_fails_while_it_is_cancelled_is_no_more_than_cancelled(sandbox: Sandbox) -> None:
+    second = Sandbox(port=urlsplit(sandbox.url).port or 0)
+    starting = asyncio.create_task(second.start())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+
+
 @pytest.mark.real_clock
 async def test_closing_does_not_wait_for_requests_that_hang() -> None:
     before = asyncio.all_tasks()
