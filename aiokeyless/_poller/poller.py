@@ -867,13 +867,13 @@ class Poller:
 
 
 def _deadlines_in_a_turn(now: float, due: float | None) -> int:
-    """Return how many deadlines one turn of the loop handles: a batch, and another one for each second of lateness.
+    """Return how many deadlines one turn of the loop handles: a batch, or one for each second by which they are late.
 
     Where others make the turns long, there are few of them: with one batch in each, waits would end ever later. The
     number depends on nothing but the loop's clock, so that it is the same where that clock stands still within a turn.
     """
     late = 0.0 if due is None else max(0.0, now - due)
-    return int(_BATCH * min(1.0 + late, _LATE_BATCHES))
+    return int(_BATCH * min(max(1.0, late), _LATE_BATCHES))
 
 
 def _outcome(answer: Operation | KeylessError, wait: Wait, applied: Applied) -> Outcome:
