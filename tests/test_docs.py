@@ -247,9 +247,9 @@ def test_the_costs_that_the_pages_name_were_measured() -> None:
     ours, semaphore, connector, unbounded = ten_thousand.values()
     assert f"ours {ours:.1f} ms, a semaphore {semaphore:.0f} ms, a connector" in page
     assert f"limit {connector:.0f} ms, unbounded {unbounded:.0f} ms" in page
-    assert round(ours) == round(hundred_thousand["aiokeyless"]) == 2
-    assert "block the event loop for 2 ms" in page
-    assert "block the event loop for 2 ms" in (ROOT / "README.md").read_text()
+    blocked = f"block the event loop for {round(ours)} ms"
+    assert f"{blocked}, a hundred thousand for {round(hundred_thousand['aiokeyless'])}:" in page
+    assert blocked in (ROOT / "README.md").read_text()
     *_, table = (table for table in results["waits"]["tables"] if table["title"] == "100000 waits")
     assert f"takes {int(table['rows'][0][1]) / 1000:.1f} KB" in page
     people = lateness(LOG_NORMAL.format("8 s, 0.8"))
