@@ -287,8 +287,13 @@ class Serving:
         """Return how many more deliveries may be in flight; negative where there are too many."""
         if self._key_check is not None:
             return -len(self._deliveries)
-        counted = sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
-        return min(self._circuit.room(now) - counted, self._limits.max_in_flight - len(self._deliveries))
+        return min(self._circuit.room(now) - self._counted(), self._limits.max_in_flight - len(self._deliveries))
+
+    def _counted(self) -> int:
+        """Return the deliveries in flight that take room."""
+        if self._circuit.is_closed:  # all of them: asked for at each delivery, so it must not walk through the others
+            return len(self._deliveries)
+        return sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
 
     async def _wait_for_change(self, now: float) -> None:
         closed_for = max(self._circuit.retry_at(), self._pulls_from, self._rate.ready_at(now)) - now
