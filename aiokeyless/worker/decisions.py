@@ -101,7 +101,7 @@ def after_poll(
     polled_at: datetime,
     now: datetime,
     pacing: Pacing,
-    was_created: bool = False,
+    was_created: bool,
 ) -> Decision | Next:
     """Decide by the result of a poll.
 

@@ -120,6 +120,21 @@ def undecoded(body: bytes, name: str = "operation", **headers: str) -> DecodeErr
     return caught.value
 
 
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        (201, "a success that the API does not document, so it does not count as one; check base_url and the proxies"),
+        (299, "a success that the API does not document, so it does not count as one; check base_url and the proxies"),
+        (300, "a redirect, not followed since that would send the API key to another host; check base_url"),
+        (399, "a redirect, not followed since that would send the API key to another host; check base_url"),
+        (408, "a temporary failure; try again later"),
+        (425, "a temporary failure; try again later"),
+    ],
+)
+def test_status_without_a_class_of_its_own_says_what_to_do(status: int, advice: str) -> None:
+    assert str(failed(status)) == f"GET {PATH} answered {status}: {advice}"
+
+
 # -- identifiers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ from aiokeyless.worker.decisions import (
     is_older,
     observation,
 )
-from aiokeyless.worker.messages import Delivery, FailureReason, Outcome
+from aiokeyless.worker.messages import VERSION, Delivery, FailureReason, Outcome
 
 if TYPE_CHECKING:
     from tenacity.wait import wait_base
@@ -134,6 +135,7 @@ def not_created(error: KeylessError, age: float, *, paused_for: float = 0.0, may
 
 def decided(decision: Decision | Next) -> Decided:
     assert isinstance(decision, Decided)
+    assert decision.event.version == VERSION
     return decision
 
 
@@ -351,6 +353,17 @@ def test_an_operation_from_before_the_request_is_told_from_one_of_another_reques
 )
 def test_an_operation_is_older_than_its_request_only_where_it_is_in_every_zone(timestamp: str, *, is_one: bool) -> None:
     assert is_older(operation(timestamp=timestamp), DELIVERY) is is_one
+
+
+def test_the_zone_of_the_machine_does_not_matter_to_whether_it_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    try:
+        assert is_older(operation(timestamp="2026-11-23T22:59:59"), DELIVERY)
+        assert not is_older(operation(timestamp="2026-11-23T23:00:00"), DELIVERY)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:

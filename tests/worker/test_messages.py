@@ -366,6 +366,7 @@ def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
         polled_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
         pacing=Pacing(wait_fixed(1), stretch=1.0, failures=1, paused_for=0.0, grace=0.0),
+        was_created=False,
     )
     assert isinstance(decision, Decided)
     event = msgspec.json.decode(msgspec.json.encode(decision.event), type=ApprovalEvent)
