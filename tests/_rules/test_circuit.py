@@ -320,6 +320,13 @@ def test_polls_of_better_days_take_no_room_until_it_is_closed_again() -> None:
     assert circuit.takes_room(99.0)
 
 
+def test_failures_that_ask_for_no_pause_are_not_counted_as_if_they_did() -> None:
+    circuit = Circuit(4)
+    for operation in range(FAILURES_UNTIL_OPEN - 1):
+        circuit.record_failure(1.0, operation, started_at=0.5, is_probe=False)
+    assert circuit.is_closed
+
+
 def test_good_answers_when_all_is_well_widen_nothing() -> None:
     circuit = Circuit(4)
     for now in range(100):

@@ -559,6 +559,7 @@ def test_a_message_that_is_no_request_has_failed_under_a_name_of_its_own() -> No
         "message-9", 2, InvalidRequestError("it is none"), msgspec.Raw(b"[1]"), stored_at=at(0), now=at(1)
     )
     assert message_id == "message-9"
+    assert event.version == VERSION
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")
     assert (event.requested_at, event.decided_at, event.deliveries) == (at(0), at(1), 2)
