@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from aiokeyless._rules.rate import PollRate
 
 _FINAL_POLLS_IN_A_ROW: Final = 7
-#: Queued final polls that no wait needs any more, passed over in search of the next one: there may be many thousands,
-#: and as many waits as this end in one turn of the loop.
-_PASSED_OVER: Final = 384
+#: Deadlines that one turn of the loop handles at most, which takes several milliseconds. As many queued final polls
+#: that no wait needs any more are passed over in search of the next one: they are of waits that have ended.
+MOST_DEADLINES: Final = 384
 #: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
 RESOLUTION: Final = 1e-6
 
@@ -104,7 +104,7 @@ class Dispatcher:
     def _next_final(self, now: float, room: int) -> Poll | None:
         if not self._may_start_final(now, room):
             return None
-        for _ in range(min(_PASSED_OVER, len(self._final_polls))):
+        for _ in range(min(MOST_DEADLINES, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll():

@@ -36,7 +36,7 @@ from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
-from .dispatch import RESOLUTION, Dispatcher
+from .dispatch import MOST_DEADLINES, RESOLUTION, Dispatcher
 from .explanation import Explainer, Explanation
 from .packing import pack_pending
 from .pauses import Pause, Pauses, next_poll
@@ -61,7 +61,6 @@ FRESH: Final = 1.0  # seconds within which nobody approves what was just created
 #: Seconds after which a wait whose ticket had expired before it gets a poll with a deadline, where none could start.
 EXPIRED_PATIENCE: Final = 120.0
 _BATCH: Final = 128  # waits handled in one turn of the loop: a hundred thousand at once must not block it
-_LATE_BATCHES: Final = 3  # of deadlines, at most, in one turn: several milliseconds
 _SKIPPED: Final = 16  # operations that nobody waits for any more, passed over in search of the next poll
 _AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
 
@@ -872,8 +871,8 @@ def _deadlines_in_a_turn(now: float, due: float | None) -> int:
     Where others make the turns long, there are few of them: with one batch in each, waits would end ever later. The
     number depends on nothing but the loop's clock, so that it is the same where that clock stands still within a turn.
     """
-    late = 0.0 if due is None else max(0.0, now - due)
-    return int(_BATCH * min(max(1.0, late), _LATE_BATCHES))
+    late = 0.0 if due is None else now - due
+    return int(min(_BATCH * max(1.0, late), MOST_DEADLINES))
 
 
 def _outcome(answer: Operation | KeylessError, wait: Wait, applied: Applied) -> Outcome:

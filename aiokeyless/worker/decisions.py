@@ -150,8 +150,9 @@ def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result,
 
 def is_older(operation: Operation, delivery: Delivery) -> bool:
     """Return whether an operation was created before its request was submitted, in whichever zone its timestamp is."""
+    created_at = operation.created_at  # which parses a text
     requested_at = delivery.ticket.created_at.astimezone(UTC).replace(tzinfo=None)
-    return operation.created_at is not None and requested_at - operation.created_at > _LONGEST_BEFORE
+    return created_at is not None and requested_at - created_at > _LONGEST_BEFORE
 
 
 def after_older(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
