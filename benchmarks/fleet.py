@@ -107,7 +107,7 @@ class Fleet:
         before = self.server.statistics().created
         for k in range(0, count, _BATCH):
             await asyncio.gather(*(self.request() for _ in range(min(_BATCH, count - k))))
-        await self.until(lambda statistics: statistics.created - before >= count)
+        await self.until_created(before + count)
 
     async def request(self, operation_id: str | None = None) -> None:
         """Submit one request, as an application would."""
@@ -127,6 +127,10 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise CannotMeasureError(f"the workers did not get that far within {_TIMEOUT:g} s")
             await asyncio.sleep(0.02)
+
+    async def until_created(self, count: int) -> None:
+        """Wait until the server has created this many operations since its start."""
+        await self.until(lambda statistics: statistics.created >= count)
 
     async def until_polled(self) -> None:
         """Wait until the workers, which may have just started, poll."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from .approval_times import seeded_random
 from .fleet import Pace, fleet
-from .noticing import Noticed, Plan, by_worker, request_all
-from .report import CannotMeasureError, Goal, Report, Spread, Table
+from .noticing import Noticed, Plan, by_worker, known_of, request_all
+from .report import CannotMeasureError, Goal, Report, Spread, Table, p95
 from .server import Failure
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ async def _measure_bursts(bench: Bench, server: Server, report: Report) -> None:
             async with fleet(server, Pace(None, _RATE, sheds)) as workers:
                 began = time.perf_counter()
                 asked, noticed = await _burst(workers, plan)
-            known = _known(noticed)
+            known = known_of(f"burst of {size}", noticed)
             pairs = zip(noticed, plan.ages, strict=True)
             in_all = [one.at - began - age for one, age in pairs if one is not None]
             seconds = [one.late for one in known]
@@ -62,7 +62,7 @@ async def _measure_bursts(bench: Bench, server: Server, report: Report) -> None:
                     "on" if sheds else "off",
                     f"{asked:.1f}",
                     Spread.of(seconds).text(2),
-                    f"{_p95(seconds):.2f}",
+                    f"{p95(seconds):.2f}",
                     Spread.of(in_all).text(1),
                     f"{statistics.fmean(one.polls for one in known):.1f}",
                     f"{noticed.count(None)}",
@@ -78,7 +78,7 @@ async def _burst(workers: Fleet, plan: Plan) -> tuple[float, list[Noticed | None
     before, began = workers.server.statistics().created, time.perf_counter()
 
     async def until_all_are_asked() -> float:
-        await workers.until(lambda statistics: statistics.created - before >= len(plan.ages))
+        await workers.until_created(before + len(plan.ages))
         return time.perf_counter() - began
 
     async with asyncio.TaskGroup() as group:
@@ -104,7 +104,7 @@ async def _measure_newcomers(bench: Bench, server: Server, report: Report) -> No
         known = [after for after in new if after is not None]
         if len(known) < 2:
             raise CannotMeasureError(f"{len(known)} of {len(new)} new requests were asked")
-        row = ["on" if sheds else "off", f"{asked:.1f}", Spread.of(known).text(2), f"{_p95(known):.2f}"]
+        row = ["on" if sheds else "off", f"{asked:.1f}", Spread.of(known).text(2), f"{p95(known):.2f}"]
         table.rows.append([*row, f"{new.count(None)}"])
         report.raw[f"newcomers, load shedding {'on' if sheds else 'off'}"] = [asked, *new]
         if sheds:
@@ -128,7 +128,7 @@ async def _newcomers(workers: Fleet, backlog: int, starts: list[float]) -> tuple
     async with asyncio.TaskGroup() as group:
         group.create_task(request_all(new_ids, new, request))
         await request_all(old_ids, old, workers.request)
-    await workers.until(lambda statistics: statistics.created - before >= backlog + len(starts))
+    await workers.until_created(before + backlog + len(starts))
     approvals = workers.server.approvals()
     asked = {operation_id: approval.due - _LONG for operation_id, approval in approvals.items()}
     after = [asked[new_id] - submitted[new_id] if new_id in asked else None for new_id in new_ids]
@@ -153,12 +153,10 @@ async def _measure_bad_moments(bench: Bench, server: Server, report: Report) -> 
         plan = Plan([0.0] * size, [seconds + source.uniform(0.0, later) for _ in range(size)])
         async with fleet(server, Pace(None, _RATE)) as workers:
             noticed = await _through(workers, plan, kind, seconds)
-        known = _known(noticed)
+        known = known_of(name, noticed)
         late = [one.late for one in known]
         polls = statistics.fmean(one.polls for one in known)
-        table.rows.append(
-            [name, Spread.of(late).text(2), f"{_p95(late):.2f}", f"{polls:.1f}", f"{noticed.count(None)}"]
-        )
+        table.rows.append([name, Spread.of(late).text(2), f"{p95(late):.2f}", f"{polls:.1f}", f"{noticed.count(None)}"])
         report.goals.append(Goal(f"approvals lost, the service answers {name}", 0, noticed.count(None)))
     report.tables.append(table)
 
@@ -168,7 +166,7 @@ async def _through(workers: Fleet, plan: Plan, kind: Failure | None, seconds: fl
     before = workers.server.statistics().created
 
     async def fail() -> None:
-        await workers.until(lambda statistics: statistics.created - before >= len(plan.ages))
+        await workers.until_created(before + len(plan.ages))
         if kind is not None:
             await asyncio.to_thread(workers.server.fail, kind)
             await asyncio.sleep(seconds)
@@ -178,14 +176,3 @@ async def _through(workers: Fleet, plan: Plan, kind: Failure | None, seconds: fl
         group.create_task(fail())
         noticed = group.create_task(by_worker(workers, plan))
     return noticed.result()
-
-
-def _known(noticed: list[Noticed | None]) -> list[Noticed]:
-    known = [one for one in noticed if one is not None]
-    if len(known) < 2:
-        raise CannotMeasureError(f"{len(known)} of {len(noticed)} approvals were noticed")
-    return known
-
-
-def _p95(values: list[float]) -> float:
-    return statistics.quantiles(values, n=20, method="inclusive")[-1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless.worker import Outcome, approval_outcomes
 
+from .report import CannotMeasureError
 from .server import approved_after
 
 if TYPE_CHECKING:
@@ -81,3 +82,11 @@ def noticed(server: Server, operation_ids: list[str], known: dict[str, float]) -
         return Noticed(at - approval.due, at - approval.reported, approval.polls, at)
 
     return [one(operation_id) for operation_id in operation_ids]
+
+
+def known_of(name: str, noticed: list[Noticed | None]) -> list[Noticed]:
+    """Return the approvals that were noticed; raise where there are too few for a spread."""
+    known = [one for one in noticed if one is not None]
+    if len(known) < 2:
+        raise CannotMeasureError(f"{name}: {len(known)} of {len(noticed)} approvals were noticed")
+    return known

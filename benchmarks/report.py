@@ -37,6 +37,11 @@ class Spread:
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
+def p95(values: list[float]) -> float:
+    """Return the value that one in twenty exceeds."""
+    return statistics.quantiles(values, n=20, method="inclusive")[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """Rows of text with column titles."""

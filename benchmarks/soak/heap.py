@@ -19,8 +19,8 @@ THRESHOLD: Final = "MALLOC_MMAP_THRESHOLD_"
 class Heap(NamedTuple):
     """Bytes of the heap."""
 
-    in_use: int = 0
-    free: int = 0
+    in_use: int
+    free: int
 
 
 class _Mallinfo2(ctypes.Structure):

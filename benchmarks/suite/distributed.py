@@ -22,8 +22,8 @@ from benchmarks import fleet_load, pictures
 from benchmarks.approval_times import seeded_random
 from benchmarks.bench import order
 from benchmarks.fleet import EXPIRES_IN, Fleet, Pace, Shares, fleet
-from benchmarks.noticing import Noticed, Plan, by_worker, noticed, request_all
-from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
+from benchmarks.noticing import Noticed, Plan, by_worker, known_of, noticed, request_all
+from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table, p95
 from benchmarks.server import (
     API_KEY,
     EXTERNAL_USER_ID,
@@ -285,14 +285,12 @@ def _lateness_table(plan: Plan, interval: float, sides: dict[str, list[Noticed |
         ["", "polls per wait", "late, s", "p95, s", "after the answer, ms", f"later than the {POLLER}, ms", "lost"],
     )
     for name, of in sides.items():
-        known = [one for one in of if one is not None]
-        if len(known) < 2:
-            raise CannotMeasureError(f"{name}: {len(known)} of {len(of)} approvals were noticed")
+        known = known_of(name, of)
         late = [one.late for one in known]
         cells = [
             f"{statistics.fmean(one.polls for one in known):.2f}",
             Spread.of(late).text(3),
-            f"{statistics.quantiles(late, n=20, method='inclusive')[-1]:.3f}",
+            f"{p95(late):.3f}",
             Spread.of([1e3 * one.delivery for one in known]).text(1),
             "" if name == POLLER else Spread.of(_later(of, sides[POLLER])).text(1),
             str(of.count(None)),

@@ -30,7 +30,7 @@ from benchmarks.soak.service import Habits, ServiceProcess
 from benchmarks.soak.verdicts import Ending, Entry, Outcome, Verdict, Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from multiprocessing.context import SpawnProcess
 
     from matplotlib.figure import Figure
@@ -293,31 +293,36 @@ def _warm(soak: Soak) -> list[Reading]:
     return [reading for reading in soak.readings if reading.at >= start] or soak.readings[-1:]
 
 
+def _warm_samples(soak: Soak) -> list[Sample]:
+    """Return the samples after the warm-up, without that of the end."""
+    return soak.samples[int(_WARM_UP * len(soak.samples)) : -1]
+
+
+def _an_hour(points: Sequence[tuple[float, float]]) -> float:
+    """Return how fast a value grew in an hour, by a straight line through its values at times in seconds."""
+    if len(points) < 2:
+        return 0.0
+    return statistics.linear_regression([at / 3600 for at, _ in points], [value for _, value in points]).slope
+
+
 def _slope(soak: Soak) -> float:
     """Return how fast the resident memory grew after the warm-up, in MB an hour."""
-    warm = _warm(soak)
-    if len(warm) < 2:
-        return 0.0
-    return statistics.linear_regression([r.at / 3600 for r in warm], [r.resident / _MB for r in warm]).slope
+    return _an_hour([(reading.at, reading.resident / _MB) for reading in _warm(soak)])
 
 
 def _blocks_slope(soak: Soak) -> float:
     """Return how fast the memory blocks of objects grew after the warm-up, in percent an hour."""
-    warm = soak.samples[int(_WARM_UP * len(soak.samples)) : -1]
-    if len(warm) < 2:
-        return 0.0
-    slope = statistics.linear_regression([s.at / 3600 for s in warm], [s.blocks for s in warm]).slope
-    return 100 * slope / warm[0].blocks
+    warm = _warm_samples(soak)
+    return 100 * _an_hour([(sample.at, sample.blocks) for sample in warm]) / warm[0].blocks if warm else 0.0
 
 
 def _heap_rows(soak: Soak) -> list[list[str]]:
     """Return how fast the C library's heap grew after the warm-up: what is in use, and what is free between that."""
-    warm = [(s.at / 3600, s.heap) for s in soak.samples[int(_WARM_UP * len(soak.samples)) : -1] if s.heap is not None]
+    warm = [(sample.at, sample.heap) for sample in _warm_samples(soak) if sample.heap is not None]
     if len(warm) < 2:
         return []
-    hours = [hour for hour, _ in warm]
-    in_use = statistics.linear_regression(hours, [of.in_use / _MB for _, of in warm]).slope
-    free = statistics.linear_regression(hours, [of.free / _MB for _, of in warm]).slope
+    in_use = _an_hour([(at, of.in_use / _MB) for at, of in warm])
+    free = _an_hour([(at, of.free / _MB) for at, of in warm])
     return [
         ["growth of what is in use of the C library's heap, MB an hour", f"{in_use:.2f}"],
         ["growth of what is free in it, MB an hour", f"{free:.2f}"],
