@@ -603,11 +603,12 @@ async def _completed(starting: Coroutine[Any, Any, None]) -> None:
     """Start a server; a cancellation waits for that: asyncio leaves the socket open where it comes in between."""
     task = asyncio.ensure_future(starting)
     try:
-        await asyncio.shield(task)
+        await asyncio.wait([task])
     except asyncio.CancelledError:
         await asyncio.wait([task])
         task.exception()  # or asyncio would log that nobody took it
         raise
+    task.result()
 
 
 def _drop(request: web.Request) -> NoReturn:

@@ -288,9 +288,12 @@ def _faults(soak: Soak) -> Table:
 
 
 def _warm(soak: Soak) -> list[Reading]:
-    """Return the readings after the warm-up."""
-    start = soak.readings[0].at + _WARM_UP * soak.plan.seconds
-    return [reading for reading in soak.readings if reading.at >= start] or soak.readings[-1:]
+    """Return the readings after the warm-up, until the last sample before the client was shut down.
+
+    Cancelling ten thousand tasks at once takes some megabytes, which is no growth.
+    """
+    start, end = soak.readings[0].at + _WARM_UP * soak.plan.seconds, soak.samples[-2].at
+    return [reading for reading in soak.readings if start <= reading.at <= end] or soak.readings[-1:]
 
 
 def _warm_samples(soak: Soak) -> list[Sample]:
