@@ -54,7 +54,7 @@ class Dispatcher:
         self._retries: TimerQueue[PolledOperation] = TimerQueue()  # those that failed when they were polled last
         self._retries_in_flight = 0
         self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits for a slot
-        self._final_in_flight = 0
+        self._final_in_flight: dict[Poll, None] = {}
         self._final_in_a_row = 0  # started since the last ordinary poll
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
@@ -102,7 +102,7 @@ class Dispatcher:
         return self._next_final(now, room) or self._next_ordinary(now, room)
 
     def _next_final(self, now: float, room: int) -> Poll | None:
-        if not self._may_start_final(now, room):
+        if not self._final_polls or not self._may_start_final(now, room):
             return None
         for _ in range(min(MOST_DEADLINES, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
@@ -112,7 +112,10 @@ class Dispatcher:
         return None
 
     def _may_start_final(self, now: float, room: int) -> bool:
-        return not self._final_in_flight or (room > 0 and not self._circuit.limits_final_polls(now))
+        if room > 0 and not self._circuit.limits_final_polls(now):
+            return True
+        # One that hangs may go on for other waits after its two seconds: no other final poll is held up by that.
+        return not any(poll.is_awaited_as_final() for poll in self._final_in_flight)
 
     def _next_ordinary(self, now: float, room: int) -> Poll | None:
         if room <= 0 or self._rate.ready_at(now) > now + RESOLUTION:
@@ -143,7 +146,7 @@ class Dispatcher:
         del self.in_flight[poll]
         polled = poll.polled
         if poll.final:
-            self._final_in_flight -= 1
+            del self._final_in_flight[poll]
         else:
             polled.poll = None
             self._retries_in_flight -= poll.is_retry
@@ -216,7 +219,7 @@ class Dispatcher:
         self.in_flight[poll] = None
         self._rate.record_poll(now)
         if final:
-            self._final_in_flight += 1
+            self._final_in_flight[poll] = None
             self._final_in_a_row += 1
         else:
             poll.lag = max(0.0, now - polled.due)

@@ -412,7 +412,9 @@ class Poller:
         if not polled.live:
             self._stop_polling(wait)
         wait.seen = None  # the timer queue may keep the wait for a while
-        wait.final = None  # that poll has the wait
+        final, wait.final = wait.final, None  # that poll has the wait
+        if final is not None and final.under_way and polled.live:  # it goes on for others; a final poll may start now
+            self._arm(self._loop.time())
         if self._reporter.listens:
             self._reporter.wait_ended(wait, self._loop.time())
 

@@ -200,6 +200,7 @@ class Poll:
     """One poll: for which waits it is made, and whether and why it was cut off."""
 
     __slots__ = (
+        "_undecided",
         "_unserved",
         "counted_as_failure",
         "cut",
@@ -227,6 +228,7 @@ class Poll:
         self.overdue = False
         self.counted_as_failure = False
         self._unserved = 0  # so many of the first waits it no longer serves: they never come back
+        self._undecided = 0  # so many of the first waits do not end with it, or have ended
 
     def serves(self, wait: Wait) -> bool:
         """Return whether the answer counts for a wait: once its deadline has passed, only its final poll does."""
@@ -237,6 +239,17 @@ class Poll:
         while self._unserved < len(self.waits) and not self.serves(self.waits[self._unserved]):
             self._unserved += 1
         return self._unserved < len(self.waits)
+
+    def is_awaited_as_final(self) -> bool:
+        """Return whether it is the final poll of a wait that has not ended: it may go on for others after that."""
+        if not self.waits:  # it starts in this turn of the loop
+            return True
+        while self._undecided < len(self.waits):
+            wait = self.waits[self._undecided]
+            if wait.final is self and not wait.done():
+                return True
+            self._undecided += 1
+        return False
 
     def stop(self, *, overdue: bool = False) -> None:
         """Cut the exchange off, once; overdue: since it took longer than an exchange may."""

@@ -1005,6 +1005,32 @@ class TestRule4TransientFailures:
             assert len(at) <= 201
             assert all(b - a >= 0.01 - 1e-6 for a, b in pairwise(at[1:]))  # beside a probe, perhaps
 
+    @pytest.mark.parametrize("leaves_after", [1.0, None])
+    async def test_a_final_poll_goes_on_for_others_and_holds_up_no_other_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient, leaves_after: float | None
+    ) -> None:  # found by tests/simulation, seed 91282
+        await pending(client)
+        sandbox.fail_next(429, retry_after=100)
+        goes_on = asyncio.create_task(client.wait_for_approval("op", timeout=None))
+        await asyncio.sleep(1)
+        start = now()
+        sandbox.latency = 3600
+        ends = asyncio.create_task(client.wait_for_approval("op", timeout=5))
+        await asyncio.sleep(5.2)
+        sandbox.latency = 0
+        sandbox.approve("other", user_id=USER)
+        other = asyncio.create_task(client.wait_for_approval("other", timeout=0.3))
+        if leaves_after is not None:
+            await asyncio.sleep(start + 5 + leaves_after - now())
+            await cancel([ends])
+        assert (await other).is_approved
+        assert polls(sandbox, "op")[1:] == pytest.approx([start + 5])
+        assert polls(sandbox, "other") == pytest.approx([start + 5 + (leaves_after or 2.0)])
+        assert not goes_on.done()
+        await cancel([goes_on])
+        outcome = (await asyncio.gather(ends, return_exceptions=True))[0]
+        assert isinstance(outcome, ApprovalUnknownError if leaves_after is None else asyncio.CancelledError)
+
     async def test_an_unanswered_final_poll_is_a_failure_of_the_service(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
