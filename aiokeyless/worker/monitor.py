@@ -10,7 +10,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Final
 
-from .engine import EngineError, Inspection
+from .engine import EngineError, Inspection, raise_lost_cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class Monitor:
         """Inspect, again and again, until it is cancelled."""
         while True:
             await self._inspect()
-            _raise_lost_cancellation()
+            raise_lost_cancellation()
             self._inspected()
             await asyncio.sleep(_EVERY)
 
@@ -107,14 +107,3 @@ class Monitor:
         elif self._stalled_since is None:
             self._stalled_since = self._now()
         self._deliveries = 0
-
-
-def _raise_lost_cancellation() -> None:
-    """Raise a cancellation that came with the broker's answer: asyncio.wait_for loses it on Python 3.11.
-
-    A worker repeats it, unless it was itself cancelled again, as by a scope of anyio.
-    """
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101  # a monitor runs in one
-    if task.cancelling():
-        raise asyncio.CancelledError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from aiokeyless.worker.engine import EngineError
+from aiokeyless.worker.engine import EngineError, raise_lost_cancellation
 from aiokeyless.worker.logs import log
 
 from .failures import engine_errors
@@ -84,3 +84,4 @@ class BrokerClock:
         while True:
             await asyncio.sleep(_EVERY)
             await self.measure(connection, subject, within)
+            raise_lost_cancellation()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -98,6 +98,26 @@ async def test_it_is_measured_again_as_the_worker_runs(connection: Client, monke
     await until(lambda: error_of(wrong) < 20)
     keeping.cancel()
     await asyncio.wait([keeping])
+
+
+async def test_a_cancellation_that_a_measurement_loses_ends_it_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of asyncio.wait_for on Python 3.11, where the answer comes at the same moment."""
+    asked = asyncio.Event()
+
+    class Broker:
+        async def request(self, *_: object, **__: object) -> SimpleNamespace:
+            assert not asked.is_set()  # it is not asked again
+            asked.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            return SimpleNamespace(data=b"{}")
+
+    monkeypatch.setattr(clock, "_EVERY", 0)
+    keeping = asyncio.create_task(BrokerClock().keep(cast("Client", Broker()), SUBJECT, 60))
+    await asked.wait()
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    assert keeping.cancelled()
 
 
 async def test_a_worker_whose_clock_is_ahead_expires_nothing_early(
