@@ -849,7 +849,7 @@ class TestRule4TransientFailures:
 
     async def test_a_final_poll_that_fails_beside_one_that_hangs_does_not_cancel_the_backoff_of_that_one(
         self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:  # found by tests/simulation, seed 267
+    ) -> None:  # found by tests/simulation
         await pending(client)
         start = now()
         loop = asyncio.get_running_loop()
@@ -1008,7 +1008,7 @@ class TestRule4TransientFailures:
     @pytest.mark.parametrize("leaves_after", [1.0, None])
     async def test_a_final_poll_goes_on_for_others_and_holds_up_no_other_final_poll(
         self, sandbox: Sandbox, client: KeylessClient, leaves_after: float | None
-    ) -> None:  # found by tests/simulation, seed 91282
+    ) -> None:  # found by tests/simulation
         await pending(client)
         sandbox.fail_next(429, retry_after=100)
         goes_on = asyncio.create_task(client.wait_for_approval("op", timeout=None))
