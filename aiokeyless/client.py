@@ -421,10 +421,8 @@ class KeylessClient:
         except (ClientClosedError, DecodeError, StatusError, TransportError) as error:
             error.operation_id = operation.operation_id
             raise
-        if not reconciled:
-            poller.created(operation.operation_id)
         created_at = datetime.now(UTC)
-        return ApprovalTicket(
+        ticket = ApprovalTicket(
             operation_id=operation.operation_id,
             user_id=user_id,
             external_user_id=external_user_id,
@@ -434,6 +432,9 @@ class KeylessClient:
             reconciled=reconciled,
             traceparent=current_traceparent(),
         )
+        if not reconciled:
+            poller.created(ticket)
+        return ticket
 
     # -- waits
 

@@ -101,7 +101,7 @@ class Poller:
         self._deadlines: TimerQueue[Wait] = TimerQueue()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
-        self._created: dict[str, float] = {}
+        self._created: dict[tuple[str, datetime], float] = {}  # by id and `created_at`: a later ticket has a later one
         self._pauses = Pauses()
         self._sequence = -math.inf
         self._waiting = 0
@@ -117,14 +117,13 @@ class Poller:
 
     # -- what the client calls
 
-    def created(self, operation_id: str) -> None:
-        """Remember on the loop's clock that an operation was created just now."""
+    def created(self, ticket: ApprovalTicket) -> None:
+        """Remember on the loop's clock that the operation of a ticket was created just now."""
         now = self._loop.time()
-        self._created.pop(operation_id, None)
         while self._created and now - self._created[oldest := next(iter(self._created))] > YOUNG:
             del self._created[oldest]
-        self._created[operation_id] = now
-        self._pauses.remove(operation_id)  # of the time before it existed
+        self._created[ticket.operation_id, ticket.created_at] = now
+        self._pauses.remove(ticket.operation_id)  # of the time before it existed
 
     def start(
         self,
@@ -326,13 +325,13 @@ class Poller:
 
     def _is_fresh(self, ticket: ApprovalTicket | None, age: float) -> bool:
         """Return whether this client created the operation a moment ago: nobody approves so soon."""
-        return ticket is not None and ticket.operation_id in self._created and age < FRESH
+        return ticket is not None and (ticket.operation_id, ticket.created_at) in self._created and age < FRESH
 
     def _age(self, ticket: ApprovalTicket | None, now: float) -> float:
         """Return the seconds since the operation was created: 0 for a bare id, whose clock starts with the wait."""
         if ticket is None:
             return 0.0
-        created = self._created.get(ticket.operation_id)
+        created = self._created.get((ticket.operation_id, ticket.created_at))
         if created is not None:
             return now - created
         return max(0.0, (datetime.now(UTC) - ticket.created_at).total_seconds())

@@ -720,6 +720,21 @@ class TestRule3OneBudget:
             await client.wait_for_approval(ticket)
         assert now() - start == pytest.approx(120)
 
+    @pytest.mark.parametrize("how", ["resumed", "made by hand"])
+    async def test_a_later_ticket_of_an_operation_that_this_client_created_has_its_own_lifetime(
+        self, client: KeylessClient, how: str
+    ) -> None:
+        await client.create_operation(USER, operation_id="op")
+        await asyncio.sleep(200)
+        if how == "resumed":
+            ticket = await client.create_operation(USER, operation_id="op", if_exists="resume")
+        else:
+            ticket = ApprovalTicket.for_operation("op", user_id=USER)
+        start = now()
+        with pytest.raises(ApprovalTimeoutError):
+            await client.wait_for_approval(ticket)
+        assert now() - start == pytest.approx(120, abs=1)
+
     async def test_a_ticket_that_expired_before_it_was_created_has_nothing_left(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
