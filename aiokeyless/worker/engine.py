@@ -7,7 +7,6 @@ remembers which request an operation id belongs to.
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -38,17 +37,6 @@ class RefusedError(EngineError):
 
 class NoPlaceError(EngineError):
     """The broker has no place for it, and waiting for one was in vain."""
-
-
-def raise_lost_cancellation() -> None:
-    """Raise a cancellation that came with the broker's answer: asyncio.wait_for loses it on Python 3.11.
-
-    A task that asks the broker again and again calls it after each answer: it may be cancelled only once.
-    """
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101  # what has asked runs in one
-    if task.cancelling():
-        raise asyncio.CancelledError
 
 
 class Claim(Enum):

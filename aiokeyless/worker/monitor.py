@@ -10,7 +10,8 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Final
 
-from .engine import EngineError, Inspection, raise_lost_cancellation
+from .cancellation import raise_lost_cancellation
+from .engine import EngineError, Inspection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

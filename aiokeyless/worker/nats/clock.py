@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from aiokeyless.worker.engine import EngineError, raise_lost_cancellation
+from aiokeyless.worker.cancellation import raise_lost_cancellation
+from aiokeyless.worker.engine import EngineError
 from aiokeyless.worker.logs import log
 
 from .failures import engine_errors
