@@ -58,7 +58,9 @@ class Pause:
 
 
 def next_poll(polled: PolledOperation, schedule: wait_base, attempt: int, now: float) -> float:
-    """Return when a schedule polls next: counted from the last poll that found the operation pending, else now.
+    """Return when a schedule polls next: counted from the poll in flight, or the last that was answered with pending.
+
+    Where there is neither, that is now.
 
     Args:
         polled: The operation.
@@ -69,7 +71,7 @@ def next_poll(polled: PolledOperation, schedule: wait_base, attempt: int, now: f
     Raises:
         ConfigurationError: The schedule did not return a number.
     """
-    last = polled.pending_at
+    last = polled.pending_at if polled.poll is None else polled.poll.started_at
     if last is None:
         return now
     since_start = max(0.0, last - polled.origin)

@@ -351,6 +351,48 @@ class TestSeries:
             assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8], abs=0.01)
 
+    @pytest.mark.parametrize("beside", ["a wait", "holds"])
+    async def test_a_failing_operation_is_not_polled_at_the_start_of_each_hold_beside_others(
+        self, sandbox: Sandbox, client: KeylessClient, beside: str
+    ) -> None:
+        ticket = await old_ticket(client)
+        sandbox.fail_next(status=503, retry_after=30, method="GET")
+        start = now()
+        every_minute = wait_fixed(60)
+        other: asyncio.Task[Any]
+        if beside == "a wait":
+            other = asyncio.create_task(client.wait_for_approval(ticket, timeout=40, schedule=every_minute))
+        else:
+            other = asyncio.create_task(hold_on(client, ticket, pieces=8, seconds=5, schedule=every_minute))
+        await asyncio.sleep(0.5)
+        assert await hold_on(client, ticket, pieces=39, seconds=1, schedule=every_minute) is None
+        assert [at for at in polls(sandbox) if at < start + 39.9] == pytest.approx([start, start + 30], abs=0.01)
+        await asyncio.wait([other])
+
+    async def test_a_hold_that_begins_while_a_poll_is_in_flight_adds_none(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        sandbox.latency = 1
+        waiting = asyncio.create_task(client.wait_for_approval(ticket, timeout=20, schedule=wait_fixed(3)))
+        await asyncio.sleep(4.5)
+        assert await client.hold_for_approval(ticket, seconds=3.4, schedule=wait_fixed(4)) is None
+        assert polls(sandbox) == pytest.approx([start, start + 4], abs=0.05)
+        await cut_off(waiting)
+
+    async def test_a_hold_that_begins_while_a_poll_is_in_flight_keeps_its_own_schedule(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        start = now()
+        sandbox.latency = 1
+        waiting = asyncio.create_task(client.wait_for_approval(ticket, schedule=wait_fixed(60)))
+        await asyncio.sleep(0.5)
+        assert await client.hold_for_approval(ticket, seconds=4, schedule=wait_fixed(2)) is None
+        assert polls(sandbox) == pytest.approx([start, start + 2], abs=0.05)
+        await cut_off(waiting)
+
     async def test_what_was_polled_before_an_operation_was_created_is_forgotten(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
