@@ -636,8 +636,10 @@ class Poller:
             now = self._loop.time()
             if self._reporter.listens:
                 self._reporter.poll_ended(poll, answer, now)
-            if answer is not None:  # None: cut off, and neither good nor bad
+            if answer is not None:
                 await self._apply(poll, answer, now)
+            else:  # cut off, and neither good nor bad
+                self._circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
         except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
             for wait in poll.polled.active_waits():
                 self._end(wait, error)

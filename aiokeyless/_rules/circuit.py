@@ -182,6 +182,18 @@ class Circuit:
             self._enter(CircuitState.OPEN, now)
             self._schedule_probe(now)
 
+    def record_cut(self, *, started_at: float, is_probe: bool) -> None:
+        """Record a poll that was cut off, since nobody waited for it any more: that says nothing of the service.
+
+        The next probe keeps the same distance to it, or callers that give up would send one after another.
+
+        Args:
+            started_at: When the poll started.
+            is_probe: Whether it was an ordinary poll.
+        """
+        if self.is_probed and is_probe and started_at >= self.since:
+            self._probe_at = max(self._probe_at, started_at + error_delay(self._probes))
+
     def record_pause(self, now: float, seconds: float) -> None:
         """Record the ``Retry-After`` of a rate limit, besides the failure that it came with: it is meant for all polls.
 

@@ -924,6 +924,26 @@ class TestRule4TransientFailures:
         assert all(gap >= 10 for gap in gaps)
         await cancel(waits)
 
+    async def test_callers_that_give_up_while_the_service_hangs_do_not_make_probes_more_frequent(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        for number in range(20):
+            await pending(client, f"op{number}")
+        sandbox.fail_next(503, times=None)
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(10)]
+        await asyncio.sleep(20)
+        sandbox.recover()
+        sandbox.latency = 3600  # now it hangs
+        start = now()
+        for number in range(10, 130):
+            waits.append(asyncio.create_task(client.wait_for_approval(f"op{number % 20}")))
+            await asyncio.sleep(0.5)
+            await cancel([waits.pop(0)])
+        probes = [at for at in polls(sandbox) if start < at < start + 60]
+        assert 10 <= len(probes) <= 24
+        assert all(b - a >= 2.5 - 1e-6 for a, b in pairwise(probes))
+        await cancel(waits)
+
     async def test_after_an_outage_the_client_opens_up_step_by_step(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=16) as client:
             sandbox.latency = 1

@@ -225,6 +225,30 @@ def test_a_poll_that_starts_in_the_moment_of_the_opening_is_a_probe() -> None:
 
 
 @pytest.mark.usefixtures("full_backoff")
+def test_after_a_probe_that_was_cut_off_the_next_one_keeps_the_same_distance() -> None:
+    circuit = open_at(100.0)
+    fail(circuit, 101.0)
+    assert circuit.retry_at() == 102.0
+    for start, end in ((102.0, 102.1), (103.0, 109.0)):
+        circuit.record_cut(started_at=start, is_probe=True)
+        assert circuit.retry_at() == start + 1.0, "the second step"
+        assert circuit.room(max(end, start + 1.0)) == 1
+    circuit.record_success(110.0, started_at=109.5)
+    assert circuit.retry_at() == -math.inf
+
+
+def test_of_what_is_cut_off_only_a_probe_puts_off_the_next_one() -> None:
+    circuit = Circuit(LIMIT)
+    circuit.record_cut(started_at=99.0, is_probe=True)
+    assert circuit.room(99.0) == LIMIT
+    circuit = open_at(100.0)
+    before = circuit.retry_at()
+    circuit.record_cut(started_at=before, is_probe=False)
+    circuit.record_cut(started_at=99.9, is_probe=True)  # from before the opening
+    assert circuit.retry_at() == before
+
+
+@pytest.mark.usefixtures("full_backoff")
 def test_final_polls_do_not_pace_the_probes() -> None:
     circuit = open_at(100.0)
     for now in (100.1, 100.2, 100.3):

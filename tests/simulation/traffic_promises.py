@@ -205,10 +205,9 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
         opened = _opened_at(evidence, outage, polls)
         probes = [poll for poll in polls if poll.sent_at > opened + EPS and not evidence.is_final(poll)]
         for number, (earlier, later) in enumerate(pairwise(probes)):
-            if evidence.read(earlier).kind == "cut":
-                continue
-            pause = SHORTEST_LAST if number >= STEPS else SHORTEST
-            if later.sent_at < earlier.ended_at + pause - EPS:
+            was_cut = evidence.read(earlier).kind == "cut"
+            pause = SHORTEST if was_cut or number < STEPS else SHORTEST_LAST
+            if later.sent_at < (earlier.sent_at if was_cut else earlier.ended_at) + pause - EPS:
                 yield evidence.violation(
                     "few requests in an outage",
                     later,
