@@ -832,20 +832,21 @@ class Poller:
             self._end(wait, unknown(wait.record(now)))
 
     def _schedule_next(
-        self, polled: PolledOperation, waits: list[Wait], delays: dict[int, float | Exception], now: float
+        self, polled: PolledOperation, waits: list[Wait], delays: dict[tuple[int, int], float | Exception], now: float
     ) -> list[Wait]:
-        """Ask each schedule once and take the soonest delay; return the waits whose schedule answered."""
-        for wait in waits:
-            if id(wait.schedule) not in delays:
+        """Ask each schedule once an attempt and take the soonest delay; return the waits whose schedule answered."""
+        asked = [(wait, (id(wait.schedule), wait.attempt)) for wait in waits]
+        for wait, key in asked:
+            if key not in delays:
                 try:
-                    delays[id(wait.schedule)] = next_delay(
+                    delays[key] = next_delay(
                         wait.schedule, attempt_number=wait.attempt, since_start=now - polled.origin
                     )
                 except KeylessError as error:
-                    delays[id(wait.schedule)] = error
+                    delays[key] = error
             wait.attempt += 1
-        for wait in waits:
-            delay = delays[id(wait.schedule)]
+        for wait, key in asked:
+            delay = delays[key]
             if isinstance(delay, Exception):
                 self._end(wait, copy.copy(delay))
         good = [delay for delay in delays.values() if isinstance(delay, float)]

@@ -273,6 +273,6 @@ class Applied:
         # The waits for which the poll was made.
         self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
         self.outcomes: dict[PollFacts, Outcome] = {}
-        self.delays: dict[int, float | Exception] = {}  # by the id of the schedule that was asked
+        self.delays: dict[tuple[int, int], float | Exception] = {}  # by the id of the schedule and the attempt
         self.failed = False  # it was counted as a failure of the operation
         self.retry_at = math.inf  # the end of the backoff after that

@@ -1352,6 +1352,18 @@ class TestRule6SingleFlight:
         assert polls(sandbox) == pytest.approx([start, start + 1, start + 2, start + 20])
         await cancel([slow])
 
+    async def test_a_later_wait_with_the_same_schedule_is_noticed_as_if_it_were_alone(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(schedule=wait_exponential(multiplier=1, max=60)) as client:
+            await pending(client)
+            first = asyncio.create_task(client.wait_for_approval("op", timeout=200))
+            await asyncio.sleep(50)  # it polls a minute apart by now
+            sandbox.requests.clear()
+            start = now()
+            with pytest.raises(ApprovalTimeoutError):
+                await client.wait_for_approval("op", timeout=10)
+            assert polls(sandbox) == pytest.approx([start + at for at in (0, 1, 3, 7, 10)])
+            await cancel([first])
+
 
 class TestRule7Cancellation:
     """Rule 7 of docs/rules.md."""
