@@ -29,7 +29,6 @@ from aiokeyless.errors import (
     KeylessError,
     RateLimitError,
     RequestTimeoutError,
-    StatusError,
     TransportError,
 )
 from aiokeyless.models import Operation
@@ -807,7 +806,7 @@ class Poller:
             # Beside an ordinary poll in flight, a final one sets nothing: it could be over when that one fails.
             if polled.before_deadline and polled.poll in (None, poll):
                 self._dispatcher.schedule(polled, applied.retry_at)
-        again = now + max(error_delay(1), error.retry_after or 0.0 if isinstance(error, StatusError) else 0.0)
+        again = now + max(error_delay(1), requested_pause(error))
         for wait in waits:
             wait.error = error
             if wait.final is poll:

@@ -435,6 +435,15 @@ class TestRule3OneBudget:
         assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
         assert polls(sandbox) == pytest.approx([start, start + 5, start + 6])
 
+    @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
+    async def test_a_retry_after_on_another_status_costs_no_approval_that_came_in_time(
+        self, sandbox: Sandbox, client: KeylessClient, status: int
+    ) -> None:
+        await pending(client)
+        asyncio.get_running_loop().call_later(4.9, sandbox.approve, "op")
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(status, retry_after=30))
+        assert (await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)).is_approved
+
     async def test_a_wait_ends_at_once_where_the_service_wants_no_poll_in_what_is_left(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -510,7 +519,7 @@ class TestRule3OneBudget:
         await pending(client)
         start = now()
         before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
-        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504, retry_after=1))
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504))
         with pytest.raises(ApprovalTimeoutError) as caught:
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
         assert not isinstance(caught.value, ApprovalUnknownError)
@@ -523,7 +532,7 @@ class TestRule3OneBudget:
         await pending(client)
         start = now()
         before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
-        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504, retry_after=1))
+        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504))
         asyncio.get_running_loop().call_later(5.005, setattr, sandbox, "latency", 3600)
         with pytest.raises(ApprovalUnknownError):
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)

@@ -115,7 +115,7 @@ def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> st
     if wait.ended_at < budget.deadline - EPS:
         return f"its deadline is at {budget.deadline:.4f} s"
     final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= budget.deadline - EPS]
-    if any(poll.retry_after for poll in final):
+    if any(poll.retry_after and poll.status in {429, 503} for poll in final):
         return ""
     if wait.ended_at < budget.deadline + FINAL - BACKOFF - EPS:
         return "a final poll that fails is repeated"
