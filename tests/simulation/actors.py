@@ -24,6 +24,7 @@ from .world import wall_clock, wall_clock_error
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from datetime import datetime
 
     from .service import Service
 
@@ -145,7 +146,7 @@ class Application:
         self._service = service
         self._generation = 0
         self.history = service.history
-        self._created: dict[str, list[float]] = {}
+        self._created: dict[tuple[str, datetime], float] = {}  # by what tells the ticket from another of its operation
         self.context = contextvars.copy_context()
         """Where its wall clock is the process's."""
         self.context.run(wall_clock_error.set, process.wall_clock_error)
@@ -245,7 +246,7 @@ class Application:
         else:
             create.outcome = "reconciled" if ticket.reconciled else "created"
             create.operation_id = ticket.operation_id
-            self._created.setdefault(ticket.operation_id, []).append(loop.time())
+            self._created[ticket.operation_id, ticket.created_at] = loop.time()
             return ticket
         finally:
             create.ended_at = loop.time()
@@ -337,10 +338,10 @@ class Application:
                 external_user_id=target.external_user_id,
                 lifetime=lifetime,
             )
-            created = self._created.get(target.operation_id, ())
-            wait.made_here = bool(created)
+            created = self._created.get((target.operation_id, target.created_at))
+            wait.made_here = created is not None
             by_wall_clock = max(0.0, (wall_clock() - target.created_at).total_seconds())
-            wait.ages = (*(now - at for at in created), by_wall_clock)
+            wait.ages = (by_wall_clock,) if created is None else (now - created, by_wall_clock)
         self.history.waits.append(wait)
         return wait
 
