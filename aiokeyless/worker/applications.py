@@ -231,10 +231,14 @@ async def approval_outcomes(
         # One at a time: a batch would make the last of it wait for an application that is slow with the first.
         async with aclosing(broker.outcomes(durable)) as messages:
             async for message in messages:
+                # What no key could make an event goes for good, signed or not: a user who may do no more than ask can
+                # have the broker store its acknowledgement here, by a reply subject, and as often as it likes.
+                if (event := await _event(message)) is None:
+                    continue
                 if event_keys and not event_keys.are_of(message.data, message.signature, fleet=broker.fleet_name):
                     unsigned.log({"sequence": message.sequence})
                     await message.put_off(_UPGRADED_IN)
-                elif (event := await _event(message)) is not None:
+                else:
                     yield event
                     await message.done()
     except EngineError as error:

@@ -14,6 +14,7 @@ from aiokeyless import ConfigurationError, KeylessClient
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
+    EventKeys,
     MemoryBroker,
     Outcome,
     Submission,
@@ -340,6 +341,19 @@ async def test_what_is_no_event_is_skipped_and_a_newer_one_is_left_for_later(
     assert caplog.text.count("outcome.unreadable") == 1
     assert caplog.text.count("outcome.newer") == 3  # now, and after a minute each
     assert loop.time() - began == pytest.approx(130, abs=1)
+
+
+@looptime
+async def test_what_is_no_event_is_skipped_for_good_by_a_reader_with_keys_too(caplog: pytest.LogCaptureFixture) -> None:
+    """What an asker can have the broker store, by a reply subject, must not come again each minute for a week."""
+    broker = MemoryBroker()
+    await decided(broker, b'{"stream":"KEYLESS_REQUESTS","seq":1}', failed("unsigned"))
+    keys = EventKeys("a-key-of-the-workers-and-readers-only")
+    async with aclosing(approval_outcomes(broker, "shop", event_keys=keys)) as events:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(events), 130)
+    assert caplog.text.count("outcome.unreadable") == 1
+    assert "outcome.unsigned sequence=1 count=1" in caplog.text  # a key may be wrong: it comes again
 
 
 # -- the fixtures
