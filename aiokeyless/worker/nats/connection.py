@@ -66,35 +66,7 @@ async def connect(
     try:
         async with asyncio.timeout(within):
             await _try_once(servers, given, failures)
-        client = _client(servers, given)
-
-        async def on_disconnect() -> None:
-            if not client.is_closed:  # by the worker itself, at its end
-                log(logging.WARNING, "broker.disconnected")
-
-        async def reconnected() -> None:
-            on_reconnect()
-
-        async def on_error(error: Exception) -> None:
-            log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
-            if "permissions violation" in str(error).lower():
-                on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
-
-        async def on_close() -> None:
-            on_loss(
-                BrokerError(f"the broker ended the connection for good: {client.last_error or 'it did not say why'}")
-            )
-
-        await client.connect(
-            servers,
-            **given,
-            max_reconnect_attempts=-1,
-            reconnect_to_server_handler=_next_server,
-            error_cb=on_error,
-            disconnected_cb=on_disconnect,
-            reconnected_cb=reconnected,
-            closed_cb=on_close,
-        )
+        return await _connect_for_good(servers, given, failures, within, on_reconnect=on_reconnect, on_loss=on_loss)
     except ModuleNotFoundError as error:  # nats-py imports it when there are credentials to sign with
         raise BrokerError(f'credentials need {error.name}: pip install "nats-py[nkeys]"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
@@ -102,7 +74,64 @@ async def connect(
         cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError | TimeoutError) else error
         reason = str(cause) or type(cause).__name__
         raise BrokerError(f"no connection to the broker at {_shown(servers)}: {reason}") from None
+
+
+async def _connect_for_good(
+    servers: list[str],
+    given: dict[str, Any],
+    failures: list[Exception],
+    within: float,
+    *,
+    on_reconnect: Callable[[], None],
+    on_loss: Callable[[BrokerError], None],
+) -> Client:
+    """Connect to what has just worked, so that a connection that is lost later is made again.
+
+    Where it does not work any more, nats-py would try without end. So it is given up after `within` seconds.
+    """
+    client = _client(servers, given)
+    is_made = False
+
+    async def on_disconnect() -> None:
+        if not client.is_closed:  # by the worker itself, at its end
+            log(logging.WARNING, "broker.disconnected")
+
+    async def reconnected() -> None:
+        on_reconnect()
+
+    async def on_error(error: Exception) -> None:
+        if is_made:
+            _note(error, on_loss)
+        else:
+            failures.append(error)
+
+    async def on_close() -> None:
+        if is_made:
+            reason = client.last_error or "it did not say why"
+            on_loss(BrokerError(f"the broker ended the connection for good: {reason}"))
+
+    callbacks: dict[str, Any] = {
+        "error_cb": on_error,
+        "disconnected_cb": on_disconnect,
+        "reconnected_cb": reconnected,
+        "closed_cb": on_close,
+    }
+    lasting = {**given, "max_reconnect_attempts": -1, "reconnect_to_server_handler": _next_server, **callbacks}
+    try:
+        async with asyncio.timeout(within):
+            await client.connect(servers, **lasting)
+    except BaseException:
+        await disconnect(client)
+        raise
+    is_made = True
     return client
+
+
+def _note(error: Exception, on_loss: Callable[[BrokerError], None]) -> None:
+    """Log what nats-py tells of a connection; it is good for nothing where the broker does not permit something."""
+    log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
+    if "permissions violation" in str(error).lower():
+        on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
 
 
 def _client(servers: list[str], given: dict[str, Any]) -> Client:

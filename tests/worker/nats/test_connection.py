@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import NatsServer, until
+from nats_server import PATIENCE, NatsServer, until
 
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.nats import connection
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
+INFO = b'INFO {"server_id":"x","max_payload":1048576}\r\n'
 CONFIGURATION = 'authorization { users = [ { user: worker, password: "s3cret" } ] }'
 
 
@@ -171,6 +172,35 @@ async def test_a_broker_that_says_nothing_is_given_up() -> None:
         message = await refusal(f"nats://127.0.0.1:{port}", connect_timeout=0.2)
         told_to_end.set()
     assert message.startswith(f"no connection to the broker at 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize("greeting", [b"", b"-ERR 'maximum connections exceeded'\r\n"], ids=["silent", "refusing"])
+async def test_a_broker_that_goes_away_while_the_worker_starts_is_one_line_and_hangs_nothing(
+    monkeypatch: pytest.MonkeyPatch, greeting: bytes
+) -> None:
+    """The first connection is a test, and the second one stays: nats-py would try to make that for good."""
+    monkeypatch.setattr(connection, "_CONNECT_WITHIN", 1.0)
+    connections = 0
+
+    async def answer_pings_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.write(INFO if connections == 1 else greeting)
+        while line := await reader.readline():
+            if line == b"PING\r\n":
+                writer.write(b"PONG\r\n")
+            if greeting and connections > 1:
+                break
+        writer.close()
+
+    tasks, losses = asyncio.all_tasks(), list[BrokerError]()
+    async with await asyncio.start_server(answer_pings_once, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(BrokerError, match=f"^no connection to the broker at {address}: "):
+            async with asyncio.timeout(PATIENCE):
+                await connect(f"nats://{address}", {}, on_reconnect=nothing, on_loss=losses.append)
+    assert losses == []
+    await until(lambda: asyncio.all_tasks() == tasks)
 
 
 @pytest.mark.parametrize("credentials", ["", "worker:wr0ng@", "mallory:s3cret@", "t0ken@"])
