@@ -223,6 +223,17 @@ def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[s
     for name in ("max_msgs", "max_bytes", "max_msgs_per_subject"):
         if (getattr(found, name) or _UNLIMITED) > 0 and found.discard != DiscardPolicy.NEW:
             yield f"{name} is {getattr(found, name)}, and what is over it is dropped from the old end"
+    yield from _unstorable(found, wanted)
+
+
+def _unstorable(found: StreamConfig, wanted: StreamConfig) -> Iterator[str]:
+    """Return what would keep messages from being stored, or let a publisher remove them."""
+    if found.allow_rollup_hdrs:
+        yield "it allows rollup headers, by which whoever publishes removes what others published"
+    if found.no_ack:
+        yield "it acknowledges nothing"
+    if wanted.retention is RetentionPolicy.LIMITS and (found.max_msg_size or _UNLIMITED) > 0:
+        yield f"max_msg_size is {found.max_msg_size}, and an outcome or a claim over it would never be stored"
 
 
 async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:

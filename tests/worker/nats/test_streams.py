@@ -149,7 +149,9 @@ async def test_made_once_they_are_found(stream: JetStreamContext) -> None:
 
 
 async def test_what_an_operator_made_well_is_used(stream: JetStreamContext) -> None:
-    await stream.add_stream(requests(max_msgs=10_000, discard=DiscardPolicy.NEW, description="ours", num_replicas=1))
+    await stream.add_stream(
+        requests(max_msgs=10_000, max_msg_size=4096, discard=DiscardPolicy.NEW, description="ours", num_replicas=1)
+    )
     await stream.add_stream(outcomes(max_age=DAY))
     await stream.add_consumer(REQUESTS, consumer(ack_wait=100, max_waiting=512))
     assert await prepared(stream, max_age=DAY) == DAY
@@ -180,6 +182,11 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
         (outcomes(storage=StorageType.MEMORY), "storage is memory, not file"),
         (outcomes(duplicate_window=120, max_age=120), "duplicate window is 120 s.*; max age is 120 s: messages would"),
         (outcomes(max_msgs=10), "max_msgs is 10"),
+        (requests(allow_rollup_hdrs=True), "it allows rollup headers, by which whoever publishes removes"),
+        (requests(no_ack=True), "it acknowledges nothing"),
+        (outcomes(max_msg_size=1024), "max_msg_size is 1024, and an outcome or a claim over it would never be stored"),
+        (claims(allow_rollup_hdrs=True), "it allows rollup headers"),
+        (claims(max_msg_size=32), "max_msg_size is 32, and"),
         (claims(subjects=["keyless.claims.>"]), "subjects are"),
         (claims(max_age=2 * DAY), "max age is 172800 s, not the duplicate window of 86400 s"),
         (claims(max_age=0), "max age is 0 s, not the duplicate window"),
