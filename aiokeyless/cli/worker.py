@@ -166,13 +166,28 @@ async def worker(
 def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
     if key and not certificate:
         raise CommandError("--tls-key needs --tls-cert, the certificate that it is the key of")
+    for option, path in (("--tls-ca", ca), ("--tls-cert", certificate), ("--tls-key", key)):
+        if path is not None:
+            _check_readable(option, path)  # ssl does not say which file it could not read
     try:
         context = ssl.create_default_context(cafile=ca)
-        if certificate:
+    except OSError as error:
+        raise CommandError(f"--tls-ca: {ca} holds no certificate: {error}") from None
+    if certificate:
+        try:
             context.load_cert_chain(certificate, key)
-    except OSError as error:  # a file that is missing, or is no certificate
-        raise CommandError(f"--tls-ca, --tls-cert or --tls-key cannot be used: {error}") from None
+        except OSError as error:
+            raise CommandError(
+                f"--tls-cert: {certificate} and the key in {key or certificate} cannot be used: {error}"
+            ) from None
     return context
+
+
+def _check_readable(option: str, path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CommandError(f"{option}: {path} cannot be read: {error.strerror}") from None
 
 
 def _stop_on_signals(service: ApprovalWorker) -> None:

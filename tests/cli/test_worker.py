@@ -260,11 +260,13 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
     ("options", "message"),
     [
         (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
-        (["--tls-ca", "no-such-file.pem"], "--tls-ca, --tls-cert or --tls-key cannot be used: "),
-        (["--tls-cert", __file__], "--tls-ca, --tls-cert or --tls-key cannot be used: "),
+        (["--tls-ca", "no-such-file.pem"], "--tls-ca: no-such-file.pem cannot be read: "),
+        (["--tls-ca", __file__], f"--tls-ca: {__file__} holds no certificate: "),
+        (["--tls-cert", __file__], f"--tls-cert: {__file__} and the key in {__file__} cannot be used: "),
+        (["--tls-cert", __file__, "--tls-key", "no-such-key.pem"], "--tls-key: no-such-key.pem cannot be read: "),
     ],
 )
-def test_files_of_tls_that_cannot_be_used_are_one_line(
+def test_a_file_of_tls_that_cannot_be_used_is_named_in_one_line(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
