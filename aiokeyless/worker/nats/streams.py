@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
 _SERVICE: Final = "aiokeyless-service"
 _UNLIMITED: Final = -1
+_OF_THE_STREAM: Final = ("max_msgs", "max_bytes")  # limits of the whole, and not of a subject
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
 #: Pull requests that may wait at the consumer: a worker has a few at a time, and there may be a hundred workers.
@@ -220,8 +221,10 @@ def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[s
         yield f"replicas are {found.num_replicas}, not {wanted.num_replicas}"
     if found.max_age and (not wanted.max_age or found.max_age < wanted.duplicate_window):
         yield f"max age is {found.max_age:g} s: messages would vanish before their time"
-    for name in ("max_msgs", "max_bytes", "max_msgs_per_subject"):
-        if (getattr(found, name) or _UNLIMITED) > 0 and found.discard != DiscardPolicy.NEW:
+    for name in (*_OF_THE_STREAM, "max_msgs_per_subject"):
+        # Where new messages are refused, a subject's own old ones are dropped all the same, unless that is chosen too.
+        refuses = found.discard == DiscardPolicy.NEW and (found.discard_new_per_subject or name in _OF_THE_STREAM)
+        if (getattr(found, name) or _UNLIMITED) > 0 and not refuses:
             yield f"{name} is {getattr(found, name)}, and what is over it is dropped from the old end"
     yield from _unstorable(found, wanted)
 
@@ -229,7 +232,7 @@ def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[s
 def _unstorable(found: StreamConfig, wanted: StreamConfig) -> Iterator[str]:
     """Return what would keep messages from being stored, or let a publisher remove them."""
     if found.allow_rollup_hdrs:
-        yield "it allows rollup headers, by which whoever publishes removes what others published"
+        yield "it allows rollup headers, by which a publisher removes what others published"
     if found.no_ack:
         yield "it acknowledges nothing"
     if wanted.retention is RetentionPolicy.LIMITS and (found.max_msg_size or _UNLIMITED) > 0:

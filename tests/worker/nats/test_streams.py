@@ -152,7 +152,8 @@ async def test_what_an_operator_made_well_is_used(stream: JetStreamContext) -> N
     await stream.add_stream(
         requests(max_msgs=10_000, max_msg_size=4096, discard=DiscardPolicy.NEW, description="ours", num_replicas=1)
     )
-    await stream.add_stream(outcomes(max_age=DAY))
+    strict = {"discard": DiscardPolicy.NEW, "discard_new_per_subject": True}
+    await stream.add_stream(outcomes(max_age=DAY, max_msgs_per_subject=10_000, **strict))
     await stream.add_consumer(REQUESTS, consumer(ack_wait=100, max_waiting=512))
     assert await prepared(stream, max_age=DAY) == DAY
 
@@ -182,7 +183,8 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
         (outcomes(storage=StorageType.MEMORY), "storage is memory, not file"),
         (outcomes(duplicate_window=120, max_age=120), "duplicate window is 120 s.*; max age is 120 s: messages would"),
         (outcomes(max_msgs=10), "max_msgs is 10"),
-        (requests(allow_rollup_hdrs=True), "it allows rollup headers, by which whoever publishes removes"),
+        (requests(max_msgs_per_subject=9, discard=DiscardPolicy.NEW), "max_msgs_per_subject is 9, and what is over it"),
+        (requests(allow_rollup_hdrs=True), "it allows rollup headers, by which a publisher removes"),
         (requests(no_ack=True), "it acknowledges nothing"),
         (outcomes(max_msg_size=1024), "max_msg_size is 1024, and an outcome or a claim over it would never be stored"),
         (claims(allow_rollup_hdrs=True), "it allows rollup headers"),
