@@ -115,7 +115,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         reason: Failed: see `FailureReason`.
         detail: Failed: what happened, in words.
         requested_at: From when on `expires_in` counted.
-        decided_at: When the outcome was known, by the worker's clock.
+        decided_at: When the outcome was known, by the broker's clock, as far as the worker knows it.
         deliveries: How often the broker delivered the request: about the number of polls.
         context: What the request carried along, as JSON.
         traceparent: Where in a trace the request was submitted (W3C Trace Context), by its header of that name; or
