@@ -200,6 +200,11 @@ def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
     return _decided(delivery, now, Outcome.EXPIRED, answered=False)
 
 
+def after_refusal(delivery: Delivery, error: KeylessError, *, now: datetime) -> Decided:
+    """Decide about a request that can be read, and that workers do not accept."""
+    return _failed(delivery, now, FailureReason.INVALID_REQUEST, str(error))
+
+
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:
     """Decide about a request that the worker could not handle: it must not be delivered again forever."""
     detail = f"the worker failed ({type(error).__name__}); see its log"

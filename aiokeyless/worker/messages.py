@@ -48,7 +48,8 @@ class FailureReason(StrEnum):
     """Why a request failed. Names are stable; there may be more of them later."""
 
     INVALID_REQUEST = "invalid_request"
-    """No JSON, an unknown field or version, an id that cannot be sent, no id at all. Nobody was asked."""
+    """No JSON, an unknown field or version, an id that cannot be sent, no id at all, a wait that is longer than the
+    fleet allows. Nobody was asked."""
     CONFLICT = "conflict"
     """The operation id belongs to another request, or to an operation that no request of this fleet created."""
     ALREADY_APPROVED = "already_approved"
@@ -194,7 +195,7 @@ def read_request(
         largest: Bytes that the message may have at most, so that its event fits into one too.
 
     Raises:
-        InvalidRequestError: It is not a request.
+        InvalidRequestError: It is not a request; a `TooLongError` where only `expires_in` is wrong.
     """
     if len(data) > largest:
         raise InvalidRequestError(f"the message has {len(data)} bytes; at most {largest:g} leave room for its event")
@@ -225,7 +226,11 @@ def read_request(
         expires_in=request.expires_in,
         context=request.context,
     )
-    return Delivery(ticket=ticket, payload=payload, number=number, name=name, context=request.context)
+    delivery = Delivery(ticket=ticket, payload=payload, number=number, name=name, context=request.context)
+    if request.expires_in > longest:
+        reason = f"expires_in is {request.expires_in:g} s; the stream's duplicate window allows {longest:g} s"
+        raise TooLongError(reason, delivery)
+    return delivery
 
 
 class _Version(msgspec.Struct):
@@ -276,11 +281,9 @@ def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tup
         # A request is not made after it was stored: a clock that is ahead must not prolong a wait.
         created_at = min(request.created_at, stored_at)
     expires_in = seconds(request.expires_in, "expires_in")
-    if expires_in > longest:
-        raise InvalidRequestError(f"expires_in is {expires_in:g} s; the stream's duplicate window allows {longest:g} s")
     try:
         created_at = created_at.astimezone(UTC)
-        return created_at + timedelta(seconds=expires_in), created_at
+        return created_at + timedelta(seconds=min(expires_in, longest)), created_at
     except OverflowError:  # the first day of the calendar, and another year in UTC
         raise InvalidRequestError("created_at must be in the years 1 to 9999, UTC") from None
 
@@ -323,6 +326,21 @@ def _subject(event: ApprovalEvent) -> tuple[object, ...]:
 
 class NewerEventError(msgspec.DecodeError):
     """An event is of a later version: a newer reader understands it."""
+
+
+class TooLongError(InvalidRequestError):
+    """A request is to be waited for longer than the broker remembers it. All else about it is in order.
+
+    Workers with another grace may think otherwise, so its outcome is as that of any other request: under its name, and
+    with its ids.
+
+    Attributes:
+        delivery: The request.
+    """
+
+    def __init__(self, reason: str, delivery: Delivery) -> None:
+        super().__init__(reason)
+        self.delivery: Delivery = delivery
 
 
 class NewerRequestError(InvalidRequestError):

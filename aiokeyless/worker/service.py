@@ -65,8 +65,8 @@ class ApprovalWorker:
             the end. A file, of this worker alone, which is made where it is missing; or ``kv://BUCKET``, a key-value
             bucket of the broker, which the workers of a fleet share. An application that passes a `schedule` keeps that
             one's `to_json` itself. Default: nowhere; then a restart forgets it.
-        grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Default:
-            30.
+        grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. No wait
+            may be longer than the duplicate window without it, so give it to all workers of a fleet alike. Default: 30.
         fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
         event_keys: What it signs its events with, so that readers believe no others. Default: none; then all users of
             the broker's account must be trusted with approvals.

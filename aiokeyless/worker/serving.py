@@ -22,12 +22,12 @@ from aiokeyless._validation import is_traceparent
 from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
-from .decisions import Redeliver, after_bug, after_outage, invalid, observation
+from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, observation
 from .engine import EXPIRES, EngineError, RefusedError, Sealed
 from .exchanges import Exchanges, check_key
 from .load_shedding import LoadShedding
 from .logs import log
-from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, is_about, read_context, read_request
+from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, TooLongError, is_about, read_context, read_request
 from .monitor import Monitor
 from .reporting import Reporter
 
@@ -424,6 +424,8 @@ class Serving:
         self._load_shedding.on_delivery(redelivered=message.number > 1, backlog=message.backlog)
         try:
             delivery = self._read(message)
+        except TooLongError as error:
+            return after_refusal(error.delivery, error, now=self._engine.now())
         except InvalidRequestError as error:
             waited = (self._engine.now() - message.stored_at).total_seconds()
             if isinstance(error, NewerRequestError) and waited < self._terms.longest_wait:

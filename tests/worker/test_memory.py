@@ -15,6 +15,7 @@ from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
     EventKeys,
+    FailureReason,
     MemoryBroker,
     Outcome,
     Submission,
@@ -62,6 +63,18 @@ async def test_an_approval_comes_out(client: KeylessClient, sandbox: Sandbox) ->
         assert broker.waiting == 0
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)
     assert event.read_context(dict[str, int]) == {"order": 7}
+
+
+@looptime
+async def test_a_request_that_may_not_wait_so_long_fails_with_its_ids(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client) as broker:
+        submission = await submit_approval(broker, "c0ffee", operation_payload="Pay 40", expires_in=86_400.0 * 365)
+        event = await next_event(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
+    assert (event.operation_id, event.user_id) == (submission.operation_id, "C0FFEE")
+    assert event.detail is not None
+    assert event.detail.startswith("expires_in is 3.1536e+07 s; the stream's duplicate window allows ")
+    assert not sandbox.operations
 
 
 TRACEPARENT = f"00-{1:032x}-{2:016x}-01"

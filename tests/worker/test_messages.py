@@ -24,6 +24,7 @@ from aiokeyless.worker.messages import (
     Delivery,
     NewerEventError,
     Outcome,
+    TooLongError,
     derived_operation_id,
     is_about,
     read_context,
@@ -142,6 +143,17 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
 def test_a_field_that_is_wrong_is_refused_with_a_reason(fields: dict[str, object], reason: str) -> None:
     with pytest.raises(InvalidRequestError, match=reason.replace("|", r"\|")):
         read(request(**fields))
+
+
+def test_a_request_that_waits_too_long_for_one_worker_has_the_same_name_and_ids_at_all_of_them() -> None:
+    """Workers with different graces allow different waits: an outcome of each would be two outcomes of one request."""
+    data = request(operation_id="txn-1", expires_in=LONGEST, operation_payload="Pay 40")
+    with pytest.raises(TooLongError) as caught:
+        read(data, longest=LONGEST - 1)
+    refused, accepted = caught.value.delivery, read(data)
+    assert (refused.name, refused.context) == (accepted.name, accepted.context)
+    assert refused.ticket.payload_sha256 == accepted.ticket.payload_sha256
+    assert (refused.ticket.operation_id, refused.ticket.user_id) == ("txn-1", "C0FFEE")
 
 
 @pytest.mark.parametrize("missing", ["version", "user_id"])
