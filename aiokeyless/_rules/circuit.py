@@ -33,6 +33,10 @@ _TIMES_USUAL: Final = 7
 _LEAST: Final = 4.0
 #: How much of "usually" one more good answer is.
 _NEWEST: Final = 1 / 8
+#: Where few wait, the limit takes long to rise: after so many seconds half open it is closed as well, if failures are
+#: rare by then, which is fewer than this between two good answers.
+_PROVEN: Final = 30.0
+_RARE: Final = 0.1
 
 
 class CircuitState(StrEnum):
@@ -133,7 +137,7 @@ class Circuit:
         elif not self.takes_room(started_at):
             return
         self._limit = min(self._limit + 1, self._full)
-        if self._limit == self._full:
+        if self._limit == self._full or self._is_proven(now):
             self._enter(CircuitState.CLOSED, now)
 
     def record_error(
@@ -204,6 +208,10 @@ class Circuit:
         self._held_until = max(self._held_until, now + min(seconds, MAX_PAUSE))
         if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
             self._enter(CircuitState.OPEN, now)
+
+    def _is_proven(self, now: float) -> bool:
+        """Return whether it has been half open for long enough, and nearly all answers are good."""
+        return self.state is CircuitState.HALF_OPEN and now - self.since >= _PROVEN and self._usual < _RARE
 
     def _are_unusual(self, operations: set[Hashable], many: int) -> bool:
         """Return whether so many operations failed in a row that it is the service: `many`, where failures are rare."""

@@ -136,7 +136,7 @@ def circuit() -> Drawing:
     drawing.path("M475 216H580V118", RED)
     drawing.text(572, 152, "as from closed", colour=GREY, anchor="end")
     drawing.path("M285 238H125V118", GREEN)
-    drawing.text(275, 262, "max_in_flight is reached", anchor="end")
+    drawing.text(275, 262, "max_in_flight is reached,", "or it went well for 30 s", anchor="end")
     drawing.path("M690 40V16H750V78H732", RED)
     drawing.text(668, 20, "a probe fails: backoff", colour=GREY, anchor="end")
     return drawing

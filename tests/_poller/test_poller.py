@@ -933,6 +933,24 @@ class TestRule4TransientFailures:
         assert all(gap >= 10 for gap in gaps)
         await cancel(waits)
 
+    async def test_a_single_wait_after_an_outage_closes_the_circuit_within_two_minutes(
+        self, sandbox: Sandbox, client: KeylessClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "aiokeyless")
+        for number in range(6):
+            await pending(client, f"op{number}")
+        waits = [asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=None)) for number in range(6)]
+        await asyncio.sleep(10)
+        sandbox.fail_next(503, times=None)
+        await asyncio.sleep(60)
+        assert client.statistics.circuit == "open"
+        sandbox.recover()
+        await cancel(waits[1:])
+        await asyncio.sleep(120)
+        assert client.statistics.circuit == "closed"
+        assert "Keyless answers again" in caplog.text
+        await cancel(waits[:1])
+
     async def test_callers_that_give_up_while_the_service_hangs_do_not_make_probes_more_frequent(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:

@@ -305,6 +305,29 @@ def test_each_good_answer_makes_room_for_one_more() -> None:
     assert (circuit.room(100.0), circuit.state) == (LIMIT, CircuitState.CLOSED)
 
 
+def test_where_few_wait_it_is_closed_after_half_a_minute_of_good_answers() -> None:
+    circuit = open_at(100.0)
+    circuit.record_success(110.0, started_at=110.0)
+    for now in range(111, 140):
+        circuit.record_success(now, started_at=now)
+        assert circuit.state is CircuitState.HALF_OPEN
+    circuit.record_success(140.0, started_at=140.0)
+    assert circuit.is_closed
+    assert circuit.limit == 32, "it goes on rising, as the service has not borne more yet"
+    circuit.record_success(141.0, started_at=141.0)
+    assert circuit.limit == 33
+
+
+def test_where_one_of_three_fails_it_is_not_closed_by_time() -> None:
+    circuit = open_at(100.0)
+    circuit.record_success(110.0, started_at=110.0)
+    for now in range(111, 171, 3):
+        fail(circuit, now)
+        circuit.record_success(now + 1, started_at=now + 1)
+        circuit.record_success(now + 2, started_at=now + 2)
+    assert circuit.state is CircuitState.HALF_OPEN
+
+
 def test_a_single_failure_while_half_open_does_not_stop_the_ramp_up() -> None:
     circuit = open_at(0.0)
     circuit.record_success(100.0, started_at=100.0)
