@@ -28,6 +28,7 @@ _TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
 _SERVICE: Final = "aiokeyless-service"
 _UNLIMITED: Final = -1
 _OF_THE_STREAM: Final = ("max_msgs", "max_bytes")  # limits of the whole, and not of a subject
+_NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
 #: Pull requests that may wait at the consumer: a worker has a few at a time, and there may be a hundred workers.
@@ -203,10 +204,20 @@ async def _stream(stream: JetStreamContext, wanted: StreamConfig) -> StreamConfi
     try:
         found = (await stream.stream_info(wanted.name)).config
     except nats.js.errors.NotFoundError:
-        # Two workers may do so at once: the same settings twice are no conflict.
-        found = (await stream.add_stream(wanted)).config
+        found = await _made(stream, wanted)
     _check(f"stream {wanted.name}", _stream_differences(found, wanted))
     return found
+
+
+async def _made(stream: JetStreamContext, wanted: StreamConfig) -> StreamConfig:
+    """Make a stream. Where another worker makes it at the same time, return what that one made."""
+    try:
+        return (await stream.add_stream(wanted)).config  # the same settings twice are no conflict
+    except nats.js.errors.APIError as error:
+        if error.err_code != _NAME_IN_USE:
+            raise
+        assert wanted.name is not None  # noqa: S101  # ours have one
+        return (await stream.stream_info(wanted.name)).config
 
 
 def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[str]:

@@ -16,7 +16,9 @@ from nats.js.api import (
     RetentionPolicy,
     StorageType,
     StreamConfig,
+    StreamInfo,
 )
+from nats.js.errors import NotFoundError
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, prepare
 
 from aiokeyless.worker import BrokerError, Fleet, StreamSettings
@@ -368,6 +370,24 @@ async def test_a_worker_of_another_service_is_refused_in_one_line(stream: JetStr
     assert str(caught.value) == (
         f"the fleet 'keyless' on this broker belongs to {OURS}, and this worker to {THEIRS}: give it another name"
     )
+
+
+async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_fleet_is(
+    stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await made(stream, KEYLESS, OURS)
+    real, missed = stream.stream_info, list[str]()
+
+    async def just_before_it_was_made(name: str) -> StreamInfo:
+        if not missed:
+            missed.append(name)
+            raise NotFoundError
+        return await real(name)
+
+    monkeypatch.setattr(stream, "stream_info", just_before_it_was_made)
+    with pytest.raises(BrokerError, match=f"belongs to {OURS}, and this worker to {THEIRS}"):
+        await made(stream, KEYLESS, THEIRS)
+    assert missed == [REQUESTS]
 
 
 async def test_a_worker_of_another_tenant_is_refused_in_one_line(stream: JetStreamContext) -> None:
