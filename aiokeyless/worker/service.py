@@ -117,11 +117,14 @@ class ApprovalWorker:
         if isinstance(broker, MemoryBroker):
             self._engine = broker.engine()
         else:
+            settings = settings or StreamSettings()
+            if settings.duplicate_window <= self._limits.grace:  # before streams are made with it, and kept
+                raise ConfigurationError(_no_time(settings.duplicate_window, self._limits.grace), argument="settings")
             self._engine = NatsEngine(
                 broker,
                 fleet=fleet,
                 service=client.base_url,
-                settings=settings or StreamSettings(),
+                settings=settings,
                 options=dict(connect_options or {}),
                 timeout=_PUBLISH_WITHIN,
             )
@@ -212,10 +215,7 @@ class ApprovalWorker:
         # A claim is kept for the duplicate window, and matters until the last repetition of a final poll.
         longest_wait = terms.longest_wait - self._limits.grace
         if longest_wait <= 0:
-            raise BrokerError(
-                f"the duplicate window of {terms.longest_wait:g} s leaves no time to wait before a grace of "
-                f"{self._limits.grace:g} s: shorten the grace"
-            )
+            raise BrokerError(_no_time(terms.longest_wait, self._limits.grace))
         async with nullcontext() if self._keeper is None else self._keeper.keeping(self._engine):
             await self._serve_on(terms._replace(longest_wait=longest_wait))
 
@@ -252,6 +252,13 @@ class ApprovalWorker:
             self._fatal = error
             log(logging.ERROR, "worker.unfit", {"error": str(error)})
             self.stop()
+
+
+def _no_time(window: float, grace: float) -> str:
+    return (
+        f"the duplicate window of {window:g} s leaves no time to wait before a grace of {grace:g} s: shorten the "
+        "grace, or lengthen the window"
+    )
 
 
 class _Background:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
+from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, ConfigurationError, KeylessClient
 from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
     FailureReason,
     MemoryBroker,
     Outcome,
+    StreamSettings,
     approval_outcomes,
     serving,
     submit_approval,
@@ -309,6 +310,15 @@ async def test_a_duplicate_window_that_leaves_no_time_to_wait_is_one_line(
     monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 30.0)
     with pytest.raises(BrokerError, match=r"^the duplicate window of 30 s leaves no time .* grace of 30 s"):
         await ApprovalWorker(client, MemoryBroker(), grace=30).run()
+
+
+async def test_a_duplicate_window_that_leaves_no_time_is_refused_before_streams_are_made_with_it(
+    client: KeylessClient,
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"^the duplicate window of 30 s leaves no time") as caught:
+        ApprovalWorker(client, settings=StreamSettings(duplicate_window=30.0), grace=30)
+    assert caught.value.argument == "settings"
+    ApprovalWorker(client, settings=StreamSettings(duplicate_window=30.0), grace=29)
 
 
 async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_grace(
