@@ -198,9 +198,7 @@ class Poller:
         elif pause is not None:
             first, attempt = pause.next_poll(schedule, now), pause.attempt
         elif (polled := self._polled.get(operation_id)) is not None:
-            backs_off = polled.failures and polled.due < math.inf  # of which its other waits know: H5
-            first = polled.due if backs_off else next_poll(polled, schedule, 1, now)
-            attempt = 1 + (polled.pending_at is not None)
+            first, attempt = next_poll(polled, schedule, 1, now), 1 + (polled.pending_at is not None)
         else:
             fresh = self._is_fresh(ticket, age)
             first = now + (next_delay(schedule, attempt_number=1, since_start=age) if fresh else 0.0)
