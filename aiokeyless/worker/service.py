@@ -71,7 +71,7 @@ class ApprovalWorker:
         event_keys: What it signs its events with, so that readers believe no others. Default: none; then all users of
             the broker's account must be trusted with approvals.
         settings: Of the streams, where they do not exist yet.
-        connect_options: Of ``nats.connect``: credentials, TLS.
+        connect_options: Of ``nats.connect``: credentials, TLS; none of its callbacks, nor how it reconnects.
 
     Raises:
         ConfigurationError: An argument is wrong, or `learned` is a file of something else.

@@ -12,7 +12,7 @@ import nats.errors
 from nats.aio.client import Client
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless.errors import BrokerError
+from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.logs import log
 
 if TYPE_CHECKING:
@@ -28,8 +28,33 @@ _MAX_OUTSTANDING_PINGS: Final = 2
 #: An older server does not answer a pull for a consumer that was deleted: its worker would be deaf, and not know it.
 #: Before 2.10 they also forget the metadata of streams, by which a fleet knows whose it is, and do not tell their time.
 _OLDEST_SERVER: Final = (2, 11)
+#: Options of ``nats.connect`` by which a worker learns of its connection, and keeps it.
+_OWN_OPTIONS: Final = frozenset(
+    {
+        "allow_reconnect",
+        "closed_cb",
+        "disconnected_cb",
+        "error_cb",
+        "max_reconnect_attempts",
+        "reconnect_to_server_handler",
+        "reconnected_cb",
+        "servers",
+    }
+)
 #: What may be shown of an address: a host and a port, and nothing that may be the half of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Check the options of ``nats.connect`` that an application gives.
+
+    Raises:
+        ConfigurationError: One of them is the worker's own.
+    """
+    if own := ", ".join(sorted(_OWN_OPTIONS.intersection(options))):
+        raise ConfigurationError(
+            f"connect_options must not hold what the worker sets itself: {own}", argument="connect_options"
+        )
 
 
 async def connect(

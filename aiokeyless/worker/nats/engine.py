@@ -16,7 +16,7 @@ from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
 from . import learned
 from .claims import NatsClaims
 from .clock import BrokerClock
-from .connection import connect, disconnect
+from .connection import check_options, connect, disconnect
 from .failures import engine_errors
 from .inspection import Inspector
 from .intake import Intake
@@ -48,6 +48,9 @@ class NatsEngine(Engine):
         service: Base URL of the service that the worker asks.
         options: Of ``nats.connect``.
         timeout: Seconds within which the broker must answer.
+
+    Raises:
+        ConfigurationError: An option is one that the worker sets itself.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class NatsEngine(Engine):
         self._fleet = fleet
         self._settings = settings
         self._service = service
+        check_options(options)
         self._options = options
         self._timeout = timeout
         self._ack_wait = 0.0

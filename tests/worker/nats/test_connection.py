@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from nats_server import PATIENCE, NatsServer, until
 
-from aiokeyless.worker import BrokerError
+from aiokeyless import ConfigurationError
+from aiokeyless.worker import ApprovalWorker, BrokerError
 from aiokeyless.worker.nats import connection
 from aiokeyless.worker.nats.connection import connect, disconnect
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.aio.client import Client
+
+    from aiokeyless import KeylessClient
 
 INFO = b'INFO {"server_id":"x","max_payload":1048576}\r\n'
 CONFIGURATION = 'authorization { users = [ { user: worker, password: "s3cret" } ] }'
@@ -261,6 +264,12 @@ async def test_options_are_those_of_nats_py(guarded: NatsServer) -> None:
     connection = await connected(guarded.url, user="worker", password="s3cret", name="ours")
     assert (connection.is_connected, connection.options["name"]) == (True, "ours")
     await connection.close()
+
+
+async def test_options_that_the_worker_sets_itself_are_refused(client: KeylessClient) -> None:
+    with pytest.raises(ConfigurationError, match=r"what the worker sets itself: closed_cb, error_cb$") as caught:
+        ApprovalWorker(client, connect_options={"user": "worker", "error_cb": nothing, "closed_cb": nothing})
+    assert caught.value.argument == "connect_options"
 
 
 # -- later
