@@ -821,6 +821,7 @@ class Poller:
         wait.final = None
         if wait.had_expired and not wait.deadline_passed:  # now it has a deadline to keep
             wait.deadline = now
+            self._pass_deadline(wait)  # or the backoff's poll, too, would be final, and move the deadline once more
         if again < wait.deadline + FINAL_POLL_TIMEOUT:
             self._deadlines.schedule(wait, again)
             self._update(wait, now, wait.error, due=again)

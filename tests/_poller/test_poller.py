@@ -795,7 +795,21 @@ class TestRule3OneBudget:
         failed_at: list[float] = []  # the two seconds begin with the first failure, which takes a real exchange
         with pytest.raises(ApprovalUnknownError):
             await client.wait_for_approval(ticket, on_poll=lambda _update: failed_at.append(now()))
-        assert now() - failed_at[0] <= 2.5
+        assert now() - failed_at[0] <= 2
+
+    async def test_the_two_seconds_of_an_expired_ticket_begin_with_its_first_failure_and_not_again(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:  # found by tests/simulation
+        delays = iter([0.25])  # the backoff's first one, which would come before the final poll is repeated
+        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: next(delays, 0.5))
+        ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
+        sandbox.requests.clear()
+        sandbox.fail_next(503, times=None)
+        start = now()
+        with pytest.raises(ApprovalUnknownError):
+            await client.wait_for_approval(ticket)
+        assert polls(sandbox) == pytest.approx([start, start + 0.5, start + 1, start + 1.5])
+        assert now() - start == pytest.approx(1.5)
 
     async def test_the_default_budget_of_an_id_is_two_minutes(self, client: KeylessClient) -> None:
         await pending(client)
