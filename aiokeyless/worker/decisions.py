@@ -6,6 +6,7 @@ delay. docs/rules.md says where the two engines differ.
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -73,8 +74,8 @@ class Pacing(NamedTuple):
         schedule: When to poll after a pending answer.
         stretch: Factor by which load shedding stretches the schedule's delays.
         failures: Failures in a row, of this worker.
-        paused_for: Seconds until the circuit lets polls start, or for which the answer asked the request to pause; 0 or
-            less where there is nothing to wait for.
+        paused_for: Seconds for which the answer asked the request to pause; 0 or less for none.
+        closed_for: Seconds until the circuit lets polls start; 0 or less where it does.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
@@ -82,11 +83,12 @@ class Pacing(NamedTuple):
     stretch: float
     failures: int
     paused_for: float
+    closed_for: float
     grace: float
 
-    def after_failure(self) -> float:
-        """Return the seconds to wait after a failure, at random."""
-        return max(error_delay(self.failures), self.paused_for)
+    def after_failure(self, most: float = math.inf) -> float:
+        """Return the seconds to wait after a failure, at random; for the circuit, no more than `most`."""
+        return max(error_delay(self.failures), self.paused_for, min(self.closed_for, most))
 
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
@@ -132,9 +134,11 @@ def after_poll(
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
-    if result is Result.UNANSWERED and (polled_at - ticket.expires_at).total_seconds() < pacing.grace:
-        # The user may have approved in time: an error at the wrong moment must not cost that.
-        return Redeliver(pacing.after_failure())
+    left = (ticket.expires_at - polled_at).total_seconds() + pacing.grace
+    if result is Result.UNANSWERED and left > 0:
+        # The user may have approved in time: an error at the wrong moment must not cost that. But where the circuit
+        # stays open for longer, the application is told in time.
+        return Redeliver(pacing.after_failure(left))
     return _ended(delivery, answer, result, now)._replace(polled_at=polled_at)
 
 

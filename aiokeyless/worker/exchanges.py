@@ -286,13 +286,16 @@ class Exchanges:
         log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
 
     def _pacing(self, answer: Operation | KeylessError | None = None) -> Pacing:
-        own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0
+        own_pause = 0.0
+        if isinstance(answer, KeylessError) and not isinstance(answer, RateLimitError):  # that one's is the circuit's
+            own_pause = requested_pause(answer)
         # While the circuit is open it paces the probes, and this request takes its turn.
         return Pacing(
             schedule=self._schedule,
             stretch=self._load_shedding.factor,
             failures=1 if self._circuit.is_probed else max(1, self._failures_in_a_row),
-            paused_for=max(self._circuit.retry_at() - self._now(), own_pause),
+            paused_for=own_pause,
+            closed_for=self._circuit.retry_at() - self._now(),
             grace=self._grace,
         )
 

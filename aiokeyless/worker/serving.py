@@ -276,12 +276,16 @@ class Serving:
         room = self._room(now)
         polls = self._rate.room(now)
         room = (room if polls is None else min(room, polls)) - expected
-        if room <= 0 and self._circuit.is_probed and now >= self._expiries_from:
-            # The service is down. Applications are told so in time: what is past its grace needs no exchange.
+        if room <= 0 and self._is_away(now) and now >= self._expiries_from:
+            # Applications are told so in time: what is past its grace needs no exchange.
             room, self._expiries_from = self._limits.max_in_flight - len(self._deliveries) - expected, now + EXPIRES
         if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
             with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
                 await self._engine.ask(room)
+
+    def _is_away(self, now: float) -> bool:
+        """Return whether the service is down, or asked for a longer pause than final polls are repeated for."""
+        return self._circuit.is_probed or self._circuit.retry_at() - now > self._limits.grace
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative where there are too many."""
@@ -297,7 +301,7 @@ class Serving:
 
     async def _wait_for_change(self, now: float) -> None:
         closed_for = max(self._circuit.retry_at(), self._pulls_from, self._rate.ready_at(now)) - now
-        if self._circuit.is_probed:
+        if self._is_away(now):
             closed_for = min(closed_for, EXPIRES)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(closed_for, _EARLY) if closed_for > 0 else EXPIRES):
@@ -412,13 +416,15 @@ class Serving:
         return None
 
     def _decide_without_exchange(self, message: Message, now: float) -> Decision:
-        """Put a delivery off; while the service is down, end a request whose final poll can be repeated no more."""
-        moment = self._engine.now()
+        """Put a delivery off; while the service is away, end a request whose final poll can be repeated no more."""
+        moment, pause = self._engine.now(), max(0.0, self._circuit.retry_at() - now)
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            if self._circuit.is_probed and (moment - delivery.ticket.expires_at).total_seconds() > self._limits.grace:
+            left = (delivery.ticket.expires_at - moment).total_seconds() + self._limits.grace
+            if self._is_away(now) and left < 0:
                 return after_outage(delivery, now=moment)
-        return Redeliver(max(0.0, self._circuit.retry_at() - now) + error_delay(1))
+            pause = min(pause, max(0.0, left))
+        return Redeliver(pause + error_delay(1))
 
     async def _decide(self, message: Message) -> Decision:
         self._load_shedding.on_delivery(redelivered=message.number > 1, backlog=message.backlog)

@@ -103,9 +103,10 @@ def pacing(
     stretch: float = 1.0,
     failures: int = 1,
     paused_for: float = 0.0,
+    closed_for: float = 0.0,
     grace: float = 0.0,
 ) -> Pacing:
-    return Pacing(schedule, stretch, failures, paused_for, grace)
+    return Pacing(schedule, stretch, failures, paused_for, closed_for, grace)
 
 
 def polled(
@@ -440,6 +441,7 @@ def test_the_more_failures_in_a_row_the_longer_the_delay_may_be() -> None:
 @transient
 def test_a_service_that_wants_to_be_left_alone_is(error: KeylessError) -> None:
     assert delay(polled(error, 1, paused_for=30)) == 30
+    assert delay(polled(error, 1, closed_for=30)) == 30
 
 
 @transient
@@ -459,6 +461,8 @@ def test_a_final_poll_without_an_answer_is_expired_and_says_that_it_is_unknown(e
 def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_it(error: KeylessError) -> None:
     assert SHORTEST <= delay(polled(error, FINAL, grace=30)) <= 0.5
     assert delay(polled(error, FINAL + 29.9, paused_for=60, grace=30)) == 60
+    assert delay(polled(error, FINAL + 10, closed_for=15, grace=30)) == 15
+    assert delay(polled(error, FINAL + 10, closed_for=60, grace=30)) == 20  # then it can be told
     assert decided(polled(error, FINAL + 30, grace=30)).event.answered is False
 
 

@@ -337,6 +337,37 @@ async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_gr
     assert loop.time() - began < 30 + 5 + 20
 
 
+async def test_a_long_pause_does_not_keep_applications_waiting_past_deadline_and_grace(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with working(client, grace=5) as (_, broker):
+        for number in range(4):  # too few for a circuit that opens since the service is down
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
+        await created(sandbox, 4)
+        began = loop.time()
+        sandbox.fail_next(status=429, times=None, retry_after=120)
+        events = await events_of(broker, 4)
+    assert {(event.outcome, event.answered) for event in events} == {(Outcome.EXPIRED, False)}
+    assert loop.time() - began < 30 + 5 + 5
+
+
+async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_grace(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    broker = MemoryBroker()
+    for number in range(4):
+        await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
+    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0)):
+        await created(sandbox, 4)
+    for number in range(4):
+        sandbox.approve(f"txn-{number}")
+    await asyncio.sleep(100)  # no worker runs
+    sandbox.fail_next(status=429, retry_after=20)
+    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0), grace=30):
+        assert {event.outcome for event in await events_of(broker, 4)} == {Outcome.APPROVED}
+
+
 async def test_what_waits_in_an_outage_is_found_approved_after_it(client: KeylessClient, sandbox: Sandbox) -> None:
     async with working(client) as (_, broker):
         for number in range(100):

@@ -377,7 +377,7 @@ def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
         ServerError(status=503, method="GET", path="/v2/x"),
         polled_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
-        pacing=Pacing(wait_fixed(1), stretch=1.0, failures=1, paused_for=0.0, grace=0.0),
+        pacing=Pacing(wait_fixed(1), stretch=1.0, failures=1, paused_for=0.0, closed_for=0.0, grace=0.0),
         was_created=False,
     )
     assert isinstance(decision, Decided)
