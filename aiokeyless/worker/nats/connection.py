@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
@@ -115,7 +116,9 @@ async def _connect_for_good(
     Where it does not work any more, nats-py would try without end. So it is given up after `within` seconds.
     """
     client = _client(servers, given)
-    is_made = False
+    # Until it is made, what nats-py tells is why it cannot be.
+    note: Callable[[Exception], None] = failures.append
+    lose: Callable[[BrokerError], None] = failures.append
 
     async def on_disconnect() -> None:
         if not client.is_closed:  # by the worker itself, at its end
@@ -125,15 +128,10 @@ async def _connect_for_good(
         on_reconnect()
 
     async def on_error(error: Exception) -> None:
-        if is_made:
-            _note(error, on_loss)
-        else:
-            failures.append(error)
+        note(error)
 
     async def on_close() -> None:
-        if is_made:
-            reason = client.last_error or "it did not say why"
-            on_loss(BrokerError(f"the broker ended the connection for good: {reason}"))
+        lose(BrokerError(f"the broker ended the connection for good: {client.last_error or 'it did not say why'}"))
 
     callbacks: dict[str, Any] = {
         "error_cb": on_error,
@@ -148,11 +146,11 @@ async def _connect_for_good(
     except BaseException:
         await disconnect(client)
         raise
-    is_made = True
+    note, lose = partial(_note, on_loss=on_loss), on_loss
     return client
 
 
-def _note(error: Exception, on_loss: Callable[[BrokerError], None]) -> None:
+def _note(error: Exception, *, on_loss: Callable[[BrokerError], None]) -> None:
     """Log what nats-py tells of a connection; it is good for nothing where the broker does not permit something."""
     log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
     if "permissions violation" in str(error).lower():
