@@ -232,15 +232,23 @@ class Evidence:
         )
 
     @cached_property
-    def _failures(self) -> list[Exchange]:
-        # A final poll that is cut at the end of its two seconds is one, too.
+    def _failures(self) -> list[tuple[float, Exchange]]:
+        """The polls that failed, and when: a final poll after its two seconds, even if it goes on for others."""
         kinds = ((poll, self.read(poll).kind) for poll in self.polls)
         failed = [poll for poll, kind in kinds if kind == "failed" or (kind == "cut" and self.is_final(poll))]
-        return sorted(failed, key=lambda poll: poll.ended_at)
+        unanswered = [wait for wait in self.waits if wait.outcome == "ApprovalUnknownError"]
+        failures = [(poll.ended_at, poll) for poll in failed]
+        failures += [
+            (wait.ended_at, poll)
+            for wait in unanswered
+            for poll in self.polls_of[wait.operation_id]
+            if poll.sent_at <= wait.ended_at < poll.ended_at
+        ]
+        return sorted(failures, key=lambda failure: failure[0])
 
     @cached_property
     def _failed_at(self) -> list[float]:
-        return [poll.ended_at for poll in self._failures]
+        return [at for at, _ in self._failures]
 
     @cached_property
     def _good_at(self) -> list[float]:
@@ -250,10 +258,10 @@ class Evidence:
     def _first_trouble(self) -> float:
         """When the circuit can have opened for the first time."""
         failed: set[str] = set()
-        for poll in self._failures:
+        for at, poll in self._failures:
             failed.add(poll.operation_id)
             if len(failed) >= FAILURES_UNTIL_OPEN or poll.retry_after is not None or poll.status == 429:
-                return poll.ended_at
+                return at
         return math.inf
 
     def is_well(self, at: float) -> bool:
