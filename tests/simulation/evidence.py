@@ -11,6 +11,8 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -251,6 +253,13 @@ class Evidence:
         return [at for at, _ in self._failures]
 
     @cached_property
+    def _held_until(self) -> list[float]:
+        """For each failure, the end of the rate limit's pauses so far: until then no answer closes the circuit."""
+        limited = (poll.retry_after if poll.status == 429 else None for _, poll in self._failures)
+        pauses = (min(pause or 0.0, LONGEST_PAUSE) for pause in limited)
+        return [*accumulate(map(add, self._failed_at, pauses), max)]
+
+    @cached_property
     def _good_at(self) -> list[float]:
         return sorted(p.ended_at for p in self.polls if self.read(p).kind in {"said", "missing", "error"})
 
@@ -272,10 +281,9 @@ class Evidence:
         """
         if at < self._first_trouble:
             return True
-        count = bisect_left(self._failed_at, at)
-        last = self._failed_at[count - 1] if count else -math.inf
-        good = bisect_right(self._good_at, at - EPS) - bisect_right(self._good_at, last + EPS)
-        return at - last > LONGEST_PAUSE + 10.0 and good >= self.client.max_in_flight
+        count = bisect_right(self._failed_at, at)
+        good = bisect_right(self._good_at, at - EPS) - bisect_right(self._good_at, self._held_until[count - 1] + EPS)
+        return at - self._failed_at[count - 1] > LONGEST_PAUSE + 10.0 and good >= self.client.max_in_flight
 
     def has_room(self, at: float, others: int = 0) -> bool:
         """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
