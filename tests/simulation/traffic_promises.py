@@ -171,7 +171,7 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             waits = [
                 wait
                 for wait in evidence.waits_at(poll.operation_id, poll.ended_at)
-                if wait.number < poll.number and budgets(wait)[0].deadline > poll.ended_at < wait.ended_at - EPS
+                if wait.number < poll.number and _is_paced(wait, poll.ended_at) and poll.ended_at < wait.ended_at - EPS
             ]
             if not (_is_pending(reading, poll) or reading.kind in {"failed", "cut"}) or not waits:
                 continue
@@ -179,7 +179,7 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
             due = poll.ended_at + longest
             sent = math.inf if later is None else later.sent_at
-            goes_on = any(wait.ended_at > due + EPS and budgets(wait)[0].deadline > due for wait in waits)
+            goes_on = any(wait.ended_at > due + EPS and _is_paced(wait, due) for wait in waits)
             beside = any(p.sent_at < due < p.ended_at for p in polls)  # then it comes after that one
             if sent <= due + EPS or not goes_on or beside or poll.retry_after is not None:
                 continue
@@ -190,6 +190,11 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                     due,
                     f"the next poll is due, and starts at {sent:.4f} s",
                 )
+
+
+def _is_paced(wait: ObservedWait, at: float) -> bool:
+    """Return whether the schedule of a wait counts: it has a deadline, which is later by each of the clocks."""
+    return all(not budget.had_expired and budget.deadline > at for budget in budgets(wait))
 
 
 def _retries(evidence: Evidence, at: float) -> int:

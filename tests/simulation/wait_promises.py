@@ -223,8 +223,9 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             and (its.had_expired or deadline - FINAL - EPS <= its.deadline <= deadline + EPS)
             for other, its in first_budgets
         )
-        well = evidence.is_well(deadline)
-        if evidence.in_flight(deadline) + rivals > evidence.client.max_in_flight or (rivals > 1 and not well):
+        wanted = evidence.in_flight(deadline) + rivals
+        fits = evidence.is_well(deadline) and wanted <= evidence.limit(deadline)
+        if wanted > evidence.client.max_in_flight or (rivals > 1 and not fits):
             continue
         final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= deadline - EPS]
         final = [poll for poll in final if poll.sent_at <= wait.ended_at]
