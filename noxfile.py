@@ -202,8 +202,8 @@ def docs(session: nox.Session) -> None:
 def simulate(session: nox.Session) -> None:
     """Try to lose an approval, in stories made up from seeds: ``nox -s simulate -- --seconds 600 --seed N``.
 
-    Without arguments: the seeds that have ever failed, some more, and a minute of fresh ones, others for each commit.
-    What these find may be an old bug, but it is one.
+    Without arguments: the seeds that have ever failed and some more, which must pass; and a minute of fresh ones. What
+    these find is reported: a bug, of the library or of the checker, but seldom of the change at hand.
     """
     install(session, "-e", ".[dev]")
     command, env = ("python", "-m", "tests.simulation"), {"PYTHONDONTWRITEBYTECODE": "1"}
@@ -212,14 +212,10 @@ def simulate(session: nox.Session) -> None:
         return
     session.run(*command, "--known", env=env)
     session.run(*command, "--seed", "0", "--stories", "300", env=env)
-    session.run(*command, "--seconds", "60", *seed_of_this_commit(), env=env)
-
-
-def seed_of_this_commit() -> tuple[str, ...]:
-    """Return a seed that changes with each commit: what passed for a commit passes for it everywhere."""
-    command = ("git", "rev-parse", "HEAD")
-    head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout  # noqa: S603
-    return ("--seed", str(int(head[:7], 16))) if head else ()
+    try:
+        session.run(*command, "--seconds", "60", env=env)
+    except CommandFailed:
+        session.warn("A FRESH SEED BROKE A PROMISE, which is a bug to fix: see above")
 
 
 @nox.session

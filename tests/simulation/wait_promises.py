@@ -152,12 +152,13 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
         elif meaning or reading.kind == "error":
             if is_served or wait.hold is not None:
                 yield Decisive(poll, meaning or reading.error, is_certain=is_served)
-        elif reading.kind == "missing" and is_served and not seen:
+        elif reading.kind == "missing" and (is_served or wait.hold is not None) and not seen:
             is_young = wait.ticket is not None and poll.sent_at - budget.origin < YOUNG
+            is_certain = is_served and not seen_by_others
             if not (wait.may_be_missing or is_young):
-                yield Decisive(poll, reading.error, is_certain=not seen_by_others)
+                yield Decisive(poll, reading.error, is_certain=is_certain)
             elif is_final:
-                yield Decisive(poll, TIMED_OUT, is_certain=is_alone and not seen_by_others)
+                yield Decisive(poll, TIMED_OUT, is_certain=is_certain and is_alone)
 
 
 def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
