@@ -369,28 +369,28 @@ class TestSeries:
         assert [at for at in polls(sandbox) if at < start + 39.9] == pytest.approx([start, start + 30], abs=0.01)
         await asyncio.wait([other])
 
-    async def test_a_hold_that_begins_while_a_poll_is_in_flight_adds_none(
-        self, sandbox: Sandbox, client: KeylessClient
+    @pytest.mark.parametrize(
+        ("others", "begins", "seconds", "every", "at"),
+        [(3, 4.5, 3.4, 4, [0, 4]), (60, 0.5, 4, 2, [0, 2])],
+        ids=["adds none", "keeps its own schedule"],
+    )
+    async def test_a_hold_that_begins_while_a_poll_is_in_flight(  # noqa: PLR0917  # a table of cases
+        self,
+        sandbox: Sandbox,
+        client: KeylessClient,
+        others: float,
+        begins: float,
+        seconds: float,
+        every: float,
+        at: list[float],
     ) -> None:
         ticket = await old_ticket(client)
         start = now()
         sandbox.latency = 1
-        waiting = asyncio.create_task(client.wait_for_approval(ticket, timeout=20, schedule=wait_fixed(3)))
-        await asyncio.sleep(4.5)
-        assert await client.hold_for_approval(ticket, seconds=3.4, schedule=wait_fixed(4)) is None
-        assert polls(sandbox) == pytest.approx([start, start + 4], abs=0.05)
-        await cut_off(waiting)
-
-    async def test_a_hold_that_begins_while_a_poll_is_in_flight_keeps_its_own_schedule(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        ticket = await old_ticket(client)
-        start = now()
-        sandbox.latency = 1
-        waiting = asyncio.create_task(client.wait_for_approval(ticket, schedule=wait_fixed(60)))
-        await asyncio.sleep(0.5)
-        assert await client.hold_for_approval(ticket, seconds=4, schedule=wait_fixed(2)) is None
-        assert polls(sandbox) == pytest.approx([start, start + 2], abs=0.05)
+        waiting = asyncio.create_task(client.wait_for_approval(ticket, schedule=wait_fixed(others)))
+        await asyncio.sleep(begins)
+        assert await client.hold_for_approval(ticket, seconds=seconds, schedule=wait_fixed(every)) is None
+        assert polls(sandbox) == pytest.approx([start + age for age in at], abs=0.05)
         await cut_off(waiting)
 
     async def test_what_was_polled_before_an_operation_was_created_is_forgotten(

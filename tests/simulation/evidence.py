@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ObservedWait,
     )
 
+TIMED_OUT, UNKNOWN = "ApprovalTimeoutError", "ApprovalUnknownError"
 #: Seconds by which times may differ: wall clocks tell microseconds, and the loop's clock rounds.
 EPS: Final = 1e-4
 #: Seconds that a final poll may take, its repetitions included (rule 3).
@@ -238,7 +239,7 @@ class Evidence:
         """The polls that failed, and when: a final poll after its two seconds, even if it goes on for others."""
         kinds = ((poll, self.read(poll).kind) for poll in self.polls)
         failed = [poll for poll, kind in kinds if kind == "failed" or (kind == "cut" and self.is_final(poll))]
-        unanswered = [wait for wait in self.waits if wait.outcome == "ApprovalUnknownError"]
+        unanswered = [wait for wait in self.waits if wait.outcome == UNKNOWN]
         failures = [(poll.ended_at, poll) for poll in failed]
         failures += [
             (wait.ended_at, poll)

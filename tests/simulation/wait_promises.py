@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from .evidence import EPS, FINAL, YOUNG, Budget, Evidence, Reading, budgets, verdict
+from .evidence import EPS, FINAL, TIMED_OUT, UNKNOWN, YOUNG, Budget, Evidence, Reading, budgets, verdict
 from .faults import Lies, Outage
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .faults import Fault
     from .history import Exchange, ObservedWait
 
-TIMED_OUT, UNKNOWN = "ApprovalTimeoutError", "ApprovalUnknownError"
 #: Seconds before its end within which an unanswered final poll is not repeated any more: the longest first backoff.
 BACKOFF = 0.5
 
