@@ -228,7 +228,7 @@ class Poll:
         self.overdue = False
         self.counted_as_failure = False
         self._unserved = 0  # so many of the first waits it no longer serves: they never come back
-        self._undecided = 0  # so many of the first waits do not end with it, or have ended
+        self._undecided = 0  # so many of the first waits it does not decide, or no longer
 
     def serves(self, wait: Wait) -> bool:
         """Return whether the answer counts for a wait: once its deadline has passed, only its final poll does."""
@@ -242,14 +242,12 @@ class Poll:
 
     def is_awaited_as_final(self) -> bool:
         """Return whether it is the final poll of a wait that has not ended: it may go on for others after that."""
-        if not self.waits:  # it starts in this turn of the loop
-            return True
-        while self._undecided < len(self.waits):
-            wait = self.waits[self._undecided]
-            if wait.final is self and not wait.done():
-                return True
+        while self._undecided < len(self.waits) and not self._decides(self.waits[self._undecided]):
             self._undecided += 1
-        return False
+        return not self.waits or self._undecided < len(self.waits)  # without any, it starts in this turn of the loop
+
+    def _decides(self, wait: Wait) -> bool:
+        return wait.final is self and not wait.done()
 
     def stop(self, *, overdue: bool = False) -> None:
         """Cut the exchange off, once; overdue: since it took longer than an exchange may."""

@@ -196,7 +196,7 @@ class Circuit:
             is_probe: Whether it was an ordinary poll.
         """
         if self.is_probed and is_probe and started_at >= self.since:
-            self._probe_at = max(self._probe_at, started_at + error_delay(self._probes))
+            self._keep_distance(started_at)
 
     def record_pause(self, now: float, seconds: float) -> None:
         """Record the ``Retry-After`` of a rate limit, besides the failure that it came with: it is meant for all polls.
@@ -227,7 +227,11 @@ class Circuit:
 
     def _schedule_probe(self, now: float) -> None:
         self._probes += 1
-        self._probe_at = max(self._probe_at, now + error_delay(self._probes))
+        self._keep_distance(now)
+
+    def _keep_distance(self, since: float) -> None:
+        """Let the next probe start no sooner than the backoff's step after a time."""
+        self._probe_at = max(self._probe_at, since + error_delay(self._probes))
 
 
 class Transition(NamedTuple):

@@ -134,12 +134,17 @@ def after_poll(
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
-    left = (ticket.expires_at - polled_at).total_seconds() + pacing.grace
+    left = left_of_grace(delivery, polled_at, pacing.grace)
     if result is Result.UNANSWERED and left > 0:
         # The user may have approved in time: an error at the wrong moment must not cost that. But where the circuit
         # stays open for longer, the application is told in time.
         return Redeliver(pacing.after_failure(left))
     return _ended(delivery, answer, result, now)._replace(polled_at=polled_at)
+
+
+def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
+    """Return the seconds until a request is past its deadline and the grace; negative where it is."""
+    return (delivery.ticket.expires_at - at).total_seconds() + grace
 
 
 def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result, now: datetime) -> Decided:

@@ -22,7 +22,7 @@ from aiokeyless._validation import is_traceparent
 from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidRequestError, KeylessError
 from aiokeyless.schedule import record_observation, wait_adaptive
 
-from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, observation
+from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, left_of_grace, observation
 from .engine import EXPIRES, EngineError, RefusedError, Sealed
 from .exchanges import Exchanges, check_key
 from .load_shedding import LoadShedding
@@ -420,7 +420,7 @@ class Serving:
         moment, pause = self._engine.now(), max(0.0, self._circuit.retry_at() - now)
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            left = (delivery.ticket.expires_at - moment).total_seconds() + self._limits.grace
+            left = left_of_grace(delivery, moment, self._limits.grace)
             if self._is_away(now) and left < 0:
                 return after_outage(delivery, now=moment)
             pause = min(pause, max(0.0, left))

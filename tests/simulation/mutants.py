@@ -176,8 +176,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_rules/circuit.py",
-        "max(self._probe_at, now + error_delay(self._probes))",
-        "now",
+        "max(self._probe_at, since + error_delay(self._probes))",
+        "since",
         "probes follow each other without a pause",
     ),
     Mutant(

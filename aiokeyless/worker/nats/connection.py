@@ -143,7 +143,7 @@ async def _connect_for_good(
     try:
         async with asyncio.timeout(within):
             await client.connect(servers, **lasting)
-    except BaseException:
+    except BaseException:  # a cancellation too: nats-py would try on by itself
         await disconnect(client)
         raise
     note, lose = partial(_note, on_loss=on_loss), on_loss
