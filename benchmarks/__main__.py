@@ -41,7 +41,7 @@ def main() -> int:
     if unknown := set(arguments.names) - modules.keys():
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; choose from {', '.join(modules)}")
     effort = Effort.QUICK if arguments.quick else Effort.SMOKE if arguments.smoke else Effort.FULL
-    bench = Bench(effort, arguments.minutes)
+    bench = Bench(effort, arguments.minutes, arguments.uvloop)
     names = arguments.names or [name for name, module in modules.items() if not _only_by_name(module)]
     machine = _machine()
     reports: dict[str, Report] = {}
@@ -104,6 +104,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
         "--save", type=Path, metavar="FOLDER", help="write the tables, raw numbers and pictures to this directory"
     )
     parser.add_argument("--minutes", type=float, help="how long the soak takes (60)")
+    parser.add_argument("--uvloop", action="store_true", help="run the soak's client on uvloop (asyncio's own loop)")
     return parser
 
 

@@ -36,10 +36,12 @@ class Bench:
     Attributes:
         effort: How much is measured.
         minutes: How long the soak takes; None: by the effort.
+        uvloop: Whether the soak's client runs on uvloop.
     """
 
     effort: Effort
     minutes: float | None = None
+    uvloop: bool = False
 
     def pick(self, *, full: T, quick: T, smoke: T) -> T:
         """Return the value for the effort."""

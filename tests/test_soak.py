@@ -297,9 +297,12 @@ def test_closed_proxy_has_no_url() -> None:
 
 
 @pytest.mark.slow
-def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path, loop: str) -> None:
+    pytest.importorskip(loop)  # uvloop is not on Windows
+    options = ["--uvloop"] if loop == "uvloop" else []
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "soak", "--smoke", "--save", str(tmp_path)],
+        [sys.executable, "-m", "benchmarks", "soak", "--smoke", "--save", str(tmp_path), *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -312,3 +315,4 @@ def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path) -> N
     assert done.stdout == (tmp_path / "soak.txt").read_text()
     assert (tmp_path / "soak.svg").exists()
     assert not (tmp_path / "results.txt").exists()
+    assert ("the client ran on uvloop" in done.stdout) is (loop == "uvloop")

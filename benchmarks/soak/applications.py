@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     ramp: float  # seconds within which the applications begin
     expires_in: float  # seconds
     sample: float  # seconds between two samples
+    uvloop: bool = False  # whether they run on it, or on asyncio's own event loop
 
 
 class Request(NamedTuple):
@@ -383,4 +384,13 @@ def run(base_url: str, plan: Plan, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
     logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the circuit opens is what is expected here
     allow_many_sockets()
-    asyncio.run(_run(base_url, plan, folder))
+    with asyncio.Runner(loop_factory=_loop_factory(plan)) as runner:
+        runner.run(_run(base_url, plan, folder))
+
+
+def _loop_factory(plan: Plan) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if not plan.uvloop:
+        return None
+    import uvloop  # noqa: PLC0415  # not on Windows
+
+    return uvloop.new_event_loop

@@ -180,6 +180,7 @@ def run(bench: Bench) -> Report:
         quick=Plan(1_000, seconds, 10.0, expires_in=30.0, sample=1.0),
         smoke=Plan(100, seconds, 0.5, expires_in=2.0, sample=0.2),
     )
+    plan = plan._replace(uvloop=bench.uvloop)
     weather = bench.pick(
         full=Weather(0.002, 0.05, storm_every=300.0, storm=30.0, kill_every=300.0, down=20.0),
         quick=Weather(0.005, 0.2, storm_every=30.0, storm=5.0, kill_every=30.0, down=5.0),
@@ -209,6 +210,8 @@ def _report(soak: Soak, minutes: float) -> Report:
     ]
     if heap.threshold() is not None:
         report.notes.append(f"with {heap.THRESHOLD}={heap.threshold()} in the environment")
+    if soak.plan.uvloop:
+        report.notes.append("the client ran on uvloop")
     report.notes += soak.verdicts.examples
     report.raw = _raw(soak, slope)
     return report
