@@ -40,6 +40,7 @@ from aiokeyless.worker.decisions import (
     after_older,
     after_outage,
     after_poll,
+    after_refusal,
     invalid,
     is_final,
     is_older,
@@ -390,6 +391,14 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INTERNAL, "txn 1")
     assert "ZeroDivisionError" in (event.detail or "")
     assert "secret" not in (event.detail or "")
+    assert name == DELIVERY.name
+
+
+def test_a_request_that_no_worker_accepts_fails_and_says_why() -> None:
+    decision = after_refusal(DELIVERY, InvalidRequestError("it may wait for a week"), now=at(1))
+    event, name, *_ = decided(decision)
+    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INVALID_REQUEST, "txn 1")
+    assert (event.detail, event.decided_at) == ("it may wait for a week", at(1))
     assert name == DELIVERY.name
 
 
