@@ -53,6 +53,11 @@ STARTING: Final = "the worker has not started yet"
 #: that stands still meanwhile, as in tests, would never get past that.
 _EARLY: Final = 0.001
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
+#: Seconds between two pulls for requests whose time is over, in a pause that a rate limit asks for. Others that come
+#: with them are put off for less than that, and for longer than a pull lasts: another worker, whose circuit may be
+#: closed, can take them meanwhile.
+_PAUSED_PULLS: Final = 4.0
+_HANDED_BACK_FOR: Final = 1.5
 
 
 class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -278,7 +283,8 @@ class Serving:
         room = (room if polls is None else min(room, polls)) - expected
         if room <= 0 and self._is_away(now) and now >= self._expiries_from:
             # Applications are told so in time: what is past its grace needs no exchange.
-            room, self._expiries_from = self._limits.max_in_flight - len(self._deliveries) - expected, now + EXPIRES
+            room = self._limits.max_in_flight - len(self._deliveries) - expected
+            self._expiries_from = now + (EXPIRES if self._circuit.is_probed else _PAUSED_PULLS)
         if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
             with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
                 await self._engine.ask(room)
@@ -417,14 +423,13 @@ class Serving:
 
     def _decide_without_exchange(self, message: Message, now: float) -> Decision:
         """Put a delivery off; while the service is away, end a request whose final poll can be repeated no more."""
-        moment, pause = self._engine.now(), max(0.0, self._circuit.retry_at() - now)
+        moment = self._engine.now()
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            left = left_of_grace(delivery, moment, self._limits.grace)
-            if self._is_away(now) and left < 0:
+            if self._is_away(now) and left_of_grace(delivery, moment, self._limits.grace) < 0:
                 return after_outage(delivery, now=moment)
-            pause = min(pause, max(0.0, left))
-        return Redeliver(pause + error_delay(1))
+        pause = max(0.0, self._circuit.retry_at() - now)
+        return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1))
 
     async def _decide(self, message: Message) -> Decision:
         self._load_shedding.on_delivery(redelivered=message.number > 1, backlog=message.backlog)

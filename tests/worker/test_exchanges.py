@@ -368,6 +368,28 @@ async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_gra
         assert {event.outcome for event in await events_of(broker, 4)} == {Outcome.APPROVED}
 
 
+async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    broker, pace = MemoryBroker(), wait_fixed(1.0)
+    async with (
+        sandbox.client() as other,
+        ApprovalWorker(client, broker, schedule=pace),
+        ApprovalWorker(other, broker, schedule=pace),
+    ):
+        sandbox.fail_next(status=429, retry_after=120)  # one of them gets it
+        for number in range(20):
+            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=600)
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(50)
+        asked = len(sandbox.operations)
+        assert asked >= 19  # the one that was refused waits for the end of the pause
+        for operation in list(sandbox.operations):
+            sandbox.approve(operation)
+        events = await asyncio.wait_for(events_of(broker, asked), 30)
+        assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
 async def test_what_waits_in_an_outage_is_found_approved_after_it(client: KeylessClient, sandbox: Sandbox) -> None:
     async with working(client) as (_, broker):
         for number in range(100):
