@@ -283,7 +283,7 @@ def check_rate(rate: object, name: str) -> float | None:
         number = math.inf
     if not 0 < number < math.inf:
         raise ConfigurationError(
-            f"{name} must be a number of polls above 0, or None for no limit, not {rate!r:.80}", argument=name
+            f"{name} must be a finite number of polls above 0, or None for no limit, not {rate!r:.80}", argument=name
         )
     return number
 

@@ -103,8 +103,8 @@ class KeylessClient:
     """A client for the Keyless Operations API.
 
     One client is enough for a process: its waits share polls, the limits on polling and the learned schedule. It can
-    be created before an event loop runs; it belongs to the loop of its first use. Close it with ``async with`` or
-    `aclose`.
+    be created before an event loop runs; it belongs to the loop of its first use, and raises `ConfigurationError` in
+    another one. Close it with ``async with`` or `aclose`; after that, each call raises `ClientClosedError`.
 
     Args:
         api_key: The API key. Default: ``$KEYLESS_API_KEY``.
@@ -478,7 +478,8 @@ class KeylessClient:
                 an `ApprovalTimeoutError` too.
             OperationMismatchError: An answer is about another operation, user or payload.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
-            NotFoundError: There is no such operation, and `if_missing` is ``"raise"``.
+            NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
+                that: a replica may lag.
             StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
             DecodeError: An answer is JSON that does not have the documented shape.
             ClientClosedError: The client was closed.

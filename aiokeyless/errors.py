@@ -371,9 +371,10 @@ class InconsistentOperationError(ApprovalError):
 
 
 class BrokerError(KeylessError):
-    """The broker cannot be reached, does not permit what a worker does, or holds a stream with other settings.
+    """The broker cannot be reached, does not permit what is asked of it, or has no stream with the right settings.
 
-    What to do: the message says; fix the address, the permissions or the stream, and start again. Nothing is lost.
+    What to do: the message says; fix the address, the permissions or the stream, and start again. What the broker has
+    stored waits there.
 
     Attributes:
         operation_id: Of `submit_approval`, where the request may be stored or not: submit it again under this id, and

@@ -61,7 +61,8 @@ class WaitStarted(Model, frozen=True, kw_only=True):
     Attributes:
         wait: Number of the wait, unique in the process.
         operation_id: What is waited for.
-        timeout: Seconds until its final poll; 0 for a ticket that has expired, None for no end.
+        timeout: Seconds until its final poll, or until a hold is over; 0 for a ticket that has expired, None for no
+            end.
         traceparent: Where the ticket was created, if that was traced (W3C Trace Context); else None.
     """
 

@@ -34,7 +34,7 @@ def _check_count(_type: object, number: int | None) -> None:
 
 def _check_rate(_type: object, rate: float) -> None:
     if not 0 < rate < float("inf"):  # NaN is not
-        raise ValueError("Must be above 0 polls.")
+        raise ValueError("Must be more than 0 polls, and not infinite.")
 
 
 def _check_grace(_type: object, grace: float) -> None:

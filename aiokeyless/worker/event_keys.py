@@ -57,7 +57,7 @@ class EventKeys:
             paths: The files, that with the key that signs first.
 
         Raises:
-            ConfigurationError: A file cannot be read, or a key is not valid. The message names the file and no key.
+            ConfigurationError: A file cannot be read, which the message names; or a key is not valid, or there is none.
         """
         keys: list[str] = []
         for path in paths:

@@ -163,7 +163,7 @@ class LearnedBucket(Keeper):
 
     def __init__(self, bucket: str) -> None:
         if not _BUCKET.fullmatch(bucket):
-            raise _unusable(f"{_SCHEME}{bucket!r:.80} names no bucket: letters, digits, '-' and '_'")
+            raise _unusable(f"{_SCHEME} must name a bucket: 1 to 128 letters, digits, '-' and '_', not {bucket!r:.80}")
         self._bucket = bucket
         self._recording = _Recording()
         self._unanswered: _Unanswered | None = None

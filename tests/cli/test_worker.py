@@ -449,7 +449,7 @@ def test_a_fleet_that_cannot_be_is_one_line_that_names_the_option(
     monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
     assert run(["worker", f"--{option}", "a\n"]) == Exit.ERROR
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"aiokeyless: --{option} ")
+    assert line.startswith(f"aiokeyless: --{option} must be ")
 
 
 def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -469,7 +469,10 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
             for value in ("0", "-1", "nan", "inf")
         ),
         *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),
-        *((["--max-polls-per-second", value], ["--max-polls", "above 0"]) for value in ("0", "-1", "nan", "inf")),
+        *(
+            (["--max-polls-per-second", value], ["--max-polls", "more than 0", "not infinite"])
+            for value in ("0", "-1", "nan", "inf")
+        ),
         *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
         *((["--inbox-prefix", value], ["--inbox-prefix"]) for value in ("", "_INBOX.", "_INBOX.*", "a b", ">")),
         (["--nats"], ["--nats"]),

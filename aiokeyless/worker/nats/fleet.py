@@ -52,13 +52,15 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
                 argument="name",
             )
         if self.domain is not None and self.prefix is not None:
-            raise ConfigurationError(
-                "domain and prefix must not both be given: a domain is a prefix", argument="prefix"
-            )
-        for argument, pattern in (("tenant", _TENANT), ("domain", _DOMAIN), ("prefix", _PREFIX)):
+            raise ConfigurationError("prefix must not be given beside domain, which is a prefix too", argument="prefix")
+        for argument, pattern, valid in (
+            ("tenant", _TENANT, "1 to 128 characters of printable ASCII"),
+            ("domain", _DOMAIN, "1 to 64 letters, digits, '-' and '_'"),
+            ("prefix", _PREFIX, "words separated by dots, without blanks, '*' and '>'"),
+        ):
             value = getattr(self, argument)
             if value is not None and not _matches(pattern, value):
-                raise ConfigurationError(f"{argument} is not valid: {value!r:.80}", argument=argument)
+                raise ConfigurationError(f"{argument} must be {valid}, not {value!r:.80}", argument=argument)
 
     @property
     def requests(self) -> str:

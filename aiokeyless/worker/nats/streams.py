@@ -40,10 +40,12 @@ class StreamSettings(NamedTuple):
 
     Attributes:
         replicas: Servers of the cluster that hold each message: 1, 3 or 5; None: 1 where a stream is made, and any
-            number where it is there.
+            number where it is there. Default: None.
         duplicate_window: Seconds for which a stream remembers what it has: within it a request that is published
             twice is one, an outcome is published once, an operation id belongs to one request. No wait may be longer.
-        max_age: Seconds for which outcomes are kept for applications that are away.
+            Default: 86400, a day.
+        max_age: Seconds for which outcomes are kept for applications that are away; `duplicate_window`, where that is
+            more. Default: 604800, a week.
     """
 
     replicas: int | None = None
