@@ -14,7 +14,7 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
@@ -54,7 +54,7 @@ from .schedule import wait_adaptive
 from .ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator
     from types import TracebackType
 
     from anyio.streams.memory import MemoryObjectSendStream
@@ -651,9 +651,10 @@ class KeylessClient:
             ClientClosedError: The client was closed before the iteration started. If it is closed later, this error is
                 the outcome of each remaining wait.
         """
-        if isinstance(targets, str | bytes | ApprovalTicket):
+        if isinstance(targets, str | bytes) or not isinstance(targets, Iterable):
             raise ConfigurationError(
-                "targets must be several operation ids or tickets, such as a list, not a single one", argument="targets"
+                f"targets must be several operation ids or tickets, such as a list, not {type(targets).__name__}",
+                argument="targets",
             )
         targets = list(targets)
         # At once, as promised, and yet quickly: there may be a hundred thousand, and what they have in common is one.

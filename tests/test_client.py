@@ -255,9 +255,9 @@ class TestArguments:
             client.wait_for_approvals([target], **arguments)
         assert sandbox.requests == []
 
-    @pytest.mark.parametrize("targets", ["op", b"op"])
+    @pytest.mark.parametrize("targets", ["op", b"op", 7, None])
     async def test_a_single_target_is_not_many(self, client: KeylessClient, targets: Any) -> None:
-        with pytest.raises(ConfigurationError, match="targets"):
+        with pytest.raises(ConfigurationError, match=f"^targets must be several .* not {type(targets).__name__}$"):
             client.wait_for_approvals(targets)
 
     @pytest.mark.parametrize("wrong", ["", "..", "a\nb", "x" * 513, 7, None], ids=repr)
