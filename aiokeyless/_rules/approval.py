@@ -116,8 +116,8 @@ def timed_out(record: WaitRecord) -> ApprovalTimeoutError:
     """Make the error for a wait whose final poll found the operation pending."""
     seen = "pending" if record.last_operation is not None else "missing"
     message = (
-        f"operation {record.operation_id!r} was still {seen} after {record.elapsed:.1f} s and {record.polls} polls; "
-        "a timeout is not a denial: it can still be approved, check it with get_operation"
+        f"operation {record.operation_id!r} was still {seen} after {_spent(record)}; a timeout is not a denial: it can "
+        "still be approved, check it with get_operation"
     )
     return ApprovalTimeoutError(message, **record._asdict())
 
@@ -125,7 +125,11 @@ def timed_out(record: WaitRecord) -> ApprovalTimeoutError:
 def unknown(record: WaitRecord) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer."""
     message = (
-        f"operation {record.operation_id!r}: time is up after {record.elapsed:.1f} s and {record.polls} polls, and no "
-        "final poll was answered, so the outcome is unknown: check it with get_operation before you repeat anything"
+        f"operation {record.operation_id!r}: time is up after {_spent(record)}, and no final poll was answered, so the "
+        "outcome is unknown: check it with get_operation before you repeat anything"
     )
     return ApprovalUnknownError(message, **record._asdict())
+
+
+def _spent(record: WaitRecord) -> str:
+    return f"{record.elapsed:.1f} s and {record.polls} {'poll' if record.polls == 1 else 'polls'}"

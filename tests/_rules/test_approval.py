@@ -281,6 +281,7 @@ def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
         "approved, check it with get_operation"
     )
     assert "was still missing after" in str(timed_out(record(last_operation=None)))
+    assert " and 1 poll; " in str(timed_out(record(polls=1)))
 
 
 def test_an_unanswered_final_poll_says_that_the_outcome_is_unknown() -> None:
