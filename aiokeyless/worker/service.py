@@ -56,7 +56,8 @@ class ApprovalWorker:
     Args:
         client: Any client. Each call is sent once, whatever its ``max_attempts``: the broker repeats what failed. The
             caller closes it, after the worker.
-        broker: Address of a NATS server, or several, separated by commas; or a `MemoryBroker`, for tests.
+        broker: Address of a NATS server, or several, separated by commas; or a `MemoryBroker`, for tests. Default:
+            ``nats://127.0.0.1:4222``.
         max_in_flight: Deliveries in flight at once. Default: 64.
         max_polls_per_second: Polls of this worker in a second; None for as many as fit. What is due beyond that stays
             at the broker, for this worker or another. A 429 halves it, as for a client. Default: 1000.
@@ -70,8 +71,9 @@ class ApprovalWorker:
         fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
         event_keys: What it signs its events with, so that readers believe no others. Default: none; then all users of
             the broker's account must be trusted with approvals.
-        settings: Of the streams, where they do not exist yet.
-        connect_options: Of ``nats.connect``: credentials, TLS; none of its callbacks, nor how it reconnects.
+        settings: Of the streams, where they do not exist yet. Default: those of `StreamSettings`.
+        connect_options: Of ``nats.connect``: credentials, TLS; none of its callbacks, nor how it reconnects. Default:
+            none.
 
     Raises:
         ConfigurationError: An argument is wrong, or `learned` is a file of something else.

@@ -150,7 +150,7 @@ def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
     Args:
         reply: The message's reply subject.
         durable: Name of the reading application's consumer.
-        fleet: The fleet whose outcomes they are.
+        fleet: The fleet whose outcomes they are. Default: that of the name ``keyless``.
     """
     return is_delivery(reply, fleet.outcomes, durable)
 
