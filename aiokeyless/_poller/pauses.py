@@ -60,7 +60,8 @@ class Pause:
 def next_poll(polled: PolledOperation, schedule: wait_base, attempt: int, now: float) -> float:
     """Return when a schedule polls next: counted from the poll in flight, or the last that was answered with pending.
 
-    Where there is neither, that is now; where its other waits back off, the end of that.
+    Where there is neither, that is now; where its other waits back off, the end of that, or infinity where the poll
+    that the backoff had set is in flight: its end sets the next one.
 
     Args:
         polled: The operation.
@@ -71,7 +72,7 @@ def next_poll(polled: PolledOperation, schedule: wait_base, attempt: int, now: f
     Raises:
         ConfigurationError: The schedule did not return a number.
     """
-    if polled.failures and polled.due < math.inf:
+    if polled.failures and (polled.due < math.inf or polled.poll is not None):
         return polled.due
     last = polled.pending_at if polled.poll is None else polled.poll.started_at
     if last is None:

@@ -220,6 +220,8 @@ class Poller:
         self._register(wait, first)
         if pause is not None:
             self._continue(wait, pause, now)
+        elif (poll := wait.polled.poll) is not None and first == math.inf:
+            poll.add(wait)
         return wait
 
     def leave(self, wait: Wait) -> None:
@@ -359,8 +361,7 @@ class Poller:
         wait.seen = pause.seen
         poll = wait.polled.poll
         if poll is not None:  # that one's, still in flight
-            poll.waits.append(wait)
-            wait.polls += poll.under_way
+            poll.add(wait)
         elif pause.approval is not None:
             verdict = evaluate(pause.approval, wait.polled.operation_id, wait.ticket)
             if verdict is Verdict.APPROVED:  # else its first poll meets the answer again

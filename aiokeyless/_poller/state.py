@@ -230,6 +230,11 @@ class Poll:
         self._unserved = 0  # so many of the first waits it no longer serves: they never come back
         self._undecided = 0  # so many of the first waits it does not decide, or no longer
 
+    def add(self, wait: Wait) -> None:
+        """Let it count for a hold that starts while it is in flight."""
+        self.waits.append(wait)
+        wait.polls += self.under_way
+
     def serves(self, wait: Wait) -> bool:
         """Return whether the answer counts for a wait: once its deadline has passed, only its final poll does."""
         return not wait.done() and (not wait.deadline_passed or wait.final is self)

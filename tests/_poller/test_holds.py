@@ -369,6 +369,25 @@ class TestSeries:
         assert [at for at in polls(sandbox) if at < start + 39.9] == pytest.approx([start, start + 30], abs=0.01)
         await asyncio.wait([other])
 
+    async def test_holds_that_begin_while_a_failing_operation_is_polled_keep_to_the_backoff(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: 4.0)
+        ticket = await old_ticket(client)
+        sandbox.fail_next(status=500, times=3, method="GET")
+        start = now()
+        other = asyncio.create_task(client.wait_for_approval(ticket, timeout=60, schedule=wait_fixed(60)))
+        await asyncio.sleep(1)
+        sandbox.latency = 2
+        # One begins during each poll.
+        assert await hold_on(client, ticket, pieces=16, seconds=1, schedule=wait_fixed(3)) is None
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 10, start + 16], abs=0.05)
+        await asyncio.sleep(0.5)
+        assert await client.hold_for_approval(ticket, seconds=7, schedule=wait_fixed(3)) is None
+        # Pending at 18, and the schedule of the hold that began meanwhile counts, and not only that of the other wait.
+        assert polls(sandbox)[4:] == pytest.approx([start + 21], abs=0.05)
+        await cut_off(other)
+
     @pytest.mark.parametrize(
         ("others", "begins", "seconds", "every", "at"),
         [(3, 4.5, 3.4, 4, [0, 4]), (60, 0.5, 4, 2, [0, 2])],
