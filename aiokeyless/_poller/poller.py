@@ -412,8 +412,10 @@ class Poller:
             self._stop_polling(wait)
         wait.seen = None  # the timer queue may keep the wait for a while
         final, wait.final = wait.final, None  # that poll has the wait
-        if final is not None and final.under_way and polled.live:  # it goes on for others; a final poll may start now
-            self._arm(self._loop.time())
+        if final is not None and final.under_way and polled.live:
+            if not final.serves_any():  # those that are left have passed their deadlines, too
+                final.stop()
+            self._arm(self._loop.time())  # where it goes on for others, a final poll may start now
         if self._reporter.listens:
             self._reporter.wait_ended(wait, self._loop.time())
 
@@ -505,28 +507,28 @@ class Poller:
 
     def _expire(self, now: float) -> None:
         """Handle deadlines: at the first one a final poll is queued, at the end of its time the wait ends."""
-        hanging: set[Poll] = set()
+        passed: set[PolledOperation] = set()
         for _ in range(_deadlines_in_a_turn(now, self._deadlines.next_due())):
             wait = self._deadlines.pop_due(now + RESOLUTION)
             if wait is None:
                 break
             try:
-                self._expire_one(wait, now, hanging)
+                self._expire_one(wait, now, passed)
             except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
                 self._end(wait, error)
-        for poll in hanging:
+        if passed:
             # A poll that started before the deadline does not count at the deadline; others may still need it.
-            if not poll.serves_any():
-                poll.stop()
+            for poll in self._dispatcher.in_flight:
+                if poll.under_way and poll.polled in passed and not poll.serves_any():
+                    poll.stop()
 
-    def _expire_one(self, wait: Wait, now: float, hanging: set[Poll]) -> None:
+    def _expire_one(self, wait: Wait, now: float, passed: set[PolledOperation]) -> None:
         if isinstance(wait, Hold):
             self._end(wait, None)
         elif not wait.deadline_passed:
             self._pass_deadline(wait)
             self._queue_final_poll(wait, wait.deadline)
-            if wait.polled.poll is not None:
-                hanging.add(wait.polled.poll)
+            passed.add(wait.polled)
         elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a final poll that failed is over
             self._queue_final_poll(wait, now)
         else:

@@ -1107,6 +1107,28 @@ class TestRule4TransientFailures:
         outcome = (await asyncio.gather(ends, return_exceptions=True))[0]
         assert isinstance(outcome, ApprovalUnknownError if leaves_after is None else asyncio.CancelledError)
 
+    @pytest.mark.parametrize(("timeout", "leaves_after", "at"), [(11, None, 12), (11, 1.5, 11.5), (15, None, 15)])
+    async def test_a_final_poll_that_no_wait_needs_any_more_is_cut_off(
+        self, sandbox: Sandbox, timeout: float, leaves_after: float | None, at: float
+    ) -> None:
+        async with sandbox.client(max_in_flight=1, schedule=wait_fixed(60)) as client:
+            await pending(client)
+            sandbox.requests.clear()
+            start = now()
+            ends = asyncio.create_task(client.wait_for_approval("op", timeout=10))
+            other = asyncio.create_task(client.wait_for_approval("op", timeout=timeout))
+            await asyncio.sleep(9)
+            sandbox.latency = 3600  # the final poll hangs
+            await asyncio.sleep(1.5)
+            sandbox.latency = 0
+            sandbox.approve("op")
+            if leaves_after is not None:
+                await asyncio.sleep(start + 10 + leaves_after - now())
+                await cancel([ends])
+            assert (await other).is_approved
+            assert polls(sandbox) == pytest.approx([start, start + 10, start + at])
+            await asyncio.gather(ends, return_exceptions=True)
+
     async def test_an_unanswered_final_poll_is_a_failure_of_the_service(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
