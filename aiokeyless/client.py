@@ -76,9 +76,13 @@ class DefaultTimeout(Enum):
 
 
 IfMissing: TypeAlias = Literal["raise", "wait"]
+"""What a wait does on a 404: raise, or wait for the operation that the phone will create."""
 IfExists: TypeAlias = Literal["raise", "resume"]
+"""What a create does on a 409: raise, or take the operation if it has the same content and is pending."""
 WaitTimeout: TypeAlias = float | DefaultTimeout | None
+"""Seconds for a whole wait, None for no limit, or the default."""
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
+"""Called for each poll of a wait: a plain function, or an async one."""
 T = TypeVar("T")
 
 _DEFAULT_TIMEOUT: Final = 120.0
