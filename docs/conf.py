@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sphinx.ext.napoleon.docstring import GoogleDocstring
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
 
 import aiokeyless
@@ -67,14 +68,23 @@ def resolve_short_name(
 ) -> reference | Element | None:
     """Find a public name that is written without its module, or with the private one that defines it."""
     name = node["reftarget"].rpartition(".")[2]
-    for module in ("aiokeyless", "aiokeyless.worker", "aiokeyless.sandbox"):
-        found = env.domains.python_domain.objects.get(f"{module}.{name}")
+    for module in ("", ".errors", ".events", ".worker", ".sandbox", ".shutdown", ".otel"):
+        found = env.domains.python_domain.objects.get(f"aiokeyless{module}.{name}")
         if found is not None:
             return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contnode, name)
     # A single backtick is also how a docstring shows an argument, which has no page of its own.
     return contnode if node["reftype"] == "obj" and node["reftarget"].isidentifier() else None
 
 
+def describe_alias(_app: Sphinx, what: str, name: str, _value: object, _options: object, lines: list[str]) -> None:
+    """Describe the type of an argument as the module does that defines it, and not as Python's class of such types."""
+    if what == "data":
+        for module in ("aiokeyless.client", "aiokeyless.events", "aiokeyless.reports"):
+            documented = ModuleAnalyzer.for_module(module).find_attr_docs()
+            lines[:] = documented.get(("", name.rpartition(".")[2]), lines)
+
+
 def setup(app: Sphinx) -> None:
     """Connect what is above."""
     app.connect("missing-reference", resolve_short_name)
+    app.connect("autodoc-process-docstring", describe_alias)
