@@ -91,7 +91,7 @@ class Poller:
         # Not the context of the caller that happened to be first: its trace and its logging variables are not ours.
         self._context = context_without_traces()
         self._reporter = Reporter(listeners, self._loop.time())
-        self._circuit = Circuit(max_in_flight)
+        self._circuit = Circuit(max_in_flight, longest_poll=transport.request_timeout)
         self._rate = PollRate(max_polls_per_second)
         self._dispatcher = Dispatcher(
             self._circuit, self._rate, max_in_flight=max_in_flight, request_timeout=transport.request_timeout

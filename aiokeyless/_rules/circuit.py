@@ -60,6 +60,7 @@ class Circuit:
 
     Args:
         limit: Polls that may be in flight while all is well.
+        longest_poll: Seconds for which one is in flight at most.
     """
 
     __slots__ = (
@@ -71,13 +72,16 @@ class Circuit:
         "_limit",
         "_probe_at",
         "_probes",
+        "_proven_after",
         "_usual",
         "since",
         "state",
     )
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, longest_poll: float = 0.0) -> None:
         self._full = limit
+        # Closed, all polls count: those that hang since before must be over, or they would leave no room for long.
+        self._proven_after = max(_PROVEN, longest_poll)
         self._limit = float(limit)
         self.state: CircuitState = CircuitState.CLOSED
         """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
@@ -211,7 +215,8 @@ class Circuit:
 
     def _is_proven(self, now: float) -> bool:
         """Return whether it has been half open for long enough, and nearly all answers are good."""
-        return self.state is CircuitState.HALF_OPEN and now - self.since >= _PROVEN and self._usual < _RARE
+        is_half_open = self.state is CircuitState.HALF_OPEN
+        return is_half_open and now - self.since >= self._proven_after and self._usual < _RARE
 
     def _are_unusual(self, operations: set[Hashable], many: int) -> bool:
         """Return whether so many operations failed in a row that it is the service: `many`, where failures are rare."""

@@ -167,7 +167,7 @@ class Serving:
         self._terms = terms
         self._event_keys = event_keys
         self._on_fatal = on_fatal
-        self._circuit = Circuit(limits.max_in_flight)
+        self._circuit = Circuit(limits.max_in_flight, longest_poll=limits.longest_delivery)
         self._rate = PollRate(limits.max_polls_per_second)
         self._load_shedding = LoadShedding(self._loop.time)
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started

@@ -965,6 +965,27 @@ class TestRule4TransientFailures:
         assert "Keyless answers again" in caplog.text
         await cancel(waits[:1])
 
+    async def test_polls_that_hang_since_before_an_outage_keep_no_others_from_starting(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(request_timeout=120, schedule=wait_fixed(2)) as client:
+            for number in range(62):
+                await pending(client, f"op{number}")
+            waits = [asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=None)) for number in range(6)]
+            await asyncio.sleep(1)
+            sandbox.latency = 3600
+            waits += [asyncio.create_task(client.wait_for_approval(f"op{n}", timeout=None)) for n in range(6, 62)]
+            await asyncio.sleep(0.5)
+            sandbox.latency = 0
+            sandbox.fail_next(503, times=None)
+            await asyncio.sleep(20)
+            assert (client.statistics.circuit, client.statistics.in_flight) == ("open", 56)
+            sandbox.recover()
+            await cancel(waits[1:6])
+            sandbox.requests.clear()
+            await asyncio.sleep(90)
+            assert len(polls(sandbox, "op0")) >= 40
+            assert client.statistics.in_flight == 56
+            await cancel([waits[0], *waits[6:]])
+
     async def test_callers_that_give_up_while_the_service_hangs_do_not_make_probes_more_frequent(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
