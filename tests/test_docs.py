@@ -259,6 +259,31 @@ def test_the_costs_that_the_pages_name_were_measured() -> None:
     assert f"{1 - float(requests) / float(requests_of_loop):.0%} fewer requests" in page
 
 
+def test_what_a_wait_is_made_of_adds_up_to_what_it_takes() -> None:
+    page = (DOCS / "explanation" / "costs.md").read_text()
+    parts = [int(part) for part in re.findall(r"^\| [^|]+ \| (\d+) \| \D+ \|$", page, re.MULTILINE)]
+    assert len(parts) == 9
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
+    [table] = [table for table in results["waits"]["tables"] if table["title"] == "1000 waits"]
+    assert sum(parts) == pytest.approx(int(table["rows"][0][1]), rel=0.03)  # each part is rounded
+
+
+def test_the_sizes_of_a_fleet_were_measured() -> None:
+    page = (DOCS / "howto" / "operating-workers.md").read_text()
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
+    polls, memory, *_ = results["distributed"]["tables"]
+    one_worker = float(polls["rows"][0][1].split()[0])
+    measured = {waiting: [float(figure) for figure in figures] for waiting, *figures in memory["rows"]}
+    shown = re.search(r"one core for ([\d ]+) polls a second; (\d+) MB, however many", page)
+    assert shown is not None
+    assert int(shown[1].replace(" ", "")) == pytest.approx(one_worker, rel=0.03)
+    assert int(shown[2]) == pytest.approx(measured["200000"][1], abs=0.5)
+    shown = re.search(r"requests that wait \| (\d+) and (\d+) MB of memory, (\d+) and (\d+) MB of disk", page)
+    assert shown is not None
+    (few, _, few_on_disk), (many, _, many_on_disk) = measured["100000"], measured["200000"]
+    assert [int(size) for size in shown.groups()] == pytest.approx([few, many, few_on_disk, many_on_disk], abs=0.5)
+
+
 def test_every_exception_stands_in_the_table() -> None:
     table = (DOCS / "reference" / "exceptions.md").read_text().partition("```")[0]
     roots = {"KeylessError", "ApprovalError"}
