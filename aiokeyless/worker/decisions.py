@@ -205,7 +205,7 @@ def after_failed_creation(
 
 
 def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
-    """Decide about a request whose final poll got no answer in time, and can get none while the service is down."""
+    """Decide about a request whose final poll got no answer in time, and can get none soon."""
     return _decided(delivery, now, Outcome.EXPIRED, answered=False)
 
 
