@@ -135,7 +135,10 @@ async def worker(
     except ConfigurationError as error:
         raise CommandError(f"--{error}") from None
     event_keys = EventKeys.from_files(*event_key) if event_key else EventKeys.from_environment()
-    options: dict[str, object] = {} if creds is None else {"user_credentials": str(creds)}
+    options: dict[str, object] = {}
+    if creds is not None:
+        _check_readable("--creds", creds)  # nats-py reads it only where the broker asks for credentials
+        options["user_credentials"] = str(creds)
     if inbox_prefix is not None:
         options["inbox_prefix"] = inbox_prefix
     if tls_ca or tls_cert or tls_key:

@@ -264,9 +264,10 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
         (["--tls-ca", __file__], f"--tls-ca: {__file__} holds no certificate: "),
         (["--tls-cert", __file__], f"--tls-cert: {__file__} and the key in {__file__} cannot be used: "),
         (["--tls-cert", __file__, "--tls-key", "no-such-key.pem"], "--tls-key: no-such-key.pem cannot be read: "),
+        (["--creds", "no-such-file.creds"], "--creds: no-such-file.creds cannot be read: "),
     ],
 )
-def test_a_file_of_tls_that_cannot_be_used_is_named_in_one_line(
+def test_a_file_of_the_connection_that_cannot_be_used_is_named_in_one_line(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
@@ -425,7 +426,7 @@ def test_a_missing_extra_is_one_line_that_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
-    assert run(["worker", "--nats", "nats://127.0.0.1:1", "--creds", "worker.creds"]) == 1
+    assert run(["worker", "--nats", "nats://127.0.0.1:1", "--creds", __file__]) == 1
     assert re.fullmatch(r'aiokeyless: .*: pip install ".*\[(cli,nats|nkeys)\]"\n', capsys.readouterr().err)
 
 
