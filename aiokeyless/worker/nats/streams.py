@@ -80,9 +80,7 @@ async def prepare(
         _check(f"stream {fleet.claims}", _claims_differences(claims, window))
         await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
-        raise BrokerError(
-            "the broker has no JetStream: start it with -js, or enable JetStream for this account"
-        ) from None
+        raise BrokerError(_no_jetstream(fleet)) from None
     except nats.js.errors.APIError as error:
         raise BrokerError(f"the broker refused to make a stream or its consumer: {error.description}") from None
     except nats.errors.Error as error:
@@ -91,6 +89,12 @@ async def prepare(
             f"user publish to {fleet.api_prefix}.>, $JS.ACK.>, {fleet.name}.approvals.* and {fleet.name}.claims.*?"
         ) from None
     return window
+
+
+def _no_jetstream(fleet: Fleet) -> str:
+    if fleet.domain is None and fleet.prefix is None:
+        return "the broker has no JetStream: start it with -js, or enable JetStream for this account"
+    return f"the broker has no JetStream at {fleet.api_prefix}: check the domain or the prefix"
 
 
 async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:

@@ -19,7 +19,7 @@ from nats.js.api import (
     StreamInfo,
 )
 from nats.js.errors import NotFoundError
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, prepare
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare
 
 from aiokeyless.worker import BrokerError, Fleet, StreamSettings
 from aiokeyless.worker.nats import streams
@@ -266,6 +266,13 @@ async def test_a_broker_without_jetstream_is_one_line(tmp_path: Path) -> None:
                 await prepared(connection.jetstream())
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("fleet", [Fleet(domain="hub"), Fleet(prefix="$JS.hub.API")], ids=repr)
+async def test_a_domain_that_is_not_there_is_one_line_that_names_it(connection: Client, fleet: Fleet) -> None:
+    jetstream = fleet.jetstream(connection, timeout=PATIENCE)
+    with pytest.raises(BrokerError, match=r"^the broker has no JetStream at \$JS\.hub\.API: check the domain"):
+        await streams.prepare(jetstream, fleet, StreamSettings(), ack_wait=ACK_WAIT, service=OURS)
 
 
 CONFIGURATION = """
