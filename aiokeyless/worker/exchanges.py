@@ -125,10 +125,6 @@ class Exchanges:
         self.polls: int = 0
         self.failures: int = 0  # transient ones
 
-    def is_away(self) -> bool:
-        """Return whether the service is down, or asked for a longer pause than final polls are repeated for."""
-        return self._circuit.is_probed or self._circuit.retry_at() - self._now() > self._grace
-
     async def process(self, delivery: Delivery) -> Decision:
         """Create the operation, or poll it.
 
@@ -153,7 +149,7 @@ class Exchanges:
         """
         step = await self._poll(delivery)
         for _ in range(_LATE_REPEATS):
-            if self.is_away() or not isinstance(step, Decided) or step.event.answered is not False:
+            if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:
                 break
             await asyncio.sleep(error_delay(1))
             step = await self._poll(delivery)

@@ -281,13 +281,17 @@ class Serving:
         room = self._room(now)
         polls = self._rate.room(now)
         room = (room if polls is None else min(room, polls)) - expected
-        if room <= 0 and self._exchanges.is_away() and now >= self._expiries_from:
+        if room <= 0 and self._is_away(now) and now >= self._expiries_from:
             # Applications are told so in time: what is past its grace needs no exchange.
             room = self._limits.max_in_flight - len(self._deliveries) - expected
             self._expiries_from = now + (EXPIRES if self._circuit.is_probed else _PAUSED_PULLS)
         if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
             with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
                 await self._engine.ask(room)
+
+    def _is_away(self, now: float) -> bool:
+        """Return whether the service is down, or asked for a longer pause than final polls are repeated for."""
+        return self._circuit.is_probed or self._circuit.retry_at() - now > self._limits.grace
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative where there are too many."""
@@ -303,7 +307,7 @@ class Serving:
 
     async def _wait_for_change(self, now: float) -> None:
         closed_for = max(self._circuit.retry_at(), self._pulls_from, self._rate.ready_at(now)) - now
-        if self._exchanges.is_away():
+        if self._is_away(now):
             closed_for = min(closed_for, EXPIRES)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(closed_for, _EARLY) if closed_for > 0 else EXPIRES):
@@ -422,7 +426,7 @@ class Serving:
         moment = self._engine.now()
         with suppress(InvalidRequestError):
             delivery = self._read(message)
-            if self._exchanges.is_away() and left_of_grace(delivery, moment, self._limits.grace) < 0:
+            if self._is_away(now) and left_of_grace(delivery, moment, self._limits.grace) < 0:
                 return after_outage(delivery, now=moment)
         pause = max(0.0, self._circuit.retry_at() - now)
         return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1))

@@ -368,22 +368,6 @@ async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_gra
         assert {event.outcome for event in await events_of(broker, 4)} == {Outcome.APPROVED}
 
 
-async def test_a_final_poll_after_the_grace_is_not_repeated_in_a_long_pause(
-    client: KeylessClient, sandbox: Sandbox
-) -> None:
-    broker = MemoryBroker()
-    await submit_approval(broker, "C0FFEE", operation_id="txn", expires_in=30)
-    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0)):
-        await created(sandbox, 1)
-    await asyncio.sleep(100)  # no worker runs
-    sandbox.fail_next(status=429, times=None, retry_after=60)
-    sandbox.requests.clear()
-    async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0), grace=30):
-        (event,) = await events_of(broker, 1)
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
-    assert len([request for request in sandbox.requests if request.path.endswith("/txn")]) == 1
-
-
 async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
     client: KeylessClient, sandbox: Sandbox
 ) -> None:
