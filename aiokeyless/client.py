@@ -122,7 +122,8 @@ class KeylessClient:
         max_in_flight: Concurrent polls of all waits together. Default: 64.
         max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
             are due, the one due longest goes first; ``statistics.lag`` shows by how much polls are late. Final polls
-            count and are never late. After a 429 it is halved, and climbs back within about a minute. Default: 1000.
+            count and do not wait for it. After a 429 it is halved, and climbs back within about a minute. Default:
+            1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
         listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens: polls and waits
