@@ -617,7 +617,8 @@ class Poller:
         polled = poll.polled
         if backs_off:
             polled.failures += 1
-            self._dispatcher.schedule(polled, now + error_delay(polled.failures))
+            if polled.live:  # else it went on between two holds, and the second one sets its next poll
+                self._dispatcher.schedule(polled, now + error_delay(polled.failures))
             self._dispatcher.finish(poll, now)
             return
         for wait in poll.waits:

@@ -6,6 +6,7 @@ import asyncio
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import pytest
 from leaks import armed_timers, tasks_since
 from tenacity import wait_exponential, wait_fixed
@@ -590,6 +591,27 @@ class TestPollInFlight:
             await asyncio.sleep(2.5)
             assert client.statistics.in_flight == 0
             assert armed_timers() == []
+
+    async def test_what_a_hook_raises_in_it_does_not_keep_the_next_hold_from_polling(self, sandbox: Sandbox) -> None:
+        async def end(*_: object) -> None:
+            if fails:
+                raise GeneratorExit
+
+        fails = False
+        hooks = aiohttp.TraceConfig()
+        hooks.on_request_end.append(end)
+        async with aiohttp.ClientSession(trace_configs=[hooks]) as session, sandbox.client(session=session) as client:
+            ticket = await old_ticket(client)
+            fails = True
+            sandbox.latency = 2
+            assert await client.hold_for_approval(ticket, seconds=1) is None
+            await asyncio.sleep(2)
+            fails = False
+            sandbox.latency = 0
+            sandbox.approve("op")
+            operation = await client.hold_for_approval(ticket, seconds=10)
+            assert operation is not None
+            assert operation.is_approved
 
     async def test_closing_the_client_cuts_it_off(self, sandbox: Sandbox) -> None:
         before = asyncio.all_tasks()
