@@ -83,9 +83,13 @@ class Creation:
         """
         try:
             return await self._transport.retry(self._attempt, self._may_repeat)
-        except TransportError as error:
-            error.sent = error.sent or self._ambiguous is not None  # an earlier attempt may have taken effect
+        except KeylessError as error:
+            if isinstance(error, TransportError):
+                error.sent = error.sent or self._ambiguous is not None  # an earlier attempt may have taken effect
+            error.__traceback__ = None  # the frames of attempts have variables for it
             raise
+        finally:
+            self._ambiguous = None
 
     async def _attempt(self, number: int) -> bool:
         try:
@@ -98,7 +102,7 @@ class Creation:
                     path=self._post.path,
                 )
         except KeylessError as error:
-            failure = error
+            failure = error.with_traceback(None)
         else:
             return False
         conflicts = isinstance(failure, ConflictError)
@@ -132,7 +136,7 @@ class Creation:
                 self._given_up = True
                 if self._ambiguous is None:  # the id is taken: this call had no effect
                     raise
-                raise self._ambiguous from error
+                raise self._ambiguous from error.with_traceback(None)
             await asyncio.sleep(pause)
 
     def _check(self, found: Operation) -> None:

@@ -250,7 +250,10 @@ class Transport:
             return await retrying(again)
         except (TransportError, DecodeError, StatusError) as last:
             last.attempts = tuple(earlier)
+            last.__traceback__ = None  # tenacity's frames have variables for it
             raise
+        finally:
+            retrying.iter_state.reset()  # its steps reference `retrying` and the last failure
 
     async def _exchange(
         self,
@@ -277,6 +280,7 @@ class Transport:
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
             outcome = self._failed(method, self.path(url), error)
+            _drop_tracebacks(error)
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
@@ -419,6 +423,17 @@ def _pause(retry_state: RetryCallState) -> float:
 
 def _failure(retry_state: RetryCallState) -> BaseException | None:
     return retry_state.outcome.exception() if retry_state.outcome is not None else None
+
+
+def _drop_tracebacks(failure: BaseException | None) -> None:
+    """Drop the tracebacks of a failure and of what it came from.
+
+    Frames of aiohttp have a variable for the failure, so that they, the request's headers and the socket would stay
+    until the garbage collector comes.
+    """
+    while failure is not None and failure.__traceback__ is not None:
+        failure.__traceback__ = None
+        failure = failure.__cause__ or failure.__context__
 
 
 def _operating_system_error(failure: BaseException) -> OSError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import itertools
@@ -12,6 +13,7 @@ import ssl
 import sys
 import tracemalloc
 import zlib
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -1156,3 +1158,46 @@ async def test_cancellation_in_the_turn_in_which_the_timeout_passes_is_not_lost(
         loop.call_at(started + 1.0, call.cancel)
         await asyncio.wait([call])
         assert call.cancelled()
+
+
+@pytest.fixture
+def uncollected() -> Iterator[Callable[[], list[str]]]:
+    """Give a function that lists what of the library, aiohttp and tenacity waits for the garbage collector."""
+
+    def listed() -> list[str]:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        names = [f"{type(thing).__module__}.{type(thing).__qualname__}" for thing in gc.garbage]
+        names += [thing.f_globals["__name__"] for thing in gc.garbage if isinstance(thing, FrameType)]
+        return sorted(name for name in names if name.startswith(("aiokeyless.", "aiohttp.", "tenacity.")))
+
+    gc.collect()
+    gc.disable()
+    try:
+        yield listed
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("max_attempts", [1, 3])
+@pytest.mark.parametrize(
+    "answering",
+    [reset, BUSY, TRUNCATED, answer(b"<html>"), answer(b"{}"), None],
+    ids=["reset", "503", "cut off", "page", "another shape", "refused"],
+)
+@pytest.mark.parametrize("name", ["get_operation", "create_operation"])
+async def test_failed_call_leaves_nothing_to_the_garbage_collector(
+    name: str, answering: bytes | Handler | None, max_attempts: int, uncollected: Callable[[], list[str]]
+) -> None:
+    """Until it comes, that would be memory, sockets, and headers with the key; in an outage, very many of them."""
+    async with RawServer(answering or reset) as server:
+        url = refused() if answering is None else server.url
+        async with KeylessClient(KEY, base_url=url, max_attempts=max_attempts) as client:
+            for _ in range(3):
+                with contextlib.suppress(KeylessError):
+                    await getattr(client, name)(USER)
+                    pytest.fail("it did not fail")
+            await asyncio.sleep(1)  # the closed connections are gone
+            assert uncollected() == []
