@@ -107,6 +107,8 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             if reading.kind in {"cut", "error"} or (reading.said is not None and not _is_pending(reading, earlier)):
                 continue  # an answer that is rejected between two holds is met again by the next one
+            if reading.kind == "missing" and all(wait.ticket is None and not wait.may_be_missing for wait in waits):
+                continue  # so is a 404 about a bare id
             least = SHORTEST if reading.kind in {"failed", "missing"} else min(wait.delays[0] for wait in waits)
             # Between two holds a delay counts from the start of the last poll (H2).
             since = earlier.sent_at if any(wait.hold is not None for wait in waits) else earlier.ended_at
