@@ -154,7 +154,7 @@ class Dispatcher:
             return
         if polled.due == math.inf and polled.before_deadline:
             polled.due = now  # it was cut off, or brought nothing, and a wait goes on
-        if polled.due < math.inf and polled.scheduled_at is None:
+        if polled.due < math.inf and polled.entry is None:
             self._enqueue(polled)
 
     def overdue(self, now: float) -> Iterator[Poll]:

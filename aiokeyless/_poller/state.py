@@ -14,6 +14,7 @@ from aiokeyless._rules.approval import WaitRecord
 from aiokeyless.models import Operation
 
 from .packing import unpack_pending
+from .timer_queue import Scheduled
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,16 +29,19 @@ if TYPE_CHECKING:
     from aiokeyless.schedule import wait_adaptive
     from aiokeyless.ticket import ApprovalTicket
 
+    from .timer_queue import Entry
+
 WaitResult = Operation | Exception | None  # None: a hold ended, and the operation is waited for later
 
 
-class Wait(asyncio.Future[WaitResult]):
+class Wait(asyncio.Future[WaitResult], Scheduled):
     """One wait, and the future that its caller awaits. It never raises: errors are results too."""
 
     __slots__ = (
         "attempt",
         "deadline",
         "deadline_passed",
+        "entry",
         "error",
         "final",
         "had_expired",
@@ -48,7 +52,6 @@ class Wait(asyncio.Future[WaitResult]):
         "polls",
         "registered",
         "schedule",
-        "scheduled_at",
         "seen",
         "started_at",
         "ticket",
@@ -86,10 +89,12 @@ class Wait(asyncio.Future[WaitResult]):
         self.final: Poll | None = None  # its final poll, once that has started
         self.had_expired = False  # before it began: its first poll is the final one, and no deadline bounds that
         self.registered = True  # known to the poller: it has not ended, or ended in this very turn of the loop
-        self.scheduled_at: float | None = None  # in the queue of deadlines
+        self.entry: Entry | None = None  # in the queue of deadlines
 
-    def __lt__(self, other: Wait) -> bool:
-        return self.polled.sequence < other.polled.sequence
+    @property
+    def sequence(self) -> float:  # type: ignore[override]  # a waiting operation's, for all of its waits
+        """That of the operation."""
+        return self.polled.sequence
 
     def record(self, now: float) -> WaitRecord:
         """Return what an error tells of this wait."""
@@ -108,12 +113,13 @@ class Hold(Wait):
         return self.cancelled() or self.result() is None
 
 
-class PolledOperation:
+class PolledOperation(Scheduled):
     """One operation that is polled, for one wait or for many."""
 
     __slots__ = (
         "before_deadline",
         "due",
+        "entry",
         "failures",
         "final_poll_queued",
         "first",
@@ -126,13 +132,14 @@ class PolledOperation:
         "others",
         "pending_at",
         "poll",
-        "scheduled_at",
         "sequence",
         "url",
     )
 
     def __init__(self, sequence: float, operation_id: str, url: URL, origin: float) -> None:
-        self.sequence = sequence  # the time of its first wait; unique
+        self.sequence = (
+            sequence  # the time of its first wait, unique: of those due at the same time, the first is first
+        )
         self.operation_id = operation_id
         self.url = url
         self.origin = origin
@@ -150,10 +157,7 @@ class PolledOperation:
         # first poll that was answered with pending. Before that nothing is learned of it.
         self.observed_from: float | None = None
         self.learners: tuple[wait_adaptive, ...] = ()
-        self.scheduled_at: float | None = None
-
-    def __lt__(self, other: PolledOperation) -> bool:
-        return self.sequence < other.sequence  # of those due at the same time, the first to have been waited for
+        self.entry: Entry | None = None
 
     def add(self, wait: Wait) -> None:
         """Add a wait."""

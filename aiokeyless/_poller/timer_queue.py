@@ -1,15 +1,15 @@
 """A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be removed.
 
-Removing marks the entry as stale. Stale entries are swept out a few at a time, and those at the front are dropped some
-hundred at a time, so that no single call is long: fifty thousand in one go would block the event loop for tens of
-milliseconds. Until the last of these is dropped, the queue answers as if one of them were still due: early, never late.
+Removing takes the item out of its entry, which stays and is stale. Stale entries are swept out a few at a time, and
+those at the front are dropped some hundred at a time, so that no single call is long: fifty thousand in one go would
+block the event loop for tens of milliseconds. Until the last of these is dropped, the queue answers as if one of them
+were still due: early, never late.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from heapq import heappop, heappush
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, TypeVar
 
 import msgspec
 
@@ -18,38 +18,49 @@ _SLACK: Final = 64  # stale entries that are not worth a sweep
 _DROPPED: Final = 256  # stale entries at the front that one call drops
 
 
-class Scheduled(Protocol):
-    """What a queue takes: an object with room for the time of its one entry, None where it has none."""
+class Ordered:
+    """What has a place among those that are due at the same time."""
 
-    scheduled_at: float | None
+    __slots__ = ()
 
-    @abstractmethod
-    def __lt__(self, other: Any, /) -> bool:
-        """Decide between equal times."""
+    sequence: float
+
+    def __lt__(self, other: Ordered) -> bool:
+        return self.sequence < other.sequence
+
+
+class Scheduled(Ordered):
+    """What a queue takes: an object with room for its one entry, None where it has none."""
+
+    __slots__ = ()
+
+    entry: Entry | None
+
+
+class _Removed(Ordered, msgspec.Struct, gc=False):
+    """The place of an item that was removed: all that the item references must not wait for the sweep."""
+
+    sequence: float
+
+
+class Entry(msgspec.Struct, order=True):
+    """What the heaps hold: ordered like a tuple, in the same time, and smaller than one."""
+
+    when: float
+    item: Ordered
 
 
 T = TypeVar("T", bound=Scheduled)
 
 
-class _Entry(msgspec.Struct, Generic[T], order=True):
-    """What the heaps hold: ordered like a tuple, in the same time, and smaller than one."""
-
-    when: float
-    item: T
-
-
 class TimerQueue(Generic[T]):
-    """A queue ordered by time, and where that is equal by the items; an item has at most one entry.
-
-    An entry is live while its time is the very float that its item has as `scheduled_at`, and not just an equal one: a
-    number for each entry would be another object for each of them.
-    """
+    """A queue ordered by time, and where that is equal by the items' sequence; an item has at most one entry."""
 
     __slots__ = ("_heap", "_live", "_old")
 
     def __init__(self) -> None:
-        self._heap: list[_Entry[T]] = []
-        self._old: list[_Entry[T]] = []  # the heap before a sweep: a prefix of a heap is a heap
+        self._heap: list[Entry] = []
+        self._old: list[Entry] = []  # the heap before a sweep: a prefix of a heap is a heap
         self._live = 0
 
     def __len__(self) -> int:
@@ -57,18 +68,21 @@ class TimerQueue(Generic[T]):
 
     def schedule(self, item: T, when: float) -> None:
         """Add an item, or move its entry."""
-        if item.scheduled_at is None:
+        if item.entry is None:
             self._live += 1
-        elif item.scheduled_at is when:
+        elif item.entry.when == when:
             return
-        item.scheduled_at = when
-        heappush(self._heap, _Entry(when, item))
+        else:
+            _take_out(item.entry)
+        item.entry = Entry(when, item)
+        heappush(self._heap, item.entry)
         self._sweep()
 
     def remove(self, item: T) -> None:
         """Remove an item's entry, if it has one."""
-        if item.scheduled_at is not None:
-            item.scheduled_at = None
+        if item.entry is not None:
+            _take_out(item.entry)
+            item.entry = None
             self._live -= 1
             self._sweep()
 
@@ -91,13 +105,13 @@ class TimerQueue(Generic[T]):
         heap = self._front()
         if heap[0].when > now or not _is_live(heap[0]):
             return None
-        item = heappop(heap).item
-        item.scheduled_at = None
+        item: T = heappop(heap).item  # type: ignore[assignment]  # it is live
+        item.entry = None
         self._live -= 1
         self._sweep()
         return item
 
-    def _front(self) -> list[_Entry[T]]:
+    def _front(self) -> list[Entry]:
         """Return the heap, of the two, whose top is the earliest entry: a live one, unless there is more to drop."""
         heap, old = self._heap, self._old
         if heap and not _is_live(heap[0]):
@@ -117,11 +131,15 @@ class TimerQueue(Generic[T]):
                 heappush(self._heap, entry)
 
 
-def _is_live(entry: _Entry[T]) -> bool:
-    return entry.item.scheduled_at is entry.when
+def _take_out(entry: Entry) -> None:
+    entry.item = _Removed(entry.item.sequence)
 
 
-def _drop_stale(heap: list[_Entry[T]]) -> None:
+def _is_live(entry: Entry) -> bool:
+    return type(entry.item) is not _Removed
+
+
+def _drop_stale(heap: list[Entry]) -> None:
     """Drop the stale entries at the front of a heap, as many as one call may."""
     for _ in range(_DROPPED):
         if not heap or _is_live(heap[0]):

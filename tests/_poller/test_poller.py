@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import logging
 import math
 import sys
 import traceback
+import weakref
 from datetime import UTC, datetime, timedelta
 from itertools import groupby, pairwise
 from types import FrameType, ModuleType, TracebackType
@@ -18,6 +20,7 @@ import aiohttp
 import msgspec
 import pytest
 from leaks import armed_timers, tasks_since
+from raw_server import until
 from tenacity import wait_chain, wait_exponential, wait_fixed
 from tenacity.wait import wait_base
 
@@ -2227,14 +2230,32 @@ class TestKeptErrors:
 
 class TestNothingGrows:
     async def test_ended_waits_are_freed(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        for number in range(300):
-            sandbox.approve(f"op{number}", user_id=USER)
-            await client.wait_for_approval(f"op{number}", timeout=10_000)
-        gc.collect()
-        from aiokeyless._poller.state import PolledOperation, Wait
+        from aiokeyless._poller.state import PolledOperation
 
-        kept = [thing for thing in gc.get_objects() if issubclass(type(thing), Wait | PolledOperation)]
-        assert len(kept) <= 2 * 70  # the queue sweeps stale entries when there are enough of them
+        def kept() -> list[PolledOperation]:  # each wait has one
+            polled = [thing for thing in gc.get_objects() if type(thing) is PolledOperation]
+            return [one for one in polled if one.operation_id.startswith("freed-")]
+
+        for number in range(300):
+            sandbox.approve(f"freed-{number}", user_id=USER)
+            await client.wait_for_approval(f"freed-{number}", timeout=10_000)
+        gc.collect()
+        await until(lambda: not kept())
+
+    async def test_the_error_of_an_ended_wait_keeps_no_frame_of_the_application(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        class Request:
+            """What an application has in a variable while it waits."""
+
+        async def handler() -> weakref.ref[Request]:
+            request = Request()
+            with contextlib.suppress(NotFoundError):
+                await client.wait_for_approval("missing", timeout=10_000)
+            return weakref.ref(request)
+
+        kept = await handler()
+        await until(lambda: kept() is None)
 
     @pytest.mark.parametrize("ending", ["approved", "timed out", "failed", "held", "updates", "cancelled"])
     async def test_no_wait_leaves_work_to_the_garbage_collector(

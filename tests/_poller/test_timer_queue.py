@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aiokeyless._poller.timer_queue import TimerQueue
+from aiokeyless._poller.timer_queue import Entry, Ordered, Scheduled, TimerQueue
 
 # What a queue may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
 SLACK = 200
 
 
-class Item:
+class Item(Scheduled):
     """Something to schedule."""
 
-    __slots__ = ("name", "scheduled_at")
+    __slots__ = ("__weakref__", "entry", "name", "sequence")
 
     def __init__(self, name: int) -> None:
         self.name = name
-        self.scheduled_at: float | None = None
+        self.sequence = float(name)
+        self.entry: Entry | None = None
 
-    def __lt__(self, other: Item) -> bool:
-        return self.name < other.name
+    @property
+    def scheduled_at(self) -> float | None:
+        return None if self.entry is None else self.entry.when
 
 
 def entries(queue: TimerQueue[Item]) -> int:
@@ -92,7 +95,7 @@ def test_an_entry_that_comes_back_to_the_very_time_it_had_is_taken_once() -> Non
     queue.schedule(item, when)
     queue.schedule(item, when)
     queue.schedule(item, later)
-    queue.schedule(item, when)  # the stale entry of before is live again, and there is another one
+    queue.schedule(item, when)  # while the stale entry of before is there
     assert len(queue) == 1
     assert drain(queue) == [1]
     assert len(queue) == 0
@@ -118,6 +121,34 @@ def test_what_was_removed_does_not_come_and_can_be_scheduled_again() -> None:
     queue.schedule(item, 2.0)
     assert (len(queue), queue.next_due()) == (1, 2.0)
     assert queue.pop_due(1e9) is item
+
+
+def test_what_was_removed_or_taken_is_not_kept() -> None:
+    queue: TimerQueue[Item] = TimerQueue()
+    queue.schedule(standing := Item(0), 1.0)
+    removed, moved = Item(1), Item(2)
+    queue.schedule(removed, 2.0)
+    queue.schedule(moved, 2.0)
+    queue.schedule(moved, 3.0)
+    queue.remove(removed)
+    queue.remove(moved)
+    assert (queue.pop_due(1.0), entries(queue)) == (standing, 3)  # else there is nothing that could keep them
+    kept = [weakref.ref(item) for item in (standing, removed, moved)]
+    del standing, removed, moved
+    assert [reference() for reference in kept] == [None, None, None]
+
+
+def test_the_place_of_what_was_removed_stays_among_equal_times() -> None:
+    queue: TimerQueue[Item] = TimerQueue()
+    items = [Item(name) for name in range(100)]
+    for item in random.Random(1).sample(items, len(items)):  # noqa: S311
+        queue.schedule(item, 1.0)
+    for item in items[::2]:
+        queue.remove(item)
+        queue.schedule(item, 1.0)
+    for item in items[::3]:
+        queue.remove(item)
+    assert drain(queue) == [name for name in range(100) if name % 3]
 
 
 def test_a_sweep_in_the_middle_changes_no_order() -> None:
@@ -189,7 +220,7 @@ class Counting(Item):
     __slots__ = ()
     comparisons = 0
 
-    def __lt__(self, other: Item) -> bool:
+    def __lt__(self, other: Ordered) -> bool:
         Counting.comparisons += 1
         return super().__lt__(other)
 
