@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -269,6 +270,7 @@ class Transport:
         started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
         response: aiohttp.ClientResponse | None = None
         outcome: BaseException
+        failure: BaseException | None = None
         try:
             if timeouts is self._call_timeout:
                 async with asyncio.timeout(self.request_timeout):
@@ -279,8 +281,7 @@ class Transport:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome = self._failed(method, self.path(url), error)
-            _drop_tracebacks(error)
+            outcome, failure = self._failed(method, self.path(url), error), error
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
@@ -292,10 +293,11 @@ class Transport:
                 method=method,
                 path=self.path(url),
             )
+        _drop_tracebacks(failure, handled=sys.exception())
         # Raised outside the except block and without the frames of aiohttp, whose variables include the request's
         # headers and so the key: error reporters print the local variables of every frame of a traceback, and those of
         # its context and causes. The repr of a response shows its headers, which may echo the key.
-        response = body = None
+        response = body = failure = None
         try:
             raise outcome.with_traceback(None)
         finally:
@@ -425,13 +427,18 @@ def _failure(retry_state: RetryCallState) -> BaseException | None:
     return retry_state.outcome.exception() if retry_state.outcome is not None else None
 
 
-def _drop_tracebacks(failure: BaseException | None) -> None:
-    """Drop the tracebacks of a failure and of what it came from.
+def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | None) -> None:
+    """Drop the tracebacks of a failure and of the exceptions behind it.
 
     Frames of aiohttp have a variable for the failure, so that they, the request's headers and the socket would stay
     until the garbage collector comes.
+
+    Args:
+        failure: The failure of an exchange.
+        handled: What the caller was handling when it made the call, if anything. Python has chained the failure to it,
+            but its traceback is the caller's.
     """
-    while failure is not None and failure.__traceback__ is not None:
+    while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
         failure = failure.__cause__ or failure.__context__
 

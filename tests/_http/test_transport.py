@@ -13,7 +13,7 @@ import ssl
 import sys
 import tracemalloc
 import zlib
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -1158,6 +1158,27 @@ async def test_cancellation_in_the_turn_in_which_the_timeout_passes_is_not_lost(
         loop.call_at(started + 1.0, call.cancel)
         await asyncio.wait([call])
         assert call.cancelled()
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2])
+@pytest.mark.parametrize("name", ["get_operation", "create_operation"])
+async def test_call_in_an_except_block_leaves_the_handled_error_its_traceback(name: str, max_attempts: int) -> None:
+    async def refuse(_request: aiohttp.ClientRequest, _handle: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        raise LookupError("a failure of which the handled error is the context")
+
+    async with (
+        aiohttp.ClientSession(middlewares=[refuse]) as session,
+        KeylessClient(KEY, base_url=refused(), session=session, max_attempts=max_attempts) as client,
+    ):
+        tracebacks: list[TracebackType | None] = []
+        try:
+            int("the application's own failure")
+        except ValueError as handled:
+            tracebacks.append(handled.__traceback__)
+            await failure(getattr(client, name)(USER))
+            tracebacks.append(handled.__traceback__)
+        before, after = tracebacks
+        assert after is before is not None
 
 
 @pytest.fixture
