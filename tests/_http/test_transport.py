@@ -1194,9 +1194,11 @@ def uncollected() -> Iterator[Callable[[], list[str]]]:
 
     gc.collect()
     gc.disable()
+    gc.freeze()  # else what an earlier test left, such as the frames of a failed one, could be listed here
     try:
         yield listed
     finally:
+        gc.unfreeze()
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
