@@ -92,8 +92,8 @@ class Wait(asyncio.Future[WaitResult], Scheduled):
         self.entry: Entry | None = None  # in the queue of deadlines
 
     @property
-    def sequence(self) -> float:  # type: ignore[override]  # a waiting operation's, for all of its waits
-        """That of the operation."""
+    def sequence(self) -> float:  # type: ignore[override]  # read-only here
+        """The sequence of its operation: the waits of one operation have no order among themselves."""
         return self.polled.sequence
 
     def record(self, now: float) -> WaitRecord:
@@ -137,9 +137,9 @@ class PolledOperation(Scheduled):
     )
 
     def __init__(self, sequence: float, operation_id: str, url: URL, origin: float) -> None:
-        self.sequence = (
-            sequence  # the time of its first wait, unique: of those due at the same time, the first is first
-        )
+        # When its first wait began, and unique: of the operations due at the same time, the one that was waited for
+        # first is polled first.
+        self.sequence = sequence
         self.operation_id = operation_id
         self.url = url
         self.origin = origin

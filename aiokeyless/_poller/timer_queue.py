@@ -1,9 +1,9 @@
 """A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be removed.
 
-Removing takes the item out of its entry, which stays and is stale. Stale entries are swept out a few at a time, and
-those at the front are dropped some hundred at a time, so that no single call is long: fifty thousand in one go would
-block the event loop for tens of milliseconds. Until the last of these is dropped, the queue answers as if one of them
-were still due: early, never late.
+Removing an item takes it out of its entry, and the entry stays in the heap, stale. Stale entries are swept out a few at
+a time, and those at the front are dropped some hundred at a time, so that no single call is long: fifty thousand in one
+go would block the event loop for tens of milliseconds. Until the last of these is dropped, the queue answers as if one
+of them were still due: early, never late.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DROPPED: Final = 256  # stale entries at the front that one call drops
 
 
 class Ordered:
-    """What has a place among those that are due at the same time."""
+    """Compared by its sequence, which decides between items that are due at the same time."""
 
     __slots__ = ()
 
@@ -38,7 +38,10 @@ class Scheduled(Ordered):
 
 
 class _Removed(Ordered, msgspec.Struct, gc=False):
-    """The place of an item that was removed: all that the item references must not wait for the sweep."""
+    """Replaces a removed item in its entry and keeps the entry's place in the heap.
+
+    Otherwise the item, and all that it references, would stay until the entry is swept out.
+    """
 
     sequence: float
 
@@ -73,7 +76,7 @@ class TimerQueue(Generic[T]):
         elif item.entry.when == when:
             return
         else:
-            _take_out(item.entry)
+            _make_stale(item.entry)
         item.entry = Entry(when, item)
         heappush(self._heap, item.entry)
         self._sweep()
@@ -81,7 +84,7 @@ class TimerQueue(Generic[T]):
     def remove(self, item: T) -> None:
         """Remove an item's entry, if it has one."""
         if item.entry is not None:
-            _take_out(item.entry)
+            _make_stale(item.entry)
             item.entry = None
             self._live -= 1
             self._sweep()
@@ -131,7 +134,8 @@ class TimerQueue(Generic[T]):
                 heappush(self._heap, entry)
 
 
-def _take_out(entry: Entry) -> None:
+def _make_stale(entry: Entry) -> None:
+    """Let go of an entry's item; the entry stays in its heap until it is dropped or swept out."""
     entry.item = _Removed(entry.item.sequence)
 
 
