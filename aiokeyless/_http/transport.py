@@ -229,6 +229,7 @@ class Transport:
         first = [error.with_traceback(None)]  # a traceback keeps answers alive as long as its error
         del error
         earlier: list[KeylessError] = []
+        states: list[RetryCallState] = []  # one object, once for each attempt
 
         async def again() -> T:
             if first:
@@ -244,6 +245,7 @@ class Transport:
             stop=stop_after_attempt(self._max_attempts),
             wait=_pause,
             retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _worth_repeating(e, may_repeat)),
+            before=states.append,
             before_sleep=note,
             reraise=True,
         )
@@ -255,6 +257,8 @@ class Transport:
             raise
         finally:
             retrying.iter_state.reset()  # its steps reference `retrying` and the last failure
+            while states:
+                states.pop().outcome = None  # may be a cancellation: its traceback stays, and references the state
 
     async def _exchange(
         self,

@@ -67,6 +67,7 @@ USER = "C0FFEE"
 KEY = "k3y/S3CRET+odd"
 MIB = 1 << 20
 TRUNCATED = answer(b"{", length=100)
+NOTHING = answer(b"", status=b"404 Not Found")
 BUSY = answer(b"busy", b"Retry-After: 30", status=b"503 Busy")
 START = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"
 
@@ -1224,3 +1225,20 @@ async def test_failed_call_leaves_nothing_to_the_garbage_collector(
                     pytest.fail("it did not fail")
             await asyncio.sleep(1)  # the closed connections are gone
             assert uncollected() == []
+
+
+@pytest.mark.parametrize("name", ["get_operation", "create_operation"])
+async def test_call_cancelled_while_it_is_repeated_leaves_nothing_to_the_garbage_collector(
+    name: str, uncollected: Callable[[], list[str]]
+) -> None:
+    """Until it comes, that would be memory, and the frames of the application."""
+    answers = [BUSY, NOTHING] if name == "create_operation" else [BUSY]  # NOTHING: the operation was not created
+    async with RawServer(*answers, hang) as server, KeylessClient(KEY, base_url=server.url) as client:
+        call = asyncio.create_task(getattr(client, name)(USER))
+        await server.asked(len(answers) + 1)
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        del call
+        await asyncio.sleep(1)  # the closed connections are gone
+        assert uncollected() == []
