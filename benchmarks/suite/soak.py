@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 #: Not part of "all benchmarks": it takes an hour.
 ONLY_BY_NAME: Final = True
 
-_WARM_UP: Final = 1 / 6  # of the time: what caches and pools take by then is not growth
+#: Of the time: what caches and pools take by then is not growth, nor what the allocator keeps of the bursts of
+#: connections after the first outages, of which there is one in some five minutes.
+_WARM_UP: Final = 1 / 3
 _MEMORY: Final = 1200.0  # seconds after its creation for which an operation is remembered: no wait asks later
 _MB: Final = 1e6
 
