@@ -410,7 +410,7 @@ class Poller:
         self._waiting -= 1
         if not polled.live:
             self._stop_polling(wait)
-        wait.seen = None  # the timer queue may keep the wait for a while
+        wait.seen = None  # a poll in flight may keep the wait for a while
         final, wait.final = wait.final, None  # that poll has the wait
         if final is not None and final.under_way and polled.live:
             if not final.serves_any():  # those that are left have passed their deadlines, too
