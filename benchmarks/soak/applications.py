@@ -33,6 +33,7 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
+from benchmarks.loops import loop_factory
 from benchmarks.server import API_KEY, allow_many_sockets
 
 from . import heap
@@ -384,13 +385,5 @@ def run(base_url: str, plan: Plan, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
     logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the circuit opens is what is expected here
     allow_many_sockets()
-    with asyncio.Runner(loop_factory=_loop_factory(plan)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(uvloop=plan.uvloop)) as runner:
         runner.run(_run(base_url, plan, folder))
-
-
-def _loop_factory(plan: Plan) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if not plan.uvloop:
-        return None
-    import uvloop  # noqa: PLC0415  # not on Windows
-
-    return uvloop.new_event_loop

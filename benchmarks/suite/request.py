@@ -20,11 +20,12 @@ from benchmarks.baselines import BARE, BARE_REPEATED, OURS, AiohttpClient, BareC
 from benchmarks.clients import ContentClient, MinimalClient, httpx2_client, httpx_client, niquests_session
 from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn
 from benchmarks.decoders import pydantic_operation
+from benchmarks.loops import loop_factory
 from benchmarks.report import CannotMeasureError, Goal, Report
 from benchmarks.server import API_KEY, Server, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from matplotlib.figure import Figure
     from yarl import URL
@@ -86,18 +87,8 @@ def _key(loop: Loop, in_flight: int) -> str:
 
 def measure(bench: Bench, server: Server, loop: Loop, in_flight: int) -> dict[str, CpuCost]:
     """Measure all sides on this loop."""
-    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+    with asyncio.Runner(loop_factory=loop_factory(uvloop=loop is Loop.UVLOOP)) as runner:
         return runner.run(_measure(bench, server, in_flight))
-
-
-def _loop_factory(loop: Loop) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if loop is Loop.ASYNCIO:
-        return None
-    try:
-        import uvloop  # noqa: PLC0415  # not on Windows
-    except ImportError:
-        raise CannotMeasureError("uvloop is not installed") from None
-    return uvloop.new_event_loop
 
 
 async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, CpuCost]:
