@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import is_same_user
 from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import (
@@ -17,8 +18,6 @@ from aiokeyless.errors import (
     DecodeError,
     KeylessError,
     NotFoundError,
-    ServerError,
-    StatusError,
     TransportError,
 )
 from aiokeyless.models import OperationState
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     from .transport import Transport
 
-_REQUEST_TIMEOUT: Final = 408
 #: Seconds between GETs of an operation that exists (409) but that a lagging replica does not have yet (404): 5 in all.
 _LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
 
@@ -106,7 +104,7 @@ class Creation:
         else:
             return False
         conflicts = isinstance(failure, ConflictError)
-        if _is_ambiguous(failure):
+        if may_have_taken_effect(failure):
             self._ambiguous = failure
         elif not conflicts or (self._ambiguous is None and not self._resumes):
             raise failure
@@ -161,15 +159,6 @@ class Creation:
         # After an ambiguous failure or a conflict, a GET found no operation: otherwise `_given_up` is set.
         return not self._given_up and (
             is_transient(error)
-            or _is_ambiguous(error)
+            or may_have_taken_effect(error)
             or (isinstance(error, ConflictError) and (self._ambiguous is not None or self._resumes))
         )
-
-
-def _is_ambiguous(error: KeylessError) -> bool:
-    """Whether the request may have taken effect although it failed."""
-    if isinstance(error, TransportError):
-        return error.sent
-    return isinstance(error, DecodeError | ServerError) or (
-        isinstance(error, StatusError) and (error.status == _REQUEST_TIMEOUT or 200 <= error.status < 300)
-    )

@@ -11,6 +11,7 @@ from datetime import UTC, timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay, is_transient
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
@@ -195,12 +196,9 @@ def after_failed_creation(
     """
     if is_transient(error):
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
-    if may_exist and isinstance(error, NotFoundError | PermissionDeniedError):  # a gateway's, as after a poll
-        return Redeliver(_scheduled(delivery, now, pacing))
-    if isinstance(error, DecodeError):
-        reason = FailureReason.UNREADABLE
-    else:
-        reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
+    if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
+        return Redeliver(_scheduled(delivery, now, pacing))  # polls find out; a 403 or 404 is a gateway's
+    reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
     return _failed(delivery, now, reason, str(error))
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless.errors import (
     AlreadyApprovedError,
@@ -20,9 +21,6 @@ from aiokeyless.errors import (
     NotFoundError,
     PermissionDeniedError,
     RateLimitError,
-    ServerError,
-    StatusError,
-    TransportError,
 )
 from aiokeyless.models import Operation
 
@@ -62,7 +60,6 @@ if TYPE_CHECKING:
 #: No operation has this id: that it is missing shows that the key is accepted.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 
-_REQUEST_TIMEOUT: Final = 408
 _FASTEST_APPROVAL: Final = 1.0  # seconds: nobody approves sooner after being asked
 _LATE_REPEATS: Final = 2  # repetitions of a final poll that the broker is not asked to repeat any more
 
@@ -178,7 +175,7 @@ class Exchanges:
             self._record_success(started_at)
             return await self._poll_older(delivery, token) if claim is Claim.NEW else Next.POLL
         except KeylessError as error:
-            may_exist = claim is Claim.HELD or _may_have_created(error) or not await self._release(delivery, token)
+            may_exist = claim is Claim.HELD or may_have_taken_effect(error) or not await self._release(delivery, token)
             self._record_error(delivery, error, started_at, is_probe=True)
             return after_failed_creation(
                 delivery, error, now=self._clock(), pacing=self._pacing(error), may_exist=may_exist
@@ -303,12 +300,3 @@ class Exchanges:
 def _needs_claim(delivery: Delivery, step: Decision | Next) -> bool:
     """Return whether it matters whose the operation is: of an approval, and of what the first delivery finds."""
     return delivery.number == 1 or (isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED)
-
-
-def _may_have_created(error: KeylessError) -> bool:
-    """Return whether a create may have taken effect although it failed."""
-    if isinstance(error, TransportError):
-        return error.sent
-    if isinstance(error, StatusError):
-        return isinstance(error, ServerError) or error.status == _REQUEST_TIMEOUT
-    return True

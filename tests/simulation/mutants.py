@@ -286,9 +286,9 @@ MUTANTS: Final = (
     ),
     # -- creating
     Mutant(
-        "_http/creation.py",
-        "return error.sent\n    return isinstance",
-        "return False\n    return isinstance",
+        "_rules/ambiguity.py",
+        "return error.sent",
+        "return False",
         "a lost answer is followed by the same request",
     ),
     Mutant(

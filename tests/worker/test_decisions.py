@@ -22,6 +22,7 @@ from aiokeyless.errors import (
     PermissionDeniedError,
     RateLimitError,
     ServerError,
+    StatusError,
     TransportError,
 )
 from aiokeyless.models import Operation, Secret
@@ -278,7 +279,7 @@ def test_every_outcome_says_when_it_was_decided() -> None:
         answered(FINAL, took=2, state="denied"),
         polled(UNREACHABLE, FINAL, took=2),
         polled(MISSHAPEN, FINAL, took=2),
-        not_created(MISSHAPEN, FINAL + 2),
+        not_created(status(BadRequestError, 400), FINAL + 2),
         after_bug(DELIVERY, ZeroDivisionError(), now=now),
         after_conflict(DELIVERY, now=now),
         after_older(DELIVERY, operation(**APPROVED), now=now),
@@ -505,19 +506,17 @@ def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadli
     assert delay(not_created(error, IN_TIME, paused_for=30)) == 1
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (status(NotFoundError, 404), FailureReason.REJECTED),
-        (status(BadRequestError, 400), FailureReason.REJECTED),
-        (MISSHAPEN, FailureReason.UNREADABLE),
-    ],
-    ids=repr,
-)
-def test_what_is_not_to_be_created_has_failed_with_its_reason(error: KeylessError, reason: FailureReason) -> None:
+@pytest.mark.parametrize("error", [status(NotFoundError, 404), status(BadRequestError, 400)], ids=repr)
+def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
     event, name, *_ = decided(not_created(error, 1))
-    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
+    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.REJECTED, str(error))
     assert name == DELIVERY.name
+
+
+@pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)], ids=repr)
+def test_a_create_that_may_have_taken_effect_ends_no_request(error: KeylessError) -> None:
+    assert delay(not_created(error, 10, may_exist=True)) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True)) == 1
 
 
 @pytest.mark.parametrize("error", [MISSING, FORBIDDEN], ids=repr)
@@ -526,14 +525,10 @@ def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(e
     assert delay(not_created(error, IN_TIME, may_exist=True)) == 1
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [(status(BadRequestError, 400), FailureReason.POLL_REFUSED), (MISSHAPEN, FailureReason.UNREADABLE)],
-    ids=repr,
-)
-def test_what_may_have_been_created_is_not_said_to_be_rejected(error: KeylessError, reason: FailureReason) -> None:
+def test_what_may_have_been_created_is_not_said_to_be_rejected() -> None:
+    error = status(BadRequestError, 400)
     event, *_ = decided(not_created(error, 1, may_exist=True))
-    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
+    assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.POLL_REFUSED, str(error))
 
 
 def test_a_long_message_is_cut() -> None:

@@ -22,19 +22,12 @@ from tenacity.wait import wait_base
 
 from aiokeyless import (
     AuthenticationError,
-    BadRequestError,
     ClientClosedError,
     ConfigurationError,
-    DecodeError,
     KeylessClient,
-    KeylessError,
     NotFoundError,
     Operation,
     PermissionDeniedError,
-    RateLimitError,
-    ServerError,
-    StatusError,
-    TransportError,
     wait_adaptive,
 )
 from aiokeyless.sandbox import Sandbox
@@ -823,23 +816,6 @@ async def test_an_id_whose_request_was_refused_is_free_for_another_one(
         sandbox.approve("txn-1")
         [approved] = await outcomes(connection, 1)
     assert (refused.reason, approved.outcome) == (FailureReason.REJECTED, Outcome.APPROVED)
-
-
-@pytest.mark.parametrize(
-    ("error", "may"),
-    [
-        (TransportError("cut off", method="POST", path="/"), True),
-        (TransportError("no route", method="POST", path="/", sent=False), False),
-        (ServerError(status=503, method="POST", path="/"), True),
-        (StatusError(status=408, method="POST", path="/"), True),
-        (DecodeError("a page", status=200, method="POST", path="/"), True),
-        (RateLimitError(status=429, method="POST", path="/"), False),
-        (BadRequestError(status=400, method="POST", path="/"), False),
-    ],
-    ids=repr,
-)
-def test_what_may_have_been_created_keeps_its_id(error: KeylessError, may: bool) -> None:
-    assert exchanges._may_have_created(error) is may
 
 
 # -- answers and messages that are not to be trusted

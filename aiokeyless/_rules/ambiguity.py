@@ -1,0 +1,28 @@
+"""Whether a request that failed may have taken effect all the same. Pure; the client and the worker ask it of a create.
+
+Only what is known to have had no effect counts as such: a wrong "no" asks a user twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless.errors import ConfigurationError, StatusError, TransportError
+
+if TYPE_CHECKING:
+    from aiokeyless.errors import KeylessError
+
+_REQUEST_TIMEOUT: Final = 408
+
+
+def may_have_taken_effect(error: KeylessError) -> bool:
+    """Return whether the request may have taken effect although it failed: the table of docs/rules.md.
+
+    Args:
+        error: The failure of a request that is not repeated blindly, such as a POST.
+    """
+    if isinstance(error, TransportError):
+        return error.sent
+    if isinstance(error, StatusError):
+        return 200 <= error.status < 300 or error.status == _REQUEST_TIMEOUT or 500 <= error.status < 600
+    return not isinstance(error, ConfigurationError)
