@@ -136,7 +136,7 @@ class _Template(NamedTuple):
 def _operation(*, approved: bool) -> _Template:
     operation: dict[str, object] = {
         "id": 123456,
-        "timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}.678",  # a worker believes no older operation
+        "timestamp": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}.678",
         "nodeId": "operations-service-7d9f",
         "userId": USER_ID,
         "apiKey": "f1e2d3c4b5a69788796a5b4c3d2e1f00",

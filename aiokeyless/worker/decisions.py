@@ -7,7 +7,6 @@ delay. docs/rules.md says where the two engines differ.
 from __future__ import annotations
 
 import math
-from datetime import UTC, timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -15,7 +14,13 @@ from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay, is_transient
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
-from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
+from aiokeyless.errors import (
+    AlreadyApprovedError,
+    DecodeError,
+    KeylessError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
@@ -27,13 +32,11 @@ if TYPE_CHECKING:
     import msgspec
     from tenacity.wait import wait_base
 
+    from aiokeyless.errors import ConflictError
     from aiokeyless.schedule import wait_adaptive
 
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
 _FIRST_POLL: Final = 2  # the delivery whose poll is the first: the one before it created the operation
-#: How far a timestamp of the service may lie before a request that came first: its zone is not documented (clocks are
-#: at most 12 hours behind UTC), and neither are clocks exact.
-_LONGEST_BEFORE: Final = timedelta(hours=12 + 1)
 
 
 class Redeliver(NamedTuple):
@@ -158,23 +161,21 @@ def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result,
     return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT)
 
 
-def is_older(operation: Operation, delivery: Delivery) -> bool:
-    """Return whether an operation was created before its request was submitted, in whichever zone its timestamp is."""
-    created_at = operation.created_at  # which parses a text
-    requested_at = delivery.ticket.created_at.astimezone(UTC).replace(tzinfo=None)
-    return created_at is not None and requested_at - created_at > _LONGEST_BEFORE
-
-
-def after_older(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
-    """Decide about an operation that was there before this request held its id: it is not this request's."""
+def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
+    """Decide about an operation under an id that this request does not hold: it is not this request's."""
     verdict = evaluate(operation, delivery.ticket.operation_id, delivery.ticket)
     if isinstance(verdict, Rejection):
         return _rejected(delivery, now, verdict)
-    if verdict is Verdict.APPROVED:
-        detail = "an operation of this id and content was approved before this request asked; one approval counts once"
-        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, f"{detail}{_created(operation)}")
-    detail = "an operation of this id was there before this request"
-    return _failed(delivery, now, FailureReason.CONFLICT, f"{detail}{_created(operation)}")
+    return _taken(delivery, now, is_approved=verdict is Verdict.APPROVED)
+
+
+def after_taken(delivery: Delivery, error: ConflictError, *, now: datetime) -> Decided:
+    """Decide after the first create of a request found its operation id taken.
+
+    An approval that it found may be the answer to this create, if the service's own answer was lost, or to an earlier
+    request. One approval must not count twice, so it does not count, as for a client's create.
+    """
+    return _taken(delivery, now, is_approved=isinstance(error, AlreadyApprovedError))
 
 
 def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
@@ -282,8 +283,11 @@ def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
     return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
 
 
-def _created(operation: Operation) -> str:
-    return "" if operation.created_at is None else f" (the service says that it was created at {operation.created_at})"
+def _taken(delivery: Delivery, now: datetime, *, is_approved: bool) -> Decided:
+    if is_approved:
+        detail = "an operation of this id and content is approved already, perhaps for another request"
+        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
+    return _failed(delivery, now, FailureReason.CONFLICT, "the operation id is taken by another operation")
 
 
 def _rejected(delivery: Delivery, now: datetime, rejection: Rejection) -> Decided:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless.errors import (
-    AlreadyApprovedError,
     AuthenticationError,
     ClientClosedError,
     ConfigurationError,
@@ -32,10 +31,10 @@ from .decisions import (
     after_conflict,
     after_creation,
     after_failed_creation,
-    after_older,
     after_poll,
+    after_taken,
+    after_unclaimed,
     is_final,
-    is_older,
 )
 from .engine import Claim
 from .logs import log
@@ -60,7 +59,6 @@ if TYPE_CHECKING:
 #: No operation has this id: that it is missing shows that the key is accepted.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 
-_FASTEST_APPROVAL: Final = 1.0  # seconds: nobody approves sooner after being asked
 _LATE_REPEATS: Final = 2  # repetitions of a final poll that the broker is not asked to repeat any more
 
 
@@ -129,8 +127,7 @@ class Exchanges:
             KeylessError: Something is wrong with this worker, and not with the request.
         """
         # Polled before it is created, too: a request holds an operation id only if nothing was there before, so that an
-        # approval under an id that it holds is an answer to this request, whatever fails afterwards. A gateway may hide
-        # an operation for a moment, so it must not be older than the request either.
+        # approval under an id that it holds is an answer to this request, whatever fails afterwards.
         step = await self._poll_until_answered(delivery)
         if step is Next.CREATE:
             step = await self._create(delivery)
@@ -153,7 +150,7 @@ class Exchanges:
         return step
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
-        """Create the operation, which was missing just now; `Next.POLL` where this request may have created it."""
+        """Create the operation, which was missing just now; `Next.POLL` if this request may have created it before."""
         claim, token = await self._claims.take(delivery.ticket.operation_id, delivery.name)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=self._clock())
@@ -165,15 +162,11 @@ class Exchanges:
                 operation_payload=delivery.payload,
                 external_user_id=ticket.external_user_id,
             )
-        except AlreadyApprovedError:
-            # Nothing seemed to be there before, and our create was in doubt: the user approved before it was found, or
-            # a gateway had hidden an older operation.
+        except ConflictError as error:
             self._record_success(started_at)
-            too_fast = claim is Claim.NEW and self._now() - started_at < _FASTEST_APPROVAL
-            return await self._poll_older(delivery, token) if too_fast else Next.POLL
-        except ConflictError:
-            self._record_success(started_at)
-            return await self._poll_older(delivery, token) if claim is Claim.NEW else Next.POLL
+            if claim is Claim.HELD or not await self._release(delivery, token):
+                return Next.POLL
+            return after_taken(delivery, error, now=self._clock())
         except KeylessError as error:
             may_exist = claim is Claim.HELD or may_have_taken_effect(error) or not await self._release(delivery, token)
             self._record_error(delivery, error, started_at, is_probe=True)
@@ -184,16 +177,6 @@ class Exchanges:
         self.created += 1
         return after_creation(delivery, self._clock(), self._pacing())
 
-    async def _poll_older(self, delivery: Delivery, token: int) -> Decision | Next:
-        """Poll an operation that was there before this request, the first one to hold its id, asked for it."""
-        if not await self._release(delivery, token):
-            return Next.POLL  # another delivery of this request took the id meanwhile, and created the operation
-        polled_at = self._clock()
-        answer = await self._get(delivery, polled_at)
-        if isinstance(answer, Operation):
-            return after_older(delivery, answer, now=self._clock())
-        return self._after_poll(delivery, answer, polled_at)
-
     async def _poll(self, delivery: Delivery) -> Decision | Next:
         """Poll the operation; `Next.CREATE` where there is none and it is not too late to create it."""
         polled_at = self._clock()
@@ -201,13 +184,9 @@ class Exchanges:
         was_created = await self._was_created(delivery, answer, polled_at)
         self.failures += was_created
         step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
-        if isinstance(answer, Operation) and await self._is_older(delivery, answer, step):
-            return after_older(delivery, answer, now=self._clock())
+        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._is_held(delivery):
+            return after_unclaimed(delivery, answer, now=self._clock())
         return step
-
-    async def _is_older(self, delivery: Delivery, operation: Operation, step: Decision | Next) -> bool:
-        """Return whether an operation was there before this request held its id."""
-        return is_older(operation, delivery) or (_needs_claim(delivery, step) and not await self._is_held(delivery))
 
     async def _is_held(self, delivery: Delivery) -> bool:
         return await self._claims.is_held(delivery.ticket.operation_id, delivery.name)

@@ -447,6 +447,16 @@ async def test_one_tap_pays_once_for_every_answer_that_is_lost(
     assert not await pay()
 
 
+async def test_an_answer_out_of_a_cache_makes_an_old_approval_under_a_reused_id_count(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    """A limit, and why an operation id is never reused: nothing in the answers gives the gateway away."""
+    await client.create_operation(USER, operation_id="rent")
+    sandbox.approve("rent")
+    sandbox.fail_next(200, body=b'{"success": true}', method="POST")
+    assert (await client.request_approval(USER, operation_id="rent")).is_approved
+
+
 async def test_slow_answer_pays_once_too(sandbox: Sandbox) -> None:
     async with sandbox.client(request_timeout=2) as client:
         await client.create_operation(USER, operation_id="order-1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,9 @@ from hypothesis import strategies as st
 from tenacity import wait_exponential, wait_fixed
 
 from aiokeyless.errors import (
+    AlreadyApprovedError,
     BadRequestError,
+    ConflictError,
     DecodeError,
     InvalidRequestError,
     KeylessError,
@@ -38,13 +39,13 @@ from aiokeyless.worker.decisions import (
     after_conflict,
     after_creation,
     after_failed_creation,
-    after_older,
     after_outage,
     after_poll,
     after_refusal,
+    after_taken,
+    after_unclaimed,
     invalid,
     is_final,
-    is_older,
     observation,
 )
 from aiokeyless.worker.messages import VERSION, Delivery, FailureReason, Outcome
@@ -266,7 +267,7 @@ def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_t
         not_created(status(NotFoundError, 404), 1),
         after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
         after_conflict(DELIVERY, now=at(1)),
-        after_older(DELIVERY, operation(**APPROVED), now=at(1)),
+        after_unclaimed(DELIVERY, operation(**APPROVED), now=at(1)),
     ]
     assert {decided(outcome).name for outcome in outcomes} == {DELIVERY.name}
 
@@ -282,9 +283,9 @@ def test_every_outcome_says_when_it_was_decided() -> None:
         not_created(status(BadRequestError, 400), FINAL + 2),
         after_bug(DELIVERY, ZeroDivisionError(), now=now),
         after_conflict(DELIVERY, now=now),
-        after_older(DELIVERY, operation(**APPROVED), now=now),
-        after_older(DELIVERY, operation(), now=now),
-        after_older(DELIVERY, operation(user_id="BAD"), now=now),
+        after_unclaimed(DELIVERY, operation(**APPROVED), now=now),
+        after_unclaimed(DELIVERY, operation(), now=now),
+        after_unclaimed(DELIVERY, operation(user_id="BAD"), now=now),
         after_outage(DELIVERY, now=now),
     ]
     assert {decided(outcome).event.decided_at for outcome in outcomes} == {now}
@@ -308,12 +309,18 @@ def test_no_event_holds_the_payload_or_the_key_of_the_answer() -> None:
 
 
 def test_an_approval_from_before_the_request_does_not_count_again() -> None:
-    event, *_ = decided(after_older(DELIVERY, operation(**APPROVED), now=at(1)))
+    event, *_ = decided(after_unclaimed(DELIVERY, operation(**APPROVED), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
-    assert event.detail == (
-        "an operation of this id and content was approved before this request asked; one approval counts once "
-        "(the service says that it was created at 2026-11-24 12:00:00)"
-    )
+    assert event.detail == "an operation of this id and content is approved already, perhaps for another request"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ConflictError, FailureReason.CONFLICT), (AlreadyApprovedError, FailureReason.ALREADY_APPROVED)],
+)
+def test_what_a_first_create_finds_is_not_its_own(error: type[ConflictError], reason: FailureReason) -> None:
+    event, *_ = decided(after_taken(DELIVERY, error(status=409, method="POST", path="/"), now=at(1)))
+    assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
 
 
 @pytest.mark.parametrize(
@@ -331,42 +338,9 @@ def test_an_approval_from_before_the_request_does_not_count_again() -> None:
 def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why(
     changed: dict[str, Any], reason: FailureReason
 ) -> None:
-    event, *_ = decided(after_older(DELIVERY, operation(**changed), now=at(1)))
+    event, *_ = decided(after_unclaimed(DELIVERY, operation(**changed), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
     assert event.detail
-
-
-def test_an_operation_from_before_the_request_is_told_from_one_of_another_request() -> None:
-    event, *_ = decided(after_older(DELIVERY, operation(timestamp="yesterday"), now=at(1)))
-    assert event.detail == "an operation of this id was there before this request"
-
-
-@pytest.mark.parametrize(
-    ("timestamp", "is_one"),
-    [
-        ("2026-11-23T22:59:59.999", True),
-        ("2026-11-23T23:00:00.00", False),  # at noon in UTC, where clocks are 12 hours behind; and an hour too early
-        ("2026-11-24T12:00:00", False),
-        ("2026-11-25T02:00:00", False),  # at noon in UTC, where clocks are 14 hours ahead
-        ("2020-01-02T03:04:05.242194378", True),
-        ("0001-01-01T00:00:00", True),
-        ("9999-12-31T23:59:59", False),
-        ("yesterday", False),
-    ],
-)
-def test_an_operation_is_older_than_its_request_only_where_it_is_in_every_zone(timestamp: str, *, is_one: bool) -> None:
-    assert is_older(operation(timestamp=timestamp), DELIVERY) is is_one
-
-
-def test_the_zone_of_the_machine_does_not_matter_to_whether_it_is_older(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
-    time.tzset()
-    try:
-        assert is_older(operation(timestamp="2026-11-23T22:59:59"), DELIVERY)
-        assert not is_older(operation(timestamp="2026-11-23T23:00:00"), DELIVERY)
-    finally:
-        monkeypatch.undo()
-        time.tzset()
 
 
 def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:
@@ -611,7 +585,7 @@ def test_a_clock_that_steps_back_during_a_poll_makes_no_observation_that_ends_be
         polled(UNREACHABLE, FINAL),
         polled(MISSHAPEN, 1),
         answered(1, state="denied"),
-        after_older(DELIVERY, operation(**APPROVED), now=at(1)),
+        after_unclaimed(DELIVERY, operation(**APPROVED), now=at(1)),
         after_conflict(DELIVERY, now=at(1)),
         after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
         polled(operation(**APPROVED), 30, delivery=msgspec.structs.replace(DELIVERY, number=1)),
