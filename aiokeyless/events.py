@@ -124,8 +124,10 @@ class PollResult(StrEnum):
     """The operation is pending."""
     INVALID = "invalid"
     """An answer of neither kind."""
+    MISSING = "missing"
+    """404: there is no such operation, as before the create of a worker's request or before the phone's own."""
     FAILED = "failed"
-    """An error; a wait goes on where it is transient."""
+    """Another error; a wait goes on if it is transient."""
     CUT_OFF = "cut_off"
     """It was cut off, since no wait needed it any more."""
 
@@ -137,7 +139,7 @@ class PollEnded(Model, frozen=True, kw_only=True):
         waits: Numbers of the waits for which it was sent; none of a worker, whose waits are the broker's.
         operation_id: What was polled.
         result: What it brought.
-        error: Name of the error's type if it failed; else None.
+        error: Name of the error's type if `result` is ``failed``; else None.
         is_final: Whether it was the final poll of waits whose deadline had passed.
         seconds: Seconds that it took.
         lag: Seconds after it was due at which it started; 0 for a final poll; None of a worker, which does not know

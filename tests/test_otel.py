@@ -164,6 +164,16 @@ class TestSpans:
         assert {event.name for event in span.events} == {"aiokeyless.poll.failed"}
         assert dict(span.events[0].attributes or {}) == {"error.type": "ServerError"}
 
+    async def test_no_poll_failed_where_the_phone_creates_the_operation(
+        self, sandbox: Sandbox, recorder: Recorder
+    ) -> None:
+        async with sandbox.client(listeners=[recorder.listener]) as client:
+            asyncio.get_running_loop().call_later(5, lambda: sandbox.approve("phone-1", user_id=USER))
+            await client.wait_for_approval("phone-1", if_missing="wait")
+        assert recorder.span("aiokeyless.wait").events == ()
+        polls = recorder.points["aiokeyless.polls"]
+        assert {point.attributes["aiokeyless.poll.result"] for point in polls} == {"missing", "approved"}
+
     async def test_that_nobody_approved_is_no_error(self, sandbox: Sandbox, recorder: Recorder) -> None:
         async with sandbox.client(listeners=[recorder.listener]) as client:
             ticket = await client.create_operation(USER)

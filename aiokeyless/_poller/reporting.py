@@ -17,7 +17,7 @@ from aiokeyless.errors import (
     ClientClosedError,
     KeylessError,
 )
-from aiokeyless.events import PollEnded, WaitEnded, WaitOutcome, WaitStarted
+from aiokeyless.events import PollEnded, PollResult, WaitEnded, WaitOutcome, WaitStarted
 from aiokeyless.models import Operation
 
 if TYPE_CHECKING:
@@ -96,13 +96,13 @@ class Reporter:
     def poll_ended(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> None:
         """Report a poll; `answer` is None where it was cut off since no wait needed it any more."""
         assert self._listeners is not None  # noqa: S101
-        waits = poll.waits
+        waits, result = poll.waits, poll_result(answer)
         self._listeners.tell(
             PollEnded(
                 waits=(waits[0].number,) if len(waits) == 1 else tuple([wait.number for wait in waits]),
                 operation_id=poll.polled.operation_id,
-                result=poll_result(answer),
-                error=type(answer).__name__ if isinstance(answer, KeylessError) else None,
+                result=result,
+                error=type(answer).__name__ if result is PollResult.FAILED else None,
                 is_final=poll.final,
                 seconds=now - poll.started_at,
                 lag=poll.lag,

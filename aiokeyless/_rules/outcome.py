@@ -125,4 +125,6 @@ def poll_result(answer: Operation | KeylessError | None) -> PollResult:
         if answer.state == _STATE_PENDING:
             return _POLL_PENDING
         return PollResult.APPROVED if answer.is_approved else PollResult.INVALID
+    if isinstance(answer, NotFoundError):
+        return PollResult.MISSING
     return PollResult.CUT_OFF if answer is None else PollResult.FAILED

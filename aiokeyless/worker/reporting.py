@@ -14,6 +14,7 @@ from aiokeyless.events import (
     DeliveryEnded,
     OutcomePublished,
     PollEnded,
+    PollResult,
     WaitOutcome,
     WorkerInspected,
 )
@@ -61,12 +62,13 @@ class Reporter:
     ) -> None:
         """Report a poll."""
         if self._listeners is not None:
+            result = poll_result(answer)
             self._listeners.tell(
                 PollEnded(
                     waits=(),
                     operation_id=operation_id,
-                    result=poll_result(answer),
-                    error=type(answer).__name__ if isinstance(answer, KeylessError) else None,
+                    result=result,
+                    error=type(answer).__name__ if result is PollResult.FAILED else None,
                     is_final=is_final,
                     seconds=self._now() - started_at,
                     lag=None,

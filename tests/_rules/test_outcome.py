@@ -78,7 +78,9 @@ def test_a_bare_id_is_bound_to_no_user_and_no_payload(case: OutcomeCase) -> None
 
 @each_case
 def test_listeners_are_told_what_a_poll_brought_whatever_it_means(case: OutcomeCase) -> None:
-    if not isinstance(case.answer, Operation):
+    if isinstance(case.answer, NotFoundError):
+        expected = PollResult.MISSING
+    elif not isinstance(case.answer, Operation):
         expected = PollResult.FAILED
     elif case.answer.state == "pending":
         expected = PollResult.PENDING

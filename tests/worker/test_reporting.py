@@ -133,7 +133,7 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
     }
     assert all(delivery.seconds >= 0 for delivery in deliveries)
     missing, *pending, approved = told.of(PollEnded)
-    assert (missing.result, missing.error) == ("failed", "NotFoundError")  # so it is created
+    assert (missing.result, missing.error) == ("missing", None)  # so it is created, and nothing has failed
     assert {poll.result for poll in pending} == {"pending"}
     assert approved.result == "approved"
     assert {(poll.waits, poll.operation_id, poll.lag, poll.is_final) for poll in told.of(PollEnded)} == {
