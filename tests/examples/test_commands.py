@@ -65,6 +65,34 @@ async def test_the_quickstart_is_approved(tmp_path: Path) -> None:
         assert "Approved (biom): pay." in await output_of(program, folder=tmp_path, environment=environment)
 
 
+SHOP = """
+import asyncio, os, urllib.request
+from aiokeyless.sandbox import Sandbox
+
+async def main():
+    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client() as client:
+        await client.request_approval("C0FFEE")
+    port = os.environ["OTEL_EXPORTER_PROMETHEUS_PORT"]
+    print(urllib.request.urlopen(f"http://localhost:{port}/metrics").read().decode())
+
+asyncio.run(main())
+"""
+
+
+async def test_prometheus_gets_metrics(tmp_path: Path, unused_tcp_port: int) -> None:
+    pytest.importorskip("opentelemetry.exporter.prometheus", reason="the exporter for Prometheus is not installed")
+    [command] = SHELL.findall((DOCS / "howto" / "observability.md").read_text())
+    (tmp_path / "shop.py").write_text(SHOP)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OTEL_EXPORTER_PROMETHEUS_PORT": str(unused_tcp_port),
+    }
+    output = await output_of(command, folder=tmp_path, environment=environment)
+    assert "aiokeyless_polls_total{" in output
+    assert 'aiokeyless_wait_duration_seconds_bucket{aiokeyless_wait_outcome="approved"' in output
+
+
 def test_every_example_is_in_the_list() -> None:
     listed = (EXAMPLES / "README.md").read_text()
     names = [path.name for path in EXAMPLES.iterdir() if not path.name.startswith(("_", "."))]
