@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import looptime
+import nats
 import pytest
 from cyclopts import CycloptsError
-from nats_server import until
+from nats_server import OUTCOMES, until
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 
@@ -144,26 +145,41 @@ def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("block", APPLICATIONS, ids=str)
-async def test_an_application_of_the_docs_gets_its_outcome_from_a_worker(
+async def test_an_application_of_the_docs_gets_each_outcome_once_however_often_it_runs(
     block: Block, tmp_path: Path, broker: NatsServer
 ) -> None:
     (tmp_path / "program.py").write_text(block.code)
-    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
-        worker = ApprovalWorker(client, broker.url)
-        working = asyncio.create_task(worker.run())
-        await until(lambda: worker.statistics.is_ready)
+
+    async def run() -> str:
         program = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-W", "error", "program.py"),
+            *(sys.executable, "-u", "-W", "error", "program.py"),
             cwd=tmp_path,
             env=os.environ | {"NATS_URL": broker.url},
             stdout=asyncio.subprocess.PIPE,
         )
-        output, _ = await program.communicate()
+        assert program.stdout is not None
+        try:
+            line = await program.stdout.readline()
+            await until(is_acknowledged)
+        finally:
+            program.kill()
+            await program.communicate()
+        return line.decode()
+
+    async def is_acknowledged() -> bool:
+        async with await nats.connect(broker.url) as connection:
+            reader = await connection.jetstream().consumer_info(OUTCOMES, "payments")
+        return bool(reader.num_ack_pending == 0)
+
+    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
+        worker = ApprovalWorker(client, broker.url)
+        working = asyncio.create_task(worker.run())
+        await until(lambda: worker.statistics.is_ready)
+        printed = [await run() for _ in range(2)]
         worker.stop()
         await working
-    assert program.returncode == 0
-    assert output.startswith(b"approved ")
-    assert output.endswith(b"{'order': 7}\n")
+        assert {line.split()[1] for line in printed} == sandbox.operations.keys()
+    assert all(line.startswith("approved ") and line.endswith("{'order': 7}\n") for line in printed)
 
 
 # The tables

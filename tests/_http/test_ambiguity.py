@@ -1,4 +1,4 @@
-"""The table of failed creates against the client, over real HTTP: what may have taken effect is looked for."""
+"""The table of failed creates against the client, over real HTTP: what may have taken effect is searched for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ each_case = pytest.mark.parametrize("case", ANSWERED, ids=str)
 
 
 @each_case
-async def test_a_create_finds_what_it_may_have_created_and_looks_for_nothing_else(
+async def test_a_create_finds_what_it_may_have_created_and_searches_for_nothing_else(
     case: AmbiguityCase, sandbox: Sandbox
 ) -> None:
     case.fail(sandbox)

@@ -1,0 +1,52 @@
+"""The worker in the lifespan of a web server: a real server, a real broker, and a worker that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import nats
+import pytest
+from example_process import example_process
+from nats_server import PATIENCE, REQUESTS
+
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import approval_outcomes, submit_approval
+
+if TYPE_CHECKING:
+    from nats_server import NatsServer
+
+pytest.importorskip("fastapi")
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+async def test_a_worker_that_fails_ends_the_process_of_its_server(broker: NatsServer) -> None:
+    command = ("-m", "uvicorn", "--port", "0", "worker_lifespan:app")
+    async with (
+        asyncio.timeout(PATIENCE),
+        Sandbox(auto_approve=0.1) as sandbox,
+        aiohttp.ClientSession() as http,
+        await nats.connect(broker.url) as connection,
+        example_process(*command, folder=EXAMPLES, sandbox=sandbox, NATS_URL=broker.url) as server,
+    ):
+        assert server.stdout is not None
+        output = ""
+        while (found := re.search(r"http://127\.0\.0\.1:[1-9]\d*", output)) is None:
+            output += (line := await server.stdout.readline()).decode()
+            assert line, f"it ended: {output}"
+        async with http.get(found[0]) as answer:
+            assert await answer.json() == {"state": "serving"}
+        await submit_approval(connection, "C0FFEE")
+        async for event in approval_outcomes(connection, "test"):
+            assert event.outcome == "approved"
+            break
+        await connection.jetstream().delete_stream(REQUESTS)  # which no worker can do without
+        rest, _ = await server.communicate()
+    assert server.returncode != 0
+    assert f"the stream {REQUESTS} is gone" in rest.decode()
