@@ -3,21 +3,21 @@
 import os
 
 from aiohttp import web
+from approvals import ask, client, state
 
-from aiokeyless import ApprovalTimeoutError, ClientClosedError, KeylessClient
-
-client = KeylessClient()
 routes = web.RouteTableDef()
+
+
+@routes.post("/approvals")
+async def create(_request: web.Request) -> web.Response:
+    """Ask the user."""
+    return web.json_response(await ask())
 
 
 @routes.get("/approvals/{operation_id}")
 async def approval(request: web.Request) -> web.Response:
-    """Answer once the operation is approved, or that it is pending: the caller then asks again."""
-    try:
-        await client.wait_for_approval(request.match_info["operation_id"], timeout=25)
-    except (ApprovalTimeoutError, ClientClosedError):
-        return web.json_response({"state": "pending"})
-    return web.json_response({"state": "approved"})
+    """Answer a long poll."""
+    return web.json_response(await state(request.match_info["operation_id"]))
 
 
 async def close_client(_app: web.Application) -> None:

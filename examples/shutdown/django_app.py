@@ -4,30 +4,29 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from approvals import ask, client, state
 from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
-from aiokeyless import ApprovalTimeoutError, ClientClosedError, KeylessClient
 from aiokeyless.shutdown import close_on_signals
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
-client = KeylessClient()
+
+async def create(_request: HttpRequest) -> JsonResponse:
+    """Ask the user."""
+    return JsonResponse(await ask())
 
 
 async def approval(_request: HttpRequest, operation_id: str) -> JsonResponse:
-    """Answer once the operation is approved, or that it is pending: the caller then asks again."""
-    try:
-        await client.wait_for_approval(operation_id, timeout=25)
-    except (ApprovalTimeoutError, ClientClosedError):
-        return JsonResponse({"state": "pending"})
-    return JsonResponse({"state": "approved"})
+    """Answer a long poll."""
+    return JsonResponse(await state(operation_id))
 
 
-urlpatterns = [path("approvals/<operation_id>", approval)]
+urlpatterns = [path("approvals", create), path("approvals/<operation_id>", approval)]
 
 settings.configure(
     ROOT_URLCONF=__name__, ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY=os.environ.get("DJANGO_SECRET_KEY", "only here")

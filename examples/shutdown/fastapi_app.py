@@ -3,12 +3,10 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from approvals import ask, client, state
 from fastapi import FastAPI
 
-from aiokeyless import ApprovalTimeoutError, ClientClosedError, KeylessClient
 from aiokeyless.shutdown import close_on_signals
-
-client = KeylessClient()
 
 
 @asynccontextmanager
@@ -21,11 +19,13 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
+@app.post("/approvals")
+async def create() -> dict[str, str]:
+    """Ask the user."""
+    return await ask()
+
+
 @app.get("/approvals/{operation_id}")
 async def approval(operation_id: str) -> dict[str, str]:
-    """Answer once the operation is approved, or that it is pending: the caller then asks again."""
-    try:
-        await client.wait_for_approval(operation_id, timeout=25)
-    except (ApprovalTimeoutError, ClientClosedError):
-        return {"state": "pending"}
-    return {"state": "approved"}
+    """Answer a long poll."""
+    return await state(operation_id)

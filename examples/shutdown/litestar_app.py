@@ -3,12 +3,10 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from litestar import Litestar, get
+from approvals import ask, client, state
+from litestar import Litestar, get, post
 
-from aiokeyless import ApprovalTimeoutError, ClientClosedError, KeylessClient
 from aiokeyless.shutdown import close_on_signals
-
-client = KeylessClient()
 
 
 @asynccontextmanager
@@ -18,14 +16,16 @@ async def lifespan(_app: Litestar) -> AsyncIterator[None]:
         yield
 
 
+@post("/approvals")
+async def create() -> dict[str, str]:
+    """Ask the user."""
+    return await ask()
+
+
 @get("/approvals/{operation_id:str}")
 async def approval(operation_id: str) -> dict[str, str]:
-    """Answer once the operation is approved, or that it is pending: the caller then asks again."""
-    try:
-        await client.wait_for_approval(operation_id, timeout=25)
-    except (ApprovalTimeoutError, ClientClosedError):
-        return {"state": "pending"}
-    return {"state": "approved"}
+    """Answer a long poll."""
+    return await state(operation_id)
 
 
-app = Litestar([approval], lifespan=[lifespan])
+app = Litestar([create, approval], lifespan=[lifespan])

@@ -6,12 +6,11 @@ they have waited for their requests: then run one process for each worker, and l
 
 from collections.abc import AsyncGenerator
 
+from approvals import ask, client, state
 from quart import Quart
 
-from aiokeyless import ApprovalTimeoutError, ClientClosedError, KeylessClient
 from aiokeyless.shutdown import close_on_signals
 
-client = KeylessClient()
 app = Quart(__name__)
 
 
@@ -22,11 +21,13 @@ async def lifespan() -> AsyncGenerator[None]:
         yield
 
 
+@app.post("/approvals")
+async def create() -> dict[str, str]:
+    """Ask the user."""
+    return await ask()
+
+
 @app.get("/approvals/<operation_id>")
 async def approval(operation_id: str) -> dict[str, str]:
-    """Answer once the operation is approved, or that it is pending: the caller then asks again."""
-    try:
-        await client.wait_for_approval(operation_id, timeout=25)
-    except (ApprovalTimeoutError, ClientClosedError):
-        return {"state": "pending"}
-    return {"state": "approved"}
+    """Answer a long poll."""
+    return await state(operation_id)

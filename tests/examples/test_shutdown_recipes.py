@@ -97,16 +97,24 @@ async def until_polled(sandbox: Sandbox) -> None:
 async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str) -> None:
     recipe = RECIPES[name]
     pytest.importorskip(recipe.module)
-    async with Sandbox() as sandbox, sandbox.client() as client, aiohttp.ClientSession() as http:
-        await client.create_operation("C0FFEE", operation_id="order-1")
-        async with running(*recipe.command, sandbox=sandbox, PORT="0") as program:
-            port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
-            answer = asyncio.create_task(http.get(f"http://127.0.0.1:{port}/approvals/order-1"))
-            await until_polled(sandbox)
-            stopping = asyncio.create_task(program.stop())
-            async with asyncio.timeout(AT_ONCE), await answer as response:
-                assert await response.json() == {"state": "pending"}  # and not a connection that was cut off
-            status = await stopping
+    async with (
+        Sandbox() as sandbox,
+        aiohttp.ClientSession() as http,
+        running(*recipe.command, sandbox=sandbox, PORT="0") as program,
+    ):
+        port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
+        approvals = f"http://127.0.0.1:{port}/approvals"
+        async with http.get(f"{approvals}/order-1") as response:
+            assert await response.json() == {"state": "unknown"}  # an id that somebody chose is not polled
+        async with http.post(approvals) as response:
+            operation_id = (await response.json())["operation_id"]
+        assert not any(request.method == "GET" for request in sandbox.requests)
+        answer = asyncio.create_task(http.get(f"{approvals}/{operation_id}"))
+        await until_polled(sandbox)
+        stopping = asyncio.create_task(program.stop())
+        async with asyncio.timeout(AT_ONCE), await answer as response:
+            assert await response.json() == {"state": "pending"}  # and not a connection that was cut off
+        status = await stopping
     assert status in {0, -signal.SIGTERM}, program.output
     assert "Traceback" not in program.output
 

@@ -1,0 +1,26 @@
+"""What the servers of this folder share: they ask a user, and answer a long poll. Each of them imports it."""
+
+from aiokeyless import ApprovalTicket, ApprovalTimeoutError, ClientClosedError, KeylessClient
+
+client = KeylessClient()
+tickets: dict[str, ApprovalTicket] = {}  # a real site keeps them in its database, each with the user who may read it
+
+
+async def ask() -> dict[str, str]:
+    """Ask the user; the ticket binds each later wait to this user and this payload."""
+    ticket = await client.create_operation("C0FFEE", operation_payload="Pay 40 to Alice")
+    tickets[ticket.operation_id] = ticket
+    return {"operation_id": ticket.operation_id}
+
+
+async def state(operation_id: str) -> dict[str, str]:
+    """Answer once the user has approved, or after 25 seconds that it is pending: the caller then asks again."""
+    if (ticket := tickets.get(operation_id)) is None:  # an id out of a URL names a ticket, and is not waited for
+        return {"state": "unknown"}
+    try:
+        operation = await client.hold_for_approval(ticket, seconds=25)
+    except ApprovalTimeoutError:
+        return {"state": "timed out"}
+    except ClientClosedError:  # the server stops: the caller asks the next one
+        return {"state": "pending"}
+    return {"state": "pending" if operation is None else "approved"}
