@@ -13,7 +13,7 @@ from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
-from .messages import approval_method, operation_argument
+from .messages import approval_method, quoted
 from .render import new_console, print_command, print_fact, print_json, print_table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Example:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice"
 
-Example, with the ticket, so that the wait also checks user and payload:
+Example, with the ticket, which binds the wait to user and payload:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
   aiokeyless wait --ticket ticket.json
 
@@ -78,9 +78,9 @@ async def create(
     print_fact(console, "Pending" if ticket.reconciled else "Created", ticket.operation_id, "bold")
     print_fact(console, "User", ticket.user_id)
     console.print()
-    console.print("Wait for it:")
+    console.print("Wait for it, and for no other user or payload:")
     console.print()
-    print_command(console, f"aiokeyless wait {operation_argument(ticket.operation_id)}")
+    print_command(console, f"printf %s {quoted(ticket.to_json())} | aiokeyless wait --ticket -")
     return Exit.DONE
 
 
@@ -96,8 +96,8 @@ async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalT
     if not ticket.reconciled:  # what had the id is gone, so this one is new
         return ticket
     raise CommandError(
-        f"the operation exists already, with this content, and is pending; to wait for it: aiokeyless wait "
-        f"{operation_argument(ticket.operation_id)} (to get its ticket: create --if-exists resume)"
+        "the operation exists already, with this content, and is pending; to wait for it, get its ticket: create "
+        "--if-exists resume"
     )
 
 

@@ -42,8 +42,8 @@ def _check_delay(_type: object, delay: float | None) -> None:
 Example, with two terminals:
   aiokeyless sandbox
 and, in the other one, the export line that it prints, then
-  aiokeyless create C0FFEE --operation-id txn-1 --payload "Pay 40 to Alice"
-  aiokeyless wait txn-1
+  aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
+  aiokeyless wait --ticket ticket.json
 
 Example, as a service for tests:
   aiokeyless sandbox --port 8080 --api-key test-key --auto-approve 2"""
@@ -123,8 +123,8 @@ def _print_instructions(console: Console, service: Sandbox, auto_approve: float 
     console.print("In another terminal:")
     console.print()
     print_command(console, f"export {variables}")
-    print_command(console, 'aiokeyless create C0FFEE --operation-id txn-1 --payload "Pay 40 to Alice"')
-    print_command(console, "aiokeyless wait txn-1")
+    print_command(console, 'aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json')
+    print_command(console, "aiokeyless wait --ticket ticket.json")
     console.print()
     console.print("Ctrl-C stops it.")
     console.print()

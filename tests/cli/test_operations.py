@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError, ServerError
+from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError, OperationMismatchError, ServerError
 from aiokeyless.cli.app import CommandError, app
 from aiokeyless.cli.messages import describe
 
@@ -27,7 +28,7 @@ async def test_create_prints_the_operation_and_how_to_wait_for_it(
         monkeypatch, io.StringIO(), "create", "c0ffee", "--operation-id", "txn 1", "--payload", "Pay 40 to Alice"
     )
     assert re.search(r"Created +txn 1\n +User +C0FFEE\n", text)
-    assert "\n  aiokeyless wait 'txn 1'\n" in text
+    assert printed_ticket(text).operation_id == "txn 1"
     assert service.operations["txn 1"].operation_payload == "Pay 40 to Alice"
 
 
@@ -35,7 +36,7 @@ async def test_create_prints_the_operation_and_how_to_wait_for_it(
 async def test_create_without_an_id_generates_one(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE")
     [operation_id] = service.operations
-    assert f"aiokeyless wait {operation_id}\n" in text
+    assert printed_ticket(text).operation_id == operation_id
 
 
 @pytest.mark.looptime
@@ -45,15 +46,29 @@ async def test_the_command_that_create_prints_works_for_any_id(
 ) -> None:
     text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", f"--operation-id={operation_id}")
     service.approve(operation_id)
-    [command] = re.findall(r"\n  aiokeyless (.+)\n", text)
-    assert "Approved" in await output_of(monkeypatch, io.StringIO(), *words_of(command))
+    ticket = printed_ticket(text)
+    assert ticket.operation_id == operation_id
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.to_json().encode())))
+    assert "Approved" in await output_of(monkeypatch, io.StringIO(), "wait", "--ticket", "-")
 
 
-def words_of(command: str) -> list[str]:
-    """Return the arguments of a command, as a shell splits it."""
-    shell = ["bash", "-c", f"printf '%s\\0' {command}"]
-    printed = subprocess.check_output(shell)
-    return printed.decode().removesuffix("\0").split("\0")
+@pytest.mark.looptime
+async def test_the_command_that_create_prints_accepts_no_other_payload(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id=a", "--payload=Pay 40")
+    service.tamper("a", operation_payload="Pay 4000")
+    service.approve("a")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed_ticket(text).to_json().encode())))
+    with pytest.raises(OperationMismatchError):
+        await app.run_async(["wait", "--ticket", "-"])
+
+
+def printed_ticket(text: str) -> ApprovalTicket:
+    """Return the ticket that the printed command gives to `wait`, as a shell reads it."""
+    [command] = re.findall(r"\n  (printf %s .+) \| aiokeyless wait --ticket -\n", text)
+    shell = ["bash", "-c", command]
+    return ApprovalTicket.from_json(subprocess.check_output(shell))
 
 
 @pytest.mark.looptime
@@ -63,12 +78,12 @@ async def test_creating_the_same_again_says_so_and_how_to_wait_for_it(
     command = ["create", "C0FFEE", "--operation-id", "txn-1", "--payload", "Pay 40 to Alice"]
     await output_of(monkeypatch, io.StringIO(), *command)
     with pytest.raises(
-        CommandError, match=r"exists already, with this content.*: aiokeyless wait txn-1 \(.*--if-exists resume\)"
+        CommandError, match=r"exists already, with this content.* get its ticket: create --if-exists resume$"
     ):
         await app.run_async(command)
     text = await output_of(monkeypatch, io.StringIO(), *command, "--if-exists", "resume")
     assert re.search(r"Pending +txn-1\n", text)
-    assert "aiokeyless wait txn-1\n" in text
+    assert printed_ticket(text).operation_id == "txn-1"
     ticket = ApprovalTicket.from_json(
         await output_of(monkeypatch, io.StringIO(), *command, "--if-exists", "resume", "--json")
     )
