@@ -15,7 +15,6 @@ from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay, is_transient
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
 from aiokeyless.errors import (
-    AlreadyApprovedError,
     DecodeError,
     KeylessError,
     NotFoundError,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import msgspec
     from tenacity.wait import wait_base
 
-    from aiokeyless.errors import ConflictError
     from aiokeyless.schedule import wait_adaptive
 
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
@@ -169,13 +167,9 @@ def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) 
     return _taken(delivery, now, is_approved=verdict is Verdict.APPROVED)
 
 
-def after_taken(delivery: Delivery, error: ConflictError, *, now: datetime) -> Decided:
-    """Decide after the first create of a request found its operation id taken.
-
-    An approval that it found may be the answer to this create, if the service's own answer was lost, or to an earlier
-    request. One approval must not count twice, so it does not count, as for a client's create.
-    """
-    return _taken(delivery, now, is_approved=isinstance(error, AlreadyApprovedError))
+def after_taken(delivery: Delivery, *, now: datetime) -> Decided:
+    """Decide after the first create of a request found its operation id taken: the operation is not this request's."""
+    return _taken(delivery, now, is_approved=False)
 
 
 def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
@@ -285,7 +279,7 @@ def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
 
 def _taken(delivery: Delivery, now: datetime, *, is_approved: bool) -> Decided:
     if is_approved:
-        detail = "an operation of this id and content is approved already, perhaps for another request"
+        detail = "an operation of this id and content was approved before this request asked; one approval counts once"
         return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
     return _failed(delivery, now, FailureReason.CONFLICT, "the operation id is taken by another operation")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless.errors import (
+    AlreadyApprovedError,
     AuthenticationError,
     ClientClosedError,
     ConfigurationError,
@@ -162,11 +163,15 @@ class Exchanges:
                 operation_payload=delivery.payload,
                 external_user_id=ticket.external_user_id,
             )
-        except ConflictError as error:
+        except AlreadyApprovedError:
+            # Nothing was there, and our create was in doubt: the user approved before it was found.
+            self._record_success(started_at)
+            return Next.POLL
+        except ConflictError:
             self._record_success(started_at)
             if claim is Claim.HELD or not await self._release(delivery, token):
                 return Next.POLL
-            return after_taken(delivery, error, now=self._clock())
+            return after_taken(delivery, now=self._clock())
         except KeylessError as error:
             may_exist = claim is Claim.HELD or may_have_taken_effect(error) or not await self._release(delivery, token)
             self._record_error(delivery, error, started_at, is_probe=True)

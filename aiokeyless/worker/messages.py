@@ -53,9 +53,8 @@ class FailureReason(StrEnum):
     CONFLICT = "conflict"
     """The operation id belongs to another request, or to an operation that no request of this fleet created."""
     ALREADY_APPROVED = "already_approved"
-    """An operation of the same content is approved under this id, and the approval may belong to an earlier request: it
-    was there before this one asked, or was found by a create whose own answer was lost. Your record of the id says
-    whether it was used."""
+    """An operation of the same content was approved under this id before this request asked. That approval belongs to
+    an earlier request; nobody was asked, and nobody approved this one."""
     MISMATCH = "mismatch"
     """An answer was about something else than what was asked for; treat it as refused, and investigate."""
     INCONSISTENT = "inconsistent"
