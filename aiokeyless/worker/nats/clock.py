@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
@@ -29,30 +30,35 @@ class _Answer(msgspec.Struct):
     ts: datetime
 
 
-def _local() -> datetime:
+def _wall() -> datetime:
     return datetime.now(UTC)
 
 
 class BrokerClock:
     """The time of the broker, as measured by its answers.
 
+    Between two measurements only a monotonic clock counts. A step of this machine's wall clock moves no deadline.
+
     Args:
-        local: The clock of this machine.
+        wall: The wall clock of this machine, which gives the time until the first measurement.
+        monotonic: A clock in seconds that is never set.
     """
 
-    def __init__(self, local: Callable[[], datetime] = _local) -> None:
-        self._local = local
-        self._ahead = timedelta()  # how far the broker's clock is ahead of this machine's
-        self._told = 0.0  # seconds of it that were logged last
+    def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._started_at = monotonic()
+        self._origin = wall()  # the time of the broker at `_started_at`
+        self._told = 0.0  # seconds between the clocks that were logged last
 
     def now(self) -> datetime:
         """Return the time by the broker's clock."""
-        return self._local() + self._ahead
+        return self._origin + timedelta(seconds=self._monotonic() - self._started_at)
 
     @property
     def ahead(self) -> float:
-        """Seconds by which it is ahead of this machine's, as far as is known."""
-        return self._ahead.total_seconds()
+        """Seconds by which it is ahead of this machine's wall clock, as far as is known."""
+        return (self.now() - self._wall()).total_seconds()
 
     async def measure(self, connection: Client, subject: str, within: float) -> None:
         """Compare the clocks; where the broker does not tell its time, what was measured before stays.
@@ -62,15 +68,14 @@ class BrokerClock:
             subject: A request to JetStream's API whose answer tells the time.
             within: Seconds within which it must answer.
         """
-        asked_at = self._local()
+        asked_at = self.now()
         with suppress(EngineError, msgspec.DecodeError), engine_errors():
             answer = await connection.request(subject, b"", timeout=within)
-            answered_at = self._local()
+            answered_at = self.now()
             told = msgspec.json.decode(answer.data, type=_Answer).ts
             margin = (answered_at - asked_at) / 2  # told at some time in between
-            if abs((ahead := told - (asked_at + margin)) - self._ahead) <= margin:
-                return  # a slow answer, and no reason to move deadlines by as much
-            self._ahead = ahead
+            if abs(error := told - (asked_at + margin)) > margin:  # else a slow answer is no reason to move deadlines
+                self._origin += error
             self._tell(self.ahead)
 
     def _tell(self, ahead: float) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 from nats_server import REQUESTS, prepare, until
+from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalWorker, Outcome, approval_outcomes, submit_approval
 from aiokeyless.worker.nats import clock
@@ -30,6 +31,19 @@ def off_by(seconds: float) -> BrokerClock:
     return BrokerClock(lambda: datetime.now(UTC) + timedelta(seconds=seconds))
 
 
+class Steps:
+    """A wall clock that somebody sets while a worker runs."""
+
+    def __init__(self) -> None:
+        self.by = timedelta()
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.by
+
+
+STEPS = [pytest.param(timedelta(hours=1), id="ahead"), pytest.param(timedelta(hours=-1), id="back")]
+
+
 def error_of(of: BrokerClock) -> float:
     return abs((of.now() - datetime.now(UTC)).total_seconds())
 
@@ -47,6 +61,23 @@ async def test_a_clock_that_is_off_is_corrected_and_told(
         assert "worker.clock_differs" in caplog.text
 
 
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_wall_clock_that_steps_moves_no_deadline_and_is_told(
+    connection: Client, caplog: pytest.LogCaptureFixture, step: timedelta
+) -> None:
+    await prepare(connection.jetstream(), ack_wait=60)
+    wall = Steps()
+    measured = BrokerClock(wall)
+    await measured.measure(connection, SUBJECT, 60)
+    wall.by = step
+    assert error_of(measured) < 20
+    assert measured.ahead == pytest.approx(-step.total_seconds(), abs=20)
+    assert "worker.clock_differs" not in caplog.text
+    await measured.measure(connection, SUBJECT, 60)
+    assert error_of(measured) < 20
+    assert "worker.clock_differs" in caplog.text
+
+
 async def test_a_broker_that_does_not_tell_its_time_changes_nothing(connection: Client) -> None:
     async def answer_nonsense(message: object) -> None:
         await connection.publish(message.reply, b"{}")  # type: ignore[attr-defined]  # nats-py's Msg
@@ -60,7 +91,7 @@ async def test_a_broker_that_does_not_tell_its_time_changes_nothing(connection: 
 
 @pytest.mark.parametrize(("took", "off", "left"), [(4, 0, 0), (4, -150, 2), (0, 0.5, 0)])
 async def test_a_slow_answer_moves_no_deadline_by_what_it_cannot_tell(took: int, off: float, left: int) -> None:
-    moment = datetime(2026, 11, 27, tzinfo=UTC)
+    began_at = moment = datetime(2026, 11, 27, tzinfo=UTC)
 
     class Slow:
         async def request(self, _subject: str, _data: bytes, **_options: float) -> SimpleNamespace:
@@ -68,7 +99,7 @@ async def test_a_slow_answer_moves_no_deadline_by_what_it_cannot_tell(took: int,
             moment += timedelta(seconds=took)
             return SimpleNamespace(data=f'{{"ts": "{(moment + timedelta(seconds=off)).isoformat()}"}}'.encode())
 
-    measured = BrokerClock(lambda: moment)
+    measured = BrokerClock(lambda: moment, lambda: (moment - began_at) / timedelta(seconds=1))
     await measured.measure(cast("Client", Slow()), SUBJECT, 60)
     assert abs(measured.now() - (moment + timedelta(seconds=off))) == timedelta(seconds=left)
 
@@ -130,3 +161,31 @@ async def test_a_worker_whose_clock_is_ahead_expires_nothing_early(
         sandbox.approve("txn-1")
         async with asyncio.timeout(60), aclosing(approval_outcomes(connection, "test")) as events:
             assert (await anext(events)).outcome is Outcome.APPROVED
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_worker_whose_wall_clock_steps_ends_each_request_at_its_deadline(
+    client: KeylessClient,
+    broker: NatsServer,
+    connection: Client,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    step: timedelta,
+) -> None:
+    wall = Steps()
+    monkeypatch.setattr("aiokeyless.worker.nats.engine.BrokerClock", lambda: BrokerClock(wall))
+    async with (
+        ApprovalWorker(client, broker.url, schedule=wait_fixed(0.1)),
+        asyncio.timeout(60),
+        aclosing(approval_outcomes(connection, "test")) as events,
+    ):
+        await submit_approval(connection, "C0FFEE", operation_id="long", expires_in=1800)
+        await submit_approval(connection, "C0FFEE", operation_id="short", expires_in=2)
+        await until(lambda: len(sandbox.operations) == 2)
+        wall.by = step
+        ended = await anext(events)
+        assert (ended.operation_id, ended.outcome, ended.answered) == ("short", Outcome.EXPIRED, True)
+        sandbox.approve("long")
+        ended = await anext(events)
+        assert (ended.operation_id, ended.outcome) == ("long", Outcome.APPROVED)

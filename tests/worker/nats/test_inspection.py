@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +27,8 @@ async def stream(connection: Client) -> JetStreamContext:
 
 
 async def inspected(connection: Client, fleet: Fleet = KEYLESS) -> Inspection:
-    return await Inspector(connection, fleet, BrokerClock(), PATIENCE).inspect()
+    still = BrokerClock(lambda: datetime(2026, 11, 28, tzinfo=UTC), lambda: 0.0)
+    return await Inspector(connection, fleet, still, PATIENCE).inspect()
 
 
 async def inspected_with_backlog(connection: Client, backlog: int) -> Inspection:
