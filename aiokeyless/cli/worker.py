@@ -103,7 +103,7 @@ async def worker(
     Args:
         nats_url: Addresses of the broker, separated by commas; NATS_URL, or nats://127.0.0.1:4222, if left out.
         name: Name of the fleet; fleets of different names share a broker and nothing else.
-        tenant: Your name of the Keyless tenant; a worker of another one, or of none, does not start in this fleet.
+        tenant: Your name of the Keyless tenant. All workers of a fleet name the same one, or none.
         max_in_flight: Requests that are processed at the same time.
         max_polls_per_second: Polls of this worker in a second; what is due beyond that stays at the broker.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.

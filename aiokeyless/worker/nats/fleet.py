@@ -30,8 +30,9 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: In the names of all streams and subjects: a lower-case letter, then letters, digits and ``-``, 32 at most.
             Default: ``keyless``.
-        tenant: Your name of the Keyless tenant, any printable ASCII. It is kept with the streams, and a worker that
-            names another one, or none, does not start. Default: none; applications need none.
+        tenant: Your name of the Keyless tenant, any printable ASCII. The first worker stores it with the streams. A
+            worker that names another tenant does not start: none and a name differ too. Default: none; applications
+            need none.
         domain: JetStream domain that the streams are in, where that is not the one of the server. Default: none.
         prefix: Prefix of JetStream's API, where the streams are in another account that exports it. Default: that of
             the domain, or ``$JS.API``.

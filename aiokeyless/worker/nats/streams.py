@@ -153,7 +153,8 @@ def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConf
 def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
     """Refuse a fleet whose requests are for another service or tenant: it would ask their users, and approve for them.
 
-    A stream that an operator made, or an earlier release, may not say; then nothing can be compared.
+    A stream that an operator made may not say which service it is for. Then that cannot be compared. The tenant always
+    is: all tenants of a region have one base URL.
     """
     found = requests.metadata or {}
     if (owner := found.get(_SERVICE, service)) != service:
@@ -161,12 +162,18 @@ def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
             f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: "
             "give it another name"
         )
-    if (tenant := found.get(_TENANT)) not in {None, fleet.tenant}:
-        own = "names none" if fleet.tenant is None else f"to {fleet.tenant!r}"
+    if (tenant := found.get(_TENANT)) == fleet.tenant:
+        return
+    if tenant is None:
         raise BrokerError(
-            f"the fleet {fleet.name!r} on this broker belongs to the tenant {tenant!r}, and this worker {own}: "
-            "name that one, or give the fleet another name"
+            f"the fleet {fleet.name!r} on this broker belongs to no tenant, and this worker to {fleet.tenant!r}: set "
+            f"the metadata {_TENANT} of the stream {fleet.requests}, name no tenant, or give the fleet another name"
         )
+    own = "names none" if fleet.tenant is None else f"to {fleet.tenant!r}"
+    raise BrokerError(
+        f"the fleet {fleet.name!r} on this broker belongs to the tenant {tenant!r}, and this worker {own}: "
+        "name that one, or give the fleet another name"
+    )
 
 
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:
