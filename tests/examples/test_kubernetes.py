@@ -76,15 +76,15 @@ def test_the_selectors_find_the_workers() -> None:
 
 
 @pytest.mark.slow
-async def test_a_worker_with_these_arguments_is_ready_at_a_broker_with_these_permissions(
+async def test_a_worker_with_these_arguments_is_ready_at_a_broker_with_these_accounts(
     tmp_path: Path, certificate: tuple[Path, Path], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for user in ("OPERATOR", "WORKER", "SHOP_ASKER", "SHOP_READER"):
+    for user in ("OPERATOR", "WORKER", "SHOP"):
         monkeypatch.setenv(f"{user}_PASSWORD", PASSWORD)
     (tmp_path / "ca.crt").write_bytes(certificate[0].read_bytes())
     (tmp_path / "event.key").write_text(EVENT_KEY)
     tls = ("--tls", "--tlscert", str(certificate[0]), "--tlskey", str(certificate[1]))
-    broker = NatsServer(tmp_path, "-c", str(EXAMPLES / "nats" / "one-account.conf"), *tls)
+    broker = NatsServer(tmp_path, "-c", str(EXAMPLES / "nats" / "accounts.conf"), *tls)
     await broker.start()
     # What is other here: one server, any free port, and where the files are.
     here = {"--replicas=3": "--replicas=1", "--health-port=8080": "--health-port=0"}

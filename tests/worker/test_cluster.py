@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 import nats
 import nats.errors
 import pytest
-from nats_server import PATIENCE, REQUESTS, NatsServer, until
+from nats.js.api import ConsumerConfig
+from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
 from tenacity import wait_fixed
 
-from aiokeyless.worker import ApprovalWorker, Outcome, StreamSettings, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalWorker, Fleet, Outcome, StreamSettings, approval_outcomes, submit_approval
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.cluster
 EXAMPLES: Final = Path(__file__).parents[2] / "examples" / "nats"
 NAMES = ("a", "b", "c")
 WAITS = 50
+IMPORTED: Final = Fleet(prefix="keyless.api")
 
 
 def free_ports(count: int) -> list[int]:
@@ -74,7 +76,7 @@ async def documented_cluster(folder: Path, certificate: tuple[Path, Path]) -> As
         place = folder / name
         place.mkdir()
         own = {**shared, "SERVER_NAME": name, "CLUSTER_LISTEN": address, "STORE": str(place / "store")}
-        for file in ("cluster.conf", "one-account.conf"):
+        for file in ("cluster.conf", "accounts.conf"):
             (place / file).write_text(with_values((EXAMPLES / file).read_text(), own))
         servers[name] = NatsServer(place, "-c", str(place / "cluster.conf"), jetstream=False)  # the file turns it on
     async with running(servers):
@@ -137,19 +139,18 @@ async def test_no_approval_is_lost_with_a_broker(tmp_path: Path, sandbox: Sandbo
 async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
     tmp_path: Path, certificate: tuple[Path, Path], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for user in ("OPERATOR", "WORKER", "SHOP_ASKER", "SHOP_READER"):
+    for user in ("OPERATOR", "WORKER", "SHOP"):
         monkeypatch.setenv(f"{user}_PASSWORD", "of-every-user")
     trusted = ssl.create_default_context(cafile=certificate[0])
 
     def options(user: str) -> dict[str, Any]:
-        return {"user": user, "password": "of-every-user", "inbox_prefix": f"_INBOX_{user}", "tls": trusted}
+        return {"user": user, "password": "of-every-user", "tls": trusted}
 
     async with documented_cluster(tmp_path, certificate) as servers, sandbox.client(request_timeout=1) as client:
         urls = [server.url.replace("nats://", "tls://") for server in servers.values()]
         async with (
             await nats.connect(urls, error_cb=unheard, **options("operator")) as operator,
-            await nats.connect(urls, error_cb=unheard, **options("shop_asker")) as asker,
-            await nats.connect(urls, error_cb=unheard, **options("shop_reader")) as reader,
+            await nats.connect(urls, error_cb=unheard, **options("shop")) as shop,
         ):
             await until(lambda: has_a_leader(operator))
             worker = ApprovalWorker(
@@ -160,10 +161,13 @@ async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
                 connect_options=options("worker"),
             )
             async with worker:
-                submission = await submit_approval(asker, "C0FFEE")
+                place = ConsumerConfig(durable_name="shop", max_ack_pending=-1)
+                await operator.jetstream().add_consumer(OUTCOMES, place)
+                submission = await submit_approval(shop, "C0FFEE", fleet=IMPORTED)
                 await until(lambda: submission.operation_id in sandbox.operations)
                 servers[await leader_of_the_requests(operator)].kill()
                 sandbox.approve(submission.operation_id)
-                async with asyncio.timeout(PATIENCE), aclosing(approval_outcomes(reader, "shop")) as events:
+                outcomes = approval_outcomes(shop, "shop", fleet=IMPORTED)
+                async with asyncio.timeout(PATIENCE), aclosing(outcomes) as events:
                     event = await anext(events)
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)

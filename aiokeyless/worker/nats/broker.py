@@ -175,21 +175,25 @@ async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) ->
     """Make the reader's consumer, or change it, where it is not as it must be.
 
     A reader whose consumer an operator made needs no permission to make one. That is worth having: who may make a
-    consumer chooses where it delivers.
+    consumer chooses where it delivers. So applications in an account of their own cannot.
     """
     with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is found out below
         found = (await stream.consumer_info(fleet.outcomes, durable)).config
         if found is not None and found.max_ack_pending == _UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
             return
-    await stream.add_consumer(
-        fleet.outcomes,
-        ConsumerConfig(
-            durable_name=durable,
-            ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=_ACK_WAIT,
-            max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
-        ),
+    place = ConsumerConfig(
+        durable_name=durable,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=_ACK_WAIT,
+        max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
     )
+    try:
+        await stream.add_consumer(fleet.outcomes, place)
+    except nats.js.errors.ServiceUnavailableError:  # nobody listens: this account does not import it
+        raise BrokerError(
+            f"outcomes cannot be read: the consumer {durable} of {fleet.outcomes} is missing or has other settings, "
+            "and this account may not make it; have an operator make it"
+        ) from None
 
 
 async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
