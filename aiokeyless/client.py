@@ -137,6 +137,10 @@ class KeylessClient:
         ...     operation = await client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
     """
 
+    # On the class, as __del__ reads them also of a client whose __init__ was called with an unknown argument.
+    _transport: Transport | None = None
+    _closed = False
+
     def __init__(
         self,
         api_key: str | None = None,
@@ -151,8 +155,6 @@ class KeylessClient:
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),
     ) -> None:
-        self._transport: Transport | None = None  # set first: __del__ reads it, also where __init__ raises
-        self._closed = False
         self._closing: asyncio.Task[None] | None = None
         self._region: Region | None = None
         self._base_url: str = ""

@@ -221,6 +221,15 @@ class TestOpeningAndClosing:
             KeylessClient(KEY)
             gc.collect()
 
+    def test_one_that_was_never_made_prints_nothing_when_it_is_dropped(self) -> None:
+        unraisable: list[object] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", unraisable.append)
+            with pytest.raises(TypeError, match="timout"):
+                KeylessClient(KEY, timout=5)  # type: ignore[call-arg]  # that is the mistake
+            gc.collect()
+        assert not unraisable
+
 
 class TestArguments:
     @pytest.mark.parametrize(
