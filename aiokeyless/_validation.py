@@ -211,12 +211,15 @@ _AUTHORITY: Final = re.compile(
 )
 
 
+API_VERSION: Final = "/v2"  # every path of the API begins with it
+
+
 def check_base_url(base_url: str) -> str:
     """Return the base URL without a trailing slash.
 
     Raises:
         ConfigurationError: Not an absolute https URL (http is for loopback hosts only); it contains userinfo, a query
-            or a fragment; or its host can be parsed in more than one way.
+            or a fragment; its host can be parsed in more than one way; or it ends in the API's own ``/v2``.
     """
     if not isinstance(base_url, str):
         raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}", argument="base_url")
@@ -228,7 +231,9 @@ def check_base_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
         _ = parts.port  # raises on a bad one, also where yarl does not
-        host = URL(base_url).raw_host  # the host that will be connected to, so the one to check
+        url = URL(base_url)
+        host = url.raw_host  # the host that will be connected to, so the one to check
+        _ = url.host  # raises if a label that begins with xn-- does not encode a name
     except ValueError:  # its text may quote userinfo
         raise ConfigurationError(
             "base_url is not a valid URL; an example is https://api.keyless.io", argument="base_url"
@@ -241,24 +246,35 @@ def check_base_url(base_url: str) -> str:
         raise ConfigurationError("base_url must not contain a query or a fragment", argument="base_url")
     if any(segment in {".", ".."} for segment in parts.path.replace("%2E", ".").replace("%2e", ".").split("/")):
         raise ConfigurationError("base_url must not contain '.' or '..' segments", argument="base_url")
-    if _AUTHORITY.fullmatch(parts.netloc) is None:
+    _check_host(parts.scheme, parts.netloc, host)
+    base_url = base_url.rstrip("/")
+    if base_url.endswith(API_VERSION):
+        raise ConfigurationError(
+            f"base_url must not end in {API_VERSION}, with which each path of the API begins; write "
+            f"{base_url.removesuffix(API_VERSION)}",
+            argument="base_url",
+        )
+    return base_url
+
+
+def _check_host(scheme: str, authority: str, host: str) -> None:
+    if _AUTHORITY.fullmatch(authority) is None:
         raise ConfigurationError(
             "base_url must have an unambiguous host: a name in ASCII (xn--... for an international one) or an IP "
             "address (IPv6 in brackets, without a zone), and a port from 1 to 65535 or none",
             argument="base_url",
         )
-    if parts.scheme == "http" and not _is_loopback(host):
+    if scheme == "http" and not _is_loopback(host):
         raise ConfigurationError(
             "base_url must be https: http would send the API key unencrypted (http is for loopback hosts, such as a "
             "sandbox)",
             argument="base_url",
         )
-    return base_url.rstrip("/")
 
 
-def _is_loopback(host: str | None) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host or "").is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 

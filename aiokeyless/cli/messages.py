@@ -58,7 +58,7 @@ VARIABLES: Final = {
 REQUIREMENTS: Final = {
     "api_key": "printable ASCII, with no spaces around it",
     "base_url": (
-        "an https URL such as https://api.keyless.io, without user name, query, fragment or '..' "
+        "an https URL such as https://api.keyless.io, without user name, query, fragment, '..' or /v2 at its end "
         "(http only for this machine, such as a sandbox)"
     ),
     "expires_in": "a number of seconds above 0 that ends before the year 10000",

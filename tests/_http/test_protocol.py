@@ -408,6 +408,8 @@ def test_every_region_has_an_address_that_is_good_as_a_base_url(region: Region) 
         ("https://gw.example/keyless/", "https://gw.example/keyless"),
         ("https://gw.example:8443/a/b...c/.hidden", "https://gw.example:8443/a/b...c/.hidden"),
         ("https://gw.example/a%20b", "https://gw.example/a%20b"),
+        ("https://gw.example/v2/keyless", "https://gw.example/v2/keyless"),
+        ("https://gw.example/keyless-v2", "https://gw.example/keyless-v2"),
         ("https://[2001:db8::1]:8443", "https://[2001:db8::1]:8443"),
         ("http://localhost:8080", "http://localhost:8080"),
         ("http://LOCALHOST", "http://LOCALHOST"),
@@ -466,6 +468,11 @@ HTTPS = "must be https: http would send the API key unencrypted"
         ("https://api.keyless.io:port", "is not a valid URL"),
         ("https://api.keyless.io:70000", "is not a valid URL"),
         ("https://[::1", "is not a valid URL"),
+        ("https://api.keyless.io/v2", "must not end in /v2, with which each path of the API begins; write https://"),
+        (
+            "https://gw.example/keyless/v2//",
+            "must not end in /v2, with which each path of the API begins; write https://gw",
+        ),
     ],
     ids=plain,
 )
@@ -529,6 +536,11 @@ PLAIN_HOST = "must have an unambiguous host"
         ("https://\u212aeyless.io", PLAIN_HOST),
         ("https://b\xfccher.example", PLAIN_HOST),
         ("https://" + "\xe9" * 60 + ".example", "is not a valid URL"),
+        # Labels that say that they encode a name, and encode none.
+        ("https://xn--a.com", "is not a valid URL"),
+        ("https://api.XN--0.example", "is not a valid URL"),
+        ("https://xn--.com", "is not a valid URL"),
+        ("https://xn---.com", "is not a valid URL"),
         # Labels that the resolver raises on, and not with an OSError.
         ("https://a..b", PLAIN_HOST),
         ("https://.a.b", PLAIN_HOST),
@@ -583,6 +595,7 @@ def test_a_host_that_can_be_read_in_one_way_is_good(url: str) -> None:
     ).map("".join),
 )
 @example("http://", "[::1].evil")
+@example("https://", "xn--a.com")
 def test_the_host_that_is_checked_is_the_one_that_is_connected_to(scheme: str, authority: str) -> None:
     try:
         good = check_base_url(scheme + authority)
@@ -593,6 +606,7 @@ def test_the_host_that_is_checked_is_the_one_that_is_connected_to(scheme: str, a
         ip_address(connected.raw_host or "") == ip_address(checked.hostname or "")
     )
     assert (connected.raw_host or "").encode("idna")  # as a resolver does, without an error
+    assert connected.host  # as the transport reads it, without an error
     if connected.scheme == "http":
         assert connected.raw_host == "localhost" or ip_address(connected.raw_host or "").is_loopback
 
