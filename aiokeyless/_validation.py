@@ -31,11 +31,21 @@ def check_operation_id(operation_id: str) -> str:
 
     Raises:
         InvalidIdentifierError: Not a string; empty, too long, ``.`` or ``..`` (a URL path would drop them); it contains
-            control characters or lone surrogates.
+            control characters or lone surrogates; or it is the JSON of a ticket.
     """
+    if _is_ticket(operation_id):  # before its length: many are longer than an id
+        raise InvalidIdentifierError(
+            "operation_id must be an id, not the text of a ticket; pass ApprovalTicket.from_json(...) of that text",
+            argument="operation_id",
+        )
     return _check_segment(operation_id, "operation_id")
 
 
+def _is_ticket(value: object) -> bool:
+    return isinstance(value, str) and _TICKET_FIELD in value and value.lstrip().startswith("{")
+
+
+_TICKET_FIELD: Final = '"payload_sha256"'  # the field of a ticket's JSON that nothing else is likely to have
 #: Of identifiers; one or two characters may be dots.
 _CERTAIN_LENGTHS: Final = frozenset(range(len("..") + 1, MAX_IDENTIFIER + 1))
 
@@ -45,7 +55,8 @@ def are_operation_ids(values: list[str]) -> bool:
 
     A hundred thousand take a tenth of the time that it takes, and block the event loop for so much less.
     """
-    return "".join(values).isprintable() and _CERTAIN_LENGTHS.issuperset(map(len, values))
+    joined = "".join(values)
+    return joined.isprintable() and _TICKET_FIELD not in joined and _CERTAIN_LENGTHS.issuperset(map(len, values))
 
 
 def check_external_user_id(external_user_id: str) -> str:

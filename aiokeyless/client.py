@@ -882,7 +882,9 @@ def _parts(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
         return target.operation_id, target
     if not isinstance(target, str):
         raise ConfigurationError(
-            f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}", argument="target"
+            f"target must be an operation id or an ApprovalTicket, not {type(target).__name__}; to read a stored "
+            "ticket: ApprovalTicket.from_json(...)",
+            argument="target",
         )
     return target, None
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import inspect
+import json
 import math
 import pickle
 import subprocess
@@ -262,6 +263,31 @@ class TestArguments:
             client.watch_approval(target, **arguments)
         with pytest.raises(ConfigurationError, match=name):
             client.wait_for_approvals([target], **arguments)
+        assert sandbox.requests == []
+
+    async def test_a_stored_ticket_that_was_not_read_is_refused_wherever_an_id_or_a_target_is_taken(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        stored = ApprovalTicket.for_operation("op", user_id=USER).to_json()
+        read = r"ApprovalTicket\.from_json\(\.\.\.\)"
+        targets: list[Any] = [stored, stored.encode(), json.loads(stored)]
+        for target in targets:
+            with pytest.raises(ConfigurationError, match=read):
+                await client.wait_for_approval(target)
+            with pytest.raises(ConfigurationError, match=read):
+                await client.hold_for_approval(target, seconds=1)
+            with pytest.raises(ConfigurationError, match=read):
+                client.watch_approval(target)
+            with pytest.raises(ConfigurationError, match=read):
+                client.wait_for_approvals([target])
+        for call in (
+            client.get_operation(stored),
+            client.create_operation(USER, operation_id=stored),
+            client.request_approval(USER, operation_id=stored),
+            client.get_authentications(user_id=USER, operation_id=stored),
+        ):
+            with pytest.raises(ConfigurationError, match=read):
+                await call
         assert sandbox.requests == []
 
     @pytest.mark.parametrize("targets", ["op", b"op", 7, None])

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import timedelta
 from decimal import Decimal
 
 import pytest
 
-from aiokeyless._validation import seconds
-from aiokeyless.errors import ConfigurationError
+from aiokeyless._validation import are_operation_ids, check_operation_id, seconds
+from aiokeyless.errors import ConfigurationError, InvalidIdentifierError
+from aiokeyless.ticket import ApprovalTicket
+
+TICKET = ApprovalTicket.for_operation("txn-1", user_id="AB", operation_payload="Pay 40 to Alice").to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TICKET,
+        f" {TICKET}\n",
+        json.dumps(json.loads(TICKET), indent=2),
+        ApprovalTicket.for_operation("x" * 512, user_id="AB").to_json(),
+    ],
+    ids=["as stored", "in blanks", "indented", "longer than an id"],
+)
+def test_the_text_of_a_ticket_is_no_operation_id_and_the_error_says_how_to_read_it(text: str) -> None:
+    with pytest.raises(InvalidIdentifierError, match=r"ApprovalTicket\.from_json\(\.\.\.\)") as caught:
+        check_operation_id(text)
+    assert str(caught.value).isprintable()
+    assert not are_operation_ids(["txn-1", text])
+
+
+@pytest.mark.parametrize("operation_id", ['{"order": 7}', "payload_sha256", '"payload_sha256":7', "{payload_sha256}"])
+def test_an_operation_id_may_resemble_a_ticket(operation_id: str) -> None:
+    assert check_operation_id(operation_id) == operation_id
 
 
 @pytest.mark.parametrize(

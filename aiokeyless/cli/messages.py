@@ -64,7 +64,10 @@ REQUIREMENTS: Final = {
     "expires_in": "a number of seconds above 0 that ends before the year 10000",
     "external_user_id": "valid UTF-8",
     "host": "printable ASCII, with no spaces around it",
-    "operation_id": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
+    "operation_id": (
+        "1 to 512 characters, without control characters or invalid UTF-8, and not '.', '..' or a ticket "
+        "(which is for wait --ticket FILE)"
+    ),
     "operation_payload": "valid UTF-8",
     "region": f"one of {', '.join(Region)}",
     "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",

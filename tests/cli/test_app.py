@@ -6,13 +6,15 @@ import errno
 import io
 import re
 import sys
+from datetime import UTC, datetime
 
 import pytest
 
-from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, ConfigurationError, __version__
+from aiokeyless import ApprovalTicket, ApprovalTimeoutError, ApprovalUnknownError, ConfigurationError, __version__
 from aiokeyless.cli import demo, run
 from aiokeyless.cli.app import CommandError
 
+TICKET = ApprovalTicket.for_operation("a", user_id="AB", created_at=datetime(2026, 1, 1, tzinfo=UTC)).to_json()
 COMMANDS = ["create", "demo", "get", "pending", "sandbox", "wait", "worker"]
 
 
@@ -76,6 +78,7 @@ def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         (["pending", "0x1"], ["USER_ID", "hex"], "pending "),
         (["wait"], ["OPERATION_ID", "--ticket"], "wait "),
         (["wait", ""], ["1 to 512"], "wait "),
+        (["wait", TICKET], ["wait --ticket FILE"], "wait "),
         (["wait", "a", "--if-missing", "hope"], ["--if-missing", "hope", "raise", "wait"], "wait "),
         *((["wait", "a", "--timeout", value], ["--timeout", "more than 0"], "wait ") for value in ("0", "-1", "nan")),
         (["no\nsuch\x1b[2J"], [r"no\nsuch\x1b[2J"], ""),

@@ -16,7 +16,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
 from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
 
-from aiokeyless import ConfigurationError
+from aiokeyless import ApprovalTicket, ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
 from aiokeyless.worker import (
     ApprovalEvent,
@@ -143,6 +143,7 @@ TOO_EARLY = timezone(timedelta(hours=14))
         ({"operation_id": ".."}, "operation_id"),
         ({"operation_id": ""}, "operation_id"),
         ({"operation_id": "a\n"}, "operation_id"),
+        ({"operation_id": ApprovalTicket.for_operation("a", user_id="AB").to_json()}, "ApprovalTicket.from_json"),
         ({"operation_payload": 40}, "operation_payload"),
         ({"operation_payload": "\ud800"}, "operation_payload"),
         ({"operation_payload": "x" * ((1 << 20) - ROOM_FOR_EVENT)}, "operation_payload"),
