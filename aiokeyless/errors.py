@@ -6,7 +6,7 @@ The message never contains an API key, a payload or a raw body. All can be pickl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 if TYPE_CHECKING:  # for annotations only: errors.py is below models.py and must not import it
     from .models import Authentication, Operation
@@ -42,6 +42,10 @@ __all__ = [
 ]
 
 
+#: The documentation says "try again later" of a 500; the rest are what gateways send for a moment.
+TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
+
+
 def _restore(cls: type[KeylessError], args: tuple[Any, ...]) -> KeylessError:
     """Create an exception without running its ``__init__``, which would build the message a second time."""
     error = cls.__new__(cls)
@@ -54,6 +58,17 @@ class KeylessError(Exception):
 
     What to do: catch it to handle "Keyless did not work" in one place; catch its subclasses to tell the causes apart.
     """
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same call may well succeed a little later, so that an HTTP handler of yours answers 503.
+
+        True for a `TransportError`, for 408, 425, 429 and 5xx, and for a `NotJsonError`: rule 4 of ``docs/rules.md``.
+        Repeat a create under the same operation id. An `ApprovalError` is not transient: its wait has ended.
+        """
+        if isinstance(self, StatusError):
+            return self.status in TRANSIENT_STATUSES or 500 <= self.status < 600
+        return isinstance(self, TransportError | NotJsonError)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args), self.__dict__

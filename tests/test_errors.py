@@ -261,6 +261,52 @@ def test_facts_that_were_not_given_are_absent_not_invented() -> None:
     }
 
 
+# -- what is transient: rule 4
+
+
+@pytest.mark.parametrize(
+    ("status", "transient"),
+    [
+        (199, False),
+        (204, False),
+        (302, False),
+        (400, False),
+        (401, False),
+        (403, False),
+        (404, False),
+        (406, False),
+        (407, False),
+        (408, True),
+        (409, False),
+        (415, False),
+        (424, False),
+        (425, True),
+        (426, False),
+        (428, False),
+        (429, True),
+        (430, False),
+        (499, False),
+        (500, True),
+        (502, True),
+        (503, True),
+        (504, True),
+        (599, True),
+        (600, False),
+    ],
+)
+def test_a_status_is_transient_or_not_whatever_its_class(status: int, *, transient: bool) -> None:
+    for kind in (StatusError, NotFoundError, ServerError):
+        error = kind(status=status, method="GET", path=PATH, retry_after=1.0)
+        assert error.is_transient is transient
+        assert pickled(error).is_transient is transient
+
+
+@every_class
+def test_without_a_status_it_is_transient_if_no_usable_answer_came(kind: type[KeylessError]) -> None:
+    if not issubclass(kind, StatusError):
+        assert example(kind).is_transient is (kind in {TransportError, RequestTimeoutError, NotJsonError})
+
+
 # -- the argument that is wrong
 
 

@@ -18,9 +18,9 @@ from urllib.parse import quote
 import msgspec
 from multidict import istr
 
-from aiokeyless._rules.backoff import TRANSIENT_STATUSES
 from aiokeyless._validation import check_external_user_id, check_operation_id, check_user_id
 from aiokeyless.errors import (
+    TRANSIENT_STATUSES,
     AuthenticationError,
     BadRequestError,
     ConflictError,

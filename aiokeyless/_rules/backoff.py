@@ -1,4 +1,4 @@
-"""Which failures are transient, how long to pause after them, and what pause the service asks for itself."""
+"""How long to pause after a transient failure, and what pause the service asks for itself."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Final
 
 from tenacity import wait_exponential, wait_random_exponential
 
-from aiokeyless.errors import NotJsonError, StatusError, TransportError
+from aiokeyless.errors import StatusError
 from aiokeyless.schedule import next_delay
 
 if TYPE_CHECKING:
     from aiokeyless.errors import KeylessError
 
-#: The documentation says "try again later" of a 500; the rest are what gateways send for a moment.
-TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 _MAY_ASK_FOR_A_PAUSE: Final = frozenset({429, 503})
 #: Seconds that count of a Retry-After: one of days must not turn a wait into a sleep.
 MAX_PAUSE: Final = 120.0
@@ -23,10 +21,8 @@ _ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random
 
 
 def is_transient(error: KeylessError) -> bool:
-    """Return whether the same request may well succeed a little later."""
-    if isinstance(error, StatusError):
-        return error.status in TRANSIENT_STATUSES or 500 <= error.status < 600
-    return isinstance(error, TransportError | NotJsonError)
+    """Return `KeylessError.is_transient`, for what takes a function."""
+    return error.is_transient
 
 
 def error_delay(failures: int) -> float:

@@ -1,20 +1,14 @@
-"""Which failures are transient, how long to pause after them, and whose pause is the service's own wish."""
+"""How long to pause after a transient failure, and whose pause is the service's own wish."""
 
 from __future__ import annotations
 
 import pytest
 
-from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
+from aiokeyless._rules.backoff import error_delay, requested_pause
 from aiokeyless.errors import (
-    ApprovalTimeoutError,
-    ClientClosedError,
-    ConfigurationError,
-    DecodeError,
     KeylessError,
     NotFoundError,
-    NotJsonError,
     RateLimitError,
-    RequestTimeoutError,
     ServerError,
     StatusError,
     TransportError,
@@ -26,66 +20,6 @@ LONGEST = 5.0
 
 def status_error(status: int, *, retry_after: float | None = None) -> StatusError:
     return StatusError(status=status, method="GET", path=PATH, retry_after=retry_after)
-
-
-# -- what is transient
-
-
-@pytest.mark.parametrize(
-    ("status", "transient"),
-    [
-        (199, False),
-        (204, False),
-        (302, False),
-        (400, False),
-        (401, False),
-        (403, False),
-        (404, False),
-        (406, False),
-        (407, False),
-        (408, True),
-        (409, False),
-        (415, False),
-        (424, False),
-        (425, True),
-        (426, False),
-        (428, False),
-        (429, True),
-        (430, False),
-        (499, False),
-        (500, True),
-        (502, True),
-        (503, True),
-        (504, True),
-        (599, True),
-        (600, False),
-    ],
-)
-def test_a_status_is_transient_or_not_whatever_its_class(status: int, *, transient: bool) -> None:
-    assert is_transient(status_error(status)) is transient
-
-
-@pytest.mark.parametrize("status", [400, 404])
-def test_a_retry_after_makes_no_failure_transient(status: int) -> None:
-    assert not is_transient(status_error(status, retry_after=1.0))
-
-
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [
-        (TransportError("m", method="GET", path=PATH), True),
-        (RequestTimeoutError("m", method="GET", path=PATH), True),
-        (NotJsonError("m", status=200, method="GET", path=PATH), True),
-        (DecodeError("m", status=200, method="GET", path=PATH), False),
-        (ConfigurationError("m"), False),
-        (ClientClosedError("m"), False),
-        (ApprovalTimeoutError("m", operation_id="a"), False),
-        (KeylessError("m"), False),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_is_transient_without_a_status(error: KeylessError, *, transient: bool) -> None:
-    assert is_transient(error) is transient
 
 
 # -- how long to pause

@@ -120,15 +120,15 @@ MUTANTS: Final = (
         "a replica that lags ends the wait",
     ),
     Mutant(
-        "_rules/backoff.py",
+        "errors.py",
         "frozenset({408, 425, 429})",
         "frozenset({425, 429})",
         "a 408 ends the wait",
     ),
     Mutant(
-        "_rules/backoff.py",
-        "isinstance(error, TransportError | NotJsonError)",
-        "isinstance(error, TransportError)",
+        "errors.py",
+        "isinstance(self, TransportError | NotJsonError)",
+        "isinstance(self, TransportError)",
         "the page of a gateway ends the wait",
     ),
     # -- what a service that fails is spared

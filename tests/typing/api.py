@@ -109,6 +109,7 @@ async def errors(client: KeylessClient) -> None:
     try:
         await client.wait_for_approval("op")
     except ApprovalTimeoutError as error:
+        assert_type(error.is_transient, bool)
         assert_type(error.last_operation, Operation | None)
         assert_type(error.ticket, ApprovalTicket | None)
         assert_type(error.elapsed, float)
