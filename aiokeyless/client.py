@@ -569,6 +569,7 @@ class KeylessClient:
         external_user_id: str | None = None,
         expires_in: float = _DEFAULT_TIMEOUT,
         if_exists: IfExists = "raise",
+        schedule: wait_base | None = None,
         on_poll: OnPoll | None = None,
         explain: bool = False,
     ) -> Operation:
@@ -581,6 +582,7 @@ class KeylessClient:
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait. Default: 120.
             if_exists: What to do on a 409: see `create_operation`. Default: ``"raise"``.
+            schedule: When to poll. Default: the client's schedule.
             on_poll: Called with an `ApprovalUpdate` for each poll; may be async. Default: none.
             explain: Whether to learn of the user's attempts: see `wait_for_approval`. Default: False.
 
@@ -590,7 +592,8 @@ class KeylessClient:
         Raises:
             KeylessError: What `create_operation` and `wait_for_approval` raise.
         """
-        check_on_poll(on_poll)  # before anything is created
+        check_schedule(schedule)  # before anything is created
+        check_on_poll(on_poll)
         check_flag(explain, "explain")
         ticket = await self.create_operation(
             user_id,
@@ -600,7 +603,7 @@ class KeylessClient:
             expires_in=expires_in,
             if_exists=if_exists,
         )
-        return await self.wait_for_approval(ticket, on_poll=on_poll, explain=explain)
+        return await self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
 
     def watch_approval(
         self,

@@ -341,6 +341,13 @@ class TestArguments:
                 await method(user_id, **arguments)
         assert sandbox.requests == []
 
+    async def test_a_schedule_is_checked_before_anything_is_created(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        with pytest.raises(ConfigurationError, match="schedule"):
+            await client.request_approval(USER, schedule=5)  # type: ignore[arg-type]  # that is the mistake
+        assert sandbox.requests == []
+
     async def test_on_poll_must_be_callable_before_anything_is_sent(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -407,6 +414,13 @@ class TestTheWayThrough:
         assert (operation.user_id, operation.operation_id) == (USER, "op")
         assert (operation.operation_payload, operation.external_user_id) == ("Pay 40", "alice")
         assert updates[-1].operation is operation
+
+    async def test_request_approval_polls_by_the_schedule_that_it_is_given(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        with pytest.raises(ApprovalTimeoutError):
+            await client.request_approval(USER, expires_in=30, schedule=wait_fixed(7))
+        assert sum(request.method == "GET" for request in sandbox.requests) == 5  # after 7, 14, 21, 28 s and at the end
 
     async def test_request_approval_ends_when_the_operation_expires(self, client: KeylessClient) -> None:
         start = now()

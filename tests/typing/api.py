@@ -63,7 +63,7 @@ async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
         await client.wait_for_approval("op", timeout=DefaultTimeout.FROM_TARGET, on_poll=print, if_missing="wait"),
         Operation,
     )
-    assert_type(await client.request_approval("C0FFEE", on_poll=print), Operation)
+    assert_type(await client.request_approval("C0FFEE", schedule=wait_fixed(2), on_poll=print), Operation)
     async for update in client.watch_approval(ticket, schedule=wait_fixed(2) + wait_fixed(1)):
         assert_type(update, ApprovalUpdate)
     async for outcome in client.wait_for_approvals(["op", ticket], schedule=wait_chain(wait_fixed(1))):
