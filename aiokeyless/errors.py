@@ -142,9 +142,9 @@ class RequestTimeoutError(TransportError, TimeoutError):
 
 
 class DecodeError(KeylessError):
-    """A 2xx whose body is JSON of the wrong shape: the service and this library disagree about the API.
+    """A 2xx whose body is JSON of the wrong shape, or repeats the API key in a text: it is not what the API documents.
 
-    What to do: check ``base_url``; if it is correct, upgrade the library or report the message.
+    What to do: check ``base_url`` and the proxies; if they are correct, upgrade the library or report the message.
 
     Attributes:
         status: HTTP status, 2xx.

@@ -236,20 +236,27 @@ def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction)
         redaction: Redacts the API key in case the answer echoes it.
 
     Raises:
-        DecodeError: A success whose JSON has the wrong shape or a key that occurs twice.
+        DecodeError: A success whose JSON has the wrong shape, has a key that occurs twice, or repeats the API key.
         NotJsonError: A success whose body is not JSON.
         StatusError: Any other status; raised as its subclass.
     """
     if answer.status not in endpoint.success:
         raise _status_error(endpoint.method, path, answer, redaction)
     try:
-        return endpoint.decode(answer.body)
+        return _decode(endpoint, answer.body, redaction)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         failure = _decode_error(endpoint.method, path, answer, error, redaction)
     try:
         raise failure  # outside the except block, so that no frame keeps the reason: a UnicodeDecodeError has the body
     finally:
         del failure
+
+
+def _decode(endpoint: Endpoint[T], body: bytes, redaction: Redaction) -> T:
+    decoded = endpoint.decode(body)
+    if redaction.is_echoed_in(decoded, body):
+        raise msgspec.ValidationError("it repeats the API key")
+    return decoded
 
 
 def _decode_error(method: str, path: str, answer: Answer, reason: Exception, redaction: Redaction) -> DecodeError:

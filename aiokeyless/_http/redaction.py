@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 if TYPE_CHECKING:
     from aiokeyless.models import Secret
 
 MAX_DETAIL: Final = 200  # characters
 
+_SHORTEST: Final = 8  # characters: a shorter key is a placeholder, such as "test", that ids contain by chance
 _WIDEST: Final = 10  # characters in the longest spelling of one: &#x00002F;
 _ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apos", "'"))
 
@@ -21,15 +24,39 @@ class Redaction:
         api_key: The key.
     """
 
-    __slots__ = ("_echo", "_reach")  # the key is in the pattern: error reporters print attributes by their repr
+    # The key is in the pattern: error reporters print attributes by their repr.
+    __slots__ = ("_echo", "_echo_in_bytes", "_is_placeholder", "_reach")
 
     def __init__(self, api_key: Secret) -> None:
         # The key in plain form and as JSON, a URL and HTML write it, with runs of blanks folded as in `printable`.
         characters = " ".join(api_key.reveal().split())
+        self._is_placeholder = len(characters) < _SHORTEST
         self._echo = re.compile("".join(_spellings(character) for character in characters))
+        self._echo_in_bytes = re.compile(self._echo.pattern.encode())
         # The longest input that 200 characters can result from: each is a character of the text, or, in "***", of an
         # echo of the key.
         self._reach = MAX_DETAIL * _WIDEST * (len(characters) + 1)
+
+    def is_echoed_in(self, answer: object, body: bytes) -> bool:
+        """Return whether a text of an answer repeats the key; a `Secret` is no text.
+
+        A wait compares the texts of an answer, so they cannot be redacted, and applications log them.
+
+        Args:
+            answer: The answer, decoded.
+            body: The JSON that it was decoded from.
+        """
+        # Without a backslash, each text is in the JSON as it is: one search is enough for nearly all answers.
+        if self._is_placeholder or (b"\\" not in body and self._echo_in_bytes.search(body) is None):
+            return False
+        return self._is_in(answer)
+
+    def _is_in(self, answer: object) -> bool:
+        if isinstance(answer, list):
+            return any(map(self._is_in, answer))
+        if isinstance(answer, msgspec.Struct):
+            return any(map(self._is_in, msgspec.structs.astuple(answer)))
+        return isinstance(answer, str) and self._echo.search(answer) is not None
 
     def printable(self, text: str) -> str | None:
         """Return at most 200 printable characters of a text, or None if nothing is left."""

@@ -751,6 +751,53 @@ def test_no_half_of_the_key_is_left_by_the_cut(form: str) -> None:
     assert failed(401, (echo * 500).encode()).detail == ("***" * 500)[:MAX_DETAIL]
 
 
+OPTIONAL = {"externalUserId": "ann", "operationPayload": "Pay", "authType": "biom"}
+TEXTS: dict[str, Any] = {  # an answer of each endpoint that answers texts
+    "operation": WIRE | OPTIONAL,
+    "pending": {"operationId": "a"} | OPTIONAL,
+    "attempts": json.loads(GOOD["attempts"])["content"][0]["authentications"][0],
+}
+
+
+def with_texts(name: str, texts: dict[str, Any]) -> bytes:
+    bodies: dict[str, Any] = {
+        "operation": texts,
+        "pending": [{"operationId": "b"}, texts],
+        "attempts": {"content": [{"authentications": [{}, texts]}]},
+    }
+    return json.dumps(bodies[name]).encode()
+
+
+@pytest.mark.parametrize("form", list(echoes(KEY)))
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        (name, field)
+        for name, texts in TEXTS.items()
+        for field, text in texts.items()
+        if isinstance(text, str) and field != "apiKey"
+    ],
+)
+def test_an_answer_that_repeats_the_key_is_refused_and_not_shown(name: str, field: str, form: str) -> None:
+    echo = echoes(KEY)[form]
+    error = undecoded(with_texts(name, TEXTS[name] | {field: f"v1 {echo}!"}), name)
+    assert type(error) is DecodeError
+    assert not error.is_transient
+    assert str(error).endswith("with JSON of another shape: it repeats the API key; check base_url or upgrade")
+    assert error.__context__ is error.__cause__ is None
+
+
+def test_the_sdk_key_may_be_the_same_key() -> None:
+    assert answered(200, with_texts("operation", WIRE | {"apiKey": KEY})).api_key == Secret(KEY)
+
+
+def test_a_key_that_is_a_placeholder_may_be_in_an_answer_by_chance() -> None:
+    body = with_texts("operation", WIRE | {"operationId": "test-key-1"})
+    assert answered(200, body, key="test-ke").operation_id == "test-key-1"
+    with pytest.raises(DecodeError, match="repeats the API key"):
+        answered(200, body, key="test-key")
+
+
 def test_a_key_with_blanks_is_struck_out_where_lines_were_folded() -> None:
     assert failed(401, b"bad key a \r\n b!", key="a  b").detail == "bad key ***!"
     assert failed(401, b"bad key a%20%20b!", key="a  b").detail == "bad key ***!"

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiokeyless import AlreadyApprovedError, ApprovalTicket, ConflictError, OperationMismatchError, ServerError
+from aiokeyless import (
+    AlreadyApprovedError,
+    ApprovalTicket,
+    ConflictError,
+    DecodeError,
+    OperationMismatchError,
+    ServerError,
+)
 from aiokeyless.cli.app import CommandError, app
 from aiokeyless.cli.messages import describe
 
@@ -203,6 +210,19 @@ async def test_get_refuses_an_answer_about_another_operation(service: Sandbox) -
     service.tamper("txn-1", operation_id="txn-2")
     with pytest.raises(CommandError, match="another operation, txn-2"):
         await app.run_async(["get", "txn-1"])
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("command", [["get"], ["get", "--json"], ["attempts"], ["wait"], ["wait", "--json"]], ids=repr)
+async def test_an_answer_that_repeats_the_key_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, command: list[str]
+) -> None:
+    service.approve("txn-1", user_id="C0FFEE")
+    service.tamper("txn-1", node_id=f"node of {service.api_key}")
+    stream = io.StringIO()
+    with pytest.raises(DecodeError) as error:
+        await output_of(monkeypatch, stream, *command, "txn-1")
+    assert service.api_key not in f"{stream.getvalue()} {describe(error.value)}"
 
 
 @pytest.mark.looptime
