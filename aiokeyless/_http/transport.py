@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import ssl
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -337,6 +338,7 @@ class Transport:
         # If connecting failed, nothing was sent. A total timeout does not tell how far the exchange got.
         sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
         error: TransportError
+        cause, tls_error = _operating_system_error(failure), _tls_error(failure)
         if isinstance(failure, TimeoutError):
             error = RequestTimeoutError(
                 f"{method} {path} took longer than request_timeout={self.request_timeout:g} s; try again later",
@@ -345,13 +347,20 @@ class Transport:
                 sent=sent,
             )
         else:
-            cause = _operating_system_error(failure)
-            reason = type(failure).__name__ if cause is None else f"{type(failure).__name__}: {cause.strerror}"
+            words = self._words_of(tls_error) if tls_error is not None else cause and cause.strerror
+            reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
+            is_untrusted = isinstance(tls_error, ssl.SSLCertVerificationError)
+            advice = "check base_url, and which authorities the session trusts" if is_untrusted else "try again later"
             error = TransportError(
-                f"{method} {path} got no answer ({reason}); try again later", method=method, path=path, sent=sent
+                f"{method} {path} got no answer ({reason}); {advice}", method=method, path=path, sent=sent
             )
-        error.__cause__ = _operating_system_error(failure)
+        error.__cause__ = cause
         return error
+
+    def _words_of(self, tls_error: ssl.SSLError) -> str | None:
+        """Return what OpenSSL says is wrong; a hook may raise such an error with any words, the key among them."""
+        words = getattr(tls_error, "verify_message", None) or getattr(tls_error, "reason", None)
+        return self._redaction.printable(words if isinstance(words, str) else "TLS failed")
 
 
 class _Call:
@@ -447,6 +456,14 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
         failure = failure.__cause__ or failure.__context__
 
 
+def _tls_error(failure: BaseException) -> ssl.SSLError | None:
+    """Return the TLS error of a failure: aiohttp's wraps it while connecting, later it is the cause of an OSError."""
+    for error in (getattr(failure, "os_error", None), failure, failure.__cause__):
+        if isinstance(error, ssl.SSLError):
+            return error
+    return None
+
+
 def _operating_system_error(failure: BaseException) -> OSError | None:
     """Return the operating system's error of a failure, by its number and in the system's own words.
 
@@ -454,6 +471,8 @@ def _operating_system_error(failure: BaseException) -> OSError | None:
     server sent, and a tracing hook can raise anything. Each may hold the key.
     """
     error = getattr(failure, "os_error", failure)  # aiohttp's wraps the operating system's
+    if _tls_error(failure) is not None:  # their numbers are OpenSSL's
+        return None
     if isinstance(error, socket.gaierror):
         return socket.gaierror(error.errno, error.strerror)  # the resolver's numbers are its own
     if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno > 0:

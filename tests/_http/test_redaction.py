@@ -14,6 +14,7 @@ import os
 import pickle
 import secrets
 import socket
+import ssl
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -260,10 +261,17 @@ def cancelled_from(text: str) -> BaseException:
     return error
 
 
+def tls_error(text: str) -> BaseException:
+    error = ssl.SSLCertVerificationError(1, text)
+    error.verify_message = text
+    return error
+
+
 HOOKS: dict[str, Callable[[str], BaseException]] = {
     "an OSError": OSError,
     "an OSError with a number": lambda text: OSError(5, text),
     "a RuntimeError": RuntimeError,
+    "a TLS error": tls_error,
     "a failure to resolve a name": lambda _: socket.gaierror(-2, "Name or service not known"),
     "an odd one": OddError,
     "a cancellation with a cause": cancelled_from,
