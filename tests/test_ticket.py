@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -327,4 +328,5 @@ def test_remaining_refuses_a_naive_now() -> None:
 def test_an_absent_payload_and_an_empty_one_have_the_same_digest() -> None:
     assert payload_digest(None) == payload_digest("") == EMPTY_SHA256
     assert payload_digest("é") == "4a99557e4033c3539de2eb65472017cad5f9557f7a0625a09f1c3f6e2ba69c4c"
+    assert payload_digest("e\u0301") == hashlib.sha256(b"e\xcc\x81").hexdigest()  # é in another form is another text
     assert len(payload_digest("\ud800")) == 64

@@ -326,6 +326,17 @@ async def test_operation_that_is_not_ours_conflicts(other: dict[str, object], at
     assert talk.methods == ["POST", "GET"]
 
 
+@pytest.mark.parametrize(("there", "mine"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9"), ("\uff15", "5")])
+async def test_texts_that_only_unicode_calls_equal_conflict(there: str, mine: str) -> None:
+    for fields, created in (
+        ({"operationId": there}, {"operation_id": mine}),
+        ({"operationPayload": there}, {"operation_payload": mine}),
+        ({"externalUserId": there}, {"external_user_id": mine}),
+    ):
+        talk = Talk(CONFLICT, answer(operation(**fields)))
+        assert type(await failure(talk.create(**created, if_exists="resume"))) is ConflictError
+
+
 # One approval must not count twice
 
 

@@ -201,6 +201,8 @@ def test_an_operation_id_that_cannot_travel_is_refused_by_name(operation_id: Any
         ("a b", "a%20b"),
         ("a+b", "a%2Bb"),
         ("é", "%C3%A9"),
+        ("e\u0301", "e%CC%81"),
+        ("\uff15", "%EF%BC%95"),
         ("😀", "%F0%9F%98%80"),
         ("...", "..."),
         ("a\\b;c:d@e&f", "a%5Cb%3Bc%3Ad%40e%26f"),

@@ -602,11 +602,28 @@ async def test_redirect_is_not_followed(sandbox: Sandbox, client: KeylessClient,
 async def test_cookies_are_not_kept() -> None:
     async with (
         RawServer(answer(operation(), b"Set-Cookie: session=1; Path=/")) as server,
-        once(server.url) as client,
+        once(server.url.replace("127.0.0.1", "localhost")) as client,  # aiohttp keeps no cookies of an IP address
     ):
         for _ in range(2):
             await client.get_operation("a")
         assert b"cookie" not in server.heads[1].lower()
+
+
+async def test_neither_a_proxy_nor_a_password_comes_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    passwords = tmp_path / "netrc"
+    passwords.write_text("default login ann password hunter2\n", encoding="utf-8")
+    monkeypatch.setenv("NETRC", str(passwords))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    async with RawServer(answer(operation())) as server, RawServer(answer(operation())) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        async with once(server.url) as client:
+            await client.get_operation("a")
+        assert proxy.heads == []
+        assert b"authorization" not in server.heads[0].lower()
 
 
 ECHOES: dict[str, bytes | Handler] = {

@@ -169,6 +169,23 @@ def test_what_means_the_same_as_the_ticket_agrees_with_it(changed: dict[str, Any
     assert evaluate(operation(**changed, state="pending"), "txn-1", known) is Verdict.PENDING
 
 
+# The same text in two forms of Unicode: composed and decomposed, ohm and omega, a ligature, a wide digit.
+FORMS = [("caf\u00e9", "cafe\u0301"), ("5 \u2126", "5 \u03a9"), ("\ufb01ve", "five"), ("\uff15", "5")]
+
+
+@pytest.mark.parametrize(("answered", "asked"), [*FORMS, *(pair[::-1] for pair in FORMS)], ids=ascii)
+@pending_too
+def test_texts_that_only_unicode_calls_equal_are_different(state: str, result: bool, answered: str, asked: str) -> None:
+    for field, known, rejection in (
+        ("operation_id", ticket(operation_id=asked), Rejection.OTHER_OPERATION),
+        ("operation_payload", ticket(payload=asked), Rejection.OTHER_PAYLOAD),
+        ("external_user_id", ticket(external_user_id=asked), Rejection.OTHER_EXTERNAL_USER),
+    ):
+        answer = operation(**({"operation_id": known.operation_id} | {field: answered}), state=state, result=result)
+        assert evaluate(answer, known.operation_id, known) is rejection
+    assert evaluate(operation(operation_id=answered, state=state, result=result), asked) is Rejection.OTHER_OPERATION
+
+
 def test_a_bare_id_asks_for_nothing_but_the_id() -> None:
     other = operation(user_id="FF", operation_payload="other", external_user_id="other")
     assert evaluate(other, "txn-1") is Verdict.APPROVED
