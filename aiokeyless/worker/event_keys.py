@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from aiokeyless.errors import ConfigurationError
+from aiokeyless.models import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,12 +43,9 @@ class EventKeys:
     """
 
     def __init__(self, *keys: str) -> None:
-        self._keys: dict[str, bytes] = {}  # by their ids, the first one signs
         parsed = _parsed(keys)
         del keys  # before anything is raised: error reporters print local variables
-        if isinstance(parsed, ConfigurationError):
-            raise parsed
-        self._keys = parsed
+        self._keys: dict[str, Secret] = _valid(parsed)  # by their ids, the first one signs
 
     @classmethod
     def from_files(cls, *paths: Path | str) -> Self:
@@ -59,16 +57,7 @@ class EventKeys:
         Raises:
             ConfigurationError: A file cannot be read, which the message names; or a key is not valid, or there is none.
         """
-        keys: list[str] = []
-        for path in paths:
-            try:
-                with open(path, "rb") as file:  # noqa: PTH123  # as many bytes as a key file has, also of a device
-                    keys += file.read(_LONGEST_FILE).decode("ascii").split()
-            except (OSError, UnicodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
-                keys.clear()
-                raise ConfigurationError(f"no event key can be read from {path}: {reason}", argument="paths") from None
-        return cls._of(keys)
+        return cls._of(_read(paths))
 
     @classmethod
     def from_environment(cls) -> Self | None:
@@ -77,16 +66,14 @@ class EventKeys:
         Raises:
             ConfigurationError: A key is not valid.
         """
-        keys = os.environ.get(VARIABLE, "").split()
-        return cls._of(keys) if keys else None
+        # No variable holds a key: this frame is in the traceback of what is raised.
+        return cls._of(_parsed(os.environ[VARIABLE].split())) if os.environ.get(VARIABLE, "").strip() else None
 
     @classmethod
-    def _of(cls, keys: list[str]) -> Self:
-        """Make them, or forget the texts."""
-        if isinstance(parsed := _parsed(keys), ConfigurationError):
-            keys.clear()
-            raise parsed
-        return cls(*keys)
+    def _of(cls, parsed: dict[str, Secret] | ConfigurationError) -> Self:
+        made = cls.__new__(cls)
+        made._keys = _valid(parsed)  # noqa: SLF001  # of the same class
+        return made
 
     def __repr__(self) -> str:
         return f"<EventKeys {' '.join(self._keys)}>"
@@ -120,18 +107,51 @@ class EventKeys:
         return hmac.compare_digest(digest, _digest(key, data, fleet))
 
 
-def _parsed(keys: Sequence[str]) -> dict[str, bytes] | ConfigurationError:
+def _valid(parsed: dict[str, Secret] | ConfigurationError) -> dict[str, Secret]:
+    if isinstance(parsed, ConfigurationError):
+        raise parsed
+    return parsed
+
+
+def _read(paths: Sequence[Path | str]) -> dict[str, Secret] | ConfigurationError:
+    """Return the keys in files by their ids, or the error that the caller raises once it holds none of them."""
+    texts: list[str] = []
+    for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            return _unreadable(path, "it is no path")
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123  # as many bytes as a key file has, also of a device
+                content = file.read(_LONGEST_FILE)
+        except OSError as error:
+            return _unreadable(path, error.strerror or type(error).__name__)
+        except ValueError as error:  # a zero byte in the name
+            return _unreadable(path, str(error))
+        if not content.isascii():  # an error of decoding would hold what it could not decode
+            return _unreadable(path, "it is not ASCII text")
+        texts += content.decode("ascii").split()
+    return _parsed(texts)
+
+
+def _unreadable(path: object, reason: str) -> ConfigurationError:
+    return ConfigurationError(f"no event key can be read from {path!s:.200}: {reason}", argument="paths")
+
+
+def _parsed(keys: Sequence[object]) -> dict[str, Secret] | ConfigurationError:
     """Return keys by their ids, or the error that the caller raises once it holds none of them."""
     if not keys:
         return ConfigurationError("there is no event key", argument="keys")
+    parsed: dict[str, Secret] = {}
     for number, key in enumerate(keys, 1):
+        if not isinstance(key, str):
+            return ConfigurationError(f"event key {number} must be text, not {type(key).__name__}", argument="keys")
         if len(key) < _SHORTEST or not _is_printable(key):
             return ConfigurationError(
                 f"event key {number} must be {_SHORTEST} or more printable ASCII characters without blanks: make one "
                 "with openssl rand -hex 32",
                 argument="keys",
             )
-    return {_key_id(key): key.encode() for key in keys}
+        parsed[_key_id(key)] = Secret(key)
+    return parsed
 
 
 def _is_printable(key: str) -> bool:
@@ -142,5 +162,7 @@ def _key_id(key: str) -> str:
     return sha256(b"aiokeyless event key id\0" + key.encode()).hexdigest()[:_KEY_ID]
 
 
-def _digest(key: bytes, data: bytes, fleet: str) -> str:
-    return hmac.new(key, b"aiokeyless event\0" + fleet.encode() + b"\0" + data, sha256).hexdigest()
+def _digest(key: Secret, data: bytes, fleet: str) -> str:
+    # Joined first: arguments of a wrong type fail here, and not in a frame that holds the key.
+    signed = b"\0".join((b"aiokeyless event", fleet.encode(), data))
+    return hmac.new(key.reveal().encode(), signed, sha256).hexdigest()

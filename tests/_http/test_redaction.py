@@ -1,17 +1,11 @@
-"""Error reporters print local variables and causes: none of them shows the API key, the SDK key or a payload.
-
-The reporters are the real ones, with the settings with which they show most.
-"""
+"""Error reporters print local variables and causes: none of them shows the API key, the SDK key or a payload."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import io
-import json
 import os
-import pickle
 import secrets
 import socket
 import ssl
@@ -21,13 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-import sentry_sdk
-import structlog
-from loguru import logger as loguru
+from error_reports import reports
 from raw_server import RawServer, answer, hang, operation, refused, reset
-from rich.console import Console
-from rich.traceback import Traceback
-from sentry_sdk.transport import Transport
 
 from aiokeyless import ApprovalTicket, ConfigurationError, KeylessClient
 from aiokeyless._http.protocol import Answer
@@ -35,77 +24,13 @@ from aiokeyless._http.protocol import Answer
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from sentry_sdk.envelope import Envelope
-
     Call = Callable[[KeylessClient], Awaitable[object]]
-    Reporter = Callable[[BaseException], str]
 
 # Made here, so that no line of source that a reporter quotes holds them.
 KEY = f"key-{secrets.token_hex(8)}"
 SDK_KEY = f"sdk-{secrets.token_hex(8)}"
 PAYLOAD = f"payload-{secrets.token_hex(8)}"
 HIDDEN = (KEY, SDK_KEY, PAYLOAD)
-
-
-def by_loguru(error: BaseException) -> str:
-    sink = io.StringIO()
-    # Not the frames above the first one of the traceback: they are this file's and pytest's, which know the secrets.
-    handler = loguru.add(sink, backtrace=False, diagnose=True)
-    loguru.opt(exception=error).error("it failed")
-    loguru.remove(handler)
-    return sink.getvalue()
-
-
-def by_rich(error: BaseException) -> str:
-    console = Console(width=400)
-    with console.capture() as captured:
-        console.print(
-            Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_length=99)
-        )
-    return captured.get()
-
-
-def by_structlog(error: BaseException) -> str:
-    transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=True, locals_max_string=9999)
-    return json.dumps(transformer((type(error), error, error.__traceback__)))
-
-
-class Recording(Transport):
-    """Sentry's way out, which keeps what would be sent."""
-
-    sent = ""
-
-    def capture_envelope(self, envelope: Envelope) -> None:
-        self.sent += envelope.serialize().decode()
-
-
-def by_sentry(error: BaseException) -> str:
-    transport = Recording()
-    client = sentry_sdk.Client(
-        dsn="http://public@127.0.0.1/1", transport=transport, default_integrations=False, max_value_length=99_999
-    )
-    with sentry_sdk.isolation_scope() as scope:
-        scope.set_client(client)
-        scope.capture_exception(error)
-    client.close()
-    return transport.sent
-
-
-def by_pickle(error: BaseException) -> str:
-    return pickle.dumps(error).decode("latin-1")
-
-
-REPORTERS: dict[str, Reporter] = {
-    "loguru": by_loguru,
-    "rich": by_rich,
-    "structlog": by_structlog,
-    "sentry": by_sentry,
-    "pickle": by_pickle,
-}
-
-
-def reports(error: BaseException) -> dict[str, str]:
-    return {name: report(error) for name, report in REPORTERS.items()}
 
 
 def get(client: KeylessClient) -> Awaitable[object]:
