@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,10 @@ def is_link(path: Path) -> bool:
 
 def remove(path: Path) -> None:
     path.unlink()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def beside(path: Path) -> list[Path]:
@@ -212,6 +217,31 @@ async def test_the_last_save_is_not_overtaken_by_one_under_way(
         file.schedule.observe(0.0, 20.0)
         loop.call_soon(go_on.set)
     assert read(path) == f"{file.schedule.to_json()}\n"
+
+
+async def test_no_other_user_of_the_machine_can_foresee_or_read_what_is_written(
+    path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of several users, a file of a known name may be there already, as a link to another one."""
+    written: list[tuple[str, int]] = []
+
+    def note(_: int) -> None:
+        [file] = {*beside(path)} - {path}
+        written.append((file.name, mode(file)))
+
+    monkeypatch.setattr(os, "fsync", note)
+    keeper = LearnedFile(path)
+    umask = os.umask(0)
+    try:
+        for _ in range(2):
+            keeper.schedule.observe(5.0, 6.0)
+            async with keeper.keeping(engine):
+                pass
+    finally:
+        os.umask(umask)
+    names, modes = zip(*written, strict=True)
+    assert len({*names}) == 2
+    assert {*modes, mode(path)} == {0o600}
 
 
 async def test_a_link_stays_a_link(path: Path, tmp_path: Path, engine: Engine) -> None:

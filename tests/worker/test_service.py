@@ -46,6 +46,7 @@ from aiokeyless.worker import (
     service,
     submit_approval,
 )
+from aiokeyless.worker.event_keys import SIGNATURE
 from aiokeyless.worker.load_shedding import LoadShedding
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import MESSAGE_ID, ROOM_FOR_EVENT, request_name
@@ -984,6 +985,30 @@ async def test_an_event_that_a_forger_stored_under_the_name_of_an_outcome_does_n
             assert (await anext(events)).outcome is Outcome.APPROVED
     assert (await stream.stream_info(OUTCOMES)).state.messages == 2
     assert "outcome.forged sequence=1" in caplog.text
+
+
+@pytest.mark.usefixtures("one_ack_is_lost")
+async def test_an_event_that_a_worker_signed_for_another_request_does_not_keep_the_genuine_one_out_either(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    """Whoever reads outcomes has signed events, and may store one again under another name."""
+    event = ApprovalEvent(
+        version=1,
+        outcome=Outcome.FAILED,
+        operation_id="txn-0",
+        requested_at=LONG_AGO,
+        decided_at=LONG_AGO,
+        deliveries=1,
+    )
+    data = msgspec.json.encode(event)
+    headers = {MESSAGE_ID: request_name(**CONTENT), SIGNATURE: EVENT_KEYS.sign(data, fleet="keyless")}
+    async with working(client, broker, event_keys=EVENT_KEYS) as worker:
+        await connection.jetstream().publish(KEYLESS.outcome_subject(Outcome.FAILED), data, headers=headers)
+        await publish(connection, {"operation_id": "txn-1"})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        await until(lambda: worker.statistics.duplicates == 1)  # as above
+        assert worker.statistics.approved == 1
 
 
 async def test_an_event_that_was_removed_since_is_not_stored_again(
