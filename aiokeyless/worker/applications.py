@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 
 _SUBMISSIONS: Final = 3  # attempts
 _DURABLE: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_UPGRADED_IN: Final = 60.0  # seconds until an event is delivered again that this reader is not fit for
+_UPGRADED_IN: Final = 60.0  # seconds until an event of a later version is delivered again
+_UNSIGNED_FOR: Final = 60.0  # seconds until an event without a valid signature is delivered again, for the first time
+#: Deliveries of such an event that are put off, each for twice as long as the one before: a wrong key can be set right
+#: for four hours. Without an end, many of them would keep a reader from genuine events.
+_UNSIGNED_DELIVERIES: Final = 8
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,9 +215,9 @@ async def approval_outcomes(
         durable: Name of the reading application: its place in the stream is remembered under it, and processes that
             share it share the events. Letters, digits, ``-`` and ``_``.
         fleet: Of the workers that decided. Default: that of the name ``keyless``.
-        event_keys: Keys that the workers sign events with; an event that none of them signed is logged, and delivered
-            again a minute later, for the case that the keys are wrong. Default: none, and then any user who may use
-            JetStream in the account of the streams can forge an approval.
+        event_keys: Keys that the workers sign events with. An event that none of them signed is logged, and delivered
+            again 1, 2, 4, ... minutes later, for the case that the keys are wrong; after four hours it is dropped.
+            Default: none, and then any user who may use JetStream in the account of the streams can forge an approval.
 
     Yields:
         Events, from the oldest that this application has not handled, without end.
@@ -226,7 +230,7 @@ async def approval_outcomes(
     if not _DURABLE.fullmatch(durable):
         raise ConfigurationError(f"durable must be 1 to 128 letters, digits, '-' and '_', not {durable!r:.80}")
     broker = _broker(connection, fleet)
-    unsigned = Seldom(logging.ERROR, "outcome.unsigned")
+    unsigned, dropped = Seldom(logging.ERROR, "outcome.unsigned"), Seldom(logging.ERROR, "outcome.dropped")
     try:
         # One at a time: a batch would make the last of it wait for an application that is slow with the first.
         async with aclosing(broker.outcomes(durable)) as messages:
@@ -235,8 +239,16 @@ async def approval_outcomes(
                 # have the broker store its acknowledgement here, by a reply subject, and as often as it likes.
                 if (event := await _event(message)) is None:
                     continue
+                facts: dict[str, object] = {"sequence": message.sequence}
                 if event_keys and not event_keys.are_of(message.data, message.signature, fleet=broker.fleet_name):
-                    unsigned.log({"sequence": message.sequence})
+                    if message.number <= _UNSIGNED_DELIVERIES:
+                        unsigned.log(facts)
+                        await message.put_off(_UNSIGNED_FOR * 2 ** (message.number - 1))
+                    else:
+                        dropped.log(facts)
+                        await message.discard()
+                elif isinstance(event, NewerEventError):
+                    log(logging.ERROR, "outcome.newer", {**facts, "error": str(event)})
                     await message.put_off(_UPGRADED_IN)
                 else:
                     yield event
@@ -245,21 +257,19 @@ async def approval_outcomes(
         raise BrokerError(f"outcomes cannot be read: {error}") from None
 
 
-async def _event(message: OutcomeMessage) -> ApprovalEvent | None:
+async def _event(message: OutcomeMessage) -> ApprovalEvent | NewerEventError | None:
     """Read an event; one that cannot be read must not be delivered again and again."""
-    facts: dict[str, object] = {"sequence": message.sequence}
     try:
         event = read_event(message.data)
     except NewerEventError as error:
-        log(logging.ERROR, "outcome.newer", {**facts, "error": str(error)})
-        await message.put_off(_UPGRADED_IN)
+        return error.with_traceback(None)
     except msgspec.DecodeError as error:
-        log(logging.ERROR, "outcome.unreadable", {**facts, "error": str(error)})
-        await message.discard()
+        reason = str(error)
     else:
+        # A broker's permissions are for kinds of outcomes: that for one must not do for another.
         if message.kind == event.outcome:
             return event
-        # A broker's permissions are for kinds of outcomes: that for one must not do for another.
-        log(logging.ERROR, "outcome.unreadable", {**facts, "error": f"{event.outcome} under {message.kind}"})
-        await message.discard()
+        reason = f"{event.outcome} under {message.kind}"
+    log(logging.ERROR, "outcome.unreadable", {"sequence": message.sequence, "error": reason})
+    await message.discard()
     return None

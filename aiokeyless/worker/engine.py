@@ -331,14 +331,16 @@ class OutcomeMessage(ABC):
         data: What was published.
         kind: The kind of outcome under which it was published.
         sequence: Its number among the outcomes.
+        number: Number of this delivery to this application, from 1.
         signature: See `EventKeys`; None where it has none.
     """
 
-    __slots__ = ("data", "kind", "sequence", "signature")
+    __slots__ = ("data", "kind", "number", "sequence", "signature")
 
     data: bytes
     kind: str
     sequence: int
+    number: int
     signature: str | None
 
     @abstractmethod

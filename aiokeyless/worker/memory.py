@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import math
 from bisect import insort
+from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -91,7 +92,7 @@ class _Store:
         self.learned: dict[str, Learned] = {}
         """What each bucket keeps."""
         self._events: dict[str, Sealed] = {}  # by their names
-        self._readers: dict[str, dict[int, float]] = {}  # when each may have an event again that it has had
+        self._readers: dict[str, _Reader] = {}
         self._news = asyncio.Event()
 
     def now(self) -> datetime:
@@ -123,7 +124,8 @@ class _Store:
 
     async def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
         """See `Broker`."""
-        delays = self._readers.setdefault(reader, {})
+        place = self._readers.setdefault(reader, _Reader())
+        delays = place.delays
         while True:
             self._news.clear()
             now = self._loop.time() + _RESOLUTION
@@ -135,7 +137,7 @@ class _Store:
                     async with asyncio.timeout_at(later):
                         await self._news.wait()
                 continue
-            message = _MemoryOutcome(found[1], found[0], delays)
+            message = _MemoryOutcome(found[1], found[0], place)
             try:
                 yield message
             finally:
@@ -198,6 +200,14 @@ class _Request:
         self.traceparent: str | None = traceparent
         self.deliveries: int = 0
         self.is_decided: bool = False
+
+
+class _Reader:
+    """What an application has had of the outcomes."""
+
+    def __init__(self) -> None:
+        self.delays: dict[int, float] = {}  # when it may have an event again, by its sequence
+        self.deliveries: Counter[int] = Counter()  # of each event
 
 
 class _Due(NamedTuple):
@@ -373,9 +383,11 @@ class _MemoryOutcome(OutcomeMessage):
 
     __slots__ = ("_delays", "is_settled")
 
-    def __init__(self, event: Sealed, sequence: int, delays: dict[int, float]) -> None:
-        self._delays = delays
+    def __init__(self, event: Sealed, sequence: int, place: _Reader) -> None:
+        self._delays = place.delays
         self._delays[sequence] = math.inf
+        place.deliveries[sequence] += 1
+        self.number = place.deliveries[sequence]
         self.data = event.data
         self.kind = event.outcome
         self.sequence = sequence

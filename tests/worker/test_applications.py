@@ -22,6 +22,7 @@ from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalRequest,
     BrokerError,
+    EventKeys,
     StreamSettings,
     Submission,
     applications,
@@ -665,6 +666,26 @@ async def test_a_thousand_events_that_a_reader_puts_off_keep_it_from_no_other_on
     await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
     async with asyncio.timeout(PATIENCE), reading(connection) as events:
         assert (await anext(events)).operation_id == "b"
+
+
+@pytest.mark.parametrize("forged", [FORGED, b'{"version": 2}'], ids=["an approval", "of a later version"])
+async def test_an_event_that_no_worker_signed_is_delivered_nine_times(
+    connection: Client,
+    stream: JetStreamContext,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    forged: bytes,
+) -> None:
+    monkeypatch.setattr(applications, "_UNSIGNED_FOR", 0.001)
+    await stream.publish(KEYLESS.outcome_subject(Outcome.APPROVED), forged)
+    keys = EventKeys("a-key-of-the-workers-and-readers-only")
+    async with aclosing(approval_outcomes(connection, "shop", event_keys=keys)) as events:
+        waiting = asyncio.ensure_future(anext(events))
+        await until(lambda: "outcome.dropped sequence=1 count=1" in caplog.text)
+        await become_unacknowledged(stream, "shop", (0, 0))
+        assert (await stream.consumer_info(OUTCOMES, "shop")).delivered.consumer_seq == 9
+        waiting.cancel()
+        await asyncio.wait({waiting})
 
 
 # -- forgeries

@@ -22,7 +22,7 @@ from aiokeyless.worker import (
     approval_outcomes,
     submit_approval,
 )
-from aiokeyless.worker.engine import EXPIRES, Claim, Message, Sealed
+from aiokeyless.worker.engine import EXPIRES, Claim, Message, OutcomeMessage, Sealed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -361,12 +361,81 @@ async def test_what_is_no_event_is_skipped_for_good_by_a_reader_with_keys_too(ca
     """What an asker can have the broker store, by a reply subject, must not come again each minute for a week."""
     broker = MemoryBroker()
     await decided(broker, b'{"stream":"KEYLESS_REQUESTS","seq":1}', failed("unsigned"))
-    keys = EventKeys("a-key-of-the-workers-and-readers-only")
-    async with aclosing(approval_outcomes(broker, "shop", event_keys=keys)) as events:
+    async with aclosing(approval_outcomes(broker, "shop", event_keys=KEYS)) as events:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(events), 130)
     assert caplog.text.count("outcome.unreadable") == 1
     assert "outcome.unsigned sequence=1 count=1" in caplog.text  # a key may be wrong: it comes again
+
+
+KEYS = EventKeys("a-key-of-the-workers-and-readers-only")
+OTHER_KEYS = EventKeys("a-key-that-was-given-by-mistake-instead")
+
+
+async def signed(broker: MemoryBroker) -> None:
+    """Store an event that a worker with keys decided."""
+    hand = await hand_of(broker)
+    await broker.submit(b"", "a")
+    await hand.engine.ask(1)
+    data = failed("a")
+    await hand.messages[-1].decide(Sealed(Outcome.FAILED, data, "a", KEYS.sign(data, fleet=broker.fleet_name)))
+    await hand.engine.close()
+
+
+async def read_with_wrong_keys(broker: MemoryBroker, seconds: float) -> None:
+    async with aclosing(approval_outcomes(broker, "shop", event_keys=OTHER_KEYS)) as events:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(events), seconds)
+
+
+@looptime
+@pytest.mark.parametrize("deliveries", range(1, 9))
+async def test_an_event_without_a_valid_signature_comes_again_after_twice_as_long_each_time(deliveries: int) -> None:
+    """A reader with a wrong key that is set right within four hours loses nothing."""
+    broker = MemoryBroker()
+    await signed(broker)
+    loop = asyncio.get_running_loop()
+    began, due = loop.time(), 60.0 * (2**deliveries - 1)
+    await read_with_wrong_keys(broker, due - 10)
+    async with aclosing(approval_outcomes(broker, "shop", event_keys=KEYS)) as events:
+        assert (await anext(events)).operation_id == "a"
+    assert loop.time() - began == pytest.approx(due, abs=1)
+
+
+@looptime
+async def test_an_event_without_a_valid_signature_is_dropped_after_four_hours_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = MemoryBroker()
+    await signed(broker)
+    await read_with_wrong_keys(broker, 5 * 3600)
+    assert caplog.text.count("outcome.dropped sequence=0 count=1") == 1
+    async with aclosing(approval_outcomes(broker, "shop", event_keys=KEYS)) as events:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(events), 7 * 24 * 3600)
+    async with aclosing(approval_outcomes(broker, "bank", event_keys=KEYS)) as events:  # it is there for others
+        assert (await anext(events)).operation_id == "a"
+
+
+class FarAway(MemoryBroker):
+    """A broker that takes a second for each delivery."""
+
+    async def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
+        async with aclosing(super().outcomes(reader)) as messages:
+            async for message in messages:
+                await asyncio.sleep(1)
+                yield message
+
+
+@looptime
+@pytest.mark.parametrize("version", [1, 2])
+async def test_any_number_of_events_that_no_worker_signed_keep_a_reader_from_no_genuine_one(version: int) -> None:
+    """Each is due again before all of them were seen: put off for as long each time, they would come for ever."""
+    broker = FarAway()
+    await decided(broker, *(failed("forged", version) for _ in range(100)))
+    await signed(broker)
+    async with asyncio.timeout(9 * 100 + 2), aclosing(approval_outcomes(broker, "shop", event_keys=KEYS)) as events:
+        assert (await anext(events)).operation_id == "a"
 
 
 # -- the fixtures

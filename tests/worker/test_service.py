@@ -991,7 +991,7 @@ async def test_an_event_that_a_forger_stored_under_the_name_of_an_outcome_does_n
 async def test_an_event_that_a_worker_signed_for_another_request_does_not_keep_the_genuine_one_out_either(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
-    """Whoever reads outcomes has signed events, and may store one again under another name."""
+    """A user who may read outcomes has signed events, and may have one stored again under another name."""
     event = ApprovalEvent(
         version=1,
         outcome=Outcome.FAILED,

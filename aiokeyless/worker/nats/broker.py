@@ -122,6 +122,7 @@ class NatsOutcomeMessage(OutcomeMessage):
         self.data: bytes = message.data
         self.kind: str = fleet.kind_of(message.subject)
         self.sequence: int = message.metadata.sequence.stream
+        self.number: int = message.metadata.num_delivered
         self.signature: str | None = (message.headers or {}).get(SIGNATURE)
 
     async def done(self) -> None:
