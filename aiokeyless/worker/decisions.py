@@ -156,7 +156,9 @@ def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result,
     if isinstance(answer, KeylessError) and result is Result.FAILED:
         reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
         return _failed(delivery, now, reason, str(answer))
-    return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT)
+    # What the answer does not show, the claim may: whether the user was asked.
+    asked = isinstance(answer, Operation)
+    return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT, asked=asked)
 
 
 def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
@@ -199,7 +201,7 @@ def after_failed_creation(
 
 def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
     """Decide about a request whose final poll got no answer in time, and can get none soon."""
-    return _decided(delivery, now, Outcome.EXPIRED, answered=False)
+    return _decided(delivery, now, Outcome.EXPIRED, answered=False, asked=False)
 
 
 def after_refusal(delivery: Delivery, error: KeylessError, *, now: datetime) -> Decided:
@@ -305,6 +307,7 @@ def _decided(
     *,
     auth_type: str | None = None,
     answered: bool | None = None,
+    asked: bool | None = None,
     reason: FailureReason | None = None,
     detail: str | None = None,
 ) -> Decided:
@@ -318,6 +321,7 @@ def _decided(
         payload_sha256=ticket.payload_sha256,
         auth_type=auth_type,
         answered=answered,
+        asked=asked,
         reason=reason,
         detail=None if detail is None else detail[:_LONGEST_DETAIL],
         requested_at=ticket.created_at,

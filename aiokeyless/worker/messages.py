@@ -113,6 +113,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         auth_type: Approved: how the user approved, see `aiokeyless.AuthType`; or None.
         answered: Expired: whether the final poll was answered: still pending, or never there. False: the outcome is
             unknown; check it with ``get_operation`` before you repeat anything.
+        asked: Expired: whether the user was asked, or may have been. False: nobody was, so nobody was there to approve.
+            None where a worker of an earlier version decided.
         reason: Failed: see `FailureReason`.
         detail: Failed: what happened, in words.
         requested_at: From when on `expires_in` counted.
@@ -131,6 +133,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     payload_sha256: str | None = None
     auth_type: str | None = None
     answered: bool | None = None
+    asked: bool | None = None
     reason: str | None = None
     detail: str | None = None
     requested_at: datetime

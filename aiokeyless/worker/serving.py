@@ -468,7 +468,7 @@ class Serving:
         if isinstance(decision, Redeliver):
             await message.put_off(decision.delay)
             return
-        event = decision.event
+        event = await self._with_asked(decision)
         if is_traceparent(message.traceparent):  # any publisher may set the header, and to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
         if await message.decide(self._sealed(event, decision.name)):
@@ -479,6 +479,17 @@ class Serving:
         else:
             self._counts["duplicates"] += 1
         self._monitor.on_stored()
+
+    async def _with_asked(self, decided: Decided) -> ApprovalEvent:
+        """Return the event; of one that expired, it says whether the user was asked, as far as is known.
+
+        A request claims its operation id before it creates the operation.
+        """
+        event, operation_id = decided.event, decided.event.operation_id
+        if event.asked is not False or operation_id is None:
+            return event
+        asked = await self._engine.claims.is_held(operation_id, decided.name)
+        return msgspec.structs.replace(event, asked=asked)
 
     def _sealed(self, event: ApprovalEvent, name: str) -> Sealed:
         data, keys, fleet = msgspec.json.encode(event), self._event_keys, self._engine.fleet_name
@@ -506,6 +517,7 @@ def _log_outcome(event: ApprovalEvent) -> None:
         "deliveries": event.deliveries,
         "seconds": round((event.decided_at - event.requested_at).total_seconds(), 3),
         "answered": event.answered,
+        "asked": event.asked,
         "reason": event.reason,
         "detail": event.detail,
     }

@@ -177,8 +177,8 @@ def make_app(
 
 def verdict(event: ApprovalEvent) -> str:
     """Say no more than the worker knows: approved, expired, refused, or unclear."""
-    never_answered = event.outcome is Outcome.EXPIRED and not event.answered
-    if never_answered or event.reason in UNCLEAR:
+    perhaps_asked = event.outcome is Outcome.EXPIRED and event.asked is not False
+    if (perhaps_asked and not event.answered) or event.reason in UNCLEAR:
         return "unclear"  # perhaps the user did approve, now or before
     return "refused" if event.outcome is Outcome.FAILED else event.outcome
 

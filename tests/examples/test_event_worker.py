@@ -260,6 +260,8 @@ async def test_a_payment_that_may_wait_longer_than_a_stream_remembers_is_refused
     ("facts", "expected"),
     [
         ({"outcome": Outcome.EXPIRED, "answered": False}, "unclear"),
+        ({"outcome": Outcome.EXPIRED, "answered": False, "asked": True}, "unclear"),
+        ({"outcome": Outcome.EXPIRED, "answered": False, "asked": False}, "expired"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.INTERNAL}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.UNREADABLE}, "unclear"),
         ({"outcome": Outcome.FAILED, "reason": FailureReason.POLL_REFUSED}, "unclear"),

@@ -173,7 +173,8 @@ def test_a_pending_operation_is_polled_again_when_the_schedule_says() -> None:
 @pytest.mark.parametrize("age", [FINAL, LATE])
 def test_pending_at_the_final_poll_is_expired_and_answered(age: float) -> None:
     event, *_ = decided(answered(age))
-    assert (event.outcome, event.answered, event.auth_type, event.reason) == (Outcome.EXPIRED, True, None, None)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
+    assert (event.auth_type, event.reason) == (None, None)
 
 
 @pytest.mark.parametrize("every", [1.5, 60.0])
@@ -400,7 +401,7 @@ def test_missing_in_time_it_is_to_be_created() -> None:
 @pytest.mark.parametrize("age", [FINAL, LATE])
 def test_missing_at_the_final_poll_is_expired_and_answered(age: float) -> None:
     event, *_ = decided(polled(MISSING, age, took=1))
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
 
 
 transient = pytest.mark.parametrize(

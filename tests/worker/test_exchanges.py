@@ -331,7 +331,7 @@ async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_gr
         sandbox.latency = 0.2
         sandbox.fail_next(status=503, times=None)
         events = await events_of(broker, 100)
-    assert {(event.outcome, event.answered) for event in events} == {(Outcome.EXPIRED, False)}
+    assert {(event.outcome, event.answered, event.asked) for event in events} == {(Outcome.EXPIRED, False, True)}
     assert loop.time() - began < 30 + 5 + 20
 
 

@@ -483,7 +483,7 @@ async def test_final_poll_starts_at_the_deadline(
         [event] = await all_outcomes(connection)
     [_before_the_create, poll] = polls_of(sandbox, operation_id)
     assert 0.99 < poll.at - asked_at < 2.0
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
 
 
 async def test_final_poll_without_an_answer_says_so(
@@ -494,7 +494,18 @@ async def test_final_poll_without_an_answer_says_so(
         await until(lambda: operation_id in sandbox.operations)
         sandbox.fail_next(times=None)
         [event] = await all_outcomes(connection)
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, True)
+
+
+async def test_a_request_that_expires_before_anybody_was_asked_says_so(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, grace=0):
+        sandbox.fail_next(times=None)
+        operation_id = await submit(connection, "C0FFEE", expires_in=0.5)
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, False)
+    assert operation_id not in sandbox.operations
 
 
 async def test_approval_just_before_the_deadline_is_found(
@@ -563,7 +574,7 @@ async def test_nobody_is_asked_after_the_deadline(
     await publish(connection, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
     async with working(client, broker):
         [event] = await all_outcomes(connection)
-    assert (event.outcome, event.answered) == (Outcome.EXPIRED, True)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
     assert not sandbox.operations
 
 

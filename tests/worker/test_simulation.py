@@ -400,6 +400,10 @@ def problems(story: Story) -> Iterator[str]:
                 yield f"a wrong approval: {facts}"
         elif approved_in_time(stored, request, event) and not is_older and event.answered is not False:
             yield f"a lost approval: {facts}"
+        is_alone = sum(other.operation_id == request.operation_id for other in story.asked) == 1
+        existed = stored is not None and stored.created_at <= seconds_of(event.decided_at)
+        if event.asked is False and is_alone and existed and not is_older:
+            yield f"a user who was asked, and the event says that nobody was: {facts}"
 
 
 async def played(seed: int) -> Story:
