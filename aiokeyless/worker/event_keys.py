@@ -1,4 +1,4 @@
-"""Event keys: an event that a worker signed can be told from one that anybody else published.
+"""Event keys: an event or a claim that a worker signed can be told from one that anybody else published.
 
 A broker's permissions are for subjects, and do not keep every user from every subject: NATS checks neither the reply
 subject of a publish nor that of a pull, so that a user who is denied the outcomes can have a stream publish there. What
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-#: The header of an event that holds its signature.
+#: The header of an event or a claim that holds its signature.
 SIGNATURE: Final = "Keyless-Signature"
 VARIABLE: Final = "KEYLESS_EVENT_KEY"
+#: Kinds of what is signed: a signature of one kind is none of another.
+EVENT: Final = "event"
+CLAIM: Final = "claim"
+CLAIMS_SIGNED_FROM: Final = "claims signed from"
 _SHORTEST: Final = 32  # characters
 _LONGEST_FILE: Final = 64 << 10  # bytes
 _FORM: Final = "v1"
@@ -29,10 +33,10 @@ _KEY_ID: Final = 16  # characters of the digest by which a key is named
 
 
 class EventKeys:
-    """The keys of a fleet's events: the first one signs, each of them is accepted.
+    """The keys of a fleet's events and claims: the first one signs, each of them is accepted.
 
     To rotate: add the new key as the last one everywhere, then make it the first one at the workers, and remove the old
-    one when no event is left that it signed.
+    one when no event is left that it signed, and the duplicate window is over.
 
     Args:
         keys: Each a secret text of 32 printable ASCII characters or more without blanks, as ``openssl rand -hex 32``
@@ -81,30 +85,32 @@ class EventKeys:
     def __reduce__(self) -> NoReturn:
         raise TypeError("event keys cannot be pickled or copied: read them where they are used")
 
-    def sign(self, data: bytes, *, fleet: str) -> str:
+    def sign(self, data: bytes, *, fleet: str, kind: str = EVENT) -> str:
         """Return the signature of an event.
 
         Args:
             data: The event as it is published.
             fleet: Name of the fleet: an event of one fleet is none of another with the same key.
+            kind: What it is, where it is no event.
         """
         key_id, key = next(iter(self._keys.items()))
-        return f"{_FORM} {key_id} {_digest(key, data, fleet)}"
+        return f"{_FORM} {key_id} {_digest(key, data, fleet, kind)}"
 
-    def are_of(self, data: bytes, signature: str | None, *, fleet: str) -> bool:
+    def are_of(self, data: bytes, signature: str | None, *, fleet: str, kind: str = EVENT) -> bool:
         """Return whether one of these keys signed an event.
 
         Args:
             data: The event as it was published.
             signature: The header ``Keyless-Signature``, or None where it has none.
             fleet: Name of the fleet.
+            kind: What it is, where it is no event.
         """
         form, _, rest = (signature or "").partition(" ")
         key_id, _, digest = rest.partition(" ")
         key = self._keys.get(key_id)
         if form != _FORM or key is None or not digest.isascii():
             return False
-        return hmac.compare_digest(digest, _digest(key, data, fleet))
+        return hmac.compare_digest(digest, _digest(key, data, fleet, kind))
 
 
 def _valid(parsed: dict[str, Secret] | ConfigurationError) -> dict[str, Secret]:
@@ -162,7 +168,7 @@ def _key_id(key: str) -> str:
     return sha256(b"aiokeyless event key id\0" + key.encode()).hexdigest()[:_KEY_ID]
 
 
-def _digest(key: Secret, data: bytes, fleet: str) -> str:
+def _digest(key: Secret, data: bytes, fleet: str, kind: str) -> str:
     # Joined first: arguments of a wrong type fail here, and not in a frame that holds the key.
-    signed = b"\0".join((b"aiokeyless event", fleet.encode(), data))
+    signed = b"\0".join((b"aiokeyless " + kind.encode(), fleet.encode(), data))
     return hmac.new(key.reveal().encode(), signed, sha256).hexdigest()

@@ -69,8 +69,8 @@ class ApprovalWorker:
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. No wait
             may be longer than the duplicate window without it, so give it to all workers of a fleet alike. Default: 30.
         fleet: The fleet that it belongs to. Default: that of the name ``keyless``.
-        event_keys: What it signs its events with, so that readers believe no others. Default: none; then all users of
-            the broker's account must be trusted with approvals.
+        event_keys: What it signs its events and claims with, so that readers and other workers believe no others.
+            Default: none; then all users of the broker's account must be trusted with approvals.
         settings: Of the streams, where they do not exist yet. Default: those of `StreamSettings`.
         connect_options: Of ``nats.connect``: credentials, TLS; none of its callbacks, nor how it reconnects. Default:
             none.
@@ -129,6 +129,7 @@ class ApprovalWorker:
                 settings=settings,
                 options=dict(connect_options or {}),
                 timeout=_PUBLISH_WITHIN,
+                event_keys=event_keys,
             )
         self._serving: Serving | None = None  # None until it is connected
         self._background: _Background | None = None  # the run, where the worker is a context manager

@@ -9,6 +9,7 @@ import time
 import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -1668,6 +1669,59 @@ async def test_request_that_is_refused_leaves_the_outcome_of_another_one_under_i
         sandbox.approve("txn-1")
         events = await all_outcomes(connection)
     assert [(event.outcome, event.user_id) for event in events] == [(Outcome.FAILED, "DEAD"), (Outcome.APPROVED, "C0")]
+
+
+async def test_a_claim_that_a_stream_of_others_republished_makes_one_tap_count_for_no_second_request(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user who may not publish claims has the broker write one: that the second request holds the operation id."""
+    async with working(client, broker, event_keys=EVENT_KEYS):
+        await submit(connection, "C0", operation_id="txn-1", context={"order": 7})
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        await outcomes(connection, 1)
+        theirs, claim = connection.jetstream(), KEYLESS.claim_subject(sha256(b"txn-1").hexdigest())
+        await theirs.add_stream(name="MINE", subjects=["mine"], republish=RePublish(src="mine", dest=claim))
+        second = request_name(**{**CONTENT, "context": msgspec.Raw(b'{"order":8}')})
+        await theirs.publish("mine", second.encode())
+
+        async def is_written() -> bool:
+            return (await theirs.get_last_msg(CLAIMS, claim)).data == second.encode()
+
+        await until(is_written)
+        await submit(connection, "C0", operation_id="txn-1", context={"order": 8})
+        events = await all_outcomes(connection)
+    assert [(event.outcome, event.reason, event.read_context(dict)["order"]) for event in events] == [
+        (Outcome.APPROVED, None, 7),
+        (Outcome.FAILED, FailureReason.ALREADY_APPROVED, 8),
+    ]
+    assert "claim.unsigned sequence=" in caplog.text
+
+
+async def test_workers_that_are_given_keys_one_after_the_other_fail_no_request(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker without keys writes the claims that an earlier version does."""
+
+    async def ask(operation_id: str) -> None:
+        await submit(connection, "C0", operation_id=operation_id)
+        await until(lambda: operation_id in sandbox.operations)
+
+    async with working(client, broker):
+        async with working(client, broker):
+            await ask("before")
+        async with working(client, broker, event_keys=EVENT_KEYS):
+            await ask("while both work")
+        await ask("after the first was upgraded")
+    async with working(client, broker, event_keys=EVENT_KEYS):
+        async with working(client, broker, event_keys=EVENT_KEYS):
+            await ask("after the last was upgraded")
+        for operation_id in sandbox.operations:
+            sandbox.approve(operation_id)
+        events = await all_outcomes(connection)
+    assert len(events) == 4
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+    assert "claims.unsigned_believed until=" in caplog.text
 
 
 async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no_reader_with_the_key(

@@ -1,21 +1,42 @@
-"""Claims in a stream of their own: the last message of an operation id's subject names the request that holds it."""
+"""Claims in a stream of their own: the last message of an operation id's subject names the request that holds it.
+
+A user who may make a stream can have the broker write any message there. So workers with event keys sign their claims,
+and to them a claim without a valid signature is another's. Workers without keys do not sign, and neither do those of
+earlier versions. For keys to be given to a fleet, or a fleet to be upgraded, one worker after the other, claims are
+believed unsigned if they were stored before some moment. It is kept, signed, in the metadata of the stream: a day after
+the first worker that signs has started. If that worker makes the stream, every claim must be signed.
+"""
 
 from __future__ import annotations
 
+import logging
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import nats.js.errors
 
-from aiokeyless.worker.engine import Claim, Claims, Taken
+from aiokeyless.errors import BrokerError
+from aiokeyless.worker.engine import Claim, Claims, EngineError, Taken
+from aiokeyless.worker.event_keys import CLAIM, CLAIMS_SIGNED_FROM, SIGNATURE
+from aiokeyless.worker.logs import Seldom, log
 
 from .failures import engine_errors
 
 if TYPE_CHECKING:
+    from nats.aio.client import Client
     from nats.js import JetStreamContext
+    from nats.js.api import RawStreamMsg
+
+    from aiokeyless.worker.event_keys import EventKeys
 
     from .fleet import Fleet
 
+#: The key in the stream's metadata of the moment from which claims must be signed.
+SIGNED_FROM: Final = "aiokeyless-claims-signed-from"
+_UPGRADED_WITHIN: Final = timedelta(days=1)  # the time that a fleet may take for its workers, one after the other
+_ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 #: The broker's codes: another message is the last of the subject, or another one is just being stored. A cluster says
 #: 10164 where its leader found the first on the way.
@@ -30,11 +51,23 @@ class NatsClaims(Claims):
     Args:
         stream: The broker's JetStream.
         fleet: The fleet of the workers.
+        keys: What claims are signed with; None for workers without keys, which believe every claim.
+        signed_from: From when on claims must be signed.
     """
 
-    def __init__(self, stream: JetStreamContext, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        stream: JetStreamContext,
+        fleet: Fleet,
+        *,
+        keys: EventKeys | None = None,
+        signed_from: datetime = _ALWAYS,
+    ) -> None:
         self._stream = stream
         self._fleet = fleet
+        self._keys = keys
+        self._signed_from = signed_from
+        self._unsigned = Seldom(logging.ERROR, "claim.unsigned")
 
     async def take(self, operation_id: str, request: str) -> Taken:
         """See `Claims`."""
@@ -58,27 +91,111 @@ class NatsClaims(Claims):
 
     async def _put(self, operation_id: str, holder: bytes, expected: int) -> int | None:
         """Store who holds the id; return the sequence, or None where the holder had changed before."""
-        headers = {_EXPECTED: str(expected)}
+        subject, headers = self._subject(operation_id), {_EXPECTED: str(expected)}
+        if self._keys is not None:
+            headers[SIGNATURE] = self._keys.sign(_signed(subject, holder), fleet=self._fleet.name, kind=CLAIM)
         with engine_errors():
             try:
-                stored = await self._stream.publish(
-                    self._subject(operation_id), holder, stream=self._fleet.claims, headers=headers
-                )
+                stored = await self._stream.publish(subject, holder, stream=self._fleet.claims, headers=headers)
             except nats.js.errors.APIError as error:
                 if error.err_code not in _WRONG_LAST_SEQUENCE:
                     raise
                 return None
         return stored.seq
 
-    async def _last(self, operation_id: str) -> tuple[int, bytes]:
+    async def _last(self, operation_id: str) -> tuple[int, bytes | None]:
+        """Return the last claim's number, and the request that holds the id; None where no worker wrote the claim."""
+        subject = self._subject(operation_id)
         with engine_errors():
             try:
-                message = await self._stream.get_last_msg(self._fleet.claims, self._subject(operation_id))
+                message = await self._stream.get_last_msg(self._fleet.claims, subject)
             except nats.js.errors.NotFoundError as error:
                 if error.err_code != _NO_MESSAGE:
                     raise
                 return 0, _RELEASED
-        return message.seq or 0, message.data or _RELEASED
+        sequence, holder = message.seq or 0, message.data or _RELEASED
+        if not self._is_believed(message, _signed(subject, holder)):
+            self._unsigned.log({"sequence": sequence})
+            return sequence, None
+        return sequence, holder
+
+    def _is_believed(self, message: RawStreamMsg, signed: bytes) -> bool:
+        if self._keys is None or (message.time is not None and message.time < self._signed_from):
+            return True
+        signature = (message.headers or {}).get(SIGNATURE)
+        return self._keys.are_of(signed, signature, fleet=self._fleet.name, kind=CLAIM)
 
     def _subject(self, operation_id: str) -> str:
         return self._fleet.claim_subject(sha256(operation_id.encode()).hexdigest())
+
+
+def _signed(subject: str, holder: bytes) -> bytes:
+    """Return what the signature of a claim is of: the operation, by its subject, and the request."""
+    return subject.encode() + b"\0" + holder
+
+
+def mark(keys: EventKeys | None, fleet: Fleet, signed_from: datetime = _ALWAYS) -> dict[str, str]:
+    """Return the metadata that tell from when on claims must be signed; none where there are no keys.
+
+    Args:
+        keys: The keys of the workers.
+        fleet: The fleet.
+        signed_from: The moment. Default: that of a stream that a worker with keys makes.
+    """
+    if keys is None:
+        return {}
+    moment = signed_from.isoformat()
+    return {SIGNED_FROM: f"{moment} {keys.sign(moment.encode(), fleet=fleet.name, kind=CLAIMS_SIGNED_FROM)}"}
+
+
+async def claims_signed_from(
+    connection: Client, fleet: Fleet, keys: EventKeys, *, now: datetime, within: float
+) -> datetime:
+    """Return from when on claims must be signed; where the stream does not say so under one of these keys, mark it.
+
+    Args:
+        connection: The broker.
+        fleet: The fleet.
+        keys: The keys of the workers.
+        now: The time by the broker's clock.
+        within: Seconds within which the broker must answer.
+
+    Raises:
+        BrokerError: The stream cannot be marked.
+    """
+    told = await _request(connection, f"{fleet.api_prefix}.STREAM.INFO.{fleet.claims}", b"", within)
+    config = told["config"]
+    metadata = config.get("metadata") or {}
+    signed_from = _read_mark(metadata.get(SIGNED_FROM, ""), fleet, keys) or now + _UPGRADED_WITHIN
+    marked = {**metadata, **mark(keys, fleet, signed_from)}  # by the key that is the first one now
+    if marked != metadata:
+        subject = f"{fleet.api_prefix}.STREAM.UPDATE.{fleet.claims}"
+        # As it came: nats-py drops what it does not know of a stream.
+        await _request(connection, subject, msgspec.json.encode({**config, "metadata": marked}), within)
+    if signed_from > now:
+        log(logging.WARNING, "claims.unsigned_believed", {"until": signed_from.isoformat(timespec="seconds")})
+    return signed_from
+
+
+def _read_mark(text: str, fleet: Fleet, keys: EventKeys) -> datetime | None:
+    moment, _, signature = text.partition(" ")
+    if not keys.are_of(moment.encode(), signature, fleet=fleet.name, kind=CLAIMS_SIGNED_FROM):
+        return None
+    return datetime.fromisoformat(moment)
+
+
+async def _request(connection: Client, subject: str, body: bytes, within: float) -> dict[str, Any]:
+    """Ask JetStream's API, and return what it answers."""
+    try:
+        with engine_errors():
+            answer = await connection.request(subject, body, timeout=within)
+    except EngineError as error:
+        reason = str(error)
+    else:
+        told: dict[str, Any] = msgspec.json.decode(answer.data)
+        if "error" not in told:
+            return told
+        reason = told["error"]["description"]
+    raise BrokerError(
+        f"the stream of claims cannot be marked as signed ({reason}): may this user publish to {subject}?"
+    )

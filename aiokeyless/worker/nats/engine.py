@@ -14,7 +14,7 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
 
 from . import learned
-from .claims import NatsClaims
+from .claims import NatsClaims, claims_signed_from, mark
 from .clock import BrokerClock
 from .connection import check_options, connect, disconnect
 from .failures import engine_errors
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.errors import BrokerError
     from aiokeyless.worker.engine import Claims
+    from aiokeyless.worker.event_keys import EventKeys
 
     from .fleet import Fleet
     from .streams import StreamSettings
@@ -48,6 +49,7 @@ class NatsEngine(Engine):
         service: Base URL of the service that the worker asks.
         options: Of ``nats.connect``.
         timeout: Seconds within which the broker must answer.
+        event_keys: What claims are signed with; None where they are not.
 
     Raises:
         ConfigurationError: An option is one that the worker sets itself.
@@ -62,6 +64,7 @@ class NatsEngine(Engine):
         service: str,
         options: Mapping[str, object],
         timeout: float,
+        event_keys: EventKeys | None = None,
     ) -> None:
         self._url = url
         self.fleet_name: str = fleet.name
@@ -73,6 +76,7 @@ class NatsEngine(Engine):
         check_options(options)
         self._options = options
         self._timeout = timeout
+        self._event_keys = event_keys
         self._ack_wait = 0.0
         self._clock = BrokerClock()
         self._keeping_time: asyncio.Task[None] | None = None
@@ -90,15 +94,27 @@ class NatsEngine(Engine):
 
         self._connection = await connect(self._url, self._options, on_reconnect=reconnected, on_loss=on_loss)
         self._stream = self._fleet.jetstream(self._connection, self._timeout)
-        self.claims: Claims = NatsClaims(self._stream, self._fleet)
 
     async def prepare(self, *, ack_wait: float) -> Terms:
         """See `Engine`."""
         self._ack_wait = ack_wait
+        keys = self._event_keys
         longest_wait = await prepare(
-            self._stream, self._fleet, self._settings, ack_wait=ack_wait, service=self._service
+            self._stream,
+            self._fleet,
+            self._settings,
+            ack_wait=ack_wait,
+            service=self._service,
+            claims_metadata=mark(keys, self._fleet),
         )
         await self._clock.measure(self._connection, self._time_subject, self._timeout)
+        if keys is None:
+            self.claims: Claims = NatsClaims(self._stream, self._fleet)
+        else:
+            signed_from = await claims_signed_from(
+                self._connection, self._fleet, keys, now=self.now(), within=self._timeout
+            )
+            self.claims = NatsClaims(self._stream, self._fleet, keys=keys, signed_from=signed_from)
         return Terms(longest_wait, self._connection.max_payload)
 
     @property

@@ -18,7 +18,7 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from nats.js import JetStreamContext
 
@@ -54,7 +54,13 @@ class StreamSettings(NamedTuple):
 
 
 async def prepare(
-    stream: JetStreamContext, fleet: Fleet, settings: StreamSettings, *, ack_wait: float, service: str
+    stream: JetStreamContext,
+    fleet: Fleet,
+    settings: StreamSettings,
+    *,
+    ack_wait: float,
+    service: str,
+    claims_metadata: Mapping[str, str] | None = None,
 ) -> float:
     """Make or check the streams and the consumer.
 
@@ -64,6 +70,7 @@ async def prepare(
         settings: What the operator chose.
         ack_wait: Seconds after which a delivery that was not acknowledged is repeated: longer than one takes at most.
         service: Base URL of the service that the workers of the fleet ask.
+        claims_metadata: Metadata of the stream of claims, where it is made.
 
     Returns:
         Seconds of the duplicate window that is in force, which bounds `expires_in`.
@@ -76,7 +83,7 @@ async def prepare(
         _check_owner(requests, fleet, service)
         outcomes = await _stream(stream, _outcomes(fleet, settings))
         window = min(requests.duplicate_window, outcomes.duplicate_window)
-        claims = await _stream(stream, _claims(fleet, settings, window))
+        claims = await _stream(stream, _claims(fleet, settings, window, claims_metadata))
         _check(f"stream {fleet.claims}", _claims_differences(claims, window))
         await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
@@ -137,7 +144,7 @@ def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
     )
 
 
-def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
+def _claims(fleet: Fleet, settings: StreamSettings, window: float, metadata: Mapping[str, str] | None) -> StreamConfig:
     return StreamConfig(
         name=fleet.claims,
         description="Which request an operation id belongs to",
@@ -147,6 +154,7 @@ def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConf
         num_replicas=settings.replicas or 1,
         duplicate_window=window,
         max_age=window,
+        metadata=dict(metadata or {}),
     )
 
 

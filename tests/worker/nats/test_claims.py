@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
 from nats_server import CLAIMS, PATIENCE, prepare
 
-from aiokeyless.worker import StreamSettings
+from aiokeyless.worker import BrokerError, EventKeys, Fleet, StreamSettings
 from aiokeyless.worker.engine import Claim, EngineError
-from aiokeyless.worker.nats.claims import NatsClaims
+from aiokeyless.worker.event_keys import CLAIM, EVENT, SIGNATURE
+from aiokeyless.worker.nats import streams
+from aiokeyless.worker.nats.claims import SIGNED_FROM, NatsClaims, claims_signed_from, mark
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+    from nats.js import JetStreamContext
+    from nats.js.api import StreamConfig
 
 ID = "txn 1 \u00e9 > *"
 OURS, THEIRS = "request-1", "request-2"
+OLD, NEW = "old-" * 8, "new-" * 8
+KEYS = EventKeys(OLD)
+SUBJECT = KEYLESS.claim_subject(sha256(ID.encode()).hexdigest())
+NOW = datetime(2026, 11, 28, 6, tzinfo=UTC)
+TOMORROW = NOW + timedelta(days=1)
 
 
 @pytest.fixture
-async def claims(connection: Client) -> NatsClaims:
+async def stream(connection: Client) -> JetStreamContext:
     await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
-    return NatsClaims(connection.jetstream(), KEYLESS)
+    return connection.jetstream()
+
+
+@pytest.fixture(params=[None, KEYS], ids=["no keys", "keys"])
+async def claims(stream: JetStreamContext, request: pytest.FixtureRequest) -> NatsClaims:
+    return NatsClaims(stream, KEYLESS, keys=request.param)
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
@@ -86,3 +103,143 @@ async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
     await stream.add_stream(name="THEIRS", subjects=[KEYLESS.claim_subject("*")])
     with pytest.raises(EngineError, match="expected stream does not match"):
         await asyncio.wait_for(claims.take(ID, OURS), PATIENCE)
+
+
+# -- signatures
+
+
+@pytest.fixture
+async def signed(stream: JetStreamContext) -> NatsClaims:
+    return NatsClaims(stream, KEYLESS, keys=KEYS)
+
+
+async def is_ours(claims: NatsClaims) -> bool:
+    """Return whether the id is believed to be ours, when it is asked about as well as when it is taken."""
+    is_held = await claims.is_held(ID, OURS)
+    assert (await claims.take(ID, OURS)).claim is (Claim.HELD if is_held else Claim.ANOTHERS)
+    return is_held
+
+
+async def test_a_claim_without_a_signature_is_anothers(
+    signed: NatsClaims, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    await NatsClaims(stream, KEYLESS).take(ID, OURS)
+    assert not await is_ours(signed)
+    assert "claim.unsigned sequence=1 count=1" in caplog.text
+
+
+def signature(keys: EventKeys, subject: str, request: str, *, fleet: str = "keyless", kind: str = CLAIM) -> str:
+    return keys.sign(f"{subject}\0{request}".encode(), fleet=fleet, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("header", "is_genuine"),
+    [
+        (signature(KEYS, SUBJECT, OURS), True),
+        (signature(KEYS, SUBJECT, THEIRS), False),
+        (signature(KEYS, KEYLESS.claim_subject("another"), OURS), False),
+        (signature(KEYS, SUBJECT, OURS, fleet="staging"), False),
+        (signature(KEYS, SUBJECT, OURS, kind=EVENT), False),
+        (signature(EventKeys(NEW), SUBJECT, OURS), False),
+    ],
+    ids=["genuine", "of a request", "of an operation", "of a fleet", "of an event", "under another key"],
+)
+async def test_the_signature_of_another_claim_is_none(
+    signed: NatsClaims, stream: JetStreamContext, header: str, *, is_genuine: bool
+) -> None:
+    await stream.publish(SUBJECT, OURS.encode(), headers={SIGNATURE: header})
+    assert await is_ours(signed) is is_genuine
+
+
+async def test_nobody_else_gives_an_id_back(signed: NatsClaims, stream: JetStreamContext) -> None:
+    await signed.take(ID, OURS)
+    await stream.publish(SUBJECT, b"")
+    assert (await signed.take(ID, THEIRS)).claim is Claim.ANOTHERS
+
+
+async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stream: JetStreamContext) -> None:
+    await NatsClaims(stream, KEYLESS, keys=EventKeys(OLD, NEW)).take(ID, OURS)
+    rotated = NatsClaims(stream, KEYLESS, keys=EventKeys(NEW, OLD))
+    assert await is_ours(rotated)  # which stores it again, under the new key
+    assert await is_ours(NatsClaims(stream, KEYLESS, keys=EventKeys(NEW)))
+
+
+async def test_an_unsigned_claim_is_believed_if_it_was_stored_before_claims_had_to_be_signed(
+    stream: JetStreamContext,
+) -> None:
+    await NatsClaims(stream, KEYLESS).take(ID, OURS)
+    stored_at = (await stream.get_last_msg(CLAIMS, SUBJECT)).time
+    assert stored_at is not None
+    assert not await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at))
+    assert await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at + timedelta(seconds=1)))
+
+
+# -- from when on claims must be signed
+
+
+async def config_of(stream: JetStreamContext) -> StreamConfig:
+    return (await stream.stream_info(CLAIMS)).config
+
+
+async def signed_from(connection: Client, keys: EventKeys = KEYS, now: datetime = NOW) -> datetime:
+    return await claims_signed_from(connection, KEYLESS, keys, now=now, within=5)
+
+
+async def test_in_a_stream_that_a_worker_with_keys_made_every_claim_must_be_signed(connection: Client) -> None:
+    stream = connection.jetstream()
+    await streams.prepare(
+        stream, KEYLESS, StreamSettings(), ack_wait=30, service="", claims_metadata=mark(KEYS, KEYLESS)
+    )
+    made = await config_of(stream)
+    assert await signed_from(connection) == datetime(1970, 1, 1, tzinfo=UTC)
+    assert await config_of(stream) == made
+
+
+async def test_in_a_stream_that_is_there_claims_must_be_signed_a_day_after_the_first_worker_that_signs(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    before = await config_of(stream)
+    assert await signed_from(connection) == TOMORROW
+    after = await config_of(stream)
+    assert replace(after, metadata=before.metadata) == before
+    assert await signed_from(connection, now=NOW + timedelta(days=30)) == TOMORROW
+    assert await config_of(stream) == after
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "2099-01-01T00:00:00+00:00",
+        "2099-01-01T00:00:00+00:00 v1 d1136499c395ca36 b4cf",
+        mark(EventKeys(NEW), KEYLESS, datetime(2099, 1, 1, tzinfo=UTC))[SIGNED_FROM],
+        mark(KEYS, Fleet(name="staging"), datetime(2099, 1, 1, tzinfo=UTC))[SIGNED_FROM],
+        mark(KEYS, KEYLESS)[SIGNED_FROM].replace("1970", "2099"),
+        "",
+        "\u00e9",
+        "none",  # as the runbook has it, to go back and upgrade again
+    ],
+)
+async def test_nobody_else_says_from_when_on_claims_must_be_signed(
+    connection: Client, stream: JetStreamContext, forged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await stream.update_stream(await config_of(stream), metadata={SIGNED_FROM: forged})
+    assert await signed_from(connection) == TOMORROW
+    assert 'claims.unsigned_believed until="2026-11-29T06:00:00+00:00"' in caplog.text
+    assert await signed_from(connection, now=NOW + timedelta(hours=1)) == TOMORROW
+
+
+async def test_the_moment_outlives_the_key_that_signed_it(connection: Client, stream: JetStreamContext) -> None:
+    assert await signed_from(connection) == TOMORROW
+    for keys in (EventKeys(OLD, NEW), EventKeys(NEW, OLD), EventKeys(NEW)):
+        assert await signed_from(connection, keys, now=NOW + timedelta(days=30)) == TOMORROW
+    assert SIGNED_FROM in ((await config_of(stream)).metadata or {})
+
+
+async def test_a_stream_that_cannot_be_marked_is_one_line(connection: Client) -> None:
+    with pytest.raises(BrokerError, match=r"^the stream of claims cannot be marked as signed \(stream not found\)"):
+        await signed_from(connection)
+
+
+async def test_a_broker_that_does_not_answer_is_one_line(connection: Client) -> None:
+    with pytest.raises(BrokerError, match=r"\(nats: no responders.*this user publish to keyless\.api\.STREAM\.INFO"):
+        await claims_signed_from(connection, Fleet(prefix="keyless.api"), KEYS, now=NOW, within=5)
