@@ -1,6 +1,9 @@
-"""Every check of this project, one session each: ``nox -l`` names them, ``nox -s lint`` runs one.
+"""The one list of this project's checks: ``nox -l`` names them, ``nox -s lint`` runs one.
 
-Each session has an environment of its own. Where there is one already, ``nox --no-venv`` runs in that; .ci/run does so.
+Tags say when a session runs. ``ci``: for each change, in .ci/run and in the public workflow. ``nightly``: what takes
+long and seldom fails, each night and before a release, in the public workflow. Both read the list from here.
+
+Each session has an environment of its own. Where there is one already, ``nox --no-venv -s NAME`` runs in that.
 """
 
 from __future__ import annotations
@@ -19,28 +22,30 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "types"]
 
 ROOT: Final = Path(__file__).parent
 
-#: What needs a browser, a cluster or minutes, too.
-COMPLETE: Final = ("-m", "")
-#: Programs with processes and loops of their own: once is enough.
-ONCE: Final = "browser or cluster or chaos or slow"
-WITHOUT_PROGRAMS: Final = ("--ignore=tests/examples",)
+CI: Final = ["ci"]
+NIGHTLY: Final = ["nightly"]
+
+#: The second tier. Its programs have processes and loops of their own, so it runs on one loop only.
+SECOND_TIER: Final = "browser or cluster or chaos or slow or examples"
+FIRST_TIER: Final = f"not (benchmarks or {SECOND_TIER})"
 
 #: The ways in which the suite runs: arguments for pytest, and the environment.
 LEGS: Final[dict[str, tuple[tuple[str, ...], dict[str, str]]]] = {
-    "plain": ((), {}),
-    "complete": (COMPLETE, {}),
-    # One set is behind looptime's back: that plugin changes the loops of unmarked tests too.
+    "plain": (("-m", FIRST_TIER), {}),
+    "complete": (("-m", "not benchmarks"), {}),
+    # On the machine's own clock. looptime stays away: its plugin changes the loops of unmarked tests too.
     "real_clock": (("-p", "no:looptime_plugin", "-m", "real_clock"), {}),
-    # uvloop's clock does not move.
     # Tasks that begin to run when they are made; from Python 3.12 on.
-    "eager": (("-m", f"not ({ONCE})", *WITHOUT_PROGRAMS), {"TEST_LOOP": "eager"}),
-    "uvloop": (("-m", f"not (looptime or {ONCE})", *WITHOUT_PROGRAMS), {"TEST_LOOP": "uvloop"}),
+    "eager": (("-m", FIRST_TIER), {"TEST_LOOP": "eager"}),
+    # uvloop's clock does not move.
+    "uvloop": (("-m", f"not looptime and {FIRST_TIER}"), {"TEST_LOOP": "uvloop"}),
 }
 
 
@@ -58,9 +63,6 @@ def _runs(program: str) -> bool:
 
 PYTHONS: Final = pythons()
 
-#: More failures than this are no accident of timing.
-FEW: Final = 5
-
 
 def install(session: nox.Session, *arguments: str) -> None:
     """Install into the session's environment; with ``--no-venv`` there is one already, with everything in it."""
@@ -68,37 +70,33 @@ def install(session: nox.Session, *arguments: str) -> None:
         session.install("-q", *arguments)
 
 
-def pytest(
-    session: nox.Session, *arguments: str, env: dict[str, str] | None = None, run_by: tuple[str, ...] = ("python",)
-) -> None:
-    """Run tests, and leave nothing behind in the checkout.
-
-    Where few fail, these run once more, alone. What passes then is reported as flaky: a bug, but no reason to refuse
-    a change that has nothing to do with it.
-    """
-    home = Path(session.create_tmp()).resolve()
-    cache = home / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    left = {"PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_STORAGE_DIRECTORY": str(home / "hypothesis")} | (env or {})
-    command = (*run_by, "-m", "pytest", "-o", f"cache_dir={cache}", "-q", *arguments, *session.posargs)
-    try:
-        session.run(*command, env=left)
-    except CommandFailed:
-        failed = failed_tests(cache)
-        if not 0 < len(failed) <= FEW:
-            raise
-        session.warn("failed, and run once more: " + ", ".join(failed))
-        session.run(*command, "-n", "0", "--last-failed", "--last-failed-no-failures=none", env=left)
-        session.warn("FLAKY, which is a bug to fix: " + ", ".join(failed))
+def scratch(session: nox.Session, name: str) -> Path:
+    """Return an empty folder of the session's own, outside the checkout."""
+    folder = Path(session.create_tmp()).resolve() / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
-def failed_tests(cache: Path) -> list[str]:
-    """Return the tests that failed in the last run, from pytest's cache."""
-    record = cache / "v" / "cache" / "lastfailed"
-    return sorted(json.loads(record.read_text())) if record.exists() else []
+def environment(session: nox.Session) -> dict[str, str]:
+    """Return variables with which Python leaves nothing in the checkout, and still compiles a module only once."""
+    own = str(Path(session.create_tmp()).resolve() / "pycache")
+    return {"PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", own)}
 
 
-@nox.session
+def pytest(session: nox.Session, *arguments: str, env: dict[str, str], run_by: tuple[str, ...] = ("python",)) -> None:
+    """Run tests. One that passes only when it is run again has failed: fix it."""
+    left = {"HYPOTHESIS_STORAGE_DIRECTORY": str(scratch(session, "hypothesis"))}
+    command = (*run_by, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments, *session.posargs)
+    session.run(*command, env=environment(session) | left | env)
+
+
+#: With these extras nothing that the tests need is missing, so a test that is skipped fails the run: tests/conftest.py.
+WITH_TEST: Final = {"TESTS_RUN_WITH": "test"}
+WITH_DEV: Final = {"TESTS_RUN_WITH": "dev"}
+
+
+@nox.session(tags=CI)
 def lint(session: nox.Session) -> None:
     """Ruff's rules and format, and the layers of the package."""
     install(session, "-e", ".", "ruff>=0.14", "import-linter>=2.5")
@@ -107,7 +105,7 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports", "--no-cache")
 
 
-@nox.session
+@nox.session(tags=CI)
 def types(session: nox.Session) -> None:
     """Run mypy --strict over everything, pyright over the package and the examples."""
     install(session, "-e", ".[dev]")
@@ -115,7 +113,7 @@ def types(session: nox.Session) -> None:
     session.run("pyright")
 
 
-@nox.session
+@nox.session(tags=CI)
 def public_types(session: nox.Session) -> None:
     """Demand of every public name a type that needs no inferring; fails below 100 %."""
     # Installed and not editable, and from elsewhere: pyright takes the package from where users have it.
@@ -124,115 +122,129 @@ def public_types(session: nox.Session) -> None:
         session.run("pyright", "--verifytypes", "aiokeyless", "--ignoreexternal")
 
 
-@nox.session(python=PYTHONS)
-@nox.parametrize("leg", list(LEGS), ids=list(LEGS))
-def tests(session: nox.Session, leg: str) -> None:
-    """Run the suite: `plain` as in the README, or one of the other legs."""
-    install(session, "-e", ".[dev]")
-    arguments, env = LEGS[leg]
-    pytest(session, *arguments, env=env)
-
-
-@nox.session
+@nox.session(tags=CI)
 def coverage(session: nox.Session) -> None:
-    """Run the complete suite with branch coverage, which must be 100 %."""
-    install(session, "-e", ".[dev]")
-    folder = Path(session.create_tmp()).resolve() / "coverage"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    data = {"COVERAGE_FILE": str(folder / "data")}
+    """Run `pytest` as in the README, then the second tier; together they must cover every branch."""
+    data = {"COVERAGE_FILE": str(scratch(session, "coverage") / "data")}
     # Not by pytest --cov: our own pytest plugin loads the package before that starts to measure.
-    pytest(session, *COMPLETE, env=data, run_by=("coverage", "run"))
+    measured = ("coverage", "run")
+    install(session, "-e", ".[test]")
+    pytest(session, env=data | WITH_TEST, run_by=measured)
+    install(session, "-e", ".[dev]")
+    pytest(session, "-m", SECOND_TIER, env=data | WITH_DEV, run_by=measured)
     session.run("coverage", "combine", "-q", env=data)
     session.run("coverage", "report", env=data)
 
 
-@nox.session
+#: Each Python with its legs, without those that are part of another: eager tasks came with 3.12.
+RUNS: Final = [
+    (python, leg) for python in PYTHONS for leg in LEGS if (python, leg) != ("3.11", "eager") and leg != "plain"
+]
+
+
+@nox.session(tags=NIGHTLY)
+@nox.parametrize("python,leg", RUNS, ids=["-".join(run) for run in RUNS])
+def tests(session: nox.Session, leg: str) -> None:
+    """Run the suite in full, on one Python and in one of several ways."""
+    arguments, env = LEGS[leg]
+    install(session, "-e", ".[dev]" if leg == "complete" else ".[test]")
+    pytest(session, *arguments, env=env | (WITH_DEV if leg == "complete" else WITH_TEST))
+
+
+@nox.session(tags=NIGHTLY)
 def lowest(session: nox.Session) -> None:
-    """Run the suite on the lowest versions of the dependencies that pyproject.toml allows."""
-    session.install("-q", "-e", ".[dev]")
-    # Without regard to what a framework of the examples or a tool needs, which may be newer.
+    """Run `pytest` on the lowest versions of the dependencies that pyproject.toml allows."""
+    session.install("-q", "-e", ".[test]")
+    # Without regard to what a tool needs, which may be newer.
     session.install("-q", *lowest_bounds())
-    pytest(session, *WITHOUT_PROGRAMS)
+    pytest(session, env=WITH_TEST)
 
 
 def lowest_bounds() -> list[str]:
     """Return the lower bounds of the runtime dependencies, those of the extras for users too, as exact versions."""
     project = nox.project.load_toml("pyproject.toml")["project"]
-    extras = dict(project["optional-dependencies"])
+    extras = project["optional-dependencies"]
     # OpenTelemetry's SDK works with the API of its own version only.
-    for_tests = [text for text in extras.pop("dev") if text.startswith("opentelemetry-")]
-    needed = [Requirement(text) for text in chain(project["dependencies"], *extras.values(), for_tests)]
+    for_tests = [text for text in extras["test"] if text.startswith("opentelemetry-")]
+    texts = chain(project["dependencies"], *(extras[name] for name in ("cli", "nats", "otel")), for_tests)
+    needed = [Requirement(text) for text in texts]
     return [f"{need.name}=={bound.version}" for need in needed for bound in need.specifier if bound.operator == ">="]
 
 
 @nox.session(python=PYTHONS[-1:])
-def wheel(session: nox.Session) -> None:
-    """Run the suite against the built wheel, out of reach of the source tree."""
-    folder = Path(session.create_tmp()).resolve()
-    shutil.rmtree(folder)
-    tree = folder / "tree"
-    tree.mkdir(parents=True)
-    session.install("-q", "build")
-    session.run("python", "-m", "build", "-q", "--wheel", "--outdir", str(folder / "dist"), str(ROOT))
-    [built] = (folder / "dist").glob("*.whl")
+@nox.parametrize("part", [nox.param("platform", id="platform", tags=CI), nox.param("all", id="all", tags=NIGHTLY)])
+def wheel(session: nox.Session, part: str) -> None:
+    """Run tests of the source archive on the wheel and the newest Python: all, or `platform` on each loop."""
+    dist = scratch(session, "dist")
+    session.install("-q", "build", "hatchling")
+    session.run("python", "-m", "build", "-q", "--no-isolation", "--outdir", str(dist), str(ROOT))
+    [archive], [built] = dist.glob("*.tar.gz"), dist.glob("*.whl")
     session.install("-q", "--force-reinstall", "--no-deps", str(built))
-    session.install("-q", f"{built}[dev]")
-    archive = folder / "tree.tar"
-    pages = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
-    what = ("pyproject.toml", *pages, "benchmarks", "docs", "examples", "tests")
-    session.run("git", "archive", "HEAD", "-o", str(archive), *what, external=True)
-    shutil.unpack_archive(archive, tree, filter="data")
-    # On tasks that start when they are created, where there are any: all else is what the other sessions run too.
-    leg = "eager" if Version(str(session.python)) >= Version("3.12") else "plain"
-    arguments, env = LEGS[leg]
+    session.install("-q", f"{built}[test]")
+    shutil.unpack_archive(archive, dist, filter="data")
+    tree = dist / archive.name.removesuffix(".tar.gz")
+    shutil.rmtree(tree / "aiokeyless")  # out of reach, so that the wheel is tested
     with session.chdir(tree):
-        pytest(session, *arguments, *WITHOUT_PROGRAMS, env=env)
+        if part == "all":
+            pytest(session, env=WITH_TEST)
+            return
+        for leg in ("eager" if Version(str(session.python)) >= Version("3.12") else "plain", "uvloop", "real_clock"):
+            *arguments, selection = LEGS[leg][0]
+            pytest(session, *arguments, f"platform and {selection}", env=LEGS[leg][1] | WITH_TEST)
 
 
-@nox.session
+@nox.session(tags=CI)
 def docs(session: nox.Session) -> None:
     """Build the documentation; a link or a name that does not exist is an error."""
-    install(session, "-e", ".[dev]")
-    folder = Path(session.create_tmp()).resolve() / "html"
+    install(session, "-e", ".[docs]")
+    folder = scratch(session, "html")
     session.run("sphinx-build", "-q", "-n", "-W", "--keep-going", "-b", "html", "-E", "docs", str(folder))
 
 
-@nox.session
+@nox.session(tags=CI)
 def simulate(session: nox.Session) -> None:
     """Try to lose an approval, in stories made up from seeds: ``nox -s simulate -- --seconds 600 --seed N``.
 
-    Without arguments: the seeds that have ever failed and some more, which must pass; and a minute of fresh ones. What
-    these find is reported: a bug, of the library or of the checker, but seldom of the change at hand.
+    Without arguments: the seeds that have ever failed and some more, which must pass; then fresh ones for 45 seconds.
+    What those find is reported: a bug, of the library or of the checker, but seldom of the change at hand.
     """
-    install(session, "-e", ".[dev]")
-    command, env = ("python", "-m", "tests.simulation"), {"PYTHONDONTWRITEBYTECODE": "1"}
+    install(session, "-e", ".[test]")
+    command, env = ("python", "-m", "tests.simulation"), environment(session)
     if session.posargs:
         session.run(*command, *session.posargs, env=env)
         return
     session.run(*command, "--known", env=env)
     session.run(*command, "--seed", "0", "--stories", "300", env=env)
     try:
-        session.run(*command, "--seconds", "60", env=env)
+        session.run(*command, "--seconds", "45", env=env)
     except CommandFailed:
         session.warn("A FRESH SEED BROKE A PROMISE, which is a bug to fix: see above")
 
 
-@nox.session
+@nox.session(tags=NIGHTLY)
+def simulate_long(session: nox.Session) -> None:
+    """Try it for ten minutes, with fresh seeds; one that breaks a promise fails the session."""
+    install(session, "-e", ".[test]")
+    session.run("python", "-m", "tests.simulation", "--seconds", "600", env=environment(session))
+
+
+@nox.session(tags=NIGHTLY)
 def simulate_mutants(session: nox.Session) -> None:
     """Break copies of the library in many ways, and demand of the simulator that it finds nearly all of them."""
-    install(session, "-e", ".[dev]")
-    session.run("python", "-m", "tests.simulation.mutants", *session.posargs, env={"PYTHONDONTWRITEBYTECODE": "1"})
+    install(session, "-e", ".[test]")
+    session.run("python", "-m", "tests.simulation.mutants", *session.posargs, env=environment(session))
 
 
-@nox.session
+@nox.session(tags=NIGHTLY)
 def benchmarks(session: nox.Session) -> None:
-    """Run every benchmark in short; arguments after -- take the place of --quick."""
-    install(session, "-e", ".[dev]")
-    session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))
+    """Run every benchmark, and the tests of their command; arguments after -- take the place of --quick."""
+    install(session, "-e", ".[examples,test]")
+    if not session.posargs:
+        pytest(session, "-m", "benchmarks", env=WITH_DEV)
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]), env=environment(session))
 
 
-@nox.session
+@nox.session(tags=NIGHTLY)
 def fuzz(session: nox.Session) -> None:
     """Feed what reads bytes with ever new ones; arguments after --: --seconds 60, --seed 1, --target operation."""
     session.install("-q", "-e", ".[nats]")
@@ -241,10 +253,7 @@ def fuzz(session: nox.Session) -> None:
         session.install("-q", "--only-binary", "atheris", "atheris>=3")
     except CommandFailed:
         session.skip("there is no wheel of atheris for this Python and this platform")
-    folder = Path(session.create_tmp()).resolve()
-    shutil.rmtree(folder)
-    folder.mkdir()
-    env = {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
+    env = environment(session) | {"TMPDIR": str(scratch(session, "fuzz"))}
     with session.chdir("tests"):
         session.run("python", "-m", "fuzz", *session.posargs, env=env)
 
@@ -253,10 +262,10 @@ def fuzz(session: nox.Session) -> None:
 NOTICED: Final = 0.95
 
 
-@nox.session
+@nox.session(tags=NIGHTLY)
 def mutants(session: nox.Session) -> None:
     """Break the rules in small ways, one at a time, and demand that tests notice: ``-- 'aiokeyless._rules.rate.*'``."""
-    install(session, "-e", ".[dev]", "mutmut>=3.8.1")
+    install(session, "-e", ".[test]", "mutmut>=3.8.1")
     tree = Path(session.create_tmp()).resolve() / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     for name in ("aiokeyless", "benchmarks", "docs", "tests"):

@@ -28,7 +28,7 @@ FLAGS = [
 @asynccontextmanager
 async def chromium() -> AsyncGenerator[Browser]:
     """Run a browser; skip the test where Playwright or Chromium is missing."""
-    api = pytest.importorskip("playwright.async_api", reason="Playwright is not installed")
+    api = pytest.importorskip("playwright.async_api", reason='needs the extra "examples"')
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
     api.expect.set_options(timeout=60_000)  # a patience for a busy machine; nothing takes that long

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +15,6 @@ from nats_server import NatsServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
-    from pathlib import Path
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -51,6 +51,44 @@ if os.environ.get("TEST_LOOP") == "eager":
         if EAGER is None:
             for item in items:
                 item.add_marker(pytest.mark.skip(reason="eager tasks need Python 3.12"))
+
+
+# The tests of the examples are of the second tier: their frameworks take longer to import than all other tests.
+EXAMPLES = Path(__file__).parent / "examples"
+
+#: Why a test may be skipped: with the extra "test" alone, and what a machine need not have.
+NEEDS_EXAMPLES = 'needs the extra "examples"'
+MAY_BE_MISSING = ("eager tasks need Python 3.12", "this machine has no IPv6 loopback")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no framework in the first tier, unless a test of the examples is named on the command line."""
+    if collection_path.parent != EXAMPLES or not collection_path.name.startswith("test_"):
+        return None
+    is_first_tier = f"-m={config.getoption('markexpr')}" in config.getini("addopts")
+    if is_first_tier and not any("examples" in argument for argument in config.args):
+        return True
+    pytest.importorskip("temporalio", reason=NEEDS_EXAMPLES)
+    return None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.path.parent == EXAMPLES:
+        item.add_marker(pytest.mark.examples)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run of nox in which a test was skipped, for an extra, a browser or a program that should be there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    extra = os.environ.get("TESTS_RUN_WITH")  # the extra that nox installed
+    if extra is None or reporter is None:  # None: in a process of pytest-xdist
+        return
+    may_be_missing = MAY_BE_MISSING if extra == "dev" else (*MAY_BE_MISSING, NEEDS_EXAMPLES)
+    if any(not report.longrepr[2].endswith(may_be_missing) for report in reporter.stats.get("skipped", ())):
+        reporter.write_line(
+            "\nThis run fails, as tests were skipped though all that they need should be there.", red=True
+        )
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

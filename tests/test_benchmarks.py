@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
 ONLY_BY_NAME = {"limits", "soak"}  # what a benchmark of these saves has its own name; tests/test_soak.py has the other

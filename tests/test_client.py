@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.platform
+
 USER = "0123456789ABCDEF"
 KEY = "the-secret-key"
 

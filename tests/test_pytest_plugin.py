@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.platform
+
 pytest_plugins = ["pytester"]
 
 APPROVED = """

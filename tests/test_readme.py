@@ -35,7 +35,7 @@ async def test_a_program_of_the_readme_runs(block: str, tmp_path: Path) -> None:
 
 def test_the_two_commands_stand_there_as_agreed() -> None:
     assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cli]" && .venv/bin/aiokeyless demo\n' in README
-    assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && .venv/bin/pytest\n' in README
+    assert 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest\n' in README
 
 
 def test_the_first_program_is_the_quickstart() -> None:

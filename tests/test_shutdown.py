@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Install = Callable[[signal.Handlers | Callable[[int, FrameType | None], object]], None]
 
+pytestmark = pytest.mark.platform
+
 PATIENCE = 60.0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

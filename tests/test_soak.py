@@ -296,7 +296,7 @@ def test_closed_proxy_has_no_url() -> None:
 # -- all of it
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path, loop: str) -> None:
     pytest.importorskip(loop)  # uvloop is not on Windows

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from raw_server import Handler
 
-pytestmark = pytest.mark.looptime
+pytestmark = [pytest.mark.platform, pytest.mark.looptime]
 
 USER = "C0FFEE"
 KEY = "k3y/S3CRET+odd"

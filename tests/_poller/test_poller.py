@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
     from yarl import URL
 
-pytestmark = pytest.mark.looptime
+pytestmark = [pytest.mark.platform, pytest.mark.looptime]
 
 USER = "0123456789ABCDEF"
 EVERY_SECOND = wait_fixed(1)

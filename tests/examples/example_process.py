@@ -29,7 +29,6 @@ async def example_process(
             **os.environ,
             "KEYLESS_BASE_URL": sandbox.url,
             "KEYLESS_API_KEY": sandbox.api_key,
-            "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
             **environment,
         },

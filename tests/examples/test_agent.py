@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("mcp", reason="mcp is not installed")
-pytest.importorskip("pydantic_ai", reason="pydantic-ai is not installed")
-
 from mcp import Client
 from mcp.types import TextContent
 from nats_server import until

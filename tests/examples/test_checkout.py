@@ -19,9 +19,6 @@ from example_server import ExampleServer
 
 from aiokeyless.sandbox import Sandbox
 
-pytest.importorskip("fastapi", reason="fastapi is not installed")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
 

@@ -19,8 +19,6 @@ DOCS = EXAMPLES.parent / "docs"
 SHELL = re.compile(r"^```sh\n(?P<lines>.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALL = re.compile(r"\.venv/bin/pip install -q -e \"\.\[[a-z,]+\]\" (?P<packages>.*)$", re.MULTILINE)
 
-pytestmark = pytest.mark.slow
-
 
 class Page(NamedTuple):
     example: str

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_pulls")]
+pytestmark = pytest.mark.usefixtures("short_pulls")
 
 RETRY = 0.2
 PATIENCE = 60.0

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
-pytestmark = pytest.mark.slow  # an example: programs that start and end
 
 ALICE, BOB, STRANGER = 1001, 1002, 1003
 PROGRAM = Path(example.__file__)
@@ -562,7 +561,6 @@ async def test_many_chats_wait_at_once_and_edits_are_few(
     assert sorted(teller.transfers) == sorted((users[chat], f"{chat}", "alice") for chat in users)
 
 
-@pytest.mark.slow  # aiogram takes seconds of computing to start
 async def test_chat_in_a_terminal_runs_the_bot_without_telegram_and_without_a_phone() -> None:
     chat = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "error", str(PROGRAM.with_name("chat.py")), "--auto-approve", "0.1"),

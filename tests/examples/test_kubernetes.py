@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
-import pytest
 import yaml
 from nats_server import PATIENCE, NatsServer
 
@@ -20,6 +19,8 @@ from aiokeyless.worker import ApprovalWorker, serve_health
 from aiokeyless.worker.engine import EXPIRES
 
 if TYPE_CHECKING:
+    import pytest
+
     from aiokeyless.sandbox import Sandbox
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
@@ -75,7 +76,6 @@ def test_the_selectors_find_the_workers() -> None:
     assert BUDGET["spec"]["selector"]["matchLabels"] == labels
 
 
-@pytest.mark.slow
 async def test_a_worker_with_these_arguments_is_ready_at_a_broker_with_these_accounts(
     tmp_path: Path, certificate: tuple[Path, Path], sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,12 +14,9 @@ from chromium import chromium
 from example_server import ExampleServer
 from nats_server import until
 
-pytest.importorskip("fastapi", reason="fastapi is not installed")
-
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
-pytestmark = pytest.mark.slow
 
 LOGIN = Path(__file__).parents[2] / "examples" / "login" / "login.py"
 

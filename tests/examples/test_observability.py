@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("opentelemetry.exporter.prometheus", reason="the exporter for Prometheus is not installed")
-
 FOLDER = Path(__file__).parents[2] / "examples" / "observability"
 SHORT = """
 import asyncio, load, picture
@@ -59,7 +57,6 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_it_runs_and_draws(tmp_path: Path) -> None:
     run(SHORT, tmp_path)
     assert "polls a second" in (tmp_path / "outage.svg").read_text()

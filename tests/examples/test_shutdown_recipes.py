@@ -8,7 +8,7 @@ import signal
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
@@ -24,7 +24,6 @@ from bot_api import TOKEN, BotApiServer  # examples are programs, not a package
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "shutdown"
@@ -34,26 +33,15 @@ PATIENCE = 60.0  # seconds, for a start or an end on a busy machine
 AT_ONCE = 20.0  # seconds for an answer that would take 25 if the wait went on; it takes less than one
 
 
-class Recipe(NamedTuple):
-    """How a program is run.
-
-    Attributes:
-        module: What must be installed.
-        command: The arguments for Python.
-    """
-
-    module: str
-    command: tuple[str, ...]
-
-
 UVICORN = ("-m", "uvicorn", "--port", "0")
 HYPERCORN = ("-m", "hypercorn", "--workers", "0", "--bind", "127.0.0.1:0")
+#: The arguments for Python.
 RECIPES = {
-    "FastAPI": Recipe("fastapi", (*UVICORN, "fastapi_app:app")),
-    "aiohttp.web": Recipe("aiohttp", ("aiohttp_app.py",)),
-    "Litestar": Recipe("litestar", (*UVICORN, "litestar_app:app")),
-    "Quart": Recipe("quart", (*HYPERCORN, "quart_app:app")),
-    "Django": Recipe("django", (*UVICORN, "django_app:application")),
+    "FastAPI": (*UVICORN, "fastapi_app:app"),
+    "aiohttp.web": ("aiohttp_app.py",),
+    "Litestar": (*UVICORN, "litestar_app:app"),
+    "Quart": (*HYPERCORN, "quart_app:app"),
+    "Django": (*UVICORN, "django_app:application"),
 }
 
 
@@ -95,12 +83,10 @@ async def until_polled(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str) -> None:
-    recipe = RECIPES[name]
-    pytest.importorskip(recipe.module)
     async with (
         Sandbox() as sandbox,
         aiohttp.ClientSession() as http,
-        running(*recipe.command, sandbox=sandbox, PORT="0") as program,
+        running(*RECIPES[name], sandbox=sandbox, PORT="0") as program,
     ):
         port = (await program.read_until(r"unning on http://127\.0\.0\.1:([1-9]\d*)"))[1]
         approvals = f"http://127.0.0.1:{port}/approvals"
@@ -119,9 +105,7 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
     assert "Traceback" not in program.output
 
 
-@pytest.mark.slow  # aiogram takes seconds of computing to start
 async def test_a_bot_that_waits_stops_and_says_so() -> None:
-    pytest.importorskip("aiogram")
     async with Sandbox() as sandbox, BotApiServer() as telegram:
         environment = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url}
         async with running("aiogram_bot.py", sandbox=sandbox, **environment) as bot:

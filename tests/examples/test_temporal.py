@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("temporalio", reason="temporalio is not installed")
-
 from nats_server import until
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
-pytestmark = pytest.mark.slow  # an example: programs that start and end
 
 REQUEST = Request(operation_id="transfer-1", user_id="C0FFEE", payload="Transfer 40.00 to alice", expires_in=600)
 SHORT = dataclasses.replace(REQUEST, expires_in=0.3)

@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser]
+pytestmark = pytest.mark.browser
 
 
 def log_in_at(phone: str) -> str:

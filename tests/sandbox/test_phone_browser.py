@@ -23,7 +23,7 @@ from tenacity import wait_fixed
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones
 
-playwright_api = pytest.importorskip("playwright.async_api", reason="Playwright is not installed")
+playwright_api = pytest.importorskip("playwright.async_api", reason='needs the extra "examples"')
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

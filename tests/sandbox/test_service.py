@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     Raw = Callable[..., Awaitable[tuple[int, bytes]]]
 
+pytestmark = pytest.mark.platform
+
 USER = "C0FFEE"
 CREATE = f"/v2/users/{USER}/operations"
 PENDING = f"/v2/users/{USER}/operations/pending"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.platform
+
 looptime = pytest.mark.looptime
 
 

@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from aiokeyless import ApprovalTicket
     from aiokeyless.sandbox.journal import RequestRecord
 
+pytestmark = pytest.mark.platform
+
 AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is the only one
 #: Of a request for "txn-1" as `publish` makes it.
 CONTENT: dict[str, Any] = {

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
 
+pytestmark = pytest.mark.platform
+
 SUBJECT = f"$JS.API.STREAM.INFO.{REQUESTS}"
 
 
