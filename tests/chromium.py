@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from nats_server import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -31,9 +32,9 @@ async def chromium() -> AsyncGenerator[Browser]:
     api = pytest.importorskip("playwright.async_api", reason='needs the extra "examples"')
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
-    api.expect.set_options(timeout=60_000)  # a patience for a busy machine; nothing takes that long
+    api.expect.set_options(timeout=PATIENCE * 1000)  # a patience for a busy machine; nothing takes that long
     flags = [*FLAGS, "--no-sandbox"] if os.geteuid() == 0 else FLAGS  # root cannot have Chromium's own sandbox
     async with api.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=120_000)
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE * 1000)
         yield browser
         await browser.close()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nats.js import JetStreamContext
 
-PATIENCE: Final = 60.0  # seconds, against hangs only
+PATIENCE: Final = 180.0  # seconds, against hangs only: what takes one may take minutes on a busy machine
 
 #: What the streams, the consumer and the subject of requests are called where the fleet has no name of its own.
 REQUESTS: Final = "KEYLESS_REQUESTS"

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import until
+from nats_server import PATIENCE, until
 
 from aiokeyless import ClientClosedError, ConfigurationError, KeylessClient
 from aiokeyless.shutdown import close_on_signals
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.platform
 
-PATIENCE = 60.0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from nats_server import PATIENCE
 
 from benchmarks.approval_times import seeded_random
 from benchmarks.soak.histogram import Histogram
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 60.0
 
 # -- verdicts
 

@@ -1242,7 +1242,6 @@ def uncollected() -> Iterator[Callable[[], list[str]]]:
         names += [thing.f_globals["__name__"] for thing in gc.garbage if isinstance(thing, FrameType)]
         return sorted(name for name in names if name.startswith(("aiokeyless.", "aiohttp.", "tenacity.")))
 
-    gc.collect()
     gc.disable()
     gc.freeze()  # else what an earlier test left, such as the frames of a failed one, could be listed here
     try:

@@ -91,9 +91,9 @@ class Worker:
 
     async def ended(self) -> int:
         assert self.process.stdout is not None
-        assert await asyncio.wait_for(self.process.stdout.read(), 20) == b""
+        assert await asyncio.wait_for(self.process.stdout.read(), PATIENCE) == b""
         await self._reader
-        return await asyncio.wait_for(self.process.wait(), 20)
+        return await asyncio.wait_for(self.process.wait(), PATIENCE)
 
     async def stop(self, signal_number: int = signal.SIGTERM) -> int:
         self.process.send_signal(signal_number)
@@ -179,7 +179,7 @@ async def test_it_runs_until_it_is_stopped_and_exits_0(
     await until(lambda: operation_id in sandbox.operations)
     sandbox.approve(operation_id)
     async with aclosing(approval_outcomes(connection, "test")) as events:
-        event = await asyncio.wait_for(anext(events), 20)
+        event = await asyncio.wait_for(anext(events), PATIENCE)
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, operation_id)
     await worker.logged("approval.approved")
     assert await worker.stop(number) == 0

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from chromium import chromium
 from example_server import ExampleServer
+from nats_server import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 
@@ -36,7 +37,6 @@ FAULTS: dict[str, Callable[[Sandbox], None]] = {
     "a page": lambda sandbox: sandbox.fail_next(200, method="POST", body=b"<html>"),
     "nothing wrong": lambda _sandbox: None,
 }
-PATIENCE = 60.0  # seconds within which what must happen has happened, on a busy machine too
 
 
 class Backend(ExampleServer):
@@ -152,7 +152,7 @@ def asked(sandbox: Sandbox, user_id: object) -> list[Operation]:
 
 async def ends_declined(customer: Customer) -> None:
     """Follow a customer's order until the shop knows that they declined: a busy machine's Telemetry may be late."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while await customer.outcome() != "declined":
             pass
 

@@ -20,7 +20,7 @@ import nats.js.errors
 import pytest
 from msgspec.structs import replace
 from nats.js.api import DiscardPolicy
-from nats_server import NatsServer, until
+from nats_server import PATIENCE, NatsServer, until
 from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("short_pulls")
 
 RETRY = 0.2
-PATIENCE = 60.0
 
 
 class Verdict(NamedTuple):

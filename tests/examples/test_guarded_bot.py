@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 import bot as example  # examples are programs, not a package
 from bot_api import TOKEN, ApiError, BotApiServer, refusal
 from leaks import tasks_since
+from nats_server import PATIENCE, until
 
 from aiokeyless import ApprovalTimeoutError, Authentication
 from aiokeyless._rules import explanation
@@ -92,13 +93,6 @@ async def running(
     finally:
         await dispatcher.stop_polling()
         await polling
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
 
 
 def operation_ids(sandbox: Sandbox) -> list[str]:
@@ -528,7 +522,7 @@ async def test_program_takes_its_settings_from_the_environment_and_ends_at_sigte
     await telegram.say(ALICE, "/transfer 40 alice")
     await until(lambda: len(sandbox.operations) == 1)
     signal.raise_signal(signal.SIGTERM)
-    await asyncio.wait_for(program, 60)
+    await asyncio.wait_for(program, PATIENCE)
     await telegram.read(ALICE, "The bot was stopped.")
 
 
@@ -570,7 +564,7 @@ async def test_chat_in_a_terminal_runs_the_bot_without_telegram_and_without_a_ph
     assert chat.stdin is not None
     assert chat.stdout is not None
     said = ""
-    async with asyncio.timeout(300):  # against hangs only: two programs start, on a machine that may be busy
+    async with asyncio.timeout(PATIENCE):
         chat.stdin.write(b"/transfer 40 alice\n")
         while "Approved and transferred." not in said:
             said += (line := await chat.stdout.readline()).decode()

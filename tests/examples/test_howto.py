@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from example_process import example_process
+from nats_server import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PATIENCE = 60.0
 
 WAITS = [f"op-{number}" for number in range(8)]
 

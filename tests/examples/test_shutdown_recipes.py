@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_process import example_process
-from nats_server import until
+from nats_server import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
 
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "shutdown"
 PAGE = ROOT / "docs" / "howto" / "shutdown.md"
 
-PATIENCE = 60.0  # seconds, for a start or an end on a busy machine
 AT_ONCE = 20.0  # seconds for an answer that would take 25 if the wait went on; it takes less than one
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nats_server import until
+from nats_server import PATIENCE, until
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
@@ -230,7 +230,7 @@ async def test_worker_says_that_it_cannot_reach_temporal(sandbox: Sandbox, tmp_p
             env=os.environ | settings,
             stderr=asyncio.subprocess.PIPE,
         )
-        _, log = await asyncio.wait_for(worker.communicate(), 60)
+        _, log = await asyncio.wait_for(worker.communicate(), PATIENCE)
     # The SDK's own threads sometimes abort the interpreter while it ends; the message was printed before that.
     assert worker.returncode != 0
     assert log.startswith(b"there is no Temporal server at 127.0.0.1:")

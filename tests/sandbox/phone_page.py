@@ -8,6 +8,8 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from nats_server import PATIENCE
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
@@ -41,7 +43,7 @@ class Events:
         raise EOFError
 
     async def until(self, condition: Callable[[Any], bool]) -> Any:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while not condition(picture := await self.next()):
                 pass
         return picture

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 from aiohttp import web
+from nats_server import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones
@@ -280,7 +281,7 @@ async def test_attempt_sends_the_page_a_new_snapshot(
     async with events(page) as stream:
         await stream.next()
         sandbox.fail_authentication("a")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             await stream.next()
 
 

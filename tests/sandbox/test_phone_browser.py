@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from chromium import chromium
+from nats_server import PATIENCE
 from tenacity import wait_fixed
 
 from aiokeyless.sandbox import Sandbox
@@ -124,7 +125,7 @@ async def test_operation_appears_by_itself_and_a_click_ends_the_wait(client: Key
         await expect(phone(page).get_by_text(text)).to_be_visible()
     await expect(page).to_have_title("(1) Keyless sandbox")
     await button(page).click()
-    operation = await asyncio.wait_for(waiting, 60)
+    operation = await asyncio.wait_for(waiting, PATIENCE)
     assert operation.auth_type == "biom"
     await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
     await expect(button(page)).to_have_count(0)
@@ -358,7 +359,7 @@ async def test_page_that_nobody_sees_gives_its_connection_back(
         document.dispatchEvent(new Event("visibilitychange"));
     }"""
     await page.evaluate(hide, arg=True)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while sandbox._phones._readers:  # noqa: ASYNC110  # nothing tells when they are gone
             await asyncio.sleep(0.01)
     await client.create_operation(USER)

@@ -401,7 +401,7 @@ def reading(connection: Client, durable: str = "shop") -> aclosing[AsyncGenerato
 
 
 async def name_of_next(events: AsyncGenerator[ApprovalEvent]) -> str | None:
-    return (await asyncio.wait_for(anext(events), 20)).operation_id
+    return (await asyncio.wait_for(anext(events), PATIENCE)).operation_id
 
 
 async def test_events_come_from_the_oldest_on_in_order(connection: Client, stream: JetStreamContext) -> None:
@@ -448,7 +448,7 @@ async def test_an_event_whose_handling_raised_comes_again(connection: Client, st
 
     with pytest.raises(ZeroDivisionError):
         await handle_one(broken=True)
-    assert await asyncio.wait_for(handle_one(broken=False), 20) == "a"
+    assert await asyncio.wait_for(handle_one(broken=False), PATIENCE) == "a"
 
 
 async def test_processes_that_share_a_name_share_the_events(stream: JetStreamContext, broker: NatsServer) -> None:

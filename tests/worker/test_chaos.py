@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 import msgspec
 import nats
 import pytest
-from nats_server import OUTCOMES, REQUESTS, NatsServer, prepare, until
+from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, StreamSettings, submit_approval
@@ -37,7 +37,6 @@ ASKED_IN: Final = 8.0  # seconds over which they are made
 EXPIRES_IN: Final = 9.0
 FAR_OFF: Final = 600.0  # seconds to a deadline that passes on no machine, however busy it is
 KILLS: Final = 12
-PATIENCE: Final = 180.0  # seconds; that the tests end is promised, and not how fast this machine is
 
 
 class Case(NamedTuple):
@@ -205,7 +204,9 @@ async def test_each_request_has_one_outcome_and_it_is_true_whatever_dies(tmp_pat
     assert operations <= cases.keys()
     by_id = {event.operation_id: event for event in events}
     assert not [
-        by_id[name] for name, case in cases.items() if not is_true(by_id[name], case, users.approved_at.get(name))
+        (by_id[name], by_id[name].reason, case)
+        for name, case in cases.items()
+        if not is_true(by_id[name], case, users.approved_at.get(name))
     ]
     assert not [by_id[name] for name, case in cases.items() if case.outcome not in {by_id[name].outcome, None}]
     kinds = Counter(event.outcome for event in events)

@@ -7,6 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from nats_server import PATIENCE
 from tenacity import wait_fixed
 
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, ConfigurationError, KeylessClient
@@ -384,7 +385,7 @@ async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
         assert asked >= 19  # the one that was refused waits for the end of the pause
         for operation in list(sandbox.operations):
             sandbox.approve(operation)
-        events = await asyncio.wait_for(events_of(broker, asked), 30)
+        events = await asyncio.wait_for(events_of(broker, asked), PATIENCE)
         assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 

@@ -313,7 +313,7 @@ async def connected(server: HealthServer, count: int) -> AsyncGenerator[list[asy
 
 async def ended(reader: asyncio.StreamReader) -> None:
     with suppress(ConnectionError):
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
 
 
 async def test_connections_over_the_bound_are_closed_at_once(
@@ -346,7 +346,7 @@ async def test_a_head_that_never_ends_is_cut_off(served: HealthServer) -> None:
 
     trickling = asyncio.create_task(trickle())
     with suppress(ConnectionError):
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE)
         assert b"200 OK" not in answer
     trickling.cancel()
     writer.close()

@@ -287,7 +287,7 @@ async def test_a_broker_that_is_killed_and_started_again_is_found_again(
         await until(lambda: not connection.is_connected)
         await until(lambda: any(record.getMessage().startswith("broker.error") for record in caplog.records))
         await server.start()
-        await asyncio.wait_for(back.wait(), 20)
+        await asyncio.wait_for(back.wait(), PATIENCE)
         assert connection.is_connected
         assert await connection.rtt() < 1
     finally:
