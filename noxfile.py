@@ -81,7 +81,7 @@ def scratch(session: nox.Session, name: str) -> Path:
 def environment(session: nox.Session) -> dict[str, str]:
     """Return variables with which Python leaves nothing in the checkout, and still compiles a module only once."""
     own = str(Path(session.create_tmp()).resolve() / "pycache")
-    return {"PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", own)}
+    return {"PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", own), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def pytest(session: nox.Session, *arguments: str, env: dict[str, str], run_by: tuple[str, ...] = ("python",)) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 _PROGRAM: Final = Path(sysconfig.get_path("scripts"), "nats-server")
-_START_WITHIN: Final = 20.0  # seconds
+_START_WITHIN: Final = 60.0  # seconds
 
 
 class NatsServer:

@@ -8,14 +8,14 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.worker import Fleet, StreamSettings
-from aiokeyless.worker.nats import streams
 from benchmarks import broker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from nats.js import JetStreamContext
+
+    from aiokeyless.worker import StreamSettings
 
 PATIENCE: Final = 180.0  # seconds, against hangs only: what takes one may take minutes on a busy machine
 
@@ -43,6 +43,9 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings | None = No
 
     They say nothing of the service that they are for, so that a worker of any sandbox may use them.
     """
+    from aiokeyless.worker import Fleet, StreamSettings  # here, as every test loads this module
+    from aiokeyless.worker.nats import streams
+
     made = settings or StreamSettings()
     return await streams.prepare(stream, Fleet(), made, ack_wait=ack_wait, service="")
 

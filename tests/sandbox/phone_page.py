@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +77,3 @@ async def approve(page: aiohttp.ClientSession, key: str, user: str = USER, how: 
 async def fail(page: aiohttp.ClientSession, key: str, error_code: int) -> int:
     status, _ = await post(page, "fail", {"user": USER, "key": key, "errorCode": error_code})
     return status
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until what other tasks do has come about."""
-    # Not a number of turns: uvloop makes a thousand of them before a socket has answered.
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        await asyncio.sleep(0)

@@ -6,10 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from raw_server import until
 
 from aiokeyless.sandbox.journal import Journal
 
-from .phone_page import get, until
+from .phone_page import get
 
 if TYPE_CHECKING:
     import aiohttp

@@ -13,12 +13,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 from nats_server import PATIENCE
+from raw_server import until
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones
 from aiokeyless.sandbox.snapshot import PhoneBook
 
-from .phone_page import BROWSER, OTHER, USER, approve, create, events, fail, get, key_of, picture, post, until
+from .phone_page import BROWSER, OTHER, USER, approve, create, events, fail, get, key_of, picture, post
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

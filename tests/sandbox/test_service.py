@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import socket
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -17,6 +16,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 import pytest
 from aiohttp import web
+from raw_server import until
 
 from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError, StatusError
@@ -54,15 +54,6 @@ async def get(http: aiohttp.ClientSession, path: str = "/v2/operations/a") -> tu
 async def state(http: aiohttp.ClientSession, operation_id: str = "a") -> str:
     _, operation = await get(http, f"/v2/operations/{operation_id}")
     return str(operation["state"])
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until what other tasks do has come about."""
-    # Not a number of turns: uvloop makes a thousand of them before a socket has answered.
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        await asyncio.sleep(0)
 
 
 def now() -> float:

@@ -7,10 +7,11 @@ import json
 
 import aiohttp
 import pytest
+from raw_server import until
 
 from aiokeyless.sandbox import Sandbox
 
-from .phone_page import OTHER, USER, create, events, get, picture, until
+from .phone_page import OTHER, USER, create, events, get, picture
 
 
 async def test_operation_is_shown_on_its_users_phone(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
