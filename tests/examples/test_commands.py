@@ -78,7 +78,6 @@ asyncio.run(main())
 
 
 async def test_prometheus_gets_metrics(tmp_path: Path, unused_tcp_port: int) -> None:
-    pytest.importorskip("opentelemetry.exporter.prometheus", reason="the exporter for Prometheus is not installed")
     [command] = SHELL.findall((DOCS / "howto" / "observability.md").read_text())
     (tmp_path / "shop.py").write_text(SHOP)
     environment = {

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import nats
-import pytest
 from example_process import example_process
 from nats_server import PATIENCE, REQUESTS
 
@@ -19,9 +18,6 @@ from aiokeyless.worker import approval_outcomes, submit_approval
 if TYPE_CHECKING:
     from nats_server import NatsServer
 
-pytest.importorskip("fastapi")
-
-pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
