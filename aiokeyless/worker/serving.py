@@ -468,7 +468,7 @@ class Serving:
         if isinstance(decision, Redeliver):
             await message.put_off(decision.delay)
             return
-        event = await self._with_asked(decision)
+        event = await self._with_asked(message, decision)
         if is_traceparent(message.traceparent):  # any publisher may set the header, and to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
         if await message.decide(self._sealed(event, decision.name)):
@@ -480,15 +480,18 @@ class Serving:
             self._counts["duplicates"] += 1
         self._monitor.on_stored()
 
-    async def _with_asked(self, decided: Decided) -> ApprovalEvent:
+    async def _with_asked(self, message: Message, decided: Decided) -> ApprovalEvent:
         """Return the event; of one that expired, it says whether the user was asked, as far as is known.
 
-        A request claims its operation id before it creates the operation.
+        A request claims its operation id before it creates the operation. The claim is kept for the duplicate window,
+        so a request that is older, as when no worker ran for a day, may have lost it.
         """
         event, operation_id = decided.event, decided.event.operation_id
         if event.asked is not False or operation_id is None:
             return event
-        asked = await self._engine.claims.is_held(operation_id, decided.name)
+        age = (self._engine.now() - message.stored_at).total_seconds()
+        is_kept = age < self._terms.longest_wait + self._limits.grace
+        asked = not is_kept or await self._engine.claims.is_held(operation_id, decided.name)
         return msgspec.structs.replace(event, asked=asked)
 
     def _sealed(self, event: ApprovalEvent, name: str) -> Sealed:

@@ -511,6 +511,24 @@ async def test_a_request_that_expires_before_anybody_was_asked_says_so(
     assert operation_id not in sandbox.operations
 
 
+async def test_a_request_that_outlived_its_claim_does_not_say_that_nobody_was_asked(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
+) -> None:
+    options: dict[str, Any] = {"grace": 0, "settings": StreamSettings(duplicate_window=3), "schedule": AT_THE_DEADLINE}
+    async with working(client, broker, **options):
+        operation_id = await submit(connection, "C0FFEE", expires_in=2.9)
+        await until(lambda: operation_id in sandbox.operations)
+
+    async def no_claim_is_left() -> bool:
+        return (await connection.jetstream().stream_info(CLAIMS)).state.messages == 0
+
+    await until(no_claim_is_left)  # no worker runs for longer than claims are kept
+    sandbox.fail_next(times=None)
+    async with working(client, broker, **options):
+        [event] = await all_outcomes(connection)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, True)
+
+
 async def test_approval_just_before_the_deadline_is_found(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
