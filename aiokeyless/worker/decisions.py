@@ -14,12 +14,7 @@ from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay, is_transient
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
-from aiokeyless.errors import (
-    DecodeError,
-    KeylessError,
-    NotFoundError,
-    PermissionDeniedError,
-)
+from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
 from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
@@ -166,12 +161,15 @@ def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) 
     verdict = evaluate(operation, delivery.ticket.operation_id, delivery.ticket)
     if isinstance(verdict, Rejection):
         return _rejected(delivery, now, verdict)
-    return _taken(delivery, now, is_approved=verdict is Verdict.APPROVED)
+    if verdict is Verdict.APPROVED:
+        detail = "an operation of this id and content was approved before this request asked; one approval counts once"
+        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
+    return after_taken(delivery, now=now)
 
 
 def after_taken(delivery: Delivery, *, now: datetime) -> Decided:
     """Decide after the first create of a request found its operation id taken: the operation is not this request's."""
-    return _taken(delivery, now, is_approved=False)
+    return _failed(delivery, now, FailureReason.CONFLICT, "the operation id is taken by another operation")
 
 
 def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
@@ -277,13 +275,6 @@ def _scheduled(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
 def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
     """Cut a delay to the deadline, so that a final poll starts there."""
     return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
-
-
-def _taken(delivery: Delivery, now: datetime, *, is_approved: bool) -> Decided:
-    if is_approved:
-        detail = "an operation of this id and content was approved before this request asked; one approval counts once"
-        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
-    return _failed(delivery, now, FailureReason.CONFLICT, "the operation id is taken by another operation")
 
 
 def _rejected(delivery: Delivery, now: datetime, rejection: Rejection) -> Decided:
