@@ -1,0 +1,29 @@
+"""The workflows on GitHub: what runs beside an identity that signs is pinned, and none of it is installed there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+WORKFLOWS = sorted((Path(__file__).parents[1] / ".github" / "workflows").glob("*.yml"))  # none in the source archive
+
+each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+
+
+@each_workflow
+def test_actions_of_others_are_pinned_by_hash(workflow: Path) -> None:
+    used = re.findall(r"\buses: (\S+)", workflow.read_text(encoding="utf-8"))
+    others = [action for action in used if not action.startswith("./")]
+    assert others
+    assert [action for action in others if not re.fullmatch(r"[^@]+@[0-9a-f]{40}", action)] == []
+
+
+@each_workflow
+def test_a_job_that_may_sign_installs_nothing(workflow: Path) -> None:
+    _, _, text = workflow.read_text(encoding="utf-8").partition("\njobs:\n")
+    _, *jobs = re.split(r"^  (?=\w+:$)", text, flags=re.MULTILINE)
+    assert jobs
+    for job in jobs:
+        assert not ("id-token: write" in job and re.search(r"\brun: ", job)), job
