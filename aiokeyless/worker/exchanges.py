@@ -133,7 +133,7 @@ class Exchanges:
         if step is Next.CREATE:
             step = await self._create(delivery)
         if isinstance(step, Next):
-            # The id is taken and there is no operation: a replica lags behind. Soon it will not.
+            # The create found the operation, but no poll has yet: soon one will, even if a replica lags behind.
             return Redeliver(error_delay(1))
         return step
 
