@@ -399,7 +399,7 @@ async def test_an_event_without_a_valid_signature_comes_again_after_twice_as_lon
     loop = asyncio.get_running_loop()
     began, due = loop.time(), 60.0 * (2**deliveries - 1)
     await read_with_wrong_keys(broker, due - 10)
-    async with aclosing(approval_outcomes(broker, "shop", event_keys=KEYS)) as events:
+    async with asyncio.timeout(60), aclosing(approval_outcomes(broker, "shop", event_keys=KEYS)) as events:
         assert (await anext(events)).operation_id == "a"
     assert loop.time() - began == pytest.approx(due, abs=1)
 
