@@ -41,7 +41,7 @@ LEGS: Final[dict[str, tuple[tuple[str, ...], dict[str, str]]]] = {
     "plain": (("-m", FIRST_TIER), {}),
     "complete": (("-m", "not benchmarks"), {}),
     # On the machine's own clock. looptime stays away: its plugin changes the loops of unmarked tests too.
-    "real_clock": (("-p", "no:looptime_plugin", "-m", "real_clock"), {}),
+    "real_clock": (("-n", "2", "-p", "no:looptime_plugin", "-m", "real_clock"), {}),
     # Tasks that begin to run when they are made; from Python 3.12 on.
     "eager": (("-m", FIRST_TIER), {"TEST_LOOP": "eager"}),
     # uvloop's clock does not move.
