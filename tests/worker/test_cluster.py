@@ -102,6 +102,10 @@ async def has_a_leader(connection: Client) -> bool:
     return True
 
 
+async def has_a_reader(connection: Client) -> bool:
+    return bool(await connection.jetstream().consumers_info(OUTCOMES))
+
+
 async def leader_of_the_requests(connection: Client) -> str:
     found = (await connection.jetstream().stream_info(REQUESTS)).cluster
     assert found is not None
@@ -124,6 +128,7 @@ async def test_no_approval_is_lost_with_a_broker(tmp_path: Path, sandbox: Sandbo
             await until(lambda: len(sandbox.operations) == WAITS)
             events = approval_outcomes(connection, "test")
             first = asyncio.ensure_future(anext(events))
+            await until(lambda: has_a_reader(connection))
             servers[await leader_of_the_requests(connection)].kill()
             for operation_id in list(sandbox.operations):
                 sandbox.approve(operation_id)
