@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from chromium import chromium
 from example_server import ExampleServer
-from nats_server import PATIENCE
+from nats_server import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
 
@@ -96,18 +96,6 @@ class Customer:
 
     async def outcome(self) -> object:
         return (await self.follow())[-1]["state"]
-
-
-async def eventually(holds: Callable[[], object]) -> None:
-    """Wait until something holds, sync or async; fail when it does not within `PATIENCE`."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            found = holds()
-            if asyncio.iscoroutine(found):
-                found = await found
-            if found:
-                return
-            await asyncio.sleep(0.02)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -290,7 +278,7 @@ class TestOverHttp:
         keyless.approve(hasty.order_id)
         with slow(keyless, 0.4):
             stream = asyncio.create_task(hasty.outcome())
-            await eventually(lambda: keyless.requests)
+            await until(lambda: bool(keyless.requests))
             await hasty.post(f"/order?after={hasty.order_id}")
             assert await stream == "cancelled"
 
@@ -345,7 +333,7 @@ class TestOverHttp:
         keyless.approve(hasty.order_id)
         with slow(keyless, 0.3):
             stream = asyncio.create_task(hasty.outcome())
-            await eventually(lambda: keyless.requests)
+            await until(lambda: bool(keyless.requests))
             _, order = await hasty.post(f"/order/{hasty.order_id}/again")
             outcome = await stream
         assert (outcome == "paid") is (order["asked"] == 1)  # one of the two came first
@@ -393,7 +381,7 @@ class TestOverHttp:
         assert await hasty.outcome() == "timed_out"
         with slow(keyless, 0.8):
             stream = asyncio.create_task(hasty.follow())
-            await eventually(lambda: keyless.requests)
+            await until(lambda: bool(keyless.requests))
             stream.cancel()
             async with keyless.client() as client:  # what comes later is answered later
                 await client.get_operation(hasty.order_id)
