@@ -7,6 +7,7 @@ from ._version import __version__
 from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnPoll, WaitTimeout
 from .errors import (
     AlreadyApprovedError,
+    AmbiguousUserError,
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -38,11 +39,14 @@ from .models import (
     Authentication,
     Authentications,
     AuthType,
+    Device,
+    ExternalUser,
     Operation,
     OperationState,
     PendingOperation,
     Region,
     Secret,
+    User,
 )
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
@@ -50,6 +54,7 @@ from .ticket import ApprovalTicket
 
 __all__ = [
     "AlreadyApprovedError",
+    "AmbiguousUserError",
     "ApprovalError",
     "ApprovalOutcome",
     "ApprovalTicket",
@@ -69,6 +74,8 @@ __all__ = [
     "ConflictError",
     "DecodeError",
     "DefaultTimeout",
+    "Device",
+    "ExternalUser",
     "IfExists",
     "IfMissing",
     "InconsistentOperationError",
@@ -95,6 +102,7 @@ __all__ = [
     "StatusError",
     "TransportError",
     "UnsupportedMediaTypeError",
+    "User",
     "WaitTimeout",
     "__version__",
     "wait_adaptive",

@@ -63,12 +63,21 @@ def check_external_user_id(external_user_id: str) -> str:
     """Return the external user id unchanged, if it can be sent as one path segment.
 
     Raises:
+        InvalidIdentifierError: As for an operation id; the message does not show it, since it may be personal data.
+    """
+    return _check_segment(external_user_id, "external_user_id", shows=False)
+
+
+def check_public_signing_key(public_signing_key: str) -> str:
+    """Return a device's public signing key unchanged, if it can be sent as one path segment.
+
+    Raises:
         InvalidIdentifierError: As for an operation id.
     """
-    return _check_segment(external_user_id, "external_user_id")
+    return _check_segment(public_signing_key, "public_signing_key")
 
 
-def _check_segment(text: str, name: str) -> str:
+def _check_segment(text: str, name: str, *, shows: bool = True) -> str:
     if not isinstance(text, str):
         raise InvalidIdentifierError(f"{name} must be a string, not {type(text).__name__}", argument=name)
     if not 1 <= len(text) <= MAX_IDENTIFIER:
@@ -80,7 +89,8 @@ def _check_segment(text: str, name: str) -> str:
     # A printable string contains neither, and isprintable() is much faster.
     if not text.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in text):
         raise InvalidIdentifierError(
-            f"{name} must not contain control characters or lone surrogates: {text[:80]!r}", argument=name
+            f"{name} must not contain control characters or lone surrogates{f': {text[:80]!r}' if shows else ''}",
+            argument=name,
         )
     return text
 

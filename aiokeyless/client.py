@@ -25,6 +25,7 @@ import anyio
 from aiokeyless._validation import (
     are_operation_ids,
     check_base_url,
+    check_external_user_id,
     check_flag,
     check_listeners,
     check_on_poll,
@@ -39,7 +40,8 @@ from aiokeyless._validation import (
 )
 
 from ._http import protocol
-from ._http.creation import Creation
+from ._http.creation import ExternalUserCreation, OperationCreation, confirm_external_user
+from ._http.deletion import Deletion
 from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
 from ._poller.poller import Poller
@@ -47,8 +49,17 @@ from ._poller.state import WaitResult
 from ._rules.circuit import CircuitState
 from ._tracing import current_traceparent
 from ._validation import finite_seconds, seconds
-from .errors import ClientClosedError, ConfigurationError, DecodeError, KeylessError, StatusError, TransportError
-from .models import Authentications, NewOperation, Operation, PendingOperation, Region
+from .errors import (
+    AmbiguousUserError,
+    ClientClosedError,
+    ConfigurationError,
+    DecodeError,
+    KeylessError,
+    NotFoundError,
+    StatusError,
+    TransportError,
+)
+from .models import Authentications, Device, ExternalUser, NewOperation, Operation, PendingOperation, Region, User
 from .reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import ApprovalTicket, payload_digest
@@ -419,12 +430,11 @@ class KeylessClient:
         )
         user_id = check_user_id(user_id)
         lifetime = _lifetime(expires_in)
-        creation = Creation(
+        creation = OperationCreation(
             transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
         )
         try:
-            with transport.call():
-                reconciled = await creation.run()
+            reconciled = await creation.run()
         except (ClientClosedError, DecodeError, StatusError, TransportError) as error:
             error.operation_id = operation.operation_id
             raise
@@ -442,6 +452,174 @@ class KeylessClient:
         if not reconciled:
             poller.created(ticket)
         return ticket
+
+    # -- users and devices
+
+    async def create_external_user(self, user_id: str, external_user_id: str) -> ExternalUser:
+        """Give a user your own id of them, exactly once; a user has at most one.
+
+        After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client searches
+        for the external user id before it sends the request again. If this user has it by then, that is a success.
+
+        Args:
+            user_id: The user, in hex of either case.
+            external_user_id: Your own id of the user: 1 to 512 characters, no control characters. Keyless advises
+                against personal data in it. Ids must differ in more than case, see `find_users`.
+
+        Returns:
+            The link; its ``sdk_customer_id`` is None if it was found after a lost answer.
+
+        Raises:
+            InvalidIdentifierError: An id cannot be sent.
+            ConflictError: The user has an external user id already: `update_external_user` changes it. Or the id
+                conflicts with another user's.
+            NotFoundError: There is no such user.
+            KeylessError: Creating failed. If the request may have taken effect, the client searched for the id,
+                and either did not find it or could not search.
+
+        Source: Keyless documentation, Server API / External User ID.
+        """
+        transport, _ = self._open()
+        user_id, external_user_id = check_user_id(user_id), check_external_user_id(external_user_id)
+        return await ExternalUserCreation(transport, user_id, external_user_id).run()
+
+    async def update_external_user(self, user_id: str, external_user_id: str) -> ExternalUser:
+        """Give a user another external user id; it can be repeated.
+
+        Args:
+            user_id: The user, in hex of either case.
+            external_user_id: Your own id of the user, as for `create_external_user`.
+
+        Raises:
+            InvalidIdentifierError: An id cannot be sent.
+            NotFoundError: There is no such user.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape, or is about another user.
+
+        Source: Keyless documentation, Server API / External User ID.
+        """
+        transport, _ = self._open()
+        request = protocol.update_external_user(user_id, external_user_id)
+        return confirm_external_user(await transport.fetch(request), request, user_id, external_user_id)
+
+    async def find_users(self, external_user_id: str) -> list[User]:
+        """Return the users who have an external user id; perhaps none, perhaps several.
+
+        **The search ignores case, and its answer does not repeat the external user id.** So ``ALICE`` may return the
+        user of ``alice``. Use ids that differ in more than case, and compare ``user_id`` with your own record before
+        you trust a user that was found.
+
+        Args:
+            external_user_id: Your own id of the user.
+
+        Raises:
+            InvalidIdentifierError: The id cannot be sent.
+            StatusError: The service answered with an error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / External User ID, "Get users".
+        """
+        transport, _ = self._open()
+        return await transport.fetch(protocol.find_users(external_user_id))
+
+    async def get_user(self, external_user_id: str) -> User:
+        """Return the one user who has an external user id.
+
+        The search ignores case, as that of `find_users` does: compare ``user_id`` with your own record.
+
+        Args:
+            external_user_id: Your own id of the user.
+
+        Raises:
+            NotFoundError: No user has this id.
+            AmbiguousUserError: Several users have it.
+            KeylessError: As for `find_users`.
+        """
+        transport, _ = self._open()
+        request = protocol.find_users(external_user_id)
+        users = await transport.fetch(request)
+        if len(users) == 1:
+            return users[0]
+        if not users:
+            raise NotFoundError(
+                status=404, method="GET", path=request.shown_path, advice="no user has this external user id"
+            )
+        raise AmbiguousUserError(
+            f"{len(users)} users have this external user id, in some case; choose by your own record of the user",
+            user_ids=tuple(user.user_id for user in users),
+        )
+
+    async def delete_external_user(self, external_user_id: str) -> None:
+        """Delete an external user id, here in its exact case; the user stays, and can get another one.
+
+        Args:
+            external_user_id: Your own id of the user. One that does not exist is no error.
+
+        Raises:
+            InvalidIdentifierError: The id cannot be sent.
+            KeylessError: Deleting failed; it may have taken effect, and can be repeated.
+
+        Source: Keyless documentation, Server API / External User ID.
+        """
+        transport, _ = self._open()
+        await Deletion(transport, protocol.delete_external_user(external_user_id)).run()
+
+    async def delete_user(self, user_id: str) -> None:
+        """Delete a user **permanently**, with their devices and their biometric enrolment. There is no way back.
+
+        A 404 after an ambiguous failure is a success: the lost request deleted the user.
+
+        Args:
+            user_id: The user, in hex of either case.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex.
+            NotFoundError: There is no such user.
+            KeylessError: Deleting failed; it may have taken effect, and can be repeated.
+
+        Source: Keyless documentation, Server API / Users.
+        """
+        transport, _ = self._open()
+        await Deletion(transport, protocol.delete_user(user_id)).run()
+
+    async def get_devices(self, user_id: str) -> list[Device]:
+        """Return the devices of a user.
+
+        Args:
+            user_id: The user, in hex of either case.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex.
+            NotFoundError: There is no such user.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / Devices.
+        """
+        transport, _ = self._open()
+        return await transport.fetch(protocol.get_devices(user_id))
+
+    async def delete_device(self, user_id: str, public_signing_key: str) -> None:
+        """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
+
+        A 404 after an ambiguous failure is a success: the lost request removed the device.
+
+        Args:
+            user_id: The user, in hex of either case.
+            public_signing_key: `Device.public_signing_key`, as it is.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex, or the key cannot be sent.
+            NotFoundError: There is no such device or user.
+            KeylessError: Removing failed; it may have taken effect, and can be repeated.
+
+        Source: Keyless documentation, Server API / Devices.
+        """
+        transport, _ = self._open()
+        await Deletion(transport, protocol.delete_device(user_id, public_signing_key)).run()
 
     # -- waits
 

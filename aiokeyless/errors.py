@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for annotations only: errors.py is below models.py and must
 
 __all__ = [
     "AlreadyApprovedError",
+    "AmbiguousUserError",
     "ApprovalError",
     "ApprovalTimeoutError",
     "ApprovalUnknownError",
@@ -312,6 +313,20 @@ class ServerError(StatusError):
     """
 
     advice = "the service failed; try again later"
+
+
+class AmbiguousUserError(KeylessError):
+    """Several users have the external user id, perhaps in another case: the search ignores case.
+
+    What to do: choose among `user_ids` by your own record of the user, and use ids that differ in more than case.
+
+    Attributes:
+        user_ids: The users, in hex.
+    """
+
+    def __init__(self, message: str, *, user_ids: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.user_ids = user_ids
 
 
 class ApprovalError(KeylessError):

@@ -21,11 +21,14 @@ __all__ = [
     "AuthType",
     "Authentication",
     "Authentications",
+    "Device",
+    "ExternalUser",
     "Operation",
     "OperationState",
     "PendingOperation",
     "Region",
     "Secret",
+    "User",
 ]
 
 
@@ -100,13 +103,17 @@ class Secret:
         return Secret, ("",)
 
 
+#: Of these a repr shows only the length: a payload is confidential, an external user id may be personal data.
+_REDACTED: Final = frozenset({"operation_payload", "external_user_id"})
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of a payload."""
+    """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of what is private."""
 
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if name == "operation_payload" and value is not None:
+            if name in _REDACTED and value is not None:
                 yield name, _Redacted(value)
             else:
                 yield name, value
@@ -117,12 +124,12 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class _Redacted:
-    """Placeholder for a payload in a ``repr``; not a string, since rich would quote that."""
+    """Placeholder for a private text in a ``repr``; not a string, since rich would quote that."""
 
     __slots__ = ("_length",)
 
-    def __init__(self, payload: str) -> None:
-        self._length = len(payload)
+    def __init__(self, text: str) -> None:
+        self._length = len(text)
 
     def __repr__(self) -> str:
         return f"<{self._length} characters>"
@@ -311,6 +318,90 @@ class TelemetryAnswer(msgspec.Struct, frozen=True):
         )
 
 
+class ExternalUser(Model, frozen=True, kw_only=True):
+    """The link between a user and your own id of that user; a user has at most one.
+
+    Attributes:
+        sdk_customer_id: The service's number of the customer; None if the link was found after a lost answer.
+        user_id: The user, in hex.
+        external_user_id: Your own id of the user.
+        created_at: Creation time as the service wrote it; its zone is not documented.
+        updated_at: Time of the last change, likewise.
+
+    Source: Keyless documentation, Server API / External User ID.
+    """
+
+    sdk_customer_id: int | None = None
+    user_id: str
+    external_user_id: str
+    created_at: str
+    updated_at: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data under the attribute names, with the external user id."""
+        return msgspec.structs.asdict(self)
+
+
+class User(Model, frozen=True, kw_only=True):
+    """A user who was found by an external user id, which the answer does not repeat.
+
+    Attributes:
+        user_id: The user, in hex.
+        biometric_public_signing_key: The user's public key, base64.
+        created_at: Creation time as the service wrote it; its zone is not documented.
+        updated_at: Time of the last change, likewise.
+
+    Source: Keyless documentation, Server API / External User ID, "Get users".
+    """
+
+    user_id: str
+    biometric_public_signing_key: str
+    created_at: str
+    updated_at: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data under the attribute names."""
+        return msgspec.structs.asdict(self)
+
+
+class Device(Model, frozen=True, kw_only=True):
+    """A device on which a user is enrolled.
+
+    Attributes:
+        user_id: The user, in hex.
+        sdk_customer_id: The service's number of the customer.
+        public_signing_key: The device's public key, base64; `KeylessClient.delete_device` takes it.
+        public_encryption_key: Its other public key, base64.
+        state: ``"ACTIVE"`` is the only documented value; any other text is kept unchanged.
+        created_at: Time of the enrolment as the service wrote it; its zone is not documented.
+        os_version: Its operating system, or None.
+        sdk_version: The version of the app's SDK, or None.
+        deleted_at: When it was removed, or None.
+
+    Source: Keyless documentation, Server API / Devices.
+    """
+
+    user_id: str
+    sdk_customer_id: int
+    public_signing_key: str
+    public_encryption_key: str
+    state: str
+    created_at: str
+    os_version: str | None = None
+    sdk_version: str | None = None
+    deleted_at: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data under the attribute names."""
+        return msgspec.structs.asdict(self)
+
+
+class NewExternalUser(Model, frozen=True, kw_only=True):
+    """Body of ``POST`` and ``PATCH /v2/users/{userId}/external-user``."""
+
+    external_user_id: str
+
+
 class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """Body of ``POST /v2/users/{userId}/operations``; absent fields are left out, not null."""
 
@@ -319,8 +410,8 @@ class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaul
     external_user_id: str | None = None
 
 
-class CreateAnswer(msgspec.Struct, frozen=True):
-    """Answer to ``POST /v2/users/{userId}/operations``: ``success`` is documented as always true."""
+class SuccessAnswer(msgspec.Struct, frozen=True):
+    """Answer to a create or a deletion: ``success`` is documented as always true."""
 
     success: bool
 

@@ -17,6 +17,7 @@ from aiokeyless import KeylessClient, errors, wait_adaptive
 from aiokeyless._validation import check_operation_id, check_text, check_user_id
 from aiokeyless.errors import (
     AlreadyApprovedError,
+    AmbiguousUserError,
     ApprovalError,
     ApprovalTimeoutError,
     ApprovalUnknownError,
@@ -81,6 +82,7 @@ TREE: dict[type[KeylessError], tuple[type[BaseException], ...]] = {
     ApprovalUnknownError: (ApprovalTimeoutError,),
     OperationMismatchError: (ApprovalError,),
     InconsistentOperationError: (ApprovalError,),
+    AmbiguousUserError: (KeylessError,),
     BrokerError: (KeylessError,),
     InvalidRequestError: (KeylessError,),
 }
@@ -146,6 +148,8 @@ def example(kind: type[KeylessError]) -> KeylessError:
             elapsed=120.5,
             ticket=ticket(),
         )
+    if issubclass(kind, AmbiguousUserError):
+        return kind("two users", user_ids=("AB", "CD"))
     if issubclass(kind, ConfigurationError):
         return kind("what happened; what to do", argument="user_id")
     return kind("what happened; what to do")

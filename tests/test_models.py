@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,16 @@ from aiokeyless.models import (
     Authentication,
     Authentications,
     AuthType,
+    Device,
+    ExternalUser,
+    NewExternalUser,
     NewOperation,
     Operation,
     OperationState,
     PendingOperation,
     Region,
     Secret,
+    User,
     decode_hook,
 )
 from aiokeyless.reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
@@ -151,7 +156,7 @@ def test_no_repr_shows_a_key_or_a_payload_but_its_length(model: object, show: Ca
 def test_a_repr_says_everything_else() -> None:
     assert repr(operation()) == (
         "Operation(id=1, timestamp='2020-01-02T03:04:05.68', node_id='node', user_id='0123456789ABCDEF', "
-        "api_key=Secret('***'), external_user_id='someone@example.com', operation_id='txn-1', "
+        "api_key=Secret('***'), external_user_id=<19 characters>, operation_id='txn-1', "
         f"operation_payload=<{len(PAYLOAD)} characters>, result=True, auth_type='biom', state='approved')"
     )
 
@@ -336,6 +341,63 @@ def test_no_timestamp_raises(text: str) -> None:
 
 def test_the_body_of_a_create_leaves_out_what_is_absent() -> None:
     assert msgspec.json.encode(NewOperation(operation_id="a")) == b'{"operationId":"a"}'
+
+
+# -- users and devices
+
+TIME = "2025-08-06T15:04:05.242194378"
+DOCUMENTED: dict[Any, dict[str, Any]] = {
+    ExternalUser: {
+        "sdkCustomerId": 1,
+        "userId": "0123456789ABCDEF",
+        "externalUserId": "text",
+        "createdAt": TIME,
+        "updatedAt": TIME,
+    },
+    User: {"userId": "0123456789ABCDEF", "biometricPublicSigningKey": "a2V5", "createdAt": TIME, "updatedAt": TIME},
+    Device: {
+        "userId": "0123456789ABCDEF",
+        "sdkCustomerId": 1,
+        "publicSigningKey": "a2V5",
+        "publicEncryptionKey": "a2V6",
+        "state": "ACTIVE",
+        "createdAt": TIME,
+        "osVersion": "15",
+        "sdkVersion": "5.2",
+        "deletedAt": TIME,
+    },
+}
+documented = pytest.mark.parametrize(
+    ("kind", "wire"), DOCUMENTED.items(), ids=lambda each: getattr(each, "__name__", "")
+)
+
+
+@documented
+def test_a_documented_user_or_device_is_read_field_by_field(kind: Any, wire: dict[str, Any]) -> None:
+    got = msgspec.json.decode(json.dumps(wire | {"info": "deprecated"}), type=kind)
+    assert list(got.to_dict().values()) == list(wire.values())
+    assert list(got.to_dict()) == [re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name) for name in wire]
+    assert msgspec.json.decode(msgspec.json.encode(got)) == wire
+
+
+@documented
+def test_of_a_user_or_device_only_what_is_documented_as_optional_may_be_absent(kind: Any, wire: dict[str, Any]) -> None:
+    optional = {"osVersion", "sdkVersion", "deletedAt"} | ({"sdkCustomerId"} if kind is ExternalUser else set())
+    for name in wire:
+        less = json.dumps({other: value for other, value in wire.items() if other != name})
+        if name in optional:
+            assert msgspec.json.decode(less, type=kind)
+        else:
+            with pytest.raises(msgspec.ValidationError):
+                msgspec.json.decode(less, type=kind)
+
+
+def test_no_repr_shows_an_external_id() -> None:
+    personal = "someone@example.com"
+    link = msgspec.json.decode(json.dumps(DOCUMENTED[ExternalUser] | {"externalUserId": personal}), type=ExternalUser)
+    for model in (link, NewExternalUser(external_user_id=personal), operation()):
+        assert personal not in f"{model!r} {pretty_repr(model)}"
+        assert "external_user_id=<19 characters>" in repr(model)
 
 
 # -- attempts to authenticate

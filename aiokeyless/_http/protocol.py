@@ -2,7 +2,7 @@
 
 Nothing here does I/O, so all of it is tested without a network.
 
-Source: Keyless documentation, Server API / Operations and Server API / Telemetry.
+Source: Keyless documentation, Server API: Operations, Telemetry, External User ID, Users, Devices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from urllib.parse import quote
 import msgspec
 from multidict import istr
 
-from aiokeyless._validation import check_external_user_id, check_operation_id, check_user_id
+from aiokeyless._validation import (
+    check_external_user_id,
+    check_operation_id,
+    check_public_signing_key,
+    check_user_id,
+)
 from aiokeyless.errors import (
     TRANSIENT_STATUSES,
     AuthenticationError,
@@ -36,12 +41,16 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import (
     Authentications,
-    CreateAnswer,
+    Device,
+    ExternalUser,
+    NewExternalUser,
     NewOperation,
     Operation,
     PendingOperation,
     Region,
+    SuccessAnswer,
     TelemetryAnswer,
+    User,
     decode_hook,
 )
 
@@ -90,9 +99,10 @@ class Endpoint(Generic[T]):
         decode: Turns the body of a success into a struct.
         success: The statuses that count as a success. Default: 200.
         max_body: Largest body of an answer, in bytes. Default: 1 MiB.
+        is_personal: Whether the path holds an external user id, which may be personal data: messages then show `route`.
     """
 
-    __slots__ = ("decode", "max_body", "method", "route", "success")
+    __slots__ = ("decode", "is_personal", "max_body", "method", "route", "success")
 
     def __init__(
         self,
@@ -108,10 +118,10 @@ class Endpoint(Generic[T]):
         self.decode = decode
         self.success = success
         self.max_body = max_body
+        self.is_personal = "{externalUserId}" in route
 
 
 _read_operation: Final = msgspec.json.Decoder(Operation, dec_hook=decode_hook).decode
-_read_created: Final = msgspec.json.Decoder(CreateAnswer).decode
 _read_telemetry: Final = msgspec.json.Decoder(TelemetryAnswer, strict=False).decode  # a number may come as a text
 
 
@@ -122,10 +132,28 @@ def _decode_operation(body: bytes) -> Operation:
     return operation
 
 
-def _decode_created(body: bytes) -> CreateAnswer:
-    answer = _read_created(body)
-    _refuse_duplicate_keys(body)
-    return answer
+def _strictly(kind: type[T]) -> Callable[[bytes], T]:
+    """Return a decoder that refuses an object that has the same key twice."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def decode_strictly(body: bytes) -> T:
+        answer = decode(body)
+        _refuse_duplicate_keys(body)
+        return answer
+
+    return decode_strictly
+
+
+_read_success: Final = _strictly(SuccessAnswer)
+
+
+def _decode_deleted(body: bytes) -> None:
+    if not _read_success(body).success:
+        raise msgspec.ValidationError("success is false")
+
+
+def _decode_nothing(_body: bytes) -> None:
+    """Accept any body: the status says it all."""
 
 
 def _decode_authentications(body: bytes) -> Authentications:
@@ -156,15 +184,28 @@ GET_EXTERNAL_AUTHENTICATIONS: Final = Endpoint(
     "GET", "/v2/external-users/{externalUserId}/authentications", _decode_authentications, max_body=MAX_LIST_BODY
 )
 # 200 is documented; 201 is HTTP's status for a creation, and a gateway may send it.
-POST_OPERATION: Final = Endpoint(
-    "POST", "/v2/users/{userId}/operations", _decode_created, success=frozenset({200, 201})
+_CREATED: Final = frozenset({200, 201})
+POST_OPERATION: Final = Endpoint("POST", "/v2/users/{userId}/operations", _read_success, success=_CREATED)
+# 201 is documented here, and 200 for the operations.
+POST_EXTERNAL_USER: Final = Endpoint(
+    "POST", "/v2/users/{userId}/external-user", _strictly(ExternalUser), success=_CREATED
 )
+PATCH_EXTERNAL_USER: Final = Endpoint("PATCH", "/v2/users/{userId}/external-user", _strictly(ExternalUser))
+DELETE_EXTERNAL_USER: Final = Endpoint(
+    "DELETE", "/v2/external-users/{externalUserId}", _decode_nothing, success=frozenset({204})
+)
+GET_EXTERNAL_USERS: Final = Endpoint(
+    "GET", "/v2/external-users/{externalUserId}/users", _strictly(list[User]), max_body=MAX_LIST_BODY
+)
+DELETE_USER: Final = Endpoint("DELETE", "/v2/users/{userId}", _decode_deleted)
+GET_DEVICES: Final = Endpoint("GET", "/v2/users/{userId}/devices", _strictly(list[Device]), max_body=MAX_LIST_BODY)
+DELETE_DEVICE: Final = Endpoint("DELETE", "/v2/users/{userId}/devices/{publicSigningKey}", _decode_deleted)
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
     """One request as data. `path` and `query` are percent-encoded; they follow the base URL.
 
-    Messages show the path and not the query.
+    Messages show `shown_path` and not the query.
     """
 
     endpoint: Endpoint[T]
@@ -172,11 +213,16 @@ class Request(msgspec.Struct, Generic[T], frozen=True):
     body: bytes | None = None
     query: str = ""
 
+    @property
+    def shown_path(self) -> str:
+        """The path as messages show it: without an external user id."""
+        return self.endpoint.route if self.endpoint.is_personal else self.path
+
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
-        yield "path", self.path
+        yield "path", self.shown_path
 
     def __repr__(self) -> str:
-        return f"<Request {self.endpoint.method} {self.path}>"  # the body holds a payload
+        return f"<Request {self.endpoint.method} {self.shown_path}>"  # the body holds a payload
 
 
 def get_operation(operation_id: str) -> Request[Operation]:
@@ -189,7 +235,7 @@ def get_pending_operations(user_id: str) -> Request[list[PendingOperation]]:
     return Request(GET_PENDING, f"/v2/users/{check_user_id(user_id)}/operations/pending")
 
 
-def create_operation(user_id: str, operation: NewOperation) -> Request[CreateAnswer]:
+def create_operation(user_id: str, operation: NewOperation) -> Request[SuccessAnswer]:
     """Build ``POST /v2/users/{userId}/operations``."""
     check_operation_id(operation.operation_id)
     path = f"/v2/users/{check_user_id(user_id)}/operations"
@@ -203,8 +249,7 @@ def get_authentications(user_id: str, operation_id: str | None = None) -> Reques
 
 def get_external_authentications(external_user_id: str, operation_id: str | None = None) -> Request[Authentications]:
     """Build ``GET /v2/external-users/{externalUserId}/authentications``."""
-    user_path = f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}"
-    return _authentications(GET_EXTERNAL_AUTHENTICATIONS, user_path, operation_id)
+    return _authentications(GET_EXTERNAL_AUTHENTICATIONS, _external_user(external_user_id), operation_id)
 
 
 def _authentications(
@@ -212,6 +257,51 @@ def _authentications(
 ) -> Request[Authentications]:
     query = "" if operation_id is None else f"operationId={quote(check_operation_id(operation_id), safe='')}"
     return Request(endpoint, f"{user_path}/authentications", query=query)
+
+
+def create_external_user(user_id: str, external_user_id: str) -> Request[ExternalUser]:
+    """Build ``POST /v2/users/{userId}/external-user``."""
+    return _external_user_body(POST_EXTERNAL_USER, user_id, external_user_id)
+
+
+def update_external_user(user_id: str, external_user_id: str) -> Request[ExternalUser]:
+    """Build ``PATCH /v2/users/{userId}/external-user``."""
+    return _external_user_body(PATCH_EXTERNAL_USER, user_id, external_user_id)
+
+
+def _external_user_body(endpoint: Endpoint[ExternalUser], user_id: str, external_user_id: str) -> Request[ExternalUser]:
+    body = NewExternalUser(external_user_id=check_external_user_id(external_user_id))
+    return Request(endpoint, f"/v2/users/{check_user_id(user_id)}/external-user", msgspec.json.encode(body))
+
+
+def delete_external_user(external_user_id: str) -> Request[None]:
+    """Build ``DELETE /v2/external-users/{externalUserId}``."""
+    return Request(DELETE_EXTERNAL_USER, _external_user(external_user_id))
+
+
+def find_users(external_user_id: str) -> Request[list[User]]:
+    """Build ``GET /v2/external-users/{externalUserId}/users``."""
+    return Request(GET_EXTERNAL_USERS, f"{_external_user(external_user_id)}/users")
+
+
+def delete_user(user_id: str) -> Request[None]:
+    """Build ``DELETE /v2/users/{userId}``."""
+    return Request(DELETE_USER, f"/v2/users/{check_user_id(user_id)}")
+
+
+def get_devices(user_id: str) -> Request[list[Device]]:
+    """Build ``GET /v2/users/{userId}/devices``."""
+    return Request(GET_DEVICES, f"/v2/users/{check_user_id(user_id)}/devices")
+
+
+def delete_device(user_id: str, public_signing_key: str) -> Request[None]:
+    """Build ``DELETE /v2/users/{userId}/devices/{publicSigningKey}``."""
+    key = quote(check_public_signing_key(public_signing_key), safe="")
+    return Request(DELETE_DEVICE, f"/v2/users/{check_user_id(user_id)}/devices/{key}")
+
+
+def _external_user(external_user_id: str) -> str:
+    return f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}"
 
 
 _STATUS_ERRORS: Final[Mapping[int, type[StatusError]]] = {

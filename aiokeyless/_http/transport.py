@@ -102,6 +102,9 @@ class Transport:
                 headers=_headers(api_key),  # cheaper than per request: aiohttp then has nothing to merge
             )
         self._session = session
+        # aiohttp repeats a DELETE by itself when its connection is lost. The second one's 404 would then appear to
+        # be a first one's. A borrowed session may have middlewares of its own, which these would replace.
+        self._delete_options = {**self._options, "middlewares": (_send_once,)} if self._owns_session else self._options
         # No total: aiohttp loses a cancellation of the caller's that comes in the turn of the loop in which it passes,
         # as its timer is entered twice and then takes two cancellations for its own. asyncio.timeout does not.
         self._call_timeout = aiohttp.ClientTimeout(total=None)
@@ -138,6 +141,10 @@ class Transport:
         """Return the API's path of such a URL, without the base path, for messages."""
         return url.raw_path.removeprefix(self._base_path)
 
+    def _shown_path(self, endpoint: protocol.Endpoint[Any], url: URL) -> str:
+        """Return the path for messages; one with an external user id, which may be personal, as it is documented."""
+        return endpoint.route if endpoint.is_personal else self.path(url)
+
     async def send(self, request: protocol.Request[T], *, attempt: int = 1) -> T:
         """Send a request once and read its answer.
 
@@ -170,7 +177,7 @@ class Transport:
             if self._listeners is not None:
                 status = answer.status
                 request_id = protocol.request_id(answer, self._redaction)
-            return protocol.read(endpoint, self.path(url), answer, self._redaction)
+            return protocol.read(endpoint, self._shown_path(endpoint, url), answer, self._redaction)
         except BaseException as error:
             failure = type(error).__name__
             raise
@@ -286,17 +293,19 @@ class Transport:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome, failure = self._failed(method, self.path(url), error), error
+            outcome, failure = self._failed(method, self._shown_path(endpoint, url), error), error
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
-                logger.debug("%s %s -> %d in %.0f ms", method, self.path(url), response.status, elapsed)
+                path = self._shown_path(endpoint, url)
+                logger.debug("%s %s -> %d in %.0f ms", method, path, response.status, elapsed)
             if content is not None:
                 return protocol.Answer(response.status, response.headers, content)
+            path = self._shown_path(endpoint, url)
             outcome = TransportError(
-                f"{method} {self.path(url)}: the answer is larger than {endpoint.max_body} bytes and was cut off",
+                f"{method} {path}: the answer is larger than {endpoint.max_body} bytes and was cut off",
                 method=method,
-                path=self.path(url),
+                path=path,
             )
         _drop_tracebacks(failure, handled=sys.exception())
         # Raised outside the except block and without the frames of aiohttp, whose variables include the request's
@@ -312,8 +321,9 @@ class Transport:
         self, endpoint: protocol.Endpoint[Any], url: URL, timeouts: aiohttp.ClientTimeout, body: bytes | None
     ) -> tuple[aiohttp.ClientResponse, bytes | None]:
         """Send a request, and return its answer and the body; None if that is too large."""
+        options = self._delete_options if endpoint.method == "DELETE" else self._options
         response = await self._session.request(
-            endpoint.method, url, timeout=timeouts, data=body, headers=self._headers_of(body), **self._options
+            endpoint.method, url, timeout=timeouts, data=body, headers=self._headers_of(body), **options
         )
         try:
             return response, await _read(response, endpoint.max_body)
@@ -406,6 +416,16 @@ def _headers(api_key: Secret) -> dict[str, str]:
         "Accept": "application/json",
         "User-Agent": f"aiokeyless/{__version__}",
     }
+
+
+async def _send_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Turn the loss of a connection into an error on which aiohttp does not repeat the request."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:  # nothing was sent, and aiohttp does not repeat it
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError from error
 
 
 async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:

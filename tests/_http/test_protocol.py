@@ -21,10 +21,14 @@ from yarl import URL
 
 from aiokeyless._http.protocol import (
     BASE_URLS,
+    DELETE_USER,
     GET_AUTHENTICATIONS,
+    GET_DEVICES,
     GET_EXTERNAL_AUTHENTICATIONS,
+    GET_EXTERNAL_USERS,
     GET_OPERATION,
     GET_PENDING,
+    POST_EXTERNAL_USER,
     POST_OPERATION,
     Answer,
     Endpoint,
@@ -66,7 +70,16 @@ from aiokeyless.errors import (
     StatusError,
     UnsupportedMediaTypeError,
 )
-from aiokeyless.models import Authentication, CreateAnswer, NewOperation, Operation, PendingOperation, Region, Secret
+from aiokeyless.models import (
+    Authentication,
+    ExternalUser,
+    NewOperation,
+    Operation,
+    PendingOperation,
+    Region,
+    Secret,
+    SuccessAnswer,
+)
 
 KEY = "k3y/with+blanks and=\"quotes\" & <tags> 'n' 100%\\"
 PATH = "/v2/operations/txn-1"
@@ -75,6 +88,10 @@ ENDPOINTS: dict[str, Endpoint[Any]] = {
     "pending": GET_PENDING,
     "create": POST_OPERATION,
     "attempts": GET_AUTHENTICATIONS,
+    "link": POST_EXTERNAL_USER,
+    "users": GET_EXTERNAL_USERS,
+    "devices": GET_DEVICES,
+    "deletion": DELETE_USER,
 }
 WIRE: dict[str, Any] = {
     "id": 1,
@@ -97,6 +114,16 @@ GOOD = {
                       "authentications": [{"createdAt": "2025-05-21T10:34:00.000", "result": "APPROVED", "errorCode": 0,
                                            "operationId": "op-789", "deviceId": "device-abc", "authType": "biom"}]}]}
     """.strip(),
+    "link": b"""
+        {"sdkCustomerId": 1, "userId": "0123456789ABCDEF", "externalUserId": "text",
+         "createdAt": "2025-08-06T15:04:05.242194378", "updatedAt": "2025-08-06T15:04:05.242194378"}
+    """.strip(),
+    "users": b'[{"userId": "AB", "biometricPublicSigningKey": "a2V5", "createdAt": "t", "updatedAt": "t"}]',
+    "devices": b"""
+        [{"userId": "AB", "sdkCustomerId": 1, "publicSigningKey": "a2V5", "publicEncryptionKey": "a2V6",
+          "state": "ACTIVE", "createdAt": "t", "osVersion": "15", "sdkVersion": "5", "deletedAt": "t"}]
+    """.strip(),
+    "deletion": b'{"success": true}',
 }
 PAGE = b"<!doctype html><html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
 every_endpoint = pytest.mark.parametrize("name", list(ENDPOINTS))
@@ -326,8 +353,21 @@ def test_only_the_lists_may_be_large() -> None:
         "pending": 16 << 20,
         "create": 1 << 20,
         "attempts": 16 << 20,
+        "link": 1 << 20,
+        "users": 16 << 20,
+        "devices": 16 << 20,
+        "deletion": 1 << 20,
     }
-    assert [endpoint.method for endpoint in ENDPOINTS.values()] == ["GET", "GET", "POST", "GET"]
+    methods = ["GET", "GET", "POST", "GET", "POST", "GET", "GET", "DELETE"]
+    assert [endpoint.method for endpoint in ENDPOINTS.values()] == methods
+
+
+def test_a_request_that_names_an_external_user_shows_its_route_alone() -> None:
+    request = get_external_authentications("ann@example.com")
+    assert request.shown_path == "/v2/external-users/{externalUserId}/authentications"
+    assert repr(request) == f"<Request GET {request.shown_path}>"
+    assert "ann" not in pretty_repr(request)
+    assert get_operation("ann").shown_path == "/v2/operations/ann"
 
 
 # -- arguments
@@ -758,6 +798,9 @@ TEXTS: dict[str, Any] = {  # an answer of each endpoint that answers texts
     "operation": WIRE | OPTIONAL,
     "pending": {"operationId": "a"} | OPTIONAL,
     "attempts": json.loads(GOOD["attempts"])["content"][0]["authentications"][0],
+    "link": json.loads(GOOD["link"]),
+    "users": json.loads(GOOD["users"])[0],
+    "devices": json.loads(GOOD["devices"])[0],
 }
 
 
@@ -766,6 +809,9 @@ def with_texts(name: str, texts: dict[str, Any]) -> bytes:
         "operation": texts,
         "pending": [{"operationId": "b"}, texts],
         "attempts": {"content": [{"authentications": [{}, texts]}]},
+        "link": texts,
+        "users": [texts],
+        "devices": [texts],
     }
     return json.dumps(bodies[name]).encode()
 
@@ -939,7 +985,7 @@ def test_the_good_answers_are_decoded() -> None:
         PendingOperation(operation_id="c"),
     ]
     assert answered(200, b"[]", name="pending") == []
-    assert answered(200, GOOD["create"], name="create") == CreateAnswer(success=True)
+    assert answered(200, GOOD["create"], name="create") == SuccessAnswer(success=True)
     [attempt] = answered(200, GOOD["attempts"], name="attempts")
     assert attempt == Authentication(
         created_at="2025-05-21T10:34:00.000",
@@ -997,8 +1043,9 @@ def test_a_success_is_read_with_any_content_type_and_blanks_around_it(name: str)
 
 
 def test_201_is_a_success_of_a_create_alone() -> None:
-    assert answered(201, GOOD["create"], name="create") == CreateAnswer(success=True)
-    for name in ("operation", "pending", "attempts"):
+    assert answered(201, GOOD["create"], name="create") == SuccessAnswer(success=True)
+    assert answered(201, GOOD["link"], name="link").external_user_id == "text"
+    for name in ENDPOINTS.keys() - {"create", "link"}:
         with pytest.raises(StatusError) as caught:
             answered(201, GOOD[name], name=name)
         assert caught.value.status == 201
@@ -1230,7 +1277,7 @@ def test_no_answer_raises_anything_but_the_two_documented_roots(
     except (DecodeError, StatusError) as error:
         got = error
     assert isinstance(got, StatusError) is (status not in ({200, 201} if name == "create" else {200}))
-    assert isinstance(got, KeylessError | Operation | CreateAnswer | list)
+    assert isinstance(got, KeylessError | Operation | SuccessAnswer | ExternalUser | list | None)
     if isinstance(got, KeylessError):
         assert str(got).isprintable()
     if isinstance(got, StatusError):

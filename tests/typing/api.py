@@ -17,6 +17,8 @@ from aiokeyless import (
     Authentications,
     ClientStatistics,
     DefaultTimeout,
+    Device,
+    ExternalUser,
     IfExists,
     IfMissing,
     KeylessClient,
@@ -27,6 +29,7 @@ from aiokeyless import (
     PendingOperation,
     Region,
     Secret,
+    User,
     WaitTimeout,
     wait_adaptive,
 )
@@ -50,6 +53,20 @@ async def calls(client: KeylessClient) -> None:
     assert_type(ApprovalTicket.from_json(ticket.to_json()), ApprovalTicket)
     assert_type(client.statistics, ClientStatistics)
     assert_type(client.statistics.circuit, str)
+
+
+async def users(client: KeylessClient) -> None:
+    link = await client.create_external_user("C0FFEE", "ann")
+    assert_type(link, ExternalUser)
+    assert_type(link.sdk_customer_id, int | None)
+    assert_type(await client.update_external_user("C0FFEE", "ann"), ExternalUser)
+    assert_type(await client.find_users("ann"), list[User])
+    assert_type(await client.get_user("ann"), User)
+    devices = await client.get_devices("C0FFEE")
+    assert_type(devices, list[Device])
+    await client.delete_device("C0FFEE", devices[0].public_signing_key)
+    await client.delete_external_user("ann")
+    await client.delete_user("C0FFEE")
 
 
 async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:
