@@ -394,6 +394,7 @@ last_day = datetime.max.replace(tzinfo=timezone(timedelta(hours=-1)))
         *(("headers", partial(Sandbox().fail_next, headers=value)) for value in ({"": "a"}, {"A": ""})),
         ("operation_id", lambda: Sandbox().approve("nope")),
         ("operation_id", lambda: Sandbox().forget("nope")),
+        ("user_id", lambda: Sandbox().enroll("xyz")),
         ("operation_id", lambda: Sandbox().approve("", user_id="AB")),
         ("operation_payload", lambda: Sandbox().approve("txn-1", user_id="AB", operation_payload="\ud800")),
         ("auth_type", lambda: stored().approve("txn-1", auth_type="voice")),

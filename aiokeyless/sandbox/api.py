@@ -3,7 +3,7 @@
 As strict as the documentation: a request that the real service refuses is refused here. Nothing here does I/O, and
 nothing depends on aiohttp, on time or on simulated faults.
 
-Source: Keyless documentation, Server API / Operations and Server API / Telemetry.
+Source: Keyless documentation, Server API: Operations, Telemetry, External User ID, Users, Devices.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import functools
 import hmac
 import re
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 import msgspec
 
-from .store import is_user_id
+from .fields import is_user_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .store import OperationStore
 
-    _Endpoint = Callable[[str, str, bytes], "Answer"]
+    _Endpoint = Callable[["_Call"], "Answer"]
 
 JSON: Final = "application/json"
 _JSON_HEADERS: Final = {"Content-Type": JSON}
@@ -46,6 +46,20 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = _JSON_HEADERS
 
 
+class _Call(NamedTuple):
+    """A request that passed the checks that all endpoints share; `ids` are those in its path."""
+
+    ids: tuple[str, ...]
+    query: str
+    body: bytes
+
+
+class _ExternalUser(msgspec.Struct, rename="camel"):
+    """The body of a request that gives a user an external user id."""
+
+    external_user_id: Annotated[str, msgspec.Meta(min_length=1)]
+
+
 class _Creation(msgspec.Struct, rename="camel"):
     """The body of a creation; absent fields must be left out, so null is refused."""
 
@@ -54,8 +68,9 @@ class _Creation(msgspec.Struct, rename="camel"):
     external_user_id: str | msgspec.UnsetType = msgspec.UNSET
 
 
-_CREATION: Final = msgspec.json.Decoder(_Creation)
-_CREATED: Final = Answer(HTTPStatus.OK, b'{"success":true}')
+_SUCCESS: Final = Answer(HTTPStatus.OK, b'{"success":true}')
+_WITH_BODY: Final = {"POST", "PATCH"}
+_Body = TypeVar("_Body")
 
 
 def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Answer:
@@ -85,12 +100,26 @@ class KeylessApi:
         self._store = store
         self._key = api_key.encode()
         self._on_created = on_created
+        routes: dict[str, dict[str, _Endpoint]] = {
+            "/v2/operations/{id}": {"GET": self._get_operation},
+            "/v2/users/{id}/operations": {"POST": self._create},
+            "/v2/users/{id}/operations/pending": {"GET": self._get_pending},
+            "/v2/users/{id}/authentications": {"GET": self._get_authentications},
+            "/v2/external-users/{id}/authentications": {"GET": self._get_external_authentications},
+            "/v2/users/{id}/external-user": {"POST": self._link, "PATCH": self._relink},
+            "/v2/external-users/{id}": {"DELETE": self._unlink},
+            "/v2/external-users/{id}/users": {"GET": self._find_users},
+            "/v2/users/{id}": {"DELETE": self._delete_user},
+            "/v2/users/{id}/devices": {"GET": self._get_devices},
+            "/v2/users/{id}/devices/{id}": {"DELETE": self._remove_device},
+        }
+        self._routes = [(re.compile(path.replace("{id}", "([^/]*)")), endpoints) for path, endpoints in routes.items()]
 
     def answer(self, method: str, target: str, *, api_key: str, accept: str, content_type: str, body: bytes) -> Answer:
-        """Answer one request, and apply the effect of a POST.
+        """Answer one request, and apply its effect.
 
         The first failed check decides the error, in this order: key, route, method, ``Accept``, ``Content-Type``, ids
-        and body, existence of the operation.
+        and body, existence of what they name.
 
         Args:
             method: HTTP method.
@@ -101,63 +130,93 @@ class KeylessApi:
             body: Body of the request.
         """
         try:
-            endpoint, segment = self._admit(method, target, api_key, accept, content_type)
-            return endpoint(_decoded(segment), target.partition("?")[2], body)
+            endpoint, segments = self._admit(method, target, api_key, accept, content_type)
+            return endpoint(_Call(tuple(map(_decoded, segments)), target.partition("?")[2], body))
         except _RefusedError as error:
             return error_answer(error.status, str(error), error.headers)
 
-    def _admit(self, method: str, target: str, api_key: str, accept: str, content_type: str) -> tuple[_Endpoint, str]:
-        """Do the checks that all endpoints share; return the endpoint and the id in the path, still encoded."""
+    def _admit(
+        self, method: str, target: str, api_key: str, accept: str, content_type: str
+    ) -> tuple[_Endpoint, tuple[str, ...]]:
+        """Do the checks that all endpoints share; return the endpoint and the ids in the path, still encoded."""
         if not hmac.compare_digest(api_key.encode("utf-8", "surrogateescape"), self._key):
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
-        allowed, endpoint, segment = self._route(target)
-        if method != allowed:
+        endpoints, segments = self._route(target)
+        if method not in endpoints:
+            allowed = ", ".join(endpoints)
             raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"only {allowed}", {"Allow": allowed})
         if not admits_json(accept):
             raise _RefusedError(HTTPStatus.NOT_ACCEPTABLE, "Accept does not admit application/json")
-        if method == "POST" and content_type.partition(";")[0].strip().lower() != JSON:
+        if method in _WITH_BODY and content_type.partition(";")[0].strip().lower() != JSON:
             raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
-        return endpoint, segment
+        return endpoints[method], segments
 
-    def _route(self, target: str) -> tuple[str, _Endpoint, str]:
-        """Return the method, the endpoint and the id in the path, still encoded."""
+    def _route(self, target: str) -> tuple[Mapping[str, _Endpoint], tuple[str, ...]]:
+        """Return the endpoints of a path by method, and the ids in the path, still encoded."""
         # Split before decoding: an encoded slash belongs to an id and must not separate path segments.
-        match target.partition("?")[0].split("/"):
-            case ["", "v2", "operations", operation_id] if operation_id:
-                return "GET", self._get_operation, operation_id
-            case ["", "v2", "users", user_id, "operations", "pending"]:
-                return "GET", self._get_pending, user_id
-            case ["", "v2", "users", user_id, "operations"]:
-                return "POST", self._create, user_id
-            case ["", "v2", "users", user_id, "authentications"]:
-                return "GET", self._get_authentications, user_id
-            case ["", "v2", "external-users", external_user_id, "authentications"]:
-                return "GET", self._get_external_authentications, external_user_id
+        path = target.partition("?")[0]
+        for pattern, endpoints in self._routes:
+            if match := pattern.fullmatch(path):
+                return endpoints, match.groups()
         raise _RefusedError(HTTPStatus.NOT_FOUND, "no such path; the API is under /v2")
 
-    def _get_operation(self, operation_id: str, _query: str, _body: bytes) -> Answer:
-        found = self._store.operation_json(operation_id)
+    def _get_operation(self, call: _Call) -> Answer:
+        found = self._store.operation_json(call.ids[0])
         if found is None:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "no such operation")
         return Answer(HTTPStatus.OK, found)
 
-    def _get_pending(self, user_id: str, _query: str, _body: bytes) -> Answer:
-        _check_user_id(user_id)
-        return Answer(HTTPStatus.OK, self._store.pending_json(user_id))
+    def _get_pending(self, call: _Call) -> Answer:
+        return Answer(HTTPStatus.OK, self._store.pending_json(_user_id(call)))
 
-    def _get_authentications(self, user_id: str, query: str, _body: bytes) -> Answer:
-        return _known_user(self._store.authentications_json(user_id, _operation_id(query)))
+    def _get_authentications(self, call: _Call) -> Answer:
+        return _known_user(self._store.authentications_json(call.ids[0], _operation_id(call.query)))
 
-    def _get_external_authentications(self, external_user_id: str, query: str, _body: bytes) -> Answer:
-        return _known_user(self._store.external_authentications_json(external_user_id, _operation_id(query)))
+    def _get_external_authentications(self, call: _Call) -> Answer:
+        return _known_user(self._store.external_authentications_json(call.ids[0], _operation_id(call.query)))
 
-    def _create(self, user_id: str, _query: str, body: bytes) -> Answer:
-        _check_user_id(user_id)
-        try:
-            # Decoded first: msgspec does not check the bytes of fields that it skips.
-            creation = _CREATION.decode(body.decode())
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not an operation: {error}") from None
+    def _link(self, call: _Call) -> Answer:
+        user_id, external_user_id = _user_id(call), _read(call.body, _ExternalUser, "an external user").external_user_id
+        self._check_exists(user_id)
+        link = self._store.users.link(user_id, external_user_id)
+        if link is None:
+            raise _RefusedError(HTTPStatus.CONFLICT, "the user has an external user id, or another user has this one")
+        return Answer(HTTPStatus.CREATED, link)
+
+    def _relink(self, call: _Call) -> Answer:
+        user_id, external_user_id = _user_id(call), _read(call.body, _ExternalUser, "an external user").external_user_id
+        self._check_exists(user_id)
+        return Answer(HTTPStatus.OK, self._store.users.relink(user_id, external_user_id))
+
+    def _unlink(self, call: _Call) -> Answer:
+        self._store.users.unlink(call.ids[0])
+        return Answer(HTTPStatus.NO_CONTENT, b"", {})
+
+    def _find_users(self, call: _Call) -> Answer:
+        return Answer(HTTPStatus.OK, self._store.users.found_json(call.ids[0]))
+
+    def _delete_user(self, call: _Call) -> Answer:
+        user_id = _user_id(call)
+        self._check_exists(user_id)
+        self._store.users.delete(user_id)
+        return _SUCCESS
+
+    def _get_devices(self, call: _Call) -> Answer:
+        user_id = _user_id(call)
+        self._check_exists(user_id)
+        return Answer(HTTPStatus.OK, self._store.users.devices_json(user_id))
+
+    def _remove_device(self, call: _Call) -> Answer:
+        if not self._store.users.remove_device(_user_id(call), call.ids[1]):
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "no such device or user")
+        return _SUCCESS
+
+    def _check_exists(self, user_id: str) -> None:
+        if not self._store.users.exists(user_id):
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "no such user")
+
+    def _create(self, call: _Call) -> Answer:
+        user_id, creation = _user_id(call), _read(call.body, _Creation, "an operation")
         operation = self._store.create(
             user_id,
             creation.operation_id,
@@ -167,7 +226,7 @@ class KeylessApi:
         if operation is None:
             raise _RefusedError(HTTPStatus.CONFLICT, "the operationId is taken")
         self._on_created(operation)
-        return _CREATED
+        return _SUCCESS
 
 
 def _known_user(found: bytes | None) -> Answer:
@@ -192,9 +251,19 @@ def _given(value: str | msgspec.UnsetType) -> str | None:
     return None if value is msgspec.UNSET else value
 
 
-def _check_user_id(text: str) -> None:
-    if not is_user_id(text):
+def _user_id(call: _Call) -> str:
+    user_id = call.ids[0]
+    if not is_user_id(user_id):
         raise _RefusedError(HTTPStatus.BAD_REQUEST, "the user id must be hex in upper case")
+    return user_id
+
+
+def _read(body: bytes, kind: type[_Body], what: str) -> _Body:
+    try:
+        # Decoded first: msgspec does not check the bytes of fields that it skips.
+        return msgspec.json.decode(body.decode(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not {what}: {error}") from None
 
 
 def _decoded(segment: str) -> str:

@@ -66,6 +66,10 @@ class AttemptLog:
         if external_user_id:
             self._by_external_user.setdefault(external_user_id, deque())
 
+    def knows(self, user_id: str) -> bool:
+        """Whether a user is known."""
+        return user_id in self._by_user
+
     def add(self, user_id: str, external_user_id: str | None, authentication: Authentication) -> None:
         """Remember an attempt; the fifth failure in a row locks the user out, and a success ends the row."""
         now = self._clock()

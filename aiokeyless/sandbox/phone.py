@@ -18,10 +18,10 @@ from aiohttp import web
 from aiokeyless.errors import ConfigurationError
 
 from .api import Answer, error_answer
+from .fields import is_user_id
 from .guard import refuse_foreign_origin, refuse_host
 from .page import HEADERS, load_page
 from .snapshot import READABLE, Camel, Fault
-from .store import is_user_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -226,6 +226,8 @@ class Phones:
         operation = self._book.pending(approval.user, approval.key)
         if operation is None:
             return _NOT_PENDING
+        if not self._book.has_device(approval.user):
+            return _NO_DEVICE
         if len(operation.operation_payload or "") > READABLE:
             return _UNREADABLE
         try:
@@ -238,6 +240,8 @@ class Phones:
         operation = self._book.pending(failure.user, failure.key)
         if operation is None:
             return _NOT_PENDING
+        if not self._book.has_device(failure.user):
+            return _NO_DEVICE
         self._actions.fail(operation.operation_id, failure.error_code)
         return _DONE
 
@@ -256,6 +260,7 @@ class Phones:
 
 _DONE: Final = Answer(HTTPStatus.OK, b"{}")
 _NOT_PENDING: Final = error_answer(HTTPStatus.CONFLICT, "This operation is no longer pending.")
+_NO_DEVICE: Final = error_answer(HTTPStatus.CONFLICT, "This phone was removed, so it can approve nothing.")
 _UNREADABLE: Final = error_answer(
     HTTPStatus.CONFLICT,
     f"A text of more than {READABLE} characters cannot be read here, so it cannot be approved here.",

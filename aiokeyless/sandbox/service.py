@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from aiokeyless.events import Listener
-    from aiokeyless.models import Authentication, Operation
+    from aiokeyless.models import Authentication, Device, Operation
 
     from .journal import RequestRecord
 
@@ -272,8 +272,9 @@ class Sandbox:
             The approved operation.
 
         Raises:
-            ConfigurationError: There is no such operation and `user_id` is missing, the user is locked out, or an
-                argument is wrong. (It is not a `LookupError`: this library has one exception for wrong arguments.)
+            ConfigurationError: There is no such operation and `user_id` is missing, the user is locked out or has no
+                device, or an argument is wrong. (It is not a `LookupError`: this library has one exception for wrong
+                arguments.)
         """
         operation = self._store.approve(
             operation_id,
@@ -284,6 +285,28 @@ class Sandbox:
         )
         self._cancel_approval(operation_id)
         return operation
+
+    def enroll(self, user_id: str, *, external_user_id: str | None = None) -> Device:
+        """Enroll a user, or enroll them on one more device.
+
+        Nobody has to be enrolled to be asked: who is not, and was not deleted, is enrolled on one device by their first
+        operation. A user whose last device was removed, or who was deleted, can approve nothing until they are enrolled
+        again.
+
+        Args:
+            user_id: The user, in hex.
+            external_user_id: Your own id of the user, which replaces an earlier one. Default: none, or the earlier one.
+
+        Returns:
+            The new device.
+
+        Raises:
+            ConfigurationError: The external user id is another user's, or an argument is wrong.
+        """
+        device = self._store.users.enroll(user_id, external_user_id)
+        self._book.show(device.user_id)
+        self._phones.refresh()
+        return device
 
     def fail_authentication(
         self,
@@ -313,8 +336,8 @@ class Sandbox:
             The attempt, as Telemetry shows it.
 
         Raises:
-            ConfigurationError: There is no such operation and `user_id` is missing, it is approved, or an argument is
-                wrong.
+            ConfigurationError: There is no such operation and `user_id` is missing, it is approved, the user has no
+                device, or an argument is wrong.
         """
         return self._store.fail(
             operation_id,
@@ -522,7 +545,7 @@ class Sandbox:
 
     async def _take_effect(self, request: web.Request) -> Answer:
         body = b""
-        if request.method == "POST":
+        if request.method in {"POST", "PATCH"}:
             try:
                 body = await request.read()
             except web.HTTPRequestEntityTooLarge:
@@ -572,7 +595,7 @@ class Sandbox:
         self._created(operation)
 
     def _created(self, operation: Operation) -> None:
-        self._book.created(operation)
+        self._book.show(operation.user_id)
         self._phones.refresh()
         delay = self._auto_approve
         if callable(delay):

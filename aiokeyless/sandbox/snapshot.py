@@ -134,14 +134,17 @@ class PhoneBook:
         self.fault: Fault = "none"
         self.ended: bool = False
 
-    def created(self, operation: Operation) -> None:
-        """Show a new operation on its user's phone."""
-        user = operation.user_id
+    def show(self, user: str) -> None:
+        """Show a user's phone, as that of the user who was active last."""
         arrival = self._users.pop(user, None)
         self._users[user] = next(self._arrivals) if arrival is None else arrival
         if len(self._users) > _MOST_PHONES:
             del self._users[next(iter(self._users))]
             self._crowded = True
+
+    def has_device(self, user: str) -> bool:
+        """Whether a user has a phone on which they can approve."""
+        return self._store.users.can_approve(user)
 
     def attempted(self, user: str, attempt: Authentication) -> None:
         """Show that a user tried to approve an operation, on the page or by other means, with success or not."""

@@ -6,9 +6,7 @@ loop. What is remembered of the attempts is in attempts.py.
 
 from __future__ import annotations
 
-import re
 import time
-from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +17,8 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, AuthType, Operation, OperationState, Secret
 
 from .attempts import CANCELLED, LOCKED_OUT, MISMATCH, AttemptLog, telemetry_json
+from .fields import check_text, check_user_id, timestamp
+from .users import Users
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,8 +41,6 @@ _WIRE_NAMES: Final = {
     "state": "state",
 }
 
-_HEX: Final = re.compile(r"[0-9A-F]+")
-_SECOND: Final = 1_000_000_000
 # The documentation's examples have two, three and nine digits.
 _FRACTION_DIGITS: Final = (2, 3, 9)
 
@@ -66,6 +64,7 @@ class OperationStore:
         self._clock = clock
         self._on_attempt = on_attempt
         self._attempts = AttemptLog(timer)
+        self.users = Users(clock, self._attempts.knows)
         self._operations: dict[str, Operation] = {}
         self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that one user's list costs its own size only
         self._tampered: dict[str, dict[str, object]] = {}
@@ -107,6 +106,7 @@ class OperationStore:
         operation = self._subject(operation_id, user_id, external_user_id, operation_payload)
         if operation.is_approved:
             return operation
+        self._check_device(operation)
         if left := self._attempts.locked_for(operation.user_id):
             self._attempted(operation, LOCKED_OUT, how)
             raise ConfigurationError(
@@ -139,6 +139,7 @@ class OperationStore:
                 f"operation {operation_id!r} is approved already: the phone does not ask for it any more",
                 argument="operation_id",
             )
+        self._check_device(operation)
         if error_code != CANCELLED and self._attempts.locked_for(operation.user_id):
             error_code = LOCKED_OUT
         return self._attempted(operation, error_code, how)
@@ -206,19 +207,32 @@ class OperationStore:
 
     def authentications_json(self, user_id: str, operation_id: str | None) -> bytes | None:
         """Return the body of ``GET /v2/users/{userId}/authentications``, or None if there is no such user."""
-        found = self._attempts.of_user(user_id)
+        found = self._attempts_of(user_id)
         return None if found is None else telemetry_json({"userId": user_id}, found, operation_id)
 
     def external_authentications_json(self, external_user_id: str, operation_id: str | None) -> bytes | None:
         """Return the body of ``GET /v2/external-users/{externalUserId}/authentications``, or None as above."""
-        found = self._attempts.of_external_user(external_user_id)
+        owner = self.users.owner(external_user_id)
+        found = self._attempts.of_external_user(external_user_id) if owner is None else self._attempts_of(owner)
         return None if found is None else telemetry_json({"externalUserId": external_user_id}, found, operation_id)
+
+    def _attempts_of(self, user_id: str) -> list[Authentication] | None:
+        found = self._attempts.of_user(user_id)
+        return [] if found is None and self.users.exists(user_id) else found
+
+    def _check_device(self, operation: Operation) -> None:
+        if not self.users.can_approve(operation.user_id):
+            raise ConfigurationError(
+                f"user {operation.user_id} has no device: enroll them again, or operation {operation.operation_id!r} "
+                "cannot be approved",
+                argument="operation_id",
+            )
 
     def _subject(
         self, operation_id: str, user_id: str | None, external_user_id: str | None, operation_payload: str | None
     ) -> Operation:
         """Return the operation that an attempt is for; if there is none, the one that the phone itself would create."""
-        user = None if user_id is None else _user_id(user_id)
+        user = None if user_id is None else check_user_id(user_id)
         operation = self._operations.get(operation_id)
         if operation is not None:
             _check_same(operation, "user_id", user)
@@ -233,15 +247,15 @@ class OperationStore:
             )
         return self._new(
             user,
-            _text(operation_id, "operation_id"),
-            None if operation_payload is None else _text(operation_payload, "operation_payload", empty=True),
-            None if external_user_id is None else _text(external_user_id, "external_user_id", empty=True),
+            check_text(operation_id, "operation_id"),
+            None if operation_payload is None else check_text(operation_payload, "operation_payload", empty=True),
+            None if external_user_id is None else check_text(external_user_id, "external_user_id", empty=True),
         )
 
     def _attempted(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:
         """Remember an attempt. "APPROVED" is the documented result; the other one is the sandbox's own word."""
         attempt = Authentication(
-            created_at=_timestamp(self._clock(), max(_FRACTION_DIGITS)),  # so that the order of quick ones is told
+            created_at=timestamp(self._clock()),  # so that the order of quick ones is told
             result="FAILED" if error_code else "APPROVED",
             error_code=error_code,
             operation_id=operation.operation_id,
@@ -259,7 +273,7 @@ class OperationStore:
         digits = _FRACTION_DIGITS[self._last_id % len(_FRACTION_DIGITS)]
         return Operation(
             id=self._last_id,
-            timestamp=_timestamp(self._clock(), digits),
+            timestamp=timestamp(self._clock(), digits),
             node_id="sandbox",
             user_id=user_id,
             api_key=Secret(SDK_API_KEY),
@@ -284,27 +298,6 @@ class OperationStore:
             del self._pending[operation.user_id]
 
 
-def is_user_id(text: str) -> bool:
-    """Whether the service accepts the text as a user id: hex in upper case."""
-    return _HEX.fullmatch(text) is not None
-
-
-def _user_id(text: object) -> str:
-    if not isinstance(text, str) or not is_user_id(text.upper()):
-        raise ConfigurationError(f"user_id must be a hex string, not {text!r}", argument="user_id")
-    return text.upper()
-
-
-def _text(value: object, name: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str) or (not value and not empty):
-        raise ConfigurationError(f"{name} must be a {'string' if empty else 'string that is not empty'}", argument=name)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ConfigurationError(f"{name} contains a lone surrogate, which JSON cannot carry", argument=name) from None
-    return value
-
-
 def _auth_type(value: str) -> str:
     try:
         return AuthType(value).value
@@ -318,10 +311,3 @@ def _check_same(operation: Operation, name: str, value: str | None) -> None:
             f"operation {operation.operation_id!r} has another {name}; leave {name} out to approve it as it is",
             argument=name,
         )
-
-
-def _timestamp(nanoseconds: int, digits: int) -> str:
-    """Format an instant as the service does: UTC, no zone, `digits` digits after the point."""
-    seconds, fraction = divmod(nanoseconds, _SECOND)
-    whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{whole}.{f'{fraction:09}'[:digits]}"

@@ -58,6 +58,23 @@ async def test_text_that_cannot_be_read_cannot_be_approved(
     assert await fail(page, key, 30003) == 200
 
 
+async def test_a_phone_that_was_removed_approves_and_cancels_nothing(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http)
+    key = await key_of(page)
+    async with http.delete(f"/v2/users/{USER}") as response:
+        assert response.status == 200
+    body = {"user": USER, "key": key}
+    for path, more in (("approve", {"authType": "biom"}), ("fail", {"errorCode": 30003})):
+        assert await post(page, path, {**body, **more}) == (
+            409,
+            {"error": "This phone was removed, so it can approve nothing."},
+        )
+    assert not sandbox.operations["a"].is_approved
+    assert sandbox.authentications == []
+
+
 async def test_operation_without_a_text_has_an_empty_one(
     http: aiohttp.ClientSession, page: aiohttp.ClientSession
 ) -> None:

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from aiokeyless.errors import ConfigurationError
-from aiokeyless.sandbox.store import SDK_API_KEY, OperationStore, is_user_id
+from aiokeyless.sandbox.fields import is_user_id
+from aiokeyless.sandbox.store import SDK_API_KEY, OperationStore
 
 USER = "C0FFEE"
 NESTED_IN_ITSELF: list[object] = []
