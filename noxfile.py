@@ -117,7 +117,7 @@ def types(session: nox.Session) -> None:
 def public_types(session: nox.Session) -> None:
     """Demand of every public name a type that needs no inferring; fails below 100 %."""
     # Installed and not editable, and from elsewhere: pyright takes the package from where users have it.
-    session.install("-q", ".[cli,nats,otel]", "pytest", "pytest-asyncio", "pyright>=1.1.410")
+    session.install("-q", ".[cli,jwt,nats,otel]", "pytest", "pytest-asyncio", "pyright>=1.1.410")
     with session.chdir(session.create_tmp()):
         session.run("pyright", "--verifytypes", "aiokeyless", "--ignoreexternal")
 
@@ -247,7 +247,7 @@ def benchmarks(session: nox.Session) -> None:
 @nox.session(tags=NIGHTLY)
 def fuzz(session: nox.Session) -> None:
     """Feed what reads bytes with ever new ones; arguments after --: --seconds 60, --seed 1, --target operation."""
-    session.install("-q", "-e", ".[nats]")
+    session.install("-q", "-e", ".[jwt,nats]")
     try:
         # Of this session only: there are wheels for few platforms, and to build one takes a compiler with libFuzzer.
         session.install("-q", "--only-binary", "atheris", "atheris>=3")

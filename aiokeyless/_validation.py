@@ -77,6 +77,15 @@ def check_public_signing_key(public_signing_key: str) -> str:
     return _check_segment(public_signing_key, "public_signing_key")
 
 
+def check_tenant(tenant: str) -> str:
+    """Return the name of a tenant unchanged, if it can be sent as one path segment.
+
+    Raises:
+        InvalidIdentifierError: As for an operation id.
+    """
+    return _check_segment(tenant, "tenant")
+
+
 def _check_segment(text: str, name: str, *, shows: bool = True) -> str:
     if not isinstance(text, str):
         raise InvalidIdentifierError(f"{name} must be a string, not {type(text).__name__}", argument=name)
@@ -133,6 +142,18 @@ def check_text(text: str | None, name: str) -> str | None:
             f"{name} must be text that UTF-8 can encode; it contains a lone surrogate", argument=name
         ) from None
     return text
+
+
+def required_text(text: str, name: str) -> str:
+    """Return a text unchanged, if JSON can carry it.
+
+    Raises:
+        ConfigurationError: It is not a string; it contains lone surrogates.
+    """
+    checked = check_text(text, name)
+    if checked is None:
+        raise ConfigurationError(f"{name} must be a string, not None", argument=name)
+    return checked
 
 
 _TRACEPARENT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)

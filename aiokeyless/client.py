@@ -621,6 +621,26 @@ class KeylessClient:
         transport, _ = self._open()
         await Deletion(transport, protocol.delete_device(user_id, public_signing_key)).run()
 
+    # -- signed transactions
+
+    async def get_key_set(self, tenant: str) -> bytes:
+        """Return the public keys of a tenant as they are published, for `aiokeyless.signatures.TransactionVerifier`.
+
+        They are fetched without the API key.
+
+        Args:
+            tenant: Name of the tenant, as in the address of its keys.
+
+        Raises:
+            InvalidIdentifierError: The name cannot be sent.
+            StatusError: The service answered with an error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts, or the key set is larger than 1 MiB.
+
+        Source: Keyless documentation, "JWT verification best practice".
+        """
+        transport, _ = self._open()
+        return await transport.fetch(protocol.get_key_set(tenant))
+
     # -- waits
 
     async def wait_for_approval(

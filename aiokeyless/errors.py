@@ -6,6 +6,7 @@ The message never contains an API key, a payload or a raw body. All can be pickl
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 if TYPE_CHECKING:  # for annotations only: errors.py is below models.py and must not import it
@@ -37,6 +38,8 @@ __all__ = [
     "RateLimitError",
     "RequestTimeoutError",
     "ServerError",
+    "SignatureError",
+    "SignatureReason",
     "StatusError",
     "TransportError",
     "UnsupportedMediaTypeError",
@@ -65,10 +68,13 @@ class KeylessError(Exception):
         """Whether the same call may well succeed a little later, so that an HTTP handler of yours answers 503.
 
         True for a `TransportError`, for 408, 425, 429 and 5xx, and for a `NotJsonError`: rule 4 of ``docs/rules.md``.
+        True also for a `SignatureError` whose reason is that the keys are unavailable.
         Repeat a create under the same operation id. An `ApprovalError` is not transient: its wait has ended.
         """
         if isinstance(self, StatusError):
             return self.status in TRANSIENT_STATUSES or 500 <= self.status < 600
+        if isinstance(self, SignatureError):
+            return self.reason is SignatureReason.KEYS_UNAVAILABLE
         return isinstance(self, TransportError | NotJsonError)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -327,6 +333,54 @@ class AmbiguousUserError(KeylessError):
     def __init__(self, message: str, *, user_ids: tuple[str, ...]) -> None:
         super().__init__(message)
         self.user_ids = user_ids
+
+
+class SignatureReason(StrEnum):
+    """Why a signed transaction is refused."""
+
+    MALFORMED = "malformed"
+    UNKNOWN_KEY = "unknown_key"
+    BAD_SIGNATURE = "bad_signature"
+    WRONG_ALGORITHM = "wrong_algorithm"
+    WRONG_USER = "wrong_user"
+    WRONG_DATA = "wrong_data"
+    WRONG_ISSUER = "wrong_issuer"
+    WRONG_AUDIENCE = "wrong_audience"
+    TOO_OLD = "too_old"
+    NOT_YET_VALID = "not_yet_valid"
+    EXPIRED = "expired"
+    KEYS_UNAVAILABLE = "keys_unavailable"
+
+
+_REASONS: Final = {
+    SignatureReason.MALFORMED: "it is not a token of the documented form",
+    SignatureReason.UNKNOWN_KEY: "the tenant has no valid key of its kid",
+    SignatureReason.BAD_SIGNATURE: "its signature is wrong",
+    SignatureReason.WRONG_ALGORITHM: "its algorithm is not the key's",
+    SignatureReason.WRONG_USER: "another user signed it",
+    SignatureReason.WRONG_DATA: "the user signed another text",
+    SignatureReason.WRONG_ISSUER: "it has another issuer",
+    SignatureReason.WRONG_AUDIENCE: "it is for another audience",
+    SignatureReason.TOO_OLD: "it was signed too long ago; check max_age and the phone's clock",
+    SignatureReason.NOT_YET_VALID: "it is not valid yet; check the phone's clock",
+    SignatureReason.EXPIRED: "it has expired",
+    SignatureReason.KEYS_UNAVAILABLE: "the tenant's public keys could not be fetched; check its name, or try later",
+}
+
+
+class SignatureError(KeylessError):
+    """A signed transaction is refused. The message shows neither the token nor a key.
+
+    What to do: do not count it as evidence, and keep the token for an investigation. If the keys were unavailable,
+    verify it again later.
+
+    Attributes:
+        reason: Why it is refused.
+    """
+
+    def __init__(self, reason: SignatureReason) -> None:
+        super().__init__(f"the signed transaction is refused: {_REASONS[reason]}")
+        self.reason = reason
 
 
 class ApprovalError(KeylessError):

@@ -104,7 +104,7 @@ class Secret:
 
 
 #: Of these a repr shows only the length: a payload is confidential, an external user id may be personal data.
-_REDACTED: Final = frozenset({"operation_payload", "external_user_id"})
+_REDACTED: Final = frozenset({"operation_payload", "external_user_id", "transaction_data"})
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -394,6 +394,33 @@ class Device(Model, frozen=True, kw_only=True):
     def to_dict(self) -> dict[str, Any]:
         """Return plain data under the attribute names."""
         return msgspec.structs.asdict(self)
+
+
+class SignedTransaction(Model, frozen=True, kw_only=True):
+    """What a verified token proves: this user signed this text at this time.
+
+    Attributes:
+        user_id: The user, in upper case.
+        external_user_id: Your own id of the user as the token has it, or None.
+        transaction_data: The text that was signed.
+        issued_at: When it was signed, by the phone's clock; aware, UTC.
+        key_id: The ``kid`` of the key.
+        version: The version of the token's form, or None.
+        signed_sha256: SHA-256 of what was signed, in hex. Store it under a unique index to accept a token once: the
+            text of a token is no name for it, since one signature can be written in two ways.
+    """
+
+    user_id: str
+    external_user_id: str | None
+    transaction_data: str
+    issued_at: datetime
+    key_id: str
+    version: str | None
+    signed_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data under the attribute names; `issued_at` in ISO format."""
+        return {**msgspec.structs.asdict(self), "issued_at": self.issued_at.isoformat()}
 
 
 class NewExternalUser(Model, frozen=True, kw_only=True):

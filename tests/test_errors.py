@@ -40,6 +40,8 @@ from aiokeyless.errors import (
     RateLimitError,
     RequestTimeoutError,
     ServerError,
+    SignatureError,
+    SignatureReason,
     StatusError,
     TransportError,
     UnsupportedMediaTypeError,
@@ -83,6 +85,7 @@ TREE: dict[type[KeylessError], tuple[type[BaseException], ...]] = {
     OperationMismatchError: (ApprovalError,),
     InconsistentOperationError: (ApprovalError,),
     AmbiguousUserError: (KeylessError,),
+    SignatureError: (KeylessError,),
     BrokerError: (KeylessError,),
     InvalidRequestError: (KeylessError,),
 }
@@ -150,6 +153,8 @@ def example(kind: type[KeylessError]) -> KeylessError:
         )
     if issubclass(kind, AmbiguousUserError):
         return kind("two users", user_ids=("AB", "CD"))
+    if issubclass(kind, SignatureError):
+        return kind(SignatureReason.WRONG_DATA)
     if issubclass(kind, ConfigurationError):
         return kind("what happened; what to do", argument="user_id")
     return kind("what happened; what to do")
@@ -228,6 +233,11 @@ def test_a_status_error_says_method_path_status_and_what_to_do_and_not_the_body(
     assert str(error) == f"GET {PATH} answered 418: {kind.advice}"
     assert error.advice.isprintable()
     assert "a quote of your payload" not in repr(error)
+
+
+def test_each_reason_to_refuse_a_signature_has_words_of_its_own() -> None:
+    messages = {str(SignatureError(reason)) for reason in SignatureReason}
+    assert len(messages) == len(SignatureReason)
 
 
 def test_no_two_status_errors_give_the_same_advice() -> None:
@@ -309,6 +319,11 @@ def test_a_status_is_transient_or_not_whatever_its_class(status: int, *, transie
 def test_without_a_status_it_is_transient_if_no_usable_answer_came(kind: type[KeylessError]) -> None:
     if not issubclass(kind, StatusError):
         assert example(kind).is_transient is (kind in {TransportError, RequestTimeoutError, NotJsonError})
+
+
+def test_a_signature_can_be_verified_later_if_the_keys_were_unavailable() -> None:
+    for reason in SignatureReason:
+        assert SignatureError(reason).is_transient is (reason is SignatureReason.KEYS_UNAVAILABLE)
 
 
 # -- the argument that is wrong

@@ -22,6 +22,7 @@ from aiokeyless._validation import (
     check_external_user_id,
     check_operation_id,
     check_public_signing_key,
+    check_tenant,
     check_user_id,
 )
 from aiokeyless.errors import (
@@ -99,10 +100,11 @@ class Endpoint(Generic[T]):
         decode: Turns the body of a success into a struct.
         success: The statuses that count as a success. Default: 200.
         max_body: Largest body of an answer, in bytes. Default: 1 MiB.
+        sends_key: Whether the API key is sent. Default: True.
         is_personal: Whether the path holds an external user id, which may be personal data: messages then show `route`.
     """
 
-    __slots__ = ("decode", "is_personal", "max_body", "method", "route", "success")
+    __slots__ = ("decode", "is_personal", "max_body", "method", "route", "sends_key", "success")
 
     def __init__(
         self,
@@ -112,12 +114,14 @@ class Endpoint(Generic[T]):
         *,
         success: frozenset[int] = frozenset({200}),
         max_body: int = MAX_BODY,
+        sends_key: bool = True,
     ) -> None:
         self.method = method
         self.route = route
         self.decode = decode
         self.success = success
         self.max_body = max_body
+        self.sends_key = sends_key
         self.is_personal = "{externalUserId}" in route
 
 
@@ -200,6 +204,9 @@ GET_EXTERNAL_USERS: Final = Endpoint(
 DELETE_USER: Final = Endpoint("DELETE", "/v2/users/{userId}", _decode_deleted)
 GET_DEVICES: Final = Endpoint("GET", "/v2/users/{userId}/devices", _strictly(list[Device]), max_body=MAX_LIST_BODY)
 DELETE_DEVICE: Final = Endpoint("DELETE", "/v2/users/{userId}/devices/{publicSigningKey}", _decode_deleted)
+
+
+GET_KEY_SET: Final = Endpoint("GET", "/customers/{tenant}/.well-known/jwks.json", bytes, sends_key=False)
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
@@ -298,6 +305,11 @@ def delete_device(user_id: str, public_signing_key: str) -> Request[None]:
     """Build ``DELETE /v2/users/{userId}/devices/{publicSigningKey}``."""
     key = quote(check_public_signing_key(public_signing_key), safe="")
     return Request(DELETE_DEVICE, f"/v2/users/{check_user_id(user_id)}/devices/{key}")
+
+
+def get_key_set(tenant: str) -> Request[bytes]:
+    """Build ``GET /customers/{tenant}/.well-known/jwks.json``."""
+    return Request(GET_KEY_SET, f"/customers/{quote(check_tenant(tenant), safe='')}/.well-known/jwks.json")
 
 
 def _external_user(external_user_id: str) -> str:

@@ -52,6 +52,7 @@ MAX_RETRY_AFTER: Final = 30.0  # seconds: with a longer one the call fails, and 
 #: What passes through an exchange as it is; whatever else is raised in it is a failure of the exchange.
 _PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 _BUFFER: Final = 1 << 18  # bytes that aiohttp reads ahead, and decompresses at once
+_HEADERS: Final = {"Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
 
@@ -102,6 +103,8 @@ class Transport:
                 headers=_headers(api_key),  # cheaper than per request: aiohttp then has nothing to merge
             )
         self._session = session
+        #: Sessions to close: our own, and, once it is needed, one that does not send the key. Views share the list.
+        self._owned_sessions = [session] if self._owns_session else []
         # aiohttp repeats a DELETE by itself when its connection is lost. The second one's 404 would then appear to
         # be a first one's. A borrowed session may have middlewares of its own, which these would replace.
         self._delete_options = {**self._options, "middlewares": (_send_once,)} if self._owns_session else self._options
@@ -125,8 +128,8 @@ class Transport:
         self._closed = True
         for call in tuple(self._calls):
             call.close()
-        if self._owns_session:
-            await self._session.close()
+        for session in self._owned_sessions:
+            await session.close()
 
     def call(self) -> _Call:
         """Register a call of a client's method, so that `aclose` can end it: ``with transport.call():``."""
@@ -322,8 +325,9 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse, bytes | None]:
         """Send a request, and return its answer and the body; None if that is too large."""
         options = self._delete_options if endpoint.method == "DELETE" else self._options
-        response = await self._session.request(
-            endpoint.method, url, timeout=timeouts, data=body, headers=self._headers_of(body), **options
+        session = self._session if endpoint.sends_key else self._session_without_key()
+        response = await session.request(
+            endpoint.method, url, timeout=timeouts, data=body, headers=self._headers_of(endpoint, body), **options
         )
         try:
             return response, await _read(response, endpoint.max_body)
@@ -331,8 +335,18 @@ class Transport:
             response.close()
             raise
 
-    def _headers_of(self, body: bytes | None) -> dict[str, str] | None:
+    def _session_without_key(self) -> aiohttp.ClientSession:
+        """Return a session that sends no key: our own sends it with each request, a borrowed one with none."""
+        if not self._owns_session:
+            return self._session
+        if self._owned_sessions[-1] is self._session:
+            self._owned_sessions.append(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
+        return self._owned_sessions[-1]
+
+    def _headers_of(self, endpoint: protocol.Endpoint[Any], body: bytes | None) -> dict[str, str] | None:
         """Return the headers that the session does not already send."""
+        if not endpoint.sends_key:
+            return dict(_HEADERS)
         headers = {} if self._owns_session else _headers(self._api_key)
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -411,11 +425,7 @@ class _Call:
 
 
 def _headers(api_key: Secret) -> dict[str, str]:
-    return {
-        "X-Api-Key": api_key.reveal(),
-        "Accept": "application/json",
-        "User-Agent": f"aiokeyless/{__version__}",
-    }
+    return {"X-Api-Key": api_key.reveal(), **_HEADERS}
 
 
 async def _send_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:

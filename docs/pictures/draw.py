@@ -144,7 +144,10 @@ def circuit() -> Drawing:
 
 LAYERS: Final = (
     (("cli", "pytest_plugin"), "what people run"),
-    (("worker", "sandbox", "shutdown", "otel"), "engine 2, a service to test with, signals, OpenTelemetry"),
+    (
+        ("worker", "sandbox", "signatures", "shutdown", "otel"),
+        "engine 2, a test service, signed data, signals, OpenTelemetry",
+    ),
     (("client",), "the public methods"),
     (("_poller",), "engine 1: waits in memory"),
     (("_http",), "endpoints as data, exchanges over aiohttp"),
@@ -160,14 +163,14 @@ LAYERS: Final = (
 
 def house() -> Drawing:
     """Draw the layers of the package, the highest one at the top."""
-    drawing = Drawing(860, 48 + 44 * len(LAYERS), "The layers of the package; each imports only what is below it")
+    drawing = Drawing(980, 48 + 44 * len(LAYERS), "The layers of the package; each imports only what is below it")
     for row, (modules, what) in enumerate(LAYERS):
         top = 16 + 44 * row
-        width = (356 - 8 * (len(modules) - 1)) / len(modules)
+        width = (476 - 8 * (len(modules) - 1)) / len(modules)
         for column, module in enumerate(modules):
             colour = LINE if module.startswith("_") else BLUE
             drawing.box(44 + column * (width + 8), top, width, 34, module, colour=colour)
-        drawing.text(416, top + 22, what, colour=GREY)
+        drawing.text(536, top + 22, what, colour=GREY)
     bottom = 16 + 44 * len(LAYERS)
     drawing.path(f"M24 18V{bottom - 12}")
     drawing.text(44, bottom + 12, "Imports go down, never up. Blue: public. Grey: private.", colour=GREY)

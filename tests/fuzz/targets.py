@@ -7,6 +7,7 @@ as the same.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -16,6 +17,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+import signing
+from cryptography.hazmat.primitives.asymmetric import ec
 from multidict import CIMultiDict
 
 from aiokeyless._http import protocol
@@ -23,7 +26,8 @@ from aiokeyless._http.protocol import Answer
 from aiokeyless._http.redaction import Redaction
 from aiokeyless._rules.approval import Verdict, evaluate
 from aiokeyless._rules.backoff import is_transient, requested_pause
-from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestError, StatusError
+from aiokeyless._rules.signature import Expectation, KeySet, read_token, verify
+from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestError, SignatureError, StatusError
 from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 from aiokeyless.ticket import ApprovalTicket
@@ -331,6 +335,63 @@ def genuine_signatures(signed: bytes) -> list[str]:
     return texts
 
 
+# -- signed transactions
+
+SIGNER: Final = ec.derive_private_key(0xF00D, ec.SECP256R1())
+JWK: Final = signing.ec_jwk(SIGNER)
+EXPECTED: Final = Expectation(
+    user_id=USER_ID,
+    transaction_data=PAYLOAD,
+    external_user_id=EXTERNAL_USER_ID,
+    issuer=None,
+    audience=None,
+    max_age=300.0,
+    leeway=30.0,
+)
+
+
+def signed_transaction(data: bytes) -> None:
+    """A token as text, and a token that is correctly signed: a line with its header, and its claims."""
+    with contextlib.suppress(SignatureError):
+        read_token(data.decode("latin-1"))
+    header, _, claims = data.partition(b"\n")
+    message = f"{signing.encoded(header)}.{signing.encoded(claims)}"
+    text = f"{message}.{signing.encoded(signing.sign_es256(message.encode(), SIGNER))}"
+    key = KeySet(json.dumps({"keys": [JWK]}).encode()).find("k1")
+    assert key is not None
+    try:
+        token = read_token(text)
+        found = verify(token, key, EXPECTED, NOW.timestamp())
+    except SignatureError:
+        return
+    said, head = plain(claims), plain(header)
+    assert not has_duplicate_keys(claims)
+    assert not has_duplicate_keys(header)
+    assert (head["alg"], head["kid"]) == ("ES256", token.key_id)
+    assert not head.keys() & {"b64", "crit", "jku", "jwk", "x5c", "x5u", "zip"}
+    assert said["sub"].encode().upper() == USER_ID.encode()
+    assert (said["td"], said["external_user_id"]) == (PAYLOAD, EXTERNAL_USER_ID)
+    assert "aud" not in said
+    assert type(said["iat"]) is int
+    assert timedelta(seconds=-30) <= NOW - found.issued_at <= timedelta(seconds=330)
+    assert found.signed_sha256 == hashlib.sha256(message.encode()).hexdigest()
+
+
+def keys_of_a_tenant(data: bytes) -> None:
+    """A key set, and each key in it that may verify."""
+    try:
+        found = KeySet(data)
+    except ValueError:
+        return
+    keys = [key for key in plain(data)["keys"] if isinstance(key, dict)]
+    for key_id in {str(key["kid"]) for key in keys if isinstance(key.get("kid"), str)}:
+        if found.find(key_id) is not None:
+            [key] = [key for key in keys if key.get("kid") == key_id]
+            assert (key["kty"], key.get("crv")) in {("EC", "P-256"), ("RSA", None)}
+            assert key.get("use", "sig") == "sig"
+            assert not key.keys() & {"d", "p", "q", "k"}
+
+
 TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     target.__name__: target
     for target in (
@@ -344,6 +405,8 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
         request,
         event,
         signature,
+        signed_transaction,
+        keys_of_a_tenant,
     )
 }
 

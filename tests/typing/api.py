@@ -29,11 +29,14 @@ from aiokeyless import (
     PendingOperation,
     Region,
     Secret,
+    SignatureError,
+    SignatureReason,
     User,
     WaitTimeout,
     wait_adaptive,
 )
 from aiokeyless.sandbox import Sandbox
+from aiokeyless.signatures import SignedTransaction, TransactionVerifier
 
 
 async def calls(client: KeylessClient) -> None:
@@ -67,6 +70,18 @@ async def users(client: KeylessClient) -> None:
     await client.delete_device("C0FFEE", devices[0].public_signing_key)
     await client.delete_external_user("ann")
     await client.delete_user("C0FFEE")
+
+
+async def signatures(client: KeylessClient, token: str) -> None:
+    verifier = TransactionVerifier(client, tenant="acme", max_age=60, leeway=0, issuer="keyless", audience=None)
+    try:
+        signed = await verifier.verify(token, user_id="C0FFEE", transaction_data="Pay", external_user_id="ann")
+    except SignatureError as error:
+        assert_type(error.reason, SignatureReason)
+        return
+    assert_type(signed, SignedTransaction)
+    assert_type(signed.issued_at, datetime)
+    assert_type(signed.signed_sha256, str)
 
 
 async def waits(client: KeylessClient, ticket: ApprovalTicket) -> None:

@@ -1,0 +1,282 @@
+"""The verdict on one signed transaction: its form, its key, its signature, its claims. Pure; needs the extra "jwt".
+
+A token comes from a phone, so anybody may have written it. PyJWT checks the signature and nothing else: it is lax about
+base64, duplicate names, types and headers, so all of that is checked here first.
+
+Source: Keyless documentation, "Mobile SDK JWT signing" and "JWT verification best practice"; RFC 8725.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+import jwt
+import jwt.types
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+from aiokeyless.errors import SignatureError, SignatureReason
+from aiokeyless.models import SignedTransaction
+
+from .approval import is_same_user
+
+MAX_TOKEN: Final = 16_384  # characters
+_LEAST_RSA_BITS: Final = 2048
+
+
+class _Kind(NamedTuple):
+    """A kind of key that is accepted, its one algorithm, and the members of such a public key."""
+
+    kty: str
+    crv: str | None
+    algorithm: str
+    members: tuple[str, ...]
+
+
+_KINDS: Final = (
+    _Kind("EC", "P-256", "ES256", ("kty", "crv", "x", "y")),
+    _Kind("RSA", None, "RS256", ("kty", "n", "e")),
+)
+_ALGORITHMS: Final = frozenset(kind.algorithm for kind in _KINDS)
+_SEGMENT: Final = re.compile("[A-Za-z0-9_-]+")
+_LAST_SECOND: Final = 253_402_300_800  # of the year 9999, which is the last that a datetime can hold
+
+#: They change what is signed, or where the key comes from.
+_REFUSED_HEADERS: Final = frozenset({"b64", "crit", "jku", "jwk", "x5c", "x5u", "zip"})
+#: Members of a JWK that a public key does not have.
+_PRIVATE: Final = frozenset({"d", "dp", "dq", "k", "oth", "p", "q", "qi"})
+
+#: `jwt.decode` checks the signature alone: the claims are checked here, with their types.
+_SIGNATURE_ONLY: Final[jwt.types.Options] = {
+    "verify_signature": True,
+    "verify_aud": False,
+    "verify_exp": False,
+    "verify_iat": False,
+    "verify_iss": False,
+    "verify_jti": False,
+    "verify_nbf": False,
+    "verify_sub": False,
+}
+
+
+class Token(NamedTuple):
+    """A token whose form is right; nothing in it is verified."""
+
+    text: str
+    key_id: str
+    algorithm: str
+    claims: dict[str, Any]
+
+
+class Expectation(NamedTuple):
+    """What the claims of a token are compared with.
+
+    Attributes:
+        user_id: The user, in upper case.
+        transaction_data: What the user was to sign.
+        external_user_id: The customer's own id of the user; None: not compared.
+        issuer: The expected ``iss``; None: not compared.
+        audience: The expected ``aud``; None: there must be none.
+        max_age: Seconds that may have passed since the token was signed.
+        leeway: Seconds by which the phone's clock may differ.
+    """
+
+    user_id: str
+    transaction_data: str
+    external_user_id: str | None
+    issuer: str | None
+    audience: str | None
+    max_age: float
+    leeway: float
+
+
+class VerifyingKey(NamedTuple):
+    """A public key and the one algorithm that it is for."""
+
+    key: jwt.PyJWK
+    algorithm: str
+
+
+class KeySet:
+    """The keys of one tenant, by ``kid``. A key is checked when it is first asked for.
+
+    Args:
+        body: A JSON Web Key Set.
+
+    Raises:
+        ValueError: It is not one; without a word of its text.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        document = _read_object(body)
+        keys = document.get("keys") if document is not None else None
+        if not isinstance(keys, list):
+            raise ValueError("the key set is not JSON with a list of keys")  # noqa: TRY004  # a body, no argument
+        self._raw: dict[str, dict[str, Any] | None] = {}  # None: several keys have this kid
+        self._checked: dict[str, VerifyingKey | None] = {}
+        for key in keys:
+            if isinstance(key, dict) and isinstance(key_id := key.get("kid"), str):
+                self._raw[key_id] = None if key_id in self._raw else key
+
+    def find(self, key_id: str) -> VerifyingKey | None:
+        """Return the key of this ``kid``; None if there is none, several, or one that must not verify a token."""
+        raw = self._raw.get(key_id)
+        if raw is None:
+            return None
+        if key_id not in self._checked:
+            self._checked[key_id] = _verifying_key(raw)
+        return self._checked[key_id]
+
+
+def read_token(text: str) -> Token:
+    """Read a token without trusting it.
+
+    Raises:
+        SignatureError: Its form is wrong, or its algorithm is none that is accepted.
+    """
+    if len(text) > MAX_TOKEN or not text.isascii():
+        raise SignatureError(SignatureReason.MALFORMED)
+    parts = text.split(".")
+    if len(parts) != 3:
+        raise SignatureError(SignatureReason.MALFORMED)
+    header, claims, signature = map(_decoded, parts)
+    fields, claimed = _read_object(header), _read_object(claims)
+    if fields is None or claimed is None or signature is None or _REFUSED_HEADERS & fields.keys():
+        raise SignatureError(SignatureReason.MALFORMED)
+    key_id, algorithm = fields.get("kid"), fields.get("alg")
+    if not isinstance(key_id, str) or not isinstance(algorithm, str):
+        raise SignatureError(SignatureReason.MALFORMED)
+    if algorithm not in _ALGORITHMS:
+        raise SignatureError(SignatureReason.WRONG_ALGORITHM)
+    return Token(text, key_id, algorithm, claimed)
+
+
+def verify(token: Token, key: VerifyingKey, expected: Expectation, now: float) -> SignedTransaction:
+    """Return what a token proves.
+
+    Args:
+        token: The token.
+        key: The key of its ``kid``.
+        expected: What its claims are compared with.
+        now: Seconds since the epoch.
+
+    Raises:
+        SignatureError: The token is refused.
+    """
+    if token.algorithm != key.algorithm:
+        raise SignatureError(SignatureReason.WRONG_ALGORITHM)
+    try:
+        jwt.decode(token.text, key.key, algorithms=[key.algorithm], options=_SIGNATURE_ONLY)
+    except jwt.PyJWTError:
+        raise SignatureError(SignatureReason.BAD_SIGNATURE) from None
+    reason = _refusal(token.claims, expected, now)
+    if reason is not None:
+        raise SignatureError(reason)
+    return SignedTransaction(
+        user_id=expected.user_id,
+        external_user_id=token.claims.get("external_user_id"),
+        transaction_data=expected.transaction_data,
+        issued_at=datetime.fromtimestamp(token.claims["iat"], UTC),
+        key_id=token.key_id,
+        version=token.claims.get("version"),
+        signed_sha256=hashlib.sha256(token.text.rpartition(".")[0].encode()).hexdigest(),
+    )
+
+
+def _refusal(claims: dict[str, Any], expected: Expectation, now: float) -> SignatureReason | None:
+    """Return the first reason to refuse claims whose signature is right."""
+    if not _are_typed(claims):
+        return SignatureReason.MALFORMED
+    return _refused_time(claims, expected, now) or _refused_party(claims, expected)
+
+
+def _are_typed(claims: dict[str, Any]) -> bool:
+    """Whether ``iat``, ``sub`` and ``td`` are there, and each claim that is read has its type."""
+    times = [claims.get("iat"), claims.get("exp", 0), claims.get("nbf", 0)]
+    texts = [claims.get("sub"), claims.get("td")]
+    optional = [claims.get("external_user_id"), claims.get("version")]
+    return (
+        all(type(time) is int and 0 <= time < _LAST_SECOND for time in times)  # a bool is an int, too
+        and all(isinstance(text, str) for text in texts)
+        and all(text is None or isinstance(text, str) for text in optional)
+    )
+
+
+def _refused_time(claims: dict[str, Any], expected: Expectation, now: float) -> SignatureReason | None:
+    if max(claims["iat"], claims.get("nbf", 0)) > now + expected.leeway:
+        return SignatureReason.NOT_YET_VALID
+    if claims["iat"] < now - expected.max_age - expected.leeway:
+        return SignatureReason.TOO_OLD
+    if "exp" in claims and claims["exp"] <= now - expected.leeway:
+        return SignatureReason.EXPIRED
+    return None
+
+
+def _refused_party(claims: dict[str, Any], expected: Expectation) -> SignatureReason | None:
+    if expected.issuer is not None and claims.get("iss") != expected.issuer:
+        return SignatureReason.WRONG_ISSUER
+    if not _is_for(claims, expected.audience):
+        return SignatureReason.WRONG_AUDIENCE
+    if not is_same_user(claims["sub"], expected.user_id):
+        return SignatureReason.WRONG_USER
+    if expected.external_user_id is not None and claims.get("external_user_id") != expected.external_user_id:
+        return SignatureReason.WRONG_USER
+    # Two texts that appear the same and differ in Unicode's normal form are different texts.
+    return None if claims["td"] == expected.transaction_data else SignatureReason.WRONG_DATA
+
+
+def _is_for(claims: dict[str, Any], audience: str | None) -> bool:
+    if audience is None or "aud" not in claims:
+        return audience is None and "aud" not in claims
+    named = claims["aud"]
+    return audience in (named if isinstance(named, list) else [named])
+
+
+def _verifying_key(raw: dict[str, Any]) -> VerifyingKey | None:
+    """Return the key of a JWK; None if it is not a public key for signatures, strong enough, of an accepted kind."""
+    kind = next((kind for kind in _KINDS if (raw.get("kty"), raw.get("crv")) == (kind.kty, kind.crv)), None)
+    if kind is None or raw.get("alg", kind.algorithm) != kind.algorithm:
+        return None
+    if raw.get("use", "sig") != "sig" or _PRIVATE & raw.keys():
+        return None
+    try:
+        key = jwt.PyJWK({name: raw.get(name) for name in kind.members}, kind.algorithm)
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):  # its message shows the key
+        return None
+    if isinstance(key.key, RSAPublicKey) and key.key.key_size < _LEAST_RSA_BITS:
+        return None
+    return VerifyingKey(key, kind.algorithm)
+
+
+def _decoded(part: str) -> bytes | None:
+    """Decode base64url; None if it is padded, or not what an encoder writes: one signature would have several texts."""
+    if _SEGMENT.fullmatch(part) is None:
+        return None
+    try:
+        content = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
+    except binascii.Error:
+        return None
+    return content if base64.urlsafe_b64encode(content).rstrip(b"=") == part.encode() else None
+
+
+def _read_object(body: bytes | None) -> dict[str, Any] | None:
+    """Return a JSON object; None if it is none, or has the same name twice at any depth."""
+    if body is None:
+        return None
+    try:
+        document = json.loads(body.decode(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError):  # also UTF-8 that is none, and a number of too many digits
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError
+    return document
