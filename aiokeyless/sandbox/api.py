@@ -20,13 +20,16 @@ import msgspec
 from .fields import is_user_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from aiokeyless.models import Operation
 
     from .store import OperationStore
 
     _Endpoint = Callable[["_Call"], "Answer"]
+
+TENANT: Final = "sandbox"
+"""The tenant whose keys the sandbox publishes."""
 
 JSON: Final = "application/json"
 _JSON_HEADERS: Final = {"Content-Type": JSON}
@@ -69,6 +72,7 @@ class _Creation(msgspec.Struct, rename="camel"):
 
 
 _SUCCESS: Final = Answer(HTTPStatus.OK, b'{"success":true}')
+_KEY_SET_PATH: Final = f"/customers/{TENANT}/.well-known/jwks.json"
 _WITH_BODY: Final = {"POST", "PATCH"}
 _Body = TypeVar("_Body")
 
@@ -94,10 +98,18 @@ class KeylessApi:
         store: Holds the operations.
         api_key: The key that requests must carry.
         on_created: Called with each operation that a request created, before the request is answered.
+        key_set: Returns the public keys of the tenant, as they are published. Default: there are none.
     """
 
-    def __init__(self, store: OperationStore, api_key: str, on_created: Callable[[Operation], None]) -> None:
+    def __init__(
+        self,
+        store: OperationStore,
+        api_key: str,
+        on_created: Callable[[Operation], None],
+        key_set: Callable[[], bytes] = lambda: b'{"keys":[]}',
+    ) -> None:
         self._store = store
+        self._key_set = key_set
         self._key = api_key.encode()
         self._on_created = on_created
         routes: dict[str, dict[str, _Endpoint]] = {
@@ -130,6 +142,9 @@ class KeylessApi:
             body: Body of the request.
         """
         try:
+            if target.partition("?")[0] == _KEY_SET_PATH:  # public: it needs no key
+                _check_method(method, ("GET",))
+                return Answer(HTTPStatus.OK, self._key_set())
             endpoint, segments = self._admit(method, target, api_key, accept, content_type)
             return endpoint(_Call(tuple(map(_decoded, segments)), target.partition("?")[2], body))
         except _RefusedError as error:
@@ -142,9 +157,7 @@ class KeylessApi:
         if not hmac.compare_digest(api_key.encode("utf-8", "surrogateescape"), self._key):
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
         endpoints, segments = self._route(target)
-        if method not in endpoints:
-            allowed = ", ".join(endpoints)
-            raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"only {allowed}", {"Allow": allowed})
+        _check_method(method, endpoints)
         if not admits_json(accept):
             raise _RefusedError(HTTPStatus.NOT_ACCEPTABLE, "Accept does not admit application/json")
         if method in _WITH_BODY and content_type.partition(";")[0].strip().lower() != JSON:
@@ -227,6 +240,12 @@ class KeylessApi:
             raise _RefusedError(HTTPStatus.CONFLICT, "the operationId is taken")
         self._on_created(operation)
         return _SUCCESS
+
+
+def _check_method(method: str, allowed: Collection[str]) -> None:
+    if method not in allowed:
+        listed = ", ".join(allowed)
+        raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"only {listed}", {"Allow": listed})
 
 
 def _known_user(found: bytes | None) -> Answer:

@@ -107,7 +107,7 @@ function setReach(reach) {
   setText(byId("reach"), REACH[reach]);
   for (const problem of document.querySelectorAll(".problem")) problem.hidden = true;  // of another time
   for (const phone of phones.values()) for (const card of phone.cards.values()) updateButtons(card);
-  setDisabled(byId("try").querySelector("button"), reach !== "live");
+  for (const form of document.forms) setDisabled(form.querySelector("button"), reach !== "live");
 }
 
 async function post(path, body) {
@@ -154,7 +154,7 @@ function show(snapshot) {
   showHelp(pending > 0 || (!user && snapshot.phones.length > 0));
   byId("crowd").hidden = !snapshot.crowded;
   showUsers(snapshot.phones);
-  showHistory(snapshot.history);
+  showHistory(snapshot.history, snapshot.signs);
   if (!user) showRequests(snapshot.requests);
   if (snapshot.ended) showEnd(snapshot, pending);
   if (!first) announce(arrived);
@@ -223,9 +223,10 @@ function showChosen() {
   for (const phone of phones.values()) phone.root.classList.toggle("chosen", phone.name === chosen);
 }
 
-function showPhone({user: name, pending, more, lockedFor}, attempts) {
+function showPhone({user: name, externalUserId, devices, removed, pending, more, lockedFor}, attempts) {
   const phone = phones.get(name) ?? addPhone(name);
   phone.lockedUntil = seconds() + lockedFor;
+  showOwner(phone, {externalUserId, devices, removed});
   const keys = new Set(pending.map((each) => each.key));
   for (const card of [...phone.cards.values()]) {
     if (card.done || keys.has(card.key)) continue;
@@ -240,6 +241,39 @@ function showPhone({user: name, pending, more, lockedFor}, attempts) {
   setText(phone.more, `${more} older ${more === 1 ? "one is" : "ones are"} waiting too.`);
   phone.quiet.hidden = phone.cards.size > 0;
   return arrived;
+}
+
+/** Shows what the customer calls a user, and the devices: without one, nothing can be approved. */
+function showOwner(phone, {externalUserId, devices, removed}) {
+  phone.known.hidden = !externalUserId;
+  phone.known.replaceChildren("known as ", ...shown(externalUserId ?? ""));
+  const state = [removed, ...devices.map((each) => each.key)].join();
+  if (state === phone.shownDevices) return;  // so that the focus on a button is kept
+  if (removed && phone.shownDevices !== null) say(`The phone of ${phone.name} was removed.`);
+  phone.shownDevices = state;
+  phone.hasDevice = !removed;
+  phone.removed.hidden = !removed;
+  setText(phone.devices.querySelector("summary"), devices.length === 1 ? "1 device" : `${devices.length} devices`);
+  phone.devices.querySelector("ul").replaceChildren(...devices.map((each) => deviceItem(phone, each)));
+  for (const card of phone.cards.values()) updateButtons(card);
+}
+
+function deviceItem(phone, {key, since}) {
+  const code = element("code", "", key);
+  code.title = key;
+  const button = element("button", "small", "Remove");
+  button.type = "button";
+  button.setAttribute("aria-label", `Remove the device of ${phone.name} that was enrolled at ${since}`);
+  button.addEventListener("click", () => change(phone, "/sandbox/remove", {user: phone.name, key}));
+  return element("li", "", code, button);
+}
+
+async function change(phone, path, body) {
+  const problem = phone.devices.querySelector(".problem");
+  problem.hidden = true;
+  const error = await post(path, body);
+  if (error) showProblem(problem, error);
+  else phone.devices.querySelector("summary").focus();  // the button may be gone
 }
 
 /** Shows the failed attempts for an operation; they are the newest first. */
@@ -275,7 +309,11 @@ function addPhone(name) {
   const phone = {
     name, root, cards: new Map(), settle: 0, lockedUntil: 0, locked: find(".locked"),
     title: find("h2"), list: find(".cards"), more: find(".more"), quiet: find(".quiet"),
+    known: find(".known"), removed: find(".removed"), devices: find(".devices"), shownDevices: null, hasDevice: true,
   };
+  const enroll = find(".devices > button");
+  enroll.setAttribute("aria-label", `Enroll on a new device: ${name}`);
+  enroll.addEventListener("click", () => change(phone, "/sandbox/enroll", {user: name, externalUserId: ""}));
   phone.title.textContent = name;
   phone.title.title = name;
   phone.title.id = `phone-${++serial}`;
@@ -369,7 +407,7 @@ async function readAll(card) {
 
 /** Whether a button of a card may be used: an approval needs the whole text, and a phone that is not locked. */
 function mayUse(card, button) {
-  if (card.busy || card.done || !isLive()) return false;
+  if (card.busy || card.done || !card.phone.hasDevice || !isLive()) return false;
   if (button.dataset.code === "30003") return true;
   return card.wholeText && card.phone.lockedUntil <= seconds();
 }
@@ -448,16 +486,16 @@ function ageText(age) {
 const APPROVED_PATH = "M5 12.5l4.5 4.5L19 7";
 const FAILED_PATH = "M6.5 6.5l11 11M17.5 6.5l-11 11";
 
-function showHistory(entries) {
+function showHistory(entries, signs) {
   byId("history").hidden = !entries.length;
   byId("no-history").hidden = entries.length > 0;
   const state = [boot, ...entries.map((each) => each.number)].join();
   if (state === shownHistory) return;  // so that a position in the list is kept
   shownHistory = state;
-  byId("history").replaceChildren(...entries.map(historyItem));
+  byId("history").replaceChildren(...entries.map((each) => historyItem(each, signs)));
 }
 
-function historyItem(entry) {
+function historyItem(entry, signs) {
   const {user: name, authType, errorCode, text, age} = entry;
   const what = element("span", "what", ...shown(text || "No text"));
   what.dir = "auto";
@@ -465,7 +503,30 @@ function historyItem(entry) {
   return element("li", "",
     errorCode ? icon("failed", FAILED_PATH) : icon("approved", APPROVED_PATH),
     element("strong", "", errorCode ? failureText(entry) : howText(authType)),
-    what, element("small", "", `${name}, ${at}`));
+    what, element("small", "", `${name}, ${at}`),
+    ...(signs && !errorCode ? [tokenButton(entry)] : []));
+}
+
+const COPY_TOKEN = "Signed: copy the token";
+
+/** Returns a button that copies what the phone signed, as the app would hand it to a backend. */
+function tokenButton({number, text}) {
+  const button = element("button", "small", COPY_TOKEN);
+  button.type = "button";
+  button.setAttribute("aria-label", `${COPY_TOKEN} for ${spoken(text || "no text")}`);
+  button.addEventListener("click", async () => {
+    try {
+      const answer = await fetch(`/sandbox/token?number=${number}`);
+      if (!answer.ok) throw new Error(await errorOf(answer));
+      await navigator.clipboard.writeText((await answer.json()).token);
+      button.textContent = "Copied";
+    } catch (error) {  // a browser permits to copy on localhost only
+      button.textContent = error instanceof TypeError ? "Cannot be copied here: open this page on localhost" : error.message;
+    }
+    say(button.textContent);
+    setTimeout(() => { button.textContent = COPY_TOKEN; }, COPIED_MS);
+  });
+  return button;
 }
 
 function icon(className, path) {
@@ -532,6 +593,21 @@ async function createOperation(event) {
   chosen = byId("try-user").value.trim().toUpperCase();
 }
 
+async function enrollUser(event) {
+  event.preventDefault();
+  const button = byId("enroll").querySelector("button");
+  const problem = byId("enroll-problem");
+  if (button.getAttribute("aria-disabled") === "true") return;
+  setDisabled(button, true);
+  problem.hidden = true;
+  const enrolled = byId("enroll-user").value;
+  const error = await post("/sandbox/enroll", {user: enrolled, externalUserId: byId("enroll-external").value.trim()});
+  setDisabled(button, !isLive());
+  if (error) return showProblem(problem, error);
+  chosen = enrolled.trim().toUpperCase();
+  say(`${chosen} is enrolled.`);
+}
+
 async function chooseFault(event) {
   const error = await post("/sandbox/fault", {fault: event.target.value});
   if (error) say(error);
@@ -559,6 +635,8 @@ function start() {
   byId("journal").hidden = Boolean(user);
   byId("try-user").value = user || "C0FFEE";
   byId("try").addEventListener("submit", createOperation);
+  byId("enroll-user").value = user || "C0FFEE";
+  byId("enroll").addEventListener("submit", enrollUser);
   byId("copy").addEventListener("click", copyEnvironment);
   byId("faults").addEventListener("change", chooseFault);
   // A browser opens at most six connections to a host, and each stream takes one: hidden pages release theirs.

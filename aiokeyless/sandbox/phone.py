@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple, TypeVar
 import msgspec
 from aiohttp import web
 
+from aiokeyless._validation import MAX_IDENTIFIER
 from aiokeyless.errors import ConfigurationError
 
 from .api import Answer, error_answer
@@ -65,6 +66,20 @@ class _Creation(Camel):
     operation_payload: Annotated[str, msgspec.Meta(max_length=READABLE)]
 
 
+class _Enrolment(Camel):
+    """The body of ``POST /sandbox/enroll``; an empty external user id is none."""
+
+    user: str
+    external_user_id: Annotated[str, msgspec.Meta(max_length=MAX_IDENTIFIER)]
+
+
+class _Removal(Camel):
+    """The body of ``POST /sandbox/remove``: a device, by its public signing key."""
+
+    user: str
+    key: str
+
+
 class _FaultChoice(Camel):
     """The body of ``POST /sandbox/fault``."""
 
@@ -84,11 +99,17 @@ class Actions(NamedTuple):
         approve: Approves an operation, given its id and its ``auth_type``.
         fail: Lets an attempt to approve an operation fail, given its id and an error code.
         create: Creates an operation, given its user and its payload, "" for none.
+        enroll: Enrolls a user, given the external user id, or None.
+        remove: Removes a device, given its user and its public signing key.
+        sign: Returns the token of an approved operation, given its id.
     """
 
     approve: Callable[[str, str], object]
     fail: Callable[[str, int], object]
     create: Callable[[str, str], object]
+    enroll: Callable[[str, str | None], object]
+    remove: Callable[[str, str], object]
+    sign: Callable[[str], str]
 
 
 class Phones:
@@ -112,6 +133,8 @@ class Phones:
             "approve": (_Approval, self._approve),
             "fail": (_Failure, self._fail),
             "create": (_Creation, self._create),
+            "enroll": (_Enrolment, self._enroll),
+            "remove": (_Removal, self._remove),
             "fault": (_FaultChoice, self._choose_fault),
         }
 
@@ -154,6 +177,8 @@ class Phones:
                 return await self._events(request)
             case "GET", "payload":
                 return _response(self._payload(request.query.get("user", ""), request.query.get("key", "")))
+            case "GET", "token":
+                return _response(self._token(request.query.get("number", "")))
             case "POST", path if path in self._buttons:
                 kind, act = self._buttons[path]
                 body = await _decoded(request, kind)
@@ -248,9 +273,35 @@ class Phones:
     def _create(self, creation: _Creation) -> Answer:
         user = creation.user.strip().upper()
         if not is_user_id(user):
-            return error_answer(HTTPStatus.BAD_REQUEST, "A user id is a hex string, such as C0FFEE.")
+            return _NO_USER_ID
         self._actions.create(user, creation.operation_payload)
         return _DONE
+
+    def _enroll(self, enrolment: _Enrolment) -> Answer:
+        user = enrolment.user.strip().upper()
+        if not is_user_id(user):
+            return _NO_USER_ID
+        try:
+            self._actions.enroll(user, enrolment.external_user_id or None)
+        except ConfigurationError:  # the user id is one, so it is the other
+            return error_answer(HTTPStatus.CONFLICT, "This external id belongs to another user.")
+        return _DONE
+
+    def _remove(self, removal: _Removal) -> Answer:
+        self._actions.remove(removal.user, removal.key)
+        self.refresh()
+        return _DONE
+
+    def _token(self, number: str) -> Answer:
+        """Return what the phone signed in an attempt of the history."""
+        operation_id = self._book.approved(int(number)) if number.isdecimal() and number.isascii() else None
+        try:
+            token = None if operation_id is None else self._actions.sign(operation_id)
+        except ConfigurationError:  # it was removed from the sandbox
+            token = None
+        if token is None:
+            return error_answer(HTTPStatus.NOT_FOUND, "This operation is no longer there.")
+        return Answer(HTTPStatus.OK, msgspec.json.encode({"token": token}))
 
     def _choose_fault(self, choice: _FaultChoice) -> Answer:
         self._book.fault = choice.fault
@@ -259,6 +310,7 @@ class Phones:
 
 
 _DONE: Final = Answer(HTTPStatus.OK, b"{}")
+_NO_USER_ID: Final = error_answer(HTTPStatus.BAD_REQUEST, "A user id is a hex string, such as C0FFEE.")
 _NOT_PENDING: Final = error_answer(HTTPStatus.CONFLICT, "This operation is no longer pending.")
 _NO_DEVICE: Final = error_answer(HTTPStatus.CONFLICT, "This phone was removed, so it can approve nothing.")
 _UNREADABLE: Final = error_answer(

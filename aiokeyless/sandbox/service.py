@@ -12,6 +12,7 @@ import math
 import secrets
 import time
 from http import HTTPStatus
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, Unpack
 
 import msgspec
@@ -22,7 +23,7 @@ from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import AuthType
 
-from .api import JSON, Answer, KeylessApi, error_answer
+from .api import JSON, TENANT, Answer, KeylessApi, error_answer
 from .attempts import MISMATCH
 from .guard import refuse_host
 from .journal import Journal
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from aiokeyless.models import Authentication, Device, Operation
 
     from .journal import RequestRecord
+    from .signing import Signer
 
 logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
@@ -137,10 +139,18 @@ class Sandbox:
         self._clocks = (time.time_ns(), time.monotonic())  # this machine's and the loop's, when they were read last
         self._ahead = 0  # nanoseconds by which tests have moved the loop's clock
         self._store = OperationStore(clock=self._time_ns, timer=self._now, on_attempt=self._attempted)
-        self._api = KeylessApi(self._store, api_key, self._created)
+        self._api = KeylessApi(self._store, api_key, self._created, self._key_set)
+        self._lazy_signer: Signer | None = None
         self._journal = Journal()
-        self._book = PhoneBook(self._store, lambda: self.requests)
-        actions = Actions(self._approve_on_phone, self.fail_authentication, self._create_on_phone)
+        self._book = PhoneBook(self._store, lambda: self.requests, signs=find_spec("jwt") is not None)
+        actions = Actions(
+            approve=self._approve_on_phone,
+            fail=self.fail_authentication,
+            create=self._create_on_phone,
+            enroll=lambda user, external_user_id: self.enroll(user, external_user_id=external_user_id),
+            remove=self._store.users.remove_device,
+            sign=self.sign,
+        )
         self._phones = Phones(self._book, actions, host)
         self._latency = 0.0
         self._faults: list[_Fault] = []
@@ -234,6 +244,11 @@ class Sandbox:
             ConfigurationError: The sandbox is not running, or an option is wrong.
         """
         return KeylessClient(self._api_key, base_url=self.url, **options)
+
+    @property
+    def tenant(self) -> str:
+        """Name of the tenant, for `aiokeyless.signatures.TransactionVerifier`."""
+        return TENANT
 
     @property
     def operations(self) -> Mapping[str, Operation]:
@@ -346,6 +361,64 @@ class Sandbox:
             auth_type=auth_type,
             external_user_id=external_user_id,
         )
+
+    def sign(self, operation_id: str, *, tampered: bool = False, claims: Mapping[str, object] | None = None) -> str:
+        """Return the token with which the phone signed an approved operation, as the app hands it to a backend.
+
+        The user signs the operation's payload, at the time of the approval, with the tenant's key of that time. This
+        needs the extra ``jwt``.
+
+        Args:
+            operation_id: The operation.
+            tampered: Whether to change the transaction data after signing, so that the signature is wrong.
+                Default: False.
+            claims: Claims in place of the right ones, or beside them, such as ``{"exp": 0}``: the signature is right
+                for them. Default: none.
+
+        Raises:
+            ConfigurationError: There is no such operation, it is not approved, or the extra ``jwt`` is not installed.
+
+        Example::
+
+            sandbox.approve("txn-1")
+            token = sandbox.sign("txn-1")
+        """
+        operation, approved_at = self._store.approval(operation_id)
+        token = self._signer.sign(
+            operation.user_id,
+            operation.operation_payload or "",
+            operation.external_user_id or self._store.users.external_id(operation.user_id),
+            approved_at,
+            claims or {},
+        )
+        return self._signer.tampered(token) if tampered else token
+
+    def rotate_keys(self, *, retire: bool = False) -> str:
+        """Let phones sign with a new key from now on, which is published with the earlier ones; it needs ``jwt``.
+
+        Args:
+            retire: Whether the earlier keys are no longer published. Default: False.
+
+        Returns:
+            The ``kid`` of the new key.
+
+        Raises:
+            ConfigurationError: The extra ``jwt`` is not installed.
+        """
+        return self._signer.rotate(self._time_ns(), retire=retire)
+
+    @property
+    def _signer(self) -> Signer:
+        if self._lazy_signer is None:
+            try:
+                from .signing import Signer  # noqa: PLC0415  # needs the extra
+            except ModuleNotFoundError:
+                raise ConfigurationError('signing needs the extra "jwt"; install it') from None
+            self._lazy_signer = Signer()
+        return self._lazy_signer
+
+    def _key_set(self) -> bytes:
+        return self._signer.key_set_json()
 
     def forget(self, operation_id: str) -> None:
         """Remove an operation: a GET then answers 404, and the id can be used again.

@@ -31,6 +31,7 @@ _MOST_PHONES: Final = 24
 _MOST_OPERATIONS: Final = 20  # per phone
 _MOST_PAYLOAD: Final = 2000  # characters that a snapshot has of a payload; the page asks for the others
 _MOST_ID: Final = 600  # every id that the client accepts
+_MOST_DEVICES: Final = 5  # per phone, the latest
 _MOST_TEXT: Final = 5000  # characters per phone; its newest operation is always there
 _MOST_REQUESTS: Final = 12
 _MOST_PATH: Final = 400
@@ -58,10 +59,23 @@ class Card(Camel):
     age: float
 
 
+class DeviceLine(Camel):
+    """A device of a user, by its public signing key."""
+
+    key: str
+    since: str
+
+
 class Phone(Camel):
-    """A user's phone: the newest operations, how many more are pending, and for how many seconds it is locked."""
+    """A user's phone: the newest operations, how many more are pending, and for how many seconds it is locked.
+
+    One that was removed shows the operations and can approve none.
+    """
 
     user: str
+    external_user_id: str | None
+    devices: list[DeviceLine]
+    removed: bool
     locked_for: float
     pending: list[Card]
     more: int
@@ -95,6 +109,7 @@ class Snapshot(Camel):
 
     boot: str
     fault: Fault
+    signs: bool
     ended: bool
     crowded: bool
     phones: list[Phone]
@@ -104,6 +119,7 @@ class Snapshot(Camel):
 
 class _Attempt(msgspec.Struct):
     number: int
+    operation_id: str | None
     key: str | None
     user: str
     auth_type: str | None
@@ -119,10 +135,12 @@ class PhoneBook:
     Args:
         store: Holds the operations.
         requests: Returns the journal, oldest first.
+        signs: Whether phones sign what is approved.
     """
 
-    def __init__(self, store: OperationStore, requests: Callable[[], Sequence[RequestRecord]]) -> None:
+    def __init__(self, store: OperationStore, requests: Callable[[], Sequence[RequestRecord]], *, signs: bool) -> None:
         self._store = store
+        self._signs = signs
         self._requests = requests
         # A new sandbox numbers its operations from 1 again: a page that stayed open must not confuse old and new ones.
         self._boot = secrets.token_hex(4)
@@ -153,6 +171,7 @@ class PhoneBook:
         self._history.append(
             _Attempt(
                 number=next(self._attempts),
+                operation_id=attempt.operation_id,
                 key=None if operation is None else self.key(operation),
                 user=user,
                 auth_type=attempt.auth_type,
@@ -161,6 +180,12 @@ class PhoneBook:
                 text=text and _excerpt(text),
                 at=time.monotonic(),
             )
+        )
+
+    def approved(self, number: int) -> str | None:
+        """Return the id of the operation that an attempt in the history approved; None if there is no such attempt."""
+        return next(
+            (each.operation_id for each in self._history if each.number == number and not each.error_code), None
         )
 
     def key(self, operation: Operation) -> str:
@@ -182,6 +207,7 @@ class PhoneBook:
         return Snapshot(
             boot=self._boot,
             fault=self.fault,
+            signs=self._signs,
             ended=self.ended,
             crowded=self._crowded and not user,
             phones=[self._phone(user) for user in users],
@@ -200,7 +226,18 @@ class PhoneBook:
             if space < 0 and cards:
                 break
             cards.append(card)
-        return Phone(user, self._store.locked_for(user), cards, len(pending) - len(cards))
+        users = self._store.users
+        return Phone(
+            user=user,
+            external_user_id=users.external_id(user),
+            devices=[
+                DeviceLine(each.public_signing_key, each.created_at) for each in users.devices(user)[-_MOST_DEVICES:]
+            ],
+            removed=not self.has_device(user),
+            locked_for=self._store.locked_for(user),
+            pending=cards,
+            more=len(pending) - len(cards),
+        )
 
     def _card(self, operation: Operation) -> Card:
         created = operation.created_at

@@ -68,6 +68,7 @@ class OperationStore:
         self._operations: dict[str, Operation] = {}
         self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that one user's list costs its own size only
         self._tampered: dict[str, dict[str, object]] = {}
+        self._approved_at: dict[str, int] = {}  # in nanoseconds since the epoch
         self._last_id = 0
 
     @property
@@ -118,6 +119,7 @@ class OperationStore:
             self._leave_pending(operation)
         operation = msgspec.structs.replace(operation, state=OperationState.APPROVED.value, result=True, auth_type=how)
         self._operations[operation_id] = operation
+        self._approved_at[operation_id] = self._clock()
         self._attempted(operation, 0, how)
         return operation
 
@@ -144,11 +146,27 @@ class OperationStore:
             error_code = LOCKED_OUT
         return self._attempted(operation, error_code, how)
 
+    def approval(self, operation_id: str) -> tuple[Operation, int]:
+        """Return an approved operation, and when it was approved, in nanoseconds since the epoch.
+
+        Raises:
+            ConfigurationError: It is not approved.
+        """
+        operation = self._known(operation_id)
+        approved_at = self._approved_at.get(operation_id)
+        if approved_at is None:
+            raise ConfigurationError(
+                f"operation {operation_id!r} is not approved: the phone signs when the user approves",
+                argument="operation_id",
+            )
+        return operation, approved_at
+
     def forget(self, operation_id: str) -> None:
         """Remove an operation; see `Sandbox.forget`."""
         operation = self._known(operation_id)
         del self._operations[operation_id]
         self._tampered.pop(operation_id, None)
+        self._approved_at.pop(operation_id, None)
         if not operation.is_approved:
             self._leave_pending(operation)
 

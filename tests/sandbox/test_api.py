@@ -204,6 +204,7 @@ def test_other_paths_are_not_found(service: Service, method: str, target: str) -
         (EXTERNAL, "POST, PATCH"),
         (DEVICES, "GET"),
         (f"{DEVICES}/a%2Fb", "DELETE"),
+        ("/customers/sandbox/.well-known/jwks.json", "GET"),
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "get", "BREW"])

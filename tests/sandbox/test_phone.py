@@ -18,6 +18,7 @@ from raw_server import until
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones
 from aiokeyless.sandbox.snapshot import PhoneBook
+from aiokeyless.signatures import TransactionVerifier
 
 from .phone_page import BROWSER, OTHER, USER, approve, create, events, fail, get, key_of, picture, post
 
@@ -73,6 +74,52 @@ async def test_a_phone_that_was_removed_approves_and_cancels_nothing(
         )
     assert not sandbox.operations["a"].is_approved
     assert sandbox.authentications == []
+
+
+async def test_a_user_is_enrolled_and_their_device_removed_on_the_page(
+    sandbox: Sandbox, page: aiohttp.ClientSession
+) -> None:
+    enrolment = {"user": f" {USER.lower()} ", "externalUserId": "ann"}
+    assert (await post(page, "enroll", enrolment))[0] == 200
+    [phone] = (await picture(page))["phones"]
+    assert (phone["user"], phone["externalUserId"]) == (USER, "ann")
+    [device] = phone["devices"]
+    assert (await post(page, "enroll", {"user": USER, "externalUserId": ""}))[0] == 200
+    assert (await post(page, "remove", {"user": USER, "key": device["key"]}))[0] == 200
+    [phone] = (await picture(page))["phones"]
+    assert (phone["externalUserId"], len(phone["devices"])) == ("ann", 1)
+    assert phone["devices"] != [device]
+    assert await post(page, "enroll", {"user": OTHER, "externalUserId": "ann"}) == (
+        409,
+        {"error": "This external id belongs to another user."},
+    )
+    assert (await post(page, "enroll", {"user": "xyz", "externalUserId": ""}))[0] == 400
+    assert (await post(page, "enroll", {"user": OTHER, "externalUserId": "a" * 513}))[0] == 400
+    assert [each.user_id for each in sandbox._store.users.devices(USER)] == [USER]
+
+
+async def test_what_was_signed_is_there_to_be_copied(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    await create(http, operationPayload="Pay 5")
+    sandbox.fail_authentication("a")
+    sandbox.approve("a")
+    shown = await picture(page)
+    assert shown["signs"]
+    approved, failed = (entry["number"] for entry in shown["history"])
+
+    async def token(number: object) -> tuple[int, Any]:
+        async with page.get("/sandbox/token", params={"number": str(number)}) as response:
+            return response.status, await response.json()
+
+    status, answer = await token(approved)
+    assert status == 200
+    async with sandbox.client() as client:
+        verifier = TransactionVerifier(client, tenant=sandbox.tenant)
+        await verifier.verify(answer["token"], user_id=USER, transaction_data="Pay 5")
+    sandbox.forget("a")
+    for number in (approved, failed, 99, "", "x", "\u0661"):
+        assert await token(number) == (404, {"error": "This operation is no longer there."})
 
 
 async def test_operation_without_a_text_has_an_empty_one(

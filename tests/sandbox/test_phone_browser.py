@@ -23,6 +23,7 @@ from tenacity import wait_fixed
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones
+from aiokeyless.signatures import TransactionVerifier
 
 playwright_api = pytest.importorskip("playwright.async_api", reason='needs the extra "examples"')
 
@@ -547,7 +548,7 @@ async def test_axe_core_finds_nothing_in_any_state(
         await expect(button(page)).to_have_count(3)
         sandbox.approve("c")
         await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
-        await page.get_by_label("User id").fill("Alice")
+        await page.locator("#try-user").fill("Alice")
         await page.get_by_role("button", name="Send to the phone").click()
         await expect(page.get_by_role("alert").filter(has_text="hex string")).to_be_visible()
         await page.get_by_text("Connect a program").click()
@@ -558,6 +559,13 @@ async def test_axe_core_finds_nothing_in_any_state(
             sandbox.fail_authentication("a")
         await expect(phone(page).get_by_text("Locked out for")).to_be_visible()
         await accessibility.check("locked")
+
+        await page.get_by_text("Enroll a user").click()
+        await phone(page).get_by_text("1 device").click()
+        await accessibility.check("devices, and the form to enroll")
+        await client.delete_user(USER)
+        await expect(phone(page).get_by_text("This phone was removed")).to_be_visible()
+        await accessibility.check("a phone that was removed")
 
         for number in range(12):
             await client.create_operation(f"AB0{number % 6}", operation_payload=f"Payment {number}")
@@ -581,6 +589,51 @@ async def test_axe_core_finds_nothing_where_there_is_only_an_error(
         await expect(page.get_by_role("alert")).to_be_visible()
         await page.evaluate(axe)
         await Accessibility(page).check("error")
+
+
+async def test_a_user_is_enrolled_loses_the_phone_and_is_enrolled_again(
+    sandbox: Sandbox, client: KeylessClient, page: Page
+) -> None:
+    await page.get_by_text("Enroll a user").click()
+    await page.locator("#enroll-user").fill(USER.lower())
+    await page.get_by_label("External id").fill("ann")
+    await page.locator("#enroll").get_by_role("button").click()
+    await expect(phone(page).get_by_text("known as ann")).to_be_visible()
+    await client.create_operation(USER, operation_id="a", operation_payload="Pay 40 EUR")
+    await phone(page).get_by_text("1 device").click()
+    await phone(page).get_by_role("button", name=re.compile("^Remove the device")).click()
+    await expect(phone(page).get_by_text("This phone was removed")).to_be_visible()
+    assert await client.get_devices(USER) == []
+    for name in ("Approve with face", "Approve with PIN", "Face does not match", "Cancel"):
+        await expect(phone(page).get_by_role("button", name=name)).to_have_attribute("aria-disabled", "true")
+    await phone(page).get_by_role("button", name=f"Enroll on a new device: {USER}").click()
+    await expect(phone(page).get_by_text("This phone was removed")).to_be_hidden()
+    await button(page).click()
+    await expect(phone(page).get_by_text("Approved with face")).to_be_visible()
+    assert sandbox.operations["a"].is_approved
+
+
+async def test_an_enrolment_that_fails_says_why(sandbox: Sandbox, browser: Browser) -> None:
+    sandbox.enroll(OTHER, external_user_id="ann")
+    async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
+        await page.get_by_text("Enroll a user").click()
+        await page.get_by_label("External id").fill("ann")
+        await page.locator("#enroll").get_by_role("button").click()
+        await expect(page.get_by_role("alert")).to_have_text("This external id belongs to another user.")
+
+
+async def test_the_token_of_an_approval_is_copied(sandbox: Sandbox, client: KeylessClient, browser: Browser) -> None:
+    url = sandbox.url.replace("127.0.0.1", "localhost")
+    async with opened(browser, f"{url}/", permissions=["clipboard-read", "clipboard-write"]) as page:
+        await client.create_operation(USER, operation_id="a", operation_payload="Pay 40 EUR")
+        await button(page).click()
+        copy = page.get_by_role("button", name="Signed: copy the token for Pay 40 EUR")
+        await copy.click()
+        await expect(page.get_by_text("Copied").first).to_be_visible()
+        token = await page.evaluate("navigator.clipboard.readText()")
+    verifier = TransactionVerifier(client, tenant=sandbox.tenant)
+    signed = await verifier.verify(token, user_id=USER, transaction_data="Pay 40 EUR")
+    assert signed.transaction_data == "Pay 40 EUR"
 
 
 async def test_many_operations_of_many_users_make_a_page_of_some_screens(client: KeylessClient, page: Page) -> None:

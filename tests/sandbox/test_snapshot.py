@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import aiohttp
 import pytest
@@ -88,7 +89,8 @@ async def test_simulated_user_is_shown_too() -> None:
         await create(http)
         shown = await picture(http)
     assert [each["authType"] for each in shown["history"]] == ["biom"]
-    assert shown["phones"] == [{"user": USER, "lockedFor": 0, "pending": [], "more": 0}]
+    [phone] = shown["phones"]
+    assert (phone["user"], phone["pending"], phone["more"]) == (USER, [], 0)
 
 
 async def test_phone_alone_shows_nothing_of_others(
@@ -106,7 +108,29 @@ async def test_phone_alone_shows_nothing_of_others(
 
 
 async def test_the_phone_of_an_unknown_user_is_empty(page: aiohttp.ClientSession) -> None:
-    assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", "lockedFor": 0, "pending": [], "more": 0}]
+    empty: dict[str, Any] = {
+        "externalUserId": None,
+        "devices": [],
+        "removed": False,
+        "lockedFor": 0,
+        "pending": [],
+        "more": 0,
+    }
+    assert (await picture(page, user="ABC"))["phones"] == [{"user": "ABC", **empty}]
+
+
+async def test_an_enrolled_user_has_a_phone_with_devices_until_they_are_removed(
+    sandbox: Sandbox, page: aiohttp.ClientSession
+) -> None:
+    devices = [sandbox.enroll(USER, external_user_id="ann") for _ in range(7)]
+    [phone] = (await picture(page))["phones"]
+    assert (phone["user"], phone["externalUserId"], phone["removed"]) == (USER, "ann", False)
+    assert [each["key"] for each in phone["devices"]] == [each.public_signing_key for each in devices[-5:]]
+    assert phone["devices"][0]["since"] == devices[-5].created_at
+    async with sandbox.client() as client:
+        await client.delete_user(USER)
+    [phone] = (await picture(page))["phones"]
+    assert (phone["externalUserId"], phone["devices"], phone["removed"]) == (None, [], True)
 
 
 async def test_user_that_is_not_hex_is_a_bad_request(page: aiohttp.ClientSession) -> None:
