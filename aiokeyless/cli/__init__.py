@@ -4,7 +4,8 @@ A command is a coroutine that uses the library as any program does, and returns 
 raises into one line on stderr. Only ``__main__`` imports this package: it needs the extra ``cli``.
 """
 
-from . import demo, operations, sandbox, schema, wait, worker  # the commands register themselves with the application
+# The commands register themselves with the application.
+from . import demo, operations, sandbox, schema, users, verify, wait, worker
 from .app import run
 
-__all__ = ["demo", "operations", "run", "sandbox", "schema", "wait", "worker"]
+__all__ = ["demo", "operations", "run", "sandbox", "schema", "users", "verify", "wait", "worker"]

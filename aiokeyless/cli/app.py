@@ -116,7 +116,7 @@ def _fail(message: str, code: Exit) -> Exit:
 # -- arguments and options
 
 
-def _validator(check: Callable[[str], str], argument: str) -> Callable[[object, str | None], None]:
+def validator(check: Callable[[str], str], argument: str) -> Callable[[object, str | None], None]:
     """Make a validator of the library's check of one of its arguments."""
 
     def validate(_type: object, value: str | None) -> None:
@@ -140,9 +140,9 @@ def _check_seconds(_type: object, seconds: float) -> None:
         raise ValueError("Must be more than 0 seconds, and not infinite.")
 
 
-_check_operation_id = _validator(check_operation_id, "operation_id")
+_check_operation_id = validator(check_operation_id, "operation_id")
 
-UserId = Annotated[str, Parameter(name="USER_ID", validator=_validator(check_user_id, "user_id"))]
+UserId = Annotated[str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"))]
 OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_operation_id)]
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
 Seconds = Annotated[float, Parameter(validator=_check_seconds)]

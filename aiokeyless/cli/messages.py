@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 OPTIONS: Final = {
     "api_key": "--api-key",
     "expires_in": "--expires-in",
+    "external_id": "EXTERNAL_ID",
     "external_user_id": "--external-user-id",
     "host": "--host",
     "operation_id": "OPERATION_ID",
     "operation_payload": "--payload",
+    "public_signing_key": "KEY",
+    "tenant": "--tenant",
     "user_id": "USER_ID",
 }
 
@@ -62,6 +65,7 @@ REQUIREMENTS: Final = {
         "(http only for this machine, such as a sandbox)"
     ),
     "expires_in": "a number of seconds above 0 that ends before the year 10000",
+    "external_id": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
     "external_user_id": "valid UTF-8",
     "host": "printable ASCII, with no spaces around it",
     "operation_id": (
@@ -69,7 +73,9 @@ REQUIREMENTS: Final = {
         "(which is for wait --ticket FILE)"
     ),
     "operation_payload": "valid UTF-8",
+    "public_signing_key": 'a key as "devices list" prints it',
     "region": f"one of {', '.join(Region)}",
+    "tenant": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
     "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",
 }
 

@@ -1,0 +1,251 @@
+"""``aiokeyless users`` and ``aiokeyless devices``: who is enrolled, on what, and under which id of your own."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import App, Parameter
+
+from aiokeyless._validation import check_external_user_id, check_public_signing_key
+from aiokeyless.errors import ConflictError, NotFoundError
+
+from .app import AsJson, CommandError, Exit, UserId, app, new_client, validator
+from .messages import quoted
+from .render import new_console, print_fact, print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiokeyless.models import ExternalUser, User
+
+users: Final = App(
+    name="users",
+    help="Find, link and delete users.",
+    help_epilogue="Example:\n  aiokeyless users get account-1042",
+)
+devices: Final = App(
+    name="devices",
+    help="List and remove the devices of a user.",
+    help_epilogue="Example:\n  aiokeyless devices list C0FFEE",
+)
+app.command(users)
+app.command(devices)
+
+ExternalId = Annotated[str, Parameter(name="EXTERNAL_ID", validator=validator(check_external_user_id, "external_id"))]
+DeviceKey = Annotated[str, Parameter(name="KEY", validator=validator(check_public_signing_key, "public_signing_key"))]
+Yes = Annotated[bool, Parameter(name="--yes", negative="", show_default=False)]
+
+_TAKEN: Final = (
+    "the user has an external id already, or another user has this one; to give the user another id: aiokeyless users "
+    "relink"
+)
+
+
+@contextmanager
+def _without(what: str) -> Iterator[None]:
+    """Say what there is none of where the service does not find it."""
+    try:
+        yield
+    except NotFoundError:
+        raise CommandError(f"there is no {what}") from None
+
+
+@users.command(help_epilogue="Example:\n  aiokeyless users find account-1042")
+async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+    """List the users who have an external id; the search ignores case.
+
+    Args:
+        external_id: Your own id of the user.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        found = await client.find_users(external_id)
+    console = new_console()
+    if as_json:
+        print_json(console, {"users": [user.to_dict() for user in found]})
+    elif found:
+        print_table(
+            console, [{"User": user.user_id, "Created": user.created_at, "Updated": user.updated_at} for user in found]
+        )
+    else:
+        console.print("No user has this external id.")
+    return Exit.DONE
+
+
+@users.command(help_epilogue="Example:\n  aiokeyless create $(aiokeyless users get account-1042) --payload 'Log in?'")
+async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+    """Print the id of the one user who has an external id; it is an error if there is none, or several.
+
+    Args:
+        external_id: Your own id of the user.
+        as_json: Print the whole user as one JSON object.
+    """
+    async with new_client() as client:
+        with _without("user with this external id"):
+            user: User = await client.get_user(external_id)
+    console = new_console()
+    if as_json:
+        print_json(console, user.to_dict())
+    else:
+        console.print(user.user_id, markup=False, highlight=False, soft_wrap=True)
+    return Exit.DONE
+
+
+@users.command(help_epilogue="Example:\n  aiokeyless users link C0FFEE account-1042")
+async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+    """Give a user an external id; a user has at most one.
+
+    Args:
+        user_id: The user, in hex.
+        external_id: Your own id of the user; no personal data, and not only in case different from others.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        try:
+            with _without("such user"):
+                linked = await client.create_external_user(user_id, external_id)
+        except ConflictError:
+            raise CommandError(f"{_TAKEN} {user_id} {quoted(external_id)}") from None
+    return _print_link(linked, as_json=as_json)
+
+
+@users.command(help_epilogue="Example:\n  aiokeyless users relink C0FFEE account-2000")
+async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
+    """Give a user another external id.
+
+    Args:
+        user_id: The user, in hex.
+        external_id: Your own id of the user.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        with _without("such user"):
+            linked = await client.update_external_user(user_id, external_id)
+    return _print_link(linked, as_json=as_json)
+
+
+def _print_link(linked: ExternalUser, *, as_json: bool) -> Exit:
+    console = new_console()
+    if as_json:
+        print_json(console, linked.to_dict())
+    else:
+        print_fact(console, "User", linked.user_id, "bold")
+        print_fact(console, "External", linked.external_user_id)
+        print_fact(console, "Updated", linked.updated_at)
+    return Exit.DONE
+
+
+@users.command(help_epilogue="Example:\n  aiokeyless users unlink account-1042 --yes")
+async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJson = False) -> int:
+    """Delete an external id, in its exact case; the user stays.
+
+    Args:
+        external_id: Your own id of the user.
+        yes: Do not ask.
+        as_json: Print one JSON object and nothing else.
+    """
+    _confirm("Delete this external id?", yes=yes)
+    async with new_client() as client:
+        await client.delete_external_user(external_id)
+    return _print_deleted("The external id", as_json=as_json)
+
+
+@users.command(help_epilogue="Example:\n  aiokeyless users delete C0FFEE")
+async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = False) -> int:
+    """Delete a user permanently, with their devices and their enrolment.
+
+    Args:
+        user_id: The user, in hex.
+        yes: Do not ask.
+        as_json: Print one JSON object and nothing else.
+    """
+    _confirm(f"Delete user {user_id.upper()} permanently, with all devices?", yes=yes)
+    async with new_client() as client:
+        with _without("such user"):
+            await client.delete_user(user_id)
+    return _print_deleted(f"User {user_id.upper()}", as_json=as_json)
+
+
+@devices.command(name="list", help_epilogue="Example:\n  aiokeyless devices list C0FFEE")
+async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
+    """List the devices of a user.
+
+    Args:
+        user_id: The user, in hex.
+        as_json: Print one JSON object and nothing else.
+    """
+    async with new_client() as client:
+        with _without("such user"):
+            found = await client.get_devices(user_id)
+    console = new_console()
+    if as_json:
+        print_json(console, {"devices": [device.to_dict() for device in found]})
+        return Exit.DONE
+    if not found:
+        console.print(f"User {user_id.upper()} has no device.")
+    for device in found:
+        facts = {
+            "Device": device.public_signing_key,
+            "State": device.state,
+            "Since": device.created_at,
+            "System": device.os_version,
+            "SDK": device.sdk_version,
+            "Removed": device.deleted_at,
+        }
+        for name, value in facts.items():
+            if value is not None:
+                print_fact(console, name, value, "bold" if name == "Device" else "")
+        console.print()
+    return Exit.DONE
+
+
+@devices.command(help_epilogue="Example:\n  aiokeyless devices remove C0FFEE MFkwEwYHKoZIzj0CAQ== --yes")
+async def remove(
+    user_id: UserId, public_signing_key: DeviceKey, /, *, yes: Yes = False, as_json: AsJson = False
+) -> int:
+    """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
+
+    Args:
+        user_id: The user, in hex.
+        public_signing_key: The device, as "devices list" shows it.
+        yes: Do not ask.
+        as_json: Print one JSON object and nothing else.
+    """
+    _confirm(f"Remove this device of user {user_id.upper()}?", yes=yes)
+    async with new_client() as client:
+        with _without("such device or user"):
+            await client.delete_device(user_id, public_signing_key)
+    return _print_deleted("The device", as_json=as_json)
+
+
+def _print_deleted(what: str, *, as_json: bool) -> Exit:
+    console = new_console()
+    if as_json:
+        print_json(console, {"deleted": True})
+    else:
+        console.print(f"{what} is deleted.")
+    return Exit.DONE
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    """Ask on the terminal, unless the option says yes.
+
+    Raises:
+        CommandError: The answer is not yes, or there is no terminal to ask on.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise CommandError("this must be confirmed, and stdin is no terminal to ask on; pass --yes")
+    sys.stderr.write(f"{question} Type yes: ")
+    sys.stderr.flush()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would not end reading a line
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if answer.strip().lower() != "yes":
+        raise CommandError("nothing was deleted")

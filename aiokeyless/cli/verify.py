@@ -1,0 +1,66 @@
+"""``aiokeyless verify``: whether a user signed a text on their phone."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from aiokeyless._validation import check_tenant, check_user_id
+
+from .app import AsJson, CommandError, Exit, Seconds, app, new_client, validator
+from .render import new_console, print_fact, print_json
+
+
+@app.command(
+    help_epilogue="""\
+Example, for a sandbox:
+  aiokeyless verify eyJhbGciOi... --tenant sandbox --user C0FFEE --data "Pay 40\""""
+)
+async def verify(
+    token: Annotated[str, Parameter(name="TOKEN")],
+    /,
+    *,
+    tenant: Annotated[str, Parameter(validator=validator(check_tenant, "tenant"))],
+    user: Annotated[str, Parameter(validator=validator(check_user_id, "user_id"))],
+    data: str,
+    external_user_id: str | None = None,
+    max_age: Seconds = 300.0,
+    as_json: AsJson = False,
+) -> int:
+    """Verify a transaction that a user signed on their phone.
+
+    It is evidence beside an approval, and never one. A token can be verified more than once.
+
+    Args:
+        token: The token that the app handed over.
+        tenant: Name of the tenant whose keys verify it.
+        user: The user who must have signed, in hex.
+        data: The text that they must have signed, byte by byte.
+        external_user_id: Your own id of the user, which the token must name; not compared if left out.
+        max_age: Seconds that may have passed since the user signed.
+        as_json: Print one JSON object and nothing else.
+    """
+    try:
+        from aiokeyless.signatures import TransactionVerifier  # noqa: PLC0415  # needs an extra
+    except ModuleNotFoundError:
+        raise CommandError('verify needs the extra "jwt"; install it') from None
+    async with new_client() as client:
+        verifier = TransactionVerifier(client, tenant=tenant, max_age=max_age)
+        signed = await verifier.verify(token, user_id=user, transaction_data=data, external_user_id=external_user_id)
+    console = new_console()
+    if as_json:
+        print_json(console, signed.to_dict())
+        return Exit.DONE
+    facts = {
+        "Signed": signed.transaction_data,
+        "By": signed.user_id,
+        "External": signed.external_user_id,
+        "At": f"{signed.issued_at:%Y-%m-%d %H:%M:%S} UTC",
+        "Key": signed.key_id,
+        "SHA-256": signed.signed_sha256,
+    }
+    for name, value in facts.items():
+        if value is not None:
+            print_fact(console, name, value, "bold" if name == "Signed" else "")
+    return Exit.DONE
