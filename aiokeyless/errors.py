@@ -236,10 +236,14 @@ class BadRequestError(StatusError):
 class AuthenticationError(StatusError):
     """401: the API key is wrong, missing, or of another region.
 
-    What to do: check the key, and that it was issued for this region or ``base_url``.
+    What to do: check that it is the secret server key of your tenant, issued for this region or ``base_url``. Two other
+    keys are confused with it: the one that downloads the SDK, and the API key that the mobile SDK is set up with.
     """
 
-    advice = "the API key is wrong or belongs to another region; check KEYLESS_API_KEY and the region"
+    advice = (
+        "this is not the secret server key of this region; the key that downloads the SDK and the mobile SDK's API key "
+        "do not work here, check KEYLESS_API_KEY and the region"
+    )
 
 
 class PermissionDeniedError(StatusError):

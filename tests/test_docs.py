@@ -90,6 +90,7 @@ def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     async def beside_a_service(program: Coroutine[object, object, object]) -> None:
         async with Sandbox(auto_approve=2) as sandbox:
+            sandbox.enroll("C0FFEE", external_user_id="account-1042")
             monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
             monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
             await program

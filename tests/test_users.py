@@ -24,10 +24,13 @@ from aiokeyless import (
     TransportError,
     User,
 )
+from aiokeyless.events import RequestEnded
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from aiokeyless.events import Event
 
 pytestmark = pytest.mark.looptime
 
@@ -175,6 +178,16 @@ class Talk:
         return [head.split()[0].decode() for head in self.server.heads]
 
 
+async def test_listeners_are_told_which_attempt_of_a_deletion_each_exchange_was() -> None:
+    events: list[Event] = []
+    async with (
+        RawServer(BUSY, MISSING) as server,
+        KeylessClient("key", base_url=server.url, listeners=[events.append]) as client,
+    ):
+        await client.delete_user(USER)
+    assert [event.attempt for event in events if isinstance(event, RequestEnded)] == [1, 2]
+
+
 async def test_a_link_that_did_not_take_effect_is_sent_again() -> None:
     talk = Talk(BUSY, EMPTY, answer(LINK % (b"C0FFEE", b"ann"), status=b"201 Created"))
     assert (await talk.create()).sdk_customer_id == 1
@@ -199,7 +212,7 @@ async def test_an_answer_about_another_link_proves_nothing(about: tuple[bytes, b
     assert (await talk.create()).external_user_id == "ann"
     assert talk.methods == ["POST", "GET"]
     async with RawServer(answer(LINK % about)) as server, KeylessClient("key", base_url=server.url) as client:
-        with pytest.raises(DecodeError, match="about another user"):
+        with pytest.raises(DecodeError, match="answered about another user"):
             await client.update_external_user(USER, "ann")
 
 

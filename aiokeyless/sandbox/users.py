@@ -1,6 +1,6 @@
 """The users of a sandbox: their devices, and what the customer calls them. Nothing here depends on HTTP.
 
-A user is enrolled by `enroll`. One who was never enrolled or deleted, but has operations, is enrolled on one device.
+`enroll` enrolls a user on a device. The first operation of an unknown user does so, too.
 
 Source: Keyless documentation, Server API: External User ID, Users, Devices.
 """

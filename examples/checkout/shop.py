@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Annotated
 
 import uvicorn
-from fastapi import Cookie, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Body, Cookie, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 
 import aiokeyless
 from aiokeyless.shutdown import close_on_signals
+from aiokeyless.signatures import TransactionVerifier
 
 FINAL = ("paid", "refused", "cancelled")
 CANCELLED = 30003  # the error code of an attempt that the user cancelled
 log = logging.getLogger("uvicorn.error")
 client = aiokeyless.KeylessClient()  # one for all customers; key and address come from the environment
+verifier = TransactionVerifier(client, tenant=os.environ.get("CHECKOUT_TENANT", "sandbox"))
 
 
 @contextlib.asynccontextmanager
@@ -56,6 +58,7 @@ class Order(BaseModel):
 db = sqlite3.connect(os.environ.get("CHECKOUT_DB", "checkout.sqlite3"), isolation_level=None)  # autocommit
 db.row_factory = sqlite3.Row
 db.execute(f"CREATE TABLE IF NOT EXISTS orders ({', '.join(Order.model_fields)}, PRIMARY KEY (id))")
+db.execute("CREATE TABLE IF NOT EXISTS evidence (signed_sha256 PRIMARY KEY, order_id, token)")  # a token counts once
 
 
 def find(session: str, order_id: str | None = None) -> Order | None:
@@ -76,6 +79,14 @@ def move(order: Order, state: str, ticket: str | None = None) -> Order:
     if db.execute(query, (state, ticket, order.id, order.asked, *FINAL)).rowcount == 1 and state == "paid":
         log.info("order %s is paid: ship it", order.id)
     return find(order.session, order.id) or order
+
+
+def by_id(order_id: str) -> Order:
+    """Return any customer's order: the app on the phone has no session here, and its token is checked instead."""
+    row = db.execute("SELECT * FROM orders WHERE id = ?", (order_id,)).fetchone()
+    if row is None:
+        raise HTTPException(404, "no such order")
+    return Order(**row)
 
 
 async def own_order(order_id: str, session: Annotated[str, Cookie()] = "") -> Order:
@@ -178,6 +189,21 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
             end = "refused" if isinstance(error, aiokeyless.ApprovalError) else "unknown"
         order = move(order, end)
     yield ServerSentEvent(data={"state": order.state})
+
+
+@app.post("/order/{order_id}/evidence")
+async def keep_evidence(order_id: str, token: Annotated[str, Body(embed=True)]) -> dict[str, str]:
+    """Keep the token that the customer's app hands over. It is evidence, and pays for nothing."""
+    order = by_id(order_id)
+    try:
+        signed = await verifier.verify(token, user_id=order.user_id, transaction_data=order.payload)
+    except aiokeyless.SignatureError as error:
+        log.warning("order %s: %s", order.id, error)
+        raise HTTPException(503 if error.is_transient else 422, "this is no evidence") from error
+    row = (signed.signed_sha256, order.id, token)
+    if db.execute("INSERT OR IGNORE INTO evidence VALUES (?, ?, ?)", row).rowcount == 1:
+        log.info("order %s: evidence kept", order.id)
+    return {"sha256": signed.signed_sha256}
 
 
 if __name__ == "__main__":

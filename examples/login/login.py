@@ -14,16 +14,18 @@ from fastapi import Body, Cookie, Depends, FastAPI, HTTPException, Query, Reques
 from fastapi.responses import FileResponse
 
 from aiokeyless import (
+    AmbiguousUserError,
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
     ClientClosedError,
     KeylessClient,
     KeylessError,
+    NotFoundError,
 )
 from aiokeyless.shutdown import close_on_signals
 
-USERS = {"alice@example.com": "A11CE0", "bob@example.com": "B0B0"}  # a real site has them from the enrolment
+ACCOUNTS = {"alice@example.com": "account-1", "bob@example.com": "account-2"}  # a real site has a table of them
 UNREACHABLE = "We cannot reach Keyless. There is nothing wrong with your phone; try again in a moment."
 LIFETIME = float(os.environ.get("LOGIN_EXPIRES_IN", "120"))
 
@@ -40,6 +42,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
     """Open the record and the client. The signal that stops the server closes the client, which ends the long polls."""
     path = os.environ.get("LOGIN_DB", "login.sqlite3")
     record = sqlite3.connect(path, isolation_level=None)  # each statement commits
+    record.execute("CREATE TABLE IF NOT EXISTS users (account PRIMARY KEY, user_id)")
     record.execute("CREATE TABLE IF NOT EXISTS logins (id PRIMARY KEY, browser, email, ticket, state)")
     async with KeylessClient() as client, close_on_signals(client):
         yield {"client": client, "record": record}
@@ -75,9 +78,10 @@ async def start(
     client: Client, record: Record, response: Response, email: Annotated[str, Body(embed=True)]
 ) -> dict[str, str]:
     """Ask the phone of the user with this address, and bind the login to this browser by a cookie."""
-    user = USERS.get(email.lower())
-    if user is None:
+    account = ACCOUNTS.get(email.lower())
+    if account is None:
         raise HTTPException(404, "We do not know this address.")
+    user = await user_of(client, record, account)
     login, browser, code = secrets.token_hex(8), secrets.token_urlsafe(32), secrets.token_hex(2).upper()
     payload = f"Log in to Fern & Clay? Code {code}"  # the page shows the code too: users approve what they started
     ticket = ApprovalTicket.for_operation(login, user_id=user, operation_payload=payload, expires_in=LIFETIME)
@@ -90,6 +94,28 @@ async def start(
         raise HTTPException(503, UNREACHABLE) from error
     response.set_cookie("browser", browser, httponly=True, samesite="lax")
     return {"id": login, "code": code}
+
+
+async def user_of(client: KeylessClient, record: sqlite3.Connection, account: str) -> str:
+    """Return the Keyless user of an account, whose name is the user's external id in Keyless.
+
+    The search ignores case, and its answer does not repeat the id: so an account keeps the user of its first login.
+    """
+    try:
+        user = await client.get_user(account)
+    except NotFoundError as error:
+        raise HTTPException(409, "This account has no phone yet.") from error
+    except AmbiguousUserError as error:
+        log.warning("%s: %s", account, error)
+        raise HTTPException(409, "This account has several users.") from error
+    except KeylessError as error:
+        raise HTTPException(503, UNREACHABLE) from error
+    record.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", (account, user.user_id))
+    [known] = record.execute("SELECT user_id FROM users WHERE account = ?", (account,)).fetchone()
+    if known != user.user_id:
+        log.warning("%s has another user than before", account)
+        raise HTTPException(409, "This account had another user before.")
+    return user.user_id
 
 
 @app.get("/login/{login}")

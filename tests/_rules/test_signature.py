@@ -192,7 +192,7 @@ MALFORMED: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("make", MALFORMED.values(), ids=MALFORMED.keys())
-def test_another_form_is_refused_before_any_key_is_asked_for(make: Callable[[], str]) -> None:
+def test_another_form_is_refused(make: Callable[[], str]) -> None:
     assert reason_for(make()) is SignatureReason.MALFORMED
 
 
@@ -217,7 +217,7 @@ def test_a_claim_of_another_type_is_refused(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["none", "None", "HS256", "ES384", "PS256", "EdDSA", "es256", ""])
-def test_an_algorithm_that_is_not_accepted_is_refused_before_any_key_is_asked_for(algorithm: str) -> None:
+def test_an_algorithm_that_is_not_accepted_is_refused(algorithm: str) -> None:
     text = token(head=header(alg=algorithm), sign=sign_hs256_by_public_key)
     assert reason_for(text) is SignatureReason.WRONG_ALGORITHM
 
@@ -304,6 +304,16 @@ def test_a_key_that_must_not_verify_is_no_key(key: dict[str, Any]) -> None:
 @pytest.mark.parametrize("second", [ec_jwk(ec_key("another")), ec_jwk(), ec_jwk(use="enc"), rsa_jwk(kid="k1")])
 def test_two_keys_of_one_kid_are_none(second: dict[str, Any]) -> None:
     assert reason_for(token(), keys=[ec_jwk(), second, ec_jwk()]) is SignatureReason.UNKNOWN_KEY
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>", b"[]", b"{}", b'{"keys": {}}', b'{"keys": [], "keys": []}', b'{"keys": ["\xff"]}'],
+    ids=plain,
+)
+def test_a_body_that_is_no_key_set_is_refused_without_a_word_of_it(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^the key set is not JSON with a list of keys$"):
+        KeySet(body)
 
 
 def test_what_is_no_key_in_a_key_set_is_passed_over() -> None:

@@ -51,6 +51,12 @@ class Backend(ExampleServer):
         with contextlib.closing(sqlite3.connect(self.database, isolation_level=None)) as database:
             database.execute(statement, values)
 
+    def kept(self, order_id: str) -> list[str]:
+        """Return the digests of the evidence of an order."""
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            query = "SELECT signed_sha256 FROM evidence WHERE order_id = ?"
+            return [digest for [digest] in database.execute(query, (order_id,))]
+
     def shipped(self, order_id: str) -> int:
         """Return how many times an order was shipped."""
         return self.log.read_text().count(f"order {order_id} is paid: ship it")
@@ -168,6 +174,29 @@ class TestOverHttp:
         assert states[0] == "waiting"
         assert states[-1] == "paid"
         assert (await hasty.open_shop()).order["state"] == "paid"
+
+    async def test_what_the_customer_signed_is_kept_once_as_evidence(self, keyless: Sandbox, hasty: Customer) -> None:
+        await hasty.pay()
+        keyless.approve(hasty.order_id)
+        token = keyless.sign(hasty.order_id)
+
+        async def hand_over(token: str, order_id: str = hasty.order_id) -> tuple[int, str]:
+            url = f"{hasty.backend.url}/order/{order_id}/evidence"
+            async with hasty.http.post(url, json={"token": token}) as answer:
+                return answer.status, str((await answer.json()).get("sha256"))
+
+        assert (await hand_over(keyless.sign(hasty.order_id, tampered=True)))[0] == 422
+        assert (await hand_over(keyless.sign(hasty.order_id, claims={"sub": "BAD"})))[0] == 422
+        assert (await hand_over(token, "another"))[0] == 404
+        assert hasty.backend.kept(hasty.order_id) == []
+        first, again = await hand_over(token), await hand_over(token)
+        assert first[0] == 200
+        assert first == again
+        assert hasty.backend.kept(hasty.order_id) == [first[1]]
+        assert hasty.backend.shipped(hasty.order_id) == 0, "evidence pays for nothing"
+        assert await hasty.outcome() == "paid"
+        other = await Customer(hasty.backend, hasty.http).open_shop(after=hasty.order_id)
+        assert (await hand_over(token, other.order_id))[0] == 422
 
     async def test_many_clicks_on_pay_ask_once(self, keyless: Sandbox, hasty: Customer) -> None:
         with slow(keyless, 0.2):

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
 
 
+ALICE = "A11CE0"
 LOGIN = Path(__file__).parents[2] / "examples" / "login" / "login.py"
+
+
+@pytest.fixture
+def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
+    """A sandbox in which Alice is enrolled; Bob is not."""
+    keyless_sandbox.enroll(ALICE, external_user_id="account-1")
+    return keyless_sandbox
 
 
 class Server(ExampleServer):
@@ -157,6 +165,19 @@ async def test_outage_is_told_and_nobody_is_logged_in(sandbox: Sandbox, tmp_path
         sandbox.recover()
         sandbox.approve(alice.login)
         assert await alice.follow() == "approved"
+
+
+async def test_user_is_found_by_the_account_and_stays_that_of_its_first_login(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as browser, sandbox.client() as client:
+        assert await browser.start("bob@example.com") == 409
+        assert await browser.start() == 200
+        assert sandbox.operations[browser.login].user_id == ALICE
+        mallory = sandbox.enroll("BAD", external_user_id="ACCOUNT-1").user_id
+        assert await browser.start() == 409, "there are two now"
+        await client.delete_external_user("account-1")
+        assert await client.get_user("account-1") == (await client.find_users("ACCOUNT-1"))[0]
+        assert await browser.start() == 409, "the account had another user before"
+        assert not [each for each in sandbox.operations.values() if each.user_id == mallory]
 
 
 async def test_bad_input_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
