@@ -151,6 +151,9 @@ async def sandboxes() -> None:
     async with Sandbox(auto_approve=lambda operation: 1.0 if operation.operation_payload else None) as sandbox:
         assert_type(sandbox.client(), KeylessClient)
         assert_type(sandbox.operations["op"], Operation)
+        assert_type(sandbox.enroll("C0FFEE", external_user_id="ann"), Device)
+        assert_type(sandbox.sign("op", tampered=True, claims={"exp": 0}), str)
+        assert_type(sandbox.rotate_keys(retire=True), str)
 
 
 KeylessClient("key", region=Region.EU, schedule=wait_adaptive(poll_cost=1))
