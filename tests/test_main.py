@@ -30,6 +30,21 @@ def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest
         main()
 
 
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *_rest: object) -> None:
+            if name == "cyclopts":
+                raise KeyboardInterrupt
+
+    block(monkeypatch, "cyclopts")
+    monkeypatch.delitem(sys.modules, "cyclopts")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert main() == 130
+    assert capsys.readouterr() == ("", "aiokeyless: interrupted\n")
+
+
 def block(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     for name in list(sys.modules):
         if name == "aiokeyless.cli" or name.startswith(("aiokeyless.cli.", f"{module}.")):
