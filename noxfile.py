@@ -151,6 +151,10 @@ def tests(session: nox.Session, leg: str) -> None:
     pytest(session, *arguments, env=env | (WITH_DEV if leg == "complete" else WITH_TEST))
 
 
+#: The extras that no user needs.
+FOR_CONTRIBUTORS: Final = {"test", "docs", "examples", "dev"}
+
+
 @nox.session(tags=NIGHTLY)
 def lowest(session: nox.Session) -> None:
     """Run `pytest` on the lowest versions of the dependencies that pyproject.toml allows."""
@@ -166,7 +170,8 @@ def lowest_bounds() -> list[str]:
     extras = project["optional-dependencies"]
     # OpenTelemetry's SDK works with the API of its own version only.
     for_tests = [text for text in extras["test"] if text.startswith("opentelemetry-")]
-    texts = chain(project["dependencies"], *(extras[name] for name in ("cli", "nats", "otel")), for_tests)
+    for_users = sorted(extras.keys() - FOR_CONTRIBUTORS)
+    texts = chain(project["dependencies"], *(extras[name] for name in for_users), for_tests)
     needed = [Requirement(text) for text in texts]
     return [f"{need.name}=={bound.version}" for need in needed for bound in need.specifier if bound.operator == ">="]
 
