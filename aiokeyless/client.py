@@ -1,6 +1,6 @@
 """`KeylessClient`, the public entry point: it checks arguments and delegates.
 
-Single calls go to the transport (`_http/`), waits to the poller (`_poller/`). No rule of a wait is decided here.
+Single calls go to the transport (`_http/`), waits to the poller (`_waits/`). No rule of a wait is decided here.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ from ._http.creation import ExternalUserCreation, OperationCreation, confirm_ext
 from ._http.deletion import Deletion
 from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
-from ._poller.poller import Poller
-from ._poller.state import WaitResult
 from ._rules.circuit import CircuitState
 from ._tracing import current_traceparent
 from ._validation import finite_seconds, seconds
+from ._waits.holds import Holds
+from ._waits.poller import Poller
+from ._waits.state import WaitResult
 from .errors import (
     AmbiguousUserError,
     ClientClosedError,
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
     from tenacity.wait import wait_base
 
-    from ._poller.state import Wait
+    from ._waits.poller import FutureWait
     from .events import Listener
     from .reports import ApprovalOutcome
 
@@ -188,6 +189,7 @@ class KeylessClient:
         self._told: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
+        self._holds: Holds | None = None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a KeylessClient cannot be pickled or copied: create one where it is used")
@@ -210,19 +212,6 @@ class KeylessClient:
     def listeners(self) -> tuple[Listener, ...]:
         """What is told of its events: its own listeners, and those of instrumentations."""
         return self._told
-
-    def with_max_attempts(self, max_attempts: int) -> KeylessClient:
-        """Return this client with another number of attempts of a call, for a caller that repeats by itself.
-
-        The two share everything else: session, waits, statistics, event loop. Closing one closes both.
-
-        Args:
-            max_attempts: Attempts of one call on transient failures; 1 is no retry.
-
-        Raises:
-            ConfigurationError: It is not a whole number, at least 1.
-        """
-        return _View(self, max_attempts)
 
     # -- opening and closing
 
@@ -257,6 +246,8 @@ class KeylessClient:
 
     async def _close(self) -> None:
         try:
+            if self._holds is not None:
+                self._holds.close()
             if self._poller is not None:
                 await self._poller.aclose()
         finally:
@@ -291,6 +282,7 @@ class KeylessClient:
                 max_polls_per_second=self._max_polls_per_second,
                 listeners=listeners,
             )
+            self._holds = Holds(self._poller)
             self._transport = transport
             self._loop = loop
         elif self._loop is not loop:
@@ -714,19 +706,20 @@ class KeylessClient:
     ) -> Operation | None:
         """Wait for one piece of a longer wait: for an HTTP long poll, a tool call, a job that is run again.
 
-        A series of holds of one target polls as a single wait would: each hold of the same client goes on by the
-        schedule where the one before it stopped, for up to two minutes after that ended. A hold that ends without an
-        approval is no timeout; it makes no final poll.
+        A hold is a lease on a wait, which goes on for 10 s after the last hold of its target has ended, also if that
+        was cancelled. So a series of holds polls as a single wait would, if the pauses between them are shorter; a
+        later hold starts anew, with one poll at once. A hold that ends without an approval is no timeout; it makes no
+        final poll.
 
         Args:
             target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
                 id of each answer are checked too.
             seconds: The length of this piece; above 0 and finite. It may be cut short at any time by cancelling it.
-            schedule: When to poll. Default: the client's schedule.
+            schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
-            explain: Whether to learn of the user's attempts where the ticket's time ends during this hold, for
-                `ApprovalTimeoutError`: see `wait_for_approval`. A hold that returns None asks nothing; call
-                `get_authentications` for the reasons so far. Default: False.
+            explain: Whether to learn of the user's attempts at the end of the ticket's time, for
+                `ApprovalTimeoutError`: see `wait_for_approval`. The first hold of a series sets it. A hold that returns
+                None asks nothing; call `get_authentications` for the reasons so far. Default: False.
 
         Returns:
             The approved operation; None if the operation is pending after so many seconds. For a ticket, that is while
@@ -745,18 +738,22 @@ class KeylessClient:
             ...     return await client.hold_for_approval(ticket, seconds=25) is not None  # the browser asks again
         """
         check_flag(explain, "explain")
-        poller, wait = self._hold(target, seconds, schedule, if_missing)
-        explanation = poller.explain(wait) if explain else None
+        options = self._options(target, None, schedule, if_missing)
+        seconds = finite_seconds(seconds, "seconds")
+        self._open()
+        assert self._holds is not None  # noqa: S101  # set together with the loop
+        outcome = await self._holds.hold(
+            options["operation_id"],
+            ticket=options["ticket"],
+            seconds=seconds,
+            schedule=options["schedule"],
+            may_be_missing=options["may_be_missing"],
+            explain=explain,
+        )
         try:
-            await wait
-            if explanation is not None:
-                await explanation.complete(wait.result())
-            return None if wait.result() is None else _result(wait.result())
+            return None if outcome is None else _result(outcome)
         finally:
-            poller.leave(wait)
-            if explanation is not None:
-                explanation.leave()
-            del wait  # it has the error whose traceback has this frame
+            del outcome  # otherwise the error and this frame would reference each other
 
     async def request_approval(
         self,
@@ -904,21 +901,7 @@ class KeylessClient:
             may_be_missing=_may_be_missing(if_missing),
         )
 
-    def _hold(
-        self, target: str | ApprovalTicket, seconds: float, schedule: wait_base | None, if_missing: IfMissing
-    ) -> tuple[Poller, Wait]:
-        options = self._options(target, None, schedule, if_missing)
-        seconds = finite_seconds(seconds, "seconds")
-        _, poller = self._open()
-        return poller, poller.hold(
-            options["operation_id"],
-            ticket=options["ticket"],
-            seconds=seconds,
-            schedule=options["schedule"],
-            may_be_missing=options["may_be_missing"],
-        )
-
-    def _start(self, options: _WaitOptions) -> tuple[Poller, Wait]:
+    def _start(self, options: _WaitOptions) -> tuple[Poller, FutureWait]:
         _, poller = self._open()
         return poller, poller.start(**options)
 
@@ -971,7 +954,7 @@ class KeylessClient:
     ) -> AsyncGenerator[ApprovalOutcome, None]:
         _, poller = self._open()
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
-        started: list[Wait] = []
+        started: list[FutureWait] = []
         # One of each for all: there may be a hundred thousand, and asyncio would copy the context for each callback.
         report, context = functools.partial(_report, send), contextvars.copy_context()
         with send, receive:
@@ -999,32 +982,9 @@ class KeylessClient:
                 poller.leave_all(started)
 
 
-class _View(KeylessClient):
-    """A client under another number of attempts; it has neither a transport nor a poller of its own."""
-
-    def __init__(self, client: KeylessClient, max_attempts: int) -> None:
-        super().__init__(
-            client._api_key.reveal(),  # noqa: SLF001  # of the same class
-            base_url=client._base_url,  # noqa: SLF001
-            request_timeout=client.request_timeout,
-            max_attempts=max_attempts,
-        )
-        self._client = client
-        self._told = client._told  # noqa: SLF001
-
-    def _open(self) -> tuple[Transport, Poller]:
-        transport, poller = self._client._open()  # noqa: SLF001
-        return transport.with_max_attempts(self._max_attempts), poller
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
-
-    @property
-    def statistics(self) -> ClientStatistics:
-        return self._client.statistics
-
-    def __repr__(self) -> str:
-        return repr(self._client)
+def transport_of(client: KeylessClient) -> Transport:
+    """Return what sends a client's requests, for a worker: it repeats by itself, and keeps no waits in memory."""
+    return client._open()[0]  # noqa: SLF001  # of this module
 
 
 def _ignore(_update: ApprovalUpdate) -> None:
@@ -1048,7 +1008,7 @@ def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:
     return Approved(operation_id=operation_id, operation=_result(outcome))
 
 
-def _report(send: MemoryObjectSendStream[tuple[str, WaitResult]], wait: Wait) -> None:
+def _report(send: MemoryObjectSendStream[tuple[str, WaitResult]], wait: FutureWait) -> None:
     if wait.cancelled():  # the iterator was closed, and has left its waits
         return
     with contextlib.suppress(anyio.ClosedResourceError):  # closed since the wait ended: there is no reader any more

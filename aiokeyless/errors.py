@@ -394,7 +394,7 @@ class ApprovalError(KeylessError):
 
     Attributes:
         operation_id: The operation that was waited for.
-        last_operation: The operation as it was last seen, or None if it was never seen.
+        last_operation: What the deciding poll returned; None if that was a failure, or if none was answered.
         last_error: The last transient failure of the wait, or None if there was none.
         polls: Polls sent on behalf of this wait.
         elapsed: Duration of the wait, in seconds.

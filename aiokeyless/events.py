@@ -61,8 +61,8 @@ class WaitStarted(Model, frozen=True, kw_only=True):
     Attributes:
         wait: Number of the wait, unique in the process.
         operation_id: What is waited for.
-        timeout: Seconds until its final poll, or until a hold is over; 0 for a ticket that has expired, None for no
-            end.
+        timeout: Seconds until its final poll; 0 for a ticket that has expired, None for no end. The holds of one target
+            are one wait.
         traceparent: Where the ticket was created, if that was traced (W3C Trace Context); else None.
     """
 
@@ -90,7 +90,7 @@ class WaitOutcome(StrEnum):
     CLOSED = "closed"
     """`ClientClosedError`: the client was closed."""
     HELD = "held"
-    """A hold is over; its operation is still waited for."""
+    """Nobody held it again within 10 s of its last hold."""
 
 
 class WaitEnded(Model, frozen=True, kw_only=True):

@@ -53,7 +53,7 @@ class NotApproved(Model, frozen=True, kw_only=True):
 
     Attributes:
         operation_id: The operation that was waited for.
-        operation: None; ``error.last_operation`` of an `ApprovalError` is what was last seen.
+        operation: None; ``error.last_operation`` of an `ApprovalError` is what the deciding poll returned.
         error: What `wait_for_approval` would have raised.
     """
 

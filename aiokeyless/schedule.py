@@ -10,8 +10,7 @@ The method has three parts:
   failure", Management Science 21, 1974; R. E. Barlow, L. C. Hunter, F. Proschan, "Optimum checking procedures",
   J. SIAM 11, 1963). `_Curve.step` extends that to an h that changes before the next poll.
 * **Learn from the polls.** A poll shows only that the approval came since the previous one, a timeout only that it had
-  not come yet. Both are counted as such, as censored observations: `_Histogram`, `_estimate`. An
-  operation that was observed from some time on says nothing about earlier times (left truncation).
+  not come yet. Both are counted as such, as censored observations: `_Histogram`, `_estimate`.
 * **Forget.** The weight of an observation halves with every 500 later ones, so that the estimate follows changes in
   how people behave. Never are more than half of them believed not to approve at all.
 """
@@ -205,36 +204,28 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
             f"max_interval={self._max_interval!r}, jitter={self._jitter!r})"
         )
 
-    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
-        """Learn the result of one wait; the client calls this once for each operation that it waited for.
-
-        An operation that is waited for in pieces gives one observation a piece. Each counts from its `since` on: it
-        says that nobody had approved by then, and not how many others had.
+    def observe(self, after: float, until: float | None) -> None:
+        """Learn the result of one wait; the client calls this once for each wait that began with its operation.
 
         Args:
-            after: Start of the last poll that found the operation pending, in seconds since it was created; ``since``
-                if there was none.
+            after: Start of the last poll that found the operation pending, in seconds since it was created; 0 if there
+                was none.
             until: The poll that found it approved, in the same seconds, so that the approval came in
                 ``(after, until]``; None if it was not seen approved, so that it is only known that the operation was
                 pending at ``after``.
-            since: When the operation began to be observed, in the same seconds: it was pending then. Default: 0, its
-                creation.
 
         Raises:
-            ConfigurationError: A time is not a number, negative or not finite, ``until`` is before ``after``, or
-                ``after`` before ``since``.
+            ConfigurationError: A time is not a number, negative or not finite, or ``until`` is before ``after``.
         """
         after = _number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
         if until is not None:
             until = _number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
-        since = _number("since", since, 0.0, after, "a number of seconds, from 0 to after")
         if until is not None and after < _END:  # beyond the last bin, an approval tells only that it came later
-            self._observed.age(1.0)
-            self._observed.add_approval(since, after, until)
-        elif after > since:  # else it was not observed for any time
-            # A later piece of a wait that goes on is no new operation: it ages the others by what it adds to the wait.
-            self._observed.age(1.0 - since / after)
-            self._observed.add_pending(since, after)
+            self._observed.age()
+            self._observed.add_approval(after, until)
+        elif after > 0.0:  # else it was not observed for any time
+            self._observed.age()
+            self._observed.add_pending(after)
         self._curve = None
 
     def to_json(self) -> str:
@@ -311,7 +302,7 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
     return float(min(max(delay, MIN_DELAY), _MAX_DELAY))
 
 
-def record_observation(schedule: wait_adaptive, after: float, until: float | None, since: float = 0.0) -> None:
+def record_observation(schedule: wait_adaptive, after: float, until: float | None) -> None:
     """Let a schedule `observe` an operation; one that fails to learn is logged.
 
     It may be an application's subclass. What is not learned costs requests; an approval it must not cost.
@@ -320,10 +311,9 @@ def record_observation(schedule: wait_adaptive, after: float, until: float | Non
         schedule: The schedule.
         after: See `wait_adaptive.observe`.
         until: See `wait_adaptive.observe`.
-        since: See `wait_adaptive.observe`.
     """
     try:
-        schedule.observe(after, until, since=since)
+        schedule.observe(after, until)
     except Exception:
         logger.exception("the schedule %r failed to learn from an observation", schedule)
 
@@ -425,8 +415,8 @@ class _Histogram:
 
     Attributes:
         approved: Approvals in each bin.
-        pending: At each edge, the waits whose observation ended there without an approval, less those whose observation
-            began there. Who was observed from 0 on is counted by the end alone.
+        pending: At each edge, the waits whose observation ended there without an approval. States that earlier releases
+            saved have the waits subtracted whose observation began there.
         gain: The weight of the last observation in these figures. Instead of reducing all earlier weights at each
             observation, the new one weighs more.
     """
@@ -444,11 +434,11 @@ class _Histogram:
         self.pending = [change / self.gain for change in self.pending]
         self.gain = 1.0
 
-    def age(self, observations: float) -> None:
-        """Let what was observed weigh less, as by so many later observations."""
+    def age(self) -> None:
+        """Let what was observed weigh less, as by one later observation."""
         if self.gain > _LARGEST_GAIN:
             self.rescale()
-        self.gain *= _KEPT**-observations
+        self.gain /= _KEPT
 
     def curve(self) -> _Curve:
         """Return the survival curve, and leave out for good what nobody answered beyond the share that is believed."""
@@ -471,12 +461,11 @@ class _Histogram:
         half = bisect_left(expected, expected[-1] / 2)
         return 1.0 - (1.0 - 1.0 / curve.inverse[half + 1]) * expected[-1] / expected[half]
 
-    def add_approval(self, since: float, after: float, until: float) -> None:
-        """Count an approval in ``(after, until]``, of an operation that was observed from ``since`` on.
+    def add_approval(self, after: float, until: float) -> None:
+        """Count an approval in ``(after, until]``.
 
         It is spread over the interval in proportion to the approvals known so far: self-consistency (B. W. Turnbull
-        1976), with each observation spread once, when it arrives (M. A. Newton 2002, predictive recursion). The kernel
-        moves the observation as a whole, its start with it.
+        1976), with each observation spread once, when it arrives (M. A. Newton 2002, predictive recursion).
         """
         until = min(max(until, after + _INSTANT), _END)
         first = _bin(after)
@@ -486,39 +475,21 @@ class _Histogram:
             for k in range(first, bisect_left(_EDGES, until))
         ]
         unit = self.gain / sum(parts)
-        start, passed = _bin(since), _passed(since)
         for k, part in enumerate(parts, first):
             for offset, share in _KERNEL:
-                weight = part * unit * share
-                approved_in = _clamp(k + offset)
-                self.approved[approved_in] += weight
-                if since:
-                    begun_in = _clamp(start + offset)
-                    # What is approved in a bin was observed from its start, or more could be approved than is observed.
-                    self._add_change(begun_in, 0.0 if begun_in == approved_in else passed, -weight)
+                self.approved[_clamp(k + offset)] += part * unit * share
 
-    def add_pending(self, since: float, after: float) -> None:
-        """Count a wait that was observed from ``since`` until ``after``, pending all the time."""
-        if since:
-            self._add_change(_bin(since), _passed(since), -self.gain)
-        self._add_change(_bin(after), _passed(after), self.gain)
-
-    def _add_change(self, k: int, passed: float, weight: float) -> None:
-        """Change what is observed from a moment in a bin on, in proportion at the two edges of the bin."""
-        if k or weight > 0.0:  # who is observed from the start does not begin
-            self.pending[k] += weight * (1.0 - passed)
+    def add_pending(self, after: float) -> None:
+        """Count a wait that was pending until ``after``, in proportion at the two edges of the bin."""
+        k = _bin(after)
+        passed = (after - _EDGES[k]) / _WIDTHS[k] if k < _BINS else 0.0
+        self.pending[k] += self.gain * (1.0 - passed)
         if passed:
-            self.pending[k + 1] += weight * passed
+            self.pending[k + 1] += self.gain * passed
 
 
 def _bin(time: float) -> int:
     return bisect_right(_EDGES, time) - 1
-
-
-def _passed(time: float) -> float:
-    """Return which share of its bin has passed at a time; of the time beyond the last one, none."""
-    k = _bin(time)
-    return (time - _EDGES[k]) / _WIDTHS[k] if k < _BINS else 0.0
 
 
 def _clamp(k: int) -> int:

@@ -8,7 +8,7 @@ import statistics
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from .bench import Pairs, order
 from .report import Spread, Table
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from .server import Server
 
     Call = Callable[[str], Awaitable[object]]
+
+
+class Driven(Protocol):
+    """A side that makes its calls by itself."""
+
+    async def cpu_per_call(self, calls: int) -> float:
+        """Make so many calls, and return the average CPU seconds of one."""
 
 
 _SLOW_EVERY: Final = 5  # slow sides take part in every fifth round
@@ -48,8 +55,10 @@ class CpuCost:
         return Pairs([self.seconds[k] for k in rounds], [other.seconds[k] for k in rounds]).ratio
 
 
-async def cpu_per_call(call: Call, operation_ids: Collection[str], in_flight: int) -> float:
+async def cpu_per_call(call: Call | Driven, operation_ids: Collection[str], in_flight: int) -> float:
     """Make one call per id, ``in_flight`` at a time, and return the average CPU seconds of a call."""
+    if not callable(call):
+        return await call.cpu_per_call(len(operation_ids))
     todo = iter(operation_ids)
 
     async def worker() -> None:
@@ -67,7 +76,7 @@ async def cpu_per_call(call: Call, operation_ids: Collection[str], in_flight: in
 async def measure_in_turn(
     bench: Bench,
     server: Server,
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Call | Driven],
     *,
     in_flight: int,
     rounds: int,

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import looptime
-from yarl import URL
 
 from aiokeyless._http.transport import Transport
-from aiokeyless._poller.poller import Poller
+from aiokeyless._waits.poller import Poller
 from aiokeyless.errors import RateLimitError, StatusError
 from aiokeyless.models import Operation
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
-    from aiokeyless._http import protocol
-    from aiokeyless._poller.state import Wait
+    from aiokeyless._waits.poller import FutureWait
 
 LATENCY: Final = 0.05  # seconds of a good answer
 
@@ -62,18 +60,9 @@ class SimulatedTransport(Transport):
         self.sent: list[Sent] = []
         self.approved_at: dict[str, float] = {}
 
-    def url(self, request: protocol.Request[Any]) -> URL:
-        """Return a URL that has nothing but the path."""
-        return URL.build(path=request.path, encoded=True)
-
-    def path(self, url: URL) -> str:
-        """Return that path."""
-        return url.raw_path
-
-    async def poll(self, url: URL) -> Operation:
+    async def poll(self, operation_id: str) -> Operation:
         """Answer as the service says."""
         loop = asyncio.get_running_loop()
-        operation_id = url.raw_path.rpartition("/")[2]
         now = loop.time()
         seconds, error = self.service(operation_id, now)
         self.sent.append(Sent(now, operation_id, error is not None or seconds == math.inf))
@@ -143,7 +132,7 @@ class Simulation:
         """Let time pass."""
         await asyncio.sleep(max(0.0, when - self.now))
 
-    def start(self, operation_id: str, *, approved_in: float = math.inf, timeout: float = math.inf) -> Wait:
+    def start(self, operation_id: str, *, approved_in: float = math.inf, timeout: float = math.inf) -> FutureWait:
         """Start a wait for an operation that is approved in so many seconds."""
         at = self.now + approved_in
         self.transport.approved_at[operation_id] = at

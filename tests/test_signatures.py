@@ -155,12 +155,6 @@ async def test_a_borrowed_session_fetches_them_without_the_api_key(service: Stri
         await verify(TransactionVerifier(client, tenant=TENANT), token())
 
 
-async def test_a_view_of_a_client_leaves_no_session_open(service: StrictService) -> None:
-    async with KeylessClient(KEY, base_url=service.url) as client:
-        for _ in range(2):
-            assert await client.with_max_attempts(1).get_key_set(TENANT) == json.dumps(service.key_set).encode()
-
-
 async def test_many_unknown_kids_cause_one_fetch_beyond_the_first_in_five_minutes(
     service: StrictService, verifier: TransactionVerifier
 ) -> None:

@@ -234,7 +234,12 @@ class Request(msgspec.Struct, Generic[T], frozen=True):
 
 def get_operation(operation_id: str) -> Request[Operation]:
     """Build ``GET /v2/operations/{operationId}``."""
-    return Request(GET_OPERATION, f"/v2/operations/{quote(check_operation_id(operation_id), safe='')}")
+    return Request(GET_OPERATION, operation_path(check_operation_id(operation_id)))
+
+
+def operation_path(operation_id: str) -> str:
+    """Return the path of an operation, whose id is checked."""
+    return f"/v2/operations/{quote(operation_id, safe='')}"
 
 
 def get_pending_operations(user_id: str) -> Request[list[PendingOperation]]:

@@ -114,8 +114,7 @@ class Transport:
         # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
         # No sock_read: the poller ends an exchange in time, with one timer for all; aiohttp's costs 8% of a poll.
         self._poll_timeout = aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf)
-        self._calls: set[_Call] = set()
-        self._closed = False
+        self._calls = _Calls()
 
     def with_max_attempts(self, max_attempts: int) -> Transport:
         """Return this transport with another number of attempts, for one call; it shares the session and its calls."""
@@ -125,7 +124,7 @@ class Transport:
 
     async def aclose(self) -> None:
         """End the calls under way with `ClientClosedError`, and close the session unless it is borrowed."""
-        self._closed = True
+        self._calls.are_closed = True
         for call in tuple(self._calls):
             call.close()
         for session in self._owned_sessions:
@@ -159,11 +158,13 @@ class Transport:
         exchange = self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
         return await self._read_answer(endpoint, url, exchange, attempt=attempt)
 
-    def poll(self, url: URL) -> Coroutine[Any, Any, Operation]:
-        """Poll an operation once; the caller bounds the exchange by cancelling it.
+    def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
+        """Poll an operation once; the caller has checked the id, and bounds the exchange by cancelling it.
 
         It returns the coroutine of the exchange, as one around it would cost each poll a little.
         """
+        path = self._base_path + protocol.operation_path(operation_id)
+        url = self._base.with_path(path, encoded=True)
         exchange = self._exchange(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
         return self._read_answer(protocol.GET_OPERATION, url, exchange, attempt=1)
 
@@ -279,7 +280,7 @@ class Transport:
         timeouts: aiohttp.ClientTimeout,
         body: bytes | None = None,
     ) -> protocol.Answer:
-        if self._closed:
+        if self._calls.are_closed:
             raise ClientClosedError("the client is closed; nothing was sent")
         method = endpoint.method
         started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
@@ -354,7 +355,7 @@ class Transport:
 
     def _failed(self, method: str, path: str, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
-        if self._closed:
+        if self._calls.are_closed:
             return ClientClosedError(f"the client was closed during {method} {path}; the request may have taken effect")
         if self._session.closed:
             return ClientClosedError("the session that the client borrowed is closed; close it after the client")
@@ -387,6 +388,12 @@ class Transport:
         return self._redaction.printable(words if isinstance(words, str) else "TLS failed")
 
 
+class _Calls(set["_Call"]):
+    """The calls under way, of a transport and of all that share its session."""
+
+    are_closed = False
+
+
 class _Call:
     """One call of a client's method: `close` cancels it, and that cancellation becomes `ClientClosedError`.
 
@@ -395,7 +402,7 @@ class _Call:
 
     __slots__ = ("_calls", "_cancelling", "_closed", "_task")
 
-    def __init__(self, calls: set[_Call]) -> None:
+    def __init__(self, calls: _Calls) -> None:
         self._calls = calls
         self._closed = False
 

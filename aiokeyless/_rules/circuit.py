@@ -33,6 +33,8 @@ _TIMES_USUAL: Final = 7
 _LEAST: Final = 4.0
 #: How much of "usually" one more good answer is.
 _NEWEST: Final = 1 / 8
+#: What is as good as none of "usually".
+_NEGLIGIBLE: Final = 0.01
 #: Where few wait, the limit takes long to rise: after so many seconds half open it is closed as well, if failures are
 #: rare by then, which is fewer than this between two good answers.
 _PROVEN: Final = 30.0
@@ -74,6 +76,7 @@ class Circuit:
         "_probes",
         "_proven_after",
         "_usual",
+        "is_calm",
         "since",
         "state",
     )
@@ -83,6 +86,8 @@ class Circuit:
         # Closed, all polls count: those that hang since before must be over, or they would leave no room for long.
         self._proven_after = max(_PROVEN, longest_poll)
         self._limit = float(limit)
+        self.is_calm: bool = True
+        """Whether all polls may start: nothing failed lately, so it is closed and its limit is full. Nearly always."""
         self.state: CircuitState = CircuitState.CLOSED
         """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
         self.since: float = -math.inf
@@ -129,6 +134,8 @@ class Circuit:
     def record_success(self, now: float, *, started_at: float) -> None:
         """Record an answer that is no transient failure."""
         self._answered_at = now
+        if self.is_calm:
+            return
         self._usual += _NEWEST * (len(self._failed) - self._usual)
         self._failed.clear()
         self._asking.clear()
@@ -143,6 +150,8 @@ class Circuit:
         self._limit = min(self._limit + 1, self._full)
         if self._limit == self._full or self._is_proven(now):
             self._enter(CircuitState.CLOSED, now)
+            if self._limit == self._full and self._usual < _NEGLIGIBLE:
+                self.is_calm, self._usual = True, 0.0
 
     def record_error(
         self, now: float, operation: Hashable, error: KeylessError, *, started_at: float, is_probe: bool
@@ -175,6 +184,7 @@ class Circuit:
             asks_for_pause: Whether it was a 503 with ``Retry-After``. That time is the operation's; but where two
                 operations get one, it is the service that is not available.
         """
+        self.is_calm = False
         if self.is_probed:
             if is_probe and started_at >= self.since:
                 self._schedule_probe(now)
@@ -209,6 +219,7 @@ class Circuit:
             now: The time.
             seconds: How long it asks for; at most 120 count.
         """
+        self.is_calm = False
         self._held_until = max(self._held_until, now + min(seconds, MAX_PAUSE))
         if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
             self._enter(CircuitState.OPEN, now)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._http.protocol import BASE_URLS
 from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._rules.backoff import is_transient
-from aiokeyless._rules.explanation import in_words
+from aiokeyless._waits.explanation import in_words
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,

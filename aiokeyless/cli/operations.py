@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiokeyless._rules.explanation import merged
+from aiokeyless._waits.explanation import merged
 from aiokeyless.client import IfExists  # noqa: TC001  # cyclopts reads the signature of a command
 from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState

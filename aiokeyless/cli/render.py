@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from aiokeyless._rules.explanation import in_words
+from aiokeyless._waits.explanation import in_words
 from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 

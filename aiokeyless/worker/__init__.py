@@ -15,8 +15,8 @@ from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
 from .nats.broker import is_outcome
 from .nats.fleet import Fleet
 from .nats.streams import StreamSettings
+from .reporting import WorkerStatistics
 from .service import ApprovalWorker
-from .serving import WorkerStatistics
 
 __all__ = [
     "ApprovalEvent",

@@ -10,9 +10,11 @@ import math
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiokeyless._rules import final
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay, is_transient
+from aiokeyless._rules.final import repeat_final_after
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
 from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
 from aiokeyless.models import Operation
@@ -132,10 +134,10 @@ def after_poll(
     if result is Result.TRANSIENT:
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
     left = left_of_grace(delivery, polled_at, pacing.grace)
-    if result is Result.UNANSWERED and left > 0:
-        # The user may have approved in time: an error at the wrong moment must not cost that. But where the circuit
-        # stays open for longer, the application is told in time.
-        return Redeliver(pacing.after_failure(left))
+    # If the circuit stays open for longer than that, the application is told in time.
+    delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
+    if result is Result.UNANSWERED and delay is not None:
+        return Redeliver(delay)
     return _ended(delivery, answer, result, now)._replace(polled_at=polled_at)
 
 
@@ -241,7 +243,7 @@ def invalid(
 
 def is_final(delivery: Delivery, polled_at: datetime) -> bool:
     """Return whether a poll that started then is the final one."""
-    return polled_at >= delivery.ticket.expires_at
+    return final.is_final((delivery.ticket.expires_at - polled_at).total_seconds())
 
 
 def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float | None] | None:

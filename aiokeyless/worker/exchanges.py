@@ -9,6 +9,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless._http.creation import OperationCreation
+from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
 from aiokeyless.errors import (
@@ -22,7 +24,7 @@ from aiokeyless.errors import (
     PermissionDeniedError,
     RateLimitError,
 )
-from aiokeyless.models import Operation
+from aiokeyless.models import NewOperation, Operation
 
 from .decisions import (
     Decided,
@@ -47,9 +49,9 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
+    from aiokeyless._http.transport import Transport
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
-    from aiokeyless.client import KeylessClient
 
     from .decisions import Decision
     from .engine import Claims
@@ -63,14 +65,14 @@ _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 _LATE_REPEATS: Final = 2  # repetitions of a final poll that the broker is not asked to repeat any more
 
 
-async def check_key(client: KeylessClient) -> None:
+async def check_key(transport: Transport) -> None:
     """Check that Keyless accepts the key; a Keyless that does not answer says nothing about it.
 
     Raises:
         KeylessError: It does not, or the answer makes no sense.
     """
     try:
-        await client.get_operation(_NO_OPERATION)
+        await transport.fetch(get_operation(_NO_OPERATION))
     except NotFoundError:
         pass
     except KeylessError as error:
@@ -83,7 +85,7 @@ class Exchanges:
     """The exchanges of one worker.
 
     Args:
-        client: What sends them, each once: the broker repeats what failed.
+        transport: What sends them, each once: the broker repeats what failed.
         claims: To which request an operation id belongs.
         schedule: When to poll.
         load_shedding: How much its delays are stretched.
@@ -96,7 +98,7 @@ class Exchanges:
 
     def __init__(
         self,
-        client: KeylessClient,
+        transport: Transport,
         claims: Claims,
         *,
         schedule: wait_base,
@@ -107,7 +109,7 @@ class Exchanges:
         now: Callable[[], datetime],
         reporter: Reporter,
     ) -> None:
-        self._client = client
+        self._transport = transport
         self._claims = claims
         self._schedule = schedule
         self._load_shedding = load_shedding
@@ -157,12 +159,18 @@ class Exchanges:
             return after_conflict(delivery, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
         try:
-            await self._client.create_operation(
-                ticket.user_id,
-                operation_id=ticket.operation_id,
-                operation_payload=delivery.payload,
-                external_user_id=ticket.external_user_id,
-            )
+            with self._transport.call():
+                await OperationCreation(
+                    self._transport,
+                    ticket.user_id,
+                    NewOperation(
+                        operation_id=ticket.operation_id,
+                        operation_payload=delivery.payload,
+                        external_user_id=ticket.external_user_id,
+                    ),
+                    id_is_new=False,
+                    resumes=False,
+                ).run()
         except AlreadyApprovedError:
             # Nothing was there, and our create was in doubt: the user approved before it was found.
             self._record_success(started_at)
@@ -227,7 +235,7 @@ class Exchanges:
         self.polls += 1
         self._rate.record_poll(started_at)
         try:
-            operation = await self._client.get_operation(delivery.ticket.operation_id)
+            operation = await self._transport.fetch(get_operation(delivery.ticket.operation_id))
         except KeylessError as error:
             self._report_poll(delivery, error, polled_at, started_at)
             self._record_error(delivery, error, started_at, is_probe=not is_final(delivery, polled_at))

@@ -195,8 +195,8 @@ class LearnedBucket(Keeper):
                 "that key to start anew"
             ) from None
         fresh = [*self._recording.fresh]
-        for after, until, since in fresh:
-            fleets.observe(after, until, since=since)
+        for after, until in fresh:
+            fleets.observe(after, until)
         state = fleets.to_json()
         if fresh and not await self._write(engine, state, _Unanswered(kept.revision, len(fresh))):
             return False
@@ -226,18 +226,18 @@ class _Recording(wait_adaptive):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fresh: list[tuple[float, float | None, float]] = []
+        self.fresh: list[tuple[float, float | None]] = []
 
-    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
-        super().observe(after, until, since=since)
+    def observe(self, after: float, until: float | None) -> None:
+        super().observe(after, until)
         if len(self.fresh) < _MOST_FRESH:
-            self.fresh.append((after, until, since))
+            self.fresh.append((after, until))
 
     def adopt(self, state: str) -> None:
         """Go on from what the fleet has learned, and from what was observed while that was written."""
         restore(self, state)
-        for after, until, since in self.fresh:
-            super().observe(after, until, since=since)
+        for after, until in self.fresh:
+            super().observe(after, until)
 
 
 def _unusable(message: str) -> ConfigurationError:

@@ -7,6 +7,8 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from aiokeyless._rules.circuit import CircuitState, Transitions
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
@@ -32,12 +34,64 @@ if TYPE_CHECKING:
 
     from .engine import Engine
     from .messages import ApprovalEvent
-    from .serving import WorkerStatistics
 
 #: Numbers of the workers of this process.
 _WORKERS: Final = itertools.count(1)
 #: Failures of which the poller says that the answer was rejected.
 _REJECTED: Final = frozenset({FailureReason.MISMATCH, FailureReason.INCONSISTENT})
+
+
+class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is doing, and its counts since it was made.
+
+    Attributes:
+        in_flight: Deliveries in flight.
+        deliveries: Deliveries taken.
+        polls: Polls sent.
+        created: Operations created.
+        approved: Events of this kind published; those that the stream had already are not counted.
+        expired: Likewise.
+        failed: Likewise.
+        duplicates: Events that the stream had already, from a delivery whose acknowledgement was lost.
+        transient_failures: Exchanges with Keyless that failed transiently.
+        unsettled: Deliveries of which the broker took no word: it delivers these requests again.
+        waiting: Requests of the fleet that are not decided. This and the following are what the broker told at the last
+            inspection; there is one every 5 s.
+        backlog: Requests of the fleet that were never delivered.
+        oldest_age: Seconds since the oldest request of the fleet was stored; 0 where none waits.
+        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
+        lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
+            inspections.
+        load_shedding: What the schedule's delays are multiplied by, 1 to 16: more than 1 while new requests wait for
+            room.
+        circuit: How Keyless fares, as far as this worker can tell: ``closed`` (well), ``half_open`` (ramping up) or
+            ``open`` (probes only, or none until its ``Retry-After``).
+        is_ready: Whether it takes requests: there are no problems.
+        problems: Why it is not ready, in one line each: it is about to end, the broker is away or silent, a stream is
+            gone or full, the key is refused, requests are not delivered.
+        is_draining: Whether the worker is about to end.
+    """
+
+    in_flight: int = 0
+    deliveries: int = 0
+    polls: int = 0
+    created: int = 0
+    approved: int = 0
+    expired: int = 0
+    failed: int = 0
+    duplicates: int = 0
+    transient_failures: int = 0
+    unsettled: int = 0
+    waiting: int = 0
+    backlog: int = 0
+    oldest_age: float = 0.0
+    clock_ahead: float = 0.0
+    lateness: float = 0.0
+    load_shedding: float = 1.0
+    circuit: str = CircuitState.CLOSED.value
+    is_ready: bool = False
+    problems: tuple[str, ...] = ()
+    is_draining: bool = False
 
 
 class Reporter:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from aiokeyless._listeners import Listeners
 from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
+from aiokeyless.client import transport_of
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
@@ -22,7 +23,8 @@ from .memory import MemoryBroker
 from .nats.engine import NatsEngine
 from .nats.fleet import KEYLESS
 from .nats.streams import StreamSettings
-from .serving import STARTING, Limits, Serving, WorkerStatistics
+from .reporting import WorkerStatistics
+from .serving import STARTING, Limits, Serving
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
+    from aiokeyless._http.transport import Transport
     from aiokeyless.client import KeylessClient
 
     from .engine import Engine, Terms
@@ -106,7 +109,7 @@ class ApprovalWorker:
             ack_wait=longest_delivery + _MARGIN,
             grace=seconds(grace, "grace", zero=True),
         )
-        self._client = client.with_max_attempts(1)
+        self._client = client
         if learned is not None and schedule is not None:
             raise ConfigurationError("learned and schedule must not both be given", argument="learned")
         self._keeper = None if learned is None else keeper(learned)
@@ -200,10 +203,11 @@ class ApprovalWorker:
             self._started.set()
 
     async def _work(self) -> None:
-        await check_key(self._client)
+        transport = transport_of(self._client).with_max_attempts(1)
+        await check_key(transport)
         await self._engine.connect(on_reconnect=self._reconnected, on_loss=self._fail)
         try:
-            await self._serve()
+            await self._serve(transport)
         except BrokerError as error:
             self._fatal = self._fatal or error
         finally:
@@ -213,19 +217,19 @@ class ApprovalWorker:
         if self._fatal is not None:
             raise self._fatal
 
-    async def _serve(self) -> None:
+    async def _serve(self, transport: Transport) -> None:
         terms = await self._engine.prepare(ack_wait=self._limits.ack_wait)
         # A claim is kept for the duplicate window, and matters until the last repetition of a final poll.
         longest_wait = terms.longest_wait - self._limits.grace
         if longest_wait <= 0:
             raise BrokerError(_no_time(terms.longest_wait, self._limits.grace))
         async with nullcontext() if self._keeper is None else self._keeper.keeping(self._engine):
-            await self._serve_on(terms._replace(longest_wait=longest_wait))
+            await self._serve_on(transport, terms._replace(longest_wait=longest_wait))
 
-    async def _serve_on(self, terms: Terms) -> None:
+    async def _serve_on(self, transport: Transport, terms: Terms) -> None:
         self._serving = Serving(
             self._engine,
-            self._client,
+            transport,
             schedule=self._schedule,
             limits=self._limits,
             terms=terms,

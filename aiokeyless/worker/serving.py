@@ -29,15 +29,15 @@ from .load_shedding import LoadShedding
 from .logs import log
 from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, TooLongError, is_about, read_context, read_request
 from .monitor import Monitor
-from .reporting import Reporter
+from .reporting import Reporter, WorkerStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tenacity.wait import wait_base
 
+    from aiokeyless._http.transport import Transport
     from aiokeyless._listeners import Listeners
-    from aiokeyless.client import KeylessClient
 
     from .decisions import Decided, Decision
     from .engine import Engine, Message, Terms
@@ -58,59 +58,6 @@ _LOST: Final = 0.1  # seconds after which a cancellation was lost
 #: closed, can take them meanwhile.
 _PAUSED_PULLS: Final = 4.0
 _HANDED_BACK_FOR: Final = 1.5
-
-
-class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is doing, and its counts since it was made.
-
-    Attributes:
-        in_flight: Deliveries in flight.
-        deliveries: Deliveries taken.
-        polls: Polls sent.
-        created: Operations created.
-        approved: Events of this kind published; those that the stream had already are not counted.
-        expired: Likewise.
-        failed: Likewise.
-        duplicates: Events that the stream had already, from a delivery whose acknowledgement was lost.
-        transient_failures: Exchanges with Keyless that failed transiently.
-        unsettled: Deliveries of which the broker took no word: it delivers these requests again.
-        waiting: Requests of the fleet that are not decided. This and the following are what the broker told at the last
-            inspection; there is one every 5 s.
-        backlog: Requests of the fleet that were never delivered.
-        oldest_age: Seconds since the oldest request of the fleet was stored; 0 where none waits.
-        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
-        lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
-            inspections.
-        load_shedding: What the schedule's delays are multiplied by, 1 to 16: more than 1 while new requests wait for
-            room.
-        circuit: How Keyless fares, as far as this worker can tell: ``closed`` (well), ``half_open`` (ramping up) or
-            ``open`` (probes only, or none until its ``Retry-After``).
-        is_ready: Whether it takes requests: there are no problems.
-        problems: Why it is not ready, in one line each: it is about to end, the broker is away or silent, a stream is
-            gone or full, the key is refused, requests are not delivered.
-        is_draining: Whether the worker is about to end.
-    """
-
-    in_flight: int = 0
-    deliveries: int = 0
-    polls: int = 0
-    created: int = 0
-    approved: int = 0
-    expired: int = 0
-    failed: int = 0
-    duplicates: int = 0
-    transient_failures: int = 0
-    unsettled: int = 0
-    waiting: int = 0
-    backlog: int = 0
-    oldest_age: float = 0.0
-    clock_ahead: float = 0.0
-    lateness: float = 0.0
-    load_shedding: float = 1.0
-    circuit: str = CircuitState.CLOSED.value
-    is_ready: bool = False
-    problems: tuple[str, ...] = ()
-    is_draining: bool = False
 
 
 class Limits(NamedTuple):
@@ -136,7 +83,7 @@ class Serving:
 
     Args:
         engine: The broker.
-        client: What sends the exchanges, each once.
+        transport: What sends the exchanges, each once.
         schedule: When to poll.
         limits: What bounds the deliveries.
         terms: What the broker allows.
@@ -148,7 +95,7 @@ class Serving:
     def __init__(
         self,
         engine: Engine,
-        client: KeylessClient,
+        transport: Transport,
         *,
         schedule: wait_base,
         limits: Limits,
@@ -159,7 +106,7 @@ class Serving:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine = engine
-        self._client = client
+        self._transport = transport
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._key_refusal: KeylessError | None = None  # the last one
         self._schedule = schedule
@@ -175,7 +122,7 @@ class Serving:
         self._context = context_without_traces()
         self._reporter = Reporter(listeners, engine, self._deliveries)
         self._exchanges = Exchanges(
-            client,
+            transport,
             engine.claims,
             schedule=schedule,
             load_shedding=self._load_shedding,
@@ -357,7 +304,7 @@ class Serving:
         for pause in KEY_CHECKS:
             await asyncio.sleep(pause)
             try:
-                await check_key(self._client)
+                await check_key(self._transport)
             except ClientClosedError as closed:
                 error = closed
                 break

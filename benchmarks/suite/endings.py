@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient
-from aiokeyless._poller.poller import Poller
+from aiokeyless._waits.poller import Poller
 from aiokeyless.errors import AuthenticationError
 from benchmarks import pictures
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from aiokeyless._http.transport import Transport
-    from aiokeyless._poller.state import Wait
+    from aiokeyless._waits.poller import FutureWait
     from aiokeyless.reports import ApprovalOutcome
     from benchmarks.bench import Bench
 
@@ -91,7 +91,7 @@ class InMemoryClient(KeylessClient):
     def _open(self) -> tuple[Transport, Poller]:
         return self.transport, self.poller
 
-    def start(self, operation_id: str, timeout: float = _LONG) -> Wait:
+    def start(self, operation_id: str, timeout: float = _LONG) -> FutureWait:
         """Start a wait for a bare id."""
         return self.poller.start(operation_id, ticket=None, timeout=timeout, schedule=None, may_be_missing=False)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import itertools
 import time
 import tracemalloc
 import uuid
@@ -22,7 +21,6 @@ import anyio
 from tenacity import AsyncRetrying, retry_if_result, stop_after_delay, wait_fixed
 
 from aiokeyless import KeylessClient
-from aiokeyless._http import protocol
 from benchmarks import pictures
 from benchmarks.baselines import LOOP, OURS, BareClient, PlainOperation, bare_session
 from benchmarks.bench import Pairs, order
@@ -43,7 +41,6 @@ _BATCH: Final = 64  # waits started at once, so that all sides use the same numb
 _START_WITHIN: Final = 600.0
 _FEW: Final = 1_000  # up to here allocations are counted: for more it takes long
 
-URLS: Final = "URL objects alone"
 HOLDS: Final = f"{OURS}, hold_for_approval"
 MANY: Final = f"{OURS}, wait_for_approvals"
 TENACITY: Final = "tenacity per wait"
@@ -80,14 +77,13 @@ def run(bench: Bench) -> Report:
     report.raw["wake_ups"] = {name: [*seconds] for name, seconds in wake_ups.items()}
     size = sizes[-1]
     growths, method = measured[size], _method(size)
-    net = growths[OURS].memory - growths[URLS].memory
     over_tenacity = growths[OURS].memory / growths[TENACITY].memory
     report.goals += [
-        Goal(f"{size} waits, {method}, without the URL", 1700, net, " B"),
-        Goal("the same, stretch", 1300, net, " B"),
-        Goal(f"{size} waits, {method}, with the URL, over {TENACITY}", 0.25, over_tenacity, "x"),
+        Goal(f"{size} waits, {method}", 1750, growths[OURS].memory, " B"),
+        Goal("the same, stretch", 1300, growths[OURS].memory, " B"),
+        Goal(f"{size} waits, {method}, over {TENACITY}", 0.25, over_tenacity, "x"),
     ]
-    report.notes.append("a wait of aiokeyless keeps its last answer and its URL; a coroutine keeps its last operation")
+    report.notes.append("a coroutine keeps its last operation; a wait of aiokeyless keeps no answer")
     return report
 
 
@@ -98,7 +94,7 @@ def _method(size: int) -> Method:
 def _measured(bench: Bench, server: Server, size: int) -> dict[str, Growth]:
     """Measure each side once: many waits are an average already, and the count of allocations is exact."""
     growths = {}
-    for name in bench.pick(full=[*_SIDES], quick=[*_SIDES], smoke=[OURS, HOLDS, MANY, URLS, TENACITY]):
+    for name in bench.pick(full=[*_SIDES], quick=[*_SIDES], smoke=[OURS, HOLDS, MANY, TENACITY]):
         bench.progress(f"  {size} waits: {name}")
         growths[name] = bench.in_fresh_process(measure, server, name, size, _method(size))
     return growths
@@ -112,8 +108,6 @@ def _table(size: int, growths: dict[str, Growth]) -> Table:
     for name, growth in growths.items():
         row = [name, f"{growth.memory:.0f}", f"{growth.memory / growths[OURS].memory:.2f}"]
         table.rows.append(row + [f"{1e6 * growth.cpu:.0f}"] * (method is Method.RESIDENT))
-    net = [f"{OURS} without its URL", f"{growths[OURS].memory - growths[URLS].memory:.0f}", ""]
-    table.rows.append(net + [""] * (method is Method.RESIDENT))
     return table
 
 
@@ -123,7 +117,7 @@ def _wake_ups(bench: Bench, server: Server) -> dict[str, list[float]]:
     wake_ups: dict[str, list[float]] = {
         name: [] for name in bench.pick(full=[*_SIDES], quick=[OURS, LOOP], smoke=[OURS])
     }
-    for name in (URLS, HOLDS, MANY):  # the first never wakes up, the others wake up as ours
+    for name in (HOLDS, MANY):  # they wake up as ours
         wake_ups.pop(name, None)
     for k in range(rounds):
         bench.progress(f"  wake-ups, round {k + 1} of {rounds}")
@@ -302,30 +296,6 @@ async def _many(server: Server, gauge: _Gauge) -> None:
         await cancel(tasks)
 
 
-async def _urls(server: Server, gauge: _Gauge) -> None:
-    """Keep only URLs as our waits do, each used for one request."""
-    count = itertools.count(1)
-    answered = 0
-    polls: set[asyncio.Task[None]] = set()
-    async with KeylessClient(API_KEY, base_url=server.base_url, max_polls_per_second=None) as client:
-        transport, _ = client._open()  # noqa: SLF001  # builds and uses the URL as the poller does
-
-        def start(operation_id: str) -> object:
-            url = transport.url(protocol.get_operation(operation_id))
-
-            async def poll() -> None:
-                nonlocal answered
-                await transport.poll(url)
-                answered = next(count)
-
-            task = asyncio.create_task(poll())
-            polls.add(task)
-            task.add_done_callback(polls.discard)
-            return url
-
-        await gauge.measure(start, lambda: answered)
-
-
 class _Coroutines:
     """One coroutine per wait, in four variants that differ in the timeout and in the loop."""
 
@@ -387,7 +357,6 @@ _SIDES: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]
     OURS: _ours,
     HOLDS: _holds,
     MANY: _many,
-    URLS: _urls,
     LOOP: _coroutine(_Coroutines.loop),
     "asyncio.timeout": _coroutine(_Coroutines.asyncio_timeout),
     "anyio.fail_after": _coroutine(_Coroutines.fail_after),
@@ -398,16 +367,14 @@ _SIDES: Final[dict[str, Callable[[Server, _Gauge], Coroutine[None, None, None]]]
 def draw(raw: dict[str, Any]) -> Figure:
     """Draw the memory per wait, at the largest size."""
     size = max((key for key in raw if key.isdigit()), key=int)
-    memory = {name: growth["memory"] for name, growth in raw[size]["sides"].items() if name != URLS}
+    memory = {name: growth["memory"] for name, growth in raw[size]["sides"].items()}
     figure, (ax,) = pictures.panels(1, width=7.0, height=3.2)
     colors = [pictures.OURS if name in {OURS, HOLDS, MANY} else pictures.OTHERS[0] for name in memory]
     bars = ax.barh([*memory], [*memory.values()], color=colors)
-    ax.barh([OURS], [raw[size]["sides"][URLS]["memory"]], color="#78b39e", label="of which its URL")
     ax.bar_label(bars, [f"{each:.0f}" for each in memory.values()], padding=4)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.set_xlim(right=1.12 * max(memory.values()))
     count = f"{int(size):,}".replace(",", " ")
     ax.set_xlabel(f"bytes per wait, {count} sleeping waits ({raw[size]['method']})")
-    ax.legend()
     return figure

@@ -123,6 +123,38 @@ def life_of_a_wait() -> Drawing:
     return drawing
 
 
+def machine() -> Drawing:
+    """Draw the machine, what is around it, and what goes to and fro."""
+    drawing = Drawing(860, 330, "The poller tells the machine what happens, and asks it what is next")
+    drawing.box(30, 130, 130, 62, "client", "awaits the wait")
+    drawing.box(290, 50, 180, 222, "poller", "one timer", "workers: tasks", "that carry polls", colour=BLUE)
+    drawing.box(640, 24, 190, 92, "machine: pure", "waits, operations, polls", colour=GREEN)
+    drawing.box(640, 140, 190, 62, "dispatcher: pure", "queues and slots", colour=GREEN)
+    drawing.box(640, 226, 190, 62, "rules: pure", "what a result means", colour=GREEN)
+    drawing.box(30, 226, 130, 62, "transport", "one exchange")
+    drawing.path("M160 150H288")
+    drawing.text(170, 140, "start, leave")
+    drawing.path("M290 174H162", dashed=True)
+    drawing.path("M290 250H162")
+    drawing.text(190, 240, "poll")
+    drawing.path("M160 272H288", dashed=True)
+    drawing.path("M470 66H638")
+    drawing.text(480, 56, "start, leave, expire,", colour=GREY)
+    drawing.text(480, 84, "finish_poll(result)", colour=GREY)
+    drawing.path("M638 100H472", dashed=True)
+    drawing.text(480, 120, "next_poll, wake_at,", colour=GREY)
+    drawing.text(480, 138, "take_cut; outcomes", colour=GREY)
+    drawing.path("M735 116V138")
+    drawing.path("M832 70H848V257H832")
+    drawing.text(
+        30,
+        318,
+        "Solid: calls. Dashed: what they return, and the outcomes that the machine gives to waits.",
+        colour=GREY,
+    )
+    return drawing
+
+
 def circuit() -> Drawing:
     """Draw the states of the circuit and what leads from one to another."""
     drawing = Drawing(760, 300, "The circuit: closed, open, half open, and what leads from one to another")
@@ -149,7 +181,7 @@ LAYERS: Final = (
         "engine 2, a test service, signed data, signals, OpenTelemetry",
     ),
     (("client",), "the public methods"),
-    (("_poller",), "engine 1: waits in memory"),
+    (("_waits",), "engine 1: waits in memory"),
     (("_http",), "endpoints as data, exchanges over aiohttp"),
     (("_rules",), "what a poll means, the circuit, the backoff: pure"),
     (("schedule",), "when to poll next"),
@@ -199,7 +231,13 @@ def actors() -> Drawing:
     return drawing
 
 
-PICTURES: Final = {"actors.svg": actors, "circuit.svg": circuit, "house.svg": house, "wait.svg": life_of_a_wait}
+PICTURES: Final = {
+    "actors.svg": actors,
+    "circuit.svg": circuit,
+    "house.svg": house,
+    "machine.svg": machine,
+    "wait.svg": life_of_a_wait,
+}
 
 
 if __name__ == "__main__":

@@ -1084,16 +1084,29 @@ async def test_closed_client_sends_nothing(sandbox: Sandbox, name: str) -> None:
 async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
     sender = transport.Transport(sandbox.url, Secret(KEY), session=None, request_timeout=1.0, max_attempts=1)
     await sender.aclose()
-    assert isinstance(await failure(sender.poll(sender.url(protocol.get_operation("a")))), ClientClosedError)
+    assert isinstance(await failure(sender.poll("a")), ClientClosedError)
     assert sandbox.requests == []
+
+
+async def test_a_transport_with_other_attempts_is_closed_with_the_one_it_is_of(sandbox: Sandbox) -> None:
+    async with aiohttp.ClientSession() as session:
+        sender = transport.Transport(sandbox.url, Secret(KEY), session=session, request_timeout=1.0, max_attempts=3)
+        once = sender.with_max_attempts(1)
+        sandbox.fail_next(times=1)
+        with pytest.raises(ServerError):
+            await once.fetch(protocol.get_operation("a"))
+        assert len(sandbox.requests) == 1
+        await sender.aclose()
+        with pytest.raises(ClientClosedError):
+            await once.fetch(protocol.get_operation("a"))
+    assert len(sandbox.requests) == 1
 
 
 async def test_a_poll_returns_the_operation(sandbox: Sandbox) -> None:
     sender = transport.Transport(
         sandbox.url, Secret(sandbox.api_key), session=None, request_timeout=1.0, max_attempts=1
     )
-    url = sender.url(protocol.get_operation("a"))
-    assert await sender.poll(url) == await sender.send(protocol.get_operation("a"))
+    assert await sender.poll("a") == await sender.send(protocol.get_operation("a"))
     await sender.aclose()
 
 

@@ -29,7 +29,7 @@ from leaks import tasks_since
 from nats_server import PATIENCE, until
 
 from aiokeyless import ApprovalTimeoutError, Authentication
-from aiokeyless._rules import explanation
+from aiokeyless._waits import explanation
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator

@@ -229,8 +229,8 @@ def schedule(data: bytes) -> None:
         assert 0.25 <= delay <= 20.0
         assert delay == next_delay(again, attempt_number=1, since_start=age)
         assert 0.0 <= found.previous_poll(age) <= age
-    for after, until, since in ((5.0, 6.0, 0.0), (120.0, None, 0.0), (300.0, 310.0, 250.0), (900.0, None, 800.0)):
-        found.observe(after, until, since=since)
+    for after, until in ((5.0, 6.0), (120.0, None), (300.0, 310.0), (900.0, None)):
+        found.observe(after, until)
     wait_adaptive.from_json(found.to_json())
 
 

@@ -10,12 +10,13 @@ import contextlib
 import contextvars
 import math
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tenacity import wait_fixed
 
 from aiokeyless import ApprovalTicket, KeylessClient, Operation, wait_adaptive
+from aiokeyless.events import WaitEnded, WaitStarted
 
 from .history import Known, ObservedClient, ObservedCreate, ObservedWait
 from .people import NOBODY, Person
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from datetime import datetime
 
+    from aiokeyless.events import Event
+
     from .service import Service
 
 T = TypeVar("T")
@@ -33,6 +36,8 @@ T = TypeVar("T")
 USER = "0123456789ABCDEF"
 #: The bounds of the default schedule's delays, as documented.
 ADAPTIVE = (0.25, 20.0)
+
+_Target = tuple[str | ApprovalTicket, bool]
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,9 @@ class Application:
         self._generation = 0
         self.history = service.history
         self._created: dict[tuple[str, datetime], float] = {}  # by what tells the ticket from another of its operation
+        self._holding: tuple[ObservedWait, _Target] | None = None  # a hold that begins in this very moment
+        self._leases: dict[_Target, ObservedWait] = {}  # what is held
+        self._numbers: dict[int, ObservedWait] = {}  # the same, by what the client calls them
         self.context = contextvars.copy_context()
         """Where its wall clock is the process's."""
         self.context.run(wall_clock_error.set, process.wall_clock_error)
@@ -165,7 +173,7 @@ class Application:
         self._generation += 1
         self.name = f"process {self._number}.{self._generation}"
         self.session = SimulatedSession(self._service, self.name)
-        self._created = {}
+        self._created, self._leases, self._numbers = {}, {}, {}
         self.client = KeylessClient(
             "key",
             base_url="https://keyless.test",
@@ -175,6 +183,7 @@ class Application:
             max_in_flight=process.max_in_flight,
             max_polls_per_second=process.rate,
             schedule=wait_adaptive(poll_cost=process.poll_cost),
+            listeners=[self._on_event],
         )
         self.observed = ObservedClient(
             name=self.name,
@@ -195,16 +204,15 @@ class Application:
             observed.leftovers.append(f"closed: {session.under_way} requests under way, {statistics}")
 
     def _note_leftovers(self, client: KeylessClient) -> None:
-        """Note what is left where no wait is under way; a poll may go on between two holds."""
+        """Note what is left where no wait is under way."""
         if client is not self.client:
             return
         waits = [wait for wait in self.history.waits if wait.client == self.name]
         if any(wait.ended_at == math.inf for wait in waits):
             return
         statistics = self.client.statistics
-        queued = 0 if self.client._poller is None else len(self.client._poller._dispatcher)
-        is_after_hold = any(wait.hold is not None for wait in waits)
-        if statistics.waiting or queued or statistics.lag or (statistics.in_flight and not is_after_hold):
+        queued = 0 if self.client._poller is None else len(self.client._poller._machine._dispatcher)
+        if statistics.waiting or queued or statistics.lag or statistics.in_flight:
             self.observed.leftovers.append(f"no wait is left: {queued} polls queued, {statistics}")
 
     # -- what actors call
@@ -343,7 +351,34 @@ class Application:
             by_wall_clock = max(0.0, (wall_clock() - target.created_at).total_seconds())
             wait.ages = (by_wall_clock,) if created is None else (now - created, by_wall_clock)
         self.history.waits.append(wait)
+        self._holding = None
+        if seconds is not None:
+            held = target, wait.may_be_missing
+            wait.lease = self._leases.get(held)
+            self._holding = wait, held
         return wait
+
+    def _on_event(self, event: Event) -> None:
+        """Write down the wait that a hold begins, and its end: it goes on between two holds."""
+        if isinstance(event, WaitStarted) and self._holding is not None:
+            hold, held = self._holding
+            assert hold.hold is not None
+            lease = replace(
+                hold,
+                number=self.history.next_number(),
+                hold=None,
+                lease=None,
+                is_lease=True,
+                timeout=math.inf if hold.ticket is None else None,
+                patience=hold.hold,
+            )
+            hold.lease = self._leases[held] = self._numbers[event.wait] = lease
+            self._holding = None
+            self.history.waits.append(lease)
+        elif isinstance(event, WaitEnded) and event.wait in self._numbers:
+            lease = self._numbers.pop(event.wait)
+            lease.outcome = event.error or str(event.outcome)
+            self._ended(lease)
 
     def _ended(self, wait: ObservedWait) -> None:
         wait.ended_at = asyncio.get_running_loop().time()

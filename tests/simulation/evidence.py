@@ -32,8 +32,8 @@ TIMED_OUT, UNKNOWN = "ApprovalTimeoutError", "ApprovalUnknownError"
 EPS: Final = 1e-4
 #: Seconds that a final poll may take, its repetitions included (rule 3).
 FINAL: Final = 2.0
-#: Seconds after which a wait for an expired ticket gets a final poll (rule 3).
-EXPIRED: Final = 120.0
+#: Seconds for which a wait that is held goes on after the last hold.
+LEASE: Final = 10.0
 #: Seconds for which an operation may still be missing, since a replica lags (rule 5).
 YOUNG: Final = 5.0
 #: Seconds of a Retry-After that count.
@@ -134,14 +134,12 @@ class Budget:
     """When a wait must end, as one of the clocks that the rules allow tells.
 
     Attributes:
-        deadline: The time of its final poll; of a hold, its end.
-        is_hold: Whether it then ends with nothing, and without a final poll.
+        deadline: The time of its final poll.
         had_expired: Whether there was no time left when it began.
         origin: When the operation was created.
     """
 
     deadline: float
-    is_hold: bool
     had_expired: bool
     origin: float
 
@@ -154,21 +152,11 @@ def budgets(wait: ObservedWait) -> list[Budget]:
 def _budget(wait: ObservedWait, age: float) -> Budget:
     start, origin = wait.started_at, wait.started_at - age
     left = math.inf if wait.ticket is None else max(0.0, wait.ticket.lifetime - age)
-    if wait.hold is not None:
-        if left > wait.hold:
-            return Budget(start + wait.hold, is_hold=True, had_expired=False, origin=origin)
-        expired = left <= 0.0
-        return Budget(
-            start + (wait.hold if expired else left),
-            is_hold=False,
-            had_expired=expired,
-            origin=origin,
-        )
     if wait.timeout is not None:
-        return Budget(start + wait.timeout, is_hold=False, had_expired=False, origin=origin)
+        return Budget(start + wait.timeout, had_expired=False, origin=origin)
     if left <= 0.0:
-        return Budget(start + EXPIRED, is_hold=False, had_expired=True, origin=origin)
-    return Budget(start + left, is_hold=False, had_expired=False, origin=origin)
+        return Budget(start + wait.patience, had_expired=True, origin=origin)
+    return Budget(start + left, had_expired=False, origin=origin)
 
 
 class _Groups(dict[str, list[Any]]):
@@ -189,7 +177,10 @@ class Evidence:
         self.history = history
         self.exchanges = [exchange for exchange in history.exchanges if exchange.client == client.name]
         self.polls = [exchange for exchange in self.exchanges if exchange.is_poll]
-        self.waits = [wait for wait in history.waits if wait.client == client.name]
+        waits = [wait for wait in history.waits if wait.client == client.name]
+        self.waits = [wait for wait in waits if wait.hold is None]
+        """The waits, those among them that are held."""
+        self.holds = [wait for wait in waits if wait.hold is not None]
         self.creates: list[ObservedCreate] = [c for c in history.creates if c.client == client.name]
         self.polls_of: dict[str, list[Exchange]] = _Groups()
         self.waits_of: dict[str, list[ObservedWait]] = _Groups()
@@ -230,7 +221,7 @@ class Evidence:
         """Return whether a poll may be a final one: the deadline of a wait that goes on has passed."""
         return any(
             wait.started_at <= poll.sent_at <= wait.ended_at + EPS
-            and any(b.had_expired or (not b.is_hold and b.deadline <= poll.sent_at + EPS) for b in budgets(wait))
+            and any(b.had_expired or b.deadline <= poll.sent_at + EPS for b in budgets(wait))
             for wait in self.waits_of[poll.operation_id]
         )
 

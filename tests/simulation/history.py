@@ -66,6 +66,11 @@ class ObservedWait:
     """Seconds; None: what the ticket has left."""
     hold: float | None = None
     """Seconds of a hold; None for a wait."""
+    lease: ObservedWait | None = None
+    """Of a hold: the wait that it holds. That one is none that a caller awaits."""
+    is_lease: bool = False
+    patience: float = 120.0
+    """Seconds after which a wait for an expired ticket gets a final poll."""
     delays: tuple[float, float]
     """The shortest and the longest delay of its schedule."""
     may_be_missing: bool = False
@@ -74,13 +79,13 @@ class ObservedWait:
     ended_at: float = math.inf
     end_number: int = 0
     outcome: str = ""
-    """approved, nothing (of a hold), cancelled, or the name of the exception."""
+    """approved, nothing (of a hold), held (of its wait), cancelled, or the name of the exception."""
     approved: dict[str, object] | None = None
     """The operation that it returned."""
 
     def tell(self) -> str:
         """Return it as a line of a timeline."""
-        what = "wait" if self.hold is None else f"hold of {self.hold:g} s"
+        what = "lease" if self.is_lease else "wait" if self.hold is None else f"hold of {self.hold:g} s"
         limit = "" if self.timeout is None else f", timeout {self.timeout:g} s"
         ages = ", ".join(f"{age:.4f}" for age in self.ages)
         known = "bare id" if self.ticket is None else f"ticket for {self.ticket.lifetime:g} s, {ages} s old"

@@ -219,7 +219,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_raise_something_else, "right end"),
     (_find_it_unknown, "right end"),
     (_close_nothing, "right end"),
-    (_hold_too_short, "right end"),
+    (_hold_too_short, "holds are leases"),
     (_end_late, "ends in time"),
     (_never_end, "ends in time"),
     (_lose_an_approval, "no approval lost"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aiokeyless._poller import poller
+from aiokeyless._waits import machine
 
 from .__main__ import known_seeds, main, simulate
 from .minimize import breaks, minimize
@@ -60,7 +60,7 @@ def test_stories_try_everything() -> None:
 @pytest.fixture
 def _broken_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library whose waits end too late where final polls are not answered."""
-    monkeypatch.setattr(poller, "FINAL_POLL_TIMEOUT", 9.0)
+    monkeypatch.setattr(machine, "FINAL_POLL_TIMEOUT", 9.0)
 
 
 @pytest.mark.slow

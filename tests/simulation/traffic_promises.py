@@ -27,8 +27,6 @@ RARE = 50
 STEPS = 5
 #: Seconds in which everybody is polled once the circuit is half open: the polls in flight double with each round.
 RAMP = 5.0
-#: Seconds for which what a hold knows is kept for the next one (H4).
-PAUSES_ARE_KEPT = 120.0
 
 
 def polls_for_somebody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -106,13 +104,9 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             if not waits or beside or later.sent_at < earlier.ended_at - EPS:
                 continue
             if reading.kind in {"cut", "error"} or (reading.said is not None and not _is_pending(reading, earlier)):
-                continue  # an answer that is rejected between two holds is met again by the next one
-            if reading.kind == "missing" and all(wait.ticket is None and not wait.may_be_missing for wait in waits):
-                continue  # so is a 404 about a bare id
+                continue
             least = SHORTEST if reading.kind in {"failed", "missing"} else min(wait.delays[0] for wait in waits)
-            # Between two holds a delay counts from the start of the last poll (H2).
-            since = earlier.sent_at if any(wait.hold is not None for wait in waits) else earlier.ended_at
-            if later.sent_at < since + least - EPS and not _is_excused(evidence, earlier, later):
+            if later.sent_at < earlier.ended_at + least - EPS and not _is_excused(evidence, earlier, later):
                 yield evidence.violation("not too soon", later, later.sent_at, f"{least:g} s had to pass")
 
 
@@ -125,31 +119,16 @@ def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
     """Return whether a wait that begins, or a deadline, explains a poll that is sooner than the schedule."""
     waits = evidence.waits_of[earlier.operation_id]
     return any(
-        (earlier.sent_at - EPS <= wait.started_at <= later.sent_at + EPS and not _goes_on(wait, waits))
+        earlier.sent_at - EPS <= wait.started_at <= later.sent_at + EPS
         or any(
-            b.had_expired or (not b.is_hold and earlier.sent_at - FINAL - EPS <= b.deadline <= later.sent_at + EPS)
-            for b in budgets(wait)
+            b.had_expired or earlier.sent_at - FINAL - EPS <= b.deadline <= later.sent_at + EPS for b in budgets(wait)
         )
         for wait in waits
     )
 
 
-def _goes_on(wait: ObservedWait, waits: Sequence[ObservedWait]) -> bool:
-    """H2: whether a hold goes on by the schedule of the one before it; one that is cancelled leaves nothing to it.
-
-    After or beside another wait of the operation it does not: its polls and that one's are no series (H5).
-    """
-    earlier = [w for w in waits if w.hold is not None and w.ended_at <= wait.started_at + EPS and w is not wait]
-    if wait.hold is None or not earlier:
-        return False
-    last = max(earlier, key=lambda hold: hold.ended_at)
-    others = [w for w in waits if w is not wait and w is not last and w.started_at <= wait.started_at + EPS]
-    beside = any(w.ended_at >= last.ended_at - EPS for w in others)
-    return last.outcome == "nothing" and not beside and wait.started_at - last.ended_at < PAUSES_ARE_KEPT - EPS
-
-
 def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """Rules 3 and 6, H3: a poll that a wait needs is not cut for the end of another, nor for the end of a hold."""
+    """Rules 3 and 6: a poll that a wait needs is not cut for the end of another."""
     for poll in evidence.polls:
         if evidence.read(poll).kind != "cut" or evidence.is_final(poll):
             continue
@@ -159,9 +138,8 @@ def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vio
             wait.number < poll.number and wait.ended_at > at + EPS and all(b.deadline > at + EPS for b in budgets(wait))
             for wait in waits
         )
-        ends = {wait.outcome for wait in waits if wait.ended_at <= at + EPS}
         beside = any(p.sent_at <= at < p.ended_at - EPS for p in evidence.polls_of[poll.operation_id] if p is not poll)
-        if (needed or ends == {"nothing"}) and not beside:
+        if needed and not beside:
             yield evidence.violation("cut for nobody", poll, at, "a poll that is needed was cut off")
 
 
@@ -223,7 +201,9 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
                 )
         after = [poll for poll in polls if poll.sent_at > opened + EPS]
         for poll in after:
-            beside = sum(other.sent_at <= poll.sent_at + EPS and other.ended_at > poll.sent_at + EPS for other in after)
+            at = [other for other in after if other.sent_at <= poll.sent_at + EPS < other.ended_at]
+            # A final poll that hangs and goes on for other waits counts for its two seconds only.
+            beside = sum(not evidence.is_final(p) or p.sent_at + FINAL > poll.sent_at + EPS for p in at)
             if beside > 2:  # a probe and a final one
                 yield evidence.violation("few requests in an outage", poll, poll.sent_at, f"{beside} at once")
 

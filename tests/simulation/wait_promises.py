@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from .evidence import EPS, FINAL, TIMED_OUT, UNKNOWN, YOUNG, Budget, Evidence, Reading, budgets, verdict
+from .evidence import EPS, FINAL, LEASE, TIMED_OUT, UNKNOWN, YOUNG, Budget, Evidence, Reading, budgets, verdict
 from .faults import Lies, Outage
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Decisive(NamedTuple):
 def no_wrong_approval(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 2: what is returned is an approval of this operation, for this user, of this payload, and is true."""
     lied_about = {fault.payload for fault in faults if isinstance(fault, Lies)}
-    for wait in evidence.waits:
-        if wait.outcome != "approved":
+    for wait in (*evidence.waits, *evidence.holds):
+        if wait.outcome != "approved" or wait.is_lease:  # a hold returns what its wait ended with
             continue
         got = wait.approved
         if got is None:
@@ -87,28 +87,37 @@ def _wrong_end(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:  
             return ""
         case "ClientClosedError":
             return "" if evidence.client.closed_at <= wait.ended_at + EPS else "the client is open"
-        case "nothing":
-            in_time = budget.is_hold and abs(wait.ended_at - budget.deadline) <= EPS
-            return "" if in_time else f"a hold ends with nothing at its end, {budget.deadline:.4f} s"
+        case "held":
+            last = max(hold.ended_at for hold in evidence.holds if hold.lease is wait)
+            in_time = abs(wait.ended_at - last - LEASE) <= EPS
+            return "" if in_time else f"it was held until {last:.4f} s, and goes on for {LEASE:g} s"
         case "ApprovalUnknownError":
             return _wrong_unknown(evidence, wait, budget)
-        case "approved" if wait.hold is not None and _was_approved_between_holds(evidence, wait):
-            return ""
     return "no answer says so"
 
 
-def _was_approved_between_holds(evidence: Evidence, wait: ObservedWait) -> bool:
-    """H3: a poll that was in flight when a hold ended is not lost."""
-    return wait.ended_at <= wait.started_at + EPS and any(
-        poll.ended_at <= wait.started_at + EPS and _means(evidence.read(poll), wait) == "approved"
-        for poll in evidence.polls_of[wait.operation_id]
-    )
+def holds_are_leases(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Holds: each ends with what its wait ends with, or with nothing at its end while that one's time goes on."""
+    for hold in evidence.holds:
+        if hold.outcome in {"cancelled", "ClientClosedError"}:
+            continue
+        assert hold.hold is not None
+        assert hold.lease is not None, "each hold has a wait"
+        wait, end = hold.lease, hold.started_at + hold.hold
+        if hold.outcome == "nothing":
+            is_right = abs(hold.ended_at - end) <= EPS and any(b.deadline > end - EPS for b in budgets(wait))
+        else:
+            at = max(hold.started_at, wait.ended_at)
+            is_right = hold.outcome == wait.outcome and abs(hold.ended_at - at) <= EPS
+        if not is_right:
+            text = (
+                f"{hold.outcome or 'no end'}; its wait ended at {wait.ended_at:.4f} s with {wait.outcome or 'nothing'}"
+            )
+            yield evidence.violation("holds are leases", hold, hold.ended_at, text)
 
 
 def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> str:
     """Rule 3: an unanswered final poll is repeated for two seconds."""
-    if budget.is_hold:
-        return "a hold that ends is no timeout"
     if budget.had_expired:
         return "" if wait.ended_at <= budget.deadline + FINAL + EPS else "it is late"
     if wait.ended_at < budget.deadline - EPS:
@@ -136,7 +145,7 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
     for poll in sorted(came, key=lambda poll: poll.ended_at):
         reading = evidence.read(poll)
         is_served = poll.number > wait.number  # an answer counts for those who were there when its poll started
-        is_final = not budget.is_hold and (budget.had_expired or poll.sent_at >= budget.deadline - EPS)
+        is_final = budget.had_expired or poll.sent_at >= budget.deadline - EPS
         # Where two polls are under way after the deadline, one of them is the final one.
         is_alone = not any(
             p is not poll and p.sent_at <= poll.sent_at + EPS and p.ended_at > poll.sent_at for p in polls
@@ -149,11 +158,11 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
                 yield Decisive(poll, TIMED_OUT, is_certain=is_alone)
             seen = seen or is_served
         elif meaning or reading.kind == "error":
-            if is_served or wait.hold is not None:
-                yield Decisive(poll, meaning or reading.error, is_certain=is_served)
-        elif reading.kind == "missing" and (is_served or wait.hold is not None) and not seen:
+            if is_served:
+                yield Decisive(poll, meaning or reading.error, is_certain=True)
+        elif reading.kind == "missing" and is_served and not seen:
             is_young = wait.ticket is not None and poll.sent_at - budget.origin < YOUNG
-            is_certain = is_served and not seen_by_others
+            is_certain = not seen_by_others
             if not (wait.may_be_missing or is_young):
                 yield Decisive(poll, reading.error, is_certain=is_certain)
             elif is_final:
@@ -163,7 +172,7 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
 def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 3: no wait lasts longer than its budget and two seconds."""
     for wait in evidence.waits:
-        last = max(budget.deadline + (0.0 if budget.is_hold else FINAL) for budget in budgets(wait))
+        last = max(budget.deadline + FINAL for budget in budgets(wait))
         if wait.ended_at > last + EPS or wait.ended_at == math.inf:
             yield evidence.violation(
                 "ends in time",
@@ -199,7 +208,7 @@ def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator
     for wait in evidence.waits:
         start = wait.started_at
         is_fresh = wait.made_here and min(wait.ages) < 1.0 + EPS
-        if wait.hold is not None or is_fresh or evidence.failed_lately(wait.operation_id, start):
+        if is_fresh or evidence.failed_lately(wait.operation_id, start):
             continue
         others = sum(abs(other.started_at - start) <= EPS for other in evidence.waits)
         if wait.ended_at <= start + EPS or not evidence.has_room(start, others):
@@ -216,7 +225,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
         budget, *more = budgets(wait)
         deadline = budget.deadline
         differs = any(abs(other.deadline - deadline) > EPS for other in more)
-        if budget.is_hold or budget.had_expired or differs or wait.ended_at <= deadline + EPS:
+        if budget.had_expired or differs or wait.ended_at <= deadline + EPS:
             continue
         rivals = sum(
             other.started_at <= deadline <= other.ended_at + EPS
@@ -233,6 +242,8 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             yield evidence.violation("final poll at the deadline", wait, deadline, "no poll starts there")
             continue
         failed_early = final[0].ended_at < deadline + 1.0 and final[0].retry_after is None
+        # While the circuit is open, final polls go one at a time, and one that is due later may hang meanwhile.
+        failed_early &= not any(deadline < its.deadline < deadline + FINAL for _, its in first_budgets)
         slots = evidence.client.max_in_flight
         failed_early &= all(evidence.in_flight(deadline + later) < slots for later in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
         if wait.outcome == UNKNOWN and failed_early and len(final) == 1 and rivals == 1:
@@ -247,6 +258,7 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
 PROMISES = (
     no_wrong_approval,
     right_end,
+    holds_are_leases,
     ends_in_time,
     no_approval_lost,
     first_poll_at_once,

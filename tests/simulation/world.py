@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 import aiokeyless._http.protocol
-import aiokeyless._poller.poller
+import aiokeyless._waits.poller
 import aiokeyless.client
 import aiokeyless.ticket
 from aiokeyless import ApprovalTicket
@@ -109,7 +109,7 @@ def deterministic(seed: int) -> Iterator[None]:
     level = logger.level
     random.seed(seed)
     logger.setLevel(logging.CRITICAL)
-    modules = (aiokeyless.client, aiokeyless.ticket, aiokeyless._poller.poller)
+    modules = (aiokeyless.client, aiokeyless.ticket, aiokeyless._waits.poller)
     try:
         with contextlib.ExitStack() as patches:
             for module in modules:

@@ -279,9 +279,9 @@ async def test_a_bucket_that_cannot_be_is_refused(client: KeylessClient, bucket:
 async def test_a_fleet_learns_as_one_schedule_would(engine: Engine) -> None:
     one, another, alone = LearnedBucket("shared"), LearnedBucket("shared"), wait_adaptive()
     for number in range(1, 7):
-        (one if number % 2 else another).schedule.observe(number / 2, number, since=0.25)
+        (one if number % 2 else another).schedule.observe(number / 2, number)
         await (one if number % 2 else another)._save(engine)
-        alone.observe(number / 2, number, since=0.25)
+        alone.observe(number / 2, number)
     await one._save(engine)
     for schedule in (kept(engine), one.schedule, another.schedule):
         assert figures(schedule) == pytest.approx(figures(alone))

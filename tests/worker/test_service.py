@@ -27,10 +27,10 @@ from aiokeyless import (
     ConfigurationError,
     KeylessClient,
     NotFoundError,
-    Operation,
     PermissionDeniedError,
     wait_adaptive,
 )
+from aiokeyless._http.transport import Transport
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.ticket import payload_digest
 from aiokeyless.worker import (
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from aiokeyless import ApprovalTicket
+    from aiokeyless._http.protocol import Request
     from aiokeyless.sandbox.journal import RequestRecord
 
 pytestmark = pytest.mark.platform
@@ -402,21 +403,22 @@ async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_r
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random.seed(5)  # the backoff of the probes is random
-    get = KeylessClient.get_operation
+    fetch = Transport.fetch
     hanging: set[str] = set()
     released = asyncio.Event()
 
-    async def hang(client: KeylessClient, operation_id: str) -> Operation:
+    async def hang(transport: Transport, request: Request[Any]) -> object:
+        operation_id = request.path.rpartition("/")[2]
         if operation_id in slow and not released.is_set():
             hanging.add(operation_id)
             await released.wait()
             hanging.discard(operation_id)
-        return await get(client, operation_id)
+        return await fetch(transport, request)
 
     async with working(client, broker, max_in_flight=3) as worker:
         slow = {await submit(connection, "C0FFEE") for _ in range(2)}
         await until(lambda: slow <= sandbox.operations.keys())
-        monkeypatch.setattr(KeylessClient, "get_operation", hang)
+        monkeypatch.setattr(Transport, "fetch", hang)
         await until(lambda: hanging == slow)
         for _ in range(5):
             await submit(connection, "C0FFEE")
@@ -1455,9 +1457,9 @@ class Remembering(wait_adaptive):
         super().__init__(min_interval=min_interval, poll_cost=0.001, jitter=0)
         self.observations: list[tuple[float, float | None]] = []
 
-    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+    def observe(self, after: float, until: float | None) -> None:
         self.observations.append((after, until))
-        super().observe(after, until, since=since)
+        super().observe(after, until)
 
 
 async def test_schedule_learns_when_people_approve(
@@ -1512,7 +1514,7 @@ async def test_schedule_learns_nothing_while_load_shedding_stretches_it(
 
 
 class Failing(wait_adaptive):
-    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+    def observe(self, after: float, until: float | None) -> None:
         raise RuntimeError("not today")
 
 

@@ -8,17 +8,17 @@ compared with what the users did. A test that fails names its seed: the same see
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random as global_random
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from datetime import UTC, datetime
 from random import Random
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import pytest
 
 from aiokeyless.errors import (
-    AlreadyApprovedError,
     ConflictError,
     NotFoundError,
     PermissionDeniedError,
@@ -27,15 +27,16 @@ from aiokeyless.errors import (
     ServerError,
     TransportError,
 )
-from aiokeyless.models import Operation
+from aiokeyless.models import Operation, SuccessAnswer
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, MemoryBroker, Outcome, approval_outcomes, submit_approval
 from aiokeyless.worker.engine import EngineError, Terms
 from aiokeyless.worker.memory import MemoryClaims, MemoryEngine, _MemoryMessage, _Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from aiokeyless import KeylessClient
+    from aiokeyless._http.protocol import Request
     from aiokeyless.worker.engine import Sealed, Taken
     from aiokeyless.worker.memory import _Request
 
@@ -60,7 +61,7 @@ class Stored(NamedTuple):
 
 
 class Keyless:
-    """What a worker needs of a client, with a service behind it that lags, fails and refuses.
+    """What a worker needs of a client and its transport, with a service behind it that lags, fails and refuses.
 
     Args:
         random: Decides what happens.
@@ -79,14 +80,36 @@ class Keyless:
         self._refusals = [(at, at + random.uniform(0.5, 5)) for at in (random.uniform(0, 200) for _ in range(2))]
         self.operations: dict[str, Stored] = {}
 
+    def _open(self) -> tuple[Keyless, None]:
+        return self, None
+
+    # -- its transport
+
     def with_max_attempts(self, _attempts: int) -> Keyless:
         return self
+
+    def call(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def fetch(self, request: Request[Any]) -> Any:
+        return await self.send(request)
+
+    async def retry(self, attempt: Callable[[int], Awaitable[bool]], _may_repeat: object) -> bool:
+        return await attempt(1)
+
+    async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:
+        if request.endpoint.method == "GET":
+            return await self._get(request.path)
+        body = json.loads(request.body or b"{}")
+        return await self._post(request.path, body["operationId"], body["operationPayload"])
+
+    # -- the service
 
     def now(self) -> float:
         return self._loop.time()
 
-    async def get_operation(self, operation_id: str) -> Operation:
-        path = f"/v2/operations/{operation_id}"
+    async def _get(self, path: str) -> Operation:
+        operation_id = path.rpartition("/")[2]
         await self._exchange("GET", path)
         stored = self.operations.get(operation_id)
         if stored is None or (self.now() - stored.created_at < 2.0 and self._random.random() < 0.3):  # a replica lags
@@ -103,26 +126,18 @@ class Keyless:
             state="approved" if approved else "pending",
         )
 
-    async def create_operation(self, user_id: str, *, operation_id: str, operation_payload: str, **_: object) -> None:
-        """Create it as the client does in one attempt: after a lost answer it checks what is there."""
-        path = f"/v2/users/{user_id}/operations"
-        taken = ConflictError(status=409, method="POST", path=path)
+    async def _post(self, path: str, operation_id: str, operation_payload: str) -> SuccessAnswer:
+        """Create an operation; the answer may be lost."""
         await self._exchange("POST", path)
         stored = self.operations.get(operation_id)
         if stored is None:
             approved_at = self.now() + self._approves_after[operation_id]
             self.operations[operation_id] = Stored(operation_payload, self.now(), approved_at)
-        if self._random.random() > 0.2:
-            if stored is not None:
-                raise taken
-            return
-        if self._random.random() < 0.5:  # nor was the check answered
+        if self._random.random() <= 0.2:
             raise TransportError("the answer was lost", method="POST", path=path, sent=True)
-        found = self.operations[operation_id]
-        if found.payload != operation_payload:
-            raise taken
-        if found.approved_at <= self.now():
-            raise AlreadyApprovedError(status=409, method="POST", path=path)
+        if stored is not None:
+            raise ConflictError(status=409, method="POST", path=path)
+        return SuccessAnswer(success=True)
 
     async def _exchange(self, method: str, path: str) -> None:
         """Let some time pass; raise where the service, or what is in front of it, fails."""

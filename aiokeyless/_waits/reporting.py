@@ -56,6 +56,8 @@ class Reporter:
         self.listens: bool = listeners is not None
         """Whether anybody is told of events: where nobody is, they are not built."""
         self._transitions = Transitions(now)
+        self.circuit: CircuitState = CircuitState.CLOSED
+        """The state of the circuit that was reported last."""
         self.polls_are_late: bool = False
         """Whether the poll that was reported last was late."""
         self._late_since = 0.0
@@ -63,19 +65,20 @@ class Reporter:
 
     # -- events of waits and polls
 
-    def wait_started(self, wait: Wait) -> None:
-        """Report a wait that was registered."""
+    def wait_started(self, wait: Wait) -> int:
+        """Report a wait that starts, and return its number."""
         assert self._listeners is not None  # noqa: S101  # callers ask `listens`
-        wait.number = next(_NUMBERS)
+        number = next(_NUMBERS)
         left = 0.0 if wait.had_expired else wait.deadline - wait.started_at
         self._listeners.tell(
             WaitStarted(
-                wait=wait.number,
+                wait=number,
                 operation_id=wait.polled.operation_id,
                 timeout=None if math.isinf(left) else left,
                 traceparent=None if wait.ticket is None else wait.ticket.traceparent,
             )
         )
+        return number
 
     def wait_ended(self, wait: Wait, now: float) -> None:
         """Report a wait that has ended or whose caller is gone."""
@@ -111,11 +114,6 @@ class Reporter:
 
     # -- the circuit, and late polls
 
-    @property
-    def circuit(self) -> CircuitState:
-        """The state of the circuit that was reported last."""
-        return self._transitions.state
-
     def circuit_changed(self, state: CircuitState, *, cause: KeylessError | None, waiting: int, now: float) -> None:
         """Report another state of the circuit than the last one.
 
@@ -125,6 +123,7 @@ class Reporter:
             waiting: Waits under way.
             now: The time.
         """
+        self.circuit = state
         change = self._transitions.notice(state, now)
         if change.is_outage:
             logger.warning(
@@ -139,6 +138,7 @@ class Reporter:
     def closed(self, now: float) -> None:
         """Report that there is no circuit any more: to listeners, who may count those that are not closed."""
         if self.circuit is not CircuitState.CLOSED:
+            self.circuit = CircuitState.CLOSED
             change = self._transitions.notice(CircuitState.CLOSED, now)
             self._tell_circuit(change, ClientClosedError, waiting=0)
 

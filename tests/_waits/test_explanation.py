@@ -21,7 +21,7 @@ from aiokeyless import (
     ConfigurationError,
     KeylessClient,
 )
-from aiokeyless._poller import explanation
+from aiokeyless._waits import explanation
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.api import Answer, error_answer
 

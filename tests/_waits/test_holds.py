@@ -1,4 +1,4 @@
-"""Holds: a series of them polls as one wait would, and loses nothing between two of them."""
+"""Holds: leases on a wait that goes on for a while after each, so that a series of them is one wait."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from aiokeyless import (
     NotFoundError,
     Operation,
     OperationMismatchError,
+    PermissionDeniedError,
     wait_adaptive,
 )
-from aiokeyless._poller import pauses
+from aiokeyless._waits.holds import LEASE
+from aiokeyless.events import Event, WaitEnded, WaitOutcome, WaitStarted
 from aiokeyless.schedule import next_delay
 from benchmarks.approval_times import TYPICAL, seeded_random
 
 if TYPE_CHECKING:
-    from tenacity.wait import wait_base
-
     from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
@@ -105,6 +105,7 @@ class TestOneHold:
         assert await client.hold_for_approval(held, seconds=10, schedule=wait_fixed(4)) is None
         assert now() - start == pytest.approx(10)
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8])
+        await asyncio.sleep(LEASE)
         assert client.statistics.timeouts == 0
         assert client.statistics.waiting == 0
 
@@ -152,6 +153,17 @@ class TestOneHold:
             await client.hold_for_approval(ticket, seconds=5)
         assert now() - start == pytest.approx(5 + 2)
 
+    async def test_its_end_and_that_of_its_wait_may_be_one_moment(self, client: KeylessClient) -> None:
+        await old_ticket(client)
+        start = now()
+        holding = asyncio.create_task(client.hold_for_approval("op", seconds=1, schedule=wait_fixed(60)))
+        await asyncio.sleep(0.5)
+        assert client._poller is not None
+        (wait,) = client._poller._machine.waits()
+        asyncio.get_running_loop().call_at(start + 1, client._poller.stop, wait)
+        assert await holding is None
+        assert now() == start + 1
+
     async def test_it_raises_what_ends_a_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         with pytest.raises(NotFoundError):
             await client.hold_for_approval("nope", seconds=10)
@@ -191,17 +203,55 @@ class TestOneHold:
         with pytest.raises(ApprovalTimeoutError):
             await waiting
 
-    async def test_cancelling_it_leaves_nothing_behind(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_cancelling_it_leaves_nothing_behind_once_the_lease_is_over(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
         ticket = await old_ticket(client)
         before = asyncio.all_tasks()
         sandbox.latency = 1
         for passed in (0, 0.5, 1.5):  # before its poll, during it, between two
             holding = asyncio.create_task(client.hold_for_approval(ticket, seconds=10, schedule=wait_fixed(3)))
             await asyncio.sleep(passed)
+            start = now()
             await cut_off(holding)
+            assert now() == start
+            assert client.statistics.waiting == 1
+            await asyncio.sleep(LEASE + 0.01)
             assert tasks_since(before) == set()
             assert armed_timers() == []
-            assert client.statistics.waiting == 0
+            assert client.statistics.waiting == client.statistics.in_flight == 0
+
+    async def test_holds_of_one_target_at_once_are_one_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await old_ticket(client)
+        start = now()
+        asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+        held = await asyncio.gather(
+            *(client.hold_for_approval("op", seconds=seconds, schedule=wait_fixed(2)) for seconds in (1, 8, 9))
+        )
+        assert [operation is not None for operation in held] == [False, True, True]
+        assert polls(sandbox) == pytest.approx([start, start + 2, start + 4, start + 6])
+        assert client.statistics.approvals == 1
+
+    async def test_holds_at_once_raise_errors_of_their_own(self, client: KeylessClient) -> None:
+        holds = [client.hold_for_approval("nope", seconds=5) for _ in range(2)]
+        first, second = await asyncio.gather(*holds, return_exceptions=True)
+        assert type(first) is type(second) is NotFoundError
+        assert first is not second
+
+    async def test_two_tickets_for_one_operation_share_polls_and_not_their_ends(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client)
+        other = ApprovalTicket.for_operation("op", user_id="FFFF")
+        start = now()
+        held, refused = await asyncio.gather(
+            client.hold_for_approval(ticket, seconds=5, schedule=wait_fixed(2)),
+            client.hold_for_approval(other, seconds=5, schedule=wait_fixed(2)),
+            return_exceptions=True,
+        )
+        assert held is None
+        assert isinstance(refused, OperationMismatchError)
+        assert polls(sandbox) == pytest.approx([start, start + 2, start + 4])
 
 
 class TestSeries:
@@ -253,38 +303,12 @@ class TestSeries:
             await hold_on(client, ticket, pieces=5, seconds=4, schedule=wait_fixed(3))
         assert polls(sandbox) == pytest.approx([start, start + 3, start + 6, start + 9, start + 10], abs=0.01)
 
-    @pytest.mark.parametrize(("schedule", "due"), [(wait_fixed(2), 2), (wait_fixed(9), 9), (wait_exponential(), 1)])
-    async def test_a_schedule_made_anew_counts_from_the_last_poll(
-        self, sandbox: Sandbox, client: KeylessClient, schedule: wait_base, due: float
-    ) -> None:
+    async def test_the_schedule_of_the_first_hold_counts(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
         start = now()
         assert await client.hold_for_approval(ticket, seconds=0.5, schedule=wait_fixed(5)) is None
-        assert await client.hold_for_approval(ticket, seconds=9.4, schedule=schedule) is None
-        assert polls(sandbox)[1] == pytest.approx(start + due)
-
-    async def test_a_schedule_made_anew_before_any_poll_polls_at_once(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        ticket = await client.create_operation(USER, operation_id="op")
-        assert await client.hold_for_approval(ticket, seconds=0.25, schedule=wait_fixed(5)) is None
-        start = now()
-        assert await client.hold_for_approval(ticket, seconds=0.25, schedule=wait_fixed(5)) is None
-        assert polls(sandbox) == pytest.approx([start])
-
-    async def test_a_schedule_that_fails_between_two_holds_ends_the_second_and_nothing_else(
-        self, client: KeylessClient
-    ) -> None:
-        class Broken(wait_fixed):
-            def __call__(self, retry_state: object) -> float:
-                raise RuntimeError
-
-        ticket = await old_ticket(client)
-        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(5)) is None
-        with pytest.raises(ConfigurationError):
-            await client.hold_for_approval(ticket, seconds=1, schedule=Broken(1))
-        assert client.statistics.waiting == 0
-        assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(5)) is None
+        assert await client.hold_for_approval(ticket, seconds=10.4, schedule=wait_fixed(1)) is None
+        assert polls(sandbox) == pytest.approx([start, start + 5, start + 10])
 
     async def test_a_wait_between_two_holds_polls_at_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
@@ -294,11 +318,10 @@ class TestSeries:
         assert (await client.wait_for_approval(ticket)).is_approved
         assert now() == pytest.approx(start)
 
-    @pytest.mark.parametrize("ends", ["in time", "cancelled"])
     async def test_a_final_poll_of_a_wait_that_nobody_answered_does_not_end_the_polls(
-        self, sandbox: Sandbox, client: KeylessClient, ends: str
+        self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
-        """It took the place of the ordinary poll that was due, and is cut off with the hold."""
+        """It took the place of the ordinary poll that was due."""
         await old_ticket(client)
         schedule = wait_fixed(4)
         waiting = asyncio.create_task(client.wait_for_approval("op", timeout=4, schedule=schedule))
@@ -307,16 +330,13 @@ class TestSeries:
         sandbox.latency = 9
         with pytest.raises(ApprovalUnknownError):
             await waiting
-        if ends == "cancelled":
-            await cut_off(holding)
-        else:
-            assert await holding is None
+        assert await holding is None
         sandbox.latency = 0
         sandbox.approve("op")
         await asyncio.sleep(1)
-        assert await client.hold_for_approval("op", seconds=7, schedule=schedule) is not None
+        assert await client.hold_for_approval("op", seconds=10, schedule=schedule) is not None
 
-    async def test_a_hold_of_an_operation_that_is_polled_for_others_adds_no_poll(
+    async def test_holds_of_an_operation_that_is_polled_for_others_add_one_poll_at_their_start(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await old_ticket(client)
@@ -329,7 +349,7 @@ class TestSeries:
         assert held == [None] * 3
         await asyncio.wait([waiting])
         times = [time for time in polls(sandbox) if time < start + 19.9]
-        assert times == pytest.approx([start + 3 * n for n in range(7)], abs=0.05)
+        assert times == pytest.approx([start, *(start + 0.1 + 3 * n for n in range(7))], abs=0.05)
 
     async def test_an_operation_seen_in_one_hold_is_not_missing_in_the_next(
         self, sandbox: Sandbox, client: KeylessClient
@@ -344,7 +364,7 @@ class TestSeries:
     async def test_a_failing_operation_is_not_polled_at_the_start_of_each_hold(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: 4.0)
+        monkeypatch.setattr("aiokeyless._waits.machine.error_delay", lambda _failures: 4.0)
         ticket = await old_ticket(client)
         sandbox.fail_next(status=500, times=2, method="GET")
         start = now()
@@ -352,66 +372,16 @@ class TestSeries:
             assert await client.hold_for_approval(ticket, seconds=1, schedule=wait_fixed(2)) is None
         assert polls(sandbox) == pytest.approx([start, start + 4, start + 8], abs=0.01)
 
-    @pytest.mark.parametrize("beside", ["a wait", "holds"])
-    async def test_a_failing_operation_is_not_polled_at_the_start_of_each_hold_beside_others(
-        self, sandbox: Sandbox, client: KeylessClient, beside: str
+    async def test_a_pause_that_the_service_asks_for_outlasts_the_holds(
+        self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await old_ticket(client)
         sandbox.fail_next(status=503, retry_after=30, method="GET")
         start = now()
         every_minute = wait_fixed(60)
-        other: asyncio.Task[Any]
-        if beside == "a wait":
-            other = asyncio.create_task(client.wait_for_approval(ticket, timeout=40, schedule=every_minute))
-        else:
-            other = asyncio.create_task(hold_on(client, ticket, pieces=8, seconds=5, schedule=every_minute))
-        await asyncio.sleep(0.5)
-        assert await hold_on(client, ticket, pieces=39, seconds=1, schedule=every_minute) is None
-        assert [at for at in polls(sandbox) if at < start + 39.9] == pytest.approx([start, start + 30], abs=0.01)
-        await asyncio.wait([other])
-
-    async def test_holds_that_begin_while_a_failing_operation_is_polled_keep_to_the_backoff(
-        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: 4.0)
-        ticket = await old_ticket(client)
-        sandbox.fail_next(status=500, times=3, method="GET")
-        start = now()
-        other = asyncio.create_task(client.wait_for_approval(ticket, timeout=60, schedule=wait_fixed(60)))
-        await asyncio.sleep(1)
-        sandbox.latency = 2
-        # One begins during each poll.
-        assert await hold_on(client, ticket, pieces=16, seconds=1, schedule=wait_fixed(3)) is None
-        assert polls(sandbox) == pytest.approx([start, start + 4, start + 10, start + 16], abs=0.05)
-        await asyncio.sleep(0.5)
-        assert await client.hold_for_approval(ticket, seconds=7, schedule=wait_fixed(3)) is None
-        # Pending at 18, and the schedule of the hold that began meanwhile counts, and not only that of the other wait.
-        assert polls(sandbox)[4:] == pytest.approx([start + 21], abs=0.05)
-        await cut_off(other)
-
-    @pytest.mark.parametrize(
-        ("others", "begins", "seconds", "every", "at"),
-        [(3, 4.5, 3.4, 4, [0, 4]), (60, 0.5, 4, 2, [0, 2])],
-        ids=["adds none", "keeps its own schedule"],
-    )
-    async def test_a_hold_that_begins_while_a_poll_is_in_flight(  # noqa: PLR0917  # a table of cases
-        self,
-        sandbox: Sandbox,
-        client: KeylessClient,
-        others: float,
-        begins: float,
-        seconds: float,
-        every: float,
-        at: list[float],
-    ) -> None:
-        ticket = await old_ticket(client)
-        start = now()
-        sandbox.latency = 1
-        waiting = asyncio.create_task(client.wait_for_approval(ticket, schedule=wait_fixed(others)))
-        await asyncio.sleep(begins)
-        assert await client.hold_for_approval(ticket, seconds=seconds, schedule=wait_fixed(every)) is None
-        assert polls(sandbox) == pytest.approx([start + age for age in at], abs=0.05)
-        await cut_off(waiting)
+        holds = [hold_on(client, ticket, pieces=8, seconds=5, schedule=every_minute) for _ in range(2)]
+        await asyncio.gather(*holds)
+        assert polls(sandbox) == pytest.approx([start, start + 30], abs=0.01)
 
     async def test_what_was_polled_before_an_operation_was_created_is_forgotten(
         self, sandbox: Sandbox, client: KeylessClient
@@ -423,8 +393,8 @@ class TestSeries:
         assert await client.hold_for_approval(ticket, seconds=1, schedule=schedule) is not None
 
 
-class TestPollInFlight:
-    """A poll that is in flight when a hold ends goes on, and the next hold has its result."""
+class TestBetweenTwoHolds:
+    """A poll that is in flight when a hold ends goes on, and so does all that it leads to."""
 
     @pytest.mark.parametrize("gap", [0, 0.1, 2])
     async def test_a_service_slower_than_the_holds_is_noticed(
@@ -438,7 +408,7 @@ class TestPollInFlight:
         assert operation is not None
         assert now() - start <= 5 + 1.5 + 1 + 1.5 + 2 * gap
 
-    async def test_an_approval_between_two_holds_is_taken_without_a_poll(
+    async def test_an_approval_between_two_holds_is_the_next_ones_without_a_poll(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await old_ticket(client)
@@ -455,22 +425,58 @@ class TestPollInFlight:
         assert client.statistics.approvals == 1
         assert client.statistics.waiting == 0
 
-    async def test_an_approval_between_two_holds_is_compared_with_the_ticket_of_the_second(
+    async def test_an_outcome_between_two_holds_is_taken_once(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await old_ticket(client)
+        sandbox.fail_next(status=403, method="GET")
+        sandbox.latency = 1
+        assert await client.hold_for_approval("op", seconds=0.5) is None
+        await asyncio.sleep(5)
+        with pytest.raises(PermissionDeniedError):
+            await client.hold_for_approval("op", seconds=2)
+        assert await client.hold_for_approval("op", seconds=2, schedule=wait_fixed(60)) is None  # it has started anew
+        assert len(polls(sandbox)) == 2
+
+    async def test_an_outcome_is_kept_for_as_long_as_the_wait_would_have_gone_on(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await old_ticket(client)
+        sandbox.fail_next(status=403, method="GET")
+        sandbox.latency = 1
+        assert await client.hold_for_approval("op", seconds=0.5) is None
+        await asyncio.sleep(LEASE + 0.1)
+        assert await client.hold_for_approval("op", seconds=2) is None
+
+    async def test_a_hold_that_is_cancelled_as_the_wait_ends_leaves_the_outcome_to_the_next(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         await old_ticket(client)
         sandbox.approve("op")
-        sandbox.latency = 0.5
-        assert await client.hold_for_approval("op", seconds=0.25) is None
-        await asyncio.sleep(1)
-        other = ApprovalTicket.for_operation("op", user_id=USER, operation_payload="Pay 4000")
-        with pytest.raises(OperationMismatchError):
-            await client.hold_for_approval(other, seconds=1)
+        sandbox.latency = 1
+        start = now()
+        holding = asyncio.create_task(client.hold_for_approval("op", seconds=5))
+        asyncio.get_running_loop().call_at(start + 1, holding.cancel)
+        await asyncio.wait([holding])
+        if holding.cancelled():
+            assert await client.hold_for_approval("op", seconds=5) is not None
+        assert len(polls(sandbox)) == 1
+
+    async def test_a_ticket_that_ends_between_two_holds_has_its_final_poll_then(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client, expires_in=6)
+        start = now()
+        assert await client.hold_for_approval(ticket, seconds=2, schedule=wait_fixed(4)) is None
+        await asyncio.sleep(6)
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await client.hold_for_approval(ticket, seconds=2, schedule=wait_fixed(4))
+        assert now() - start == pytest.approx(8)
+        assert caught.value.elapsed == pytest.approx(5)
+        assert polls(sandbox) == pytest.approx([start, start + 4, start + 5])
 
     @pytest.mark.parametrize(
         ("status", "due"),
-        # By the schedule, a 404 about a young ticket too; by the backoff; the next hold meets it itself.
-        [(None, [3.0]), (404, [3.0]), (500, [4.0]), (403, [0.0])],
+        # By the schedule, a 404 about a young ticket too; by the backoff.
+        [(None, [3.0]), (404, [3.0]), (500, [4.0])],
     )
     async def test_what_it_brings_sets_the_next_poll(
         self,
@@ -480,7 +486,7 @@ class TestPollInFlight:
         status: int | None,
         due: list[float],
     ) -> None:
-        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: 4.0)
+        monkeypatch.setattr("aiokeyless._waits.machine.error_delay", lambda _failures: 4.0)
         ticket = await old_ticket(client)
         schedule = wait_fixed(3)
         if status is not None:
@@ -507,7 +513,7 @@ class TestPollInFlight:
         holding = {"seconds": 0.25, "gap": 0.5, "schedule": schedule}
         if_missing = "wait" if known == "made by the phone" else "raise"
         await hold_on(client, target, pieces=5, if_missing=if_missing, **holding)  # type: ignore[arg-type]  # mixed
-        assert polls(sandbox) == pytest.approx([0.0, 2.25], abs=0.01)  # and not at the start of each hold
+        assert polls(sandbox) == pytest.approx([0.0, 2.5], abs=0.01)  # and not at the start of each hold
 
     async def test_a_retry_after_between_two_holds_is_obeyed(
         self, sandbox: Sandbox, client: KeylessClient
@@ -520,7 +526,7 @@ class TestPollInFlight:
         first, second = polls(sandbox)[:2]
         assert second - first >= 3.5
 
-    async def test_an_answer_that_is_rejected_is_met_again_by_the_next_hold(
+    async def test_an_answer_that_is_rejected_between_two_holds_ends_the_second(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         ticket = await old_ticket(client)
@@ -528,9 +534,9 @@ class TestPollInFlight:
         sandbox.latency = 0.5
         assert await client.hold_for_approval(ticket, seconds=0.25) is None
         await asyncio.sleep(1)
-        sandbox.latency = 0
         with pytest.raises(InconsistentOperationError):
             await client.hold_for_approval(ticket, seconds=1)
+        assert len(polls(sandbox)) == 1
 
     async def test_a_hold_that_starts_meanwhile_has_its_pending_answer(
         self, sandbox: Sandbox, client: KeylessClient
@@ -554,41 +560,25 @@ class TestPollInFlight:
         assert client.statistics.in_flight <= 1
         assert now() - start <= 1.6
 
-    async def test_it_is_cut_off_with_its_caller(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_it_goes_on_if_its_caller_is_cancelled(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client)
-        sandbox.latency = 60
+        sandbox.approve("op")
+        sandbox.latency = 3
         holding = asyncio.create_task(client.hold_for_approval(ticket, seconds=10))
         await asyncio.sleep(1)
         await cut_off(holding)
-        await asyncio.sleep(0.01)
-        assert client.statistics.in_flight == 0
-        sandbox.latency = 0
-        sandbox.approve("op")
-        start = now()
+        assert client.statistics.in_flight == 1
         assert await client.hold_for_approval(ticket, seconds=10) is not None
-        assert now() - start <= 0.01
+        assert len(polls(sandbox)) == 1
 
-    async def test_a_hold_right_after_one_that_was_cut_off_polls_at_once(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        ticket = await old_ticket(client)
-        sandbox.latency = 5
-        holding = asyncio.create_task(client.hold_for_approval(ticket, seconds=10))
-        await asyncio.sleep(1)
-        sandbox.latency = 0
-        sandbox.approve("op")
-        start = now()
-        await cut_off(holding)
-        assert await client.hold_for_approval(ticket, seconds=10) is not None
-        assert now() - start <= 0.01
-
-    async def test_it_ends_after_the_request_timeout_like_any_other(self, sandbox: Sandbox) -> None:
-        async with sandbox.client(request_timeout=3) as client:
-            ticket = await old_ticket(client)
+    async def test_it_ends_with_the_lease(self, sandbox: Sandbox) -> None:
+        async with sandbox.client(request_timeout=600) as client:
+            ticket = await old_ticket(client, expires_in=900)
             sandbox.latency = 600
             assert await client.hold_for_approval(ticket, seconds=1) is None
+            await asyncio.sleep(LEASE - 0.1)
             assert client.statistics.in_flight == 1
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(0.2)
             assert client.statistics.in_flight == 0
             assert armed_timers() == []
 
@@ -625,61 +615,58 @@ class TestPollInFlight:
         assert tasks_since(before) == set()
         assert armed_timers() == []
 
-    async def test_it_is_forgotten_where_too_many_are_kept(
-        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(pauses, "KEPT", 1)
-        sandbox.latency = 1
-        tickets = [await client.create_operation(USER) for _ in range(3)]
-        await asyncio.sleep(1)
-        await asyncio.gather(*(client.hold_for_approval(ticket, seconds=0.5) for ticket in tickets))
-        assert client.statistics.in_flight == 3
-        for ticket in tickets:
-            sandbox.approve(ticket.operation_id)
-        holds = [client.hold_for_approval(ticket, seconds=5) for ticket in tickets]
-        assert None not in await asyncio.gather(*holds)
-
-
-class TestWhatIsKept:
-    async def test_it_is_forgotten_after_two_minutes(self, sandbox: Sandbox, client: KeylessClient) -> None:
+    async def test_nothing_is_remembered_after_ten_seconds(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = wait_fixed(600)
         await old_ticket(client)
         assert await client.hold_for_approval("op", seconds=1, schedule=schedule) is None
-        await asyncio.sleep(119)
+        await asyncio.sleep(LEASE - 0.1)
         assert await client.hold_for_approval("op", seconds=1, schedule=schedule) is None
         assert len(polls(sandbox)) == 1
-        await asyncio.sleep(121)
+        await asyncio.sleep(LEASE + 0.1)
+        assert client.statistics.waiting == 0
         assert await client.hold_for_approval("op", seconds=1, schedule=schedule) is None
         assert len(polls(sandbox)) == 2
 
-    async def test_its_number_is_bounded(self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pauses, "KEPT", 3)
-        tickets = [await client.create_operation(USER, operation_id=f"op{n}") for n in range(10)]
-        await asyncio.gather(*(client.hold_for_approval(ticket, seconds=0.5) for ticket in tickets))
-        assert client._poller is not None
-        assert len(client._poller._pauses) == 3
+    async def test_it_is_one_wait_to_listeners(self, sandbox: Sandbox) -> None:
+        events: list[Event] = []
+        async with sandbox.client(listeners=[events.append]) as client:
+            ticket = await old_ticket(client, expires_in=100)
+            await hold_on(client, ticket, pieces=3, seconds=5, gap=1)
+            assert not [event for event in events if isinstance(event, WaitEnded)]
+            await asyncio.sleep(LEASE)
+            (started,) = (event for event in events if isinstance(event, WaitStarted))
+            (ended,) = (event for event in events if isinstance(event, WaitEnded))
+            assert started.timeout == pytest.approx(99)
+            assert (ended.outcome, ended.error) == (WaitOutcome.HELD, None)
+            assert ended.seconds == pytest.approx(17 + LEASE)
+            assert await client.hold_for_approval("op", seconds=1) is None
+        assert [event.outcome for event in events if isinstance(event, WaitEnded)][1:] == [WaitOutcome.CLOSED]
 
-    @pytest.mark.parametrize("end", ["approved", "timed out", "missing", "closed", "waited for"])
-    async def test_nothing_is_kept_of_a_target_that_ended(self, sandbox: Sandbox, end: str) -> None:
-        client = sandbox.client()
+    async def test_it_is_one_wait_to_an_explanation(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client, expires_in=20)
-        hold = client.hold_for_approval(ticket, seconds=60 if end == "timed out" else 5)
-        if end == "approved":
-            sandbox.approve("op")
-        elif end == "missing":
-            hold.close()
-            hold = client.hold_for_approval("nope", seconds=5)
-        elif end == "closed":
-            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(client.aclose()))
-        elif end == "waited for":
-            hold.close()
-            hold = client.wait_for_approval(ticket, timeout=5)
-        expected = (ApprovalTimeoutError, NotFoundError, ClientClosedError)
-        (outcome,) = await asyncio.gather(hold, return_exceptions=True)
-        assert isinstance(outcome, (Operation, *expected))
-        assert client._poller is not None
-        assert len(client._poller._pauses) == 0
+        sandbox.fail_authentication("op", error_code=30004)
+        with pytest.raises(ApprovalTimeoutError) as caught:
+            await hold_on(client, ticket, pieces=30, seconds=3, explain=True)
+        assert [attempt.error_code for attempt in caught.value.attempts] == [30004]
+        assert len([r for r in sandbox.requests if "/authentications" in r.path]) == 1
+        assert await client.hold_for_approval("op", seconds=1, explain=True) is None
+        await asyncio.sleep(LEASE)
+        assert client.statistics.waiting == 0
+
+    async def test_closing_the_client_ends_it_at_once(self, sandbox: Sandbox) -> None:
+        client = sandbox.client()
+        before = asyncio.all_tasks()
+        await old_ticket(client)
+        assert await client.hold_for_approval("op", seconds=1, explain=True) is None
+        holding = asyncio.create_task(client.hold_for_approval("other", seconds=60, if_missing="wait", explain=True))
+        await asyncio.sleep(1)
+        start = now()
         await client.aclose()
+        assert now() == start
+        with pytest.raises(ClientClosedError):
+            await holding
+        assert armed_timers() == []
+        assert tasks_since(before) == set()
 
 
 class Observed(wait_adaptive):
@@ -687,10 +674,10 @@ class Observed(wait_adaptive):
 
     def __init__(self) -> None:
         super().__init__(min_interval=3, max_interval=3)
-        self.told: list[tuple[float, float, float | None]] = []
+        self.told: list[tuple[float, float | None]] = []
 
-    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
-        self.told.append((since, after, until))
+    def observe(self, after: float, until: float | None) -> None:
+        self.told.append((after, until))
 
 
 async def learned(client: KeylessClient, sandbox: Sandbox, schedule: wait_adaptive, seconds: float) -> None:
@@ -723,23 +710,19 @@ class TestLearning:
                 delay = next_delay(pieces, attempt_number=1, since_start=since_start)
                 assert delay == pytest.approx(expected, rel=0.15)
 
-    async def test_each_hold_is_observed_from_where_the_one_before_it_stopped(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
+    async def test_a_series_of_holds_is_observed_as_one_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = Observed()
         ticket = await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(13, sandbox.approve, "op")
-        assert await hold_on(client, ticket, pieces=9, seconds=5.5, schedule=schedule) is not None
-        expected = [(0, 3), (3, 9), (9, 12)]
-        assert [told[:2] for told in schedule.told] == [pytest.approx(told, abs=0.01) for told in expected]
-        assert [told[2] for told in schedule.told] == [None, None, pytest.approx(15, abs=0.01)]
+        assert await hold_on(client, ticket, pieces=9, seconds=5.5, gap=2, schedule=schedule) is not None
+        assert schedule.told == [pytest.approx((12, 15), abs=0.01)]
 
-    async def test_an_approval_between_two_holds_is_observed_by_the_second(
-        self, sandbox: Sandbox, client: KeylessClient
+    async def test_holds_that_nobody_goes_on_with_are_observed_as_one_wait_without_an_approval(
+        self, client: KeylessClient
     ) -> None:
         schedule = Observed()
         ticket = await client.create_operation(USER, operation_id="op")
-        asyncio.get_running_loop().call_later(4, sandbox.approve, "op")
-        sandbox.latency = 1
-        assert await hold_on(client, ticket, pieces=9, seconds=3.5, gap=2, schedule=schedule) is not None
-        assert schedule.told[-1][2] is not None
+        await hold_on(client, ticket, pieces=2, seconds=5, schedule=schedule)
+        await asyncio.sleep(LEASE + 0.1)
+        assert schedule.told[0][0] == pytest.approx(18, abs=0.01)
+        assert [until for _, until in schedule.told] == [None]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aiokeyless._poller.timer_queue import Entry, Ordered, Scheduled, TimerQueue
+from aiokeyless._waits.timer_queue import Entry, Ordered, Scheduled, TimerQueue
 
 # What a queue may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
 SLACK = 200

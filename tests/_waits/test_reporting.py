@@ -9,8 +9,8 @@ import pytest
 from outage import live_through_an_outage
 from tenacity.wait import wait_fixed
 
-from aiokeyless._poller.reporting import Reporter
 from aiokeyless._rules.circuit import CircuitState
+from aiokeyless._waits.reporting import Reporter
 from aiokeyless.errors import ServerError
 
 if TYPE_CHECKING:

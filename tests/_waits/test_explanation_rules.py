@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from aiokeyless import ApprovalTimeoutError, Authentication
-from aiokeyless._rules.explanation import explain, in_words, may_ask, merged
+from aiokeyless._waits.explanation import explain, in_words, may_ask, merged
 
 
 def attempt(code: int | None = 30004, created_at: str | None = None, operation_id: str = "op") -> Authentication:

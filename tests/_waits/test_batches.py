@@ -21,9 +21,9 @@ from aiokeyless import (
     Operation,
     wait_adaptive,
 )
-from aiokeyless._poller.poller import Poller
-from aiokeyless._poller.state import PolledOperation
 from aiokeyless._rules import approval
+from aiokeyless._waits.poller import Poller
+from aiokeyless._waits.state import PolledOperation
 from aiokeyless.ticket import payload_digest
 from benchmarks.simulation import HANGING, SimulatedTransport
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from tenacity import RetryCallState
 
-    from aiokeyless._poller.state import Wait
+    from aiokeyless._waits.poller import FutureWait
+    from aiokeyless._waits.state import Wait
     from aiokeyless.sandbox import Sandbox
 
 pytestmark = pytest.mark.looptime
@@ -41,7 +42,7 @@ MOST = 128  # waits in a turn
 MANY = 500
 
 
-def start(poller: Poller, operation_id: str, *, timeout: float = 60.0, missing: bool = True) -> Wait:
+def start(poller: Poller, operation_id: str, *, timeout: float = 60.0, missing: bool = True) -> FutureWait:
     return poller.start(operation_id, ticket=None, timeout=timeout, schedule=None, may_be_missing=missing)
 
 
@@ -65,7 +66,7 @@ async def sandbox_has_pending(sandbox: Sandbox) -> None:
     sandbox.requests.clear()
 
 
-async def first_batch(waits: list[Wait]) -> None:
+async def first_batch(waits: list[FutureWait]) -> None:
     """Let turns pass until the first of the waits has ended."""
     while not waits[0].done():  # noqa: ASYNC110  # this very turn is what is tested
         await asyncio.sleep(0)
@@ -134,7 +135,10 @@ class TestLeaving:
         waits = [start(poller, f"op{k}") for k in range(40) for _ in range(3)]
         poller.leave(waits[0])
         for wait in waits:
-            wait.cancel()  # as asyncio does with a task's future, a turn before the task leaves
+            wait.cancel()  # as asyncio does with a task's future, some turns before the task leaves
+        for _ in range(5):
+            await asyncio.sleep(0)
+        poller.leave_all(waits)
         await waiting_by_turn(poller)
         assert sandbox.requests == []
         assert armed_timers() == []
@@ -196,7 +200,7 @@ class TestOneAnswerForMany:
         learned: list[float | None] = []
 
         class Learner(wait_adaptive):
-            def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+            def observe(self, after: float, until: float | None) -> None:
                 learned.append(until)
 
         async with sandbox.client(schedule=Learner()) as client:
@@ -269,33 +273,29 @@ class TestDeadlines:
         self, sandbox: Sandbox, poller: Poller, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         visited: list[int] = []
-        all_waits = PolledOperation.all_waits
+        active_waits = PolledOperation.active_waits
 
         def counted(polled: PolledOperation) -> list[Wait]:
             visited.append(polled.live)
-            return all_waits(polled)
+            return active_waits(polled)
 
         sandbox.latency = 3600.0
         waits = [start(poller, "op", timeout=5.0 + k / 10_000) for k in range(MANY)]
         await asyncio.sleep(4.9)
-        monkeypatch.setattr(PolledOperation, "all_waits", counted)
+        monkeypatch.setattr(PolledOperation, "active_waits", counted)
         await asyncio.sleep(0.2)  # all deadlines pass
         assert len(visited) <= 2 * 64  # by the final polls that may be in flight, and not by each of the deadlines
         await asyncio.wait(waits)
         assert {type(wait.result()) for wait in waits} == {ApprovalUnknownError}
 
     async def test_a_hold_whose_time_is_over_as_a_poll_starts_is_no_timeout(
-        self, sandbox: Sandbox, poller: Poller
+        self, sandbox: Sandbox, client: KeylessClient, poller: Poller
     ) -> None:
         await sandbox_has_pending(sandbox)
         for _ in range(MANY):
             start(poller, "other", timeout=1.0)
-        holds = [
-            poller.hold("op", ticket=None, seconds=1.0, schedule=wait_fixed(1), may_be_missing=False)
-            for _ in range(MANY)
-        ]
-        await asyncio.wait(holds)
-        assert {hold.result() for hold in holds} == {None}
+        holds = [client.hold_for_approval("op", seconds=1.0, schedule=wait_fixed(1)) for _ in range(MANY)]
+        assert set(await asyncio.gather(*holds)) == {None}
         await poller.aclose()
 
 
@@ -312,7 +312,7 @@ class TestLongTurns:
         """A hundred in each turn; and each has a deadline that passes, and an end."""
         late: list[float] = []
 
-        def ended(wait: Wait) -> None:
+        def ended(wait: FutureWait) -> None:
             late.append(loop.time() - wait.deadline)
 
         async def scenario() -> None:

@@ -47,12 +47,11 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
-from aiokeyless._poller.poller import Poller
+from aiokeyless._waits.poller import Poller
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
-    from yarl import URL
 
 pytestmark = [pytest.mark.platform, pytest.mark.looptime]
 
@@ -413,7 +412,7 @@ class TestRule3OneBudget:
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
         assert 6.4 <= now() - start <= 7 + 1e-6
         assert isinstance(caught.value.last_error, ServerError)
-        assert caught.value.last_operation is not None
+        assert caught.value.last_operation is None
         assert 5 <= len(polls(sandbox)) <= 40
 
     async def test_a_slow_repeat_is_cut_two_seconds_after_the_deadline(
@@ -511,7 +510,7 @@ class TestRule3OneBudget:
         await cancel([wait])
         assert tasks_since(before) == set()
         assert armed_timers() == []
-        assert len(client._poller._deadlines) == 0  # type: ignore[union-attr]
+        assert len(client._poller._machine._deadlines) == 0  # type: ignore[union-attr]
         sandbox.requests.clear()
         await asyncio.sleep(10)
         assert sandbox.requests == []
@@ -804,7 +803,7 @@ class TestRule3OneBudget:
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:  # found by tests/simulation
         delays = iter([0.25])  # the backoff's first one, which would come before the final poll is repeated
-        monkeypatch.setattr("aiokeyless._poller.poller.error_delay", lambda _failures: next(delays, 0.5))
+        monkeypatch.setattr("aiokeyless._waits.machine.error_delay", lambda _failures: next(delays, 0.5))
         ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
         sandbox.requests.clear()
         sandbox.fail_next(503, times=None)
@@ -1226,7 +1225,7 @@ class TestRule4TransientFailures:
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5, on_poll=updates.append)
         assert isinstance(caught.value.last_error, ServerError)
-        assert caught.value.last_operation is not None
+        assert caught.value.last_operation is None
         assert updates[-1].error is caught.value.last_error
         assert updates[-1].next_poll_in is None
 
@@ -1343,7 +1342,7 @@ class TestRule5EverythingElse:
         with pytest.raises(ApprovalUnknownError) as caught:
             await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
         assert isinstance(caught.value.last_error, NotFoundError)
-        assert caught.value.last_operation is not None
+        assert caught.value.last_operation is None
 
     async def test_a_404_is_transient_for_waits_that_started_after_the_operation_was_seen(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1500,7 +1499,7 @@ class TestRule7Cancellation:
         await settle()  # they leave in batches
         assert tasks_since(before) == set()
         assert armed_timers() == []
-        assert len(client._poller._dispatcher) == len(client._poller._deadlines) == 0  # type: ignore[union-attr]
+        assert len(client._poller._machine._dispatcher) == len(client._poller._machine._deadlines) == 0  # type: ignore[union-attr]
 
     async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1745,14 +1744,12 @@ class RecordingObservations(wait_adaptive):
     def __init__(self) -> None:
         super().__init__()
         self.observed: list[tuple[float, float | None]] = []
-        self.observed_from: list[float] = []
 
     def __call__(self, retry_state: RetryCallState) -> float:
         return 2.0
 
-    def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+    def observe(self, after: float, until: float | None) -> None:
         self.observed.append((round(after, 6), None if until is None else round(until, 6)))
-        self.observed_from.append(round(since, 3))
 
 
 class TestLearning:
@@ -1775,24 +1772,29 @@ class TestLearning:
         sandbox.approve(ticket.operation_id)
         await client.wait_for_approval(ticket, schedule=schedule)
         assert schedule.observed == [(0.0, 2.0)]
-        assert schedule.observed_from == [0.0]
 
-    async def test_the_pieces_of_a_wait_are_observed_one_by_one_each_from_its_start(
+    async def test_only_the_piece_of_a_wait_that_began_with_its_operation_is_observed(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         schedule = RecordingObservations()
         ticket = await client.create_operation(USER)
-        asyncio.get_running_loop().call_later(15, sandbox.approve, ticket.operation_id)
+        asyncio.get_running_loop().call_later(9, sandbox.approve, ticket.operation_id)
         await asyncio.sleep(0.5)
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval(ticket, schedule=schedule, timeout=5)
-        long_poll = asyncio.create_task(client.wait_for_approval(ticket, schedule=schedule))
-        await asyncio.sleep(5)
-        await cancel([long_poll])  # its browser went away
-        await asyncio.sleep(1)
         await client.wait_for_approval(ticket, schedule=schedule)
-        assert schedule.observed == [(5.5, None), (9.5, None), (13.5, 15.5)]
-        assert schedule.observed_from == [0.0, 5.5, 11.5]
+        assert schedule.observed == [(5.5, None)]
+
+    async def test_an_approval_that_is_seen_for_others_later_is_observed(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        schedule = RecordingObservations()
+        ticket = await client.create_operation(USER)
+        asyncio.get_running_loop().call_later(9, sandbox.approve, ticket.operation_id)
+        began = asyncio.create_task(client.wait_for_approval(ticket, schedule=schedule, timeout=5))
+        assert (await client.wait_for_approval(ticket, schedule=schedule)).is_approved
+        assert schedule.observed == [(8.0, 10.0)]
+        await asyncio.gather(began, return_exceptions=True)
 
     async def test_a_resumed_ticket_that_is_approved_already_does_not_tell_when_it_was(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1804,7 +1806,14 @@ class TestLearning:
         await client.wait_for_approval(ticket, schedule=schedule)
         assert schedule.observed == []
 
-    async def test_a_ticket_that_joins_the_wait_for_its_id_is_observed_from_the_first_pending_answer(
+    async def test_a_wait_for_a_bare_id_is_not_observed(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        schedule = RecordingObservations()
+        ticket = await client.create_operation(USER)
+        asyncio.get_running_loop().call_later(5, sandbox.approve, ticket.operation_id)
+        await client.wait_for_approval(ticket.operation_id, schedule=schedule)
+        assert schedule.observed == []
+
+    async def test_a_ticket_that_joins_the_wait_for_its_id_later_is_not_observed(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         schedule = RecordingObservations()
@@ -1815,29 +1824,19 @@ class TestLearning:
             client.wait_for_approval(ticket.operation_id, schedule=schedule),
             client.wait_for_approval(ticket, schedule=schedule),
         )
-        assert schedule.observed == [(34.0, 36.0)]
-        assert schedule.observed_from == [30.0]
-
-    async def test_a_bare_id_approved_at_its_first_poll_is_not_observed(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        schedule = RecordingObservations()
-        await pending(client)
-        sandbox.approve("op")
-        await client.wait_for_approval("op", schedule=schedule)
         assert schedule.observed == []
 
     async def test_a_timeout_is_observed_until_its_last_pending_poll(self, client: KeylessClient) -> None:
         schedule = RecordingObservations()
-        await pending(client)
+        ticket = await client.create_operation(USER, operation_id="op")
         with pytest.raises(ApprovalTimeoutError):
-            await client.wait_for_approval("op", schedule=schedule, timeout=5)
+            await client.wait_for_approval(ticket, schedule=schedule, timeout=5)
         assert schedule.observed == [(5.0, None)]
 
     async def test_a_cancelled_wait_is_observed_until_its_last_pending_poll(self, client: KeylessClient) -> None:
         schedule = RecordingObservations()
-        await pending(client)
-        wait = asyncio.create_task(client.wait_for_approval("op", schedule=schedule))
+        ticket = await client.create_operation(USER, operation_id="op")
+        wait = asyncio.create_task(client.wait_for_approval(ticket, schedule=schedule))
         await asyncio.sleep(3)
         await cancel([wait])
         assert schedule.observed == [(2.0, None)]
@@ -1846,28 +1845,28 @@ class TestLearning:
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         schedule = RecordingObservations()
-        await pending(client)
+        ticket = await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(3, lambda: sandbox.fail_next(401))
         with pytest.raises(AuthenticationError):
-            await client.wait_for_approval("op", schedule=schedule)
+            await client.wait_for_approval(ticket, schedule=schedule)
         assert schedule.observed == [(2.0, None)]
 
     async def test_a_wait_that_saw_nothing_is_not_observed(self, sandbox: Sandbox, client: KeylessClient) -> None:
         schedule = RecordingObservations()
-        await pending(client)
+        ticket = await client.create_operation(USER, operation_id="op")
         sandbox.fail_next(401)
         with pytest.raises(AuthenticationError):
-            await client.wait_for_approval("op", schedule=schedule)
+            await client.wait_for_approval(ticket, schedule=schedule)
         assert schedule.observed == []
 
     async def test_an_operation_is_observed_once_however_many_wait(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
         schedule, other = RecordingObservations(), RecordingObservations()
-        await pending(client)
+        ticket = await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
-        first_to_leave = client.wait_for_approval("op", schedule=schedule, timeout=3)
-        waits = [client.wait_for_approval("op", schedule=s) for s in (schedule, schedule, other)]
+        first_to_leave = client.wait_for_approval(ticket, schedule=schedule, timeout=3)
+        waits = [client.wait_for_approval(ticket, schedule=s) for s in (schedule, schedule, other)]
         await asyncio.gather(first_to_leave, *waits, return_exceptions=True)
         assert schedule.observed == [(4.0, 6.0)]
         assert other.observed == [(4.0, 6.0)]
@@ -1875,22 +1874,22 @@ class TestLearning:
     async def test_the_schedule_of_the_client_observes_by_default(self, sandbox: Sandbox) -> None:
         schedule = RecordingObservations()
         async with sandbox.client(schedule=schedule) as client:
-            await pending(client)
+            ticket = await client.create_operation(USER, operation_id="op")
             asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
-            await client.wait_for_approval("op")
+            await client.wait_for_approval(ticket)
         assert schedule.observed == [(4.0, 6.0)]
 
     async def test_a_schedule_that_cannot_learn_costs_no_approval(
         self, sandbox: Sandbox, client: KeylessClient, caplog: pytest.LogCaptureFixture
     ) -> None:
         class Dull(RecordingObservations):
-            def observe(self, after: float, until: float | None, *, since: float = 0.0) -> None:
+            def observe(self, after: float, until: float | None) -> None:
                 raise ZeroDivisionError
 
-        await pending(client)
+        ticket = await client.create_operation(USER, operation_id="op")
         asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
         with caplog.at_level(logging.ERROR, "aiokeyless"):
-            assert (await client.wait_for_approval("op", schedule=Dull())).is_approved
+            assert (await client.wait_for_approval(ticket, schedule=Dull())).is_approved
         assert "failed to learn" in caplog.text
 
 
@@ -1968,7 +1967,7 @@ class TestBugs:
         wait = asyncio.create_task(client.wait_for_approval("op", schedule=EVERY_SECOND))
         await asyncio.sleep(3.5)
         with monkeypatch.context() as patch:
-            patch.setattr("aiokeyless._poller.poller.Poller._expire", broken)
+            patch.setattr("aiokeyless._waits.machine.Machine.expire", broken)
             await asyncio.sleep(10)
         sandbox.approve("op")
         assert (await wait).is_approved
@@ -1976,14 +1975,14 @@ class TestBugs:
         assert 10 <= len(reported) <= 110
         assert isinstance(reported[0]["exception"], ZeroDivisionError)
 
-    @pytest.mark.parametrize("name", ["poll_outcome", "Poller._start_poll"])
+    @pytest.mark.parametrize(("name", "waits"), [("evaluate", 1), ("poll_outcome", 2), ("Machine.finish_poll", 2)])
     async def test_one_in_a_poll_ends_the_waits_that_it_concerns(
-        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str
+        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str, waits: int
     ) -> None:
         await pending(client)
-        monkeypatch.setattr(f"aiokeyless._poller.poller.{name}", broken)
-        outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(2)), return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * 2
+        monkeypatch.setattr(f"aiokeyless._waits.machine.{name}", broken)
+        outcomes = await asyncio.gather(*(client.wait_for_approval("op") for _ in range(waits)), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * waits
         assert armed_timers() == []
 
     async def test_one_at_the_deadline_ends_the_wait_that_it_concerns(
@@ -1991,7 +1990,7 @@ class TestBugs:
     ) -> None:
         await pending(client)
         sandbox.latency = 3600
-        monkeypatch.setattr("aiokeyless._poller.poller.unknown", broken)
+        monkeypatch.setattr("aiokeyless._waits.machine.unknown", broken)
         with pytest.raises(ZeroDivisionError):
             await client.wait_for_approval("op", timeout=5)
 
@@ -2025,9 +2024,8 @@ def kill_next_worker(monkeypatch: pytest.MonkeyPatch) -> list[asyncio.Task[None]
 
     def killing(poller: Poller, at: float) -> None:
         dispatch(poller, at)
-        killed.extend(
-            poll.task for poll in poller._dispatcher.in_flight if poll.task is not None and not poll.under_way
-        )
+        if poller._starting:
+            killed.extend(poller._workers)
         for task in killed:
             task.cancel()
         if killed:
@@ -2230,7 +2228,7 @@ class TestKeptErrors:
 
 class TestNothingGrows:
     async def test_ended_waits_are_freed(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        from aiokeyless._poller.state import PolledOperation
+        from aiokeyless._waits.state import PolledOperation
 
         def kept() -> list[PolledOperation]:  # each wait has one
             polled = [thing for thing in gc.get_objects() if type(thing) is PolledOperation]
@@ -2377,12 +2375,12 @@ def limit_polls(client: KeylessClient, limit: int) -> None:
     poll = transport.poll
     answered: list[float] = []
 
-    async def limited(url: URL) -> Operation:
+    async def limited(operation_id: str) -> Operation:
         if len(answered) >= limit and answered[-limit] > now() - 1:
             await asyncio.sleep(0.02)
-            raise RateLimitError(status=429, method="GET", path=url.raw_path)
+            raise RateLimitError(status=429, method="GET", path=f"/v2/operations/{operation_id}")
         answered.append(now())
-        return await poll(url)
+        return await poll(operation_id)
 
     transport.poll = limited  # type: ignore[method-assign]
 

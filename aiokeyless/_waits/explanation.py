@@ -1,8 +1,8 @@
 """Explains waits: asks Telemetry for the attempts at an operation, beside its polls and never in place of one.
 
-It approves nothing and ends nothing. What may be asked, and when, is decided in `_rules/explanation.py`; here requests
-are bounded in number at once, shared by all waits for an operation, and cancelled with the last of them. A request that
-fails is logged at debug level and otherwise ignored.
+An explanation approves nothing and ends nothing. What it costs is kept small: requests are bounded in number at once,
+shared by all waits for an operation, and cancelled with the last of them. A request that fails is logged at debug level
+and otherwise ignored.
 
 Source: Keyless documentation, Server API / Telemetry.
 """
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from aiokeyless._http.protocol import get_authentications
-from aiokeyless._rules.explanation import AT_THE_END, explain, may_ask, merged
 from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -31,6 +30,8 @@ from aiokeyless.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiokeyless._http.transport import Transport
     from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("aiokeyless")
 
+PENDING_FOR: Final = 5.0  # seconds: most who approve have done so by then, and need no explanation
+INTERVAL: Final = 10.0  # seconds between two requests about one operation
+AT_THE_END: Final = 1.0  # seconds that the end of a wait may be delayed by its last request
+_MOST_ATTEMPTS: Final = 100  # of one operation; a lockout ends most rows of attempts much earlier
+_MOST_REASONS: Final = 3  # in one message
 _MOST_REQUESTS: Final = 8  # at once, of all waits together
 _REFUSED_FOR: Final = 120.0  # seconds without a request after one that was not allowed: the next would not be, either
 _MAX_PAUSE: Final = 120.0  # seconds: more is not waited for, whatever Retry-After says
@@ -209,3 +215,62 @@ class Explanation:
     def _learn_user(self, operation: Operation | None) -> None:
         if self._subject.user_id is None and operation is not None:
             self._subject.user_id = operation.user_id
+
+
+def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, deadline: float = math.inf) -> bool:
+    """Return whether Telemetry may be asked about an operation now.
+
+    Args:
+        now: The time, in seconds; the other arguments are by the same clock.
+        asked_at: When it was last asked about this operation; minus infinity if it was not.
+        pending_since: Since when the operation is pending.
+        deadline: When the wait ends. Shortly before that nothing is asked, so that the end may ask.
+    """
+    return now - asked_at >= INTERVAL and now - pending_since >= PENDING_FOR and deadline - now >= INTERVAL
+
+
+def merged(
+    known: tuple[Authentication, ...], answered: Sequence[Authentication], operation_id: str
+) -> tuple[Authentication, ...]:
+    """Return the attempts at one operation, oldest first: Telemetry forgets after ten minutes, a wait may not.
+
+    Args:
+        known: What earlier answers told.
+        answered: What the latest answer tells, in any order; attempts at other operations are left out, so that
+            nothing is explained by them.
+        operation_id: The operation.
+    """
+    fresh = [attempt for attempt in answered if attempt.operation_id == operation_id]
+    everything = [*(attempt for attempt in known if attempt not in fresh), *fresh]
+    # The timestamps have one form, which sorts as a text does; those without one come first.
+    everything.sort(key=lambda attempt: attempt.created_at or "")
+    return tuple(everything[-_MOST_ATTEMPTS:])
+
+
+def in_words(attempts: Sequence[Authentication]) -> str | None:
+    """Return a clause about the failed attempts, such as "2 attempts failed: the face did not match (30004)".
+
+    It quotes nothing of the service's texts: an answer may echo anything.
+
+    Returns:
+        The clause; None where no attempt failed.
+    """
+    failed = [attempt for attempt in attempts if attempt.failed]
+    if not failed:
+        return None
+    reasons = list(dict.fromkeys(_reason(attempt) for attempt in failed))[-_MOST_REASONS:]
+    return f"{len(failed)} {'attempt' if len(failed) == 1 else 'attempts'} failed: {', '.join(reasons)}"
+
+
+def explain(error: ApprovalTimeoutError, attempts: tuple[Authentication, ...]) -> None:
+    """Add attempts to the error that ends a wait, and to its message those that failed."""
+    error.attempts = attempts
+    if words := in_words(attempts):
+        error.args = (f"{error}; {words}",)
+
+
+def _reason(attempt: Authentication) -> str:
+    code = attempt.error_code or 0
+    if not code:
+        return "no reason was given"
+    return f"{attempt.reason} ({code})" if attempt.reason else f"error {code}"

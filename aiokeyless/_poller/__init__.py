@@ -1,1 +1,0 @@
-"""The waits of one client, in memory."""

@@ -1,0 +1,1 @@
+"""The waits of one client, in memory: a pure machine, and the asyncio around it."""

@@ -1,0 +1,157 @@
+"""Holds: leases on ordinary waits. A wait that is held goes on for a while after each hold, for the next one.
+
+So a series of holds polls as one wait would, and nothing is remembered between two of them. "Holds" in docs/rules.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import math
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless._rules.final import RESOLUTION
+from aiokeyless._tracing import context_without_traces
+
+if TYPE_CHECKING:
+    from tenacity.wait import wait_base
+
+    from aiokeyless.ticket import ApprovalTicket
+
+    from .explanation import Explanation
+    from .poller import FutureWait, Poller
+    from .state import WaitResult
+
+LEASE: Final = 10.0  # seconds for which a wait goes on after its last hold
+
+#: What is held: operation id, ticket, and whether a 404 counts as pending.
+_Target = tuple[str, "ApprovalTicket | None", bool]
+
+
+class _Lease:
+    """A wait that is held, by one caller or by several, or was held a moment ago."""
+
+    __slots__ = ("expiry", "explanation", "holders", "wait")
+
+    def __init__(self, wait: FutureWait, explanation: Explanation | None) -> None:
+        self.wait = wait
+        self.explanation = explanation
+        self.holders = 0
+        self.expiry: asyncio.TimerHandle | None = None  # set while nobody holds it
+
+
+class Holds:
+    """The holds of one client.
+
+    Args:
+        poller: Its waits.
+    """
+
+    def __init__(self, poller: Poller) -> None:
+        self._poller = poller
+        self._loop = asyncio.get_running_loop()
+        self._context = context_without_traces()  # the end of a lease is no caller's
+        self._leases: dict[_Target, _Lease] = {}
+
+    async def hold(
+        self,
+        operation_id: str,
+        *,
+        ticket: ApprovalTicket | None,
+        seconds: float,
+        schedule: wait_base | None,
+        may_be_missing: bool,
+        explain: bool,
+    ) -> WaitResult:
+        """Wait for a piece of a longer wait.
+
+        Args:
+            operation_id: What to wait for.
+            ticket: What is known about it; None for a bare id, which has no end of its own.
+            seconds: The length of the piece. If the ticket's own time ends before, it is a wait until then.
+            schedule: When to poll; None for the client's. That of the first hold counts.
+            may_be_missing: Whether 404 counts as pending.
+            explain: Whether to explain the wait. What the first hold says counts.
+
+        Returns:
+            The outcome of the wait; None if it goes on.
+        """
+        target = operation_id, ticket, may_be_missing
+        lease = self._leases.get(target)
+        if lease is None:
+            wait = self._poller.start(
+                operation_id,
+                ticket=ticket,
+                timeout=math.inf if ticket is None else None,
+                schedule=schedule,
+                may_be_missing=may_be_missing,
+                patience=seconds,
+            )
+            lease = self._leases[target] = _Lease(wait, self._poller.explain(wait) if explain else None)
+        lease.holders += 1
+        if lease.expiry is not None:
+            lease.expiry.cancel()
+            lease.expiry = None
+        try:
+            await self._end(lease.wait, seconds)
+            if not lease.wait.done():
+                return None
+            if self._leases.get(target) is lease:  # the next hold starts anew
+                del self._leases[target]
+            outcome = copy.copy(lease.wait.result())  # each caller raises an error of its own
+            if lease.explanation is not None:
+                await lease.explanation.complete(outcome)
+            return outcome
+        finally:
+            self._release(target, lease)
+            del lease  # its wait has the error whose traceback has this frame
+
+    async def _end(self, wait: FutureWait, seconds: float) -> None:
+        """Wait until a wait has ended, or so many seconds, unless its own time ends before.
+
+        It is what `asyncio.wait` does, in half of the memory.
+        """
+        ended: asyncio.Future[None] = self._loop.create_future()
+        end = functools.partial(_end, ended)
+        ends_within = wait.deadline <= self._loop.time() + seconds + RESOLUTION
+        timer = None if ends_within else self._loop.call_later(seconds, end, context=self._context)
+        wait.add_done_callback(end, context=self._context)
+        try:
+            await ended
+        finally:
+            wait.remove_done_callback(end)
+            if timer is not None:
+                timer.cancel()
+
+    def _release(self, target: _Target, lease: _Lease) -> None:
+        """Let a wait go on for the next hold after its last one; an outcome that no hold has taken is kept for it."""
+        lease.holders -= 1
+        if lease.holders:
+            return
+        if self._leases.get(target) is lease:
+            lease.expiry = self._loop.call_later(LEASE, self._expire, target, lease, context=self._context)
+        elif lease.explanation is not None:
+            lease.explanation.leave()
+
+    def _expire(self, target: _Target, lease: _Lease) -> None:
+        del self._leases[target]
+        lease.expiry = None
+        self._poller.stop(lease.wait)
+        if lease.explanation is not None:
+            lease.explanation.leave()
+
+    def close(self) -> None:
+        """Forget the waits that nobody holds now: the poller ends them."""
+        leases, self._leases = self._leases, {}
+        for lease in leases.values():
+            if lease.expiry is None:  # somebody holds it, and leaves it with the error
+                continue
+            lease.expiry.cancel()
+            if lease.explanation is not None:
+                lease.explanation.leave()
+
+
+def _end(ended: asyncio.Future[None], _wait: object = None) -> None:
+    if not ended.done():
+        ended.set_result(None)

@@ -1,0 +1,646 @@
+"""The waits of one client as a state machine. Pure: no asyncio, no task, no clock.
+
+It is told what happened: a wait starts, a poll has ended with this result, a caller left, the client closes. It is
+asked what is next: `Machine.next_poll`, `Machine.wake_at`, the polls to cut off. It gives waits their outcomes, and
+nothing else changes a wait, a polled operation or a poll. What a result means for a wait is decided in `_rules`, which
+operation is polled next in `dispatch`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless._rules.approval import Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
+from aiokeyless._rules.backoff import error_delay, requested_pause
+from aiokeyless._rules.circuit import Circuit
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, is_final, repeat_final_after
+from aiokeyless._rules.outcome import YOUNG, Outcome, PollFacts, Result, poll_outcome
+from aiokeyless._rules.rate import PollRate
+from aiokeyless.errors import (
+    ApprovalTimeoutError,
+    KeylessError,
+    RateLimitError,
+)
+from aiokeyless.models import Operation
+from aiokeyless.reports import ApprovalUpdate, ClientStatistics
+from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
+
+from .dispatch import Dispatcher
+from .reporting import LATE
+from .state import Poll, PolledOperation, Wait, WaitPhase
+from .timer_queue import TimerQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from tenacity.wait import wait_base
+
+    from aiokeyless.ticket import ApprovalTicket
+
+    from .reporting import Reporter
+    from .state import Updates, WaitResult
+
+FRESH: Final = 1.0  # seconds within which nobody approves what was just created
+#: Seconds after which a wait whose ticket had expired before gets a poll with a deadline, if none could start.
+EXPIRED_PATIENCE: Final = 120.0
+BATCH: Final = 128  # waits handled in one turn of the loop: a hundred thousand at once must not block it
+_MOST_DEADLINES: Final = 384  # handled in one turn at most, which takes several milliseconds
+#: What nearly all waits and answers are; a member of an enum is not found as fast as a name.
+_POLLING: Final = WaitPhase.POLLING
+_PENDING: Final = Verdict.PENDING
+
+
+class Machine:
+    """The waits of one client.
+
+    Args:
+        reporter: Reports the events of waits and polls.
+        schedule: When to poll, for waits that bring no schedule of their own.
+        max_in_flight: Polls in flight at once.
+        max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
+        request_timeout: Seconds for one exchange.
+        no_answer: Makes the error for a poll of an operation that got no answer within so many seconds.
+    """
+
+    def __init__(
+        self,
+        reporter: Reporter,
+        *,
+        schedule: wait_base,
+        max_in_flight: int,
+        max_polls_per_second: float | None,
+        request_timeout: float,
+        no_answer: Callable[[str, float], KeylessError],
+    ) -> None:
+        self._reporter = reporter
+        self._no_answer = no_answer
+        self._schedule = schedule
+        self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
+        self._request_timeout = request_timeout
+        self._circuit = Circuit(max_in_flight, longest_poll=request_timeout)
+        self._rate = PollRate(max_polls_per_second)
+        self._dispatcher = Dispatcher(
+            self._circuit, self._rate, max_in_flight=max_in_flight, request_timeout=request_timeout
+        )
+        self._polled: dict[str, PolledOperation] = {}
+        self._deadlines: TimerQueue[Wait] = TimerQueue()
+        self._cut: list[Poll] = []
+        self._sequence = -math.inf
+        self._waiting = 0
+        self._polls = 0
+        self._approvals = 0
+        self._timeouts = 0
+        self._failures = 0
+
+    # -- what is next
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no wait is under way."""
+        return not self._polled
+
+    def next_poll(self, now: float) -> Poll | None:
+        """Start the next poll that may start now; None if there is none before `wake_at`, or the end of a poll."""
+        poll = self._dispatcher.next_poll(now)
+        if poll is None:
+            return None
+        self._polls += 1
+        if poll.lag >= LATE or self._reporter.polls_are_late:
+            self._reporter.poll_started(poll.lag, now, waiting=self._waiting)
+        for wait in poll.waits:
+            wait.polls += 1
+            # By the time, and not by the phase: if many deadlines pass at once, its own may be still to come.
+            if wait.final is None and (wait.had_expired or is_final(wait.deadline - now)):
+                wait.final = poll
+        return poll
+
+    def wake_at(self) -> float:
+        """Return when something happens by time alone: a poll may start, one is overdue, or a deadline passes."""
+        deadline = self._deadlines.next_due()
+        when = min(self._dispatcher.soonest, self._dispatcher.overdue_at())
+        return when if deadline is None else min(when, deadline)
+
+    def take_cut(self) -> Sequence[Poll]:
+        """Return the polls whose exchanges must be cut off, each once; then `finish_poll` is told that they ended."""
+        if not self._cut:
+            return ()
+        cut, self._cut = self._cut, []
+        return cut
+
+    # -- what happens: waits
+
+    def start(
+        self,
+        wait: Wait,
+        now: float,
+        operation_id: str,
+        *,
+        ticket: ApprovalTicket | None,
+        age: float,
+        is_fresh: bool,
+        timeout: float | None,
+        schedule: wait_base | None,
+        may_be_missing: bool,
+        patience: float = EXPIRED_PATIENCE,
+        updates: Updates | None = None,
+    ) -> None:
+        """Start a wait.
+
+        Args:
+            wait: A new one, of which nothing is set.
+            now: The time.
+            operation_id: What to wait for.
+            ticket: What is known about it; None for a bare id.
+            age: Seconds since it was created; 0 for a bare id, whose clock starts with the wait.
+            is_fresh: Whether this client created it a moment ago: nobody approves so soon.
+            timeout: Seconds; infinity for no end; None for what the ticket has left, which is never more than its
+                lifetime, whatever the clocks say. A bare id has no end.
+            schedule: When to poll; None for the client's.
+            may_be_missing: Whether 404 counts as pending.
+            patience: Seconds until the final poll of a ticket that has expired, if no poll could start by then.
+            updates: Where an update goes for each poll; closed when the wait ends.
+        """
+        if timeout is None:
+            lifetime = math.inf if ticket is None else (ticket.expires_at - ticket.created_at).total_seconds()
+            timeout = lifetime - age
+        had_expired = timeout <= 0.0
+        schedule = schedule or self._schedule
+        first = now + (next_delay(schedule, attempt_number=1, since_start=age) if is_fresh else 0.0)
+        wait.started_at = now
+        wait.origin = now - age if age else now  # the same float twice, not two of them: there are many waits
+        wait.deadline = now + (patience if had_expired else timeout)
+        wait.had_expired = had_expired
+        wait.phase = _POLLING
+        wait.schedule = schedule
+        wait.ticket = ticket
+        wait.may_be_missing = may_be_missing
+        wait.updates = updates
+        wait.attempt = 1 + is_fresh
+        wait.polls = wait.number = 0
+        wait.error = wait.final = wait.entry = None
+        wait.polled = polled = self._polled_operation(operation_id, wait)
+        polled.add(wait)
+        self._waiting += 1
+        if ticket is not None and age < FRESH:
+            self._add_learner(polled, schedule)
+        if wait.deadline < math.inf:
+            self._deadlines.schedule(wait, wait.deadline)
+        if first < wait.deadline:
+            self._dispatcher.schedule(polled, first)
+        if self._reporter.listens:
+            wait.number = self._reporter.wait_started(wait)
+
+    def _polled_operation(self, operation_id: str, wait: Wait) -> PolledOperation:
+        polled = self._polled.get(operation_id)
+        if polled is None:
+            # A coarse clock may show a time twice.
+            self._sequence = max(wait.started_at, math.nextafter(self._sequence, math.inf))
+            polled = self._polled[operation_id] = PolledOperation(self._sequence, operation_id, wait.origin)
+        polled.origin = min(polled.origin, wait.origin)
+        return polled
+
+    def _add_learner(self, polled: PolledOperation, schedule: wait_base) -> None:
+        """Let a schedule learn from a wait that began with its operation.
+
+        A wait that resumes one later would count as a whole one, and teach the schedule to come too late.
+        """
+        if schedule is self._schedule and not polled.learners:
+            polled.learners = self._learners  # one tuple for all, as nearly all are
+        elif isinstance(schedule, wait_adaptive) and schedule not in polled.learners:
+            polled.learners += (schedule,)
+
+    def leave(self, wait: Wait, now: float) -> None:
+        """End a wait whose caller is gone; harmless after it has ended."""
+        if wait.phase is not WaitPhase.ENDED:
+            self._close(wait, now)
+
+    def waits(self) -> Iterator[Wait]:
+        """Yield the waits that are under way now, although they end meanwhile."""
+        for polled in tuple(self._polled.values()):
+            yield from polled.all_waits()
+
+    def end(self, wait: Wait, outcome: WaitResult, now: float) -> None:
+        """Give a wait its outcome; harmless after it has ended."""
+        if wait.done():  # cancelled in this turn of the loop: its caller is about to leave
+            return
+        wait.set_result(outcome)
+        if isinstance(outcome, Operation):
+            self._approvals += 1
+        elif isinstance(outcome, ApprovalTimeoutError):
+            self._timeouts += 1
+        self._close(wait, now)
+
+    def _close(self, wait: Wait, now: float) -> None:
+        """Unregister a wait that has ended; the last one of an operation stops its polls."""
+        polled = wait.polled
+        polled.remove(wait)
+        wait.phase = WaitPhase.ENDED
+        self._waiting -= 1
+        self._deadlines.remove(wait)
+        if wait.updates is not None:
+            wait.updates.close()
+        final, wait.final = wait.final, None  # that poll has the wait
+        if not polled.live:
+            self._stop_polling(polled)
+        elif final is not None and not final.is_over:
+            if not final.serves_any():  # those that are left have passed their deadlines, too
+                self._cut_off(final)
+            self._dispatcher.ask_again(now)  # if it goes on for others, another final poll may start now
+        if self._reporter.listens:
+            self._reporter.wait_ended(wait, now)
+
+    def _stop_polling(self, polled: PolledOperation) -> None:
+        """Stop the polls of an operation after its last wait."""
+        del self._polled[polled.operation_id]
+        self._dispatcher.unschedule(polled)
+        if polled.poll is not None:
+            self._cut_off(polled.poll)
+        for poll in self._dispatcher.final_in_flight:
+            if poll.polled is polled:
+                self._cut_off(poll)
+        if not self._polled:
+            self._dispatcher.clear_final_polls()
+        if polled.pending_at is not None:
+            self._record_observation(polled, None)
+
+    def _cut_off(self, poll: Poll, *, overdue: bool = False) -> None:
+        """Let the exchange of a poll be cut off, once; overdue: since it took longer than an exchange may."""
+        if not poll.is_over:
+            poll.is_over, poll.is_overdue = True, overdue
+            self._cut.append(poll)
+
+    def _record_observation(self, polled: PolledOperation, approved_by: float | None) -> None:
+        """Give the schedules what was observed of an operation, once: approved between two polls, or still pending."""
+        learners, polled.learners = polled.learners, ()
+        after = 0.0 if polled.pending_at is None else polled.pending_at - polled.origin
+        until = None if approved_by is None else approved_by - polled.origin
+        for learner in learners:
+            record_observation(learner, after, until)
+
+    # -- what happens: time passes
+
+    def expire(self, now: float) -> None:
+        """Handle what time alone brings: overdue polls, and deadlines, as many as one turn of the loop can bear.
+
+        At the first deadline of a wait a final poll is queued, at the end of its time the wait ends.
+        """
+        for poll in self._dispatcher.overdue(now):
+            self._cut_off(poll, overdue=True)
+        passed: set[PolledOperation] = set()
+        for _ in range(_deadlines_in_a_turn(now, self._deadlines.next_due())):
+            wait = self._deadlines.pop_due(now + RESOLUTION)
+            if wait is None:
+                break
+            try:
+                if wait.phase is _POLLING:
+                    self._pass_deadline(wait)
+                    self._queue_final_poll(wait, wait.deadline)
+                    passed.add(wait.polled)
+                elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after one that failed is over
+                    self._queue_final_poll(wait, now)
+                else:
+                    self._end_unknown(wait, now)
+            except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
+                self.end(wait, error, now)
+        if passed:
+            # A poll that started before the deadline does not count at the deadline; others may still need it.
+            for poll in self._dispatcher.in_flight:
+                if poll.polled in passed and not poll.serves_any():
+                    self._cut_off(poll)
+
+    def _pass_deadline(self, wait: Wait) -> None:
+        """Let only a final poll count for a wait from now on."""
+        polled = wait.polled
+        wait.phase = WaitPhase.FINAL
+        polled.before_deadline -= 1
+        if not polled.before_deadline:
+            self._dispatcher.unschedule(polled)
+
+    def _queue_final_poll(self, wait: Wait, since: float) -> None:
+        """Queue a final poll for a wait whose deadline has passed, unless one that started since then is in flight."""
+        self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)
+        if wait.final is None:
+            self._dispatcher.queue_final_poll(wait.polled, since)
+
+    def _end_unknown(self, wait: Wait, now: float) -> None:
+        """End a wait whose final polls were not answered in time, or found no slot."""
+        poll = wait.final
+        if poll is not None:
+            wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
+            if not poll.counted_as_failure:  # it may be the final poll of many waits
+                poll.counted_as_failure = True
+                self._failures += 1
+                self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
+                self._report_circuit(wait.error, now)
+        self.end(wait, unknown(_record(wait, now)), now)
+
+    # -- what happens: a poll ends
+
+    def finish_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> Application | None:
+        """Apply the result of a poll to its waits.
+
+        Args:
+            poll: The poll.
+            answer: The operation, or the failure; None if the exchange was cut off.
+            now: The time.
+
+        Returns:
+            None, or what is left for the next turns of the loop if very many wait for one operation: see `apply_more`.
+        """
+        circuit, reporter = self._circuit, self._reporter
+        poll.is_over = True
+        if answer is None and poll.is_overdue:
+            answer = self._no_answer(poll.polled.operation_id, self._request_timeout)
+        if reporter.listens:
+            reporter.poll_ended(poll, answer, now)
+        if answer is None:  # neither good nor bad
+            circuit.record_cut(started_at=poll.started_at, is_probe=not poll.final)
+            self._dispatcher.finish(poll, now)
+            return None
+        if isinstance(answer, KeylessError) and answer.is_transient:
+            self._failures += 1
+            if isinstance(answer, RateLimitError):
+                self._rate.record_refusal(now, started_at=poll.started_at)
+            operation_id = poll.polled.operation_id
+            circuit.record_error(now, operation_id, answer, started_at=poll.started_at, is_probe=not poll.final)
+        else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
+            circuit.record_success(now, started_at=poll.started_at)
+        self._report_circuit(answer, now)
+        if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
+            self._dispatcher.finish(poll, now)
+            return None
+        application = Application(poll, answer)
+        return application if self.apply_more(application, now) else None
+
+    def _report_circuit(self, answer: Operation | KeylessError, now: float) -> None:
+        if self._circuit.state is self._reporter.circuit:
+            return
+        cause = answer if isinstance(answer, KeylessError) and answer.is_transient else None
+        self._reporter.circuit_changed(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
+
+    def _apply_directly(self, poll: Poll, answer: Operation, now: float) -> bool:
+        """Apply the result that nearly all polls have: pending, for one wait before its deadline; else return False."""
+        polled, wait = poll.polled, poll.waits[0]
+        if (
+            polled.live != 1
+            or wait.done()
+            or wait.phase is not _POLLING
+            or wait.final is not None
+            or wait.updates is not None
+            or evaluate(answer, polled.operation_id, wait.ticket) is not _PENDING
+        ):
+            return False
+        polled.was_seen = True
+        polled.pending_at = poll.started_at
+        polled.failures = 0
+        try:
+            delay = next_delay(wait.schedule, attempt_number=wait.attempt, since_start=now - polled.origin)
+        except KeylessError as error:
+            self.end(wait, error, now)
+        else:
+            wait.attempt += 1
+            self._dispatcher.schedule(polled, now + delay)
+        return True
+
+    def apply_more(self, application: Application, now: float) -> bool:
+        """Apply a result to some of its waits; return whether there are more, for the next turn of the loop."""
+        batch = application.next_batch()
+        try:
+            self._apply(application, batch, now)
+        except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
+            for wait in batch:
+                self.end(wait, error, now)
+        if application.has_more:
+            return True
+        self._dispatcher.finish(application.poll, now)
+        return False
+
+    def _apply(self, application: Application, waits: list[Wait], now: float) -> None:
+        """Do with each of some waits what the result of the poll means for it."""
+        answer, polled = application.answer, application.poll.polled
+        pending: list[Wait] = []
+        transient: list[Wait] = []
+        for wait, (result, rejection) in [(wait, application.outcome(wait)) for wait in waits]:
+            if isinstance(answer, Operation) and result is Result.APPROVED:
+                self._record_observation(polled, now)
+                wait.polls = max(wait.polls, 1)  # it counts for waits that started after the poll, too
+                _update(wait, now, answer)
+                self.end(wait, answer, now)
+            elif wait not in application.served:
+                continue
+            elif rejection is not None:
+                self.end(wait, rejection_error(rejection, _record(wait, now, answer)), now)
+            elif result is Result.PENDING or result is Result.TIMED_OUT:
+                pending.append(wait)
+            elif isinstance(answer, KeylessError) and result is Result.FAILED:
+                self.end(wait, copy.copy(answer) if len(application.served) > 1 else answer, now)
+            else:
+                transient.append(wait)
+        if pending:
+            self._after_pending(application, pending, now)
+        if isinstance(answer, KeylessError) and transient:
+            self._after_transient(application, answer, transient, now)
+
+    def _after_pending(self, application: Application, waits: list[Wait], now: float) -> None:
+        """Go on by the schedule, and end the waits whose final poll this was."""
+        poll, polled, answer = application.poll, application.poll.polled, application.answer
+        polled.failures = 0
+        polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
+        polled.was_seen |= isinstance(answer, Operation)
+        going_on: list[Wait] = []
+        for wait in waits:
+            if isinstance(answer, KeylessError):  # a 404 that counts as pending
+                wait.error = answer
+            if wait.final is poll:
+                _update(wait, now, answer)
+                self.end(wait, timed_out(_record(wait, now, answer)), now)
+            elif wait.phase is _POLLING:  # else it waits for its final poll
+                going_on.append(wait)
+        for wait in self._schedule_next(application, going_on, now):
+            _update(wait, now, answer, due=polled.due)
+
+    def _schedule_next(self, application: Application, waits: list[Wait], now: float) -> list[Wait]:
+        """Ask each schedule once an attempt and take the soonest delay; return the waits whose schedule answered."""
+        polled, delays = application.poll.polled, application.delays
+        good: list[Wait] = []
+        for wait in waits:
+            key = id(wait.schedule), wait.attempt
+            if key not in delays:
+                try:
+                    delays[key] = next_delay(
+                        wait.schedule, attempt_number=wait.attempt, since_start=now - polled.origin
+                    )
+                except KeylessError as error:
+                    delays[key] = error
+            delay = delays[key]
+            if isinstance(delay, KeylessError):
+                self.end(wait, copy.copy(delay), now)
+                continue
+            wait.attempt += 1
+            self._dispatcher.schedule(polled, now + delay)
+            good.append(wait)
+        return good
+
+    def _after_transient(self, application: Application, error: KeylessError, waits: list[Wait], now: float) -> None:
+        """Go on by the backoff, and repeat final polls."""
+        poll, polled = application.poll, application.poll.polled
+        if not application.failed:
+            application.failed = True
+            polled.failures += 1
+            self._failures += not error.is_transient  # the others were counted
+            application.retry_at = now + max(error_delay(polled.failures), requested_pause(error))
+            # Beside an ordinary poll in flight, a final one sets nothing: it could be over when that one fails.
+            if polled.before_deadline and polled.poll in (None, poll):
+                self._dispatcher.schedule(polled, application.retry_at)
+        backoff = max(error_delay(1), requested_pause(error))
+        for wait in waits:
+            wait.error = error
+            if wait.final is poll:
+                self._repeat_final(wait, error, backoff, now)
+            else:
+                due = min(polled.due, application.retry_at)
+                _update(wait, now, error, due=max(due, self._circuit.retry_at()))
+
+    def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
+        """Repeat a final poll that failed; if that is too late, end the wait at once."""
+        wait.final = None
+        if wait.had_expired and wait.phase is _POLLING:  # now it has a deadline to keep
+            wait.deadline = now
+            self._pass_deadline(wait)  # or the backoff's poll, too, would be final, and move the deadline once more
+        left = wait.deadline + FINAL_POLL_TIMEOUT - now
+        delay = repeat_final_after(backoff, left=left, is_awaited=True)
+        if delay is not None:
+            self._deadlines.schedule(wait, now + delay)
+            _update(wait, now, error, due=now + delay)
+        else:
+            _update(wait, now, error)
+            self.end(wait, unknown(_record(wait, now)), now)
+
+    def abandon_poll(self, poll: Poll, now: float, *, backs_off: bool) -> None:
+        """Free the slot of a poll whose exchange ended in no ordinary way.
+
+        Args:
+            poll: The poll.
+            now: The time.
+            backs_off: Whether it counts as a failure; else it is repeated at once, and no wait loses its final poll.
+        """
+        if backs_off:
+            more = self.finish_poll(poll, self._no_answer(poll.polled.operation_id, now - poll.started_at), now)
+            while more is not None and self.apply_more(more, now):
+                pass
+            return
+        poll.is_over = True
+        for wait in poll.waits:
+            if wait.final is poll:
+                wait.final = None
+        self._dispatcher.finish(poll, now)
+        if poll.polled.needs_final_poll():
+            self._dispatcher.queue_final_poll(poll.polled, now)
+
+    def fail_poll(self, poll: Poll, error: Exception, now: float) -> None:
+        """End the waits of a poll with an error that no exchange should raise: a bug."""
+        poll.is_over = True
+        for wait in poll.polled.active_waits():
+            self.end(wait, error, now)
+        if poll in self._dispatcher.in_flight:
+            self._dispatcher.finish(poll, now)
+
+    # -- counts
+
+    def statistics(self, now: float) -> ClientStatistics:
+        """Return the counts as of now."""
+        rate = self._rate.per_second(now)
+        return ClientStatistics(
+            waiting=self._waiting,
+            in_flight=len(self._dispatcher.in_flight),
+            polls=self._polls,
+            approvals=self._approvals,
+            timeouts=self._timeouts,
+            transient_failures=self._failures,
+            lag=self._dispatcher.lag(now),
+            rate_limit=None if rate == math.inf else rate,
+            circuit=self._circuit.state.value,
+        )
+
+
+class Application:
+    """The result of one poll while it is applied to its waits: what is the same for all batches of them."""
+
+    __slots__ = ("_left", "_outcomes", "answer", "delays", "failed", "poll", "retry_at", "served", "was_seen")
+
+    def __init__(self, poll: Poll, answer: Operation | KeylessError) -> None:
+        self.poll = poll
+        self.answer = answer
+        self._left = poll.polled.active_waits()
+        self._outcomes: dict[PollFacts, Outcome] = {}
+        self.was_seen = poll.polled.was_seen  # before this poll
+        # The waits for which the poll was made.
+        self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
+        self.delays: dict[tuple[int, int], float | KeylessError] = {}  # by the id of the schedule and the attempt
+        self.failed = False  # it was counted as a failure of the operation
+        self.retry_at = math.inf  # the end of the backoff after that
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there are waits to which it was not applied."""
+        return bool(self._left)
+
+    def next_batch(self) -> list[Wait]:
+        """Take the waits to which it is applied in this turn of the loop."""
+        batch, self._left = self._left[:BATCH], self._left[BATCH:]
+        return [wait for wait in batch if not wait.done()]
+
+    def outcome(self, wait: Wait) -> Outcome:
+        """Return what the answer means for a wait; waits with the same facts share it, and one hash of a payload."""
+        poll = self.poll
+        is_young = wait.ticket is not None and poll.started_at - wait.origin < YOUNG
+        facts = PollFacts(
+            poll.polled.operation_id,
+            wait.ticket,
+            wait.final is poll,
+            wait.may_be_missing or is_young,
+            self.was_seen,
+        )
+        if facts not in self._outcomes:
+            self._outcomes[facts] = poll_outcome(self.answer, facts)
+        return self._outcomes[facts]
+
+
+def _deadlines_in_a_turn(now: float, due: float | None) -> int:
+    """Return how many deadlines one turn of the loop handles: a batch, or one for each second by which they are late.
+
+    If others make the turns long, there are few of them: with one batch in each, waits would end ever later. The number
+    depends on nothing but the loop's clock, so that it is the same if that clock stands still within a turn.
+    """
+    late = 0.0 if due is None else now - due
+    return int(min(BATCH * max(1.0, late), _MOST_DEADLINES))
+
+
+def _update(wait: Wait, now: float, answer: Operation | KeylessError, *, due: float | None = None) -> None:
+    """Pass on what a poll brought to a wait that has asked for that."""
+    if wait.updates is None:
+        return
+    last = wait.deadline if wait.phase is _POLLING else wait.deadline + FINAL_POLL_TIMEOUT
+    wait.updates.send_nowait(
+        ApprovalUpdate(
+            operation=answer if isinstance(answer, Operation) else None,
+            error=answer if isinstance(answer, KeylessError) else None,
+            polls=wait.polls,
+            elapsed=now - wait.started_at,
+            next_poll_in=None if due is None else max(0.0, min(due, last) - now),
+        )
+    )
+
+
+def _record(wait: Wait, now: float, answer: Operation | KeylessError | None = None) -> WaitRecord:
+    """Return what an error tells about a wait that the answer ends."""
+    return WaitRecord(
+        wait.polled.operation_id,
+        answer if isinstance(answer, Operation) else None,
+        wait.error,
+        wait.polls,
+        now - wait.started_at,
+        wait.ticket,
+    )

@@ -1,0 +1,356 @@
+"""The asyncio around the machine: one timer, the tasks that carry polls, turns of the loop, closing.
+
+Nothing about waits is decided here: see `machine`. A worker is a task that takes the next poll itself when its poll has
+ended, and exits when none may start: so ten thousand waits due at once cost the event loop no more than
+``max_in_flight`` of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import math
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from aiokeyless._http.protocol import operation_path
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT
+from aiokeyless._rules.outcome import YOUNG
+from aiokeyless._tracing import context_without_traces
+from aiokeyless.errors import ClientClosedError, KeylessError, RequestTimeoutError, TransportError
+
+from .explanation import Explainer, Explanation
+from .machine import BATCH, EXPIRED_PATIENCE, FRESH, Machine
+from .reporting import Reporter
+from .state import WAIT_SLOTS, Wait, WaitPhase, WaitResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from tenacity.wait import wait_base
+
+    from aiokeyless._http.transport import Transport
+    from aiokeyless._listeners import Listeners
+    from aiokeyless.models import Operation
+    from aiokeyless.reports import ClientStatistics
+    from aiokeyless.ticket import ApprovalTicket
+
+    from .machine import Application
+    from .state import Poll, Updates
+
+_AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
+
+
+class FutureWait(asyncio.Future[WaitResult], Wait):
+    """One wait, and the future that its caller awaits. It never raises: errors are results too."""
+
+    __slots__ = WAIT_SLOTS
+
+
+class Poller:
+    """The waits of one client.
+
+    Args:
+        transport: What sends the polls.
+        schedule: When to poll, for waits that bring no schedule of their own.
+        max_in_flight: Polls in flight at once.
+        max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
+        listeners: Whom to tell of waits, polls and the circuit; None for nobody.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        schedule: wait_base,
+        max_in_flight: int,
+        max_polls_per_second: float | None = None,
+        listeners: Listeners | None = None,
+    ) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        # Not the context of the caller that happened to be first: its trace and its logging variables are not ours.
+        self._context = context_without_traces()
+        self._reporter = Reporter(listeners, self._loop.time())
+        self._machine = Machine(
+            self._reporter,
+            schedule=schedule,
+            max_in_flight=max_in_flight,
+            max_polls_per_second=max_polls_per_second,
+            request_timeout=transport.request_timeout,
+            no_answer=self._no_answer,
+        )
+        self._explainer = Explainer(transport)
+        self._created: dict[tuple[str, datetime], float] = {}  # by id and `created_at`: a later ticket has a later one
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
+        self._workers: set[asyncio.Task[None]] = set()
+        self._starting: set[Poll] = set()  # those whose workers have not started yet
+        self._exchanges: dict[Poll, asyncio.Task[None]] = {}  # the tasks in which an exchange can be cut off
+        self._leaving: deque[FutureWait] = deque()  # their callers are gone
+        self._left = 0  # waits that left in this turn of the loop; above 0 a callback is set for the next turn
+        self._is_closed = False
+        self._ended: asyncio.Future[None] = self._loop.create_future()  # once it is closed and no wait is left
+
+    # -- waits
+
+    def created(self, ticket: ApprovalTicket) -> None:
+        """Remember on the loop's clock that the operation of a ticket was created just now."""
+        now = self._loop.time()
+        while self._created and now - self._created[oldest := next(iter(self._created))] > YOUNG:
+            del self._created[oldest]
+        self._created[ticket.operation_id, ticket.created_at] = now
+
+    def start(
+        self,
+        operation_id: str,
+        *,
+        ticket: ApprovalTicket | None,
+        timeout: float | None,
+        schedule: wait_base | None,
+        may_be_missing: bool,
+        patience: float = EXPIRED_PATIENCE,
+        updates: Updates | None = None,
+    ) -> FutureWait:
+        """Start a wait; the caller must `leave` it. The arguments are those of `Machine.start`."""
+        if self._is_closed:
+            raise ClientClosedError("the client is closed; check the operation with get_operation of another client")
+        now = self._loop.time()
+        created = age = None
+        if ticket is not None:
+            created = self._created.get((ticket.operation_id, ticket.created_at))
+            age = now - created if created is not None else (datetime.now(UTC) - ticket.created_at).total_seconds()
+        wait = FutureWait(loop=self._loop)
+        self._machine.start(
+            wait,
+            now,
+            operation_id,
+            ticket=ticket,
+            age=max(0.0, age or 0.0),
+            is_fresh=created is not None and now - created < FRESH,
+            timeout=timeout,
+            schedule=schedule,
+            may_be_missing=may_be_missing,
+            patience=patience,
+            updates=updates,
+        )
+        self._arm(now)
+        return wait
+
+    def explain(self, wait: Wait) -> Explanation:
+        """Explain a wait; the caller must `Explanation.leave` it."""
+        return self._explainer.start(wait, until=wait.deadline + FINAL_POLL_TIMEOUT)
+
+    def stop(self, wait: Wait) -> None:
+        """End a held wait with None, since nobody held it again; harmless after it has ended."""
+        now = self._loop.time()
+        self._machine.end(wait, None, now)
+        self._arm(now)
+
+    def leave(self, wait: FutureWait) -> None:
+        """End a wait whose caller is gone; harmless after it has ended.
+
+        Of very many in one turn of the loop, the first ones leave at once, and the others in the next turns.
+        """
+        if wait.phase is WaitPhase.ENDED:
+            return
+        wait.cancel()
+        if self._left < BATCH:
+            now = self._loop.time()
+            self._machine.leave(wait, now)
+            self._arm(now)
+        else:
+            self._leaving.append(wait)
+        self._left += 1
+        if self._left == 1:
+            self._loop.call_soon(self._leave_batch, context=self._context)
+
+    def leave_all(self, waits: Iterable[FutureWait]) -> None:
+        """End waits that have one caller, who is gone; as `leave` does for each."""
+        left = [wait for wait in waits if wait.phase is not WaitPhase.ENDED]
+        for wait in left[:BATCH]:
+            self.leave(wait)
+        self._leaving.extend(left[BATCH:])
+
+    def _leave_batch(self) -> None:
+        """End some of the waits that are about to leave; called once a turn, as long as any did in the turn before."""
+        batch = [self._leaving.popleft() for _ in range(min(BATCH, len(self._leaving)))]
+        self._left = len(batch)
+        if not batch:
+            return
+        self._loop.call_soon(self._leave_batch, context=self._context)  # first, whatever is raised below
+        now = self._loop.time()
+        for wait in batch:
+            wait.cancel()  # without effect if it ended meanwhile
+            self._machine.leave(wait, now)
+        self._arm(now)
+
+    def statistics(self) -> ClientStatistics:
+        """Return the counts as of now."""
+        return self._machine.statistics(self._loop.time())
+
+    # -- closing
+
+    async def aclose(self) -> None:
+        """End all waits with `ClientClosedError`, and what is in flight for them.
+
+        Once started, it completes by itself, even where the caller is cancelled; a second call waits for the first.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._disarm()
+            self._close_batch(self._machine.waits())
+        await asyncio.shield(self._ended)
+        while self._workers:
+            await asyncio.wait(self._workers)
+        self._reporter.closed(self._loop.time())
+        await self._explainer.aclose()
+
+    def _close_batch(self, waits: Iterator[Wait]) -> None:
+        """End some of the waits; the rest in callbacks, which nobody can cancel."""
+        batch = tuple(itertools.islice(waits, BATCH))
+        if not batch:
+            self._ended.set_result(None)
+            return
+        self._loop.call_soon(self._close_batch, waits, context=self._context)  # first, whatever is raised below
+        now = self._loop.time()
+        for wait in batch:
+            self._machine.end(wait, _closed(wait.polled.operation_id), now)
+            self._machine.leave(wait, now)  # if its caller is gone
+        self._cut_off()
+
+    # -- the timer
+
+    def _arm(self, now: float) -> None:
+        """Cut off what is no longer needed, and set the timer for what time alone brings about, if it is sooner."""
+        self._cut_off()
+        if self._is_closed or self._machine.is_idle:
+            self._disarm()
+            return
+        when = max(now, self._machine.wake_at())
+        if when < self._timer_at:
+            self._disarm()
+            self._timer_at = when
+            self._timer = self._loop.call_at(when, self._wake, context=self._context)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._timer_at = math.inf
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._timer_at = math.inf
+        now = self._loop.time()
+        again = now + _AFTER_BUG
+        try:
+            self._machine.expire(now)
+            self._dispatch(now)
+            again = now
+        finally:  # what is raised goes on to the loop, which logs it; the other waits must not hang for it
+            self._arm(again)
+
+    def _cut_off(self) -> None:
+        for poll in self._machine.take_cut():
+            exchange = self._exchanges.get(poll)
+            if exchange is not None:  # one that has not started yet sees the mark when it does
+                exchange.cancel()
+
+    # -- polls
+
+    def _dispatch(self, now: float) -> None:
+        """Start workers for the polls that may start."""
+        while not self._is_closed and (poll := self._machine.next_poll(now)) is not None:
+            self._starting.add(poll)
+            # Not by the loop's task factory, which is the application's. An eager one would run the worker here and
+            # now, in a context that is entered already: that fails, and asyncio then takes no task of the loop for the
+            # current one any more. Another one may raise, or take no context.
+            worker = asyncio.Task(self._work(poll), loop=self._loop, context=self._context)
+            self._workers.add(worker)
+            worker.add_done_callback(functools.partial(self._worker_ended, poll), context=self._context)
+
+    async def _work(self, poll: Poll | None) -> None:
+        """Carry polls for as long as any may start."""
+        worker = asyncio.current_task(self._loop)
+        assert worker is not None  # noqa: S101  # it runs this
+        machine, clock, send = self._machine, self._loop.time, self._transport.poll
+        self._starting.discard(poll)
+        while poll is not None:
+            more: Application | None = None
+            answer: Operation | KeylessError | None = None
+            try:
+                if not poll.is_over:  # else the last wait left before it started
+                    self._exchanges[poll] = worker
+                    try:
+                        answer = await send(poll.polled.operation_id)
+                    except KeylessError as error:
+                        answer = _bare(error)
+                    except asyncio.CancelledError as cancellation:
+                        answer = self._after_cancellation(poll, worker, cancellation)
+                    finally:
+                        del self._exchanges[poll]
+                now = clock()
+                more = machine.finish_poll(poll, answer, now)
+            except Exception as error:  # noqa: BLE001  # a bug: it must end the waits that it concerns, and not poll forever
+                now = clock()
+                machine.fail_poll(poll, error, now)
+            except BaseException as error:  # this task was cancelled from outside, or a hook raised GeneratorExit
+                machine.abandon_poll(poll, clock(), backs_off=not isinstance(error, asyncio.CancelledError))
+                self._arm(clock())
+                raise
+            if more is not None:
+                self._loop.call_soon(self._apply_more, more, context=self._context)
+            poll = None if self._is_closed else machine.next_poll(now)
+            if poll is not None:  # perhaps it is not the only one that may start
+                self._dispatch(now)
+            self._arm(now)
+
+    def _after_cancellation(
+        self, poll: Poll, worker: asyncio.Task[None], cancellation: asyncio.CancelledError
+    ) -> KeylessError | None:
+        """Return what became of an exchange that was cancelled, or raise: a cancellation from outside is not ours."""
+        if (worker.uncancel() if poll.is_over else worker.cancelling()) > 0:
+            raise cancellation
+        if poll.is_over:
+            return None
+        # This task was not cancelled: something inside the session was, such as a task of a middleware.
+        path = operation_path(poll.polled.operation_id)
+        return TransportError(f"GET {path}: the exchange was cancelled inside the session", method="GET", path=path)
+
+    def _no_answer(self, operation_id: str, seconds: float) -> RequestTimeoutError:
+        path = operation_path(operation_id)
+        return RequestTimeoutError(f"GET {path} got no answer within {seconds:.3g} s", method="GET", path=path)
+
+    def _apply_more(self, application: Application) -> None:
+        """Apply a result to the next ones of very many waits; in callbacks, which nobody can cancel."""
+        now = self._loop.time()
+        if self._machine.apply_more(application, now):
+            self._loop.call_soon(self._apply_more, application, context=self._context)
+        self._arm(now)
+
+    def _worker_ended(self, first: Poll, worker: asyncio.Task[None]) -> None:
+        self._workers.discard(worker)
+        if first in self._starting:  # it was cancelled from outside before it started
+            self._starting.discard(first)
+            now = self._loop.time()
+            self._machine.abandon_poll(first, now, backs_off=False)
+            self._arm(now)
+
+
+def _closed(operation_id: str) -> ClientClosedError:
+    return ClientClosedError(
+        f"the client was closed while operation {operation_id!r} was waited for; "
+        "check it with get_operation of another client"
+    )
+
+
+def _bare(error: KeylessError) -> KeylessError:
+    """Strip an error of what pins frames: a wait may keep it for minutes, and their locals hold whole bodies.
+
+    No cause either: aiohttp's have tracebacks of their own, also in attributes, and the message names them.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error

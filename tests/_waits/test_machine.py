@@ -1,0 +1,1239 @@
+"""The machine in tables of calls: what it is told, what it starts, and what waits end with."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tenacity import wait_exponential, wait_fixed
+from tenacity.wait import wait_base
+
+from aiokeyless import ApprovalTicket, wait_adaptive
+from aiokeyless._listeners import Listeners
+from aiokeyless._waits import machine as machine_module
+from aiokeyless._waits.machine import BATCH
+from aiokeyless._waits.state import WaitPhase
+from aiokeyless.events import CircuitChanged, Event, PollEnded, WaitEnded, WaitOutcome, WaitStarted
+
+from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TICKET = ApprovalTicket.for_operation("op", user_id=USER, expires_in=20.0)
+
+
+@pytest.fixture(autouse=True)
+def _backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backoff without its chance: half a second for each failure in a row."""
+    monkeypatch.setattr(machine_module, "error_delay", lambda failures: 0.5 * failures)
+
+
+class TestPolls:
+    def test_a_wait_is_polled_at_once_and_then_by_its_schedule(self) -> None:
+        machine = Calls(schedule=wait_fixed(2))
+        machine.wait(at=1.0)
+        assert machine.wake_at() == 1.0
+        poll = machine.one(1.0)
+        assert machine.started(1.0) == []
+        machine.answer(poll, 1.5)
+        assert machine.started(3.4) == []
+        assert machine.wake_at() == 3.5
+        assert names(machine.started(3.5)) == ["op"]
+
+    @pytest.mark.parametrize(("is_fresh", "first", "second"), [(False, 5.0, 6.0), (True, 6.0, 8.0)])
+    def test_the_first_poll_of_a_fresh_ticket_is_the_schedules(
+        self, is_fresh: bool, first: float, second: float
+    ) -> None:
+        machine = Calls(schedule=wait_exponential())
+        machine.wait(at=5.0, ticket=TICKET, age=0.5, is_fresh=is_fresh)
+        assert machine.started(first - 0.1) == []
+        machine.answer(machine.one(first), first)
+        assert machine.wakes(first) == second
+
+    def test_a_poll_that_would_start_at_the_deadline_is_the_final_one(self) -> None:
+        machine = Calls(schedule=wait_fixed(2))
+        wait = machine.wait(ticket=TICKET, timeout=2.0, is_fresh=True)
+        poll = machine.one(2.0)
+        assert poll.final
+        assert wait.final is poll
+
+    def test_the_clock_of_the_schedule_starts_at_the_earliest_creation_that_a_wait_knows_of(self) -> None:
+        asked: list[float | None] = []
+
+        class Asked(wait_base):
+            def __call__(self, retry_state: Any) -> float:
+                asked.append(retry_state.seconds_since_start)
+                return 1.0
+
+        machine = Calls(schedule=Asked())
+        machine.wait(at=10.0)
+        machine.wait(at=10.0, ticket=TICKET, age=4.0)
+        machine.wait(at=10.0)
+        machine.answer(machine.one(10.0), 11.0)
+        assert asked == [5.0]
+
+    def test_the_soonest_delay_of_all_schedules_counts(self) -> None:
+        machine = Calls()
+        for seconds in (5, 2, 9):
+            machine.wait(schedule=wait_fixed(seconds))
+        machine.answer(machine.one(0.0), 0.0)
+        assert machine.wakes(0.0) == 2.0
+
+    def test_of_those_due_at_the_same_time_the_first_to_come_is_first(self) -> None:
+        machine = Calls(1)
+        for name in "cab":
+            machine.wait(name)
+        order = []
+        for _ in range(3):
+            poll = machine.one(0.0)
+            order.append(poll.polled.operation_id)
+            machine.answer(poll, 0.0)
+        assert order == ["c", "a", "b"]
+
+    def test_a_wait_that_starts_during_a_poll_is_served_by_its_approval_only(self) -> None:
+        machine = Calls()
+        first = machine.wait()
+        poll = machine.one(0.0)
+        second = machine.wait(at=0.5)
+        machine.answer(poll, 1.0)
+        assert (first.polls, second.polls) == (1, 0)
+        poll = machine.one(1.0)  # the second one's
+        third = machine.wait(at=1.5)
+        machine.answer(poll, 2.0, "approved")
+        assert [wait.outcome for wait in (first, second, third)] == ["approved"] * 3
+        assert third.polls == 1
+
+    def test_a_schedule_that_raises_ends_its_own_waits(self) -> None:
+        class Broken(wait_base):
+            def __call__(self, retry_state: object) -> float:
+                raise RuntimeError
+
+        machine = Calls()
+        alone = machine.wait("alone", schedule=Broken())
+        broken, good = machine.wait(schedule=Broken()), machine.wait()
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0)
+        assert (alone.outcome, broken.outcome, good.outcome) == ("ConfigurationError", "ConfigurationError", "")
+        assert machine.wakes(0.0) == 1.0
+
+    def test_the_attempt_counts_pending_answers(self) -> None:
+        machine = Calls(schedule=wait_exponential())
+        wait = machine.wait()
+        for at, answer in ((0.0, "pending"), (1.0, error(500)), (1.5, error(500)), (2.5, "pending"), (4.5, "pending")):
+            machine.answer(machine.one(at), at, answer)
+            assert machine.wakes(at) > at
+        assert wait.attempt == 4
+
+
+class TestSlots:
+    def test_no_more_polls_are_in_flight_than_there_are_slots(self) -> None:
+        machine = Calls(1)
+        machine.wait("first")
+        machine.wait("second")
+        poll = machine.one(0.0)
+        assert machine.wake_at() == TIMEOUT  # nothing but the timeout of the one in flight
+        assert machine.statistics(4.0).lag == 4.0
+        machine.answer(poll, 4.0)
+        assert names(machine.started(4.0)) == ["second"]
+
+    def test_a_final_poll_goes_before_what_is_due_longer(self) -> None:
+        machine = Calls(2, schedule=wait_fixed(50))
+        machine.wait("final", timeout=1.0)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.wait("ordinary", at=0.5)
+        machine.wait("other", at=0.5)
+        assert [(poll.polled.operation_id, poll.final) for poll in machine.started(1.0)] == [
+            ("final", True),
+            ("ordinary", False),
+        ]
+
+    def test_every_eighth_slot_goes_to_an_ordinary_poll_whatever_the_rate(self) -> None:
+        machine = Calls(rate=5.0, schedule=wait_fixed(50))
+        for number in range(30):
+            machine.wait(f"final-{number}", timeout=0.5, ticket=None)
+        machine.run(0.4, lambda *_: "pending")
+        machine.wait("ordinary", at=0.5)
+        polls = machine.started(0.5)
+        assert [poll.final for poll in polls].index(False) == 7
+        assert len(polls) == 31
+
+    def test_every_eighth_slot_is_a_final_polls_if_nothing_is_due(self) -> None:
+        machine = Calls(schedule=wait_fixed(50))
+        for number in range(10):
+            machine.wait(f"final-{number}", timeout=0.5)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0)
+        assert [poll.final for poll in machine.started(0.5)] == [True] * 10
+
+    def test_a_final_poll_that_no_wait_needs_any_more_is_left_out(self) -> None:
+        machine = Calls(1)
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        late, other = machine.wait("late", timeout=1.0), machine.wait("other", timeout=1.1)
+        machine.expire(1.0)
+        machine.expire(1.1)
+        late.is_cancelled = True
+        assert machine.statistics(3.0).lag == 0.0
+        machine.answer(busy, 1.5)
+        assert names(machine.started(1.5)) == ["other"]
+        machine.leave(late, 1.5)
+        assert other.outcome == ""
+
+    def test_of_very_many_final_polls_that_no_wait_needs_some_are_passed_over_at_a_time(self) -> None:
+        machine = Calls(1)
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        gone = [machine.wait(f"gone-{number}", timeout=1.0) for number in range(1_000)]
+        needed = machine.wait("needed", timeout=1.0)
+        for _ in range(8):  # turns of the loop
+            machine.expire(1.0)
+        for wait in gone:
+            wait.is_cancelled = True
+        machine.answer(busy, 1.0)
+        for _ in range(2):
+            assert machine.started(1.0) == []
+            assert machine.wake_at() == 1.0
+        assert names(machine.started(1.0)) == ["needed"]
+        assert needed.final is not None
+
+    def test_no_poll_starts_for_callers_that_are_gone(self) -> None:
+        machine = Calls()
+        gone = [machine.wait(f"gone-{number}") for number in range(1_000)]
+        machine.wait("here")
+        for wait in gone:
+            wait.is_cancelled = True
+        for _ in range(2):
+            assert machine.started(0.0) == []
+            assert machine.wake_at() == 0.0
+        assert names(machine.started(0.0)) == ["here"]
+        assert machine.wake_at() == TIMEOUT
+
+    def test_those_that_failed_last_get_half_of_the_slots(self) -> None:
+        machine = Calls(4)
+        for number in range(4):
+            machine.wait(f"bad-{number}")
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(500))
+        machine.wait("good", at=0.4)
+        machine.wait("better", at=0.6)
+        assert names(machine.started(0.4)) == ["good"]
+        assert names(machine.started(0.6)) == ["bad-0", "bad-1", "better"]
+
+    def test_a_poll_is_overdue_after_the_request_timeout_and_backs_off(self) -> None:
+        machine = Calls()
+        machine.wait("first")
+        first = machine.one(0.0)
+        machine.wait("second", at=3.0)
+        second = machine.one(3.0)
+        machine.expire(TIMEOUT - 0.1)
+        assert list(machine.take_cut()) == []
+        machine.expire(TIMEOUT)
+        assert list(machine.take_cut()) == [first]
+        assert list(machine.take_cut()) == []
+        assert machine.wake_at() == 3.0 + TIMEOUT
+        machine.answer(first, TIMEOUT, None)
+        assert machine.statistics(TIMEOUT).transient_failures == 1
+        assert machine.wake_at() <= TIMEOUT
+        assert machine.started(TIMEOUT) == []
+        assert machine.wake_at() == TIMEOUT + 0.5
+        assert not second.is_over
+
+    @pytest.mark.parametrize("answer", [None, "abandoned"])
+    def test_a_poll_that_brought_nothing_is_repeated_at_once(self, answer: str | None) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        poll = machine.one(1.0)
+        if answer is None:
+            machine.answer(poll, 2.0, None)
+        else:
+            machine.abandon_poll(poll, 2.0, backs_off=False)
+        assert names(machine.started(2.0)) == ["op"]
+        assert wait.outcome == ""
+
+    def test_a_poll_that_a_hook_ended_is_a_failure(self) -> None:
+        machine = Calls()
+        waits = [machine.wait() for _ in range(3 * BATCH)]
+        machine.abandon_poll(machine.one(1.0), 2.0, backs_off=True)
+        assert machine.statistics(2.0).transient_failures == 1
+        assert machine.started(2.4) == []
+        assert names(machine.started(2.5)) == ["op"]
+        assert {wait.polls for wait in waits} == {2}
+
+    def test_an_abandoned_final_poll_is_made_again(self) -> None:
+        machine = Calls()
+        wait = machine.wait(timeout=1.0)
+        machine.answer(machine.one(0.0), 0.5)
+        poll = machine.one(1.0)
+        machine.abandon_poll(poll, 1.2, backs_off=False)
+        again = machine.one(1.2)
+        assert again.final
+        machine.answer(again, 1.3, "approved")
+        assert wait.outcome == "approved"
+
+
+class TestRate:
+    def test_below_the_rate_nothing_changes(self) -> None:
+        for rate in (None, 2.0):
+            machine = Calls(rate=rate)
+            machine.wait("a")
+            machine.wait("b", schedule=wait_fixed(2.5))
+            times = [at for at, _ in machine.run(10.0, lambda *_: "pending")]
+            assert times == [0, 0, 1, 2, 2.5, 3, 4, 5, 5, 6, 7, 7.5, 8, 9, 10, 10]
+
+    def test_no_operation_starves_above_the_rate(self) -> None:
+        machine = Calls(rate=50.0, schedule=wait_fixed(0.1))
+        for number in range(50):
+            machine.wait(f"op-{number}")
+        machine.wait("slow", schedule=wait_fixed(10))
+        polls = machine.run(60.0, lambda *_: "pending")
+        assert [name for _, name in polls].count("slow") >= 5
+        assert len(polls) == pytest.approx(50 + 50 * 60, abs=2)
+
+    def test_the_lag_is_the_time_by_which_polls_are_late(self) -> None:
+        machine = Calls(rate=1.0, schedule=wait_fixed(100))
+        for number in range(5):
+            machine.wait(f"op-{number}")
+        assert machine.statistics(0.0).lag == 0.0
+        machine.run(2.0, lambda *_: "pending")
+        assert machine.statistics(3.0).lag == 3.0
+        machine.run(4.0, lambda *_: "pending", since=3.0)
+        assert machine.statistics(5.0).lag == 0.0
+
+    def test_a_final_poll_does_not_wait_for_the_rate_and_is_counted(self) -> None:
+        machine = Calls(rate=1.0, schedule=wait_fixed(100))
+        for number in range(3):
+            machine.wait(f"final-{number}", timeout=0.0)
+        machine.expire(120.0)
+        assert len(machine.started(120.0)) == 3
+        machine.wait("ordinary", at=120.0)
+        assert machine.started(120.0) == []
+        assert machine.wake_at() == pytest.approx(122.0)  # a second's polls are owed, and no more
+        assert machine.started(121.9) == []
+        assert names(machine.started(122.0)) == ["ordinary"]
+
+    def test_a_refusal_halves_the_rate(self) -> None:
+        machine = Calls(rate=100.0)
+        machine.wait()
+        machine.answer(machine.one(0.0), 0.0, error(429))
+        assert machine.statistics(0.0).rate_limit == 0.5
+        assert Calls().statistics(0.0).rate_limit is None
+
+
+def opened(machine: Calls, at: float) -> float:
+    """Let five operations fail, and return when the next poll may start."""
+    waits = [machine.wait(f"failing-{number}", at=at) for number in range(5)]
+    for poll in machine.started(at):
+        machine.answer(poll, at, error(500))
+    for wait in waits:
+        machine.give_up(wait, at)
+    assert machine.statistics(at).circuit == "open"
+    return machine._circuit.retry_at()
+
+
+class TestCircuit:
+    def test_one_probe_goes_at_a_time_and_one_final_poll(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        retry_at = opened(machine, 0.0)
+        for number in range(3):
+            machine.wait(f"ordinary-{number}")
+            machine.wait(f"final-{number}", timeout=0.01)
+        assert [poll.final for poll in machine.started(0.01)] == [True]
+        assert machine.wake_at() == retry_at
+        assert machine.wakes(retry_at) > retry_at  # the final poll takes the room of the probe
+
+    def test_final_polls_that_queue_while_a_pause_holds_go_on_once_it_is_over(self) -> None:
+        machine = Calls()
+        machine.wait("refused", timeout=None)
+        machine.answer(machine.one(0.0), 0.0, error(429, retry_after=1.5))
+        ends = [machine.wait(f"final-{number}", timeout=0.1) for number in range(3)]
+        assert len(machine.started(0.1)) == 1
+        assert machine.wake_at() == 1.5
+        assert machine.wakes(1.5) == 2.1
+        assert [wait.outcome for wait in ends] == [""] * 3
+
+    def test_a_good_operation_is_probed_before_one_that_failed(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        machine.wait("bad")
+        machine.answer(machine.one(0.0), 0.0, error(500))
+        retry_at = opened(machine, 0.1)
+        machine.wait("good", at=0.2)
+        assert names(machine.started(max(retry_at, 0.6))) == ["good"]
+
+    def test_polls_from_before_a_failure_take_no_room(self) -> None:
+        machine = Calls(8)
+        for number in range(7):
+            machine.wait(f"hanging-{number}")
+        assert len(machine.started(0.0)) == 7
+        machine._circuit.record_failure(1.0, "x", started_at=1.0, is_probe=True)
+        for number in range(4):
+            machine._circuit.record_failure(1.0, number, started_at=1.0, is_probe=True)
+        machine.wait("probe", at=1.0)
+        assert machine.started(1.0) == []
+        assert names(machine.started(machine.wake_at())) == ["probe"]
+
+    def test_a_retry_that_hangs_since_before_it_opened_keeps_no_probe_from_starting(self) -> None:
+        machine = Calls(8)
+        for name in ("hanging", "other"):
+            machine.wait(name)
+        hanging, other = machine.started(0.0)
+        machine.answer(hanging, 0.0, error(500))
+        assert names(machine.started(0.5)) == ["hanging"]
+        machine.answer(other, 0.6, error(500))
+        opened(machine, 0.6)
+        machine.started(1.0)
+        assert names(machine.started(machine.wake_at())) == ["other"]
+
+    def test_a_poll_that_was_cut_off_says_nothing_and_keeps_the_distance_of_probes(self) -> None:
+        machine = Calls()
+        retry_at = opened(machine, 0.0)
+        wait = machine.wait("probe", at=0.0)
+        probe = machine.one(retry_at)
+        machine.give_up(wait, retry_at + 0.1)
+        assert list(machine.take_cut()) == [probe]
+        machine.answer(probe, retry_at + 0.1, None)
+        machine.wait("next", at=retry_at + 0.1)
+        assert machine.started(retry_at + 0.1) == []
+        assert machine.wake_at() > retry_at + 0.2
+
+    def test_its_changes_are_reported_with_their_cause(self) -> None:
+        events: list[Event] = []
+        machine = Calls(listeners=Listeners((events.append,)))
+        opened(machine, 0.0)
+        machine.wait(at=1.0)
+        machine.answer(machine.one(5.0), 5.0)
+        changes = [(e.state, e.cause, e.waiting) for e in events if isinstance(e, CircuitChanged)]
+        assert changes == [("open", "ServerError", 5), ("half_open", None, 1)]
+
+
+class TestDeadlines:
+    def test_the_final_poll_says_pending(self) -> None:
+        machine = Calls(schedule=wait_fixed(4))
+        wait = machine.wait(timeout=5.0)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(4.0), 4.0)
+        assert machine.wakes(4.0) == 5.0
+        assert wait.phase is WaitPhase.POLLING
+        poll = machine.one(5.0)
+        assert (wait.phase, poll.final) == (WaitPhase.FINAL, True)
+        machine.answer(poll, 5.5)
+        assert (wait.phase, wait.outcome, wait.polls) == (WaitPhase.ENDED, "ApprovalTimeoutError", 3)
+        result: Any = wait.result()
+        assert result.last_operation == operation()
+        assert result.elapsed == 5.5
+        assert machine.is_idle
+        assert machine.wakes(5.5) == math.inf
+
+    def test_a_poll_that_hangs_into_the_deadline_is_cut_off(self) -> None:
+        machine = Calls()
+        machine.wait(timeout=5.0)
+        hanging = machine.one(0.0)
+        final = machine.one(5.0)
+        assert final.final
+        assert list(machine.take_cut()) == [hanging]
+
+    def test_a_poll_that_another_wait_needs_is_not(self) -> None:
+        machine = Calls()
+        for timeout in (5.0, 60.0):
+            machine.wait(timeout=timeout)
+        hanging = machine.one(0.0)
+        final = machine.one(5.0)
+        assert list(machine.take_cut()) == []
+        machine.answer(final, 5.5)  # the other one goes on
+        machine.answer(hanging, 6.0)
+        assert machine.statistics(6.0).waiting == 1
+
+    @pytest.mark.parametrize(
+        ("answers", "outcome", "at"),
+        [
+            ([error(500), "approved"], "approved", 5.5),
+            ([error(500), "pending"], "ApprovalTimeoutError", 5.5),
+            ([error(500), error(503), error(500), error(500)], "ApprovalUnknownError", 6.5),
+            ([error(503, retry_after=1.75), "approved"], "approved", 6.75),
+            ([error(503, retry_after=2.0)], "ApprovalUnknownError", 5.0),
+            ([error(404)], "ApprovalUnknownError", 6.5),
+        ],
+        ids=["approved", "pending", "unknown", "asked for", "too late", "404"],
+    )
+    def test_a_final_poll_that_fails_is_repeated_for_two_seconds(
+        self, answers: list[Any], outcome: str, at: float
+    ) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        updates = Updates()
+        wait = machine.wait(timeout=5.0, updates=updates)
+        machine.answer(machine.one(0.0), 0.0)
+        before, now = 0.0, 5.0
+        while not wait.outcome:
+            assert machine.wakes(before) == now
+            machine.answer(machine.one(now), now, answers.pop(0) if len(answers) > 1 else answers[0])
+            due = updates[-1].next_poll_in
+            before, now = now, now + (due or 0.0)
+        assert (wait.outcome, before) == (outcome, at)
+        assert updates.closed
+
+    def test_a_final_poll_that_hangs_ends_the_wait_after_two_seconds_and_counts_once(self) -> None:
+        machine = Calls()
+        waits = [machine.wait(timeout=5.0) for _ in range(3)]
+        machine.answer(machine.one(0.0), 0.0, error(404))
+        for wait in waits:
+            assert wait.outcome == "NotFoundError"
+        waits = [machine.wait(timeout=5.0) for _ in range(3)]
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(1.0), 1.0, error(500))
+        machine.one(1.5)
+        final = machine.one(5.0)
+        assert machine.wake_at() == 7.0
+        machine.expire(7.0)
+        assert {wait.outcome for wait in waits} == {"ApprovalUnknownError"}
+        result: Any = waits[0].result()
+        assert (result.last_operation, str(result.last_error)) == (
+            None,
+            "GET /v2/operations/op got no answer within 2 s",
+        )
+        assert machine.statistics(7.0).transient_failures == 2
+        assert machine.statistics(7.0).timeouts == 3
+        assert final in machine.take_cut()
+
+    def test_a_wait_whose_final_poll_finds_no_slot_ends_unknown(self) -> None:
+        machine = Calls(1)
+        machine.wait("busy")
+        machine.one(0.0)
+        wait = machine.wait(timeout=1.0)
+        assert machine.started(1.0) == []
+        assert machine.statistics(2.0).lag == 1.0
+        machine.expire(3.0)
+        assert wait.outcome == "ApprovalUnknownError"
+        result: Any = wait.result()
+        assert result.last_error is None
+        assert machine.statistics(3.0).transient_failures == 0
+
+    def test_deadlines_that_pass_before_a_slot_is_free_share_the_final_poll(self) -> None:
+        machine = Calls(1)
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        waits = [machine.wait(timeout=timeout) for timeout in (1.0, 1.5, 1.8)]
+        for at in (1.0, 1.5):
+            assert machine.started(at) == []
+        machine.answer(busy, 1.8)
+        poll = machine.one(1.8)
+        machine.answer(poll, 2.0)
+        assert {wait.outcome for wait in waits} == {"ApprovalTimeoutError"}
+
+    def test_an_ordinary_poll_in_between_is_the_repeat_of_a_final_one(self) -> None:
+        machine = Calls()
+        goes_on = machine.wait(schedule=wait_fixed(5.01))
+        wait = machine.wait(timeout=5.0, schedule=wait_fixed(60))
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(5.0), 5.0, error(500))
+        poll = machine.one(5.01)
+        assert not poll.final
+        machine.answer(poll, 5.02)
+        assert (wait.outcome, goes_on.outcome) == ("ApprovalTimeoutError", "")
+
+    def test_a_final_poll_does_for_an_ordinary_one_that_is_due(self) -> None:
+        machine = Calls(schedule=wait_fixed(5))
+        machine.wait()
+        machine.wait(timeout=5.0)
+        machine.answer(machine.one(0.0), 0.0)
+        poll = machine.one(5.0)
+        assert poll.final
+        machine.answer(poll, 5.5)
+        assert machine.wake_at() == 5.5
+        assert machine.started(5.5) == []
+        assert machine.wake_at() == 10.5
+
+    def test_a_final_poll_that_fails_beside_one_in_flight_sets_nothing(self) -> None:
+        machine = Calls(schedule=wait_fixed(1))
+        machine.wait()
+        machine.wait(timeout=5.0)
+        hanging = machine.one(0.0)
+        machine.answer(machine.one(5.0), 5.0, error(500))
+        machine.answer(hanging, 8.0, error(500))
+        assert machine.started(8.9) == []
+        assert names(machine.started(9.0)) == ["op"]
+
+    def test_the_last_wait_that_needs_a_final_poll_takes_it_along(self) -> None:
+        machine = Calls()
+        first, second = machine.wait(timeout=5.0), machine.wait(timeout=5.5)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(1.0), 1.0, error(500))
+        hanging = machine.one(1.5)
+        final = machine.one(5.0)
+        assert list(machine.take_cut()) == []
+        machine.expire(5.5)
+        assert list(machine.take_cut()) == [hanging]
+        machine.give_up(first, 6.0)
+        assert list(machine.take_cut()) == [final]
+        assert machine.one(6.0) is second.final
+
+    @pytest.mark.parametrize("answer", ["pending", "approved"])
+    def test_an_expired_ticket_has_one_poll_without_a_deadline(self, answer: str) -> None:
+        machine = Calls()
+        wait = machine.wait(ticket=TICKET, age=30.0, timeout=None)
+        assert machine.wake_at() == 0.0
+        poll = machine.one(0.0)
+        assert not poll.final
+        assert machine.wake_at() == TIMEOUT
+        machine.answer(poll, 9.0, answer)
+        assert wait.outcome == ("approved" if answer == "approved" else "ApprovalTimeoutError")
+
+    def test_the_poll_of_an_expired_ticket_is_repeated_for_two_seconds_from_its_first_failure(self) -> None:
+        machine = Calls()
+        wait = machine.wait(ticket=TICKET, age=20.0, timeout=None)
+        polls = machine.run(60.0, lambda *_: error(500))
+        assert [at for at, _ in polls] == [0.0, 0.5, 1.0, 1.5]
+        assert wait.outcome == "ApprovalUnknownError"
+
+    @pytest.mark.parametrize(("options", "at"), [({}, 120.0), ({"patience": 3.0}, 3.0)])
+    def test_an_expired_ticket_that_finds_no_slot_gets_a_final_poll_in_the_end(
+        self, options: dict[str, Any], at: float
+    ) -> None:
+        machine = Calls(1)
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        wait = machine.wait(ticket=TICKET, age=20.0, timeout=None, **options)
+        machine.started(at)
+        machine.take_cut()
+        machine.answer(busy, at, None)
+        assert machine.one(at).final
+        assert wait.outcome == ""
+
+    @pytest.mark.parametrize(("age", "deadline"), [(0.0, 20.0), (15.0, 5.0)])
+    def test_a_ticket_has_what_is_left_of_its_lifetime(self, age: float, deadline: float) -> None:
+        machine = Calls()
+        assert machine.wait(ticket=TICKET, age=age, timeout=None).deadline == deadline
+
+    def test_a_bare_id_without_a_timeout_has_no_end(self) -> None:
+        assert Calls().wait(timeout=None).deadline == math.inf
+
+    def test_many_deadlines_take_several_turns(self) -> None:
+        machine = Calls()
+        for number in range(3 * BATCH):
+            machine.wait(f"op-{number}", timeout=5.0)
+        machine.expire(5.0)
+        assert machine.wake_at() <= 5.0
+        passed = sum(wait.phase is WaitPhase.FINAL for wait in machine.waits())
+        assert passed == BATCH
+        machine.expire(7.0)  # two seconds late: two batches
+        passed = sum(wait.phase is WaitPhase.FINAL for wait in machine.waits())
+        assert passed == 3 * BATCH
+
+
+class TestResults:
+    @pytest.mark.parametrize(
+        ("answer", "outcome"),
+        [
+            (operation(approved=True), "approved"),
+            (operation("other", approved=True), "OperationMismatchError"),
+            (operation(user_id="FF"), "OperationMismatchError"),
+            (operation(state="denied"), "InconsistentOperationError"),
+            (error(404), "NotFoundError"),
+            (error(401), "ServerError"),
+            (error(500), ""),
+            (operation(), ""),
+        ],
+    )
+    @pytest.mark.parametrize("count", [1, 2, 2 * BATCH + 1])
+    def test_the_first_answer_that_decides_ends_each_wait(self, answer: Any, outcome: str, count: int) -> None:
+        machine = Calls()
+        waits = [machine.wait(ticket=TICKET, age=6.0) for _ in range(count)]
+        machine.answer(machine.one(0.0), 0.5, answer)
+        assert {wait.outcome for wait in waits} == {outcome}
+        if outcome and outcome != "approved":
+            assert len({id(wait.result()) for wait in waits}) == count
+
+    @pytest.mark.parametrize(
+        ("options", "outcome"),
+        [
+            ({}, "NotFoundError"),
+            ({"may_be_missing": True}, ""),
+            ({"ticket": TICKET, "age": 4.9}, ""),
+            ({"ticket": TICKET, "age": 5.0}, "NotFoundError"),
+        ],
+    )
+    def test_a_404_counts_as_pending_if_the_operation_is_young_or_will_be_made(
+        self, options: dict[str, Any], outcome: str
+    ) -> None:
+        machine = Calls()
+        wait = machine.wait(**options)
+        machine.answer(machine.one(0.0), 0.5, error(404))
+        assert wait.outcome == outcome
+        assert (machine.wake_at() == 0.5) if outcome else (machine.started(0.5) == [] and machine.wake_at() == 1.5)
+
+    def test_a_404_is_a_failure_once_the_operation_was_seen(self) -> None:
+        machine = Calls()
+        wait, other = machine.wait(), machine.wait(may_be_missing=True)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(1.0), 1.0, error(404))
+        assert (wait.outcome, other.outcome) == ("", "")
+        assert machine.statistics(1.0).transient_failures == 1
+        assert machine.statistics(1.0).circuit == "closed"
+        assert machine.started(1.4) == []
+        machine.answer(machine.one(1.5), 1.5, error(404))
+        assert machine.statistics(1.5).transient_failures == 2
+
+    def test_a_404_that_counted_as_pending_is_no_sight_of_the_operation(self) -> None:
+        machine = Calls()
+        patient = machine.wait(may_be_missing=True)
+        machine.answer(machine.one(0.0), 0.0, error(404))
+        wait = machine.wait(at=0.5)
+        machine.answer(machine.one(0.5), 0.5, error(404))
+        assert (wait.outcome, patient.outcome) == ("NotFoundError", "")
+
+    def test_the_backoff_counts_failures_in_a_row_and_the_pause_that_is_asked_for(self) -> None:
+        machine = Calls()
+        machine.wait()
+        for at, answer in (
+            (0.0, error(500)),
+            (0.5, error(500)),
+            (1.5, "pending"),
+            (2.5, error(503, retry_after=7.0)),
+            (9.5, error(500)),
+            (10.5, "pending"),
+        ):
+            assert machine.started(at - 0.01) == []
+            machine.answer(machine.one(at), at, answer)
+
+    def test_updates_say_what_a_poll_brought_and_when_the_next_one_is_due(self) -> None:
+        machine = Calls(schedule=wait_fixed(3))
+        updates = Updates()
+        machine.wait(timeout=5.0, updates=updates)
+        failure = error(500)
+        for at, answer in ((0.0, "pending"), (3.0, failure), (3.5, "pending"), (5.0, "pending")):
+            machine.answer(machine.one(at), at, answer)
+        assert [(u.operation, u.error, u.polls, u.elapsed, u.next_poll_in) for u in updates] == [
+            (operation(), None, 1, 0.0, 3.0),
+            (None, failure, 2, 3.0, 0.5),
+            (operation(), None, 3, 3.5, 1.5),
+            (operation(), None, 4, 5.0, None),
+        ]
+        assert updates.closed
+
+    def test_waits_that_are_told_and_waits_that_are_not_share_a_poll(self) -> None:
+        machine = Calls()
+        updates = Updates()
+        wait, told = machine.wait(), machine.wait(updates=updates)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(1.0), 1.0, "approved")
+        assert (wait.outcome, told.outcome) == ("approved", "approved")
+        assert [update.next_poll_in for update in updates] == [1.0, None]
+        assert updates[-1].operation == operation(approved=True)
+
+    def test_very_many_waits_take_several_turns_and_one_that_leaves_meanwhile_keeps_its_end(self) -> None:
+        machine = Calls()
+        waits = [machine.wait() for _ in range(2 * BATCH + 1)]
+        more = machine.finish_poll(machine.one(0.0), operation(approved=True), 0.0)
+        assert more is not None
+        assert [wait.outcome for wait in waits].count("approved") == BATCH
+        machine.give_up(waits[-1], 0.0)
+        assert machine.apply_more(more, 0.1)
+        assert not machine.apply_more(more, 0.2)
+        assert {wait.outcome for wait in waits[:-1]} == {"approved"}
+        assert machine.is_idle
+        assert machine.statistics(0.2).in_flight == 0
+
+    def test_a_bug_in_a_batch_ends_its_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        machine = Calls()
+        waits = [machine.wait(), machine.wait()]
+        poll = machine.one(0.0)
+        monkeypatch.setattr(machine_module, "poll_outcome", broken)
+        machine.answer(poll, 0.0)
+        assert {wait.outcome for wait in waits} == {"ZeroDivisionError"}
+        assert machine.statistics(0.0).in_flight == 0
+
+    def test_a_bug_ends_the_waits_of_its_poll_and_no_others(self) -> None:
+        machine = Calls()
+        wait, other = machine.wait(), machine.wait("other")
+        poll, _ = machine.started(0.0)
+        machine.fail_poll(poll, ZeroDivisionError(), 0.5)
+        machine.fail_poll(poll, ZeroDivisionError(), 0.5)
+        assert (wait.outcome, other.outcome) == ("ZeroDivisionError", "")
+        assert machine.statistics(0.5).in_flight == 1
+
+
+class TestLeaving:
+    def test_the_last_one_takes_the_polls_along(self) -> None:
+        machine = Calls()
+        first, second = machine.wait(), machine.wait()
+        poll = machine.one(0.0)
+        machine.give_up(first, 0.5)
+        assert list(machine.take_cut()) == []
+        machine.give_up(second, 0.5)
+        machine.give_up(second, 0.5)
+        assert list(machine.take_cut()) == [poll]
+        machine.answer(poll, 0.6, None)
+        assert machine.is_idle
+        assert machine.started(99.0) == []
+
+    def test_a_final_poll_of_the_last_one_is_cut_off_and_others_are_not(self) -> None:
+        machine = Calls()
+        wait, other = machine.wait(timeout=5.0), machine.wait("other", timeout=5.0)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(500))
+        finals = [poll for poll in machine.started(5.0) if poll.final]
+        machine.give_up(wait, 5.5)
+        assert [poll.polled.operation_id for poll in machine.take_cut()] == ["op"]
+        assert [poll.is_over for poll in finals] == [True, False]
+        assert other.outcome == ""
+
+    def test_a_stopped_wait_ends_with_none(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        machine.end(wait, None, 1.0)
+        machine.end(wait, ZeroDivisionError(), 1.0)
+        assert wait.result() is None
+        assert machine.is_idle
+
+    def test_all_waits_can_be_ended_while_they_are_listed(self) -> None:
+        machine = Calls()
+        gone, *waits = [machine.wait(name) for name in ("a", "b", "b")]
+        gone.is_cancelled = True
+        for wait in machine.waits():
+            machine.end(wait, ZeroDivisionError(), 1.0)
+        assert {wait.outcome for wait in waits} == {"ZeroDivisionError"}
+        machine.leave(gone, 1.0)
+        assert machine.is_idle
+
+    @pytest.mark.parametrize("order", [range(5), range(4, -1, -1), [2, 0, 4, 1, 3]], ids=["first", "last", "any"])
+    def test_an_operation_lets_go_of_waits_that_have_ended(self, order: Sequence[int]) -> None:
+        machine = Calls()
+        waits = [machine.wait() for _ in order]
+        polled = waits[0].polled
+        for ended, k in enumerate(order, 1):
+            machine.give_up(waits[k], 0.0)
+            assert (polled.live, polled.before_deadline) == (5 - ended, 5 - ended)
+            assert polled.active_waits() == [wait for wait in waits if not wait.done()]
+            assert len(polled.all_waits()) <= 2 * polled.live
+
+    def test_waits_and_operations_and_polls_hold_nothing_else(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        for thing in (wait, wait.polled, machine.one(0.0)):
+            assert not hasattr(thing, "__dict__")
+
+
+class Learner(wait_adaptive):
+    """Polls every two seconds, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: list[tuple[float, float | None]] = []
+
+    def __call__(self, retry_state: object) -> float:
+        return 2.0
+
+    def observe(self, after: float, until: float | None) -> None:
+        self.observed.append((after, until))
+
+
+class TestLearning:
+    @pytest.mark.parametrize(
+        ("ticket", "age", "observed"),
+        [(TICKET, 0.5, [(2.5, 5.5)]), (TICKET, 1.0, []), (None, 0.0, [])],
+        ids=["began with it", "resumed", "bare id"],
+    )
+    def test_only_waits_that_began_with_their_operation_teach(
+        self, ticket: ApprovalTicket | None, age: float, observed: list[Any]
+    ) -> None:
+        schedule = Learner()
+        machine = Calls(schedule=schedule)
+        machine.wait(ticket=ticket, age=age)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(2.0), 3.0)
+        machine.answer(machine.one(5.0), 5.0, "approved")
+        assert schedule.observed == observed
+
+    def test_each_schedule_learns_once(self) -> None:
+        schedule, other = Learner(), Learner()
+        machine = Calls(schedule=schedule)
+        for each in (None, other, schedule, other, wait_fixed(1)):
+            machine.wait(ticket=TICKET, schedule=each)
+        machine.answer(machine.one(0.0), 0.0, "approved")
+        assert schedule.observed == other.observed == [(0.0, 0.0)]
+
+    def test_an_operation_that_was_not_approved_teaches_until_when_it_was_pending(self) -> None:
+        schedule = Learner()
+        machine = Calls(schedule=schedule)
+        wait = machine.wait(ticket=TICKET)
+        machine.give_up(machine.wait("unseen", ticket=TICKET), 0.0)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(2.0), 3.0)
+        machine.give_up(wait, 4.0)
+        assert schedule.observed == [(2.0, None)]
+
+
+class TestRecords:
+    """What errors, events and counts say, to the second and to the poll."""
+
+    @staticmethod
+    def watched(slots: int = 64, **options: Any) -> tuple[Calls, list[Event]]:
+        events: list[Event] = []
+        return Calls(slots, listeners=Listeners((events.append,)), **options), events
+
+    def test_a_timeout_tells_of_its_wait(self) -> None:
+        machine, events = self.watched(schedule=wait_fixed(60))
+        wait = machine.wait(at=3.0, ticket=TICKET, age=1.0, timeout=5.0)
+        machine.answer(machine.one(3.0), 3.0)
+        machine.answer(machine.one(8.0), 8.5)
+        result: Any = wait.result()
+        assert (result.operation_id, result.polls, result.elapsed, result.ticket) == ("op", 2, 5.5, TICKET)
+        assert (result.last_operation, result.last_error) == (operation(), None)
+        (ended,) = (event for event in events if isinstance(event, WaitEnded))
+        assert (ended.seconds, ended.age) == (5.5, 6.5)
+
+    def test_a_timeout_of_an_operation_that_never_came_tells_of_the_404(self) -> None:
+        machine, _ = self.watched()
+        missing = error(404)
+        wait = machine.wait(at=3.0, timeout=5.0, may_be_missing=True)
+        for at in (3.0, 4.0, 5.0, 6.0, 7.0, 8.0):
+            machine.answer(machine.one(at), at, missing)
+        result: Any = wait.result()
+        assert (type(result).__name__, result.last_operation) == ("ApprovalTimeoutError", None)
+        assert result.last_error is missing
+
+    @pytest.mark.parametrize("ends", ["hangs", "fails", "asks"])
+    def test_an_unknown_outcome_tells_of_the_failure_and_never_of_an_operation(self, ends: str) -> None:
+        machine, events = self.watched(schedule=wait_fixed(60))
+        updates = Updates()
+        wait = machine.wait(at=3.0, timeout=5.0, updates=updates)
+        machine.answer(machine.one(3.0), 3.0)
+        poll = machine.one(8.0)
+        failure = error(503, retry_after=5.0 if ends == "asks" else None)
+        if ends == "hangs":
+            machine.expire(10.0)
+        else:
+            machine.answer(poll, 8.5, failure)
+            while not wait.outcome:
+                machine.answer(machine.one(machine.wakes(8.5)), 10.0, failure)
+        result: Any = wait.result()
+        assert (type(result).__name__, result.last_operation, result.ticket) == ("ApprovalUnknownError", None, None)
+        assert result.last_error is failure if ends != "hangs" else "within 2 s" in str(result.last_error)
+        assert ends == "hangs" or [update.error for update in updates[1:]] == [failure] * (len(updates) - 1)
+        (ended,) = (event for event in events if isinstance(event, WaitEnded))
+        assert ended.seconds == {"hangs": 7.0, "fails": 7.0, "asks": 5.5}[ends]
+
+    def test_outcomes_are_counted(self) -> None:
+        machine, _ = self.watched()
+        for number in range(3):
+            machine.wait(f"approved-{number}")
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, "approved")
+        for number in range(2):
+            machine.wait(f"late-{number}", at=1.0, timeout=1.0, schedule=wait_fixed(60))
+        for poll in (*machine.started(1.0), *machine.started(2.0)):
+            machine.answer(poll, 2.0)
+        for poll in machine.started(2.0):
+            machine.answer(poll, 2.0)
+        counted = machine.statistics(2.0)
+        assert (counted.approvals, counted.timeouts, counted.polls, counted.waiting) == (3, 2, 7, 0)
+
+    def test_what_a_schedule_that_raises_ends_is_told_in_time(self) -> None:
+        class Broken(wait_base):
+            def __call__(self, retry_state: object) -> float:
+                raise RuntimeError
+
+        machine, events = self.watched(schedule=Broken())
+        waits = [machine.wait(at=1.0), machine.wait(at=1.0)]
+        machine.answer(machine.one(1.0), 2.5)
+        assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [1.5, 1.5]
+        assert waits[0].result() is not waits[1].result()
+
+    def test_what_a_bug_ends_is_told_in_time_and_nothing_cuts_its_poll_off(self) -> None:
+        machine, events = self.watched()
+        machine.wait(at=1.0)
+        poll = machine.one(1.0)
+        machine.fail_poll(poll, ZeroDivisionError(), 2.5)
+        assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [1.5]
+        assert machine.take_cut() == ()
+        assert machine.started(2.5) == []
+
+    def test_an_abandoned_poll_is_not_cut_off(self) -> None:
+        machine, _ = self.watched()
+        wait = machine.wait()
+        poll = machine.one(0.0)
+        machine.abandon_poll(poll, 1.0, backs_off=False)
+        machine.give_up(wait, 1.0)
+        assert machine.take_cut() == ()
+
+    def test_a_poll_that_a_hook_ended_says_how_long_it_took(self) -> None:
+        machine, _ = self.watched()
+        updates = Updates()
+        machine.wait(updates=updates)
+        machine.abandon_poll(machine.one(1.0), 2.5, backs_off=True)
+        assert str(updates[0].error) == "GET /v2/operations/op got no answer within 1.5 s"
+
+    def test_a_poll_that_was_cut_off_is_no_failure(self) -> None:
+        machine, events = self.watched()
+        wait = machine.wait()
+        poll = machine.one(0.0)
+        machine.give_up(wait, 0.5)
+        machine.answer(poll, 0.5, None)
+        assert machine.statistics(0.5).transient_failures == 0
+        assert [e.result.value for e in events if isinstance(e, PollEnded)] == ["cut_off"]
+
+    def test_five_final_polls_that_get_no_answer_open_the_circuit(self) -> None:
+        machine, events = self.watched(schedule=wait_fixed(60))
+        for number in range(5):
+            machine.wait(f"op-{number}", timeout=5.0)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0)
+        machine.started(5.0)
+        machine.expire(7.0)
+        (change,) = (event for event in events if isinstance(event, CircuitChanged))
+        assert (change.state, change.cause, change.seconds) == ("open", "RequestTimeoutError", 7.0)
+        retry_at = machine._circuit.retry_at()
+        assert retry_at > 7.0
+        machine.wait("more", at=7.0, timeout=0.01)
+        machine.started(7.01)
+        machine.expire(9.01)
+        assert machine._circuit.retry_at() == retry_at  # a final poll paces no probe
+
+    def test_one_operation_whose_final_polls_get_no_answer_does_not(self) -> None:
+        machine, _ = self.watched(schedule=wait_fixed(60))
+        for number in range(6):
+            machine.wait(timeout=5.0 + number)
+        machine.answer(machine.one(0.0), 0.0)
+        for number in range(6):
+            machine.started(5.0 + number)
+        for number in range(6):
+            machine.expire(7.0 + number)
+        assert machine.statistics(13.0).circuit == "closed"
+
+    @pytest.mark.parametrize(
+        ("answer", "outcome", "error_type"),
+        [
+            (operation(approved=True), WaitOutcome.APPROVED, None),
+            (operation(state="denied"), WaitOutcome.REJECTED, "InconsistentOperationError"),
+            (error(404), WaitOutcome.FAILED, "NotFoundError"),
+        ],
+        ids=["approved", "rejected", "failed"],
+    )
+    def test_the_end_of_a_wait_is_told_in_time(self, answer: Any, outcome: WaitOutcome, error_type: str | None) -> None:
+        machine, events = self.watched()
+        wait = machine.wait(at=3.0, ticket=TICKET, age=6.0)
+        machine.answer(machine.one(3.0), 4.5, answer)
+        (ended,) = (event for event in events if isinstance(event, WaitEnded))
+        assert (ended.outcome, ended.error, ended.seconds) == (outcome, error_type, 1.5)
+        result: Any = wait.result()
+        assert result is answer or result.last_operation is answer
+
+    def test_each_poll_is_told_with_what_it_brought(self) -> None:
+        machine, events = self.watched()
+        machine.wait()
+        for at, answer in ((0.0, error(500)), (0.5, "pending"), (1.5, "approved")):
+            machine.answer(machine.one(at), at, answer)
+        told = [(event.result.value, event.error) for event in events if isinstance(event, PollEnded)]
+        assert told == [("failed", "ServerError"), ("pending", None), ("approved", None)]
+
+    def test_a_poll_that_hangs_is_told_by_its_operation(self) -> None:
+        machine, _ = self.watched()
+        updates = Updates()
+        machine.wait(at=3.0, updates=updates)
+        poll = machine.one(3.0)
+        machine.expire(13.0)
+        machine.answer(poll, 13.0, None)
+        assert str(updates[0].error) == "GET /v2/operations/op got no answer within 10 s"
+        assert updates[0].elapsed == 10.0
+
+    def test_failures_are_counted(self) -> None:
+        machine, _ = self.watched()
+        machine.wait()
+        for at in (0.0, 0.5, 1.5):
+            machine.answer(machine.one(at), at, error(500))
+        assert machine.statistics(2.0).transient_failures == 3
+
+    def test_a_poll_tells_by_how_much_it_is_late(self, caplog: pytest.LogCaptureFixture) -> None:
+        machine, _ = self.watched(1, schedule=wait_fixed(60))
+        machine.wait("busy")
+        machine.wait("late", at=1.0)
+        busy = machine.one(1.0)
+        assert busy.lag == 1.0
+        machine.answer(busy, 4.0)
+        late = machine.one(4.0)
+        assert late.lag == 3.0
+        machine.answer(late, 4.0)
+        for number in range(10):
+            machine.wait(f"later-{number}", at=4.0)
+            machine.answer(machine.one(6.0 + number), 6.0 + number)
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert line.startswith("polls have been late for over 5 s, now by 3.0 s, with 4 waits")
+
+    def test_a_bug_at_the_end_of_a_wait_ends_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        machine, events = self.watched(1)
+        machine.wait("busy")
+        machine.one(0.0)
+        broken_wait, other = machine.wait(at=1.0, timeout=1.0), machine.wait("other", at=1.0, timeout=3.0)
+        machine.expire(2.0)
+        monkeypatch.setattr(machine_module, "unknown", broken)
+        machine.expire(4.0)
+        assert (broken_wait.outcome, other.phase) == ("ZeroDivisionError", WaitPhase.FINAL)
+        assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [3.0]
+
+    def test_a_final_poll_that_fails_paces_no_probe(self) -> None:
+        machine, _ = self.watched(schedule=wait_fixed(60))
+        retry_at = opened(machine, 0.0)
+        machine.wait("final", at=0.0, timeout=0.1)
+        machine.answer(machine.one(0.1), 0.2, error(500))
+        assert machine._circuit.retry_at() == retry_at
+
+
+class TestSharing:
+    def test_waits_that_share_polls_count_their_own_attempts(self) -> None:
+        machine = Calls(schedule=wait_exponential())
+        first = machine.wait()
+        machine.answer(machine.one(0.0), 0.0)
+        second = machine.wait(at=0.5)
+        for at in (0.5, 1.5, 3.5):
+            machine.answer(machine.one(at), at)
+        assert (first.attempt, second.attempt) == (5, 4)
+
+    def test_a_failure_counts_once_however_many_batches_of_waits_there_are(self) -> None:
+        machine = Calls()
+        for _ in range(3 * BATCH):
+            machine.wait()
+        machine.answer(machine.one(0.0), 0.0, error(404))
+        waits = [machine.wait() for _ in range(3 * BATCH)]
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(1.0), 1.0, error(404))
+        assert machine.statistics(1.0).transient_failures == 1
+        assert waits[0].polled.failures == 1
+        assert machine.wakes(1.0) == 1.5
+
+    def test_what_is_learned_of_waits_that_share_polls(self) -> None:
+        schedule = Learner()
+        machine = Calls(schedule=schedule)
+        waits = [machine.wait(ticket=TICKET) for _ in range(2)]
+        machine.answer(machine.one(0.5), 0.75)
+        for wait in waits:
+            machine.give_up(wait, 1.0)
+        assert schedule.observed == [(0.5, None)]
+
+    def test_operations_share_the_list_of_what_learns_from_them(self) -> None:
+        machine = Calls(schedule=Learner())
+        first, second = machine.wait("a", ticket=TICKET), machine.wait("b", ticket=TICKET)
+        assert first.polled.learners is second.polled.learners
+        machine.wait("b", ticket=TICKET)
+        assert first.polled.learners is second.polled.learners
+
+    def test_a_single_wait_asks_its_schedule_by_its_age_and_its_attempt(self) -> None:
+        asked: list[tuple[float | None, int]] = []
+
+        class Asked(wait_base):
+            def __call__(self, retry_state: Any) -> float:
+                asked.append((retry_state.seconds_since_start, retry_state.attempt_number))
+                return 1.0
+
+        machine = Calls(schedule=Asked())
+        machine.wait(at=10.0, ticket=TICKET, age=0.5, is_fresh=True)
+        machine.answer(machine.one(11.0), 11.5)
+        machine.answer(machine.one(12.5), 12.5)
+        assert asked == [(0.5, 1), (2.0, 2), (3.0, 3)]
+
+    def test_a_404_is_a_failure_once_a_single_wait_has_seen_the_operation(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(1.0), 1.0, error(404))
+        assert wait.outcome == ""
+        assert machine.wakes(1.0) == 1.5
+
+    def test_the_only_wait_of_an_operation_gets_the_very_error_of_its_poll(self) -> None:
+        machine = Calls()
+        wait, failure = machine.wait(), error(404)
+        machine.answer(machine.one(0.0), 0.0, failure)
+        assert wait.result() is failure
+
+    def test_retries_that_end_leave_their_share_of_the_slots(self) -> None:
+        machine = Calls(2)
+        for name in ("a", "b"):
+            machine.wait(name)
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(500))
+        for at in (0.5, 1.5, 3.0):  # one at a time: half of two
+            (poll,) = machine.started(at)
+            machine.answer(poll, at, error(500))
+        (poll,) = machine.started(3.0)
+        machine.answer(poll, 3.0)
+        assert names(machine.started(4.0)) in (["a"], ["b"])
+
+    def test_of_two_queues_the_one_that_is_due_longer_goes_first(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(60))
+        machine.wait("bad")
+        machine.answer(machine.one(0.0), 0.0, error(500))  # due again at 0.5
+        for name, at in (("before", 0.4), ("after", 0.6)):
+            machine.wait(name, at=at)
+        order = []
+        for _ in range(3):
+            poll = machine.one(0.7)
+            order.append(poll.polled.operation_id)
+            machine.answer(poll, 0.7)
+        assert order == ["before", "bad", "after"]
+
+    def test_what_is_scheduled_is_counted_whether_it_failed_or_not(self) -> None:
+        machine = Calls()
+        machine.wait("bad")
+        machine.answer(machine.one(0.0), 0.0, error(500))
+        machine.wait("good")
+        assert len(machine._dispatcher) == 2
+
+    def test_a_final_poll_goes_on_for_others_and_holds_up_no_other(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        machine.wait("refused")
+        machine.answer(machine.one(0.0), 0.0, error(429, retry_after=100))
+        ends = [machine.wait("a", timeout=5.0) for _ in range(4)]
+        machine.wait("a")
+        final = machine.one(5.0)
+        machine.wait("b", at=5.0, timeout=0.2)
+        assert machine.started(5.2) == []
+        for wait in ends[:3]:
+            machine.give_up(wait, 5.5)
+            assert final.is_awaited_as_final()
+            assert machine.started(5.5) == []
+        machine.give_up(ends[3], 6.0)
+        assert not final.is_awaited_as_final()
+        assert not final.is_over
+        assert machine.wake_at() == 6.0
+        assert names(machine.started(6.0)) == ["b"]
+
+    def test_a_poll_serves_those_that_are_left(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        waits = [machine.wait(timeout=5.0 + number) for number in range(4)]
+        poll = machine.one(0.0)
+        for number in range(3):
+            machine.expire(5.0 + number)
+            assert poll.serves_any()
+            assert not poll.serves(waits[number])
+        machine.expire(8.0)
+        assert not poll.serves_any()
+        assert list(machine.take_cut()) == [poll]
+
+
+def test_events_tell_of_waits_and_polls() -> None:
+    events: list[Event] = []
+    machine = Calls(listeners=Listeners((events.append,)), schedule=wait_fixed(5))
+    wait = machine.wait(timeout=6.0)
+    stopped = machine.wait("held")
+    for poll in machine.started(0.5):
+        machine.answer(poll, 1.0)
+    machine.end(stopped, None, 2.0)
+    machine.answer(machine.one(6.0), 6.0)
+    started = [e for e in events if isinstance(e, WaitStarted)]
+    assert [(e.wait, e.timeout) for e in started] == [(wait.number, 6.0), (wait.number + 1, None)]
+    polls = [e for e in events if isinstance(e, PollEnded)]
+    assert [(e.waits, e.is_final, e.seconds, e.lag) for e in polls] == [
+        ((wait.number,), False, 0.5, 0.5),
+        ((wait.number + 1,), False, 0.5, 0.5),
+        ((wait.number,), True, 0.0, 0.0),
+    ]
+    ended = [e for e in events if isinstance(e, WaitEnded)]
+    assert [(e.outcome, e.seconds, e.polls) for e in ended] == [
+        (WaitOutcome.HELD, 2.0, 1),
+        (WaitOutcome.TIMED_OUT, 6.0, 2),
+    ]
