@@ -1,0 +1,68 @@
+"""The calls of one turn of the event loop as one batch: what makes a transaction for each of them affordable."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+Call = TypeVar("Call")
+Result = TypeVar("Result")
+
+
+class Batches(Generic[Call, Result]):
+    """Gathers calls, and has them executed in batches, one batch at a time.
+
+    While a batch is executed, the calls of the next one come together. A caller that is cancelled takes nothing from
+    the others: its call is executed all the same, as it may have been before.
+
+    Args:
+        execute: Executes calls, and returns the result of each, in their order. What it raises is raised to all callers
+            of the batch.
+        most: Calls of one batch, at most.
+    """
+
+    def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result | Exception]]], most: int) -> None:
+        self._execute = execute
+        self._most = most
+        self._pending: list[tuple[Call, asyncio.Future[Result]]] = []
+        self._running: asyncio.Task[None] | None = None
+
+    async def call(self, call: Call) -> Result:
+        """Have a call executed with others; return its result, or raise it if it is an exception."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        self._pending.append((call, future))
+        if self._running is None:
+            # Past the loop's task factory: an eager one would run it before the other calls of this turn have come.
+            self._running = asyncio.Task(self._run(), loop=loop)
+        return await future
+
+    async def aclose(self) -> None:
+        """Wait until all calls have their results."""
+        while self._running is not None:
+            await asyncio.wait({self._running})
+
+    async def _run(self) -> None:
+        try:
+            while self._pending:
+                batch, self._pending = self._pending[: self._most], self._pending[self._most :]
+                await self._settle(batch)
+        finally:
+            self._running = None
+
+    async def _settle(self, batch: list[tuple[Call, asyncio.Future[Result]]]) -> None:
+        results: Sequence[Result | Exception]
+        try:
+            results = await self._execute([call for call, _ in batch])
+        except Exception as error:  # noqa: BLE001  # each caller gets it
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():  # its caller was cancelled
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
