@@ -392,8 +392,8 @@ def broker_for(target: object) -> ApplicationSide:
 def _brokers() -> Iterator[ModuleType]:
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
-        if module.ispkg:
-            yield importlib.import_module(f"{__package__}.{module.name}")
+        if module.ispkg and hasattr(broker := importlib.import_module(f"{__package__}.{module.name}"), "SCHEMES"):
+            yield broker
 
 
 def _made(broker: Any) -> ApplicationSide:  # what a package made is not known to a type checker

@@ -1,0 +1,353 @@
+"""`SqliteBroker`: the face of the file for workers and applications, and the thread in which all of it happens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker.batches import Batches
+from aiokeyless.worker.broker import (
+    Broker,
+    Claimed,
+    Exchange,
+    Inspection,
+    Message,
+    NewRequest,
+    OutcomeDelivery,
+    Terms,
+    UnavailableError,
+)
+from aiokeyless.worker.logs import log
+
+from .schema import MEMORY
+from .store import LONGEST_WAIT, Call, Decide, Overdue, PutOff, SqliteMessage, Store, Take, Unread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from aiokeyless.worker.messages import ApprovalEvent
+
+T = TypeVar("T")
+
+_LARGEST_REQUEST: Final = 1 << 20  # bytes
+_LARGEST_BATCH: Final = 500  # calls in one transaction: others wait for it
+_CHECKS_EVERY: Final = 0.1  # seconds between two checks for what other processes have stored
+_TAKES_EVERY: Final = 0.02  # seconds between two takes: what is due by then comes in one
+_REPAIRS_EVERY: Final = 10.0  # seconds
+_CLEANS_EVERY: Final = 3600.0  # seconds
+_RESOLUTION: Final = 1e-6  # seconds by which a timer may be early: what it is for is due
+
+
+class SqliteBroker(Broker):
+    """A broker in a SQLite file, for the workers and applications of one machine.
+
+    The file is the broker's own. It is made if it is missing, for this user alone. Several processes share it, and one
+    object serves all workers and applications of an event loop.
+
+    Args:
+        path: The file; or ``":memory:"``, for tests: then the object is the broker, its clock is the event loop's,
+            which a test may move, and nothing survives its closing.
+
+    Example:
+        >>> async with SqliteBroker("keyless.db") as broker:
+        ...     await submit_approval(broker, "C0FFEE", operation_id="payment-7")
+        ...     async with next_outcome(broker, "shop") as event:
+        ...         print(event.outcome)
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = os.fspath(path)
+        if not self._path:
+            raise ConfigurationError("broker must name a file, such as sqlite:keyless.db", argument="broker")
+        self.system = "sqlite"
+        self.destination = self._path
+        self.largest_request = _LARGEST_REQUEST
+        self._lease = 0.0
+        self._is_open = False
+        self._store: Store
+        self._clock: Callable[[], datetime]
+        self._thread: ThreadPoolExecutor | None = None  # none for a broker in memory
+        self._batches: Batches[Call, Any] = Batches(self._execute, _LARGEST_BATCH)
+        self._due = _Changes()  # of requests
+        self._decided = _Changes()  # of outcomes
+        self._take_from = 0.0
+        self._readers: set[str] = set()  # those that are known to be in the file
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._handing_back: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<SqliteBroker {self._path}>"
+
+    async def open(self) -> None:
+        """See `Broker`."""
+        if self._is_open:
+            raise ConfigurationError("the broker is open already")
+        loop = asyncio.get_running_loop()
+        if self._path == MEMORY:
+            origin = datetime.now(UTC) - timedelta(seconds=loop.time())
+            self._clock = lambda: origin + timedelta(seconds=loop.time() + _RESOLUTION)
+        else:
+            self._clock = lambda: datetime.now(UTC)
+            self._thread = ThreadPoolExecutor(1, "aiokeyless-sqlite")
+        try:
+            self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
+        except UnavailableError as error:
+            raise BrokerError(str(error)) from None
+        finally:
+            if not hasattr(self, "_store") and self._thread is not None:
+                self._thread.shutdown(wait=False)
+        self._is_open = True
+
+    async def aclose(self) -> None:
+        """See `Broker`."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._due.notify()
+        self._decided.notify()
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            await asyncio.wait({self._housekeeping})
+        while self._handing_back:
+            await asyncio.wait(self._handing_back)
+        await self._batches.aclose()
+        await self._run(self._store.close)
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+
+    def now(self) -> datetime:
+        """See `Broker`."""
+        return self._clock()
+
+    # -- for applications
+
+    async def submit(self, new: NewRequest) -> bool:
+        """See `ApplicationSide`."""
+        try:
+            is_duplicate: bool = await self._lasting(self._store_().submit, new)
+        except UnavailableError as error:
+            raise BrokerError(str(error)) from None
+        self._due.notify()
+        return is_duplicate
+
+    async def next_outcome(self, reader: str) -> OutcomeDelivery:
+        """See `ApplicationSide`."""
+        store = self._store_()
+        if reader not in self._readers:
+            await self._lasting(store.add_reader, reader)
+            self._readers.add(reader)
+        while True:
+            changed = self._decided.next
+            due = await self._run(lambda: store.next_unread(reader))
+            now = self._clock().timestamp()
+            if due is not None and due <= now:
+                unread: Unread | None = await self._pacing(store.take_unread, reader)
+                if unread is not None:
+                    return _Outcome(self, unread)
+            else:
+                await self._wait_for(changed, None if due is None else due - now)
+                self._store_()  # it may be closed by now
+
+    async def settle_unread(self, unread: Unread, *, delay: float | None, handled: bool) -> None:
+        """Forget an outcome that was handled, or deliver it again later."""
+        store = self._store_()
+        if handled:
+            await self._lasting(store.handled, unread)
+        else:
+            await self._pacing(store.put_off_unread, (unread, delay))
+            self._decided.notify()
+
+    # -- for workers
+
+    async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
+        """See `Broker`."""
+        self._store_()
+        self._lease = max(self._lease, lease)
+        if self._housekeeping is None:
+            if self._path != MEMORY:
+                log(
+                    logging.INFO,
+                    "broker.sqlite",
+                    {
+                        "file": self._path,
+                        "advice": "for workers and applications of this machine; for several machines, or requests in "
+                        "the transactions of your own database, use PostgreSQL",
+                    },
+                )
+            self._housekeeping = asyncio.create_task(self._keep_house())
+        return Terms(LONGEST_WAIT, _LARGEST_REQUEST)
+
+    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+        """See `Broker`."""
+        store, loop = self._store_(), asyncio.get_running_loop()
+        until = loop.time() + within
+        while True:
+            changed = self._due.next
+            if self._thread is not None and (pause := self._take_from - loop.time()) > 0:
+                await asyncio.sleep(pause)
+            due = await self._run(store.next_due)
+            now = self._clock().timestamp()
+            left = until - loop.time()
+            if due is not None and due <= now:
+                self._take_from = loop.time() + _TAKES_EVERY
+                messages = await self._taken(Call(store.take, Take(up_to, self._lease, probing), lasting=False))
+                if messages:
+                    return messages
+                due = None  # another worker was faster
+            if left <= 0:
+                return ()
+            await self._wait_for(changed, left if due is None else min(left, due - now))
+            self._store_()
+
+    async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
+        """See `Broker`."""
+        return await self._taken(Call(self._store_().take_overdue, Overdue(up_to, self._lease, grace), lasting=False))
+
+    async def _taken(self, call: Call) -> Sequence[SqliteMessage]:
+        """Return deliveries; where the caller is cancelled meanwhile, hand them back."""
+        taking: asyncio.Task[Sequence[SqliteMessage]] = asyncio.create_task(self._batches.call(call))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            handing_back = asyncio.create_task(self._hand_back(taking))
+            self._handing_back.add(handing_back)
+            handing_back.add_done_callback(self._handing_back.discard)
+            raise
+
+    async def _hand_back(self, taking: asyncio.Task[Sequence[SqliteMessage]]) -> None:
+        with suppress(UnavailableError, BrokerError):  # then they come again after the lease
+            for message in await taking:
+                handed_back = PutOff(message.id, message.number, 0.0, Exchange.NONE)
+                await self._pacing(self._store.put_off, handed_back)
+
+    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+        """See `Broker`."""
+        row = _row(message)
+        await self._pacing(self._store_().put_off, PutOff(row.id, row.number, delay, exchange))
+        self._due.notify()
+
+    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:  # noqa: ARG002  # rows are unique
+        """See `Broker`."""
+        is_stored: bool = await self._lasting(
+            self._store_().decide, Decide(_row(message).id, event, msgspec.json.encode(event))
+        )
+        self._decided.notify()
+        return is_stored
+
+    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # it is in its row
+        """See `Broker`."""
+        claimed: Claimed = await self._lasting(self._store_().claim, _row(message))
+        return claimed
+
+    async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
+        """See `Broker`."""
+        is_held: bool = await self._pacing(self._store_().holds, _row(message).id)
+        return is_held
+
+    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # as above
+        """See `Broker`."""
+        is_free: bool = await self._lasting(self._store_().unclaim, (_row(message).id, token))
+        return is_free
+
+    async def inspect(self) -> Inspection:
+        """See `Broker`."""
+        return await self._run(self._store_().inspect)
+
+    # -- the thread
+
+    def _store_(self) -> Store:
+        if not self._is_open:
+            raise ConfigurationError("the broker is not open: use it in 'async with SqliteBroker(...) as broker'")
+        return self._store
+
+    async def _run(self, do: Callable[[], T]) -> T:
+        """Do something with the file; in its thread, unless it is in memory."""
+        if self._thread is None:
+            return do()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, do)
+
+    async def _execute(self, calls: list[Call]) -> list[Any]:
+        return await self._run(lambda: self._store.execute(calls))
+
+    async def _lasting(self, method: Callable[[list[Any]], Sequence[Any]], argument: object) -> Any:
+        return await self._batches.call(Call(method, argument, lasting=True))
+
+    async def _pacing(self, method: Callable[[list[Any]], Sequence[Any]], argument: object) -> Any:
+        return await self._batches.call(Call(method, argument, lasting=False))
+
+    async def _wait_for(self, changed: asyncio.Event, most: float | None) -> None:
+        """Wait for a change by this process, or until it is time to check for those by others."""
+        if self._thread is not None:
+            most = _CHECKS_EVERY if most is None else min(most, _CHECKS_EVERY)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(most):
+                await changed.wait()
+
+    async def _keep_house(self) -> None:
+        loop = asyncio.get_running_loop()
+        clean_at = loop.time()
+        while True:
+            try:
+                await self._pacing(self._store.repair, self._lease)
+                self._due.notify()
+                self._decided.notify()
+                if loop.time() >= clean_at:
+                    await self._clean()
+                    clean_at = loop.time() + _CLEANS_EVERY
+            except (UnavailableError, BrokerError) as error:  # workers meet it, too
+                log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
+            await asyncio.sleep(_REPAIRS_EVERY)
+
+    async def _clean(self) -> None:
+        after: int | None = 0
+        while after is not None:
+            after = await self._pacing(self._store.clean, after)
+
+
+class _Changes:
+    """Wakes up what waits for something that this process stores."""
+
+    def __init__(self) -> None:
+        self.next = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake up what waits now, and not what comes later."""
+        self.next.set()
+        self.next = asyncio.Event()
+
+
+class _Outcome(OutcomeDelivery):
+    """An outcome in the hands of a reader."""
+
+    __slots__ = ("_broker", "_unread")
+
+    def __init__(self, broker: SqliteBroker, unread: Unread) -> None:
+        self._broker = broker
+        self._unread = unread
+        self.data = unread.data
+        self.place = f"request-{unread.id}"
+
+    async def handled(self) -> None:
+        """See `OutcomeDelivery`."""
+        try:
+            await self._broker.settle_unread(self._unread, delay=None, handled=True)
+        except UnavailableError as error:
+            raise BrokerError(f"the outcome may be delivered again: {error}") from None
+
+    async def put_off(self, delay: float | None = None) -> None:
+        """See `OutcomeDelivery`."""
+        await self._broker.settle_unread(self._unread, delay=delay, handled=False)
+
+
+def _row(message: Message) -> SqliteMessage:
+    assert isinstance(message, SqliteMessage)  # noqa: S101  # this broker made it
+    return message

@@ -1,0 +1,149 @@
+"""The tables, which are those of PostgreSQL's broker too, and how the file is opened. Times are seconds since 1970."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from aiokeyless.errors import BrokerError
+
+from .failures import broker_errors, retried
+
+MEMORY: Final = ":memory:"
+#: Version of the tables that this worker knows; it serves those of a later one that still allow it.
+VERSION: Final = 1
+#: Each is run once, in order, in one transaction with the note that it was.
+_MIGRATIONS: Final = (
+    """
+    CREATE TABLE request (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        operation_id TEXT NOT NULL UNIQUE,
+        content_sha256 TEXT NOT NULL,
+        body BLOB NOT NULL,
+        traceparent TEXT,
+        requested_at REAL NOT NULL,
+        expires_at REAL NOT NULL,
+        stored_at REAL NOT NULL,
+        asked INTEGER,
+        decided_at REAL
+    );
+    CREATE INDEX request_expires ON request (expires_at) WHERE decided_at IS NULL;
+    CREATE TABLE waiting (
+        id INTEGER PRIMARY KEY,
+        due_at REAL NOT NULL,
+        deliveries INTEGER NOT NULL,
+        failures INTEGER NOT NULL
+    );
+    CREATE INDEX waiting_due ON waiting (due_at);
+    CREATE INDEX waiting_probes ON waiting (failures, (deliveries = 0), due_at);
+    CREATE TABLE outcome (
+        id INTEGER PRIMARY KEY,
+        outcome TEXT NOT NULL,
+        body BLOB NOT NULL,
+        decided_at REAL NOT NULL
+    );
+    CREATE TABLE reader (
+        name TEXT PRIMARY KEY,
+        owner TEXT NOT NULL,
+        ready INTEGER NOT NULL
+    );
+    CREATE TABLE unread (
+        reader TEXT NOT NULL,
+        id INTEGER NOT NULL,
+        due_at REAL NOT NULL,
+        failures INTEGER NOT NULL,
+        PRIMARY KEY (reader, id)
+    ) WITHOUT ROWID;
+    CREATE INDEX unread_due ON unread (reader, due_at);
+    CREATE INDEX unread_outcome ON unread (id);
+    """,
+)
+_REMOTE: Final = frozenset(
+    {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
+)
+_MOUNTS: Final = Path("/proc/self/mounts")
+
+
+def connect(path: str, *, now: float) -> sqlite3.Connection:
+    """Open the file, and make it, with its tables, where there is none.
+
+    Args:
+        path: The file, or ``:memory:``.
+        now: The time, in seconds since 1970.
+
+    Raises:
+        BrokerError: It cannot be used; the message says why.
+    """
+    if path != MEMORY:
+        _create(path)
+    with broker_errors(path):
+        connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
+        try:
+            retried(lambda: _prepare(connection, path, now))
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _create(path: str) -> None:
+    """Make the file for this user alone; SQLite gives its log and its index the same mode."""
+    if (remote := _remote_file_system(path)) is not None:
+        raise BrokerError(
+            f"{path} is on a file system of another machine ({remote}), where SQLite loses data: use a file on this "
+            "machine's own disk"
+        )
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise BrokerError(f"{path} cannot be opened for writing: {error.strerror}") from None
+
+
+def _remote_file_system(path: str) -> str | None:
+    """Return the type of the file system, where the machine tells it and it is another machine's."""
+    try:
+        mounts = [line.split()[1:3] for line in _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:  # not Linux
+        return None
+    folder = Path(path).resolve().parent
+    places = [(len(place), kind) for place, kind in mounts if folder.is_relative_to(place.replace("\\040", " "))]
+    kind = max(places, default=(0, ""))[1]
+    return kind if kind in _REMOTE else None
+
+
+def _prepare(connection: sqlite3.Connection, path: str, now: float) -> None:
+    if path != MEMORY and (mode := connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]) != "wal":
+        raise BrokerError(
+            f"{path} cannot be shared by several processes here: its journal mode stays {mode!r}, not wal"
+        )
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        _migrate(connection, path, now)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _migrate(connection: sqlite3.Connection, path: str, now: float) -> None:
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "migration" not in tables:
+        if tables:
+            raise BrokerError(
+                f"{path} is another application's database: the broker's file is its own, name another one"
+            )
+        connection.execute(
+            "CREATE TABLE migration (version INTEGER PRIMARY KEY, oldest_worker INTEGER NOT NULL, "
+            "applied_at REAL NOT NULL)"
+        )
+    with closing(connection.execute("SELECT max(version), max(oldest_worker) FROM migration")) as found:
+        version, oldest_worker = found.fetchone()
+    if oldest_worker is not None and oldest_worker > VERSION:
+        raise BrokerError(f"{path} was upgraded by a later version of this library: upgrade this one, too")
+    for number in range((version or 0) + 1, VERSION + 1):
+        for statement in _MIGRATIONS[number - 1].split(";"):
+            connection.execute(statement)
+        connection.execute("INSERT INTO migration VALUES (?, ?, ?)", (number, 1, now))

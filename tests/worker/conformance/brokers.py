@@ -1,0 +1,123 @@
+"""What the suite needs of a broker's storage, and the requests and outcomes that it stores there."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from aiokeyless.worker.broker import NewRequest
+from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, request_name
+from aiokeyless.worker.sqlite import SqliteBroker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from aiokeyless.worker.broker import Broker, Message
+
+#: Seconds of a lease. It must be longer than a slow machine takes between two lines of a test.
+LEASE = 2.0
+
+
+class Storage(AbstractAsyncContextManager["Storage"]):
+    """Where a broker stores what the objects of several processes share.
+
+    Args:
+        folder: A folder of the test's own.
+    """
+
+    #: Whether what was stored outlives the objects.
+    is_lasting = True
+    #: Whether it counts the failures of each request, and orders probes by them.
+    orders_probes = True
+    #: Whether a different request under a used operation id is refused when it is submitted.
+    refuses_conflicts = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def __aexit__(self, *_error: object) -> None:
+        """Nothing is left."""
+
+    @abstractmethod
+    def broker(self) -> AbstractAsyncContextManager[Broker]:
+        """Return a broker as one more process has it, which is opened by entering it."""
+
+
+class Memory(Storage):
+    is_lasting = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._broker = SqliteBroker(":memory:")
+
+    async def __aenter__(self) -> Self:
+        await self._broker.open()
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self._broker.aclose()
+
+    @asynccontextmanager
+    async def broker(self) -> AsyncGenerator[Broker]:
+        yield self._broker  # all workers and applications share the object
+
+
+class File(Storage):
+    def broker(self) -> SqliteBroker:
+        return SqliteBroker(self.folder / "keyless.db")
+
+
+def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:
+    request = ApprovalRequest(version=VERSION, user_id="C0FFEE", operation_id=operation_id, **fields)
+    digest = request_name(
+        operation_id=operation_id,
+        user_id=request.user_id,
+        operation_payload=request.operation_payload,
+        external_user_id=request.external_user_id,
+        expires_in=request.expires_in,
+        context=request.context,
+    )
+    return NewRequest(request, msgspec.json.encode(request), digest, traceparent)
+
+
+def operation_of(message: Message) -> str:
+    operation_id = msgspec.json.decode(message.body, type=ApprovalRequest).operation_id
+    assert operation_id is not None
+    return operation_id
+
+
+def outcome_of(message: Message, outcome: Outcome = Outcome.APPROVED) -> ApprovalEvent:
+    return ApprovalEvent(
+        version=VERSION,
+        outcome=outcome,
+        operation_id=operation_of(message),
+        requested_at=message.stored_at,
+        decided_at=datetime.now(UTC),
+        deliveries=message.number,
+    )
+
+
+async def submit(broker: Broker, *operation_ids: str) -> None:
+    for operation_id in operation_ids:
+        assert not await broker.submit(new_request(operation_id))
+
+
+async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100, probing: bool = False) -> list[Message]:
+    """Take what is due, and what becomes due within so many seconds."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + within
+    taken: list[Message] = []
+    while (left := until - loop.time()) > 0 and len(taken) < up_to:
+        taken += await broker.take(up_to - len(taken), left, probing=probing)
+    return taken
+
+
+async def decide(broker: Broker, message: Message, outcome: Outcome = Outcome.APPROVED) -> bool:
+    event = outcome_of(message, outcome)
+    return await broker.decide(message, event, new_request(operation_of(message)).digest)

@@ -1,0 +1,48 @@
+"""Each promise of a broker is tested once, against every broker. A broker joins by one line in `BROKERS`."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .brokers import LEASE, File, Memory
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from pathlib import Path
+
+    from aiokeyless.worker.broker import Broker
+
+    from .brokers import Storage
+
+#: What stores requests and outcomes, opened anew for each test.
+BROKERS = [
+    pytest.param(Memory, id="memory", marks=pytest.mark.looptime),
+    pytest.param(File, id="file"),
+]
+
+
+@pytest.fixture(params=BROKERS)
+async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[Storage]:
+    async with request.param(tmp_path) as storage:
+        yield storage
+
+
+@pytest.fixture
+async def opened(storage: Storage) -> AsyncGenerator[Callable[[], Awaitable[Broker]]]:
+    """Opens a broker as one more process would, and closes it at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def opened() -> Broker:
+            broker = await stack.enter_async_context(storage.broker())
+            await broker.prepare(lease=LEASE, service="https://keyless.test")
+            return broker
+
+        yield opened
+
+
+@pytest.fixture
+async def broker(opened: Callable[[], Awaitable[Broker]]) -> Broker:
+    return await opened()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aiokeyless.worker.broker import Claim, Exchange
+from aiokeyless.worker.messages import ApprovalEvent, Outcome
+
+from .brokers import LEASE, decide, new_request, operation_of, submit, take_all
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.worker.broker import Broker, Message
+
+    from .brokers import Storage
+
+    Opened = Callable[[], Awaitable[Broker]]
+
+
+def names(message: Message) -> tuple[str, str]:
+    operation_id = operation_of(message)
+    return operation_id, new_request(operation_id).digest
+
+
+async def test_a_decision_stores_the_outcome_and_removes_the_request(broker: Broker) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    assert await decide(broker, message)
+    assert not await take_all(broker, LEASE + 0.5)
+    outcome = await broker.next_outcome("shop")
+    event = msgspec.json.decode(outcome.data, type=ApprovalEvent)
+    assert (event.operation_id, event.outcome) == ("a", Outcome.APPROVED)
+    assert outcome.place
+    await outcome.handled()
+
+
+async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(opened: Opened) -> None:
+    first, second = await opened(), await opened()
+    await submit(first, "a")
+    (late,) = await first.take(1, 5.0)
+    (present,) = await take_all(second, LEASE * 2, up_to=1)
+    assert await decide(first, late, Outcome.EXPIRED)
+    assert not await decide(second, present, Outcome.APPROVED)
+    outcome = await first.next_outcome("shop")
+    assert msgspec.json.decode(outcome.data, type=ApprovalEvent).outcome is Outcome.EXPIRED
+    await outcome.handled()
+    assert not await take_all(second, LEASE + 0.5)
+
+
+async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
+    worker, other = await opened(), await opened()
+    await submit(worker, "a")
+    (message,) = await worker.take(1, 5.0)
+    assert not await worker.holds(message, *names(message))
+    assert (await worker.claim(message, *names(message))).claim is Claim.NEW
+    assert await other.holds(message, *names(message))
+    await worker.put_off(message, 0.0, Exchange.ANSWERED)
+    (again,) = await other.take(1, 5.0)
+    assert (await other.claim(again, *names(again))).claim is Claim.HELD
+
+
+async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: Broker) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    token = (await broker.claim(message, *names(message))).token
+    await broker.put_off(message, 0.0, Exchange.FAILED)
+    (again,) = await broker.take(1, 5.0)
+    newer = (await broker.claim(again, *names(again))).token
+    assert not await broker.unclaim(message, *names(message), token)
+    assert await broker.holds(message, *names(message))
+    assert await broker.unclaim(again, *names(again), newer)
+    assert not await broker.holds(message, *names(message))
+    assert (await broker.claim(again, *names(again))).claim is Claim.NEW
+
+
+async def test_a_claim_outlives_the_process_that_made_it(storage: Storage, opened: Opened) -> None:
+    worker = await opened()
+    async with storage.broker() as killed:
+        await killed.prepare(lease=LEASE, service="https://keyless.test")
+        await submit(killed, "a")
+        (message,) = await killed.take(1, 5.0)
+        await killed.claim(message, *names(message))
+    (again,) = await take_all(worker, LEASE * 2, up_to=1)
+    assert again.number > message.number
+    assert await worker.holds(again, *names(again))
+
+
+async def test_many_decisions_at_once_are_each_stored_once(opened: Opened) -> None:
+    first, second = await opened(), await opened()
+    expected = {f"payment-{number}" for number in range(30)}
+    await submit(first, *expected)
+    messages = await take_all(first, 0.8, up_to=30)
+    stored = await asyncio.gather(*(decide(worker, message) for message in messages for worker in (first, second)))
+    assert sum(stored) == 30
+    seen = set()
+    for _ in expected:
+        outcome = await second.next_outcome("shop")
+        seen.add(msgspec.json.decode(outcome.data, type=ApprovalEvent).operation_id)
+        await outcome.handled()
+    assert seen == expected

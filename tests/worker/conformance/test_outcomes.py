@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from aiokeyless.worker.messages import ApprovalEvent
+
+from .brokers import decide, submit, take_all
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.worker.broker import Broker, OutcomeDelivery
+
+    Opened = Callable[[], Awaitable[Broker]]
+
+
+def operation_of(outcome: OutcomeDelivery) -> str | None:
+    return msgspec.json.decode(outcome.data, type=ApprovalEvent).operation_id
+
+
+async def decide_all(broker: Broker, *operation_ids: str) -> None:
+    await submit(broker, *operation_ids)
+    for message in await take_all(broker, 1.0, up_to=len(operation_ids)):
+        assert await decide(broker, message)
+
+
+async def none_comes(broker: Broker, reader: str, within: float = 0.4) -> bool:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(within):
+            await broker.next_outcome(reader)
+    return True
+
+
+async def read(broker: Broker, reader: str, count: int) -> set[str | None]:
+    seen = set()
+    for _ in range(count):
+        outcome = await broker.next_outcome(reader)
+        seen.add(operation_of(outcome))
+        await outcome.handled()
+    return seen
+
+
+async def test_a_reader_that_is_new_gets_what_was_decided_before(broker: Broker) -> None:
+    await decide_all(broker, "a", "b")
+    assert await read(broker, "shop", 2) == {"a", "b"}
+    assert await none_comes(broker, "shop")
+
+
+async def test_a_reader_waits_for_what_is_decided_meanwhile(opened: Opened) -> None:
+    worker, application = await opened(), await opened()
+    reading = asyncio.create_task(application.next_outcome("shop"))
+    await asyncio.sleep(0.2)
+    assert not reading.done()
+    await decide_all(worker, "a")
+    outcome = await reading
+    assert operation_of(outcome) == "a"
+    await outcome.handled()
+
+
+async def test_each_reader_gets_each_outcome(broker: Broker) -> None:
+    await decide_all(broker, "a")
+    assert await read(broker, "shop", 1) == {"a"}
+    assert await read(broker, "ledger", 1) == {"a"}
+    await decide_all(broker, "b")
+    assert await read(broker, "shop", 1) == await read(broker, "ledger", 1) == {"b"}
+
+
+async def test_processes_of_one_reader_share_the_outcomes(opened: Opened) -> None:
+    first, second = await opened(), await opened()
+    expected = {f"payment-{number}" for number in range(10)}
+    await decide_all(first, *expected)
+    one, other = await asyncio.gather(read(first, "shop", 5), read(second, "shop", 5))
+    assert one | other == expected
+    assert await none_comes(first, "shop")
+
+
+async def test_an_outcome_that_is_put_off_comes_again_later_and_holds_up_no_other(broker: Broker) -> None:
+    await decide_all(broker, "a", "b", "c")
+    loop = asyncio.get_running_loop()
+    refused = await broker.next_outcome("shop")
+    began = loop.time()
+    await refused.put_off()
+    others = {"a", "b", "c"} - {operation_of(refused)}
+    assert await read(broker, "shop", 2) == others
+    again = await broker.next_outcome("shop")
+    assert operation_of(again) == operation_of(refused)
+    assert 0.9 <= loop.time() - began < 2.5
+    await again.put_off(0.2)
+    assert await read(broker, "shop", 1) == {operation_of(refused)}
+    assert await none_comes(broker, "shop")
+
+
+async def test_an_outcome_that_is_put_off_again_and_again_is_so_for_longer_each_time(broker: Broker) -> None:
+    await decide_all(broker, "a")
+    loop = asyncio.get_running_loop()
+    pauses = []
+    for _ in range(2):
+        began = loop.time()
+        await (await broker.next_outcome("shop")).put_off()
+        pauses.append(loop.time() - began)
+    began = loop.time()
+    outcome = await broker.next_outcome("shop")
+    assert 1.8 <= loop.time() - began < 3.5
+    await outcome.handled()
+
+
+async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(broker: Broker) -> None:
+    assert await none_comes(broker, "shop", 0.2)
+    await decide_all(broker, "a")
+    assert await read(broker, "shop", 1) == {"a"}

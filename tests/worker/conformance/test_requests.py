@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless.errors import InvalidRequestError
+from aiokeyless.worker.broker import Exchange
+
+from .brokers import LEASE, decide, new_request, operation_of, submit, take_all
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.worker.broker import Broker, Message
+
+    from .brokers import Storage
+
+    Opened = Callable[[], Awaitable[Broker]]
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+async def put_off_all(broker: Broker, messages: list[Message], delay: float, exchange: Exchange) -> None:
+    await asyncio.gather(*(broker.put_off(message, delay, exchange) for message in messages))
+
+
+async def test_a_request_that_is_stored_is_delivered_as_it_was_submitted(broker: Broker) -> None:
+    before = broker.now()
+    new = new_request("payment-1", TRACE, operation_payload="Pay 40 EUR", context=b'{"order": 7}')
+    assert not await broker.submit(new)
+    (message,) = await broker.take(10, 5.0)
+    assert message.body == new.body
+    assert message.traceparent == TRACE
+    assert (message.number, message.failures) == (1, 0)
+    assert before - timedelta(seconds=1) <= message.stored_at <= broker.now() + timedelta(seconds=1)
+    assert message.name
+
+
+async def test_the_same_request_twice_is_one_also_if_only_created_at_differs(broker: Broker) -> None:
+    created_at = broker.now() - timedelta(seconds=5)
+    assert not await broker.submit(new_request("payment-1"))
+    assert await broker.submit(new_request("payment-1"))
+    assert await broker.submit(new_request("payment-1", created_at=created_at))
+    (message,) = await take_all(broker)
+    assert await decide(broker, message)
+    assert await broker.submit(new_request("payment-1"))
+    assert not await take_all(broker)
+
+
+async def test_a_different_request_under_a_used_operation_id_is_refused_or_left_to_the_worker(
+    broker: Broker, storage: Storage
+) -> None:
+    await broker.submit(new_request("payment-1", operation_payload="Pay 40 EUR"))
+    other = new_request("payment-1", operation_payload="Pay 4000 EUR")
+    if storage.refuses_conflicts:
+        with pytest.raises(InvalidRequestError, match="payment-1"):
+            await broker.submit(other)
+    else:
+        assert not await broker.submit(other)
+
+
+async def test_a_take_waits_no_longer_than_it_is_told_and_gives_no_more_than_it_is_asked_for(broker: Broker) -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert not await broker.take(10, 0.3)
+    assert 0.25 <= loop.time() - began < 1.3
+    await submit(broker, "a", "b", "c")
+    first = await take_all(broker, up_to=2)
+    assert len(first) == 2
+    (third,) = await take_all(broker)
+    assert {operation_of(message) for message in [*first, third]} == {"a", "b", "c"}
+
+
+async def test_a_take_that_waits_gets_what_is_submitted_meanwhile(opened: Opened) -> None:
+    worker, application = await opened(), await opened()
+    taking = asyncio.create_task(take_all(worker, 5.0, up_to=1))
+    await asyncio.sleep(0.1)
+    assert not taking.done()
+    began = asyncio.get_running_loop().time()
+    await submit(application, "a")
+    assert [operation_of(message) for message in await taking] == ["a"]
+    assert asyncio.get_running_loop().time() - began < 1.0
+
+
+async def test_a_request_that_is_put_off_comes_then_and_not_before(broker: Broker) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await broker.put_off(message, 0.6, Exchange.ANSWERED)
+    assert not await take_all(broker, 0.4)
+    (again,) = await broker.take(1, 5.0)
+    assert 0.55 <= loop.time() - began < 1.6
+    assert (again.name, again.body, again.number) == (message.name, message.body, 2)
+
+
+async def test_two_workers_never_have_one_request_at_once(opened: Opened) -> None:
+    first, second = await opened(), await opened()
+    expected = {f"payment-{number}" for number in range(40)}
+    await submit(first, *expected)
+    taken = await asyncio.gather(*(take_all(worker, 0.8) for worker in (first, second)))
+    operations = [operation_of(message) for messages in taken for message in messages]
+    assert sorted(operations) == sorted(expected)
+
+
+async def test_what_a_worker_does_not_settle_comes_again_after_the_lease(opened: Opened) -> None:
+    first, second = await opened(), await opened()
+    await submit(first, "a")
+    (message,) = await first.take(1, 5.0)
+    assert not await take_all(second, LEASE / 2)
+    (again,) = await take_all(second, LEASE * 2, up_to=1)
+    assert (operation_of(again), again.number) == ("a", message.number + 1)
+
+
+async def test_a_take_that_is_cancelled_loses_nothing(broker: Broker) -> None:
+    for number in range(20):
+        taking = asyncio.create_task(broker.take(10, 5.0))
+        await submit(broker, f"payment-{number}")
+        for _ in range(number % 5):
+            await asyncio.sleep(0)
+        taking.cancel()
+        outcome = (await asyncio.gather(taking, return_exceptions=True))[0]
+        if not isinstance(outcome, BaseException):
+            await put_off_all(broker, list(outcome), 0.0, Exchange.NONE)
+    taken = await take_all(broker, LEASE + 1.5, up_to=20)
+    assert {operation_of(message) for message in taken} == {f"payment-{number}" for number in range(20)}
+
+
+async def test_failures_in_a_row_are_counted_and_an_answer_clears_them(broker: Broker, storage: Storage) -> None:
+    await submit(broker, "a")
+    seen = []
+    for exchange in (Exchange.FAILED, Exchange.FAILED, Exchange.NONE, Exchange.ANSWERED, Exchange.FAILED):
+        (message,) = await broker.take(1, 5.0)
+        seen.append(message.failures)
+        await broker.put_off(message, 0.0, exchange)
+    assert seen == [0, 1, 2, 2, 0]
+    assert (await broker.take(1, 5.0))[0].number == 5 if storage.orders_probes else True
+
+
+async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened, storage: Storage) -> None:
+    if not storage.orders_probes:
+        pytest.skip("a stream knows one acknowledgement of a message")
+    first, second = await opened(), await opened()
+    await submit(first, "a")
+    (late,) = await first.take(1, 5.0)
+    (present,) = await take_all(second, LEASE * 2, up_to=1)
+    await first.put_off(late, 0.0, Exchange.FAILED)
+    assert not await take_all(first, 0.3)
+    await second.put_off(present, 0.0, Exchange.ANSWERED)
+    assert (await first.take(1, 5.0))[0].failures == 0
+
+
+async def test_while_keyless_fails_good_requests_come_before_bad_ones_and_proven_ones_first(
+    broker: Broker, storage: Storage
+) -> None:
+    if not storage.orders_probes:
+        pytest.skip("the worker's own order is tested with it")
+    await submit(broker, "bad", "worse", "proven")
+    by_operation = {operation_of(message): message for message in await take_all(broker)}
+    await put_off_all(broker, [by_operation["bad"], by_operation["worse"]], 0.0, Exchange.FAILED)
+    await broker.put_off(by_operation["proven"], 0.0, Exchange.ANSWERED)
+    (again,) = await broker.take(1, 5.0, probing=True)
+    assert operation_of(again) == "proven"
+    twice = {operation_of(message): message for message in await take_all(broker)}
+    await put_off_all(broker, [twice["worse"]], 0.0, Exchange.FAILED)
+    await put_off_all(broker, [twice["bad"], again], 0.0, Exchange.NONE)
+    await submit(broker, "new")
+    order = [operation_of(message) for _ in range(4) for message in await broker.take(1, 5.0, probing=True)]
+    assert order == ["proven", "new", "bad", "worse"]
+
+
+async def test_those_whose_time_is_over_are_told_apart(broker: Broker, storage: Storage) -> None:
+    old = broker.now() - timedelta(seconds=200)
+    await broker.submit(new_request("over", created_at=old))
+    await broker.submit(new_request("in-its-grace", created_at=old, expires_in=195.0))
+    await submit(broker, "young")
+    taken = [operation_of(message) for message in await broker.take_overdue(10, 30.0)]
+    assert "over" in taken
+    if storage.orders_probes:
+        assert taken == ["over"]
+
+
+async def test_what_is_stored_is_there_for_the_next_process(storage: Storage) -> None:
+    if not storage.is_lasting:
+        pytest.skip("it is in memory")
+    async with storage.broker() as broker:
+        await broker.prepare(lease=LEASE, service="https://keyless.test")
+        await submit(broker, "a")
+        await broker.aclose()  # and once more at the end of the block
+    async with storage.broker() as broker:
+        await broker.prepare(lease=LEASE, service="https://keyless.test")
+        assert [operation_of(message) for message in await take_all(broker)] == ["a"]
+        assert await broker.submit(new_request("a"))
+
+
+async def test_the_fleet_is_told_how_it_fares(broker: Broker) -> None:
+    nothing = await broker.inspect()
+    assert (nothing.waiting, nothing.backlog, nothing.problems) == (0, 0, ())
+    await submit(broker, "a", "b")
+    (message,) = await broker.take(1, 5.0)
+    await asyncio.sleep(0.3)
+    inspection = await broker.inspect()
+    assert (inspection.waiting, inspection.backlog) == (2, 1)
+    assert 0.2 < inspection.oldest_age < 5
+    assert inspection.problems == ()
+    await decide(broker, message)
+    assert (await broker.inspect()).waiting == 1

@@ -1,0 +1,90 @@
+"""A worker, or an application, that is killed with -9 at a statement of its own choice. Run by `test_crashes`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aiokeyless.worker.broker import Claim, Exchange, Message, NewRequest
+from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome
+from aiokeyless.worker.sqlite import SqliteBroker, schema, store
+
+if TYPE_CHECKING:
+    import sqlite3
+
+
+def kill_at(number: int) -> None:
+    """Kill this process before its statement of that number."""
+    statements = itertools.count(1)
+
+    def traced(_statement: str) -> None:
+        if next(statements) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def traced_connect(path: str, *, now: float) -> sqlite3.Connection:
+        connection = schema.connect(path, now=now)
+        connection.set_trace_callback(traced)
+        return connection
+
+    vars(store)["connect"] = traced_connect
+
+
+def say(*facts: object) -> None:
+    """Tell the test, before anything else happens."""
+    os.write(1, (" ".join(map(str, facts)) + "\n").encode())
+
+
+async def application(broker: SqliteBroker) -> None:
+    for number in range(3):
+        request = ApprovalRequest(version=VERSION, user_id="C0FFEE", operation_id=f"payment-{number}")
+        new = NewRequest(request, msgspec.json.encode(request), f"digest-{number}", None)
+        say("submitted", number, await broker.submit(new))
+    outcome = await broker.next_outcome("shop")
+    event = msgspec.json.decode(outcome.data, type=ApprovalEvent)
+    say("handling", event.operation_id)
+    await outcome.handled()
+    say("handled", event.operation_id)
+
+
+async def worker(broker: SqliteBroker) -> None:
+    await broker.prepare(lease=0.2, service="")
+    for _ in range(9):
+        for message in await broker.take(2, 0.5):
+            await process(broker, message)
+    say("done")
+
+
+async def process(broker: SqliteBroker, message: Message) -> None:
+    request = msgspec.json.decode(message.body, type=ApprovalRequest)
+    assert request.operation_id is not None
+    if not await broker.holds(message, request.operation_id, ""):
+        if (await broker.claim(message, request.operation_id, "")).claim is Claim.NEW:
+            say("asked", request.operation_id)
+        await broker.put_off(message, 0.0, Exchange.ANSWERED)
+        return
+    event = ApprovalEvent(
+        version=VERSION,
+        outcome=Outcome.APPROVED,
+        operation_id=request.operation_id,
+        requested_at=message.stored_at,
+        decided_at=broker.now(),
+        deliveries=message.number,
+    )
+    if await broker.decide(message, event, ""):
+        say("decided", request.operation_id)
+
+
+async def main(role: str, path: str) -> None:
+    async with SqliteBroker(path) as broker:
+        await (application if role == "application" else worker)(broker)
+
+
+if __name__ == "__main__":
+    kill_at(int(sys.argv[3]))
+    asyncio.run(main(sys.argv[1], sys.argv[2]))

@@ -1,0 +1,405 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import stat
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker.broker import Exchange, Message, RefusedError, UnavailableError
+from aiokeyless.worker.messages import ApprovalEvent
+from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
+from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keyless.db"
+
+
+@pytest.fixture
+async def broker(path: Path) -> AsyncGenerator[SqliteBroker]:
+    async with SqliteBroker(path) as broker:
+        await broker.prepare(lease=2.0, service="")
+        yield broker
+
+
+@pytest.fixture
+async def memory() -> AsyncGenerator[SqliteBroker]:
+    async with SqliteBroker(":memory:") as broker:
+        await broker.prepare(lease=2.0, service="")
+        yield broker
+
+
+def execute(path: Path, statement: str, *values: object) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+async def test_only_its_user_can_read_the_file(broker: SqliteBroker, path: Path) -> None:
+    await submit(broker, "a")
+    for file in files_in(path.parent):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+async def test_its_first_log_line_says_what_it_is_for(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "aiokeyless.worker"):
+        async with SqliteBroker(path) as broker:
+            await broker.prepare(lease=2.0, service="")
+            await broker.prepare(lease=2.0, service="")
+    (line,) = [record.getMessage() for record in caplog.records if "broker.sqlite" in record.getMessage()]
+    assert "this machine" in line
+    assert "PostgreSQL" in line
+
+
+async def test_a_broker_is_opened_once(broker: SqliteBroker) -> None:
+    with pytest.raises(ConfigurationError, match="open already"):
+        await broker.open()
+
+
+async def test_a_broker_that_is_not_open_says_how_to_open_it() -> None:
+    broker = SqliteBroker(":memory:")
+    with pytest.raises(ConfigurationError, match="async with"):
+        await submit(broker, "a")
+    await broker.aclose()
+
+
+@pytest.mark.looptime
+async def test_what_waits_when_the_broker_is_closed_ends_with_an_error() -> None:
+    async with SqliteBroker(":memory:") as broker:
+        reading = asyncio.create_task(broker.next_outcome("shop"))
+        taking = asyncio.create_task(broker.take(1, 60.0))
+        await asyncio.sleep(1)
+    for waiting in (reading, taking):
+        with pytest.raises(ConfigurationError, match="not open"):
+            await waiting
+
+
+# -- files that are not fit
+
+
+def content_of(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name("moved.db"))
+
+
+def files_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
+
+
+async def opening_fails(path: Path) -> str:
+    with pytest.raises(BrokerError) as caught:
+        async with SqliteBroker(path):
+            pass
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_a_file_of_a_later_version_is_refused(path: Path) -> None:
+    async with SqliteBroker(path):
+        pass
+    execute(path, "INSERT INTO migration VALUES (2, 1, 0)")
+    async with SqliteBroker(path):  # which still allows this one
+        pass
+    execute(path, "INSERT INTO migration VALUES (3, 2, 0)")
+    assert "upgrade" in await opening_fails(path)
+
+
+async def test_another_applications_database_is_refused(path: Path) -> None:
+    execute(path, "CREATE TABLE orders (id INTEGER)")
+    assert "another application's database" in await opening_fails(path)
+    assert execute(path, "SELECT name FROM sqlite_master") == [("orders",)]
+
+
+async def test_a_file_that_is_no_database_is_refused_and_not_changed(path: Path) -> None:
+    overwrite(path, b"dear diary\n" * 100)
+    assert "no SQLite database" in await opening_fails(path)
+    assert content_of(path) == b"dear diary\n" * 100
+
+
+async def test_a_damaged_file_is_refused(path: Path) -> None:
+    async with SqliteBroker(path) as broker:
+        await submit(broker, *(f"payment-{number}" for number in range(200)))
+    overwrite(path, content_of(path)[:100] + b"\xff" * 3996 + content_of(path)[4096:])
+    assert "damaged" in await opening_fails(path)
+
+
+async def test_a_folder_that_is_missing_or_a_file_without_permission_is_named(tmp_path: Path) -> None:
+    assert "No such file" in await opening_fails(tmp_path / "missing" / "keyless.db")
+    assert "directory" in await opening_fails(tmp_path)
+
+
+async def test_a_read_only_folder_is_named(path: Path) -> None:
+    async with SqliteBroker(path):
+        pass
+    with (
+        closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection,
+        pytest.raises(BrokerError, match="cannot be written"),
+        failures.broker_errors(str(path)),
+    ):
+        connection.execute("CREATE TABLE a (b)")
+
+
+async def test_a_file_of_another_machine_is_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = tmp_path / "mounts"
+    overwrite(mounts, f"overlay / overlay rw 0 0\nnas:/export {tmp_path} nfs4 rw 0 0\n".encode())
+    monkeypatch.setattr(schema, "_MOUNTS", mounts)
+    assert "nfs4" in await opening_fails(path)
+    assert path not in files_in(tmp_path)
+    monkeypatch.setattr(schema, "_MOUNTS", tmp_path / "missing")  # as where the machine does not tell
+    async with SqliteBroker(path):
+        pass
+
+
+def test_a_file_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "MEMORY", "another name")
+    with (
+        closing(sqlite3.connect(":memory:", isolation_level=None)) as connection,
+        pytest.raises(BrokerError, match="journal mode stays 'memory'"),
+    ):
+        schema._prepare(connection, ":memory:", 0.0)
+
+
+# -- what goes wrong later
+
+
+async def test_a_full_disk_refuses_and_is_got_over(broker: SqliteBroker) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    connection = broker._store._connection
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    await broker._run(lambda: connection.execute(f"PRAGMA max_page_count = {pages}"))
+    large = [new_request(f"payment-{number}", context=msgspec.json.encode("x" * 1000)) for number in range(300)]
+    refusals = await asyncio.gather(*(broker.submit(new) for new in large), return_exceptions=True)
+    assert {str(refusal) for refusal in refusals} == {f"{broker.destination}: the disk is full"}
+    await broker._run(lambda: connection.execute("PRAGMA max_page_count = 100000"))
+    assert await decide(broker, message)
+
+
+async def test_a_file_that_another_process_holds_is_waited_for(broker: SqliteBroker, path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        submitting = asyncio.create_task(submit(broker, "a"))
+        await asyncio.sleep(0.2)
+        assert not submitting.done()
+        other.execute("COMMIT")
+        await submitting
+
+
+async def test_a_file_that_is_held_for_long_is_unavailable(
+    broker: SqliteBroker, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    await decide(broker, message)
+    outcome = await broker.next_outcome("shop")
+    monkeypatch.setattr(failures, "_BUSY_FOR", 0.05)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(UnavailableError, match="locked"):
+            await broker.put_off(message, 1.0, Exchange.NONE)
+        with pytest.raises(BrokerError, match="locked"):
+            await submit(broker, "b")
+        with pytest.raises(BrokerError, match="may be delivered again"):
+            await outcome.handled()
+        other.execute("COMMIT")
+    await outcome.handled()
+
+
+async def test_opening_a_file_that_is_held_for_long_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with SqliteBroker(path):
+        pass
+    monkeypatch.setattr(failures, "_BUSY_FOR", 0.05)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert "locked" in await opening_fails(path)
+
+
+async def test_a_file_that_was_removed_ends_the_worker(broker: SqliteBroker, path: Path) -> None:
+    assert (await broker.inspect()).waiting == 0
+    move(path)
+    with pytest.raises(BrokerError, match="removed or replaced"):
+        await broker.inspect()
+    overwrite(path, b"")
+    with pytest.raises(BrokerError, match="removed or replaced"):
+        await broker.inspect()
+
+
+def test_what_is_wrong_for_good_is_not_tried_again() -> None:
+    with pytest.raises(BrokerError, match="no such table"), failures.broker_errors("keyless.db"):
+        sqlite3.connect(":memory:").execute("SELECT * FROM missing")
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+    with pytest.raises(UnavailableError, match="disk I/O"), failures.broker_errors("keyless.db"):
+        raise error
+    assert issubclass(RefusedError, UnavailableError)
+
+
+# -- clocks and housekeeping
+
+
+@pytest.mark.looptime
+async def test_a_broker_in_memory_has_the_loops_clock(memory: SqliteBroker) -> None:
+    before = memory.now()
+    await asyncio.sleep(3600)
+    assert timedelta(seconds=3599) < memory.now() - before < timedelta(seconds=3601)
+
+
+@pytest.mark.looptime
+async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) -> None:
+    await submit(memory, "a")
+    (message,) = await memory.take(1, 1.0)
+    await memory.put_off(message, 3600.0, Exchange.ANSWERED)
+    assert not await memory.take(1, 199.0)
+    assert await memory.take(1, 2.0)
+
+
+@pytest.mark.looptime
+async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer(
+    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await submit(memory, "a", "b")
+    messages = await take_all(memory, 0.1)
+    await decide(memory, messages[0])
+    outcome = await memory.next_outcome("shop")
+    await outcome.put_off()
+    await memory.put_off(messages[1], 20.0, Exchange.ANSWERED)
+    clock = memory._clock
+    monkeypatch.setattr(memory, "_clock", lambda: clock() - timedelta(days=2))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    assert [operation_of(message) for message in await memory.take(1, 300.0)] == [operation_of(messages[1])]
+    again = await memory.next_outcome("shop")
+    assert again.data == outcome.data
+    assert loop.time() - began < 200
+
+
+def rows(broker: SqliteBroker, statement: str) -> int:
+    found: int = broker._store._one(statement)[0]
+    return found
+
+
+@pytest.mark.looptime
+async def test_what_nobody_needs_any_more_is_removed_in_time(
+    memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = memory._clock
+    await submit(memory, "read", "unread", "waiting")
+    by_operation = {operation_of(message): message for message in await take_all(memory, 0.1)}
+    await decide(memory, by_operation["read"])
+    await (await memory.next_outcome("shop")).handled()
+    await decide(memory, by_operation["unread"])
+    await memory.put_off(by_operation["waiting"], 1.0, Exchange.ANSWERED)
+    monkeypatch.setattr(memory, "_clock", lambda: clock() + timedelta(days=8))
+    await asyncio.sleep(3700)
+    assert rows(memory, "SELECT count(*) FROM request WHERE body = x''") == 2
+    assert rows(memory, "SELECT count(*) FROM outcome") == 1
+    outcome = await memory.next_outcome("shop")
+    assert msgspec.json.decode(outcome.data, type=ApprovalEvent).operation_id == "unread"
+    assert await memory.submit(new_request("read"))  # which is known for longer
+    monkeypatch.setattr(memory, "_clock", lambda: clock() + timedelta(days=409))
+    await asyncio.sleep(3700)
+    assert rows(memory, "SELECT count(*) FROM request") == 1
+    assert rows(memory, "SELECT count(*) FROM outcome") + rows(memory, "SELECT count(*) FROM unread") == 0
+    assert not await memory.submit(new_request("read"))
+
+
+async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise sqlite3.DatabaseError("out of order")
+
+    monkeypatch.setattr(store.Store, "repair", refused)
+    async with SqliteBroker(path) as broker:
+        await broker.prepare(lease=2.0, service="")
+        await broker.inspect()  # after that
+        await submit(broker, "a")
+        assert await broker.take(1, 5.0)
+    assert "broker.not_cleaned" in caplog.text
+
+
+async def test_times_are_kept_to_the_microsecond(broker: SqliteBroker) -> None:
+    before = datetime.now(UTC)
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    assert before - timedelta(milliseconds=1) <= message.stored_at <= datetime.now(UTC)
+
+
+async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_when_it_is_closed(path: Path) -> None:
+    async with SqliteBroker(path) as broker:
+        await broker.prepare(lease=60.0, service="")
+        await submit(broker, "a")
+        broker._take_from = 0.0
+        asking = asyncio.Event()
+        taken = broker._taken
+
+        async def asked(call: store.Call) -> list[store.SqliteMessage]:
+            asking.set()
+            return list(await taken(call))
+
+        broker._taken = asked  # type: ignore[method-assign]  # to know when it asks
+        taking = asyncio.create_task(broker.take(1, 5.0))
+        await asking.wait()
+        taking.cancel()
+    async with SqliteBroker(path) as broker:
+        await broker.prepare(lease=60.0, service="")
+        (message,) = await broker.take(1, 1.0)
+        assert message.number == 1
+
+
+async def test_a_take_that_another_worker_wins_waits_on(broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    await submit(broker, "a")
+    lost: list[Message] = []
+    taken = broker._taken
+
+    async def beaten(call: store.Call) -> list[Message]:
+        if not lost:
+            lost.extend(await taken(call))
+            return []
+        return list(await taken(call))
+
+    monkeypatch.setattr(broker, "_taken", beaten)
+    assert not await broker.take(1, 0.2)
+    assert lost
+
+
+async def test_an_outcome_that_another_process_takes_first_is_waited_for(
+    broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    await decide(broker, message)
+    real = store.Store.take_unread
+    beaten: list[int] = []
+
+    def take_unread(self: store.Store, calls: list[str]) -> list[store.Unread | None]:
+        if not beaten:
+            beaten.append(1)
+            return [None] * len(calls)
+        return real(self, calls)
+
+    monkeypatch.setattr(store.Store, "take_unread", take_unread)
+    outcome = await broker.next_outcome("shop")
+    await outcome.handled()
+    assert beaten

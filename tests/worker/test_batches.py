@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless.worker.batches import Batches
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Executed:
+    """Records each batch; doubles numbers, and refuses negative ones."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.batches: list[list[int]] = []
+        self.error = error
+
+    async def __call__(self, calls: list[int]) -> Sequence[int | Exception]:
+        self.batches.append(calls)
+        await asyncio.sleep(1)
+        if self.error is not None:
+            raise self.error
+        return [ValueError(f"{call} is negative") if call < 0 else 2 * call for call in calls]
+
+
+@pytest.mark.looptime
+async def test_calls_of_one_turn_are_one_batch_and_each_gets_its_own_result() -> None:
+    executed = Executed()
+    batches = Batches(executed, most=100)
+    assert await asyncio.gather(*(batches.call(number) for number in range(5))) == [0, 2, 4, 6, 8]
+    assert executed.batches == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.looptime
+async def test_calls_that_come_while_a_batch_runs_are_the_next_one() -> None:
+    executed = Executed()
+    batches = Batches(executed, most=100)
+    first = asyncio.create_task(batches.call(1))
+    await asyncio.sleep(0.5)
+    later = [asyncio.create_task(batches.call(number)) for number in (2, 3)]
+    assert await asyncio.gather(first, *later) == [2, 4, 6]
+    assert executed.batches == [[1], [2, 3]]
+
+
+@pytest.mark.looptime
+async def test_a_batch_has_a_largest_size() -> None:
+    executed = Executed()
+    batches = Batches(executed, most=2)
+    await asyncio.gather(*(batches.call(number) for number in range(5)))
+    assert executed.batches == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.looptime
+async def test_one_call_can_fail_alone() -> None:
+    batches = Batches(Executed(), most=100)
+    good, bad = await asyncio.gather(batches.call(1), batches.call(-1), return_exceptions=True)
+    assert good == 2
+    assert isinstance(bad, ValueError)
+
+
+@pytest.mark.looptime
+async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> None:
+    executed = Executed(OSError("the disk is away"))
+    batches = Batches(executed, most=100)
+    results = await asyncio.gather(batches.call(1), batches.call(2), return_exceptions=True)
+    assert [str(result) for result in results] == ["the disk is away"] * 2
+    executed.error = None
+    assert await batches.call(3) == 6
+
+
+@pytest.mark.looptime
+async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others() -> None:
+    executed = Executed()
+    batches = Batches(executed, most=100)
+    calls = [asyncio.create_task(batches.call(number)) for number in (1, 2)]
+    await asyncio.sleep(0.5)
+    calls[0].cancel()
+    assert await calls[1] == 4
+    assert calls[0].cancelled()
+
+
+@pytest.mark.looptime
+async def test_closing_waits_until_all_calls_have_their_results() -> None:
+    batches = Batches(Executed(), most=1)
+    calls = [asyncio.create_task(batches.call(number)) for number in (1, 2)]
+    await asyncio.sleep(0)
+    await batches.aclose()
+    assert all(call.done() for call in calls)
+    await batches.aclose()
