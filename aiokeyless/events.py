@@ -9,12 +9,15 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeAlias
 
+import msgspec
+
 from .models import Model
 
 __all__ = [
     "CircuitChanged",
     "DeliveryEnded",
     "Event",
+    "Inspection",
     "Listener",
     "OutcomePublished",
     "PollEnded",
@@ -178,8 +181,8 @@ class DeliveryEnded(Model, frozen=True, kw_only=True):
     """A worker has processed a delivery of a request: one poll, mostly, after which the request is delivered again.
 
     Attributes:
-        system: Kind of the broker, ``"nats"``.
-        destination: Where requests are published; it names the fleet.
+        system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
+        destination: Where requests are stored; it names the fleet.
         number: Number of the delivery of its request, from 1.
         error: Name of the type of what kept it from being settled: ``"BrokerError"``, or what is wrong with the worker,
             such as ``"AuthenticationError"``. The request is delivered again. Else None.
@@ -197,8 +200,8 @@ class OutcomePublished(Model, frozen=True, kw_only=True):
     """A worker has decided a request, and the broker has stored the event: told once, by one worker of the fleet.
 
     Attributes:
-        system: Kind of the broker, ``"nats"``.
-        destination: Where requests are published; it names the fleet.
+        system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
+        destination: Where requests are stored; it names the fleet.
         operation_id: What was waited for; None where the request was too broken to have one.
         outcome: How the wait ended, in the words for a client's waits: ``expired`` is `WaitOutcome.TIMED_OUT` where
             the final poll was answered, else `WaitOutcome.UNKNOWN`; a failure is `WaitOutcome.REJECTED` where an
@@ -219,6 +222,24 @@ class OutcomePublished(Model, frozen=True, kw_only=True):
     traceparent: str | None
 
 
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a broker tells of all its workers together, at one moment.
+
+    Attributes:
+        waiting: Requests that are not decided.
+        backlog: Those of them that were never delivered.
+        oldest_age: Seconds since the oldest of them was stored; 0 if there is none.
+        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
+        problems: Why requests or outcomes cannot be stored or delivered, in one line each.
+    """
+
+    waiting: int = 0
+    backlog: int = 0
+    oldest_age: float = 0.0
+    clock_ahead: float = 0.0
+    problems: tuple[str, ...] = ()
+
+
 class WorkerInspected(Model, frozen=True, kw_only=True):
     """How a worker and its fleet fare: told every 5 seconds, when the broker was asked, and once more at the end.
 
@@ -226,19 +247,15 @@ class WorkerInspected(Model, frozen=True, kw_only=True):
 
     Attributes:
         worker: Number of the worker, unique in the process.
-        system: Kind of the broker, ``"nats"``.
-        destination: Where requests are published; it names the fleet.
+        system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
+        destination: Where requests are stored; it names the fleet.
         has_ended: Whether the worker has ended: it tells no more.
         is_ready: Whether it takes requests.
         in_flight: Its deliveries in flight.
-        waiting: Requests of the fleet that are not decided.
-        backlog: Requests of the fleet that were never delivered.
-        oldest_age: Seconds since the oldest request of the fleet was stored.
+        fleet: What the broker tells of all its workers.
         lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
             inspections.
-        load_shedding: What the schedule's delays are multiplied by, 1 to 16.
-        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
-        duplicates: Events that the stream had already, since the worker started.
+        duplicates: Outcomes that the broker had already, since the worker started.
         unsettled: Deliveries of which the broker took no word, since the worker started.
     """
 
@@ -248,12 +265,8 @@ class WorkerInspected(Model, frozen=True, kw_only=True):
     has_ended: bool
     is_ready: bool
     in_flight: int
-    waiting: int
-    backlog: int
-    oldest_age: float
+    fleet: Inspection
     lateness: float
-    load_shedding: float
-    clock_ahead: float
     duplicates: int
     unsettled: int
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -58,12 +59,11 @@ _LAG_SECONDS: Final = (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WORKER_GAUGES: Final[dict[str, tuple[str, str, Callable[[Iterable[float]], float], str]]] = {
     "ready": ("is_ready", "1", min, "Whether workers take requests: 1, or 0 where one does not."),
     "in_flight": ("in_flight", "{delivery}", sum, "Deliveries in flight."),
-    "waiting": ("waiting", "{request}", max, "Requests of the fleet that are not decided."),
-    "backlog": ("backlog", "{request}", max, "Requests of the fleet that were never delivered."),
-    "oldest_age": ("oldest_age", "s", max, "Since when the oldest request of the fleet has been waiting."),
+    "waiting": ("fleet.waiting", "{request}", max, "Requests of the fleet that are not decided."),
+    "backlog": ("fleet.backlog", "{request}", max, "Requests of the fleet that were never delivered."),
+    "oldest_age": ("fleet.oldest_age", "s", max, "Since when the oldest request of the fleet has been waiting."),
     "lateness": ("lateness", "s", max, "How long requests waited for their first delivery, at most."),
-    "load_shedding": ("load_shedding", "1", max, "What the schedule's delays are multiplied by."),
-    "clock_ahead": ("clock_ahead", "s", max, "How far the broker's clock is ahead of this machine's."),
+    "clock_ahead": ("fleet.clock_ahead", "s", max, "How far the broker's clock is ahead of this machine's."),
 }
 
 
@@ -81,7 +81,7 @@ class OpenTelemetryListener:
     ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; of several clients, the worst). For each delivery to a
     worker also ``messaging.client.consumed.messages`` and ``messaging.process.duration`` (by the conventions for
     messaging), and how workers and their fleets fare: gauges ``aiokeyless.worker.ready``, ``.in_flight``, ``.waiting``,
-    ``.backlog``, ``.oldest_age``, ``.lateness``, ``.load_shedding`` and ``.clock_ahead``, counters ``.duplicates`` and
+    ``.backlog``, ``.oldest_age``, ``.lateness`` and ``.clock_ahead``, counters ``.duplicates`` and
     ``.unsettled``.
 
     Args:
@@ -284,7 +284,7 @@ def _of_fleets(
     for event in told:
         fleets.setdefault(event.destination, []).append(event)
     return [
-        Observation(combine([float(getattr(event, field)) for event in fleet]), _messaging(fleet[0]))
+        Observation(combine([float(attrgetter(field)(event)) for event in fleet]), _messaging(fleet[0]))
         for fleet in fleets.values()
     ]
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from aiokeyless.client import KeylessClient
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker import ApprovalWorker, MemoryBroker
+    from aiokeyless.worker import ApprovalWorker
+    from aiokeyless.worker.sqlite import SqliteBroker
 
 
 @pytest.fixture
@@ -67,9 +68,9 @@ def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient
 
 
 @pytest.fixture
-def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorker) -> MemoryBroker:  # noqa: ARG001  # its order
-    """The broker of `keyless_worker`, in memory: give it to the code under test in place of its NATS connection."""
-    broker: MemoryBroker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[1]
+def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorker) -> SqliteBroker:  # noqa: ARG001  # its order
+    """The broker of `keyless_worker`, in memory: give it to the code under test in place of its own."""
+    broker: SqliteBroker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[1]
     return broker
 
 
@@ -105,13 +106,16 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
         async with keyless_sandbox.client(schedule=wait_fixed(0.02)) as client:
             yield client
 
-    async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, MemoryBroker]]:
+    async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
         from tenacity import wait_fixed  # noqa: PLC0415
 
-        from aiokeyless.worker import ApprovalWorker, MemoryBroker  # noqa: PLC0415
+        from aiokeyless.worker import ApprovalWorker  # noqa: PLC0415
+        from aiokeyless.worker.sqlite import SqliteBroker  # noqa: PLC0415
 
-        broker = MemoryBroker()
-        async with ApprovalWorker(keyless_client, broker, schedule=wait_fixed(0.05)) as worker:
+        async with (
+            SqliteBroker(":memory:") as broker,
+            ApprovalWorker(keyless_client, broker, schedule=wait_fixed(0.05)) as worker,
+        ):
             yield worker, broker
 
     names = {"_keyless_sandbox": sandbox, "_keyless_client": client, "_keyless_worker": worker}

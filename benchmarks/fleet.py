@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -19,7 +20,8 @@ import nats
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
-from aiokeyless.worker import ApprovalWorker, load_shedding, submit_approval
+from aiokeyless.worker import ApprovalWorker, submit_approval
+from aiokeyless.worker.nats import load_shedding
 
 from .broker import NatsServer
 from .report import CannotMeasureError
@@ -114,7 +116,7 @@ class Fleet:
         await submit_approval(
             self.connection,
             USER_ID,
-            operation_id=operation_id,
+            operation_id=operation_id or str(uuid.uuid4()),
             operation_payload=OPERATION_PAYLOAD,
             external_user_id=EXTERNAL_USER_ID,
             expires_in=EXPIRES_IN,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiokeyless.worker import Outcome, approval_outcomes
+from aiokeyless.worker import Outcome, next_outcome
 
 from .report import CannotMeasureError
 from .server import approved_after
@@ -56,12 +56,10 @@ async def by_worker(workers: Fleet, plan: Plan, *, lost_after: float = _LOST_AFT
     operation_ids, known = plan.operation_ids(), dict[str, float]()
 
     async def read() -> None:
-        async with aclosing(approval_outcomes(workers.connection, "benchmark")) as events:
-            async for event in events:
+        while len(known) < len(operation_ids):
+            async with next_outcome(workers.connection, "benchmark") as event:
                 if event.outcome is Outcome.APPROVED and event.operation_id is not None:
                     known[event.operation_id] = time.perf_counter()
-                if len(known) == len(operation_ids):
-                    return
 
     with suppress(TimeoutError):  # approvals not known by then are lost
         async with asyncio.timeout(max(plan.starts) + max(plan.ages) + lost_after), asyncio.TaskGroup() as group:

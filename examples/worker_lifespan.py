@@ -1,6 +1,6 @@
 """A worker beside a web server, in one process: ``uvicorn worker_lifespan:app``.
 
-It needs the extra ``nats``, FastAPI and uvicorn; ``NATS_URL``, ``KEYLESS_BASE_URL`` and ``KEYLESS_API_KEY`` in the
+It needs FastAPI and uvicorn; ``KEYLESS_BROKER``, ``KEYLESS_BASE_URL`` and ``KEYLESS_API_KEY`` in the
 environment. Starlette is the same, with ``Starlette(lifespan=lifespan)``.
 """
 
@@ -19,7 +19,7 @@ from aiokeyless.worker import ApprovalWorker
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Run a worker while the server runs. If the worker fails, end the process, so that both are started again."""
-    async with KeylessClient() as client, ApprovalWorker(client, os.environ["NATS_URL"]):
+    async with KeylessClient() as client, ApprovalWorker(client, os.environ["KEYLESS_BROKER"]):
         try:
             yield
         except asyncio.CancelledError:  # the worker has failed, and the server would go on without it

@@ -131,11 +131,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def short_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that end soon: one waits for its pulls to end, which takes a second otherwise."""
     monkeypatch.setattr("aiokeyless.worker.nats.intake.EXPIRES", 0.2)
-    monkeypatch.setattr("aiokeyless.worker.serving.EXPIRES", 0.2)
 
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests must not depend on a key in the environment of the developer."""
-    for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "NATS_URL"):
+    for name in ("KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "KEYLESS_BROKER", "NATS_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from nats.js import JetStreamContext
 
-    from aiokeyless.worker import StreamSettings
+    from aiokeyless.worker.nats import StreamSettings
 
 PATIENCE: Final = 180.0  # seconds, against hangs only: what takes one may take minutes on a busy machine
 
@@ -43,8 +43,7 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings | None = No
 
     They say nothing of the service that they are for, so that a worker of any sandbox may use them.
     """
-    from aiokeyless.worker import Fleet, StreamSettings  # here, as every test loads this module
-    from aiokeyless.worker.nats import streams
+    from aiokeyless.worker.nats import Fleet, StreamSettings, streams  # here, as every test loads this module
 
     made = settings or StreamSettings()
     return await streams.prepare(stream, Fleet(), made, ack_wait=ack_wait, service="")

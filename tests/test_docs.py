@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import looptime
-import nats
 import pytest
 from cyclopts import CycloptsError
-from nats_server import OUTCOMES, until
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 
@@ -31,6 +30,7 @@ from aiokeyless.events import (
     CircuitChanged,
     DeliveryEnded,
     Event,
+    Inspection,
     OutcomePublished,
     PollEnded,
     PollResult,
@@ -43,12 +43,11 @@ from aiokeyless.events import (
 from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
-from aiokeyless.worker.event_keys import VARIABLE
+from aiokeyless.worker.nats.event_keys import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
-    from nats_server import NatsServer
 
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
@@ -77,9 +76,7 @@ TESTS = [block for block in OTHERS if "def test_" in block.code]
 #: The programs of the examples have tests of their own.
 EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
 #: Programs beside a worker, which need a broker.
-APPLICATIONS = [
-    block for block in OTHERS if "approval_outcomes" in block.code and block.page == "howto/running-workers.md"
-]
+APPLICATIONS = [block for block in OTHERS if "next_outcome" in block.code and block.page == "howto/running-workers.md"]
 EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
 PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS]
 
@@ -146,41 +143,22 @@ def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("block", APPLICATIONS, ids=str)
-async def test_an_application_of_the_docs_gets_each_outcome_once_however_often_it_runs(
-    block: Block, tmp_path: Path, broker: NatsServer
+async def test_an_application_of_the_docs_needs_no_server_and_handles_what_it_prints(
+    block: Block, tmp_path: Path
 ) -> None:
     (tmp_path / "program.py").write_text(block.code)
-
-    async def run() -> str:
+    async with (
+        Sandbox(auto_approve=0.1) as sandbox,
+        sandbox.client(max_attempts=1) as client,
+        ApprovalWorker(client, f"sqlite:{tmp_path / 'keyless.db'}"),
+    ):
         program = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-u", "-W", "error", "program.py"),
-            cwd=tmp_path,
-            env=os.environ | {"NATS_URL": broker.url},
-            stdout=asyncio.subprocess.PIPE,
+            *(sys.executable, "-u", "-W", "error", "program.py"), cwd=tmp_path, stdout=asyncio.subprocess.PIPE
         )
-        assert program.stdout is not None
-        try:
-            line = await program.stdout.readline()
-            await until(is_acknowledged)
-        finally:
-            program.kill()
-            await program.communicate()
-        return line.decode()
-
-    async def is_acknowledged() -> bool:
-        async with await nats.connect(broker.url) as connection:
-            reader = await connection.jetstream().consumer_info(OUTCOMES, "payments")
-        return bool(reader.num_ack_pending == 0)
-
-    async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client(max_attempts=1) as client:
-        worker = ApprovalWorker(client, broker.url)
-        working = asyncio.create_task(worker.run())
-        await until(lambda: worker.statistics.is_ready)
-        printed = [await run() for _ in range(2)]
-        worker.stop()
-        await working
-        assert {line.split()[1] for line in printed} == sandbox.operations.keys()
-    assert all(line.startswith("approved ") and line.endswith("{'order': 7}\n") for line in printed)
+        output, _ = await program.communicate()
+    assert (program.returncode, output) == (0, b"approved order-7\n")
+    with closing(sqlite3.connect(tmp_path / "keyless.db")) as file:
+        assert file.execute("SELECT count(*) FROM unread").fetchone() == (0,)
 
 
 # The tables
@@ -419,7 +397,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 def test_the_page_about_the_environment_names_each_variable() -> None:
     page = (DOCS / "reference" / "environment.md").read_text()
     shown = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
-    assert shown == {"KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "NATS_URL", VARIABLE}
+    assert shown == {"KEYLESS_API_KEY", "KEYLESS_REGION", "KEYLESS_BASE_URL", "KEYLESS_BROKER", VARIABLE}
 
 
 # The pictures
@@ -501,12 +479,8 @@ EVENTS: tuple[Event, ...] = (
         has_ended=False,
         is_ready=True,
         in_flight=1,
-        waiting=9,
-        backlog=0,
-        oldest_age=60,
+        fleet=Inspection(waiting=9, oldest_age=60),
         lateness=0.1,
-        load_shedding=1,
-        clock_ahead=0,
         duplicates=0,
         unsettled=0,
     ),

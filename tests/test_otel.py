@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -19,7 +19,10 @@ from tenacity.wait import wait_fixed
 
 from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Fleet, MemoryBroker, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
+from aiokeyless.worker.broker import NewRequest
+from aiokeyless.worker.nats import Fleet, NatsBroker
+from aiokeyless.worker.sqlite import SqliteBroker
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 
@@ -36,13 +39,19 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from aiokeyless.events import CircuitChanged, DeliveryEnded, OutcomePublished, WaitOutcome, WorkerInspected
+from aiokeyless.events import (
+    CircuitChanged,
+    DeliveryEnded,
+    Inspection,
+    OutcomePublished,
+    WaitOutcome,
+    WorkerInspected,
+)
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
-    from nats.aio.client import Client
     from nats_server import NatsServer
     from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.trace import ReadableSpan
@@ -333,17 +342,23 @@ def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) 
         assert recorder.circuit == number
 
 
-async def next_event(connection: Client | MemoryBroker) -> ApprovalEvent:
-    async with aclosing(approval_outcomes(connection, "test")) as events:
-        return await anext(events)
+async def next_event(broker: object) -> ApprovalEvent:
+    async with next_outcome(broker, "test") as event:
+        return event
+
+
+@pytest.fixture
+async def memory() -> AsyncGenerator[SqliteBroker]:
+    async with SqliteBroker(":memory:") as broker:
+        yield broker
 
 
 class TestWorker:
     @pytest.mark.looptime
     async def test_a_request_is_one_span_in_the_trace_that_submitted_it_however_often_it_is_delivered(
-        self, sandbox: Sandbox, recorder: Recorder
+        self, sandbox: Sandbox, recorder: Recorder, memory: SqliteBroker
     ) -> None:
-        broker = MemoryBroker()
+        broker = memory
         with traced_aiohttp(recorder):
             async with (
                 sandbox.client(listeners=[recorder.listener]) as client,
@@ -370,16 +385,16 @@ class TestWorker:
         assert dict(wait.attributes or {}) == {
             "aiokeyless.wait.outcome": "approved",
             "aiokeyless.wait.deliveries": event.deliveries,
-            "messaging.system": "memory",
-            "messaging.destination.name": "keyless.approvals.request",
+            "messaging.system": "sqlite",
+            "messaging.destination.name": ":memory:",
         }
         points = recorder.points
         [deliveries] = points["messaging.client.consumed.messages"]
         [processing] = points["messaging.process.duration"]
         assert deliveries.value == processing.count == statistics.deliveries >= 10
         assert dict(deliveries.attributes) == {
-            "messaging.system": "memory",
-            "messaging.destination.name": "keyless.approvals.request",
+            "messaging.system": "sqlite",
+            "messaging.destination.name": ":memory:",
             "messaging.operation.name": "process",
         }
         [duration] = points["aiokeyless.wait.duration"]
@@ -394,12 +409,13 @@ class TestWorker:
 
     @pytest.mark.looptime
     async def test_a_request_that_fails_says_why_and_starts_a_trace_where_it_had_none(
-        self, sandbox: Sandbox, recorder: Recorder
+        self, sandbox: Sandbox, recorder: Recorder, memory: SqliteBroker
     ) -> None:
-        broker = MemoryBroker()
+        broker = memory
         with recorder.tracer.start_as_current_span("the program that runs the worker"):
             async with sandbox.client(listeners=[recorder.listener]) as client, ApprovalWorker(client, broker):
-                await broker.submit(b"no request", "broken")
+                request = ApprovalRequest(version=1, user_id=USER, operation_id="broken")
+                await broker.submit(NewRequest(request, b"no request", "broken", None))
                 await next_event(broker)
                 await asyncio.sleep(1)
         span = recorder.span("aiokeyless.wait")
@@ -410,9 +426,9 @@ class TestWorker:
 
     @pytest.mark.looptime
     async def test_how_a_fleet_fares_is_observed_while_a_worker_of_it_runs(
-        self, sandbox: Sandbox, recorder: Recorder
+        self, sandbox: Sandbox, recorder: Recorder, memory: SqliteBroker
     ) -> None:
-        broker = MemoryBroker()
+        broker = memory
         async with (
             sandbox.client(listeners=[recorder.listener]) as client,
             ApprovalWorker(client, broker, schedule=wait_fixed(1)),
@@ -420,13 +436,13 @@ class TestWorker:
             for number in range(3):
                 await submit_approval(broker, USER, operation_id=f"txn-{number}")
             await asyncio.sleep(7)
-            assert recorder.of_fleets("waiting") == {"keyless.approvals.request": 3}
-            assert recorder.of_fleets("ready") == {"keyless.approvals.request": 1}
-            assert 4 < recorder.of_fleets("oldest_age")["keyless.approvals.request"] < 6
+            assert recorder.of_fleets("waiting") == {":memory:": 3}
+            assert recorder.of_fleets("ready") == {":memory:": 1}
+            assert 4 < recorder.of_fleets("oldest_age")[":memory:"] < 6
             for number in range(3):
                 sandbox.approve(f"txn-{number}")
             await asyncio.sleep(10)
-            assert recorder.of_fleets("waiting") == {"keyless.approvals.request": 0}
+            assert recorder.of_fleets("waiting") == {":memory:": 0}
         assert recorder.of_fleets("waiting") == {}
 
     def test_of_several_workers_of_a_fleet_the_worst_is_observed(self, recorder: Recorder) -> None:
@@ -437,24 +453,27 @@ class TestWorker:
             has_ended=False,
             is_ready=True,
             in_flight=2,
-            waiting=5,
-            backlog=4,
-            oldest_age=60.0,
+            fleet=Inspection(waiting=5, backlog=4, oldest_age=60.0, clock_ahead=0.5),
             lateness=3.0,
-            load_shedding=1.0,
-            clock_ahead=0.5,
             duplicates=2,
             unsettled=1,
         )
         recorder.listener(told)
         recorder.listener(
-            replace(told, worker=2, is_ready=False, in_flight=1, waiting=7, load_shedding=4.0, duplicates=10)
+            replace(
+                told,
+                worker=2,
+                is_ready=False,
+                in_flight=1,
+                fleet=replace(told.fleet, waiting=7),
+                duplicates=10,
+            )
         )
         recorder.listener(replace(told, worker=3, destination="b", lateness=9.0))
         recorder.listener(replace(told, worker=1, duplicates=3, unsettled=1))
         observed = {
             name: recorder.of_fleets(name)
-            for name in ("ready", "in_flight", "waiting", "backlog", "oldest_age", "lateness", "load_shedding")
+            for name in ("ready", "in_flight", "waiting", "backlog", "oldest_age", "lateness")
         }
         assert observed == {
             "ready": {"a": 0, "b": 1},
@@ -463,7 +482,6 @@ class TestWorker:
             "backlog": {"a": 4, "b": 4},
             "oldest_age": {"a": 60, "b": 60},
             "lateness": {"a": 3, "b": 9},
-            "load_shedding": {"a": 4, "b": 1},
         }
         assert recorder.of_fleets("clock_ahead") == {"a": 0.5, "b": 0.5}
         for number, destination in ((1, "a"), (2, "a"), (3, "b")):
@@ -483,12 +501,8 @@ class TestWorker:
                     has_ended=False,
                     is_ready=True,
                     in_flight=0,
-                    waiting=1,
-                    backlog=0,
-                    oldest_age=0.0,
+                    fleet=Inspection(waiting=1),
                     lateness=0.0,
-                    load_shedding=1.0,
-                    clock_ahead=0.0,
                     duplicates=0,
                     unsettled=0,
                 )
@@ -501,11 +515,11 @@ class TestWorker:
         fleet = Fleet(name="staging")
         async with (
             sandbox.client(listeners=[recorder.listener]) as client,
-            ApprovalWorker(client, broker.url, fleet=fleet, schedule=wait_fixed(0.05)),
-            await nats.connect(broker.url) as connection,
+            NatsBroker(broker.url, fleet=fleet) as opened,
+            ApprovalWorker(client, opened, schedule=wait_fixed(0.05)),
         ):
             with recorder.tracer.start_as_current_span("checkout"):
-                await submit_approval(connection, USER, operation_id="txn-1", fleet=fleet)
+                await submit_approval(opened, USER, operation_id="txn-1")
             await until(lambda: "txn-1" in sandbox.operations)
             sandbox.approve("txn-1")
             await until(lambda: "aiokeyless.wait" in [span.name for span in recorder.spans])
@@ -641,11 +655,11 @@ class TestInstrumentor:
     @pytest.mark.slow
     async def test_opentelemetry_instrument_traces_a_worker(self, broker: NatsServer) -> None:
         async with Sandbox(auto_approve=0.1) as sandbox, await nats.connect(broker.url) as connection:
-            process = await instrumented(sandbox, "worker", "--nats", broker.url)
+            process = await instrumented(sandbox, "worker", "--broker", broker.url)
             assert process.stdout is not None
             while b"worker.ready" not in (line := await asyncio.wait_for(process.stdout.readline(), 60)):
                 assert line, "it ended"
-            await submit_approval(connection, USER)
+            await submit_approval(connection, USER, operation_id="txn-1")
             assert (await next_event(connection)).outcome == "approved"
             process.terminate()
             output, _ = await process.communicate()

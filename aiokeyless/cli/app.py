@@ -47,6 +47,10 @@ class CommandError(Exception):
     """A command cannot do its work; the message is shown as it is, and says what to do."""
 
 
+class UsageError(CommandError):
+    """A command was called in a way that makes no sense."""
+
+
 class InterruptedCommandError(Exception):
     """Ctrl-C ended a command; the message says how to continue."""
 
@@ -97,7 +101,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # stdout was closed, as `head` does: nobody reads on
         return Exit.ERROR
     except (CommandError, OSError) as error:
-        return _fail(str(error), Exit.ERROR)
+        return _fail(str(error), Exit.USAGE if isinstance(error, UsageError) else Exit.ERROR)
     except (InterruptedCommandError, KeyboardInterrupt) as interruption:
         return _fail("; ".join(filter(None, ("interrupted", str(interruption)))), Exit.INTERRUPTED)
 

@@ -7,7 +7,6 @@ import sys
 from typing import Literal
 
 from .app import Exit, app
-from .worker import needs_the_extra
 
 
 @app.command(
@@ -24,9 +23,9 @@ def schema(message: Literal["request", "event"], /) -> int:
     Args:
         message: The request for an approval, or the event that says how it ended.
     """
-    with needs_the_extra():
-        from aiokeyless.worker import ApprovalEvent, ApprovalRequest  # noqa: PLC0415
-        from aiokeyless.worker.schema import message_schema  # noqa: PLC0415
+    from aiokeyless.worker import ApprovalEvent, ApprovalRequest  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.schema import message_schema  # noqa: PLC0415  # as above
+
     kind = ApprovalRequest if message == "request" else ApprovalEvent
     sys.stdout.write(f"{json.dumps(message_schema(kind), indent=2)}\n")
     return Exit.DONE

@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import ssl
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -16,13 +17,11 @@ from cyclopts import Parameter
 
 from aiokeyless.errors import ConfigurationError
 
-from .app import AsJson, CommandError, Exit, Seconds, app, new_client
+from .app import AsJson, CommandError, Exit, Seconds, UsageError, app, new_client
 from .sandbox import check_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from aiokeyless.worker import ApprovalWorker
+    from aiokeyless.worker import ApprovalWorker, Broker
 
 _SUBJECT: Final = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
 
@@ -51,62 +50,14 @@ Count = Annotated[int, Parameter(validator=_check_count)]
 OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
 
 
-@contextmanager
-def needs_the_extra() -> Iterator[None]:
-    """Import what is a part of the worker; where its extra is missing, say so."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
-            raise
-        raise CommandError('the worker is an extra: pip install "aiokeyless[cli,nats]"') from None
-
-
-@app.command(
-    help_epilogue="""\
-Example, with a broker and a sandbox in other terminals:
-  nats-server -js -sd jetstream
-  aiokeyless worker --nats nats://127.0.0.1:4222
-
-Example, as an orchestrator runs it, with NATS_URL naming a cluster's servers:
-  aiokeyless worker --replicas 3 --health-port 8080 --json"""
-)
-async def worker(
-    *,
-    nats_url: Annotated[str | None, Parameter(name="--nats")] = None,
-    name: str = "keyless",
-    tenant: str | None = None,
-    max_in_flight: Count = 64,
-    max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
-    grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
-    creds: Path | None = None,
-    inbox_prefix: Annotated[str | None, Parameter(validator=_check_subject)] = None,
-    tls_ca: Path | None = None,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
-    event_key: Annotated[list[Path] | None, Parameter(negative="")] = None,
-    domain: str | None = None,
-    prefix: str | None = None,
-    replicas: OptionalCount = None,
-    duplicate_window: Seconds = 24 * 3600.0,
-    max_age: Seconds = 7 * 24 * 3600.0,
-    learned: str | None = None,
-    health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
-    health_host: str = "127.0.0.1",
-    as_json: AsJson = False,
-) -> int:
-    """Wait for approvals that applications request through NATS JetStream.
-
-    Any number of workers share the requests; a request is not lost when a worker
-    ends. Runs until Ctrl-C or SIGTERM, then finishes the requests in flight.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NatsOptions:
+    """What only NATS needs.
 
     Args:
-        nats_url: Addresses of the broker, separated by commas; NATS_URL, or nats://127.0.0.1:4222, if left out.
         name: Name of the fleet; fleets of different names share a broker and nothing else.
-        tenant: Your name of the Keyless tenant. All workers of a fleet name the same one, or none.
-        max_in_flight: Requests that are processed at the same time.
-        max_polls_per_second: Polls of this worker in a second; what is due beyond that stays at the broker.
-        grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
+        tenant: Your name of the Keyless tenant; a worker of another one, or of none, does not start in this fleet.
         creds: File with the broker's credentials for this worker.
         inbox_prefix: Subject under which the broker answers this worker, where it may not subscribe to _INBOX.>.
         tls_ca: File with the certificates that the broker's is checked with; those of the system if left out.
@@ -118,43 +69,74 @@ async def worker(
         replicas: Servers that store each message; if left out, 1 for new streams.
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
         max_age: Seconds for which new streams keep outcomes for readers that are away; at least --duplicate-window.
-        learned: File that keeps what this worker learns; or kv://BUCKET, a bucket of the broker that a fleet shares.
+    """
+
+    name: str = "keyless"
+    tenant: str | None = None
+    creds: Path | None = None
+    inbox_prefix: Annotated[str | None, Parameter(validator=_check_subject)] = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    event_key: Annotated[list[Path] | None, Parameter(negative="")] = None
+    domain: str | None = None
+    prefix: str | None = None
+    replicas: OptionalCount = None
+    duplicate_window: Seconds = 24 * 3600.0
+    max_age: Seconds = 7 * 24 * 3600.0
+
+
+@app.command(
+    help_epilogue="""\
+Example, with a sandbox in another terminal, and no server:
+  aiokeyless worker --broker sqlite:keyless.db
+
+Example, as an orchestrator runs it, with KEYLESS_BROKER naming the database:
+  aiokeyless worker --health-port 8080 --json"""
+)
+async def worker(
+    *,
+    broker: str | None = None,
+    max_in_flight: Count = 64,
+    max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
+    grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
+    learned: Path | None = None,
+    health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
+    health_host: str = "127.0.0.1",
+    as_json: AsJson = False,
+    nats: Annotated[NatsOptions | None, Parameter(name="*", group="NATS")] = None,
+) -> int:
+    """Wait for approvals that applications request through a broker.
+
+    Any number of workers share the requests; a request is not lost when a worker
+    ends. Runs until Ctrl-C or SIGTERM, then finishes the requests in flight.
+
+    Args:
+        broker: Where requests are stored: sqlite:FILE, postgresql://..., nats://...; or KEYLESS_BROKER.
+        max_in_flight: Requests that are processed at the same time.
+        max_polls_per_second: Polls of this worker in a second; what is due beyond that stays at the broker.
+        grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
+        learned: File that keeps what this worker learns.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address that these are served on.
         as_json: Log JSON objects, one a line.
+        nats: Only if the broker is NATS.
     """
-    with needs_the_extra():
-        from aiokeyless.worker import ApprovalWorker, EventKeys, Fleet, StreamSettings, serve_health  # noqa: PLC0415
-        from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
-        from aiokeyless.worker.service import DEFAULT_NATS_URL  # noqa: PLC0415
+    from aiokeyless.worker import ApprovalWorker, serve_health  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.logs import JsonFormatter  # noqa: PLC0415
+
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    try:
-        fleet = Fleet(name=name, tenant=tenant, domain=domain, prefix=prefix)
-    except ConfigurationError as error:
-        raise CommandError(f"--{error}") from None
-    event_keys = EventKeys.from_files(*event_key) if event_key else EventKeys.from_environment()
-    options: dict[str, object] = {}
-    if creds is not None:
-        _check_readable("--creds", creds)  # nats-py reads it only where the broker asks for credentials
-        options["user_credentials"] = str(creds)
-    if inbox_prefix is not None:
-        options["inbox_prefix"] = inbox_prefix
-    if tls_ca or tls_cert or tls_key:
-        options["tls"] = _tls(tls_ca, tls_cert, tls_key)
-    async with new_client() as client:
+    opened = _broker(broker or os.environ.get("KEYLESS_BROKER"), nats)
+    async with new_client() as client, opened:
         service = ApprovalWorker(
             client,
-            nats_url or os.environ.get("NATS_URL") or DEFAULT_NATS_URL,
+            opened,
             max_in_flight=max_in_flight,
             max_polls_per_second=max_polls_per_second,
             learned=learned,
             grace=grace,
-            fleet=fleet,
-            event_keys=event_keys,
-            settings=StreamSettings(replicas=replicas, duplicate_window=duplicate_window, max_age=max_age),
-            connect_options=options,
         )
         health = None if health_port is None else await serve_health(service, health_port, health_host)
         try:
@@ -164,6 +146,53 @@ async def worker(
             if health is not None:
                 await health.cleanup()
     return Exit.DONE
+
+
+def _broker(url: str | None, options: NatsOptions | None) -> Broker:
+    from aiokeyless.worker.broker import Broker, broker_for  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.nats import SCHEMES  # noqa: PLC0415  # this needs no nats-py
+
+    if not url:
+        found = "NATS_URL alone names none" if os.environ.get("NATS_URL") else "there is no default"
+        raise UsageError(
+            f"--broker or KEYLESS_BROKER must name the broker, {found}: sqlite:FILE, postgresql://... or nats://..."
+        )
+    if url.partition(":")[0].lower() in SCHEMES:
+        return _nats_broker(url, options or NatsOptions())
+    if options is not None:
+        raise UsageError("options of NATS need a broker of nats: or tls:")
+    try:
+        opened = broker_for(url)
+    except ConfigurationError as error:
+        raise UsageError(f"--{error}") from None
+    assert isinstance(opened, Broker)  # noqa: S101  # what a URL is for
+    return opened
+
+
+def _nats_broker(url: str, options: NatsOptions) -> Broker:
+    try:
+        from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker, StreamSettings  # noqa: PLC0415  # as above
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
+            raise
+        raise CommandError('this broker needs nats-py: install the extra "nats"') from None
+    try:
+        fleet = Fleet(name=options.name, tenant=options.tenant, domain=options.domain, prefix=options.prefix)
+    except ConfigurationError as error:
+        raise CommandError(f"--{error}") from None
+    keys = EventKeys.from_files(*options.event_key) if options.event_key else EventKeys.from_environment()
+    connect_options: dict[str, object] = {}
+    if options.creds is not None:
+        _check_readable("--creds", options.creds)  # nats-py reads it only where the broker asks for credentials
+        connect_options["user_credentials"] = str(options.creds)
+    if options.inbox_prefix is not None:
+        connect_options["inbox_prefix"] = options.inbox_prefix
+    if options.tls_ca or options.tls_cert or options.tls_key:
+        connect_options["tls"] = _tls(options.tls_ca, options.tls_cert, options.tls_key)
+    settings = StreamSettings(
+        replicas=options.replicas, duplicate_window=options.duplicate_window, max_age=options.max_age
+    )
+    return NatsBroker(url, fleet=fleet, event_keys=keys, settings=settings, connect_options=connect_options)
 
 
 def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:

@@ -1,20 +1,17 @@
-"""Waits that survive restarts and outgrow one machine: a worker on NATS JetStream (extra ``nats``).
+"""Waits that survive restarts and outgrow one process: workers at a broker.
 
-An application publishes a request with `submit_approval`; any number of workers process it, one poll a delivery, and
-keep nothing of it in memory; the outcome is read with `approval_outcomes`. Where one process is enough,
-`aiokeyless.KeylessClient` is simpler.
+An application stores a request with `submit_approval`; any number of workers process it, one poll a delivery, and keep
+nothing of it in memory; the outcome is read with `next_outcome`. The brokers are in `aiokeyless.worker.sqlite` and its
+siblings. If one process is enough, `aiokeyless.KeylessClient` is simpler.
 """
 
 from aiokeyless.errors import BrokerError, InvalidRequestError
+from aiokeyless.events import Inspection
 
-from .applications import Submission, approval_outcomes, submit_approval
-from .event_keys import EventKeys
+from .applications import Submission, approval_request, next_outcome, submit_approval
+from .broker import Broker
 from .healthz import serve_health
-from .memory import MemoryBroker
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
-from .nats.broker import is_outcome
-from .nats.fleet import Fleet
-from .nats.streams import StreamSettings
 from .reporting import WorkerStatistics
 from .service import ApprovalWorker
 
@@ -22,18 +19,16 @@ __all__ = [
     "ApprovalEvent",
     "ApprovalRequest",
     "ApprovalWorker",
+    "Broker",
     "BrokerError",
-    "EventKeys",
     "FailureReason",
-    "Fleet",
+    "Inspection",
     "InvalidRequestError",
-    "MemoryBroker",
     "Outcome",
-    "StreamSettings",
     "Submission",
     "WorkerStatistics",
-    "approval_outcomes",
-    "is_outcome",
+    "approval_request",
+    "next_outcome",
     "serve_health",
     "submit_approval",
 ]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from types import ModuleType, TracebackType
 
+    from aiokeyless.events import Inspection
+
     from .messages import ApprovalEvent, ApprovalRequest
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
@@ -145,24 +147,6 @@ class Terms(NamedTuple):
     largest_request: int
 
 
-class Inspection(NamedTuple):
-    """What a broker tells of all its workers together, at one moment.
-
-    Attributes:
-        waiting: Requests that are not decided.
-        backlog: Those of them that were never delivered.
-        oldest_age: Seconds since the oldest of them was stored; 0 where there is none.
-        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
-        problems: Why requests or outcomes cannot be stored or delivered, in one line each.
-    """
-
-    waiting: int = 0
-    backlog: int = 0
-    oldest_age: float = 0.0
-    clock_ahead: float = 0.0
-    problems: tuple[str, ...] = ()
-
-
 class Message:
     """One delivery of a request to a worker. A broker may extend it by what it needs to know the request again.
 
@@ -238,6 +222,11 @@ class Broker(ApplicationSide):
     system: str
     destination: str
 
+    @property
+    def keeps_delays(self) -> bool:
+        """Whether deliveries come when they are due; schedules learn nothing from those that do not."""
+        return True
+
     async def __aenter__(self) -> Self:
         await self.open()
         return self
@@ -287,8 +276,9 @@ class Broker(ApplicationSide):
         Args:
             up_to: How many at most; at least 1.
             within: Seconds after which it returns at the latest, with nothing if need be.
-            probing: Whether Keyless fails. Then the order is: fewest failures, those that were answered well before
-                those that were never tried, then due. So bad requests do not hold good ones up.
+            probing: Whether Keyless fails. Then the order is: fewest failures; of these, those that were answered well
+                before those that were never tried; of these, those due first, but of those never tried the newest. So
+                bad requests do not hold good ones up.
         """
 
     @abstractmethod
@@ -392,8 +382,8 @@ def broker_for(target: object) -> ApplicationSide:
 def _brokers() -> Iterator[ModuleType]:
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
-        if module.ispkg and hasattr(broker := importlib.import_module(f"{__package__}.{module.name}"), "SCHEMES"):
-            yield broker
+        if module.ispkg:
+            yield importlib.import_module(f"{__package__}.{module.name}")
 
 
 def _made(broker: Any) -> ApplicationSide:  # what a package made is not known to a type checker

@@ -20,24 +20,32 @@ from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, Permissi
 from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
 
-from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome
+from .broker import Exchange
+from .messages import VERSION, ApprovalEvent, Delivery, FailureReason, Outcome, read_context
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    import msgspec
     from tenacity.wait import wait_base
 
     from aiokeyless.schedule import wait_adaptive
+
+    from .broker import Message
 
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
 _FIRST_POLL: Final = 2  # the delivery whose poll is the first: the one before it created the operation
 
 
 class Redeliver(NamedTuple):
-    """The request stays in the stream, and is delivered again after so many seconds."""
+    """The request stays at the broker, and is delivered again.
+
+    Attributes:
+        delay: After so many seconds.
+        exchange: What became of the exchange that this delivery was for.
+    """
 
     delay: float
+    exchange: Exchange = Exchange.ANSWERED
 
 
 class Decided(NamedTuple):
@@ -71,15 +79,13 @@ class Pacing(NamedTuple):
 
     Attributes:
         schedule: When to poll after a pending answer.
-        stretch: Factor by which load shedding stretches the schedule's delays.
-        failures: Failures in a row, of this worker.
+        failures: Failures of the request in a row, this one included.
         paused_for: Seconds for which the answer asked the request to pause; 0 or less for none.
         closed_for: Seconds until the circuit lets polls start; 0 or less where it does.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
     schedule: wait_base
-    stretch: float
     failures: int
     paused_for: float
     closed_for: float
@@ -132,12 +138,12 @@ def after_poll(
     if result is Result.PENDING:
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
-        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
+        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     left = left_of_grace(delivery, polled_at, pacing.grace)
     # If the circuit stays open for longer than that, the application is told in time.
     delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
     if result is Result.UNANSWERED and delay is not None:
-        return Redeliver(delay)
+        return Redeliver(delay, Exchange.FAILED)
     return _ended(delivery, answer, result, now)._replace(polled_at=polled_at)
 
 
@@ -192,7 +198,7 @@ def after_failed_creation(
         may_exist: Whether an earlier attempt may have created it: then the user may have been asked.
     """
     if is_transient(error):
-        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()))
+        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
         return Redeliver(_scheduled(delivery, now, pacing))  # polls find out; a 403 or 404 is a gateway's
     reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
@@ -215,30 +221,19 @@ def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided
     return _failed(delivery, now, FailureReason.INTERNAL, detail)
 
 
-def invalid(
-    message: str, number: int, error: KeylessError, context: msgspec.Raw, *, stored_at: datetime, now: datetime
-) -> Decided:
-    """Decide about a message that is not a request.
-
-    Args:
-        message: A name for the message, unique for good.
-        number: Number of this delivery.
-        error: What is wrong with it.
-        context: What to return, as far as it can be read.
-        stored_at: When the stream stored it.
-        now: The time.
-    """
+def invalid(message: Message, error: KeylessError, *, now: datetime) -> Decided:
+    """Decide about a message that is not a request. It has no content to know it by, so it is named by its place."""
     event = ApprovalEvent(
         version=VERSION,
         outcome=Outcome.FAILED,
         reason=FailureReason.INVALID_REQUEST,
         detail=str(error)[:_LONGEST_DETAIL],
-        requested_at=stored_at,
+        requested_at=message.stored_at,
         decided_at=now,
-        deliveries=number,
-        context=context,
+        deliveries=message.number,
+        context=read_context(message.body),
     )
-    return Decided(event, message)
+    return Decided(event, message.name)
 
 
 def is_final(delivery: Delivery, polled_at: datetime) -> bool:
@@ -271,7 +266,7 @@ def _scheduled(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
     age = max(0.0, (now - delivery.ticket.created_at).total_seconds())
     attempt = attempt_at(pacing.schedule, age, most=delivery.number)
     delay = next_delay(pacing.schedule, attempt_number=attempt, since_start=age)
-    return _until_deadline(delivery, now, delay * pacing.stretch)
+    return _until_deadline(delivery, now, delay)
 
 
 def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:

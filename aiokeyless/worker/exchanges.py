@@ -26,6 +26,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import NewOperation, Operation
 
+from .broker import Claim
 from .decisions import (
     Decided,
     Next,
@@ -39,12 +40,10 @@ from .decisions import (
     after_unclaimed,
     is_final,
 )
-from .engine import Claim
 from .logs import log
 from .messages import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from datetime import datetime
 
     from tenacity.wait import wait_base
@@ -53,9 +52,8 @@ if TYPE_CHECKING:
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
 
+    from .broker import Broker
     from .decisions import Decision
-    from .engine import Claims
-    from .load_shedding import LoadShedding
     from .messages import Delivery
     from .reporting import Reporter
 
@@ -86,39 +84,33 @@ class Exchanges:
 
     Args:
         transport: What sends them, each once: the broker repeats what failed.
-        claims: To which request an operation id belongs.
+        broker: Stores to which request an operation id belongs, and its time counts.
         schedule: When to poll.
-        load_shedding: How much its delays are stretched.
         circuit: Records how the exchanges went.
         rate: Records the polls, and those that were refused with 429.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
-        now: The time, as requests are stored by.
         reporter: Is told of polls, and of the circuit.
     """
 
     def __init__(
         self,
         transport: Transport,
-        claims: Claims,
+        broker: Broker,
         *,
         schedule: wait_base,
-        load_shedding: LoadShedding,
         circuit: Circuit,
         rate: PollRate,
         grace: float,
-        now: Callable[[], datetime],
         reporter: Reporter,
     ) -> None:
         self._transport = transport
-        self._claims = claims
+        self._broker = broker
         self._schedule = schedule
-        self._load_shedding = load_shedding
         self._circuit = circuit
         self._rate = rate
         self._grace = grace
-        self._clock = now
+        self._clock = broker.now
         self._reporter = reporter
-        self._failures_in_a_row = 0
         self.created: int = 0
         self.polls: int = 0
         self.failures: int = 0  # transient ones
@@ -154,7 +146,7 @@ class Exchanges:
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
         """Create the operation, which was missing just now; `Next.POLL` if this request may have created it before."""
-        claim, token = await self._claims.take(delivery.ticket.operation_id, delivery.name)
+        claim, token = await self._broker.claim(delivery.message, delivery.ticket.operation_id, delivery.name)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
@@ -177,18 +169,18 @@ class Exchanges:
             return Next.POLL
         except ConflictError:
             self._record_success(started_at)
-            if claim is Claim.HELD or not await self._release(delivery, token):
+            if claim is Claim.HELD or not await self._unclaim(delivery, token):
                 return Next.POLL
             return after_taken(delivery, now=self._clock())
         except KeylessError as error:
-            may_exist = claim is Claim.HELD or may_have_taken_effect(error) or not await self._release(delivery, token)
+            may_exist = claim is Claim.HELD or may_have_taken_effect(error) or not await self._unclaim(delivery, token)
             self._record_error(delivery, error, started_at, is_probe=True)
             return after_failed_creation(
-                delivery, error, now=self._clock(), pacing=self._pacing(error), may_exist=may_exist
+                delivery, error, now=self._clock(), pacing=self._pacing(delivery, error), may_exist=may_exist
             )
         self._record_success(started_at)
         self.created += 1
-        return after_creation(delivery, self._clock(), self._pacing())
+        return after_creation(delivery, self._clock(), self._pacing(delivery))
 
     async def _poll(self, delivery: Delivery) -> Decision | Next:
         """Poll the operation; `Next.CREATE` where there is none and it is not too late to create it."""
@@ -197,15 +189,15 @@ class Exchanges:
         was_created = await self._was_created(delivery, answer, polled_at)
         self.failures += was_created
         step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
-        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._is_held(delivery):
+        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._holds(delivery):
             return after_unclaimed(delivery, answer, now=self._clock())
         return step
 
-    async def _is_held(self, delivery: Delivery) -> bool:
-        return await self._claims.is_held(delivery.ticket.operation_id, delivery.name)
+    async def _holds(self, delivery: Delivery) -> bool:
+        return await self._broker.holds(delivery.message, delivery.ticket.operation_id, delivery.name)
 
-    async def _release(self, delivery: Delivery, token: int) -> bool:
-        return await self._claims.release(delivery.ticket.operation_id, delivery.name, token)
+    async def _unclaim(self, delivery: Delivery, token: int) -> bool:
+        return await self._broker.unclaim(delivery.message, delivery.ticket.operation_id, delivery.name, token)
 
     async def _was_created(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> bool:
         """Return whether a refusal contradicts that this request may have created the operation.
@@ -215,7 +207,7 @@ class Exchanges:
         contradicts = isinstance(answer, PermissionDeniedError) or (
             isinstance(answer, NotFoundError) and is_final(delivery, polled_at)
         )
-        return contradicts and await self._is_held(delivery)
+        return contradicts and await self._holds(delivery)
 
     def _after_poll(
         self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, *, was_created: bool = False
@@ -225,7 +217,7 @@ class Exchanges:
             answer,
             polled_at=polled_at,
             now=self._clock(),
-            pacing=self._pacing(answer),
+            pacing=self._pacing(delivery, answer),
             was_created=was_created,
         )
 
@@ -254,7 +246,6 @@ class Exchanges:
         return asyncio.get_running_loop().time()
 
     def _record_success(self, started_at: float) -> None:
-        self._failures_in_a_row = 0
         self._circuit.record_success(self._now(), started_at=started_at)
         self._reporter.circuit_is(self._circuit.state, None)
 
@@ -265,7 +256,6 @@ class Exchanges:
         if not is_transient(error):
             self._record_success(started_at)
             return
-        self._failures_in_a_row += 1
         self.failures += 1
         now, operation_id = self._now(), delivery.ticket.operation_id
         if isinstance(error, RateLimitError):
@@ -274,15 +264,13 @@ class Exchanges:
         self._reporter.circuit_is(self._circuit.state, error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
 
-    def _pacing(self, answer: Operation | KeylessError | None = None) -> Pacing:
+    def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:
         own_pause = 0.0
         if isinstance(answer, KeylessError) and not isinstance(answer, RateLimitError):  # that one's is the circuit's
             own_pause = requested_pause(answer)
-        # While the circuit is open it paces the probes, and this request takes its turn.
         return Pacing(
             schedule=self._schedule,
-            stretch=self._load_shedding.factor,
-            failures=1 if self._circuit.is_probed else max(1, self._failures_in_a_row),
+            failures=delivery.message.failures + 1,
             paused_for=own_pause,
             closed_for=self._circuit.retry_at() - self._now(),
             grace=self._grace,

@@ -1,4 +1,4 @@
-"""The messages on the broker: the request for an approval, the event that answers it, and their subjects.
+"""The messages at a broker: the request for an approval, and the event that answers it.
 
 Pure. A request is read as strictly as a form that moves money: an unknown field may be a payload whose name was
 misspelt, so it is refused. What an application passes along as context comes back byte for byte.
@@ -7,11 +7,10 @@ misspelt, so it is refused. What an application passes along as context comes ba
 from __future__ import annotations
 
 import re
-import uuid
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -19,25 +18,24 @@ from aiokeyless._validation import check_operation_id, check_text, check_user_id
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
+if TYPE_CHECKING:
+    from .broker import Message, Terms
+
 __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 
 T = TypeVar("T")
 
-MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
-TRACEPARENT: Final = "traceparent"  # the header of W3C Trace Context, of requests and events
 VERSION: Final = 1
-ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
-MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit into a message that the broker takes, 1 MiB by default
+MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit where its request did
 MAX_DEPTH: Final = 64  # lists and objects in each other: a decoder that recurses must bear it wherever it is called
+_LONGEST: Final = 1e9  # seconds: more than any broker allows
 _JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _JSON_BRACKET: Final = re.compile(rb"[\[\]{}]")
 _NOTHING: Final = msgspec.Raw(b"null")
-#: Operation ids of requests that name none are UUIDs (version 5) in this namespace.
-_NAMESPACE: Final = uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e")
 
 
 class Outcome(StrEnum):
-    """How a request ended; the last word of the subject of its event."""
+    """How a request ended."""
 
     APPROVED = "approved"
     EXPIRED = "expired"
@@ -48,8 +46,8 @@ class FailureReason(StrEnum):
     """Why a request failed. Names are stable; there may be more of them later."""
 
     INVALID_REQUEST = "invalid_request"
-    """No JSON, an unknown field or version, an id that cannot be sent, no id at all, a wait that is longer than the
-    fleet allows. Nobody was asked."""
+    """No JSON, an unknown field or version, an id that cannot be sent, a wait that is longer than the broker allows.
+    Nobody was asked."""
     CONFLICT = "conflict"
     """The operation id belongs to another request, or to an operation that no request of this fleet created."""
     ALREADY_APPROVED = "already_approved"
@@ -70,25 +68,23 @@ class FailureReason(StrEnum):
 
 
 class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A request for an approval: the JSON that is published to ``keyless.approvals.request``.
+    """A request for an approval, as JSON at the broker.
 
     Attributes:
         version: Version of this form, 1.
         user_id: The user, in hex of either case.
-        operation_id: The operation's id, unique in the tenant. One id is one approval, for good. Default: derived from
-            the message's ``Nats-Msg-Id``, which then is one approval for good in the same way. Within its duplicate
-            window the broker drops a second message under a used ``Nats-Msg-Id`` silently, whatever is in it: use a
-            digest of the whole content, as `submit_approval` does, and name the operation here.
+        operation_id: The operation's id, unique in the tenant. One id is one approval, for good: ask again
+            with another.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.
-        created_at: When the application asked, with a zone. Default, and at the latest: when the stream stored it.
+        created_at: When the application asked, with a zone. Default, and at the latest: when the broker stored it.
         context: Any JSON of yours, up to 64 KiB, which the event hands back untouched. Default: null.
     """
 
     version: int
     user_id: str
-    operation_id: str | None = None
+    operation_id: str
     operation_payload: str | None = None
     external_user_id: str | None = None
     expires_in: float = 120.0
@@ -100,7 +96,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a request ended: the JSON published to ``keyless.approvals.approved``, ``.expired`` or ``.failed``.
+    """How a request ended, as JSON at the broker.
 
     Attributes:
         version: Version of this form, 1.
@@ -121,8 +117,8 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         decided_at: When the outcome was known, by the broker's clock, as far as the worker knows it.
         deliveries: How often the broker delivered the request: about the number of polls.
         context: What the request carried along, as JSON.
-        traceparent: Where in a trace the request was submitted (W3C Trace Context), by its header of that name; or
-            None. The event's message has the header too, for instrumentations.
+        traceparent: Where in a trace the request was submitted (W3C Trace Context); or
+            None.
     """
 
     version: int
@@ -158,55 +154,49 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One delivery of a request by the broker: what is asked for, and what the broker's metadata tell about it.
+    """One delivery of a request: what is asked for, and what the broker tells about it.
 
     Attributes:
+        message: What the broker delivered.
         ticket: The operation, its user, its payload's hash, from when and until when it is waited for.
         payload: What the user is asked to approve.
-        number: Number of this delivery, from 1.
-        name: See `request_name`: the ``Nats-Msg-Id`` of every outcome of this request, so that the stream keeps one.
+        name: See `request_name`. Of the outcomes of one name the broker keeps one.
         context: What to hand back.
     """
 
+    message: Message
     ticket: ApprovalTicket
     payload: str | None
-    number: int
     name: str
     context: msgspec.Raw
+
+    @property
+    def number(self) -> int:
+        """Number of this delivery, from 1."""
+        return self.message.number
 
     def __repr__(self) -> str:  # as above
         return f"<Delivery {self.number} of operation {self.ticket.operation_id!r}>"
 
 
-def read_request(
-    data: bytes,
-    *,
-    message_id: str | None,
-    stored_at: datetime,
-    number: int,
-    longest: float,
-    largest: float,
-) -> Delivery:
+def read_request(message: Message, terms: Terms) -> Delivery:
     """Read a delivered message.
 
     Args:
-        data: The message.
-        message_id: Its ``Nats-Msg-Id``, if it has one.
-        stored_at: When the stream stored it.
-        number: Number of this delivery.
-        longest: Seconds that `expires_in` may be at most.
-        largest: Bytes that the message may have at most, so that its event fits into one too.
+        message: The message.
+        terms: What the broker allows.
 
     Raises:
         InvalidRequestError: It is not a request; a `TooLongError` where only `expires_in` is wrong.
     """
-    if len(data) > largest:
-        raise InvalidRequestError(f"the message has {len(data)} bytes; at most {largest:g} leave room for its event")
+    data, longest = message.body, terms.longest_wait
+    if len(data) > terms.largest_request:
+        raise InvalidRequestError(f"the request has {len(data)} bytes, more than {terms.largest_request}")
     try:
         request = _decode(data)
         user_id = check_user_id(request.user_id)
-        operation_id = _operation_id(request, message_id)
-        expires_at, created_at = _times(request, stored_at, longest)
+        operation_id = check_operation_id(request.operation_id)
+        expires_at, created_at = _times(request, message.stored_at, longest)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")
     except ConfigurationError as error:
@@ -221,18 +211,10 @@ def read_request(
         created_at=created_at,
         expires_at=expires_at,
     )
-    name = request_name(
-        operation_id=operation_id,
-        user_id=user_id,
-        operation_payload=payload,
-        external_user_id=external_user_id,
-        expires_in=request.expires_in,
-        context=request.context,
-    )
-    delivery = Delivery(ticket=ticket, payload=payload, number=number, name=name, context=request.context)
+    name = request_name(msgspec.structs.replace(request, user_id=user_id))
+    delivery = Delivery(message=message, ticket=ticket, payload=payload, name=name, context=request.context)
     if request.expires_in > longest:
-        reason = f"expires_in is {request.expires_in:g} s; the stream's duplicate window allows {longest:g} s"
-        raise TooLongError(reason, delivery)
+        raise TooLongError(f"expires_in is {request.expires_in:g} s; this broker allows {longest:g} s", delivery)
     return delivery
 
 
@@ -248,31 +230,11 @@ def _decode(data: bytes) -> ApprovalRequest:
     try:
         data.decode()  # a context, which is not decoded, could hold bytes that are not text
         version = msgspec.json.decode(data, type=_Version).version
-        if version > VERSION:
-            raise NewerRequestError(f"version {version} of the request is not known here, only {VERSION}: upgrade")
         if version != VERSION:
             raise InvalidRequestError(f"version {version} of the request is not known here, only {VERSION}")
         return msgspec.json.decode(data, type=ApprovalRequest)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequestError(f"the message is no request for an approval: {str(error)[:200]}") from None
-
-
-def _operation_id(request: ApprovalRequest, message_id: str | None) -> str:
-    if request.operation_id is not None:
-        return check_operation_id(request.operation_id)
-    if not message_id:
-        # Each delivery would make an operation of its own, or would need a made-up name that may not be unique.
-        raise InvalidRequestError(f"the request has neither an operation_id nor the header {MESSAGE_ID}")
-    check_text(message_id, MESSAGE_ID)
-    if "\N{REPLACEMENT CHARACTER}" in message_id:
-        # What stands for bytes that are no UTF-8: two names that differ in those would be one operation.
-        raise InvalidRequestError(f"the header {MESSAGE_ID} is not UTF-8")
-    return derived_operation_id(message_id)
-
-
-def derived_operation_id(message_id: str) -> str:
-    """Return the id of the operation of a request that names none: the same for the same ``Nats-Msg-Id``."""
-    return str(uuid.uuid5(_NAMESPACE, message_id))
 
 
 def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
@@ -289,6 +251,14 @@ def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tup
         return created_at + timedelta(seconds=min(expires_in, longest)), created_at
     except OverflowError:  # the first day of the calendar, and another year in UTC
         raise InvalidRequestError("created_at must be in the years 1 to 9999, UTC") from None
+
+
+def deadline(message: Message) -> datetime | None:
+    """Return when the time of a request is over; None if the message is not a request."""
+    try:
+        return _times(_decode(message.body), message.stored_at, _LONGEST)[0]
+    except (InvalidRequestError, ConfigurationError):
+        return None
 
 
 def read_event(data: bytes) -> ApprovalEvent:
@@ -346,10 +316,6 @@ class TooLongError(InvalidRequestError):
         self.delivery: Delivery = delivery
 
 
-class NewerRequestError(InvalidRequestError):
-    """A request is of a later version: a newer worker understands it."""
-
-
 def read_context(data: bytes) -> msgspec.Raw:
     """Return the context of a message that is not a request, as far as it can be read."""
     try:
@@ -372,21 +338,14 @@ def refused_context(context: msgspec.Raw) -> str | None:
     return None
 
 
-def request_name(
-    *,
-    operation_id: str,
-    user_id: str,
-    operation_payload: str | None,
-    external_user_id: str | None,
-    expires_in: float,
-    context: msgspec.Raw,
-) -> str:
+def request_name(request: ApprovalRequest) -> str:
     """Return the name of a request: a digest of all that is in it, but of when it was made.
 
-    The request is published under it as ``Nats-Msg-Id``, so that the same request is stored once and another one
-    always is. So is its outcome, whatever it is: an operation that was pending at its deadline may be approved when a
-    crash has the request delivered again, and the stream must then keep the first event and drop the second.
+    By it a broker knows the same request, and a worker its own claim on an operation id. The outcome has it too: an
+    operation that was pending at its deadline may be approved when a crash has the request delivered again, and the
+    broker must then keep the first event and drop the second.
     """
     # An absent text and an empty one are the same.
-    content = (operation_id, user_id, operation_payload or "", external_user_id or "", float(expires_in))
-    return f"request-{sha256(msgspec.json.encode(content) + bytes(context)).hexdigest()}"
+    payload, external_user_id = request.operation_payload or "", request.external_user_id or ""
+    content = (request.operation_id, request.user_id, payload, external_user_id, float(request.expires_in))
+    return f"request-{sha256(msgspec.json.encode(content) + bytes(request.context)).hexdigest()}"

@@ -10,13 +10,16 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Final
 
+from aiokeyless.errors import BrokerError
+from aiokeyless.events import Inspection
+
+from .broker import UnavailableError
 from .cancellation import raise_lost_cancellation
-from .engine import EngineError, Inspection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .engine import Engine, Message, RefusedError
+    from .broker import Broker, Message, RefusedError
 
 _EVERY: Final = 5.0  # seconds between two inspections
 _STALLED_FOR: Final = 30.0  # seconds for which requests may wait while this worker is delivered nothing
@@ -28,25 +31,28 @@ class Monitor:
     """Inspects the fleet for one worker.
 
     Args:
-        engine: The broker.
+        broker: The broker.
         now: The clock, in seconds.
         is_paused: Whether this worker takes no deliveries just now, because Keyless fares badly.
         inspected: Called after each inspection, whatever became of it.
+        lost: Called if the broker is gone for good.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        broker: Broker,
         now: Callable[[], float],
         *,
         is_paused: Callable[[], bool],
         inspected: Callable[[], None],
+        lost: Callable[[BrokerError], None],
     ) -> None:
-        self._engine = engine
+        self._broker = broker
         self._now = now
         self._is_paused = is_paused
         self._inspected = inspected
-        self._silence: str | None = None  # why the broker did not answer the last inspection
+        self._lost = lost
+        self._silence: str | None = None  # why the broker did not answer last
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
         self._deliveries = 0  # since the last inspection
@@ -69,8 +75,12 @@ class Monitor:
         """Count a delivery."""
         self._deliveries += 1
         if message.number == 1:
-            waited = (self._engine.now() - message.stored_at).total_seconds()
+            waited = (self._broker.now() - message.stored_at).total_seconds()
             self._longest_wait = max(self._longest_wait, waited)
+
+    def on_silence(self, error: UnavailableError) -> None:
+        """Remember that the broker did not answer, until it answers an inspection."""
+        self._silence = str(error)
 
     def on_refusal(self, error: RefusedError) -> None:
         """Remember that the broker did not store an event, or the claim on an operation id."""
@@ -94,12 +104,13 @@ class Monitor:
             yield f"{self.last.backlog} requests wait, and none was delivered to this worker for {waited} s"
 
     async def _inspect(self) -> None:
-        if not self._engine.is_connected:  # which is a problem of its own
-            return
         try:
-            self.last = await self._engine.inspect()
-        except EngineError as error:
-            self._silence = str(error)
+            self.last = await self._broker.inspect()
+        except UnavailableError as error:
+            self.on_silence(error)
+            return
+        except BrokerError as error:
+            self._lost(error)
             return
         self._silence = None
         self.lateness, self._longest_wait = self._longest_wait, 0.0

@@ -14,6 +14,7 @@ from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
 from aiokeyless.events import (
     DeliveryEnded,
+    Inspection,
     OutcomePublished,
     PollEnded,
     PollResult,
@@ -21,7 +22,7 @@ from aiokeyless.events import (
     WorkerInspected,
 )
 
-from .engine import EngineError
+from .broker import UnavailableError
 from .logs import log
 from .messages import FailureReason, Outcome
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from aiokeyless._rules.circuit import Transition
     from aiokeyless.models import Operation
 
-    from .engine import Engine
+    from .broker import Broker
     from .messages import ApprovalEvent
 
 #: Numbers of the workers of this process.
@@ -49,26 +50,20 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         deliveries: Deliveries taken.
         polls: Polls sent.
         created: Operations created.
-        approved: Events of this kind published; those that the stream had already are not counted.
+        approved: Outcomes of this kind stored; those that the broker had already are not counted.
         expired: Likewise.
         failed: Likewise.
-        duplicates: Events that the stream had already, from a delivery whose acknowledgement was lost.
+        duplicates: Outcomes that the broker had already, from a delivery that was not settled in time.
         transient_failures: Exchanges with Keyless that failed transiently.
         unsettled: Deliveries of which the broker took no word: it delivers these requests again.
-        waiting: Requests of the fleet that are not decided. This and the following are what the broker told at the last
-            inspection; there is one every 5 s.
-        backlog: Requests of the fleet that were never delivered.
-        oldest_age: Seconds since the oldest request of the fleet was stored; 0 where none waits.
-        clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
+        fleet: What the broker told at the last inspection; there is one every 5 s.
         lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
             inspections.
-        load_shedding: What the schedule's delays are multiplied by, 1 to 16: more than 1 while new requests wait for
-            room.
         circuit: How Keyless fares, as far as this worker can tell: ``closed`` (well), ``half_open`` (ramping up) or
             ``open`` (probes only, or none until its ``Retry-After``).
         is_ready: Whether it takes requests: there are no problems.
-        problems: Why it is not ready, in one line each: it is about to end, the broker is away or silent, a stream is
-            gone or full, the key is refused, requests are not delivered.
+        problems: Why it is not ready, in one line each: it is about to end, the broker is away or refuses outcomes, the
+            key is refused, requests are not delivered, the circuit is open and new requests wait.
         is_draining: Whether the worker is about to end.
     """
 
@@ -82,12 +77,8 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     duplicates: int = 0
     transient_failures: int = 0
     unsettled: int = 0
-    waiting: int = 0
-    backlog: int = 0
-    oldest_age: float = 0.0
-    clock_ahead: float = 0.0
+    fleet: Inspection = Inspection()
     lateness: float = 0.0
-    load_shedding: float = 1.0
     circuit: str = CircuitState.CLOSED.value
     is_ready: bool = False
     problems: tuple[str, ...] = ()
@@ -99,13 +90,13 @@ class Reporter:
 
     Args:
         listeners: Whom to tell of events; None for nobody.
-        engine: The broker.
+        broker: The broker.
         deliveries: Those in flight.
     """
 
-    def __init__(self, listeners: Listeners | None, engine: Engine, deliveries: Sized) -> None:
+    def __init__(self, listeners: Listeners | None, broker: Broker, deliveries: Sized) -> None:
         self._listeners = listeners
-        self._engine = engine
+        self._broker = broker
         self._deliveries = deliveries
         self._worker = next(_WORKERS)
         self._now = asyncio.get_running_loop().time
@@ -138,11 +129,11 @@ class Reporter:
             started_at: When it started.
         """
         if self._listeners is not None:
-            kind = BrokerError if isinstance(failure, EngineError) else type(failure)  # an EngineError is internal
+            kind = BrokerError if isinstance(failure, UnavailableError) else type(failure)  # that one is internal
             self._listeners.tell(
                 DeliveryEnded(
-                    system=self._engine.system,
-                    destination=self._engine.destination,
+                    system=self._broker.system,
+                    destination=self._broker.destination,
                     number=number,
                     error=None if failure is None else kind.__name__,
                     seconds=self._now() - started_at,
@@ -154,8 +145,8 @@ class Reporter:
         if self._listeners is not None:
             self._listeners.tell(
                 OutcomePublished(
-                    system=self._engine.system,
-                    destination=self._engine.destination,
+                    system=self._broker.system,
+                    destination=self._broker.destination,
                     operation_id=event.operation_id,
                     outcome=_outcome(event),
                     reason=event.reason,
@@ -187,17 +178,13 @@ class Reporter:
             self._listeners.tell(
                 WorkerInspected(
                     worker=self._worker,
-                    system=self._engine.system,
-                    destination=self._engine.destination,
+                    system=self._broker.system,
+                    destination=self._broker.destination,
                     has_ended=has_ended,
                     is_ready=statistics.is_ready,
                     in_flight=statistics.in_flight,
-                    waiting=statistics.waiting,
-                    backlog=statistics.backlog,
-                    oldest_age=statistics.oldest_age,
+                    fleet=statistics.fleet,
                     lateness=statistics.lateness,
-                    load_shedding=statistics.load_shedding,
-                    clock_ahead=statistics.clock_ahead,
                     duplicates=statistics.duplicates,
                     unsettled=statistics.unsettled,
                 )

@@ -1,14 +1,13 @@
-"""The serving phase of a worker: it takes deliveries, processes each, and acknowledges it once its event is stored.
+"""The serving phase of a worker: it takes deliveries, processes each, and puts it off or decides it.
 
 It keeps nothing of a wait. The exchanges with Keyless are in `exchanges`, how many there may be at once is decided by
-`aiokeyless._rules.circuit`, and the life of the connection belongs to `service`.
+`aiokeyless._rules.circuit`, and the life of the worker belongs to `service`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -19,32 +18,35 @@ from aiokeyless._rules.circuit import Circuit, CircuitState
 from aiokeyless._rules.rate import PollRate
 from aiokeyless._tracing import context_without_traces
 from aiokeyless._validation import is_traceparent
-from aiokeyless.errors import AuthenticationError, ClientClosedError, InvalidRequestError, KeylessError
+from aiokeyless.errors import (
+    AuthenticationError,
+    BrokerError,
+    ClientClosedError,
+    InvalidRequestError,
+    KeylessError,
+)
 from aiokeyless.schedule import record_observation, wait_adaptive
 
+from .broker import Exchange, RefusedError, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, left_of_grace, observation
-from .engine import EXPIRES, EngineError, RefusedError, Sealed
 from .exchanges import Exchanges, check_key
-from .load_shedding import LoadShedding
-from .logs import log
-from .messages import ROOM_FOR_EVENT, NewerRequestError, Outcome, TooLongError, is_about, read_context, read_request
+from .logs import Seldom, log
+from .messages import Outcome, TooLongError, read_request
 from .monitor import Monitor
 from .reporting import Reporter, WorkerStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from tenacity.wait import wait_base
 
     from aiokeyless._http.transport import Transport
     from aiokeyless._listeners import Listeners
 
+    from .broker import Broker, Message, Terms
     from .decisions import Decided, Decision
-    from .engine import Engine, Message, Terms
-    from .event_keys import EventKeys
-    from .messages import ApprovalEvent, Delivery
+    from .messages import ApprovalEvent
 
-_UPGRADED_IN: Final = 10.0  # seconds until a request is delivered again that this worker is too old for
 #: Seconds before each check of a key that was refused; when all of them were refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
 #: What keeps a worker that has not started from being ready.
@@ -53,11 +55,9 @@ STARTING: Final = "the worker has not started yet"
 #: that stands still meanwhile, as in tests, would never get past that.
 _EARLY: Final = 0.001
 _LOST: Final = 0.1  # seconds after which a cancellation was lost
-#: Seconds between two pulls for requests whose time is over, in a pause that a rate limit asks for. Others that come
-#: with them are put off for less than that, and for longer than a pull lasts: another worker, whose circuit may be
-#: closed, can take them meanwhile.
-_PAUSED_PULLS: Final = 4.0
-_HANDED_BACK_FOR: Final = 1.5
+#: Seconds for which one call waits for deliveries.
+TAKES_FOR: Final = 1.0
+_HANDED_BACK_FOR: Final = 1.5  # seconds at most, and longer than a take lasts: another worker can take it meanwhile
 
 
 class Limits(NamedTuple):
@@ -67,101 +67,91 @@ class Limits(NamedTuple):
         max_in_flight: Deliveries in flight at once.
         max_polls_per_second: Polls of this worker in a second; None for as many as fit.
         longest_delivery: Seconds that one takes at most.
-        ack_wait: Seconds after which the broker delivers again what was not acknowledged.
+        lease: Seconds after which the broker delivers again what was not settled.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
     max_in_flight: int
     max_polls_per_second: float | None
     longest_delivery: float
-    ack_wait: float
+    lease: float
     grace: float
 
 
 class Serving:
-    """A worker that is connected and whose streams are there.
+    """A worker at a broker that is prepared.
 
     Args:
-        engine: The broker.
+        broker: The broker.
         transport: What sends the exchanges, each once.
         schedule: When to poll.
         limits: What bounds the deliveries.
         terms: What the broker allows.
-        event_keys: What events are signed with.
         on_fatal: Called with what is wrong with this worker, and with no request.
         listeners: Whom to tell of events; None for nobody.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        broker: Broker,
         transport: Transport,
         *,
         schedule: wait_base,
         limits: Limits,
         terms: Terms,
-        event_keys: EventKeys | None,
         on_fatal: Callable[[KeylessError], None],
         listeners: Listeners | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._engine = engine
+        self._broker = broker
         self._transport = transport
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._key_refusal: KeylessError | None = None  # the last one
         self._schedule = schedule
         self._limits = limits
         self._terms = terms
-        self._event_keys = event_keys
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight, longest_poll=limits.longest_delivery)
         self._rate = PollRate(limits.max_polls_per_second)
-        self._load_shedding = LoadShedding(self._loop.time)
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
         # A request belongs to the trace of who submitted it, and its polls have no spans.
         self._context = context_without_traces()
-        self._reporter = Reporter(listeners, engine, self._deliveries)
+        self._reporter = Reporter(listeners, broker, self._deliveries)
         self._exchanges = Exchanges(
             transport,
-            engine.claims,
+            broker,
             schedule=schedule,
-            load_shedding=self._load_shedding,
             circuit=self._circuit,
             rate=self._rate,
             grace=limits.grace,
-            now=engine.now,
             reporter=self._reporter,
         )
         self._monitor = Monitor(
-            engine,
+            broker,
             self._loop.time,
             is_paused=lambda: self._circuit.state is not CircuitState.CLOSED,
             inspected=lambda: self._reporter.inspected(self.statistics()),
+            lost=on_fatal,
         )
         self._monitoring: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._is_open = False
         self._stopping = False
-        self._refusals = 0  # of pulls, in a row
-        self._expiries_from = -math.inf  # while the circuit is open: the next pull for requests whose time is over
-        self._pulls_from = -math.inf  # after a refusal, no pull before this time
+        self._taking: asyncio.Task[Sequence[Message]] | None = None
+        self._unavailable = Seldom(logging.WARNING, "broker.unavailable")
+        self._silences = 0  # takes in a row that the broker did not answer
         self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates", "unsettled"), 0)
 
     def statistics(self) -> WorkerStatistics:
         """Return the worker at this moment."""
         problems = tuple(self._problems())
-        told = self._monitor.last
         return WorkerStatistics(
             in_flight=len(self._deliveries),
             polls=self._exchanges.polls,
             created=self._exchanges.created,
             transient_failures=self._exchanges.failures,
-            waiting=told.waiting,
-            backlog=told.backlog,
-            oldest_age=round(told.oldest_age, 3),
-            clock_ahead=round(told.clock_ahead, 3),
+            fleet=self._monitor.last,
             lateness=round(self._monitor.lateness, 3),
-            load_shedding=round(self._load_shedding.factor, 3),
             circuit=self._circuit.state.value,
             is_ready=not problems,
             problems=problems,
@@ -175,10 +165,10 @@ class Serving:
             yield "the worker is about to end"
         elif not self._is_open:
             yield STARTING
-        elif not self._engine.is_connected:
-            yield "there is no connection to the broker"
         else:
             yield from self._monitor.problems()
+            if (backlog := self._monitor.last.backlog) and not self._circuit.is_closed:
+                yield f"the circuit is {self._circuit.state.value}, and {backlog} new requests wait"
             if self._key_check is not None:
                 yield f"Keyless refuses the key: {self._key_refusal}"
 
@@ -186,22 +176,22 @@ class Serving:
         """Take no more deliveries, and let `serve` end."""
         self._stopping = True
         self._changed.set()
-
-    def reconnected(self) -> None:
-        """Pull again: the pulls went with the connection that was lost."""
-        self._changed.set()
+        if self._taking is not None:
+            self._taking.cancel()  # what it has taken comes again
 
     async def serve(self) -> None:
         """Process deliveries until `stop` is called, and then until those in flight are done.
 
         Raises:
-            BrokerError: The stream is gone, or its consumer has other settings now.
+            BrokerError: The broker is gone for good, or is not as it was.
         """
         try:
+            self._is_open = True
+            self._monitoring = self._loop.create_task(self._monitor.run())
+            log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
             while not self._stopping:
                 self._changed.clear()
-                await self._pull(self._loop.time())
-                await self._wait_for_change(self._loop.time())
+                await self._take_more(self._loop.time())
             await self._drain()
         finally:
             try:
@@ -211,30 +201,40 @@ class Serving:
 
     # -- the intake
 
-    async def open(self) -> None:
-        """Get ready to be delivered to."""
-        await self._engine.open(deliver=self._take, ended=self._pull_ended)
-        self._is_open = True
-        self._monitoring = self._loop.create_task(self._monitor.run())
-        log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
-
-    async def _pull(self, now: float) -> None:
-        """Ask for as many deliveries as there is room for; in batches, so not for each one that becomes free."""
-        if not self._engine.is_connected or now < self._pulls_from:
-            return
-        if self._refusals:
-            await self._engine.restore()
-        expected = self._engine.expected()
+    async def _take_more(self, now: float) -> None:
+        """Take as many deliveries as there is room for; without room, wait for some."""
         room = self._room(now)
-        polls = self._rate.room(now)
-        room = (room if polls is None else min(room, polls)) - expected
-        if room <= 0 and self._is_away(now) and now >= self._expiries_from:
-            # Applications are told so in time: what is past its grace needs no exchange.
-            room = self._limits.max_in_flight - len(self._deliveries) - expected
-            self._expiries_from = now + (EXPIRES if self._circuit.is_probed else _PAUSED_PULLS)
-        if room > 0 and (not expected or room >= self._limits.max_in_flight // 4):
-            with suppress(EngineError):  # the connection was lost at this moment: nothing was asked for
-                await self._engine.ask(room)
+        if (polls := self._rate.room(now)) is not None:
+            room = min(room, polls)
+        try:
+            if room > 0:
+                is_probing = self._circuit.state is not CircuitState.CLOSED
+                await self._receive(self._broker.take(room, TAKES_FOR, probing=is_probing))
+            else:
+                # Applications are told in time of requests whose time is over: these need no exchange.
+                free = self._limits.max_in_flight - len(self._deliveries)
+                if self._is_away(now) and self._key_check is None and free > 0:
+                    await self._receive(self._broker.take_overdue(free, self._limits.grace))
+                await self._wait_for_change(self._loop.time())
+        except UnavailableError as error:
+            self._silences += 1
+            self._monitor.on_silence(error)
+            self._unavailable.log({"error": str(error)})
+            await self._pause(error_delay(self._silences))
+
+    async def _receive(self, taking: Coroutine[object, object, Sequence[Message]]) -> None:
+        self._taking = self._loop.create_task(taking)
+        try:
+            await asyncio.wait({self._taking})
+        finally:
+            taken, self._taking = self._taking, None
+            taken.cancel()
+        if taken.cancelled():  # the worker is about to end
+            return
+        messages = taken.result()
+        self._silences = 0
+        for message in messages:
+            self._take(message)
 
     def _is_away(self, now: float) -> bool:
         """Return whether the service is down, or asked for a longer pause than final polls are repeated for."""
@@ -253,32 +253,23 @@ class Serving:
         return sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
 
     async def _wait_for_change(self, now: float) -> None:
-        closed_for = max(self._circuit.retry_at(), self._pulls_from, self._rate.ready_at(now)) - now
-        if self._is_away(now):
-            closed_for = min(closed_for, EXPIRES)
+        closed_for = max(self._circuit.retry_at(), self._rate.ready_at(now)) - now
+        await self._pause(min(max(closed_for, _EARLY), TAKES_FOR) if closed_for > 0 else TAKES_FOR)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for a delivery to end, or for something else that makes room."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(closed_for, _EARLY) if closed_for > 0 else EXPIRES):
+            async with asyncio.timeout(seconds):
                 await self._changed.wait()
 
-    def _pull_ended(self, refusal: str | None) -> None:
-        if refusal is None:
-            self._refusals = 0
-        else:  # the consumer has no leader just now, or is gone
-            self._refusals += 1
-            self._pulls_from = self._loop.time() + error_delay(self._refusals)
-            log(logging.WARNING, "broker.refused", {"reason": refusal})
-        self._changed.set()
-
     async def _drain(self) -> None:
-        """Finish what is in flight, and hand back what arrives meanwhile."""
+        """Finish what is in flight."""
         log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
-        with suppress(EngineError):  # what the broker is delivering is delivered again
-            await self._engine.close()
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
         facts = msgspec.structs.asdict(self.statistics())
         del facts["problems"]
-        log(logging.INFO, "worker.done", facts)
+        log(logging.INFO, "worker.done", {**facts, "fleet": msgspec.structs.asdict(self._monitor.last)})
 
     async def _abandon(self) -> None:
         """Leave what is still in flight: the broker delivers it again."""
@@ -319,7 +310,6 @@ class Serving:
     # -- one delivery
 
     def _take(self, message: Message) -> None:
-        self._refusals = 0
         self._monitor.on_delivery(message)
         # Past the loop's task factory: an eager one runs the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
@@ -343,82 +333,61 @@ class Serving:
             What kept it from being settled, if anything did.
         """
         try:
-            if self._stopping:
-                # Not at once: it would be delivered to this worker's own pulls, which are still there.
-                decision: Decision = Redeliver(EXPIRES)
-            elif self._room(now := self._loop.time()) < 0:  # it was asked for before the circuit opened
-                decision = self._decide_without_exchange(message, now)
-            else:
-                decision = await self._decide(message)
+            # Less room than there was when it was asked for: the circuit has opened meanwhile.
+            is_too_much = self._room(now := self._loop.time()) < 0
+            decision = self._decide_without_exchange(message, now) if is_too_much else await self._decide(message)
             await self._settle(message, decision)
-        except EngineError as error:
-            # Nothing was acknowledged, so the broker delivers it again; an event that was stored is kept once.
+        except UnavailableError as error:
+            # Nothing was settled, so the broker delivers it again; an event that was stored is kept once.
             self._counts["unsettled"] += 1
             if isinstance(error, RefusedError):
                 self._monitor.on_refusal(error)
             log(logging.WARNING, "delivery.unsettled", {"error": str(error)})
             return error
-        except KeylessError as error:  # of this worker, not of the request
+        except KeylessError as error:  # of this worker, or of its broker, and not of the request
             if isinstance(error, AuthenticationError):
                 self._suspect_key(error)
             else:
                 self._on_fatal(error)
-            with suppress(EngineError):  # otherwise it is delivered again by itself, a little later
-                await message.put_off(error_delay(1))
+            with suppress(UnavailableError, BrokerError):  # otherwise it is delivered again by itself, a little later
+                await self._broker.put_off(message, error_delay(1), Exchange.NONE)
             return error
         return None
 
     def _decide_without_exchange(self, message: Message, now: float) -> Decision:
         """Put a delivery off; while the service is away, end a request whose final poll can be repeated no more."""
-        moment = self._engine.now()
+        moment = self._broker.now()
         with suppress(InvalidRequestError):
-            delivery = self._read(message)
+            delivery = read_request(message, self._terms)
             if self._is_away(now) and left_of_grace(delivery, moment, self._limits.grace) < 0:
                 return after_outage(delivery, now=moment)
         pause = max(0.0, self._circuit.retry_at() - now)
-        return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1))
+        return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), Exchange.NONE)
 
     async def _decide(self, message: Message) -> Decision:
-        self._load_shedding.on_delivery(redelivered=message.number > 1, backlog=message.backlog)
         try:
-            delivery = self._read(message)
+            delivery = read_request(message, self._terms)
         except TooLongError as error:
-            return after_refusal(error.delivery, error, now=self._engine.now())
+            return after_refusal(error.delivery, error, now=self._broker.now())
         except InvalidRequestError as error:
-            waited = (self._engine.now() - message.stored_at).total_seconds()
-            if isinstance(error, NewerRequestError) and waited < self._terms.longest_wait:
-                log(logging.WARNING, "request.newer", {"error": str(error)})
-                return Redeliver(_UPGRADED_IN)  # another worker of the fleet has been upgraded, or will be
-            # It has no content to tell it from others by, so it is named by its place at the broker.
-            context, now = read_context(message.data), self._engine.now()
-            return invalid(message.name, message.number, error, context, stored_at=message.stored_at, now=now)
+            return invalid(message, error, now=self._broker.now())
         try:
             return await self._exchanges.process(delivery)
-        except (KeylessError, EngineError):  # of this worker or of the broker, and not of the request
+        except (KeylessError, UnavailableError):  # of this worker or of the broker, and not of the request
             raise
         except Exception as error:  # noqa: BLE001  # a bug: the request must not be delivered again forever
             log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)
-            return after_bug(delivery, error, now=self._engine.now())
-
-    def _read(self, message: Message) -> Delivery:
-        return read_request(
-            message.data,
-            message_id=message.message_id,
-            stored_at=message.stored_at,
-            number=message.number,
-            longest=self._terms.longest_wait,
-            largest=self._terms.largest_message - ROOM_FOR_EVENT,
-        )
+            return after_bug(delivery, error, now=self._broker.now())
 
     async def _settle(self, message: Message, decision: Decision) -> None:
-        """Tell the broker: first the event, and only when that is stored, that the request is done."""
+        """Tell the broker what became of the delivery."""
         if isinstance(decision, Redeliver):
-            await message.put_off(decision.delay)
+            await self._broker.put_off(message, decision.delay, decision.exchange)
             return
         event = await self._with_asked(message, decision)
-        if is_traceparent(message.traceparent):  # any publisher may set the header, and to anything
+        if is_traceparent(message.traceparent):  # any sender may set it, and to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
-        if await message.decide(self._sealed(event, decision.name)):
+        if await self._broker.decide(message, event, decision.name):
             self._counts[event.outcome] += 1
             _log_outcome(event)
             self._reporter.outcome_published(event)
@@ -430,31 +399,20 @@ class Serving:
     async def _with_asked(self, message: Message, decided: Decided) -> ApprovalEvent:
         """Return the event; of one that expired, it says whether the user was asked, as far as is known.
 
-        A request claims its operation id before it creates the operation. The claim is kept for the duplicate window,
-        so a request that is older, as when no worker ran for a day, may have lost it.
+        A request claims its operation id before it creates the operation. The claim is kept for as long as the broker
+        lets a request wait, so a request that is older, as when no worker ran for a day, may have lost it.
         """
         event, operation_id = decided.event, decided.event.operation_id
         if event.asked is not False or operation_id is None:
             return event
-        age = (self._engine.now() - message.stored_at).total_seconds()
+        age = (self._broker.now() - message.stored_at).total_seconds()
         is_kept = age < self._terms.longest_wait + self._limits.grace
-        asked = not is_kept or await self._engine.claims.is_held(operation_id, decided.name)
+        asked = not is_kept or await self._broker.holds(message, operation_id, decided.name)
         return msgspec.structs.replace(event, asked=asked)
-
-    def _sealed(self, event: ApprovalEvent, name: str) -> Sealed:
-        data, keys, fleet = msgspec.json.encode(event), self._event_keys, self._engine.fleet_name
-        if keys is None:
-            return Sealed(event.outcome, data, name, traceparent=event.traceparent)
-
-        def is_genuine(other: bytes, signature: str | None) -> bool:
-            return keys.are_of(other, signature, fleet=fleet) and is_about(other, event)
-
-        signature = keys.sign(data, fleet=fleet)
-        return Sealed(event.outcome, data, name, signature, event.traceparent, is_genuine)
 
     def _learn(self, decided: Decided) -> None:
         """Tell the schedule when the user approved, or until when they had not."""
-        if not isinstance(self._schedule, wait_adaptive) or self._load_shedding.is_noticeable:
+        if not isinstance(self._schedule, wait_adaptive) or not self._broker.keeps_delays:
             return
         observed = observation(decided, self._schedule)
         if observed is not None:

@@ -27,15 +27,8 @@ from faststream.nats.annotations import Client, NatsMessage
 from msgspec import Meta
 from nats.aio.msg import Msg
 
-from aiokeyless.worker import (
-    ApprovalEvent,
-    BrokerError,
-    EventKeys,
-    FailureReason,
-    Outcome,
-    is_outcome,
-    submit_approval,
-)
+from aiokeyless.worker import ApprovalEvent, BrokerError, FailureReason, Outcome, submit_approval
+from aiokeyless.worker.nats import EventKeys, is_outcome
 
 NATS_URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 

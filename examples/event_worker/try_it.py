@@ -30,6 +30,7 @@ async def main() -> None:
             "KEYLESS_API_KEY": sandbox.api_key,
             "KEYLESS_BASE_URL": sandbox.url,
             "NATS_URL": broker,
+            "KEYLESS_BROKER": broker,
             "PAYMENTS_DB": str(folder / "payments.sqlite3"),
         }
         stream = (await stack.enter_async_context(await nats.connect(broker))).jetstream()

@@ -11,7 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -23,7 +23,9 @@ from nats_server import PATIENCE, REQUESTS, NatsServer, until
 from aiokeyless import wait_adaptive
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
-from aiokeyless.worker import EventKeys, Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker import Outcome, next_outcome, submit_approval
+from aiokeyless.worker.nats import EventKeys, NatsBroker
+from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -149,7 +151,7 @@ async def test_a_worker_with_its_own_inbox_needs_no_permission_for_that_of_all(
     await server.start()
     try:
         url = server.url.replace("//", f"//{USER}:{PASSWORD}@")
-        worker = await workers.start("--nats", url, "--inbox-prefix", "_INBOX_worker")
+        worker = await workers.start("--broker", url, "--inbox-prefix", "_INBOX_worker")
         await worker.logged("worker.ready")
         assert await worker.stop() == 0
     finally:
@@ -172,14 +174,16 @@ async def refusal(worker: Worker) -> str:
 async def test_it_runs_until_it_is_stopped_and_exits_0(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox, number: int
 ) -> None:
-    worker = await workers.start("--nats", nats_url, "--max-in-flight", "8")
+    worker = await workers.start("--broker", nats_url, "--max-in-flight", "8")
     await worker.logged("worker.ready")
-    submission = await submit_approval(connection, "c0ffee", expires_in=0.5)  # the final poll comes soon
+    submission = await submit_approval(
+        connection, "c0ffee", operation_id="txn-1", expires_in=0.5
+    )  # the final poll comes soon
     operation_id = submission.operation_id
     await until(lambda: operation_id in sandbox.operations)
     sandbox.approve(operation_id)
-    async with aclosing(approval_outcomes(connection, "test")) as events:
-        event = await asyncio.wait_for(anext(events), PATIENCE)
+    async with asyncio.timeout(PATIENCE), next_outcome(connection, "test") as event:
+        pass
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, operation_id)
     await worker.logged("approval.approved")
     assert await worker.stop(number) == 0
@@ -195,10 +199,10 @@ async def test_it_runs_until_it_is_stopped_and_exits_0(
 async def test_requests_in_flight_are_finished_when_it_is_stopped(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:
-    worker = await workers.start("--nats", nats_url)
+    worker = await workers.start("--broker", nats_url)
     await worker.logged("worker.ready")
     sandbox.latency = 0.5
-    operation_id = (await submit_approval(connection, "c0ffee")).operation_id
+    operation_id = (await submit_approval(connection, "c0ffee", operation_id="txn-1")).operation_id
     await until(lambda: operation_id in sandbox.operations)  # the answer has not arrived yet
     assert await worker.stop() == 0
     assert " created=1 " in worker.lines[-1]
@@ -206,7 +210,7 @@ async def test_requests_in_flight_are_finished_when_it_is_stopped(
 
 
 async def test_as_json_every_line_is_an_object(workers: Workers, connection: Client, nats_url: str) -> None:
-    worker = await workers.start("--nats", nats_url, "--json")
+    worker = await workers.start("--broker", nats_url, "--json")
     await worker.logged("worker.ready")
     await connection.jetstream().publish("keyless.approvals.request", b"no request\n")
     await worker.logged("approval.failed")
@@ -231,7 +235,7 @@ async def test_the_environment_names_the_broker_and_options_its_settings(
         "--tenant",
         "shop",
     )
-    worker = await workers.start(*options, NATS_URL=nats_url)
+    worker = await workers.start(*options, KEYLESS_BROKER=nats_url)
     await worker.logged("worker.ready")
     config = (await connection.jetstream().stream_info("STAGING_REQUESTS")).config
     assert (config.duplicate_window, config.num_replicas) == (600, 1)
@@ -247,12 +251,13 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
     file = tmp_path / "key"
     file.write_text(EVENT_KEY)
     variables = {"KEYLESS_EVENT_KEY": ""} if option else {}
-    worker = await workers.start("--nats", nats_url, *(["--event-key", str(file)] if option else []), **variables)
+    worker = await workers.start("--broker", nats_url, *(["--event-key", str(file)] if option else []), **variables)
     await worker.logged("worker.ready")
     assert not any("worker.events_unsigned" in line for line in worker.lines)
-    await submit_approval(connection, "C0FFEE", expires_in=0.01)
-    async with aclosing(approval_outcomes(connection, "test", event_keys=EventKeys(EVENT_KEY))) as events:
-        assert (await asyncio.wait_for(anext(events), PATIENCE)).outcome is Outcome.EXPIRED
+    await submit_approval(connection, "C0FFEE", operation_id="txn-1", expires_in=0.01)
+    reader = NatsBroker(connection, event_keys=EventKeys(EVENT_KEY))
+    async with asyncio.timeout(PATIENCE), next_outcome(reader, "test") as event:
+        assert event.outcome is Outcome.EXPIRED
     assert await worker.stop() == 0
 
 
@@ -271,7 +276,7 @@ def test_a_file_of_the_connection_that_cannot_be_used_is_named_in_one_line(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
-    assert run(["worker", *options]) == Exit.ERROR
+    assert run(["worker", "--broker", "nats://127.0.0.1:1", *options]) == Exit.ERROR
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"aiokeyless: {message}")
 
@@ -279,14 +284,14 @@ def test_a_file_of_the_connection_that_cannot_be_used_is_named_in_one_line(
 async def test_with_a_certificate_authority_it_speaks_tls(workers: Workers, nats_url: str, tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text(ssl.DER_cert_to_PEM_cert(ssl.create_default_context().get_ca_certs(binary_form=True)[0]))
-    worker = await workers.start("--nats", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
+    worker = await workers.start("--broker", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
     message = await refusal(worker)  # this one has no TLS
     assert message.startswith("no connection to the broker")
     assert message.endswith(": it does not ask for TLS")
 
 
 async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) -> None:
-    worker = await workers.start("--nats", nats_url, KEYLESS_EVENT_KEY="")
+    worker = await workers.start("--broker", nats_url, KEYLESS_EVENT_KEY="")
     await worker.logged("worker.events_unsigned")
     assert await worker.stop() == 0
 
@@ -295,25 +300,25 @@ async def test_what_it_learned_is_kept_in_a_file_and_another_file_is_one_line(
     workers: Workers, nats_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "learned.json"
-    worker = await workers.start("--nats", nats_url, "--learned", str(file))
+    worker = await workers.start("--broker", nats_url, "--learned", str(file))
     await worker.logged("worker.ready")
     assert await worker.stop() == 0
     assert wait_adaptive.from_json(file.read_text()).to_json() == wait_adaptive().to_json()
     file.write_text('{"order": 7}')
-    message = await refusal(await workers.start("--nats", nats_url, "--learned", str(file)))
+    message = await refusal(await workers.start("--broker", nats_url, "--learned", str(file)))
     assert message.startswith(f"{file} holds something else: ")
     assert message.endswith("; move it away to start anew")
 
 
 async def test_an_event_key_that_cannot_be_read_is_one_line(workers: Workers, nats_url: str, tmp_path: Path) -> None:
-    worker = await workers.start("--nats", nats_url, "--event-key", str(tmp_path / "none"))
+    worker = await workers.start("--broker", nats_url, "--event-key", str(tmp_path / "none"))
     assert "none: No such file" in await refusal(worker)
 
 
 async def test_healthz_is_served_while_it_runs(workers: Workers, connection: Client, nats_url: str) -> None:
     assert connection.is_connected
     port = free_port()
-    worker = await workers.start("--nats", nats_url, "--health-port", str(port))
+    worker = await workers.start("--broker", nats_url, "--health-port", str(port))
     await worker.logged("worker.ready")
     assert await health(port) == (200, "ok")
     assert await worker.stop() == 0
@@ -328,7 +333,7 @@ def free_port() -> int:
 async def test_no_line_holds_a_secret_or_a_payload(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:
-    worker = await workers.start("--nats", nats_url)
+    worker = await workers.start("--broker", nats_url)
     await worker.logged("worker.ready")
     for operation_id in ("txn-1", "txn-2"):
         await submit_approval(
@@ -363,7 +368,7 @@ async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
 ) -> None:
     monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
     monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
-    monkeypatch.setenv("NATS_URL", nats_url)
+    monkeypatch.setenv("KEYLESS_BROKER", nats_url)
     port = free_port()
 
     async def is_served() -> bool:
@@ -383,14 +388,14 @@ async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
 
 
 async def test_a_broker_that_is_not_there_is_one_line(workers: Workers) -> None:
-    worker = await workers.start("--nats", f"nats://worker:{PASSWORD}@127.0.0.1:1")
+    worker = await workers.start("--broker", f"nats://worker:{PASSWORD}@127.0.0.1:1")
     line = await refusal(worker)
     assert line.startswith("no connection to the broker at 127.0.0.1:1: ")
     assert PASSWORD not in line
 
 
 async def test_a_wrong_password_is_one_line_without_it(workers: Workers, broker: NatsServer) -> None:
-    worker = await workers.start(NATS_URL=broker.url.replace("//", "//worker:wr0ng@"))
+    worker = await workers.start(KEYLESS_BROKER=broker.url.replace("//", "//worker:wr0ng@"))
     line = await refusal(worker)
     assert line.endswith(": nats: 'Authorization Violation'")
     assert "wr0ng" not in line
@@ -398,14 +403,14 @@ async def test_a_wrong_password_is_one_line_without_it(workers: Workers, broker:
 
 async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connection: Client, nats_url: str) -> None:
     await connection.jetstream().add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
-    worker = await workers.start("--nats", nats_url)
+    worker = await workers.start("--broker", nats_url)
     assert (await refusal(worker)).startswith(
         f"stream {REQUESTS} exists with other settings: retention is limits, not workqueue; "
     )
 
 
 async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: str) -> None:
-    worker = await workers.start("--nats", nats_url, KEYLESS_API_KEY="wr0ng-key")
+    worker = await workers.start("--broker", nats_url, KEYLESS_API_KEY="wr0ng-key")
     line = await refusal(worker)
     assert "answered 401: " in line
     assert "wr0ng-key" not in line
@@ -414,7 +419,7 @@ async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: st
 async def test_a_port_that_is_in_use_is_one_line(workers: Workers, nats_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        worker = await workers.start("--nats", nats_url, "--health-port", port)
+        worker = await workers.start("--broker", nats_url, "--health-port", port)
         assert (await refusal(worker)).startswith(f"cannot serve the probes on 127.0.0.1 port {port}: ")
 
 
@@ -426,8 +431,10 @@ def test_a_missing_extra_is_one_line_that_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
-    assert run(["worker", "--nats", "nats://127.0.0.1:1", "--creds", __file__]) == 1
-    assert re.fullmatch(r'aiokeyless: .*: pip install ".*\[(cli,nats|nkeys)\]"\n', capsys.readouterr().err)
+    assert run(["worker", "--broker", "nats://127.0.0.1:1", "--creds", __file__]) == 1
+    assert re.fullmatch(
+        r'aiokeyless: .*: (install the extra "nats"|pip install ".*\[nkeys\]")\n', capsys.readouterr().err
+    )
 
 
 def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +447,45 @@ def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest
     forget_the_worker(monkeypatch)
     monkeypatch.setitem(sys.modules, "aiokeyless._rules.approval", None)
     with pytest.raises(ModuleNotFoundError, match="approval"):
-        run(["worker"])
+        run(["worker", "--broker", "nats://127.0.0.1:1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "named"),
+    [
+        ([], {}, "there is no default"),
+        ([], {"NATS_URL": "nats://127.0.0.1:4222"}, "NATS_URL alone names none"),
+        (["--broker", "redis://127.0.0.1"], {}, "not a URL of the scheme 'redis'"),
+        (["--broker", "sqlite:///keyless.db"], {}, "without //"),
+        (["--broker", "sqlite:keyless.db", "--tenant", "shop"], {}, "options of NATS"),
+    ],
+)
+def test_without_a_broker_that_is_known_it_is_one_line_and_exit_2(
+    arguments: list[str],
+    variables: dict[str, str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"KEYLESS_API_KEY": "a-key", "KEYLESS_BROKER": "", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert run(["worker", *arguments]) == Exit.USAGE
+    [line] = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+async def test_a_file_needs_no_server(workers: Workers, sandbox: Sandbox, tmp_path: Path) -> None:
+    path = tmp_path / "keyless.db"
+    worker = await workers.start("--broker", f"sqlite:{path}")
+    await worker.logged("worker.ready")
+    async with SqliteBroker(path) as opened, asyncio.timeout(PATIENCE):
+        await submit_approval(opened, "c0ffee", operation_id="txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
+        sandbox.approve("txn-1")
+        async with next_outcome(opened, "shop") as event:
+            assert event.outcome is Outcome.APPROVED
+    assert await worker.stop() == 0
+    assert "broker.sqlite" in worker.lines[0]
 
 
 @pytest.mark.parametrize("option", ["name", "tenant", "domain", "prefix"])
@@ -448,13 +493,13 @@ def test_a_fleet_that_cannot_be_is_one_line_that_names_the_option(
     option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
-    assert run(["worker", f"--{option}", "a\n"]) == Exit.ERROR
+    assert run(["worker", "--broker", "nats://127.0.0.1:1", f"--{option}", "a\n"]) == Exit.ERROR
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"aiokeyless: --{option} must be ")
 
 
 def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["worker"]) == 1
+    assert run(["worker", "--broker", "sqlite::memory:"]) == 1
     assert capsys.readouterr().err.startswith("aiokeyless: no API key: export KEYLESS_API_KEY=...")
 
 
@@ -476,7 +521,7 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         ),
         *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
         *((["--inbox-prefix", value], ["--inbox-prefix"]) for value in ("", "_INBOX.", "_INBOX.*", "a b", ">")),
-        (["--nats"], ["--nats"]),
+        (["--broker"], ["--broker"]),
         (["--nope"], ["--nope"]),
     ],
     ids=repr,

@@ -338,7 +338,7 @@ async def test_another_payment_under_the_same_id_is_refused_and_takes_nothing_fr
 async def test_outcome_of_another_application_is_no_verdict_on_a_payment(
     streams: Streams, connection: Client, sandbox: Sandbox
 ) -> None:
-    login = (await submit_approval(connection, "c0ffee", context={"login": 7})).operation_id
+    login = (await submit_approval(connection, "c0ffee", operation_id="login-7", context={"login": 7})).operation_id
     await until(lambda: login in sandbox.operations)
     sandbox.approve(login)
     assert await streams.settled() == []
@@ -484,7 +484,7 @@ async def test_application_outlives_a_broker_that_is_killed(
 async def start(
     *arguments: str | Path, broker: NatsServer, sandbox: Sandbox | None = None
 ) -> asyncio.subprocess.Process:
-    environment = {**os.environ, "NATS_URL": broker.url, "PAYMENTS_DB": ":memory:"}
+    environment = {**os.environ, "NATS_URL": broker.url, "KEYLESS_BROKER": broker.url, "PAYMENTS_DB": ":memory:"}
     if sandbox is not None:  # a worker: nobody else needs a key
         environment |= {"KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url}
     pipe = asyncio.subprocess.PIPE

@@ -16,7 +16,7 @@ from nats_server import PATIENCE, NatsServer
 from aiokeyless import KeylessClient
 from aiokeyless.cli.app import app
 from aiokeyless.worker import ApprovalWorker, serve_health
-from aiokeyless.worker.engine import EXPIRES
+from aiokeyless.worker.nats.intake import EXPIRES
 
 if TYPE_CHECKING:
     import pytest
@@ -40,7 +40,7 @@ def test_the_command_line_is_one_that_the_worker_takes() -> None:
 
 
 async def test_what_is_probed_is_served(client: KeylessClient) -> None:
-    server = await serve_health(ApprovalWorker(client), 0)
+    server = await serve_health(ApprovalWorker(client, "sqlite::memory:"), 0)
     [(host, port)] = server.addresses
     try:
         async with aiohttp.ClientSession() as session:
@@ -53,7 +53,7 @@ async def test_what_is_probed_is_served(client: KeylessClient) -> None:
 
 
 def test_the_grace_period_covers_the_longest_that_a_worker_may_take_to_end() -> None:
-    limits = ApprovalWorker(KeylessClient("a-key"))._limits
+    limits = ApprovalWorker(KeylessClient("a-key"), "sqlite::memory:")._limits
     assert POD["terminationGracePeriodSeconds"] > limits.longest_delivery + EXPIRES
 
 
@@ -65,7 +65,7 @@ def test_each_file_that_is_named_is_mounted_from_a_secret() -> None:
 
 
 def test_no_secret_is_an_argument() -> None:
-    assert [entry["name"] for entry in WORKER["env"]] == ["KEYLESS_API_KEY", "NATS_URL"]
+    assert [entry["name"] for entry in WORKER["env"]] == ["KEYLESS_API_KEY", "KEYLESS_BROKER"]
     assert all("secretKeyRef" in entry["valueFrom"] for entry in WORKER["env"])
     assert not any("://" in argument for argument in ARGUMENTS)
 
@@ -95,7 +95,7 @@ async def test_a_worker_with_these_arguments_is_ready_at_a_broker_with_these_acc
             **os.environ,
             "KEYLESS_BASE_URL": sandbox.url,
             "KEYLESS_API_KEY": sandbox.api_key,
-            "NATS_URL": broker.url.replace("nats://", f"tls://worker:{PASSWORD}@"),
+            "KEYLESS_BROKER": broker.url.replace("nats://", f"tls://worker:{PASSWORD}@"),
         },
         stderr=asyncio.subprocess.PIPE,
     )

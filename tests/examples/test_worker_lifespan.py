@@ -13,7 +13,7 @@ from example_process import example_process
 from nats_server import PATIENCE, REQUESTS
 
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import approval_outcomes, submit_approval
+from aiokeyless.worker import next_outcome, submit_approval
 
 if TYPE_CHECKING:
     from nats_server import NatsServer
@@ -29,7 +29,7 @@ async def test_a_worker_that_fails_ends_the_process_of_its_server(broker: NatsSe
         Sandbox(auto_approve=0.1) as sandbox,
         aiohttp.ClientSession() as http,
         await nats.connect(broker.url) as connection,
-        example_process(*command, folder=EXAMPLES, sandbox=sandbox, NATS_URL=broker.url) as server,
+        example_process(*command, folder=EXAMPLES, sandbox=sandbox, KEYLESS_BROKER=broker.url) as server,
     ):
         assert server.stdout is not None
         output = ""
@@ -38,10 +38,9 @@ async def test_a_worker_that_fails_ends_the_process_of_its_server(broker: NatsSe
             assert line, f"it ended: {output}"
         async with http.get(found[0]) as answer:
             assert await answer.json() == {"state": "serving"}
-        await submit_approval(connection, "C0FFEE")
-        async for event in approval_outcomes(connection, "test"):
+        await submit_approval(connection, "C0FFEE", operation_id="txn-1")
+        async with next_outcome(connection, "test") as event:
             assert event.outcome == "approved"
-            break
         await connection.jetstream().delete_stream(REQUESTS)  # which no worker can do without
         rest, _ = await server.communicate()
     assert server.returncode != 0

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import math
-import uuid
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,10 +30,9 @@ from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestErr
 from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 from aiokeyless.ticket import ApprovalTicket
+from aiokeyless.worker.broker import Message, Terms
 from aiokeyless.worker.decisions import after_conflict, invalid
-from aiokeyless.worker.event_keys import EventKeys
 from aiokeyless.worker.messages import (
-    ROOM_FOR_EVENT,
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
@@ -44,6 +42,7 @@ from aiokeyless.worker.messages import (
     read_event,
     read_request,
 )
+from aiokeyless.worker.nats.event_keys import EventKeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -236,11 +235,17 @@ def schedule(data: bytes) -> None:
 
 # -- the worker's messages
 
+TERMS: Final = Terms(longest_wait=86400.0, largest_request=1 << 20)
+ROOM_FOR_EVENT: Final = 8 << 10  # bytes
 FIELDS: Final = frozenset(ApprovalRequest.__struct_fields__)
 
 
 def read(data: bytes) -> Delivery:
-    return read_request(data, message_id="order-7", stored_at=NOW, number=1, longest=86400.0, largest=1 << 20)
+    return read_request(message(data), TERMS)
+
+
+def message(data: bytes) -> Message:
+    return Message(body=data, name="message-1", stored_at=NOW, number=1, failures=0, traceparent=None)
 
 
 def request(data: bytes) -> None:
@@ -249,7 +254,7 @@ def request(data: bytes) -> None:
         delivery = read(data)
     except InvalidRequestError as error:
         context = read_context(data)
-        event = invalid("request-1", 1, error, context, stored_at=NOW, now=NOW).event
+        event = invalid(message(data), error, now=NOW).event
     else:
         context = delivery.context
         event = after_conflict(delivery, now=NOW).event
@@ -262,9 +267,7 @@ def request(data: bytes) -> None:
 
 def check_request(delivery: Delivery, said: Mapping[str, Any]) -> None:
     ticket = delivery.ticket
-    operation_id = said.get("operation_id")
-    if operation_id is None:
-        operation_id = str(uuid.uuid5(uuid.UUID("5f0c9a52-7a0e-5c55-9d53-3c1b8a4f2f6e"), "order-7"))
+    operation_id = said["operation_id"]
     assert said["version"] == VERSION
     assert said.keys() <= FIELDS
     assert ticket.operation_id == operation_id

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import pytest
 
 from aiokeyless.errors import ConfigurationError
+from aiokeyless.worker import nats as nats_package
 from aiokeyless.worker.broker import broker_for
+from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
 
 
 def test_a_url_picks_the_broker() -> None:
@@ -39,3 +47,45 @@ def test_what_is_for_no_broker_is_refused_with_what_would_be(target: object, mes
 def test_an_applications_own_sqlite_connection_is_refused() -> None:
     with closing(sqlite3.connect(":memory:")) as connection, pytest.raises(ConfigurationError, match="of your own"):
         broker_for(connection)
+
+
+async def test_a_connection_picks_the_broker_and_keeps_it(connection: Client) -> None:
+    broker = broker_for(connection)
+    assert isinstance(broker, NatsBroker)
+    assert broker_for(connection) is broker
+
+
+@pytest.mark.parametrize("url", ["nats://127.0.0.1:4222", "TLS://127.0.0.1:4222,tls://127.0.0.2:4222"])
+def test_nats_is_picked_by_its_urls(url: str) -> None:
+    assert repr(broker_for(url)) == "<NatsBroker of the fleet 'keyless'>"
+
+
+def test_a_broker_whose_library_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("aiokeyless.worker.nats.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nats", None)
+    with pytest.raises(ConfigurationError, match=r'needs nats.*: install the extra "nats"'):
+        broker_for("nats://127.0.0.1:4222")
+
+
+def test_the_package_of_nats_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        getattr(nats_package, "Nothing")  # noqa: B009  # what a user writes who errs
+
+
+def test_looking_up_a_broker_needs_no_other_brokers_library() -> None:
+    program = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {"nats", "nkeys", "asyncpg"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from aiokeyless.worker.broker import broker_for
+print(broker_for("sqlite:keyless.db"))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout == "<SqliteBroker keyless.db>\n", result.stderr

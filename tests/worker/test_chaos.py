@@ -19,7 +19,8 @@ import pytest
 from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
 
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, StreamSettings, submit_approval
+from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, submit_approval
+from aiokeyless.worker.nats import StreamSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

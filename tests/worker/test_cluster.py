@@ -6,7 +6,7 @@ import asyncio
 import re
 import socket
 import ssl
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +17,10 @@ from nats.js.api import ConsumerConfig
 from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
 from tenacity import wait_fixed
 
-from aiokeyless.worker import ApprovalWorker, Fleet, Outcome, StreamSettings, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
+from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
+
+from .reading import outcomes, read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -120,13 +123,14 @@ async def test_no_approval_is_lost_with_a_broker(tmp_path: Path, sandbox: Sandbo
         async with await nats.connect(urls, error_cb=unheard) as connection:
             await until(lambda: has_a_leader(connection))
             settings = StreamSettings(replicas=len(NAMES))
-            worker = ApprovalWorker(client, ",".join(urls), schedule=wait_fixed(0.2), settings=settings)
+            broker = await NatsBroker(",".join(urls), settings=settings).__aenter__()
+            worker = ApprovalWorker(client, broker, schedule=wait_fixed(0.2))
             working = asyncio.create_task(worker.run())
             await until(lambda: worker.statistics.is_ready)
             for number in range(WAITS):
-                await submit_approval(connection, "C0FFEE", context=number)
+                await submit_approval(connection, "C0FFEE", operation_id=f"txn-{number}", context=number)
             await until(lambda: len(sandbox.operations) == WAITS)
-            events = approval_outcomes(connection, "test")
+            events = outcomes(connection, "test")
             first = asyncio.ensure_future(anext(events))
             await until(lambda: has_a_reader(connection))
             servers[await leader_of_the_requests(connection)].kill()
@@ -136,6 +140,7 @@ async def test_no_approval_is_lost_with_a_broker(tmp_path: Path, sandbox: Sandbo
             await events.aclose()
             worker.stop()
             await working
+            await broker.aclose()
     assert [event.outcome for event in found] == [Outcome.APPROVED] * WAITS
     assert {event.read_context(int) for event in found} == set(range(WAITS))
     assert len(sandbox.operations) == WAITS
@@ -158,21 +163,18 @@ async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
             await nats.connect(urls, error_cb=unheard, **options("shop")) as shop,
         ):
             await until(lambda: has_a_leader(operator))
-            worker = ApprovalWorker(
-                client,
-                ",".join(urls),
-                schedule=wait_fixed(0.2),
-                settings=StreamSettings(replicas=len(NAMES)),
-                connect_options=options("worker"),
-            )
-            async with worker:
+            settings = StreamSettings(replicas=len(NAMES))
+            async with (
+                NatsBroker(",".join(urls), settings=settings, connect_options=options("worker")) as broker,
+                ApprovalWorker(client, broker, schedule=wait_fixed(0.2)),
+            ):
                 place = ConsumerConfig(durable_name="shop", max_ack_pending=-1)
                 await operator.jetstream().add_consumer(OUTCOMES, place)
-                submission = await submit_approval(shop, "C0FFEE", fleet=IMPORTED)
+                theirs = NatsBroker(shop, fleet=IMPORTED)
+                submission = await submit_approval(theirs, "C0FFEE", operation_id="txn-1")
                 await until(lambda: submission.operation_id in sandbox.operations)
                 servers[await leader_of_the_requests(operator)].kill()
                 sandbox.approve(submission.operation_id)
-                outcomes = approval_outcomes(shop, "shop", fleet=IMPORTED)
-                async with asyncio.timeout(PATIENCE), aclosing(outcomes) as events:
-                    event = await anext(events)
+                async with asyncio.timeout(PATIENCE):
+                    [event] = await read(theirs, reader="shop")
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)

@@ -48,6 +48,8 @@ from aiokeyless.worker.decisions import (
 )
 from aiokeyless.worker.messages import VERSION, Delivery, FailureReason, Outcome
 
+from .reading import a_message
+
 if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
@@ -64,6 +66,7 @@ def at(age: float) -> datetime:
 
 
 DELIVERY = Delivery(
+    message=a_message(number=7),
     ticket=ApprovalTicket(
         operation_id="txn 1",
         user_id="C0FFEE",
@@ -73,10 +76,13 @@ DELIVERY = Delivery(
         expires_at=at(LIFE),
     ),
     payload="Pay 40",
-    number=7,
     name="request-1",
     context=msgspec.Raw(b'{"order": 7}'),
 )
+
+
+def numbered(number: int) -> Delivery:
+    return msgspec.structs.replace(DELIVERY, message=a_message(number=number))
 
 
 def operation(**changed: Any) -> Operation:
@@ -101,13 +107,12 @@ APPROVED: dict[str, Any] = {"state": "approved", "result": True}
 def pacing(
     schedule: wait_base = EVERY_THREE,
     *,
-    stretch: float = 1.0,
     failures: int = 1,
     paused_for: float = 0.0,
     closed_for: float = 0.0,
     grace: float = 0.0,
 ) -> Pacing:
-    return Pacing(schedule, stretch, failures, paused_for, closed_for, grace)
+    return Pacing(schedule, failures, paused_for, closed_for, grace)
 
 
 def polled(
@@ -195,24 +200,15 @@ def test_the_schedule_sees_the_age_of_the_request_and_the_number_of_the_delivery
             seen.append((retry_state.attempt_number, retry_state.seconds_since_start))
             return super().__call__(retry_state)
 
-    delivery = msgspec.structs.replace(DELIVERY, number=1 if age < 1 else 7)
+    delivery = numbered(1 if age < 1 else 7)
     polled(operation(), age - 0.25, took=0.25, schedule=Noting(1), delivery=delivery)
     assert seen[-1] == (delivery.number, age)
 
 
 def test_failed_polls_do_not_advance_an_exponential_schedule() -> None:
     schedule = wait_exponential(multiplier=1, max=60)
-    after_an_outage = msgspec.structs.replace(DELIVERY, number=40)
+    after_an_outage = numbered(40)
     assert delay(polled(operation(), 3.5, schedule=schedule, delivery=after_an_outage)) == 4  # polls at 1, 3 and 7
-
-
-def test_load_shedding_stretches_the_schedule_but_not_past_the_deadline() -> None:
-    assert delay(polled(operation(), 10, stretch=2.5)) == 7.5
-    assert delay(polled(operation(), IN_TIME, stretch=2.5)) == 1
-
-
-def test_load_shedding_does_not_stretch_the_delay_after_a_failure() -> None:
-    assert delay(polled(UNREACHABLE, 10, stretch=16.0)) <= 0.5
 
 
 def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
@@ -535,9 +531,8 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
 
 
 def test_a_message_that_is_no_request_has_failed_under_a_name_of_its_own() -> None:
-    event, message_id, *_ = invalid(
-        "message-9", 2, InvalidRequestError("it is none"), msgspec.Raw(b"[1]"), stored_at=at(0), now=at(1)
-    )
+    message = a_message(b'{"context": [1]}', name="message-9", number=2, stored_at=at(0))
+    event, message_id, *_ = invalid(message, InvalidRequestError("it is none"), now=at(1))
     assert message_id == "message-9"
     assert event.version == VERSION
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
@@ -558,7 +553,7 @@ def test_an_approval_came_between_the_poll_before_and_the_answer() -> None:
 
 
 def test_an_approval_found_by_the_first_poll_came_since_the_beginning() -> None:
-    second = msgspec.structs.replace(DELIVERY, number=2)
+    second = numbered(2)
     assert learned(polled(operation(**APPROVED), 30, took=2, delivery=second)) == (0.0, 32)
 
 
@@ -586,7 +581,7 @@ def test_a_clock_that_steps_back_during_a_poll_makes_no_observation_that_ends_be
         after_unclaimed(DELIVERY, operation(**APPROVED), now=at(1)),
         after_conflict(DELIVERY, now=at(1)),
         after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
-        polled(operation(**APPROVED), 30, delivery=msgspec.structs.replace(DELIVERY, number=1)),
+        polled(operation(**APPROVED), 30, delivery=numbered(1)),
     ],
 )
 def test_nothing_is_learned_from_what_does_not_show_when_the_user_approved(decision: Decision | Next) -> None:

@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from nats_server import PATIENCE
 from tenacity import wait_fixed
 
-from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, ConfigurationError, KeylessClient
+from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import (
-    ApprovalEvent,
-    ApprovalWorker,
-    FailureReason,
-    MemoryBroker,
-    Outcome,
-    StreamSettings,
-    approval_outcomes,
-    serving,
-    submit_approval,
-)
-from aiokeyless.worker.engine import EngineError
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
+from aiokeyless.worker.sqlite import SqliteBroker
+from aiokeyless.worker.sqlite.store import SqliteMessage
+
+from .conformance.brokers import new_request
+from .reading import read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
+    from aiokeyless.worker.broker import Message, Terms
 
 pytestmark = pytest.mark.looptime
 
 
 @asynccontextmanager
-async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple[ApprovalWorker, MemoryBroker]]:
-    broker = MemoryBroker()
-    async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker:
+async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
+    async with (
+        SqliteBroker(":memory:") as broker,
+        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}) as worker,
+    ):
         yield worker, broker
 
 
-async def events_of(broker: MemoryBroker, count: int) -> list[ApprovalEvent]:
-    async with aclosing(approval_outcomes(broker, "test")) as events:
-        return [await anext(events) for _ in range(count)]
+async def events_of(broker: SqliteBroker, count: int) -> list[ApprovalEvent]:
+    return await read(broker, count)
 
 
 async def created(sandbox: Sandbox, count: int) -> None:
@@ -151,20 +147,28 @@ async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_o
     assert event.outcome is Outcome.APPROVED
 
 
+def a_later_delivery(broker: SqliteBroker) -> Message:
+    """Return one of the only request, as if the one in flight had not been settled in time."""
+    broker._store._connection.execute("UPDATE waiting SET deliveries = deliveries + 1")
+    return SqliteMessage(1, body=b"", stored_at=0.0, number=2, failures=0, traceparent=None)
+
+
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
-    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    client: KeylessClient,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: SqliteBroker,
 ) -> None:
     """A broker may deliver a request again while its first delivery is in flight."""
-    create, broker = KeylessClient.create_operation, MemoryBroker()
+    create, broker = KeylessClient.create_operation, memory
     first = True
 
     async def be_overtaken(one: KeylessClient, user_id: str, **options: Any) -> ApprovalTicket:
         nonlocal first
         if first:
             first = False
-            claims = broker.engine().claims
-            [holder] = broker._store.holders.values()
-            await claims.take("txn-1", holder.request)
+            later = a_later_delivery(broker)
+            await broker.claim(later, "txn-1", "")
             await create(one, user_id, **options)
         return await create(one, user_id, **options)
 
@@ -213,10 +217,14 @@ async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_n
 
 
 async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
-    client: KeylessClient, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: KeylessClient,
+    sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    memory: SqliteBroker,
 ) -> None:
     monkeypatch.setattr(serving, "KEY_CHECKS", (1.0, 2.0, 4.0, 8.0, 15.0))
-    broker = MemoryBroker()
+    broker = memory
     run = asyncio.create_task(ApprovalWorker(client, broker).run())
     await submit_approval(broker, "C0FFEE", operation_id="txn-1")
     await created(sandbox, 1)
@@ -230,9 +238,13 @@ async def test_a_client_that_is_closed_while_its_key_is_checked_ends_the_worker(
 
 @pytest.mark.parametrize(("status", "error"), [(401, AuthenticationError), (400, Exception)])
 async def test_a_key_that_stays_refused_ends_the_worker(
-    client: KeylessClient, sandbox: Sandbox, status: int, error: type[Exception]
+    client: KeylessClient,
+    sandbox: Sandbox,
+    status: int,
+    error: type[Exception],
+    memory: SqliteBroker,
 ) -> None:
-    broker = MemoryBroker()
+    broker = memory
     run = asyncio.create_task(ApprovalWorker(client, broker).run())
     await submit_approval(broker, "C0FFEE", operation_id="txn-1")
     await created(sandbox, 1)
@@ -242,82 +254,40 @@ async def test_a_key_that_stays_refused_ends_the_worker(
         await run
 
 
-async def test_a_request_of_a_later_version_waits_for_a_later_worker(
-    client: KeylessClient, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_request_of_a_later_version_fails(client: KeylessClient) -> None:
     async with working(client) as (_, broker):
-        await broker.submit(b'{"version": 2, "user_id": "C0FFEE"}', "newer")
-        await asyncio.sleep(60)
-        assert broker.waiting == 1
-    assert "request.newer" in caplog.text
-
-
-async def test_a_request_of_a_later_version_does_not_wait_for_ever(
-    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 60.0)
-    async with working(client) as (_, broker):
-        await broker.submit(b'{"version": 2, "user_id": "C0FFEE"}', "newer")
+        await broker.submit(new_request("txn-1")._replace(body=b'{"version": 2, "user_id": "C0FFEE"}'))
         [event] = await events_of(broker, 1)
     assert event.reason == FailureReason.INVALID_REQUEST
 
 
-class Hiccup(MemoryBroker):
-    """A broker whose answers get lost so often."""
+class Forgetful(SqliteBroker):
+    """A broker in memory that remembers a request for so many seconds."""
 
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.times = times
+    def __init__(self, seconds: float) -> None:
+        super().__init__(":memory:")
+        self.seconds = seconds
 
-    async def submit(self, request: bytes, name: str, traceparent: str | None = None) -> bool:
-        stored = await super().submit(request, name, traceparent)
-        if self.times:
-            self.times -= 1
-            raise EngineError("timeout")
-        return stored
+    async def prepare(self, *, lease: float, service: str) -> Terms:
+        return (await super().prepare(lease=lease, service=service))._replace(longest_wait=self.seconds)
 
 
-async def test_a_submission_whose_answer_was_lost_is_repeated_under_its_name() -> None:
-    broker = Hiccup(times=2)
-    assert (await submit_approval(broker, "C0FFEE")).duplicate
-    assert broker.waiting == 1
-
-
-async def test_a_submission_that_is_given_up_tells_the_id_under_which_to_repeat_it() -> None:
-    broker = Hiccup(times=3)
-    with pytest.raises(BrokerError, match="submit it again under the same operation_id") as caught:
-        await submit_approval(broker, "C0FFEE")
-    assert caught.value.operation_id is not None
-    assert (await submit_approval(broker, "C0FFEE", operation_id=caught.value.operation_id)).duplicate
-    assert broker.waiting == 1
-
-
-async def test_no_wait_outlives_the_claim_on_its_operation_id(
-    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 100.0)
-    async with working(client, grace=30) as (_, broker):
+async def test_no_wait_outlives_what_the_broker_remembers(client: KeylessClient) -> None:
+    async with Forgetful(100.0) as broker, ApprovalWorker(client, broker, grace=30):
         await submit_approval(broker, "C0FFEE", operation_id="too-long", expires_in=71)
         [event] = await events_of(broker, 1)
     assert event.reason == FailureReason.INVALID_REQUEST
     assert "allows 70 s" in (event.detail or "")
 
 
-async def test_a_duplicate_window_that_leaves_no_time_to_wait_is_one_line(
-    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aiokeyless.worker.memory._LONGEST_WAIT", 30.0)
-    with pytest.raises(BrokerError, match=r"^the duplicate window of 30 s leaves no time .* grace of 30 s"):
-        await ApprovalWorker(client, MemoryBroker(), grace=30).run()
-
-
-async def test_a_duplicate_window_that_leaves_no_time_is_refused_before_streams_are_made_with_it(
-    client: KeylessClient,
-) -> None:
-    with pytest.raises(ConfigurationError, match=r"^the duplicate window of 30 s leaves no time") as caught:
-        ApprovalWorker(client, settings=StreamSettings(duplicate_window=30.0), grace=30)
-    assert caught.value.argument == "settings"
-    ApprovalWorker(client, settings=StreamSettings(duplicate_window=30.0), grace=29)
+async def test_a_broker_that_leaves_no_time_to_wait_is_one_line(client: KeylessClient) -> None:
+    async with Forgetful(30.0) as broker:
+        with pytest.raises(
+            BrokerError, match=r"^the broker allows waits of 30 s, which leaves no time .* grace of 30 s"
+        ):
+            await ApprovalWorker(client, broker, grace=30).run()
+        async with ApprovalWorker(client, broker, grace=29):
+            pass
 
 
 async def test_an_outage_does_not_keep_applications_waiting_past_deadline_and_grace(
@@ -352,9 +322,11 @@ async def test_a_long_pause_does_not_keep_applications_waiting_past_deadline_and
 
 
 async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_grace(
-    client: KeylessClient, sandbox: Sandbox
+    client: KeylessClient,
+    sandbox: Sandbox,
+    memory: SqliteBroker,
 ) -> None:
-    broker = MemoryBroker()
+    broker = memory
     for number in range(4):
         await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=30)
     async with ApprovalWorker(client, broker, schedule=wait_fixed(1.0)):
@@ -368,9 +340,11 @@ async def test_a_short_pause_costs_no_approval_of_a_request_that_is_past_its_gra
 
 
 async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
-    client: KeylessClient, sandbox: Sandbox
+    client: KeylessClient,
+    sandbox: Sandbox,
+    memory: SqliteBroker,
 ) -> None:
-    broker, pace = MemoryBroker(), wait_fixed(1.0)
+    broker, pace = memory, wait_fixed(1.0)
     async with (
         sandbox.client() as other,
         ApprovalWorker(client, broker, schedule=pace),
@@ -412,7 +386,7 @@ async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(
         while worker.statistics.circuit != "open":  # noqa: ASYNC110  # there is no event for it
             await asyncio.sleep(0.1)
         for number in range(5):
-            await broker.submit(b"no request", str(number))
+            await broker.submit(new_request(f"broken-{number}")._replace(body=b"no request"))
         await asyncio.sleep(5)
         sandbox.recover()
         events = await events_of(broker, 5)

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import socket
 import sys
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import msgspec
-import nats
 import pytest
+from aiohttp import web
 from nats.js.api import DiscardPolicy
 from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, until
 
-from aiokeyless.worker import (
-    ApprovalWorker,
-    BrokerError,
-    Outcome,
-    WorkerStatistics,
-    approval_outcomes,
-    healthz,
-    serve_health,
-    submit_approval,
-)
-from aiokeyless.worker.serving import Serving
+from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health, submit_approval
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -36,7 +25,6 @@ if TYPE_CHECKING:
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker.healthz import HealthServer
 
 STATISTICS = WorkerStatistics(
     in_flight=1,
@@ -75,13 +63,13 @@ def _frequent_inspections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def served(worker: Worker) -> AsyncGenerator[HealthServer]:
+async def served(worker: Worker) -> AsyncGenerator[web.AppRunner]:
     server = await serve_health(cast("ApprovalWorker", worker), 0)
     yield server
     await server.cleanup()
 
 
-async def asked(server: HealthServer, method: str = "GET", path: str = "/healthz") -> tuple[int, str, Any]:
+async def asked(server: web.AppRunner, method: str = "GET", path: str = "/healthz") -> tuple[int, str, Any]:
     host, port = server.addresses[0]
     async with (
         aiohttp.ClientSession() as session,
@@ -91,14 +79,14 @@ async def asked(server: HealthServer, method: str = "GET", path: str = "/healthz
         return response.status, response.content_type, await response.json() if is_json else None
 
 
-async def asked_for_text(server: HealthServer, path: str) -> tuple[int, str]:
+async def asked_for_text(server: web.AppRunner, path: str) -> tuple[int, str]:
     host, port = server.addresses[0]
     async with aiohttp.ClientSession() as session, session.get(f"http://{host}:{port}{path}") as response:
         assert response.content_type == "text/plain"
         return response.status, await response.text()
 
 
-async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: HealthServer) -> None:
+async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(served: web.AppRunner) -> None:
     status, content_type, body = await asked(served)
     assert (status, content_type) == (200, "application/json")
     assert body["status"] == "ok"
@@ -106,7 +94,7 @@ async def test_a_worker_that_takes_requests_is_ok_and_tells_its_statistics(serve
     assert body == msgspec.json.decode(msgspec.json.encode(STATISTICS))
 
 
-async def test_a_worker_that_takes_none_is_unavailable(served: HealthServer, worker: Worker) -> None:
+async def test_a_worker_that_takes_none_is_unavailable(served: web.AppRunner, worker: Worker) -> None:
     worker.statistics = UNREADY
     status, content_type, body = await asked(served)
     assert (status, content_type) == (503, "application/json")
@@ -114,24 +102,24 @@ async def test_a_worker_that_takes_none_is_unavailable(served: HealthServer, wor
 
 
 async def test_it_is_ready_while_it_takes_requests_and_else_says_why_not_a_line_each(
-    served: HealthServer, worker: Worker
+    served: web.AppRunner, worker: Worker
 ) -> None:
     assert await asked_for_text(served, "/readyz") == (200, "ok\n")
     worker.statistics = UNREADY
     assert await asked_for_text(served, "/readyz") == (503, "a stream is full\na key is refused\n")
 
 
-async def test_it_is_alive_whatever_keeps_it_from_being_ready(served: HealthServer, worker: Worker) -> None:
+async def test_it_is_alive_whatever_keeps_it_from_being_ready(served: web.AppRunner, worker: Worker) -> None:
     worker.statistics = UNREADY
     assert await asked_for_text(served, "/livez") == (200, "ok\n")
 
 
-async def test_it_listens_on_this_machine_only(served: HealthServer) -> None:
+async def test_it_listens_on_this_machine_only(served: web.AppRunner) -> None:
     assert [address[0] for address in served.addresses] == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/", 404), ("POST", "/healthz", 405)])
-async def test_there_is_nothing_else(served: HealthServer, method: str, path: str, status: int) -> None:
+async def test_there_is_nothing_else(served: web.AppRunner, method: str, path: str, status: int) -> None:
     assert (await asked(served, method, path))[0] == status
 
 
@@ -140,22 +128,6 @@ async def test_a_port_that_is_taken_is_one_line(worker: Worker) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(BrokerError, match=rf"^cannot serve the probes on 127\.0\.0\.1 port {port}: .*in use"):
             await serve_health(cast("ApprovalWorker", worker), port)
-
-
-async def test_where_one_of_two_addresses_is_taken_the_other_one_is_free_again(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
-        addresses = [free.getsockname(), taken.getsockname()]
-        free.close()
-
-        async def found(*_: object, **__: object) -> list[Any]:
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
-
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found)
-        with pytest.raises(BrokerError, match="in use"):
-            await serve_health(cast("ApprovalWorker", worker), 0, "both")
-        socket.create_server(addresses[0]).close()
 
 
 async def test_an_address_of_another_machine_is_one_line(worker: Worker) -> None:
@@ -167,7 +139,7 @@ async def test_an_address_of_another_machine_is_one_line(worker: Worker) -> None
 
 
 @asynccontextmanager
-async def probed(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[HealthServer]:
+async def probed(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[web.AppRunner]:
     """Run a worker that is ready, and its probes."""
     async with ApprovalWorker(client, broker.url) as worker:
         server = await serve_health(worker, 0)
@@ -179,7 +151,7 @@ async def probed(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[He
             await server.cleanup()
 
 
-async def until_it_answers(server: HealthServer, *starts: str) -> None:
+async def until_it_answers(server: web.AppRunner, *starts: str) -> None:
     """Wait until there are as many lines as that, each with its start."""
 
     async def answers() -> bool:
@@ -207,8 +179,8 @@ async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
     async with probed(client, broker) as server:
         config = (await stream.stream_info(full)).config
         await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
-        for _ in range(2):
-            await submit_approval(connection, "C0FFEE", expires_in=expires_in)
+        for number in range(2):
+            await submit_approval(connection, "C0FFEE", operation_id=f"txn-{number}", expires_in=expires_in)
         refused = "the broker refuses outcomes or claims: maximum messages exceeded"
         await until_it_answers(server, f"the stream {full} is full: it has 1 messages", refused)
 
@@ -223,27 +195,19 @@ async def test_while_the_key_is_refused_it_is_not_ready(
     monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (0.1,) * 1000)
     async with probed(client, broker) as server:
         sandbox.fail_next(status=401, times=None)
-        await submit_approval(connection, "C0FFEE")
+        await submit_approval(connection, "C0FFEE", operation_id="txn-1")
         await until_it_answers(server, "Keyless refuses the key: GET /v2/operations/")
         sandbox.recover()
         await until_it_answers(server, "ok")
 
 
-async def test_before_it_starts_and_after_it_ended_it_says_so(
-    client: KeylessClient, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened, seen = Serving.open, []
-
-    async def read_and_open(serving: Serving) -> None:
-        seen.append(serving.statistics().problems)
-        await opened(serving)
-
-    monkeypatch.setattr(Serving, "open", read_and_open)
+async def test_before_it_starts_and_after_it_ended_it_says_so(client: KeylessClient, broker: NatsServer) -> None:
+    seen = []
     worker = ApprovalWorker(client, broker.url)
     seen.append(worker.statistics.problems)
     async with worker:
         assert worker.statistics.is_ready
-    assert seen == [("the worker has not started yet",)] * 2
+    assert seen == [("the worker has not started yet",)]
     assert worker.statistics.problems == ("the worker is about to end",)
 
 
@@ -254,7 +218,7 @@ async def test_a_process_whose_broker_is_silent_or_killed_is_alive_and_not_ready
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aiokeyless", "worker", "--nats", broker.url, "--health-port", str(port)),
+        *(sys.executable, "-m", "aiokeyless", "worker", "--broker", broker.url, "--health-port", str(port)),
         env={**os.environ, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url},
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -272,7 +236,7 @@ async def test_a_process_whose_broker_is_silent_or_killed_is_alive_and_not_ready
         return (await answer("/readyz") or (0, ""))[0] == 503
 
     async def is_cut_off() -> bool:
-        return await answer("/readyz") == (503, "there is no connection to the broker\n")
+        return await answer("/readyz") == (503, "the broker does not answer: there is no connection to the broker\n")
 
     try:
         await until(is_ready)
@@ -295,66 +259,9 @@ async def test_a_process_whose_broker_is_silent_or_killed_is_alive_and_not_ready
 # -- clients that mean no good
 
 
-@pytest.fixture
-def _short_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(healthz, "_LIFETIME", 0.2)
-
-
-@asynccontextmanager
-async def connected(server: HealthServer, count: int) -> AsyncGenerator[list[asyncio.StreamReader]]:
-    """Open connections that say nothing."""
-    streams = [await asyncio.open_connection(*server.addresses[0]) for _ in range(count)]
-    yield [reader for reader, _ in streams]
-    for _, writer in streams:
-        writer.close()
-        with suppress(ConnectionError):
-            await writer.wait_closed()
-
-
-async def ended(reader: asyncio.StreamReader) -> None:
-    with suppress(ConnectionError):
-        assert await asyncio.wait_for(reader.read(), PATIENCE) == b""
-
-
-async def test_connections_over_the_bound_are_closed_at_once(
-    served: HealthServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with connected(served, healthz._MOST_CONNECTIONS + 5) as readers:
-        began = asyncio.get_running_loop().time()
-        await asyncio.gather(*map(ended, readers[healthz._MOST_CONNECTIONS :]))
-        assert asyncio.get_running_loop().time() - began < healthz._LIFETIME / 2
-        assert not any(reader.at_eof() for reader in readers[: healthz._MOST_CONNECTIONS])
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.usefixtures("_short_lives")
-async def test_connections_that_say_nothing_end_in_time_and_make_room(served: HealthServer) -> None:
-    async with connected(served, healthz._MOST_CONNECTIONS) as readers:
-        await asyncio.gather(*map(ended, readers))
-        assert (await asked(served))[0] == 200
-
-
-@pytest.mark.usefixtures("_short_lives")
-async def test_a_head_that_never_ends_is_cut_off(served: HealthServer) -> None:
-    reader, writer = await asyncio.open_connection(*served.addresses[0])
-    writer.write(b"GET /healthz HTTP/1.1\r\n")
-
-    async def trickle() -> None:
-        while True:
-            writer.write(b"a: b\r\n")
-            await asyncio.sleep(0.01)
-
-    trickling = asyncio.create_task(trickle())
-    with suppress(ConnectionError):
-        answer = await asyncio.wait_for(reader.read(), PATIENCE)
-        assert b"200 OK" not in answer
-    trickling.cancel()
-    writer.close()
-
-
 @pytest.mark.parametrize("head", [b"GET /healthz HTTP/1.1\r\nX: " + b"x" * 8192 + b"\r\n\r\n", b"\0\r\n\r\n"], ids=repr)
 async def test_what_is_no_request_is_refused_and_logged_seldom(
-    served: HealthServer, caplog: pytest.LogCaptureFixture, head: bytes
+    served: web.AppRunner, caplog: pytest.LogCaptureFixture, head: bytes
 ) -> None:
     for _ in range(5):
         reader, writer = await asyncio.open_connection(*served.addresses[0])
@@ -365,60 +272,8 @@ async def test_what_is_no_request_is_refused_and_logged_seldom(
     assert caplog.messages[0].startswith("healthz.bad_request")
 
 
-async def test_an_answer_ends_its_connection(served: HealthServer) -> None:
+async def test_an_answer_ends_its_connection(served: web.AppRunner) -> None:
     reader, writer = await asyncio.open_connection(*served.addresses[0])
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
-    assert (await asyncio.wait_for(reader.read(), healthz._LIFETIME / 2)).startswith(b"HTTP/1.1 200 OK")
+    assert (await asyncio.wait_for(reader.read(), PATIENCE)).startswith(b"HTTP/1.1 200 OK")
     writer.close()
-
-
-async def test_a_process_without_descriptors_tries_again_without_haste(
-    served: HealthServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = asyncio.get_running_loop()
-    accept = loop.sock_accept
-    refusals: list[OSError] = []
-
-    async def refuse(listener: socket.socket) -> Any:
-        if len(refusals) == 3:
-            return await accept(listener)
-        refusals.append(OSError(errno.EMFILE, "Too many open files"))
-        raise refusals[-1]
-
-    monkeypatch.setattr(healthz, "_PAUSE", 0.01)
-    monkeypatch.setattr(loop, "sock_accept", refuse)
-    await asked(served)  # by the accept that was under way
-    assert (await asked(served))[0] == 200
-    assert len(refusals) == 3
-    assert ["healthz.refused" in line for line in caplog.messages] == [True]
-
-
-async def test_silent_connections_cost_no_approval_and_no_disk(broker: NatsServer, sandbox: Sandbox) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    worker = await asyncio.create_subprocess_exec(
-        "/bin/sh",
-        "-c",
-        f'ulimit -n 128; exec "$0" -m aiokeyless worker --nats {broker.url} --health-port {port}',
-        sys.executable,
-        env={**os.environ, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert worker.stderr is not None
-    while b"worker.ready" not in (line := await asyncio.wait_for(worker.stderr.readline(), PATIENCE)):
-        assert line, "it has ended"
-    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
-    try:
-        async with await nats.connect(broker.url) as connection, aclosing(approval_outcomes(connection, "a")) as events:
-            asked_for = await submit_approval(connection, "C0FFEE", expires_in=4)
-            await until(lambda: asked_for.operation_id in sandbox.operations)
-            sandbox.approve(asked_for.operation_id)
-            event = await asyncio.wait_for(anext(events), PATIENCE)
-    finally:
-        for one in silent:
-            one.close()
-        worker.terminate()
-        log = await worker.stderr.read()
-        await worker.wait()
-    assert event.outcome is Outcome.APPROVED
-    assert len(log) < 10_000

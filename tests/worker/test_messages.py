@@ -15,6 +15,7 @@ from tenacity import wait_fixed
 
 from aiokeyless.errors import InvalidRequestError, ServerError
 from aiokeyless.ticket import payload_digest
+from aiokeyless.worker.broker import Terms
 from aiokeyless.worker.decisions import Decided, Pacing, after_poll, invalid
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
@@ -25,7 +26,6 @@ from aiokeyless.worker.messages import (
     NewerEventError,
     Outcome,
     TooLongError,
-    derived_operation_id,
     is_about,
     read_context,
     read_event,
@@ -33,24 +33,20 @@ from aiokeyless.worker.messages import (
     request_name,
 )
 
+from .reading import a_message
+
 STORED_AT = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LONGEST = 86400.0
 LARGEST = 1 << 20
 
 
-def read(data: bytes, **changed: Any) -> Delivery:
-    facts: dict[str, Any] = {
-        "message_id": "order-7",
-        "stored_at": STORED_AT,
-        "number": 1,
-        "longest": LONGEST,
-        "largest": LARGEST,
-    }
-    return read_request(data, **facts | changed)
+def read(data: bytes, *, longest: float = LONGEST, largest: int = LARGEST, **changed: Any) -> Delivery:
+    message = a_message(data, **{"stored_at": STORED_AT, **changed})
+    return read_request(message, Terms(longest_wait=longest, largest_request=largest))
 
 
 def request(**fields: object) -> bytes:
-    return json.dumps({"version": 1, "user_id": "c0ffee", **fields}).encode()
+    return json.dumps({"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", **fields}).encode()
 
 
 def with_context(context: bytes) -> bytes:
@@ -82,12 +78,18 @@ def nested(depth: int) -> bytes:
         (with_context(b'"\\ud800"'), "no request"),
         (with_context(nested(100_000)), "recursion"),
         (nested(100_000), "Expected `object`"),
-        (b'{"version": ' + b"1" * 5000 + b', "user_id": "c0ffee"}', "out of range"),
-        (b'{"version": 1, "user_id": "c0ffee", "expires_in": NaN}', "malformed"),
-        (b'{"version": 1, "user_id": "c0ffee", "expires_in": Infinity}', "malformed"),
-        (b'{"version": 1, "user_id": "c0ffee", "expires_in": 1e400}', "out of range"),
-        (b'{"version": 1, "user_id": "c0ffee", "expires_in": ' + b"9" * 400 + b"}", "out of range"),
-        (b'{"version": 1, "user_id": "c0ffee", "expires_in": 1e-400}', "expires_in must be more than 0"),
+        (b'{"version": ' + b"1" * 5000 + b', "user_id": "c0ffee", "operation_id": "txn-1"}', "out of range"),
+        (b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "expires_in": NaN}', "malformed"),
+        (b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "expires_in": Infinity}', "malformed"),
+        (b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "expires_in": 1e400}', "out of range"),
+        (
+            b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "expires_in": ' + b"9" * 400 + b"}",
+            "out of range",
+        ),
+        (
+            b'{"version": 1, "user_id": "c0ffee", "operation_id": "txn-1", "expires_in": 1e-400}',
+            "expires_in must be more than 0",
+        ),
     ],
     ids=lambda value: repr(value[:60]),
 )
@@ -112,6 +114,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"user_id": "xyz"}, "user_id must be"),
         ({"user_id": "c0ffee\n"}, "user_id must be"),
         ({"user_id": "a" * 513}, "user_id must be"),
+        ({"operation_id": None}, "Expected `str`"),
         ({"operation_id": ""}, "operation_id must have 1 to 512"),
         ({"operation_id": "a" * 513}, "operation_id must have 1 to 512"),
         ({"operation_id": "."}, r"must not be '\.'"),
@@ -128,8 +131,8 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"expires_in": True}, "Expected `float`"),
         ({"expires_in": "120"}, "Expected `float`"),
         ({"expires_in": None}, "Expected `float`"),
-        ({"expires_in": LONGEST + 1}, "duplicate window allows 86400 s"),
-        ({"expires_in": 1e308}, "duplicate window allows 86400 s"),
+        ({"expires_in": LONGEST + 1}, "this broker allows 86400 s"),
+        ({"expires_in": 1e308}, "this broker allows 86400 s"),
         ({"created_at": "2026-11-24T12:00:00"}, "created_at has no zone"),
         ({"created_at": "yesterday"}, "RFC3339"),
         ({"created_at": 1764000000}, "Expected `datetime | null`"),
@@ -156,33 +159,22 @@ def test_a_request_that_waits_too_long_for_one_worker_has_the_same_name_and_ids_
     assert (refused.ticket.operation_id, refused.ticket.user_id) == ("txn-1", "C0FFEE")
 
 
-@pytest.mark.parametrize("missing", ["version", "user_id"])
+@pytest.mark.parametrize("missing", ["version", "user_id", "operation_id"])
 def test_a_field_that_is_missing_is_refused_by_name(missing: str) -> None:
-    fields = {"version": 1, "user_id": "c0ffee"}
+    fields = {"version": 1, "user_id": "c0ffee", "operation_id": "txn-1"}
     del fields[missing]
     with pytest.raises(InvalidRequestError, match=f"missing required field `{missing}`"):
         read(json.dumps(fields).encode())
 
 
 def test_a_message_whose_event_might_not_fit_is_refused_unread() -> None:
-    with pytest.raises(InvalidRequestError, match="the message has 101 bytes; at most 100 leave room for its event"):
+    with pytest.raises(InvalidRequestError, match="the request has 101 bytes, more than 100"):
         read(b"\xff" * 101, largest=100)
 
 
 def test_a_message_of_just_the_largest_size_is_read() -> None:
     data = request()
     assert read(data, largest=len(data)).ticket.user_id == "C0FFEE"
-
-
-@pytest.mark.parametrize("message_id", [None, ""])
-def test_a_request_without_any_id_is_refused_since_each_delivery_would_ask_anew(message_id: str | None) -> None:
-    with pytest.raises(InvalidRequestError, match="neither an operation_id nor the header Nats-Msg-Id"):
-        read(request(), message_id=message_id)
-
-
-def test_a_message_id_that_is_no_text_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="Nats-Msg-Id must be text that UTF-8 can encode"):
-        read(request(), message_id="\ud800")
 
 
 def test_reasons_of_a_hostile_length_are_cut() -> None:
@@ -198,32 +190,32 @@ json_values = st.recursive(
 )
 FIELDS = [*ApprovalRequest.__struct_fields__, "payload", "userId"]
 nearly_requests = st.fixed_dictionaries(
-    {"version": st.just(1) | json_values, "user_id": st.just("c0ffee") | json_values},
+    {
+        "version": st.just(1) | json_values,
+        "user_id": st.just("c0ffee") | json_values,
+        "operation_id": st.just("txn-1") | json_values,
+    },
     optional={
-        **{name: json_values for name in FIELDS if name not in {"version", "user_id"}},
+        **{name: json_values for name in FIELDS if name not in {"version", "user_id", "operation_id"}},
         "created_at": st.datetimes(timezones=st.timezones()).map(datetime.isoformat) | json_values,
         "expires_in": st.floats() | json_values,
     },
 )
 
 
-@given(
-    data=st.binary() | json_values.map(lambda value: json.dumps(value).encode()) | st.builds(request),
-    message_id=st.none() | st.text(st.characters(exclude_categories=())),
-)
-@example(data=request(), message_id="\ud800")
-def test_whatever_the_bytes_they_are_a_request_or_refused(data: bytes, message_id: str | None) -> None:
-    read_or_refused(data, message_id)
+@given(data=st.binary() | json_values.map(lambda value: json.dumps(value).encode()) | st.builds(request))
+def test_whatever_the_bytes_they_are_a_request_or_refused(data: bytes) -> None:
+    read_or_refused(data)
 
 
-@given(fields=nearly_requests, message_id=st.none() | st.text(st.characters(exclude_categories=())))
-def test_whatever_the_fields_they_are_a_request_or_refused(fields: dict[str, object], message_id: str | None) -> None:
-    read_or_refused(json.dumps(fields).encode(), message_id)
+@given(fields=nearly_requests)
+def test_whatever_the_fields_they_are_a_request_or_refused(fields: dict[str, object]) -> None:
+    read_or_refused(json.dumps(fields).encode())
 
 
-def read_or_refused(data: bytes, message_id: str | None) -> None:
+def read_or_refused(data: bytes) -> None:
     with suppress(InvalidRequestError):
-        ticket = read(data, message_id=message_id).ticket
+        ticket = read(data).ticket
         assert ticket.created_at <= STORED_AT
         assert ticket.created_at <= ticket.expires_at <= STORED_AT + timedelta(seconds=LONGEST)
         assert ticket.operation_id.encode()
@@ -237,10 +229,10 @@ def test_whatever_the_bytes_their_context_is_json(data: bytes) -> None:
 # -- what is read
 
 
-def test_a_request_with_nothing_but_a_user_has_an_id_and_two_minutes() -> None:
+def test_a_request_with_nothing_but_a_user_and_an_id_has_two_minutes() -> None:
     delivery = read(request(), number=3)
     ticket = delivery.ticket
-    assert (ticket.user_id, ticket.operation_id) == ("C0FFEE", derived_operation_id("order-7"))
+    assert (ticket.user_id, ticket.operation_id) == ("C0FFEE", "txn-1")
     assert (ticket.created_at, ticket.expires_at) == (STORED_AT, STORED_AT + timedelta(seconds=120))
     assert (ticket.external_user_id, ticket.payload_sha256) == (None, payload_digest(None))
     assert (delivery.payload, delivery.number) == (None, 3)
@@ -285,20 +277,7 @@ def test_a_request_of_long_ago_is_read_so_that_it_can_expire() -> None:
     assert read(request(created_at="0001-01-02T00:00:00Z")).ticket.expires_at.year == 1
 
 
-# -- ids
-
-
-def test_a_derived_id_never_changes_from_release_to_release() -> None:
-    assert derived_operation_id("order-7") == "daebc73a-f236-57b0-be8f-07eef030a13d"
-
-
-@given(st.text(), st.text())
-def test_derived_ids_differ_where_message_ids_do(one: str, other: str) -> None:
-    assert (derived_operation_id(one) == derived_operation_id(other)) is (one == other)
-
-
-def test_a_named_operation_is_taken_whatever_the_message_id() -> None:
-    assert read(request(operation_id="txn-1"), message_id=None).ticket.operation_id == "txn-1"
+# -- names
 
 
 CONTENT: dict[str, Any] = {
@@ -311,6 +290,10 @@ CONTENT: dict[str, Any] = {
 }
 
 
+def named(**changed: Any) -> str:
+    return request_name(ApprovalRequest(version=1, **CONTENT | changed))
+
+
 def test_a_request_is_named_by_all_that_is_in_it() -> None:
     changes = {
         "operation_id": "txn-2",
@@ -320,24 +303,24 @@ def test_a_request_is_named_by_all_that_is_in_it() -> None:
         "expires_in": 121.0,
         "context": msgspec.Raw(b"[2]"),
     }
-    names = [request_name(**CONTENT), *(request_name(**CONTENT | {name: changes[name]}) for name in CONTENT)]
+    names = [named(), *(named(**{name: changes[name]}) for name in CONTENT)]
     assert len(set(names)) == len(names)
 
 
 def test_a_name_is_short_plain_ascii_and_never_changes_from_release_to_release() -> None:
-    assert request_name(**CONTENT) == "request-514f8fc0c7bc0cd1c29170cf24b88429aa383799a3ca9bde9f6bf1994f0524c4"
+    assert named() == "request-514f8fc0c7bc0cd1c29170cf24b88429aa383799a3ca9bde9f6bf1994f0524c4"
 
 
 def test_an_absent_text_and_an_empty_one_are_the_same_request() -> None:
     absent = {"operation_payload": None, "external_user_id": None}
     empty = {"operation_payload": "", "external_user_id": ""}
-    assert request_name(**CONTENT | absent) == request_name(**CONTENT | empty)
+    assert named(**absent) == named(**empty)
 
 
 def test_when_it_was_made_and_how_its_user_is_written_does_not_change_the_name() -> None:
     fields = {"operation_id": "txn-1", "operation_payload": "Pay 40", "expires_in": 30, "context": [1]}
     later = {"user_id": "C0FFEE", "expires_in": 30.0, "created_at": "2026-11-24T11:59:00Z"}
-    assert read(request(**fields)).name == read(request(**fields | later), message_id="another", number=7).name
+    assert read(request(**fields)).name == read(request(**fields | later), number=7).name
 
 
 # -- the context
@@ -377,7 +360,7 @@ def test_a_context_comes_back_byte_for_byte(context: bytes) -> None:
         ServerError(status=503, method="GET", path="/v2/x"),
         polled_at=delivery.ticket.expires_at,
         now=delivery.ticket.expires_at,
-        pacing=Pacing(wait_fixed(1), stretch=1.0, failures=1, paused_for=0.0, closed_for=0.0, grace=0.0),
+        pacing=Pacing(wait_fixed(1), failures=1, paused_for=0.0, closed_for=0.0, grace=0.0),
         was_created=False,
     )
     assert isinstance(decision, Decided)
@@ -429,7 +412,7 @@ def test_a_context_of_another_type_than_asked_for_is_an_error_of_the_reader() ->
 
 def an_event(context: bytes = b"null") -> ApprovalEvent:
     reason = InvalidRequestError("it is none")
-    return invalid("message-1", 1, reason, msgspec.Raw(context), stored_at=STORED_AT, now=STORED_AT).event
+    return invalid(a_message(with_context(context), stored_at=STORED_AT), reason, now=STORED_AT).event
 
 
 def test_an_event_is_json_with_no_more_in_it_than_there_is_to_say() -> None:
@@ -452,18 +435,15 @@ def test_an_event_with_fields_and_reasons_of_later_releases_is_read() -> None:
 
 def test_reprs_show_neither_payload_nor_context() -> None:
     secret = b'"secret"'
-    asked = ApprovalRequest(version=1, user_id="C0FFEE", operation_payload="secret", context=msgspec.Raw(secret))
+    asked = ApprovalRequest(
+        version=1, user_id="C0FFEE", operation_id="txn-1", operation_payload="secret", context=msgspec.Raw(secret)
+    )
     delivery = read(request(operation_payload="secret", context="secret"))
     for thing in (asked, an_event(secret), delivery, delivery.ticket):
         assert "secret" not in repr(thing)
-    assert repr(asked) == "<ApprovalRequest of user 'C0FFEE', operation None>"
-    assert repr(delivery) == f"<Delivery 1 of operation {derived_operation_id('order-7')!r}>"
+    assert repr(asked) == "<ApprovalRequest of user 'C0FFEE', operation 'txn-1'>"
+    assert repr(delivery) == "<Delivery 1 of operation 'txn-1'>"
     assert repr(an_event()) == "<ApprovalEvent failed of operation None>"
-
-
-def test_a_message_id_that_is_no_utf8_is_refused_since_another_one_would_read_the_same() -> None:
-    with pytest.raises(InvalidRequestError, match="not UTF-8"):
-        read(b'{"version": 1, "user_id": "C0"}', message_id="commande-\N{REPLACEMENT CHARACTER}")
 
 
 def test_an_event_of_a_later_version_says_so() -> None:

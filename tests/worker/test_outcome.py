@@ -24,14 +24,9 @@ from aiokeyless import AuthenticationError, DecodeError, PermissionDeniedError
 from aiokeyless._rules.approval import Rejection
 from aiokeyless._rules.outcome import Result
 from aiokeyless.sandbox import Sandbox
-from aiokeyless.worker import (
-    ApprovalEvent,
-    ApprovalWorker,
-    FailureReason,
-    Outcome,
-    approval_outcomes,
-    submit_approval,
-)
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
+
+from .reading import read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -111,12 +106,9 @@ async def submit(connection: Client, expires_in: float) -> None:
 
 
 async def event_of(connection: Client) -> ApprovalEvent:
-    events = approval_outcomes(connection, "test")
-    try:
-        async with asyncio.timeout(PATIENCE):
-            return await anext(events)
-    finally:
-        await events.aclose()
+    async with asyncio.timeout(PATIENCE):
+        [event] = await read(connection)
+    return event
 
 
 def result_of(event: ApprovalEvent, case: OutcomeCase) -> Result:

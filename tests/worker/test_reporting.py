@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,18 +24,13 @@ from aiokeyless.events import (
     WaitStarted,
     WorkerInspected,
 )
-from aiokeyless.worker import (
-    ApprovalEvent,
-    ApprovalWorker,
-    FailureReason,
-    MemoryBroker,
-    Outcome,
-    approval_outcomes,
-    submit_approval,
-)
-from aiokeyless.worker.engine import EngineError
-from aiokeyless.worker.memory import _MemoryMessage
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.reporting import Reporter
+from aiokeyless.worker.sqlite import SqliteBroker
+
+from .conformance.brokers import new_request
+from .reading import read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -45,7 +40,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.looptime
 
-DESTINATION = "keyless.approvals.request"
+DESTINATION = ":memory:"
 TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
 T = TypeVar("T")
 
@@ -64,40 +59,41 @@ class Told:
 
 
 @asynccontextmanager
-async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> AsyncGenerator[MemoryBroker]:
-    broker = MemoryBroker()
+async def working(sandbox: Sandbox, listener: Listener, **options: Any) -> AsyncGenerator[SqliteBroker]:
     async with (
+        SqliteBroker(":memory:") as broker,
         sandbox.client(listeners=[listener]) as client,
         ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}),
     ):
         yield broker
 
 
-async def next_events(broker: MemoryBroker, count: int = 1) -> list[ApprovalEvent]:
-    async with aclosing(approval_outcomes(broker, "test")) as events:
-        return [await anext(events) for _ in range(count)]
+async def next_events(broker: SqliteBroker, count: int = 1) -> list[ApprovalEvent]:
+    return await read(broker, count)
 
 
 async def test_how_the_worker_fares_is_told_every_5_seconds_and_at_its_end(sandbox: Sandbox) -> None:
     told = Told()
     async with working(sandbox, told) as broker:
-        await submit_approval(broker, "C0FFEE")
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await asyncio.sleep(12)
     inspections = told.of(WorkerInspected)
-    assert [(event.waiting, event.is_ready, event.has_ended) for event in inspections] == [
+    assert [(event.fleet.waiting, event.is_ready, event.has_ended) for event in inspections] == [
         (0, True, False),
         (1, True, False),
         (1, True, False),
         (1, False, True),
     ]
-    assert {(event.system, event.destination) for event in inspections} == {("memory", DESTINATION)}
+    assert {(event.system, event.destination) for event in inspections} == {("sqlite", DESTINATION)}
     assert len({event.worker for event in inspections}) == 1
 
 
-async def test_a_worker_whose_cancellation_is_repeated_is_told_to_have_ended(sandbox: Sandbox) -> None:
+async def test_a_worker_whose_cancellation_is_repeated_is_told_to_have_ended(
+    sandbox: Sandbox, memory: SqliteBroker
+) -> None:
     told = Told()
     async with sandbox.client(listeners=[told]) as client:
-        running = asyncio.create_task(ApprovalWorker(client, MemoryBroker()).run())
+        running = asyncio.create_task(ApprovalWorker(client, memory).run())
         await asyncio.sleep(1)
         while not running.done():  # as a scope of anyio does
             running.cancel()
@@ -129,7 +125,7 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
     deliveries = told.of(DeliveryEnded)
     assert [delivery.number for delivery in deliveries] == [*range(1, event.deliveries + 1)]
     assert {(delivery.system, delivery.destination, delivery.error) for delivery in deliveries} == {
-        ("memory", DESTINATION, None)
+        ("sqlite", DESTINATION, None)
     }
     assert all(delivery.seconds >= 0 for delivery in deliveries)
     missing, *pending, approved = told.of(PollEnded)
@@ -144,7 +140,7 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
     assert outcome.deliveries == event.deliveries
     assert outcome.age == pytest.approx((event.decided_at - event.requested_at).total_seconds())
     assert 4.5 <= outcome.age <= 10
-    assert (outcome.system, outcome.destination, outcome.traceparent) == ("memory", DESTINATION, None)
+    assert (outcome.system, outcome.destination, outcome.traceparent) == ("sqlite", DESTINATION, None)
     assert not told.of(WaitStarted)
     assert not told.of(WaitEnded)
     assert "Pay 40" not in repr(told.events)
@@ -153,9 +149,7 @@ async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox:
 async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: Sandbox) -> None:
     told = Told()
     async with working(sandbox, told) as broker:
-        await broker.submit(
-            b'{"version": 1, "user_id": "C0FFEE", "operation_id": "txn-1", "expires_in": 5}', "txn-1", TRACEPARENT
-        )
+        await broker.submit(new_request("txn-1", TRACEPARENT, expires_in=5.0))
         await next_events(broker)
         await asyncio.sleep(1)
     assert [poll.is_final for poll in told.of(PollEnded)][-2:] == [False, True]
@@ -176,7 +170,11 @@ async def test_a_final_poll_is_told_as_such_and_a_timeout_by_its_name(sandbox: S
     ],
 )
 async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
-    kind: Outcome, answered: bool | None, reason: FailureReason | None, outcome: WaitOutcome
+    kind: Outcome,
+    answered: bool | None,
+    reason: FailureReason | None,
+    outcome: WaitOutcome,
+    memory: SqliteBroker,
 ) -> None:
     told = Told()
     asked_at = datetime(2026, 1, 1, tzinfo=UTC)
@@ -189,7 +187,7 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
         decided_at=asked_at + timedelta(seconds=9),
         deliveries=3,
     )
-    Reporter(Listeners((told,)), MemoryBroker().engine(), ()).outcome_published(event)
+    Reporter(Listeners((told,)), memory, ()).outcome_published(event)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
 
@@ -198,15 +196,15 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    lost = [EngineError("the answer was lost")]
-    put_off = _MemoryMessage.put_off
+    lost = [UnavailableError("the answer was lost")]
+    put_off = SqliteBroker.put_off
 
-    async def lose_once(self: _MemoryMessage, delay: float) -> None:
-        await put_off(self, delay)
+    async def lose_once(self: SqliteBroker, *arguments: Any) -> None:
+        await put_off(self, *arguments)
         if lost:
             raise lost.pop()
 
-    monkeypatch.setattr(_MemoryMessage, "put_off", lose_once)
+    monkeypatch.setattr(SqliteBroker, "put_off", lose_once)
     async with working(sandbox, told) as broker:
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
         await created(sandbox, 1)
@@ -216,9 +214,11 @@ async def test_a_delivery_that_the_broker_does_not_settle_is_told_with_its_error
     assert [delivery.error for delivery in told.of(DeliveryEnded)] == ["BrokerError", None]
 
 
-async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_error(sandbox: Sandbox) -> None:
+async def test_a_delivery_that_shows_that_the_key_is_refused_is_told_with_its_error(
+    sandbox: Sandbox, memory: SqliteBroker
+) -> None:
     told = Told()
-    broker = MemoryBroker()
+    broker = memory
     async with sandbox.client(listeners=[told]) as client:
         run = asyncio.create_task(ApprovalWorker(client, broker).run())
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")

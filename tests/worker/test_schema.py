@@ -15,22 +15,20 @@ from jsonschema.exceptions import ValidationError
 from tenacity import wait_fixed
 
 from aiokeyless.errors import InvalidRequestError
-from aiokeyless.worker import (
-    ApprovalEvent,
-    ApprovalRequest,
-    ApprovalWorker,
-    EventKeys,
-    MemoryBroker,
-    Outcome,
-    approval_outcomes,
-    submit_approval,
-)
+from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, Outcome, submit_approval
+from aiokeyless.worker.broker import Terms
 from aiokeyless.worker.messages import read_request
+from aiokeyless.worker.nats import EventKeys
 from aiokeyless.worker.schema import message_schema
+
+from .conformance.brokers import new_request
+from .reading import a_message
+from .reading import read as read_events
 
 if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.sqlite import SqliteBroker
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
 REQUEST = Draft202012Validator(message_schema(ApprovalRequest), format_checker=FormatChecker())
@@ -41,7 +39,7 @@ NOW = datetime(2026, 11, 27, 6, tzinfo=UTC)
 def read(request: dict[str, Any]) -> None:
     """Read a request as a worker does."""
     read_request(
-        msgspec.json.encode(request), message_id="a", stored_at=NOW, number=1, longest=3600, largest=float("inf")
+        a_message(msgspec.json.encode(request), stored_at=NOW), Terms(longest_wait=3600, largest_request=1 << 30)
     )
 
 
@@ -60,7 +58,7 @@ def test_each_field_is_described_as_in_the_docstring(message: type[ApprovalReque
 @pytest.mark.parametrize(
     "request_",
     [
-        ApprovalRequest(version=1, user_id="c0ffee"),
+        ApprovalRequest(version=1, user_id="c0ffee", operation_id="txn-1"),
         ApprovalRequest(
             version=1,
             user_id="C0FFEE",
@@ -86,6 +84,7 @@ def test_a_request_is_valid(request_: ApprovalRequest) -> None:
         {"user_id": ""},
         {"user_id": "not hex"},
         {"user_id": None},
+        {"operation_id": None},
         {"operation_id": ""},
         {"operation_id": "x" * 513},
         {"operation_payload": 7},
@@ -98,7 +97,7 @@ def test_a_request_is_valid(request_: ApprovalRequest) -> None:
     ids=str,
 )
 def test_what_is_not_valid_a_worker_refuses_too(wrong: dict[str, Any]) -> None:
-    request = {"version": 1, "user_id": "C0FFEE", **wrong}
+    request = {"version": 1, "user_id": "C0FFEE", "operation_id": "txn-1", **wrong}
     with pytest.raises(ValidationError):
         REQUEST.validate(request)
     with pytest.raises(InvalidRequestError):
@@ -106,27 +105,26 @@ def test_what_is_not_valid_a_worker_refuses_too(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.looptime
-async def test_what_goes_over_a_broker_is_valid(client: KeylessClient, sandbox: Sandbox) -> None:
-    broker = MemoryBroker()
+async def test_what_goes_over_a_broker_is_valid(client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker) -> None:
+    broker = memory
     sandbox.approve("txn-1", user_id="C0FFEE")
     seen: dict[str, Outcome] = {}
     async with ApprovalWorker(client, broker, schedule=wait_fixed(1)):
         await submit_approval(broker, "C0FFEE", operation_id="txn-1", operation_payload="x", context={"order": 7})
         await submit_approval(broker, "C0FFEE", operation_id="txn-2", external_user_id="alice", expires_in=1)
-        approved = await submit_approval(broker, "C0FFEE", operation_payload="Pay 40")
-        await broker.submit(b'{"version": 1}', "no request")
-        async for event in approval_outcomes(broker, "shop"):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-3", operation_payload="Pay 40")
+        await broker.submit(new_request("txn-4")._replace(body=b'{"version": 1}'))
+        for number in range(4):
+            if number == 3:
+                sandbox.approve("txn-3")
+            [event] = await read_events(broker)
             EVENT.validate(json.loads(msgspec.json.encode(event)))
             seen[str(event.operation_id)] = event.outcome
-            if len(seen) == 3:
-                sandbox.approve(approved.operation_id)
-            elif len(seen) == 4:
-                break
     assert seen == {
         "txn-1": Outcome.FAILED,
         "None": Outcome.FAILED,
         "txn-2": Outcome.EXPIRED,
-        approved.operation_id: Outcome.APPROVED,
+        "txn-3": Outcome.APPROVED,
     }
 
 

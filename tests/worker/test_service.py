@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -37,26 +37,24 @@ from aiokeyless.worker import (
     ApprovalEvent,
     ApprovalWorker,
     BrokerError,
-    EventKeys,
     FailureReason,
-    Fleet,
     Outcome,
-    StreamSettings,
-    approval_outcomes,
     exchanges,
     service,
     submit_approval,
 )
-from aiokeyless.worker.event_keys import SIGNATURE
-from aiokeyless.worker.load_shedding import LoadShedding
 from aiokeyless.worker.logs import JsonFormatter
-from aiokeyless.worker.messages import MESSAGE_ID, ROOM_FOR_EVENT, request_name
-from aiokeyless.worker.nats import engine, intake
-from aiokeyless.worker.nats.broker import NatsBroker
+from aiokeyless.worker.messages import ApprovalRequest, request_name
+from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker, StreamSettings, intake
+from aiokeyless.worker.nats import broker as nats_broker
 from aiokeyless.worker.nats.connection import connect
-from aiokeyless.worker.nats.engine import NatsEngine
+from aiokeyless.worker.nats.event_keys import MESSAGE_ID, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
+from aiokeyless.worker.nats.load_shedding import LoadShedding
 from aiokeyless.worker.serving import Serving
+
+from .conformance.brokers import new_request
+from .reading import read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -74,41 +72,36 @@ pytestmark = pytest.mark.platform
 
 AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is the only one
 #: Of a request for "txn-1" as `publish` makes it.
-CONTENT: dict[str, Any] = {
-    "operation_id": "txn-1",
-    "user_id": "C0",
-    "operation_payload": None,
-    "external_user_id": None,
-    "expires_in": 120.0,
-    "context": msgspec.Raw(b"null"),
-}
+REQUEST = ApprovalRequest(version=1, user_id="C0", operation_id="txn-1")
 EVENT_KEYS = EventKeys("a-key-of-the-workers-and-readers-only")
 LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 
 
+_OF_THE_BROKER = ("fleet", "event_keys", "settings", "connect_options")
+
+
 @asynccontextmanager
 async def working(client: KeylessClient, broker: NatsServer, **options: Any) -> AsyncGenerator[ApprovalWorker]:
-    worker = ApprovalWorker(client, broker.url, **{"schedule": wait_fixed(0.05), **options})
-    task = asyncio.create_task(worker.run())
-    try:
-        await until(lambda: worker.statistics.is_ready or task.done())
-        yield worker
-    finally:
-        worker.stop()
-        await task
+    own = {name: options.pop(name) for name in _OF_THE_BROKER if name in options}
+    async with NatsBroker(broker.url, **own) as opened:
+        worker = ApprovalWorker(client, opened, **{"schedule": wait_fixed(0.05), **options})
+        task = asyncio.create_task(worker.run())
+        try:
+            await until(lambda: worker.statistics.is_ready or task.done())
+            yield worker
+        finally:
+            worker.stop()
+            await task
 
 
 async def submit(connection: Client, user_id: str, **options: Any) -> str:
     """Submit a request; return the operation's id."""
+    options = {"operation_id": str(uuid.uuid4()), **options}
     return (await submit_approval(connection, user_id, **options)).operation_id
 
 
 async def outcomes(connection: Client, count: int, reader: str = "test") -> list[ApprovalEvent]:
-    events = approval_outcomes(connection, reader)
-    try:
-        return [await anext(events) for _ in range(count)]
-    finally:
-        await events.aclose()
+    return await read(connection, count, reader)
 
 
 async def all_outcomes(connection: Client) -> list[ApprovalEvent]:
@@ -165,7 +158,8 @@ async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
 @pytest.fixture
 async def impatient_client(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[KeylessClient]:
     """A client with which a delivery that was not acknowledged is repeated after 3.5 s."""
-    monkeypatch.setattr(service, "_PUBLISH_WITHIN", 0.5)
+    monkeypatch.setattr(service, "_SETTLED_WITHIN", 0.5)
+    monkeypatch.setattr(nats_broker, "_ANSWER_WITHIN", 0.5)
     monkeypatch.setattr(service, "_MARGIN", 0.0)
     async with sandbox.client(request_timeout=1) as client:
         yield client
@@ -204,9 +198,8 @@ async def test_a_trace_travels_in_the_header_that_instrumentations_know(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     traceparent = f"00-{1:032x}-{2:016x}-01"
-    request = msgspec.json.encode({"version": 1, "user_id": "C0FFEE", "operation_id": "txn-1"})
     async with working(client, broker):
-        await NatsBroker(connection, KEYLESS).submit(request, "txn-1", traceparent)
+        await NatsBroker(connection).submit(new_request("txn-1", traceparent))
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         [event] = await outcomes(connection, 1)
@@ -244,7 +237,7 @@ async def test_a_client_that_is_closed_ends_the_worker(client: KeylessClient, br
 @pytest.mark.parametrize("room", [0, -1, 2.5, True, "8", float("nan")])
 async def test_room_that_is_no_number_of_deliveries_is_refused(client: KeylessClient, room: Any) -> None:
     with pytest.raises(ConfigurationError, match="max_in_flight"):
-        ApprovalWorker(client, max_in_flight=room)
+        ApprovalWorker(client, "sqlite::memory:", max_in_flight=room)
 
 
 class NoSchedule(wait_base):
@@ -255,7 +248,7 @@ class NoSchedule(wait_base):
 @pytest.mark.parametrize("schedule", [NoSchedule(), "every second"])
 async def test_schedule_that_names_no_delay_is_refused(client: KeylessClient, schedule: Any) -> None:
     with pytest.raises(ConfigurationError, match="schedule"):
-        ApprovalWorker(client, schedule=schedule)
+        ApprovalWorker(client, "sqlite::memory:", schedule=schedule)
 
 
 async def test_worker_runs_once(client: KeylessClient, broker: NatsServer) -> None:
@@ -296,9 +289,9 @@ async def test_two_environments_on_one_broker_never_approve_each_others_requests
         fleet = Fleet(name="staging")
         async with working(theirs, broker, fleet=fleet):
             operation_id = await submit(connection, "C0FFEE")
-            await submit(connection, "C0FFEE", fleet=fleet)
-            async with aclosing(approval_outcomes(connection, "test", fleet=fleet)) as events:
-                assert (await anext(events)).outcome is Outcome.APPROVED
+            other = NatsBroker(connection, fleet=fleet)
+            await submit_approval(other, "C0FFEE", operation_id="txn-1")
+            assert [event.outcome for event in await read(other)] == [Outcome.APPROVED]
             await until(lambda: operation_id in sandbox.operations)
         assert (len(sandbox.operations), len(staging.operations)) == (1, 1)
 
@@ -688,7 +681,7 @@ async def test_request_published_twice_under_one_name_is_one(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker) as worker:
-        first, second = [await submit(connection, "C0FFEE", message_id="order-7") for _ in range(2)]
+        first, second = [await submit(connection, "C0FFEE", operation_id="order-7") for _ in range(2)]
         await until(lambda: first in sandbox.operations)
         sandbox.approve(first)
         [event] = await all_outcomes(connection)
@@ -803,7 +796,7 @@ async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_a
 ) -> None:
     stream = connection.jetstream()
     async with working(client, broker):
-        first = await submit_approval(connection, "C0FFEE", message_id="order-7", operation_payload="Pay 40")
+        first = await submit_approval(connection, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
         await until(lambda: first.operation_id in sandbox.operations)
         sandbox.approve(first.operation_id)
         [event] = await all_outcomes(connection)
@@ -812,7 +805,7 @@ async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_a
         await stream.delete_stream(name)
     await prepare(stream, StreamSettings(), ack_wait=60)
     async with working(client, broker):
-        again = await submit_approval(connection, "C0FFEE", message_id="order-7", operation_payload="Pay 40")
+        again = await submit_approval(connection, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
         [event] = await all_outcomes(connection)
     assert not again.duplicate
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
@@ -982,7 +975,7 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker) as worker:
-        name = {MESSAGE_ID: request_name(**CONTENT)}
+        name = {MESSAGE_ID: request_name(REQUEST)}
         await connection.jetstream().publish(
             KEYLESS.outcome_subject(Outcome.APPROVED), b"the other's", stream=OUTCOMES, headers=name
         )
@@ -1003,7 +996,7 @@ async def test_an_event_that_a_forger_stored_under_the_name_of_an_outcome_does_n
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The name of an outcome follows from the request, so that who knows the one knows the other."""
-    forged = {MESSAGE_ID: request_name(**CONTENT)}
+    forged = {MESSAGE_ID: request_name(REQUEST)}
     subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), connection.jetstream()
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
         await stream.publish(subject, b"forged", stream=OUTCOMES, headers=forged)
@@ -1012,11 +1005,9 @@ async def test_an_event_that_a_forger_stored_under_the_name_of_an_outcome_does_n
         sandbox.approve("txn-1")
         await until(lambda: worker.statistics.duplicates == 1)  # the first delivery's, whose ack was lost
         assert worker.statistics.approved == 1
-        async with (
-            asyncio.timeout(PATIENCE),
-            aclosing(approval_outcomes(connection, "careful", event_keys=EVENT_KEYS)) as events,
-        ):
-            assert (await anext(events)).outcome is Outcome.APPROVED
+        async with asyncio.timeout(PATIENCE):
+            [event] = await read(NatsBroker(connection, event_keys=EVENT_KEYS), reader="careful")
+        assert event.outcome is Outcome.APPROVED
     assert (await stream.stream_info(OUTCOMES)).state.messages == 2
     assert "outcome.forged sequence=1" in caplog.text
 
@@ -1035,7 +1026,7 @@ async def test_an_event_that_a_worker_signed_for_another_request_does_not_keep_t
         deliveries=1,
     )
     data = msgspec.json.encode(event)
-    headers = {MESSAGE_ID: request_name(**CONTENT), SIGNATURE: EVENT_KEYS.sign(data, fleet="keyless")}
+    headers = {MESSAGE_ID: request_name(REQUEST), SIGNATURE: EVENT_KEYS.sign(data, fleet="keyless")}
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
         await connection.jetstream().publish(KEYLESS.outcome_subject(Outcome.FAILED), data, headers=headers)
         await publish(connection, {"operation_id": "txn-1"})
@@ -1049,7 +1040,7 @@ async def test_an_event_that_was_removed_since_is_not_stored_again(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     """A worker with an event key reads what is there in place of its event."""
-    stored = {MESSAGE_ID: request_name(**CONTENT)}
+    stored = {MESSAGE_ID: request_name(REQUEST)}
     subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), connection.jetstream()
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
         await stream.publish(subject, b"the other's", stream=OUTCOMES, headers=stored)
@@ -1183,11 +1174,11 @@ async def test_request_that_crosses_with_the_end_is_handed_back_at_once(
 
     async def close_a_little_late(one: intake.Intake) -> None:
         await submit(connection, "C0FFEE")
-        await until(lambda: worker.statistics.deliveries > 0)
+        await until(lambda: bool(one._arrived))
         await close(one)
 
     monkeypatch.setattr(intake.Intake, "close", close_a_little_late)
-    async with working(client, broker) as worker:
+    async with working(client, broker):
         pass
     monkeypatch.undo()
     assert not sandbox.operations
@@ -1341,9 +1332,9 @@ async def test_the_callers_cancellation_in_the_same_moment_stays_a_cancellation(
 
     task = asyncio.create_task(body())
     await until(lambda: bool(entered))
-    background = entered[0]._background
-    assert background is not None
-    background._task.add_done_callback(lambda _: task.cancel())
+    running = entered[0]._running
+    assert running is not None
+    running.add_done_callback(lambda _: task.cancel())
     failing.set()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -1359,7 +1350,7 @@ async def test_a_reconnection_before_it_serves_changes_nothing(
         on_reconnect()
         return connection
 
-    monkeypatch.setattr(engine, "connect", connect_twice)
+    monkeypatch.setattr(nats_broker, "connect", connect_twice)
     async with ApprovalWorker(client, broker.url) as worker:
         assert worker.statistics.is_ready
 
@@ -1585,8 +1576,9 @@ async def test_consumer_that_is_deleted_is_made_again_without_haste(
 
 
 def connection_of(worker: ApprovalWorker) -> Client:
-    assert isinstance(worker._engine, NatsEngine)
-    return worker._engine._connection
+    assert isinstance(worker._broker, NatsBroker)
+    assert worker._broker._connection is not None
+    return worker._broker._connection
 
 
 async def end_after(worker: ApprovalWorker, trouble: Callable[[], Awaitable[object]]) -> str:
@@ -1631,9 +1623,10 @@ async def test_worker_that_may_not_acknowledge_ends_and_names_what_it_may_not(
     broker = NatsServer(tmp_path, "-c", str(configuration))
     await broker.start()
     sandbox.approve("txn-1", user_id="C0")
-    worker = ApprovalWorker(client, broker.url, connect_options={"user": "u", "password": "p"})
     try:
-        error = await end_after(worker, lambda: publish(connection_of(worker), {"operation_id": "txn-1"}))
+        async with NatsBroker(broker.url, connect_options={"user": "u", "password": "p"}) as opened:
+            worker = ApprovalWorker(client, opened)
+            error = await end_after(worker, lambda: publish(connection_of(worker), {"operation_id": "txn-1"}))
     finally:
         broker.stop()
     assert "does not permit" in error
@@ -1659,7 +1652,7 @@ async def test_event_of_the_largest_request_is_stored(
 ) -> None:
     request = {"operation_id": "\N{GRINNING FACE}" * 512, "external_user_id": ""}
     size = len(msgspec.json.encode({"version": 1, "user_id": "C0", **request}))
-    request["external_user_id"] = "x" * (connection.max_payload - ROOM_FOR_EVENT - size)
+    request["external_user_id"] = "x" * (NatsBroker(connection).largest_request - size)
     async with working(client, broker) as worker:
         await publish(connection, request)
         await until(lambda: bool(sandbox.operations))
@@ -1705,7 +1698,7 @@ async def test_a_claim_that_a_stream_of_others_republished_makes_one_tap_count_f
         await outcomes(connection, 1)
         theirs, claim = connection.jetstream(), KEYLESS.claim_subject(sha256(b"txn-1").hexdigest())
         await theirs.add_stream(name="MINE", subjects=["mine"], republish=RePublish(src="mine", dest=claim))
-        second = request_name(**{**CONTENT, "context": msgspec.Raw(b'{"order":8}')})
+        second = request_name(msgspec.structs.replace(REQUEST, context=msgspec.Raw(b'{"order":8}')))
         await theirs.publish("mine", second.encode())
 
         async def is_written() -> bool:
@@ -1788,11 +1781,9 @@ async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no
             operation_id = await submit(ours, "C0FFEE")
             await until(lambda: operation_id in sandbox.operations)
             sandbox.approve(operation_id)
-            async with (
-                asyncio.timeout(PATIENCE),
-                aclosing(approval_outcomes(ours, "careful", event_keys=EVENT_KEYS)) as events,
-            ):
-                assert (await anext(events)).operation_id == operation_id
+            async with asyncio.timeout(PATIENCE):
+                [event] = await read(NatsBroker(ours, event_keys=EVENT_KEYS), reader="careful")
+            assert event.operation_id == operation_id
     finally:
         broker.stop()
     assert "outcome.unsigned sequence=1 count=1" in caplog.text

@@ -11,8 +11,8 @@ import asyncio
 import json
 import math
 import random as global_random
-from contextlib import AbstractContextManager, aclosing, nullcontext
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -20,6 +20,7 @@ import pytest
 
 from aiokeyless.errors import (
     ConflictError,
+    InvalidRequestError,
     NotFoundError,
     PermissionDeniedError,
     RateLimitError,
@@ -28,17 +29,17 @@ from aiokeyless.errors import (
     TransportError,
 )
 from aiokeyless.models import Operation, SuccessAnswer
-from aiokeyless.worker import ApprovalEvent, ApprovalWorker, MemoryBroker, Outcome, approval_outcomes, submit_approval
-from aiokeyless.worker.engine import EngineError, Terms
-from aiokeyless.worker.memory import MemoryClaims, MemoryEngine, _MemoryMessage, _Store
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outcome, submit_approval
+from aiokeyless.worker.broker import Claimed, Exchange, Message, UnavailableError
+from aiokeyless.worker.messages import read_event
+from aiokeyless.worker.sqlite import SqliteBroker
+from aiokeyless.worker.sqlite.store import SqliteMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from aiokeyless import KeylessClient
     from aiokeyless._http.protocol import Request
-    from aiokeyless.worker.engine import Sealed, Taken
-    from aiokeyless.worker.memory import _Request
 
 pytestmark = pytest.mark.looptime(noop_cycles=1)  # nothing here waits for sockets
 
@@ -165,7 +166,7 @@ class Keyless:
 # -- the broker
 
 
-class Broker(MemoryBroker):
+class Broker(SqliteBroker):
     """A broker in memory of which each answer may be lost.
 
     Args:
@@ -173,102 +174,65 @@ class Broker(MemoryBroker):
     """
 
     def __init__(self, random: Random) -> None:
-        super().__init__()
-        self._store: FaultyStore = FaultyStore(random)
+        super().__init__(":memory:")
+        self._random = random
 
-    def engine(self) -> FaultyEngine:
-        return FaultyEngine(self._store)
+    async def open(self) -> None:
+        await super().open()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._clock = lambda: BEGAN_AT + timedelta(seconds=loop.time() - began + 1e-6)
 
     @property
-    def stored(self) -> list[Sealed]:
-        return list(self._store._events.values())
+    def stored(self) -> list[ApprovalEvent]:
+        rows = self._store._connection.execute("SELECT body FROM outcome").fetchall()
+        return [read_event(body) for (body,) in rows]
 
+    def _lose(self, share: float) -> None:
+        if self._random.random() < share:
+            raise UnavailableError("the broker did not answer")
 
-class FaultyStore(_Store):
-    def __init__(self, random: Random) -> None:
-        super().__init__()
-        self._began_at = BEGAN_AT
-        self._began = 0.0
-        self.random = random
+    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+        messages = await super().take(up_to, within, probing=probing)
+        for message in messages:
+            if self._random.random() < 0.05:  # now and then one is delivered again while it is processed
+                again = asyncio.get_running_loop().time() + self._random.uniform(0, 2)
+                asyncio.get_running_loop().call_at(again, self._deliver_again, message)
+        return messages
 
-    def put_off(self, request: _Request, delay: float) -> None:
-        if request.is_decided:  # another delivery of it was decided meanwhile
-            return
-        self._due = [due for due in self._due if due.request is not request]
-        super().put_off(request, delay * self.random.uniform(0.9, 1.1))
+    def _deliver_again(self, message: Message) -> None:
+        assert isinstance(message, SqliteMessage)
+        if self._is_open:
+            self._store._connection.execute(
+                "UPDATE waiting SET due_at = 0 WHERE id = ? AND deliveries = ?", (message.id, message.number)
+            )
+            self._due.notify()
 
-    def keep(self, event: Sealed) -> None:
-        """Store an outcome; its request is not acknowledged."""
-        self._events.setdefault(event.name, event)
-        self._news.set()
+    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+        self._lose(0.05)
+        await super().put_off(message, delay * self._random.uniform(0.9, 1.1), exchange)
+        self._lose(0.03)
 
-    def lose(self, share: float) -> None:
-        if self.random.random() < share:
-            raise EngineError("the broker did not answer")
-
-
-class FaultyEngine(MemoryEngine):
-    def __init__(self, store: FaultyStore) -> None:
-        super().__init__(store)
-        self._faulty = store
-        self._ack_wait = 0.0
-        self.claims = FaultyClaims(store)
-
-    async def prepare(self, *, ack_wait: float) -> Terms:
-        self._ack_wait = ack_wait
-        return await super().prepare(ack_wait=ack_wait)
-
-    def take(self, request: _Request, backlog: int) -> None:
-        self._asked -= 1
-        self._unsettled[request] = None
-        self._deliver(FaultyMessage(self, self._faulty, request, backlog))
-        # The broker delivers again what was not acknowledged in time, and now and then what is being processed.
-        twice = self._faulty.random.random() < 0.05
-        wait = self._faulty.random.uniform(0, 2) if twice else self._ack_wait
-        self._loop.call_later(wait, self._deliver_again, request, request.deliveries)
-
-    def _deliver_again(self, request: _Request, number: int) -> None:
-        if request in self._unsettled and request.deliveries == number:
-            self._faulty.put_off(request, 0.0)
-
-
-class FaultyMessage(_MemoryMessage):
-    _store: FaultyStore
-
-    async def put_off(self, delay: float) -> None:
-        self._store.lose(0.05)
-        await super().put_off(delay)
-        self._store.lose(0.03)
-
-    async def decide(self, event: Sealed) -> bool:
-        self._store.lose(0.1)
-        if self._store.random.random() < 0.1:
-            self._store.keep(event)
-            raise EngineError("the event is stored, and the request is not acknowledged")
-        is_new = await super().decide(event)
-        self._store.lose(0.05)
+    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:
+        self._lose(0.1)
+        is_new = await super().decide(message, event, name)
+        self._lose(0.05)
         return is_new
 
+    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:
+        self._lose(0.03)
+        claimed = await super().claim(message, operation_id, request)
+        self._lose(0.03)
+        return claimed
 
-class FaultyClaims(MemoryClaims):
-    def __init__(self, store: FaultyStore) -> None:
-        super().__init__(store.holders)
-        self._store = store
+    async def holds(self, message: Message, operation_id: str, request: str) -> bool:
+        self._lose(0.03)
+        return await super().holds(message, operation_id, request)
 
-    async def take(self, operation_id: str, request: str) -> Taken:
-        self._store.lose(0.03)
-        taken = await super().take(operation_id, request)
-        self._store.lose(0.03)
-        return taken
-
-    async def is_held(self, operation_id: str, request: str) -> bool:
-        self._store.lose(0.03)
-        return await super().is_held(operation_id, request)
-
-    async def release(self, operation_id: str, request: str, token: int) -> bool:
-        self._store.lose(0.03)
-        is_free = await super().release(operation_id, request, token)
-        self._store.lose(0.03)
+    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:
+        self._lose(0.03)
+        is_free = await super().unclaim(message, operation_id, request, token)
+        self._lose(0.03)
         return is_free
 
 
@@ -292,6 +256,7 @@ class Story:
     Attributes:
         asked: The requests.
         keyless: The service, with all operations that were created.
+        refused: The numbers of requests that the broker did not take.
         older: The operations that were created and approved before anybody asked.
         broker: The broker, with all outcomes that were stored.
         told: The events as an application read them.
@@ -301,7 +266,9 @@ class Story:
         self._random = Random(seed)  # noqa: S311  # guards nothing
         self.asked: list[Asked] = []
         self.older: set[str] = set()
+        self.refused: set[int] = set()
         self.told: list[ApprovalEvent] = []
+        self.kept: list[ApprovalEvent] = []
         approves_after: dict[str, float] = {}
         for number in range(REQUESTS):
             self._plan(number, approves_after)
@@ -334,7 +301,7 @@ class Story:
         try:
             async with asyncio.timeout(LONGEST):
                 await asyncio.gather(*tasks)
-                while self.broker.waiting:
+                while (await self.broker.inspect()).waiting:
                     await asyncio.sleep(1.0)
                     for task in serving:
                         assert not task.done(), task.exception()
@@ -347,14 +314,17 @@ class Story:
     async def _submit(self, request: Asked) -> None:
         await asyncio.sleep(request.at)
         for _ in range(request.times):
-            await submit_approval(
-                self.broker,
-                USER,
-                operation_id=request.operation_id,
-                operation_payload=request.payload,
-                expires_in=request.expires_in,
-                context=request.number,
-            )
+            try:
+                await submit_approval(
+                    self.broker,
+                    USER,
+                    operation_id=request.operation_id,
+                    operation_payload=request.payload,
+                    expires_in=request.expires_in,
+                    context=request.number,
+                )
+            except InvalidRequestError:  # under the operation id of another request
+                self.refused.add(request.number)
             await asyncio.sleep(self._random.uniform(0, 4))
 
     async def _work(self) -> None:
@@ -373,8 +343,8 @@ class Story:
             await asyncio.sleep(self._random.uniform(0, 5))
 
     async def _read(self) -> None:
-        async with aclosing(approval_outcomes(self.broker, "application")) as events:
-            async for event in events:
+        while True:
+            async with next_outcome(self.broker, "application") as event:
                 self.told.append(event)
 
 
@@ -396,9 +366,11 @@ def seconds_of(moment: datetime) -> float:
 
 def problems(story: Story) -> Iterator[str]:
     """Yield what must not happen and did."""
-    kept = [sealed.data for sealed in story.broker.stored]
+    kept = story.kept
     numbers = [event.read_context(int) for event in story.told]
-    if len(kept) != len(story.told) or sorted(numbers) != [request.number for request in story.asked]:
+    if len(kept) != len(story.told) or sorted(numbers) != [
+        request.number for request in story.asked if request.number not in story.refused
+    ]:
         yield f"{len(story.asked)} requests, {len(kept)} outcomes stored, {sorted(numbers)} read"
     approved_ids = [event.operation_id for event in story.told if event.outcome is Outcome.APPROVED]
     if len(approved_ids) > len(set(approved_ids)):
@@ -424,7 +396,9 @@ def problems(story: Story) -> Iterator[str]:
 async def played(seed: int) -> Story:
     global_random.seed(seed)  # of the backoff
     story = Story(seed)
-    await story.play()
+    async with story.broker:
+        await story.play()
+        story.kept = story.broker.stored
     return story
 
 

@@ -1,211 +1,350 @@
-"""The application's side of NATS JetStream: requests are published, outcomes are pulled."""
+"""`NatsBroker`: the face of JetStream for workers and applications."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, Self
 
-import nats.errors
+import msgspec
 import nats.js.errors
-from nats.js.api import AckPolicy, ConsumerConfig
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless.errors import BrokerError
-from aiokeyless.worker.engine import Broker, NoPlaceError, OutcomeMessage
-from aiokeyless.worker.event_keys import SIGNATURE
-from aiokeyless.worker.logs import Seldom
-from aiokeyless.worker.messages import MESSAGE_ID, TRACEPARENT
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker.broker import (
+    Broker,
+    Claimed,
+    Exchange,
+    Message,
+    NewRequest,
+    OutcomeDelivery,
+    Terms,
+    UnavailableError,
+)
+from aiokeyless.worker.logs import log
+from aiokeyless.worker.messages import deadline, is_about
 
-from .failures import engine_errors
+from .claims import NatsClaims, claims_signed_from, mark
+from .clock import BrokerClock
+from .connection import check_options, connect, disconnect
+from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
+from .failures import broker_errors
 from .fleet import KEYLESS, Fleet
-from .streams import is_delivery
+from .inspection import Inspector
+from .intake import Intake, NatsMessage
+from .readers import Reader
+from .streams import StreamSettings, prepare, restore_consumer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
 
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
     from nats.js import JetStreamContext
+    from nats.js.api import PubAck
 
-_PUBLISH_WITHIN: Final = 5.0  # seconds
+    from aiokeyless.events import Inspection
+    from aiokeyless.worker.messages import ApprovalEvent
+
+    from .event_keys import EventKeys
+
+_ANSWER_WITHIN: Final = 5.0  # seconds
+_SUBMISSIONS: Final = 3  # attempts
 #: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
 _LEADERLESS_FOR: Final = 15.0
 #: Seconds likewise, where no other server is known that it could elect: it may be linked to others as a leaf node.
 _ALONE_FOR: Final = 2.0
-_ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
-_READ_FOR: Final = 5.0  # seconds for which one pull waits
-_ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
-_UNLIMITED: Final = -1
-_ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
+_ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
+_KEPT_AS: Final = "_aiokeyless_broker"  # the attribute of a connection that keeps its broker, for as long as it lives
+
+
+class _NoPlaceError(UnavailableError):
+    """There is no stream for it, and waiting for one was in vain."""
 
 
 class NatsBroker(Broker):
-    """An application's connection to NATS.
+    """A broker on NATS JetStream.
 
     Args:
-        connection: The connection, which stays the application's.
-        fleet: The fleet.
+        broker: Address of a NATS server, or several, separated by commas; or a connection, which stays yours.
+        fleet: The fleet of the workers. Default: that of the name ``keyless``.
+        event_keys: What workers sign events and claims with, so that readers and other workers believe no others.
+            Default: none; then all users of the broker's account must be trusted with approvals.
+        settings: Of the streams, where they do not exist yet. Default: those of `StreamSettings`.
+        connect_options: Of ``nats.connect``: credentials, TLS; none of its callbacks, nor how it reconnects. Default:
+            none.
+
+    Raises:
+        ConfigurationError: An option is one that the broker sets itself.
     """
 
-    def __init__(self, connection: Client, fleet: Fleet) -> None:
-        self.fleet_name: str = fleet.name
-        self._connection = connection
+    def __init__(
+        self,
+        broker: str | Client,
+        *,
+        fleet: Fleet = KEYLESS,
+        event_keys: EventKeys | None = None,
+        settings: StreamSettings | None = None,
+        connect_options: Mapping[str, object] | None = None,
+    ) -> None:
+        self.system = "nats"
+        self.destination = fleet.request_subject
         self._fleet = fleet
+        self._event_keys = event_keys
+        self._settings = settings or StreamSettings()
+        self._options = dict(connect_options or {})
+        check_options(self._options)
+        self._url = broker if isinstance(broker, str) else None
+        self._connection: Client | None = None if isinstance(broker, str) else broker
+        if self._connection is not None:
+            self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
+        self._loss: BrokerError | None = None  # why the connection will not come back
+        self._clock = BrokerClock()
+        self._keeping_time: asyncio.Task[None] | None = None
+        self._intake: Intake | None = None  # None until a worker has prepared it
+        self._claims: NatsClaims
+        self._lease = 0.0
+        self._readers: dict[str, Reader] = {}
 
-    @property
-    def largest_message(self) -> int:
-        """See `Broker`."""
-        return self._connection.max_payload
+    @classmethod
+    def on(cls, connection: Client) -> Self:
+        """Return the broker on a connection of the application's: the same one for the same connection."""
+        broker = vars(connection).get(_KEPT_AS)
+        if not isinstance(broker, cls):
+            broker = vars(connection)[_KEPT_AS] = cls(connection)
+        return broker
 
-    async def submit(self, request: bytes, name: str, traceparent: str | None = None) -> bool:
+    def __repr__(self) -> str:
+        return f"<NatsBroker of the fleet {self._fleet.name!r}>"
+
+    async def open(self) -> None:
         """See `Broker`."""
-        headers = {MESSAGE_ID: name} if traceparent is None else {MESSAGE_ID: name, TRACEPARENT: traceparent}
-        stream = self._fleet.jetstream(self._connection, _PUBLISH_WITHIN)
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + (_LEADERLESS_FOR if len(self._connection.servers) > 1 else _ALONE_FOR)
-        with engine_errors():
+        if self._url is not None:
+            if self._connection is not None:
+                raise ConfigurationError("the broker is open already")
+            self._loss = None
+            self._connection = await connect(
+                self._url, self._options, on_reconnect=self._on_reconnect, on_loss=self._on_loss
+            )
+            self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
+
+    async def aclose(self) -> None:
+        """See `Broker`."""
+        connection = self._connection
+        if connection is None:
+            return
+        if self._keeping_time is not None:
+            self._keeping_time.cancel()
+            self._keeping_time = None
+        if self._intake is not None:
+            intake, self._intake = self._intake, None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_ANSWER_WITHIN):  # the broker may be silent
+                    await intake.close()
+        for reader in self._readers.values():
+            await reader.close()
+        self._readers.clear()
+        if self._url is not None:
+            self._connection = None
+            await disconnect(connection)
+
+    def _on_reconnect(self) -> None:
+        if self._intake is not None:
+            self._intake.forget()
+
+    def _on_loss(self, error: BrokerError) -> None:
+        self._loss = self._loss or error
+        if self._intake is not None:
+            self._intake.wake()
+
+    def _connected(self) -> Client:
+        if self._loss is not None:
+            raise self._loss.with_traceback(None)
+        if self._connection is None:
+            raise ConfigurationError("the broker is not open: use it in 'async with NatsBroker(...) as broker'")
+        if self._connection.is_closed:
+            raise BrokerError("the connection to the broker was closed")
+        return self._connection
+
+    def _stream(self) -> JetStreamContext:
+        return self._fleet.jetstream(self._connected(), _ANSWER_WITHIN)
+
+    def _taking(self) -> Intake:
+        self._connected()
+        assert self._intake is not None  # noqa: S101  # a worker calls `prepare` first
+        return self._intake
+
+    # -- for applications
+
+    async def submit(self, new: NewRequest) -> bool:
+        """See `ApplicationSide`."""
+        headers = {MESSAGE_ID: new.digest}
+        if new.traceparent is not None:
+            headers[TRACEPARENT] = new.traceparent
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                # Under one name, so that the stream stores it once although the answer to an attempt was lost.
+                return await self._submit(new.body, headers)
+            except UnavailableError as error:
+                if attempt == _SUBMISSIONS or isinstance(error, _NoPlaceError):
+                    raise BrokerError(str(error)) from None
+            await asyncio.sleep(error_delay(attempt))
+
+    async def _submit(self, body: bytes, headers: dict[str, str]) -> bool:
+        loop, stream = asyncio.get_running_loop(), self._stream()
+        give_up_at = loop.time() + (_LEADERLESS_FOR if len(self._connected().servers) > 1 else _ALONE_FOR)
+        with broker_errors():
             while True:
                 try:
                     stored = await stream.publish(
-                        self._fleet.request_subject, request, stream=self._fleet.requests, headers=headers
+                        self._fleet.request_subject, body, stream=self._fleet.requests, headers=headers
                     )
                 except nats.js.errors.NoStreamResponseError:
                     # Said at once, and also of a stream that has no leader for the time of an election.
                     if loop.time() >= give_up_at:
-                        raise NoPlaceError("no stream took it; start a worker first, it makes the stream") from None
+                        raise _NoPlaceError("no stream took it; start a worker first, it makes the stream") from None
                 else:
                     return bool(stored.duplicate)
                 await asyncio.sleep(error_delay(1))
 
-    async def outcomes(self, reader: str) -> AsyncGenerator[OutcomeMessage]:
+    async def next_outcome(self, reader: str) -> OutcomeDelivery:
+        """See `ApplicationSide`."""
+        connection = self._connected()
+        if reader not in self._readers:
+            self._readers[reader] = Reader(connection, self._fleet, reader, self._event_keys)
+        return await self._readers[reader].next()
+
+    # -- for workers
+
+    async def prepare(self, *, lease: float, service: str) -> Terms:
         """See `Broker`."""
-        foreign = Seldom(logging.WARNING, "broker.foreign_message")
-        with engine_errors():
-            subscription = await self._subscription(reader)
-            try:
-                while True:
-                    message = await _next_message(subscription)
-                    if message is None:
-                        continue
-                    if is_outcome(message.reply, reader, fleet=self._fleet):
-                        yield NatsOutcomeMessage(message, self._fleet)
-                    else:
-                        foreign.log({"stream": self._fleet.outcomes, "durable": reader})
-            finally:
-                with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
-                    await subscription.unsubscribe()
+        connection, keys, stream = self._connected(), self._event_keys, self._stream()
+        if keys is None:
+            advice = "set an event key, or trust all users of the account"
+            log(logging.WARNING, "worker.events_unsigned", {"advice": advice})
+        window = await prepare(
+            stream,
+            self._fleet,
+            self._settings,
+            ack_wait=lease,
+            service=service,
+            claims_metadata=mark(keys, self._fleet),
+        )
+        self._lease = lease
+        await self._clock.measure(connection, self._time_subject, _ANSWER_WITHIN)
+        if keys is None:
+            self._claims = NatsClaims(stream, self._fleet)
+        else:
+            signed_from = await claims_signed_from(connection, self._fleet, keys, now=self.now(), within=_ANSWER_WITHIN)
+            self._claims = NatsClaims(stream, self._fleet, keys=keys, signed_from=signed_from)
+        if self._intake is None:
+            loop = asyncio.get_running_loop()
+            self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)
+            await self._intake.open()
+            keeping = self._clock.keep(connection, self._time_subject, _ANSWER_WITHIN)
+            self._keeping_time = loop.create_task(keeping)
+        return Terms(window, self.largest_request)
 
-    async def _subscription(self, reader: str) -> JetStreamContext.PullSubscription:
+    async def _restore(self) -> None:
+        await restore_consumer(self._stream(), self._fleet, ack_wait=self._lease)
+
+    @property
+    def _time_subject(self) -> str:
+        return f"{self._fleet.api_prefix}.STREAM.INFO.{self._fleet.requests}"
+
+    def now(self) -> datetime:
+        """See `Broker`."""
+        return self._clock.now()
+
+    @property
+    def keeps_delays(self) -> bool:
+        """See `Broker`."""
+        return self._intake is None or not self._intake.load_shedding.is_noticeable
+
+    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+        """See `Broker`."""
+        return await self._taking().take(up_to, within, probing=probing)
+
+    async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
+        """See `Broker`."""
+        return await self._taking().take_overdue(up_to, self.now() - timedelta(seconds=grace))
+
+    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+        """See `Broker`."""
+        intake, delivery = self._taking(), _delivery(message)
+        if exchange is not Exchange.NONE:
+            intake.failures.record(delivery.sequence, failed=exchange is Exchange.FAILED)
+        if exchange is Exchange.ANSWERED:
+            delay = self._stretched(message, delay, intake.load_shedding.factor)
+        with broker_errors():
+            await delivery.raw.nak(delay=delay)
+
+    def _stretched(self, message: Message, delay: float, factor: float) -> float:
+        """Stretch a delay while new requests wait, but not past the deadline of its own request."""
+        if factor <= 1.0 or (at := deadline(message)) is None:
+            return delay
+        return max(delay, min(delay * factor, (at - self.now()).total_seconds()))
+
+    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:
+        """See `Broker`."""
+        delivery, data = _delivery(message), msgspec.json.encode(event)
+        own_name = name
+        with broker_errors():
+            while (stored := await self._publish(event, data, own_name)).duplicate:
+                if await self._is_genuine(stored.seq, event):
+                    break
+                # A forger knew the name. This one follows from it, so that other deliveries use the same.
+                log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
+                own_name = f"{name}-{stored.seq}"
+            await delivery.raw.ack()
+        self._taking().failures.forget(delivery.sequence)
+        return not stored.duplicate
+
+    async def _publish(self, event: ApprovalEvent, data: bytes, name: str) -> PubAck:
+        headers = {MESSAGE_ID: name}
+        if self._event_keys is not None:
+            headers[SIGNATURE] = self._event_keys.sign(data, fleet=self._fleet.name)
+        if event.traceparent is not None:
+            headers[TRACEPARENT] = event.traceparent
+        return await self._stream().publish(
+            self._fleet.outcome_subject(event.outcome), data, stream=self._fleet.outcomes, headers=headers
+        )
+
+    async def _is_genuine(self, sequence: int, event: ApprovalEvent) -> bool:
+        """Return whether a worker stored it, about the same request; what an operator has removed since counts so."""
+        if self._event_keys is None:
+            return True
         try:
-            return await _subscribed(self._fleet.jetstream(self._connection, _ANSWER_WITHIN), self._fleet, reader)
-        except nats.errors.TimeoutError:  # a broker says nothing to who may not ask
-            raise BrokerError(
-                "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
-                f"{self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{reader} and subscribe to its inbox?"
-            ) from None
-
-
-class NatsOutcomeMessage(OutcomeMessage):
-    """One delivery by JetStream.
-
-    Args:
-        message: The delivery.
-        fleet: The fleet.
-    """
-
-    __slots__ = ("_message",)
-
-    def __init__(self, message: Msg, fleet: Fleet) -> None:
-        self._message = message
-        self.data: bytes = message.data
-        self.kind: str = fleet.kind_of(message.subject)
-        self.sequence: int = message.metadata.sequence.stream
-        self.number: int = message.metadata.num_delivered
-        self.signature: str | None = (message.headers or {}).get(SIGNATURE)
-
-    async def done(self) -> None:
-        """See `OutcomeMessage`."""
-        with engine_errors():
-            await self._message.ack()
-
-    async def discard(self) -> None:
-        """See `OutcomeMessage`."""
-        with engine_errors():
-            await self._message.term()
-
-    async def put_off(self, delay: float) -> None:
-        """See `OutcomeMessage`."""
-        with engine_errors():
-            await self._message.nak(delay=delay)
-
-
-def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
-    """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
-
-    `approval_outcomes` does this itself. An inbox takes messages from any user who may publish to it, and
-    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one. It
-    may still be what another user had the stream publish: `EventKeys.are_of` tells what a worker signed.
-
-    Args:
-        reply: The message's reply subject.
-        durable: Name of the reading application's consumer.
-        fleet: The fleet whose outcomes they are. Default: that of the name ``keyless``.
-    """
-    return is_delivery(reply, fleet.outcomes, durable)
-
-
-async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> JetStreamContext.PullSubscription:
-    silences = 0
-    while True:
-        try:
-            await _ensure_place(stream, fleet, durable)
-            return await stream.pull_subscribe_bind(durable, fleet.outcomes)
+            kept = await self._stream().get_msg(self._fleet.outcomes, seq=sequence)
         except nats.js.errors.NotFoundError:
-            raise BrokerError(
-                "outcomes cannot be read: there is no stream; start a worker first, it makes it"
-            ) from None
-        except nats.errors.TimeoutError:  # a cluster that has lost a server says nothing until it has a new leader
-            silences += 1
-            if silences == _ATTEMPTS:
-                raise
+            return True
+        data, signature = kept.data or b"", (kept.headers or {}).get(SIGNATURE)
+        return self._event_keys.are_of(data, signature, fleet=self._fleet.name) and is_about(data, event)
+
+    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # by the ids
+        """See `Broker`."""
+        return await self._claims.claim(operation_id, request)
+
+    async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
+        """See `Broker`."""
+        return await self._claims.holds(operation_id, request)
+
+    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # as above
+        """See `Broker`."""
+        return await self._claims.unclaim(operation_id, token)
+
+    async def inspect(self) -> Inspection:
+        """See `Broker`."""
+        connection = self._connected()
+        if not connection.is_connected:
+            raise UnavailableError("there is no connection to the broker")
+        return await Inspector(connection, self._fleet, self._clock, _ANSWER_WITHIN).inspect()
 
 
-async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) -> None:
-    """Make the reader's consumer, or change it, where it is not as it must be.
-
-    A reader whose consumer an operator made needs no permission to make one. That is worth having: who may make a
-    consumer chooses where it delivers. So applications in an account of their own cannot.
-    """
-    with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is found out below
-        found = (await stream.consumer_info(fleet.outcomes, durable)).config
-        if found is not None and found.max_ack_pending == _UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
-            return
-    place = ConsumerConfig(
-        durable_name=durable,
-        ack_policy=AckPolicy.EXPLICIT,
-        ack_wait=_ACK_WAIT,
-        max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
-    )
-    try:
-        await stream.add_consumer(fleet.outcomes, place)
-    except nats.js.errors.ServiceUnavailableError:  # nobody listens: this account does not import it
-        raise BrokerError(
-            f"outcomes cannot be read: the consumer {durable} of {fleet.outcomes} is missing or has other settings, "
-            "and this account may not make it; have an operator make it"
-        ) from None
-
-
-async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
-    """Return the next message; None where there was none for a while."""
-    try:
-        return (await subscription.fetch(1, timeout=_READ_FOR))[0]
-    except nats.errors.TimeoutError:
-        return None
-    except nats.js.errors.APIError:
-        # The consumer has no leader just now, or it was deleted.
-        await asyncio.sleep(error_delay(1))
-        with suppress(nats.errors.TimeoutError, nats.js.errors.ServiceUnavailableError):
-            await subscription.consumer_info()
-        return None
+def _delivery(message: Message) -> NatsMessage:
+    assert isinstance(message, NatsMessage)  # noqa: S101  # this broker made it
+    return message

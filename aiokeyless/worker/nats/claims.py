@@ -18,19 +18,18 @@ import msgspec
 import nats.js.errors
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.engine import Claim, Claims, EngineError, Taken
-from aiokeyless.worker.event_keys import CLAIM, CLAIMS_SIGNED_FROM, SIGNATURE
+from aiokeyless.worker.broker import Claim, Claimed, UnavailableError
 from aiokeyless.worker.logs import Seldom, log
 
-from .failures import engine_errors
+from .event_keys import CLAIM, CLAIMS_SIGNED_FROM, SIGNATURE
+from .failures import broker_errors
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js import JetStreamContext
     from nats.js.api import RawStreamMsg
 
-    from aiokeyless.worker.event_keys import EventKeys
-
+    from .event_keys import EventKeys
     from .fleet import Fleet
 
 #: The key in the stream's metadata of the moment from which claims must be signed.
@@ -45,7 +44,7 @@ _NO_MESSAGE: Final = 10037  # and not that there is no stream, of which a broker
 _RELEASED: Final = b""
 
 
-class NatsClaims(Claims):
+class NatsClaims:
     """The claims of all workers on operation ids.
 
     Args:
@@ -69,24 +68,24 @@ class NatsClaims(Claims):
         self._signed_from = signed_from
         self._unsigned = Seldom(logging.ERROR, "claim.unsigned")
 
-    async def take(self, operation_id: str, request: str) -> Taken:
-        """See `Claims`."""
+    async def claim(self, operation_id: str, request: str) -> Claimed:
+        """See `Broker`."""
         expected, claim = 0, Claim.NEW
         # Stored again where this request holds it already: that changes the sequence, which is the token.
         while (sequence := await self._put(operation_id, request.encode(), expected)) is None:
             expected, holder = await self._last(operation_id)
             if holder not in {_RELEASED, request.encode()}:
-                return Taken(Claim.ANOTHERS, expected)
+                return Claimed(Claim.ANOTHERS, expected)
             claim = Claim.NEW if holder == _RELEASED else Claim.HELD
-        return Taken(claim, sequence)
+        return Claimed(claim, sequence)
 
-    async def is_held(self, operation_id: str, request: str) -> bool:
-        """See `Claims`."""
+    async def holds(self, operation_id: str, request: str) -> bool:
+        """See `Broker`."""
         _, holder = await self._last(operation_id)
         return holder == request.encode()
 
-    async def release(self, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # the token is its
-        """See `Claims`."""
+    async def unclaim(self, operation_id: str, token: int) -> bool:
+        """See `Broker`."""
         return await self._put(operation_id, _RELEASED, token) is not None
 
     async def _put(self, operation_id: str, holder: bytes, expected: int) -> int | None:
@@ -94,7 +93,7 @@ class NatsClaims(Claims):
         subject, headers = self._subject(operation_id), {_EXPECTED: str(expected)}
         if self._keys is not None:
             headers[SIGNATURE] = self._keys.sign(_signed(subject, holder), fleet=self._fleet.name, kind=CLAIM)
-        with engine_errors():
+        with broker_errors():
             try:
                 stored = await self._stream.publish(subject, holder, stream=self._fleet.claims, headers=headers)
             except nats.js.errors.APIError as error:
@@ -106,7 +105,7 @@ class NatsClaims(Claims):
     async def _last(self, operation_id: str) -> tuple[int, bytes | None]:
         """Return the last claim's number, and the request that holds the id; None where no worker wrote the claim."""
         subject = self._subject(operation_id)
-        with engine_errors():
+        with broker_errors():
             try:
                 message = await self._stream.get_last_msg(self._fleet.claims, subject)
             except nats.js.errors.NotFoundError as error:
@@ -187,9 +186,9 @@ def _read_mark(text: str, fleet: Fleet, keys: EventKeys) -> datetime | None:
 async def _request(connection: Client, subject: str, body: bytes, within: float) -> dict[str, Any]:
     """Ask JetStream's API, and return what it answers."""
     try:
-        with engine_errors():
+        with broker_errors():
             answer = await connection.request(subject, body, timeout=within)
-    except EngineError as error:
+    except UnavailableError as error:
         reason = str(error)
     else:
         told: dict[str, Any] = msgspec.json.decode(answer.data)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.cancellation import raise_lost_cancellation
-from aiokeyless.worker.engine import EngineError
 from aiokeyless.worker.logs import log
 
-from .failures import engine_errors
+from .failures import broker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ class BrokerClock:
             within: Seconds within which it must answer.
         """
         asked_at = self.now()
-        with suppress(EngineError, msgspec.DecodeError), engine_errors():
+        with suppress(UnavailableError, msgspec.DecodeError), broker_errors():
             answer = await connection.request(subject, b"", timeout=within)
             answered_at = self.now()
             told = msgspec.json.decode(answer.data, type=_Answer).ts

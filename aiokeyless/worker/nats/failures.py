@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 import nats.errors
 import nats.js.errors
 
-from aiokeyless.worker.engine import EngineError, RefusedError
+from aiokeyless.worker.broker import RefusedError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 @contextmanager
-def engine_errors() -> Iterator[None]:
-    """Raise what nats-py raises as an `EngineError`."""
+def broker_errors() -> Iterator[None]:
+    """Raise what nats-py raises as an `UnavailableError`."""
     try:
         yield
     except nats.js.errors.APIError as error:
         raise RefusedError(reason(error)) from None
     except nats.errors.Error as error:
-        raise EngineError(reason(error)) from None
+        raise UnavailableError(reason(error)) from None
     except OSError as error:
-        raise EngineError(f"{type(error).__name__}: {error}") from None
+        raise UnavailableError(f"{type(error).__name__}: {error}") from None
 
 
 def reason(error: nats.errors.Error) -> str:

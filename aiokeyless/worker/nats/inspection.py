@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from aiokeyless.worker.engine import EngineError, Inspection
+from aiokeyless.events import Inspection
+from aiokeyless.worker.broker import UnavailableError
 
-from .failures import engine_errors
+from .failures import broker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Inspector(NamedTuple):
     within: float
 
     async def inspect(self) -> Inspection:
-        """See `Engine`."""
+        """See `Broker`."""
         fleet = self.fleet
         requests = await self._ask(f"STREAM.INFO.{fleet.requests}", _StreamAnswer)
         problems = [*_of_stream(fleet.requests, requests)]
@@ -102,16 +103,16 @@ class Inspector(NamedTuple):
 
     async def _ask(self, subject: str, kind: type[_Told]) -> _Told | None:
         """Ask JetStream; None where there is no such stream or consumer."""
-        with engine_errors():
+        with broker_errors():
             answer = await self.connection.request(f"{self.fleet.api_prefix}.{subject}", b"", timeout=self.within)
         try:
             failure = msgspec.json.decode(answer.data, type=_Answer).error
             if failure is None:
                 return msgspec.json.decode(answer.data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise EngineError(f"what {subject} answers cannot be read: {error}") from None
+            raise UnavailableError(f"what {subject} answers cannot be read: {error}") from None
         if failure.code != _NOT_FOUND:
-            raise EngineError(failure.description)
+            raise UnavailableError(failure.description)
         return None
 
 

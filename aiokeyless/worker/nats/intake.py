@@ -1,7 +1,10 @@
-"""Deliveries pulled from the broker in batches: as many as there is room for, each handed on the moment it arrives.
+"""Deliveries pulled from JetStream, and kept here for a moment, until a worker takes them.
 
 nats-py's own ``fetch`` waits for a batch to fill up, a second late for the first one in it; so a pull is sent here
 as a plain message to the consumer, and the subscription hands on what arrives.
+
+JetStream delivers again before it delivers anew, and knows nothing of failures. So while Keyless fails, more is pulled
+than there is room for, and the best of it is chosen here: requests that always fail do not hold up the others.
 """
 
 from __future__ import annotations
@@ -9,17 +12,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless.worker.engine import EXPIRES
-from aiokeyless.worker.logs import Seldom
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless.worker.broker import Message, UnavailableError
+from aiokeyless.worker.logs import Seldom, log
+from aiokeyless.worker.messages import deadline
 
+from .event_keys import TRACEPARENT
+from .failures import broker_errors
+from .load_shedding import LoadShedding
 from .streams import is_delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+    from datetime import datetime
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
@@ -27,8 +36,49 @@ if TYPE_CHECKING:
 
     from .fleet import Fleet
 
+#: Seconds for which one pull waits for deliveries.
+EXPIRES: Final = 1.0
 _LATE: Final = 2.0  # seconds after which the end of a pull is not to be expected any more
 _EXPIRED: Final = "408"  # a pull that was kept for as long as it was asked to
+_CHOICE: Final = 512  # deliveries among which probes are chosen
+_HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
+_BETTER_WITHIN: Final = 0.1  # seconds in which better ones may arrive than those that failed
+_REMEMBERED: Final = 10_000  # requests that were polled lately
+_NEGLIGIBLE: Final = 1.0  # seconds, as long as a delivery that nobody took is put off
+
+
+class NatsMessage(Message):
+    """One delivery by JetStream.
+
+    Args:
+        raw: The delivery.
+        failures: How often the request failed in a row, as far as this worker knows; None if it knows of no exchange.
+        arrived_at: When it came.
+    """
+
+    __slots__ = ("arrived_at", "rank", "raw", "sequence")
+
+    def __init__(self, raw: Msg, *, failures: int | None, arrived_at: float) -> None:
+        metadata = raw.metadata
+        sequence = metadata.sequence.stream
+        super().__init__(
+            body=raw.data,
+            # A stream that was made anew has the same numbers again.
+            name=f"message-{metadata.stream}-{sequence}-{metadata.timestamp.timestamp():.6f}",
+            stored_at=metadata.timestamp,
+            number=metadata.num_delivered,
+            failures=failures or 0,
+            traceparent=(raw.headers or {}).get(TRACEPARENT),
+        )
+        self.raw: Msg = raw
+        self.sequence: int = sequence
+        self.arrived_at: float = arrived_at
+        #: Its place in the order of probes, see `Broker.take`.
+        self.rank: tuple[int, bool, float] = (
+            self.failures,
+            failures is None,
+            -sequence if failures is None else arrived_at,
+        )
 
 
 class _Pull:
@@ -41,97 +91,212 @@ class _Pull:
         self.until = until
 
 
+class Failures:
+    """How often requests have failed in a row, of those that were polled lately, by their numbers in the stream."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[int, int] = OrderedDict()
+
+    def of(self, sequence: int) -> int | None:
+        """Return the failures of a request, none after a good answer; None if nothing is known of it."""
+        return self._counts.get(sequence)
+
+    def record(self, sequence: int, *, failed: bool) -> None:
+        """Record what became of an exchange."""
+        self._counts[sequence] = self._counts.get(sequence, 0) + 1 if failed else 0
+        self._counts.move_to_end(sequence)
+        if len(self._counts) > _REMEMBERED:
+            self._counts.popitem(last=False)
+
+    def forget(self, sequence: int) -> None:
+        """Forget a request that is decided."""
+        self._counts.pop(sequence, None)
+
+
 class Intake:
-    """The pulls of one worker.
+    """The deliveries of one worker, or of several that share a connection.
 
     Args:
         connection: The broker.
-        fleet: The fleet of the worker.
-        deliver: Takes a delivery; it must not block.
-        ended: Told that a pull has ended, so that there may be reason to ask again; and why, where the broker did not
-            keep it for as long as it was asked to.
+        fleet: The fleet.
         now: The clock, in seconds.
+        restore: Called after a pull was refused: makes the consumer again if it is gone.
     """
 
     def __init__(
-        self,
-        connection: Client,
-        fleet: Fleet,
-        *,
-        deliver: Callable[[Msg], None],
-        ended: Callable[[str | None], None],
-        now: Callable[[], float],
+        self, connection: Client, fleet: Fleet, *, now: Callable[[], float], restore: Callable[[], Awaitable[None]]
     ) -> None:
         self._connection = connection
         self._fleet = fleet
         self._subject = f"{fleet.api_prefix}.CONSUMER.MSG.NEXT.{fleet.requests}.{fleet.consumer}"
-        self._deliver = deliver
-        self._ended = ended
         self._now = now
+        self._restore = restore
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
         self._pulls: deque[_Pull] = deque()  # the oldest first
+        self._pulled_at = now()
+        self._refusals = 0  # of pulls, in a row
+        self._pulls_from = now()  # after a refusal, no pull before this time
+        self._arrived: list[NatsMessage] = []  # the oldest first
         self._moved = asyncio.Event()
+        self._takes = 0  # that were begun
+        self._leaving: asyncio.Task[None] | None = None
         self._foreign = Seldom(logging.WARNING, "broker.foreign_message")
+        self.failures: Failures = Failures()
+        self.load_shedding: LoadShedding = LoadShedding(now)
 
-    def expected(self) -> int:
+    async def open(self) -> None:
+        """Get ready to be delivered to."""
+        self._subscription = await self._connection.subscribe(self._inbox, cb=self._on_message)
+
+    async def take(self, up_to: int, within: float, *, probing: bool) -> list[NatsMessage]:
+        """See `Broker.take`."""
+        self._takes += 1
+        try:
+            return await self._take(up_to, self._now() + within, probing=probing)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(EXPIRES, self._leave, self._takes)
+            raise
+
+    async def _take(self, up_to: int, until: float, *, probing: bool) -> list[NatsMessage]:
+        while True:
+            self._moved.clear()
+            self._check_connection()
+            await self._pull(max(up_to, _CHOICE) if probing else up_to)
+            await self._hand_back_old()
+            if taken := self._chosen(up_to, probing=probing):
+                return taken
+            left = until - self._now()
+            if left <= 0:
+                return []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, _BETTER_WITHIN) if self._arrived else left):
+                    await self._moved.wait()
+
+    async def take_overdue(self, up_to: int, before: datetime) -> list[NatsMessage]:
+        """Take those whose time was over at some moment; others stay here for a while."""
+        self._check_connection()
+        await self._pull(_CHOICE)
+        overdue = [message for message in self._arrived if (at := deadline(message)) is not None and at <= before]
+        taken = overdue[:up_to]
+        self._arrived = [message for message in self._arrived if message not in taken]
+        await self._hand_back_old()
+        return taken
+
+    def _leave(self, takes: int) -> None:
+        """Hand back what came after a take that was cancelled, unless there was another one since."""
+        if takes == self._takes and self._subscription is not None:
+            self._leaving = asyncio.get_running_loop().create_task(self._hand_back())
+
+    async def _hand_back(self) -> None:
+        self._arrived, left = [], self._arrived
+        with suppress(UnavailableError), broker_errors():
+            for message in left:
+                await message.raw.nak()
+
+    async def close(self) -> None:
+        """Wait for the pulls to end, which takes `EXPIRES` at most, and hand back what nobody took.
+
+        To end the subscription at once would lose what the broker is just delivering: it does not notice that the
+        subscription has ended, and delivers that again only after its ack wait.
+        """
+        subscription, self._subscription = self._subscription, None
+        if subscription is None or not self._connection.is_connected:
+            return
+        while self._expected():
+            self._moved.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EXPIRES):
+                    await self._moved.wait()
+        await self._hand_back()  # and no sooner: it would come again to these pulls
+        with suppress(UnavailableError), broker_errors():
+            await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
+
+    def forget(self) -> None:
+        """Expect nothing any more: the pulls went with the connection."""
+        self._pulls.clear()
+        self._moved.set()
+
+    def wake(self) -> None:
+        """Let those that wait see that the broker is gone."""
+        self._moved.set()
+
+    def _check_connection(self) -> None:
+        if not self._connection.is_connected:
+            raise UnavailableError("there is no connection to the broker")
+
+    def _expected(self) -> int:
         """Return how many deliveries were asked for and have not come."""
         while self._pulls and (self._pulls[0].until < self._now() or not self._pulls[0].left):
             self._pulls.popleft()  # with a connection or a broker's leader, the word that it has ended may be lost
         return sum(pull.left for pull in self._pulls)
 
-    async def open(self) -> None:
-        """Get ready to be delivered to."""
-        self._subscription = await self._connection.subscribe(self._inbox, cb=self._arrived)
-
-    async def ask(self, batch: int) -> None:
-        """Ask for so many more."""
-        self._pulls.append(_Pull(batch, self._now() + EXPIRES + _LATE))
-        pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
-        await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._inbox)
-
-    def forget(self) -> None:
-        """Expect nothing any more: the pulls went with the connection."""
-        self._pulls.clear()
-
-    async def close(self) -> None:
-        """Wait for the pulls to end, which takes `EXPIRES` at most; what arrives meanwhile is still handed on.
-
-        To end the subscription at once would lose what the broker is just delivering: it does not notice that the
-        subscription has ended, and delivers that again only after its ack wait.
-        """
-        if self._subscription is None:
+    async def _pull(self, wanted: int) -> None:
+        """Ask for what is missing; in batches, and so not for each one that is taken."""
+        now, expected = self._now(), self._expected()
+        missing = wanted - expected - len(self._arrived)
+        if missing <= 0 or (expected and missing < wanted // 4) or now < self._pulls_from:
             return
-        while self.expected():
-            self._moved.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(EXPIRES + _LATE):
-                    await self._moved.wait()
-        await self._subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
+        if self._refusals:
+            await self._restore()
+        self._pulls.append(_Pull(missing, now + EXPIRES + _LATE))
+        self._pulled_at = now
+        pull = {"batch": missing, "expires": int(EXPIRES * 1e9)}
+        with broker_errors():
+            await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._inbox)
 
-    async def _arrived(self, message: Msg) -> None:
-        if message.reply and not is_delivery(message.reply, self._fleet.requests, self._fleet.consumer):
-            self._foreign.log(
-                {"stream": self._fleet.requests}
-            )  # published to this inbox by another user, and not delivered by the stream
+    def _chosen(self, up_to: int, *, probing: bool) -> list[NatsMessage]:
+        if probing:
+            self._arrived.sort(key=lambda message: message.rank)
+            if self._arrived and self._arrived[0].failures and self._now() < self._pulled_at + _BETTER_WITHIN:
+                return []
+        taken, self._arrived = self._arrived[:up_to], self._arrived[up_to:]
+        for message in taken:
+            pending = message.raw.metadata.num_pending
+            self.load_shedding.on_delivery(redelivered=message.number > 1, backlog=pending)
+        return taken
+
+    async def _hand_back_old(self) -> None:
+        """Put off what nobody took: another worker may have room, and others wait behind it."""
+        old = [message for message in self._arrived if message.arrived_at < self._now() - _HELD_FOR]
+        if not old:
+            return
+        self._arrived = [message for message in self._arrived if message not in old]
+        with broker_errors():
+            for message in old:
+                await message.raw.nak(delay=error_delay(message.failures) if message.failures else _NEGLIGIBLE)
+
+    async def _on_message(self, raw: Msg) -> None:
+        if raw.reply and not is_delivery(raw.reply, self._fleet.requests, self._fleet.consumer):
+            # Published to this inbox by another user, and not delivered by the stream.
+            self._foreign.log({"stream": self._fleet.requests})
             return
         self._moved.set()
-        if message.reply:
+        if raw.reply:
+            self._refusals = 0
             self._count_off(1)
-            self._deliver(message)
+            failures = self.failures.of(raw.metadata.sequence.stream)
+            self._arrived.append(NatsMessage(raw, failures=failures, arrived_at=self._now()))
             return
-        # No delivery, but the end of a pull: the oldest, since all are kept equally long.
-        headers = message.headers or {}
+        self._on_end(raw)
+
+    def _on_end(self, raw: Msg) -> None:
+        """Note the end of a pull: of the oldest, since all are kept equally long."""
+        headers = raw.headers or {}
         unused = headers.get("Nats-Pending-Messages", "")
         if unused.isdigit():
             self._count_off(int(unused))
         else:
             self._pulls.clear()  # there is no consumer that would keep them
         status, description = headers.get("Status", ""), headers.get("Description", "")
-        reason = (
-            f"{status} {description}" if description.isprintable() else status
-        )  # nats-py finds one where there is none
-        self._ended(None if status == _EXPIRED else reason.strip())
+        if status == _EXPIRED:
+            self._refusals = 0
+            return
+        # The consumer has no leader just now, or is gone. nats-py finds a description where there is none.
+        reason = f"{status} {description}" if description.isprintable() else status
+        self._refusals += 1
+        self._pulls_from = self._now() + error_delay(self._refusals)
+        log(logging.WARNING, "broker.refused", {"reason": reason.strip()})
 
     def _count_off(self, count: int) -> None:
         for pull in self._pulls:

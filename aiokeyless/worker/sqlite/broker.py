@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from aiokeyless.worker.broker import (
     Broker,
     Claimed,
     Exchange,
-    Inspection,
     Message,
     NewRequest,
     OutcomeDelivery,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from aiokeyless.events import Inspection
     from aiokeyless.worker.messages import ApprovalEvent
 
 T = TypeVar("T")
@@ -43,7 +44,8 @@ _LARGEST_BATCH: Final = 500  # calls in one transaction: others wait for it
 _CHECKS_EVERY: Final = 0.1  # seconds between two checks for what other processes have stored
 _TAKES_EVERY: Final = 0.02  # seconds between two takes: what is due by then comes in one
 _REPAIRS_EVERY: Final = 10.0  # seconds
-_CLEANS_EVERY: Final = 3600.0  # seconds
+_CLEANS_EVERY: Final = 360  # of these
+_SHORTEST: Final = 0.001  # seconds: a timer of less may fire without a step of the clock
 _RESOLUTION: Final = 1e-6  # seconds by which a timer may be early: what it is for is due
 
 
@@ -288,21 +290,20 @@ class SqliteBroker(Broker):
         """Wait for a change by this process, or until it is time to check for those by others."""
         if self._thread is not None:
             most = _CHECKS_EVERY if most is None else min(most, _CHECKS_EVERY)
+        if most is not None:
+            most = max(most, _SHORTEST)
         with suppress(TimeoutError):
             async with asyncio.timeout(most):
                 await changed.wait()
 
     async def _keep_house(self) -> None:
-        loop = asyncio.get_running_loop()
-        clean_at = loop.time()
-        while True:
+        for turn in itertools.count():
             try:
                 await self._pacing(self._store.repair, self._lease)
                 self._due.notify()
                 self._decided.notify()
-                if loop.time() >= clean_at:
+                if turn % _CLEANS_EVERY == 0:
                     await self._clean()
-                    clean_at = loop.time() + _CLEANS_EVERY
             except (UnavailableError, BrokerError) as error:  # workers meet it, too
                 log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
             await asyncio.sleep(_REPAIRS_EVERY)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiokeyless.errors import BrokerError, InvalidRequestError
+from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
     Claim,
     Claimed,
     Exchange,
-    Inspection,
     Message,
     NewRequest,
 )
@@ -55,6 +55,14 @@ _CLEANING: Final = (
     ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
 )
 _MOST_FAILURES: Final = 15  # that are counted: the backoff does not grow any more, and the order of probes needs few
+#: Of those with as many failures: the ones that were answered, and then the ones that were never tried. Of these the
+#: newest first: if many bad ones came at once, before the circuit opened, good ones do not wait behind them.
+_PROVEN: Final = (
+    "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = 0 AND due_at <= ? ORDER BY due_at LIMIT ?"
+)
+_UNTRIED: Final = (
+    "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = 1 AND due_at <= ? ORDER BY due_at DESC LIMIT ?"
+)
 _HANDED_ON: Final = 30.0  # seconds that a reader has for an outcome, until it is delivered again
 
 
@@ -207,7 +215,6 @@ class Store:
 
     def _submit(self, new: NewRequest) -> bool | InvalidRequestError:
         request, now = new.request, self._now()
-        assert request.operation_id is not None  # noqa: S101  # it was checked
         found = self._connection.execute(
             "SELECT content_sha256 FROM request WHERE operation_id = ?", (request.operation_id,)
         ).fetchone()
@@ -303,12 +310,8 @@ class Store:
         chosen: list[int] = []
         failures = self._one("SELECT min(failures) FROM waiting")[0]
         while failures is not None and len(chosen) < call.up_to:
-            for untried in (0, 1):
-                found = self._connection.execute(
-                    "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = ? AND due_at <= ?"
-                    " ORDER BY due_at LIMIT ?",
-                    (failures, untried, self._now(), call.up_to - len(chosen)),
-                )
+            for statement in (_PROVEN, _UNTRIED):
+                found = self._connection.execute(statement, (failures, self._now(), call.up_to - len(chosen)))
                 chosen += [id_ for (id_,) in found.fetchall()]
             failures = self._one("SELECT min(failures) FROM waiting WHERE failures > ?", failures)[0]
         return chosen

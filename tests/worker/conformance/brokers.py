@@ -9,9 +9,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
+from nats_server import NatsServer
 
 from aiokeyless.worker.broker import NewRequest
 from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, request_name
+from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
@@ -73,23 +75,32 @@ class File(Storage):
         return SqliteBroker(self.folder / "keyless.db")
 
 
+class Nats(Storage):
+    orders_probes = False
+    refuses_conflicts = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._server = NatsServer(folder)
+
+    async def __aenter__(self) -> Self:
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._server.stop()
+
+    def broker(self) -> NatsBroker:
+        return NatsBroker(self._server.url)
+
+
 def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:
     request = ApprovalRequest(version=VERSION, user_id="C0FFEE", operation_id=operation_id, **fields)
-    digest = request_name(
-        operation_id=operation_id,
-        user_id=request.user_id,
-        operation_payload=request.operation_payload,
-        external_user_id=request.external_user_id,
-        expires_in=request.expires_in,
-        context=request.context,
-    )
-    return NewRequest(request, msgspec.json.encode(request), digest, traceparent)
+    return NewRequest(request, msgspec.json.encode(request), request_name(request), traceparent)
 
 
 def operation_of(message: Message) -> str:
-    operation_id = msgspec.json.decode(message.body, type=ApprovalRequest).operation_id
-    assert operation_id is not None
-    return operation_id
+    return msgspec.json.decode(message.body, type=ApprovalRequest).operation_id
 
 
 def outcome_of(message: Message, outcome: Outcome = Outcome.APPROVED) -> ApprovalEvent:

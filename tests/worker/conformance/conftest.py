@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .brokers import LEASE, File, Memory
+from .brokers import LEASE, File, Memory, Nats
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BROKERS = [
     pytest.param(Memory, id="memory", marks=pytest.mark.looptime),
     pytest.param(File, id="file"),
+    pytest.param(Nats, id="nats"),
 ]
 
 

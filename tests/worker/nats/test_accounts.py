@@ -18,7 +18,10 @@ from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, R
 from tenacity import wait_fixed
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker import ApprovalWorker, EventKeys, Fleet, Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
+from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker
+
+from ..reading import outcomes, worker_on  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -90,7 +93,7 @@ async def connected(server: NatsServer, user: str) -> AsyncGenerator[Client]:
 
 def new_worker(client: KeylessClient, server: NatsServer, **options: object) -> ApprovalWorker:
     given = {"user": "worker", "password": PASSWORD, **options}
-    return ApprovalWorker(client, server.url, schedule=wait_fixed(0.05), event_keys=KEYS, connect_options=given)
+    return worker_on(client, NatsBroker(server.url, event_keys=KEYS, connect_options=given), schedule=wait_fixed(0.05))
 
 
 async def make_consumer(operator: Client, reader: str = "shop") -> None:
@@ -109,11 +112,11 @@ async def ask_and_read(shop: Client, operator: Client, sandbox: Sandbox) -> None
     """Ask for two approvals, read both, and see that the broker counts the first one as handled."""
     await make_consumer(operator)
     for operation_id in ("txn-1", "txn-2"):
-        await submit_approval(shop, "C0", operation_id=operation_id, fleet=IMPORTED)
+        await submit_approval(NatsBroker(shop, fleet=IMPORTED), "C0", operation_id=operation_id)
         await approve(sandbox, operation_id)
     async with (
         asyncio.timeout(PATIENCE),
-        aclosing(approval_outcomes(shop, "shop", fleet=IMPORTED, event_keys=KEYS)) as events,
+        aclosing(outcomes(NatsBroker(shop, fleet=IMPORTED, event_keys=KEYS), "shop")) as events,
     ):
         found = [await anext(events) for _ in range(2)]
         assert {(event.operation_id, event.outcome) for event in found} == {
@@ -152,7 +155,7 @@ async def test_a_reader_whose_consumer_is_missing_is_told_who_makes_it(tmp_path:
     ):
         refusal = r"the consumer shop of KEYLESS_OUTCOMES .* have an operator make it"
         with pytest.raises(BrokerError, match=refusal):
-            await asyncio.wait_for(anext(approval_outcomes(shop, "shop", fleet=IMPORTED)), PATIENCE)
+            await asyncio.wait_for(anext(outcomes(NatsBroker(shop, fleet=IMPORTED), "shop")), PATIENCE)
 
 
 async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_prefix(
@@ -169,7 +172,7 @@ async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_pr
     configuration = f"accounts: {{ KEYLESS: {{ jetstream: enabled, {streams} }}\n OTHERS: {{ {others} }} }}"
     async with serving(tmp_path, configuration) as server:
         options = {"user": "worker", "password": PASSWORD}
-        worker = ApprovalWorker(client, server.url, fleet=IMPORTED, event_keys=KEYS, connect_options=options)
+        worker = worker_on(client, NatsBroker(server.url, fleet=IMPORTED, event_keys=KEYS, connect_options=options))
         async with worker, connected(server, "worker") as shop, connected(server, "operator") as operator:
             await ask_and_read(shop, operator, sandbox)
             assert (await operator.jetstream().stream_info(REQUESTS)).state.messages == 0
@@ -323,8 +326,8 @@ async def test_a_user_who_may_make_a_consumer_delivers_within_the_workers_accoun
 async def test_a_reader_without_permission_is_told_what_to_permit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiokeyless.worker.nats.broker._ANSWER_WITHIN", 0.2)
-    monkeypatch.setattr("aiokeyless.worker.nats.broker._ATTEMPTS", 2)
+    monkeypatch.setattr("aiokeyless.worker.nats.readers._ANSWER_WITHIN", 0.2)
+    monkeypatch.setattr("aiokeyless.worker.nats.readers._ATTEMPTS", 2)
     refused = list[Exception]()
 
     async def on_error(error: Exception) -> None:
@@ -335,7 +338,7 @@ async def test_a_reader_without_permission_is_told_what_to_permit(
         with pytest.raises(
             BrokerError, match=r"may this user publish to \$JS\.API\.CONSUMER\.INFO\.KEYLESS_OUTCOMES\.bank "
         ):
-            await anext(approval_outcomes(reader, "bank"))
+            await anext(outcomes(reader, "bank"))
     assert refused
 
 
@@ -465,12 +468,12 @@ async def test_a_worker_and_an_application_at_a_leaf_node_of_the_workers_account
             return True
 
         await until(is_linked)
-        async with ApprovalWorker(client, leaf.url, fleet=at_hub, event_keys=KEYS, schedule=wait_fixed(0.05)):
-            await submit_approval(shop, "C0", operation_id="txn-1", fleet=at_hub)
+        async with worker_on(client, NatsBroker(leaf.url, fleet=at_hub, event_keys=KEYS), schedule=wait_fixed(0.05)):
+            await submit_approval(NatsBroker(shop, fleet=at_hub), "C0", operation_id="txn-1")
             await approve(sandbox, "txn-1")
             async with (
                 asyncio.timeout(PATIENCE),
-                aclosing(approval_outcomes(shop, "shop", fleet=at_hub, event_keys=KEYS)) as events,
+                aclosing(outcomes(NatsBroker(shop, fleet=at_hub, event_keys=KEYS), "shop")) as events,
             ):
                 assert (await anext(events)).operation_id == "txn-1"
         async with await nats.connect(server.url) as operator:

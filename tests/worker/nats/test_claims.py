@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 from nats_server import CLAIMS, PATIENCE, prepare
 
-from aiokeyless.worker import BrokerError, EventKeys, Fleet, StreamSettings
-from aiokeyless.worker.engine import Claim, EngineError
-from aiokeyless.worker.event_keys import CLAIM, EVENT, SIGNATURE
-from aiokeyless.worker.nats import streams
+from aiokeyless.worker import BrokerError
+from aiokeyless.worker.broker import Claim, UnavailableError
+from aiokeyless.worker.nats import EventKeys, Fleet, StreamSettings, streams
 from aiokeyless.worker.nats.claims import SIGNED_FROM, NatsClaims, claims_signed_from, mark
+from aiokeyless.worker.nats.event_keys import CLAIM, EVENT, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 if TYPE_CHECKING:
@@ -44,55 +44,55 @@ async def claims(stream: JetStreamContext, request: pytest.FixtureRequest) -> Na
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
-    assert (await claims.take(ID, OURS)).claim is Claim.NEW
-    assert (await claims.take(ID, THEIRS)).claim is Claim.ANOTHERS
-    assert (await claims.take(ID, OURS)).claim is Claim.HELD
-    assert (await claims.is_held(ID, OURS), await claims.is_held(ID, THEIRS)) == (True, False)
+    assert (await claims.claim(ID, OURS)).claim is Claim.NEW
+    assert (await claims.claim(ID, THEIRS)).claim is Claim.ANOTHERS
+    assert (await claims.claim(ID, OURS)).claim is Claim.HELD
+    assert (await claims.holds(ID, OURS), await claims.holds(ID, THEIRS)) == (True, False)
 
 
 async def test_of_many_at_once_one_holds_it(claims: NatsClaims) -> None:
-    taken = await asyncio.gather(*(claims.take(ID, f"request-{number}") for number in range(20)))
+    taken = await asyncio.gather(*(claims.claim(ID, f"request-{number}") for number in range(20)))
     assert sorted(claim.name for claim, _ in taken) == ["ANOTHERS"] * 19 + ["NEW"]
 
 
 async def test_an_id_that_was_never_taken_is_not_held(claims: NatsClaims) -> None:
-    assert not await claims.is_held(ID, OURS)
+    assert not await claims.holds(ID, OURS)
 
 
 async def test_ids_are_taken_one_by_one(claims: NatsClaims) -> None:
-    assert (await claims.take(ID, OURS)).claim is Claim.NEW
-    assert (await claims.take("txn 2", THEIRS)).claim is Claim.NEW
+    assert (await claims.claim(ID, OURS)).claim is Claim.NEW
+    assert (await claims.claim("txn 2", THEIRS)).claim is Claim.NEW
 
 
 async def test_what_is_released_can_be_taken_by_another_one(claims: NatsClaims) -> None:
-    _, token = await claims.take(ID, OURS)
-    assert await claims.release(ID, OURS, token)
-    assert not await claims.is_held(ID, OURS)
-    assert (await claims.take(ID, THEIRS)).claim is Claim.NEW
-    assert (await claims.take(ID, OURS)).claim is Claim.ANOTHERS
+    _, token = await claims.claim(ID, OURS)
+    assert await claims.unclaim(ID, token)
+    assert not await claims.holds(ID, OURS)
+    assert (await claims.claim(ID, THEIRS)).claim is Claim.NEW
+    assert (await claims.claim(ID, OURS)).claim is Claim.ANOTHERS
 
 
 async def test_an_id_that_another_delivery_took_meanwhile_is_not_given_back(claims: NatsClaims) -> None:
-    _, token = await claims.take(ID, OURS)
-    _, later = await claims.take(ID, OURS)
-    assert not await claims.release(ID, OURS, token)
-    assert await claims.is_held(ID, OURS)
-    assert await claims.release(ID, OURS, later)
+    _, token = await claims.claim(ID, OURS)
+    _, later = await claims.claim(ID, OURS)
+    assert not await claims.unclaim(ID, token)
+    assert await claims.holds(ID, OURS)
+    assert await claims.unclaim(ID, later)
 
 
 async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:
     stream = connection.jetstream()
     await stream.update_stream((await stream.stream_info(CLAIMS)).config.evolve(sealed=True))
-    with pytest.raises(EngineError, match="sealed"):
-        await claims.take(ID, OURS)
+    with pytest.raises(UnavailableError, match="sealed"):
+        await claims.claim(ID, OURS)
 
 
 async def test_of_claims_that_are_gone_nothing_is_known(claims: NatsClaims, connection: Client) -> None:
     """That a request does not hold its id would make an approval an older one."""
-    await claims.take(ID, OURS)
+    await claims.claim(ID, OURS)
     await connection.jetstream().delete_stream(CLAIMS)
-    with pytest.raises(EngineError, match="stream not found"):
-        await claims.is_held(ID, OURS)
+    with pytest.raises(UnavailableError, match="stream not found"):
+        await claims.holds(ID, OURS)
 
 
 async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
@@ -101,8 +101,8 @@ async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
     stream = connection.jetstream()
     await stream.delete_stream(CLAIMS)
     await stream.add_stream(name="THEIRS", subjects=[KEYLESS.claim_subject("*")])
-    with pytest.raises(EngineError, match="expected stream does not match"):
-        await asyncio.wait_for(claims.take(ID, OURS), PATIENCE)
+    with pytest.raises(UnavailableError, match="expected stream does not match"):
+        await asyncio.wait_for(claims.claim(ID, OURS), PATIENCE)
 
 
 # -- signatures
@@ -115,15 +115,15 @@ async def signed(stream: JetStreamContext) -> NatsClaims:
 
 async def is_ours(claims: NatsClaims) -> bool:
     """Return whether the id is believed to be ours, when it is asked about as well as when it is taken."""
-    is_held = await claims.is_held(ID, OURS)
-    assert (await claims.take(ID, OURS)).claim is (Claim.HELD if is_held else Claim.ANOTHERS)
+    is_held = await claims.holds(ID, OURS)
+    assert (await claims.claim(ID, OURS)).claim is (Claim.HELD if is_held else Claim.ANOTHERS)
     return is_held
 
 
 async def test_a_claim_without_a_signature_is_anothers(
     signed: NatsClaims, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await NatsClaims(stream, KEYLESS).take(ID, OURS)
+    await NatsClaims(stream, KEYLESS).claim(ID, OURS)
     assert not await is_ours(signed)
     assert "claim.unsigned sequence=1 count=1" in caplog.text
 
@@ -152,13 +152,13 @@ async def test_the_signature_of_another_claim_is_none(
 
 
 async def test_nobody_else_gives_an_id_back(signed: NatsClaims, stream: JetStreamContext) -> None:
-    await signed.take(ID, OURS)
+    await signed.claim(ID, OURS)
     await stream.publish(SUBJECT, b"")
-    assert (await signed.take(ID, THEIRS)).claim is Claim.ANOTHERS
+    assert (await signed.claim(ID, THEIRS)).claim is Claim.ANOTHERS
 
 
 async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stream: JetStreamContext) -> None:
-    await NatsClaims(stream, KEYLESS, keys=EventKeys(OLD, NEW)).take(ID, OURS)
+    await NatsClaims(stream, KEYLESS, keys=EventKeys(OLD, NEW)).claim(ID, OURS)
     rotated = NatsClaims(stream, KEYLESS, keys=EventKeys(NEW, OLD))
     assert await is_ours(rotated)  # which stores it again, under the new key
     assert await is_ours(NatsClaims(stream, KEYLESS, keys=EventKeys(NEW)))
@@ -167,7 +167,7 @@ async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stre
 async def test_an_unsigned_claim_is_believed_if_it_was_stored_before_claims_had_to_be_signed(
     stream: JetStreamContext,
 ) -> None:
-    await NatsClaims(stream, KEYLESS).take(ID, OURS)
+    await NatsClaims(stream, KEYLESS).claim(ID, OURS)
     stored_at = (await stream.get_last_msg(CLAIMS, SUBJECT)).time
     assert stored_at is not None
     assert not await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at))

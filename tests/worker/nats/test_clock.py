@@ -13,9 +13,11 @@ import pytest
 from nats_server import REQUESTS, prepare, until
 from tenacity import wait_fixed
 
-from aiokeyless.worker import ApprovalWorker, Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
 from aiokeyless.worker.nats import clock
 from aiokeyless.worker.nats.clock import BrokerClock
+
+from ..reading import outcomes  # noqa: TID252
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -156,12 +158,12 @@ async def test_a_cancellation_that_a_measurement_loses_ends_it_all_the_same(monk
 async def test_a_worker_whose_clock_is_ahead_expires_nothing_early(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiokeyless.worker.nats.engine.BrokerClock", lambda: off_by(150))
+    monkeypatch.setattr("aiokeyless.worker.nats.broker.BrokerClock", lambda: off_by(150))
     async with ApprovalWorker(client, broker.url):
         await submit_approval(connection, "C0FFEE", operation_id="txn-1", expires_in=120)
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        async with asyncio.timeout(60), aclosing(approval_outcomes(connection, "test")) as events:
+        async with asyncio.timeout(60), aclosing(outcomes(connection, "test")) as events:
             assert (await anext(events)).outcome is Outcome.APPROVED
 
 
@@ -176,11 +178,11 @@ async def test_a_worker_whose_wall_clock_steps_ends_each_request_at_its_deadline
     step: timedelta,
 ) -> None:
     wall = Steps()
-    monkeypatch.setattr("aiokeyless.worker.nats.engine.BrokerClock", lambda: BrokerClock(wall))
+    monkeypatch.setattr("aiokeyless.worker.nats.broker.BrokerClock", lambda: BrokerClock(wall))
     async with (
         ApprovalWorker(client, broker.url, schedule=wait_fixed(0.1)),
         asyncio.timeout(60),
-        aclosing(approval_outcomes(connection, "test")) as events,
+        aclosing(outcomes(connection, "test")) as events,
     ):
         await submit_approval(connection, "C0FFEE", operation_id="long", expires_in=1800)
         await submit_approval(connection, "C0FFEE", operation_id="short", expires_in=2)

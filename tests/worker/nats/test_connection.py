@@ -16,8 +16,8 @@ import pytest
 from nats_server import PATIENCE, NatsServer, until
 
 from aiokeyless import ConfigurationError
-from aiokeyless.worker import ApprovalWorker, BrokerError
-from aiokeyless.worker.nats import connection
+from aiokeyless.worker import BrokerError
+from aiokeyless.worker.nats import NatsBroker, connection
 from aiokeyless.worker.nats.connection import connect, disconnect
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
-    from aiokeyless import KeylessClient
 
 INFO = b'INFO {"server_id":"x","max_payload":1048576}\r\n'
 CONFIGURATION = 'authorization { users = [ { user: worker, password: "s3cret" } ] }'
@@ -266,9 +265,9 @@ async def test_options_are_those_of_nats_py(guarded: NatsServer) -> None:
     await connection.close()
 
 
-async def test_options_that_the_worker_sets_itself_are_refused(client: KeylessClient) -> None:
+async def test_options_that_the_worker_sets_itself_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"what the worker sets itself: closed_cb, error_cb$") as caught:
-        ApprovalWorker(client, connect_options={"user": "worker", "error_cb": nothing, "closed_cb": nothing})
+        NatsBroker("nats://127.0.0.1:1", connect_options={"user": "worker", "error_cb": nothing, "closed_cb": nothing})
     assert caught.value.argument == "connect_options"
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from aiokeyless import ConfigurationError
-from aiokeyless.worker import Fleet, Outcome
+from aiokeyless.worker import Outcome
+from aiokeyless.worker.nats import Fleet
 
 
 def names(fleet: Fleet) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 from nats.js.api import DiscardPolicy
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, prepare, until
 
-from aiokeyless.worker.engine import EngineError, Inspection
+from aiokeyless.events import Inspection
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.nats.clock import BrokerClock
 from aiokeyless.worker.nats.fleet import KEYLESS, Fleet
 from aiokeyless.worker.nats.inspection import Inspector
@@ -108,7 +109,7 @@ async def test_a_consumer_that_is_paused_is_named(connection: Client, stream: Je
 
 @pytest.mark.usefixtures("stream")
 async def test_a_broker_without_jetstream_for_the_fleet_does_not_answer(connection: Client) -> None:
-    with pytest.raises(EngineError, match="no responders"):
+    with pytest.raises(UnavailableError, match="no responders"):
         await inspected(connection, Fleet(prefix="another.account"))
 
 
@@ -128,5 +129,5 @@ async def test_what_is_no_answer_is_none(connection: Client, answer: bytes, told
         await connection.publish(message.reply, answer)  # type: ignore[attr-defined]  # nats-py's Msg
 
     await connection.subscribe("another.account.>", cb=reply)
-    with pytest.raises(EngineError, match=told):
+    with pytest.raises(UnavailableError, match=told):
         await inspected(connection, Fleet(prefix="another.account"))

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, prepare, until
 
-from aiokeyless.worker import StreamSettings
-from aiokeyless.worker.nats import intake
+from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS
-from aiokeyless.worker.nats.intake import Intake
+from aiokeyless.worker.nats.intake import Intake, NatsMessage
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -21,25 +20,43 @@ if TYPE_CHECKING:
 EXPIRES = 5.0
 
 
+class Pulled(Intake):
+    """An intake of which one pull at a time is observed."""
+
+    async def ask(self, count: int) -> None:
+        self._pulls_from = self._now()
+        await self._pull(self._expected() + len(self._arrived) + count)
+
+    def expected(self) -> int:
+        return self._expected()
+
+
 class Hand:
-    """An intake, what it handed on, and the clock that it reads."""
+    """An intake, what came of it, and the clock that it reads."""
 
     def __init__(self, connection: Client) -> None:
         self.connection = connection
-        self.messages: list[Msg] = []
-        self.reasons: list[str | None] = []
+        self.ends = 0
         self.time = 0.0
-        self.intake = Intake(
-            connection, KEYLESS, deliver=self.messages.append, ended=self.reasons.append, now=lambda: self.time
-        )
+        self.intake = Pulled(connection, KEYLESS, now=lambda: self.time, restore=self.restored)
+        on_end = self.intake._on_end
+
+        def count_end(raw: Msg) -> None:
+            on_end(raw)
+            self.ends += 1
+
+        self.intake._on_end = count_end  # type: ignore[method-assign]  # to count them
+
+    async def restored(self) -> None:
+        """The consumer is not made again."""
 
     @property
-    def ends(self) -> int:
-        return len(self.reasons)
+    def messages(self) -> list[NatsMessage]:
+        return self.intake._arrived
 
     @property
     def texts(self) -> list[str]:
-        return [message.data.decode() for message in self.messages]
+        return [message.body.decode() for message in self.messages]
 
     async def publish(self, *texts: str) -> None:
         for text in texts:
@@ -155,27 +172,29 @@ async def until_read(connection: Client, stream: str) -> None:
 # -- ends
 
 
-async def test_a_pull_that_the_broker_ends_is_not_expected_any_more(hand: Hand) -> None:
+async def test_a_pull_that_the_broker_ends_is_not_expected_any_more(
+    hand: Hand, caplog: pytest.LogCaptureFixture
+) -> None:
     await hand.intake.ask(4)
     await until(hand.is_waited_for)
     await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
     await until(lambda: hand.ends == 1)
     assert (hand.intake.expected(), hand.messages) == (0, [])
-    assert hand.reasons == ["409 Consumer Deleted"]
+    assert 'broker.refused reason="409 Consumer Deleted"' in caplog.text
 
 
 async def test_a_pull_that_was_kept_as_long_as_it_was_to_be_ends_without_a_reason(hand: Hand) -> None:
     await hand.intake.ask(5)
     await hand.answer("408", Description="Request Timeout", **{"Nats-Pending-Messages": "5"})
     await until(lambda: hand.ends == 1)
-    assert (hand.intake.expected(), hand.reasons) == (0, [None])
+    assert (hand.intake.expected(), hand.intake._refusals) == (0, 0)
 
 
 async def test_where_there_is_no_consumer_the_end_of_a_pull_says_so(hand: Hand) -> None:
     await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
     await hand.intake.ask(5)
     await until(lambda: hand.ends == 1)
-    assert (hand.intake.expected(), hand.reasons) == (0, ["503"])
+    assert (hand.intake.expected(), hand.intake._refusals) == (0, 1)
 
 
 async def test_the_end_of_one_pull_leaves_what_another_one_is_to_bring(hand: Hand) -> None:
@@ -248,34 +267,114 @@ async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
     assert hand.intake.expected() == 0
 
 
+# -- what a worker takes
+
+
+async def test_what_was_pulled_is_taken_in_order_and_up_to_what_there_is_room_for(hand: Hand) -> None:
+    await hand.publish(*"abc")
+    taken = [message.body for message in await hand.intake.take(2, 5.0, probing=False)]
+    while len(taken) < 3:
+        taken += [message.body for message in await hand.intake.take(3 - len(taken), 5.0, probing=False)]
+    assert taken == [b"a", b"b", b"c"]
+
+
+async def test_while_keyless_fails_the_best_of_what_was_pulled_is_taken_first(hand: Hand) -> None:
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish("bad", "worse", "proven", "new")
+    hand.intake.failures.record(1, failed=True)
+    for _ in range(2):
+        hand.intake.failures.record(2, failed=True)
+    hand.intake.failures.record(3, failed=False)
+    await hand.intake.ask(4)
+    await hand.delivered(4)
+    await asyncio.sleep(0.2)  # better ones have had their time to come
+    taken = [await hand.intake.take(1, 5.0, probing=True) for _ in range(4)]
+    assert [message.body for [message] in taken] == [b"proven", b"new", b"bad", b"worse"]
+
+
+async def test_one_that_failed_waits_a_moment_for_better_ones(hand: Hand) -> None:
+    await hand.publish("bad")
+    hand.intake._now = asyncio.get_running_loop().time
+    hand.intake.failures.record(1, failed=True)
+    taking = asyncio.create_task(hand.intake.take(1, 60.0, probing=True))
+    await hand.delivered(1)
+    await hand.publish("good")
+    [message] = await taking
+    assert message.body == b"good"
+
+
+async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:
+    await hand.publish("bad", "good")
+    hand.intake.failures.record(1, failed=True)
+    await hand.intake.ask(2)
+    await hand.delivered(2)
+    hand.time = 2.0
+    await hand.intake._hand_back_old()
+    hand.intake.forget()
+    assert hand.messages == []
+    other = Hand(connection)
+    await other.intake.open()
+    taken: list[bytes] = []
+    while len(taken) < 2:
+        taken += [message.body for message in await other.intake.take(2, 1.0, probing=False)]
+    assert sorted(taken) == [b"bad", b"good"]
+
+
+async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_REMEMBERED", 2)
+    failures = intake.Failures()
+    for number in (1, 2, 1, 3):
+        failures.record(number, failed=True)
+    assert [failures.of(number) for number in (1, 2, 3)] == [2, None, 1]
+    failures.forget(1)
+    assert failures.of(1) is None
+
+
 # -- the end
 
 
-async def test_closing_hands_on_what_is_on_its_way(hand: Hand) -> None:
+async def test_closing_hands_back_what_is_on_its_way(hand: Hand, connection: Client) -> None:
     await hand.publish(*map(str, range(50)))
     await hand.intake.ask(50)
     await hand.intake.close()
-    await hand.delivered(50)
-    assert hand.texts == [str(number) for number in range(50)]
+    other = Hand(connection)
+    await other.intake.open()
+    await other.intake.ask(50)
+    await other.delivered(50)
 
 
-async def test_closing_waits_for_the_pulls_to_end_and_hands_on_what_they_bring(
+async def test_closing_waits_for_the_pulls_to_end_and_hands_back_what_they_bring(
     hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "EXPIRES", 0.3)
     await hand.intake.ask(5)
     closing = asyncio.create_task(hand.intake.close())
     await hand.publish("late")
-    await hand.delivered(1)
-    assert not closing.done()
     await closing
-    assert hand.reasons == [None]
-    await hand.publish("too late")
+    assert hand.ends == 1
     other = Hand(connection)
     await other.intake.open()
     await other.intake.ask(1)
     await other.delivered(1)
-    assert (hand.texts, other.texts) == (["late"], ["too late"])
+    assert other.texts == ["late"]
+
+
+async def test_what_comes_after_a_take_that_was_cancelled_goes_back_soon(
+    hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "EXPIRES", 0.3)
+    taking = asyncio.create_task(hand.intake.take(5, 60.0, probing=False))
+    await until(lambda: hand.intake.expected() == 5)
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    await hand.publish("late")
+    await hand.delivered(1)
+    other = Hand(connection)
+    await other.intake.open()
+    await other.intake.ask(1)
+    await other.delivered(1)
+    assert hand.messages == []
 
 
 async def test_closing_does_not_wait_for_ever_for_a_broker_that_is_silent(
@@ -286,7 +385,7 @@ async def test_closing_does_not_wait_for_ever_for_a_broker_that_is_silent(
     closing = asyncio.create_task(hand.intake.close())
     hand.time = 1.0
     await asyncio.wait_for(closing, 60)
-    assert hand.reasons == []
+    assert hand.ends == 0
 
 
 async def test_an_intake_that_was_never_opened_can_be_closed(connection: Client) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import nats
@@ -13,7 +13,9 @@ from nats_server import CLAIMS, OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
 from tenacity import wait_fixed
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, approval_outcomes, submit_approval
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
+
+from ..reading import read  # noqa: TID252
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -39,8 +41,8 @@ async def ask(connection: Client, sandbox: Sandbox, operation_id: str) -> None:
 
 
 async def outcomes(connection: Client, count: int, reader: str = "shop") -> list[ApprovalEvent]:
-    async with asyncio.timeout(PATIENCE), aclosing(approval_outcomes(connection, reader)) as events:
-        return [await anext(events) for _ in range(count)]
+    async with asyncio.timeout(PATIENCE):
+        return await read(connection, count, reader)
 
 
 @asynccontextmanager

@@ -21,8 +21,8 @@ from nats.js.api import (
 from nats.js.errors import NotFoundError
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare
 
-from aiokeyless.worker import BrokerError, Fleet, StreamSettings
-from aiokeyless.worker.nats import streams
+from aiokeyless.worker import BrokerError
+from aiokeyless.worker.nats import Fleet, StreamSettings, streams
 from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.streams import is_delivery, restore_consumer
 

@@ -45,7 +45,11 @@ async def application(broker: SqliteBroker) -> None:
         request = ApprovalRequest(version=VERSION, user_id="C0FFEE", operation_id=f"payment-{number}")
         new = NewRequest(request, msgspec.json.encode(request), f"digest-{number}", None)
         say("submitted", number, await broker.submit(new))
-    outcome = await broker.next_outcome("shop")
+    try:
+        async with asyncio.timeout(0.3):
+            outcome = await broker.next_outcome("shop")
+    except TimeoutError:
+        return
     event = msgspec.json.decode(outcome.data, type=ApprovalEvent)
     say("handling", event.operation_id)
     await outcome.handled()
@@ -54,8 +58,8 @@ async def application(broker: SqliteBroker) -> None:
 
 async def worker(broker: SqliteBroker) -> None:
     await broker.prepare(lease=0.2, service="")
-    for _ in range(9):
-        for message in await broker.take(2, 0.5):
+    for _ in range(6):
+        for message in await broker.take(2, 0.25):
             await process(broker, message)
     say("done")
 

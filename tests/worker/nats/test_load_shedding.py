@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiokeyless.worker.load_shedding import LoadShedding
+from aiokeyless.worker.nats.load_shedding import LoadShedding
 
 
 class Shedding(LoadShedding):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
+TRACEPARENT: Final = "traceparent"  # the header of W3C Trace Context, of requests and events
 #: The header of an event or a claim that holds its signature.
 SIGNATURE: Final = "Keyless-Signature"
 VARIABLE: Final = "KEYLESS_EVENT_KEY"

@@ -12,7 +12,7 @@ import pytest
 from error_reports import reports
 
 from aiokeyless import ConfigurationError
-from aiokeyless.worker import EventKeys
+from aiokeyless.worker.nats import EventKeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,223 @@
+"""The outcomes of one reader, pulled from the stream by a consumer of its name, and what is believed of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import nats.errors
+import nats.js.errors
+from nats.js.api import AckPolicy, ConsumerConfig
+
+from aiokeyless._rules.backoff import error_delay
+from aiokeyless.errors import BrokerError
+from aiokeyless.worker.broker import FIRST_PAUSE, LONGEST_PAUSE, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.logs import Seldom, log
+from aiokeyless.worker.messages import NewerEventError, read_event
+
+from .event_keys import SIGNATURE
+from .failures import broker_errors
+from .fleet import KEYLESS, Fleet
+from .streams import is_delivery
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
+
+    from .event_keys import EventKeys
+
+_ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
+_READ_FOR: Final = 5.0  # seconds for which one pull waits
+_ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
+_UNLIMITED: Final = -1
+_ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
+_UNSIGNED_FOR: Final = 60.0  # seconds until an event without a valid signature is delivered again, for the first time
+#: Deliveries of such an event that are put off, each for twice as long as the one before: a wrong key can be set right
+#: for four hours. Without an end, many of them would keep a reader from genuine events.
+_UNSIGNED_DELIVERIES: Final = 8
+
+
+class NatsOutcome(OutcomeDelivery):
+    """One delivery of an outcome by JetStream."""
+
+    __slots__ = ("_message",)
+
+    def __init__(self, message: Msg) -> None:
+        self._message = message
+        self.data = message.data
+        self.place = str(message.metadata.sequence.stream)
+
+    async def handled(self) -> None:
+        """See `OutcomeDelivery`."""
+        try:
+            with broker_errors():
+                await self._message.ack()
+        except UnavailableError as error:
+            raise BrokerError(f"the outcome may be delivered again: {error}") from None
+
+    async def put_off(self, delay: float | None = None) -> None:
+        """See `OutcomeDelivery`."""
+        if delay is None:
+            deliveries = self._message.metadata.num_delivered
+            delay = float(min(FIRST_PAUSE * 2.0 ** (deliveries - 1), LONGEST_PAUSE))
+        with broker_errors():
+            await self._message.nak(delay=delay)
+
+
+class Reader:
+    """One reading application's place in the stream of outcomes.
+
+    Args:
+        connection: The broker.
+        fleet: The fleet whose outcomes they are.
+        name: Name of the reader.
+        event_keys: What workers sign events with; None for a reader that believes every event.
+    """
+
+    def __init__(self, connection: Client, fleet: Fleet, name: str, event_keys: EventKeys | None) -> None:
+        self._connection = connection
+        self._fleet = fleet
+        self._name = name
+        self._event_keys = event_keys
+        self._subscription: JetStreamContext.PullSubscription | None = None
+        self._foreign = Seldom(logging.WARNING, "broker.foreign_message")
+        self._unsigned = Seldom(logging.ERROR, "outcome.unsigned")
+        self._dropped = Seldom(logging.ERROR, "outcome.dropped")
+
+    async def next(self) -> NatsOutcome:
+        """See `ApplicationSide.next_outcome`."""
+        with broker_errors():
+            if self._subscription is None:
+                self._subscription = await self._subscribed()
+            while True:
+                # One at a time: a batch would make the last of it wait for an application that is slow with the first.
+                message = await _next_message(self._subscription)
+                if message is None:
+                    continue
+                if not is_outcome(message.reply, self._name, fleet=self._fleet):
+                    self._foreign.log({"stream": self._fleet.outcomes, "durable": self._name})
+                elif await self._is_believed(message):
+                    return NatsOutcome(message)
+
+    async def close(self) -> None:
+        """End the subscription."""
+        if self._subscription is not None:
+            with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
+                await self._subscription.unsubscribe()
+
+    async def _is_believed(self, message: Msg) -> bool:
+        """Return whether a worker wrote an event, as far as that can be told; settle what it did not."""
+        # What no key could make an event goes for good, signed or not: a user who may do no more than ask can have the
+        # broker store its acknowledgement here, by a reply subject, and as often as it likes.
+        facts: dict[str, object] = {"sequence": message.metadata.sequence.stream}
+        if (reason := self._unreadable(message)) is not None:
+            log(logging.ERROR, "outcome.unreadable", {**facts, "error": reason})
+            await message.term()
+            return False
+        signature = (message.headers or {}).get(SIGNATURE)
+        if self._event_keys is None or self._event_keys.are_of(message.data, signature, fleet=self._fleet.name):
+            return True
+        deliveries = message.metadata.num_delivered
+        if deliveries <= _UNSIGNED_DELIVERIES:
+            self._unsigned.log(facts)
+            await message.nak(delay=_UNSIGNED_FOR * 2 ** (deliveries - 1))
+        else:
+            self._dropped.log(facts)
+            await message.term()
+        return False
+
+    def _unreadable(self, message: Msg) -> str | None:
+        try:
+            event = read_event(message.data)
+        except NewerEventError:
+            return None
+        except msgspec.DecodeError as error:
+            return str(error)
+        # A broker's permissions are for kinds of outcomes: that for one must not do for another.
+        kind = self._fleet.kind_of(message.subject)
+        return None if kind == event.outcome else f"{event.outcome} under {kind}"
+
+    async def _subscribed(self) -> JetStreamContext.PullSubscription:
+        try:
+            stream = self._fleet.jetstream(self._connection, _ANSWER_WITHIN)
+            return await _subscribed(stream, self._fleet, self._name)
+        except nats.errors.TimeoutError:  # a broker says nothing to who may not ask
+            raise BrokerError(
+                "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
+                f"{self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its "
+                "inbox?"
+            ) from None
+
+
+def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
+    """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
+
+    `next_outcome` does this itself. An inbox takes messages from any user who may publish to it, and
+    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one. It
+    may still be what another user had the stream publish: `EventKeys.are_of` tells what a worker signed.
+
+    Args:
+        reply: The message's reply subject.
+        durable: Name of the reading application's consumer.
+        fleet: The fleet whose outcomes they are. Default: that of the name ``keyless``.
+    """
+    return is_delivery(reply, fleet.outcomes, durable)
+
+
+async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> JetStreamContext.PullSubscription:
+    silences = 0
+    while True:
+        try:
+            await _ensure_place(stream, fleet, durable)
+            return await stream.pull_subscribe_bind(durable, fleet.outcomes)
+        except nats.js.errors.NotFoundError:
+            raise BrokerError(
+                "outcomes cannot be read: there is no stream; start a worker first, it makes it"
+            ) from None
+        except nats.errors.TimeoutError:  # a cluster that has lost a server says nothing until it has a new leader
+            silences += 1
+            if silences == _ATTEMPTS:
+                raise
+
+
+async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) -> None:
+    """Make the reader's consumer, or change it, where it is not as it must be.
+
+    A reader whose consumer an operator made needs no permission to make one. That is worth having: who may make a
+    consumer chooses where it delivers. So applications in an account of their own cannot.
+    """
+    with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is found out below
+        found = (await stream.consumer_info(fleet.outcomes, durable)).config
+        if found is not None and found.max_ack_pending == _UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
+            return
+    place = ConsumerConfig(
+        durable_name=durable,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=_ACK_WAIT,
+        max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
+    )
+    try:
+        await stream.add_consumer(fleet.outcomes, place)
+    except nats.js.errors.ServiceUnavailableError:  # nobody listens: this account does not import it
+        raise BrokerError(
+            f"outcomes cannot be read: the consumer {durable} of {fleet.outcomes} is missing or has other settings, "
+            "and this account may not make it; have an operator make it"
+        ) from None
+
+
+async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
+    """Return the next message; None where there was none for a while."""
+    try:
+        return (await subscription.fetch(1, timeout=_READ_FOR))[0]
+    except nats.errors.TimeoutError:
+        return None
+    except nats.js.errors.APIError:
+        # The consumer has no leader just now, or it was deleted.
+        await asyncio.sleep(error_delay(1))
+        with suppress(nats.errors.TimeoutError, nats.js.errors.ServiceUnavailableError):
+            await subscription.consumer_info()
+        return None

@@ -1,0 +1,49 @@
+"""What tests of workers share: a delivery made up, and how outcomes are read."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, next_outcome
+from aiokeyless.worker.broker import Message
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.worker import Broker
+
+
+def a_message(body: bytes = b"", **changed: Any) -> Message:
+    facts: dict[str, Any] = {
+        "name": "message-1",
+        "stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC),
+        "number": 1,
+        "failures": 0,
+        "traceparent": None,
+    }
+    return Message(body=body, **facts | changed)
+
+
+async def read(broker: object, count: int = 1, reader: str = "test") -> list[ApprovalEvent]:
+    """Read and handle so many outcomes."""
+    events = []
+    for _ in range(count):
+        async with next_outcome(broker, reader) as event:
+            events.append(event)
+    return events
+
+
+async def outcomes(broker: object, reader: str) -> AsyncGenerator[ApprovalEvent]:
+    """Iterate over the outcomes, without end; each is handled when the next one is asked for."""
+    while True:
+        async with next_outcome(broker, reader) as event:
+            yield event
+
+
+def worker_on(client: KeylessClient, broker: Broker, **options: Any) -> ApprovalWorker:
+    """Return a worker that opens its broker and closes it, as one with a URL does."""
+    worker = ApprovalWorker(client, broker, **options)
+    worker._is_owner = True
+    return worker

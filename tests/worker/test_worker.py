@@ -1,0 +1,238 @@
+"""A whole worker on a broker in memory, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tenacity import wait_fixed
+
+from aiokeyless import BrokerError, ConfigurationError, KeylessClient
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, next_outcome, submit_approval
+from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.sqlite import SqliteBroker
+
+from .conformance.brokers import new_request
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+    from pathlib import Path
+
+    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.broker import Message
+
+looptime = pytest.mark.looptime
+TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
+
+
+@pytest.fixture
+async def broker() -> AsyncGenerator[SqliteBroker]:
+    async with SqliteBroker(":memory:") as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[SqliteBroker]:
+    async with (
+        SqliteBroker(":memory:") as broker,
+        ApprovalWorker(client, broker, **{"schedule": wait_fixed(1.0), **options}),
+    ):
+        yield broker
+
+
+async def next_event(broker: SqliteBroker, reader: str = "test") -> ApprovalEvent:
+    async with next_outcome(broker, reader) as event:
+        return event
+
+
+async def created(sandbox: Sandbox, operation_id: str) -> None:
+    while operation_id not in sandbox.operations:  # noqa: ASYNC110  # the sandbox has no event for it
+        await asyncio.sleep(0.01)
+
+
+@looptime
+async def test_an_approval_comes_out(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client) as broker:
+        await submit_approval(broker, "c0ffee", operation_id="txn-1", operation_payload="Pay 40", context={"order": 7})
+        await created(sandbox, "txn-1")
+        assert (await broker.inspect()).waiting == 1
+        sandbox.approve("txn-1")
+        event = await next_event(broker)
+        assert (await broker.inspect()).waiting == 0
+    assert (event.outcome, event.operation_id) == (Outcome.APPROVED, "txn-1")
+    assert event.read_context(dict[str, int]) == {"order": 7}
+
+
+@looptime
+async def test_a_request_that_may_not_wait_so_long_fails_with_its_ids(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client) as broker:
+        await submit_approval(broker, "c0ffee", operation_id="txn-1", expires_in=86_400.0 * 500)
+        event = await next_event(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
+    assert (event.operation_id, event.user_id) == ("txn-1", "C0FFEE")
+    assert event.detail is not None
+    assert event.detail.startswith("expires_in is 4.32e+07 s; this broker allows ")
+    assert not sandbox.operations
+
+
+@looptime
+@pytest.mark.parametrize(
+    ("sent", "handed_back"),
+    [(TRACEPARENT, TRACEPARENT), (None, None), ("", None), ("00-nonsense", None), (TRACEPARENT + "\r\nX: y", None)],
+)
+async def test_an_event_carries_the_trace_of_its_request_and_nothing_else_that_the_sender_may_put_there(
+    client: KeylessClient, sandbox: Sandbox, sent: str | None, handed_back: str | None
+) -> None:
+    async with working(client) as broker:
+        await broker.submit(new_request("txn-1", sent))
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        event = await next_event(broker)
+    assert (event.outcome, event.traceparent) == (Outcome.APPROVED, handed_back)
+
+
+@looptime
+async def test_a_request_that_cannot_be_read_fails_and_keeps_its_trace(client: KeylessClient) -> None:
+    async with working(client) as broker:
+        await broker.submit(new_request("txn-1", TRACEPARENT)._replace(body=b"no request"))
+        event = await next_event(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INVALID_REQUEST)
+    assert event.traceparent == TRACEPARENT
+
+
+@looptime
+async def test_a_submission_carries_the_trace_of_its_caller(client: KeylessClient, sandbox: Sandbox) -> None:
+    trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is not installed")
+    span = trace.NonRecordingSpan(
+        trace.SpanContext(trace_id=1, span_id=2, is_remote=False, trace_flags=trace.TraceFlags(1))
+    )
+    async with working(client) as broker:
+        with trace.use_span(span):
+            await submit_approval(broker, "c0ffee", operation_id="txn-1")
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        event = await next_event(broker)
+    assert event.traceparent == TRACEPARENT
+
+
+@looptime
+async def test_nobody_waits_for_minutes_in_a_test(client: KeylessClient) -> None:
+    loop = asyncio.get_running_loop()
+    async with working(client, schedule=wait_fixed(50.0)) as broker:
+        began = loop.time()
+        await submit_approval(broker, "c0ffee", operation_id="txn-1", expires_in=300)
+        event = await next_event(broker)
+    assert (event.outcome, event.answered, event.asked, event.deliveries) == (Outcome.EXPIRED, True, True, 7)
+    assert loop.time() - began == pytest.approx(300, abs=5)
+    assert (event.decided_at - event.requested_at).total_seconds() == pytest.approx(300, abs=5)
+
+
+@looptime
+async def test_two_workers_share_the_requests(client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker) -> None:
+    first = ApprovalWorker(client, broker, max_in_flight=2)
+    second = ApprovalWorker(client, broker, max_in_flight=2)
+    async with first, second:
+        for number in range(4):
+            await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}")
+            await created(sandbox, f"txn-{number}")
+            sandbox.approve(f"txn-{number}")
+        events = [await next_event(broker) for _ in range(4)]
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+    assert first.statistics.approved + second.statistics.approved == 4
+
+
+@looptime
+async def test_a_worker_that_ends_leaves_its_requests_to_the_next_one(
+    client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker
+) -> None:
+    async with ApprovalWorker(client, broker):
+        await submit_approval(broker, "c0ffee", operation_id="txn-1")
+        await created(sandbox, "txn-1")
+    sandbox.approve("txn-1")
+    async with ApprovalWorker(client, broker):
+        assert (await next_event(broker)).outcome is Outcome.APPROVED
+
+
+@looptime
+async def test_a_worker_that_is_cancelled_leaves_its_deliveries_to_the_next_one(
+    client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker
+) -> None:
+    worker = ApprovalWorker(client, broker)
+    run = asyncio.create_task(worker.run())
+    sandbox.latency = 0.2
+    await submit_approval(broker, "c0ffee", operation_id="txn-1")
+    while not worker.statistics.in_flight:  # noqa: ASYNC110  # there is no event for it
+        await asyncio.sleep(0.01)
+    run.cancel()
+    await asyncio.wait([run])
+    async with ApprovalWorker(client, broker):
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        assert (await next_event(broker)).outcome is Outcome.APPROVED
+
+
+async def test_a_worker_opens_and_closes_the_broker_of_a_url(
+    client: KeylessClient, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    path = tmp_path / "keyless.db"
+    async with ApprovalWorker(client, f"sqlite:{path}"), SqliteBroker(path) as broker:
+        await submit_approval(broker, "c0ffee", operation_id="txn-1")
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        assert (await next_event(broker)).outcome is Outcome.APPROVED
+
+
+async def test_a_broker_that_is_not_open_is_refused(client: KeylessClient) -> None:
+    with pytest.raises(ConfigurationError, match="not open"):
+        await ApprovalWorker(client, SqliteBroker(":memory:")).run()
+
+
+@pytest.mark.parametrize("broker", ["keyless.db", 7, None])
+async def test_what_is_no_broker_is_refused(client: KeylessClient, broker: Any) -> None:
+    with pytest.raises(ConfigurationError, match="broker must be"):
+        ApprovalWorker(client, broker)
+
+
+# -- a broker that fails
+
+
+class Failing(SqliteBroker):
+    """A broker in memory that fails as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(":memory:")
+        self.error: Exception | None = None
+
+    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+        if self.error is not None:
+            raise self.error
+        return await super().take(up_to, within, probing=probing)
+
+
+@looptime
+async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_being_ready(
+    client: KeylessClient, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Failing() as broker, ApprovalWorker(client, broker) as worker:
+        await asyncio.sleep(0)
+        broker.error = UnavailableError("the cable is out")
+        await asyncio.sleep(30)
+        await submit_approval(broker, "c0ffee", operation_id="txn-1")
+        assert caplog.text.count("broker.unavailable") == 1
+        await broker._pacing(broker._store.repair, 1.0)
+        assert worker.statistics.problems == () or "the cable is out" in worker.statistics.problems[0]
+        broker.error = None
+        await created(sandbox, "txn-1")
+
+
+@looptime
+async def test_a_broker_that_is_gone_for_good_ends_the_worker(client: KeylessClient) -> None:
+    async with Failing() as broker:
+        worker = ApprovalWorker(client, broker)
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(1)
+        broker.error = BrokerError("the disk is broken")
+        with pytest.raises(BrokerError, match="the disk is broken"):
+            await running
