@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 from nats_server import NatsServer
+from postgres_server import shared_server
 
 from aiokeyless.worker.broker import NewRequest
 from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, request_name
 from aiokeyless.worker.nats import NatsBroker
+from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
@@ -92,6 +94,16 @@ class Nats(Storage):
 
     def broker(self) -> NatsBroker:
         return NatsBroker(self._server.url)
+
+
+class Postgres(Storage):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        server = shared_server()
+        self._url = server.url(server.new_database())
+
+    def broker(self) -> PostgresBroker:
+        return PostgresBroker(self._url)
 
 
 def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:

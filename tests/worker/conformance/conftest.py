@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .brokers import LEASE, File, Memory, Nats
+from .brokers import LEASE, File, Memory, Nats, Postgres
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -22,6 +22,7 @@ BROKERS = [
     pytest.param(Memory, id="memory", marks=pytest.mark.looptime),
     pytest.param(File, id="file"),
     pytest.param(Nats, id="nats"),
+    pytest.param(Postgres, id="postgres"),
 ]
 
 

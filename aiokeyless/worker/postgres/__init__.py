@@ -1,0 +1,42 @@
+"""The broker in PostgreSQL (extra ``postgres``): a request commits with the order, an outcome with the payment.
+
+`PostgresBroker` is for workers, and for applications without a database connection of their own. `PostgresConnection`
+is the application's side on its own asyncpg connection, in its own transactions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from .broker import PostgresBroker
+    from .connection import PostgresConnection
+
+__all__ = ["PostgresBroker", "PostgresConnection"]
+
+SCHEMES: Final = ("postgresql", "postgres")
+DRIVER: Final = "asyncpg"
+HINT: Final = 'install the extra "postgres"'
+
+_MODULES: Final = {"PostgresBroker": "broker", "PostgresConnection": "connection"}
+
+
+def from_url(url: str) -> PostgresBroker:
+    """Return the broker in the schema ``keyless`` of a database."""
+    from .broker import PostgresBroker  # noqa: PLC0415  # it needs asyncpg
+
+    return PostgresBroker(url)
+
+
+def from_connection(connection: Any) -> PostgresConnection:
+    """Return the application's side of the schema ``keyless``, on a connection of its own."""
+    from .connection import PostgresConnection  # noqa: PLC0415  # as above
+
+    return PostgresConnection(connection)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,0 +1,501 @@
+"""`PostgresBroker`: the face of the schema for workers, and for applications without a connection of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+import asyncpg
+import msgspec
+
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.events import Inspection
+from aiokeyless.worker.batches import Batches
+from aiokeyless.worker.broker import (
+    Broker,
+    Claim,
+    Claimed,
+    Exchange,
+    Message,
+    NewRequest,
+    OutcomeDelivery,
+    Terms,
+    UnavailableError,
+)
+from aiokeyless.worker.logs import log
+
+from .connection import READS_EVERY, store_request, take_outcome
+from .failures import PASSING, broker_errors, request_errors
+from .migrations import prepare
+from .names import LARGEST_REQUEST, check_schema, within
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from asyncpg.pool import PoolConnectionProxy
+
+    from aiokeyless.worker.messages import ApprovalEvent
+
+    from .connection import Connection, Outcome
+
+T = TypeVar("T")
+
+#: Seconds that a request may be waited for: for as long as its row is kept.
+_LONGEST_WAIT: Final = 400 * 24 * 3600.0
+_CONNECTIONS: Final = 20  # at most; half of them for outcomes that applications have in hand
+_LARGEST_BATCH: Final = 500  # calls in one statement
+_ANSWER_WITHIN: Final = 10.0  # seconds
+_KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: everything that waits is made again after a crash, in one statement
+_ATTEMPTS: Final = 5  # of a transaction that met another one
+_TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all that was due
+_TAKES_AGAIN: Final = 0.02  # seconds likewise, if there was more
+_LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two takes that begin with the oldest entries of the index
+_WELCOMES_EVERY: Final = 1.0  # seconds
+_RESTORES_EVERY: Final = 10.0  # seconds
+_CLEANS_EVERY: Final = 3600.0  # seconds
+_EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2}
+
+
+class PostgresMessage(Message):
+    """One delivery of a request; ``id`` is its row."""
+
+    __slots__ = ("id",)
+
+    def __init__(
+        self, id_: int, *, body: str, traceparent: str | None, stored_at: float, number: int, failures: int
+    ) -> None:
+        super().__init__(
+            body=body.encode(),
+            name=f"request-{id_}",
+            stored_at=_time(stored_at),
+            number=number,
+            failures=failures,
+            traceparent=traceparent,
+        )
+        self.id: int = id_
+
+
+class _PutOff(NamedTuple):
+    id: int
+    number: int
+    delay: float
+    exchange: int
+
+
+class _Decide(NamedTuple):
+    id: int
+    outcome: str
+    body: str
+
+
+class PostgresBroker(Broker):
+    """A broker in a schema of a PostgreSQL database, which may be that of the application.
+
+    An application that has a connection of its own needs no broker object: see `PostgresConnection`.
+
+    Args:
+        database: A URL such as ``postgresql://user@host/database``; or an asyncpg pool, which stays yours.
+        schema: The schema. A worker makes it if it is missing and its login may, and migrates it likewise. Default:
+            ``keyless``.
+
+    Raises:
+        ConfigurationError: An argument is wrong.
+
+    Example:
+        >>> async with PostgresBroker("postgresql://localhost/shop") as broker:
+        ...     await submit_approval(broker, "C0FFEE", operation_id="payment-7")
+    """
+
+    def __init__(self, database: str | asyncpg.Pool[Any], schema: str = "keyless") -> None:
+        self.system = "postgresql"
+        self.destination = self._schema = check_schema(schema)
+        self.largest_request = LARGEST_REQUEST
+        if not isinstance(database, str | asyncpg.Pool):
+            raise ConfigurationError(
+                f"broker must be a URL or an asyncpg pool, not {type(database).__name__}", argument="broker"
+            )
+        self._database = database
+        self._pool: asyncpg.Pool[Any] | None = None  # None while it is not open
+        self._outcomes: asyncio.Semaphore
+        self._lease = 0.0
+        self._clock = _Clock()
+        self._take_from = 0.0  # of the loop's clock
+        self._look_below_at = 0.0  # likewise
+        self._floor = 0.0  # what was due before was taken, but for what committed late
+        self._put_offs = self._batches(self._put_off)
+        self._decisions = self._batches(self._decide)
+        self._claims = self._batches(self._claim)
+        self._held = self._batches(self._were_asked)
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._handing_back: set[asyncio.Task[None]] = set()
+
+    def _batches(self, execute: Callable[[list[Any]], Awaitable[list[Any]]]) -> Batches[Any, Any]:
+        return Batches(execute, _LARGEST_BATCH)
+
+    def __repr__(self) -> str:
+        return f"<PostgresBroker, schema {self._schema!r}>"
+
+    async def open(self) -> None:
+        """See `Broker`."""
+        if self._pool is not None:
+            raise ConfigurationError("the broker is open already")
+        pool = self._database if isinstance(self._database, asyncpg.Pool) else await self._connect(self._database)
+        self._outcomes = asyncio.Semaphore(max(1, pool.get_max_size() // 2))
+        self._pool = pool
+
+    async def _connect(self, url: str) -> asyncpg.Pool[Any]:
+        try:
+            with broker_errors(self._schema):
+                # Without a cache of prepared statements, and with each statement in a transaction, it does not matter
+                # to a pooler such as pgbouncer which of its connections the next one comes to.
+                return await asyncpg.create_pool(
+                    url,
+                    min_size=1,
+                    max_size=_CONNECTIONS,
+                    statement_cache_size=0,
+                    timeout=_ANSWER_WITHIN,
+                    reset=_keep,
+                    server_settings={"application_name": "aiokeyless"},
+                )
+        except UnavailableError as error:
+            raise BrokerError(f"the database cannot be reached: {error}") from None
+        except ValueError as error:  # of the URL
+            raise ConfigurationError(f"broker must be the URL of a database: {error}", argument="broker") from None
+
+    async def aclose(self) -> None:
+        """See `Broker`."""
+        if self._pool is None:
+            return
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            await asyncio.wait({self._housekeeping})
+            self._housekeeping = None
+        while self._handing_back:
+            await asyncio.wait(self._handing_back)
+        for batches in (self._put_offs, self._decisions, self._claims, self._held):
+            await batches.aclose()
+        pool, self._pool = self._pool, None
+        if pool is not self._database:
+            pool.terminate()  # what waits for an outcome, or has one in hand, ends with an error
+
+    def now(self) -> datetime:
+        """See `Broker`."""
+        return self._clock.now()
+
+    # -- for applications
+
+    async def submit(self, new: NewRequest) -> bool:
+        """See `ApplicationSide`."""
+
+        async def store(connection: Connection) -> bool:
+            with request_errors():
+                return await store_request(connection, self._schema, new)
+
+        try:
+            return await self._in_transaction(store)
+        except UnavailableError as error:
+            raise BrokerError(str(error)) from None
+
+    async def next_outcome(self, reader: str) -> OutcomeDelivery:
+        """See `ApplicationSide`. The body runs in no transaction of its own; the outcome is in one until its end."""
+        while True:
+            pool = self._open_pool()
+            await self._outcomes.acquire()
+            try:
+                outcome = await self._next_outcome(pool, reader)
+            except BaseException:
+                self._outcomes.release()
+                raise
+            if outcome is not None:
+                return outcome
+            self._outcomes.release()
+            await asyncio.sleep(READS_EVERY)
+
+    async def _next_outcome(self, pool: asyncpg.Pool[Any], reader: str) -> OutcomeDelivery | None:
+        with broker_errors(self._schema):
+            connection = await pool.acquire(timeout=_ANSWER_WITHIN)
+            taken = None
+            try:
+                taken = await take_outcome(connection, self._schema, reader)
+            finally:
+                if taken is None:
+                    await pool.release(connection)
+        return None if taken is None else _Pooled(taken, pool, connection, self._outcomes)
+
+    # -- for workers
+
+    async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
+        """See `Broker`."""
+        try:
+            await self._in_transaction(
+                lambda connection: prepare(connection, self._schema), patience=_KEEPS_HOUSE_WITHIN
+            )
+            await self._fetch("SELECT {}.restore()", patience=_KEEPS_HOUSE_WITHIN)
+            await self._take_time()
+        except UnavailableError as error:
+            raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None
+        self._lease = max(self._lease, lease)
+        if self._housekeeping is None:
+            self._housekeeping = asyncio.create_task(self._keep_house())
+        return Terms(_LONGEST_WAIT, LARGEST_REQUEST)
+
+    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+        """See `Broker`."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within
+        while True:
+            pause = self._take_from - loop.time()
+            if loop.time() + pause > until:
+                await asyncio.sleep(until - loop.time())
+                return ()
+            await asyncio.sleep(pause)
+            began = loop.time()
+            messages = await self._taken(self._take(up_to, probing))
+            self._take_from = began + (_TAKES_AGAIN if len(messages) == up_to else _TAKES_EVERY)
+            if messages:
+                return messages
+
+    async def _take(self, up_to: int, probing: bool) -> list[PostgresMessage]:
+        now = asyncio.get_running_loop().time()
+        floor: float | None = self._floor
+        if now >= self._look_below_at:
+            floor, self._look_below_at = None, now + _LOOKS_BELOW_EVERY
+        # One row at least, which says what time it is.
+        rows = await self._fetch(
+            "SELECT extract(epoch FROM statement_timestamp())::double precision, t.* FROM (SELECT) one LEFT JOIN "
+            "{}.take($1::integer, $2::double precision, $3::double precision, $4::boolean) t ON true",
+            up_to,
+            self._lease,
+            floor,
+            probing,
+        )
+        taken = [row for row in rows if row["id"] is not None]
+        if not probing:
+            self._floor = min(rows[0][0], taken[-1]["due_at"]) if len(taken) == up_to else rows[0][0]
+        return [_message(row) for row in taken]
+
+    async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
+        """See `Broker`."""
+        return await self._taken(self._take_overdue(up_to, grace))
+
+    async def _take_overdue(self, up_to: int, grace: float) -> list[PostgresMessage]:
+        rows = await self._fetch(
+            "SELECT * FROM {}.take_overdue($1::integer, $2::double precision, $3::double precision)",
+            up_to,
+            self._lease,
+            grace,
+        )
+        return [_message(row) for row in rows]
+
+    async def _taken(self, taking: Awaitable[list[PostgresMessage]]) -> list[PostgresMessage]:
+        """Return deliveries; if the caller is cancelled meanwhile, hand them back."""
+        task = asyncio.ensure_future(taking)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            handing_back = asyncio.create_task(self._hand_back(task))
+            self._handing_back.add(handing_back)
+            handing_back.add_done_callback(self._handing_back.discard)
+            raise
+
+    async def _hand_back(self, taking: asyncio.Future[list[PostgresMessage]]) -> None:
+        with suppress(UnavailableError, BrokerError):  # then they come again after the lease
+            await asyncio.gather(*(self.put_off(message, 0.0, Exchange.NONE) for message in await taking))
+
+    async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
+        """See `Broker`."""
+        row = _row(message)
+        await self._put_offs.call(_PutOff(row.id, row.number, delay, _EXCHANGES[exchange]))
+
+    async def _put_off(self, calls: list[_PutOff]) -> list[None]:
+        await self._fetch(
+            "SELECT {}.put_off($1::bigint[], $2::integer[], $3::double precision[], $4::integer[])", *_columns(calls)
+        )
+        return [None] * len(calls)
+
+    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:  # noqa: ARG002  # rows are unique
+        """See `Broker`."""
+        body = msgspec.json.encode(event).decode()
+        is_stored: bool = await self._decisions.call(_Decide(_row(message).id, event.outcome.value, body))
+        return is_stored
+
+    async def _decide(self, calls: list[_Decide]) -> list[bool]:
+        rows = await self._fetch("SELECT id FROM {}.decide($1::bigint[], $2::text[], $3::text[])", *_columns(calls))
+        decided = {row[0] for row in rows}
+        # Of two decisions on one request in this batch, the first is stored.
+        return [call.id in decided and not decided.remove(call.id) for call in calls]  # type: ignore[func-returns-value]
+
+    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # it is in its row
+        """See `Broker`."""
+        row = _row(message)
+        was_asked = await self._claims.call((row.id, row.number))
+        return Claimed(Claim.HELD if was_asked else Claim.NEW, row.number)
+
+    async def _claim(self, calls: list[tuple[int, int]]) -> list[bool]:
+        rows = await self._fetch("SELECT id, was_asked FROM {}.claim($1::bigint[], $2::integer[])", *_columns(calls))
+        were_asked: dict[int, bool] = {row[0]: row[1] for row in rows}
+        return [were_asked[id_] for id_, _ in calls]
+
+    async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
+        """See `Broker`."""
+        is_held: bool = await self._held.call(_row(message).id)
+        return is_held
+
+    async def _were_asked(self, ids: list[int]) -> list[bool]:
+        asked = {row[0] for row in await self._fetch("SELECT id FROM {}.were_asked($1::bigint[])", ids)}
+        return [id_ in asked for id_ in ids]
+
+    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # as above
+        """See `Broker`."""
+        rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::integer)", _row(message).id, token)
+        is_free: bool = rows[0][0]
+        return is_free
+
+    async def inspect(self) -> Inspection:
+        """See `Broker`."""
+        ((waiting, backlog, oldest_age, is_standby),) = await self._fetch("SELECT * FROM {}.inspect()")
+        ahead = await self._take_time()
+        problems = ("the database is a standby, which stores nothing",) if is_standby else ()
+        return Inspection(
+            waiting=waiting, backlog=backlog, oldest_age=oldest_age, clock_ahead=round(ahead, 3), problems=problems
+        )
+
+    # -- the database
+
+    def _open_pool(self) -> asyncpg.Pool[Any]:
+        if self._pool is None:
+            raise ConfigurationError("the broker is not open: use it in 'async with PostgresBroker(...) as broker'")
+        return self._pool
+
+    async def _fetch(self, query: str, *arguments: object, patience: float = _ANSWER_WITHIN) -> list[asyncpg.Record]:
+        """Call a function of the schema in a transaction of its own."""
+        called = within(self._schema, query)
+        return await self._in_transaction(lambda connection: connection.fetch(called, *arguments), patience)
+
+    async def _in_transaction(self, do: Callable[[Connection], Awaitable[T]], patience: float = _ANSWER_WITHIN) -> T:
+        """Do something in a transaction of its own, and again if it met another one's."""
+        pool, loop = self._open_pool(), asyncio.get_running_loop()
+        attempt = 1
+        while True:
+            with broker_errors(self._schema):
+                async with pool.acquire(timeout=_ANSWER_WITHIN) as connection:
+                    giving_up = loop.call_later(patience, connection.terminate)
+                    try:
+                        async with connection.transaction():
+                            return await do(connection)
+                    except PASSING:
+                        if attempt == _ATTEMPTS:
+                            raise
+                    finally:
+                        giving_up.cancel()
+            attempt += 1
+
+    async def _take_time(self) -> float:
+        """Measure the database's clock; return by how many seconds it is ahead of this machine's."""
+        began = time.monotonic()
+        rows = await self._fetch("SELECT extract(epoch FROM clock_timestamp())::double precision")
+        return self._clock.measured(rows[0][0], began)
+
+    async def _keep_house(self) -> None:
+        loop = asyncio.get_running_loop()
+        restore_at, clean_at = loop.time() + _RESTORES_EVERY, loop.time()
+        while True:
+            try:
+                await self._fetch("SELECT {}.welcome_readers()", patience=_KEEPS_HOUSE_WITHIN)
+                if loop.time() >= restore_at:
+                    await self._fetch("SELECT {}.restore()", patience=_KEEPS_HOUSE_WITHIN)
+                    restore_at = loop.time() + _RESTORES_EVERY
+                if loop.time() >= clean_at:
+                    await self._clean()
+                    clean_at = loop.time() + _CLEANS_EVERY
+            except (UnavailableError, BrokerError) as error:  # workers meet it, too
+                log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
+            await asyncio.sleep(_WELCOMES_EVERY)
+
+    async def _clean(self) -> None:
+        after: int | None = 0
+        while after is not None:
+            ((after,),) = await self._fetch("SELECT {}.clean($1::bigint)", after)
+
+
+class _Clock:
+    """The database's clock, carried on by a monotonic one between two measurements."""
+
+    def __init__(self) -> None:
+        self._time = 0.0
+        self._at = 0.0
+
+    def measured(self, server_time: float, began: float) -> float:
+        """Note a measurement that began at a time of the monotonic clock; return how far this machine is behind."""
+        ended = time.monotonic()
+        self._time, self._at = server_time, (began + ended) / 2
+        return self.now().timestamp() - time.time()
+
+    def now(self) -> datetime:
+        return _time(self._time + time.monotonic() - self._at)
+
+
+class _Pooled(OutcomeDelivery):
+    """An outcome in the hands of an application that has no connection of its own."""
+
+    __slots__ = ("_connection", "_outcome", "_pool", "_slots")
+
+    def __init__(
+        self, outcome: Outcome, pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any], slots: asyncio.Semaphore
+    ) -> None:
+        self.data = outcome.data
+        self.place = outcome.place
+        self._outcome = outcome
+        self._pool = pool
+        self._connection = connection
+        self._slots = slots
+
+    async def handled(self) -> None:
+        """See `OutcomeDelivery`."""
+        try:
+            await self._outcome.handled()
+        finally:
+            await self._release()
+
+    async def put_off(self, delay: float | None = None) -> None:
+        """See `OutcomeDelivery`."""
+        try:
+            await self._outcome.put_off(delay)
+        finally:
+            await self._release()
+
+    async def _release(self) -> None:
+        self._slots.release()
+        await self._pool.release(self._connection)
+
+
+async def _keep(_connection: asyncpg.Connection[Any]) -> None:
+    """Keep a connection as it is: all that was set in it ended with its transaction."""
+
+
+def _columns(calls: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    return tuple(list(column) for column in zip(*calls, strict=True))
+
+
+def _message(row: asyncpg.Record) -> PostgresMessage:
+    return PostgresMessage(
+        row["id"],
+        body=row["body"],
+        traceparent=row["traceparent"],
+        stored_at=row["stored_at"],
+        number=row["number"],
+        failures=row["failures"],
+    )
+
+
+def _row(message: Message) -> PostgresMessage:
+    assert isinstance(message, PostgresMessage)  # noqa: S101  # this broker made it
+    return message
+
+
+def _time(seconds: float) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)

@@ -1,0 +1,229 @@
+"""`PostgresConnection`: requests and outcomes in the transactions of an application's own asyncpg connection."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
+
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
+
+from .failures import broker_errors, request_errors
+from .names import LARGEST_REQUEST, check_schema, within
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from asyncpg.pool import PoolConnectionProxy
+    from asyncpg.transaction import Transaction
+
+    Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
+
+READS_EVERY: Final = 0.25  # seconds between two looks for an outcome
+_FINISHED_WITHIN: Final = 5.0  # seconds that the end of a transaction may take after a cancellation
+
+
+class PostgresConnection(ApplicationSide):
+    """The application's side of the broker, on an asyncpg connection of its own.
+
+    `submit_approval` and `next_outcome` take the connection itself, too, for the schema ``keyless``.
+
+    Args:
+        connection: The connection. A request is stored in the transaction that it is in. For `next_outcome` it must be
+            in none: the outcome begins one, in which the body runs.
+        schema: The broker's schema. Default: ``keyless``.
+
+    Raises:
+        ConfigurationError: It is no connection.
+    """
+
+    def __init__(self, connection: Connection, schema: str = "keyless") -> None:
+        if not callable(getattr(connection, "is_in_transaction", None)):
+            raise ConfigurationError(
+                f"broker must be an asyncpg connection or a PostgresBroker, not {type(connection).__name__}; "
+                "PostgresBroker(pool) makes one of a pool",
+                argument="broker",
+            )
+        self.largest_request = LARGEST_REQUEST
+        self._connection = connection
+        self._schema = check_schema(schema)
+
+    def __repr__(self) -> str:
+        return f"<PostgresConnection, schema {self._schema!r}>"
+
+    async def submit(self, new: NewRequest) -> bool:
+        """See `ApplicationSide`. What the driver raises ends the transaction, and is raised as it is."""
+        if not self._connection.is_in_transaction():
+            raise ConfigurationError(
+                "the connection must be in a transaction, so that the request is stored if and only if that commits: "
+                "submit inside 'async with connection.transaction()', or after the first statement of a session",
+                argument="broker",
+            )
+        with request_errors():
+            return await store_request(self._connection, self._schema, new)
+
+    async def next_outcome(self, reader: str) -> OutcomeDelivery:
+        """See `ApplicationSide`."""
+        if self._connection.is_in_transaction():
+            raise ConfigurationError(
+                "the connection must be in no transaction, since next_outcome begins one; in one of your own, use the "
+                f"function {self._schema}.next_outcome",
+                argument="broker",
+            )
+        while True:
+            outcome = await take_outcome(self._connection, self._schema, reader)
+            if outcome is not None:
+                return outcome
+            await asyncio.sleep(READS_EVERY)
+
+
+async def store_request(connection: Connection, schema: str, new: NewRequest) -> bool:
+    """Store a request in the transaction of a connection; return whether it was stored already."""
+    is_duplicate: bool = await connection.fetchval(
+        within(schema, "SELECT {}.submit($1::text, $2::text)"), new.body.decode(), new.traceparent
+    )
+    return is_duplicate
+
+
+async def take_outcome(connection: Connection, schema: str, reader: str) -> Outcome | None:
+    """Begin a transaction, and take an outcome in it; without one, end the transaction and return None."""
+    transaction = connection.transaction(isolation="read_committed")
+    with broker_errors(schema):
+        try:
+            await finished(transaction.start(), connection)
+            found = await connection.fetchrow(
+                within(schema, "SELECT id, event, pg_current_xact_id()::text FROM {}.next_outcome($1::text)"), reader
+            )
+        except asyncpg.UndefinedObjectError:
+            await finished(_add_reader(connection, transaction, schema, reader), connection)
+            return None
+        except BaseException:
+            await finished(_roll_back(connection, transaction), connection)
+            raise
+        if found is None:
+            await finished(_roll_back(connection, transaction), connection)
+            return None
+    id_, event, number = found
+    return Outcome(connection, transaction, schema=schema, reader=reader, id_=id_, event=event, number=number)
+
+
+async def _add_reader(connection: Connection, transaction: Transaction, schema: str, reader: str) -> None:
+    await _roll_back(connection, transaction)
+    async with connection.transaction():
+        await connection.execute(within(schema, "SELECT {}.add_reader($1::text)"), reader)
+
+
+class Outcome(OutcomeDelivery):
+    """An outcome in the transaction in which it will have been handled.
+
+    Args:
+        connection: The connection.
+        transaction: The transaction that was begun on it.
+        schema: The broker's schema.
+        reader: The reader.
+        id_: The outcome.
+        event: Its event, as JSON.
+        number: The transaction's own, by which the server knows it.
+    """
+
+    __slots__ = ("_connection", "_id", "_number", "_reader", "_schema", "_transaction")
+
+    def __init__(
+        self,
+        connection: Connection,
+        transaction: Transaction,
+        *,
+        schema: str,
+        reader: str,
+        id_: int,
+        event: str,
+        number: str,
+    ) -> None:
+        self.data = event.encode()
+        self.place = f"request-{id_}"
+        self._connection = connection
+        self._transaction = transaction
+        self._schema = schema
+        self._reader = reader
+        self._id = id_
+        self._number = number
+
+    async def handled(self) -> None:
+        """Commit; see `OutcomeDelivery`.
+
+        Raises:
+            ConfigurationError: The body has ended the transaction itself.
+            BrokerError: Nothing of it was done, or nobody knows whether it was.
+        """
+        await finished(self._commit(), self._connection)
+
+    async def put_off(self, delay: float | None = None) -> None:
+        """Roll back, and put it off; see `OutcomeDelivery`."""
+        with broker_errors(self._schema):
+            await finished(self._put_off(delay), self._connection)
+
+    async def _commit(self) -> None:
+        try:
+            with broker_errors(self._schema):
+                await self._check()
+                await self._transaction.commit()
+        except UnavailableError as error:
+            raise BrokerError(
+                "the transaction of an outcome was not committed, as far as is known; if it was not, the outcome comes "
+                f"again: {error}"
+            ) from None
+
+    async def _check(self) -> None:
+        """Find out if there is nothing to commit: a COMMIT of a transaction that failed is a silent rollback."""
+        try:
+            await self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            number = await self._connection.fetchval("SELECT pg_current_xact_id_if_assigned()::text")
+        except (asyncpg.InFailedSQLTransactionError, asyncpg.IntegrityConstraintViolationError) as error:
+            await self._put_off(None)
+            raise BrokerError(
+                "the transaction of an outcome was rolled back, and the outcome comes again: a statement of the body "
+                f"failed, or broke a constraint that is checked at the end ({error}); for what may fail, use a "
+                "savepoint: 'async with connection.transaction()'"
+            ) from error
+        if number != self._number:
+            await self._put_off(None)
+            raise ConfigurationError(
+                "the body of next_outcome must not end its transaction: what it did after that is rolled back"
+            )
+
+    async def _put_off(self, delay: float | None) -> None:
+        await _roll_back(self._connection, self._transaction)
+        async with self._connection.transaction():
+            await self._connection.execute(
+                within(self._schema, "SELECT {}.put_off_outcome($1::text, $2::bigint, $3::double precision)"),
+                self._reader,
+                self._id,
+                delay,
+            )
+
+
+async def _roll_back(connection: Connection, transaction: Transaction) -> None:
+    if not connection.is_closed():
+        await transaction.rollback()  # if the body has ended it, that is a mere warning of the server's
+
+
+async def finished(doing: Coroutine[Any, Any, None], connection: Connection) -> None:
+    """Do something to its end, also if the caller is cancelled: no connection is left in a transaction.
+
+    A server that does not answer for some seconds after that loses the connection.
+    """
+    task = asyncio.ensure_future(doing)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        giving_up = asyncio.get_running_loop().call_later(_FINISHED_WITHIN, connection.terminate)
+        while not task.done():
+            with suppress(asyncio.CancelledError):  # a scope of anyio cancels each await
+                await asyncio.wait({task})
+        giving_up.cancel()
+        if not task.cancelled():
+            task.exception()  # the cancellation counts
+        raise

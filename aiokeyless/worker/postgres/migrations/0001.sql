@@ -1,0 +1,505 @@
+-- The tables, and the functions that are all that asking, reading and working applications may use of them.
+--
+-- A role that may execute a function needs no right on a table. Every function runs as the schema's owner, with a
+-- search path that no caller can change, and names each table with its schema. Times come and go as seconds since 1970:
+-- no setting of a session, and no codec of a driver, changes what they mean.
+--
+-- Functions are added by later migrations, and not changed: workers of two versions use them at once.
+
+CREATE TABLE {schema}.request (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    operation_id text COLLATE "C" NOT NULL UNIQUE,
+    content_sha256 text NOT NULL,
+    body text NOT NULL,
+    traceparent text,
+    requested_at timestamptz NOT NULL,
+    expires_at timestamptz NOT NULL,
+    stored_at timestamptz NOT NULL,
+    asked integer,
+    decided_at timestamptz
+);
+CREATE INDEX request_expires ON {schema}.request (expires_at) WHERE decided_at IS NULL;
+COMMENT ON TABLE {schema}.request IS 'Requests for approvals; a row stays for 400 days, its body for a week after the decision.';
+COMMENT ON COLUMN {schema}.request.asked IS 'Number of the delivery that was about to ask the user last; null: nobody was asked.';
+
+-- When to poll is not worth any WAL: after a crash the table is empty, and `restore` makes its rows again.
+-- All of its columns but one change at each poll, so its pages are kept half empty and vacuumed often.
+CREATE UNLOGGED TABLE {schema}.waiting (
+    id bigint PRIMARY KEY,
+    due_at timestamptz NOT NULL,
+    deliveries integer NOT NULL,
+    failures integer NOT NULL
+) WITH (
+    fillfactor = 50,
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+CREATE INDEX waiting_due ON {schema}.waiting (due_at);
+CREATE INDEX waiting_probes ON {schema}.waiting (failures, least(deliveries, 1) DESC, due_at);
+COMMENT ON TABLE {schema}.waiting IS 'When the undecided requests are due.';
+
+CREATE TABLE {schema}.outcome (
+    id bigint PRIMARY KEY,
+    outcome text NOT NULL,
+    body text NOT NULL,
+    decided_at timestamptz NOT NULL
+);
+COMMENT ON TABLE {schema}.outcome IS 'Outcomes; a row stays for a week, or until each reader has handled it.';
+
+CREATE TABLE {schema}.reader (
+    name text COLLATE "C" PRIMARY KEY,
+    owner name NOT NULL,
+    ready boolean NOT NULL DEFAULT false
+);
+COMMENT ON COLUMN {schema}.reader.owner IS 'The login that may read under this name, or a role whose members may.';
+
+CREATE TABLE {schema}.unread (
+    reader text COLLATE "C" NOT NULL,
+    id bigint NOT NULL,
+    due_at timestamptz NOT NULL,
+    failures integer NOT NULL DEFAULT 0,
+    PRIMARY KEY (reader, id)
+);
+CREATE INDEX unread_due ON {schema}.unread (reader, due_at);
+COMMENT ON TABLE {schema}.unread IS 'Which reader has not handled which outcome.';
+
+
+-- For who asks.
+
+CREATE FUNCTION {schema}.submit(request text, traceparent text DEFAULT NULL) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+DECLARE
+    fields constant jsonb := request;
+    known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context}';
+    kept_for constant interval := '400 days';
+    moment constant timestamptz := clock_timestamp();
+    created_at timestamptz := moment;
+    wait interval := '120 s';
+    seconds numeric := 120;
+    content text;
+    found_content text;
+BEGIN
+    IF jsonb_typeof(fields) IS DISTINCT FROM 'object' THEN
+        RAISE 'the request must be a JSON object' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF octet_length(request) > 1048576 THEN
+        RAISE 'the request must have at most 1048576 bytes, not %', octet_length(request)
+            USING ERRCODE = 'invalid_parameter_value';
+    ELSIF fields - known <> '{}' THEN
+        RAISE 'the request has unknown fields: %', (SELECT string_agg(key, ', ') FROM jsonb_object_keys(fields - known) key)
+            USING ERRCODE = 'invalid_parameter_value';
+    ELSIF fields -> 'version' IS DISTINCT FROM '1' THEN
+        RAISE 'version must be 1' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_typeof(fields -> 'user_id') IS DISTINCT FROM 'string'
+        OR fields ->> 'user_id' !~ '^[0-9A-Fa-f]+$' OR length(fields ->> 'user_id') > 512 THEN
+        RAISE 'user_id must be a text of 1 to 512 hexadecimal digits' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_typeof(fields -> 'operation_id') IS DISTINCT FROM 'string'
+        OR length(fields ->> 'operation_id') NOT BETWEEN 1 AND 512 THEN
+        RAISE 'operation_id must be a text of 1 to 512 characters' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_typeof(fields -> 'operation_payload') NOT IN ('string', 'null')
+        OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null') THEN
+        RAISE 'operation_payload and external_user_id must be texts' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_path_exists(
+        fields -> 'context', 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")'
+    ) THEN
+        RAISE 'context must be nested at most 64 deep' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF fields ? 'expires_in' THEN
+        IF jsonb_typeof(fields -> 'expires_in') <> 'number' OR (fields -> 'expires_in')::numeric <= 0 THEN
+            RAISE 'expires_in must be a positive number of seconds' USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        seconds := trim_scale((fields -> 'expires_in')::numeric);
+        wait := least(seconds, extract(epoch FROM kept_for)) * interval '1 s';
+    END IF;
+    IF fields ->> 'created_at' IS NOT NULL THEN
+        IF fields ->> 'created_at' !~ '^\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)$' THEN
+            RAISE 'created_at must be a time with a zone, such as 2027-01-31T12:00:00Z'
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        -- A request is not made after it was stored: a clock that is ahead must not prolong a wait.
+        created_at := least((fields ->> 'created_at')::timestamptz, moment);
+    END IF;
+    content := encode(sha256(convert_to(jsonb_build_array(
+        fields -> 'operation_id',
+        upper(fields ->> 'user_id'),
+        coalesce(fields ->> 'operation_payload', ''),
+        coalesce(fields ->> 'external_user_id', ''),
+        seconds,
+        fields -> 'context'
+    )::text, 'UTF8')), 'hex');
+
+    WITH stored AS (
+        INSERT INTO {schema}.request AS r
+            (operation_id, content_sha256, body, traceparent, requested_at, expires_at, stored_at)
+        VALUES (fields ->> 'operation_id', content, request, left(traceparent, 128), created_at, created_at + wait, moment)
+        ON CONFLICT DO NOTHING
+        RETURNING r.id
+    )
+    INSERT INTO {schema}.waiting (id, due_at, deliveries, failures) SELECT stored.id, moment, 0, 0 FROM stored;
+    IF FOUND THEN
+        RETURN false;
+    END IF;
+    SELECT r.content_sha256 INTO STRICT found_content FROM {schema}.request r
+    WHERE r.operation_id = fields ->> 'operation_id';
+    IF found_content <> content THEN
+        RAISE 'operation_id % belongs to a different request: choose a new one', to_json(fields ->> 'operation_id')
+            USING ERRCODE = 'unique_violation';
+    END IF;
+    RETURN true;
+END
+$function$;
+COMMENT ON FUNCTION {schema}.submit IS 'Store a request for an approval, as JSON, unless the same is stored already; return whether it was.';
+
+
+-- For who reads.
+
+CREATE FUNCTION {schema}.add_reader(reader text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+BEGIN
+    IF reader !~ '^[A-Za-z0-9_-]{1,128}$' THEN
+        RAISE 'a reader''s name must be 1 to 128 letters, digits, "-" and "_"' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    INSERT INTO {schema}.reader (name, owner) VALUES (reader, session_user) ON CONFLICT DO NOTHING;
+    PERFORM {schema}.check_reader(reader);
+END
+$function$;
+COMMENT ON FUNCTION {schema}.add_reader IS 'Let this login read outcomes under a name. A new name gets all that are stored.';
+
+-- A name belongs to who added it.
+CREATE FUNCTION {schema}.check_reader(reader text) RETURNS boolean
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+DECLARE
+    known {schema}.reader;
+BEGIN
+    SELECT * INTO known FROM {schema}.reader r WHERE r.name = reader;
+    IF NOT FOUND THEN
+        RAISE 'there is no reader %', to_json(reader)
+            USING ERRCODE = 'undefined_object', HINT = 'SELECT {schema}.add_reader(...) adds it.';
+    ELSIF known.owner <> session_user AND NOT EXISTS (
+        SELECT FROM pg_roles r WHERE r.rolname = known.owner AND pg_has_role(session_user, r.oid, 'MEMBER')
+    ) THEN
+        RAISE 'the reader % belongs to another login', to_json(reader) USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN known.ready;
+END
+$function$;
+
+CREATE FUNCTION {schema}.next_outcome(reader text)
+RETURNS TABLE (id bigint, operation_id text, outcome text, event text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
+#variable_conflict use_column
+DECLARE
+    name constant text := reader;
+    moment constant timestamptz := clock_timestamp();
+    candidates bigint[];
+    chosen bigint;
+BEGIN
+    IF NOT {schema}.check_reader(name) THEN
+        RETURN;
+    END IF;
+    candidates := ARRAY(
+        SELECT u.id FROM {schema}.unread u WHERE u.reader = name AND u.due_at <= moment ORDER BY u.due_at LIMIT 100
+    );
+    IF candidates = '{}' THEN
+        -- Nothing is put off for longer: the clock was set back.
+        candidates := ARRAY(
+            SELECT u.id FROM {schema}.unread u WHERE u.reader = name AND u.due_at > moment + interval '300 s' LIMIT 100
+        );
+    END IF;
+    -- In a random order: one that kills its process holds up no other.
+    SELECT u.id INTO chosen FROM {schema}.unread u
+    WHERE u.reader = name AND u.id = ANY (candidates) ORDER BY random() LIMIT 1 FOR UPDATE SKIP LOCKED;
+    IF chosen IS NULL THEN -- a hundred others are in the hands of other processes
+        SELECT u.id INTO chosen FROM {schema}.unread u
+        WHERE u.reader = name AND u.due_at <= moment ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
+    END IF;
+    DELETE FROM {schema}.unread u WHERE u.reader = name AND u.id = chosen;
+    RETURN QUERY SELECT o.id, r.operation_id, o.outcome, o.body
+    FROM {schema}.outcome o JOIN {schema}.request r ON r.id = o.id WHERE o.id = chosen;
+END
+$function$;
+COMMENT ON FUNCTION {schema}.next_outcome IS 'Take an outcome that this reader has not handled. It is handled when the transaction commits, and comes again if it does not.';
+
+CREATE FUNCTION {schema}.put_off_outcome(reader text, outcome bigint, delay double precision DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+BEGIN
+    PERFORM {schema}.check_reader(reader);
+    UPDATE {schema}.unread u
+    SET failures = least(u.failures + 1, 15),
+        due_at = clock_timestamp() + least(coalesce(delay, power(2, u.failures)), 300) * interval '1 s'
+    FROM (
+        SELECT l.id FROM {schema}.unread l WHERE l.reader = put_off_outcome.reader AND l.id = outcome
+        FOR UPDATE SKIP LOCKED -- another process has it by now
+    ) mine
+    WHERE u.reader = put_off_outcome.reader AND u.id = mine.id;
+END
+$function$;
+COMMENT ON FUNCTION {schema}.put_off_outcome IS 'Have an outcome that was not handled come again after so many seconds; by default 1, 2, 4, ... and at most 300.';
+
+
+-- For workers. Pacing need not survive a crash, and does not wait for a disk. A promise does.
+
+CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, probing boolean)
+RETURNS TABLE (
+    id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
+    due_at double precision
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
+#variable_conflict use_column
+DECLARE
+    moment constant timestamptz := clock_timestamp(); -- in a variable: in WHERE it would be called for each row
+    lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
+    chosen bigint[] := '{}';
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    IF probing THEN
+        FOR failed IN 0 .. 15 LOOP
+            FOR tried IN REVERSE 1 .. 0 LOOP
+                EXIT WHEN cardinality(chosen) >= up_to;
+                chosen := chosen || ARRAY(
+                    SELECT w.id FROM {schema}.waiting w
+                    WHERE w.failures = failed AND least(w.deliveries, 1) = tried AND w.due_at <= moment
+                    ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+                );
+            END LOOP;
+        END LOOP;
+    ELSE
+        chosen := ARRAY(
+            SELECT w.id FROM {schema}.waiting w WHERE w.due_at <= moment AND w.due_at >= lowest
+            ORDER BY w.due_at LIMIT up_to FOR UPDATE SKIP LOCKED
+        );
+    END IF;
+    IF floor IS NULL THEN
+        -- Nothing is put off, or delivered, for longer: the clock was set back.
+        chosen := chosen || ARRAY(
+            SELECT w.id FROM {schema}.waiting w WHERE w.due_at > moment + greatest(lease, 200) * interval '1 s'
+            LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+        );
+    END IF;
+    RETURN QUERY SELECT * FROM {schema}.deliver(chosen, lease);
+END
+$function$;
+
+CREATE FUNCTION {schema}.take_overdue(up_to integer, lease double precision, grace double precision)
+RETURNS TABLE (
+    id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
+    due_at double precision
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+AS $function$
+#variable_conflict use_column
+DECLARE
+    moment constant timestamptz := clock_timestamp();
+    over constant timestamptz := moment - grace * interval '1 s';
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    RETURN QUERY SELECT * FROM {schema}.deliver(ARRAY(
+        SELECT w.id FROM {schema}.request r JOIN {schema}.waiting w ON w.id = r.id
+        WHERE r.decided_at IS NULL AND r.expires_at <= over AND w.due_at <= moment
+        ORDER BY r.expires_at LIMIT up_to FOR UPDATE OF w SKIP LOCKED
+    ), lease);
+END
+$function$;
+
+-- Have requests that are locked due again after the lease, and return them in their order.
+CREATE FUNCTION {schema}.deliver(chosen bigint[], lease double precision)
+RETURNS TABLE (
+    id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
+    due_at double precision
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    WITH due AS (
+        SELECT w.id, w.due_at FROM {schema}.waiting w WHERE w.id = ANY (chosen)
+    ), delivered AS (
+        UPDATE {schema}.waiting w
+        SET deliveries = w.deliveries + 1, due_at = clock_timestamp() + lease * interval '1 s'
+        WHERE w.id = ANY (chosen)
+        RETURNING w.id, w.deliveries, w.failures
+    )
+    SELECT r.id, r.body, r.traceparent, extract(epoch FROM r.stored_at)::double precision, delivered.deliveries,
+        delivered.failures, extract(epoch FROM due.due_at)::double precision
+    FROM delivered
+    JOIN due ON due.id = delivered.id
+    JOIN {schema}.request r ON r.id = delivered.id
+    WHERE r.decided_at IS NULL
+    ORDER BY array_position(chosen, r.id);
+END
+$function$;
+
+-- exchange: 0 answered well, 1 failed, 2 there was none, so the delivery does not count.
+CREATE FUNCTION {schema}.put_off(ids bigint[], numbers integer[], delays double precision[], exchanges integer[])
+RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+DECLARE
+    moment constant timestamptz := clock_timestamp();
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    -- What another transaction has locked is being decided, or is a later delivery's.
+    WITH mine AS (
+        SELECT w.id, p.delay, p.exchange
+        FROM unnest(ids, numbers, delays, exchanges) p (id, number, delay, exchange)
+        JOIN {schema}.waiting w ON w.id = p.id AND w.deliveries = p.number
+        FOR UPDATE OF w SKIP LOCKED
+    )
+    UPDATE {schema}.waiting w
+    SET due_at = moment + least(mine.delay, 200) * interval '1 s',
+        deliveries = w.deliveries - (mine.exchange = 2)::integer,
+        failures = CASE mine.exchange WHEN 0 THEN 0 WHEN 1 THEN least(w.failures + 1, 15) ELSE w.failures END
+    FROM mine WHERE w.id = mine.id;
+END
+$function$;
+
+-- Who locks several requests does so in the order of their ids: two that do never wait for each other.
+CREATE FUNCTION {schema}.lock_requests(ids bigint[]) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET jit = off AS $function$
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;
+    PERFORM FROM {schema}.request r WHERE r.id = ANY (ids) ORDER BY r.id FOR NO KEY UPDATE;
+END
+$function$;
+
+CREATE FUNCTION {schema}.claim(ids bigint[], numbers integer[]) RETURNS TABLE (id bigint, was_asked boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+#variable_conflict use_column
+BEGIN
+    PERFORM {schema}.lock_requests(ids);
+    RETURN QUERY SELECT r.id, r.asked IS NOT NULL FROM {schema}.request r WHERE r.id = ANY (ids);
+    UPDATE {schema}.request r SET asked = c.number FROM unnest(ids, numbers) c (id, number) WHERE r.id = c.id;
+END
+$function$;
+COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before.';
+
+CREATE FUNCTION {schema}.unclaim(request bigint, number integer) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    UPDATE {schema}.request r SET asked = NULL WHERE r.id = request AND r.asked = number;
+    RETURN FOUND;
+END
+$function$;
+
+CREATE FUNCTION {schema}.were_asked(ids bigint[]) RETURNS TABLE (id bigint)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
+    SELECT r.id FROM {schema}.request r WHERE r.id = ANY (ids) AND r.asked IS NOT NULL
+$function$;
+
+CREATE FUNCTION {schema}.decide(ids bigint[], outcomes text[], bodies text[]) RETURNS TABLE (id bigint)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+#variable_conflict use_column
+DECLARE
+    moment timestamptz;
+    decided bigint[];
+BEGIN
+    -- A reader that is added meanwhile is seen below, or waits for this transaction: see `welcome_readers`.
+    PERFORM pg_advisory_xact_lock_shared({lock}, 2);
+    PERFORM {schema}.lock_requests(ids);
+    moment := clock_timestamp();
+    WITH changed AS (
+        UPDATE {schema}.request r SET decided_at = moment WHERE r.id = ANY (ids) AND r.decided_at IS NULL RETURNING r.id
+    )
+    SELECT array_agg(changed.id) INTO decided FROM changed;
+    DELETE FROM {schema}.waiting w
+    WHERE w.id IN (SELECT l.id FROM {schema}.waiting l WHERE l.id = ANY (ids) ORDER BY l.id FOR UPDATE);
+    INSERT INTO {schema}.outcome (id, outcome, body, decided_at)
+    SELECT DISTINCT ON (d.id) d.id, d.outcome, d.body, moment
+    FROM unnest(ids, outcomes, bodies) WITH ORDINALITY d (id, outcome, body, place)
+    WHERE d.id = ANY (decided) ORDER BY d.id, d.place;
+    INSERT INTO {schema}.unread (reader, id, due_at)
+    SELECT r.name, d.id, moment FROM {schema}.reader r CROSS JOIN unnest(decided) d (id);
+    RETURN QUERY SELECT unnest(decided);
+END
+$function$;
+COMMENT ON FUNCTION {schema}.decide IS 'Store outcomes and remove their requests from those that wait; return those that had no outcome yet.';
+
+CREATE FUNCTION {schema}.inspect()
+RETURNS TABLE (waiting bigint, backlog bigint, oldest_age double precision, is_standby boolean)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+    SELECT count(*), count(*) FILTER (WHERE w.deliveries = 0), coalesce((
+        SELECT greatest(extract(epoch FROM clock_timestamp() - r.stored_at), 0)::double precision
+        FROM {schema}.request r WHERE r.id = min(w.id)
+    ), 0), pg_is_in_recovery()
+    FROM {schema}.waiting w
+$function$;
+
+-- After a crash, a failover or a restored backup, nothing waits. A number of a delivery that may have asked the user
+-- does not come twice.
+CREATE FUNCTION {schema}.restore() RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
+DECLARE
+    restored bigint;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    INSERT INTO {schema}.waiting (id, due_at, deliveries, failures)
+    SELECT r.id, clock_timestamp(), coalesce(r.asked, 0), 0 FROM {schema}.request r
+    WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
+    FOR SHARE OF r SKIP LOCKED -- what is being decided stays away
+    ON CONFLICT DO NOTHING;
+    GET DIAGNOSTICS restored = ROW_COUNT;
+    RETURN restored;
+END
+$function$;
+
+-- A reader that was added gets all outcomes that are stored. Those that are being stored meanwhile it gets from
+-- `decide`, which sees it; or `decide` began before it was added, and is waited for.
+CREATE FUNCTION {schema}.welcome_readers() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    newcomer text;
+BEGIN
+    FOR newcomer IN SELECT r.name FROM {schema}.reader r WHERE NOT r.ready FOR UPDATE SKIP LOCKED LOOP
+        PERFORM pg_advisory_lock({lock}, 2);
+        PERFORM pg_advisory_unlock({lock}, 2);
+        INSERT INTO {schema}.unread (reader, id, due_at)
+        SELECT newcomer, o.id, clock_timestamp() FROM {schema}.outcome o
+        ON CONFLICT DO NOTHING;
+        UPDATE {schema}.reader r SET ready = true WHERE r.name = newcomer;
+    END LOOP;
+END
+$function$;
+
+-- One page of what nobody needs any more; returns where the next one begins, or null at the end.
+CREATE FUNCTION {schema}.clean(after bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+DECLARE
+    page constant integer := 1000;
+    body_until constant timestamptz := clock_timestamp() - interval '7 days';
+    all_until constant timestamptz := clock_timestamp() - interval '400 days';
+    last bigint;
+    old bigint[];
+    removed bigint;
+BEGIN
+    SELECT max(p.id), coalesce(array_agg(p.id) FILTER (WHERE p.decided_at < body_until), '{}') INTO last, old
+    FROM (SELECT o.id, o.decided_at FROM {schema}.outcome o WHERE o.id > after ORDER BY o.id LIMIT page) p;
+    UPDATE {schema}.request r SET body = '' WHERE r.id = ANY (old) AND r.body <> '';
+    DELETE FROM {schema}.outcome o WHERE o.id = ANY (old) AND (
+        o.decided_at < all_until
+        OR NOT EXISTS (
+            SELECT FROM {schema}.reader d JOIN {schema}.unread u ON u.reader = d.name AND u.id = o.id
+        )
+    );
+    DELETE FROM {schema}.unread u USING {schema}.reader d
+    WHERE u.reader = d.name AND u.id = ANY (old)
+        AND NOT EXISTS (SELECT FROM {schema}.outcome o WHERE o.id = u.id);
+    DELETE FROM {schema}.request r
+    WHERE r.id IN (SELECT o.id FROM {schema}.request o ORDER BY o.id LIMIT page) AND r.decided_at < all_until;
+    GET DIAGNOSTICS removed = ROW_COUNT;
+    RETURN CASE WHEN old <> '{}' THEN last WHEN removed > 0 THEN coalesce(last, after) END;
+END
+$function$;

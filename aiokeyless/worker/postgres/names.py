@@ -1,0 +1,36 @@
+"""The names that the broker has in a database."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from aiokeyless.errors import ConfigurationError
+
+#: Bytes of one request, at most.
+LARGEST_REQUEST: Final = 1 << 20
+_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # with what roles append, PostgreSQL's 63 bytes
+
+
+def check_schema(schema: object) -> str:
+    """Return the name of a schema that needs no quotes.
+
+    Raises:
+        ConfigurationError: It does, or is too long.
+    """
+    if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema) or schema.startswith("pg_"):
+        raise ConfigurationError(
+            f"schema must be 1 to 50 small letters, digits and '_', and not begin with pg_, not {schema!r:.80}",
+            argument="schema",
+        )
+    return schema
+
+
+def quoted(name: str) -> str:
+    """Return a schema or a role as it is written in SQL: it may be a keyword."""
+    return f'"{name}"'
+
+
+def within(schema: str, statement: str) -> str:
+    """Return a statement with a schema in place of its ``{}``."""
+    return statement.format(quoted(schema))
