@@ -90,8 +90,8 @@ async def store_request(connection: Connection, schema: str, new: NewRequest) ->
 
 async def take_outcome(connection: Connection, schema: str, reader: str) -> Outcome | None:
     """Begin a transaction, and take an outcome in it; without one, end the transaction and return None."""
-    transaction = connection.transaction(isolation="read_committed")
     with broker_errors(schema):
+        transaction = connection.transaction(isolation="read_committed")
         try:
             await finished(transaction.start(), connection)
             found = await connection.fetchrow(

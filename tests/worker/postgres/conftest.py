@@ -1,0 +1,67 @@
+"""A database of each test's own, with the broker's schema and a shop's table of payments in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from postgres_server import shared_server
+
+from aiokeyless.worker.postgres import PostgresBroker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from postgres_server import PostgresServer
+
+
+@pytest.fixture
+def server() -> PostgresServer:
+    return shared_server()
+
+
+@pytest.fixture
+def database(server: PostgresServer) -> str:
+    return server.new_database()
+
+
+@pytest.fixture
+def url(server: PostgresServer, database: str) -> str:
+    return server.url(database)
+
+
+@pytest.fixture
+async def broker(url: str) -> AsyncGenerator[PostgresBroker]:
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=2.0, service="")
+        yield broker
+
+
+@pytest.fixture
+async def admin(
+    broker: PostgresBroker,  # noqa: ARG001  # which has made the schema
+    url: str,
+) -> AsyncGenerator[asyncpg.Connection[Any]]:
+    """A connection that sees and changes everything."""
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        """
+        CREATE TABLE payment (operation_id text PRIMARY KEY);
+        SELECT keyless.add_reader('shop');
+        SELECT keyless.welcome_readers();
+        """
+    )
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def connection(
+    admin: asyncpg.Connection[Any],  # noqa: ARG001  # which has made the table
+    url: str,
+) -> AsyncGenerator[asyncpg.Connection[Any]]:
+    """The application's own."""
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()

@@ -1,0 +1,377 @@
+"""`next_outcome` on an application's own connection: for each way in which a body can end, what is stored after it."""
+
+# ruff: noqa: PT012  # a body has several statements
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import anyio
+import asyncpg
+import pytest
+
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker import next_outcome
+from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
+
+from .cutting_proxy import CuttingProxy
+from .shop import decide_all, pay, payments, unread
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
+
+    from .shop import Connection
+
+
+class RefusalError(Exception):
+    """What a body raises."""
+
+
+# -- bodies that end well
+
+
+async def test_what_a_body_does_is_committed_with_the_outcome(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    async with next_outcome(connection, "shop") as event:
+        await pay(connection, event)
+        assert await payments(admin) == set()
+    assert await payments(admin) == {"a"}
+    assert await unread(admin) == {}
+    assert not connection.is_in_transaction()
+
+
+async def test_a_body_that_is_left_by_break_or_return_has_handled_its_outcome(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    async def handle_one() -> None:
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            return
+
+    await decide_all(broker, "a", "b")
+    await handle_one()
+    while True:
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            break
+    assert await payments(admin) == {"a", "b"}
+    assert await unread(admin) == {}
+
+
+async def test_what_fails_in_a_savepoint_does_not_undo_the_rest(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    async with next_outcome(connection, "shop") as event:
+        await pay(connection, event)
+        with pytest.raises(asyncpg.UniqueViolationError):
+            async with connection.transaction():
+                await pay(connection, event)
+    assert await payments(admin) == {"a"}
+    assert await unread(admin) == {}
+
+
+async def test_it_is_read_committed_whatever_is_the_default(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await connection.execute("SET default_transaction_isolation = 'repeatable read'")
+    await decide_all(broker, "a")
+    async with next_outcome(connection, "shop"):
+        await admin.execute("INSERT INTO payment VALUES ('meanwhile')")
+        assert await connection.fetchval("SELECT count(*) FROM payment") == 1
+
+
+async def test_an_application_may_have_codecs_of_its_own(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    for name in ("json", "jsonb"):
+        await connection.set_type_codec(name, encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+    await connection.set_type_codec(
+        "timestamptz", encoder=str, decoder=lambda _: 1 / 0, schema="pg_catalog", format="text"
+    )
+    await decide_all(broker, "a")
+    async with next_outcome(connection, "shop") as event:
+        assert event.operation_id == "a"
+        await pay(connection, event)
+    assert await payments(admin) == {"a"}
+
+
+async def test_a_schema_of_another_name_is_read_by_naming_it(url: str, connection: Connection) -> None:
+    async with PostgresBroker(url, schema="approvals") as broker:
+        await broker.prepare(lease=2.0, service="")
+        side = PostgresConnection(connection, schema="approvals")
+        assert repr(side) == "<PostgresConnection, schema 'approvals'>"
+        await decide_all(broker, "a")
+        async with next_outcome(side, "shop") as event:
+            assert event.operation_id == "a"
+
+
+# -- bodies that end badly
+
+
+async def test_an_exception_rolls_back_and_puts_the_outcome_off(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    for failures in (1, 2):
+        with pytest.raises(RefusalError):
+            async with next_outcome(connection, "shop") as event:
+                await pay(connection, event)
+                raise RefusalError
+        assert await payments(admin) == set()
+        assert await unread(admin) == {"a": failures}
+        assert not connection.is_in_transaction()
+    due_in = await admin.fetchval("SELECT extract(epoch FROM due_at - clock_timestamp())::float FROM keyless.unread")
+    assert 1.0 < due_in <= 2.0
+
+
+async def test_a_body_that_is_cancelled_is_rolled_back(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    paid = asyncio.Event()
+
+    async def handle() -> None:
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            paid.set()
+            await asyncio.sleep(60)
+
+    handling = asyncio.create_task(handle())
+    await paid.wait()
+    handling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await handling
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+    assert not connection.is_in_transaction()
+
+
+async def test_a_body_that_is_cancelled_inside_a_statement_is_rolled_back(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0), next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            await connection.execute("SELECT pg_sleep(60)")
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+    assert not connection.is_in_transaction()
+
+
+async def test_a_scope_that_cancels_each_await_leaves_no_transaction_behind(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with anyio.move_on_after(1.0):
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            await asyncio.sleep(60)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+    assert not connection.is_in_transaction()
+
+
+async def test_a_cancellation_while_it_waits_leaves_no_transaction_behind(connection: Connection) -> None:
+    for turns in range(0, 40, 3):
+        waiting = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not connection.is_in_transaction()
+        async with connection.transaction():
+            await connection.execute("SELECT 1")
+
+
+async def test_an_error_of_sql_that_the_body_swallowed_is_raised(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError, match="use a savepoint") as caught:
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            with pytest.raises(asyncpg.UniqueViolationError):
+                await pay(connection, event)
+    assert isinstance(caught.value.__cause__, asyncpg.InFailedSQLTransactionError)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+    assert not connection.is_in_transaction()
+
+
+async def test_a_constraint_that_is_checked_at_the_end_is_checked_before_the_commit(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await admin.execute(
+        "CREATE TABLE item (payment text REFERENCES payment DEFERRABLE INITIALLY DEFERRED)",
+    )
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError, match="constraint"):
+        async with next_outcome(connection, "shop"):
+            await connection.execute("INSERT INTO item VALUES ('none')")
+    assert await unread(admin) == {"a": 1}
+    assert not connection.is_in_transaction()
+
+
+async def test_a_body_that_commits_by_itself_is_told_and_has_handled_its_outcome(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(ConfigurationError, match="must not end its transaction"):
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            await connection.execute("COMMIT")
+    assert await payments(admin) == {"a"}
+    assert await unread(admin) == {}
+    async with connection.transaction():  # the driver knows of no transaction any more
+        assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_a_body_that_begins_a_transaction_of_its_own_loses_it(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(ConfigurationError, match="must not end its transaction"):
+        async with next_outcome(connection, "shop") as event:
+            await connection.execute("ROLLBACK")
+            await connection.execute("BEGIN")
+            await pay(connection, event)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+    assert not connection.is_in_transaction()
+
+
+# -- connections that end
+
+
+async def test_a_backend_that_is_killed_in_the_body_has_stored_nothing(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError, match="comes again"):
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 0}
+
+
+async def test_the_bodys_own_exception_counts_also_if_the_connection_is_lost(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(RefusalError):
+        async with next_outcome(connection, "shop"):
+            await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+            raise RefusalError
+    assert await unread(admin) == {"a": 0}
+
+
+async def test_a_backend_that_is_killed_while_it_waits_is_an_error(admin: Connection, connection: Connection) -> None:
+    waiting = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
+    await asyncio.sleep(0.5)
+    await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
+    with pytest.raises(Exception, match=r"closed|terminat"):
+        await waiting
+    with pytest.raises(BrokerError, match="cannot be read"):
+        async with next_outcome(connection, "shop"):
+            pass
+
+
+async def test_a_body_that_is_slower_than_the_server_allows_has_stored_nothing(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await connection.execute("SET idle_in_transaction_session_timeout = '200ms'")
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError, match="comes again"):
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            await asyncio.sleep(1.0)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 0}
+
+
+@pytest.mark.parametrize("is_committed", [False, True], ids=["before", "after"])
+async def test_a_connection_that_is_cut_at_the_commit_leaves_both_or_neither(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str, is_committed: bool
+) -> None:
+    await decide_all(broker, "a")
+    async with CuttingProxy(server, cut_after=is_committed) as proxy:
+        connection = await asyncpg.connect(proxy.url(database))
+        with pytest.raises(BrokerError, match="as far as is known"):
+            async with next_outcome(connection, "shop") as event:
+                await pay(connection, event)
+                proxy.arm()
+    assert await payments(admin) == ({"a"} if is_committed else set())
+    assert await unread(admin) == ({} if is_committed else {"a": 0})
+
+
+# -- who has it
+
+
+async def test_an_outcome_in_hand_is_in_no_other_hand_and_comes_again_at_once_if_its_process_dies(
+    broker: PostgresBroker, admin: Connection, connection: Connection, url: str
+) -> None:
+    await decide_all(broker, "a")
+    other = await asyncpg.connect(url)
+    dying = await PostgresConnection(other).next_outcome("shop")
+    reading = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
+    await asyncio.sleep(0.6)
+    assert not reading.done()
+    other.terminate()
+    outcome = await asyncio.wait_for(reading, 10)
+    assert outcome.data == dying.data
+    await outcome.handled()
+    assert await unread(admin) == {}
+
+
+async def test_one_that_kills_its_process_holds_up_no_other(
+    broker: PostgresBroker, admin: Connection, url: str
+) -> None:
+    good = {f"good-{number}" for number in range(10)}
+    await decide_all(broker, "deadly", *good)
+    deaths = 0
+    while await unread(admin) != {"deadly": 0}:
+        connection = await asyncpg.connect(url)
+        async with asyncio.timeout(10):
+            event = json.loads((outcome := await PostgresConnection(connection).next_outcome("shop")).data)
+        if event["operation_id"] == "deadly":
+            deaths += 1
+            assert deaths < 100
+            connection.terminate()
+        else:
+            await outcome.handled()
+            await connection.close()
+
+
+async def test_a_connection_in_a_transaction_is_refused(connection: Connection) -> None:
+    async with connection.transaction():
+        with pytest.raises(ConfigurationError, match=r"keyless\.next_outcome"):
+            async with next_outcome(connection, "shop"):
+                pass
+        assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_while_it_waits_the_connection_is_in_no_transaction(admin: Connection, connection: Connection) -> None:
+    waiting = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
+    states = []
+    for _ in range(20):
+        await asyncio.sleep(0.05)
+        states.append(
+            await admin.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", connection.get_server_pid())
+        )
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert states.count("idle") >= 15
+
+
+@pytest.mark.parametrize("target", [asyncpg.Record, object()])
+def test_what_is_no_connection_is_refused(target: object) -> None:
+    with pytest.raises(ConfigurationError, match="asyncpg connection"):
+        PostgresConnection(target)  # type: ignore[arg-type]  # under test
