@@ -1,0 +1,287 @@
+"""`submit` in an application's transaction, and what the database makes of the texts that it is given."""
+
+# ruff: noqa: PT012  # a transaction has several statements
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+
+from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.worker import approval_request, submit_approval
+from aiokeyless.worker.messages import VERSION
+from aiokeyless.worker.postgres import PostgresBroker
+from worker.conformance.brokers import new_request, operation_of, take_all
+
+from .cutting_proxy import CuttingProxy
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
+
+    from .shop import Connection
+
+
+async def waiting(admin: Connection) -> list[str]:
+    rows = await admin.fetch(
+        "SELECT r.operation_id FROM keyless.waiting w JOIN keyless.request r ON r.id = w.id ORDER BY r.id"
+    )
+    return [row[0] for row in rows]
+
+
+async def submit_text(connection: Connection, text: str) -> bool:
+    is_duplicate: bool = await connection.fetchval("SELECT keyless.submit($1)", text)
+    return is_duplicate
+
+
+def text_of(**fields: Any) -> str:
+    return json.dumps({"version": VERSION, "user_id": "C0FFEE", "operation_id": "a", **fields})
+
+
+# -- in a transaction
+
+
+async def test_a_request_is_stored_if_and_only_if_the_transaction_commits(
+    admin: Connection, connection: Connection
+) -> None:
+    async with connection.transaction():
+        await connection.execute("INSERT INTO payment VALUES ('a')")
+        submission = await submit_approval(connection, "C0FFEE", operation_id="a")
+        assert not submission.duplicate
+        assert await waiting(admin) == []
+    assert await waiting(admin) == ["a"]
+
+    with pytest.raises(ZeroDivisionError):
+        async with connection.transaction():
+            await submit_approval(connection, "C0FFEE", operation_id="b")
+            raise ZeroDivisionError
+    assert await waiting(admin) == ["a"]
+
+    async with connection.transaction():
+        assert (await submit_approval(connection, "C0FFEE", operation_id="a")).duplicate
+
+
+async def test_a_connection_in_no_transaction_is_refused(admin: Connection, connection: Connection) -> None:
+    with pytest.raises(ConfigurationError, match=r"async with connection\.transaction"):
+        await submit_approval(connection, "C0FFEE", operation_id="a")
+    assert await waiting(admin) == []
+
+
+async def test_an_aborted_transaction_is_the_drivers_error(connection: Connection) -> None:
+    transaction = connection.transaction()
+    await transaction.start()
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await connection.execute("SELECT 1 / 0")
+    with pytest.raises(asyncpg.InFailedSQLTransactionError):
+        await submit_approval(connection, "C0FFEE", operation_id="a")
+    await transaction.rollback()
+
+
+async def test_a_different_request_under_a_used_operation_id_ends_its_senders_transaction(
+    admin: Connection, connection: Connection
+) -> None:
+    async with connection.transaction():
+        await submit_approval(connection, "C0FFEE", operation_id="a", operation_payload="Pay 40 EUR")
+    with pytest.raises(InvalidRequestError, match='"a" belongs to a different request'):
+        async with connection.transaction():
+            await connection.execute("INSERT INTO payment VALUES ('a')")
+            await submit_approval(connection, "C0FFEE", operation_id="a", operation_payload="Pay 4000 EUR")
+    assert await admin.fetchval("SELECT count(*) FROM payment") == 0
+    with pytest.raises(asyncpg.UniqueViolationError):  # 23505, for any other driver
+        await submit_text(connection, text_of(operation_payload="Pay 4000 EUR"))
+
+
+async def test_two_transactions_at_once_with_the_same_request_store_one(
+    admin: Connection, connection: Connection, url: str
+) -> None:
+    other = await asyncpg.connect(url)
+    async with connection.transaction():
+        await submit_approval(connection, "C0FFEE", operation_id="a")
+        second = asyncio.create_task(submit_text(other, approval_request("C0FFEE", operation_id="a")))
+        await asyncio.sleep(0.3)
+        assert not second.done()
+    assert await second
+    assert await waiting(admin) == ["a"]
+    await other.close()
+
+
+async def test_in_repeatable_read_a_request_that_was_stored_meanwhile_has_the_transaction_repeated(
+    admin: Connection, connection: Connection
+) -> None:
+    transaction = connection.transaction(isolation="repeatable_read")
+    await transaction.start()
+    await connection.execute("SELECT * FROM payment")
+    await submit_text(admin, text_of())
+    with pytest.raises(asyncpg.SerializationError):  # 40001, which applications repeat anyway
+        await submit_approval(connection, "C0FFEE", operation_id="a")
+    await transaction.rollback()
+    assert await waiting(admin) == ["a"]
+
+
+@pytest.mark.parametrize("is_committed", [False, True], ids=["before", "after"])
+async def test_a_request_whose_commit_was_cut_is_submitted_again(
+    admin: Connection, server: PostgresServer, database: str, is_committed: bool
+) -> None:
+    async with CuttingProxy(server, cut_after=is_committed) as proxy:
+        connection = await asyncpg.connect(proxy.url(database))
+        with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)):
+            async with connection.transaction():
+                await submit_approval(connection, "C0FFEE", operation_id="a")
+                proxy.arm()
+    assert await waiting(admin) == (["a"] if is_committed else [])
+    assert await submit_text(admin, approval_request("C0FFEE", operation_id="a")) is is_committed
+    assert await waiting(admin) == ["a"]
+
+
+async def test_a_broker_whose_commit_was_cut_says_that_it_may_be_submitted_again(
+    admin: Connection, server: PostgresServer, database: str
+) -> None:
+    async with CuttingProxy(server, cut_after=True) as proxy, PostgresBroker(proxy.url(database)) as broker:
+        proxy.arm()
+        with pytest.raises(BrokerError, match="submit it again") as caught:
+            await submit_approval(broker, "C0FFEE", operation_id="a")
+        assert caught.value.operation_id == "a"
+    assert await waiting(admin) == ["a"]
+
+
+async def test_a_request_that_commits_late_is_taken_all_the_same(
+    broker: PostgresBroker, connection: Connection
+) -> None:
+    async with connection.transaction():
+        await submit_approval(connection, "C0FFEE", operation_id="late")
+        await broker.submit(new_request("early"))
+        assert [operation_of(message) for message in await take_all(broker, 5.0, up_to=1)] == ["early"]
+        assert not await broker.take(10, 0.5)
+    assert [operation_of(message) for message in await take_all(broker, 3.0, up_to=1)] == ["late"]
+
+
+# -- texts
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "invalid input syntax"),
+        ("[]", "must be a JSON object"),
+        ("null", "must be a JSON object"),
+        (text_of(version=2), "version must be 1"),
+        (text_of(version="1"), "version must be 1"),
+        (text_of(operation_paylaod="Pay"), "unknown fields: operation_paylaod"),
+        (text_of(operation_id=7), "operation_id must be a text"),
+        (text_of(operation_id=None), "operation_id must be a text"),
+        (text_of(operation_id=""), "operation_id must be a text"),
+        (text_of(operation_id="x" * 513), "operation_id must be a text"),
+        (text_of(user_id=12), "user_id must be"),
+        (text_of(user_id="G"), "user_id must be"),
+        (text_of(user_id="AB\n"), "user_id must be"),
+        (text_of(operation_payload=40), "must be texts"),
+        (text_of(external_user_id=["a"]), "must be texts"),
+        (text_of(expires_in="120"), "expires_in must be"),
+        (text_of(expires_in=0), "expires_in must be"),
+        (text_of(expires_in=-1), "expires_in must be"),
+        (text_of(expires_in=None), "expires_in must be"),
+        (text_of(expires_in=float("nan")), "invalid input syntax"),
+        (text_of(created_at="2027-01-31T12:00:00"), "with a zone"),
+        (text_of(created_at="tomorrow"), "with a zone"),
+        (text_of(created_at="infinity"), "with a zone"),
+        (text_of(created_at=1800000000), "with a zone"),
+        (text_of(created_at="2027-02-31T12:00:00Z"), "out of range"),
+        (text_of(context="\x00"), "Unicode"),
+        (text_of().replace('"a"', '"\\ud800"'), "surrogate|Unicode"),
+        (text_of().replace("}", ', "context": ' + "[" * 65 + "]" * 65 + "}"), "at most 64 deep"),
+        (text_of().replace("}", ', "context": ' + '{"a":' * 65 + "1" + "}" * 65 + "}"), "at most 64 deep"),
+        (text_of().replace("}", ', "context": ' + "[" * 7000 + "]" * 7000 + "}"), "deep|stack depth"),
+        (text_of(context=10**5).replace("100000", "1e200000"), "overflow"),
+        (text_of(operation_payload="x" * (1 << 20)), "at most 1048576 bytes"),
+    ],
+)
+async def test_a_text_that_is_no_request_is_an_error_for_its_sender(
+    admin: Connection, connection: Connection, text: str, reason: str
+) -> None:
+    with pytest.raises((asyncpg.DataError, asyncpg.StatementTooComplexError), match=reason):
+        await submit_text(connection, text)
+    assert await admin.fetchval("SELECT count(*) FROM keyless.request") == 0
+
+
+async def test_a_broker_raises_it_as_an_invalid_request(broker: PostgresBroker) -> None:
+    with pytest.raises(InvalidRequestError, match="Unicode"):
+        await submit_approval(broker, "C0FFEE", operation_id="a", context="\x00")
+
+
+@pytest.mark.parametrize("depth", [1, 64])
+async def test_a_context_comes_back_byte_for_byte(broker: PostgresBroker, admin: Connection, depth: int) -> None:
+    context = "[" * depth + ' {"b" :1.50,"a": "\\u00e9\\\\u0000"} ' + "]" * depth if depth < 64 else "[" * 64 + "]" * 64
+    text = text_of().replace("}", f', "context": {context}' + "}")
+    assert not await submit_text(admin, text)
+    (message,) = await broker.take(1, 5.0)
+    assert message.body.decode() == text
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"created_at": "2026-01-31T12:00:00+05:30"},
+        {"expires_in": 120},
+        {"expires_in": 120.0},
+        {"operation_payload": None, "external_user_id": ""},
+        {"user_id": "c0ffee"},
+    ],
+)
+async def test_the_same_request_in_other_words_is_the_same(connection: Connection, same: dict[str, Any]) -> None:
+    assert not await submit_text(connection, text_of())
+    assert await submit_text(connection, " " + text_of(**same))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"user_id": "C0FFEF"},
+        {"operation_payload": "Pay"},
+        {"external_user_id": "alice"},
+        {"expires_in": 121},
+        {"context": {}},
+    ],
+)
+async def test_a_request_that_differs_in_any_other_field_is_a_different_one(
+    connection: Connection, other: dict[str, Any]
+) -> None:
+    assert not await submit_text(connection, text_of())
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await submit_text(connection, text_of(**other))
+
+
+async def test_times_do_not_depend_on_the_settings_of_a_session(admin: Connection, connection: Connection) -> None:
+    await connection.execute(
+        "SET timezone = 'Asia/Kathmandu'; SET datestyle = 'SQL, DMY'; SET intervalstyle = 'sql_standard'"
+    )
+    created_at = datetime.now(UTC) - timedelta(seconds=10)
+    await submit_text(connection, approval_request("C0FFEE", operation_id="a", created_at=created_at, expires_in=90.5))
+    row: Any = await admin.fetchrow("SELECT requested_at, expires_at FROM keyless.request")
+    assert row["requested_at"] == created_at
+    assert row["expires_at"] == created_at + timedelta(seconds=90.5)
+
+
+async def test_a_time_in_the_future_counts_as_now_and_a_wait_ends_after_400_days(connection: Connection) -> None:
+    created_at = datetime.now(UTC) + timedelta(days=1)
+    await submit_text(connection, approval_request("C0FFEE", operation_id="a", created_at=created_at, expires_in=1e9))
+    row: Any = await connection.fetchrow("SELECT * FROM keyless.request")
+    assert row["requested_at"] == row["stored_at"] < created_at
+    assert row["expires_at"] == row["stored_at"] + timedelta(days=400)
+
+
+async def test_the_ids_of_a_request_are_compared_byte_by_byte(connection: Connection) -> None:
+    for operation_id in ("\u00e9", "e\u0301", "E\u0301", "a", "A", "a "):
+        assert not await submit_text(connection, text_of(operation_id=operation_id))
+
+
+async def test_an_application_without_a_connection_uses_the_broker(broker: PostgresBroker, admin: Connection) -> None:
+    assert not (await submit_approval(broker, "C0FFEE", operation_id="a")).duplicate
+    (message,) = await broker.take(1, 5.0)
+    assert operation_of(message) == "a"
+    assert await waiting(admin) == ["a"]
+    with pytest.raises(ConfigurationError, match=r"PostgresBroker\(pool\)"):
+        await submit_approval(asyncpg.create_pool(), "C0FFEE", operation_id="a")
