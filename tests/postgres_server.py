@@ -77,6 +77,10 @@ class PostgresServer:
         )  # fmt: skip
         return [line.split("\t") for line in output.splitlines()]
 
+    def write(self, path: str, text: str) -> None:
+        """Write one of the server's files."""
+        Path(path).write_text(text, encoding="utf-8")
+
     def start(self) -> None:
         """Start the server, and return when it accepts clients."""
         options = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]

@@ -53,6 +53,7 @@ _KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: everything that waits is made aga
 _ATTEMPTS: Final = 5  # of a transaction that met another one
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all that was due
 _TAKES_AGAIN: Final = 0.02  # seconds likewise, if there was more
+_COMMITS_WITHIN: Final = 1.0  # seconds after which most requests that are submitted are committed
 _LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two takes that begin with the oldest entries of the index
 _WELCOMES_EVERY: Final = 1.0  # seconds
 _RESTORES_EVERY: Final = 10.0  # seconds
@@ -125,7 +126,7 @@ class PostgresBroker(Broker):
         self._clock = _Clock()
         self._take_from = 0.0  # of the loop's clock
         self._look_below_at = 0.0  # likewise
-        self._floor = 0.0  # what was due before was taken, but for what committed late
+        self._floor = 0.0  # what was due before was taken, but for what was committed late
         self._put_offs = self._batches(self._put_off)
         self._decisions = self._batches(self._decide)
         self._claims = self._batches(self._claim)
@@ -275,7 +276,8 @@ class PostgresBroker(Broker):
         )
         taken = [row for row in rows if row["id"] is not None]
         if not probing:
-            self._floor = min(rows[0][0], taken[-1]["due_at"]) if len(taken) == up_to else rows[0][0]
+            until = min(rows[0][0], taken[-1]["due_at"]) if len(taken) == up_to else rows[0][0]
+            self._floor = until - _COMMITS_WITHIN
         return [_message(row) for row in taken]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:

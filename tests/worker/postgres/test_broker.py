@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from nats_server import until
+from postgres_server import PostgresServer
+
+from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.worker.broker import Exchange, UnavailableError, broker_for
+from aiokeyless.worker.messages import Outcome
+from aiokeyless.worker.postgres import PostgresBroker, migrations
+from aiokeyless.worker.postgres import broker as module
+from worker.conformance.brokers import decide, new_request, operation_of, outcome_of, submit, take_all
+
+from .shop import decide_all, unread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .shop import Connection
+
+
+@pytest.fixture
+def own_server() -> Iterator[PostgresServer]:
+    """A server that a test may kill."""
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+async def fill(admin: Connection, count: int, due_in: str = "0 s") -> None:
+    """Store many requests, which are due in a time."""
+    await admin.execute(
+        f"""
+        WITH stored AS (
+            INSERT INTO keyless.request
+                (operation_id, content_sha256, body, requested_at, expires_at, stored_at)
+            SELECT 'filler-' || n || clock_timestamp(), '', '{{}}', now(), now() + interval '1 h', now()
+            FROM generate_series(1, {count}) n RETURNING id
+        )
+        INSERT INTO keyless.waiting SELECT id, clock_timestamp() + interval '{due_in}', 1, 0 FROM stored
+        """  # noqa: S608  # numbers of this test's own
+    )
+
+
+# -- what it is made of
+
+
+def test_a_url_picks_the_broker() -> None:
+    for url in ("postgresql://localhost/shop", "postgres://localhost/shop"):
+        assert repr(broker_for(url)) == "<PostgresBroker, schema 'keyless'>"
+
+
+@pytest.mark.parametrize("schema", ["", "Keyless", "pg_mine", "key-less", 'a"b', "x" * 51, None])
+def test_a_schema_whose_name_needs_quotes_is_refused(schema: Any) -> None:
+    with pytest.raises(ConfigurationError, match="schema must be"):
+        PostgresBroker("postgresql://localhost/shop", schema=schema)
+
+
+def test_what_is_neither_a_url_nor_a_pool_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="URL or an asyncpg pool, not int"):
+        PostgresBroker(5432)  # type: ignore[arg-type]  # under test
+
+
+def test_the_module_has_no_other_names() -> None:
+    with pytest.raises(ImportError, match="Redis"):
+        from aiokeyless.worker.postgres import RedisBroker  # noqa: F401  # under test
+
+
+async def test_a_database_that_is_not_there_is_named(server: PostgresServer) -> None:
+    with pytest.raises(BrokerError, match='database "nowhere" does not exist'):
+        await PostgresBroker(server.url("nowhere")).open()
+    with pytest.raises(BrokerError, match="cannot be reached"):
+        await PostgresBroker("postgresql://localhost:1/shop").open()
+    with pytest.raises(ConfigurationError, match="URL of a database"):
+        await PostgresBroker("postgresql://localhost:port/shop").open()
+
+
+async def test_a_password_is_in_no_error_and_no_repr(own_server: PostgresServer) -> None:
+    own_server.execute("CREATE ROLE app LOGIN PASSWORD 'right'")
+    hba = own_server.execute("SHOW hba_file")[0][0]
+    own_server.write(hba, "local all app scram-sha-256\nlocal all all trust\n")
+    own_server.execute("SELECT pg_reload_conf()")
+    broker = PostgresBroker(own_server.url("postgres", "app").replace("app@", "app:hunter2@"))
+    with pytest.raises(BrokerError, match="password authentication failed") as caught:
+        await broker.open()
+    assert "hunter2" not in f"{broker!r} {broker.destination} {caught.value}"
+
+
+async def test_a_broker_is_opened_once_and_closed_as_often_as_one_likes(url: str) -> None:
+    broker = PostgresBroker(url)
+    with pytest.raises(ConfigurationError, match="async with"):
+        await broker.take(1, 0.0)
+    async with broker:
+        with pytest.raises(ConfigurationError, match="open already"):
+            await broker.open()
+    await broker.aclose()
+    async with broker:
+        await broker.prepare(lease=2.0, service="")
+        await submit(broker, "a")
+
+
+async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
+    async with asyncpg.create_pool(url, min_size=1, max_size=3) as pool:
+        async with PostgresBroker(pool) as broker:
+            await broker.prepare(lease=2.0, service="")
+            await decide_all(broker, "a")
+            outcome = await broker.next_outcome("shop")
+            await outcome.handled()
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_a_connection_that_was_handed_back_in_a_transaction_is_of_use_again(url: str) -> None:
+    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, PostgresBroker(pool) as broker:
+        await broker.prepare(lease=2.0, service="")
+        async with pool.acquire() as connection:
+            await connection.execute("BEGIN")
+        await decide_all(broker, "a")
+
+
+async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: str) -> None:
+    async with asyncpg.create_pool(url, min_size=1, max_size=4) as pool, PostgresBroker(pool) as broker:
+        await broker.prepare(lease=2.0, service="")
+        await decide_all(broker, *(f"payment-{number}" for number in range(4)))
+
+        async def handle() -> None:
+            outcome = await broker.next_outcome("shop")
+            await submit(broker, f"next-{outcome.place}")
+            await outcome.handled()
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(handle() for _ in range(4)))
+
+
+async def test_what_waits_when_the_broker_is_closed_ends_with_an_error(broker: PostgresBroker) -> None:
+    reading = asyncio.create_task(broker.next_outcome("shop"))
+    taking = asyncio.create_task(broker.take(1, 60.0))
+    await asyncio.sleep(0.3)
+    await broker.aclose()
+    for waiting in (reading, taking):
+        with pytest.raises((ConfigurationError, UnavailableError)):
+            await asyncio.wait_for(waiting, 10)
+
+
+# -- versions
+
+
+async def test_a_worker_goes_on_while_a_later_version_allows_it(url: str, admin: Connection) -> None:
+    await admin.execute("INSERT INTO keyless.migration VALUES ($1, $2)", migrations.VERSION + 1, migrations.VERSION)
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=2.0, service="")
+        await decide_all(broker, "a")
+    await admin.execute("INSERT INTO keyless.migration VALUES ($1, $1)", migrations.VERSION + 2)
+    async with PostgresBroker(url) as broker:
+        with pytest.raises(BrokerError, match="upgrade this one"):
+            await broker.prepare(lease=2.0, service="")
+
+
+async def test_workers_that_start_at_once_migrate_once(url: str) -> None:
+    async def start() -> None:
+        async with PostgresBroker(url) as broker:
+            await broker.prepare(lease=2.0, service="")
+
+    await asyncio.gather(*(start() for _ in range(4)))
+    connection = await asyncpg.connect(url)
+    assert await connection.fetchval("SELECT count(*) FROM keyless.migration") == migrations.VERSION
+    await connection.close()
+
+
+async def test_a_migration_that_others_hold_up_stops_nobody_for_long(
+    url: str, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "_LOCK_WITHIN", "50ms")
+    await admin.execute("DROP SCHEMA keyless CASCADE")
+    async with admin.transaction(), PostgresBroker(url) as broker:
+        await admin.execute("SELECT pg_advisory_xact_lock($1, 1)", migrations.lock_number("keyless"))
+        with pytest.raises(BrokerError, match=r"cannot be prepared: .*lock timeout"):
+            await broker.prepare(lease=2.0, service="")
+
+
+async def test_a_database_of_another_encoding_is_refused(server: PostgresServer) -> None:
+    server.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
+    async with PostgresBroker(server.url("latin")) as broker:
+        with pytest.raises(BrokerError, match="UTF8"):
+            await broker.prepare(lease=2.0, service="")
+
+
+# -- plans
+
+
+async def explained(admin: Connection, statement: str) -> list[str]:
+    """Return the plans of what a function executes, as they were executed."""
+    await admin.execute(
+        "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0; SET auto_explain.log_nested_statements = on;"
+        "SET auto_explain.log_analyze = on; SET auto_explain.log_buffers = on; SET client_min_messages = log"
+    )
+    plans: list[str] = []
+
+    def on_log(_connection: object, message: object) -> None:
+        plans.append(str(message))
+
+    admin.add_log_listener(on_log)
+    for _ in range(7):  # the first five plans are for the values that they are given
+        plans.clear()
+        await admin.fetch(statement)
+        await asyncio.sleep(0)
+    admin.remove_log_listener(on_log)
+    await admin.execute("SET auto_explain.log_min_duration = -1; SET client_min_messages = notice")
+    return plans
+
+
+@pytest.mark.parametrize("is_analyzed", [False, True])
+async def test_a_take_seeks_what_is_due_in_an_index(admin: Connection, is_analyzed: bool) -> None:
+    await fill(admin, 20_000, "1 h")
+    await fill(admin, 100)
+    if is_analyzed:
+        await admin.execute("ANALYZE")
+    plans = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, false)")
+    (due,) = [plan for plan in plans if "ORDER BY w.due_at" in plan]
+    assert re.search(r"Index Cond: \(\(due_at <= .*\) AND \(due_at >= ", due)
+    probes = await explained(admin, "SELECT * FROM keyless.take(5, 100, 0, true)")
+    (probe,) = [plan for plan in probes if "ORDER BY w.due_at" in plan][:1]
+    assert re.search(r"Index Cond: \(\(failures = .*\) AND \(LEAST.*\) AND \(due_at <= ", probe)
+    for plan in (*plans, *probes):
+        assert "Seq Scan" not in plan
+        assert "Sort Key: w.due_at" not in plan
+
+
+async def test_a_take_does_not_get_slower_while_a_transaction_elsewhere_is_long(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await fill(admin, 2000)
+    async with connection.transaction(isolation="repeatable_read"):
+        await connection.execute("SELECT * FROM payment")
+        for _ in range(5):
+            await admin.execute("UPDATE keyless.waiting SET due_at = clock_timestamp()")
+        floor = await admin.fetchval("SELECT extract(epoch FROM min(due_at))::float FROM keyless.waiting")
+
+        async def pages(floor: object) -> int:
+            plans = await explained(admin, f"SELECT * FROM keyless.take(1, 100, {floor}, false)")  # noqa: S608  # a number
+            (plan,) = [plan for plan in plans if "ORDER BY w.due_at" in plan][:1]
+            found = re.search(r"Buffers: shared hit=(\d+)", plan)
+            assert found is not None
+            return int(found[1])
+
+        assert await pages(floor) < await pages("NULL") / 3
+    await submit(broker, "a")
+
+
+# -- transactions that meet
+
+
+async def test_put_offs_and_decisions_of_the_same_requests_never_wait_for_each_other(
+    broker: PostgresBroker, url: str, admin: Connection, database: str
+) -> None:
+    async with PostgresBroker(url) as other:
+        await other.prepare(lease=2.0, service="")
+        loop = asyncio.get_running_loop()
+        until, number = loop.time() + 4.0, 0
+        while loop.time() < until:
+            number += 1
+            await submit(broker, *(f"payment-{number}-{place}" for place in range(20)))
+            messages = await take_all(broker, 5.0, up_to=20)
+            backwards = messages[::-1]
+            await asyncio.gather(
+                *(broker.put_off(message, 0.0, Exchange.ANSWERED) for message in messages),
+                *(other.decide(message, outcome_of(message), "") for message in backwards),
+                *(broker.claim(message, "", "") for message in messages),
+                *(other.claim(message, "", "") for message in backwards),
+                *(broker.decide(message, outcome_of(message, Outcome.EXPIRED), "") for message in messages),
+            )
+    assert await admin.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = $1", database) == 0
+    assert await admin.fetchval("SELECT count(*) FROM keyless.outcome") == number * 20
+    assert await admin.fetchval("SELECT count(*) FROM keyless.waiting") == 0
+
+
+async def test_a_transaction_that_met_another_one_is_repeated(
+    broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await admin.execute(
+        """
+        CREATE SEQUENCE attempts;
+        CREATE OR REPLACE FUNCTION keyless.restore() RETURNS bigint LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('public.attempts') < 4 THEN
+                RAISE 'deadlock detected' USING ERRCODE = 'deadlock_detected';
+            END IF;
+            RETURN 0;
+        END $$
+        """
+    )
+    await broker.prepare(lease=2.0, service="")
+    assert await admin.fetchval("SELECT last_value FROM attempts") == 4
+    await admin.execute("SELECT setval('attempts', 1)")
+    monkeypatch.setattr(module, "_ATTEMPTS", 2)
+    with pytest.raises(BrokerError, match="deadlock"):
+        await broker.prepare(lease=2.0, service="")
+
+
+async def test_a_new_reader_misses_nothing_and_stops_nobody_while_outcomes_are_stored(
+    broker: PostgresBroker, admin: Connection
+) -> None:
+    expected = {f"payment-{number}" for number in range(200)}
+    await submit(broker, *sorted(expected))
+    messages = await take_all(broker, 10.0, up_to=200)
+    readers = [f"reader-{number}" for number in range(5)]
+    longest = 0.0
+
+    async def decide_them() -> None:
+        nonlocal longest
+        loop = asyncio.get_running_loop()
+        for message in messages:
+            began = loop.time()
+            assert await decide(broker, message)
+            longest = max(longest, loop.time() - began)
+
+    async def read(reader: str, delay: float) -> list[str]:
+        await asyncio.sleep(delay)
+        seen: list[str] = []
+        while len(seen) < len(expected):
+            outcome = await broker.next_outcome(reader)
+            seen.append(outcome.place)
+            await outcome.handled()
+        return seen
+
+    deciding = asyncio.create_task(decide_them())
+    for seen in await asyncio.gather(*(read(reader, 0.05 * place) for place, reader in enumerate(readers))):
+        assert len(set(seen)) == len(expected)
+    await deciding
+    assert longest < 2.0
+    for reader in readers:
+        assert await unread(admin, reader) == {}
+
+
+# -- failures
+
+
+async def test_after_a_crash_everything_that_was_undecided_waits_again(own_server: PostgresServer) -> None:
+    url = own_server.url(own_server.new_database())
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=60.0, service="")
+        await decide_all(broker, "decided")
+        await submit(broker, "asked", "new")
+        (asked,) = [message for message in await take_all(broker, 5.0, up_to=2) if operation_of(message) == "asked"]
+        claimed = await broker.claim(asked, "", "")
+        own_server.execute("CHECKPOINT")
+        own_server.kill()
+        with pytest.raises(UnavailableError):
+            await broker.take(1, 1.0)
+        own_server.start()
+        numbers: dict[str, int] = {}
+        async with asyncio.timeout(30):
+            while len(numbers) < 2:  # the broker makes them again by itself
+                try:
+                    for message in await broker.take(2, 1.0):
+                        numbers[operation_of(message)] = message.number
+                except UnavailableError:
+                    await asyncio.sleep(0.1)
+        assert numbers == {"asked": claimed.token + 1, "new": 1}
+
+
+async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_worker(
+    broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await submit(broker, "a")
+    monkeypatch.setattr(module, "_ANSWER_WITHIN", 0.5)
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE keyless.waiting")
+        with pytest.raises(UnavailableError):
+            await broker._fetch("SELECT * FROM {}.take(1, 1, NULL, false)", patience=0.5)
+    assert len(await take_all(broker, 5.0, up_to=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("53100", "RefusedError"), ("53300", "UnavailableError"), ("25006", "UnavailableError"), ("42501", "BrokerError")],
+)
+async def test_an_error_says_whether_it_may_pass(
+    broker: PostgresBroker, admin: Connection, code: str, error: str
+) -> None:
+    await admin.execute(
+        "CREATE OR REPLACE FUNCTION keyless.decide(ids bigint[], outcomes text[], bodies text[])"
+        f" RETURNS TABLE (id bigint) LANGUAGE plpgsql AS $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$"
+    )
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    with pytest.raises((UnavailableError, BrokerError), match="no") as caught:
+        await decide(broker, message)
+    assert type(caught.value).__name__ == error
+
+
+async def test_a_submit_while_the_database_is_away_may_be_repeated(own_server: PostgresServer) -> None:
+    async with PostgresBroker(own_server.url(own_server.new_database())) as broker:
+        await broker.prepare(lease=2.0, service="")
+        own_server.stop()
+        with pytest.raises(BrokerError):
+            await submit(broker, "a")
+        own_server.start()
+        await submit(broker, "a")
+
+
+async def test_a_take_that_is_cancelled_hands_back_what_it_took(broker: PostgresBroker) -> None:
+    await submit(broker, "a")
+    for turns in range(40):
+        taking = asyncio.create_task(broker.take(1, 5.0))
+        for _ in range(turns):
+            await asyncio.sleep(0.002)
+        taking.cancel()
+        await asyncio.wait({taking})
+        if not taking.cancelled():
+            await broker.put_off(taking.result()[0], 0.0, Exchange.NONE)
+    (message,) = await take_all(broker, 1.5, up_to=1)  # less than the lease
+    assert message.number == 1
+
+
+async def test_a_standby_is_a_problem(broker: PostgresBroker, admin: Connection) -> None:
+    await admin.execute(
+        "CREATE OR REPLACE FUNCTION keyless.inspect() RETURNS TABLE (waiting bigint, backlog bigint,"
+        " oldest_age double precision, is_standby boolean) LANGUAGE sql AS 'SELECT 0, 0, 0.0::float, true'"
+    )
+    assert (await broker.inspect()).problems == ("the database is a standby, which stores nothing",)
+
+
+# -- the clock
+
+
+async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer_than_200_seconds(
+    broker: PostgresBroker, admin: Connection
+) -> None:
+    await decide_all(broker, "decided")
+    await submit(broker, "a", "b")
+    messages = await take_all(broker, 5.0, up_to=2)
+    await broker.put_off(messages[0], 1e9, Exchange.ANSWERED)
+    await broker.put_off(messages[1], 150.0, Exchange.ANSWERED)
+    due_in = await admin.fetchval(
+        "SELECT max(extract(epoch FROM due_at - clock_timestamp()))::float FROM keyless.waiting"
+    )
+    assert 190 < due_in <= 200
+    assert not await take_all(broker, 1.5)
+    # An hour back is as if everything were due an hour later.
+    await admin.execute("UPDATE keyless.waiting SET due_at = due_at + interval '1 h'")
+    await admin.execute("UPDATE keyless.unread SET due_at = due_at + interval '1 h'")
+    assert len(await take_all(broker, 3.0, up_to=2)) == 2
+    await (await asyncio.wait_for(broker.next_outcome("shop"), 5)).handled()
+
+
+async def test_the_time_is_the_databases(broker: PostgresBroker, admin: Connection) -> None:
+    assert abs(broker.now() - await admin.fetchval("SELECT clock_timestamp()")) < timedelta(seconds=1)
+    inspection = await broker.inspect()
+    assert abs(inspection.clock_ahead) < 1
+
+
+# -- cleaning
+
+
+async def grow_older(admin: Connection, days: int) -> None:
+    for table in ("request", "outcome"):
+        await admin.execute(f"UPDATE keyless.{table} SET decided_at = decided_at - interval '{days} days'")  # noqa: S608
+
+
+async def clean(admin: Connection) -> int:
+    pages, after = 0, 0
+    while after is not None:
+        pages, after = pages + 1, await admin.fetchval("SELECT keyless.clean($1)", after)
+    return pages
+
+
+async def counts(admin: Connection) -> dict[str, int]:
+    return {
+        table: await admin.fetchval(f"SELECT count(*) FROM keyless.{table}")  # noqa: S608
+        for table in ("request", "outcome", "unread")
+    }
+
+
+async def test_a_body_goes_after_a_week_and_an_outcome_too_if_each_reader_has_handled_it(
+    broker: PostgresBroker, admin: Connection
+) -> None:
+    await decide_all(broker, "handled", "unread")
+    await submit(broker, "undecided")
+    await admin.execute(
+        "DELETE FROM keyless.unread WHERE id = (SELECT id FROM keyless.request WHERE operation_id = 'handled')"
+    )
+    await grow_older(admin, 6)
+    await clean(admin)
+    assert await counts(admin) == {"request": 3, "outcome": 2, "unread": 1}
+    await grow_older(admin, 2)
+    await clean(admin)
+    assert await counts(admin) == {"request": 3, "outcome": 1, "unread": 1}
+    bodies = await admin.fetch("SELECT operation_id FROM keyless.request WHERE body <> ''")
+    assert [row[0] for row in bodies] == ["undecided"]
+    assert await broker.submit(new_request("handled"))  # which is known all the same
+    await grow_older(admin, 393)
+    await clean(admin)
+    assert await counts(admin) == {"request": 1, "outcome": 0, "unread": 0}
+
+
+async def test_cleaning_goes_page_by_page_and_ends(broker: PostgresBroker, admin: Connection) -> None:
+    await admin.execute(
+        """
+        INSERT INTO keyless.request
+            (operation_id, content_sha256, body, requested_at, expires_at, stored_at, decided_at)
+        SELECT n, '', '{}', now(), now(), now(), now() FROM generate_series(1, 2500) n;
+        INSERT INTO keyless.outcome SELECT id, 'approved', '{}', decided_at FROM keyless.request
+        """
+    )
+    await decide_all(broker, "young")
+    await admin.execute("UPDATE keyless.request SET decided_at = decided_at - interval '401 days' WHERE body = '{}'")
+    await admin.execute("UPDATE keyless.outcome SET decided_at = decided_at - interval '401 days' WHERE body = '{}'")
+    assert await clean(admin) > 2
+    assert (await counts(admin))["outcome"] == 1
+    assert (await counts(admin))["request"] == 1
+
+
+async def test_a_reader_that_is_removed_holds_up_no_cleaning(broker: PostgresBroker, admin: Connection) -> None:
+    await decide_all(broker, "a")
+    await admin.execute(
+        "DELETE FROM keyless.reader WHERE name = 'shop'; DELETE FROM keyless.unread WHERE reader = 'shop'"
+    )
+    await grow_older(admin, 8)
+    await clean(admin)
+    assert (await counts(admin))["outcome"] == 0
+
+
+async def test_what_the_housekeeping_meets_is_logged_and_it_goes_on(
+    broker: PostgresBroker, admin: Connection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WELCOMES_EVERY", 0.05)
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.1)
+    await admin.execute("ALTER FUNCTION keyless.welcome_readers() RENAME TO away")
+    await until(lambda: "broker.not_cleaned" in caplog.text)
+    await admin.execute("ALTER FUNCTION keyless.away() RENAME TO welcome_readers")
+    await decide_all(broker, "a")
+    outcome = await asyncio.wait_for(broker.next_outcome("ledger"), 10)
+    await outcome.put_off()
+    assert await unread(admin, "ledger") == {"a": 1}
+    assert {record.levelno for record in caplog.records if record.name == "aiokeyless.worker"} == {logging.WARNING}
