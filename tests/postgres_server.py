@@ -59,6 +59,13 @@ class PostgresServer:
         """Where the socket and the log are."""
         return self._folder
 
+    def new_folder(self, name: str) -> Path:
+        """Make a folder that goes with the server, for a program that runs as the server does."""
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=self._folder))
+        if self._user is not None:
+            os.chown(folder, self._user.pw_uid, self._user.pw_gid)
+        return folder
+
     def url(self, database: str, user: str = "postgres") -> str:
         """Return the URL of a database."""
         return f"postgresql://{user}@/{database}?host={self._folder}"
@@ -86,7 +93,7 @@ class PostgresServer:
         options = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [_PROGRAMS / "postgres", "-D", self._data, *options], stderr=log, **self._identity()
+                [_PROGRAMS / "postgres", "-D", self._data, *options], stderr=log, **self.identity()
             )
         deadline = time.monotonic() + _START_WITHIN
         while not self._is_ready():
@@ -121,13 +128,14 @@ class PostgresServer:
 
     def _run(self, program: str, *arguments: str | Path) -> str:
         done = subprocess.run(
-            [_PROGRAMS / program, *arguments], check=False, capture_output=True, text=True, **self._identity()
+            [_PROGRAMS / program, *arguments], check=False, capture_output=True, text=True, **self.identity()
         )
         if done.returncode:
             raise RuntimeError(f"{program}: {done.stderr}")
         return str(done.stdout)
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """Return as whom a program of the server's runs, for `subprocess`."""
         if self._user is None:
             return {}
         return {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": [], "cwd": self._folder}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
@@ -15,7 +15,7 @@ from .failures import broker_errors, request_errors
 from .names import LARGEST_REQUEST, check_schema, within
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterator
 
     from asyncpg.pool import PoolConnectionProxy
     from asyncpg.transaction import Transaction
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
 
 READS_EVERY: Final = 0.25  # seconds between two looks for an outcome
-_FINISHED_WITHIN: Final = 5.0  # seconds that the end of a transaction may take after a cancellation
+_ENDS_WITHIN: Final = 5.0  # seconds in which the server must end a transaction that is not committed
 
 
 class PostgresConnection(ApplicationSide):
@@ -195,14 +195,15 @@ class Outcome(OutcomeDelivery):
             )
 
     async def _put_off(self, delay: float | None) -> None:
-        await _roll_back(self._connection, self._transaction)
-        async with self._connection.transaction():
-            await self._connection.execute(
-                within(self._schema, "SELECT {}.put_off_outcome($1::text, $2::bigint, $3::double precision)"),
-                self._reader,
-                self._id,
-                delay,
-            )
+        with _limited(self._connection):
+            await _roll_back(self._connection, self._transaction)
+            async with self._connection.transaction():
+                await self._connection.execute(
+                    within(self._schema, "SELECT {}.put_off_outcome($1::text, $2::bigint, $3::double precision)"),
+                    self._reader,
+                    self._id,
+                    delay,
+                )
 
 
 async def _roll_back(connection: Connection, transaction: Transaction) -> None:
@@ -211,19 +212,24 @@ async def _roll_back(connection: Connection, transaction: Transaction) -> None:
 
 
 async def finished(doing: Coroutine[Any, Any, None], connection: Connection) -> None:
-    """Do something to its end, also if the caller is cancelled: no connection is left in a transaction.
-
-    A server that does not answer for some seconds after that loses the connection.
-    """
+    """Do something to its end, also if the caller is cancelled: no connection is left in a transaction."""
     task = asyncio.ensure_future(doing)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # after a cancellation, that counts
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        giving_up = asyncio.get_running_loop().call_later(_FINISHED_WITHIN, connection.terminate)
-        while not task.done():
-            with suppress(asyncio.CancelledError):  # a scope of anyio cancels each await
-                await asyncio.wait({task})
-        giving_up.cancel()
-        if not task.cancelled():
-            task.exception()  # the cancellation counts
+        with _limited(connection):
+            while not task.done():
+                with suppress(asyncio.CancelledError):  # a scope of anyio cancels each await
+                    await asyncio.wait({task})
         raise
+
+
+@contextmanager
+def _limited(connection: Connection) -> Iterator[None]:
+    """Give a connection up on which the end of a transaction takes too long; the server then ends it by itself."""
+    giving_up = asyncio.get_running_loop().call_later(_ENDS_WITHIN, connection.terminate)
+    try:
+        yield
+    finally:
+        giving_up.cancel()

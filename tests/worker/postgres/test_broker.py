@@ -419,6 +419,22 @@ async def test_a_take_that_is_cancelled_hands_back_what_it_took(broker: Postgres
     assert message.number == 1
 
 
+async def test_closing_waits_until_what_was_taken_is_handed_back(url: str, admin: Connection) -> None:
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=60.0, service="")
+        await submit(broker, "a")
+        async with admin.transaction():
+            await admin.execute("LOCK TABLE keyless.waiting IN SHARE MODE")
+            taking = asyncio.create_task(broker.take(1, 5.0))
+            await asyncio.sleep(0.5)
+            taking.cancel()
+            closing = asyncio.create_task(broker.aclose())
+            await asyncio.sleep(0.2)
+            assert not closing.done()
+        await closing
+    assert await admin.fetchval("SELECT deliveries FROM keyless.waiting") == 0
+
+
 async def test_a_standby_is_a_problem(broker: PostgresBroker, admin: Connection) -> None:
     await admin.execute(
         "CREATE OR REPLACE FUNCTION keyless.inspect() RETURNS TABLE (waiting bigint, backlog bigint,"

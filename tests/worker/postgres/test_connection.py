@@ -16,6 +16,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker import next_outcome
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
+from aiokeyless.worker.postgres import connection as module
 
 from .cutting_proxy import CuttingProxy
 from .shop import decide_all, pay, payments, unread
@@ -271,6 +272,34 @@ async def test_the_bodys_own_exception_counts_also_if_the_connection_is_lost(
         async with next_outcome(connection, "shop"):
             await admin.execute("SELECT pg_terminate_backend($1)", connection.get_server_pid())
             raise RefusalError
+    assert await unread(admin) == {"a": 0}
+
+
+async def test_a_body_that_closes_its_connection_has_stored_nothing(
+    broker: PostgresBroker, admin: Connection, connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(RefusalError):
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+            await connection.close()
+            raise RefusalError
+    assert "outcome.not_put_off" in caplog.text
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 0}
+
+
+async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_connection(
+    broker: PostgresBroker, admin: Connection, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ENDS_WITHIN", 0.2)
+    await decide_all(broker, "a")
+    async with admin.transaction():
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0), next_outcome(connection, "shop"):
+                await admin.execute("LOCK TABLE keyless.reader")  # which putting it off waits for
+                await asyncio.sleep(60)
+        assert connection.is_closed()
     assert await unread(admin) == {"a": 0}
 
 

@@ -1,0 +1,213 @@
+"""The functions by other drivers than asyncpg: what any language does, with SQL and JSON alone."""
+
+# ruff: noqa: PT012  # a transaction has several statements
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import psycopg
+import pytest
+from jsonschema import Draft202012Validator
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+from aiokeyless.errors import ConfigurationError
+from aiokeyless.worker import ApprovalEvent, ApprovalRequest, approval_request, next_outcome, submit_approval
+from aiokeyless.worker.schema import message_schema
+
+from .shop import decide_all, pay, payments, unread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from postgres_server import PostgresServer
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from aiokeyless.worker.postgres import PostgresBroker
+
+    from .shop import Connection
+
+SUBMIT = "SELECT keyless.submit(%s)"
+NEXT = "SELECT operation_id, outcome, event FROM keyless.next_outcome('shop')"
+
+
+class RefusalError(Exception):
+    """What a body raises."""
+
+
+async def operations(admin: Connection) -> set[str]:
+    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
+
+
+def request(operation_id: str) -> str:
+    return approval_request("C0FFEE", operation_id=operation_id, operation_payload="Pay 40 EUR", context={"order": 7})
+
+
+async def test_the_texts_are_those_of_the_json_schemas(broker: PostgresBroker, admin: Connection) -> None:
+    Draft202012Validator(message_schema(ApprovalRequest)).validate(json.loads(request("a")))
+    await decide_all(broker, "a")
+    event = await admin.fetchval("SELECT event FROM keyless.next_outcome('shop')")
+    Draft202012Validator(message_schema(ApprovalEvent)).validate(json.loads(event))
+
+
+@pytest.mark.parametrize("fields", [{"operation_id": 7}, {"version": 2}, {"operation_id": ""}, {"payload": "Pay"}])
+async def test_what_the_schema_refuses_the_database_refuses(connection: Connection, fields: dict[str, Any]) -> None:
+    wrong = {**json.loads(request("a")), **fields}
+    assert not Draft202012Validator(message_schema(ApprovalRequest)).is_valid(wrong)
+    with pytest.raises(asyncpg.InvalidParameterValueError):
+        await connection.fetchval("SELECT keyless.submit($1)", json.dumps(wrong))
+
+
+# -- psycopg
+
+
+async def test_psycopg_submits_and_reads_in_its_transactions(
+    broker: PostgresBroker, admin: Connection, url: str
+) -> None:
+    await decide_all(broker, "c")
+    async with await psycopg.AsyncConnection.connect(url) as connection:
+        await connection.execute("INSERT INTO payment VALUES ('order')")
+        await connection.execute(SUBMIT, [request("a")])
+        assert await operations(admin) == {"c"}
+        await connection.commit()
+        assert await operations(admin) == {"a", "c"}
+        await connection.execute(SUBMIT, [request("b")])
+        await connection.rollback()
+        assert await operations(admin) == {"a", "c"}
+
+        for is_committed in (False, True):
+            row = await (await connection.execute(NEXT)).fetchone()
+            assert row is not None
+            assert row[:2] == ("c", "approved")
+            assert json.loads(row[2])["operation_id"] == "c"
+            await (connection.commit() if is_committed else connection.rollback())
+            assert await unread(admin) == ({} if is_committed else {"c": 0})
+
+
+async def test_psycopg_with_autocommit_stores_at_once(broker: PostgresBroker, admin: Connection, url: str) -> None:
+    await decide_all(broker, "c")
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute(SUBMIT, [request("a")])
+        assert await operations(admin) == {"a", "c"}
+        with pytest.raises(RefusalError):
+            async with connection.transaction():
+                assert await (await connection.execute(NEXT)).fetchone()
+                raise RefusalError
+        assert await unread(admin) == {"c": 0}
+        assert await (await connection.execute(NEXT)).fetchone()  # handled, whatever becomes of it
+        assert await unread(admin) == {}
+
+
+async def test_a_different_request_is_a_unique_violation_for_any_driver(connection: Connection, url: str) -> None:
+    await connection.fetchval("SELECT keyless.submit($1)", request("a"))
+    async with await psycopg.AsyncConnection.connect(url) as other:
+        with pytest.raises(psycopg.errors.UniqueViolation, match="choose a new one"):
+            await other.execute(SUBMIT, [approval_request("C0FFEE", operation_id="a")])
+
+
+async def test_a_reader_adds_itself_once_and_puts_off_what_it_could_not_handle(
+    broker: PostgresBroker, admin: Connection, url: str
+) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        with pytest.raises(psycopg.errors.UndefinedObject, match="no reader") as caught:
+            await connection.execute("SELECT * FROM keyless.next_outcome('ledger')")
+        assert "add_reader" in str(caught.value.diag.message_hint)
+        for _ in range(2):
+            await connection.execute("SELECT keyless.add_reader('ledger')")
+        await decide_all(broker, "a")
+        row = await (await connection.execute("SELECT id FROM keyless.outcome")).fetchone()
+        assert row is not None
+        await connection.execute("SELECT keyless.put_off_outcome('ledger', %s)", row)
+        assert await unread(admin, "ledger") == {"a": 1}
+        for name in ("", "two words", "x" * 129):
+            with pytest.raises(psycopg.errors.InvalidParameterValue):
+                await connection.execute("SELECT keyless.add_reader(%s)", [name])
+
+
+# -- SQLAlchemy
+
+
+@pytest.fixture
+async def engine(server: PostgresServer, database: str) -> AsyncGenerator[AsyncEngine]:
+    engine = create_async_engine(f"postgresql+asyncpg://postgres@/{database}?host={server.folder}")
+    yield engine
+    await engine.dispose()
+
+
+async def test_a_session_of_sqlalchemy_submits_in_its_transaction(admin: Connection, engine: AsyncEngine) -> None:
+    async with AsyncSession(engine) as session, session.begin():
+        await session.execute(text("INSERT INTO payment VALUES ('order')"))
+        await session.execute(text("SELECT keyless.submit(:r)"), {"r": request("a")})
+        assert await operations(admin) == set()
+    assert await operations(admin) == {"a"}
+    with pytest.raises(RefusalError):
+        async with AsyncSession(engine) as session, session.begin():
+            await session.execute(text("SELECT keyless.submit(:r)"), {"r": request("b")})
+            raise RefusalError
+    assert await operations(admin) == {"a"}
+
+
+async def test_a_session_of_sqlalchemy_reads_in_its_transaction(
+    broker: PostgresBroker, admin: Connection, engine: AsyncEngine
+) -> None:
+    await decide_all(broker, "a")
+    with pytest.raises(RefusalError):
+        async with AsyncSession(engine) as session, session.begin():
+            assert (await session.execute(text(NEXT))).one().operation_id == "a"
+            raise RefusalError
+    assert await unread(admin) == {"a": 0}
+    async with AsyncSession(engine) as session, session.begin():
+        row = (await session.execute(text(NEXT))).one()
+        await session.execute(text("INSERT INTO payment VALUES (:id)"), {"id": row.operation_id})
+    assert await payments(admin) == {"a"}
+    assert await unread(admin) == {}
+
+
+async def test_the_driver_connection_of_a_session_is_in_no_transaction_before_its_first_statement(
+    admin: Connection, engine: AsyncEngine
+) -> None:
+    async with AsyncSession(engine) as session, session.begin():
+        driver = (await (await session.connection()).get_raw_connection()).driver_connection
+        with pytest.raises(ConfigurationError, match="after the first statement of a session"):
+            await submit_approval(driver, "C0FFEE", operation_id="a")
+        await session.execute(text("SELECT 1"))
+        await submit_approval(driver, "C0FFEE", operation_id="a")
+        assert await operations(admin) == set()
+    assert await operations(admin) == {"a"}
+
+
+async def test_the_driver_connection_of_sqlalchemys_pool_takes_an_outcome(
+    broker: PostgresBroker, admin: Connection, engine: AsyncEngine
+) -> None:
+    await decide_all(broker, "a")
+    async with engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        async with next_outcome(driver, "shop") as event:
+            await pay(driver, event)  # type: ignore[arg-type]  # SQLAlchemy does not say whose connection it is
+    assert await payments(admin) == {"a"}
+
+
+# -- Django
+
+
+async def test_djangos_atomic_submits_and_reads_in_its_transaction(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
+) -> None:
+    async def run(act: str) -> None:
+        program = Path(__file__).with_name("django_program.py")
+        process = await asyncio.create_subprocess_exec(sys.executable, program, server.folder, database, act)
+        assert await process.wait() == 0
+
+    await decide_all(broker, "a")
+    await run("submit")
+    assert await operations(admin) == {"a", "committed"}
+    assert await payments(admin) == {"committed"}
+    await run("read")
+    assert "a approved 1" in await payments(admin)
+    assert await unread(admin) == {}

@@ -1,0 +1,118 @@
+"""Behind pgbouncer in transaction mode: each transaction may come to another connection of the server's."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+
+from aiokeyless.worker import next_outcome, submit_approval
+from aiokeyless.worker.postgres import PostgresBroker
+from worker.conformance.brokers import decide, take_all
+
+from .shop import decide_all, pay, payments, unread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from postgres_server import PostgresServer
+
+    from .shop import Connection
+
+PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs pgbouncer")
+
+
+@asynccontextmanager
+async def pooler(server: PostgresServer, database: str, prepared: int) -> AsyncIterator[str]:
+    """Start a pooler with two connections to the server; yield the URL of a database behind it."""
+    folder = server.new_folder("pooler")
+    (folder / "users").write_text('"postgres" ""\n')
+    (folder / "pgbouncer.ini").write_text(
+        f"""
+        [databases]
+        * = host={server.folder} user=postgres
+        [pgbouncer]
+        unix_socket_dir = {folder}
+        listen_port = 6432
+        auth_type = trust
+        auth_file = {folder}/users
+        pool_mode = transaction
+        default_pool_size = 2
+        max_prepared_statements = {prepared}
+        server_round_robin = 1
+        """.replace("        ", "")
+    )
+    assert PROGRAM is not None
+    process = subprocess.Popen(  # noqa: ASYNC220  # it returns at once
+        [PROGRAM, "-q", folder / "pgbouncer.ini"], stderr=subprocess.DEVNULL, **server.identity()
+    )
+    url = f"postgresql://postgres@/{database}?host={folder}&port=6432"
+    try:
+        async with asyncio.timeout(20):
+            while not (folder / ".s.PGSQL.6432").exists():  # noqa: ASYNC110  # of another process
+                await asyncio.sleep(0.02)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+async def pooled_url(admin: Connection, server: PostgresServer, database: str) -> AsyncGenerator[str]:  # noqa: ARG001  # which has made the table
+    async with pooler(server, database, prepared=0) as url:
+        yield url
+
+
+async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_no_prepared_statements(
+    admin: Connection, pooled_url: str
+) -> None:
+    expected = {f"payment-{number}" for number in range(30)}
+    async with PostgresBroker(pooled_url) as first, PostgresBroker(pooled_url) as second:
+        for broker in (first, second):
+            await broker.prepare(lease=5.0, service="")
+        await asyncio.gather(*(submit_approval(first, "C0FFEE", operation_id=name) for name in expected))
+
+        async def work(broker: PostgresBroker) -> None:
+            for message in await take_all(broker, 1.5):
+                await broker.claim(message, "", "")
+                assert await broker.holds(message, "", "")
+                await decide(broker, message)
+
+        await asyncio.gather(work(first), work(second))
+        for _ in expected:
+            await (await second.next_outcome("shop")).handled()
+    assert await admin.fetchval("SELECT count(*) FROM keyless.outcome") == len(expected)
+    assert await unread(admin) == {}
+
+
+async def test_an_application_behind_it_turns_off_the_cache_of_prepared_statements(
+    broker: PostgresBroker, admin: Connection, pooled_url: str
+) -> None:
+    await decide_all(broker, "a")
+    connection = await asyncpg.connect(pooled_url, statement_cache_size=0)
+    async with connection.transaction():
+        await submit_approval(connection, "C0FFEE", operation_id="b")
+    async with next_outcome(connection, "shop") as event:
+        await pay(connection, event)
+    assert await payments(admin) == {"a"}
+    await connection.close()
+
+
+async def test_an_application_behind_a_pooler_that_knows_prepared_statements_needs_no_setting(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
+) -> None:
+    await decide_all(broker, "a")
+    async with pooler(server, database, prepared=100) as url:
+        connection = await asyncpg.connect(url)
+        async with connection.transaction():
+            await submit_approval(connection, "C0FFEE", operation_id="b")
+        async with next_outcome(connection, "shop") as event:
+            await pay(connection, event)
+        assert await payments(admin) == {"a"}
+        await connection.close()
