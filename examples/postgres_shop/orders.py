@@ -1,0 +1,72 @@
+"""A shop that stores an order and the request for its approval in one transaction: both are there, or neither."""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel, Field
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from tables import DATABASE_URL, Order, Table
+
+from aiokeyless.worker import approval_request
+
+engine = create_async_engine(DATABASE_URL.replace("postgresql:", "postgresql+asyncpg:", 1), pool_pre_ping=True)
+sessions = async_sessionmaker(engine, expire_on_commit=False)
+
+
+@contextlib.asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    """Make the tables, as a migration would."""
+    async with engine.begin() as connection:
+        await connection.run_sync(Table.metadata.create_all)
+    yield
+    await engine.dispose()
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+class NewOrder(BaseModel):
+    """What a customer orders; the id is chosen by the page, so that a second click is the same order."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+    user_id: Annotated[str, Field(pattern=r"^[0-9A-F]{1,128}$")]
+    amount: Annotated[str, Field(pattern=r"^[0-9]{1,9}\.[0-9]{2}$")]
+
+
+@app.post("/orders")
+async def place(new: NewOrder) -> dict[str, str]:
+    """Store an order, and have its customer asked."""
+    order = Order(id=new.id, user_id=new.user_id, text=f"Pay {new.amount} EUR to Fern & Clay, order {new.id}")
+    request = approval_request(order.user_id, operation_id=order.id, operation_payload=order.text)
+    with contextlib.suppress(IntegrityError):  # it is there already
+        async with sessions.begin() as session:
+            session.add(order)
+            await session.flush()
+            await session.execute(text("SELECT keyless.submit(:request)"), {"request": request})
+    return await show(new.id)
+
+
+@app.get("/")
+async def status() -> str:
+    """Answer that the shop is open."""
+    return "open"
+
+
+@app.get("/orders/{order_id}")
+async def show(order_id: str) -> dict[str, str]:
+    """Return how an order stands."""
+    async with sessions() as session:
+        order = await session.get(Order, order_id)
+    if order is None:
+        raise HTTPException(404)
+    return {"id": order.id, "text": order.text, "state": order.state}
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, host="127.0.0.1", port=int(os.environ.get("SHOP_PORT", "8000")))

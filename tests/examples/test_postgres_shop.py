@@ -1,0 +1,130 @@
+"""The shop in PostgreSQL as its users have it, with everything in it killed: each order is paid once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+from example_server import ExampleServer
+from nats_server import until
+from postgres_server import PostgresServer
+
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "postgres_shop"
+WORKER = ROOT / "tests" / "worker" / "worker_process.py"
+ORDERS = 60
+
+
+@pytest.fixture
+def server() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def sandbox() -> AsyncGenerator[Sandbox]:
+    async with Sandbox(auto_approve=0.5) as sandbox:
+        yield sandbox
+
+
+class Program:
+    """A program that is started again whenever it ends."""
+
+    def __init__(self, *command: str | Path, log: Path, **environment: str) -> None:
+        self.log = log
+        self._command = command
+        self._environment = os.environ | environment
+        self._process: asyncio.subprocess.Process | None = None
+        self._running = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            with self.log.open("ab") as log:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, *self._command, env=self._environment, stdout=log, stderr=log
+                )
+            await self._process.wait()
+            await asyncio.sleep(0.2)
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def end(self) -> None:
+        self._running.cancel()
+        self.kill()
+        if self._process is not None:
+            await self._process.wait()
+
+
+async def place(session: aiohttp.ClientSession, shop: ExampleServer, number: int) -> None:
+    """Place an order, again until the shop has it."""
+    order = {"id": f"order-{number}", "user_id": "C0FFEE", "amount": f"{number}.00"}
+    while True:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.post(f"{shop.url}/orders", json=order, timeout=aiohttp.ClientTimeout(5)) as answer:
+                if answer.status == 200:
+                    return
+        await asyncio.sleep(0.1)
+
+
+async def test_each_order_is_paid_once_whatever_is_killed(
+    server: PostgresServer, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    database = server.new_database()
+    url = server.url(database)
+    environment = {"DATABASE_URL": url, "KEYLESS_API_KEY": sandbox.api_key}
+    workers = [Program(WORKER, url, sandbox.url, log=tmp_path / f"worker-{n}", **environment) for n in range(2)]
+    readers = [Program(EXAMPLE / "settle.py", log=tmp_path / f"reader-{n}", **environment) for n in range(2)]
+    shop = ExampleServer(EXAMPLE / "orders.py", sandbox, tmp_path, port="SHOP_PORT", DATABASE_URL=url)
+
+    def count(query: str) -> int:
+        try:
+            return int(server.execute(query, database)[0][0])
+        except RuntimeError:  # it is starting, or the schema is not there yet
+            return -1
+
+    try:
+        async with shop, aiohttp.ClientSession() as session:
+            await until(lambda: count("SELECT count(*) FROM keyless.migration") > 0)
+            placing = asyncio.gather(*(place_later(session, shop, number) for number in range(ORDERS)))
+            for turn in range(16):
+                await asyncio.sleep(0.6)
+                random.choice([*workers, *readers]).kill()  # noqa: S311  # nothing secret
+                if turn % 6 == 3:
+                    server.kill()
+                    server.start()
+                if turn % 6 == 5:
+                    await shop.end(signal.SIGKILL)
+                    await shop.start()
+            await placing
+            await until(lambda: count("SELECT count(*) FROM orders WHERE state = 'paid'") == ORDERS, 150)
+        assert count("SELECT count(*) FROM payments") == ORDERS
+        assert count("SELECT count(*) FROM keyless.request") == ORDERS
+        assert count("SELECT count(*) FROM keyless.unread") == 0
+        assert len(sandbox.operations) == ORDERS
+        for reader in readers:  # none tried to pay twice
+            assert "about no order that is open" not in reader.log.read_text()
+            assert "duplicate key" not in reader.log.read_text()
+    finally:
+        for program in (*workers, *readers):
+            await program.end()
+
+
+async def place_later(session: aiohttp.ClientSession, shop: ExampleServer, number: int) -> None:
+    await asyncio.sleep(number * 0.12)
+    await place(session, shop, number)
