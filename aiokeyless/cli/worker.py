@@ -21,6 +21,7 @@ from .app import AsJson, CommandError, Exit, Seconds, UsageError, app, new_clien
 from .sandbox import check_port
 
 if TYPE_CHECKING:
+    from aiokeyless import KeylessClient
     from aiokeyless.worker import ApprovalWorker, Broker
 
 _SUBJECT: Final = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
@@ -103,6 +104,7 @@ async def worker(
     learned: Path | None = None,
     health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
     health_host: str = "127.0.0.1",
+    prepare: bool = False,
     as_json: AsJson = False,
     nats: Annotated[NatsOptions | None, Parameter(name="*", group="NATS")] = None,
 ) -> int:
@@ -119,6 +121,7 @@ async def worker(
         learned: File that keeps what this worker learns.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address that these are served on.
+        prepare: Only make, or migrate, what workers need at the broker, and end; no key of Keyless is needed.
         as_json: Log JSON objects, one a line.
         nats: Only if the broker is NATS.
     """
@@ -129,7 +132,7 @@ async def worker(
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     opened = _broker(broker or os.environ.get("KEYLESS_BROKER"), nats)
-    async with new_client() as client, opened:
+    async with _unused_client() if prepare else new_client() as client, opened:
         service = ApprovalWorker(
             client,
             opened,
@@ -138,6 +141,9 @@ async def worker(
             learned=learned,
             grace=grace,
         )
+        if prepare:
+            await service.prepare()
+            return Exit.DONE
         health = None if health_port is None else await serve_health(service, health_port, health_host)
         try:
             _stop_on_signals(service)
@@ -146,6 +152,13 @@ async def worker(
             if health is not None:
                 await health.cleanup()
     return Exit.DONE
+
+
+def _unused_client() -> KeylessClient:
+    """Return a client that says which service it would ask, and that asks nothing."""
+    from aiokeyless import KeylessClient  # noqa: PLC0415  # only when used
+
+    return KeylessClient(os.environ.get("KEYLESS_API_KEY") or "none")
 
 
 def _broker(url: str | None, options: NatsOptions | None) -> Broker:

@@ -164,6 +164,17 @@ class ApprovalWorker:
         if self._body is not None and not running.cancelled() and running.exception() is not None:
             self._body.reschedule(0.0)
 
+    async def prepare(self) -> None:
+        """Make, or migrate, what workers need at the broker, and do no work; as a user who may do more than a worker.
+
+        Raises:
+            ConfigurationError: It has run already.
+            BrokerError: The broker cannot be reached, or something cannot be made as it must be.
+        """
+        self._claim()
+        async with self._broker if self._is_owner else nullcontext():
+            await self._broker.prepare(lease=self._limits.lease, service=self._client.base_url)
+
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.
 

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import django
 from django.conf import settings
 from django.db import connection, transaction
 
-from aiokeyless.worker import approval_request
+sys.path.append(str(Path(__file__).parents[3] / "examples" / "postgres_shop"))
 
 
-def submit(operation_id: str) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("INSERT INTO payment VALUES (%s)", [operation_id])
-        cursor.execute("SELECT keyless.submit(%s)", [approval_request("C0FFEE", operation_id=operation_id)])
+class Order:
+    """What a model is: `save` is one statement."""
+
+    user_id = "C0FFEE"
+    text = "Pay 40 EUR"
+
+    def __init__(self, id_: str) -> None:
+        self.id = id_
+
+    def save(self) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO payment VALUES (%s)", [self.id])
 
 
 def main(folder: str, database: str, act: str) -> None:
@@ -29,10 +38,11 @@ def main(folder: str, database: str, act: str) -> None:
     )
     django.setup()
     if act == "submit":
+        from django_orders import place
+
+        place(Order("committed"))
         with transaction.atomic():
-            submit("committed")
-        with transaction.atomic():
-            submit("rolled-back")
+            place(Order("rolled-back"))
             transaction.set_rollback(True)
     else:
         with transaction.atomic(), connection.cursor() as cursor:

@@ -1,0 +1,89 @@
+"""docs/howto/operating-postgres.md, tried as it is written, on a server that the worker does not own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+from postgres_server import PostgresServer
+
+from aiokeyless.worker import next_outcome, submit_approval
+from aiokeyless.worker.postgres import PostgresBroker
+from worker.conformance.brokers import decide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = Path(__file__).parents[3] / "docs" / "howto" / "operating-postgres.md"
+ROLES, TEAM, FUNCTIONS, FIGURES, REMOVED_READER, REMOVED = re.findall(
+    r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.fixture
+def own_server() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+async def prepare(url: str) -> tuple[int | None, str]:
+    """Run `aiokeyless worker --prepare`; return its exit status and its output."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYLESS_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aiokeyless", "worker", "--broker", url, "--prepare"),
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()
+
+
+async def test_the_page_for_operators_works_as_it_is_written(own_server: PostgresServer) -> None:
+    database = own_server.new_database()
+    own_server.execute(f"CREATE ROLE admin LOGIN CREATEROLE; GRANT CREATE ON DATABASE {database} TO admin")
+    assert await prepare(own_server.url(database, "admin")) == (0, "")
+    own_server.execute(ROLES, database, "admin")
+    own_server.execute(TEAM, database)
+    async with PostgresBroker(own_server.url(database, "approvals")) as broker:
+        await broker.prepare(lease=2.0, service="")
+        await ask_and_read(own_server, database, broker)
+    own_server.execute(FIGURES, database)
+    own_server.execute("SELECT keyless.add_reader('old')", database)
+    own_server.execute(REMOVED_READER, database)
+    assert own_server.execute("SELECT name FROM keyless.reader", database) == [["shop"]]
+    own_server.execute(REMOVED, database)
+
+
+async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_server: PostgresServer) -> None:
+    database = own_server.new_database()
+    own_server.execute("CREATE ROLE app LOGIN; CREATE ROLE shop LOGIN")
+    status, output = await prepare(own_server.url(database, "app"))
+    assert status == 1
+    assert "may not change that" in output
+    assert "Traceback" not in output
+    own_server.execute("CREATE SCHEMA keyless AUTHORIZATION app", database)
+    assert await prepare(own_server.url(database, "app")) == (0, "")
+    own_server.execute(FUNCTIONS, database, "app")
+    async with PostgresBroker(own_server.url(database, "app")) as broker:
+        await broker.prepare(lease=2.0, service="")
+        await ask_and_read(own_server, database, broker)
+
+
+async def ask_and_read(server: PostgresServer, database: str, broker: PostgresBroker) -> None:
+    """Do, as the login of a shop, what an application does."""
+    shop = await asyncpg.connect(server.url(database, "shop"))
+    async with shop.transaction():
+        await submit_approval(shop, "C0FFEE", operation_id="a")
+    (message,) = await broker.take(1, 5.0)
+    assert await decide(broker, message)
+    async with asyncio.timeout(20), next_outcome(shop, "shop") as event:
+        assert event.operation_id == "a"
+    await shop.close()
