@@ -260,14 +260,18 @@ BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     IF probing THEN
         FOR failed IN 0 .. 15 LOOP
-            FOR tried IN REVERSE 1 .. 0 LOOP
-                EXIT WHEN cardinality(chosen) >= up_to;
-                chosen := chosen || ARRAY(
-                    SELECT w.id FROM {schema}.waiting w
-                    WHERE w.failures = failed AND least(w.deliveries, 1) = tried AND w.due_at <= moment
-                    ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
-                );
-            END LOOP;
+            EXIT WHEN cardinality(chosen) >= up_to;
+            chosen := chosen || ARRAY(
+                SELECT w.id FROM {schema}.waiting w
+                WHERE w.failures = failed AND least(w.deliveries, 1) = 1 AND w.due_at <= moment
+                ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+            );
+            -- Of those never tried, the newest first: many that came at once and are bad hold up no later one.
+            chosen := chosen || ARRAY(
+                SELECT w.id FROM {schema}.waiting w
+                WHERE w.failures = failed AND least(w.deliveries, 1) = 0 AND w.due_at <= moment
+                ORDER BY w.due_at DESC LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+            );
         END LOOP;
     ELSE
         chosen := ARRAY(

@@ -1,0 +1,25 @@
+"""Requests that always fail do not hold up the others, on the real clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless.worker.postgres import PostgresBroker
+from worker.fairness import measure
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [200, 1000])
+async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
+    server: PostgresServer, database: str, bad: int
+) -> None:
+    async with PostgresBroker(server.url(database)) as broker:
+        lateness = await measure(broker, bad=bad, rate=2, seconds=30)
+    assert lateness.missing == 0
+    assert lateness.asked_p95() < 2
+    assert lateness.approved_p95() < 3
