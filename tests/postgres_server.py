@@ -15,7 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-_PROGRAMS: Final = Path(os.environ.get("PG_BIN", "/usr/lib/postgresql/15/bin"))
+#: Debian keeps the server's programs in a folder for each version, and none of them on the PATH.
+_PROGRAMS: Final = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/usr/local/bin"))
 _START_WITHIN: Final = 60.0  # seconds
 _SETTINGS: Final = {
     "listen_addresses": "",

@@ -328,8 +328,11 @@ class PostgresBroker(Broker):
     async def _decide(self, calls: list[_Decide]) -> list[bool]:
         rows = await self._fetch("SELECT id FROM {}.decide($1::bigint[], $2::text[], $3::text[])", *_columns(calls))
         decided = {row[0] for row in rows}
-        # Of two decisions on one request in this batch, the first is stored.
-        return [call.id in decided and not decided.remove(call.id) for call in calls]  # type: ignore[func-returns-value]
+        is_stored = []
+        for call in calls:
+            is_stored.append(call.id in decided)
+            decided.discard(call.id)  # of two decisions on one request, the first is stored
+        return is_stored
 
     async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # it is in its row
         """See `Broker`."""
@@ -340,7 +343,7 @@ class PostgresBroker(Broker):
     async def _claim(self, calls: list[tuple[int, int]]) -> list[bool]:
         rows = await self._fetch("SELECT id, was_asked FROM {}.claim($1::bigint[], $2::integer[])", *_columns(calls))
         were_asked: dict[int, bool] = {row[0]: row[1] for row in rows}
-        return [were_asked[id_] for id_, _ in calls]
+        return [were_asked.get(id_, True) for id_, _ in calls]  # for a row that somebody removed, nobody is asked
 
     async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
         """See `Broker`."""

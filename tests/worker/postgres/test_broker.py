@@ -12,7 +12,7 @@ from nats_server import until
 from postgres_server import PostgresServer
 
 from aiokeyless.errors import BrokerError, ConfigurationError
-from aiokeyless.worker.broker import Exchange, UnavailableError, broker_for
+from aiokeyless.worker.broker import Claim, Exchange, UnavailableError, broker_for
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
 from aiokeyless.worker.postgres import broker as module
@@ -433,6 +433,25 @@ async def test_closing_waits_until_what_was_taken_is_handed_back(url: str, admin
             assert not closing.done()
         await closing
     assert await admin.fetchval("SELECT deliveries FROM keyless.waiting") == 0
+
+
+async def test_of_two_decisions_in_one_turn_the_first_is_stored(broker: PostgresBroker, admin: Connection) -> None:
+    await submit(broker, "a")
+    (message,) = await broker.take(1, 5.0)
+    stored = await asyncio.gather(
+        *(decide(broker, message, outcome) for outcome in (Outcome.EXPIRED, Outcome.APPROVED))
+    )
+    assert stored == [True, False]
+    assert await admin.fetchval("SELECT outcome FROM keyless.outcome") == "expired"
+
+
+async def test_a_request_that_somebody_removed_is_not_asked_for(broker: PostgresBroker, admin: Connection) -> None:
+    await submit(broker, "a", "b")
+    removed, other = await take_all(broker, 5.0, up_to=2)
+    await admin.execute("DELETE FROM keyless.request WHERE id = $1", int(removed.name.removeprefix("request-")))
+    claims = await asyncio.gather(*(broker.claim(message, "", "") for message in (removed, other)))
+    assert [claimed.claim for claimed in claims] == [Claim.HELD, Claim.NEW]
+    assert not await decide(broker, removed)
 
 
 async def test_a_standby_is_a_problem(broker: PostgresBroker, admin: Connection) -> None:
