@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
 #: Debian keeps the server's programs in a folder for each version, and none of them on the PATH.
 _PROGRAMS: Final = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/usr/local/bin"))
 _START_WITHIN: Final = 60.0  # seconds
@@ -38,6 +40,8 @@ class PostgresServer:
     """
 
     def __init__(self, **settings: str) -> None:
+        if not (_PROGRAMS / "initdb").exists():
+            pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql pgbouncer)")
         self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-postgres-"))
         self._user = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
         if self._user is not None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
+import pytest
 from nats_server import NatsServer
 from postgres_server import shared_server
 
@@ -35,8 +36,6 @@ class Storage(AbstractAsyncContextManager["Storage"]):
         folder: A folder of the test's own.
     """
 
-    #: Whether what was stored outlives the objects.
-    is_lasting = True
     #: Whether it counts the failures of each request, and orders probes by them.
     orders_probes = True
     #: Whether a different request under a used operation id is refused when it is submitted.
@@ -54,8 +53,6 @@ class Storage(AbstractAsyncContextManager["Storage"]):
 
 
 class Memory(Storage):
-    is_lasting = False
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._broker = SqliteBroker(":memory:")
@@ -104,6 +101,12 @@ class Postgres(Storage):
 
     def broker(self) -> PostgresBroker:
         return PostgresBroker(self._url)
+
+
+MEMORY = pytest.param(Memory, id="memory", marks=pytest.mark.looptime)
+FILE = pytest.param(File, id="file")
+NATS = pytest.param(Nats, id="nats")
+POSTGRES = pytest.param(Postgres, id="postgres")
 
 
 def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:

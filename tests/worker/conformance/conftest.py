@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .brokers import LEASE, File, Memory, Nats, Postgres
+from .brokers import FILE, LEASE, MEMORY, NATS, POSTGRES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -18,12 +18,7 @@ if TYPE_CHECKING:
     from .brokers import Storage
 
 #: What stores requests and outcomes, opened anew for each test.
-BROKERS = [
-    pytest.param(Memory, id="memory", marks=pytest.mark.looptime),
-    pytest.param(File, id="file"),
-    pytest.param(Nats, id="nats"),
-    pytest.param(Postgres, id="postgres"),
-]
+BROKERS = [MEMORY, FILE, NATS, POSTGRES]
 
 
 @pytest.fixture(params=BROKERS)

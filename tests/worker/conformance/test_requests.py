@@ -9,7 +9,7 @@ import pytest
 from aiokeyless.errors import InvalidRequestError
 from aiokeyless.worker.broker import Exchange
 
-from .brokers import LEASE, decide, new_request, operation_of, submit, take_all
+from .brokers import FILE, LEASE, MEMORY, NATS, POSTGRES, decide, new_request, operation_of, submit, take_all
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     Opened = Callable[[], Awaitable[Broker]]
 
+#: Brokers that order deliveries by what became of earlier ones. NATS has one acknowledgement for each message instead.
+ORDERING = pytest.mark.parametrize("storage", [MEMORY, FILE, POSTGRES], indirect=True)
+LASTING = pytest.mark.parametrize("storage", [FILE, NATS, POSTGRES], indirect=True)
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -137,12 +140,12 @@ async def test_failures_in_a_row_are_counted_and_an_answer_clears_them(broker: B
         seen.append(message.failures)
         await broker.put_off(message, 0.0, exchange)
     assert seen == [0, 1, 2, 2, 0]
-    assert (await broker.take(1, 5.0))[0].number == 5 if storage.orders_probes else True
+    if storage.orders_probes:
+        assert (await broker.take(1, 5.0))[0].number == 5
 
 
-async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened, storage: Storage) -> None:
-    if not storage.orders_probes:
-        pytest.skip("a stream knows one acknowledgement of a message")
+@ORDERING
+async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened) -> None:
     first, second = await opened(), await opened()
     await submit(first, "a")
     (late,) = await first.take(1, 5.0)
@@ -153,11 +156,8 @@ async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened, 
     assert (await first.take(1, 5.0))[0].failures == 0
 
 
-async def test_while_keyless_fails_good_requests_come_before_bad_ones_and_proven_ones_first(
-    broker: Broker, storage: Storage
-) -> None:
-    if not storage.orders_probes:
-        pytest.skip("the worker's own order is tested with it")
+@ORDERING
+async def test_while_keyless_fails_good_requests_come_before_bad_ones_and_proven_ones_first(broker: Broker) -> None:
     await submit(broker, "bad", "worse", "proven")
     by_operation = {operation_of(message): message for message in await take_all(broker)}
     await put_off_all(broker, [by_operation["bad"], by_operation["worse"]], 0.0, Exchange.FAILED)
@@ -186,9 +186,8 @@ async def test_those_whose_time_is_over_are_told_apart(broker: Broker, storage: 
         assert taken == ["over"]
 
 
+@LASTING
 async def test_what_is_stored_is_there_for_the_next_process(storage: Storage) -> None:
-    if not storage.is_lasting:
-        pytest.skip("it is in memory")
     async with storage.broker() as broker:
         await broker.prepare(lease=LEASE, service="https://keyless.test")
         await submit(broker, "a")
