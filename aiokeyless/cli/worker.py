@@ -186,9 +186,7 @@ def _nats_broker(url: str, options: NatsOptions) -> Broker:
     try:
         from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker, StreamSettings  # noqa: PLC0415  # as above
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in {"nats", "nkeys"}:
-            raise
-        raise CommandError('this broker needs nats-py: install the extra "nats"') from None
+        raise CommandError(f'this broker needs {error.name}: install the extra "nats"') from None
     try:
         fleet = Fleet(name=options.name, tenant=options.tenant, domain=options.domain, prefix=options.prefix)
     except ConfigurationError as error:

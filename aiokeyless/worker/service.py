@@ -106,7 +106,7 @@ class ApprovalWorker:
         self._is_owner = isinstance(broker, str)
         self._serving: Serving | None = None  # None until it is connected
         self._running: asyncio.Task[None] | None = None  # the run, where the worker is a context manager
-        self._body: asyncio.Timeout | None = None  # of its body, which never times out but for a run that fails
+        self._body: asyncio.Timeout  # of its body then, which never times out but for a run that fails
         self._stopping = False
         self._fatal: KeylessError | None = None
         self._has_run = False
@@ -151,7 +151,6 @@ class ApprovalWorker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._running is not None  # noqa: S101  # it was entered
-        assert self._body is not None  # noqa: S101  # as above
         self._running.remove_done_callback(self._cancel_body)
         self.stop()
         with suppress(TimeoutError):
@@ -161,7 +160,7 @@ class ApprovalWorker:
         await self._running
 
     def _cancel_body(self, running: asyncio.Task[None]) -> None:
-        if self._body is not None and not running.cancelled() and running.exception() is not None:
+        if not running.cancelled() and running.exception() is not None:
             self._body.reschedule(0.0)
 
     async def prepare(self) -> None:

@@ -443,13 +443,6 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_another_missing_module_is_not_reported_as_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_the_worker(monkeypatch)
-    monkeypatch.setitem(sys.modules, "aiokeyless._rules.approval", None)
-    with pytest.raises(ModuleNotFoundError, match="approval"):
-        run(["worker", "--broker", "nats://127.0.0.1:1"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "variables", "named"),
     [

@@ -26,6 +26,7 @@ from aiokeyless.worker.messages import (
     NewerEventError,
     Outcome,
     TooLongError,
+    deadline,
     is_about,
     read_context,
     read_event,
@@ -507,3 +508,9 @@ def test_the_deepest_context_is_read_by_every_reader() -> None:
 )
 def test_what_a_worker_signed_about_another_request_is_told_apart(data: bytes, is_it: bool) -> None:
     assert is_about(data, an_event()) is is_it
+
+
+def test_the_end_of_a_request_is_known_and_of_what_is_none_is_not() -> None:
+    assert deadline(a_message(request(expires_in=30), stored_at=STORED_AT)) == STORED_AT + timedelta(seconds=30)
+    assert deadline(a_message(b"no request")) is None
+    assert deadline(a_message(request(expires_in=-1))) is None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from tenacity import wait_fixed
 
 from aiokeyless import BrokerError, ConfigurationError, KeylessClient
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, next_outcome, submit_approval
-from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker.broker import Message
+    from aiokeyless.worker.broker import Message, NewRequest
 
 looptime = pytest.mark.looptime
 TRACEPARENT = f"00-{1:032x}-{2:016x}-01"
@@ -236,3 +236,47 @@ async def test_a_broker_that_is_gone_for_good_ends_the_worker(client: KeylessCli
         broker.error = BrokerError("the disk is broken")
         with pytest.raises(BrokerError, match="the disk is broken"):
             await running
+
+
+@looptime
+async def test_while_the_circuit_is_open_new_requests_that_wait_are_a_problem(
+    client: KeylessClient, sandbox: Sandbox, broker: SqliteBroker
+) -> None:
+    async with ApprovalWorker(client, broker) as worker:
+        sandbox.fail_next(times=None)
+        for number in range(100):
+            await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}")
+        await asyncio.sleep(20)
+        [problem] = worker.statistics.problems
+        assert problem.startswith("the circuit is open, and ")
+        assert problem.endswith(" new requests wait")
+        sandbox.recover()
+        await asyncio.sleep(30)
+        assert worker.statistics.is_ready
+
+
+async def test_a_drivers_connection_is_no_broker_for_a_worker(client: KeylessClient) -> None:
+    class Connection(ApplicationSide):
+        largest_request = 1
+
+        async def submit(self, new: NewRequest) -> bool:
+            raise NotImplementedError
+
+        async def next_outcome(self, reader: str) -> OutcomeDelivery:
+            raise NotImplementedError
+
+    with pytest.raises(ConfigurationError, match="not a driver's connection"):
+        ApprovalWorker(client, cast("Any", Connection()))
+
+
+@looptime
+async def test_a_worker_that_fails_twice_raises_what_it_failed_with_first(
+    client: KeylessClient, broker: SqliteBroker
+) -> None:
+    worker = ApprovalWorker(client, broker)
+    running = asyncio.create_task(worker.run())
+    await asyncio.sleep(1)
+    worker._fail(BrokerError("first"))
+    worker._fail(BrokerError("second"))
+    with pytest.raises(BrokerError, match="first"):
+        await running

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -297,7 +296,8 @@ class SqliteBroker(Broker):
                 await changed.wait()
 
     async def _keep_house(self) -> None:
-        for turn in itertools.count():
+        turn = 0
+        while True:
             try:
                 await self._pacing(self._store.repair, self._lease)
                 self._due.notify()
@@ -306,6 +306,7 @@ class SqliteBroker(Broker):
                     await self._clean()
             except (UnavailableError, BrokerError) as error:  # workers meet it, too
                 log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
+            turn += 1
             await asyncio.sleep(_REPAIRS_EVERY)
 
     async def _clean(self) -> None:
