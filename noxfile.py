@@ -117,7 +117,9 @@ def types(session: nox.Session) -> None:
 def public_types(session: nox.Session) -> None:
     """Demand of every public name a type that needs no inferring; fails below 100 %."""
     # Installed and not editable, and from elsewhere: pyright takes the package from where users have it.
-    session.install("-q", ".[cli,jwt,nats,otel,postgres]", "pytest", "pytest-asyncio", "pyright>=1.1.410")
+    session.install(
+        "-q", ".[cli,jwt,nats,otel,postgres]", "asyncpg-stubs", "pytest", "pytest-asyncio", "pyright>=1.1.410"
+    )
     with session.chdir(session.create_tmp()):
         session.run("pyright", "--verifytypes", "aiokeyless", "--ignoreexternal")
 

@@ -16,8 +16,10 @@ from .models import SignedTransaction
 
 try:
     from ._rules.signature import Expectation, KeySet, read_token, verify
-except ModuleNotFoundError as error:  # without the hint one would install "jwt", which is another package
-    raise ModuleNotFoundError('aiokeyless.signatures needs the extra "jwt"; install it', name=error.name) from error
+except ModuleNotFoundError as _missing:  # without the hint one would install "jwt", which is another package
+    raise ModuleNotFoundError(
+        'aiokeyless.signatures needs the extra "jwt"; install it', name=_missing.name
+    ) from _missing
 
 if TYPE_CHECKING:
     from ._rules.signature import VerifyingKey

@@ -42,8 +42,10 @@ class PostgresServer:
     def __init__(self, **settings: str) -> None:
         if not (_PROGRAMS / "initdb").exists():
             pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql pgbouncer)")
-        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-postgres-"))
         self._user = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
+        # At home, if it is another user: root's temporary folders are closed to it.
+        home = None if self._user is None else self._user.pw_dir
+        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-", dir=home))
         if self._user is not None:
             os.chown(self._folder, self._user.pw_uid, self._user.pw_gid)
         self._settings = {**_SETTINGS, "unix_socket_directories": str(self._folder), **settings}

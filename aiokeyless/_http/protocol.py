@@ -116,13 +116,13 @@ class Endpoint(Generic[T]):
         max_body: int = MAX_BODY,
         sends_key: bool = True,
     ) -> None:
-        self.method = method
-        self.route = route
-        self.decode = decode
-        self.success = success
-        self.max_body = max_body
-        self.sends_key = sends_key
-        self.is_personal = "{externalUserId}" in route
+        self.method: str = method
+        self.route: str = route
+        self.decode: Callable[[bytes], T] = decode
+        self.success: frozenset[int] = success
+        self.max_body: int = max_body
+        self.sends_key: bool = sends_key
+        self.is_personal: bool = "{externalUserId}" in route
 
 
 _read_operation: Final = msgspec.json.Decoder(Operation, dec_hook=decode_hook).decode

@@ -64,7 +64,7 @@ class OperationStore:
         self._clock = clock
         self._on_attempt = on_attempt
         self._attempts = AttemptLog(timer)
-        self.users = Users(clock, self._attempts.knows)
+        self.users: Users = Users(clock, self._attempts.knows)
         self._operations: dict[str, Operation] = {}
         self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that one user's list costs its own size only
         self._tampered: dict[str, dict[str, object]] = {}

@@ -380,10 +380,10 @@ def broker_for(target: object) -> ApplicationSide:
 
 
 def _brokers() -> Iterator[ModuleType]:
-    package = importlib.import_module(__package__)
+    package = importlib.import_module(__name__.rpartition(".")[0])
     for module in pkgutil.iter_modules(package.__path__):
         if module.ispkg:
-            yield importlib.import_module(f"{__package__}.{module.name}")
+            yield importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def _made(broker: Any) -> ApplicationSide:  # what a package made is not known to a type checker

@@ -90,7 +90,7 @@ class NatsBroker(Broker):
         connect_options: Mapping[str, object] | None = None,
     ) -> None:
         self.system = "nats"
-        self.destination = fleet.request_subject
+        self.destination: str = fleet.request_subject
         self._fleet = fleet
         self._event_keys = event_keys
         self._settings = settings or StreamSettings()
@@ -99,7 +99,7 @@ class NatsBroker(Broker):
         self._url = broker if isinstance(broker, str) else None
         self._connection: Client | None = None if isinstance(broker, str) else broker
         if self._connection is not None:
-            self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
+            self.largest_request: int = self._connection.max_payload - _ROOM_FOR_EVENT
         self._loss: BrokerError | None = None  # why the connection will not come back
         self._clock = BrokerClock()
         self._keeping_time: asyncio.Task[None] | None = None

@@ -48,8 +48,8 @@ class NatsOutcome(OutcomeDelivery):
 
     def __init__(self, message: Msg) -> None:
         self._message = message
-        self.data = message.data
-        self.place = str(message.metadata.sequence.stream)
+        self.data: bytes = message.data
+        self.place: str = str(message.metadata.sequence.stream)
 
     async def handled(self) -> None:
         """See `OutcomeDelivery`."""

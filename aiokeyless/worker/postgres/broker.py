@@ -113,8 +113,9 @@ class PostgresBroker(Broker):
 
     def __init__(self, database: str | asyncpg.Pool[Any], schema: str = "keyless") -> None:
         self.system = "postgresql"
-        self.destination = self._schema = check_schema(schema)
-        self.largest_request = LARGEST_REQUEST
+        self._schema = check_schema(schema)
+        self.destination: str = self._schema
+        self.largest_request: int = LARGEST_REQUEST
         if not isinstance(database, str | asyncpg.Pool):
             raise ConfigurationError(
                 f"broker must be a URL or an asyncpg pool, not {type(database).__name__}", argument="broker"

@@ -47,7 +47,7 @@ class PostgresConnection(ApplicationSide):
                 "PostgresBroker(pool) makes one of a pool",
                 argument="broker",
             )
-        self.largest_request = LARGEST_REQUEST
+        self.largest_request: int = LARGEST_REQUEST
         self._connection = connection
         self._schema = check_schema(schema)
 
@@ -142,8 +142,8 @@ class Outcome(OutcomeDelivery):
         event: str,
         number: str,
     ) -> None:
-        self.data = event.encode()
-        self.place = f"request-{id_}"
+        self.data: bytes = event.encode()
+        self.place: str = f"request-{id_}"
         self._connection = connection
         self._transaction = transaction
         self._schema = schema

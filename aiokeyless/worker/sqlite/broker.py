@@ -70,8 +70,8 @@ class SqliteBroker(Broker):
         if not self._path:
             raise ConfigurationError("broker must name a file, such as sqlite:keyless.db", argument="broker")
         self.system = "sqlite"
-        self.destination = self._path
-        self.largest_request = _LARGEST_REQUEST
+        self.destination: str = self._path
+        self.largest_request: int = _LARGEST_REQUEST
         self._lease = 0.0
         self._is_open = False
         self._store: Store
