@@ -122,7 +122,8 @@ class PostgresBroker(Broker):
             )
         self._database = database
         self._pool: asyncpg.Pool[Any] | None = None  # None while it is not open
-        self._outcomes: asyncio.Semaphore
+        self._outcomes: asyncio.Semaphore  # connections for those that applications have in hand
+        self._calls: asyncio.Semaphore  # and for all others, who wait for one as long as it takes
         self._lease = 0.0
         self._clock = _Clock()
         self._take_from = 0.0  # of the loop's clock
@@ -146,7 +147,8 @@ class PostgresBroker(Broker):
         if self._pool is not None:
             raise ConfigurationError("the broker is open already")
         pool = self._database if isinstance(self._database, asyncpg.Pool) else await self._connect(self._database)
-        self._outcomes = asyncio.Semaphore(max(1, pool.get_max_size() // 2))
+        half = pool.get_max_size() // 2
+        self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
         self._pool = pool
 
     async def _connect(self, url: str) -> asyncpg.Pool[Any]:
@@ -388,7 +390,7 @@ class PostgresBroker(Broker):
         attempt = 1
         while True:
             with broker_errors(self._schema):
-                async with pool.acquire(timeout=_ANSWER_WITHIN) as connection:
+                async with self._calls, pool.acquire(timeout=_ANSWER_WITHIN) as connection:
                     giving_up = loop.call_later(patience, connection.terminate)
                     try:
                         async with connection.transaction():

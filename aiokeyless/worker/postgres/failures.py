@@ -58,5 +58,4 @@ def request_errors() -> Iterator[None]:
 
 def _text(error: Exception) -> str:
     """Return the message in one line, without the values that details and contexts quote."""
-    first = str(error.args[0] if error.args else "").partition("\n")[0]
-    return first or type(error).__name__
+    return str(error).partition("\n")[0] or type(error).__name__
