@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
     from .shop import Connection
 
-PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin") or "pgbouncer"
+PROGRAM = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
 
 
 @asynccontextmanager
 async def pooler(server: PostgresServer, database: str, prepared: int) -> AsyncIterator[str]:
     """Start a pooler with two connections to the server; yield the URL of a database behind it."""
+    assert PROGRAM is not None
     folder = server.new_folder("pooler")
     (folder / "users").write_text('"postgres" ""\n')
     (folder / "pgbouncer.ini").write_text(
