@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
@@ -24,11 +23,3 @@ def test_it_prints_the_schema_of_a_message(
 def test_it_says_which_messages_there_are(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schema", *arguments]) == 2
     assert "aiokeyless schema --help" in capsys.readouterr().err
-
-
-def test_without_the_extra_it_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [name for name in sys.modules if name.startswith("aiokeyless.worker")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "nats", None)
-    assert run(["schema", "event"]) == 1
-    assert capsys.readouterr().err.startswith('aiokeyless: the worker is an extra: pip install "aiokeyless[cli,nats]"')

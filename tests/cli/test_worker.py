@@ -20,6 +20,7 @@ import pytest
 from nats.js.api import StreamConfig
 from nats_server import PATIENCE, REQUESTS, NatsServer, until
 
+import aiokeyless.worker
 from aiokeyless import wait_adaptive
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
@@ -438,7 +439,8 @@ def test_a_missing_extra_is_one_line_that_says_how_to_install_it(
 
 
 def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove it from the imported modules."""
+    """Remove it from the imported modules, and put it back after the test, where its parent has it too."""
+    monkeypatch.setattr(aiokeyless, "worker", aiokeyless.worker)
     for name in [name for name in sys.modules if name.startswith("aiokeyless.worker")]:
         monkeypatch.delitem(sys.modules, name)
 
