@@ -210,7 +210,7 @@ class Broker(ApplicationSide):
     """A broker, for workers and for applications.
 
     It is an async context manager. Its methods are called for one item each; a broker that is faster in batches gathers
-    the calls of one turn of the event loop itself, with `batches.Batches` for example. All that a worker calls raise
+    the calls of one turn of the event loop itself, with ``batches.Batches`` for example. All that a worker calls raise
     `UnavailableError` where the broker is away and may come back, and `BrokerError` where it is gone for good, or where
     this worker may not use it.
 

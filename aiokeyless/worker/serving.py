@@ -135,7 +135,6 @@ class Serving:
         )
         self._monitoring: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._is_open = False
         self._stopping = False
         self._taking: asyncio.Task[Sequence[Message]] | None = None
         self._unavailable = Seldom(logging.WARNING, "broker.unavailable")
@@ -163,8 +162,6 @@ class Serving:
         """Return why it is not ready, in one line each."""
         if self._stopping:
             yield "the worker is about to end"
-        elif not self._is_open:
-            yield STARTING
         else:
             yield from self._monitor.problems()
             if (backlog := self._monitor.last.backlog) and not self._circuit.is_closed:
@@ -186,7 +183,6 @@ class Serving:
             BrokerError: The broker is gone for good, or is not as it was.
         """
         try:
-            self._is_open = True
             self._monitoring = self._loop.create_task(self._monitor.run())
             log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
             while not self._stopping:

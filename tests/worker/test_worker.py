@@ -280,3 +280,33 @@ async def test_a_worker_that_fails_twice_raises_what_it_failed_with_first(
     worker._fail(BrokerError("second"))
     with pytest.raises(BrokerError, match="first"):
         await running
+
+
+@looptime
+async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessClient, broker: SqliteBroker) -> None:
+    async with ApprovalWorker(client, broker) as worker:
+        await worker.shutdown()
+        await asyncio.sleep(0)
+        assert worker.statistics.problems == ("the worker is about to end",)
+
+
+@looptime
+async def test_polls_may_be_as_many_as_fit(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client, max_polls_per_second=None) as broker:
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        assert (await next_event(broker)).outcome is Outcome.APPROVED
+
+
+@looptime
+async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(client: KeylessClient, sandbox: Sandbox) -> None:
+    async with working(client) as broker:
+        waiting = [asyncio.create_task(broker.next_outcome("shop")) for _ in range(2)]
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, "txn-1")
+        sandbox.approve("txn-1")
+        done, others = await asyncio.wait(waiting, timeout=20)
+        assert (len(done), len(others)) == (1, 1)
+        for other in others:
+            other.cancel()

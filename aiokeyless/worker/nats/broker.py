@@ -226,14 +226,19 @@ class NatsBroker(Broker):
         if keys is None:
             advice = "set an event key, or trust all users of the account"
             log(logging.WARNING, "worker.events_unsigned", {"advice": advice})
-        window = await prepare(
-            stream,
-            self._fleet,
-            self._settings,
-            ack_wait=lease,
-            service=service,
-            claims_metadata=mark(keys, self._fleet),
-        )
+        try:
+            window = await prepare(
+                stream,
+                self._fleet,
+                self._settings,
+                ack_wait=lease,
+                service=service,
+                claims_metadata=mark(keys, self._fleet),
+            )
+        except BrokerError:
+            if self._loss is not None:  # what the broker does not permit, it does not answer either
+                raise self._loss from None
+            raise
         self._lease = lease
         await self._clock.measure(connection, self._time_subject, _ANSWER_WITHIN)
         if keys is None:
