@@ -158,8 +158,9 @@ async def test_a_body_that_is_cancelled_inside_a_statement_is_rolled_back(
 ) -> None:
     await decide_all(broker, "a")
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(1.0), next_outcome(connection, "shop") as event:
+        async with asyncio.timeout(None) as limit, next_outcome(connection, "shop") as event:
             await pay(connection, event)
+            limit.reschedule(asyncio.get_running_loop().time() + 0.2)
             await connection.execute("SELECT pg_sleep(60)")
     assert await payments(admin) == set()
     assert await unread(admin) == {"a": 1}
@@ -170,9 +171,10 @@ async def test_a_scope_that_cancels_each_await_leaves_no_transaction_behind(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
     await decide_all(broker, "a")
-    with anyio.move_on_after(1.0):
+    with anyio.CancelScope() as scope:
         async with next_outcome(connection, "shop") as event:
             await pay(connection, event)
+            scope.cancel()
             await asyncio.sleep(60)
     assert await payments(admin) == set()
     assert await unread(admin) == {"a": 1}
@@ -296,9 +298,14 @@ async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_conn
     await decide_all(broker, "a")
     async with admin.transaction():
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1.0), next_outcome(connection, "shop"):
-                await admin.execute("LOCK TABLE keyless.reader")  # which putting it off waits for
+            async with asyncio.timeout(None) as limit, next_outcome(connection, "shop"):
+                # Queued until this transaction ends; then putting the outcome off waits for it.
+                locking = asyncio.create_task(admin.execute("LOCK TABLE keyless.reader"))
+                while not await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                    pass
+                limit.reschedule(asyncio.get_running_loop().time())
                 await asyncio.sleep(60)
+        await locking
         assert connection.is_closed()
     assert await unread(admin) == {"a": 0}
 
