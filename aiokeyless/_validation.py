@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tenacity.wait import wait_base
 from yarl import URL
 
-from .errors import ConfigurationError, InvalidIdentifierError
+from ._base_errors import ConfigurationError, InvalidIdentifierError
 from .models import Region, Secret
 
 if TYPE_CHECKING:

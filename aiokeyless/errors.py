@@ -7,9 +7,11 @@ The message never contains an API key, a payload or a raw body. All can be pickl
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-if TYPE_CHECKING:  # for annotations only: errors.py is below models.py and must not import it
+from ._base_errors import ConfigurationError, InvalidIdentifierError, KeylessError
+
+if TYPE_CHECKING:
     from .models import Authentication, Operation
     from .ticket import ApprovalTicket
 
@@ -50,60 +52,6 @@ __all__ = [
 TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 
 
-def _restore(cls: type[KeylessError], args: tuple[Any, ...]) -> KeylessError:
-    """Create an exception without running its ``__init__``, which would build the message a second time."""
-    error = cls.__new__(cls)
-    error.args = args  # OSError.__new__, under the timeouts here, leaves args empty
-    return error
-
-
-class KeylessError(Exception):
-    """Root of all errors of this library.
-
-    What to do: catch it to handle "Keyless did not work" in one place; catch its subclasses to tell the causes apart.
-    """
-
-    @property
-    def is_transient(self) -> bool:
-        """Whether the same call may well succeed a little later, so that an HTTP handler of yours answers 503.
-
-        True for a `TransportError`, for 408, 425, 429 and 5xx, and for a `NotJsonError`: rule 4 of ``docs/rules.md``.
-        True also for a `SignatureError` whose reason is that the keys are unavailable.
-        Repeat a create under the same operation id. An `ApprovalError` is not transient: its wait has ended.
-        """
-        if isinstance(self, StatusError):
-            return self.status in TRANSIENT_STATUSES or 500 <= self.status < 600
-        if isinstance(self, SignatureError):
-            return self.reason is SignatureReason.KEYS_UNAVAILABLE
-        return isinstance(self, TransportError | NotJsonError)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args), self.__dict__
-
-
-class ConfigurationError(KeylessError, ValueError):
-    """An argument, key, region, URL or event loop is wrong; nothing was sent.
-
-    What to do: fix the call; the message names the argument and states what is wrong and what is valid.
-
-    Attributes:
-        argument: Name of the wrong argument, as in the message, such as ``"user_id"``; None where the error is not
-            about one argument.
-    """
-
-    def __init__(self, message: str, *, argument: str | None = None) -> None:
-        super().__init__(message)
-        self.argument = argument
-
-
-class InvalidIdentifierError(ConfigurationError):
-    """A user id, an operation id or an external user id cannot be sent; nothing was sent.
-
-    What to do: check where the id comes from. User ids are hex; operation ids and external user ids are 1 to 512
-    characters without control characters.
-    """
-
-
 class ClientClosedError(KeylessError, RuntimeError):
     """The client was closed before the call or during it.
 
@@ -139,6 +87,11 @@ class TransportError(KeylessError):
         self.method = method
         self.path = path
         self.sent = sent
+
+    @property
+    def is_transient(self) -> bool:
+        """True; see `KeylessError.is_transient`."""
+        return True
 
 
 class RequestTimeoutError(TransportError, TimeoutError):
@@ -179,6 +132,11 @@ class NotJsonError(DecodeError):
     What to do: it is treated as a transient failure. If it persists, something between you and Keyless answers instead
     of Keyless.
     """
+
+    @property
+    def is_transient(self) -> bool:
+        """True; see `KeylessError.is_transient`."""
+        return True
 
 
 class StatusError(KeylessError):
@@ -222,6 +180,11 @@ class StatusError(KeylessError):
         self.request_id = request_id
         self.retry_after = retry_after
         self.detail = detail
+
+    @property
+    def is_transient(self) -> bool:
+        """True of 408, 425, 429 and 5xx; see `KeylessError.is_transient`."""
+        return self.status in TRANSIENT_STATUSES or 500 <= self.status < 600
 
 
 class BadRequestError(StatusError):
@@ -385,6 +348,11 @@ class SignatureError(KeylessError):
     def __init__(self, reason: SignatureReason) -> None:
         super().__init__(f"the signed transaction is refused: {_REASONS[reason]}")
         self.reason = reason
+
+    @property
+    def is_transient(self) -> bool:
+        """True if the keys were unavailable; see `KeylessError.is_transient`."""
+        return self.reason is SignatureReason.KEYS_UNAVAILABLE
 
 
 class ApprovalError(KeylessError):

@@ -12,8 +12,8 @@ from typing import Final
 
 import msgspec
 
+from ._base_errors import ConfigurationError
 from ._validation import check_operation_id, check_text, check_user_id, finite_seconds, is_traceparent
-from .errors import ConfigurationError
 
 __all__ = ["ApprovalTicket"]
 

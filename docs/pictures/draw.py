@@ -186,10 +186,13 @@ LAYERS: Final = (
     (("_rules",), "what a poll means, the circuit, the backoff: pure"),
     (("schedule",), "when to poll next"),
     (("_listeners", "_tracing"), "tells listeners; the caller's trace"),
-    (("ticket", "reports", "events"), "what is stored, and what is reported"),
-    (("_validation",), "every check of an argument"),
-    (("models",), "what the service sends and takes"),
+    (("reports",), "what a client reports"),
     (("errors",), "every exception"),
+    (("ticket",), "what is stored of an operation"),
+    (("_validation",), "every check of an argument"),
+    (("events",), "what listeners are told"),
+    (("models",), "what the service sends and takes"),
+    (("_base_errors",), "the root of the errors, and those of arguments"),
 )
 
 
