@@ -1,4 +1,4 @@
-"""Tells listeners what happens. A listener can be slow, and it can fail, but no wait fails with it."""
+"""Calls the listeners of events. A listener can be slow or raise, but no wait fails because of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aiokeyless")
 
 DEFAULT_LISTENERS: Final[list[Listener]] = []
-"""What each new client tells, beside its own listeners: for instrumentation."""
+"""Listeners of each new client, besides its own: for instrumentation."""
 
 
 class Listeners:
-    """The listeners of one client, at least one; a client without listeners has None instead, and builds no events.
+    """The listeners of one client, at least one. A client without listeners has None instead, and builds no events.
 
     Args:
-        listeners: The listeners, in the order in which they are told.
+        listeners: The listeners, in the order in which they are called.
     """
 
     __slots__ = ("_failed", "_listeners")
@@ -28,7 +28,7 @@ class Listeners:
         self._failed: set[tuple[int, type[BaseException]]] = set()
 
     def tell(self, event: Event) -> None:
-        """Tell each listener of an event; what one raises is logged, and the others are told all the same."""
+        """Call each listener with an event. If one raises, that is logged, and the others are still called."""
         for listener in self._listeners:
             try:
                 listener(event)
@@ -38,15 +38,15 @@ class Listeners:
                 self._log(listener, event, error)
 
     def _log(self, listener: Listener, event: Event, error: BaseException) -> None:
-        """Log a failure; with a traceback once for each kind of it, as there may be thousands a second."""
+        """Log a failure. Only the first of each kind has a traceback, as there may be thousands a second."""
         kind = (id(listener), type(error))
         if kind in self._failed:
             logger.debug("listener %r failed again: %s", listener, type(error).__name__)
             return
         self._failed.add(kind)
         logger.error(
-            "listener %r failed on %s, and is told of the next event all the same; further failures of this kind are "
-            "logged at DEBUG",
+            "listener %r failed on %s; it is called for later events too, and further failures of this kind are logged "
+            "at DEBUG",
             listener,
             type(event).__name__,
             exc_info=error,

@@ -1,4 +1,4 @@
-"""What the lower layers need of OpenTelemetry, where a program has loaded it; without it, nothing is imported.
+"""What the lower layers need of OpenTelemetry. They import it only if the program has loaded it.
 
 Spans and metrics are in `aiokeyless.otel`.
 """
@@ -12,8 +12,8 @@ import sys
 def context_without_traces() -> contextvars.Context:
     """Return a context in which OpenTelemetry's instrumentations of other packages make no spans.
 
-    Polls and explanations run in it. They are shared by waits of different callers, so they belong to no caller's
-    trace; and a trace for each poll of 100 000 waits would be 100 000 traces.
+    Polls and explanations run in it. Waits of different callers share them, so they belong to no caller's trace. And a
+    trace for each poll of 100 000 waits would be 100 000 traces.
     """
     context = contextvars.Context()
     if "opentelemetry.context" in sys.modules:

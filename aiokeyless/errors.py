@@ -76,11 +76,11 @@ class TransportError(KeylessError):
         path: Path of the request, percent-encoded.
         sent: False if the request certainly never left this machine, so that it cannot have had an effect.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
-        attempts: The failures of the earlier attempts of the same call, oldest first.
+        failures: How the earlier tries of the same call failed, oldest first.
     """
 
     operation_id: str | None = None
-    attempts: tuple[KeylessError, ...] = ()
+    failures: tuple[KeylessError, ...] = ()
 
     def __init__(self, message: str, *, method: str, path: str, sent: bool = True) -> None:
         super().__init__(message)
@@ -112,11 +112,11 @@ class DecodeError(KeylessError):
         path: Path of the request, percent-encoded.
         request_id: The service's id of the exchange, or None if it sent none.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
-        attempts: The failures of the earlier attempts of the same call, oldest first.
+        failures: How the earlier tries of the same call failed, oldest first.
     """
 
     operation_id: str | None = None
-    attempts: tuple[KeylessError, ...] = ()
+    failures: tuple[KeylessError, ...] = ()
 
     def __init__(self, message: str, *, status: int, method: str, path: str, request_id: str | None = None) -> None:
         super().__init__(message)
@@ -142,8 +142,8 @@ class NotJsonError(DecodeError):
 class StatusError(KeylessError):
     """The service, or a gateway in front of it, answered with an error status or a redirect.
 
-    What to do: see the subclass. A plain `StatusError` is a status that the API does not document; a 3xx means
-    that ``base_url`` is not the API's (redirects are never followed: that would send the key to another host).
+    What to do: see the subclass. A plain `StatusError` is a status that the API does not document. A 3xx means that
+    ``base_url`` is not the API's. Redirects are never followed, as that would send the key to another host.
 
     Attributes:
         status: HTTP status.
@@ -154,11 +154,11 @@ class StatusError(KeylessError):
         detail: At most 200 printable characters of the error body, the API key redacted; or None. It may quote what
             you sent, including a payload: consider that before you log it.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
-        attempts: The failures of the earlier attempts of the same call, oldest first.
+        failures: How the earlier tries of the same call failed, oldest first.
     """
 
     operation_id: str | None = None
-    attempts: tuple[KeylessError, ...] = ()
+    failures: tuple[KeylessError, ...] = ()
 
     advice: ClassVar[str] = "the API does not document this status; check base_url"
 

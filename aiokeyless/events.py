@@ -1,6 +1,6 @@
-"""What listeners are told: an event for each exchange, wait and poll, each change of the circuit, and what workers do.
+"""The events that listeners get: of each exchange, wait and poll, of the circuit, and of workers.
 
-An event is a frozen struct. It never holds a key, a payload or a user; an operation id only where it names a wait.
+An event is a frozen struct. It never holds a key, a payload or a user. It holds an operation id only to name a wait.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ class RequestEnded(Model, frozen=True, kw_only=True):
         port: Its port.
         status: Status of the answer; None if there was none.
         error: Name of the exception's type if the exchange failed, such as ``"TransportError"`` or
-            ``"NotFoundError"``; ``"CancelledError"`` if it was cut off because its answer was no longer needed; else
-            None.
-        seconds: Seconds that it took.
+            ``"NotFoundError"``. ``"CancelledError"`` if its answer was no longer needed. None if it succeeded.
+        seconds: Its duration, in seconds.
         attempt: 1 for the first attempt of a single call, then 2, ...; always 1 for a poll.
         request_id: The service's id of the exchange, for its support; None if the answer has none.
     """
@@ -63,10 +62,10 @@ class WaitStarted(Model, frozen=True, kw_only=True):
 
     Attributes:
         wait: Number of the wait, unique in the process.
-        operation_id: What is waited for.
+        operation_id: The operation that is waited for.
         timeout: Seconds until its final poll; 0 for a ticket that has expired, None for no end. The holds of one target
             are one wait.
-        traceparent: Where the ticket was created, if that was traced (W3C Trace Context); else None.
+        traceparent: The trace in which the ticket was created (W3C Trace Context); None if it was not traced.
     """
 
     wait: int
@@ -79,7 +78,7 @@ class WaitOutcome(StrEnum):
     """How a wait ended."""
 
     APPROVED = "approved"
-    """By the approval."""
+    """The user approved it."""
     TIMED_OUT = "timed_out"
     """`ApprovalTimeoutError`: the final poll said pending."""
     UNKNOWN = "unknown"
@@ -93,7 +92,7 @@ class WaitOutcome(StrEnum):
     CLOSED = "closed"
     """`ClientClosedError`: the client was closed."""
     HELD = "held"
-    """Nobody held it again within 10 s of its last hold."""
+    """No other hold came within 10 s of the last one."""
 
 
 class WaitEnded(Model, frozen=True, kw_only=True):
@@ -101,12 +100,12 @@ class WaitEnded(Model, frozen=True, kw_only=True):
 
     Attributes:
         wait: Number of the wait.
-        operation_id: What was waited for.
+        operation_id: The operation that was waited for.
         outcome: How it ended.
-        error: Name of the type of what was raised; None where nothing was, and for a cancellation.
-        seconds: Seconds that it took.
+        error: Name of the exception's type; None if nothing was raised, or if it was cancelled.
+        seconds: Its duration, in seconds.
         polls: Polls on its behalf.
-        age: Seconds since the operation was created; None for a bare id, of which that is not known.
+        age: Seconds since the operation was created; None for a bare id, whose creation time is unknown.
     """
 
     wait: int
@@ -119,16 +118,16 @@ class WaitEnded(Model, frozen=True, kw_only=True):
 
 
 class PollResult(StrEnum):
-    """What one poll brought."""
+    """The result of one poll."""
 
     APPROVED = "approved"
-    """An approval; whether it is the one that is waited for is a wait's outcome."""
+    """An approval. The wait decides whether it is the one that it waits for."""
     PENDING = "pending"
     """The operation is pending."""
     INVALID = "invalid"
     """An answer of neither kind."""
     MISSING = "missing"
-    """404: there is no such operation, as before the create of a worker's request or before the phone's own."""
+    """404: there is no such operation yet, such as before a worker or the phone has created it."""
     FAILED = "failed"
     """Another error; a wait goes on if it is transient."""
     CUT_OFF = "cut_off"
@@ -139,14 +138,14 @@ class PollEnded(Model, frozen=True, kw_only=True):
     """A poll has ended; one poll serves all waits for its operation.
 
     Attributes:
-        waits: Numbers of the waits for which it was sent; none of a worker, whose waits are the broker's.
-        operation_id: What was polled.
-        result: What it brought.
+        waits: Numbers of the waits for which it was sent; empty for a worker, whose waits are at the broker.
+        operation_id: The operation that was polled.
+        result: Its result.
         error: Name of the error's type if `result` is ``failed``; else None.
         is_final: Whether it was the final poll of waits whose deadline had passed.
-        seconds: Seconds that it took.
-        lag: Seconds after it was due at which it started; 0 for a final poll; None of a worker, which does not know
-            when it was due.
+        seconds: Its duration, in seconds.
+        lag: Seconds by which it started late; 0 for a final poll; None for a worker, which does not know when it was
+            due.
     """
 
     waits: tuple[int, ...]
@@ -164,9 +163,9 @@ class CircuitChanged(Model, frozen=True, kw_only=True):
     Attributes:
         state: The new state: ``"closed"``, ``"half_open"`` or ``"open"``; see ``ClientStatistics.circuit``.
         previous: The state before.
-        cause: Name of the type of the failure that changed it; None if that was a good answer; ``"ClientClosedError"``
-            where the client was closed, or the worker ended, while its circuit was not.
-        waiting: Waits under way; of a worker, deliveries in flight.
+        cause: Name of the exception's type that changed it; None if a good answer did. ``"ClientClosedError"`` if the
+            client was closed, or the worker ended, while the circuit was not closed.
+        waiting: Waits under way; for a worker, deliveries in flight.
         seconds: Seconds for which the previous state lasted.
     """
 
@@ -178,15 +177,15 @@ class CircuitChanged(Model, frozen=True, kw_only=True):
 
 
 class DeliveryEnded(Model, frozen=True, kw_only=True):
-    """A worker has processed a delivery of a request: one poll, mostly, after which the request is delivered again.
+    """A worker has processed a delivery of a request: usually one poll, after which the request is delivered again.
 
     Attributes:
         system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
-        destination: Where requests are stored; it names the fleet.
+        destination: The place of the requests at the broker; it names the fleet.
         number: Number of the delivery of its request, from 1.
-        error: Name of the type of what kept it from being settled: ``"BrokerError"``, or what is wrong with the worker,
-            such as ``"AuthenticationError"``. The request is delivered again. Else None.
-        seconds: Seconds that it took.
+        error: Name of the exception's type if it could not be settled: ``"BrokerError"``, or an error of the worker's
+            setup such as ``"AuthenticationError"``. The request is then delivered again. Else None.
+        seconds: Its duration, in seconds.
     """
 
     system: str
@@ -197,19 +196,19 @@ class DeliveryEnded(Model, frozen=True, kw_only=True):
 
 
 class OutcomePublished(Model, frozen=True, kw_only=True):
-    """A worker has decided a request, and the broker has stored the event: told once, by one worker of the fleet.
+    """A worker has decided a request, and the broker has stored the event. One worker of the fleet reports it, once.
 
     Attributes:
         system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
-        destination: Where requests are stored; it names the fleet.
-        operation_id: What was waited for; None where the request was too broken to have one.
-        outcome: How the wait ended, in the words for a client's waits: ``expired`` is `WaitOutcome.TIMED_OUT` where
-            the final poll was answered, else `WaitOutcome.UNKNOWN`; a failure is `WaitOutcome.REJECTED` where an
-            answer contradicted itself or the request, else `WaitOutcome.FAILED`.
+        destination: The place of the requests at the broker; it names the fleet.
+        operation_id: The operation that was waited for; None if the request has no readable id.
+        outcome: How the wait ended, by the same names as a client's waits. ``expired`` is `WaitOutcome.TIMED_OUT` if
+            the final poll was answered, else `WaitOutcome.UNKNOWN`. ``failed`` is `WaitOutcome.REJECTED` if an answer
+            contradicted itself or the request, else `WaitOutcome.FAILED`.
         reason: Why it failed, see `aiokeyless.worker.FailureReason`; else None.
         deliveries: How often the request was delivered: about the number of polls.
-        age: Seconds from when the approval was asked for until it was decided.
-        traceparent: Where the request was submitted, if that was traced (W3C Trace Context); else None.
+        age: Seconds from the request until the decision.
+        traceparent: The trace in which the request was submitted (W3C Trace Context); None if it was not traced.
     """
 
     system: str
@@ -223,11 +222,11 @@ class OutcomePublished(Model, frozen=True, kw_only=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """What a broker tells of all its workers together, at one moment.
+    """The broker's figures for all its workers together, at one moment.
 
     Attributes:
         waiting: Requests that are not decided.
-        backlog: Those of them that were never delivered.
+        backlog: Undecided requests that were never delivered.
         oldest_age: Seconds since the oldest of them was stored; 0 if there is none.
         clock_ahead: Seconds by which the broker's clock is ahead of this machine's.
         problems: Why requests or outcomes cannot be stored or delivered, in one line each.
@@ -241,22 +240,22 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerInspected(Model, frozen=True, kw_only=True):
-    """How a worker and its fleet fare: told every 5 seconds, when the broker was asked, and once more at the end.
+    """The figures of a worker and its fleet, every 5 seconds and once more at the end.
 
     The figures are those of `aiokeyless.worker.WorkerStatistics`.
 
     Attributes:
         worker: Number of the worker, unique in the process.
         system: Kind of the broker, such as ``"postgresql"`` or ``"nats"``.
-        destination: Where requests are stored; it names the fleet.
-        has_ended: Whether the worker has ended: it tells no more.
+        destination: The place of the requests at the broker; it names the fleet.
+        has_ended: Whether the worker has ended; this is then its last event.
         is_ready: Whether it takes requests.
         in_flight: Its deliveries in flight.
-        fleet: What the broker tells of all its workers.
-        lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
-            inspections.
+        fleet: The figures of the whole fleet.
+        lateness: The longest time, in seconds, that a request waited for its first delivery to this worker since the
+            last such event.
         duplicates: Outcomes that the broker had already, since the worker started.
-        unsettled: Deliveries of which the broker took no word, since the worker started.
+        unsettled: Deliveries that the broker did not let the worker settle, since the worker started.
     """
 
     worker: int
@@ -281,7 +280,7 @@ Event: TypeAlias = (
     | OutcomePublished
     | WorkerInspected
 )
-"""The events that a listener is told of. Kinds may be added, so ignore those that you do not know."""
+"""The events that a listener gets. Later releases may add kinds, so ignore unknown ones."""
 
 Listener: TypeAlias = Callable[[Event], object]
 """A plain function that takes an event."""

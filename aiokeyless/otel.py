@@ -1,6 +1,6 @@
 """OpenTelemetry: a span for each wait, and metrics. It needs the extra ``otel``, which is opentelemetry-api alone.
 
-It is a listener: see `aiokeyless.events`. Without an SDK it records nothing, and what an exporter raises costs no wait.
+It is a listener: see `aiokeyless.events`. Without an SDK it records nothing. If an exporter raises, no wait fails.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ if TYPE_CHECKING:
 
 __all__ = ["KeylessInstrumentor", "OpenTelemetryListener"]
 
-#: Outcomes that say that something is wrong, and not only that nobody approved.
+#: Outcomes that mean that something is wrong, and not only that nobody approved.
 _ERRORS: Final = frozenset({WaitOutcome.UNKNOWN, WaitOutcome.REJECTED, WaitOutcome.FAILED})
-#: Boundaries of the conventions for HTTP, and such as fit waits for people.
+#: Bucket boundaries: those of the conventions for HTTP, and two sets that fit waits for people.
 _REQUEST_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 _WAIT_SECONDS: Final = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
 _LAG_SECONDS: Final = (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-#: Metrics of workers: what they are read from, their unit, and what is told of several workers of a fleet.
+#: Metrics of workers: their attribute, their unit, how the values of several workers are combined, their description.
 _WORKER_GAUGES: Final[dict[str, tuple[str, str, Callable[[Iterable[float]], float], str]]] = {
     "ready": ("is_ready", "1", min, "Whether workers take requests: 1, or 0 where one does not."),
     "in_flight": ("in_flight", "{delivery}", sum, "Deliveries in flight."),
     "waiting": ("fleet.waiting", "{request}", max, "Requests of the fleet that are not decided."),
     "backlog": ("fleet.backlog", "{request}", max, "Requests of the fleet that were never delivered."),
-    "oldest_age": ("fleet.oldest_age", "s", max, "Since when the oldest request of the fleet has been waiting."),
-    "lateness": ("lateness", "s", max, "How long requests waited for their first delivery, at most."),
+    "oldest_age": ("fleet.oldest_age", "s", max, "Age of the oldest undecided request of the fleet."),
+    "lateness": ("lateness", "s", max, "The longest time that a request waited for its first delivery."),
     "clock_ahead": ("fleet.clock_ahead", "s", max, "How far the broker's clock is ahead of this machine's."),
 }
 
@@ -70,19 +70,24 @@ _WORKER_GAUGES: Final[dict[str, tuple[str, str, Callable[[Iterable[float]], floa
 class OpenTelemetryListener:
     """Turns events into spans and metrics: ``KeylessClient(listeners=[OpenTelemetryListener()])``.
 
-    A wait is one span, ``aiokeyless.wait``, a child of its caller's span; a failed poll is an event of it. A wait for a
-    ticket that another trace created links to that. The wait of a worker's request is such a span too, of the kind
-    consumer, a child of the span in which it was submitted; the worker that decides it records it, at its end. Polls
-    and deliveries have no spans: instrumentations of aiohttp are suppressed for them. No operation id, user, payload or
-    key is in an attribute.
+    A wait is one span, ``aiokeyless.wait``, a child of its caller's span. A failed poll is an event of it. A wait for a
+    ticket that another trace created has a link to that trace. The wait of a worker's request is such a span too, of
+    the kind consumer and a child of the span in which it was submitted. The worker that decides the request records it.
+    Polls and deliveries have no spans: instrumentations of aiohttp are suppressed for them. No attribute contains an
+    operation id, a user, a payload or a key.
 
-    Metrics: ``http.client.request.duration`` (by the conventions for HTTP, with ``url.template``),
-    ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag`` and
-    ``aiokeyless.circuit.state`` (0 closed, 1 half open, 2 open; of several clients, the worst). For each delivery to a
-    worker also ``messaging.client.consumed.messages`` and ``messaging.process.duration`` (by the conventions for
-    messaging), and how workers and their fleets fare: gauges ``aiokeyless.worker.ready``, ``.in_flight``, ``.waiting``,
-    ``.backlog``, ``.oldest_age``, ``.lateness`` and ``.clock_ahead``, counters ``.duplicates`` and
-    ``.unsettled``.
+    Metrics of a client:
+
+    * ``http.client.request.duration``, by the conventions for HTTP, with ``url.template``
+    * ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag``
+    * ``aiokeyless.circuit.state``: 0 closed, 1 half open, 2 open; the worst of several clients
+
+    Metrics of a worker:
+
+    * ``messaging.client.consumed.messages`` and ``messaging.process.duration``, by the conventions for messaging
+    * gauges ``aiokeyless.worker.ready``, ``.in_flight``, ``.waiting``, ``.backlog``, ``.oldest_age``, ``.lateness`` and
+      ``.clock_ahead``
+    * counters ``aiokeyless.worker.duplicates`` and ``.unsettled``
 
     Args:
         tracer_provider: Makes the tracer. Default: the global one.
@@ -108,11 +113,11 @@ class OpenTelemetryListener:
             explicit_bucket_boundaries_advisory=_WAIT_SECONDS,
         )
         self._active = meter.create_up_down_counter("aiokeyless.waits.active", "{wait}", "Waits under way.")
-        self._polls = meter.create_counter("aiokeyless.polls", "{poll}", "Polls, by what they brought.")
+        self._polls = meter.create_counter("aiokeyless.polls", "{poll}", "Polls, by their result.")
         self._lag = meter.create_histogram(
             "aiokeyless.poll.lag",
             "s",
-            "How much later than it was due a poll started.",
+            "Seconds by which a poll started late.",
             explicit_bucket_boundaries_advisory=_LAG_SECONDS,
         )
         self._deliveries = meter.create_counter(
@@ -130,10 +135,11 @@ class OpenTelemetryListener:
             "aiokeyless.worker.duplicates", "{event}", "Outcomes that were stored already."
         )
         self._unsettled = meter.create_counter(
-            "aiokeyless.worker.unsettled", "{delivery}", "Deliveries of which the broker took no word."
+            "aiokeyless.worker.unsettled", "{delivery}", "Deliveries that the broker did not let a worker settle."
         )
         self._circuits, self._workers = _observed(meter, meter_provider or get_meter_provider())
-        self._counted: dict[int, WorkerInspected] = {}  # what each worker told last, of which the counts are taken
+        #: The last event of each worker. The counters add the difference to the next one.
+        self._counted: dict[int, WorkerInspected] = {}
 
     def __call__(self, event: Event) -> None:
         """Record an event."""

@@ -22,8 +22,8 @@ class ApprovalUpdate(Model, frozen=True, kw_only=True):
         polls: Polls sent on behalf of this wait so far.
         elapsed: Seconds since the wait started.
         next_poll_in: Seconds until the next poll is due, or None if this was the last one.
-        attempts: The user's attempts to authenticate for this operation, oldest first, as far as a wait with
-            ``explain=True`` has learned of them; else empty. They explain, and never approve.
+        attempts: The user's attempts to authenticate for this operation, oldest first, if the wait has
+            ``explain=True``; else empty. They explain, and never approve.
     """
 
     operation: Operation | None
@@ -63,7 +63,7 @@ class NotApproved(Model, frozen=True, kw_only=True):
 
 
 ApprovalOutcome: TypeAlias = Approved | NotApproved
-"""How one of many waits ended. A type checker narrows it: where ``outcome.error is None``, the operation is not."""
+"""How one of many waits ended. A type checker narrows it: if ``outcome.error is None``, the operation is not None."""
 
 
 class ClientStatistics(Model, frozen=True, kw_only=True):
@@ -80,8 +80,8 @@ class ClientStatistics(Model, frozen=True, kw_only=True):
             ``max_polls_per_second`` is too small, or the process is too busy.
         rate_limit: Polls a second that may start now: ``max_polls_per_second``, or less for about a minute after the
             service answered 429. None: no limit.
-        circuit: How the service fares: ``"closed"``, it is well; ``"half_open"``, it answers again and gets few polls
-            at first; ``"open"``, it fails or asked for a pause, and gets one poll at a time or none.
+        circuit: ``"closed"``: the service answers, and all polls go. ``"open"``: it fails or asked for a pause, and
+            gets one poll at a time or none. ``"half_open"``: it answers again, and gets more polls step by step.
     """
 
     waiting: int

@@ -56,17 +56,17 @@ _PRIOR_WAITS: Final = 3.0
 
 #: The factor by which one more observation reduces the weight of all earlier ones: a half-life of 500.
 _KEPT: Final = 0.5 ** (1 / 500)
-#: The share of users that is believed to never approve, at most. Waits that nobody answered (a load test, an outage of
-#: the push service) say nothing of when people approve: beyond this share they are left out, or it would take hundreds
-#: of approvals to forget them.
+#: The share of users that is believed to never approve, at most. Waits that nobody answered (a load test, an
+#: outage of the push service) do not show when people approve. Beyond this share they are left out. Otherwise it would
+#: take hundreds of approvals to forget them.
 _MOST_NEVER: Final = 0.5
-#: How far above it the share may stay: what is left out is found by approximation.
+#: How far above it the share may stay, since the reduction is found by approximation.
 _NEARLY: Final = 0.001
 #: The largest weight that an observation has before all weights are reduced.
 _LARGEST_GAIN: Final = 2.0**20
 
-#: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time): thirty
-#: observations in forty bins are spikes, and a schedule fitted to spikes polls at the wrong times.
+#: An approval counts in the neighbouring bins too (a binomial kernel, about a quarter in log-time). Thirty observations
+#: in forty bins are spikes, and a schedule that is fitted to spikes polls at the wrong times.
 _KERNEL: Final = ((-2, 1 / 16), (-1, 4 / 16), (0, 6 / 16), (1, 4 / 16), (2, 1 / 16))
 
 #: Least width of the interval of an approval, in seconds, for an interval whose ends are equal.
@@ -115,12 +115,12 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
 
     Args:
         poll_cost: Seconds of lateness that one request is worth; above 0. A larger value means fewer requests and
-            later answers. Default: 0.02, with which people who approve after 8 s (median) are noticed as promptly as by
-            one poll a second, for 40% fewer requests; 0.3 takes a fifth of the requests and notices 1.8 s late.
+            later answers. Default: 0.02. If people approve after 8 s (median), that is as prompt as one poll a second,
+            with 40% fewer requests. 0.3 takes a fifth of the requests and is 1.8 s late on average.
         min_interval: Shortest delay in seconds; above 0. Default: 0.25.
         max_interval: Longest delay in seconds; at least ``min_interval``. Default: 20.
-        jitter: Fraction, 0 to 1, by which a delay varies at random in both directions, within the two bounds; 0 turns
-            it off. It spreads the polls of many clients, and is small because full jitter costs lateness. Default: 0.1.
+        jitter: Fraction, 0 to 1, by which a delay varies at random in both directions, within the two bounds. 0 turns
+            it off. It spreads the polls of many clients. It is small because full jitter costs lateness. Default: 0.1.
 
     Raises:
         ConfigurationError: An argument is not a number or out of range.
@@ -179,8 +179,8 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
     def previous_poll(self, moment: float) -> float:
         """Return the time of the poll before the one at `moment`, if this schedule set both.
 
-        It is for an engine that keeps nothing of a wait between two polls, and needs the time of the previous poll for
-        `observe`. The result is an estimate: jitter, delayed polls and failed polls are not taken into account.
+        For an engine that keeps nothing of a wait between two polls but needs the previous poll's time for `observe`.
+        The result is an estimate: jitter, delayed polls and failed polls are not taken into account.
 
         Args:
             moment: Seconds since the operation was created, at least 0.
@@ -191,7 +191,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         low, high = 0.0, moment
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            # Earlier by more than rounding: where no approvals are expected, all moments lead to the same next poll.
+            # Earlier by more than rounding: if no approvals are expected, all moments lead to the same next poll.
             if middle + self._interval(middle) < moment * (1 - 1e-9):
                 low = middle
             else:
@@ -210,9 +210,8 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         Args:
             after: Start of the last poll that found the operation pending, in seconds since it was created; 0 if there
                 was none.
-            until: The poll that found it approved, in the same seconds, so that the approval came in
-                ``(after, until]``; None if it was not seen approved, so that it is only known that the operation was
-                pending at ``after``.
+            until: Time of the poll that found it approved, in the same seconds: it was approved in ``(after, until]``.
+                None if no poll found it approved: it was still pending at ``after``.
 
         Raises:
             ConfigurationError: A time is not a number, negative or not finite, or ``until`` is before ``after``.
@@ -220,7 +219,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         after = _number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
         if until is not None:
             until = _number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
-        if until is not None and after < _END:  # beyond the last bin, an approval tells only that it came later
+        if until is not None and after < _END:  # beyond the last bin, an approval shows only that it came later
             self._observed.age()
             self._observed.add_approval(after, until)
         elif after > 0.0:  # else it was not observed for any time
@@ -230,7 +229,8 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
 
     def to_json(self) -> str:
         """Return the learned state as one line of JSON, for `from_json`; it does not contain the options."""
-        self._observed.curve()  # leaves out what is not believed
+        # Reduces the waits that nobody answered.
+        self._observed.curve()
         state = _State(version=_STATE_VERSION, approved=self._observed.approved, pending=self._observed.pending)
         return msgspec.json.encode(state).decode()
 
@@ -303,9 +303,9 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
 
 
 def record_observation(schedule: wait_adaptive, after: float, until: float | None) -> None:
-    """Let a schedule `observe` an operation; one that fails to learn is logged.
+    """Let a schedule `observe` an operation, and log what it raises.
 
-    It may be an application's subclass. What is not learned costs requests; an approval it must not cost.
+    It may be an application's subclass. A failure may cost requests, but never an approval.
 
     Args:
         schedule: The schedule.
@@ -353,11 +353,11 @@ class _Curve(NamedTuple):
     def step(self, start: float, poll_cost: float) -> float:
         """Return the delay after which the expected lateness is worth one poll.
 
-        It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``: the lateness of the approvals
-        not yet noticed, relative to the operations that are still pending at u. For a constant hazard h that is
-        ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps. Unlike
-        that formula, it takes later changes of the hazard into account: it polls in time when a hazard of zero rises,
-        and does not poll frequently at the end for the few approvals that may still come.
+        It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``. The left side is the lateness
+        of the approvals not yet noticed, relative to the operations that are still pending at u. For a constant hazard
+        h that is ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps.
+        Unlike that formula, it takes later changes of the hazard into account. It polls in time when a hazard of zero
+        rises. It does not poll often at the end, for the few approvals that may still come.
 
         Args:
             start: t, seconds since the operation was created, from 0.
@@ -382,8 +382,8 @@ class _Curve(NamedTuple):
             covered = _EDGES[edge] - start
             rise = inverse[edge] - level
             rest = target - (area[edge] - level * _EDGES[edge])
-        # In the rest 1/S is linear: rise * x + slope/2 * x**2 == rest, solved for x in a form that divides by zero
-        # neither for a slope of zero nor for a rise of zero.
+        # In the rest 1/S is linear: rise * x + slope/2 * x**2 == rest. This form of the solution divides by zero
+        # neither if the slope is zero nor if the rise is.
         pace = rise + math.sqrt(rise * rise + 2.0 * slope[edge] * rest)
         return covered + 2.0 * rest / pace if pace > 0.0 else math.inf
 
@@ -415,8 +415,8 @@ class _Histogram:
 
     Attributes:
         approved: Approvals in each bin.
-        pending: At each edge, the waits whose observation ended there without an approval. States that earlier releases
-            saved have the waits subtracted whose observation began there.
+        pending: At each edge, the waits whose observation ended there without an approval. In states that earlier
+            releases saved, the waits whose observation began there are subtracted.
         gain: The weight of the last observation in these figures. Instead of reducing all earlier weights at each
             observation, the new one weighs more.
     """
@@ -441,12 +441,12 @@ class _Histogram:
         self.gain /= _KEPT
 
     def curve(self) -> _Curve:
-        """Return the survival curve, and leave out for good what nobody answered beyond the share that is believed."""
+        """Return the survival curve, after reducing the waits that nobody answered to the largest share allowed."""
         self.rescale()
         curve = _estimate(self.approved, self.pending)
         while (never := self._never(curve)) > _MOST_NEVER + _NEARLY:
-            # Exact where the waits lasted longer than half of the approvals took: the odds are then those of the sums.
-            # Else it is too little, so again: what is kept must be left as it is when the state is saved and loaded.
+            # Exact if the waits lasted longer than half of the approvals took: the odds are then those of the sums.
+            # Else it reduces too little and is repeated. A saved and loaded state must not be reduced again.
             kept = _MOST_NEVER / (1.0 - _MOST_NEVER) * (1.0 - never) / never
             self.pending = [change * kept for change in self.pending]
             curve = _estimate(self.approved, self.pending)
@@ -455,7 +455,7 @@ class _Histogram:
     def _never(self, curve: _Curve) -> float:
         """Return the share of users who never approve, by how many have when half of the approvals have come.
 
-        Not by how many have at the end: short waits that nobody answers tell nothing of the end.
+        Not by how many have at the end: short waits that nobody answers show nothing about the end.
         """
         expected: list[float] = [*accumulate(map(add, _PRIOR, self.approved))]
         half = bisect_left(expected, expected[-1] / 2)
@@ -527,7 +527,7 @@ def _decode_state(text: str | bytes) -> _State:
 
 
 def _check_at_risk(state: _State) -> None:
-    """Raise a ValueError where more waits approve or end than are observed: a curve cannot be computed from that."""
+    """Raise a ValueError if more waits approve or end than are observed: there is no curve for that."""
     at_risk = _PRIOR_WAITS + sum(state.approved) + sum(state.pending)
     for expected, seen, given_up in zip(_PRIOR, state.approved, state.pending, strict=False):
         at_risk -= expected + seen + given_up

@@ -1,7 +1,7 @@
 """Shutting down: closes clients as soon as the process is told to stop.
 
 Web servers close an application only after they have waited for its open requests. A request that waits for an approval
-ends with its client, so the client must be closed first: when the signal arrives.
+ends with its client. So the client must be closed first, when the signal arrives.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None]:
     """Close clients when the process receives SIGTERM or SIGINT, or at the end of the block, whichever comes first.
 
-    Each wait and each call under way then ends with `ClientClosedError`. The signal is handed on to the handler that
-    was installed before: at once, so that a server begins to stop; or, where that is the default action, which ends the
-    process, once the clients are closed. A second signal is handed on at once.
+    Each wait and each call under way then ends with `ClientClosedError`. The handler that was installed before gets the
+    signal too, at once, so that a server begins to stop. If that handler is the default action, which ends the process,
+    it gets the signal after the clients are closed. A second signal is passed on at once.
 
     Enter the block in the startup of the application, such as its ASGI lifespan: a handler that is installed later
-    takes the place of this one. Signals that are ignored stay ignored. Outside of the main thread, where Python allows
-    no handlers (as in the test client of Starlette), the clients are closed at the end of the block only.
+    takes the place of this one. Signals that are ignored stay ignored. Python allows handlers only in the main thread.
+    In another one, such as in Starlette's test client, the clients are closed at the end of the block only.
 
     Args:
         clients: The clients to close, all of this event loop.
@@ -65,7 +65,7 @@ async def close_on_signals(*clients: KeylessClient) -> AsyncGenerator[None, None
 
 
 def _is_handled(number: signal.Signals) -> bool:
-    """Return whether a signal has an effect that can be handed on; None: its handler is not Python's."""
+    """Return whether a signal has an effect that can be passed on; None: its handler is not Python's."""
     return signal.getsignal(number) not in {signal.SIG_IGN, None}
 
 
@@ -94,8 +94,8 @@ class _Handling:
         self._number = number
         self._closing = closing
         self._is_first = True
-        # Not loop.add_signal_handler, which keeps one handler only: aiohttp's and hypercorn's live there, and go on to
-        # be called. This takes the place of handlers such as uvicorn's, and calls them.
+        # Not loop.add_signal_handler, which keeps one handler only: aiohttp's and hypercorn's live there, and are still
+        # called. This takes the place of handlers such as uvicorn's, and calls them.
         self._previous: _Handler = signal.signal(number, self)  # type: ignore[assignment]  # not None: _is_handled
 
     def __call__(self, number: int, frame: FrameType | None) -> None:

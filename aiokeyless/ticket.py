@@ -35,9 +35,9 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     It contains no secret, and only a hash of the payload. `KeylessClient.create_operation` returns one;
     `ApprovalTicket.for_operation` creates one for an operation that exists already or that the phone will create.
 
-    It is not signed: an attacker who can write to your store of tickets can make a wait accept the approval of another
-    operation, so compare the operation, the user and the payload with your own record. A payload that can be guessed
-    ("Log in?", an amount) can be found from its hash, so protect a ticket like the payload itself.
+    It is not signed. An attacker who can write to your store of tickets can make a wait accept the approval of another
+    operation. So compare the operation, the user and the payload with your own record. A payload that can be guessed
+    ("Log in?", an amount) can be found from its hash. So protect a ticket like the payload itself.
 
     Attributes:
         operation_id: The customer's id of the operation.
@@ -46,9 +46,9 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of the empty text if there is no payload.
         created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
         expires_at: When a wait for the ticket ends by default: aware, UTC.
-        reconciled: True if the POST of this call was not confirmed and the operation was found under its id with this
-            content: it may belong to an earlier or a concurrent request.
-        traceparent: The position in the trace that created it (W3C Trace Context), where there is a trace; or None.
+        reconciled: True if the POST of this call was not confirmed, and a GET found the operation under its id with
+            this content. It may belong to an earlier or a concurrent request.
+        traceparent: The position in the trace that created it (W3C Trace Context); None without a trace.
         version: Version of the ticket's format, 1.
 
     Raises:

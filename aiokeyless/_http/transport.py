@@ -1,7 +1,7 @@
 """The transport: sends a request with aiohttp, reads its answer within limits, and retries single calls.
 
-`protocol` interprets the answers. Whatever an exchange raises becomes a `TransportError`, or, once a session is closed,
-a `ClientClosedError`; only cancellation passes through.
+`protocol` interprets the answers. Whatever an exchange raises becomes a `TransportError`, or a `ClientClosedError` once
+the session is closed. Only cancellation passes through.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ T = TypeVar("T")
 
 logger = logging.getLogger("aiokeyless")
 
-MAX_RETRY_AFTER: Final = 30.0  # seconds: with a longer one the call fails, and the caller reads .retry_after
-#: What passes through an exchange as it is; whatever else is raised in it is a failure of the exchange.
+#: Seconds. If the service asks for a longer pause, the call fails, and the caller reads ``retry_after``.
+MAX_RETRY_AFTER: Final = 30.0
+#: Raised through an exchange as they are. Any other exception is a failure of the exchange.
 _PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
-_BUFFER: Final = 1 << 18  # bytes that aiohttp reads ahead, and decompresses at once
+#: Bytes that aiohttp reads ahead, and decompresses at once.
+_BUFFER: Final = 1 << 18
 _HEADERS: Final = {"Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
@@ -65,7 +67,7 @@ class Transport:
         session: A session to borrow, or None to create one.
         request_timeout: Seconds for one exchange, from connecting to the last byte.
         max_attempts: Attempts of one call on transient failures.
-        listeners: Whom to tell of each exchange; None for nobody.
+        listeners: Called for each exchange; None if there are none.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Transport:
         listeners: Listeners | None = None,
     ) -> None:
         self._base = URL(base_url)
-        self._server, self._port = self._base.host or "", self._base.port or 0  # a checked URL has both
+        # A checked URL has both.
+        self._server, self._port = self._base.host or "", self._base.port or 0
         self._listeners = listeners
         self._now = asyncio.get_running_loop().time
         self._base_path = self._base.raw_path.rstrip("/")
@@ -87,8 +90,8 @@ class Transport:
         self._redaction = Redaction(api_key)
         self._max_attempts = max_attempts
         self.request_timeout = request_timeout
-        # Override the session's settings: a borrowed one may raise for statuses, follow redirects, not decompress, or
-        # decompress a bomb at once into a buffer of any size.
+        # These override the session's settings. A borrowed session may raise for statuses, follow redirects, not
+        # decompress, or decompress a bomb at once into a buffer of any size.
         self._options: dict[str, Any] = {
             "allow_redirects": False,
             "raise_for_status": False,
@@ -98,18 +101,20 @@ class Transport:
         self._owns_session = session is None
         if session is None:
             session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # the poller limits the polls in flight, at a lower cost
+                # The poller limits the polls in flight, at a lower cost.
+                connector=aiohttp.TCPConnector(limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=_headers(api_key),  # cheaper than per request: aiohttp then has nothing to merge
+                # Cheaper than per request: aiohttp then has nothing to merge.
+                headers=_headers(api_key),
             )
         self._session = session
-        #: Sessions to close: our own, and, once it is needed, one that does not send the key. Views share the list.
+        #: The sessions to close: our own, and later perhaps one that does not send the key. Views share the list.
         self._owned_sessions = [session] if self._owns_session else []
-        # aiohttp repeats a DELETE by itself when its connection is lost. The second one's 404 would then appear to
-        # be a first one's. A borrowed session may have middlewares of its own, which these would replace.
+        # aiohttp repeats a DELETE by itself if the connection is lost. The 404 of the second request would then look
+        # like an answer to the first. A borrowed session keeps its own middlewares, which these would replace.
         self._delete_options = {**self._options, "middlewares": (_send_once,)} if self._owns_session else self._options
-        # No total: aiohttp loses a cancellation of the caller's that comes in the turn of the loop in which it passes,
-        # as its timer is entered twice and then takes two cancellations for its own. asyncio.timeout does not.
+        # No total: aiohttp loses a cancellation by the caller that comes in the same turn of the loop as the timeout.
+        # It enters its timer twice, and takes both cancellations for its own. asyncio.timeout does not.
         self._call_timeout = aiohttp.ClientTimeout(total=None)
         # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
         # No sock_read: the poller ends an exchange in time, with one timer for all; aiohttp's costs 8% of a poll.
@@ -171,7 +176,7 @@ class Transport:
     async def _read_answer(
         self, endpoint: protocol.Endpoint[T], url: URL, exchange: Awaitable[protocol.Answer], *, attempt: int
     ) -> T:
-        """Do an exchange, read its answer, and tell the listeners, where there are any, how it ended."""
+        """Do an exchange, read its answer, and report to the listeners how it ended."""
         started = self._now()
         status: int | None = None
         request_id: str | None = None
@@ -188,7 +193,8 @@ class Transport:
         finally:
             if self._listeners is not None:
                 seconds = self._now() - started
-                if failure == "CancelledError" and seconds >= self.request_timeout:  # the poller keeps a poll's time
+                # The poller cancels a poll that has taken too long.
+                if failure == "CancelledError" and seconds >= self.request_timeout:
                     failure = RequestTimeoutError.__name__
                 self._listeners.tell(
                     RequestEnded(
@@ -234,14 +240,16 @@ class Transport:
     async def _again(
         self, attempt: Callable[[int], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
     ) -> T:
-        """Continue after the first attempt has failed, so that tenacity costs nothing where nothing fails.
+        """Continue after the first attempt has failed. A call that succeeds at once does not pay for tenacity.
 
-        tenacity's first attempt only raises the failure that happened already.
+        tenacity's first attempt only raises the failure that has happened already.
         """
-        first = [error.with_traceback(None)]  # a traceback keeps answers alive as long as its error
+        # A traceback would keep answers alive as long as its error.
+        first = [error.with_traceback(None)]
         del error
         earlier: list[KeylessError] = []
-        states: list[RetryCallState] = []  # one object, once for each attempt
+        # One object, once for each attempt.
+        states: list[RetryCallState] = []
 
         async def again() -> T:
             if first:
@@ -264,13 +272,16 @@ class Transport:
         try:
             return await retrying(again)
         except (TransportError, DecodeError, StatusError) as last:
-            last.attempts = tuple(earlier)
-            last.__traceback__ = None  # tenacity's frames have variables for it
+            last.failures = tuple(earlier)
+            # tenacity's frames have variables for it.
+            last.__traceback__ = None
             raise
         finally:
-            retrying.iter_state.reset()  # its steps reference `retrying` and the last failure
+            # Its steps reference `retrying` and the last failure.
+            retrying.iter_state.reset()
+            # An outcome may be a cancellation, whose traceback stays and references the state.
             while states:
-                states.pop().outcome = None  # may be a cancellation: its traceback stays, and references the state
+                states.pop().outcome = None
 
     async def _exchange(
         self,
@@ -293,7 +304,8 @@ class Transport:
                     response, content = await self._answer(endpoint, url, timeouts, body)
             else:
                 response, content = await self._answer(endpoint, url, timeouts, body)
-        except _PROPAGATED as interruption:  # most often a cancellation, on its way to the caller
+        # Most often a cancellation, on its way to the caller.
+        except _PROPAGATED as interruption:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
@@ -312,9 +324,9 @@ class Transport:
                 path=path,
             )
         _drop_tracebacks(failure, handled=sys.exception())
-        # Raised outside the except block and without the frames of aiohttp, whose variables include the request's
-        # headers and so the key: error reporters print the local variables of every frame of a traceback, and those of
-        # its context and causes. The repr of a response shows its headers, which may echo the key.
+        # Raised outside the except block and without the frames of aiohttp. Their variables include the request's
+        # headers, and so the key. Error reporters print the local variables of every frame of a traceback, of its
+        # context and of its causes. The repr of a response shows its headers, which may echo the key.
         response = body = failure = None
         try:
             raise outcome.with_traceback(None)
@@ -450,10 +462,12 @@ async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None
     content = response.content
     chunks: list[bytes] = []
     size = 0
-    while not content.at_eof():  # most bodies arrive in one chunk with their end: that saves a second await
+    # Most bodies arrive in one chunk with their end, which saves a second await.
+    while not content.at_eof():
         chunk = await content.readany()
         size += len(chunk)
-        if size > max_body:  # also for the first chunk, which may be large after decompression
+        # The first chunk, too, may be large after decompression.
+        if size > max_body:
             response.close()
             return None
         chunks.append(chunk)
@@ -480,8 +494,8 @@ def _failure(retry_state: RetryCallState) -> BaseException | None:
 def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | None) -> None:
     """Drop the tracebacks of a failure and of the exceptions behind it.
 
-    Frames of aiohttp have a variable for the failure, so that they, the request's headers and the socket would stay
-    until the garbage collector comes.
+    Frames of aiohttp have a variable for the failure. Without this, they, the request's headers and the socket would
+    stay until the garbage collector comes.
 
     Args:
         failure: The failure of an exchange.
@@ -504,8 +518,8 @@ def _tls_error(failure: BaseException) -> ssl.SSLError | None:
 def _operating_system_error(failure: BaseException) -> OSError | None:
     """Return the operating system's error of a failure, by its number and in the system's own words.
 
-    What was raised is not shown as it is: some of aiohttp's errors carry the request's headers, some quote what the
-    server sent, and a tracing hook can raise anything. Each may hold the key.
+    The message of the failure itself is not shown, since it may contain the key. Some of aiohttp's errors carry the
+    request's headers, some quote the server, and a tracing hook can raise anything.
     """
     error = getattr(failure, "os_error", failure)  # aiohttp's wraps the operating system's
     if _tls_error(failure) is not None:  # their numbers are OpenSSL's

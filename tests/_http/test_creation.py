@@ -606,9 +606,9 @@ async def test_last_error_carries_the_earlier_ones() -> None:
     error = await failure(Talk(*answers).create())
     assert isinstance(error, ServerError)
     assert error.status == 500
-    assert [type(earlier) for earlier in error.attempts] == [RateLimitError, ServerError]
-    assert [earlier.__traceback__ for earlier in error.attempts] == [None, None]
-    assert not error.attempts[0].attempts  # type: ignore[attr-defined]
+    assert [type(earlier) for earlier in error.failures] == [RateLimitError, ServerError]
+    assert [earlier.__traceback__ for earlier in error.failures] == [None, None]
+    assert not error.failures[0].failures  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mine", [None, ""])
