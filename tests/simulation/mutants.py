@@ -127,8 +127,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "errors.py",
-        "isinstance(self, TransportError | NotJsonError)",
-        "isinstance(self, TransportError)",
+        '    of Keyless.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
+        '    of Keyless.\n    """\n\n    @property\n    def is_not_transient(self) -> bool:\n',
         "the page of a gateway ends the wait",
     ),
     # -- what a service that fails is spared
