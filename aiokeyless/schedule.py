@@ -537,5 +537,5 @@ def _check_at_risk(state: _State) -> None:
 
 def _number(name: str, value: object, least: float, most: float, right: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise ConfigurationError(f"{name} is {value!r:.80}; it must be {right}, and finite", argument=name)
+        raise ConfigurationError(f"{name} must be {right}, and finite, not {value!r:.80}", argument=name)
     return float(value)

@@ -189,7 +189,7 @@ LAYERS: Final = (
     (("reports",), "what a client reports"),
     (("errors",), "every exception"),
     (("ticket",), "what is stored of an operation"),
-    (("_validation",), "every check of an argument"),
+    (("_validation",), "checks of arguments and identifiers"),
     (("events",), "what listeners are told"),
     (("models",), "what the service sends and takes"),
     (("_base_errors",), "the root of the errors, and those of arguments"),
