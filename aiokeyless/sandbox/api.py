@@ -82,6 +82,18 @@ def error_answer(status: int, message: str, headers: Mapping[str, str] | None = 
     return Answer(status, msgspec.json.encode({"error": message}), {**_JSON_HEADERS, **(headers or {})})
 
 
+def is_key(sent: str, key: str) -> bool:
+    """Whether a request sent the right key; compared in constant time."""
+    return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), key.encode())
+
+
+_WELCOME: Final = error_answer(
+    HTTPStatus.NOT_FOUND,
+    "this is a Keyless sandbox: open this address in a browser for the phone; the API is under /v2, and what drives "
+    "the sandbox is under /sandbox/ (both want the header X-Api-Key)",
+)
+
+
 class _RefusedError(Exception):
     """The request is refused; the message becomes the answer's body."""
 
@@ -110,7 +122,7 @@ class KeylessApi:
     ) -> None:
         self._store = store
         self._key_set = key_set
-        self._key = api_key.encode()
+        self._key = api_key
         self._on_created = on_created
         routes: dict[str, dict[str, _Endpoint]] = {
             "/v2/operations/{id}": {"GET": self._get_operation},
@@ -142,7 +154,10 @@ class KeylessApi:
             body: Body of the request.
         """
         try:
-            if target.partition("?")[0] == _KEY_SET_PATH:  # public: it needs no key
+            path = target.partition("?")[0]
+            if path == "/":  # a person with curl, before they have a key
+                return _WELCOME
+            if path == _KEY_SET_PATH:  # public: it needs no key
                 _check_method(method, ("GET",))
                 return Answer(HTTPStatus.OK, self._key_set())
             endpoint, segments = self._admit(method, target, api_key, accept, content_type)
@@ -154,7 +169,7 @@ class KeylessApi:
         self, method: str, target: str, api_key: str, accept: str, content_type: str
     ) -> tuple[_Endpoint, tuple[str, ...]]:
         """Do the checks that all endpoints share; return the endpoint and the ids in the path, still encoded."""
-        if not hmac.compare_digest(api_key.encode("utf-8", "surrogateescape"), self._key):
+        if not is_key(api_key, self._key):
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
         endpoints, segments = self._route(target)
         _check_method(method, endpoints)

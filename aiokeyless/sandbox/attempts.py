@@ -96,6 +96,11 @@ class AttemptLog:
         self._locked_until.pop(user_id, None)
         return 0.0
 
+    def unlock(self, user_id: str) -> None:
+        """End a user's lockout, and the row of failures that leads to one."""
+        self._locked_until.pop(user_id, None)
+        self._failures.pop(user_id, None)
+
     def recent(self) -> list[Authentication]:
         """Return all users' attempts of the last ten minutes, oldest first."""
         self._forget_old(self._clock())
@@ -142,11 +147,12 @@ def telemetry_json(owner: dict[str, str], attempts: Iterable[Authentication], op
         "totalElements": len(found),
         "totalPages": math.ceil(len(found) / _PAGE_SIZE),
     }
-    shown = [_wire(each) for each in reversed(found[-_PAGE_SIZE:])]
+    shown = [attempt_fields(each) for each in reversed(found[-_PAGE_SIZE:])]
     return msgspec.json.encode({"page": page, "content": [{**owner, "authentications": shown}]})
 
 
-def _wire(attempt: Authentication) -> dict[str, object]:
+def attempt_fields(attempt: Authentication) -> dict[str, object]:
+    """Return an attempt under its names on the wire."""
     # Spelt out, not derived from models.py: otherwise a misspelt name there would go unnoticed.
     return {
         "createdAt": attempt.created_at,

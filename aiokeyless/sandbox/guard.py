@@ -1,9 +1,10 @@
 """Refuses browser requests from any page other than the one that this sandbox served.
 
-The phone's endpoints need no key, and the API's default key is public, so any page that a developer visits could
-approve operations if its requests were accepted. Three checks prevent that: the browser names the page in each request
-(``Origin``, ``Sec-Fetch-Site``); a POST of JSON, or a header with a key, needs a preflight, which the sandbox does not
-answer; and a host name that the page's owner makes resolve to this machine (DNS rebinding) is refused, by the API too.
+The phone's endpoints need no key, and the default key of all others is public, so any page that a developer visits
+could approve operations if its requests were accepted. Three checks prevent that: the browser names the page in each
+request (``Origin``, ``Sec-Fetch-Site``); a POST of JSON, or a header with a key, needs a preflight, which the sandbox
+does not answer; and a host name that the page's owner makes resolve to this machine (DNS rebinding) is refused, by the
+API too.
 
 Source: Fetch Standard, "Origin header"; Fetch Metadata Request Headers, section 2.3.
 """
@@ -15,7 +16,7 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
-from .api import JSON, Answer, error_answer
+from .api import JSON, Answer, error_answer, is_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,18 +55,41 @@ def refuse_foreign_origin(method: str, headers: Mapping[str, str]) -> Answer | N
         method: HTTP method.
         headers: Headers of the request.
     """
-    origin = headers.get("Origin")
-    own_origin = f"http://{headers.get('Host', '')}".lower()
-    foreign = origin is not None and origin.lower() != own_origin
-    if foreign or headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
+    if _is_foreign(headers):
         return error_answer(HTTPStatus.FORBIDDEN, "only the sandbox's own page may request this")
-    if method != "POST":
-        return None
-    if origin is None:
+    if method == "POST" and "Origin" not in headers:
         return error_answer(HTTPStatus.FORBIDDEN, "Origin is missing; only the sandbox's own page may request this")
-    if headers.get("Content-Type", "").partition(";")[0].strip().lower() != JSON:
-        return error_answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
-    return None
+    return _refuse_type(method, headers)
+
+
+def refuse_driver(method: str, headers: Mapping[str, str], api_key: str) -> Answer | None:
+    """Return the refusal of a request that did not come from a program with the key; None if it is accepted.
+
+    No page may drive the sandbox, also none that knows the key.
+
+    Args:
+        method: HTTP method.
+        headers: Headers of the request.
+        api_key: The key that it must carry.
+    """
+    if _is_foreign(headers):
+        return error_answer(HTTPStatus.FORBIDDEN, "no web page may request this")
+    if not is_key(headers.get("X-Api-Key", ""), api_key):
+        return error_answer(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
+    return _refuse_type(method, headers)
+
+
+def _is_foreign(headers: Mapping[str, str]) -> bool:
+    """Whether a request comes from another page than the sandbox's own."""
+    own_origin = f"http://{headers.get('Host', '')}"
+    is_own = headers.get("Origin", own_origin).lower() == own_origin.lower()
+    return not is_own or headers.get("Sec-Fetch-Site", "same-origin") != "same-origin"
+
+
+def _refuse_type(method: str, headers: Mapping[str, str]) -> Answer | None:
+    if method != "POST" or headers.get("Content-Type", "").partition(";")[0].strip().lower() == JSON:
+        return None
+    return error_answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Content-Type must be application/json")
 
 
 def _is_address(name: str) -> bool:

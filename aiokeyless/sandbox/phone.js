@@ -73,7 +73,7 @@ const spoken = (text) => element("span", "", ...shown(text.slice(0, 200))).textC
 
 function connect() {
   if (source) return;
-  const mine = source = new EventSource(`/sandbox/events${user && `?user=${encodeURIComponent(user)}`}`);
+  const mine = source = new EventSource(`/sandbox/page/events${user && `?user=${encodeURIComponent(user)}`}`);
   mine.onmessage = (event) => {
     const snapshot = JSON.parse(event.data);
     setReach(snapshot.ended ? "ended" : "live");
@@ -264,7 +264,7 @@ function deviceItem(phone, {key, since}) {
   const button = element("button", "small", "Remove");
   button.type = "button";
   button.setAttribute("aria-label", `Remove the device of ${phone.name} that was enrolled at ${since}`);
-  button.addEventListener("click", () => change(phone, "/sandbox/remove", {user: phone.name, key}));
+  button.addEventListener("click", () => change(phone, "/sandbox/page/remove", {user: phone.name, key}));
   return element("li", "", code, button);
 }
 
@@ -313,7 +313,7 @@ function addPhone(name) {
   };
   const enroll = find(".devices > button");
   enroll.setAttribute("aria-label", `Enroll on a new device: ${name}`);
-  enroll.addEventListener("click", () => change(phone, "/sandbox/enroll", {user: name, externalUserId: ""}));
+  enroll.addEventListener("click", () => change(phone, "/sandbox/page/enroll", {user: name, externalUserId: ""}));
   phone.title.textContent = name;
   phone.title.title = name;
   phone.title.id = `phone-${++serial}`;
@@ -390,7 +390,7 @@ function showThatMoreIsThere(card, {characters, readable}) {
 async function readAll(card) {
   const query = new URLSearchParams({user: card.phone.name, key: card.key});
   try {
-    const answer = await fetch(`/sandbox/payload?${query}`);
+    const answer = await fetch(`/sandbox/page/payload?${query}`);
     if (!answer.ok) throw new Error(await errorOf(answer));
     card.text = (await answer.json()).operationPayload;
   } catch (error) {
@@ -423,8 +423,8 @@ async function act(card, button) {
   card.find(".problem").hidden = true;
   const {how, code} = button.dataset;
   const operation = {user: card.phone.name, key: card.key};
-  const error = how ? await post("/sandbox/approve", {...operation, authType: how})
-    : await post("/sandbox/fail", {...operation, errorCode: Number(code)});
+  const error = how ? await post("/sandbox/page/approve", {...operation, authType: how})
+    : await post("/sandbox/page/fail", {...operation, errorCode: Number(code)});
   if (!error) return;  // the next snapshot shows it
   card.busy = false;
   updateButtons(card);
@@ -516,7 +516,7 @@ function tokenButton({number, text}) {
   button.setAttribute("aria-label", `${COPY_TOKEN} for ${spoken(text || "no text")}`);
   button.addEventListener("click", async () => {
     try {
-      const answer = await fetch(`/sandbox/token?number=${number}`);
+      const answer = await fetch(`/sandbox/page/token?number=${number}`);
       if (!answer.ok) throw new Error(await errorOf(answer));
       await navigator.clipboard.writeText((await answer.json()).token);
       button.textContent = "Copied";
@@ -587,7 +587,7 @@ async function createOperation(event) {
   if (button.getAttribute("aria-disabled") === "true") return;
   setDisabled(button, true);
   problem.hidden = true;
-  const error = await post("/sandbox/create", {user: byId("try-user").value, operationPayload: byId("try-payload").value});
+  const error = await post("/sandbox/page/create", {user: byId("try-user").value, operationPayload: byId("try-payload").value});
   setDisabled(button, !isLive());
   if (error) return showProblem(problem, error);
   chosen = byId("try-user").value.trim().toUpperCase();
@@ -601,7 +601,7 @@ async function enrollUser(event) {
   setDisabled(button, true);
   problem.hidden = true;
   const enrolled = byId("enroll-user").value;
-  const error = await post("/sandbox/enroll", {user: enrolled, externalUserId: byId("enroll-external").value.trim()});
+  const error = await post("/sandbox/page/enroll", {user: enrolled, externalUserId: byId("enroll-external").value.trim()});
   setDisabled(button, !isLive());
   if (error) return showProblem(problem, error);
   chosen = enrolled.trim().toUpperCase();
@@ -609,7 +609,7 @@ async function enrollUser(event) {
 }
 
 async function chooseFault(event) {
-  const error = await post("/sandbox/fault", {fault: event.target.value});
+  const error = await post("/sandbox/page/fault", {fault: event.target.value});
   if (error) say(error);
 }
 

@@ -44,7 +44,7 @@ _EVENT_HEADERS: Final = {**HEADERS, "Content-Type": "text/event-stream"}
 
 
 class _Approval(Camel):
-    """The body of ``POST /sandbox/approve``."""
+    """The body of ``POST /sandbox/page/approve``."""
 
     user: str
     key: str
@@ -52,7 +52,7 @@ class _Approval(Camel):
 
 
 class _Failure(Camel):
-    """The body of ``POST /sandbox/fail``."""
+    """The body of ``POST /sandbox/page/fail``."""
 
     user: str
     key: str
@@ -60,28 +60,28 @@ class _Failure(Camel):
 
 
 class _Creation(Camel):
-    """The body of ``POST /sandbox/create``."""
+    """The body of ``POST /sandbox/page/create``."""
 
     user: str
     operation_payload: Annotated[str, msgspec.Meta(max_length=READABLE)]
 
 
 class _Enrolment(Camel):
-    """The body of ``POST /sandbox/enroll``; an empty external user id is none."""
+    """The body of ``POST /sandbox/page/enroll``; an empty external user id is none."""
 
     user: str
     external_user_id: Annotated[str, msgspec.Meta(max_length=MAX_IDENTIFIER)]
 
 
 class _Removal(Camel):
-    """The body of ``POST /sandbox/remove``: a device, by its public signing key."""
+    """The body of ``POST /sandbox/page/remove``: a device, by its public signing key."""
 
     user: str
     key: str
 
 
 class _FaultChoice(Camel):
-    """The body of ``POST /sandbox/fault``."""
+    """The body of ``POST /sandbox/page/fault``."""
 
     fault: Fault
 
@@ -167,7 +167,7 @@ class Phones:
         return web.Response(body=page.html, headers=page.headers)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """Answer all requests under ``/sandbox/``."""
+        """Answer all requests under ``/sandbox/page/``."""
         headers = request.headers
         refused = refuse_host(headers.get("Host", ""), self._host) or refuse_foreign_origin(request.method, headers)
         if refused:

@@ -25,6 +25,7 @@ from aiokeyless.models import AuthType
 
 from .api import JSON, TENANT, Answer, KeylessApi, error_answer
 from .attempts import MISMATCH
+from .control import Control
 from .guard import refuse_host
 from .journal import Journal
 from .phone import Actions, Phones, wants_page
@@ -362,6 +363,18 @@ class Sandbox:
             external_user_id=external_user_id,
         )
 
+    def unlock(self, user_id: str) -> None:
+        """End a user's lockout (see `fail_authentication`) before its time, and forget the failed attempts in a row.
+
+        Args:
+            user_id: The user, in hex. One who is not locked out is no error.
+
+        Raises:
+            ConfigurationError: It is not hex.
+        """
+        self._store.unlock(user_id)
+        self._phones.refresh()
+
     def sign(self, operation_id: str, *, tampered: bool = False, claims: Mapping[str, object] | None = None) -> str:
         """Return the token with which the phone signed an approved operation, as the app hands it to a backend.
 
@@ -531,8 +544,10 @@ class Sandbox:
         self._add_fault(times, method, stored=stored, answer=None)
 
     def recover(self) -> None:
-        """Remove the remaining faults of `fail_next` and `drop_next`."""
+        """Remove all faults: those of `fail_next` and `drop_next`, and the one that was chosen on the page."""
         self._faults.clear()
+        self._book.fault = "none"
+        self._phones.refresh()
 
     def _add_fault(self, times: int | None, method: str | None, *, stored: bool, answer: Answer | None) -> None:
         if times is not None:
@@ -554,7 +569,8 @@ class Sandbox:
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=_BODY_LIMIT)
         application.router.add_get("/", self._serve_root)
-        application.router.add_route("*", "/sandbox/{path:.*}", self._phones.serve)
+        application.router.add_route("*", "/sandbox/page/{path:.*}", self._phones.serve)
+        application.router.add_route("*", "/sandbox/{name:.*}", Control(self, self._host).serve)
         # All other paths, not only those of the API: requests to unknown ones are answered and journaled too.
         application.router.add_route("*", "/{path:.*}", self._serve)
         application.on_shutdown.append(self._cancel_handlers)

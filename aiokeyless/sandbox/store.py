@@ -191,8 +191,7 @@ class OperationStore:
         operation = self._operations.get(operation_id)
         if operation is None:
             return None
-        answer = {wire: value for name, wire in _WIRE_NAMES.items() if (value := getattr(operation, name)) is not None}
-        answer["apiKey"] = SDK_API_KEY
+        answer = {**operation_fields(operation), "apiKey": SDK_API_KEY}
         if false := self._tampered.get(operation_id):
             answer.update(false)
             answer = {name: value for name, value in answer.items() if value is not msgspec.UNSET}
@@ -222,6 +221,10 @@ class OperationStore:
     def locked_for(self, user_id: str) -> float:
         """Return the seconds for which a user is still locked out; 0.0 if they are not."""
         return self._attempts.locked_for(user_id)
+
+    def unlock(self, user_id: str) -> None:
+        """End a user's lockout; see `Sandbox.unlock`."""
+        self._attempts.unlock(check_user_id(user_id))
 
     def authentications_json(self, user_id: str, operation_id: str | None) -> bytes | None:
         """Return the body of ``GET /v2/users/{userId}/authentications``, or None if there is no such user."""
@@ -314,6 +317,12 @@ class OperationStore:
         del of_user[operation.operation_id]
         if not of_user:
             del self._pending[operation.user_id]
+
+
+def operation_fields(operation: Operation) -> dict[str, object]:
+    """Return an operation under its names on the wire, without the SDK key."""
+    fields = {wire: getattr(operation, name) for name, wire in _WIRE_NAMES.items() if name != "api_key"}
+    return {wire: value for wire, value in fields.items() if value is not None}
 
 
 def _auth_type(value: str) -> str:

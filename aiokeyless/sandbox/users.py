@@ -130,22 +130,7 @@ class Users:
 
     def devices_json(self, user_id: str) -> bytes:
         """Return the body of ``GET /v2/users/{userId}/devices``."""
-        # Spelt out, not derived from models.py: otherwise a misspelt name there would go unnoticed.
-        return msgspec.json.encode(
-            [
-                {
-                    "userId": device.user_id,
-                    "sdkCustomerId": device.sdk_customer_id,
-                    "publicSigningKey": device.public_signing_key,
-                    "publicEncryptionKey": device.public_encryption_key,
-                    "state": device.state,
-                    "createdAt": device.created_at,
-                    "osVersion": device.os_version,
-                    "sdkVersion": device.sdk_version,
-                }
-                for device in self.devices(user_id)
-            ]
-        )
+        return msgspec.json.encode([device_fields(device) for device in self.devices(user_id)])
 
     def remove_device(self, user_id: str, public_signing_key: str) -> bool:
         """Remove a device; return whether there was one."""
@@ -199,6 +184,21 @@ class Users:
         )
         user.devices[device.public_signing_key] = device
         return device
+
+
+def device_fields(device: Device) -> dict[str, object]:
+    """Return a device under its names on the wire."""
+    # Spelt out, not derived from models.py: otherwise a misspelt name there would go unnoticed.
+    return {
+        "userId": device.user_id,
+        "sdkCustomerId": device.sdk_customer_id,
+        "publicSigningKey": device.public_signing_key,
+        "publicEncryptionKey": device.public_encryption_key,
+        "state": device.state,
+        "createdAt": device.created_at,
+        "osVersion": device.os_version,
+        "sdkVersion": device.sdk_version,
+    }
 
 
 def _new_key() -> str:

@@ -163,9 +163,9 @@ async def test_with_the_phone_json_on_stdout_has_the_url_on_stderr(
 async def click(url: str) -> None:
     """Approve the first operation that the phone shows, as its button does."""
     async with aiohttp.ClientSession(url, headers={"Origin": url}) as page:
-        async with page.get("/sandbox/events") as events:
+        async with page.get("/sandbox/page/events") as events:
             await events.content.readuntil(b"data: ")
             [phone] = json.loads(await events.content.readline())["phones"]
         approval = {"user": phone["user"], "key": phone["pending"][0]["key"], "authType": "biom"}
-        async with page.post("/sandbox/approve", json=approval) as response:
+        async with page.post("/sandbox/page/approve", json=approval) as response:
             assert response.status == 200

@@ -50,7 +50,7 @@ class Events:
 
 @asynccontextmanager
 async def events(page: aiohttp.ClientSession, **query: str) -> AsyncGenerator[Events]:
-    async with page.get("/sandbox/events", params=query) as response:
+    async with page.get("/sandbox/page/events", params=query) as response:
         assert (response.status, response.content_type) == (200, "text/event-stream")
         yield Events(response)
 
@@ -65,7 +65,7 @@ async def key_of(page: aiohttp.ClientSession, user: str = USER) -> str:
 
 
 async def post(page: aiohttp.ClientSession, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-    async with page.post(f"/sandbox/{path}", json=body, headers=headers) as response:
+    async with page.post(f"/sandbox/page/{path}", json=body, headers=headers) as response:
         return response.status, await response.json()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiokeyless.sandbox.guard import refuse_foreign_origin, refuse_host
+from aiokeyless.sandbox.guard import refuse_driver, refuse_foreign_origin, refuse_host
 
 OWN = "laptop.LAN"
 PAGE = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Content-Type": "application/json"}
@@ -83,22 +83,22 @@ def test_reading_needs_no_word_of_where_it_comes_from(headers: dict[str, str]) -
     assert refuse_foreign_origin("GET", headers) is None
 
 
+STRANGERS = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Origin": ""},
+    {"Origin": "http://localhost:8001"},
+    {"Origin": "https://localhost:8000"},
+    {"Origin": "http://127.0.0.1:8000"},
+    {"Origin": "http://localhost"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+    {"Sec-Fetch-Site": "none"},
+]
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
-@pytest.mark.parametrize(
-    "stranger",
-    [
-        {"Origin": "http://evil.example"},
-        {"Origin": "null"},
-        {"Origin": ""},
-        {"Origin": "http://localhost:8001"},
-        {"Origin": "https://localhost:8000"},
-        {"Origin": "http://127.0.0.1:8000"},
-        {"Origin": "http://localhost"},
-        {"Sec-Fetch-Site": "cross-site"},
-        {"Sec-Fetch-Site": "same-site"},
-        {"Sec-Fetch-Site": "none"},
-    ],
-)
+@pytest.mark.parametrize("stranger", STRANGERS)
 def test_other_page_is_forbidden(method: str, stranger: dict[str, str]) -> None:
     refused = refuse_foreign_origin(method, {**PAGE, **stranger})
     assert refused is not None
@@ -114,5 +114,47 @@ def test_post_without_an_origin_is_forbidden() -> None:
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
 def test_post_that_needs_no_preflight_is_an_unsupported_type(content_type: str) -> None:
     refused = refuse_foreign_origin("POST", {**PAGE, "Content-Type": content_type})
+    assert refused is not None
+    assert refused.status == 415
+
+
+# What drives the sandbox
+
+KEY = "sandbox-key"
+PROGRAM = {"Host": "keyless:8000", "X-Api-Key": KEY, "Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("headers", [PROGRAM, {**PROGRAM, "Sec-Fetch-Mode": "cors"}, PAGE | {"X-Api-Key": KEY}])
+def test_program_with_the_key_drives_the_sandbox(headers: dict[str, str]) -> None:
+    assert refuse_driver("POST", headers, KEY) is None
+    assert refuse_driver("GET", {name: headers[name] for name in ("Host", "X-Api-Key")}, KEY) is None
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_page_does_not_drive_the_sandbox_also_if_it_knows_the_key(method: str, stranger: dict[str, str]) -> None:
+    refused = refuse_driver(method, {**PAGE, "X-Api-Key": KEY, **stranger}, KEY)
+    assert refused is not None
+    assert refused.status == 403
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize("key", [{}, {"X-Api-Key": ""}, {"X-Api-Key": "sandbox-ke"}, {"X-Api-Key": "Sandbox-key"}])
+def test_program_without_the_key_is_unauthorized(method: str, key: dict[str, str]) -> None:
+    headers = {"Host": "localhost", "Content-Type": "application/json", **key}
+    refused = refuse_driver(method, headers, KEY)
+    assert refused is not None
+    assert refused.status == 401
+
+
+def test_own_page_without_the_key_is_unauthorized() -> None:
+    refused = refuse_driver("POST", PAGE, KEY)
+    assert refused is not None
+    assert refused.status == 401
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_program_that_does_not_send_json_is_told_so(content_type: str) -> None:
+    refused = refuse_driver("POST", {**PROGRAM, "Content-Type": content_type}, KEY)
     assert refused is not None
     assert refused.status == 415

@@ -79,7 +79,7 @@ async def test_page_and_its_requests_stay_out_of_the_journal_and_take_no_faults(
         assert response.status == 200
     assert (await picture(page))["phones"] == []
     assert await approve(page, "none") == 409
-    async with page.get("/sandbox/elsewhere") as response:
+    async with page.get("/sandbox/page/elsewhere") as response:
         assert response.status == 404
     assert (sandbox.requests, sandbox.request_count) == ([], 0)
     sandbox.latency = 0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 async def whole_text(page: aiohttp.ClientSession, **query: str) -> tuple[int, Any]:
-    async with page.get("/sandbox/payload", params=query) as response:
+    async with page.get("/sandbox/page/payload", params=query) as response:
         return response.status, await response.json()
 
 
@@ -109,7 +109,7 @@ async def test_what_was_signed_is_there_to_be_copied(
     approved, failed = (entry["number"] for entry in shown["history"])
 
     async def token(number: object) -> tuple[int, Any]:
-        async with page.get("/sandbox/token", params={"number": str(number)}) as response:
+        async with page.get("/sandbox/page/token", params={"number": str(number)}) as response:
             return response.status, await response.json()
 
     status, answer = await token(approved)
@@ -136,7 +136,7 @@ async def test_no_more_than_so_many_pages_are_served_at_once(sandbox: Sandbox, p
     async with AsyncExitStack() as streams:
         opened = [await streams.enter_async_context(events(page)) for _ in range(32)]
         for _ in range(2):
-            async with page.get("/sandbox/events") as response:
+            async with page.get("/sandbox/page/events") as response:
                 assert response.status == 503
                 assert await response.json() == {"error": "32 pages are open, which is the limit; close one"}
         opened[7].response.close()
@@ -170,7 +170,7 @@ async def test_little_is_buffered_for_readers_that_do_not_read_and_then_they_are
         for _ in range(40):
             connection = lazy.enter_context(socket.create_connection((address.hostname, address.port)))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
-            connection.sendall(b"GET /sandbox/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            connection.sendall(b"GET /sandbox/page/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for _ in range(20):
             sandbox.approve("x", user_id=USER)
             sandbox.forget("x")
@@ -217,7 +217,7 @@ async def test_a_reader_that_does_not_read_piles_nothing_up_and_delays_no_other(
         await create(http, str(number), operationPayload="€" * 2000)
     address = urlsplit(sandbox.url)
     with socket.create_connection((address.hostname, address.port)) as lazy:
-        lazy.sendall(b"GET /sandbox/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        lazy.sendall(b"GET /sandbox/page/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         before = -1
         while before < drawn:  # until neither the kernel nor the server takes any more
             before = drawn
@@ -377,13 +377,13 @@ async def test_operation_that_took_the_id_of_the_one_shown_is_not_approved(
 async def test_body_that_the_page_does_not_send_is_a_bad_request(page: aiohttp.ClientSession, body: bytes) -> None:
     for path in ("approve", "fail", "create", "fault"):
         headers = {"Content-Type": "application/json"}
-        async with page.post(f"/sandbox/{path}", data=body, headers=headers) as response:
+        async with page.post(f"/sandbox/page/{path}", data=body, headers=headers) as response:
             assert (response.status, list(await response.json())) == (400, ["error"])
 
 
 async def test_body_that_cannot_be_unpacked_is_a_bad_request(page: aiohttp.ClientSession) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    async with page.post("/sandbox/approve", data=b"nope", headers=headers) as response:
+    async with page.post("/sandbox/page/approve", data=b"nope", headers=headers) as response:
         assert response.status == 400
 
 
@@ -404,7 +404,7 @@ async def test_other_page_approves_nothing(
     await create(http)
     body = json.dumps({"user": USER, "key": await key_of(page), "authType": "biom"})
     headers = {"Content-Type": "application/json", **headers}
-    async with page.post("/sandbox/approve", data=body, headers=headers) as response:
+    async with page.post("/sandbox/page/approve", data=body, headers=headers) as response:
         assert (response.status, list(await response.json())) == (status, ["error"])
         assert not [name for name in response.headers if name.startswith("Access-Control")]
     assert not sandbox.operations["a"].is_approved
@@ -412,14 +412,14 @@ async def test_other_page_approves_nothing(
 
 async def test_other_page_cannot_follow_nor_ask_whether_it_may(raw: Raw, sandbox: Sandbox) -> None:
     async with aiohttp.ClientSession(sandbox.url, headers={"Origin": "http://evil.example"}) as evil:
-        async with evil.get("/sandbox/events") as response:
+        async with evil.get("/sandbox/page/events") as response:
             assert response.status == 403
         preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
-        async with evil.options("/sandbox/approve", headers=preflight) as response:
+        async with evil.options("/sandbox/page/approve", headers=preflight) as response:
             assert response.status == 403
             assert not [name for name in response.headers if name.startswith("Access-Control")]
     rebound = b"evil.example:%d" % (urlsplit(sandbox.url).port or 0)
-    status, _ = await raw(b"/sandbox/events", headers=b"Origin: http://%b\r\n" % rebound, host=rebound)
+    status, _ = await raw(b"/sandbox/page/events", headers=b"Origin: http://%b\r\n" % rebound, host=rebound)
     assert status == 421
     assert sandbox.requests == []
 

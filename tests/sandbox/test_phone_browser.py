@@ -325,11 +325,11 @@ async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
 async def test_problem_of_a_card_goes_with_its_cause(client: KeylessClient, sandbox: Sandbox, browser: Browser) -> None:
     await client.create_operation(USER, operation_payload="Still there")
     async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
-        await page.route("**/sandbox/approve", lambda route: route.abort())
+        await page.route("**/sandbox/page/approve", lambda route: route.abort())
         await button(page).click()
         problem = phone(page).get_by_role("alert").filter(has_text="The sandbox is not reachable")
         await expect(problem).to_be_visible()
-        await page.unroute("**/sandbox/approve")
+        await page.unroute("**/sandbox/page/approve")
         await sandbox.aclose()
         await expect(page.get_by_text("The sandbox was ended by its program")).to_be_visible()
         await expect(problem).to_be_hidden()
@@ -382,9 +382,9 @@ async def test_foreign_page_approves_nothing(
             """async ([sandbox, body]) => {
                 const json = {"Content-Type": "application/json"};
                 const tries = [{headers: json}, {headers: json, mode: "no-cors"}, {mode: "no-cors"}, {}];
-                const send = (options) => fetch(`${sandbox}/sandbox/approve`, {method: "POST", body, ...options});
+                const send = (options) => fetch(`${sandbox}/sandbox/page/approve`, {method: "POST", body, ...options});
                 const outcomes = tries.map((options) => send(options).then((each) => each.type, () => "refused"));
-                const source = new EventSource(`${sandbox}/sandbox/events`);
+                const source = new EventSource(`${sandbox}/sandbox/page/events`);
                 outcomes.push(new Promise((told) => {
                     source.onmessage = () => told("followed");
                     source.onerror = () => told("refused");

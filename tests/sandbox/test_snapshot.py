@@ -134,7 +134,7 @@ async def test_an_enrolled_user_has_a_phone_with_devices_until_they_are_removed(
 
 
 async def test_user_that_is_not_hex_is_a_bad_request(page: aiohttp.ClientSession) -> None:
-    async with page.get("/sandbox/events?user=%3Cb%3E") as response:
+    async with page.get("/sandbox/page/events?user=%3Cb%3E") as response:
         assert response.status == 400
 
 

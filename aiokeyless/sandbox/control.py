@@ -1,0 +1,258 @@
+"""The JSON API under ``/sandbox/``, by which other programs, shells and the command line drive a sandbox that runs.
+
+`ENDPOINTS` is the one list of what there is. A request carries the sandbox's API key; guard.py refuses web pages. The
+faults of the service do not touch it, and the journal does not show it.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+from aiokeyless._validation import MAX_IDENTIFIER
+from aiokeyless._version import __version__
+from aiokeyless.errors import ConfigurationError
+
+from .api import Answer, error_answer
+from .attempts import CANCELLED, attempt_fields
+from .guard import refuse_driver, refuse_host
+from .page import HEADERS
+from .snapshot import Camel
+from .store import operation_fields
+from .users import device_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .service import Sandbox
+
+IDENTITY: Final = "X-Keyless-Sandbox"
+"""Header of every answer, by which the command line knows that it speaks to a sandbox."""
+
+_HEADERS: Final = {**HEADERS, IDENTITY: __version__}
+
+_UserId = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Fa-f]+\Z")]
+_ExternalUserId = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_IDENTIFIER)]
+_OperationId = Annotated[str, msgspec.Meta(min_length=1)]
+_AuthType = Literal["biom", "pin"]
+_Times = Annotated[int, msgspec.Meta(ge=1)]
+_Method = Literal["GET", "POST", "PATCH", "DELETE"]
+
+
+class _Body(Camel, kw_only=True, forbid_unknown_fields=True):
+    """Base of the bodies: a field that is misspelt is an error."""
+
+
+class Selection(_Body):
+    """Which operations are listed."""
+
+    user_id: _UserId | None = None
+    state: Literal["pending", "approved"] | None = None
+
+
+class Approval(_Body):
+    """The arguments of `Sandbox.approve`."""
+
+    operation_id: _OperationId
+    auth_type: _AuthType = "biom"
+    user_id: _UserId | None = None
+    operation_payload: str | None = None
+    external_user_id: str | None = None
+
+
+class Refusal(_Body):
+    """The arguments of `Sandbox.fail_authentication`; if none is given, the user cancels."""
+
+    operation_id: _OperationId
+    error_code: Annotated[int, msgspec.Meta(ge=1)] = CANCELLED
+    auth_type: _AuthType = "biom"
+    user_id: _UserId | None = None
+    external_user_id: str | None = None
+
+
+class Drop(_Body):
+    """The arguments of `Sandbox.drop_next`, but without `times` it lasts until `recover`."""
+
+    times: _Times | None = None
+    stored: bool = False
+    method: _Method | None = None
+
+
+class Failure(Drop):
+    """The arguments of `Sandbox.fail_next`, but without `times` it lasts until `recover`."""
+
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)] = HTTPStatus.SERVICE_UNAVAILABLE
+    retry_after: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+class Nothing(_Body):
+    """A body without fields."""
+
+
+class User(_Body):
+    """A user."""
+
+    user_id: _UserId
+
+
+class Enrolment(User):
+    """The arguments of `Sandbox.enroll`."""
+
+    external_user_id: _ExternalUserId | None = None
+
+
+class Signature(_Body):
+    """The arguments of `Sandbox.sign`."""
+
+    operation_id: _OperationId
+    tampered: bool = False
+
+
+class Rotation(_Body):
+    """The arguments of `Sandbox.rotate_keys`."""
+
+    retire: bool = False
+
+
+class _NotFoundError(Exception):
+    """There is no such operation."""
+
+
+def _list(sandbox: Sandbox, selection: Selection) -> object:
+    user = selection.user_id and selection.user_id.upper()
+    return {
+        "operations": [
+            operation_fields(operation)
+            for operation in sandbox.operations.values()
+            if user in (None, operation.user_id) and selection.state in (None, operation.state)
+        ]
+    }
+
+
+def _approve(sandbox: Sandbox, approval: Approval) -> object:
+    if approval.user_id is None:
+        _check_exists(sandbox, approval.operation_id)
+    return operation_fields(sandbox.approve(**msgspec.structs.asdict(approval)))
+
+
+def _decline(sandbox: Sandbox, refusal: Refusal) -> object:
+    if refusal.user_id is None:
+        _check_exists(sandbox, refusal.operation_id)
+    return attempt_fields(sandbox.fail_authentication(**msgspec.structs.asdict(refusal)))
+
+
+def _check_exists(sandbox: Sandbox, operation_id: str) -> None:
+    if operation_id not in sandbox.operations:
+        raise _NotFoundError(f"there is no operation {operation_id!r}; for one that the phone creates, give userId")
+
+
+def _fail(sandbox: Sandbox, failure: Failure) -> object:
+    sandbox.fail_next(**msgspec.structs.asdict(failure))
+    return {}
+
+
+def _drop(sandbox: Sandbox, drop: Drop) -> object:
+    sandbox.drop_next(**msgspec.structs.asdict(drop))
+    return {}
+
+
+def _recover(sandbox: Sandbox, _nothing: Nothing) -> object:
+    sandbox.recover()
+    return {}
+
+
+def _unlock(sandbox: Sandbox, user: User) -> object:
+    sandbox.unlock(user.user_id)
+    return {}
+
+
+def _enroll(sandbox: Sandbox, enrolment: Enrolment) -> object:
+    return device_fields(sandbox.enroll(enrolment.user_id, external_user_id=enrolment.external_user_id))
+
+
+def _sign(sandbox: Sandbox, signature: Signature) -> object:
+    _check_exists(sandbox, signature.operation_id)
+    return {"token": sandbox.sign(signature.operation_id, tampered=signature.tampered)}
+
+
+def _rotate(sandbox: Sandbox, rotation: Rotation) -> object:
+    return {"keyId": sandbox.rotate_keys(retire=rotation.retire)}
+
+
+class Endpoint(NamedTuple):
+    """What one path does.
+
+    Attributes:
+        method: The HTTP method.
+        body: The fields of the JSON body, or of the query of a GET.
+        act: Does it; returns what the answer says, as data for JSON.
+    """
+
+    method: str
+    body: type[Any]
+    act: Callable[[Sandbox, Any], object]
+
+
+ENDPOINTS: Final[Mapping[str, Endpoint]] = {
+    "list": Endpoint("GET", Selection, _list),
+    "approve": Endpoint("POST", Approval, _approve),
+    "decline": Endpoint("POST", Refusal, _decline),
+    "fail": Endpoint("POST", Failure, _fail),
+    "drop": Endpoint("POST", Drop, _drop),
+    "recover": Endpoint("POST", Nothing, _recover),
+    "unlock": Endpoint("POST", User, _unlock),
+    "enroll": Endpoint("POST", Enrolment, _enroll),
+    "sign": Endpoint("POST", Signature, _sign),
+    "rotate": Endpoint("POST", Rotation, _rotate),
+}
+"""The endpoints, by the last segment of their paths."""
+
+
+class Control:
+    """Answers the requests under ``/sandbox/``.
+
+    Args:
+        sandbox: What they drive.
+        host: Name or address that the server listens on.
+    """
+
+    def __init__(self, sandbox: Sandbox, host: str) -> None:
+        self._sandbox = sandbox
+        self._host = host
+
+    async def serve(self, request: web.Request) -> web.Response:
+        """Answer one request."""
+        answer = self._refusal(request) or await self._answer(request)
+        return web.Response(status=answer.status, body=answer.body, headers={**_HEADERS, **answer.headers})
+
+    def _refusal(self, request: web.Request) -> Answer | None:
+        headers = request.headers
+        return refuse_host(headers.get("Host", ""), self._host) or refuse_driver(
+            request.method, headers, self._sandbox.api_key
+        )
+
+    async def _answer(self, request: web.Request) -> Answer:
+        endpoint = ENDPOINTS.get(request.match_info["name"])
+        if endpoint is None:
+            return error_answer(HTTPStatus.NOT_FOUND, f"no such path; under /sandbox/ there are {', '.join(ENDPOINTS)}")
+        if request.method != endpoint.method:
+            return error_answer(HTTPStatus.METHOD_NOT_ALLOWED, f"only {endpoint.method}", {"Allow": endpoint.method})
+        try:
+            body = await _read(request, endpoint)
+        except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
+            return error_answer(HTTPStatus.BAD_REQUEST, f"the fields are not valid: {error}")
+        try:
+            return Answer(HTTPStatus.OK, msgspec.json.encode(endpoint.act(self._sandbox, body)))
+        except _NotFoundError as error:
+            return error_answer(HTTPStatus.NOT_FOUND, str(error))
+        except ConfigurationError as error:  # the body is valid, so it is the sandbox's state that does not permit it
+            return error_answer(HTTPStatus.CONFLICT, str(error))
+
+
+async def _read(request: web.Request, endpoint: Endpoint) -> object:
+    if endpoint.method == "GET":
+        return msgspec.convert(dict(request.query), endpoint.body)
+    return msgspec.json.decode(await request.read(), type=endpoint.body)

@@ -1,0 +1,361 @@
+"""The JSON API that drives a sandbox, over real sockets: what each endpoint does, and whom it refuses."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import pytest
+
+from aiokeyless import SignatureError
+from aiokeyless._version import __version__
+from aiokeyless.sandbox.control import ENDPOINTS, IDENTITY
+from aiokeyless.signatures import TransactionVerifier
+
+from .phone_page import BROWSER, OTHER, USER, create, get, picture
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiokeyless.sandbox import Sandbox
+
+    Raw = Callable[..., Awaitable[tuple[int, bytes]]]
+
+JSON = {"Content-Type": "application/json"}
+#: A body for each endpoint that has an effect.
+BODIES: dict[str, dict[str, object]] = {
+    "approve": {"operationId": "a"},
+    "decline": {"operationId": "a"},
+    "fail": {"status": 500},
+    "drop": {},
+    "recover": {},
+    "unlock": {"userId": USER},
+    "enroll": {"userId": USER},
+    "sign": {"operationId": "approved"},
+    "rotate": {},
+}
+
+
+async def drive(http: aiohttp.ClientSession, name: str, **body: object) -> tuple[int, Any]:
+    async with http.post(f"/sandbox/{name}", json=body) as response:
+        assert response.headers[IDENTITY] == __version__
+        return response.status, await response.json()
+
+
+async def done(http: aiohttp.ClientSession, name: str, **body: object) -> Any:
+    status, answer = await drive(http, name, **body)
+    assert status == 200, answer
+    return answer
+
+
+async def error(http: aiohttp.ClientSession, name: str, **body: object) -> tuple[int, str]:
+    status, answer = await drive(http, name, **body)
+    return status, answer["error"]
+
+
+async def listed(http: aiohttp.ClientSession, **query: str) -> list[str]:
+    async with http.get("/sandbox/list", params=query) as response:
+        assert response.status == 200
+        return [each["operationId"] for each in (await response.json())["operations"]]
+
+
+# What is driven
+
+
+async def test_operation_is_approved_as_by_its_user(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http, operationPayload="Pay 5", externalUserId="ann")
+    answer = await done(http, "approve", operationId="a")
+    assert (answer["state"], answer["result"], answer["authType"]) == ("approved", True, "biom")
+    assert (answer["operationPayload"], answer["externalUserId"]) == ("Pay 5", "ann")
+    assert "apiKey" not in answer
+    assert sandbox.operations["a"].is_approved
+    assert await done(http, "approve", operationId="a", authType="pin") == answer  # approving again has no effect
+
+
+async def test_operation_that_the_phone_creates_is_approved_with_its_user(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    fields = {"userId": USER.lower(), "operationPayload": "Pay 5", "externalUserId": "ann", "authType": "pin"}
+    await done(http, "approve", operationId="p", **fields)
+    operation = sandbox.operations["p"]
+    assert (operation.user_id, operation.operation_payload, operation.auth_type) == (USER, "Pay 5", "pin")
+
+
+async def test_operation_is_declined_and_stays_pending(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http)
+    answer = await done(http, "decline", operationId="a")
+    assert (answer["operationId"], answer["errorCode"], answer["authType"]) == ("a", 30003, "biom")
+    assert (await done(http, "decline", operationId="a", errorCode=30004, authType="pin"))["errorCode"] == 30004
+    await done(http, "decline", operationId="p", userId=OTHER, errorCode=534)
+    assert [each.error_code for each in sandbox.authentications] == [30003, 30004, 534]
+    assert not sandbox.operations["a"].is_approved
+
+
+async def test_user_who_is_locked_out_is_unlocked(http: aiohttp.ClientSession) -> None:
+    await create(http)
+    for _ in range(5):
+        await done(http, "decline", operationId="a", errorCode=30004)
+    status, message = await error(http, "approve", operationId="a")
+    assert status == 409
+    assert "is locked out" in message
+    await done(http, "unlock", userId=USER.lower())
+    await done(http, "approve", operationId="a")
+    assert await done(http, "unlock", userId="ABCDEF") == {}  # one who is not locked out
+
+
+async def test_failures_before_an_unlocking_do_not_count(http: aiohttp.ClientSession) -> None:
+    await create(http)
+    for _ in range(2):
+        for _ in range(4):
+            await done(http, "decline", operationId="a", errorCode=30004)
+        await done(http, "unlock", userId=USER)
+    await done(http, "approve", operationId="a")
+
+
+async def test_service_fails_until_it_recovers(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http)
+    await done(http, "fail")
+    assert {await get(http) for _ in range(3)} == {503}
+    assert await listed(http) == ["a"]  # what drives the sandbox goes on
+    await done(http, "recover")
+    assert await get(http) == 200
+    assert {record.path for record in sandbox.requests} == {f"/v2/users/{USER}/operations", "/v2/operations/a"}
+
+
+async def test_service_fails_as_it_is_told_and_as_often(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await done(http, "fail", status=429, times=2, retryAfter=1.5, method="GET")
+    await done(http, "fail", status=502, times=1, stored=True, method="POST")
+    async with http.get("/v2/operations/a") as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "1.5")
+    with pytest.raises(AssertionError):
+        await create(http)
+    assert [*sandbox.operations] == ["a"]
+    assert [await get(http), await get(http)] == [429, 200]
+
+
+async def test_service_drops_connections_as_often_as_it_is_told(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await done(http, "drop", times=1, stored=True, method="POST")
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await create(http)
+    assert await get(http) == 200
+    await done(http, "drop")
+    for _ in range(3):
+        with pytest.raises((aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
+            await get(http)
+    await done(http, "recover")
+    assert await get(http) == 200
+    assert sandbox.operations.keys() == {"a"}
+
+
+async def test_recovering_also_ends_what_was_chosen_on_the_page(
+    http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    async with page.post("/sandbox/page/fault", json={"fault": "unavailable"}) as response:
+        assert response.status == 200
+    assert await get(http) == 503
+    await done(http, "recover")
+    assert await get(http) == 404
+    assert (await picture(page))["fault"] == "none"
+
+
+async def test_operations_are_listed_and_selected(http: aiohttp.ClientSession) -> None:
+    for operation_id, user in (("a", USER), ("b", OTHER), ("c", USER)):
+        await create(http, operation_id, user)
+    await done(http, "approve", operationId="a")
+    assert await listed(http) == ["a", "b", "c"]
+    assert await listed(http, userId=USER.lower()) == ["a", "c"]
+    assert await listed(http, state="pending") == ["b", "c"]
+    assert await listed(http, userId=USER, state="approved") == ["a"]
+    assert await listed(http, userId="ABCDEF") == []
+    async with http.get("/sandbox/list") as response:
+        first = (await response.json())["operations"][0]
+    assert first.keys() == {"id", "timestamp", "nodeId", "userId", "operationId", "result", "authType", "state"}
+
+
+async def test_user_is_enrolled_on_a_device(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    device = await done(http, "enroll", userId=USER.lower(), externalUserId="ann")
+    assert (device["userId"], device["state"]) == (USER, "ACTIVE")
+    await done(http, "enroll", userId=USER)
+    async with sandbox.client() as client:
+        assert len(await client.get_devices(USER)) == 2
+        assert (await client.get_user("ann")).user_id == USER
+
+
+async def test_what_was_approved_is_signed_also_wrongly_and_keys_are_rotated(
+    sandbox: Sandbox, http: aiohttp.ClientSession
+) -> None:
+    await create(http, operationPayload="Pay 5")
+    await done(http, "approve", operationId="a")
+    async with sandbox.client() as client:
+        verifier = TransactionVerifier(client, tenant=sandbox.tenant)
+        token = (await done(http, "sign", operationId="a"))["token"]
+        signed = await verifier.verify(token, user_id=USER, transaction_data="Pay 5")
+        wrong = (await done(http, "sign", operationId="a", tampered=True))["token"]
+        with pytest.raises(SignatureError) as refused:
+            await verifier.verify(wrong, user_id=USER, transaction_data="Pay 5 (tampered)")
+    assert refused.value.reason == "bad_signature"
+    assert (signed.key_id, await done(http, "rotate")) == ("sandbox-1", {"keyId": "sandbox-2"})
+    assert await done(http, "rotate", retire=True) == {"keyId": "sandbox-3"}
+    async with http.get("/customers/sandbox/.well-known/jwks.json") as response:
+        assert [key["kid"] for key in (await response.json())["keys"]] == ["sandbox-3"]
+
+
+# What cannot be done
+
+
+async def test_operation_that_does_not_exist_is_not_found(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    for name in ("approve", "decline", "sign"):
+        status, message = await error(http, name, operationId="nope")
+        assert (status, "there is no operation 'nope'" in message) == (404, True)
+    assert not sandbox.operations
+
+
+async def test_what_the_state_of_the_sandbox_does_not_permit_is_a_conflict(http: aiohttp.ClientSession) -> None:
+    await create(http)
+    await done(http, "enroll", userId=OTHER, externalUserId="ann")
+    assert (await error(http, "sign", operationId="a"))[0] == 409
+    assert (await error(http, "enroll", userId=USER, externalUserId="ann"))[0] == 409
+    assert (await error(http, "approve", operationId="a", userId=OTHER))[0] == 409
+    await done(http, "approve", operationId="a")
+    assert (await error(http, "decline", operationId="a"))[0] == 409
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("approve", b"{}"),
+        ("approve", b'{"operationId": ""}'),
+        ("approve", b'{"operationId": null}'),
+        ("approve", b'{"operationId": "a", "authType": "voice"}'),
+        ("approve", b'{"operationId": "a", "userId": "Alice"}'),
+        ("approve", b'{"operation_id": "a"}'),
+        ("decline", b'{"operationId": "a", "errorCode": 0}'),
+        ("decline", b'{"operationId": "a", "errorCode": "30003"}'),
+        ("fail", b'{"status": 199}'),
+        ("fail", b'{"status": 600}'),
+        ("fail", b'{"times": 0}'),
+        ("fail", b'{"times": 1.5}'),
+        ("fail", b'{"retryAfter": -1}'),
+        ("fail", b'{"retryAfter": 1e999}'),
+        ("fail", b'{"method": "get"}'),
+        ("drop", b'{"status": 500}'),
+        ("recover", b'{"times": 1}'),
+        ("unlock", b'{"userId": ""}'),
+        ("unlock", b'{"userId": "C0FFEE\\n"}'),
+        ("enroll", b'{"userId": "C0FFEE", "externalUserId": ""}'),
+        ("sign", b'{"operationId": "a", "claims": {}}'),
+        ("rotate", b'{"retire": 1}'),
+        ("list", b'{"state": "denied"}'),
+    ],
+)
+def test_field_that_is_wrong_is_refused(name: str, body: bytes) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(body, type=ENDPOINTS[name].body)
+
+
+async def test_body_that_is_wrong_is_a_bad_request_and_does_nothing(http: aiohttp.ClientSession) -> None:
+    await create(http)
+    for name in BODIES:
+        for body in (b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"status": 700}'):
+            async with http.post(f"/sandbox/{name}", data=body, headers=JSON) as response:
+                assert (response.status, list(await response.json())) == (400, ["error"])
+    assert await listed(http, state="pending") == ["a"]
+    assert await get(http) == 200
+
+
+async def test_query_that_is_wrong_is_a_bad_request(http: aiohttp.ClientSession) -> None:
+    for query in ("userId=Alice", "state=denied", "nope=1"):
+        async with http.get(f"/sandbox/list?{query}") as response:
+            assert (response.status, list(await response.json())) == (400, ["error"])
+
+
+async def test_body_that_is_too_large_is_refused(http: aiohttp.ClientSession) -> None:
+    async with http.post("/sandbox/approve", data=io.BytesIO(b" " * (1 << 21)), headers=JSON) as response:
+        assert response.status == 413
+
+
+async def test_only_the_method_of_the_table_is_allowed(http: aiohttp.ClientSession) -> None:
+    for name, endpoint in ENDPOINTS.items():
+        for method in {"GET", "POST", "PUT", "DELETE"} - {endpoint.method}:
+            async with http.request(method, f"/sandbox/{name}", json={}) as response:
+                assert (response.status, response.headers["Allow"]) == (405, endpoint.method)
+
+
+async def test_path_that_is_not_there_names_those_that_are(http: aiohttp.ClientSession) -> None:
+    for path in ("", "aprove", "approve/", "a%2Fb", "page"):
+        status, message = await error(http, path)
+        assert (status, all(name in message for name in ENDPOINTS)) == (404, True)
+
+
+async def test_who_opens_the_root_with_curl_is_told_what_to_open(sandbox: Sandbox) -> None:
+    async with aiohttp.ClientSession(sandbox.url) as curl, curl.get("/") as response:
+        message = (await response.json())["error"]
+        assert (response.status, "open this address in a browser" in message) == (404, True)
+
+
+# Attacks
+
+
+def attack_headers(sandbox: Sandbox) -> dict[str, tuple[dict[str, str], int]]:
+    port = urlsplit(sandbox.url).port
+    key = {"X-Api-Key": sandbox.api_key, **JSON}
+    return {
+        "no key": (JSON, 401),
+        "another key": ({**JSON, "X-Api-Key": "sandbox-key2"}, 401),
+        "the own page, which has no key": ({**JSON, "Origin": sandbox.url, "Sec-Fetch-Site": "same-origin"}, 401),
+        "a form of another page": ({"Content-Type": "application/x-www-form-urlencoded", "Origin": "null"}, 403),
+        "a form of a page that a file is": ({"Content-Type": "text/plain"}, 401),
+        "a form with the key": ({**key, "Content-Type": "text/plain"}, 415),
+        "another page that knows the key": ({**key, "Origin": "http://evil.example"}, 403),
+        "another port": ({**key, "Origin": f"http://127.0.0.1:{1 if port != 1 else 2}"}, 403),
+        "another page of an old browser": ({**key, "Sec-Fetch-Site": "cross-site"}, 403),
+        "a name that was rebound": (
+            {**key, "Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
+            421,
+        ),
+    }
+
+
+async def test_nobody_but_a_program_with_the_key_drives_anything(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
+    await create(http)
+    sandbox.approve("approved", user_id=OTHER)
+    before = (sandbox.authentications, [*sandbox.operations.values()])
+    attacks = attack_headers(sandbox)
+    async with aiohttp.ClientSession(sandbox.url) as anybody:
+        for (name, endpoint), who in itertools.product(ENDPOINTS.items(), attacks):
+            headers, status = attacks[who]
+            if endpoint.method == "GET" and status == 415:  # a request without a body
+                continue
+            body = json.dumps(BODIES.get(name))
+            async with anybody.request(endpoint.method, f"/sandbox/{name}", data=body, headers=headers) as response:
+                assert (response.status, list(await response.json())) == (status, ["error"]), (name, who)
+                assert not [each for each in response.headers if each.startswith("Access-Control")]
+    assert (sandbox.authentications, [*sandbox.operations.values()]) == before
+    assert await get(http) == 200
+
+
+async def test_a_browser_that_asks_whether_it_may_is_not_told_so(sandbox: Sandbox) -> None:
+    preflight = {
+        "Origin": "http://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "x-api-key, content-type",
+    }
+    async with (
+        aiohttp.ClientSession(sandbox.url) as evil,
+        evil.options("/sandbox/approve", headers=preflight) as response,
+    ):
+        assert response.status == 403
+        assert not [each for each in response.headers if each.startswith("Access-Control")]
+
+
+async def test_answers_cannot_be_embedded_nor_kept(http: aiohttp.ClientSession) -> None:
+    async with http.get("/sandbox/list", headers=BROWSER) as response:
+        assert response.content_type == "application/json"
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
