@@ -5,7 +5,7 @@ raises into one line on stderr. Only ``__main__`` imports this package: it needs
 """
 
 # The commands register themselves with the application.
-from . import demo, operations, sandbox, schema, users, verify, wait, worker
+from . import demo, drive, operations, sandbox, schema, users, verify, wait, worker
 from .app import run
 
-__all__ = ["demo", "operations", "run", "sandbox", "schema", "users", "verify", "wait", "worker"]
+__all__ = ["demo", "drive", "operations", "run", "sandbox", "schema", "users", "verify", "wait", "worker"]

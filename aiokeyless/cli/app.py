@@ -5,6 +5,8 @@ Every error that ends a command becomes one line on stderr and an exit code in `
 
 from __future__ import annotations
 
+import difflib
+import functools
 import io
 import math
 import os
@@ -12,7 +14,7 @@ import sys
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from aiokeyless._validation import check_operation_id, check_user_id
 from aiokeyless._version import __version__
@@ -25,7 +27,7 @@ from aiokeyless.errors import (
     KeylessError,
 )
 
-from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument
+from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quoted
 from .render import safe
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return app(sys.argv[1:] if arguments is None else arguments) or Exit.DONE
     except CycloptsError as error:
         command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))
-        message = str(error)
+        message = _describe_unused(error) if isinstance(error, UnusedCliTokensError) else str(error)
         return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
     except KeylessError as error:
         return _fail(describe(error), _exit_code(error))
@@ -104,6 +106,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), Exit.USAGE if isinstance(error, UsageError) else Exit.ERROR)
     except (InterruptedCommandError, KeyboardInterrupt) as interruption:
         return _fail("; ".join(filter(None, ("interrupted", str(interruption)))), Exit.INTERRUPTED)
+
+
+def _describe_unused(error: UnusedCliTokensError) -> str:
+    """Say what an argument may have been meant for that no command takes."""
+    chain, unused = error.command_chain or (), (error.unused_tokens or [""])[0]
+    if chain == ("create",):
+        return f"The text to approve is an option: --payload {quoted(unused)}"
+    commands = [name for name in functools.reduce(lambda group, name: group[name], chain, app) if name.isalpha()]
+    what = "command" if commands else "argument"
+    close = difflib.get_close_matches(unused, commands, n=1)
+    return f'Unknown {what} "{unused}".{f" Did you mean {close[0]}?" if close else ""}'
 
 
 def _exit_code(error: KeylessError) -> Exit:

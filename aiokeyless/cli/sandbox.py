@@ -1,4 +1,7 @@
-"""``aiokeyless sandbox``: a Keyless service for other terminals, until Ctrl-C or SIGTERM."""
+"""``aiokeyless sandbox``: a Keyless service for other terminals, until Ctrl-C or SIGTERM.
+
+The commands that drive it meanwhile are in drive.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from .app import AsJson, CommandError, Exit, app
 from .render import new_console, print_command, print_fact, print_json, print_line, print_title
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 #: "FACE" on the keypad of a phone.
 DEFAULT_PORT: Final = 3223
+DEFAULT_KEY: Final = "sandbox-key"
 _LOOPBACK: Final = "127.0.0.1"
 
 
@@ -37,30 +41,39 @@ def _check_delay(_type: object, delay: float | None) -> None:
         raise ValueError("Must be a number of seconds, at least 0.")
 
 
-@app.command(
+sandbox: App = App(
+    name="sandbox",
+    help="""\
+Run a local Keyless service, with a phone in your browser; or drive it.
+
+Without a command it runs one, until Ctrl-C or SIGTERM, which behaves as the
+documented service does, keeps everything in memory, and prints each request.
+The commands drive that of KEYLESS_BASE_URL, else that of the default port.""",
     help_epilogue="""\
 Example, with two terminals:
   aiokeyless sandbox
 and, in the other one, the export line that it prints, then
-  aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
-  aiokeyless wait --ticket ticket.json
+  aiokeyless create C0FFEE --operation-id order-7 --payload "Pay 40 to Alice"
+  aiokeyless sandbox approve order-7
+  aiokeyless wait order-7
 
 Example, as a service for tests:
-  aiokeyless sandbox --port 8080 --api-key test-key --auto-approve 2"""
+  aiokeyless sandbox --port 8080 --api-key test-key --auto-approve 2""",
 )
-async def sandbox(
+app.command(sandbox)
+
+
+@sandbox.default
+async def serve(
     *,
     port: Annotated[int, Parameter(validator=check_port)] = DEFAULT_PORT,
-    api_key: str = "sandbox-key",
+    api_key: str = DEFAULT_KEY,
     auto_approve: Annotated[float | None, Parameter(validator=_check_delay)] = None,
     host: str = _LOOPBACK,
     quiet: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Run a local Keyless service, with a phone in your browser.
-
-    It behaves as the documented service does, keeps everything in memory, and runs
-    until Ctrl-C or SIGTERM. Each request of the API is a line of its output.
+    """Run a local Keyless service.
 
     Args:
         port: Port to listen on; 0 chooses a free one.
@@ -126,6 +139,7 @@ def _print_instructions(console: Console, service: Sandbox, auto_approve: float 
     print_command(console, 'aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json')
     print_command(console, "aiokeyless wait --ticket ticket.json")
     console.print()
+    console.print("Without a browser: aiokeyless sandbox approve, decline, fail, ... (aiokeyless sandbox --help).")
     console.print("Ctrl-C stops it.")
     console.print()
 

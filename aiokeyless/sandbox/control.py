@@ -146,7 +146,9 @@ def _decline(sandbox: Sandbox, refusal: Refusal) -> object:
 
 def _check_exists(sandbox: Sandbox, operation_id: str) -> None:
     if operation_id not in sandbox.operations:
-        raise _NotFoundError(f"there is no operation {operation_id!r}; for one that the phone creates, give userId")
+        raise _NotFoundError(
+            f"there is no operation {operation_id!r}; create it first, or name its user, for one that the phone creates"
+        )
 
 
 def _fail(sandbox: Sandbox, failure: Failure) -> object:

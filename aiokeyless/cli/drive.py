@@ -1,0 +1,384 @@
+"""The commands that drive a sandbox that runs: ``aiokeyless sandbox approve`` and the others.
+
+They drive the sandbox of ``$KEYLESS_BASE_URL``, with ``$KEYLESS_API_KEY``; without that address the one on the default
+port of this machine, with the default key: a key in the environment may then be that of a real tenant.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+
+import aiohttp
+import msgspec
+from cyclopts import Parameter
+
+from aiokeyless._validation import check_base_url, check_external_user_id, check_user_id, read_api_key
+from aiokeyless.errors import ConfigurationError
+from aiokeyless.models import Authentication, Device, Operation
+
+from .app import AsJson, CommandError, Exit, OperationId, UserId, validator
+from .messages import VARIABLES, approval_method, counted, describe_argument
+from .render import new_console, print_fact, print_json, print_line, print_table
+from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+T = TypeVar("T")
+
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
+#: That of aiokeyless.sandbox.control, which would load the server.
+_IDENTITY: Final = "X-Keyless-Sandbox"
+
+AuthType = Literal["biom", "pin"]
+Method = Literal["GET", "POST", "PATCH", "DELETE"]
+User = Annotated[str | None, Parameter(name="--user", validator=validator(check_user_id, "user_id"))]
+ExternalUserId = Annotated[str | None, Parameter(validator=validator(check_external_user_id, "external_id"))]
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+
+
+class _Listing(msgspec.Struct):
+    operations: list[Operation]
+
+
+class _Token(msgspec.Struct):
+    token: str
+
+
+class _Key(msgspec.Struct, rename="camel"):
+    key_id: str
+
+
+class _Refusal(msgspec.Struct):
+    error: str
+
+
+def _check_status(_type: object, status: int) -> None:
+    if not 200 <= status <= 599:
+        raise ValueError("Must be from 200 to 599.")
+
+
+def _check_count(_type: object, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError("Must be 1 or more.")
+
+
+def _check_delay(_type: object, delay: float | None) -> None:
+    if delay is not None and not 0 <= delay < float("inf"):  # NaN is not
+        raise ValueError("Must be a number of seconds, at least 0.")
+
+
+Count = Annotated[int | None, Parameter(validator=_check_count)]
+
+
+# -- approving
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox approve order-7")
+async def approve(
+    operation_id: OperationId,
+    /,
+    *,
+    auth_type: AuthType = "biom",
+    user: User = None,
+    payload: str | None = None,
+    external_user_id: ExternalUserId = None,
+    as_json: AsJson = False,
+) -> int:
+    """Approve an operation, as its user does on the phone.
+
+    Args:
+        operation_id: The operation.
+        auth_type: How: with the face (biom), or the PIN (pin).
+        user: The user, in hex: needed only if the phone is to create the operation.
+        payload: The text that was approved; if the operation exists, it must be its text.
+        external_user_id: Your own id of the user; if the operation exists, it must be its id.
+        as_json: Print the operation as one JSON object and nothing else.
+    """
+    fields = {
+        "operationId": operation_id,
+        "authType": auth_type,
+        "userId": user,
+        "operationPayload": payload,
+        "externalUserId": external_user_id,
+    }
+    operation = await _post("approve", fields, Operation)
+    console = new_console()
+    if as_json:
+        print_json(console, {**operation.to_dict(), "is_approved": operation.is_approved})
+    else:
+        print_line(console, f"{operation.operation_id} is approved{approval_method(operation.auth_type)}.")
+    return Exit.DONE
+
+
+@sandbox.command(
+    help_epilogue="Example:\n  aiokeyless sandbox decline order-7\n  aiokeyless sandbox decline order-7 --code 30004"
+)
+async def decline(
+    operation_id: OperationId,
+    /,
+    *,
+    code: Annotated[int, Parameter(validator=_check_count)] = 30003,
+    auth_type: AuthType = "biom",
+    user: User = None,
+    as_json: AsJson = False,
+) -> int:
+    """Let an attempt to approve an operation fail; the operation stays pending.
+
+    Args:
+        operation_id: The operation.
+        code: Why: 30003 the user cancelled, 30004 the face did not match, or another code of the vendor.
+        auth_type: How the user tried: with the face (biom), or the PIN (pin).
+        user: The user, in hex: needed only if the phone is to create the operation.
+        as_json: Print the attempt as one JSON object and nothing else.
+    """
+    fields = {"operationId": operation_id, "errorCode": code, "authType": auth_type, "userId": user}
+    attempt = await _post("decline", fields, Authentication)
+    console = new_console()
+    if as_json:
+        print_json(console, attempt.to_dict())
+    else:
+        reason = attempt.reason or "failed"
+        print_line(console, f"{operation_id} is declined: {reason} ({attempt.error_code}). It stays pending.")
+    return Exit.DONE
+
+
+@sandbox.command(name="list", help_epilogue="Example:\n  aiokeyless sandbox list --state pending")
+async def list_operations(
+    *, user: User = None, state: Literal["pending", "approved"] | None = None, as_json: AsJson = False
+) -> int:
+    """List the operations, oldest first.
+
+    Args:
+        user: Only those of this user, in hex.
+        state: Only those in this state.
+        as_json: Print one JSON object and nothing else.
+    """
+    found = (await _ask("GET", "list", {"userId": user, "state": state}, _Listing)).operations
+    console = new_console()
+    if as_json:
+        print_json(console, {"operations": [operation.to_dict() for operation in found]})
+    elif found:
+        print_table(
+            console,
+            [
+                {
+                    "Operation": operation.operation_id,
+                    "State": operation.state,
+                    "User": operation.user_id,
+                    "Payload": operation.operation_payload,
+                    "External user": operation.external_user_id,
+                }
+                for operation in found
+            ],
+        )
+    else:
+        console.print("No operations.")
+    return Exit.DONE
+
+
+# -- faults
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox fail --status 429 --retry-after 2 --times 3")
+async def fail(
+    *,
+    status: Annotated[int, Parameter(validator=_check_status)] = 503,
+    times: Count = None,
+    retry_after: Annotated[float | None, Parameter(validator=_check_delay)] = None,
+    stored: Flag = False,
+    method: Method | None = None,
+    as_json: AsJson = False,
+) -> int:
+    """Let the service answer with an error.
+
+    Args:
+        status: The status to answer.
+        times: To how many requests; to all until "recover" if left out.
+        retry_after: Seconds in the header Retry-After.
+        stored: Let each request take effect before it fails.
+        method: Only to requests with this method.
+        as_json: Print one JSON object and nothing else.
+    """
+    fields = {"status": status, "times": times, "retryAfter": retry_after, "stored": stored, "method": method}
+    await _post("fail", fields, dict[str, object])
+    return _print_done(f"The service answers {status} to {_requests(times, method)}.", as_json=as_json)
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox drop --stored --method POST --times 1")
+async def drop(
+    *, times: Count = None, stored: Flag = False, method: Method | None = None, as_json: AsJson = False
+) -> int:
+    """Let the service drop connections without an answer.
+
+    Args:
+        times: Those of how many requests; of all until "recover" if left out.
+        stored: Let each request take effect before its connection is dropped.
+        method: Only those of requests with this method.
+        as_json: Print one JSON object and nothing else.
+    """
+    await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object])
+    return _print_done(f"The service drops the connection of {_requests(times, method)}.", as_json=as_json)
+
+
+def _requests(times: int | None, method: str | None) -> str:
+    noun = f"{method} request" if method else "request"
+    if times is None:
+        return f"each {noun}, until: aiokeyless sandbox recover"
+    return f"the next {noun if times == 1 else counted(times, noun)}"
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox recover")
+async def recover(*, as_json: AsJson = False) -> int:
+    """End what "fail" and "drop" began.
+
+    Args:
+        as_json: Print one JSON object and nothing else.
+    """
+    await _post("recover", {}, dict[str, object])
+    return _print_done("The service works.", as_json=as_json)
+
+
+# -- users and keys
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox unlock C0FFEE")
+async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> int:
+    """End the lockout of a user, which follows five failed attempts.
+
+    Args:
+        user_id: The user, in hex.
+        as_json: Print one JSON object and nothing else.
+    """
+    await _post("unlock", {"userId": user_id}, dict[str, object])
+    return _print_done(f"User {user_id.upper()} is not locked out.", as_json=as_json)
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox enroll C0FFEE --external-user-id account-1042")
+async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None, as_json: AsJson = False) -> int:
+    """Enroll a user, or enroll them on one more device.
+
+    Args:
+        user_id: The user, in hex.
+        external_user_id: Your own id of the user.
+        as_json: Print the device as one JSON object and nothing else.
+    """
+    device = await _post("enroll", {"userId": user_id, "externalUserId": external_user_id}, Device)
+    console = new_console()
+    if as_json:
+        print_json(console, device.to_dict())
+    else:
+        print_fact(console, "Enrolled", device.user_id, "bold")
+        print_fact(console, "Device", device.public_signing_key)
+    return Exit.DONE
+
+
+@sandbox.command(
+    help_epilogue="""\
+Example:
+  token=$(aiokeyless sandbox sign order-7)
+  aiokeyless verify "$token" --tenant sandbox --user C0FFEE --data "Pay 40 to Alice\""""
+)
+async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json: AsJson = False) -> int:
+    """Print the token with which the phone signed an approved operation; needs the extra "jwt".
+
+    Args:
+        operation_id: The operation.
+        tampered: Change the text after it was signed, so that the signature is wrong.
+        as_json: Print one JSON object and nothing else.
+    """
+    token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token)).token
+    return _print_value("token", token, as_json=as_json)
+
+
+@sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox rotate --retire")
+async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> int:
+    """Let phones sign with a new key from now on, and print its id; needs the extra "jwt".
+
+    Args:
+        retire: Do not publish the earlier keys any more.
+        as_json: Print one JSON object and nothing else.
+    """
+    key_id = (await _post("rotate", {"retire": retire}, _Key)).key_id
+    return _print_value("key_id", key_id, as_json=as_json)
+
+
+def _print_value(name: str, value: str, *, as_json: bool) -> Exit:
+    console = new_console()
+    if as_json:
+        print_json(console, {name: value})
+    else:
+        print_line(console, value)
+    return Exit.DONE
+
+
+def _print_done(what: str, *, as_json: bool) -> Exit:
+    console = new_console()
+    if as_json:
+        print_json(console, {"done": True})
+    else:
+        print_line(console, what)
+    return Exit.DONE
+
+
+# -- the exchange
+
+
+async def _post(name: str, fields: Mapping[str, object], kind: type[T]) -> T:
+    return await _ask("POST", name, fields, kind)
+
+
+async def _ask(method: str, name: str, fields: Mapping[str, object], kind: type[T]) -> T:
+    """Ask the sandbox for something; return what it answers.
+
+    Args:
+        method: HTTP method.
+        name: The endpoint.
+        fields: The fields of the body, or of the query of a GET; those that are None are left out.
+        kind: The type of the answer.
+
+    Raises:
+        CommandError: There is no sandbox, or it refuses.
+    """
+    given = {field: value for field, value in fields.items() if value is not None}
+    sent: dict[str, Any] = {"params": given} if method == "GET" else {"json": given}
+    url, key = _address()
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=_TIMEOUT, headers={"X-Api-Key": key}) as session,
+            session.request(method, f"{url}/sandbox/{name}", allow_redirects=False, **sent) as answer,
+        ):
+            content = await answer.read()
+    except (aiohttp.ClientError, TimeoutError):
+        raise CommandError(f"no sandbox answers at {url}; {_ADVICE}") from None
+    if _IDENTITY not in answer.headers:
+        raise CommandError(f"what answers at {url} is not a sandbox; {_ADVICE}")
+    if answer.status == 401:
+        raise CommandError(
+            f"the sandbox at {url} has another key; export both variables that it printed, KEYLESS_BASE_URL and "
+            "KEYLESS_API_KEY"
+        )
+    try:
+        if answer.status != 200:
+            raise CommandError(msgspec.json.decode(content, type=_Refusal).error)
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.DecodeError:
+        raise CommandError(f"the sandbox at {url} answers something else; has it another version?") from None
+
+
+_ADVICE: Final = "start one with: aiokeyless sandbox, or export the KEYLESS_BASE_URL that it printed"
+
+
+def _address() -> tuple[str, str]:
+    """Return the base URL of the sandbox, and its key."""
+    base_url = os.environ.get("KEYLESS_BASE_URL", "").strip()
+    if not base_url:
+        return f"http://127.0.0.1:{DEFAULT_PORT}", DEFAULT_KEY
+    key = read_api_key(os.environ.get("KEYLESS_API_KEY", "").strip() or DEFAULT_KEY)
+    try:
+        if isinstance(key, ConfigurationError):
+            raise key
+        return check_base_url(base_url), key.reveal()
+    except ConfigurationError as error:
+        raise CommandError(describe_argument(error, VARIABLES)) from None
