@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -12,6 +13,8 @@ import aiohttp
 import pytest
 from example_process import output_of, serving
 
+from aiokeyless.cli.app import app
+from aiokeyless.cli.sandbox import DEFAULT_PORT
 from aiokeyless.sandbox import Sandbox
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -65,6 +68,8 @@ async def test_the_quickstart_is_approved(tmp_path: Path) -> None:
 
 SHOP = """
 import asyncio, os, urllib.request
+from aiokeyless.cli.app import app
+from aiokeyless.cli.sandbox import DEFAULT_PORT
 from aiokeyless.sandbox import Sandbox
 
 async def main():
@@ -109,7 +114,7 @@ async def test_an_operation_is_created_and_waited_for_at_a_terminal(tmp_path: Pa
 
 
 async def test_a_script_may_run_twice(tmp_path: Path) -> None:
-    [block] = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
+    block, _ = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
     create, wait = block.splitlines()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     async with Sandbox() as sandbox:
@@ -119,6 +124,34 @@ async def test_a_script_may_run_twice(tmp_path: Path) -> None:
         [operation_id] = sandbox.operations
         sandbox.approve(operation_id)
         assert "Approved" in await output_of(wait, folder=tmp_path, environment=environment)
+
+
+async def test_a_sandbox_is_driven_by_commands_by_curl_and_by_a_script(tmp_path: Path) -> None:
+    _, commands = SHELL.findall((DOCS / "reference" / "command-line.md").read_text())
+    [lines] = SHELL.findall((DOCS / "reference" / "sandbox-api.md").read_text())
+    lines = lines.replace("curl ", "curl -sS --fail-with-body ")  # an error ends the block
+    script = (EXAMPLES / "sandbox" / "drive.sh").read_text()
+    assert script.count("\n") == 10
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    async with Sandbox() as sandbox:
+        environment |= {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key}
+        for block in (script, commands, lines):
+            await output_of(block, folder=tmp_path, environment=environment)
+            sandbox.recover()
+        assert [operation.is_approved for operation in sandbox.operations.values()] == [True] * 3
+        assert [*sandbox.operations][1:] == ["order-8", "order-7"]
+
+
+def test_the_container_runs_a_command_and_names_no_package_of_an_index() -> None:
+    lines = (EXAMPLES / "sandbox" / "Dockerfile").read_text().splitlines()
+    steps = dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+    program, *arguments = json.loads(steps["ENTRYPOINT"]) + json.loads(steps["CMD"])
+    assert program == "aiokeyless"
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    assert (command.__name__, bound.arguments) == ("serve", {"host": "0.0.0.0"})  # noqa: S104  # of the container
+    assert int(steps["EXPOSE"]) == DEFAULT_PORT
+    copied, target = steps["COPY"].split()
+    assert f"$(ls {target}{Path(copied).name})[" in steps["RUN"]
 
 
 @pytest.mark.parametrize("readme", sorted(EXAMPLES.glob("*/README.md")), ids=lambda readme: readme.parent.name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -296,6 +298,21 @@ async def test_who_opens_the_root_with_curl_is_told_what_to_open(sandbox: Sandbo
     async with aiohttp.ClientSession(sandbox.url) as curl, curl.get("/") as response:
         message = (await response.json())["error"]
         assert (response.status, "open this address in a browser" in message) == (404, True)
+
+
+# The page of the reference
+
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "sandbox-api.md").read_text()
+
+
+def test_the_page_names_each_endpoint_with_its_fields_and_a_line_for_curl() -> None:
+    rows = re.findall(r"^\| `(GET|POST) /sandbox/(\w+)` \| (.*?) \| .* \|$", PAGE, re.MULTILINE)
+    named = {name: (method, set(re.findall(r"`([a-z]\w+)`", fields))) for method, name, fields in rows}
+    made = {
+        name: (endpoint.method, set(endpoint.body.__struct_encode_fields__)) for name, endpoint in ENDPOINTS.items()
+    }
+    assert named == made
+    assert set(re.findall(r"^curl .*/sandbox/(\w+)", PAGE, re.MULTILINE)) == ENDPOINTS.keys()
 
 
 # Attacks

@@ -7,7 +7,6 @@ which fetches it, in this version, into a temporary folder.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
 import subprocess
@@ -374,16 +373,27 @@ async def test_foreign_page_approves_nothing(
     client: KeylessClient, sandbox: Sandbox, browser: Browser, name: str
 ) -> None:
     await client.create_operation(USER, operation_id="a")
-    body = {"user": USER, "key": sandbox._book.key(sandbox.operations["a"]), "authType": "biom"}
+    bodies = {
+        "page/approve": {"user": USER, "key": sandbox._book.key(sandbox.operations["a"]), "authType": "biom"},
+        "approve": {"operationId": "a"},
+    }
     async with Sandbox() as evil, await browser.new_page() as page:
         evil.fail_next(200, times=None, body=b"<title>You have won</title>", content_type="text/html")
         await page.goto(f"{evil.url.replace('127.0.0.1', name)}/evil")
         outcomes = await page.evaluate(
-            """async ([sandbox, body]) => {
+            """async ([sandbox, bodies]) => {
                 const json = {"Content-Type": "application/json"};
-                const tries = [{headers: json}, {headers: json, mode: "no-cors"}, {mode: "no-cors"}, {}];
-                const send = (options) => fetch(`${sandbox}/sandbox/page/approve`, {method: "POST", body, ...options});
-                const outcomes = tries.map((options) => send(options).then((each) => each.type, () => "refused"));
+                const key = {"X-Api-Key": "sandbox-key"};
+                const tries = [
+                    {headers: json}, {headers: {...json, ...key}}, {headers: {...json, ...key}, mode: "no-cors"},
+                    {headers: key}, {mode: "no-cors"}, {},
+                ];
+                const outcome = (answer) => answer.then((each) => each.type, () => "refused");
+                const post = (path, options) => fetch(
+                    `${sandbox}/sandbox/${path}`, {method: "POST", body: JSON.stringify(bodies[path]), ...options});
+                const outcomes = Object.keys(bodies).flatMap(
+                    (path) => tries.map((options) => outcome(post(path, options))));
+                outcomes.push(outcome(fetch(`${sandbox}/sandbox/list`, {headers: key})));
                 const source = new EventSource(`${sandbox}/sandbox/page/events`);
                 outcomes.push(new Promise((told) => {
                     source.onmessage = () => told("followed");
@@ -391,9 +401,20 @@ async def test_foreign_page_approves_nothing(
                 }));
                 return await Promise.all(outcomes);
             }""",
-            [sandbox.url, json.dumps(body)],
+            [sandbox.url, bodies],
         )
-    assert outcomes == ["refused"] * 5
+        assert outcomes == ["refused"] * 14
+        await page.evaluate(
+            """(url) => {
+                const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
+                const form = make("form", {action: url, method: "POST", enctype: "text/plain"});
+                form.append(make("input", {name: '{"operationId": "a", "x": "', value: '"}'}));
+                document.body.append(form);
+                form.submit();
+            }""",
+            f"{sandbox.url}/sandbox/approve",
+        )
+        await expect(page.get_by_text("no web page may request this")).to_be_visible()
     assert not sandbox.operations["a"].is_approved
 
 
