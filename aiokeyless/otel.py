@@ -11,20 +11,6 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
-from opentelemetry.context import Context
-from opentelemetry.metrics import MeterProvider, Observation, get_meter, get_meter_provider
-from opentelemetry.trace import (
-    Link,
-    NonRecordingSpan,
-    SpanContext,
-    SpanKind,
-    Status,
-    StatusCode,
-    TraceFlags,
-    get_tracer,
-    set_span_in_context,
-)
-
 from ._listeners import DEFAULT_LISTENERS
 from ._version import __version__
 from .events import (
@@ -38,6 +24,23 @@ from .events import (
     WaitStarted,
     WorkerInspected,
 )
+
+try:
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import MeterProvider, Observation, get_meter, get_meter_provider
+    from opentelemetry.trace import (
+        Link,
+        NonRecordingSpan,
+        SpanContext,
+        SpanKind,
+        Status,
+        StatusCode,
+        TraceFlags,
+        get_tracer,
+        set_span_in_context,
+    )
+except ModuleNotFoundError as _missing:  # without the hint one would install "opentelemetry", which is another package
+    raise ModuleNotFoundError('aiokeyless.otel needs the extra "otel"; install it', name=_missing.name) from _missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

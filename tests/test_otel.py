@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 from nats_server import until
 from tenacity.wait import wait_fixed
 
-from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError
+from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError, otel
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.broker import NewRequest
@@ -692,3 +693,9 @@ async def test_a_session_that_is_traced_otherwise_stays_traced_for_single_calls(
         ):
             await client.get_pending_operations(USER)
     assert [span.name for span in recorder.spans] == ["GET"]
+
+
+def test_without_opentelemetry_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
+    with pytest.raises(ModuleNotFoundError, match='needs the extra "otel"'):
+        importlib.reload(otel)

@@ -37,6 +37,8 @@ _NAME_WIDTH: Final = 9
 _UNFOLDED_WIDTH: Final = 36
 #: Columns of a terminal below which it is folded too.
 _NARROW: Final = 70
+#: Columns of a file: more than any table needs.
+_UNLIMITED: Final = 1 << 24
 _PHRASE_WIDTH: Final = 23
 #: Seconds between two drawings of a line.
 FRAME: Final = 0.125
@@ -70,7 +72,10 @@ class _Console(Console):
 
 def new_console() -> Console:
     """Make the console for stdout."""
-    return _Console(highlight=False, markup=False, emoji=False)
+    console = _Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:  # a file has no width: nothing is folded
+        console.width = _UNLIMITED
+    return console
 
 
 def is_terminal(console: Console) -> bool:

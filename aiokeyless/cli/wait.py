@@ -168,8 +168,9 @@ async def wait(
     if as_json:
         print_json(console, _outcome(progress, "approved", operation=operation))
         return Exit.DONE
-    approved = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}{approval_method(operation.auth_type)}"
-    print_fact(console, "Approved", approved, "bold green")
+    how = approval_method(operation.auth_type).strip()
+    spent = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}"
+    print_fact(console, "Approved", f"{how}, {spent}" if how else spent, "bold green")
     print_fact(console, "User", operation.user_id)
     return Exit.DONE
 

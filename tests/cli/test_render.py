@@ -101,6 +101,15 @@ def test_a_table_loses_nothing_in_a_narrow_terminal(operation_id: str, width: in
 
 
 @pytest.mark.looptime
+async def test_a_row_of_a_table_is_one_line_in_a_file(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    async with service.client() as client:
+        await client.create_operation("C0FFEE", operation_id="txn-1", operation_payload="Pay 40 to Alice. " * 1000)
+    text = await output_of(monkeypatch, io.StringIO(), "pending", "C0FFEE")
+    assert [line.split()[0] for line in text.splitlines()] == ["Operation", "txn-1"]
+
+
+@pytest.mark.looptime
 async def test_the_line_stays_one_line_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     service.approve("txn-1", user_id="C0FFEE")

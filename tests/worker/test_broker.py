@@ -10,11 +10,14 @@ import pytest
 
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.worker import nats as nats_package
+from aiokeyless.worker import postgres as postgres_package
 from aiokeyless.worker.broker import broker_for
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from nats.aio.client import Client
 
 
@@ -66,6 +69,21 @@ def test_a_broker_whose_library_is_missing_says_what_to_install(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "nats", None)
     with pytest.raises(ConfigurationError, match=r'needs nats.*: install the extra "nats"'):
         broker_for("nats://127.0.0.1:4222")
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "library"),
+    [(nats_package, "NatsBroker", "nats"), (postgres_package, "PostgresBroker", "asyncpg")],
+)
+def test_importing_a_broker_whose_library_is_missing_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, package: ModuleType, name: str, library: str
+) -> None:
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"{package.__name__}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, library, None)
+    extra = package.__name__.rpartition(".")[2]
+    with pytest.raises(ModuleNotFoundError, match=rf'needs {library}.*: install the extra "{extra}"'):
+        getattr(package, name)
 
 
 def test_the_package_of_nats_has_no_other_names() -> None:

@@ -44,4 +44,7 @@ def from_connection(connection: Client) -> NatsBroker:
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as missing:  # PyPI has other packages of such names
+        raise ModuleNotFoundError(f"{__name__} needs {missing.name}: {HINT}", name=missing.name) from missing
