@@ -268,12 +268,12 @@ function deviceItem(phone, {key, since}) {
   return element("li", "", code, button);
 }
 
-async function change(phone, path, body) {
+async function change(phone, path, body, next = phone.devices.querySelector("summary")) {
   const problem = phone.devices.querySelector(".problem");
   problem.hidden = true;
   const error = await post(path, body);
   if (error) showProblem(problem, error);
-  else phone.devices.querySelector("summary").focus();  // the button may be gone
+  else next.focus();  // the button may be gone
 }
 
 /** Shows the failed attempts for an operation; they are the newest first. */
@@ -296,7 +296,7 @@ function showLock(phone) {
   const left = phone.lockedUntil - seconds();
   const locked = left > 0;
   const minutes = Math.floor(left / 60), rest = String(Math.floor(left % 60)).padStart(2, "0");
-  setText(phone.locked, locked ? `Locked out for ${minutes}:${rest}, after too many failed attempts.` : "");
+  setText(phone.locked.querySelector("p"), locked ? `Locked out for ${minutes}:${rest}, after too many failed attempts.` : "");
   if (phone.locked.hidden !== locked) return;
   phone.locked.hidden = !locked;
   for (const card of phone.cards.values()) updateButtons(card);
@@ -311,6 +311,9 @@ function addPhone(name) {
     title: find("h2"), list: find(".cards"), more: find(".more"), quiet: find(".quiet"),
     known: find(".known"), removed: find(".removed"), devices: find(".devices"), shownDevices: null, hasDevice: true,
   };
+  const unlock = phone.locked.querySelector("button");
+  unlock.setAttribute("aria-label", `Unlock the phone of ${name}`);
+  unlock.addEventListener("click", () => change(phone, "/sandbox/page/unlock", {user: name}, phone.title));
   const enroll = find(".devices > button");
   enroll.setAttribute("aria-label", `Enroll on a new device: ${name}`);
   enroll.addEventListener("click", () => change(phone, "/sandbox/page/enroll", {user: name, externalUserId: ""}));
@@ -613,13 +616,13 @@ async function chooseFault(event) {
   if (error) say(error);
 }
 
-async function copyEnvironment() {
-  const button = byId("copy");
+async function copyBeside(button) {
+  const shownText = button.previousElementSibling;
   try {
-    await navigator.clipboard.writeText(byId("environment").textContent);
+    await navigator.clipboard.writeText(shownText.textContent);
     button.textContent = "Copied";
   } catch {  // a browser permits it on localhost only
-    getSelection().selectAllChildren(byId("environment"));
+    getSelection().selectAllChildren(shownText);
     button.textContent = "Selected: press Ctrl+C";
   }
   say(button.textContent);
@@ -629,6 +632,7 @@ async function copyEnvironment() {
 // The start
 
 function start() {
+  setText(byId("reach"), "Connecting…");
   byId("environment").textContent = `export KEYLESS_BASE_URL=${location.origin}\nexport KEYLESS_API_KEY=sandbox-key`;
   byId("command").textContent = `aiokeyless create ${user || "C0FFEE"} --payload "Pay 40 EUR to Alice?"`;
   byId("all").hidden = !user;
@@ -637,7 +641,7 @@ function start() {
   byId("try").addEventListener("submit", createOperation);
   byId("enroll-user").value = user || "C0FFEE";
   byId("enroll").addEventListener("submit", enrollUser);
-  byId("copy").addEventListener("click", copyEnvironment);
+  for (const button of document.querySelectorAll(".copied > button")) button.addEventListener("click", () => copyBeside(button));
   byId("faults").addEventListener("change", chooseFault);
   // A browser opens at most six connections to a host, and each stream takes one: hidden pages release theirs.
   document.addEventListener("visibilitychange", () => { if (document.hidden) disconnect(); else connect(); });

@@ -80,6 +80,12 @@ class _Removal(Camel):
     key: str
 
 
+class _Unlocking(Camel):
+    """The body of ``POST /sandbox/page/unlock``."""
+
+    user: str
+
+
 class _FaultChoice(Camel):
     """The body of ``POST /sandbox/page/fault``."""
 
@@ -101,6 +107,7 @@ class Actions(NamedTuple):
         create: Creates an operation, given its user and its payload, "" for none.
         enroll: Enrolls a user, given the external user id, or None.
         remove: Removes a device, given its user and its public signing key.
+        unlock: Ends the lockout of a user.
         sign: Returns the token of an approved operation, given its id.
     """
 
@@ -109,6 +116,7 @@ class Actions(NamedTuple):
     create: Callable[[str, str], object]
     enroll: Callable[[str, str | None], object]
     remove: Callable[[str, str], object]
+    unlock: Callable[[str], object]
     sign: Callable[[str], str]
 
 
@@ -135,6 +143,7 @@ class Phones:
             "create": (_Creation, self._create),
             "enroll": (_Enrolment, self._enroll),
             "remove": (_Removal, self._remove),
+            "unlock": (_Unlocking, self._unlock),
             "fault": (_FaultChoice, self._choose_fault),
         }
 
@@ -290,6 +299,12 @@ class Phones:
     def _remove(self, removal: _Removal) -> Answer:
         self._actions.remove(removal.user, removal.key)
         self.refresh()
+        return _DONE
+
+    def _unlock(self, unlocking: _Unlocking) -> Answer:
+        if not is_user_id(unlocking.user):
+            return _NO_USER_ID
+        self._actions.unlock(unlocking.user)
         return _DONE
 
     def _token(self, number: str) -> Answer:

@@ -150,6 +150,7 @@ class Sandbox:
             create=self._create_on_phone,
             enroll=lambda user, external_user_id: self.enroll(user, external_user_id=external_user_id),
             remove=self._store.users.remove_device,
+            unlock=self.unlock,
             sign=self.sign,
         )
         self._phones = Phones(self._book, actions, host)

@@ -463,6 +463,17 @@ async def test_page_lets_attempts_fail_with_its_own_codes_only(
     assert sandbox.authentications == []
 
 
+async def test_phone_that_is_locked_is_unlocked(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
+    await create(http)
+    key = await key_of(page)
+    for _ in range(5):
+        await fail(page, key, 30004)
+    assert (await post(page, "unlock", {"user": "Alice"}))[0] == 400
+    assert await approve(page, key) == 409
+    assert await post(page, "unlock", {"user": USER}) == (200, {})
+    assert await approve(page, key) == 200
+
+
 @pytest.mark.looptime
 async def test_phone_that_is_locked_says_for_how_long(http: aiohttp.ClientSession, page: aiohttp.ClientSession) -> None:
     await create(http)

@@ -234,6 +234,15 @@ async def test_a_user_that_is_not_an_id_gets_an_error(sandbox: Sandbox, browser:
         await expect(page.get_by_role("alert")).to_contain_text("“<IMG SRC=X>” is not a user id")
 
 
+async def test_page_without_javascript_says_that_it_needs_it(sandbox: Sandbox, browser: Browser) -> None:
+    async with await browser.new_context(java_script_enabled=False) as context:
+        page = await context.new_page()
+        await page.goto(f"{sandbox.url}/")
+        await expect(page.locator("noscript p")).to_be_visible()
+        assert "This page needs JavaScript" in await page.locator("noscript p").inner_text()
+        await expect(page.get_by_text("Connecting")).to_have_count(0)
+
+
 async def test_empty_page_says_what_to_do(sandbox: Sandbox, client: KeylessClient, page: Page) -> None:
     await expect(page.get_by_text(f"export KEYLESS_BASE_URL={sandbox.url}")).to_be_visible()
     await expect(page.get_by_text("aiokeyless create C0FFEE")).to_be_visible()
@@ -283,18 +292,20 @@ async def test_test_operation_is_sent_from_the_page(sandbox: Sandbox, browser: B
         assert [each.operation_payload for each in sandbox.operations.values()] == ["Pay 5"]
 
 
-async def test_environment_is_copied(sandbox: Sandbox, page: Page) -> None:
+async def test_environment_and_command_are_copied(sandbox: Sandbox, page: Page) -> None:
     await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    await page.get_by_role("button", name="Copy").click()
-    await expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    assert await page.evaluate("navigator.clipboard.readText()") == (
-        f"export KEYLESS_BASE_URL={sandbox.url}\nexport KEYLESS_API_KEY={sandbox.api_key}"
-    )
+    environment = f"export KEYLESS_BASE_URL={sandbox.url}\nexport KEYLESS_API_KEY={sandbox.api_key}"
+    command = 'aiokeyless create C0FFEE --payload "Pay 40 EUR to Alice?"'
+    for step, text in enumerate((environment, command)):
+        item = page.locator("#help li").nth(step)
+        await item.get_by_role("button", name="Copy").click()
+        await expect(item.get_by_role("button", name="Copied")).to_be_visible()
+        assert await page.evaluate("navigator.clipboard.readText()") == text
 
 
 async def test_environment_is_selected_where_the_browser_does_not_copy(sandbox: Sandbox, page: Page) -> None:
     await page.evaluate("void (navigator.clipboard.writeText = () => Promise.reject(new Error()))")
-    await page.get_by_role("button", name="Copy").click()
+    await page.get_by_role("button", name="Copy").first.click()
     await expect(page.get_by_role("button", name="Selected: press Ctrl+C")).to_be_visible()
     assert sandbox.url in await page.evaluate("getSelection().toString()")
 
@@ -444,6 +455,10 @@ async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
         await expect(each).to_be_enabled()
     assert not any(each.is_approved for each in sandbox.operations.values())
     assert [each.error_code for each in sandbox.authentications] == [30003, *[30004] * 5]
+    await phone(page).get_by_role("button", name="Unlock").click()
+    await expect(phone(page).get_by_text("Locked out for")).to_be_hidden()
+    await expect(phone(page).get_by_role("heading", name=USER)).to_be_focused()
+    await expect(button(card)).to_be_enabled()
 
 
 async def test_history_tells_what_was_approved_also_to_a_page_that_opens_later(
