@@ -1,176 +1,156 @@
-"""``aiokeyless demo``: the library and a plain loop side by side, on this machine, in three scenes."""
+"""``aiokeyless demo``: the library and a loop of one poll a second side by side, on this machine, in three scenes."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Final
+import logging
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from cyclopts import Parameter
 from rich.text import Text
 
 from .app import AsJson, Exit, app
-from .messages import counted
-from .render import FRAME, StatusLine, is_terminal, new_console, print_fact, print_json, print_title
+from .render import FRAME, StatusLine, is_terminal, new_console, print_json, print_title
 from .scenes import (
-    AIOKEYLESS,
-    DEFAULT_AFTER,
+    APPROVALS,
     INTERVAL,
+    OTHER_PAYLOAD,
+    OUTAGE,
+    PAYLOAD,
+    PEOPLE,
     SceneResult,
-    Stage,
-    play_approval,
     play_mismatch,
     play_outage,
-    play_phone,
+    play_people,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable
 
     from rich.console import Console
 
-    from .scenes import Scene, Waiter
+    from .scenes import Draw, Scene, SideResult
 
-_LONGEST_AFTER: Final = 3600.0
-
-
-def _check_after(_type: object, after: float | None) -> None:
-    if after is not None and not 0 <= after <= _LONGEST_AFTER:  # NaN is not
-        raise ValueError(f"Must be from 0 to {_LONGEST_AFTER:.0f} seconds.")
-
-
-def _check_user(*, after: float | None = None, phone: bool = False, **_others: object) -> None:
-    if phone and after is not None:
-        raise ValueError("With --phone you approve yourself, and --after has no meaning; leave one of them out.")
+_AIOKEYLESS: Final = "aiokeyless"
+_LOOP: Final = "the loop"
+_NEXT: Final = {
+    "aiokeyless sandbox": "a Keyless service for your own code, with a phone",
+    "aiokeyless --help": "what else there is; README.md has the code of a wait",
+}
 
 
-@app.command(validator=_check_user, help_epilogue="Example:\n  aiokeyless demo --after 3\n  aiokeyless demo --phone")
-async def demo(
-    *,
-    after: Annotated[float | None, Parameter(validator=_check_after)] = None,
-    phone: Annotated[bool, Parameter(negative="", show_default=False)] = False,
-    as_json: AsJson = False,
-) -> int:
-    """Compare a wait with a loop of one poll a second, without a key or a network.
+@app.command(help_epilogue="Example:\n  aiokeyless demo")
+async def demo(*, as_json: AsJson = False) -> int:
+    """Compare waits with loops of one poll a second, without a key or a network.
 
-    Both wait at the same time for the same operation of a sandbox on this machine,
-    over real HTTP: while nothing goes wrong, during an outage, and where the answer
-    is about something else. Takes about 15 seconds.
+    Both wait at the same time for the same operations of a sandbox on this machine,
+    over real HTTP: while all is well, during an outage, and if an answer is about
+    something else. The loop survives errors. Takes less than 25 seconds.
 
     Args:
-        after: Seconds until the simulated user approves in the first scene, 0 to 3600; 3.5 if left out.
-        phone: Be the user of the first scene: open the phone in your browser, and approve there.
         as_json: Print one JSON object at the end, and nothing else.
     """
     console = new_console()
-    approve_after = None if phone else DEFAULT_AFTER if after is None else after
+    logging.getLogger("aiokeyless").addHandler(logging.NullHandler())  # an outage is part of the demo
     if as_json:
-        print_json(console, (await run_demo(approve_after, _PhoneOnStderr())).to_dict())
+        scenes = {"approval": play_people, "outage": play_outage, "mismatch": play_mismatch}
+        results = {name: msgspec.to_builtins(await play(_draw_nothing)) for name, play in scenes.items()}
+        print_json(console, {"people": PEOPLE, "loop_interval": INTERVAL, **results})
         return Exit.DONE
-    user = "the user is you" if phone else "the user is simulated"
     print_title(
         console,
         "aiokeyless demo",
-        f"The real client over real HTTP; the service is a sandbox, {user}.\n"
-        "At the same time, for the same operation, a plain loop runs: GET, raise for an\n"
-        "error, compare the state, sleep one second.",
+        f"{PEOPLE} people are asked, and for each of them wait at the same time: aiokeyless, and\n"
+        "a loop that polls once a second and survives errors. Real HTTP; the service is a\n"
+        "sandbox, the people are simulated, and every number is measured now.",
     )
-    await run_demo(approve_after, _LiveTranscript(console) if is_terminal(console) else _Transcript(console))
-    _print_next(console, phone=phone)
+    await _show(console, f"1. All approve within {APPROVALS[1]:.0f} s, at random", play_people, describe_people)
+    failing = f"2. The service answers 503 for {OUTAGE[1] - OUTAGE[0]:.0f} s, and all approve meanwhile"
+    await _show(console, failing, play_outage, describe_outage)
+    other = f'3. Asked about "{PAYLOAD}", it answers "{OTHER_PAYLOAD}: approved"'
+    await _show(console, other, play_mismatch, describe_mismatch)
+    console.print(Text("Next", style="bold"))
+    for command, purpose in _NEXT.items():
+        console.print(Text.assemble(f"  {command:<20}", (purpose, "dim")))
     return Exit.DONE
 
 
-class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured in the three scenes."""
-
-    approval: SceneResult
-    outage: SceneResult
-    mismatch: SceneResult
-
-    def to_dict(self) -> dict[str, object]:
-        """Return plain data, for ``--json``."""
-        return {"loop_interval": INTERVAL, **msgspec.to_builtins(self)}
-
-
-async def run_demo(after: float | None, stage: Stage) -> DemoResult:
-    """Play the three scenes, and return what was measured.
-
-    Args:
-        after: Seconds until the simulated user approves in the first scene; None: a person does on the sandbox's phone.
-        stage: Where the scenes are shown.
-    """
-    return DemoResult(
-        approval=await (play_phone(stage) if after is None else play_approval(after, stage)),
-        outage=await play_outage(stage),
-        mismatch=await play_mismatch(stage),
-    )
+async def _show(
+    console: Console,
+    title: str,
+    play: Callable[[Draw], Awaitable[SceneResult]],
+    describe: Callable[[SceneResult], list[str]],
+) -> None:
+    """Play a scene, above a line with its progress if this is a terminal, and print what was measured."""
+    console.print(Text(title, style="bold"))
+    if is_terminal(console):
+        line = StatusLine(console)
+        with line.shown():
+            result = await play(partial(_draw_progress, line))
+    else:
+        result = await play(_draw_nothing)
+    for text in describe(result):
+        console.print(Text(f"  {text}"), soft_wrap=True)
+    console.print()
 
 
-class _PhoneOnStderr(Stage):
-    """Shows only the phone's address, on stderr: stdout is for the result."""
-
-    def invite(self, url: str) -> None:
-        sys.stderr.write(f"aiokeyless: open {url} and approve\n")
+def _draw_nothing(_scene: Scene) -> float:
+    return FRAME
 
 
-class _Transcript(Stage):
-    """A line for each event, which stays."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._scenes = 0
-
-    @contextmanager
-    def scene(self, title: str) -> Iterator[None]:
-        self._scenes += 1
-        self._console.print(Text(f"{self._scenes}. {title}", style="bold"))
-        yield
-        self._console.print()
-
-    def invite(self, url: str) -> None:
-        print_fact(self._console, "Phone", url, "bold")
-
-    def tell(self, seconds: float, who: str, does: str) -> None:
-        style = "bold green" if who == AIOKEYLESS else ""
-        line = Text.assemble((f"  {seconds:7.2f} s  ", "dim"), (f"{who:<11}  {does}", style))
-        self._console.print(line, soft_wrap=True)
+def _draw_progress(line: StatusLine, scene: Scene) -> float:
+    sides = {_AIOKEYLESS: scene.aiokeyless, _LOOP: scene.loop}
+    counts = "   ".join(f"{name}: {side.requests()} requests" for name, side in sides.items())
+    line.draw(Text.assemble((f"{scene.elapsed:5.1f} s", "bold"), f"   {counts}"))
+    return FRAME
 
 
-class _LiveTranscript(_Transcript):
-    """The same, above a line that is redrawn while both wait."""
-
-    frame = FRAME
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._line = StatusLine(console)
-
-    @contextmanager
-    def scene(self, title: str) -> Iterator[None]:
-        with super().scene(title), self._line.shown():
-            yield
-
-    def draw(self, scene: Scene) -> None:
-        self._line.draw(
-            Text.assemble(
-                (f"{scene.elapsed:7.1f} s", "bold"), f"  {_progress(scene.aiokeyless)}   {_progress(scene.loop)}"
-            )
-        )
+def describe_people(result: SceneResult) -> list[str]:
+    """Return the lines about the first scene."""
+    ours, loop = result.aiokeyless, result.loop
+    return [
+        *_table(result, {"requests": _requests, "late on average": _mean, "late at worst": _worst}),
+        _better("Sooner on average", fmean(ours.lateness), fmean(loop.lateness), "{:.2f} s"),
+        _better("Fewer requests", ours.requests, loop.requests, "{}"),
+        "For slow people and those who never approve, see docs/explanation/costs.md.",
+    ]
 
 
-def _progress(waiter: Waiter) -> str:
-    return f"{waiter.name}: {counted(waiter.polls, 'poll')}{'' if waiter.outcome is None else ', ended'}"
+def describe_outage(result: SceneResult) -> list[str]:
+    """Return the lines about the second scene."""
+    ours, loop = result.aiokeyless, result.loop
+    return [
+        *_table(result, {"requests into it": lambda side: str(side.requests_in_outage), "all know after": _worst}),
+        _better("Fewer requests into it", ours.requests_in_outage, loop.requests_in_outage, "{}"),
+        _better("Back sooner", max(ours.lateness), max(loop.lateness), "{:.2f} s"),
+    ]
 
 
-def _print_next(console: Console, *, phone: bool) -> None:
-    commands = {
-        "aiokeyless demo --phone": "be the user: approve in your browser",
-        "aiokeyless sandbox": "a Keyless service for your own code, with a phone",
-        "aiokeyless --help": "what else there is; README.md has the code of a wait",
-    }
-    if phone:
-        del commands["aiokeyless demo --phone"]
-    console.print(Text("Next", style="bold"))
-    for command, purpose in commands.items():
-        console.print(Text.assemble(f"  {command:<25}", (purpose, "dim")))
+def describe_mismatch(result: SceneResult) -> list[str]:
+    """Return the lines about the third scene."""
+    return _table(result, {"pay": lambda side: str(side.approved), "refuse": lambda side: str(side.refused)})
+
+
+def _requests(side: SideResult) -> str:
+    return str(side.requests)
+
+
+def _mean(side: SideResult) -> str:
+    return f"{fmean(side.lateness):.2f} s"
+
+
+def _worst(side: SideResult) -> str:
+    return f"{max(side.lateness):.2f} s"
+
+
+def _table(result: SceneResult, columns: dict[str, Callable[[SideResult], str]]) -> list[str]:
+    """Return a line of headings, and one for each of the two."""
+    sides = {_AIOKEYLESS: result.aiokeyless, _LOOP: result.loop}
+    rows = {"": [*columns]} | {name: [cell(side) for cell in columns.values()] for name, side in sides.items()}
+    return ["".join([f"{name:<12}", *(f"{cell:>18}" for cell in cells)]) for name, cells in rows.items()]
+
+
+def _better(what: str, ours: float, loop: float, unit: str) -> str:
+    """Say which of the two is better, by the smaller number, and by how much."""
+    return f"{what}: {_AIOKEYLESS if ours < loop else _LOOP}, by {unit.format(abs(ours - loop))}"
