@@ -27,9 +27,10 @@ def _command_line() -> Callable[[], int]:
     try:
         from aiokeyless.cli import run  # noqa: PLC0415  # needs the extra
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in {"cyclopts", "rich"}:
+        missing = str(error.name).partition(".")[0]
+        if missing not in {"cyclopts", "rich"}:
             raise
-        sys.stderr.write('aiokeyless: the command line is an extra: pip install "aiokeyless[cli]"\n')
+        sys.stderr.write(f'aiokeyless: the command line needs {missing}: install the extra "cli"\n')
         return lambda: 1
     return run
 

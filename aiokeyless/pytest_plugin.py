@@ -55,12 +55,10 @@ def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> 
 def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient) -> ApprovalWorker:  # noqa: ARG001  # its order
     """A running `aiokeyless.worker.ApprovalWorker` on `keyless_broker`, stopped after the test; it polls often.
 
-    It needs the extra ``nats``, and no broker.
-
     Example::
 
         async def test_a_payment_waits_for_the_phone(keyless_worker, keyless_broker, keyless_sandbox):
-            submission = await submit_approval(keyless_broker, "C0FFEE", operation_payload="Pay 40")
+            submission = await submit_approval(keyless_broker, "C0FFEE", operation_id="order-1")
             ...
     """
     worker: ApprovalWorker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[0]

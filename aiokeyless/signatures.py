@@ -18,7 +18,7 @@ try:
     from ._rules.signature import Expectation, KeySet, read_token, verify
 except ModuleNotFoundError as _missing:  # without the hint one would install "jwt", which is another package
     raise ModuleNotFoundError(
-        'aiokeyless.signatures needs the extra "jwt"; install it', name=_missing.name
+        f'aiokeyless.signatures needs {_missing.name}: install the extra "jwt"', name=_missing.name
     ) from _missing
 
 if TYPE_CHECKING:

@@ -370,6 +370,19 @@ def test_a_command_with_a_wrong_option_does_not_parse() -> None:
         app.parse_args(["wait", "txn-1", "--nope"], exit_on_error=False, print_error=False)
 
 
+FROM_AN_INDEX = re.compile(r"""install\b[^\n#]*[ "']aiokeyless(?=[\s"'\[=<>~])""")
+
+
+def test_no_text_installs_the_package_from_an_index_on_which_it_is_not() -> None:
+    """Anybody could register the name there."""
+    assert FROM_AN_INDEX.search('pip install -q "aiokeyless[cli]"')
+    suffixes = {".md", ".py", ".yml", ".yaml", ".toml", ".html", ""}
+    paths = [path for folder in ("aiokeyless", "docs", "examples") for path in (ROOT / folder).rglob("*")]
+    files = [path for path in (*paths, *ROOT.glob("*.md")) if path.is_file() and path.suffix in suffixes]
+    assert ROOT / "examples" / "kubernetes" / "Dockerfile" in files
+    assert {path: found[0] for path in files if (found := FROM_AN_INDEX.search(path.read_text()))} == {}
+
+
 # The site
 
 

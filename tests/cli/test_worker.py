@@ -433,9 +433,7 @@ def test_a_missing_extra_is_one_line_that_says_how_to_install_it(
     monkeypatch.setenv("KEYLESS_API_KEY", "key")
     monkeypatch.setenv("KEYLESS_BASE_URL", "http://127.0.0.1:1")
     assert run(["worker", "--broker", "nats://127.0.0.1:1", "--creds", __file__]) == 1
-    assert re.fullmatch(
-        r'aiokeyless: .*: (install the extra "nats"|pip install ".*\[nkeys\]")\n', capsys.readouterr().err
-    )
+    assert re.fullmatch(r'aiokeyless: .*: install the extra "nats"\n', capsys.readouterr().err)
 
 
 def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,9 +119,9 @@ async def test_without_the_extra_there_is_nothing_to_sign_with(
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "aiokeyless.sandbox.signing", raising=False)
     sandbox.approve("a", user_id=USER)
-    with pytest.raises(ConfigurationError, match='needs the extra "jwt"'):
+    with pytest.raises(ConfigurationError, match='install the extra "jwt"'):
         sandbox.sign("a")
-    with pytest.raises(ConfigurationError, match='needs the extra "jwt"'):
+    with pytest.raises(ConfigurationError, match='install the extra "jwt"'):
         sandbox.rotate_keys()
     async with aiohttp.ClientSession(sandbox.url) as session, session.get(KEY_SET) as response:
         assert response.status == 500

@@ -94,7 +94,7 @@ async def connect(
             await _try_once(servers, given, failures)
         return await _connect_for_good(servers, given, failures, within, on_reconnect=on_reconnect, on_loss=on_loss)
     except ModuleNotFoundError as error:  # nats-py imports it when there are credentials to sign with
-        raise BrokerError(f'credentials need {error.name}: pip install "nats-py[nkeys]"') from None
+        raise BrokerError(f'credentials need {error.name}: install the extra "nats"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
         # That no server is left is said of those that cannot be reached; why not was said before.
         cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError | TimeoutError) else error

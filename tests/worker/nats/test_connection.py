@@ -249,7 +249,7 @@ async def test_credentials_need_a_library_that_the_line_names(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nkeys", None)
     assert await refusal(guarded.url, user_credentials="worker.creds") == (
-        'credentials need nkeys: pip install "nats-py[nkeys]"'
+        'credentials need nkeys: install the extra "nats"'
     )
 
 
