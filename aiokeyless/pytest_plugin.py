@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from tenacity.wait import wait_base
+
     from aiokeyless.client import KeylessClient
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import ApprovalWorker
@@ -45,7 +47,8 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
 def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> KeylessClient:  # noqa: ARG001  # its order
     """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test.
 
-    It polls every 20 ms, so that a test does not wait for a schedule that is made for people.
+    It polls every 20 ms at first, since tests do not take the time that people take, and then less and less often, up
+    to every 2 s. A wait of two minutes takes about a hundred polls: milliseconds, on a clock that looptime moves.
     """
     client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_loop_of(request)}")
     return client
@@ -53,7 +56,9 @@ def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> 
 
 @pytest.fixture
 def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient) -> ApprovalWorker:  # noqa: ARG001  # its order
-    """A running `aiokeyless.worker.ApprovalWorker` on `keyless_broker`, stopped after the test; it polls often.
+    """A running `aiokeyless.worker.ApprovalWorker` on `keyless_broker`, stopped after the test.
+
+    It polls as often as `keyless_client`.
 
     Example::
 
@@ -70,6 +75,12 @@ def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorke
     """The broker of `keyless_worker`, in memory: give it to the code under test in place of its own."""
     broker: SqliteBroker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[1]
     return broker
+
+
+def _schedule() -> wait_base:
+    from tenacity import wait_exponential  # noqa: PLC0415  # only when used
+
+    return wait_exponential(multiplier=0.02, exp_base=1.1, max=2)
 
 
 def _loop_of(request: pytest.FixtureRequest) -> str:
@@ -99,20 +110,16 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
             yield sandbox
 
     async def client(keyless_sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-        from tenacity import wait_fixed  # noqa: PLC0415  # only when used
-
-        async with keyless_sandbox.client(schedule=wait_fixed(0.02)) as client:
+        async with keyless_sandbox.client(schedule=_schedule()) as client:
             yield client
 
     async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
-        from tenacity import wait_fixed  # noqa: PLC0415
-
         from aiokeyless.worker import ApprovalWorker  # noqa: PLC0415
         from aiokeyless.worker.sqlite import SqliteBroker  # noqa: PLC0415
 
         async with (
             SqliteBroker(":memory:") as broker,
-            ApprovalWorker(keyless_client, broker, schedule=wait_fixed(0.05)) as worker,
+            ApprovalWorker(keyless_client, broker, schedule=_schedule()) as worker,
         ):
             yield worker, broker
 

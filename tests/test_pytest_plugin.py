@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aiokeyless import ApprovalTimeoutError
+
 if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
@@ -78,6 +80,26 @@ async def test_the_sandbox_is_started_and_the_client_is_its_own(
 
 async def test_the_client_can_be_asked_for_alone(keyless_client: KeylessClient) -> None:
     assert await keyless_client.get_pending_operations("C0FFEE") == []
+
+
+@pytest.mark.looptime
+async def test_a_wait_of_two_minutes_takes_few_polls(keyless_client: KeylessClient) -> None:
+    ticket = await keyless_client.create_operation("C0FFEE", expires_in=120)
+    with pytest.raises(ApprovalTimeoutError) as caught:
+        await keyless_client.wait_for_approval(ticket)
+    assert caught.value.polls < 150
+
+
+@pytest.mark.looptime
+async def test_a_quick_approval_is_noticed_quickly(keyless_sandbox: Sandbox, keyless_client: KeylessClient) -> None:
+    ticket = await keyless_client.create_operation("C0FFEE")
+    now = asyncio.get_running_loop().time
+    noticed = asyncio.create_task(keyless_client.wait_for_approval(ticket))
+    await asyncio.sleep(0.5)
+    keyless_sandbox.approve(ticket.operation_id)
+    approved_at = now()
+    await noticed
+    assert now() - approved_at < 0.2
 
 
 # -- in other suites
