@@ -1,0 +1,134 @@
+"""The program of docs/howto/four-eyes.md: two people approve a payment, and it is paid once."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from nats_server import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
+
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "four-eyes.md").read_text()
+[PROGRAM] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAYLOAD = "Pay 40000 EUR to Acme"
+
+pytestmark = pytest.mark.looptime
+
+
+class Treasury:
+    """The page's program, without its last line, on a record of its own."""
+
+    def __init__(self, record: sqlite3.Connection) -> None:
+        self._names: dict[str, Any] = {"__name__": "treasury"}
+        exec(PROGRAM.rpartition("asyncio.run(")[0], self._names)  # noqa: S102  # our own page
+        for statement in re.findall(r'"(CREATE TABLE.*?)"', PROGRAM):
+            record.execute(statement)
+        self._record = record
+        self.payment: str = self._names["prepare"](record, PAYLOAD, requested_by="dave")
+
+    def operation(self, person: str) -> str:
+        return f"{self.payment}/{person}"
+
+    async def decide(self, client: KeylessClient) -> bool:
+        paid: bool = await self._names["decide"](client, self._record, self.payment)
+        return paid
+
+    def prepare(self, requested_by: str) -> list[str]:
+        """Prepare another payment, and return who is asked about it."""
+        payment = self._names["prepare"](self._record, PAYLOAD, requested_by=requested_by)
+        query = "SELECT person FROM questions WHERE payment = ?"
+        return [person for (person,) in self._record.execute(query, (payment,))]
+
+    def question_again(self) -> None:
+        self._record.execute("INSERT INTO questions SELECT * FROM questions LIMIT 1")
+
+
+@pytest.fixture
+def treasury(tmp_path: Path) -> Iterator[Treasury]:
+    with closing(sqlite3.connect(tmp_path / "payments.sqlite3", isolation_level=None)) as record:
+        yield Treasury(record)
+
+
+async def approve(sandbox: Sandbox, treasury: Treasury, *people: str) -> None:
+    """Approve as these people, once they are asked."""
+    operations = [treasury.operation(person) for person in people]
+    await until(lambda: sandbox.operations.keys() >= {*operations})
+    for operation in operations:
+        sandbox.approve(operation)
+
+
+async def test_two_of_three_pay_once_and_the_late_third_pays_nothing(
+    sandbox: Sandbox, client: KeylessClient, treasury: Treasury
+) -> None:
+    taps = asyncio.create_task(approve(sandbox, treasury, "carol", "alice"))
+    assert await treasury.decide(client)
+    await taps
+    assert client.statistics.waiting == 0, "nobody waits for the third"
+    await approve(sandbox, treasury, "bob")
+    assert not await treasury.decide(client)
+
+
+async def test_one_is_not_enough_and_a_second_after_the_end_is_too_late(
+    sandbox: Sandbox, client: KeylessClient, treasury: Treasury
+) -> None:
+    taps = asyncio.create_task(approve(sandbox, treasury, "bob"))
+    assert not await treasury.decide(client)
+    await taps
+    await approve(sandbox, treasury, "alice", "carol")
+    assert not await treasury.decide(client)
+
+
+def test_one_person_is_asked_once_and_who_asks_is_not(treasury: Treasury) -> None:
+    assert treasury.prepare(requested_by="bob") == ["alice", "carol"]
+    with pytest.raises(sqlite3.IntegrityError):
+        treasury.question_again()
+
+
+async def test_an_approval_of_something_else_does_not_count(
+    sandbox: Sandbox, client: KeylessClient, treasury: Treasury
+) -> None:
+    deciding = asyncio.create_task(treasury.decide(client))
+    await approve(sandbox, treasury, "alice")
+    await until(lambda: treasury.operation("bob") in sandbox.operations)
+    sandbox.tamper(treasury.operation("bob"), user_id="BAD", state="approved", result=True)
+    await asyncio.sleep(60)
+    assert not deciding.done()
+    await approve(sandbox, treasury, "carol")
+    assert await deciding
+
+
+async def test_a_process_that_stops_decides_nothing_and_the_next_one_pays(
+    sandbox: Sandbox, client: KeylessClient, treasury: Treasury
+) -> None:
+    deciding = asyncio.create_task(treasury.decide(client))
+    await approve(sandbox, treasury, "alice")
+    await until(lambda: len(sandbox.operations) == 3)
+    await client.aclose()
+    assert not await deciding
+    await approve(sandbox, treasury, "bob")
+    async with sandbox.client() as another:
+        assert await treasury.decide(another)
+        assert not await treasury.decide(another)
+    assert len(sandbox.operations) == 3, "nobody was asked twice"
+
+
+async def test_an_outage_decides_nothing(
+    sandbox: Sandbox, client: KeylessClient, treasury: Treasury, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sandbox.fail_next(503, None)
+    assert not await treasury.decide(client)
+    assert capsys.readouterr().out.count("was not asked") == 3
+    sandbox.recover()
+    taps = asyncio.create_task(approve(sandbox, treasury, "alice", "bob"))
+    assert await treasury.decide(client)
+    await taps
