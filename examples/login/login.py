@@ -1,13 +1,17 @@
-"""Log in by approving on the phone: no request is open for long, and one approval is used once."""
+"""Log in by approving on the phone: no request is open for long, and one approval is used once.
+
+A phone shows one login at a time, few in ten minutes, and the number that the page shows: docs/howto/prompt-bombing.md.
+"""
 
 import logging
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import uvicorn
 from fastapi import Body, Cookie, Depends, FastAPI, HTTPException, Query, Request, Response
@@ -28,6 +32,8 @@ from aiokeyless.shutdown import close_on_signals
 ACCOUNTS = {"alice@example.com": "account-1", "bob@example.com": "account-2"}  # a real site has a table of them
 UNREACHABLE = "We cannot reach Keyless. There is nothing wrong with your phone; try again in a moment."
 LIFETIME = float(os.environ.get("LOGIN_EXPIRES_IN", "120"))
+PROMPTS, PERIOD = 5, 600.0  # a user is asked so often at most, in so many seconds
+UNLISTED = 5.0  # seconds for which the service may not list a new operation yet
 
 
 class State(TypedDict):
@@ -43,7 +49,9 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
     path = os.environ.get("LOGIN_DB", "login.sqlite3")
     record = sqlite3.connect(path, isolation_level=None)  # each statement commits
     record.execute("CREATE TABLE IF NOT EXISTS users (account PRIMARY KEY, user_id)")
-    record.execute("CREATE TABLE IF NOT EXISTS logins (id PRIMARY KEY, browser, email, ticket, state)")
+    record.execute(
+        "CREATE TABLE IF NOT EXISTS logins (id PRIMARY KEY, browser, email, ticket, state, user_id, number, asked)"
+    )
     async with KeylessClient() as client, close_on_signals(client):
         yield {"client": client, "record": record}
     record.close()
@@ -75,25 +83,77 @@ async def page() -> FileResponse:
 
 @app.post("/login")
 async def start(
-    client: Client, record: Record, response: Response, email: Annotated[str, Body(embed=True)]
+    client: Client,
+    record: Record,
+    response: Response,
+    email: Annotated[str, Body(embed=True)],
+    *,
+    browser: Annotated[str, Cookie()] = "",
 ) -> dict[str, str]:
     """Ask the phone of the user with this address, and bind the login to this browser by a cookie."""
     account = ACCOUNTS.get(email.lower())
     if account is None:
         raise HTTPException(404, "We do not know this address.")
     user = await user_of(client, record, account)
-    login, browser, code = secrets.token_hex(8), secrets.token_urlsafe(32), secrets.token_hex(2).upper()
-    payload = f"Log in to Fern & Clay? Code {code}"  # the page shows the code too: users approve what they started
-    ticket = ApprovalTicket.for_operation(login, user_id=user, operation_payload=payload, expires_in=LIFETIME)
-    # Stored before the user is asked: the server may be killed at any point, and the page goes on with the next one.
-    row = (login, browser, email.lower(), ticket.to_json(), "pending")
-    record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?)", row)
+    new = Prompt(secrets.token_hex(8), secrets.token_urlsafe(32), f"{secrets.randbelow(1000):03}")
     try:
-        await client.create_operation(user, operation_id=login, operation_payload=payload, expires_in=LIFETIME)
+        pending = {operation.operation_id for operation in await client.get_pending_operations(user)}
+        prompt = reserve(record, new, user, email.lower(), pending)
+        if prompt is new:
+            await client.create_operation(
+                user, operation_id=new.login, operation_payload=new.payload, expires_in=LIFETIME
+            )
     except KeylessError as error:
+        record.execute("UPDATE logins SET state = 'failed' WHERE id = ?", (new.login,))
         raise HTTPException(503, UNREACHABLE) from error
-    response.set_cookie("browser", browser, httponly=True, samesite="lax")
-    return {"id": login, "code": code}
+    if prompt is not new and prompt.browser != browser:
+        raise HTTPException(409, "This phone shows a login already. Approve that one, or try again in 2 minutes.")
+    response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax")
+    return {"id": prompt.login, "number": prompt.number}
+
+
+class Prompt(NamedTuple):
+    """A login that a phone shows."""
+
+    login: str
+    browser: str
+    number: str
+
+    @property
+    def payload(self) -> str:
+        """What the phone shows: with the number of the page, so that users approve what they started."""
+        return f"Log in to Fern & Clay? Number {self.number}"
+
+
+def reserve(record: sqlite3.Connection, new: Prompt, user: str, email: str, pending: set[str]) -> Prompt:
+    """Return the login that the user's phone shows, or else store the new one, before the user is asked."""
+    with record:
+        record.execute("BEGIN IMMEDIATE")  # no other process asks this user meanwhile
+        shown = prompt_on_phone(record, user, pending)
+        if shown is None:
+            ticket = ApprovalTicket.for_operation(
+                new.login, user_id=user, operation_payload=new.payload, expires_in=LIFETIME
+            )
+            row = (new.login, new.browser, email, ticket.to_json(), "pending", user, new.number, time.time())
+            record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    return shown or new
+
+
+def prompt_on_phone(record: sqlite3.Connection, user: str, pending: set[str]) -> Prompt | None:
+    """Return the login that the user's phone shows now, or None if it may be asked.
+
+    An operation stays pending after its login has ended, so one that is older than a login's lifetime does not count.
+    """
+    now = time.time()
+    query = "SELECT id, browser, number, state, asked FROM logins WHERE user_id = ? AND asked > ?"
+    asked = record.execute(query, (user, now - PERIOD)).fetchall()
+    for login, browser, number, state, since in asked:
+        is_shown = login in pending or (state == "pending" and since > now - UNLISTED)
+        if is_shown and since > now - LIFETIME:
+            return Prompt(login, browser, number)
+    if sum(state != "failed" for *_, state, _ in asked) >= PROMPTS:
+        raise HTTPException(429, "This phone was asked too often. Try again in 10 minutes.")
+    return None
 
 
 async def user_of(client: KeylessClient, record: sqlite3.Connection, account: str) -> str:

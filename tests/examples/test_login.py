@@ -190,20 +190,47 @@ async def test_bad_input_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
         assert await alice.follow("unknown") == 404
 
 
+async def test_a_phone_is_asked_once_at_a_time_and_few_times_in_ten_minutes(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
+        assert await alice.start() == 200
+        assert await mallory.start() == 409
+        first = alice.login
+        assert (await alice.start(), alice.login) == (200, first), "the browser that asked goes on with its login"
+        assert len(sandbox.operations) == 1
+        sandbox.approve(first)
+        assert await alice.follow() == "approved"
+        for _ in range(4):
+            assert await alice.start() == 200, "the phone shows nothing"
+            sandbox.approve(alice.login)
+            assert await alice.follow() == "approved"
+        assert await alice.start() == 429
+        assert len(sandbox.operations) == 5
+
+
+async def test_a_login_that_has_ended_keeps_nobody_from_asking_though_the_phone_shows_it(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    async with Server(sandbox, tmp_path, LOGIN_EXPIRES_IN="0.3") as server, Browser(server) as alice:
+        await alice.start()
+        assert await alice.follow() == "timed_out"
+        async with Browser(server) as another:
+            assert await another.start() == 200
+
+
 @pytest.mark.browser
-async def test_page_logs_in_and_shows_the_code_of_the_phone(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_page_logs_in_and_shows_the_number_of_the_phone(sandbox: Sandbox, tmp_path: Path) -> None:
     async with Server(sandbox, tmp_path) as server, chromium() as browser:
         from playwright.async_api import expect  # chromium() skips where it is missing
 
         page = await browser.new_page()
         await page.goto(server.url)
         await page.get_by_role("button", name="Log in with your face").click()
-        await expect(page.locator("#code")).to_have_text(re.compile("[0-9A-F]{4}"))
+        await expect(page.locator("#number")).to_have_text(re.compile("[0-9]{3}"))
         [operation] = sandbox.operations.values()
         assert operation.operation_payload is not None
-        assert operation.operation_payload.endswith(f"Code {await page.locator('#code').text_content()}")
+        assert operation.operation_payload.endswith(f"Number {await page.locator('#number').text_content()}")
         await page.reload()  # the page goes on with the same login
-        await expect(page.locator("#code")).to_be_visible()
+        await expect(page.locator("#number")).to_be_visible()
         sandbox.approve(operation.operation_id)
         await expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
         assert len(sandbox.operations) == 1
