@@ -1,7 +1,8 @@
 """The one list of this project's checks: ``nox -l`` names them, ``nox -s lint`` runs one.
 
 Tags say when a session runs. ``ci``: for each change, in .ci/run and in the public workflow. ``nightly``: what takes
-long and seldom fails, each night and before a release, in the public workflow. Both read the list from here.
+long and seldom fails, each night and before a release, in the public workflow. ``portable``: there for each change, on
+Windows, macOS and free-threaded Python. All read the list from here.
 
 Each session has an environment of its own. Where there is one already, ``nox --no-venv -s NAME`` runs in that.
 """
@@ -31,6 +32,7 @@ ROOT: Final = Path(__file__).parent
 
 CI: Final = ["ci"]
 NIGHTLY: Final = ["nightly"]
+PORTABLE: Final = ["portable"]
 
 #: The second tier. Its programs have processes and loops of their own, so it runs on one loop only.
 SECOND_TIER: Final = "browser or cluster or chaos or slow or examples"
@@ -174,7 +176,7 @@ def lowest_bounds() -> list[str]:
     for_tests = [text for text in extras["test"] if text.startswith("opentelemetry-")]
     for_users = sorted(extras.keys() - FOR_CONTRIBUTORS)
     texts = chain(project["dependencies"], *(extras[name] for name in for_users), for_tests)
-    needed = [Requirement(text) for text in texts]
+    needed = [need for need in map(Requirement, texts) if need.marker is None or need.marker.evaluate()]
     return [f"{need.name}=={bound.version}" for need in needed for bound in need.specifier if bound.operator == ">="]
 
 
@@ -198,6 +200,29 @@ def wheel(session: nox.Session, part: str) -> None:
         for leg in ("eager" if Version(str(session.python)) >= Version("3.12") else "plain", "uvloop", "real_clock"):
             *arguments, selection = LEGS[leg][0]
             pytest(session, *arguments, f"platform and {selection}", env=LEGS[leg][1] | WITH_TEST)
+
+
+#: Tests of the library itself, and what they need that is not in an extra for users.
+PORTABLE_TESTS: Final = (
+    *("tests/_http", "tests/_rules", "tests/_waits", "tests/sandbox", "tests/test_client.py", "tests/test_schedule.py"),
+    *("tests/test_signatures.py", "tests/test_ticket.py", "tests/test_users.py"),
+)
+PORTABLE_NEEDS: Final = (
+    *("aioresponses", "hypothesis", "loguru", "looptime", "pytest", "pytest-asyncio", "pytest-xdist", "sentry-sdk"),
+    "structlog",
+)
+
+
+@nox.session(tags=PORTABLE)
+def portable(session: nox.Session) -> None:
+    """Run the tests of the library itself with packages that have wheels everywhere.
+
+    What is left out cannot run there: NATS needs nkeys, which has no wheel at all, and programs for Linux; the tests of
+    PostgreSQL start servers as Debian has them; psycopg has no wheel for free-threaded Python; uvloop none for Windows,
+    which has no SIGTERM either, so that nothing there tests a shutdown.
+    """
+    install(session, "-e", ".[cli,jwt]", *PORTABLE_NEEDS)
+    pytest(session, "-m", FIRST_TIER, *PORTABLE_TESTS, env={})
 
 
 @nox.session(tags=CI)

@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, closing
 
 from gate import Amount, Gate, Name, Transfer
@@ -30,7 +30,7 @@ def make_server(client: KeylessClient | None = None, path: str = "agent.sqlite3"
     """
 
     @asynccontextmanager
-    async def lifespan(_server: MCPServer[Gate]) -> AsyncIterator[Gate]:
+    async def lifespan(_server: MCPServer[Gate]) -> AsyncGenerator[Gate]:
         """Open the record and the client."""
         with closing(sqlite3.connect(path, isolation_level=None)) as record:
             if client is not None:

@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +27,7 @@ verifier = TransactionVerifier(client, tenant=os.environ.get("CHECKOUT_TENANT", 
 
 
 @contextlib.asynccontextmanager
-async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
     """Close the client when the server is told to stop: it stops once all streams have ended."""
     async with close_on_signals(client):
         yield

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -81,7 +81,7 @@ async def made(name: str, stream: JetStreamContext) -> None:
 @asynccontextmanager
 async def running(
     folder: Path, program: str, *arguments: str | Path, **environment: str
-) -> AsyncIterator[asyncio.subprocess.Process]:
+) -> AsyncGenerator[asyncio.subprocess.Process]:
     """Run a program; what it prints goes to a file, which is shown where something fails."""
     with (folder / "log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(

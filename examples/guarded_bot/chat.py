@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from bot_api import TOKEN, BotApiServer, Message
@@ -41,7 +41,7 @@ def show(message: Message) -> None:
 
 
 @contextlib.asynccontextmanager
-async def program(sandbox: Sandbox, telegram: BotApiServer) -> AsyncIterator[asyncio.subprocess.Process]:
+async def program(sandbox: Sandbox, telegram: BotApiServer) -> AsyncGenerator[asyncio.subprocess.Process]:
     """Run the bot in a process of its own; its log is printed only if it ends by itself."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         settings = {

@@ -8,7 +8,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
@@ -44,7 +44,7 @@ class State(TypedDict):
 
 
 @asynccontextmanager
-async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
+async def lifespan(_app: FastAPI) -> AsyncGenerator[State]:
     """Open the record and the client. The signal that stops the server closes the client, which ends the long polls."""
     path = os.environ.get("LOGIN_DB", "login.sqlite3")
     record = sqlite3.connect(path, isolation_level=None)  # each statement commits

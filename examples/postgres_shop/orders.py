@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated
 
 import uvicorn
@@ -20,7 +20,7 @@ sessions = async_sessionmaker(engine, expire_on_commit=False)
 
 
 @contextlib.asynccontextmanager
-async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
     """Make the tables, as a migration would."""
     async with engine.begin() as connection:
         await connection.run_sync(Table.metadata.create_all)

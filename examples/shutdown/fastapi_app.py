@@ -1,6 +1,6 @@
 """A long poll on FastAPI: `uvicorn fastapi_app:app`. Starlette is the same, with `Starlette(lifespan=lifespan)`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from approvals import ask, client, state
@@ -10,7 +10,7 @@ from aiokeyless.shutdown import close_on_signals
 
 
 @asynccontextmanager
-async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
     """Close the client when the signal arrives, not when uvicorn has waited for the requests."""
     async with close_on_signals(client):
         yield

@@ -1,6 +1,6 @@
 """A long poll on Litestar: `uvicorn litestar_app:app`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from approvals import ask, client, state
@@ -10,7 +10,7 @@ from aiokeyless.shutdown import close_on_signals
 
 
 @asynccontextmanager
-async def lifespan(_app: Litestar) -> AsyncIterator[None]:
+async def lifespan(_app: Litestar) -> AsyncGenerator[None]:
     """Close the client when the signal arrives; on_shutdown would come after the server has waited."""
     async with close_on_signals(client):
         yield
