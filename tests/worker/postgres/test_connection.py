@@ -17,8 +17,8 @@ from aiokeyless.worker import next_outcome
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
 from aiokeyless.worker.postgres import connection as module
+from benchmarks.cutting_proxy import CuttingProxy
 
-from .cutting_proxy import CuttingProxy
 from .shop import decide_all, pay, payments, unread
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestErr
 from aiokeyless.worker import approval_request, submit_approval
 from aiokeyless.worker.messages import VERSION
 from aiokeyless.worker.postgres import PostgresBroker
+from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import new_request, operation_of, take_all
-
-from .cutting_proxy import CuttingProxy
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer

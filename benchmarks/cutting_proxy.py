@@ -1,0 +1,95 @@
+"""A proxy in front of a PostgreSQL server that cuts a connection at a COMMIT: before the server has it, or after.
+
+The tests use it too, so this module needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from asyncio import StreamReader, StreamWriter
+
+    from .postgres import PostgresServer
+
+
+class CuttingProxy:
+    """The proxy, on a socket in a folder of its own.
+
+    Args:
+        server: Where it leads to.
+        cut_after: Whether the server gets the COMMIT, and its answer is what is lost.
+    """
+
+    def __init__(self, server: PostgresServer, *, cut_after: bool) -> None:
+        self._server = server
+        self._cut_after = cut_after
+        self._is_armed = False
+        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-proxy-"))
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.cuts = 0
+        """How many connections were cut."""
+
+    def url(self, database: str) -> str:
+        """Return the URL of a database behind the proxy."""
+        return f"postgresql://postgres@/{database}?host={self._folder}"
+
+    def arm(self) -> None:
+        """Cut at the next COMMIT, whoever sends it."""
+        self._is_armed = True
+
+    async def __aenter__(self) -> Self:
+        self._listening = await asyncio.start_unix_server(self._serve, self._folder / ".s.PGSQL.5432")
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._listening.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        shutil.rmtree(self._folder)
+
+    async def _serve(self, client: StreamReader, to_client: StreamWriter) -> None:
+        task = asyncio.create_task(self._carry(client, to_client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, client: StreamReader, to_client: StreamWriter) -> None:
+        """Carry one connection, until one of its ends is closed or it is cut."""
+        try:
+            server, to_server = await asyncio.open_unix_connection(self._server.folder / ".s.PGSQL.5432")
+        except OSError:  # the server is away
+            to_client.transport.abort()
+            return
+        is_cut = asyncio.Event()
+        both = [self._ask(client, to_server, is_cut), self._answer(server, to_client, is_cut)]
+        tasks = [asyncio.create_task(coroutine) for coroutine in both]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            to_client.transport.abort()
+            to_server.transport.abort()
+
+    async def _ask(self, client: StreamReader, to_server: StreamWriter, is_cut: asyncio.Event) -> None:
+        while data := await client.read(1 << 16):
+            if self._is_armed and b"COMMIT" in data:
+                self._is_armed = False
+                self.cuts += 1
+                is_cut.set()
+                if not self._cut_after:
+                    return
+            to_server.write(data)
+            await to_server.drain()
+
+    async def _answer(self, server: StreamReader, to_client: StreamWriter, is_cut: asyncio.Event) -> None:
+        while data := await server.read(1 << 16):
+            if is_cut.is_set():  # the server has committed
+                return
+            to_client.write(data)
