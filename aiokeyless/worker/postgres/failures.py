@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 #: What a transaction is repeated for: nothing of it was done, and the next attempt may go well.
 PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
-#: Classes of SQL states that do not change by themselves: authorization, names, syntax and rights.
-_LASTING: Final = frozenset({"0A", "0L", "0P", "28", "3D", "3F", "42"})
+#: Classes of SQL states that do not change by themselves: authorization, names, syntax and rights. 0A does: a standby
+#: has no unlogged table until it takes over.
+_LASTING: Final = frozenset({"0L", "0P", "28", "3D", "3F", "42"})
 _MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedFunctionError, asyncpg.UndefinedTableError)
 #: What `submit` raises about the request: its text is no JSON or too deep, a value is wrong, or another request has
 #: its operation id.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.resources
 import logging
 import re
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from .shop import decide_all, unread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from .shop import Connection
 
@@ -184,6 +186,28 @@ async def test_a_worker_goes_on_while_a_later_version_allows_it(url: str, admin:
             await broker.prepare(lease=2.0, service="")
 
 
+async def test_workers_are_upgraded_one_after_the_other(
+    broker: PostgresBroker, url: str, admin: Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    later = migrations.VERSION + 1
+    (tmp_path / f"{later:04}.sql").write_text(
+        "CREATE FUNCTION {schema}.more() RETURNS integer LANGUAGE sql AS 'SELECT 1'"
+    )
+    with monkeypatch.context() as patched:  # the next version of this library
+        patched.setattr(migrations, "VERSION", later)
+        patched.setattr(migrations, "_OLDEST_WORKER", {later: migrations.VERSION - 1})
+        patched.setattr(importlib.resources, "files", lambda _package: tmp_path)
+        async with PostgresBroker(url) as upgraded:
+            await upgraded.prepare(lease=2.0, service="")
+            await decide_all(upgraded, "a")
+    await decide_all(broker, "b")  # by an old worker that has run all the time
+    async with PostgresBroker(url) as old:  # and by one that is started again
+        await old.prepare(lease=2.0, service="")
+        await decide_all(old, "c")
+    assert await unread(admin) == {"a": 0, "b": 0, "c": 0}
+    assert await admin.fetchval("SELECT max(version) FROM keyless.migration") == later
+
+
 async def test_workers_that_start_at_once_migrate_once(url: str) -> None:
     async def start() -> None:
         async with PostgresBroker(url) as broker:
@@ -278,13 +302,14 @@ async def test_a_take_does_not_get_slower_while_a_transaction_elsewhere_is_long(
 # -- transactions that meet
 
 
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(600.0, marks=pytest.mark.benchmarks)])
 async def test_put_offs_and_decisions_of_the_same_requests_never_wait_for_each_other(
-    broker: PostgresBroker, url: str, admin: Connection, database: str
+    broker: PostgresBroker, url: str, admin: Connection, database: str, seconds: float
 ) -> None:
     async with PostgresBroker(url) as other:
         await other.prepare(lease=2.0, service="")
         loop = asyncio.get_running_loop()
-        until, number = loop.time() + 4.0, 0
+        until, number = loop.time() + seconds, 0
         while loop.time() < until:
             number += 1
             await submit(broker, *(f"payment-{number}-{place}" for place in range(20)))
@@ -363,7 +388,10 @@ async def test_a_new_reader_misses_nothing_and_stops_nobody_while_outcomes_are_s
 # -- failures
 
 
-async def test_after_a_crash_everything_that_was_undecided_waits_again(own_server: PostgresServer) -> None:
+async def test_after_a_crash_everything_that_was_undecided_waits_again(
+    own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.1)
     url = own_server.url(own_server.new_database())
     async with PostgresBroker(url) as broker:
         await broker.prepare(lease=60.0, service="")
@@ -474,14 +502,6 @@ async def test_a_request_that_somebody_removed_is_not_asked_for(broker: Postgres
     claims = await asyncio.gather(*(broker.claim(message, "", "") for message in (removed, other)))
     assert [claimed.claim for claimed in claims] == [Claim.HELD, Claim.NEW]
     assert not await decide(broker, removed)
-
-
-async def test_a_standby_is_a_problem(broker: PostgresBroker, admin: Connection) -> None:
-    await admin.execute(
-        "CREATE OR REPLACE FUNCTION keyless.inspect() RETURNS TABLE (waiting bigint, backlog bigint,"
-        " oldest_age double precision, is_standby boolean) LANGUAGE sql AS 'SELECT 0, 0, 0.0::float, true'"
-    )
-    assert (await broker.inspect()).problems == ("the database is a standby, which stores nothing",)
 
 
 # -- the clock

@@ -1,4 +1,4 @@
-"""docs/howto/operating-postgres.md, tried as it is written, on a server that the worker does not own."""
+"""docs/howto/operating-postgres.md, tried as it is written, on a server that the worker does not own; and the guide."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import asyncpg
 import pytest
 from postgres_server import PostgresServer
 
-from aiokeyless.worker import next_outcome, submit_approval
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
 from worker.conformance.brokers import decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PAGE = Path(__file__).parents[3] / "docs" / "howto" / "operating-postgres.md"
-ROLES, TEAM, FUNCTIONS, FIGURES, REMOVED_READER, REMOVED = re.findall(
+HOWTO = Path(__file__).parents[3] / "docs" / "howto"
+PAGE = HOWTO / "operating-postgres.md"
+ROLES, TEAM, FUNCTIONS, WORKERS, FIGURES, REMOVED_READER, REMOVED = re.findall(
     r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
 )
 
@@ -64,7 +66,7 @@ async def test_the_page_for_operators_works_as_it_is_written(own_server: Postgre
 
 async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_server: PostgresServer) -> None:
     database = own_server.new_database()
-    own_server.execute("CREATE ROLE app LOGIN; CREATE ROLE shop LOGIN")
+    own_server.execute("CREATE ROLE app LOGIN; CREATE ROLE shop LOGIN; CREATE ROLE approvals LOGIN")
     status, output = await prepare(own_server.url(database, "app"))
     assert status == 1
     assert "may not change that" in output
@@ -72,7 +74,8 @@ async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_ser
     own_server.execute("CREATE SCHEMA keyless AUTHORIZATION app", database)
     assert await prepare(own_server.url(database, "app")) == (0, "")
     own_server.execute(FUNCTIONS, database, "app")
-    async with PostgresBroker(own_server.url(database, "app")) as broker:
+    own_server.execute(WORKERS, database, "app")
+    async with PostgresBroker(own_server.url(database, "approvals")) as broker:
         await broker.prepare(lease=2.0, service="")
         await ask_and_read(own_server, database, broker)
 
@@ -87,3 +90,24 @@ async def ask_and_read(server: PostgresServer, database: str, broker: PostgresBr
     async with asyncio.timeout(20), next_outcome(shop, "shop") as event:
         assert event.operation_id == "a"
     await shop.close()
+
+
+async def test_the_program_of_the_guide_needs_another_broker_and_nothing_else(url: str, tmp_path: Path) -> None:
+    code = (HOWTO / "running-workers.md").read_text().partition("```python\n")[2].partition("```")[0]
+    for old, new in (
+        ("aiokeyless.worker.sqlite import SqliteBroker", "aiokeyless.worker.postgres import PostgresBroker"),
+        ('SqliteBroker("keyless.db")', f'PostgresBroker("{url}")'),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    (tmp_path / "program.py").write_text(code)
+    async with (
+        Sandbox(auto_approve=0.1) as sandbox,
+        sandbox.client(max_attempts=1) as client,
+        ApprovalWorker(client, url),
+    ):
+        program = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "error", "program.py"), cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await program.communicate()
+    assert (program.returncode, output) == (0, b"approved order-7\n")

@@ -433,12 +433,19 @@ COMMENT ON FUNCTION {schema}.decide IS 'Store outcomes and remove their requests
 
 CREATE FUNCTION {schema}.inspect()
 RETURNS TABLE (waiting bigint, backlog bigint, oldest_age double precision, is_standby boolean)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    SELECT count(*), count(*) FILTER (WHERE w.deliveries = 0), coalesce((
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_column
+BEGIN
+    IF pg_is_in_recovery() THEN -- a standby has no unlogged table
+        RETURN QUERY SELECT 0::bigint, 0::bigint, 0::double precision, true;
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT count(*), count(*) FILTER (WHERE w.deliveries = 0), coalesce((
         SELECT greatest(extract(epoch FROM clock_timestamp() - r.stored_at), 0)::double precision
         FROM {schema}.request r WHERE r.id = min(w.id)
-    ), 0), pg_is_in_recovery()
-    FROM {schema}.waiting w
+    ), 0), false
+    FROM {schema}.waiting w;
+END
 $function$;
 
 -- After a crash, a failover or a restored backup, nothing waits. A number of a delivery that may have asked the user

@@ -1,0 +1,155 @@
+"""A real standby that follows by streaming, and takes over; and a backup that is restored."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+from nats_server import until
+from postgres_server import PostgresServer
+
+from aiokeyless.errors import BrokerError
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
+from aiokeyless.worker.broker import Exchange, UnavailableError
+from aiokeyless.worker.messages import FailureReason
+from aiokeyless.worker.postgres import PostgresBroker
+from aiokeyless.worker.postgres import broker as module
+from worker.conformance.brokers import decide, operation_of, submit, take_all
+
+from .shop import decide_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def primary() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@contextmanager
+def standby_of(primary: PostgresServer) -> Iterator[PostgresServer]:
+    server = PostgresServer(primary)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+async def caught_up(primary: PostgresServer, standby: PostgresServer) -> None:
+    """Wait until the standby has everything that is committed."""
+    ((position,),) = primary.execute("SELECT pg_current_wal_lsn()")
+    await until(lambda: standby.execute(f"SELECT pg_last_wal_replay_lsn() >= '{position}'") == [["t"]])
+
+
+def both(primary: PostgresServer, standby: PostgresServer, database: str) -> str:
+    """Return the URL of whichever takes writes."""
+    hosts = f"{primary.folder},{standby.folder}"
+    return f"postgresql://postgres@/{database}?host={hosts}&port=5432,5432&target_session_attrs=read-write"
+
+
+async def test_an_asynchronous_standby_takes_over_and_no_approval_counts_by_mistake(
+    primary: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.5)
+    database = primary.new_database()
+    async with PostgresBroker(primary.url(database)) as broker:
+        await broker.prepare(lease=2.0, service="")
+    async with Sandbox() as sandbox, sandbox.client() as client:
+
+        async def ask(operation_id: str) -> None:
+            connection = await asyncpg.connect(primary.url(database))
+            async with connection.transaction():
+                await submit_approval(connection, "C0FFEE", operation_id=operation_id, expires_in=600)
+            await connection.close()
+
+        def are_asked(*operation_ids: str) -> Callable[[], bool]:
+            return lambda: {*operation_ids} <= sandbox.operations.keys()
+
+        with standby_of(primary) as standby:
+            url = both(primary, standby, database)
+            async with ApprovalWorker(client, url):
+                await ask("kept")
+                await until(are_asked("kept"))
+            await ask("claim-lost")
+            await caught_up(primary, standby)
+            standby.stop()  # what is committed from now on is lost
+            async with ApprovalWorker(client, url) as worker:
+                await ask("lost")
+                await until(are_asked("claim-lost", "lost"))
+                primary.kill()
+                for operation_id in ("kept", "claim-lost", "lost"):
+                    sandbox.approve(operation_id)
+                await until(lambda: bool(worker.statistics.problems))
+                standby.start()
+                standby.promote()
+                outcomes = await read(standby.url(database), 2)
+                await until(lambda: worker.statistics.is_ready)
+    assert outcomes["kept"] == (Outcome.APPROVED, None)
+    assert outcomes["claim-lost"] == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+async def read(url: str, count: int) -> dict[str | None, tuple[Outcome, str | None]]:
+    outcomes = {}
+    connection = await asyncpg.connect(url)
+    async with asyncio.timeout(60):
+        for _ in range(count):
+            async with next_outcome(connection, "shop") as event:
+                outcomes[event.operation_id] = (event.outcome, event.reason)
+    await connection.close()
+    return outcomes
+
+
+async def test_a_worker_that_is_led_to_a_standby_waits_and_says_so(primary: PostgresServer) -> None:
+    database = primary.new_database()
+    async with PostgresBroker(primary.url(database)) as broker:
+        await broker.prepare(lease=2.0, service="")
+        await submit(broker, "a")
+    with standby_of(primary) as standby:
+        await caught_up(primary, standby)
+        async with PostgresBroker(standby.url(database)) as broker:
+            with pytest.raises(BrokerError, match="during recovery"):
+                await broker.prepare(lease=2.0, service="")
+            assert (await broker.inspect()).problems == ("the database is a standby, which stores nothing",)
+            with pytest.raises(UnavailableError):
+                await broker.take(1, 5.0)
+            with pytest.raises(UnavailableError):
+                await broker.next_outcome("shop")
+            standby.promote()
+            await broker.prepare(lease=2.0, service="")
+            assert [operation_of(message) for message in await broker.take(1, 5.0)] == ["a"]
+
+
+@pytest.mark.parametrize("option", [(), ("--no-unlogged-table-data",)])
+async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
+    server: PostgresServer, option: tuple[str, ...]
+) -> None:
+    database, restored = server.new_database(), server.new_database()
+    async with PostgresBroker(server.url(database)) as broker:
+        await broker.prepare(lease=2.0, service="")
+        server.execute("SELECT keyless.add_reader('shop'); SELECT keyless.welcome_readers()", database)
+        await decide_all(broker, "decided")
+        await submit(broker, "asked", "new")
+        (asked,) = [message for message in await take_all(broker, 5.0, up_to=2) if operation_of(message) == "asked"]
+        token = (await broker.claim(asked, "", "")).token
+        await broker.put_off(asked, 0.0, Exchange.ANSWERED)
+        backup = server.new_folder("backup") / "backup"
+        server.run("pg_dump", *option, "--format=custom", "--file", backup, server.url(database))
+    server.run("pg_restore", "--exit-on-error", "--dbname", server.url(restored), backup)
+    async with PostgresBroker(server.url(restored)) as broker:
+        await broker.prepare(lease=2.0, service="")
+        numbers = {operation_of(message): message for message in await take_all(broker, 5.0, up_to=2)}
+        assert numbers.keys() == {"asked", "new"}
+        assert numbers["asked"].number > token
+        assert await broker.holds(numbers["asked"], "", "")
+        assert await decide(broker, numbers["asked"])
+        outcomes = await read(server.url(restored), 2)
+        assert outcomes.keys() == {"decided", "asked"}
