@@ -10,37 +10,34 @@ import asyncio
 import contextlib
 import multiprocessing
 import signal
-import tempfile
 import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import nats
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
 from aiokeyless.worker import ApprovalWorker, submit_approval
 from aiokeyless.worker.nats import load_shedding
 
-from .broker import NatsServer
 from .report import CannotMeasureError
 from .server import API_KEY, EXTERNAL_USER_ID, OPERATION_PAYLOAD, USER_ID
+from .storages import NatsStorage, Storage, cpu, resident
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
-    from nats.aio.client import Client
     from tenacity.wait import wait_base
+
+    from aiokeyless.worker import Broker
 
     from .server import Server, ServerStatistics
 
 EXPIRES_IN: Final = 3600.0  # seconds: longer than the benchmark takes
 _BATCH: Final = 256  # requests submitted concurrently
 _TIMEOUT: Final = 240.0  # seconds
-_BLOCK: Final = 512  # bytes: the unit of st_blocks, independent of the block size of the disk
 
 
 class Shares(NamedTuple):
@@ -69,19 +66,19 @@ class Fleet:
 
     Args:
         server: The service that they poll.
-        broker: Delivers their messages.
-        folder: Directory of the broker's files.
-        connection: An application's connection to the broker.
+        storage: Where the requests are.
+        broker: The broker as an application has it.
         pace: How they poll.
     """
 
-    def __init__(self, server: Server, broker: NatsServer, folder: Path, connection: Client, pace: Pace) -> None:
+    def __init__(self, server: Server, storage: Storage, broker: Broker, pace: Pace) -> None:
         self.server = server
-        self.connection = connection
-        self._broker = broker
-        self._folder = folder
+        self.storage = storage
+        self.broker = broker
         self._pace = pace
         self._workers: list[SpawnProcess] = []
+        self.submitted_at = 0.0
+        """When the last request was stored, by `time.perf_counter`."""
 
     async def resize(self, count: int) -> None:
         """Start or gracefully stop workers, and return when this many are running."""
@@ -98,7 +95,7 @@ class Fleet:
     def _start(self) -> Connection:
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
-        worker = spawn.Process(target=_work, args=(self.server, self._broker.url, self._pace, there), daemon=True)
+        worker = spawn.Process(target=_work, args=(self.server, self.storage.url, self._pace, there), daemon=True)
         worker.start()
         there.close()
         self._workers.append(worker)
@@ -107,20 +104,13 @@ class Fleet:
     async def submit(self, count: int) -> None:
         """Submit this many requests, and return when all their operations are created."""
         before = self.server.statistics().created
-        for k in range(0, count, _BATCH):
-            await asyncio.gather(*(self.request() for _ in range(min(_BATCH, count - k))))
+        await submit_to(self.broker, count)
         await self.until_created(before + count)
 
-    async def request(self, operation_id: str | None = None) -> None:
+    async def request(self, operation_id: str) -> None:
         """Submit one request, as an application would."""
-        await submit_approval(
-            self.connection,
-            USER_ID,
-            operation_id=operation_id or str(uuid.uuid4()),
-            operation_payload=OPERATION_PAYLOAD,
-            external_user_id=EXTERNAL_USER_ID,
-            expires_in=EXPIRES_IN,
-        )
+        await _submit(self.broker, operation_id)
+        self.submitted_at = time.perf_counter()
 
     async def until(self, reached: Callable[[ServerStatistics], bool]) -> None:
         """Wait until the statistics of the server meet a condition."""
@@ -141,65 +131,66 @@ class Fleet:
 
     def cpu(self) -> Shares:
         """Return the CPU seconds used so far."""
-        return self._shares(_cpu)
+        return self._shares(cpu)
 
     def resident(self) -> Shares:
         """Return the resident memory, in bytes."""
-        return self._shares(_resident)
+        return self._shares(resident)
 
     def _shares(self, of: Callable[[psutil.Process], float]) -> Shares:
+        return Shares(sum(map(of, self._processes())), sum(map(of, self.storage.processes())))
+
+    def logged(self) -> float:
+        """Return how many bytes were written so far: see `Storage`."""
+        return self.storage.logged(self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
         if not all(worker.is_alive() for worker in self._workers):
             raise CannotMeasureError("a worker died")
-        workers = sum(of(psutil.Process(worker.pid)) for worker in self._workers)
-        return Shares(workers, of(psutil.Process(self._broker.pid)))
-
-    def on_disk(self) -> int:
-        """Return the disk space of the broker's files, in bytes."""
-        return sum(_BLOCK * path.stat().st_blocks for path in self._folder.rglob("*") if path.is_file())
-
-
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    seconds: float = times.user + times.system
-    return seconds
-
-
-def _resident(process: psutil.Process) -> float:
-    held: int = process.memory_info().rss
-    return held
+        return [psutil.Process(worker.pid) for worker in self._workers]
 
 
 @contextlib.asynccontextmanager
-async def fleet(server: Server, pace: Pace, workers: int = 1) -> AsyncIterator[Fleet]:
-    """Run a broker without any streams, and workers."""
-    with tempfile.TemporaryDirectory() as folder:
-        broker = NatsServer(Path(folder))
+async def fleet(
+    server: Server, pace: Pace, workers: int = 1, storage: Callable[[], Storage] = NatsStorage
+) -> AsyncIterator[Fleet]:
+    """Run a broker that has stored nothing yet, and workers."""
+    async with storage() as stored, stored.broker() as broker:
+        running = Fleet(server, stored, broker, pace)
+        await asyncio.to_thread(server.require_creation, required=True)  # a worker creates what is missing
         try:
-            await broker.start()
-        except (OSError, TimeoutError) as error:
-            raise CannotMeasureError(f"the broker did not start: {error}") from error
-        try:
-            async with await nats.connect(broker.url) as connection:
-                running = Fleet(server, broker, Path(folder), connection, pace)
-                await asyncio.to_thread(server.require_creation, required=True)  # a worker creates what is missing
-                try:
-                    await running.resize(workers)
-                    yield running
-                finally:
-                    await running.resize(0)
-                    await asyncio.to_thread(server.require_creation, required=False)
+            await running.resize(workers)
+            yield running
         finally:
-            broker.stop()
+            await running.resize(0)
+            await asyncio.to_thread(server.require_creation, required=False)
 
 
-def _work(server: Server, nats_url: str, pace: Pace, ready: Connection) -> None:
+async def submit_to(broker: Broker, count: int) -> None:
+    """Submit this many requests to a broker."""
+    for k in range(0, count, _BATCH):
+        await asyncio.gather(*(_submit(broker, str(uuid.uuid4())) for _ in range(min(_BATCH, count - k))))
+
+
+async def _submit(broker: Broker, operation_id: str) -> None:
+    await submit_approval(
+        broker,
+        USER_ID,
+        operation_id=operation_id,
+        operation_payload=OPERATION_PAYLOAD,
+        external_user_id=EXTERNAL_USER_ID,
+        expires_in=EXPIRES_IN,
+    )
+
+
+def _work(server: Server, url: str, pace: Pace, ready: Connection) -> None:
     """Run a worker until SIGTERM."""
     if not pace.sheds_load:
         vars(load_shedding)["_MAX_FACTOR"] = 1.0
 
     async def work() -> None:
         async with KeylessClient(API_KEY, base_url=server.base_url, max_attempts=1) as client:
-            worker = ApprovalWorker(client, nats_url, schedule=pace.schedule, max_polls_per_second=pace.rate)
+            worker = ApprovalWorker(client, url, schedule=pace.schedule, max_polls_per_second=pace.rate)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())

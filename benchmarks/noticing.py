@@ -51,20 +51,28 @@ async def request_all(operation_ids: list[str], plan: Plan, request: Callable[[s
     await asyncio.gather(*map(one, plan.starts, operation_ids))
 
 
-async def by_worker(workers: Fleet, plan: Plan, *, lost_after: float = _LOST_AFTER) -> list[Noticed | None]:
+async def by_worker(
+    workers: Fleet, plan: Plan, *, lost_after: float = _LOST_AFTER, readers: int = 1
+) -> list[Noticed | None]:
     """Submit the requests, and read the outcomes of the fleet; None for an approval that was not noticed in time."""
     operation_ids, known = plan.operation_ids(), dict[str, float]()
+    all_known = asyncio.Event()
 
     async def read() -> None:
-        while len(known) < len(operation_ids):
-            async with next_outcome(workers.connection, "benchmark") as event:
+        while True:
+            async with next_outcome(workers.broker, "benchmark") as event:
                 if event.outcome is Outcome.APPROVED and event.operation_id is not None:
                     known[event.operation_id] = time.perf_counter()
+            if len(known) == len(operation_ids):
+                all_known.set()
 
     with suppress(TimeoutError):  # approvals not known by then are lost
         async with asyncio.timeout(max(plan.starts) + max(plan.ages) + lost_after), asyncio.TaskGroup() as group:
-            group.create_task(read())
+            reading = [group.create_task(read()) for _ in range(readers)]
             await request_all(operation_ids, plan, workers.request)
+            await all_known.wait()
+            for task in reading:
+                task.cancel()
     return noticed(workers.server, operation_ids, known)
 
 

@@ -74,6 +74,17 @@ class PostgresServer:
         return self._folder / "data"
 
     @property
+    def pid(self) -> int:
+        """The process id of the server, whose other processes are its children."""
+        return self._running.pid
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("the server was not started")
+        return self._process
+
+    @property
     def folder(self) -> Path:
         """Where the socket and the log are."""
         return self._folder
@@ -148,10 +159,8 @@ class PostgresServer:
         shutil.rmtree(self._folder)
 
     def _end(self, number: signal.Signals) -> None:
-        if self._process is None:
-            raise RuntimeError("the server was not started")
-        self._process.send_signal(number)
-        self._process.wait()
+        self._running.send_signal(number)
+        self._running.wait()
         self._process = None
 
     def _is_ready(self) -> bool:

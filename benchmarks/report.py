@@ -62,6 +62,12 @@ class Table:
             lines.append("  ".join([first, *rest]).rstrip())
         return "\n".join(lines)
 
+    def markdown(self) -> str:
+        """Write it for a page."""
+        rows = [self.columns, ["---:"] * len(self.columns), *self.rows]
+        lines = [f"**{self.title[0].upper()}{self.title[1:]}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:

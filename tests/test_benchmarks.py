@@ -10,7 +10,8 @@ import pytest
 pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
-ONLY_BY_NAME = {"limits", "soak"}  # what a benchmark of these saves has its own name; tests/test_soak.py has the other
+#: What a benchmark of these saves has its own name; tests/test_soak.py has the soak.
+ONLY_BY_NAME = {"crashes", "distributed", "limits", "soak"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +38,9 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "outage",
         "rate",
         "scale",
+        "crashes",
         "distributed",
+        "fleet",
         "crowd",
         "endings",
         "listeners",
@@ -54,8 +57,8 @@ def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Pat
     assert all(goal["figure"] is not None for goal in report["goals"])
     assert report["raw"]
     assert done.stdout == (tmp_path / f"{file}.txt").read_text()
-    if name == "limits":  # the docs include the tables
-        assert (tmp_path / "limits.md").read_text().count("\n| ---: |") == 3
+    if name in {"crashes", "distributed", "limits"}:  # the docs include the tables
+        assert (tmp_path / f"{name}.md").read_text().count("\n| ---: |") == len(report["tables"])
 
 
 def test_unknown_benchmark_is_refused_with_the_names_that_there_are() -> None:

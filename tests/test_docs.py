@@ -273,7 +273,7 @@ def test_what_a_wait_is_made_of_adds_up_to_what_it_takes() -> None:
 def test_the_sizes_of_a_fleet_were_measured() -> None:
     page = (DOCS / "howto" / "operating-workers.md").read_text()
     results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
-    polls, memory, *_ = results["distributed"]["tables"]
+    polls, memory, *_ = results["fleet"]["tables"]
     one_worker = float(polls["rows"][0][1].split()[0])
     measured = {waiting: [float(figure) for figure in figures] for waiting, *figures in memory["rows"]}
     shown = re.search(r"one core for ([\d ]+) polls a second; (\d+) MB, however many", page)

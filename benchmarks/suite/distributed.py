@@ -1,342 +1,341 @@
-"""Workers on a broker: what a poll costs, what waiting requests occupy, and how late an approval is noticed.
+"""The three brokers side by side: polls, bursts, many waiting requests, a crash, and what an hour leaves on the disk.
 
-The broker is a real nats-server with its streams on disk; it, each worker and the service are processes of their own.
-CPU is measured for each process, so that it does not depend on how many share a core. Lateness is compared with the
-in-process poller, with the same approvals at the same ages, in turn.
+Each broker's server, each worker and the service are processes of their own, on the same cores. CPU is measured for
+each process, so that it hardly depends on how many share a core; polls per second are those of this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import statistics
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import asyncpg
 from tenacity import wait_chain, wait_fixed
 
-from aiokeyless import KeylessClient
-from benchmarks import fleet_load, pictures
+from aiokeyless.worker.broker import Exchange
+from benchmarks import pictures
 from benchmarks.approval_times import seeded_random
 from benchmarks.bench import order
-from benchmarks.fleet import EXPIRES_IN, Fleet, Pace, Shares, fleet
-from benchmarks.noticing import Noticed, Plan, by_worker, known_of, noticed, request_all
+from benchmarks.fleet import Fleet, Pace, fleet, submit_to
+from benchmarks.noticing import Plan, by_worker, known_of
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table, p95
-from benchmarks.server import (
-    API_KEY,
-    EXTERNAL_USER_ID,
-    OPERATION_PAYLOAD,
-    USER_ID,
-    Server,
-    Workload,
-    serving,
-    split_cores,
-)
+from benchmarks.server import Server, Workload, serving
+from benchmarks.storages import NatsStorage, PostgresStorage, SqliteStorage, Storage, resident
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from tenacity.wait import wait_base
 
+    from aiokeyless.worker import Broker
     from benchmarks.bench import Bench
 
-_ENOUGH_WORK: Final = 0.8  # of the due polls: if more of them were sent, the schedule may have been the limit
-_FULL: Final = 0.9  # of all cores: with less in use, something else was the limit
-_SAMPLES: Final = 10
+#: It needs PostgreSQL, and takes its time.
+ONLY_BY_NAME: Final = True
 
-POLLER: Final = "in-process poller"
-WORKER: Final = "worker"
-REPEATED: Final = "in-process poller, repeated"
+_STORAGES: Final[tuple[type[Storage], ...]] = (SqliteStorage, PostgresStorage, NatsStorage)
+_RATE: Final = 1000.0  # polls of a worker in a second: its default
+_READERS: Final = 8  # outcomes that the application handles at once
+_LOST_AFTER: Final = 120.0  # seconds after which an unnoticed approval counts as lost
+_AN_HOUR: Final = 36_000  # requests: ten a second
+_BATCH: Final = 500
+_LEASE: Final = 60.0  # seconds
+_PUT_OFF: Final = 190.0  # seconds: nearly as long as a broker puts off
 
 
 class Window(NamedTuple):
-    """The measurements of one time window."""
+    """A time in which workers polled as fast as they could."""
 
     polls: float  # per second, all workers together
     worker: float  # CPU seconds per poll, all workers together
     broker: float
     service: float
-
-    @property
-    def cores(self) -> float:
-        """The number of cores that all processes used."""
-        return self.polls * (self.worker + self.broker + self.service)
+    logged: float  # bytes per poll
 
 
-class Holding(NamedTuple):
-    """Memory and disk of waiting requests, in bytes."""
+class Burst(NamedTuple):
+    """Requests that were all submitted at once, and approved some seconds after each was asked."""
 
-    broker: float  # resident
-    worker: float  # resident
-    disk: float
+    size: int
+    submitted: float  # seconds until all were stored
+    asked: float  # seconds until the users of all were asked
+    late: list[float]  # seconds from each approval until the application was told
+    lost: int
+    on_disk: float  # bytes that it left
+
+
+class Waiting(NamedTuple):
+    """Many requests that wait."""
+
+    waiting: int
+    delivered: list[float]  # seconds from before the submit of one more until it is delivered
+    take: list[float]  # seconds of the function `take` alone; empty where there is none
+    memory: float  # bytes of the server
+    on_disk: float
+    restart: float  # seconds from the kill of the server until a new worker has a delivery
+
+
+class Sizes(NamedTuple):
+    """How much is measured."""
+
+    polled: int
+    interval: float
+    first: float
+    rounds: int
+    seconds: float
+    bursts: tuple[int, ...]
+    ages: tuple[float, float]
+    waiting: int
 
 
 def run(bench: Bench) -> Report:
-    """Measure polls per second, memory, and lateness."""
-    report = Report("distributed: workers on a broker")
+    """Measure each broker."""
+    sizes = bench.pick(
+        full=Sizes(4000, 0.2, 3.0, 2, 4.0, (1000, 10_000), (5.0, 15.0), 100_000),
+        quick=Sizes(500, 0.05, 0.5, 1, 0.5, (200,), (1.0, 3.0), 2000),
+        smoke=Sizes(50, 0.02, 0.2, 1, 0.2, (20,), (0.1, 0.5), 100),
+    )
+    raw: dict[str, Any] = {}
     with serving() as server:
-        asyncio.run(_measure(bench, server, report))
-    return report
+        for storage in _STORAGES:
+            raw[storage.name] = asyncio.run(_measure(bench, server, storage, sizes))
+    return _report(raw)
 
 
-async def _measure(bench: Bench, server: Server, report: Report) -> None:
-    await _measure_polls(bench, server, report)
-    await _measure_memory(bench, server, report)
-    await _measure_lateness(bench, server, report)
-    await fleet_load.measure(bench, server, report)
+async def _measure(bench: Bench, server: Server, storage: type[Storage], sizes: Sizes) -> dict[str, Any]:
+    bench.progress(f"  {storage.name}: polls")
+    windows = await _polls(server, storage, sizes)
+    bursts = []
+    for size in sizes.bursts:
+        bench.progress(f"  {storage.name}: a burst of {size}")
+        bursts.append(await _burst(server, storage, size, sizes.ages))
+    bench.progress(f"  {storage.name}: {sizes.waiting} waiting")
+    waiting = await _waiting(storage, sizes.waiting)
+    return {
+        "windows": {str(count): [window._asdict() for window in of] for count, of in windows.items()},
+        "bursts": [burst._asdict() for burst in bursts],
+        "waiting": waiting._asdict(),
+    }
 
 
-# -- polls per second
+# -- polls
 
 
-async def _measure_polls(bench: Bench, server: Server, report: Report) -> None:
-    waiting, interval, first = bench.pick(full=(4_000, 0.2, 3.0), quick=(1_000, 0.05, 0.5), smoke=(300, 0.02, 0.2))
-    most, rounds, seconds = bench.pick(full=(3, 3, 3.0), quick=(3, 1, 0.4), smoke=(1, 1, 0.1))
-    windows: dict[int, list[Window]] = {count + 1: [] for count in range(most)}
-    # The broker prefers redeliveries, and workers poll less often while new requests are waiting. So all operations are
-    # created first, and nothing but polls is measured.
-    async with fleet(server, Pace(wait_chain(wait_fixed(first), wait_fixed(interval))), most) as workers:
+async def _polls(server: Server, storage: type[Storage], sizes: Sizes) -> dict[int, list[Window]]:
+    windows: dict[int, list[Window]] = {1: [], 2: []}
+    pace = Pace(wait_chain(wait_fixed(sizes.first), wait_fixed(sizes.interval)))
+    async with fleet(server, pace, 2, storage) as workers:
         requests = server.statistics().requests
-        await workers.submit(waiting)
-        await workers.until(lambda statistics: statistics.requests - requests > waiting)
-        for k in range(rounds):
-            for count in order([*windows][::-1], k):  # the most first: workers that start together start faster
-                bench.progress(f"  polls, round {k + 1} of {rounds}: {count} of {most} workers")
+        await workers.submit(sizes.polled)
+        await workers.until(lambda now: now.requests - requests > sizes.polled)
+        for turn in range(sizes.rounds):
+            for count in order([2, 1], turn):
                 await workers.resize(count)
                 await workers.until_polled()
-                await asyncio.sleep(seconds / 4)
-                windows[count].append(await _window(workers, seconds, due=waiting / interval))
-    report.tables.append(_polls_table(windows, waiting))
-    report.raw["cores"] = _cores()
-    report.raw["polls"] = {str(count): [{**window._asdict()} for window in of] for count, of in windows.items()}
-    report.notes += _cores_notes(windows)
+                await asyncio.sleep(sizes.seconds / 4)
+                windows[count].append(await _window(workers, sizes.seconds))
+    return windows
 
 
-async def _window(workers: Fleet, seconds: float, *, due: float) -> Window:
+async def _window(workers: Fleet, seconds: float) -> Window:
+    logged = workers.logged()
     with Workload(workers.server) as service:
         before = workers.cpu()
         await asyncio.sleep(seconds)
-    cpu = Shares(*(b - a for a, b in zip(before, workers.cpu(), strict=True)))
+        after = workers.cpu()
+    logged = workers.logged() - logged
     polls = service.requests
-    if service.bound:
-        raise CannotMeasureError(f"the server was the bottleneck ({service.share:.0%} of its core)")
     if not polls:
         raise CannotMeasureError("the workers made no poll: other programs took the machine")
-    if polls > _ENOUGH_WORK * due * service.wall:
-        raise CannotMeasureError("the workers ran out of due polls: more requests must wait")
-    return Window(polls / service.wall, cpu.workers / polls, cpu.broker / polls, service.cpu / polls)
+    if service.bound:
+        raise CannotMeasureError(f"the server was the bottleneck ({service.share:.0%} of its core)")
+    worker, broker = (b - a for a, b in zip(before, after, strict=True))
+    return Window(polls / service.wall, worker / polls, broker / polls, service.cpu / polls, logged / polls)
 
 
-def _polls_table(windows: dict[int, list[Window]], waiting: int) -> Table:
-    cores = _cores()
-    table = Table(
-        f"polls: {waiting} waiting requests, more polls due than can be sent; {cores} cores for all processes",
-        [
-            "workers",
-            "polls/s",
-            "CPU per poll, us: worker",
-            "broker",
-            "service",
-            "share of a core per worker",
-            "cores in use",
-        ],
-    )
-    for count, of in windows.items():
-        cells = [
-            Spread.of([window.polls for window in of]).text(0),
-            *(Spread.of([1e6 * getattr(window, who) for window in of]).text(0) for who in ("worker", "broker")),
-            Spread.of([1e6 * window.service for window in of]).text(1),
-            f"{Spread.of([window.polls * window.worker / count for window in of]).median:.0%}",
-            f"{Spread.of([window.cores for window in of]).median:.2f} of {cores}",
-        ]
-        table.rows.append([str(count), *cells])
+# -- bursts
+
+
+async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[float, float]) -> Burst:
+    source = seeded_random(size)
+    plan = Plan([0.0] * size, [source.uniform(*ages) for _ in range(size)])
+    async with fleet(server, Pace(None, _RATE), 1, storage) as workers:
+        empty, created, began = workers.storage.on_disk(), server.statistics().created, time.perf_counter()
+
+        async def until_all_are_asked() -> float:
+            await workers.until_created(created + size)
+            return time.perf_counter() - began
+
+        async with asyncio.TaskGroup() as group:
+            asked = group.create_task(until_all_are_asked())
+            reading = group.create_task(by_worker(workers, plan, lost_after=_LOST_AFTER, readers=_READERS))
+        noticed = reading.result()
+        on_disk = workers.storage.on_disk() - empty
+        submitted = workers.submitted_at - began
+    late = [one.late for one in known_of(f"burst of {size}", noticed)]
+    return Burst(size, submitted, asked.result(), late, noticed.count(None), on_disk)
+
+
+# -- waiting requests, and a crash
+
+
+async def _waiting(storage: type[Storage], count: int) -> Waiting:
+    async with storage() as stored:
+        async with stored.broker() as broker:
+            await broker.prepare(lease=_LEASE, service="")
+            await submit_to(broker, count)
+            put_off = 0
+            while put_off < count:
+                messages = await broker.take(_BATCH, 5.0)
+                await asyncio.gather(*(broker.put_off(message, _PUT_OFF, Exchange.ANSWERED) for message in messages))
+                put_off += len(messages)
+            delivered = [await _delivered(broker) for _ in range(20)]
+            take = await _take(stored)
+            memory = sum(map(resident, stored.processes()))
+        on_disk, began = stored.on_disk(), time.perf_counter()
+        await stored.restart()
+        async with stored.broker() as broker:
+            await broker.prepare(lease=_LEASE, service="")
+            await _delivered(broker)
+            restart = time.perf_counter() - began
+    return Waiting(count, delivered, take, memory, on_disk, restart)
+
+
+async def _delivered(broker: Broker) -> float:
+    """Submit one more request; return the seconds until something is delivered."""
+    began = time.perf_counter()
+    await submit_to(broker, 1)
+    while not (messages := await broker.take(1, 5.0)):
+        if time.perf_counter() - began > _LOST_AFTER:
+            raise CannotMeasureError("nothing was delivered")
+    seconds = time.perf_counter() - began
+    await broker.put_off(messages[0], _PUT_OFF, Exchange.ANSWERED)
+    return seconds
+
+
+async def _take(stored: Storage) -> list[float]:
+    """Return the seconds of each of some calls of `take`, as a worker calls it, where that is a function."""
+    if not isinstance(stored, PostgresStorage):
+        return []
+    connection = await asyncpg.connect(stored.url)
+    taken = []
+    for _ in range(50):
+        began = time.perf_counter()
+        await connection.fetch("SELECT * FROM keyless.take(64, 60, extract(epoch FROM now())::float - 1, false)")
+        taken.append(time.perf_counter() - began)
+    await connection.close()
+    return taken
+
+
+# -- the report
+
+
+def _report(raw: dict[str, Any]) -> Report:
+    report = Report("distributed: workers on three brokers", raw=raw)
+    report.tables += [_polls_table(raw), _bursts_table(raw), _waiting_table(raw)]
+    for name, of in raw.items():
+        report.goals.append(
+            Goal(f"{name}: approvals lost", 0, sum(burst["lost"] for burst in of["bursts"]), required=True)
+        )
+        first = of["bursts"][0]
+        report.goals.append(Goal(f"{name}: seconds until a burst of {first['size']} is asked", 3, first["asked"]))
+    postgres = raw[PostgresStorage.name]
+    polls = _spread(postgres["windows"]["1"], "polls").median
+    report.goals.append(Goal("PostgreSQL: 1000 polls/s, over those of one worker", 1, 1000 / polls))
+    take = 1e3 * statistics.median(postgres["waiting"]["take"])
+    report.goals.append(Goal(f"PostgreSQL: take with {postgres['waiting']['waiting']} waiting", 5, take, " ms"))
+    report.notes += [
+        "SQLite has no server: what it takes is in the workers' CPU, and what is logged is all that they write",
+        "what is logged: PostgreSQL, WAL, which is not on the disk as counted; NATS, pages written",
+        f"an hour, computed: what the largest burst left, for {_AN_HOUR} requests, ten a second",
+    ]
+    return report
+
+
+def _spread(windows: list[dict[str, float]], what: str) -> Spread:
+    return Spread.of([window[what] for window in windows])
+
+
+def _polls_table(raw: dict[str, Any]) -> Table:
+    columns = ["broker", "workers", "polls/s", "CPU per poll, us: workers", "server", "service", "logged per poll, B"]
+    table = Table("polls: more due than can be sent", columns)
+    for name, of in raw.items():
+        for count, windows in of["windows"].items():
+            cells = [f"{1e6 * _spread(windows, who).median:.0f}" for who in ("worker", "broker", "service")]
+            polls, logged = _spread(windows, "polls").median, _spread(windows, "logged").median
+            table.rows.append([name, count, f"{polls:.0f}", *cells, f"{logged:.0f}"])
     return table
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cores_notes(windows: dict[int, list[Window]]) -> list[str]:
-    cores, (_, services) = _cores(), split_cores()
-    where = f", the service on core {', '.join(map(str, services))}" if services else ""
-    notes = [f"workers and broker run on all {cores} cores{where}"]
-    oversubscribed = [count for count in windows if count + 2 > cores]  # the broker, and the service
-    if oversubscribed:
-        notes.append(
-            f"with {oversubscribed[0]} or more workers there are more processes than cores: polls/s is then the limit "
-            "of this machine, and does not show what a worker adds on a free core"
-        )
-    most = max(Spread.of([window.cores for window in of]).median for of in windows.values())
-    if oversubscribed and most < _FULL * cores:
-        notes.append(
-            f"but all processes together used at most {most:.2f} of {cores} cores: they waited, or other programs took "
-            "the rest, and the machine can do more"
-        )
-    return notes
-
-
-# -- memory
-
-
-async def _measure_memory(bench: Bench, server: Server, report: Report) -> None:
-    sizes = bench.pick(full=[10_000, 100_000, 200_000], quick=[2_000], smoke=[100])
-    interval, settle = bench.pick(full=(80.0, 2.0), quick=(0.7, 0.1), smoke=(0.2, 0.05))
-    async with fleet(server, Pace(wait_fixed(interval))) as workers:
-        requests = server.statistics().requests
-        holdings = {0: await _holding(workers, settle)}
-        for waiting, size in itertools.pairwise([0, *sizes]):
-            bench.progress(f"  memory: {size} waiting requests")
-            await workers.submit(size - waiting)
-            holdings[size] = await _holding(workers, settle)
-        await workers.until(lambda statistics: statistics.requests - requests > size // 2)
-        while_polled = await _holding(workers, settle)
-    report.tables.append(_memory_table(holdings, while_polled, interval))
-    report.raw["memory"] = {str(waiting): {**holding._asdict()} for waiting, holding in holdings.items()}
-    report.raw["memory while polled"] = {**while_polled._asdict()}
-    if len(sizes) > 1:  # the first requests would include the fixed cost of the broker
-        few, many = sizes[-2:]
-        broker, _, disk = ((b - a) / (many - few) for a, b in zip(holdings[few], holdings[many], strict=True))
-        report.notes.append(
-            f"each further waiting request takes {disk:.0f} B of the broker's disk and about {broker:.0f} B of its "
-            "memory, which its garbage collector releases when it chooses"
-        )
-
-
-def _memory_table(holdings: dict[int, Holding], while_polled: Holding, interval: float) -> Table:
-    table = Table(
-        f"memory: waiting requests, each polled every {interval:g} s (MB)",
-        ["waiting", "broker, resident", "one worker, resident", "broker, on disk"],
-    )
-    rows = {str(waiting): holding for waiting, holding in holdings.items()}
-    rows["the same, while they are polled"] = while_polled
-    table.rows.extend([name, *(f"{size / 1e6:.1f}" for size in holding)] for name, holding in rows.items())
+def _bursts_table(raw: dict[str, Any]) -> Table:
+    columns = ["broker", "requests", "all stored, s", "all asked, s", "noticed late, s", "p95, s", "lost"]
+    table = Table("bursts: requests at once, to one idle worker of 1000 polls/s, with eight readers", columns)
+    for name, of in raw.items():
+        for burst in of["bursts"]:
+            late = burst["late"]
+            cells = [f"{burst['submitted']:.1f}", f"{burst['asked']:.1f}", f"{statistics.median(late):.2f}"]
+            table.rows.append([name, str(burst["size"]), *cells, f"{p95(late):.2f}", str(burst["lost"])])
     return table
 
 
-async def _holding(workers: Fleet, settle: float) -> Holding:
-    """Return the maximum within so many seconds."""
-    samples = []
-    for _ in range(_SAMPLES):
-        await asyncio.sleep(settle / _SAMPLES)
-        samples.append(workers.resident())
-    most = Shares(*(max(values) for values in zip(*samples, strict=True)))
-    return Holding(most.broker, most.workers, workers.on_disk())
-
-
-# -- lateness
-
-
-async def _measure_lateness(bench: Bench, server: Server, report: Report) -> None:
-    count, interval, intervals = bench.pick(full=(500, 1.0, 8), quick=(200, 0.2, 3), smoke=(40, 0.05, 2))
-    plan = _plan(count, interval, intervals)
-    sides: dict[str, list[Noticed | None]] = {}
-    async with fleet(server, Pace(wait_fixed(interval))) as workers:
-        by_poller = partial(_by_poller, schedule=wait_fixed(interval))
-        by_side: dict[str, Callable[[Fleet, Plan], Awaitable[list[Noticed | None]]]] = {
-            POLLER: by_poller,
-            WORKER: by_worker,
-            REPEATED: by_poller,
-        }
-        for name in bench.pick(full=[*by_side], quick=[POLLER, WORKER], smoke=[POLLER, WORKER]):
-            bench.progress(f"  lateness: {name}")
-            sides[name] = await by_side[name](workers, plan)
-    report.tables.append(_lateness_table(plan, interval, sides))
-    report.raw["lateness"] = {
-        name: [None if one is None else {**one._asdict()} for one in of] for name, of in sides.items()
-    }
-    report.raw["interval"] = interval
-    report.goals.append(Goal(f"approvals lost by the worker, of {len(plan.ages)}", 0, sides[WORKER].count(None)))
-
-
-def _plan(count: int, interval: float, intervals: int) -> Plan:
-    """Return a plan: requests start within one interval, and are approved at random in the following intervals."""
-    source = seeded_random(1)
-    starts = sorted(source.uniform(0, interval) for _ in range(count))
-    return Plan(starts, [source.uniform(interval, (1 + intervals) * interval) for _ in range(count)])
-
-
-async def _by_poller(workers: Fleet, plan: Plan, *, schedule: wait_base) -> list[Noticed | None]:
-    operation_ids, known = plan.operation_ids(), dict[str, float]()
-    base_url = workers.server.base_url
-    async with KeylessClient(API_KEY, base_url=base_url, schedule=schedule, max_polls_per_second=None) as client:
-
-        async def request(operation_id: str) -> None:
-            await client.request_approval(
-                USER_ID,
-                operation_id=operation_id,
-                operation_payload=OPERATION_PAYLOAD,
-                external_user_id=EXTERNAL_USER_ID,
-                expires_in=EXPIRES_IN,
-            )
-            known[operation_id] = time.perf_counter()
-
-        await request_all(operation_ids, plan, request)
-    return noticed(workers.server, operation_ids, known)
-
-
-def _lateness_table(plan: Plan, interval: float, sides: dict[str, list[Noticed | None]]) -> Table:
-    table = Table(
-        f"lateness: {len(plan.ages)} approvals, a poll every {interval:g} s",
-        ["", "polls per wait", "late, s", "p95, s", "after the answer, ms", f"later than the {POLLER}, ms", "lost"],
-    )
-    for name, of in sides.items():
-        known = known_of(name, of)
-        late = [one.late for one in known]
-        cells = [
-            f"{statistics.fmean(one.polls for one in known):.2f}",
-            Spread.of(late).text(3),
-            f"{p95(late):.3f}",
-            Spread.of([1e3 * one.delivery for one in known]).text(1),
-            "" if name == POLLER else Spread.of(_later(of, sides[POLLER])).text(1),
-            str(of.count(None)),
-        ]
-        table.rows.append([name, *cells])
+def _waiting_table(raw: dict[str, Any]) -> Table:
+    count = next(iter(raw.values()))["waiting"]["waiting"]
+    columns = ["broker", "one more: delivered after, ms", "p95, ms", "take, ms", "server, MB", "disk, MB"]
+    columns += ["delivers again after a crash, s", "disk after an hour, MB"]
+    table = Table(f"{count} requests that wait", columns)
+    for name, of in raw.items():
+        waiting, burst = Waiting(**of["waiting"]), Burst(**of["bursts"][-1])
+        table.rows.append(
+            [
+                name,
+                f"{1e3 * statistics.median(waiting.delivered):.0f}",
+                f"{1e3 * p95(waiting.delivered):.0f}",
+                f"{1e3 * statistics.median(waiting.take):.1f}" if waiting.take else "",
+                f"{waiting.memory / 1e6:.0f}" if waiting.memory else "",
+                f"{waiting.on_disk / 1e6:.0f}",
+                f"{waiting.restart:.1f}",
+                f"{burst.on_disk / burst.size * _AN_HOUR / 1e6:.0f}",
+            ]
+        )
     return table
 
 
-def _later(these: Sequence[Noticed | None], those: Sequence[Noticed | None]) -> list[float]:
-    """Return how many ms later these were noticed than those, approval by approval."""
-    pairs = zip(these, those, strict=True)
-    return [1e3 * (this.late - that.late) for this, that in pairs if this is not None and that is not None]
+def page(raw: dict[str, Any]) -> str:
+    """Write the tables that docs/explanation/limits.md includes."""
+    return (
+        "\n\n".join(table.markdown() for table in (_polls_table(raw), _bursts_table(raw), _waiting_table(raw))) + "\n"
+    )
 
 
 # -- the picture
 
+_PARTS: Final = {"worker": pictures.OURS, "broker": pictures.OTHERS[2], "service": pictures.OTHERS[0]}
+_NAMES: Final = {"worker": "workers", "broker": "server", "service": "service (a stand-in)"}
+
 
 def draw(raw: dict[str, Any]) -> Figure:
-    """Draw the cost of a poll by the number of workers, and the lateness of the approvals."""
+    """Draw the cost of a poll at each broker, and the lateness in the largest burst."""
     figure, (costs, lateness) = pictures.panels(2)
-    _draw_costs(costs, raw)
-    for color, (name, of) in zip((pictures.OTHERS[1], pictures.OURS), raw["lateness"].items(), strict=False):
-        late = sorted(one["late"] for one in of if one is not None)
+    bars = [(f"{name}, {count}", of["windows"][count]) for name, of in raw.items() for count in of["windows"]]
+    labels, bottom = [label for label, _ in bars], [0.0] * len(bars)
+    for who, color in _PARTS.items():
+        microseconds = [1e6 * _spread(windows, who).median for _, windows in bars]
+        costs.barh(labels, microseconds, 0.6, bottom, color=color, label=_NAMES[who])
+        bottom = [a + b for a, b in zip(bottom, microseconds, strict=True)]
+    for (label, windows), right in zip(bars, bottom, strict=True):
+        text = f"{_spread(windows, 'polls').median:,.0f}/s".replace(",", " ")
+        costs.annotate(text, (right, label), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    costs.invert_yaxis()
+    costs.set_xlim(right=1.25 * max(bottom))
+    costs.set_ylim(len(bars) - 0.5, -1.5)
+    costs.grid(visible=False, axis="y")
+    costs.set_xlabel("CPU per poll, µs, by broker and number of workers")
+    costs.legend(loc="upper left", ncols=3, fontsize=8)
+    for color, (name, of) in zip((*pictures.OTHERS[1:3], pictures.OURS), raw.items(), strict=True):
+        late = sorted(of["bursts"][-1]["late"])
         lateness.plot(late, [(k + 1) / len(late) for k in range(len(late))], color=color, label=name)
-    lateness.set_xlabel(f"seconds until an approval is noticed, a poll every {raw['interval']:g} s")
+    size = next(iter(raw.values()))["bursts"][-1]["size"]
+    lateness.set_xlabel(f"seconds until an approval is noticed, {size} at once")
     lateness.set_ylabel("share of the approvals")
     lateness.legend()
     return figure
-
-
-_PARTS: Final = {"worker": pictures.OURS, "broker": pictures.OTHERS[2], "service": pictures.OTHERS[0]}
-
-
-def _draw_costs(ax: Axes, raw: dict[str, Any]) -> None:
-    counts = [*raw["polls"]]
-    bottom = [0.0] * len(counts)
-    for who, color in _PARTS.items():
-        microseconds = [1e6 * Spread.of([window[who] for window in raw["polls"][count]]).median for count in counts]
-        ax.bar(counts, microseconds, 0.6, bottom, color=color, label=f"{who} (a stand-in)" if who == "service" else who)
-        bottom = [a + b for a, b in zip(bottom, microseconds, strict=True)]
-    for count, top in zip(counts, bottom, strict=True):
-        polls = Spread.of([window["polls"] for window in raw["polls"][count]]).median
-        text = f"{polls:,.0f}".replace(",", " ")
-        ax.annotate(f"{text} polls/s", (count, top), (0, 3), textcoords="offset points", ha="center")
-    ax.set_ylim(top=1.35 * max(bottom))
-    ax.grid(visible=False, axis="x")
-    ax.set_xlabel(f"workers; they, broker and service share {raw['cores']} cores")
-    ax.set_ylabel("CPU per poll, µs")
-    ax.legend(loc="upper left", ncols=3, fontsize=8)

@@ -430,7 +430,7 @@ def page(raw: dict[str, Any]) -> str:
     arrivals = [Arrivals(**{**each, "window": Window(**each["window"])}) for each in raw["arrivals"]]
     overloads = [Overload(**{**each, "window": Window(**each["window"])}) for each in raw["overloads"]]
     tables = (_size_table(sizes), _arrival_table(arrivals), _overload_table(overloads))
-    parts = [_summary(sizes, overloads), *map(_markdown, tables)]
+    parts = [_summary(sizes, overloads), *(table.markdown() for table in tables)]
     if raw["effort"] != Effort.FULL:
         parts.insert(0, "*A short run, on a machine that was busy otherwise: the full one will take its place.*")
     return "\n\n".join(parts) + "\n"
@@ -449,11 +449,4 @@ def _summary(sizes: Sequence[Size], overloads: Sequence[Overload]) -> str:
         f"take {most * sizes[-1].memory / 1e6:.0f} MB. Where {last.offered:.0f} polls a second were due, "
         f"{last.window.polls:.0f} were sent, {last.window.lag:.1f} s late. Of {in_time} users who approved in time, at "
         f"all of these rates, {approved} were noticed."
-    )
-
-
-def _markdown(table: Table) -> str:
-    rows = [table.columns, ["---:"] * len(table.columns), *table.rows]
-    return "\n".join(
-        [f"**{table.title[0].upper()}{table.title[1:]}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
     )

@@ -299,6 +299,24 @@ async def test_a_take_does_not_get_slower_while_a_transaction_elsewhere_is_long(
     await submit(broker, "a")
 
 
+@pytest.mark.parametrize("setting", ["on", "off"])
+async def test_a_promise_waits_for_the_disk_and_pacing_does_not_whatever_the_database_says(
+    admin: Connection, setting: str
+) -> None:
+    await admin.execute(f"SET synchronous_commit = {setting}")
+    for statement, waits in (
+        ("SELECT keyless.claim('{1}', '{1}')", True),
+        ("SELECT keyless.decide('{}', '{}', '{}')", True),
+        ("SELECT keyless.take(1, 1, NULL, false)", False),
+        ("SELECT keyless.take_overdue(1, 1, 1)", False),
+        ("SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}')", False),
+        ("SELECT keyless.restore()", False),
+    ):
+        async with admin.transaction():
+            await admin.execute(statement)
+            assert await admin.fetchval("SHOW synchronous_commit") == ("on" if waits else "off"), statement
+
+
 # -- transactions that meet
 
 
