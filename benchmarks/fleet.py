@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
-from aiokeyless.worker import ApprovalWorker, submit_approval
+from aiokeyless.worker import ApprovalWorker, approval_request, submit_approval
 from aiokeyless.worker.nats import load_shedding
 
 from .report import CannotMeasureError
 from .server import API_KEY, EXTERNAL_USER_ID, OPERATION_PAYLOAD, USER_ID
-from .storages import NatsStorage, Storage, cpu, resident
+from .storages import NatsStorage, Storage, cpu, resident, total
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -138,7 +138,7 @@ class Fleet:
         return self._shares(resident)
 
     def _shares(self, of: Callable[[psutil.Process], float]) -> Shares:
-        return Shares(sum(map(of, self._processes())), sum(map(of, self.storage.processes())))
+        return Shares(total(self._processes(), of), total(self.storage.processes(), of))
 
     def logged(self) -> float:
         """Return how many bytes were written so far: see `Storage`."""
@@ -170,6 +170,17 @@ async def submit_to(broker: Broker, count: int) -> None:
     """Submit this many requests to a broker."""
     for k in range(0, count, _BATCH):
         await asyncio.gather(*(_submit(broker, str(uuid.uuid4())) for _ in range(min(_BATCH, count - k))))
+
+
+def new_request() -> str:
+    """Return one more request, as text."""
+    return approval_request(
+        USER_ID,
+        operation_id=str(uuid.uuid4()),
+        operation_payload=OPERATION_PAYLOAD,
+        external_user_id=EXTERNAL_USER_ID,
+        expires_in=EXPIRES_IN,
+    )
 
 
 async def _submit(broker: Broker, operation_id: str) -> None:

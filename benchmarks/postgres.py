@@ -57,6 +57,14 @@ class PostgresServer:
         self._settings = {**_SETTINGS, "unix_socket_directories": str(self._folder), **settings}
         self._process: subprocess.Popen[bytes] | None = None
         self._databases = count(1)
+        try:
+            self._create(primary)
+        except RuntimeError:
+            shutil.rmtree(self._folder)
+            raise
+        self.start()
+
+    def _create(self, primary: PostgresServer | None) -> None:
         if primary is None:
             self.run(
                 "initdb", "--pgdata", self._data, "--username=postgres", "--auth=trust", "--encoding=UTF8",
@@ -67,7 +75,6 @@ class PostgresServer:
                 "pg_basebackup", "--pgdata", self._data, "--dbname", primary.url("postgres"), "--write-recovery-conf",
                 "--checkpoint=fast", "--no-sync",
             )  # fmt: skip
-        self.start()
 
     @property
     def _data(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -17,7 +18,7 @@ from .postgres import PostgresServer
 from .report import CannotMeasureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Self
 
@@ -188,6 +189,15 @@ class NatsStorage(Storage):
     def logged(self, workers: Iterable[psutil.Process]) -> float:  # noqa: ARG002  # they write nothing
         """See `Storage`. By pages, since what goes to a socket counts as written, too."""
         return float(sum(process.io_counters().write_bytes for process in self.processes()))
+
+
+def total(processes: Iterable[psutil.Process], of: Callable[[psutil.Process], float]) -> float:
+    """Return a sum over processes. One that has ended meanwhile, as those of a server that clean up, has no share."""
+    shares = 0.0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            shares += of(process)
+    return shares
 
 
 def cpu(process: psutil.Process) -> float:

@@ -18,11 +18,11 @@ from aiokeyless.worker.broker import Exchange
 from benchmarks import pictures
 from benchmarks.approval_times import seeded_random
 from benchmarks.bench import order
-from benchmarks.fleet import Fleet, Pace, fleet, submit_to
+from benchmarks.fleet import Fleet, Pace, fleet, new_request, submit_to
 from benchmarks.noticing import Plan, by_worker, known_of
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table, p95
 from benchmarks.server import Server, Workload, serving
-from benchmarks.storages import NatsStorage, PostgresStorage, SqliteStorage, Storage, resident
+from benchmarks.storages import NatsStorage, PostgresStorage, SqliteStorage, Storage, resident, total
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,8 @@ _RATE: Final = 1000.0  # polls of a worker in a second: its default
 _READERS: Final = 8  # outcomes that the application handles at once
 _LOST_AFTER: Final = 120.0  # seconds after which an unnoticed approval counts as lost
 _AN_HOUR: Final = 36_000  # requests: ten a second
-_BATCH: Final = 500
+_BATCH: Final = 500  # requests that are taken together
+_TOGETHER: Final = 10_000  # requests that are submitted in one transaction
 _LEASE: Final = 60.0  # seconds
 _PUT_OFF: Final = 190.0  # seconds: nearly as long as a broker puts off
 
@@ -183,7 +184,7 @@ async def _waiting(storage: type[Storage], count: int) -> Waiting:
     async with storage() as stored:
         async with stored.broker() as broker:
             await broker.prepare(lease=_LEASE, service="")
-            await submit_to(broker, count)
+            await _fill(stored, broker, count)
             put_off = 0
             while put_off < count:
                 messages = await broker.take(_BATCH, 5.0)
@@ -191,7 +192,7 @@ async def _waiting(storage: type[Storage], count: int) -> Waiting:
                 put_off += len(messages)
             delivered = [await _delivered(broker) for _ in range(20)]
             take = await _take(stored)
-            memory = sum(map(resident, stored.processes()))
+            memory = total(stored.processes(), resident)
         on_disk, began = stored.on_disk(), time.perf_counter()
         await stored.restart()
         async with stored.broker() as broker:
@@ -199,6 +200,18 @@ async def _waiting(storage: type[Storage], count: int) -> Waiting:
             await _delivered(broker)
             restart = time.perf_counter() - began
     return Waiting(count, delivered, take, memory, on_disk, restart)
+
+
+async def _fill(stored: Storage, broker: Broker, count: int) -> None:
+    """Submit many requests; where `submit` is a function, in few transactions, since each waits for the disk."""
+    if not isinstance(stored, PostgresStorage):
+        await submit_to(broker, count)
+        return
+    connection = await asyncpg.connect(stored.url)
+    for start in range(0, count, _TOGETHER):
+        requests = [new_request() for _ in range(min(_TOGETHER, count - start))]
+        await connection.execute("SELECT keyless.submit(request) FROM unnest($1::text[]) request", requests)
+    await connection.close()
 
 
 async def _delivered(broker: Broker) -> float:

@@ -306,6 +306,7 @@ async def test_a_promise_waits_for_the_disk_and_pacing_does_not_whatever_the_dat
     await admin.execute(f"SET synchronous_commit = {setting}")
     for statement, waits in (
         ("SELECT keyless.claim('{1}', '{1}')", True),
+        ("SELECT keyless.unclaim(1, 1)", True),
         ("SELECT keyless.decide('{}', '{}', '{}')", True),
         ("SELECT keyless.take(1, 1, NULL, false)", False),
         ("SELECT keyless.take_overdue(1, 1, 1)", False),

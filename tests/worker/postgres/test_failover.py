@@ -130,9 +130,9 @@ async def test_a_worker_that_is_led_to_a_standby_waits_and_says_so(primary: Post
 
 @pytest.mark.parametrize("option", [(), ("--no-unlogged-table-data",)])
 async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
-    server: PostgresServer, option: tuple[str, ...]
+    server: PostgresServer, primary: PostgresServer, option: tuple[str, ...]
 ) -> None:
-    database, restored = server.new_database(), server.new_database()
+    database, restored = server.new_database(), primary.new_database()
     async with PostgresBroker(server.url(database)) as broker:
         await broker.prepare(lease=2.0, service="")
         server.execute("SELECT keyless.add_reader('shop'); SELECT keyless.welcome_readers()", database)
@@ -141,15 +141,17 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
         (asked,) = [message for message in await take_all(broker, 5.0, up_to=2) if operation_of(message) == "asked"]
         token = (await broker.claim(asked, "", "")).token
         await broker.put_off(asked, 0.0, Exchange.ANSWERED)
-        backup = server.new_folder("backup") / "backup"
-        server.run("pg_dump", *option, "--format=custom", "--file", backup, server.url(database))
-    server.run("pg_restore", "--exit-on-error", "--dbname", server.url(restored), backup)
-    async with PostgresBroker(server.url(restored)) as broker:
+        folder = server.new_folder("backup")
+        server.run("pg_dump", *option, "--format=custom", "--file", folder / "backup", server.url(database))
+        server.run("pg_dumpall", "--roles-only", "--file", folder / "roles", "--dbname", server.url("postgres"))
+    primary.run("psql", "--quiet", "--file", folder / "roles", primary.url("postgres"))
+    primary.run("pg_restore", "--exit-on-error", "--dbname", primary.url(restored), folder / "backup")
+    async with PostgresBroker(primary.url(restored)) as broker:
         await broker.prepare(lease=2.0, service="")
         numbers = {operation_of(message): message for message in await take_all(broker, 5.0, up_to=2)}
         assert numbers.keys() == {"asked", "new"}
         assert numbers["asked"].number > token
         assert await broker.holds(numbers["asked"], "", "")
         assert await decide(broker, numbers["asked"])
-        outcomes = await read(server.url(restored), 2)
+        outcomes = await read(primary.url(restored), 2)
         assert outcomes.keys() == {"decided", "asked"}

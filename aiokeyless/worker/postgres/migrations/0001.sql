@@ -392,6 +392,7 @@ COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask use
 CREATE FUNCTION {schema}.unclaim(request bigint, number integer) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
+    PERFORM {schema}.lock_requests(ARRAY[request]);
     UPDATE {schema}.request r SET asked = NULL WHERE r.id = request AND r.asked = number;
     RETURN FOUND;
 END
