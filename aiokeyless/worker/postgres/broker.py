@@ -155,16 +155,19 @@ class PostgresBroker(Broker):
         try:
             with broker_errors(self._schema):
                 # Without a cache of prepared statements, and with each statement in a transaction, it does not matter
-                # to a pooler such as pgbouncer which of its connections the next one comes to.
-                return await asyncpg.create_pool(
+                # to a pooler such as pgbouncer which of its connections the next one comes to. A pool that keeps a
+                # number of connections open logs a traceback whenever the database is away.
+                pool = await asyncpg.create_pool(
                     url,
-                    min_size=1,
+                    min_size=0,
                     max_size=_CONNECTIONS,
                     statement_cache_size=0,
                     timeout=_ANSWER_WITHIN,
                     reset=_keep,
                     server_settings={"application_name": "aiokeyless"},
                 )
+                async with pool.acquire():  # which finds out if the database lets this user in
+                    return pool
         except UnavailableError as error:
             raise BrokerError(f"the database cannot be reached: {error}") from None
         except ValueError as error:  # of the URL

@@ -408,7 +408,7 @@ async def test_a_new_reader_misses_nothing_and_stops_nobody_while_outcomes_are_s
 
 
 async def test_after_a_crash_everything_that_was_undecided_waits_again(
-    own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "_RESTORES_EVERY", 0.1)
     url = own_server.url(own_server.new_database())
@@ -432,6 +432,7 @@ async def test_after_a_crash_everything_that_was_undecided_waits_again(
                 except UnavailableError:
                     await asyncio.sleep(0.1)
         assert numbers == {"asked": claimed.token + 1, "new": 1}
+    assert [record for record in caplog.records if record.name.startswith("asyncpg")] == []  # whose pool has tracebacks
 
 
 async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_worker(
