@@ -337,12 +337,6 @@ class TestMetrics:
         await asyncio.gather(*waits, return_exceptions=True)
 
 
-def test_without_opentelemetry_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
-    with pytest.raises(ModuleNotFoundError, match=r'needs opentelemetry.*: install the extra "otel"'):
-        importlib.reload(sys.modules["aiokeyless.otel"])
-
-
 def test_a_circuit_that_ramps_up_is_between_open_and_closed(recorder: Recorder) -> None:
     for previous, state, number in (("closed", "open", 2), ("open", "half_open", 1), ("half_open", "closed", 0)):
         recorder.listener(CircuitChanged(state=state, previous=previous, cause=None, waiting=1, seconds=1.0))
