@@ -987,6 +987,14 @@ def transport_of(client: KeylessClient) -> Transport:
     return client._open()[0]  # noqa: SLF001  # of this module
 
 
+def for_another_process(client: KeylessClient) -> KeylessClient:
+    """Return a client with the same arguments, for a child: the event loop of this one runs in the parent only."""
+    its_own = KeylessClient.__new__(KeylessClient)
+    unused = dict.fromkeys(("_closing", "_loop", "_transport", "_poller", "_holds"))
+    its_own.__dict__.update(client.__dict__ | unused)
+    return its_own
+
+
 def _ignore(_update: ApprovalUpdate) -> None:
     """Do nothing with an update."""
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
+from tenacity.wait import wait_base
 
 import aiokeyless
 import aiokeyless.sandbox
+import aiokeyless.shutdown
+import aiokeyless.signatures
 import aiokeyless.worker
 
 if TYPE_CHECKING:
@@ -58,6 +62,8 @@ nitpick_ignore_regex = [
 for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "aiokeyless"]:
     for public in aiokeyless.__all__:
         vars(module).setdefault(public, getattr(aiokeyless, public))
+    vars(module).setdefault("Path", Path)
+    vars(module).setdefault("wait_base", wait_base)
 
 # Napoleon would take the first words of an attribute's docstring, up to a colon, for its type.
 GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))  # type: ignore[method-assign]  # noqa: SLF001  # there is no option
@@ -67,11 +73,11 @@ def resolve_short_name(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element
 ) -> reference | Element | None:
     """Find a public name that is written without its module, or with the private one that defines it."""
-    name = node["reftarget"].rpartition(".")[2]
-    for module in ("", ".errors", ".events", ".worker", ".sandbox", ".shutdown", ".otel"):
-        found = env.domains.python_domain.objects.get(f"aiokeyless{module}.{name}")
-        if found is not None:
-            return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contnode, name)
+    for name in (node["reftarget"], node["reftarget"].rpartition(".")[2]):
+        for module in ("", ".errors", ".events", ".worker", ".sandbox", ".shutdown", ".otel"):
+            found = env.domains.python_domain.objects.get(f"aiokeyless{module}.{name}")
+            if found is not None:
+                return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contnode, name)
     # A single backtick is also how a docstring shows an argument, which has no page of its own.
     return contnode if node["reftype"] == "obj" and node["reftarget"].isidentifier() else None
 

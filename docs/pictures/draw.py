@@ -177,7 +177,7 @@ def circuit() -> Drawing:
 LAYERS: Final = (
     (("cli", "pytest_plugin"), "what people run"),
     (
-        ("worker", "sandbox", "signatures", "shutdown", "otel"),
+        ("worker", "sandbox", "signatures", "shutdown", "otel", "sync"),
         "engine 2, a test service, signed data, signals, OpenTelemetry",
     ),
     (("client",), "the public methods"),

@@ -3,19 +3,21 @@
 import os
 
 from celery import Celery, Task
-from keyless_sync import is_approved
 
-from aiokeyless import ApprovalTicket
+from aiokeyless import ApprovalTicket, ApprovalTimeoutError
+from aiokeyless.sync import KeylessClient
 
 app = Celery("payments", broker=os.environ.get("CELERY_BROKER", "memory://"))
+keyless = KeylessClient()
 
 
 @app.task(bind=True, max_retries=None)  # type: ignore[untyped-decorator]  # Celery has no types
 def settle(task: Task, ticket: str) -> str:
     """Pay once the ticket is approved; until its time is up, try again later."""
-    found = ApprovalTicket.from_json(ticket)
-    if is_approved(found):
-        return "paid"
-    if found.remaining() > 0:
+    try:
+        approved = keyless.hold_for_approval(ApprovalTicket.from_json(ticket), seconds=25)
+    except ApprovalTimeoutError:
+        return "not paid"
+    if approved is None:
         raise task.retry(countdown=1)
-    return "not paid"
+    return "paid"

@@ -3,9 +3,11 @@
 from django.contrib.sessions.backends.base import SessionBase
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
-from keyless_sync import ask, is_approved
 
-from aiokeyless import ApprovalTicket
+from aiokeyless import ApprovalTicket, ApprovalTimeoutError
+from aiokeyless.sync import KeylessClient
+
+keyless = KeylessClient()
 
 
 class Request(HttpRequest):  # type: ignore[misc]  # Django has no types
@@ -16,7 +18,7 @@ class Request(HttpRequest):  # type: ignore[misc]  # Django has no types
 
 def pay(request: Request) -> JsonResponse:
     """Ask the user's phone, and keep the ticket in the session."""
-    ticket = ask(str(request.POST["user_id"]), "Pay 40 to Alice")
+    ticket = keyless.create_operation(str(request.POST["user_id"]), operation_payload="Pay 40 to Alice")
     request.session["ticket"] = ticket.to_json()
     return JsonResponse({"id": ticket.operation_id})
 
@@ -24,7 +26,11 @@ def pay(request: Request) -> JsonResponse:
 def payment(request: Request) -> JsonResponse:
     """Answer once it is approved, or that it is pending: the page then asks again."""
     ticket = ApprovalTicket.from_json(request.session["ticket"])
-    return JsonResponse({"state": "approved" if is_approved(ticket) else "pending"})
+    try:
+        approved = keyless.hold_for_approval(ticket, seconds=25)
+    except ApprovalTimeoutError:
+        return JsonResponse({"state": "timed out"})
+    return JsonResponse({"state": "pending" if approved is None else "approved"})
 
 
 urlpatterns = [path("pay", pay), path("payment", payment)]

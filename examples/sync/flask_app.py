@@ -1,18 +1,19 @@
 """Approvals in Flask views: `flask --app flask_app run`."""
 
 from flask import Flask, request
-from keyless_sync import ask, is_approved
 
-from aiokeyless import ApprovalTicket
+from aiokeyless import ApprovalTicket, ApprovalTimeoutError
+from aiokeyless.sync import KeylessClient
 
 app = Flask(__name__)
+keyless = KeylessClient()
 tickets: dict[str, ApprovalTicket] = {}  # a real application keeps them with its orders
 
 
 @app.post("/payments")
 def pay() -> dict[str, str]:
     """Ask the user's phone."""
-    ticket = ask(request.form["user_id"], "Pay 40 to Alice")
+    ticket = keyless.create_operation(request.form["user_id"], operation_payload="Pay 40 to Alice")
     tickets[ticket.operation_id] = ticket
     return {"id": ticket.operation_id}
 
@@ -20,4 +21,8 @@ def pay() -> dict[str, str]:
 @app.get("/payments/<payment_id>")
 def payment(payment_id: str) -> dict[str, str]:
     """Answer once it is approved, or that it is pending: the page then asks again."""
-    return {"state": "approved" if is_approved(tickets[payment_id]) else "pending"}
+    try:
+        approved = keyless.hold_for_approval(tickets[payment_id], seconds=25)
+    except ApprovalTimeoutError:
+        return {"state": "timed out"}
+    return {"state": "pending" if approved is None else "approved"}

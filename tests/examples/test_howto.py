@@ -72,16 +72,15 @@ print(browser.get("/payment").json()["state"])
 """
 
 CELERY = """
-from keyless_sync import ask
 import celery_tasks
-print(celery_tasks.settle.apply([ask("C0FFEE", "Pay 40 to Alice").to_json()]).get())
+print(celery_tasks.settle.apply([celery_tasks.keyless.create_operation("C0FFEE").to_json()]).get())
 """
 
 
 @pytest.mark.parametrize(
     ("program", "printed"),
-    [(FLASK, "approved"), (DJANGO, "approved"), (CELERY, "paid")],
-    ids=["flask", "django", "celery"],
+    [(FLASK, "approved"), (DJANGO, "approved"), (CELERY, "paid"), ("import script", "approved")],
+    ids=["flask", "django", "celery", "script"],
 )
 async def test_synchronous_code_waits_in_a_background_loop_and_ends(program: str, printed: str) -> None:
     async with (

@@ -1,0 +1,894 @@
+"""`KeylessClient` for code without an event loop: Flask, Django, Celery, scripts.
+
+It has the methods, arguments, results and errors of `aiokeyless.KeylessClient`. Each process has one event loop, in one
+daemon thread, for all of its clients; a call runs there while its caller waits. No rule of a wait is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeAlias, TypeVar
+
+from ._validation import check_flag, check_on_poll, check_schedule
+from .client import DefaultTimeout, IfExists, IfMissing, WaitTimeout, for_another_process
+from .client import KeylessClient as AsyncKeylessClient
+from .errors import ClientClosedError, ConfigurationError
+from .models import Secret
+from .reports import ApprovalUpdate
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from tenacity.wait import wait_base
+
+    from .events import Listener
+    from .models import Authentications, Device, ExternalUser, Operation, PendingOperation, Region, User
+    from .reports import ApprovalOutcome, ClientStatistics
+    from .ticket import ApprovalTicket
+
+__all__ = ["KeylessClient", "OnPoll"]
+
+OnPoll: TypeAlias = Callable[[ApprovalUpdate], object]
+"""Called for each poll of a wait, in the thread that waits: a plain function."""
+T = TypeVar("T")
+
+#: Seconds that a fork, and the end of the process, wait for the loop's thread at most: a listener may block it.
+_PATIENCE: Final = 1.0
+
+
+class _Background:
+    """The event loop of this process, in a daemon thread, and the clients that belong to it."""
+
+    def __init__(self) -> None:
+        self.ended = False  # also in a forked child, in which its thread does not exist
+        self._loop = asyncio.new_event_loop()
+        # The clients that are not closed, and the iterations that are not over. In a forked child the frame of `_serve`
+        # is never released, and so neither are they: collecting a client would remove the parent's sockets from the
+        # epoll that the two processes share.
+        self._clients: set[AsyncKeylessClient] = set()
+        self._iterations: set[AsyncGenerator[Any, None]] = set()
+        self._thread = threading.Thread(target=self._serve, name="aiokeyless", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    def pause(self, end: threading.Event) -> None:
+        """Stop the thread between two steps of the loop, where it has no lock, until this event is set."""
+        if threading.current_thread() is self._thread:
+            return
+        paused = threading.Event()
+
+        def stop() -> None:
+            paused.set()
+            end.wait()
+
+        self._loop.call_soon_threadsafe(stop)
+        paused.wait(_PATIENCE)
+
+    def adopt(self, client: AsyncKeylessClient) -> None:
+        """Close this client at the end of the process, unless it is closed before."""
+        self._clients.add(client)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop, and return its result; what interrupts the caller cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # such as KeyboardInterrupt; an error of the coroutine's own finds it finished
+            future.cancel()
+            raise
+        finally:
+            del future  # otherwise the error and this frame would reference each other
+
+    def start(self, method: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run a coroutine in the loop, and wait for nothing: the garbage collector may call this, in any thread."""
+        if not self.ended:
+            asyncio.run_coroutine_threadsafe(method(), self._loop)
+
+    @contextlib.contextmanager
+    def iterating(self, values: AsyncGenerator[Any, None]) -> Generator[None, None, None]:
+        """Keep an asynchronous generator: the garbage collector must not take it together with its iterator."""
+        self._iterations.add(values)
+        try:
+            yield
+        finally:
+            if not self.ended:
+                self._iterations.discard(values)
+
+    async def close(self, client: AsyncKeylessClient) -> None:
+        """Close a client of this loop."""
+        try:
+            await client.aclose()
+        finally:
+            self._clients.discard(client)
+
+    async def _close_all(self) -> None:
+        await asyncio.gather(*(client.aclose() for client in list(self._clients)))
+        await self._loop.shutdown_asyncgens()  # of iterators that were neither exhausted nor left
+
+    def end(self) -> None:
+        """Close what is open, within a second, and end the thread."""
+        self.ended = True
+        closing = asyncio.run_coroutine_threadsafe(self._close_all(), self._loop)
+        with contextlib.suppress(TimeoutError):  # a listener blocks the loop: the process ends nevertheless
+            closing.result(_PATIENCE)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_PATIENCE)
+
+
+class _Process:
+    """What each process has one of: the background loop, made on first use."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # reentrant: a signal's handler may use a client while one is being opened
+        self._background: _Background | None = None
+        self._inherited: list[_Background] = []  # kept for ever: see `_Background._clients`
+        self._fork_is_over = threading.Event()
+
+    def background(self) -> _Background:
+        """Return the loop; the caller has the lock."""
+        if self._background is None:
+            self._background = _Background()
+        if self._background.ended:
+            raise ClientClosedError("the process is ending: its clients are closed")
+        return self._background
+
+    def before_fork(self) -> None:
+        """Pause the loop: a lock of its thread, such as that of a module that it imports, would stay locked."""
+        self.lock.acquire()
+        self._fork_is_over = threading.Event()
+        if self._background is not None and not self._background.ended:
+            self._background.pause(self._fork_is_over)
+
+    def after_fork_in_parent(self) -> None:
+        """Let the loop go on."""
+        self._fork_is_over.set()
+        self.lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew in a child, in which the thread of the loop does not exist."""
+        self.lock = threading.RLock()
+        if self._background is not None:
+            self._background.ended = True
+            self._inherited.append(self._background)
+            self._background = None
+
+    def end(self) -> None:
+        """End the loop, if there is one."""
+        if self._background is not None:
+            self._background.end()
+
+
+_process: Final = _Process()
+atexit.register(_process.end)
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows has no fork
+    os.register_at_fork(
+        before=_process.before_fork,
+        after_in_parent=_process.after_fork_in_parent,
+        after_in_child=_process.after_fork_in_child,
+    )
+
+
+class KeylessClient:
+    """A client for the Keyless Operations API, for code without an event loop.
+
+    One client is enough for a process, and its threads can share it: its waits share polls, the limits on polling and
+    the learned schedule. It can be created before a server forks its workers. Close it with ``with`` or `close`; after
+    that, each call raises `ClientClosedError`. A client that lives as long as the process may stay open.
+
+    A call that is interrupted, such as by Ctrl-C, ends at once. In a thread that runs an event loop each call raises
+    `ConfigurationError`, as it would stop that loop: use `aiokeyless.KeylessClient` there.
+
+    Args:
+        api_key: The API key. Default: ``$KEYLESS_API_KEY``.
+        region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
+        base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
+            with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored where `region` is given.
+        request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
+        max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
+        max_in_flight: Concurrent polls of all waits together. Default: 64.
+        max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
+            are due, the one due longest goes first; ``statistics.lag`` shows by how much polls are late. Final polls
+            count and do not wait for it. After a 429 it is halved, and climbs back within about a minute. Default:
+            1000.
+        schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
+            that only this client uses.
+        listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens, in the thread
+            of the event loop: polls and waits take longer by what they take. What one raises is logged. Default: none.
+
+    Raises:
+        ConfigurationError: An argument is wrong; the message names it and states what is valid.
+
+    Example:
+        >>> with KeylessClient() as client:
+        ...     operation = client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
+    """
+
+    # On the class, as __del__ and __repr__ read them also of a client whose __init__ raised.
+    _base_url = ""
+    _background: _Background | None = None
+    _closed = False
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        region: Region | str | None = None,
+        base_url: str | None = None,
+        request_timeout: float = 10.0,
+        max_attempts: int = 3,
+        max_in_flight: int = 64,
+        max_polls_per_second: float | None = 1000.0,
+        schedule: wait_base | None = None,
+        listeners: Iterable[Listener] = (),
+    ) -> None:
+        key = None if api_key is None else Secret(api_key)
+        del api_key  # before anything is raised: error reporters print local variables
+        self._client = AsyncKeylessClient(
+            None if key is None else key.reveal(),
+            region=region,
+            base_url=base_url,
+            request_timeout=request_timeout,
+            max_attempts=max_attempts,
+            max_in_flight=max_in_flight,
+            max_polls_per_second=max_polls_per_second,
+            schedule=schedule,
+            listeners=listeners,
+        )
+        self._base_url = self._client.base_url
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KeylessClient cannot be pickled or copied: create one where it is used")
+
+    def __repr__(self) -> str:
+        return f"<sync.KeylessClient base_url={self._base_url!r}{' closed' if self._closed else ''}>"
+
+    @property
+    def base_url(self) -> str:
+        """Base URL of the API that it asks."""
+        return self._base_url
+
+    @property
+    def request_timeout(self) -> float:
+        """Seconds for one HTTP exchange."""
+        return self._client.request_timeout
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """What is told of its events: its own listeners, and those of instrumentations."""
+        return self._client.listeners
+
+    # -- opening and closing
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the client; closing it again has no effect.
+
+        Every call and every wait under way, in any thread, ends with `ClientClosedError`. In a forked child it closes
+        what the child opened, and nothing of its parent's.
+        """
+        background = self._background
+        if background is None or background.ended:
+            self._closed = True
+            return
+        _refuse_event_loop()
+        self._closed = True
+        background.run(background.close(self._client))
+
+    def __del__(self) -> None:
+        background = self._background
+        if self._closed or background is None or background.ended:
+            return
+        warnings.warn(f"unclosed {self!r}: use 'with' or close()", ResourceWarning, source=self, stacklevel=2)
+        client = self._client
+        background.start(lambda: background.close(client))
+
+    def _open(self) -> tuple[_Background, AsyncKeylessClient]:
+        """Return the loop of this process, and the client that belongs to it."""
+        if self._closed:
+            raise ClientClosedError("the client is closed; create a new one, or close it later")
+        _refuse_event_loop()
+        with _process.lock:
+            background = _process.background()
+            if self._background is not background:
+                if self._background is not None:  # that of the process from which this one was forked
+                    self._client = for_another_process(self._client)
+                background.adopt(self._client)
+                self._background = background
+            return background, self._client
+
+    def _run(self, method: Callable[[AsyncKeylessClient], Coroutine[Any, Any, T]]) -> T:
+        background, client = self._open()
+        return background.run(method(client))
+
+    # -- single calls
+
+    def get_pending_operations(self, user_id: str) -> list[PendingOperation]:
+        """Return the operations that are waiting for a user's approval.
+
+        An operation's absence from the list does not prove that it was approved.
+
+        Args:
+            user_id: The user, in hex of either case.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex.
+            StatusError: The service answered with an error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / Operations, "Get pending operations".
+        """
+        return self._run(lambda client: client.get_pending_operations(user_id))
+
+    def get_operation(self, operation_id: str) -> Operation:
+        """Return an operation in its current state.
+
+        `Operation.is_approved` tells whether it is approved. Compare its ids, user and payload with yours: this method
+        does not.
+
+        Args:
+            operation_id: The customer's id of the operation: 1 to 512 characters, no control characters.
+
+        Raises:
+            InvalidIdentifierError: The id cannot be sent.
+            NotFoundError: There is no such operation.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / Operations, "Get operation".
+        """
+        return self._run(lambda client: client.get_operation(operation_id))
+
+    def get_authentications(
+        self, *, user_id: str | None = None, external_user_id: str | None = None, operation_id: str | None = None
+    ) -> Authentications:
+        """Return a user's attempts to authenticate of the last ten minutes, failed ones too (Telemetry).
+
+        They explain why an operation is not approved: the user cancelled, the face did not match. An attempt is never
+        an approval: only the operation itself says that it is approved.
+
+        Args:
+            user_id: The user, in hex of either case. Exactly one of `user_id` and `external_user_id` must be given.
+            external_user_id: Your own id of the user; case matters.
+            operation_id: Only the attempts for this operation. Default: all.
+
+        Returns:
+            The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
+            there are more pages: how to ask for them is not documented.
+
+        Raises:
+            ConfigurationError: Neither or both of the two ids are given.
+            InvalidIdentifierError: An id cannot be sent.
+            NotFoundError: There is no such user.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / Telemetry, "User authentications".
+        """
+        return self._run(
+            lambda client: client.get_authentications(
+                user_id=user_id, external_user_id=external_user_id, operation_id=operation_id
+            )
+        )
+
+    def create_operation(
+        self,
+        user_id: str,
+        *,
+        operation_id: str | None = None,
+        operation_payload: str | None = None,
+        external_user_id: str | None = None,
+        expires_in: float = 120.0,
+        if_exists: IfExists = "raise",
+    ) -> ApprovalTicket:
+        """Create an operation for a user to approve, exactly once.
+
+        After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client checks whether
+        the operation exists before it sends the request again. What it finds under an id that you chose may belong to
+        an earlier request: then `ApprovalTicket.reconciled` is true, or, if the operation is approved already,
+        `AlreadyApprovedError` is raised. An operation id makes creating idempotent. It is not a lock on what you do
+        with the approval: keep a record of your own that changes from asked to paid exactly once.
+
+        Args:
+            user_id: The user, in hex of either case.
+            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
+            operation_payload: What the user is asked to approve. Default: none.
+            external_user_id: Your own id of the user. Default: none.
+            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
+                expiry: the user can still approve later.
+            if_exists: What to do on a 409: ``"raise"``, or ``"resume"`` to get the operation that has the id and to
+                return a ticket for it if it has the same content and is pending. Default: ``"raise"``.
+
+        Returns:
+            The ticket to wait for, here or in another process.
+
+        Raises:
+            ConfigurationError: An argument is wrong; nothing was sent.
+            AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
+                earlier request. One approval must not count twice.
+            ConflictError: The id is taken by another operation.
+            KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
+                and either did not find it or could not check. The error's ``operation_id`` names the operation.
+
+        Source: Keyless documentation, Server API / Operations, "Create operation".
+        """
+        return self._run(
+            lambda client: client.create_operation(
+                user_id,
+                operation_id=operation_id,
+                operation_payload=operation_payload,
+                external_user_id=external_user_id,
+                expires_in=expires_in,
+                if_exists=if_exists,
+            )
+        )
+
+    # -- users and devices
+
+    def create_external_user(self, user_id: str, external_user_id: str) -> ExternalUser:
+        """Give a user your own id of them, exactly once; a user has at most one.
+
+        After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client searches
+        for the external user id before it sends the request again. If this user has it by then, that is a success.
+
+        Args:
+            user_id: The user, in hex of either case.
+            external_user_id: Your own id of the user: 1 to 512 characters, no control characters. Keyless advises
+                against personal data in it. Ids must differ in more than case, see `find_users`.
+
+        Returns:
+            The link; its ``sdk_customer_id`` is None if it was found after a lost answer.
+
+        Raises:
+            InvalidIdentifierError: An id cannot be sent.
+            ConflictError: The user has an external user id already: `update_external_user` changes it. Or the id
+                conflicts with another user's.
+            NotFoundError: There is no such user.
+            KeylessError: Creating failed. If the request may have taken effect, the client searched for the id,
+                and either did not find it or could not search.
+
+        Source: Keyless documentation, Server API / External User ID.
+        """
+        return self._run(lambda client: client.create_external_user(user_id, external_user_id))
+
+    def update_external_user(self, user_id: str, external_user_id: str) -> ExternalUser:
+        """Give a user another external user id; it can be repeated.
+
+        Args:
+            user_id: The user, in hex of either case.
+            external_user_id: Your own id of the user, as for `create_external_user`.
+
+        Raises:
+            InvalidIdentifierError: An id cannot be sent.
+            NotFoundError: There is no such user.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape, or is about another user.
+
+        Source: Keyless documentation, Server API / External User ID.
+        """
+        return self._run(lambda client: client.update_external_user(user_id, external_user_id))
+
+    def find_users(self, external_user_id: str) -> list[User]:
+        """Return the users who have an external user id; perhaps none, perhaps several.
+
+        **The search ignores case, and its answer does not repeat the external user id.** So ``ALICE`` may return the
+        user of ``alice``. Use ids that differ in more than case, and compare ``user_id`` with your own record before
+        you trust a user that was found.
+
+        Args:
+            external_user_id: Your own id of the user.
+
+        Raises:
+            InvalidIdentifierError: The id cannot be sent.
+            StatusError: The service answered with an error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / External User ID, "Get users".
+        """
+        return self._run(lambda client: client.find_users(external_user_id))
+
+    def get_user(self, external_user_id: str) -> User:
+        """Return the one user who has an external user id.
+
+        The search ignores case, as that of `find_users` does: compare ``user_id`` with your own record.
+
+        Args:
+            external_user_id: Your own id of the user.
+
+        Raises:
+            NotFoundError: No user has this id.
+            AmbiguousUserError: Several users have it.
+            KeylessError: As for `find_users`.
+        """
+        return self._run(lambda client: client.get_user(external_user_id))
+
+    def delete_external_user(self, external_user_id: str) -> None:
+        """Delete an external user id, here in its exact case; the user stays, and can get another one.
+
+        Args:
+            external_user_id: Your own id of the user. One that does not exist is no error.
+
+        Raises:
+            InvalidIdentifierError: The id cannot be sent.
+            KeylessError: Deleting failed; it may have taken effect, and can be repeated.
+
+        Source: Keyless documentation, Server API / External User ID.
+        """
+        self._run(lambda client: client.delete_external_user(external_user_id))
+
+    def delete_user(self, user_id: str) -> None:
+        """Delete a user **permanently**, with their devices and their biometric enrolment. There is no way back.
+
+        A 404 after an ambiguous failure is a success: the lost request deleted the user.
+
+        Args:
+            user_id: The user, in hex of either case.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex.
+            NotFoundError: There is no such user.
+            KeylessError: Deleting failed; it may have taken effect, and can be repeated.
+
+        Source: Keyless documentation, Server API / Users.
+        """
+        self._run(lambda client: client.delete_user(user_id))
+
+    def get_devices(self, user_id: str) -> list[Device]:
+        """Return the devices of a user.
+
+        Args:
+            user_id: The user, in hex of either case.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex.
+            NotFoundError: There is no such user.
+            StatusError: The service answered with another error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts.
+            DecodeError: The answer does not have the documented shape.
+
+        Source: Keyless documentation, Server API / Devices.
+        """
+        return self._run(lambda client: client.get_devices(user_id))
+
+    def delete_device(self, user_id: str, public_signing_key: str) -> None:
+        """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
+
+        A 404 after an ambiguous failure is a success: the lost request removed the device.
+
+        Args:
+            user_id: The user, in hex of either case.
+            public_signing_key: `Device.public_signing_key`, as it is.
+
+        Raises:
+            InvalidIdentifierError: The user id is not hex, or the key cannot be sent.
+            NotFoundError: There is no such device or user.
+            KeylessError: Removing failed; it may have taken effect, and can be repeated.
+
+        Source: Keyless documentation, Server API / Devices.
+        """
+        self._run(lambda client: client.delete_device(user_id, public_signing_key))
+
+    # -- signed transactions
+
+    def get_key_set(self, tenant: str) -> bytes:
+        """Return the public keys of a tenant as they are published, for `aiokeyless.signatures.TransactionVerifier`.
+
+        They are fetched without the API key.
+
+        Args:
+            tenant: Name of the tenant, as in the address of its keys.
+
+        Raises:
+            InvalidIdentifierError: The name cannot be sent.
+            StatusError: The service answered with an error status; see the subclasses.
+            TransportError: No usable answer arrived in `max_attempts` attempts, or the key set is larger than 1 MiB.
+
+        Source: Keyless documentation, "JWT verification best practice".
+        """
+        return self._run(lambda client: client.get_key_set(tenant))
+
+    # -- waits
+
+    def wait_for_approval(
+        self,
+        target: str | ApprovalTicket,
+        *,
+        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+        on_poll: OnPoll | None = None,
+        explain: bool = False,
+    ) -> Operation:
+        """Wait until the user approves this operation, and return only then.
+
+        Args:
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
+                id of each answer are checked too.
+            timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
+                ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
+            schedule: When to poll. Default: the client's schedule.
+            if_missing: What to do on a 404: ``"raise"``, or ``"wait"`` for an operation that the phone will create.
+                With a bare id, an approval by any user then counts: pass `ApprovalTicket.for_operation`, which names
+                the user and the payload, or compare them yourself. Default: ``"raise"``.
+            on_poll: A plain function, called with an `ApprovalUpdate` for each poll, in order, in this thread. What it
+                raises ends the wait and propagates. Default: none.
+            explain: Whether to learn of the user's attempts to authenticate, for the ``attempts`` of `ApprovalUpdate`
+                and of `ApprovalTimeoutError`. While the operation is pending, Telemetry is asked for them beside the
+                polls, at most once in 10 s per operation and 8 times at once; at the deadline for the last time, for
+                which the wait may end up to 1 s later. Its failures are ignored and logged at debug level. It never
+                approves and never ends the wait: what is raised in `on_poll` may. Default: False.
+
+        Returns:
+            The approved operation.
+
+        Raises:
+            ConfigurationError: An argument is wrong, or the schedule did not return a number.
+            ApprovalTimeoutError: The deadline passed and the operation is pending. It can still be approved later.
+            ApprovalUnknownError: The deadline passed and the final poll got no answer, so the outcome is unknown. It is
+                an `ApprovalTimeoutError` too.
+            OperationMismatchError: An answer is about another operation, user or payload.
+            InconsistentOperationError: An answer contradicts itself, or its state is unknown.
+            NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
+                that: a replica may lag.
+            StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
+            DecodeError: An answer is JSON that does not have the documented shape.
+            ClientClosedError: The client was closed.
+
+        Source: ``docs/rules.md``, "The rules of a wait".
+        """
+        if on_poll is None:
+            return self._run(
+                lambda client: client.wait_for_approval(
+                    target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
+                )
+            )
+        _check_on_poll(on_poll)
+        operation: Operation | None = None
+        updates = self.watch_approval(
+            target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
+        )
+        with contextlib.closing(updates):
+            for update in updates:
+                on_poll(update)
+                operation = update.operation
+        assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
+        return operation
+
+    def hold_for_approval(
+        self,
+        target: str | ApprovalTicket,
+        *,
+        seconds: float,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+        explain: bool = False,
+    ) -> Operation | None:
+        """Wait for one piece of a longer wait: for an HTTP long poll, a tool call, a job that is run again.
+
+        A hold is a lease on a wait, which goes on for 10 s after the last hold of its target has ended, also if that
+        was interrupted. So a series of holds polls as a single wait would, if the pauses between them are shorter; a
+        later hold starts anew, with one poll at once. A hold that ends without an approval is no timeout; it makes no
+        final poll.
+
+        Args:
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
+                id of each answer are checked too.
+            seconds: The length of this piece; above 0 and finite.
+            schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
+            if_missing: See `wait_for_approval`.
+            explain: Whether to learn of the user's attempts at the end of the ticket's time, for
+                `ApprovalTimeoutError`: see `wait_for_approval`. The first hold of a series sets it. A hold that returns
+                None asks nothing; call `get_authentications` for the reasons so far. Default: False.
+
+        Returns:
+            The approved operation; None if the operation is pending after so many seconds. For a ticket, that is while
+            its ``expires_at`` has not passed; an operation id has no end of its own, so give up after some time.
+
+        Raises:
+            ConfigurationError: An argument is wrong, or the schedule did not return a number.
+            ApprovalTimeoutError: The ticket's ``expires_at`` passed during this hold, and a final poll found the
+                operation pending. It can still be approved later.
+            KeylessError: What else `wait_for_approval` raises.
+
+        Source: ``docs/rules.md``, "Holds".
+
+        Example:
+            >>> def approved(client: KeylessClient, ticket: ApprovalTicket) -> bool:
+            ...     return client.hold_for_approval(ticket, seconds=25) is not None  # the browser asks again
+        """
+        return self._run(
+            lambda client: client.hold_for_approval(
+                target, seconds=seconds, schedule=schedule, if_missing=if_missing, explain=explain
+            )
+        )
+
+    def request_approval(
+        self,
+        user_id: str,
+        *,
+        operation_id: str | None = None,
+        operation_payload: str | None = None,
+        external_user_id: str | None = None,
+        expires_in: float = 120.0,
+        if_exists: IfExists = "raise",
+        schedule: wait_base | None = None,
+        on_poll: OnPoll | None = None,
+        explain: bool = False,
+    ) -> Operation:
+        """Create an operation and wait until the user approves it: `create_operation`, then `wait_for_approval`.
+
+        Args:
+            user_id: The user, in hex of either case.
+            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
+            operation_payload: What the user is asked to approve. Default: none.
+            external_user_id: Your own id of the user. Default: none.
+            expires_in: Seconds for the wait. Default: 120.
+            if_exists: What to do on a 409: see `create_operation`. Default: ``"raise"``.
+            schedule: When to poll. Default: the client's schedule.
+            on_poll: A plain function, called with an `ApprovalUpdate` for each poll. Default: none.
+            explain: Whether to learn of the user's attempts: see `wait_for_approval`. Default: False.
+
+        Returns:
+            The approved operation.
+
+        Raises:
+            KeylessError: What `create_operation` and `wait_for_approval` raise.
+        """
+        check_schedule(schedule)  # before anything is created
+        _check_on_poll(on_poll)
+        check_flag(explain, "explain")
+        ticket = self.create_operation(
+            user_id,
+            operation_id=operation_id,
+            operation_payload=operation_payload,
+            external_user_id=external_user_id,
+            expires_in=expires_in,
+            if_exists=if_exists,
+        )
+        return self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
+
+    def watch_approval(
+        self,
+        target: str | ApprovalTicket,
+        *,
+        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+        explain: bool = False,
+    ) -> Generator[ApprovalUpdate, None, None]:
+        """Wait as `wait_for_approval` does, and yield an update for each poll.
+
+        Polling continues while the caller handles an update. The wait starts with the first iteration and ends when
+        the iterator is exhausted, closed with ``close()``, or left by ``break``.
+
+        Args:
+            target: See `wait_for_approval`.
+            timeout: See `wait_for_approval`.
+            schedule: See `wait_for_approval`.
+            if_missing: See `wait_for_approval`.
+            explain: See `wait_for_approval`.
+
+        Yields:
+            One update per poll; the operation of the last one is approved.
+
+        Raises:
+            KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
+        """
+        background, client = self._open()
+        return _iterate(
+            background,
+            client.watch_approval(target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain),
+        )
+
+    def wait_for_approvals(
+        self,
+        targets: Iterable[str | ApprovalTicket],
+        *,
+        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
+        schedule: wait_base | None = None,
+        if_missing: IfMissing = "raise",
+    ) -> Generator[ApprovalOutcome, None, None]:
+        """Wait for many operations, and yield an outcome for each, in the order in which they end.
+
+        A wait that fails does not end the others. A target that is given twice has two outcomes.
+
+        Args:
+            targets: Operation ids and tickets.
+            timeout: Seconds for each wait; see `wait_for_approval`.
+            schedule: See `wait_for_approval`.
+            if_missing: See `wait_for_approval`.
+
+        Yields:
+            One outcome per target: its approved operation, or the error that `wait_for_approval` would have raised.
+
+        Raises:
+            ConfigurationError: An argument is wrong; raised at the call, before the iteration.
+            ClientClosedError: The client was closed before the iteration started. If it is closed later, this error is
+                the outcome of each remaining wait.
+        """
+        background, client = self._open()
+        return _iterate(
+            background, client.wait_for_approvals(targets, timeout=timeout, schedule=schedule, if_missing=if_missing)
+        )
+
+    @property
+    def statistics(self) -> ClientStatistics:
+        """The client's current waits, and its counts since it was created."""
+        background, client = self._background, self._client
+        if background is None or background.ended:
+            return client.statistics
+        _refuse_event_loop()
+        return background.run(_statistics(client))
+
+
+async def _statistics(client: AsyncKeylessClient) -> ClientStatistics:
+    """Read them in the loop, which changes them."""
+    return client.statistics
+
+
+async def _next(values: AsyncGenerator[T, None]) -> tuple[T] | None:
+    """Return the next value, in a tuple, as a coroutine must not raise the end of an iteration."""
+    async for value in values:
+        return (value,)
+    return None
+
+
+def _iterate(background: _Background, values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+    """Iterate over an asynchronous generator of the loop."""
+    with background.iterating(values):
+        while True:
+            _refuse_event_loop()
+            if background.ended:
+                raise ClientClosedError(
+                    "the iterator belongs to a process that was forked, or is ending: start it anew"
+                )
+            found = background.run(_next(values))  # an interruption cancels it, which ends the generator too
+            if found is None:
+                return
+            try:
+                yield found[0]
+            except BaseException:
+                # Left early. Nothing is waited for: the garbage collector may do this, in the loop's thread too.
+                background.start(values.aclose)
+                raise
+
+
+def _check_on_poll(on_poll: object) -> None:
+    check_on_poll(on_poll)
+    if inspect.iscoroutinefunction(on_poll):
+        raise ConfigurationError(
+            "on_poll must be a plain function: an async one would never be awaited; or use aiokeyless.KeylessClient",
+            argument="on_poll",
+        )
+
+
+def _refuse_event_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise ConfigurationError(
+        "this thread runs an event loop, which a call would stop: use aiokeyless.KeylessClient and await its methods"
+    )

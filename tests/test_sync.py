@@ -1,0 +1,681 @@
+"""The client without an event loop: threads, fork, Ctrl-C, and the end of a process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import os
+import pickle
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from nats_server import PATIENCE, until
+from tenacity.wait import wait_fixed
+
+import aiokeyless
+from aiokeyless import (
+    ApprovalTimeoutError,
+    Approved,
+    ClientClosedError,
+    ConfigurationError,
+    NotApproved,
+    NotFoundError,
+    sync,
+)
+from aiokeyless.sync import KeylessClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from aiokeyless import ApprovalUpdate, Operation
+    from aiokeyless.events import Event
+    from aiokeyless.sandbox import Sandbox
+
+FAST = wait_fixed(0.05)
+
+
+@pytest.fixture
+async def keyless(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
+    """A client for the sandbox, which runs in the loop of the test: each call is made in another thread."""
+    client = KeylessClient(sandbox.api_key, base_url=sandbox.url, schedule=FAST)
+    yield client
+    await asyncio.to_thread(client.close)
+
+
+# -- the same face
+
+
+def public(face: type) -> dict[str, Any]:
+    return {name: member for name, member in vars(face).items() if not name.startswith("_")}
+
+
+def test_it_has_the_public_names_of_the_other_face() -> None:
+    names = public(aiokeyless.KeylessClient).keys() - {"aclose"} | {"close"}
+    assert public(KeylessClient).keys() == names
+
+
+def both(name: str) -> tuple[Any, Any]:
+    """Return a method, or what computes a property, of this face and of the other one."""
+    found = getattr(KeylessClient, name), getattr(aiokeyless.KeylessClient, name)
+    return tuple(member.fget if isinstance(member, property) else member for member in found)  # type: ignore[return-value]
+
+
+METHODS = sorted(public(KeylessClient).keys() - {"close"})
+
+
+@pytest.mark.parametrize("name", ["__init__", *METHODS])
+def test_a_method_has_the_arguments_and_the_result_of_the_other_face(name: str) -> None:
+    ours, theirs = both(name)
+    assert not inspect.iscoroutinefunction(ours)
+    shown, expected = inspect.signature(ours), inspect.signature(theirs)
+    assert list(shown.parameters) == [argument for argument in expected.parameters if argument != "session"]
+    for argument, parameter in shown.parameters.items():
+        assert (parameter.kind, parameter.default) == (
+            expected.parameters[argument].kind,
+            expected.parameters[argument].default,
+        )
+        assert parameter.annotation == expected.parameters[argument].annotation
+    iterator = str(expected.return_annotation).replace("AsyncGenerator[", "Generator[").replace(", None]", "")
+    assert str(shown.return_annotation).replace(", None, None]", "") == iterator
+
+
+#: What the documentation of this face says in place of that of the other one.
+REWORDED = {
+    "called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it raises ends the wait "
+    "and propagates; a ``StopIteration``, which no coroutine can raise, becomes the cause of a ``RuntimeError``.": (
+        "a plain function, called with an `ApprovalUpdate` for each poll, in order, in this thread. What it raises "
+        "ends the wait and propagates."
+    ),
+    "called with an `ApprovalUpdate` for each poll; may be async.": (
+        "a plain function, called with an `ApprovalUpdate` for each poll."
+    ),
+    "also if that was cancelled": "also if that was interrupted",
+    " it may be cut short at any time by cancelling it.": "",
+    "``aclose()``": "``close()``",
+    "while it happens: polls": "while it happens, in the thread of the event loop: polls",
+}
+
+
+def text(documented: object) -> str:
+    """Return what the documentation says, without its lines and without its example."""
+    return " ".join(str(inspect.getdoc(documented)).partition("Example:")[0].lower().split())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_documented_as_on_the_other_face(name: str) -> None:
+    ours, theirs = both(name)
+    expected = text(theirs)
+    for there, here in REWORDED.items():
+        expected = expected.replace(there.lower(), here.lower())
+    assert text(ours) == expected
+
+
+def test_its_arguments_are_documented_as_on_the_other_face() -> None:
+    expected = text(aiokeyless.KeylessClient).partition("args: ")[2]
+    for there, here in REWORDED.items():
+        expected = expected.replace(there.lower(), here.lower())
+    before, _, after = expected.partition("session: ")
+    assert text(KeylessClient).partition("args: ")[2] == before + after[after.index("request_timeout: ") :]
+
+
+# -- calls
+
+
+async def test_operations_are_created_and_read(keyless: KeylessClient) -> None:
+    def program() -> list[str]:
+        with keyless as client:
+            ticket = client.create_operation("C0FFEE", operation_id="op-1", operation_payload="Pay 40 to Alice")
+            assert client.get_operation("op-1").operation_payload == "Pay 40 to Alice"
+            assert client.get_authentications(user_id="C0FFEE") == []
+            return [ticket.operation_id, *(found.operation_id for found in client.get_pending_operations("C0FFEE"))]
+
+    assert await asyncio.to_thread(program) == ["op-1", "op-1"]
+
+
+async def test_users_and_devices_are_managed(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    sandbox.enroll("C0FFEE")
+
+    def program() -> None:
+        keyless.create_external_user("C0FFEE", "account-1")
+        keyless.update_external_user("C0FFEE", "account-2")
+        assert [user.user_id for user in keyless.find_users("account-2")] == ["C0FFEE"]
+        assert keyless.get_user("account-2").user_id == "C0FFEE"
+        keyless.delete_external_user("account-2")
+        (device,) = keyless.get_devices("C0FFEE")
+        keyless.delete_device("C0FFEE", device.public_signing_key)
+        keyless.delete_user("C0FFEE")
+        assert b"keys" in keyless.get_key_set(sandbox.tenant)
+
+    await asyncio.to_thread(program)
+
+
+async def test_an_error_is_that_of_the_other_face(keyless: KeylessClient) -> None:
+    with pytest.raises(NotFoundError):
+        await asyncio.to_thread(keyless.get_operation, "none")
+
+
+def test_its_settings_are_those_of_the_client_in_the_loop() -> None:
+    def listener(_event: Event) -> None:
+        pass
+
+    client = KeylessClient("key", base_url="https://keyless.example", request_timeout=3, listeners=[listener])
+    assert (client.base_url, client.request_timeout) == ("https://keyless.example", 3)
+    assert client.listeners[0] is listener
+
+
+async def test_a_call_runs_in_the_callers_context(sandbox: Sandbox) -> None:
+    traced: ContextVar[str] = ContextVar("traced", default="nothing")
+    seen: list[str] = []
+
+    def program() -> None:
+        traced.set("this request")
+        with KeylessClient(
+            sandbox.api_key, base_url=sandbox.url, listeners=[lambda _event: seen.append(traced.get())]
+        ) as client:
+            client.get_pending_operations("C0FFEE")
+
+    await asyncio.to_thread(program)
+    assert seen == ["this request"]
+
+
+# -- waits
+
+
+async def test_a_wait_returns_the_approved_operation(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    waiting = asyncio.create_task(asyncio.to_thread(keyless.request_approval, "C0FFEE", operation_id="op-1"))
+    await until(lambda: "op-1" in sandbox.operations)
+    sandbox.approve("op-1")
+    assert (await waiting).is_approved
+
+
+async def test_a_wait_ends_with_the_errors_of_the_other_face(keyless: KeylessClient) -> None:
+    def program() -> None:
+        ticket = keyless.create_operation("C0FFEE")
+        with pytest.raises(ApprovalTimeoutError):
+            keyless.wait_for_approval(ticket, timeout=0.1)
+        assert keyless.hold_for_approval(ticket, seconds=0.1) is None
+
+    await asyncio.to_thread(program)
+
+
+async def test_on_poll_runs_in_the_thread_that_waits_and_a_slow_one_holds_no_other(
+    sandbox: Sandbox, keyless: KeylessClient
+) -> None:
+    threads: list[threading.Thread] = []
+    other_is_approved = threading.Event()
+    handling = threading.Event()
+
+    def slow(_update: ApprovalUpdate) -> None:
+        threads.append(threading.current_thread())
+        handling.set()
+        assert other_is_approved.wait(PATIENCE)
+
+    def first() -> Operation:
+        operation = keyless.request_approval("C0FFEE", operation_id="op-1", on_poll=slow)
+        assert set(threads) == {threading.current_thread()}
+        return operation
+
+    waiting = asyncio.create_task(asyncio.to_thread(first))
+    await until(handling.is_set)
+    other = asyncio.create_task(asyncio.to_thread(keyless.request_approval, "BEEF", operation_id="op-2"))
+    await until(lambda: "op-2" in sandbox.operations)
+    sandbox.approve("op-2")
+    assert (await other).is_approved
+    other_is_approved.set()
+    sandbox.approve("op-1")
+    assert (await waiting).is_approved
+
+
+async def test_what_on_poll_raises_ends_the_wait(keyless: KeylessClient) -> None:
+    def program() -> None:
+        ticket = keyless.create_operation("C0FFEE")
+        with pytest.raises(ZeroDivisionError):
+            keyless.wait_for_approval(ticket, on_poll=lambda _update: 1 // 0)
+        assert keyless.statistics.waiting == 0
+
+    await asyncio.to_thread(program)
+
+
+@pytest.mark.parametrize("wrong", [5, asyncio.sleep], ids=["no function", "an async function"])
+async def test_a_wrong_on_poll_is_refused_before_anything_is_created(
+    sandbox: Sandbox, keyless: KeylessClient, wrong: Any
+) -> None:
+    with pytest.raises(ConfigurationError, match="on_poll") as raised:
+        await asyncio.to_thread(keyless.request_approval, "C0FFEE", on_poll=wrong)
+    assert raised.value.argument == "on_poll"
+    assert not sandbox.operations
+
+
+async def test_watching_yields_an_update_for_each_poll(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    def program() -> list[str]:
+        ticket = keyless.create_operation("C0FFEE", operation_id="op-1")
+        states = []
+        for update in keyless.watch_approval(ticket):
+            assert update.operation is not None
+            states.append(update.operation.state)
+            asyncio.run_coroutine_threadsafe(approve(), loop).result()
+        return states
+
+    async def approve() -> None:
+        sandbox.approve("op-1")
+
+    loop = asyncio.get_running_loop()
+    assert await asyncio.to_thread(program) == ["pending", "approved"]
+
+
+async def test_an_iteration_that_is_left_early_ends_its_wait(keyless: KeylessClient) -> None:
+    def program() -> None:
+        ticket = keyless.create_operation("C0FFEE")
+        for _ in keyless.watch_approval(ticket):
+            assert keyless.statistics.waiting == 1
+            break
+        assert keyless.statistics.waiting == 0
+
+    await asyncio.to_thread(program)
+
+
+async def test_an_iterator_that_is_collected_in_the_loops_thread_ends_its_wait(keyless: KeylessClient) -> None:
+    collected = threading.Event()
+
+    def listener(_event: Event) -> None:  # runs in the loop's thread
+        gc.collect()
+        collected.set()
+
+    def program() -> None:
+        client = KeylessClient("sandbox-key", base_url=keyless.base_url, schedule=FAST, listeners=[listener])
+        ticket = keyless.create_operation("C0FFEE")
+        cycle: list[object] = [keyless.watch_approval(ticket)]
+        next(cycle[0])  # type: ignore[call-overload]
+        cycle.append(cycle)
+        gc.disable()
+        try:
+            del cycle
+            with client:
+                client.get_operation(ticket.operation_id)
+        finally:
+            gc.enable()
+        assert collected.is_set()
+        assert keyless.statistics.waiting == 0
+
+    await asyncio.to_thread(program)
+
+
+async def test_many_waits_yield_an_outcome_each(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    def program() -> list[type]:
+        ticket = keyless.create_operation("C0FFEE", operation_id="op-1")
+        asyncio.run_coroutine_threadsafe(approve(), loop).result()
+        return [type(outcome) for outcome in keyless.wait_for_approvals([ticket, "none"])]
+
+    async def approve() -> None:
+        sandbox.approve("op-1")
+
+    loop = asyncio.get_running_loop()
+    assert set(await asyncio.to_thread(program)) == {Approved, NotApproved}
+
+
+async def test_twenty_threads_share_a_client_and_its_loop(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    def request(number: int) -> bool:
+        return keyless.request_approval("C0FFEE", operation_id=f"op-{number}").is_approved
+
+    with ThreadPoolExecutor(20) as pool:
+        loop = asyncio.get_running_loop()
+        waits = [loop.run_in_executor(pool, request, number) for number in range(20)]
+        await until(lambda: len(sandbox.operations) == 20)
+        assert [thread.name for thread in threading.enumerate()].count("aiokeyless") == 1
+        for operation_id in list(sandbox.operations):
+            sandbox.approve(operation_id)
+        assert await asyncio.gather(*waits) == [True] * 20
+
+
+# -- in a thread that runs an event loop
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client: client.get_operation("op-1"),
+        lambda client: client.request_approval("C0FFEE"),
+        lambda client: client.watch_approval("op-1"),
+        lambda client: client.wait_for_approvals(["op-1"]),
+        lambda client: client.__enter__(),
+        lambda client: client.close(),
+        lambda client: client.statistics,
+    ],
+    ids=["call", "wait", "watch", "many", "with", "close", "statistics"],
+)
+async def test_a_thread_that_runs_an_event_loop_is_refused(
+    sandbox: Sandbox, keyless: KeylessClient, use: Callable[[KeylessClient], object]
+) -> None:
+    await asyncio.to_thread(keyless.get_pending_operations, "C0FFEE")
+    before = len(sandbox.requests)
+    with pytest.raises(ConfigurationError, match=r"aiokeyless\.KeylessClient"):
+        use(keyless)
+    assert len(sandbox.requests) == before
+
+
+async def test_an_iterator_is_refused_in_a_thread_that_runs_an_event_loop(keyless: KeylessClient) -> None:
+    updates = await asyncio.to_thread(keyless.watch_approval, "op-1")
+    with pytest.raises(ConfigurationError, match=r"aiokeyless\.KeylessClient"):
+        next(updates)
+
+
+# -- closing
+
+
+async def test_closing_ends_the_waits_of_other_threads(sandbox: Sandbox, keyless: KeylessClient) -> None:
+    waiting = asyncio.create_task(asyncio.to_thread(keyless.request_approval, "C0FFEE"))
+    await until(lambda: len(sandbox.operations) == 1)
+    await asyncio.to_thread(keyless.close)
+    await asyncio.to_thread(keyless.close)
+    with pytest.raises(ClientClosedError):
+        await waiting
+    with pytest.raises(ClientClosedError):
+        await asyncio.to_thread(keyless.get_operation, "op-1")
+    assert repr(keyless).endswith(" closed>")
+
+
+def test_a_client_that_was_never_used_is_closed_without_a_loop() -> None:
+    client = KeylessClient("key")
+    assert client.statistics.polls == 0
+    client.close()
+    with pytest.raises(ClientClosedError):
+        client.get_operation("op-1")
+
+
+async def test_a_client_that_is_dropped_open_warns_and_is_closed(sandbox: Sandbox) -> None:
+    def program() -> int:
+        client = KeylessClient(sandbox.api_key, base_url=sandbox.url)
+        client.get_pending_operations("C0FFEE")
+        background = sync._process.background()
+        before = len(background._clients)
+        with pytest.warns(ResourceWarning, match="use 'with' or close"):
+            del client
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), background._loop).result()
+        return before - len(background._clients)
+
+    assert await asyncio.to_thread(program) == 1
+
+
+# -- what it shows
+
+
+def test_neither_repr_nor_pickle_show_the_key() -> None:
+    client = KeylessClient("secret-key", base_url="https://keyless.example")
+    assert repr(client) == "<sync.KeylessClient base_url='https://keyless.example'>"
+    with pytest.raises(TypeError, match="pickled"):
+        pickle.dumps(client)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"region": "mars"}, {"listeners": 5}, {"schedule": 5}, {"max_attempts": 0}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_no_frame_of_a_wrong_construction_has_the_key(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        KeylessClient("secret-key", **wrong)
+    assert raised.value.argument == next(iter(wrong))
+    frames = [frame.frame.f_locals for frame in inspect.getinnerframes(raised.tb)]
+    assert not any("secret-key" in repr(value) for found in frames[1:] for value in found.values())
+
+
+# -- processes
+
+PROLOGUE = """
+import os, signal, sys, threading, time
+from aiokeyless.sync import KeylessClient
+from aiokeyless import ClientClosedError
+from tenacity.wait import wait_fixed
+client = KeylessClient(schedule=wait_fixed(0.1))
+"""
+
+
+@asynccontextmanager
+async def program(text: str, sandbox: Sandbox, before: str = "") -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Run a program in a process of its own, with each warning an error."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-c", before + PROLOGUE + text),
+        env=os.environ | {"KEYLESS_BASE_URL": sandbox.url, "KEYLESS_API_KEY": sandbox.api_key, "PYTHONUNBUFFERED": "1"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
+    async with asyncio.timeout(PATIENCE):
+        output, _ = await process.communicate()
+    return process.returncode, output.decode()
+
+
+INTERRUPTED = """
+try:
+    {wait}
+except KeyboardInterrupt:
+    while client.statistics.waiting > {others}: time.sleep(0.01)
+    print("interrupted")
+"""
+
+ONE = 'client.request_approval("C0FFEE", expires_in=600)'
+WITH_ON_POLL = 'client.request_approval("C0FFEE", expires_in=600, on_poll=lambda update: None)'
+MANY = 'list(client.wait_for_approvals([client.create_operation("C0FFEE")], timeout=600))'
+BESIDE_TWENTY = f"""
+    threads = [threading.Thread(target=client.request_approval, args=["C0FFEE"], daemon=True) for _ in range(20)]
+    for thread in threads: thread.start()
+    while client.statistics.waiting < 20: time.sleep(0.01)
+    {ONE}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wait", "others"),
+    [(ONE, 0), (WITH_ON_POLL, 0), (MANY, 0), (BESIDE_TWENTY, 20)],
+    ids=["wait", "on_poll", "many", "beside twenty threads"],
+)
+async def test_ctrl_c_ends_a_wait_at_once_and_cancels_it_and_no_other(sandbox: Sandbox, wait: str, others: int) -> None:
+    async with program(INTERRUPTED.format(wait=wait, others=others), sandbox) as process:
+        created = others + 1
+        await until(lambda: len(sandbox.operations) == created and len(sandbox.requests) > created)  # and a poll
+        process.send_signal(signal.SIGINT)
+        status, output = await ended(process)
+    assert status == 0, output
+    assert "interrupted\n" in output
+
+
+@pytest.mark.slow
+async def test_ctrl_c_ends_twenty_threads_with_the_client_that_they_share(sandbox: Sandbox) -> None:
+    text = """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(20) as pool, client:
+    waits = [pool.submit(client.request_approval, "C0FFEE", expires_in=600) for _ in range(20)]
+    try:
+        waits[0].result()
+    except KeyboardInterrupt:
+        client.close()
+print({type(wait.exception()).__name__ for wait in waits})
+"""
+    async with program(text, sandbox) as process:
+        await until(lambda: len(sandbox.operations) == 20)
+        process.send_signal(signal.SIGINT)
+        status, output = await ended(process)
+    assert (status, output) == (0, "{'ClientClosedError'}\n")
+
+
+OPEN_AT_THE_END = """
+client.get_pending_operations("C0FFEE")
+updates = client.watch_approval(client.create_operation("C0FFEE"))
+next(updates)
+threading.excepthook = lambda failed: None
+threading.Thread(target=client.request_approval, args=["C0FFEE"], daemon=True).start()
+while client.statistics.waiting < 2: time.sleep(0.01)
+"""
+A_LISTENER_HANGS = """
+hangs = threading.Event()
+def listener(event):
+    hangs.set()
+    time.sleep(3600)
+client = KeylessClient(listeners=[listener])
+threading.Thread(target=client.get_operation, args=["op-1"], daemon=True).start()
+hangs.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [OPEN_AT_THE_END, A_LISTENER_HANGS], ids=["waits", "a listener that hangs"])
+async def test_a_process_ends_at_once_and_silently_though_its_client_is_open(sandbox: Sandbox, text: str) -> None:
+    async with program(text, sandbox) as process:
+        status, output = await ended(process)  # in far less time than the wait and the listener take
+    assert (status, output) == (0, "")
+
+
+@pytest.mark.slow
+async def test_a_call_at_the_end_of_the_process_is_refused_and_hangs_nothing(sandbox: Sandbox) -> None:
+    before = """
+import atexit
+def late():
+    client.close()
+    try:
+        KeylessClient().get_operation("op-1")
+    except ClientClosedError:
+        print("closed")
+atexit.register(late)  # before the import, so it runs after what the module registers
+"""
+    async with program('client.get_pending_operations("C0FFEE")', sandbox, before=before) as process:
+        status, output = await ended(process)
+    assert (status, output) == (0, "closed\n")
+
+
+# -- fork
+
+WAITING = """
+import warnings; warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, from 3.12 on
+in_parent = threading.Thread(target=client.request_approval, args=["C0FFEE"], kwargs={"operation_id": "op-parent"})
+in_parent.start()
+while not client.statistics.polls: time.sleep(0.01)
+updates = client.watch_approval(client.create_operation("C0FFEE", operation_id="op-updates"))
+next(updates)
+"""
+FORK = """
+{before}
+child = os.fork()
+if child == 0:
+    assert client.request_approval("C0FFEE", operation_id="op-child").is_approved
+    {in_child}
+    print("child")
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+{after}
+print("parent")
+"""
+GOES_ON = """
+next(updates)
+in_parent.join()
+assert client.request_approval("C0FFEE", operation_id="op-later").is_approved
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "in_child"),
+    [
+        ("", "client.close()"),
+        (WAITING, ""),
+        (WAITING, "client.close()"),
+        (WAITING, "import gc; warnings.simplefilter('ignore'); del client, updates, in_parent; gc.collect()"),
+    ],
+    ids=["made", "used", "used, closed", "used, dropped"],
+)
+async def test_a_client_that_was_made_before_a_fork_works_in_the_child_and_disturbs_no_parent(
+    sandbox: Sandbox, before: str, in_child: str
+) -> None:
+    text = FORK.format(before=before, in_child=in_child, after=GOES_ON if before else "")
+    async with program(text, sandbox) as process:
+        await until(lambda: "op-child" in sandbox.operations)
+        sandbox.approve("op-child")
+        assert process.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            first = (await process.stdout.readline()).decode()
+        assert first == "child\n", first + (await ended(process))[1]
+        if before:
+            sandbox.approve("op-parent")
+            await until(lambda: "op-later" in sandbox.operations)
+            sandbox.approve("op-later")
+        status, output = await ended(process)
+    assert (status, output) == (0, "parent\n")
+
+
+@pytest.mark.slow
+async def test_an_iterator_does_not_go_on_in_a_forked_child(sandbox: Sandbox) -> None:
+    text = """
+import warnings; warnings.simplefilter("ignore", DeprecationWarning)
+updates = client.watch_approval(client.create_operation("C0FFEE", operation_id="op-updates"))
+next(updates)
+if (child := os.fork()) == 0:
+    try:
+        next(updates)
+    except ClientClosedError as error:
+        print(error)
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+next(updates)
+print("parent")
+"""
+    async with program(text, sandbox) as process:
+        status, output = await ended(process)
+    assert status == 0, output
+    assert output == "the iterator belongs to a process that was forked, or is ending: start it anew\nparent\n"
+
+
+@pytest.mark.slow
+async def test_a_fork_waits_until_the_loops_thread_has_no_lock(sandbox: Sandbox) -> None:
+    # Such as that of a module that it imports: in the child nobody would ever release it.
+    text = """
+import warnings; warnings.simplefilter("ignore", DeprecationWarning)
+lock, locked = threading.Lock(), threading.Event()
+def listener(event):
+    with lock:
+        locked.set()
+        time.sleep(0.2)
+        while not forking.is_set(): time.sleep(0.01)
+forking = threading.Event()
+os.register_at_fork(before=forking.set)  # runs before what the module has registered
+client = KeylessClient(listeners=[listener])
+threading.Thread(target=client.get_pending_operations, args=["C0FFEE"]).start()
+locked.wait()
+if (child := os.fork()) == 0:
+    print("free" if lock.acquire(timeout=0) else "locked for ever")
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    async with program(text, sandbox) as process:
+        status, output = await ended(process)
+    assert (status, output) == (0, "free\n")
+
+
+async def test_a_fork_in_a_listener_does_not_wait_for_its_own_thread(sandbox: Sandbox) -> None:
+    children: list[int] = []
+
+    def listener(_event: Event) -> None:  # runs in the loop's thread
+        if not children:
+            sync._process.before_fork()
+            children.append(1)
+            sync._process.after_fork_in_parent()
+
+    def program() -> None:
+        with KeylessClient(sandbox.api_key, base_url=sandbox.url, listeners=[listener]) as client:
+            client.get_pending_operations("C0FFEE")
+
+    await asyncio.to_thread(program)
+    assert children == [1]
