@@ -1,0 +1,90 @@
+"""`aiokeyless.sync` in the servers that it is for, and in one that it is not for."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+from example_process import example_process
+from nats_server import PATIENCE
+
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+FOLDER = Path(__file__).parent / "servers"
+REQUESTS = 6
+
+
+@pytest.fixture
+async def approving() -> AsyncGenerator[Sandbox]:
+    """A service whose users approve at once."""
+    async with Sandbox(auto_approve=0.2) as sandbox:
+        yield sandbox
+
+
+async def printed(process: asyncio.subprocess.Process, pattern: str) -> str:
+    """Return what the group of a pattern is in the next line that has it."""
+    output = ""
+    assert process.stdout is not None
+    async with asyncio.timeout(PATIENCE):
+        while (found := re.search(pattern, output)) is None:
+            line = (await process.stdout.readline()).decode()
+            assert line, f"it ended: {output}"
+            output += line
+    return found[1]
+
+
+ADDRESS = r"(http://127\.0\.0\.1:\d+)"
+
+
+async def get(url: str) -> str:
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return await answer.text()
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["each for itself", "preload"])
+@pytest.mark.parametrize("threads", [["-k", "sync"], ["-k", "gthread", "--threads", "4"]], ids=["sync", "gthread"])
+async def test_gunicorn_asks_for_approvals_in_the_processes_that_it_forks(
+    approving: Sandbox, threads: list[str], preload: list[str]
+) -> None:
+    command = ["-m", "gunicorn", "-w", "1", "-b", "127.0.0.1:0", *threads, *preload, "approving:wsgi"]
+    calls = {"CALL_AT_IMPORT": "1"} if preload else {}
+    async with example_process(*command, folder=FOLDER, sandbox=approving, **calls) as process:
+        url = await printed(process, ADDRESS)
+        answers = await asyncio.gather(*(get(url) for _ in range(REQUESTS)))
+        states, processes = zip(*(answer.split() for answer in answers), strict=True)
+        assert set(states) == {"approved"}
+        assert str(process.pid) not in processes  # but in one that it has forked
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE):
+            ending, _ = await process.communicate()
+    assert process.returncode == 0, ending.decode()
+    assert b"Traceback" not in ending
+
+
+async def test_uvicorn_is_told_to_use_the_other_client_and_its_threads_may_use_this_one(approving: Sandbox) -> None:
+    async with example_process(
+        "-m", "uvicorn", "--port", "0", "--lifespan", "off", "approving:asgi", folder=FOLDER, sandbox=approving
+    ) as process:
+        refused, _, state = (await get(await printed(process, ADDRESS))).partition(" / ")
+    assert "use aiokeyless.KeylessClient" in refused
+    assert state == "approved"
+
+
+async def test_celery_asks_for_approvals_in_the_processes_of_its_pool(approving: Sandbox) -> None:
+    command = ["-m", "celery", "-A", "approving_task", "worker", "-P", "prefork", "-c", "2", "-l", "info"]
+    alone = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    async with example_process(*command, *alone, folder=FOLDER, sandbox=approving, CALL_AT_IMPORT="1") as process:
+        processes = [await printed(process, r"succeeded in .*'approved (\d+)'") for _ in range(6)]
+        assert str(process.pid) not in processes
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE):
+            ending, _ = await process.communicate()
+    assert process.returncode == 0, ending.decode()
