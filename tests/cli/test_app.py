@@ -59,10 +59,6 @@ def test_stdout_need_not_be_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nope"], ["--nope"], ""),
         (["demo", "--nope"], ["--nope"], "demo "),
         (["demo", "more"], ["more"], "demo "),
-        (["demo", "--after"], ["--after"], "demo "),
-        (["demo", "--after", "soon"], ["--after", "soon"], "demo "),
-        *((["demo", "--after", value], ["--after", "0 to 3600"], "demo ") for value in ("-1", "3601", "nan", "inf")),
-        (["demo", "--phone", "--after", "3"], ["--phone", "--after"], "demo "),
         *((["sandbox", "--port", value], ["--port", "65535"], "sandbox ") for value in ("-1", "65536")),
         *((["sandbox", "--auto-approve", value], ["at least 0"], "sandbox ") for value in ("-1", "nan", "inf")),
         (["create"], ["USER_ID"], "create "),
@@ -120,7 +116,7 @@ def test_what_a_command_raises_is_one_line_on_stderr_and_an_exit_code(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(demo, "run_demo", fail)
+    monkeypatch.setattr(demo, "play_people", fail)
     assert run(["demo", "--json"]) == code
     assert capsys.readouterr() == ("", f"aiokeyless: {message}\n")
 
@@ -129,7 +125,7 @@ def test_a_timeout_is_exit_3(capsys: pytest.CaptureFixture[str], monkeypatch: py
     def fail(*_: object) -> None:
         raise ApprovalTimeoutError("", operation_id="a b", polls=1, elapsed=2)
 
-    monkeypatch.setattr(demo, "run_demo", fail)
+    monkeypatch.setattr(demo, "play_people", fail)
     assert run(["demo", "--json"]) == 3
     assert capsys.readouterr().err == (
         "aiokeyless: still missing after 2.0 s and 1 poll; a timeout is not a denial: it can still be approved; "
@@ -143,7 +139,7 @@ def test_a_timeout_with_an_unknown_outcome_is_exit_4(
     def fail(*_: object) -> None:
         raise ApprovalUnknownError("", operation_id="a", polls=1, elapsed=2)
 
-    monkeypatch.setattr(demo, "run_demo", fail)
+    monkeypatch.setattr(demo, "play_people", fail)
     assert run(["demo", "--json"]) == 4
     assert "the outcome is unknown; check it: aiokeyless get a" in capsys.readouterr().err
 
