@@ -414,6 +414,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert public - named - {"BrokerError", "InvalidRequestError"} == set()
 
 
+def test_every_method_of_the_client_is_in_the_summary() -> None:
+    reference = (DOCS / "reference" / "api.md").read_text()
+    summary = re.findall(r"^ +KeylessClient\.(\w+)$", reference, re.MULTILINE)
+    assert sorted(summary) == sorted(name for name in vars(aiokeyless.KeylessClient) if not name.startswith("_"))
+
+
 def test_the_page_about_the_environment_names_each_variable() -> None:
     page = (DOCS / "reference" / "environment.md").read_text()
     shown = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
