@@ -89,13 +89,14 @@ async def start(
     email: Annotated[str, Body(embed=True)],
     *,
     browser: Annotated[str, Cookie()] = "",
-) -> dict[str, str]:
+) -> dict[str, str | float]:
     """Ask the phone of the user with this address, and bind the login to this browser by a cookie."""
     account = ACCOUNTS.get(email.lower())
     if account is None:
         raise HTTPException(404, "We do not know this address.")
     user = await user_of(client, record, account)
-    new = Prompt(secrets.token_hex(8), secrets.token_urlsafe(32), f"{secrets.randbelow(1000):03}")
+    number = f"{secrets.randbelow(1000):03}"
+    new = Prompt(secrets.token_hex(8), secrets.token_urlsafe(32), number, time.time() + LIFETIME)
     try:
         pending = {operation.operation_id for operation in await client.get_pending_operations(user)}
         prompt = reserve(record, new, user, email.lower(), pending)
@@ -109,7 +110,7 @@ async def start(
     if prompt is not new and prompt.browser != browser:
         raise HTTPException(409, "This phone shows a login already. Approve that one, or try again in 2 minutes.")
     response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax")
-    return {"id": prompt.login, "number": prompt.number}
+    return {"id": prompt.login, "number": prompt.number, "left": prompt.ends - time.time()}
 
 
 class Prompt(NamedTuple):
@@ -118,6 +119,7 @@ class Prompt(NamedTuple):
     login: str
     browser: str
     number: str
+    ends: float  # by this machine's clock
 
     @property
     def payload(self) -> str:
@@ -150,7 +152,7 @@ def prompt_on_phone(record: sqlite3.Connection, user: str, pending: set[str]) ->
     for login, browser, number, state, since in asked:
         is_shown = login in pending or (state == "pending" and since > now - UNLISTED)
         if is_shown and since > now - LIFETIME:
-            return Prompt(login, browser, number)
+            return Prompt(login, browser, number, since + LIFETIME)
     if sum(state != "failed" for *_, state, _ in asked) >= PROMPTS:
         raise HTTPException(429, "This phone was asked too often. Try again in 10 minutes.")
     return None

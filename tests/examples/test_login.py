@@ -229,8 +229,17 @@ async def test_page_logs_in_and_shows_the_number_of_the_phone(sandbox: Sandbox, 
         [operation] = sandbox.operations.values()
         assert operation.operation_payload is not None
         assert operation.operation_payload.endswith(f"Number {await page.locator('#number').text_content()}")
+        await expect(page.locator("#left")).to_have_text(re.compile(r"[012]:[0-5]\d left\."))
         await page.reload()  # the page goes on with the same login
+        await expect(page.locator("#number")).to_be_visible()
+        await page.get_by_role("button", name="Cancel").click()
+        await expect(page.get_by_role("status")).to_contain_text("Cancelled.")
+        await page.get_by_role("button", name="Log in with your face").click()  # the phone still shows the same one
         await expect(page.locator("#number")).to_be_visible()
         sandbox.approve(operation.operation_id)
         await expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
         assert len(sandbox.operations) == 1
+        async with await browser.new_context(java_script_enabled=False) as context:
+            plain = await context.new_page()
+            await plain.goto(server.url)
+            await expect(plain.locator("noscript p")).to_be_visible()
