@@ -3,6 +3,9 @@
 All names of the client are exported here; the sandbox is in `aiokeyless.sandbox`, the worker in `aiokeyless.worker`.
 """
 
+from . import _interruption as _interruption  # first: the others take long
+
+# isort: split
 from ._version import __version__
 from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnPoll, WaitTimeout
 from .errors import (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import aiokeyless.__main__
-from aiokeyless import __version__
+from aiokeyless import __version__, _interruption
 from aiokeyless.__main__ import main
 
 
@@ -43,6 +45,44 @@ def test_ctrl_c_while_the_command_line_is_imported_is_one_line(
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
     assert main() == 130
     assert capsys.readouterr() == ("", "aiokeyless: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["aiokeyless", "aiokeyless.exe", "-m"])
+def test_ctrl_c_while_the_library_is_imported_for_the_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", [f"bin/{name}"])
+    importlib.reload(_interruption)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr() == ("", "aiokeyless: interrupted\n")
+    sys.excepthook(LookupError, LookupError("no such thing"), None)
+    assert capsys.readouterr() == ("", "LookupError: no such thing\n")
+
+
+@pytest.mark.parametrize("arguments", [["shop.py"], ["bin/pytest"], [""], []])
+def test_another_programs_ctrl_c_is_reported_by_python(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", arguments)
+    importlib.reload(_interruption)
+    assert sys.excepthook is sys.__excepthook__
+
+
+def test_what_reports_ctrl_c_is_imported_before_what_takes_long() -> None:
+    program = """
+import sys
+
+class Interrupting:
+    def find_spec(self, name, *_rest):
+        if name.partition(".")[0] not in {"aiokeyless", *sys.stdlib_module_names}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["aiokeyless"]
+import aiokeyless
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "aiokeyless: interrupted\n")
 
 
 def block(monkeypatch: pytest.MonkeyPatch, module: str) -> None:

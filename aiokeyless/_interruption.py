@@ -1,0 +1,27 @@
+"""Ctrl-C while the command ``aiokeyless`` starts: one line, and not the traceback of an import.
+
+The package imports this module first. What it imports next is most of the start, and comes before ``__main__`` can
+catch anything. Any other program keeps Python's own report.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Report what ends the process; after a KeyboardInterrupt, Python ends it as the signal would: 130 in a shell."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("aiokeyless: interrupted\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# Python calls a program "-m" until it has found the module to run, and imports the module's package meanwhile.
+if Path((sys.argv or [""])[0]).name.removesuffix(".exe") in {"aiokeyless", "-m"}:
+    sys.excepthook = report
