@@ -142,7 +142,7 @@ function show(snapshot) {
   const first = boot !== snapshot.boot;
   if (first) for (const name of [...phones.keys()]) removePhone(name);
   boot = snapshot.boot;
-  showFault(snapshot.fault);
+  showFault(snapshot);
 
   const attempts = Map.groupBy(snapshot.history, (each) => each.key);
   const named = new Set(snapshot.phones.map((each) => each.user));
@@ -166,10 +166,11 @@ const FAULTS = {
   dropped: "The API drops the connection of every request without an answer, until you choose “works” again.",
 };
 
-function showFault(fault) {
+function showFault({fault, fails}) {
   document.querySelector(`[name="fault"][value="${fault}"]`).checked = true;
-  byId("fault").hidden = fault === "none" || !isLive();
-  setText(byId("fault"), FAULTS[fault] ?? "");
+  const text = FAULTS[fault] ?? (fails ? "A program has told the API to fail. To end that: aiokeyless sandbox recover" : "");
+  byId("fault").hidden = !text || !isLive();
+  setText(byId("fault"), text);
 }
 
 function showHelp(isUsed) {

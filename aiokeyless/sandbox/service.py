@@ -143,7 +143,9 @@ class Sandbox:
         self._api = KeylessApi(self._store, api_key, self._created, self._key_set)
         self._lazy_signer: Signer | None = None
         self._journal = Journal()
-        self._book = PhoneBook(self._store, lambda: self.requests, signs=find_spec("jwt") is not None)
+        self._book = PhoneBook(
+            self._store, lambda: self.requests, lambda: bool(self._faults), signs=find_spec("jwt") is not None
+        )
         actions = Actions(
             approve=self._approve_on_phone,
             fail=self.fail_authentication,
@@ -557,6 +559,7 @@ class Sandbox:
             _check_text("method", method)
         left = math.inf if times is None else times
         self._faults.append(_Fault(left, method and method.upper(), stored, answer))
+        self._phones.refresh()
 
     def _next_fault(self, method: str) -> _Fault | None:
         for index, fault in enumerate(self._faults):

@@ -109,6 +109,7 @@ class Snapshot(Camel):
 
     boot: str
     fault: Fault
+    fails: bool  # whether a program told the API to fail
     signs: bool
     ended: bool
     crowded: bool
@@ -135,11 +136,20 @@ class PhoneBook:
     Args:
         store: Holds the operations.
         requests: Returns the journal, oldest first.
+        fails: Tells whether a program told the API to fail.
         signs: Whether phones sign what is approved.
     """
 
-    def __init__(self, store: OperationStore, requests: Callable[[], Sequence[RequestRecord]], *, signs: bool) -> None:
+    def __init__(
+        self,
+        store: OperationStore,
+        requests: Callable[[], Sequence[RequestRecord]],
+        fails: Callable[[], bool] = lambda: False,
+        *,
+        signs: bool,
+    ) -> None:
         self._store = store
+        self._fails = fails
         self._signs = signs
         self._requests = requests
         # A new sandbox numbers its operations from 1 again: a page that stayed open must not confuse old and new ones.
@@ -207,6 +217,7 @@ class PhoneBook:
         return Snapshot(
             boot=self._boot,
             fault=self.fault,
+            fails=self._fails(),
             signs=self._signs,
             ended=self.ended,
             crowded=self._crowded and not user,

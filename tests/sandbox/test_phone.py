@@ -527,6 +527,17 @@ async def test_page_creates_nothing_that_it_could_not_show(
 # The faults
 
 
+async def test_page_is_told_that_a_program_lets_the_api_fail(
+    sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
+) -> None:
+    async with events(page) as stream:
+        assert not (await stream.next())["fails"]
+        sandbox.fail_next(times=1)
+        await stream.until(lambda shown: shown["fails"])
+        assert await get(http) == 503
+        await stream.until(lambda shown: not shown["fails"])
+
+
 async def test_api_answers_503_to_everyone_until_it_is_to_work_again(
     sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession
 ) -> None:

@@ -276,6 +276,10 @@ async def test_page_lets_the_api_fail_in_two_ways(sandbox: Sandbox, page: Page) 
         await faults.get_by_role("radio", name="works").check()
         await expect(page.get_by_text("The API drops")).to_be_hidden()
         assert await status() == 200
+        sandbox.fail_next(times=None)
+        await expect(page.get_by_text("A program has told the API to fail.")).to_be_visible()
+        sandbox.recover()
+        await expect(page.get_by_text("A program has told the API to fail.")).to_be_hidden()
 
 
 async def test_test_operation_is_sent_from_the_page(sandbox: Sandbox, browser: Browser) -> None:
