@@ -278,10 +278,10 @@ async def enroll(user_id: UserId, /, *, external_user_id: ExternalUserId = None,
     help_epilogue="""\
 Example:
   token=$(aiokeyless sandbox sign order-7)
-  aiokeyless verify "$token" --tenant sandbox --user C0FFEE --data "Pay 40 to Alice\""""
+  aiokeyless verify "$token" --tenant sandbox --user C0FFEE --data "Pay 40\""""
 )
 async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json: AsJson = False) -> int:
-    """Print the token with which the phone signed an approved operation; needs the extra "jwt".
+    """Print what the phone signed at an approval; needs the extra "jwt".
 
     Args:
         operation_id: The operation.
@@ -294,7 +294,7 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox rotate --retire")
 async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> int:
-    """Let phones sign with a new key from now on, and print its id; needs the extra "jwt".
+    """Let phones sign with a new key, and print its id; needs the extra "jwt".
 
     Args:
         retire: Do not publish the earlier keys any more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -37,6 +38,15 @@ async def refusal(*arguments: str) -> str:
 
 def test_each_endpoint_has_a_command_and_each_command_an_endpoint() -> None:
     assert {name for name in app["sandbox"] if not name.startswith("-")} == ENDPOINTS.keys()
+
+
+@pytest.mark.parametrize("command", ENDPOINTS)
+def test_help_of_each_command_has_an_example_and_80_columns(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert run(["sandbox", command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(rf"Example:\n.*aiokeyless sandbox {command}", out)
+    assert max(map(len, out.splitlines())) <= 80
+    assert err == ""
 
 
 # What they do
