@@ -1,7 +1,7 @@
 """The commands that drive a sandbox that runs: ``aiokeyless sandbox approve`` and the others.
 
-They drive the sandbox of ``$KEYLESS_BASE_URL``, with ``$KEYLESS_API_KEY``; without that address the one on the default
-port of this machine, with the default key: a key in the environment may then be that of a real tenant.
+They drive the sandbox of ``$KEYLESS_BASE_URL``, with ``$KEYLESS_API_KEY``. Without that address they drive the one on
+the default port of this machine, with the default key: a key in the environment may then be that of a real tenant.
 """
 
 from __future__ import annotations
