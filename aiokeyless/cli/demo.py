@@ -65,7 +65,9 @@ async def demo(*, as_json: AsJson = False) -> int:
         "a loop that polls once a second and survives errors. Real HTTP; the service is a\n"
         "sandbox, the people are simulated, and every number is measured now.",
     )
-    await _show(console, f"1. All approve within {APPROVALS[1]:.0f} s, at random", play_people, describe_people)
+    await _show(
+        console, f"1. All approve within {APPROVALS[1] + INTERVAL:.0f} s, at random", play_people, describe_people
+    )
     failing = f"2. The service answers 503 for {OUTAGE[1] - OUTAGE[0]:.0f} s, and all approve meanwhile"
     await _show(console, failing, play_outage, describe_outage)
     other = f'3. Asked about "{PAYLOAD}", it answers "{OTHER_PAYLOAD}: approved"'

@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 PEOPLE: Final = 30
 #: Seconds between two polls of the loop.
 INTERVAL: Final = 1.0
-#: When people approve in the first scene, and when the service fails in the second: from, until.
-APPROVALS: Final = (2.0, 10.0)
-OUTAGE: Final = (1.2, 5.2)
+#: When people approve in the first scene, and when the service fails in the second: from, until. These times are
+#: seconds since everybody was asked, which takes a second.
+APPROVALS: Final = (1.0, 9.0)
+OUTAGE: Final = (0.2, 4.2)
 PAYLOAD: Final = "Pay 40 to Alice"
 OTHER_PAYLOAD: Final = "Pay 4000 to Mallory"
 
-_OTHER_ANSWERS_AT: Final = 1.2
+_OTHER_ANSWERS_AT: Final = 0.2
 #: Seconds that a wait may last: far longer than a scene.
 _LIFETIME: Final = 120.0
 
 #: Shows how far a scene is, and returns after how many seconds to show it again.
 Draw: TypeAlias = "Callable[[Scene], float]"
-#: What happens in a scene, and so many seconds after its begin.
+#: What happens in a scene, and so many seconds after everybody was asked.
 Step: TypeAlias = "tuple[float, Callable[[], None]]"
 
 
@@ -131,15 +132,15 @@ class Scene:
         """
         async with asyncio.TaskGroup() as group:
             drawing = group.create_task(self._draw(draw))
-            for at, action in script:
-                group.create_task(self._later(at, action))
             waits: list[asyncio.Task[None]] = []
-            for number in range(PEOPLE):  # one after the other, so that the loops do not poll all at once
-                await self._until(INTERVAL * number / PEOPLE)
+            for _ in range(PEOPLE):  # one after the other, so that the loops do not poll all at once
+                await asyncio.sleep(INTERVAL / PEOPLE)
                 ticket = await self._client.create_operation("C0FFEE", operation_payload=PAYLOAD, expires_in=_LIFETIME)
                 waits += group.create_task(self._wait(ticket)), group.create_task(self._poll_every_second(ticket))
                 if approvals is not None:
-                    group.create_task(self._later(random.uniform(*approvals), self._approver(ticket)))  # noqa: S311
+                    script += ((random.uniform(*approvals), self._approver(ticket)),)  # noqa: S311
+            for at, action in script:
+                group.create_task(self._later(at, action))
             await asyncio.wait(waits)
             drawing.cancel()
         return SceneResult(aiokeyless=self.aiokeyless.result(self._due), loop=self.loop.result(self._due))
@@ -148,11 +149,8 @@ class Scene:
         while True:  # noqa: ASYNC110  # an animation
             await asyncio.sleep(draw(self))
 
-    async def _until(self, seconds: float) -> None:
-        await asyncio.sleep(seconds - self.elapsed)
-
     async def _later(self, seconds: float, action: Callable[[], None]) -> None:
-        await self._until(seconds)
+        await asyncio.sleep(seconds)
         action()
 
     # -- what happens
