@@ -65,6 +65,21 @@ async def test_both_survive_an_outage_into_which_the_library_sends_little() -> N
     assert result.aiokeyless.requests_in_outage < every_second / 4
 
 
+async def test_an_outage_begins_once_everybody_was_asked_however_slow_the_machine_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scenes, "PEOPLE", 5)
+    start = Sandbox.start
+
+    async def slow(self: Sandbox) -> None:
+        await start(self)
+        self.latency = 0.5
+
+    monkeypatch.setattr(Sandbox, "start", slow)
+    result = await play_outage(draw_seldom)
+    assert result.aiokeyless.approved == result.loop.approved == 5
+
+
 async def test_an_answer_about_something_else_deceives_the_loop_and_not_the_library() -> None:
     result = await play_mismatch(draw_seldom)
     assert (result.aiokeyless.approved, result.aiokeyless.refused) == (0, PEOPLE)
