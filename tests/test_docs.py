@@ -9,13 +9,14 @@ import re
 import shlex
 import shutil
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tomllib
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import looptime
 import pytest
@@ -285,6 +286,26 @@ def test_the_sizes_of_a_fleet_were_measured() -> None:
     assert shown is not None
     (few, _, few_on_disk), (many, _, many_on_disk) = measured["100000"], measured["200000"]
     assert [int(size) for size in shown.groups()] == pytest.approx([few, many, few_on_disk, many_on_disk], abs=0.5)
+
+
+def saved(name: str) -> dict[str, Any]:
+    """Return the raw numbers of a benchmark that is saved by itself."""
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert results["effort"] == "full"
+    raw: dict[str, Any] = results["benchmarks"][name]["raw"]
+    return raw
+
+
+def test_what_the_page_about_postgres_says_was_measured() -> None:
+    postgres, crashes = saved("distributed")["PostgreSQL"], saved("crashes")
+    thousand, ten_thousand = postgres["bursts"]
+    assert thousand["size"] == 1000
+    assert thousand["asked"] < 3
+    assert (thousand["lost"], ten_thousand["lost"]) == (0, 0)
+    assert postgres["waiting"]["waiting"] == 100_000
+    assert statistics.median(postgres["waiting"]["take"]) < 0.005
+    assert all(window["logged"] < 30 for windows in postgres["windows"].values() for window in windows)
+    assert crashes["orders committed"] == crashes["payments"] == crashes["orders that were paid"] == 300
 
 
 def test_every_exception_stands_in_the_table() -> None:
