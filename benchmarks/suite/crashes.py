@@ -184,11 +184,14 @@ async def _crash(bench: Bench, server: PostgresServer, sizes: Sizes) -> dict[str
     happened: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         sandbox = await stack.enter_async_context(Sandbox(auto_approve=_APPROVED_AFTER))
-        before = await stack.enter_async_context(CuttingProxy(server, cut_after=False))
-        after = await stack.enter_async_context(CuttingProxy(server, cut_after=True))
-        urls = [before.url(database), after.url(database)]
+        proxies = {
+            (of, cut_after): await stack.enter_async_context(CuttingProxy(server, cut_after=cut_after))
+            for of in ("orders", "outcomes")
+            for cut_after in (False, True)
+        }
+        urls = [proxies["orders", cut_after].url(database) for cut_after in (False, True)]
         workers = [_Program(_work, url, sandbox.url, sandbox.api_key) for _ in range(_WORKERS)]
-        readers = [_Program(_read, urls[place % 2]) for place in range(_READERS)]
+        readers = [_Program(_read, proxies["outcomes", place % 2 == 1].url(database)) for place in range(_READERS)]
         programs = [*workers, *readers]
         keeping = asyncio.create_task(_keep_running(programs))
         try:
@@ -196,7 +199,7 @@ async def _crash(bench: Bench, server: PostgresServer, sizes: Sizes) -> dict[str
                 _order(bench, urls, sizes),
                 _kill(workers, readers, happened, sizes),
                 _stop(server, happened, sizes),
-                _cut((before, after), sizes),
+                *(_cut(proxy, sizes) for proxy in proxies.values()),
             )
             bench.progress("  crashes: all orders are placed, and nothing is killed any more")
             await _until_settled(server, database, sizes.orders - sizes.rolled_back)
@@ -211,8 +214,7 @@ async def _crash(bench: Bench, server: PostgresServer, sizes: Sizes) -> dict[str
             "orders committed": int(server.execute("SELECT count(*) FROM orders", database)[0][0]),
             "orders rolled back": sizes.rolled_back,
             **happened,
-            "COMMITs cut before the server got them": before.cuts,
-            "COMMITs cut after the server had done them": after.cuts,
+            **{_cuts(*of): proxy.cuts for of, proxy in proxies.items()},
             "operations at Keyless": len(asked),
             "rolled back, and asked": len(asked & rolled_back),
             "payments": paid.total(),
@@ -261,11 +263,15 @@ async def _stop(server: PostgresServer, happened: Counter[str], sizes: Sizes) ->
         happened["immediate stops of the server"] += 1
 
 
-async def _cut(proxies: Sequence[CuttingProxy], sizes: Sizes) -> None:
-    cuts = max(2, sizes.kills)
-    for number in range(cuts):
+async def _cut(proxy: CuttingProxy, sizes: Sizes) -> None:
+    cuts = max(1, sizes.kills // 2)
+    for _ in range(cuts):
         await asyncio.sleep(sizes.seconds / cuts)
-        proxies[number % 2].arm()
+        proxy.arm()
+
+
+def _cuts(of: str, cut_after: bool) -> str:  # it is half of a key
+    return f"COMMITs of {of} cut {'after the server had done' if cut_after else 'before the server got'} them"
 
 
 async def _until_settled(server: PostgresServer, database: str, orders: int) -> None:
