@@ -31,6 +31,9 @@ from aiokeyless.shutdown import close_on_signals
 
 ACCOUNTS = {"alice@example.com": "account-1", "bob@example.com": "account-2"}  # a real site has a table of them
 UNREACHABLE = "We cannot reach Keyless. There is nothing wrong with your phone; try again in a moment."
+ELSEWHERE = (
+    "Your phone asks about a login in another browser. Approve it only if it is yours, or try again in 2 minutes."
+)
 LIFETIME = float(os.environ.get("LOGIN_EXPIRES_IN", "120"))
 PROMPTS, PERIOD = 5, 600.0  # a user is asked so often at most, in so many seconds
 UNLISTED = 5.0  # seconds for which the service may not list a new operation yet
@@ -108,7 +111,7 @@ async def start(
         record.execute("UPDATE logins SET state = 'failed' WHERE id = ?", (new.login,))
         raise HTTPException(503, UNREACHABLE) from error
     if prompt is not new and prompt.browser != browser:
-        raise HTTPException(409, "This phone shows a login already. Approve that one, or try again in 2 minutes.")
+        raise HTTPException(409, ELSEWHERE)
     response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax")
     return {"id": prompt.login, "number": prompt.number, "left": prompt.ends - time.time()}
 
