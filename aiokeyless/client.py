@@ -50,6 +50,7 @@ from ._validation import finite_seconds, seconds
 from ._waits.holds import Holds
 from ._waits.poller import Poller
 from ._waits.state import WaitResult
+from ._waits.updates import NewestUpdate
 from .errors import (
     AmbiguousUserError,
     ClientClosedError,
@@ -131,11 +132,12 @@ class KeylessClient:
             Its default headers, cookies and middlewares apply; its timeouts, redirects and error handling do not.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
-        max_in_flight: Concurrent polls of all waits together. Default: 64.
+        max_in_flight: Polls of all waits together that are under way for less than a second. Those that take longer and
+            final polls have room of their own: ten times as many connections at most. Default: 64.
         max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
             are due, the one due longest goes first; ``statistics.lag`` shows by how much polls are late. Final polls
-            count and do not wait for it. After a 429 it is halved, and climbs back within about a minute. Default:
-            1000.
+            count and do not wait for it. If the service refuses polls with 429, it is halved, and climbs back within
+            about a minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
         listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens: polls and waits
@@ -927,22 +929,20 @@ class KeylessClient:
 
     async def _updates(self, options: _WaitOptions, *, explain: bool) -> AsyncGenerator[ApprovalUpdate, None]:
         _, poller = self._open()
-        # Unbounded: the rate of polls bounds it, and a poll must not wait for a slow reader.
-        send, receive = anyio.create_memory_object_stream[ApprovalUpdate](math.inf)
-        with send, receive:
-            wait = poller.start(**options, updates=send)
-            explanation = poller.explain(wait) if explain else None
-            try:
-                async for update in receive:
-                    yield update if explanation is None else explanation.add_to(update)
-                if explanation is not None:
-                    await explanation.complete(wait.result())
-                _result(wait.result())
-            finally:
-                poller.leave(wait)
-                if explanation is not None:
-                    explanation.leave()
-                del wait  # it has the error whose traceback has this frame
+        newest = NewestUpdate()
+        wait = poller.start(**options, updates=newest)
+        explanation = poller.explain(wait) if explain else None
+        try:
+            async for update in newest:
+                yield update if explanation is None else explanation.add_to(update)
+            if explanation is not None:
+                await explanation.complete(wait.result())
+            _result(wait.result())
+        finally:
+            poller.leave(wait)
+            if explanation is not None:
+                explanation.leave()
+            del wait  # it has the error whose traceback has this frame
 
     async def _outcomes(
         self,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import looptime
 
 from aiokeyless._http.transport import Transport
+from aiokeyless._listeners import Listeners
 from aiokeyless._waits.poller import Poller
 from aiokeyless.errors import RateLimitError, StatusError
 from aiokeyless.models import Operation
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from tenacity.wait import wait_base
 
     from aiokeyless._waits.poller import FutureWait
+    from aiokeyless.events import Listener
 
 LATENCY: Final = 0.05  # seconds of a good answer
+MOST_POLLS: Final = 1000.0  # a second, as by default
 
 #: Seconds that an answer takes (infinite: none comes), and the failure that it is; None: a good one.
 Answer = tuple[float, StatusError | None]
@@ -56,8 +59,11 @@ class SimulatedTransport(Transport):
 
     def __init__(self, service: Service) -> None:  # there is no session: nothing of the real one is called
         self.request_timeout = 10.0
+        self.max_connections = math.inf
         self.service = service
         self.sent: list[Sent] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
         self.approved_at: dict[str, float] = {}
 
     async def poll(self, operation_id: str) -> Operation:
@@ -66,7 +72,12 @@ class SimulatedTransport(Transport):
         now = loop.time()
         seconds, error = self.service(operation_id, now)
         self.sent.append(Sent(now, operation_id, error is not None or seconds == math.inf))
-        await (loop.create_future() if seconds == math.inf else asyncio.sleep(seconds))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await (loop.create_future() if seconds == math.inf else asyncio.sleep(seconds))
+        finally:
+            self.in_flight -= 1
         if error is not None:
             raise error.with_traceback(None)
         return self._operation(operation_id, now)
@@ -93,17 +104,27 @@ class Simulation:
         schedule: When to poll.
         seed: Of all that is random, the library's backoff and jitter included.
         max_in_flight: Polls in flight at once.
+        listeners: Whom to tell of waits, polls and the circuit.
     """
 
     transport: SimulatedTransport
     poller: Poller
 
-    def __init__(self, service: Service, schedule: wait_base, *, seed: int = 1, max_in_flight: int = 64) -> None:
+    def __init__(
+        self,
+        service: Service,
+        schedule: wait_base,
+        *,
+        seed: int = 1,
+        max_in_flight: int = 64,
+        listeners: tuple[Listener, ...] = (),
+    ) -> None:
         random.seed(seed)
+        self._listeners = Listeners(listeners) if listeners else None
         self._service = service
         self._schedule = schedule
         self._max_in_flight = max_in_flight
-        self._loop = looptime.new_event_loop()
+        self._loop = looptime.new_event_loop(noop_cycles=1)
         self.lateness: dict[str, float] = {}
         """Seconds from the approval of an operation to the end of its wait."""
         self.outcomes: dict[str, tuple[float, type]] = {}
@@ -114,7 +135,7 @@ class Simulation:
 
         async def main() -> None:
             self.transport = SimulatedTransport(self._service)
-            self.poller = Poller(self.transport, schedule=self._schedule, max_in_flight=self._max_in_flight)
+            self.poller = self.new_poller()
             await scenario
             await self.poller.aclose()
 
@@ -122,6 +143,16 @@ class Simulation:
             self._loop.run_until_complete(main())
         finally:
             self._loop.close()
+
+    def new_poller(self) -> Poller:
+        """Make a client's poller; `poller` is the first."""
+        return Poller(
+            self.transport,
+            schedule=self._schedule,
+            max_in_flight=self._max_in_flight,
+            max_polls_per_second=MOST_POLLS,
+            listeners=self._listeners,
+        )
 
     @property
     def now(self) -> float:

@@ -42,6 +42,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "distributed",
         "fleet",
         "crowd",
+        "weather",
         "endings",
         "listeners",
         "limits",

@@ -58,6 +58,13 @@ _HEADERS: Final = {"Accept": "application/json", "User-Agent": f"aiokeyless/{__v
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
 
+def _max_connections(session: aiohttp.ClientSession) -> float:
+    """Return how many connections to one host the connector of a borrowed session allows."""
+    connector = session.connector
+    limits = () if connector is None else (connector.limit, connector.limit_per_host)
+    return min((limit for limit in limits if limit), default=math.inf)  # 0: no limit
+
+
 class Transport:
     """The HTTP exchanges of one client, bound to the event loop in which it was created.
 
@@ -107,6 +114,8 @@ class Transport:
                 # Cheaper than per request: aiohttp then has nothing to merge.
                 headers=_headers(api_key),
             )
+        self.max_connections: float = math.inf if self._owns_session else _max_connections(session)
+        """Requests at once, of all that the session is used for: more would queue in its connector."""
         self._session = session
         #: The sessions to close: our own, and later perhaps one that does not send the key. Views share the list.
         self._owned_sessions = [session] if self._owns_session else []

@@ -12,7 +12,6 @@ import math
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiokeyless.errors import RateLimitError
 from aiokeyless.events import CircuitChanged
 
 from .backoff import MAX_PAUSE, error_delay, requested_pause
@@ -20,12 +19,10 @@ from .backoff import MAX_PAUSE, error_delay, requested_pause
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from aiokeyless.errors import KeylessError
+    from aiokeyless.errors import KeylessError, RateLimitError
 
 #: Operations that fail, with no good answer in between, until a circuit opens where failures are rare.
 FAILURES_UNTIL_OPEN: Final = 5
-#: Those among them that got a 503 with ``Retry-After``: so many are enough.
-_ASKING_UNTIL_OPEN: Final = 2
 #: ... and this many times the number that usually fails between two good answers: where two of three fail at random,
 #: five in a row are common.
 _TIMES_USUAL: Final = 7
@@ -35,6 +32,8 @@ _LEAST: Final = 4.0
 _NEWEST: Final = 1 / 8
 #: What is as good as none of "usually".
 _NEGLIGIBLE: Final = 0.01
+#: Seconds within which two operations are refused if the limit is the tenant's, and not one operation's.
+_REFUSED_TOGETHER: Final = 2.0
 #: Where few wait, the limit takes long to rise: after so many seconds half open it is closed as well, if failures are
 #: rare by then, which is fewer than this between two good answers.
 _PROVEN: Final = 30.0
@@ -66,8 +65,6 @@ class Circuit:
     """
 
     __slots__ = (
-        "_answered_at",
-        "_asking",
         "_failed",
         "_full",
         "_held_until",
@@ -75,7 +72,9 @@ class Circuit:
         "_probe_at",
         "_probes",
         "_proven_after",
+        "_refusals",
         "_usual",
+        "answered_at",
         "is_calm",
         "since",
         "state",
@@ -92,10 +91,11 @@ class Circuit:
         """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
         self.since: float = -math.inf
         """Since when few polls start: those that started earlier say nothing about it and take no room in it."""
-        self._answered_at = -math.inf  # the last good answer
+        self.answered_at: float = -math.inf
+        """When the last good answer came."""
         self._failed: set[Hashable] = set()  # the operations that failed since then
         self._usual = 0.0  # how many operations that were lately, at each good answer
-        self._asking: set[Hashable] = set()  # the operations that got a Retry-After since then
+        self._refusals: list[tuple[Hashable, float]] = []  # the last two operations that got a 429, and when; in order
         self._held_until = -math.inf  # by the rate limit, which no good answer lifts
         self._probes = 0  # failed ones in a row, the failure that opened the circuit included; 0: it is not probed
         self._probe_at = -math.inf
@@ -120,25 +120,20 @@ class Circuit:
         return max(self._held_until, self._probe_at)
 
     def room(self, now: float) -> int:
-        """Return how many polls may be in flight at this time; final polls go by `limits_final_polls`."""
+        """Return how many polls may be in flight at this time, final ones apart."""
         return self.limit if now >= self.retry_at() else 0
 
     def takes_room(self, started_at: float) -> bool:
         """Return whether a poll in flight counts: while the service recovers, those from before do not."""
         return self.is_closed or started_at >= self.since
 
-    def limits_final_polls(self, now: float) -> bool:
-        """Return whether final polls start one at a time."""
-        return self.is_probed or now < self.retry_at()
-
     def record_success(self, now: float, *, started_at: float) -> None:
         """Record an answer that is no transient failure."""
-        self._answered_at = now
+        self.answered_at = now
         if self.is_calm:
             return
         self._usual += _NEWEST * (len(self._failed) - self._usual)
         self._failed.clear()
-        self._asking.clear()
         self._probes = 0
         self._probe_at = -math.inf
         if now < self._held_until:  # a final poll's answer: no reason to start others before the pause ends
@@ -153,27 +148,35 @@ class Circuit:
             if self._limit == self._full and self._usual < _NEGLIGIBLE:
                 self.is_calm, self._usual = True, 0.0
 
-    def record_error(
-        self, now: float, operation: Hashable, error: KeylessError, *, started_at: float, is_probe: bool
-    ) -> None:
-        """Record a transient failure, and the pause that it asks for: see `record_failure` and `record_pause`.
+    def record_refusal(
+        self, now: float, operation: Hashable, error: RateLimitError, *, is_probe: bool, is_repeated: bool
+    ) -> bool:
+        """Record a 429, besides the failure that it is.
+
+        If another operation got its first one a moment ago, the limit is the tenant's, and ``Retry-After`` is meant for
+        all polls. Else it is the operation's own.
 
         Args:
             now: The time.
-            operation: Whose poll failed.
-            error: The failure. The ``Retry-After`` of a rate limit is meant for all polls, that of a 503 for its own.
-            started_at: When the failed poll started.
-            is_probe: Whether it was an ordinary poll.
-        """
-        pause, is_rate_limit = requested_pause(error), isinstance(error, RateLimitError)
-        asks_for_pause = pause > 0 and not is_rate_limit
-        self.record_failure(now, operation, started_at=started_at, is_probe=is_probe, asks_for_pause=asks_for_pause)
-        if pause and is_rate_limit:
-            self.record_pause(now, pause)
+            operation: Whose poll was refused.
+            error: The refusal.
+            is_probe: Whether it was an ordinary poll. A final poll is sent during a pause, and does not extend it.
+            is_repeated: Whether the poll of the operation before failed, too: so do those that are always refused.
 
-    def record_failure(
-        self, now: float, operation: Hashable, *, started_at: float, is_probe: bool, asks_for_pause: bool = False
-    ) -> None:
+        Returns:
+            Whether the limit is the tenant's.
+        """
+        if is_repeated:
+            return False
+        self._refusals = [refusal for refusal in self._refusals if refusal[0] != operation][-1:]
+        is_tenants = any(now - at <= _REFUSED_TOGETHER for _, at in self._refusals)
+        self._refusals.append((operation, now))
+        pause = requested_pause(error)
+        if is_tenants and pause and (is_probe or now >= self._held_until):
+            self.record_pause(now, pause)
+        return is_tenants
+
+    def record_failure(self, now: float, operation: Hashable, *, started_at: float, is_probe: bool) -> None:
         """Record a transient failure.
 
         Args:
@@ -181,8 +184,6 @@ class Circuit:
             operation: Whose poll failed.
             started_at: When the failed poll started.
             is_probe: Whether it was an ordinary poll; a final poll starts whatever the state, and paces no probe.
-            asks_for_pause: Whether it was a 503 with ``Retry-After``. That time is the operation's; but where two
-                operations get one, it is the service that is not available.
         """
         self.is_calm = False
         if self.is_probed:
@@ -191,12 +192,11 @@ class Circuit:
             return
         if self.state is not CircuitState.OPEN:
             self._limit = max(self._limit * (1 - 1 / self._full), min(self._limit, _LEAST))
-        if started_at < self._answered_at:  # the service has answered well since, so it is the operation
+        if started_at < self.answered_at:  # the service has answered well since, so it is the operation
             return
         self._failed.add(operation)
-        if asks_for_pause:
-            self._asking.add(operation)
-        if self._are_unusual(self._failed, FAILURES_UNTIL_OPEN) or self._are_unusual(self._asking, _ASKING_UNTIL_OPEN):
+        # So many in a row that it is the service.
+        if len(self._failed) >= FAILURES_UNTIL_OPEN + int(_TIMES_USUAL * self._usual):
             self._enter(CircuitState.OPEN, now)
             self._schedule_probe(now)
 
@@ -213,11 +213,11 @@ class Circuit:
             self._keep_distance(started_at)
 
     def record_pause(self, now: float, seconds: float) -> None:
-        """Record the ``Retry-After`` of a rate limit, besides the failure that it came with: it is meant for all polls.
+        """Hold all polls for a time.
 
         Args:
             now: The time.
-            seconds: How long it asks for; at most 120 count.
+            seconds: How long; at most 120 count.
         """
         self.is_calm = False
         self._held_until = max(self._held_until, now + min(seconds, MAX_PAUSE))
@@ -228,10 +228,6 @@ class Circuit:
         """Return whether it has been half open for long enough, and nearly all answers are good."""
         is_half_open = self.state is CircuitState.HALF_OPEN
         return is_half_open and now - self.since >= self._proven_after and self._usual < _RARE
-
-    def _are_unusual(self, operations: set[Hashable], many: int) -> bool:
-        """Return whether so many operations failed in a row that it is the service: `many`, where failures are rare."""
-        return len(operations) >= many + int(_TIMES_USUAL * self._usual)
 
     def _enter(self, state: CircuitState, now: float) -> None:
         """Change the state: the one place where that happens."""

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
     from .state import Wait
 
-_FINAL_POLLS_IN_A_ROW: Final = 7
+SLOW: Final = 1.0  # seconds after which a poll in flight gives its slot back
+#: Ordinary polls in flight at most, in multiples of `max_in_flight`: those that hang beside good answers, and without.
+_MOST_BESIDE_GOOD: Final = 6
+_MOST: Final = 2
+_MOST_FINAL: Final = 4  # final polls in flight at most, likewise
+#: Failures of an operation by which probes tell it from others; more make no difference.
+_FAILURES_TOLD_APART: Final = 8
 #: Queued polls that one call passes over because no wait needs them any more: those waits have ended, or are about to.
 _PASSED_OVER: Final = 384
 
@@ -34,30 +40,45 @@ class Dispatcher:
     Args:
         circuit: How the service fares, and how many polls it bears.
         rate: How many polls may start in a second; final ones are counted and do not wait for it.
-        max_in_flight: Polls in flight at once.
+        max_in_flight: Slots: ordinary polls that are under way for less than a second.
+        max_connections: Polls in flight at once, whatever they are: more would queue for a connection.
         request_timeout: Seconds after which a poll in flight is overdue.
     """
 
-    def __init__(self, circuit: Circuit, rate: PollRate, *, max_in_flight: int, request_timeout: float) -> None:
+    def __init__(
+        self,
+        circuit: Circuit,
+        rate: PollRate,
+        *,
+        max_in_flight: int,
+        max_connections: float,
+        request_timeout: float,
+    ) -> None:
         self._circuit = circuit
         self._rate = rate
         self._max_in_flight = max_in_flight
+        self._max_connections = max_connections
         self._request_timeout = request_timeout
-        self._due: TimerQueue[PolledOperation] = TimerQueue()
-        self._retries: TimerQueue[PolledOperation] = TimerQueue()  # those that failed when they were polled last
-        self._retries_in_flight = 0
-        self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits for a slot
-        self._final_in_a_row = 0  # started since the last ordinary poll
+        # By the failures of an operation in a row, and whether it was ever answered well: in the order of probes.
+        self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
+            TimerQueue() for _ in range(2 * (_FAILURES_TOLD_APART + 1))
+        )
+        self._retries = 0  # operations in the queues of those that failed when they were polled last
+        self._slots: dict[Poll, None] = {}  # the polls that hold one, oldest first
+        self._slots_of_retries = 0
+        self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits to start
         self.final_in_flight: dict[Poll, None] = {}
         """The final ones of the polls in flight."""
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
+        self._cut: list[Poll] = []
+        self._giving_way: Poll | None = None  # it was cut off so that another poll can start; None once it has ended
         self.soonest = math.inf
         """When the next poll may start; perhaps earlier than that, never later. The end of a poll is not foreseen."""
 
     def __len__(self) -> int:
         """Return the number of operations for which an ordinary poll is scheduled."""
-        return len(self._due) + len(self._retries)
+        return sum(map(len, self._queues))
 
     # -- what is to be polled
 
@@ -70,7 +91,7 @@ class Dispatcher:
 
     def unschedule(self, polled: PolledOperation) -> None:
         """Take back the ordinary poll of an operation."""
-        (self._retries if polled.is_retry else self._due).remove(polled)
+        self._dequeue(polled)
         polled.due = math.inf
 
     def queue_final_poll(self, polled: PolledOperation, since: float) -> None:
@@ -93,95 +114,151 @@ class Dispatcher:
     def next_poll(self, now: float) -> Poll | None:
         """Start the next poll that may start now, or set `soonest` to the time at which one may.
 
-        1. No slot is free: the end of a poll is the next event.
-        2. A final poll is queued and may start: it goes first; but every eighth slot goes to an ordinary poll that is
-           due, whatever the rate, so that none starves where final polls take all of it.
-        3. Ordinary polls wait for the circuit, for one that is due, and for the rate. The operation that has been due
-           longest goes first, and those that failed when they were polled last get half of the slots, so that a few
-           that hang leave room for the others. While the circuit is open, one that did not fail goes first, since its
-           answer tells most about the service.
+        1. A final poll is queued and may start: it goes first.
+        2. All slots are taken: the oldest poll gives its slot back once it is a second old.
+        3. Ordinary polls wait for the circuit, for a slot, for one that is due, and for the rate. The operation that
+           has been due longest goes first, and those that failed when they were polled last get half of the slots.
+           While the circuit is open, the order is that of probes.
+        4. As many polls are in flight as may be: the oldest slow one gives way to one that is due.
         """
         self.soonest = math.inf
-        if len(self.in_flight) >= self._max_in_flight:  # 1
-            return None
         circuit = self._circuit
-        ready_at = -math.inf if circuit.is_calm else circuit.retry_at()
-        has_room = circuit.is_calm or self._counted() < circuit.limit
-        if self._final_polls:  # 2
-            may_start = has_room and ready_at <= now + RESOLUTION
-            if may_start and self._final_in_a_row >= _FINAL_POLLS_IN_A_ROW:
-                if (poll := self._next_due(now, now)) is not None:
-                    return poll
-                self.soonest = math.inf
-            if (poll := self._next_final(now, has_room=may_start)) is not None:
-                return poll
-        if not has_room:  # 3
-            return None
-        return self._next_due(now, max(ready_at, self._rate.ready_at(now)))
-
-    def _next_due(self, now: float, ready_at: float) -> Poll | None:
-        """Start the ordinary poll that goes first, or lower `soonest`; `ready_at`: when any of them may start."""
-        for queue in self._queues():
-            if ready_at <= now + RESOLUTION:
-                for _ in range(_PASSED_OVER):
-                    polled = queue.pop_due(now + RESOLUTION)
-                    if polled is None:
-                        break
-                    if waits := polled.active_waits():
-                        return self._start(polled, now, waits, final=False)
-                    polled.due = math.inf  # its callers are gone and about to leave
-            due = queue.next_due()
-            if due is not None:
-                self.soonest = min(self.soonest, max(due, ready_at))
+        if self._final_polls and (poll := self._next_final(now)) is not None:  # 1
+            return poll
+        ready_at = self._rate.ready_at(now)
+        slots = self._max_in_flight if circuit.is_calm else circuit.limit
+        if len(self._slots) >= slots:  # 2
+            self._free_slots(now)
+            if len(self._slots) >= slots:
+                ready_at = max(ready_at, next(iter(self._slots)).started_at + SLOW)
+        if not circuit.is_calm:
+            ready_at = max(ready_at, circuit.retry_at())
+        if ready_at <= now + RESOLUTION and self._has_room(now):  # 3
+            return self._next_due(now)
+        due = self._next_due_at()
+        if max(due, ready_at) > now + RESOLUTION:
+            self.soonest = min(self.soonest, max(due, ready_at) if due < math.inf else due)
+        else:  # 4
+            self._make_room(now)
         return None
 
-    def _queues(self) -> Sequence[TimerQueue[PolledOperation]]:
-        """Return the queues of which a poll may start, the one that goes first first."""
-        retry = self._retries.next_due()
-        if retry is None or self._counted_retries() >= max(1, self._circuit.limit // 2):
-            return (self._due,)
-        due = self._due.next_due()
-        if due is not None and (due <= retry or self._circuit.state is CircuitState.OPEN):
-            return (self._due, self._retries)
-        return (self._retries, self._due)
+    def _free_slots(self, now: float) -> None:
+        """Let slow polls give their slots back; those from before the circuit opened have none in it."""
+        circuit = self._circuit
+        while self._slots:
+            poll = next(iter(self._slots))
+            is_from_before = not circuit.takes_room(poll.started_at)
+            if poll.started_at + SLOW > now + RESOLUTION and not is_from_before:
+                return
+            self._free_slot(poll)
+            if circuit.state is CircuitState.OPEN and not is_from_before and not poll.counted_as_failure:
+                # It may still be answered, so the backoff counts from its start: cutting it would close nothing.
+                poll.counted_as_failure, at = True, poll.started_at
+                circuit.record_failure(at, poll.polled.operation_id, started_at=at, is_probe=True)
 
-    def _next_final(self, now: float, *, has_room: bool) -> Poll | None:
+    def _free_slot(self, poll: Poll) -> None:
+        del self._slots[poll]
+        self._slots_of_retries -= poll.is_retry
+
+    def _has_room(self, now: float) -> bool:
+        """Return whether one more ordinary poll may be in flight; not while one gives way."""
+        in_flight = len(self.in_flight)
+        if in_flight < self._max_in_flight and in_flight < self._max_connections:
+            return True
+        if self._giving_way is not None or in_flight >= self._max_connections:
+            return False
+        times = _MOST_BESIDE_GOOD if now - self._circuit.answered_at <= SLOW else _MOST
+        return in_flight - len(self.final_in_flight) < times * self._max_in_flight
+
+    def _make_room(self, now: float) -> None:
+        """Cut the oldest slow poll off for one that is due, or wait until a poll is slow; one is cut at a time."""
+        if self._giving_way is not None:
+            return
+        for poll in self.in_flight:
+            if not poll.final and not poll.is_over:
+                if poll.started_at + SLOW > now + RESOLUTION:
+                    self.soonest = min(self.soonest, poll.started_at + SLOW)
+                else:
+                    self._giving_way = poll
+                    self.cut_off(poll, overdue=True)
+                return
+
+    def _next_due_at(self) -> float:
+        """Return when the next ordinary poll is due that may start; infinity if there is none."""
+        return min((due for queue in self._open_queues() if (due := queue.next_due()) is not None), default=math.inf)
+
+    def _next_due(self, now: float) -> Poll | None:
+        """Start the ordinary poll that goes first, or lower `soonest`."""
+        for queue in self._by_precedence():
+            for _ in range(_PASSED_OVER):
+                polled = queue.pop_due(now + RESOLUTION)
+                if polled is None:
+                    break
+                self._retries -= polled.rank > 1
+                if waits := polled.active_waits():
+                    return self._start(polled, now, waits)
+                polled.due = math.inf  # its callers are gone and about to leave
+            due = queue.next_due()
+            if due is not None:
+                self.soonest = min(self.soonest, max(due, now))
+        return None
+
+    def _open_queues(self) -> Sequence[TimerQueue[PolledOperation]]:
+        """Return the queues of which a poll may start, in the order of probes."""
+        if not self._retries or self._slots_of_retries >= max(1, self._circuit.limit // 2):
+            return self._queues[:2]
+        return self._queues
+
+    def _by_precedence(self) -> Sequence[TimerQueue[PolledOperation]]:
+        """Return the queues of which a poll may start, the one that goes first first."""
+        queues = self._open_queues()
+        if self._circuit.state is CircuitState.OPEN:
+            return queues
+        due = [(when, number) for number, queue in enumerate(queues) if (when := queue.next_due()) is not None]
+        return [queues[number] for _, number in sorted(due)]
+
+    def _next_final(self, now: float) -> Poll | None:
         """Start the final poll that has been queued longest and that a wait needs, or lower `soonest`."""
-        goes_alone = not has_room or self._circuit.limits_final_polls(now)
-        # One that hangs may go on for other waits after its two seconds: no other final poll is held up by that.
-        if goes_alone and any(poll.is_awaited_as_final() for poll in self.final_in_flight):
-            if (ready_at := self._circuit.retry_at()) > now + RESOLUTION:
-                self.soonest = ready_at
+        if len(self.in_flight) >= self._max_connections:
+            self._make_room(now)
+            return None
+        if self._circuit.state is CircuitState.OPEN:
+            # One that hangs may go on for other waits after its two seconds: no other final poll is held up by that.
+            if any(poll.is_awaited_as_final() for poll in self.final_in_flight):
+                return None
+        elif len(self.final_in_flight) >= _MOST_FINAL * self._max_in_flight:
             return None
         for _ in range(min(_PASSED_OVER, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll():
-                return self._start(polled, now, polled.active_waits(), final=True)
+                return self._start_final(polled, now)
         if self._final_polls:
             self.soonest = now  # in the next turn
         return None
 
-    def _start(self, polled: PolledOperation, now: float, waits: list[Wait], *, final: bool) -> Poll:
-        poll = Poll(polled, now, waits, final=final)
-        self.in_flight[poll] = None
+    def _start(self, polled: PolledOperation, now: float, waits: list[Wait]) -> Poll:
+        poll = Poll(polled, now, waits, final=False)
+        self.in_flight[poll] = self._slots[poll] = None
         self._rate.record_poll(now)
-        if final:
-            self.final_in_flight[poll] = None
-            self._final_in_a_row += 1
-            if polled.due <= now + RESOLUTION:  # it does for an ordinary one that is due
-                self.unschedule(polled)
-        else:
-            poll.lag = max(0.0, now - polled.due)
-            poll.is_retry = polled.is_retry
-            polled.poll = poll
-            polled.due = math.inf
-            self._final_in_a_row = 0
-            self._retries_in_flight += poll.is_retry
+        poll.lag = max(0.0, now - polled.due)
+        if polled.rank > 1:
+            poll.is_retry = True
+            self._slots_of_retries += 1
+        polled.poll = poll
+        polled.due = math.inf
+        return poll
+
+    def _start_final(self, polled: PolledOperation, now: float) -> Poll:
+        poll = Poll(polled, now, polled.active_waits(), final=True)
+        self.in_flight[poll] = self.final_in_flight[poll] = None
+        self._rate.record_poll(now)
+        if polled.due <= now + RESOLUTION:  # it does for an ordinary one that is due
+            self.unschedule(polled)
         return poll
 
     def finish(self, poll: Poll, now: float) -> None:
-        """Free the slot of a poll, and schedule another one if its operation needs one."""
+        """Free the place of a poll, and schedule another one if its operation needs one."""
         del self.in_flight[poll]
         self.soonest = now
         polled = poll.polled
@@ -189,7 +266,10 @@ class Dispatcher:
             del self.final_in_flight[poll]
         else:
             polled.poll = None
-            self._retries_in_flight -= poll.is_retry
+            if poll in self._slots:
+                self._free_slot(poll)
+            if poll is self._giving_way:
+                self._giving_way = None
         if not polled.live or polled.poll is not None:
             return
         if polled.due == math.inf and polled.before_deadline:
@@ -199,11 +279,34 @@ class Dispatcher:
 
     def _enqueue(self, polled: PolledOperation) -> None:
         """Put an operation into the queue where it belongs since its last poll."""
-        if polled.is_retry is not (polled.failures > 0):
-            (self._retries if polled.is_retry else self._due).remove(polled)
-            polled.is_retry = not polled.is_retry
-        (self._retries if polled.is_retry else self._due).schedule(polled, polled.due)
+        rank = 2 * min(polled.failures, _FAILURES_TOLD_APART) + (not polled.was_seen)
+        if rank != polled.rank:
+            self._dequeue(polled)
+            polled.rank = rank
+        if polled.entry is None:
+            self._retries += rank > 1
+        self._queues[rank].schedule(polled, polled.due)
         self.soonest = min(self.soonest, polled.due)
+
+    def _dequeue(self, polled: PolledOperation) -> None:
+        if polled.entry is not None:
+            self._retries -= polled.rank > 1
+            self._queues[polled.rank].remove(polled)
+
+    # -- what is cut off
+
+    def cut_off(self, poll: Poll, *, overdue: bool = False) -> None:
+        """Let the exchange of a poll be cut off, once; overdue: since it takes longer than it may."""
+        if not poll.is_over:
+            poll.is_over, poll.is_overdue = True, overdue
+            self._cut.append(poll)
+
+    def take_cut(self) -> Sequence[Poll]:
+        """Return the polls whose exchanges must be cut off, each once."""
+        if not self._cut:
+            return ()
+        cut, self._cut = self._cut, []
+        return cut
 
     # -- times
 
@@ -224,7 +327,7 @@ class Dispatcher:
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
         late = 0.0
-        for queue in (self._due, self._retries):
+        for queue in self._queues:
             due = queue.next_due()
             if due is not None:
                 late = max(late, now - due)
@@ -233,15 +336,3 @@ class Dispatcher:
             if polled.needs_final_poll():
                 late = max(late, now - since)
         return late
-
-    def _counted(self) -> int:
-        """Return the polls in flight that take room."""
-        if self._circuit.is_closed:  # all of them: asked for at each poll, so it must not walk through 64 of them
-            return len(self.in_flight)
-        return sum(self._circuit.takes_room(poll.started_at) for poll in self.in_flight)
-
-    def _counted_retries(self) -> int:
-        """Return those of operations that had failed: one that hangs since before the circuit opened keeps no probe."""
-        if self._circuit.is_closed:
-            return self._retries_in_flight
-        return sum(poll.is_retry and self._circuit.takes_room(poll.started_at) for poll in self.in_flight)

@@ -27,7 +27,7 @@ from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
-from .dispatch import Dispatcher
+from .dispatch import SLOW, Dispatcher
 from .reporting import LATE
 from .state import Poll, PolledOperation, Wait, WaitPhase
 from .timer_queue import TimerQueue
@@ -58,7 +58,8 @@ class Machine:
     Args:
         reporter: Reports the events of waits and polls.
         schedule: When to poll, for waits that bring no schedule of their own.
-        max_in_flight: Polls in flight at once.
+        max_in_flight: Slots for polls: see `Dispatcher`.
+        max_connections: Polls in flight at once, whatever they are.
         max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
         request_timeout: Seconds for one exchange.
         no_answer: Makes the error for a poll of an operation that got no answer within so many seconds.
@@ -70,6 +71,7 @@ class Machine:
         *,
         schedule: wait_base,
         max_in_flight: int,
+        max_connections: float,
         max_polls_per_second: float | None,
         request_timeout: float,
         no_answer: Callable[[str, float], KeylessError],
@@ -79,14 +81,17 @@ class Machine:
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
         self._request_timeout = request_timeout
-        self._circuit = Circuit(max_in_flight, longest_poll=request_timeout)
+        self._circuit = Circuit(max_in_flight)
         self._rate = PollRate(max_polls_per_second)
         self._dispatcher = Dispatcher(
-            self._circuit, self._rate, max_in_flight=max_in_flight, request_timeout=request_timeout
+            self._circuit,
+            self._rate,
+            max_in_flight=max_in_flight,
+            max_connections=max_connections,
+            request_timeout=request_timeout,
         )
         self._polled: dict[str, PolledOperation] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
-        self._cut: list[Poll] = []
         self._sequence = -math.inf
         self._waiting = 0
         self._polls = 0
@@ -124,10 +129,7 @@ class Machine:
 
     def take_cut(self) -> Sequence[Poll]:
         """Return the polls whose exchanges must be cut off, each once; then `finish_poll` is told that they ended."""
-        if not self._cut:
-            return ()
-        cut, self._cut = self._cut, []
-        return cut
+        return self._dispatcher.take_cut()
 
     # -- what happens: waits
 
@@ -178,6 +180,7 @@ class Machine:
         wait.may_be_missing = may_be_missing
         wait.updates = updates
         wait.attempt = 1 + is_fresh
+        wait.own_due = -math.inf
         wait.polls = wait.number = 0
         wait.error = wait.final = wait.entry = None
         wait.polled = polled = self._polled_operation(operation_id, wait)
@@ -198,6 +201,8 @@ class Machine:
             # A coarse clock may show a time twice.
             self._sequence = max(wait.started_at, math.nextafter(self._sequence, math.inf))
             polled = self._polled[operation_id] = PolledOperation(self._sequence, operation_id, wait.origin)
+        elif polled.live == 1 and polled.first is not None and polled.due < math.inf:  # it is alone no more
+            polled.first.own_due = polled.due
         polled.origin = min(polled.origin, wait.origin)
         return polled
 
@@ -246,7 +251,7 @@ class Machine:
             self._stop_polling(polled)
         elif final is not None and not final.is_over:
             if not final.serves_any():  # those that are left have passed their deadlines, too
-                self._cut_off(final)
+                self._dispatcher.cut_off(final)
             self._dispatcher.ask_again(now)  # if it goes on for others, another final poll may start now
         if self._reporter.listens:
             self._reporter.wait_ended(wait, now)
@@ -256,20 +261,14 @@ class Machine:
         del self._polled[polled.operation_id]
         self._dispatcher.unschedule(polled)
         if polled.poll is not None:
-            self._cut_off(polled.poll)
+            self._dispatcher.cut_off(polled.poll)
         for poll in self._dispatcher.final_in_flight:
             if poll.polled is polled:
-                self._cut_off(poll)
+                self._dispatcher.cut_off(poll)
         if not self._polled:
             self._dispatcher.clear_final_polls()
         if polled.pending_at is not None:
             self._record_observation(polled, None)
-
-    def _cut_off(self, poll: Poll, *, overdue: bool = False) -> None:
-        """Let the exchange of a poll be cut off, once; overdue: since it took longer than an exchange may."""
-        if not poll.is_over:
-            poll.is_over, poll.is_overdue = True, overdue
-            self._cut.append(poll)
 
     def _record_observation(self, polled: PolledOperation, approved_by: float | None) -> None:
         """Give the schedules what was observed of an operation, once: approved between two polls, or still pending."""
@@ -287,7 +286,7 @@ class Machine:
         At the first deadline of a wait a final poll is queued, at the end of its time the wait ends.
         """
         for poll in self._dispatcher.overdue(now):
-            self._cut_off(poll, overdue=True)
+            self._dispatcher.cut_off(poll, overdue=True)
         passed: set[PolledOperation] = set()
         for _ in range(_deadlines_in_a_turn(now, self._deadlines.next_due())):
             wait = self._deadlines.pop_due(now + RESOLUTION)
@@ -308,7 +307,7 @@ class Machine:
             # A poll that started before the deadline does not count at the deadline; others may still need it.
             for poll in self._dispatcher.in_flight:
                 if poll.polled in passed and not poll.serves_any():
-                    self._cut_off(poll)
+                    self._dispatcher.cut_off(poll)
 
     def _pass_deadline(self, wait: Wait) -> None:
         """Let only a final poll count for a wait from now on."""
@@ -329,7 +328,8 @@ class Machine:
         poll = wait.final
         if poll is not None:
             wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
-            if not poll.counted_as_failure:  # it may be the final poll of many waits
+            # It may be the final poll of many waits; and one that started late had no time to be answered.
+            if not poll.counted_as_failure and now - poll.started_at >= SLOW - RESOLUTION:
                 poll.counted_as_failure = True
                 self._failures += 1
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
@@ -352,7 +352,7 @@ class Machine:
         circuit, reporter = self._circuit, self._reporter
         poll.is_over = True
         if answer is None and poll.is_overdue:
-            answer = self._no_answer(poll.polled.operation_id, self._request_timeout)
+            answer = self._no_answer(poll.polled.operation_id, now - poll.started_at)
         if reporter.listens:
             reporter.poll_ended(poll, answer, now)
         if answer is None:  # neither good nor bad
@@ -361,10 +361,7 @@ class Machine:
             return None
         if isinstance(answer, KeylessError) and answer.is_transient:
             self._failures += 1
-            if isinstance(answer, RateLimitError):
-                self._rate.record_refusal(now, started_at=poll.started_at)
-            operation_id = poll.polled.operation_id
-            circuit.record_error(now, operation_id, answer, started_at=poll.started_at, is_probe=not poll.final)
+            self._record_error(poll, answer, now)
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             circuit.record_success(now, started_at=poll.started_at)
         self._report_circuit(answer, now)
@@ -373,6 +370,16 @@ class Machine:
             return None
         application = Application(poll, answer)
         return application if self.apply_more(application, now) else None
+
+    def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
+        """Record what a transient failure says of the service."""
+        operation_id, is_probe = poll.polled.operation_id, not poll.final
+        if not poll.counted_as_failure:
+            self._circuit.record_failure(now, operation_id, started_at=poll.started_at, is_probe=is_probe)
+        if isinstance(error, RateLimitError) and self._circuit.record_refusal(
+            now, operation_id, error, is_probe=is_probe, is_repeated=poll.polled.failures > 0
+        ):
+            self._rate.record_refusal(now, started_at=poll.started_at)
 
     def _report_circuit(self, answer: Operation | KeylessError, now: float) -> None:
         if self._circuit.state is self._reporter.circuit:
@@ -400,7 +407,7 @@ class Machine:
         except KeylessError as error:
             self.end(wait, error, now)
         else:
-            wait.attempt += 1
+            wait.attempt += wait.own_due <= poll.started_at
             self._dispatcher.schedule(polled, now + delay)
         return True
 
@@ -478,7 +485,9 @@ class Machine:
             if isinstance(delay, KeylessError):
                 self.end(wait, copy.copy(delay), now)
                 continue
-            wait.attempt += 1
+            if wait.own_due <= application.poll.started_at:
+                wait.own_due = now + delay
+                wait.attempt += 1
             self._dispatcher.schedule(polled, now + delay)
             good.append(wait)
         return good

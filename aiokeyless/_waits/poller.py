@@ -78,6 +78,7 @@ class Poller:
             self._reporter,
             schedule=schedule,
             max_in_flight=max_in_flight,
+            max_connections=transport.max_connections,
             max_polls_per_second=max_polls_per_second,
             request_timeout=transport.request_timeout,
             no_answer=self._no_answer,

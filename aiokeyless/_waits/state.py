@@ -65,6 +65,9 @@ class Wait(Scheduled):
         had_expired: bool  # before it began: its first poll is the final one, and no deadline bounds that
         may_be_missing: bool
         attempt: int  # for the schedule: the delays asked for, of pending answers only, and one more
+        # When its own schedule would poll, where others share its polls; before its first pending answer, and while it
+        # is alone, in the past.
+        own_due: float
         polls: int
         error: KeylessError | None  # the last one
         final: Poll | None  # its final poll, while that is in flight
@@ -96,8 +99,8 @@ class Wait(Scheduled):
 
 
 WAIT_SLOTS: Final = (
-    *("attempt", "deadline", "entry", "error", "final", "had_expired", "may_be_missing", "number", "origin", "phase"),
-    *("polled", "polls", "schedule", "started_at", "ticket", "updates"),
+    *("attempt", "deadline", "entry", "error", "final", "had_expired", "may_be_missing", "number", "origin", "own_due"),
+    *("phase", "polled", "polls", "schedule", "started_at", "ticket", "updates"),
 )
 
 
@@ -111,7 +114,6 @@ class PolledOperation(Scheduled):
         "failures",
         "final_poll_queued",
         "first",
-        "is_retry",
         "learners",
         "live",
         "operation_id",
@@ -119,6 +121,7 @@ class PolledOperation(Scheduled):
         "others",
         "pending_at",
         "poll",
+        "rank",
         "sequence",
         "was_seen",
     )
@@ -140,7 +143,7 @@ class PolledOperation(Scheduled):
         # -- the dispatcher's
         self.poll: Poll | None = None  # the ordinary poll in flight
         self.due = math.inf  # of the next ordinary poll; while one is in flight, of the one after it
-        self.is_retry = False  # which of the queues it is in: it had failed when it was put there
+        self.rank = 0  # which of the queues it is in
         self.final_poll_queued = False
         self.entry: Entry | None = None
 

@@ -258,16 +258,16 @@ class Exchanges:
             return
         self.failures += 1
         now, operation_id = self._now(), delivery.ticket.operation_id
-        if isinstance(error, RateLimitError):
+        self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
+        if isinstance(error, RateLimitError) and self._circuit.record_refusal(
+            now, operation_id, error, is_probe=is_probe, is_repeated=delivery.message.failures > 0
+        ):
             self._rate.record_refusal(now, started_at=started_at)
-        self._circuit.record_error(now, operation_id, error, started_at=started_at, is_probe=is_probe)
         self._reporter.circuit_is(self._circuit.state, error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:
-        own_pause = 0.0
-        if isinstance(answer, KeylessError) and not isinstance(answer, RateLimitError):  # that one's is the circuit's
-            own_pause = requested_pause(answer)
+        own_pause = requested_pause(answer) if isinstance(answer, KeylessError) else 0.0
         return Pacing(
             schedule=self._schedule,
             failures=delivery.message.failures + 1,

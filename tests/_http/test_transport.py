@@ -8,6 +8,7 @@ import gc
 import gzip
 import itertools
 import logging
+import math
 import os
 import re
 import ssl
@@ -764,6 +765,26 @@ async def test_log_is_silent_by_default(client: KeylessClient, caplog: pytest.Lo
 
 
 # A borrowed session
+
+
+@pytest.mark.parametrize(
+    ("limit", "per_host", "most"), [(100, 0, 100), (0, 0, math.inf), (100, 20, 20), (0, 30, 30), (10, 20, 10)]
+)
+async def test_a_borrowed_session_bounds_the_polls_in_flight(
+    sandbox: Sandbox, limit: int, per_host: int, most: float
+) -> None:
+    connector = aiohttp.TCPConnector(limit=limit, limit_per_host=per_host)
+    async with aiohttp.ClientSession(connector=connector) as session, sandbox.client(session=session) as client:
+        assert client._open()[0].max_connections == most
+
+
+async def test_a_session_without_a_connector_bounds_nothing(
+    sandbox: Sandbox, session: aiohttp.ClientSession, client: KeylessClient
+) -> None:
+    assert client._open()[0].max_connections == math.inf
+    await session.close()
+    async with sandbox.client(session=session) as closed:
+        assert closed._open()[0].max_connections == math.inf
 
 
 async def test_borrowed_session_is_not_closed(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:

@@ -14,15 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._rules.backoff import MAX_PAUSE
 from aiokeyless._rules.circuit import FAILURES_UNTIL_OPEN, Circuit, CircuitState, Transition, Transitions
-from aiokeyless.errors import RateLimitError, ServerError, TransportError
+from aiokeyless.errors import RateLimitError, TransportError
 from aiokeyless.events import CircuitChanged
 from benchmarks.approval_times import seeded_random
 
 LIMIT = 64
 MAX_BACKOFF = 5.0
 OPERATIONS = itertools.count()  # of which each polls once
-RESET = TransportError("reset", method="GET", path="/")
-UNAVAILABLE = ServerError(status=503, method="GET", path="/", retry_after=0.5)
 
 
 @pytest.fixture
@@ -35,16 +33,26 @@ def full_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuit_module, "error_delay", full)
 
 
-def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float | None = None) -> None:
-    """Let polls of different operations fail, one after another; with a pause, each gets a rate limit."""
+def fail(circuit: Circuit, now: float, times: int = 1, *, pause: float = 0.0) -> None:
+    """Let polls of different operations fail, one after another; with a pause, of a limit that is the tenant's."""
     for _ in range(times):
-        error = RESET if pause is None else RateLimitError(status=429, method="GET", path="/", retry_after=pause)
-        circuit.record_error(now, next(OPERATIONS), error, started_at=now, is_probe=True)
+        circuit.record_failure(now, next(OPERATIONS), started_at=now, is_probe=True)
+        if pause:
+            circuit.record_pause(now, pause)
 
 
-def unavailable(circuit: Circuit, now: float, operation: str) -> None:
-    """Let an operation get a 503 with Retry-After."""
-    circuit.record_error(now, operation, UNAVAILABLE, started_at=now, is_probe=True)
+def refuse(
+    circuit: Circuit,
+    now: float,
+    operation: str,
+    *,
+    pause: float | None = 10.0,
+    is_probe: bool = True,
+    is_repeated: bool = False,
+) -> bool:
+    """Let an operation get a 429, and return whether the limit is the tenant's."""
+    error = RateLimitError(status=429, method="GET", path="/", retry_after=pause)
+    return circuit.record_refusal(now, operation, error, is_probe=is_probe, is_repeated=is_repeated)
 
 
 def open_at(now: float, limit: int = LIMIT) -> Circuit:
@@ -65,12 +73,7 @@ def one_round(circuit: Circuit, now: float) -> None:
 
 def test_a_new_circuit_is_closed_and_allows_all_polls() -> None:
     circuit = Circuit(LIMIT)
-    assert (circuit.room(0.0), circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(0.0)) == (
-        LIMIT,
-        True,
-        False,
-        False,
-    )
+    assert (circuit.room(0.0), circuit.is_closed, circuit.is_probed) == (LIMIT, True, False)
     assert circuit.retry_at() == -math.inf
     assert circuit.since == -math.inf
 
@@ -78,7 +81,7 @@ def test_a_new_circuit_is_closed_and_allows_all_polls() -> None:
 def test_four_failures_in_a_row_take_little_room() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 1.0, 4)
-    assert (circuit.is_closed, circuit.is_probed, circuit.limits_final_polls(1.0)) == (True, False, False)
+    assert (circuit.is_closed, circuit.is_probed) == (True, False)
     assert circuit.room(1.0) == 60
 
 
@@ -93,7 +96,7 @@ def test_a_good_answer_between_them_makes_failures_not_in_a_row() -> None:
 def test_one_operation_that_fails_all_the_time_does_not_open_the_circuit() -> None:
     circuit = Circuit(LIMIT)
     for now in range(100):
-        circuit.record_error(float(now), "bad", RESET, started_at=float(now), is_probe=True)
+        circuit.record_failure(float(now), "bad", started_at=float(now), is_probe=True)
     assert circuit.is_closed
     assert circuit.room(100.0) >= 4
 
@@ -102,7 +105,7 @@ def test_polls_that_fail_after_the_service_answered_others_do_not_open_the_circu
     circuit = Circuit(LIMIT)
     circuit.record_success(5.0, started_at=4.9)
     for operation in range(20):  # they hung
-        circuit.record_error(10.0, operation, RESET, started_at=0.0, is_probe=True)
+        circuit.record_failure(10.0, operation, started_at=0.0, is_probe=True)
     assert circuit.is_closed
 
 
@@ -145,21 +148,13 @@ def test_the_more_fail_the_fewer_are_in_flight_and_some_always_are(failing: floa
     assert circuit.is_closed
 
 
-@pytest.mark.parametrize("pause", [None, 0.0], ids=["none", "zero"])
-def test_no_retry_after_and_one_of_zero_are_the_same(pause: float | None) -> None:
-    circuit = Circuit(LIMIT)
-    fail(circuit, 1.0, pause=pause)
-    assert circuit.is_closed
-    assert circuit.room(1.0) == LIMIT - 1
-
-
 # -- closed
 
 
 @pytest.mark.usefixtures("full_backoff")
 def test_five_failures_in_a_row_allow_one_probe_and_only_after_the_backoff() -> None:
     circuit = open_at(100.0)
-    assert (circuit.is_closed, circuit.limits_final_polls(100.0), circuit.limit) == (False, True, 1)
+    assert (circuit.state, circuit.limit) == (CircuitState.OPEN, 1)
     assert circuit.retry_at() == 100.5
     assert circuit.room(100.49) == 0
     assert circuit.room(100.5) == 1
@@ -252,14 +247,14 @@ def test_of_what_is_cut_off_only_a_probe_puts_off_the_next_one() -> None:
 def test_final_polls_do_not_pace_the_probes() -> None:
     circuit = open_at(100.0)
     for now in (100.1, 100.2, 100.3):
-        circuit.record_error(now, next(OPERATIONS), RESET, started_at=now, is_probe=False)
+        circuit.record_failure(now, next(OPERATIONS), started_at=now, is_probe=False)
         assert circuit.retry_at() == 100.5
 
 
 def test_a_good_answer_makes_an_open_circuit_half_open() -> None:
     circuit = open_at(100.0)
     circuit.record_success(130.0, started_at=130.0)
-    assert (circuit.is_probed, circuit.limits_final_polls(130.0), circuit.is_closed) == (False, False, False)
+    assert (circuit.is_probed, circuit.state) == (False, CircuitState.HALF_OPEN)
     assert circuit.room(130.0) == 2  # the probe was the round of one
 
 
@@ -377,13 +372,6 @@ def test_polls_of_better_days_take_no_room_until_it_is_closed_again() -> None:
     assert circuit.takes_room(99.0)
 
 
-def test_failures_that_ask_for_no_pause_are_not_counted_as_if_they_did() -> None:
-    circuit = Circuit(4)
-    for operation in range(FAILURES_UNTIL_OPEN - 1):
-        circuit.record_failure(1.0, operation, started_at=0.5, is_probe=False)
-    assert circuit.is_closed
-
-
 def test_good_answers_when_all_is_well_widen_nothing() -> None:
     circuit = Circuit(4)
     for now in range(100):
@@ -404,8 +392,7 @@ def test_a_retry_after_counts_for_two_minutes_at_most(pause: float, until: float
     assert circuit.retry_at() == until
     assert not circuit.is_probed
     before = math.nextafter(until, 0.0)
-    assert (circuit.room(100.0), circuit.room(before), circuit.limits_final_polls(before)) == (0, 0, True)
-    assert (circuit.room(until), circuit.limits_final_polls(until)) == (1, False)
+    assert (circuit.room(100.0), circuit.room(before), circuit.room(until)) == (0, 0, 1)
 
 
 def test_of_two_retry_afters_the_one_that_ends_later_counts() -> None:
@@ -440,7 +427,7 @@ def test_good_answers_during_a_retry_after_do_not_end_it() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, pause=10.0)
     circuit.record_success(101.0, started_at=99.0)
-    assert (circuit.room(109.9), circuit.limits_final_polls(109.9)) == (0, True)
+    assert (circuit.room(109.9), circuit.state) == (0, CircuitState.OPEN)
 
 
 def test_final_polls_answered_well_during_a_retry_after_do_not_ramp_up_for_the_time_after_it() -> None:
@@ -461,79 +448,53 @@ def test_a_retry_after_while_half_open_starts_again_from_one() -> None:
     assert (circuit.room(102.9), circuit.room(103.0)) == (0, 1)
 
 
-def test_a_503_with_retry_after_is_its_operations_own() -> None:
-    circuit = Circuit(LIMIT)
-    for now in range(10):
-        unavailable(circuit, float(now), "bad")
-    assert circuit.is_closed
-    assert circuit.retry_at() == -math.inf
+# -- refusals
 
 
-def test_two_operations_that_are_told_of_a_rate_limit_do_not_open_the_circuit_beyond_its_pause() -> None:
+@pytest.mark.parametrize(
+    ("refusals", "is_tenants"),
+    [
+        ([(100.0, "a", {})], False),
+        ([(100.0, "a", {}), (100.5, "a", {})], False),
+        ([(100.0, "a", {}), (102.0, "b", {})], True),
+        ([(100.0, "a", {}), (102.1, "b", {})], False),
+        ([(100.0, "a", {}), (100.5, "b", {"is_repeated": True})], False),
+        ([(100.0, "a", {"is_repeated": True}), (100.5, "b", {})], False),
+        ([(100.0, "a", {}), (101.0, "b", {}), (102.5, "b", {})], False),
+        ([(100.0, "a", {}), (101.5, "b", {}), (102.5, "a", {})], True),
+        ([(100.0, "a", {"pause": None}), (100.5, "b", {"pause": None})], True),
+    ],
+    ids=["one", "one twice", "two", "too late", "a repeated one", "after one", "last of b", "last of a", "no pause"],
+)
+def test_a_limit_is_the_tenants_if_two_operations_are_refused_that_had_not_failed(
+    refusals: list[tuple[float, str, dict[str, bool]]], *, is_tenants: bool
+) -> None:
     circuit = Circuit(LIMIT)
-    fail(circuit, 100.0, 2, pause=10.0)
-    assert circuit.state is CircuitState.OPEN
-    assert not circuit.is_probed
+    said = [refuse(circuit, at, operation, **options) for at, operation, options in refusals]
+    assert said[-1] is is_tenants
+    asks = refusals[-1][2].get("pause", 10.0)
+    assert (circuit.state is CircuitState.OPEN) is (said.count(True) > 0 and asks is not None)
+
+
+def test_the_pause_of_a_limit_that_is_the_tenants_holds_all_polls() -> None:
+    circuit = Circuit(LIMIT)
+    refuse(circuit, 100.0, "a", pause=60.0)
+    assert circuit.room(100.0) == LIMIT
+    refuse(circuit, 101.0, "b", pause=10.0)
+    assert (circuit.retry_at(), circuit.is_probed) == (111.0, False)
+
+
+def test_a_pause_that_a_final_poll_is_asked_for_extends_none_and_begins_one() -> None:
+    circuit = Circuit(LIMIT)
+    for now, operation in ((100.0, "a"), (100.0, "b"), (105.0, "c"), (105.0, "d")):
+        refuse(circuit, now, operation, is_probe=now < 105.0)
     assert circuit.retry_at() == 110.0
-
-
-def test_a_second_operation_with_one_opens_the_circuit_and_a_probe_asks_again_before_that_time_is_over() -> None:
-    circuit = Circuit(LIMIT)
-    unavailable(circuit, 100.0, "a")
-    unavailable(circuit, 101.0, "b")
-    assert circuit.is_probed
-    assert (circuit.room(101.2), circuit.room(101.5)) == (0, 1)
-
-
-def test_a_good_answer_between_the_two_shows_that_they_are_the_operations_own() -> None:
-    circuit = Circuit(LIMIT)
-    circuit.record_success(20.0, started_at=19.9)
-    for operation in "ab":  # they were sent before that answer
-        circuit.record_failure(20.1, operation, started_at=19.8, is_probe=True, asks_for_pause=True)
-    assert circuit.is_closed
-    unavailable(circuit, 21.0, "a")
-    circuit.record_success(22.0, started_at=21.9)
-    unavailable(circuit, 23.0, "b")
-    assert circuit.is_closed
-
-
-def test_where_many_operations_get_one_between_good_answers_two_in_a_row_are_common() -> None:
-    circuit = Circuit(LIMIT)
-    for now in range(20):
-        unavailable(circuit, float(now), f"bad-{now}")
-        circuit.record_success(now + 0.5, started_at=now + 0.4)
-    for now in range(5):
-        unavailable(circuit, 20.0, f"other-{now}")
-    assert circuit.is_closed
-
-
-def test_a_503_counts_where_its_poll_started_in_the_moment_of_the_last_good_answer() -> None:
-    circuit = Circuit(LIMIT)
-    circuit.record_success(1.0, started_at=0.9)
-    for operation in ("a", "b"):
-        circuit.record_failure(2.0, operation, started_at=1.0, is_probe=True, asks_for_pause=True)
-    assert circuit.is_probed
-
-
-@pytest.mark.usefixtures("full_backoff")
-def test_further_ones_of_polls_from_before_do_not_put_off_the_probe() -> None:
-    circuit = Circuit(LIMIT)
-    unavailable(circuit, 1.0, "a")
-    unavailable(circuit, 1.0, "b")
-    for operation in ("c", "d"):
-        circuit.record_failure(1.2, operation, started_at=0.9, is_probe=True, asks_for_pause=True)
-    assert circuit.retry_at() == 1.5
-
-
-def test_a_good_answer_ends_the_pause_of_a_503_and_not_that_of_a_429() -> None:
-    circuit = Circuit(LIMIT)
-    unavailable(circuit, 100.0, "a")
-    unavailable(circuit, 100.0, "b")
-    circuit.record_success(101.0, started_at=99.0)
-    assert (circuit.state, circuit.room(101.0)) == (CircuitState.HALF_OPEN, 2)
-    fail(circuit, 102.0, pause=30.0)
-    circuit.record_success(103.0, started_at=101.0)
-    assert (circuit.state, circuit.room(103.0)) == (CircuitState.OPEN, 0)
+    for operation in "ef":
+        refuse(circuit, 110.0, operation, is_probe=False)
+    assert circuit.retry_at() == 120.0
+    for operation in "gh":
+        refuse(circuit, 115.0, operation)
+    assert circuit.retry_at() == 125.0
 
 
 # -- both at once
@@ -580,7 +541,6 @@ def test_the_end_of_a_retry_after_does_not_close_an_open_circuit() -> None:
     circuit = Circuit(LIMIT)
     fail(circuit, 100.0, 5, pause=10.0)
     assert circuit.is_probed
-    assert circuit.limits_final_polls(1e9)
     assert circuit.room(1e9) == 1
 
 
@@ -589,7 +549,7 @@ def test_a_good_answer_does_not_end_a_retry_after_and_the_ramp_up_then_starts_fr
     fail(circuit, 100.0, 5, pause=60.0)
     circuit.record_success(130.0, started_at=130.0)
     assert not circuit.is_probed
-    assert (circuit.room(159.9), circuit.limits_final_polls(159.9), circuit.room(160.0)) == (0, True, 1)
+    assert (circuit.room(159.9), circuit.room(160.0)) == (0, 1)
     one_round(circuit, 160.0)
     assert circuit.room(160.0) == 2
 
@@ -693,7 +653,6 @@ class CircuitMachine(RuleBasedStateMachine):
                 next(OPERATIONS),
                 started_at=sent_at,
                 is_probe=not final,
-                asks_for_pause=bool(pause) and not of_all,
             )
             if pause and of_all:
                 self.circuit.record_pause(self.now, pause)
@@ -725,13 +684,12 @@ class CircuitMachine(RuleBasedStateMachine):
                 assert self.circuit.room(self.now + MAX_PAUSE) == 1
             if self.now < self.circuit.retry_at():
                 assert self.circuit.room(self.now) == 0
-                assert self.circuit.limits_final_polls(self.now)
+                assert self.circuit.state is CircuitState.OPEN
 
     @invariant()
     def closed_means_room(self) -> None:
         if hasattr(self, "circuit") and self.circuit.is_closed:
             assert self.circuit.room(self.now) >= min(2, self.limit)
-            assert not self.circuit.limits_final_polls(self.now)
 
     def teardown(self) -> None:
         """Whatever happened: with good answers from now on, the full limit comes back, in few rounds."""

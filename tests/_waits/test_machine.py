@@ -11,6 +11,7 @@ from tenacity.wait import wait_base
 
 from aiokeyless import ApprovalTicket, wait_adaptive
 from aiokeyless._listeners import Listeners
+from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._waits import machine as machine_module
 from aiokeyless._waits.machine import BATCH
 from aiokeyless._waits.state import WaitPhase
@@ -128,18 +129,77 @@ class TestPolls:
 
 
 class TestSlots:
-    def test_no_more_polls_are_in_flight_than_there_are_slots(self) -> None:
-        machine = Calls(1)
-        machine.wait("first")
-        machine.wait("second")
-        poll = machine.one(0.0)
-        assert machine.wake_at() == TIMEOUT  # nothing but the timeout of the one in flight
-        assert machine.statistics(4.0).lag == 4.0
-        machine.answer(poll, 4.0)
-        assert names(machine.started(4.0)) == ["second"]
+    def test_a_poll_takes_a_slot_until_it_ends_or_for_a_second(self) -> None:
+        machine = Calls(2)
+        for name in ("slow", "quick", "third"):
+            machine.wait(name)
+        slow, quick = machine.started(0.0)
+        assert machine.statistics(0.4).lag == 0.4
+        machine.answer(quick, 0.5)
+        third = machine.one(0.5)
+        machine.wait("fourth", at=0.6)
+        assert machine.wakes(0.6) == 1.0
+        assert names(machine.started(1.0)) == ["fourth"]
+        assert machine.statistics(1.0).in_flight == 3
+        machine.wait("fifth", at=1.0)
+        assert machine.wakes(1.2) == 1.5
+        machine.answer(slow, 1.3)  # it has no slot any more
+        assert machine.started(1.3) == []
+        machine.answer(third, 1.4)
+        assert names(machine.started(1.4)) == ["fifth"]
 
-    def test_a_final_poll_goes_before_what_is_due_longer(self) -> None:
-        machine = Calls(2, schedule=wait_fixed(50))
+    @pytest.mark.parametrize(("answered", "most"), [(math.inf, 8), (1.1, 8), (1.0, 24)])
+    def test_beside_good_answers_more_polls_may_hang(self, answered: float, most: int) -> None:
+        machine = Calls(4)
+        for number in range(40):
+            machine.wait(f"hanging-{number}")
+        in_flight = 0
+        for at in range(10):
+            machine._circuit.answered_at = at - answered
+            in_flight += len(machine.started(float(at)))
+            if machine.take_cut():
+                break
+        assert in_flight == most
+
+    def test_at_the_most_the_oldest_slow_poll_gives_way_and_counts_as_failed(self) -> None:
+        machine = Calls(1)
+        for number in range(4):
+            machine.wait(f"op-{number}", at=number)
+        first, *_ = [machine.one(float(at)) for at in range(2)]
+        assert machine.started(2.5) == []
+        assert list(machine.take_cut()) == [first]
+        assert machine.started(2.6) == []  # one at a time
+        assert list(machine.take_cut()) == []
+        machine.answer(first, 2.7, None)
+        assert names(machine.started(2.7)) == ["op-2"]
+        assert machine.statistics(2.7).transient_failures == 1
+        assert first.polled.failures == 1
+
+    def test_what_is_not_due_cuts_nothing(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(60))
+        machine.wait("answered")
+        machine.answer(machine.one(0.0), 0.0)
+        for number in range(2):
+            machine.wait(f"op-{number}", at=5.0 + number)
+            machine.one(5.0 + number)
+        assert machine.wakes(8.0) == 5.0 + TIMEOUT
+        assert machine.take_cut() == ()
+
+    def test_no_more_polls_are_in_flight_than_there_are_connections(self) -> None:
+        machine = Calls(8, connections=2, schedule=wait_fixed(60))
+        for number in range(3):
+            machine.wait(f"op-{number}")
+        machine.wait("final", timeout=0.2)
+        first, second = machine.started(0.0)
+        assert machine.wakes(0.2) == 1.0  # there is none for the final poll, either
+        assert machine.started(1.0) == []
+        assert list(machine.take_cut()) == [first]
+        machine.answer(first, 1.1, None)
+        assert [poll.final for poll in machine.started(1.1)] == [True]
+        assert list(machine.take_cut()) == [second]
+
+    def test_a_final_poll_goes_before_what_is_due_longer_and_takes_no_slot(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(50))
         machine.wait("final", timeout=1.0)
         machine.answer(machine.one(0.0), 0.0)
         machine.wait("ordinary", at=0.5)
@@ -149,23 +209,15 @@ class TestSlots:
             ("ordinary", False),
         ]
 
-    def test_every_eighth_slot_goes_to_an_ordinary_poll_whatever_the_rate(self) -> None:
-        machine = Calls(rate=5.0, schedule=wait_fixed(50))
-        for number in range(30):
-            machine.wait(f"final-{number}", timeout=0.5, ticket=None)
-        machine.run(0.4, lambda *_: "pending")
-        machine.wait("ordinary", at=0.5)
-        polls = machine.started(0.5)
-        assert [poll.final for poll in polls].index(False) == 7
-        assert len(polls) == 31
-
-    def test_every_eighth_slot_is_a_final_polls_if_nothing_is_due(self) -> None:
-        machine = Calls(schedule=wait_fixed(50))
+    def test_final_polls_are_four_times_as_many_as_there_are_slots(self) -> None:
+        machine = Calls(2, schedule=wait_fixed(50))
         for number in range(10):
             machine.wait(f"final-{number}", timeout=0.5)
-        for poll in machine.started(0.0):
-            machine.answer(poll, 0.0)
-        assert [poll.final for poll in machine.started(0.5)] == [True] * 10
+            machine.run(0.0, lambda *_: "pending")
+        first, *others = machine.started(0.5)
+        assert [poll.final for poll in (first, *others)] == [True] * 8
+        machine.answer(first, 0.6)
+        assert len(machine.started(0.6)) == 1
 
     def test_a_final_poll_that_no_wait_needs_any_more_is_left_out(self) -> None:
         machine = Calls(1)
@@ -315,9 +367,11 @@ class TestRate:
 
     def test_a_refusal_halves_the_rate(self) -> None:
         machine = Calls(rate=100.0)
-        machine.wait()
-        machine.answer(machine.one(0.0), 0.0, error(429))
-        assert machine.statistics(0.0).rate_limit == 0.5
+        for name in ("one", "other"):
+            assert machine.statistics(0.0).rate_limit == 100.0
+            machine.wait(name)
+            machine.answer(machine.one(0.0), 0.0, error(429))
+        assert machine.statistics(0.0).rate_limit == 1.0
         assert Calls().statistics(0.0).rate_limit is None
 
 
@@ -341,17 +395,75 @@ class TestCircuit:
             machine.wait(f"final-{number}", timeout=0.01)
         assert [poll.final for poll in machine.started(0.01)] == [True]
         assert machine.wake_at() == retry_at
-        assert machine.wakes(retry_at) > retry_at  # the final poll takes the room of the probe
+        assert [poll.final for poll in machine.started(retry_at)] == [False]
+        assert machine.wakes(retry_at) == min(retry_at + 1.0, 2.01)
 
-    def test_final_polls_that_queue_while_a_pause_holds_go_on_once_it_is_over(self) -> None:
+    def test_a_probe_that_hangs_counts_once_and_its_late_answer_ends_the_outage(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
+        machine = Calls(schedule=wait_fixed(100))
+        assert opened(machine, 0.0) == 2.0
+        for number in range(3):
+            machine.wait(f"op-{number}")
+        probe = machine.one(2.0)
+        assert machine.wakes(2.0) == 3.0
+        assert machine.wakes(3.0) == 6.0  # counted from its start
+        second = machine.one(6.0)
+        assert machine.statistics(6.0).in_flight == 2
+        machine.answer(probe, 6.5, error(500))
+        assert machine.wakes(7.0) == 12.0
+        machine.answer(second, 9.0)
+        assert machine.statistics(9.0).circuit == "half_open"
+
+    def test_a_probe_is_for_what_failed_least_then_for_what_was_answered_well_then_for_what_is_due(self) -> None:
+        machine = Calls(schedule=wait_fixed(0.1))
+        for name in ("bad", "better", "well"):
+            machine.wait(name)
+        answers: dict[str, Any] = {"bad": error(500), "better": error(500), "well": "pending"}
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, answers[poll.polled.operation_id])
+        machine.wait("newer", at=0.05)
+        machine.wait("gone", at=0.05).is_cancelled = True
+        while not machine._circuit.is_probed:
+            machine._circuit.record_failure(0.05, object(), started_at=0.05, is_probe=True)
+        order, now = list[str](), 1.0
+        for answer in (None, None, error(500), error(500), error(500), None):
+            while not (polls := machine.started(now)):
+                now = machine.wake_at()
+            (poll,) = polls
+            order.append(poll.polled.operation_id)
+            if answer is not None:
+                machine.answer(poll, now, answer)
+        assert order == ["well", "newer", "bad", "better", "bad", "better"]
+
+    def test_final_polls_that_queue_while_a_pause_holds_go_one_at_a_time(self) -> None:
         machine = Calls()
-        machine.wait("refused", timeout=None)
-        machine.answer(machine.one(0.0), 0.0, error(429, retry_after=1.5))
+        machine._circuit.record_pause(0.0, 1.5)
         ends = [machine.wait(f"final-{number}", timeout=0.1) for number in range(3)]
-        assert len(machine.started(0.1)) == 1
-        assert machine.wake_at() == 1.5
-        assert machine.wakes(1.5) == 2.1
-        assert [wait.outcome for wait in ends] == [""] * 3
+        first = machine.one(0.1)
+        assert machine.wakes(0.2) == 2.1
+        machine.answer(first, 0.3)
+        assert len(machine.started(0.3)) == 1
+        assert [wait.outcome for wait in ends] == ["ApprovalTimeoutError", "", ""]
+
+    def test_one_operation_that_is_refused_waits_as_long_as_it_was_asked_to_and_holds_up_no_other(self) -> None:
+        machine = Calls(rate=100.0, schedule=wait_fixed(1))
+        machine.wait("refused")
+        machine.wait("well")
+        polls = machine.run(60.0, lambda name, _: error(429, retry_after=30) if name == "refused" else "pending")
+        assert [at for at, name in polls if name == "refused"] == [0.0, 30.0, 60.0]
+        assert len(polls) == 3 + 61
+        assert (machine.statistics(60.0).circuit, machine.statistics(60.0).rate_limit) == ("closed", 100.0)
+
+    def test_a_refusal_of_two_operations_holds_all(self) -> None:
+        machine = Calls(rate=100.0, schedule=wait_fixed(1))
+        for name in ("one", "other", "well"):
+            machine.wait(name)
+        for poll in machine.started(0.0):
+            is_well = poll.polled.operation_id == "well"
+            machine.answer(poll, 0.0, "pending" if is_well else error(429, retry_after=30))
+        assert machine.wakes(0.0) == 30.0
 
     def test_a_good_operation_is_probed_before_one_that_failed(self) -> None:
         machine = Calls(schedule=wait_fixed(100))
@@ -495,8 +607,8 @@ class TestDeadlines:
         assert machine.statistics(7.0).timeouts == 3
         assert final in machine.take_cut()
 
-    def test_a_wait_whose_final_poll_finds_no_slot_ends_unknown(self) -> None:
-        machine = Calls(1)
+    def test_a_wait_whose_final_poll_cannot_start_ends_unknown(self) -> None:
+        machine = Calls(connections=1)
         machine.wait("busy")
         machine.one(0.0)
         wait = machine.wait(timeout=1.0)
@@ -508,8 +620,20 @@ class TestDeadlines:
         assert result.last_error is None
         assert machine.statistics(3.0).transient_failures == 0
 
-    def test_deadlines_that_pass_before_a_slot_is_free_share_the_final_poll(self) -> None:
-        machine = Calls(1)
+    def test_a_final_poll_that_starts_too_late_to_be_answered_counts_as_no_failure(self) -> None:
+        machine = Calls(connections=1)
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        wait = machine.wait(timeout=1.0)
+        assert machine.started(1.0) == []
+        machine.answer(busy, 2.001)
+        assert machine.one(2.001).final
+        machine.expire(3.0)
+        assert wait.outcome == "ApprovalUnknownError"
+        assert machine.statistics(3.0).transient_failures == 0
+
+    def test_deadlines_that_pass_before_a_final_poll_can_start_share_it(self) -> None:
+        machine = Calls(connections=1)
         machine.wait("busy")
         busy = machine.one(0.0)
         waits = [machine.wait(timeout=timeout) for timeout in (1.0, 1.5, 1.8)]
@@ -586,10 +710,10 @@ class TestDeadlines:
         assert wait.outcome == "ApprovalUnknownError"
 
     @pytest.mark.parametrize(("options", "at"), [({}, 120.0), ({"patience": 3.0}, 3.0)])
-    def test_an_expired_ticket_that_finds_no_slot_gets_a_final_poll_in_the_end(
+    def test_an_expired_ticket_whose_poll_cannot_start_gets_a_final_poll_in_the_end(
         self, options: dict[str, Any], at: float
     ) -> None:
-        machine = Calls(1)
+        machine = Calls(connections=1)
         machine.wait("busy")
         busy = machine.one(0.0)
         wait = machine.wait(ticket=TICKET, age=20.0, timeout=None, **options)
@@ -1092,7 +1216,26 @@ class TestSharing:
         second = machine.wait(at=0.5)
         for at in (0.5, 1.5, 3.5):
             machine.answer(machine.one(at), at)
-        assert (first.attempt, second.attempt) == (5, 4)
+        assert (first.attempt, second.attempt) == (4, 4)
+
+    def test_a_caller_who_comes_and_goes_changes_no_schedule(self) -> None:
+        machine = Calls(schedule=wait_exponential(max=64))
+        stays = machine.wait()
+        for now in range(0, 100, 5):
+            machine.run(now + 4.0, lambda *_: "pending", since=now)
+            passer_by = machine.wait(at=now + 4.0)
+            machine.run(now + 5.0, lambda *_: "pending", since=now + 4.0)
+            machine.give_up(passer_by, now + 5.0)
+        assert stays.attempt <= 8  # 1, 2, 4, 8, 16, 32 s of a hundred
+
+    def test_waits_that_share_polls_poll_as_one(self) -> None:
+        counts = []
+        for waits in (1, 5, 20):
+            machine = Calls(schedule=wait_adaptive(jitter=0.0))
+            for _ in range(waits):
+                machine.wait()
+            counts.append(len(machine.run(120.0, lambda *_: "pending")))
+        assert len(set(counts)) == 1
 
     def test_a_failure_counts_once_however_many_batches_of_waits_there_are(self) -> None:
         machine = Calls()
@@ -1185,8 +1328,7 @@ class TestSharing:
 
     def test_a_final_poll_goes_on_for_others_and_holds_up_no_other(self) -> None:
         machine = Calls(schedule=wait_fixed(60))
-        machine.wait("refused")
-        machine.answer(machine.one(0.0), 0.0, error(429, retry_after=100))
+        machine._circuit.record_pause(0.0, 100.0)
         ends = [machine.wait("a", timeout=5.0) for _ in range(4)]
         machine.wait("a")
         final = machine.one(5.0)

@@ -579,24 +579,8 @@ class TestRule3OneBudget:
             )
             assert now() - start <= 2.5 + 1e-6
             kinds = [type(outcome) for outcome in outcomes]
-            assert kinds.count(ApprovalTimeoutError) == 4  # two at a time, twice in two seconds
-            assert kinds.count(ApprovalUnknownError) == 16
-
-    async def test_deadlines_that_pass_before_a_slot_is_free_share_the_final_poll(self, sandbox: Sandbox) -> None:
-        async with sandbox.client(max_in_flight=1) as client:
-            for name in ("busy", "op"):
-                await pending(client, name)
-            sandbox.latency = 1.6
-            busy = asyncio.create_task(client.wait_for_approval("busy", schedule=wait_fixed(100)))
-            await asyncio.sleep(0)
-            sandbox.requests.clear()
-            outcomes = await asyncio.gather(
-                *(client.wait_for_approval("op", timeout=timeout) for timeout in (1.3, 1.4, 1.5)),
-                return_exceptions=True,
-            )
-            assert [type(outcome) for outcome in outcomes] == [ApprovalTimeoutError] * 3
-            assert len(polls(sandbox, "op")) == 1
-            await cancel([busy])
+            assert kinds.count(ApprovalTimeoutError) == 16  # four times two at a time, twice in two seconds
+            assert kinds.count(ApprovalUnknownError) == 4
 
     async def test_final_polls_come_before_ordinary_ones(self, sandbox: Sandbox) -> None:
         async with sandbox.client(max_in_flight=1) as client:
@@ -1028,7 +1012,7 @@ class TestRule4TransientFailures:
             await pending(client, name)
         waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in "abc"]
         await asyncio.sleep(0.5)
-        sandbox.fail_next(429, retry_after=20)
+        sandbox.fail_next(429, times=2, retry_after=20)
         await asyncio.sleep(0.6)
         sandbox.requests.clear()
         start = now()
@@ -1078,7 +1062,7 @@ class TestRule4TransientFailures:
         for number in range(10):
             await pending(client, f"op{number}")
         sandbox.fail_next(503, times=6)
-        sandbox.fail_next(429, times=1, retry_after=100)
+        sandbox.fail_next(429, times=2, retry_after=100)
         waits = [asyncio.create_task(client.wait_for_approval(f"op{number}", timeout=20)) for number in range(10)]
         await asyncio.sleep(19)
         sandbox.requests.clear()
@@ -1104,35 +1088,9 @@ class TestRule4TransientFailures:
             assert len(at) <= 201
             assert all(b - a >= 0.01 - 1e-6 for a, b in pairwise(at[1:]))  # beside a probe, perhaps
 
-    @pytest.mark.parametrize("leaves_after", [1.0, None])
-    async def test_a_final_poll_goes_on_for_others_and_holds_up_no_other_final_poll(
-        self, sandbox: Sandbox, client: KeylessClient, leaves_after: float | None
-    ) -> None:  # found by tests/simulation
-        await pending(client)
-        sandbox.fail_next(429, retry_after=100)
-        goes_on = asyncio.create_task(client.wait_for_approval("op", timeout=None))
-        await asyncio.sleep(1)
-        start = now()
-        sandbox.latency = 3600
-        ends = asyncio.create_task(client.wait_for_approval("op", timeout=5))
-        await asyncio.sleep(5.2)
-        sandbox.latency = 0
-        sandbox.approve("other", user_id=USER)
-        other = asyncio.create_task(client.wait_for_approval("other", timeout=0.3))
-        if leaves_after is not None:
-            await asyncio.sleep(start + 5 + leaves_after - now())
-            await cancel([ends])
-        assert (await other).is_approved
-        assert polls(sandbox, "op")[1:] == pytest.approx([start + 5])
-        assert polls(sandbox, "other") == pytest.approx([start + 5 + (leaves_after or 2.0)])
-        assert not goes_on.done()
-        await cancel([goes_on])
-        outcome = (await asyncio.gather(ends, return_exceptions=True))[0]
-        assert isinstance(outcome, ApprovalUnknownError if leaves_after is None else asyncio.CancelledError)
-
-    @pytest.mark.parametrize(("timeout", "leaves_after", "at"), [(11, None, 12), (11, 1.5, 11.5), (15, None, 15)])
-    async def test_a_final_poll_that_no_wait_needs_any_more_is_cut_off(
-        self, sandbox: Sandbox, timeout: float, leaves_after: float | None, at: float
+    @pytest.mark.parametrize("timeout", [11, 15])
+    async def test_a_final_poll_that_hangs_holds_up_no_other_of_its_operation(
+        self, sandbox: Sandbox, timeout: float
     ) -> None:
         async with sandbox.client(max_in_flight=1, schedule=wait_fixed(60)) as client:
             await pending(client)
@@ -1145,11 +1103,8 @@ class TestRule4TransientFailures:
             await asyncio.sleep(1.5)
             sandbox.latency = 0
             sandbox.approve("op")
-            if leaves_after is not None:
-                await asyncio.sleep(start + 10 + leaves_after - now())
-                await cancel([ends])
             assert (await other).is_approved
-            assert polls(sandbox) == pytest.approx([start, start + 10, start + at])
+            assert polls(sandbox) == pytest.approx([start, start + 10, start + timeout])
             await asyncio.gather(ends, return_exceptions=True)
 
     async def test_an_unanswered_final_poll_is_a_failure_of_the_service(
@@ -1586,7 +1541,7 @@ class TestRule8OnPoll:
         with pytest.raises(ApprovalTimeoutError):
             await client.wait_for_approval("op", schedule=wait_fixed(2), timeout=5, on_poll=slow)
         assert polls(sandbox) == pytest.approx([start, start + 2, start + 4, start + 5])
-        assert now() - start == pytest.approx(28)  # its own time is not in the budget
+        assert now() - start == pytest.approx(14)  # its own time is not in the budget; it gets the newest update
 
     async def test_what_on_poll_raises_ends_the_wait(self, client: KeylessClient) -> None:
         await pending(client)
@@ -2420,7 +2375,7 @@ class TestRate:
             assert client.statistics.rate_limit is None
             waits = [asyncio.create_task(client.wait_for_approval(n, schedule=EVERY_SECOND)) for n in names]
             await asyncio.sleep(10.5)
-            sandbox.fail_next(status)
+            sandbox.fail_next(status, times=2)
             await asyncio.sleep(1)
             rate = client.statistics.rate_limit
             assert rate is None if status == 503 else rate is not None and 5 < rate < 20

@@ -54,6 +54,7 @@ class Leg:
         every: Seconds between two polls; None: as the client's schedule says.
         hold: Seconds of each hold.
         gap: Seconds between two holds.
+        handler: Seconds that `on_poll` takes.
     """
 
     after: float
@@ -65,6 +66,7 @@ class Leg:
     every: float | None = None
     hold: float = 10.0
     gap: float = 0.1
+    handler: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class Application:
         self.history = service.history
         self._created: dict[tuple[str, datetime], float] = {}  # by what tells the ticket from another of its operation
         self._holding: tuple[ObservedWait, _Target] | None = None  # a hold that begins in this very moment
+        self._starting: ObservedWait | None = None  # a wait with a slow handler, likewise
         self._leases: dict[_Target, ObservedWait] = {}  # what is held
         self._numbers: dict[int, ObservedWait] = {}  # the same, by what the client calls them
         self.context = contextvars.copy_context()
@@ -275,6 +278,12 @@ class Application:
             await self._wait_for_many(leg, actor, [target, target, "nothing"], options)
             return
         wait = self._started(leg, actor, target)
+        if leg.handler:
+            self._starting, wait.handler = wait, leg.handler
+            options["on_poll"] = lambda _: asyncio.sleep(leg.handler)
+            with _observed(wait, self):
+                wait.approved = (await self.client.wait_for_approval(target, **options)).to_dict()
+            return
         with _observed(wait, self):
             wait.approved = (await _WAYS[leg.how](self.client, target, options)).to_dict()
 
@@ -351,7 +360,7 @@ class Application:
             by_wall_clock = max(0.0, (wall_clock() - target.created_at).total_seconds())
             wait.ages = (by_wall_clock,) if created is None else (now - created, by_wall_clock)
         self.history.waits.append(wait)
-        self._holding = None
+        self._holding = self._starting = None
         if seconds is not None:
             held = target, wait.may_be_missing
             wait.lease = self._leases.get(held)
@@ -359,8 +368,14 @@ class Application:
         return wait
 
     def _on_event(self, event: Event) -> None:
-        """Write down the wait that a hold begins, and its end: it goes on between two holds."""
-        if isinstance(event, WaitStarted) and self._holding is not None:
+        """Write down the wait that a hold begins, and its end: it goes on between two holds.
+
+        Likewise the end of one whose handler is slow: it returns later.
+        """
+        if isinstance(event, WaitStarted) and self._starting is not None:
+            self._numbers[event.wait] = self._starting
+            self._starting = None
+        elif isinstance(event, WaitStarted) and self._holding is not None:
             hold, held = self._holding
             assert hold.hold is not None
             lease = replace(
@@ -381,6 +396,9 @@ class Application:
             self._ended(lease)
 
     def _ended(self, wait: ObservedWait) -> None:
+        if wait.handler and wait.ended_at < math.inf:
+            wait.returned_at = asyncio.get_running_loop().time()
+            return
         wait.ended_at = asyncio.get_running_loop().time()
         wait.end_number = self.history.next_number()
         # A moment later: what was in flight for it is cancelled in the next turns of the loop.

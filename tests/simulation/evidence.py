@@ -277,19 +277,6 @@ class Evidence:
         good = bisect_right(self._good_at, at - EPS) - bisect_right(self._good_at, self._held_until[count - 1] + EPS)
         return at - self._failed_at[count - 1] > LONGEST_PAUSE + 10.0 and good >= self.client.max_in_flight
 
-    @cached_property
-    def _limits(self) -> list[tuple[float, float]]:
-        full = limit = float(self.client.max_in_flight)
-        limits = [(-math.inf, limit)]
-        for at, failed in sorted([(at, False) for at in self._good_at] + [(at, True) for at in self._failed_at]):
-            limit = max(limit - limit / full, min(limit, 4.0)) if failed else min(limit + 1.0, full)
-            limits.append((at, limit))
-        return limits
-
-    def limit(self, at: float) -> int:
-        """Return how many polls may be in flight at a time while the circuit is closed: failures lower the limit."""
-        return int(self._limits[bisect_right(self._limits, (at + EPS, math.inf)) - 1][1])
-
     def has_room(self, at: float, others: int = 0) -> bool:
         """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
         lately = len(self.sent_between(at - 2.0, at - EPS))

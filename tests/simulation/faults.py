@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -129,6 +130,33 @@ class Outage:
     def is_total(self) -> bool:
         """Whether nothing gets through."""
         return self.share == 1.0 and self.payload is None and "GET" in self.methods
+
+
+@dataclass(frozen=True)
+class Shard:
+    """For some time the requests about one in three operations fail, those that live on one shard of the service."""
+
+    begins: float
+    ends: float
+    failure: Failure
+    number: int
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Fail, if the operation lives there."""
+        is_there = zlib.crc32(request.operation_id.encode()) % 3 == self.number
+        return self.failure.fate(rng) if is_there and self.begins <= request.at < self.ends else None
+
+
+@dataclass(frozen=True)
+class RoundTrips:
+    """All answers that are good take so long: a service nearby, or on another continent."""
+
+    shortest: float
+    longest: float
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Answer well."""
+        return Fate(rng.uniform(self.shortest, self.longest))
 
 
 @dataclass(frozen=True)

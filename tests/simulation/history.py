@@ -76,6 +76,10 @@ class ObservedWait:
     may_be_missing: bool = False
     made_here: bool = False
     """The same client has just created the operation."""
+    handler: float = 0.0
+    """Seconds that its handler takes for each update; then `ended_at` is when the client says that it ended."""
+    returned_at: float = math.inf
+    """When its call returned, if its handler is slow."""
     ended_at: float = math.inf
     end_number: int = 0
     outcome: str = ""

@@ -152,14 +152,14 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "return self._next_due(now, max(ready_at, self._rate.ready_at(now)))",
-        "return self._next_due(now, self._rate.ready_at(now))",
+        "if not circuit.is_calm:\n            ready_at",
+        "if False:\n            ready_at",
         "an open circuit lets polls through",
     ),
     Mutant(
-        "_rules/circuit.py",
-        "return self.is_probed or now < self.retry_at()",
-        "return True",
+        "_waits/dispatch.py",
+        "if self._circuit.state is CircuitState.OPEN:\n            # One",
+        "if True:\n            # One",
         "final polls always go one at a time",
     ),
     Mutant(
@@ -256,8 +256,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "if len(self.in_flight) >= self._max_in_flight:",
-        "if len(self.in_flight) > self._max_in_flight:",
+        "if len(self._slots) >= slots:  # 2",
+        "if len(self._slots) > slots:  # 2",
         "one poll too many is in flight",
     ),
     Mutant(

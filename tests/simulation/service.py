@@ -210,6 +210,10 @@ with warnings.catch_warnings():
             """Close nothing."""
 
         @property
+        def connector(self) -> None:
+            """There is none."""
+
+        @property
         def closed(self) -> bool:
             return False
 

@@ -6,11 +6,11 @@ import asyncio
 import copy
 import math
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from .actors import Actor, Application, Leg, Process, act
-from .faults import LIES, Failure, Lag, Lies, Outage, RateLimit, Slowness
+from .faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
 from .history import History
 from .people import someone
 from .service import Service, TooManyRequestsError
@@ -138,6 +138,8 @@ def make_up(seed: int) -> Story:
         actors += new
         faults += _faults(rng, begins, new)
     faults += _rare_lies(seed, actors)
+    faults += _weather(seed, actors)
+    actors = _slow_handlers(seed, actors)
     closes = rng.random() < 0.3
     jumps = rng.random() < 0.3
     moment = rng.choice(actors).at
@@ -279,6 +281,35 @@ def _rare_lies(seed: int, actors: list[Actor]) -> list[Fault]:
     rng = random.Random(f"{seed} lies")  # noqa: S311
     victims = rng.sample(actors, k=min(3, len(actors)))
     return [Lies(victim.at, victim.payload, rng.choice(list(LIES)), share=0.5) for victim in victims]
+
+
+def _weather(seed: int, actors: list[Actor]) -> list[Fault]:
+    """Return bad weather: a shard that fails, operations that are refused, and how long answers take.
+
+    With random numbers of its own, as the lies.
+    """
+    rng = random.Random(f"{seed} weather")  # noqa: S311
+    faults: list[Fault] = []
+    if rng.random() < 0.3:
+        begins = rng.choice(actors).at + rng.uniform(-5.0, 30.0)
+        failure = rng.choice((Failure("hangs"), Failure("hangs"), Failure("status", 500), Failure("status", 429, 30.0)))
+        faults.append(Shard(begins, begins + rng.choice((20.0, 120.0)), failure, rng.randrange(3)))
+    for victim in rng.sample(actors, k=min(rng.choice((0, 0, 1, 3)), len(actors))):
+        refused = Failure("status", 429, rng.choice((None, 5.0, 30.0)))
+        faults.append(Outage(victim.at, victim.at + rng.choice((10.0, 300.0)), refused, payload=victim.payload))
+    shortest = rng.choice((0.005, 0.02, 0.1, 0.4))
+    return [*faults, RoundTrips(shortest, rng.uniform(shortest, 0.5))]
+
+
+def _slow_handlers(seed: int, actors: list[Actor]) -> list[Actor]:
+    """Give some callers who do not give up a handler that takes its time."""
+    rng = random.Random(f"{seed} handlers")  # noqa: S311
+
+    def slow(leg: Leg) -> Leg:
+        is_slow = leg.how == "report" and leg.cancel_after == math.inf and rng.random() < 0.5
+        return replace(leg, handler=rng.choice((0.1, 3.0, 20.0))) if is_slow else leg
+
+    return [replace(actor, legs=tuple(map(slow, actor.legs))) for actor in actors]
 
 
 def _fault(rng: random.Random, start: float, victim: Actor) -> Fault:  # noqa: PLR0911  # one for each kind

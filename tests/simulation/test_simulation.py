@@ -51,8 +51,11 @@ def test_stories_try_everything() -> None:
         "Lies",
         "Outage",
         "RateLimit",
+        "RoundTrips",
+        "Shard",
         "Slowness",
     }
+    assert any(leg.handler for leg in legs)
     assert any(process.closes for story in stories for process in story.processes)
     assert any(process.jumps for story in stories for process in story.processes)
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, Evidence, budgets
-from .faults import Outage, RateLimit, Slowness
+from .faults import Outage, RateLimit, Shard, Slowness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 #: The backoff's shortest first pause, its shortest last one, and its longest.
 SHORTEST, SHORTEST_LAST, LONGEST = 0.25, 2.5, 5.0
+#: Seconds after which a poll gives its slot back.
+SLOW = 1.0
+#: Polls in flight at most, of all kinds, in multiples of `max_in_flight`.
+MOST = 6 + 4
+#: Seconds within which two operations are refused if the limit is the tenant's.
+TOGETHER = 2.0
 #: Good answers in a row after which failures are rare again, so that five of them open the circuit.
 RARE = 50
 #: Failed probes after which the backoff has reached its last step.
@@ -54,7 +60,7 @@ def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viol
 
 
 def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """`max_in_flight`, `request_timeout`: so many polls are under way at once, final ones included, and so long."""
+    """`max_in_flight`, `request_timeout`: so many polls take a slot for their first second, and so long at most."""
     for poll in evidence.polls:
         if poll.ended_at > poll.sent_at + evidence.client.request_timeout + EPS:
             yield evidence.violation(
@@ -63,33 +69,27 @@ def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
                 poll.ended_at,
                 "it took longer than request_timeout",
             )
-    ends = [(poll.ended_at, -1, poll.number, poll) for poll in evidence.polls]
-    begins = [(poll.sent_at, 1, poll.number, poll) for poll in evidence.polls]
-    count = 0
-    for at, change, _, poll in sorted(ends + begins, key=lambda event: event[:3]):
-        count += change
-        if count > evidence.client.max_in_flight:
-            yield evidence.violation("polls in flight", poll, at, f"{count} polls are in flight")
+    slots = evidence.client.max_in_flight
+    for poll in evidence.polls:
+        at = poll.sent_at
+        lately = [p for p in evidence.sent_between(at - SLOW + EPS, at) if p.number <= poll.number and p.ended_at > at]
+        young = sum(not evidence.is_final(p) for p in lately)
+        count = evidence.in_flight(at) + sum(p.sent_at > at - EPS for p in lately)
+        if young > slots or count > MOST * slots:
+            yield evidence.violation("polls in flight", poll, at, f"{count} polls are in flight, {young} with a slot")
 
 
 def rate_of_polls(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """R1 to R3: a second's polls may start at once; final ones are free, and every eighth poll beside them."""
-    rate, tokens, filled_at, finals = (
-        evidence.client.rate,
-        max(1.0, evidence.client.rate),
-        0.0,
-        0,
-    )
+    """R1 to R3: a second's polls may start at once; final ones are free."""
+    rate, tokens, filled_at = evidence.client.rate, max(1.0, evidence.client.rate), 0.0
     for poll in evidence.polls:
         tokens = min(max(1.0, rate), tokens + rate * (poll.sent_at - filled_at))
         filled_at = poll.sent_at
         if evidence.is_final(poll):
-            finals += 1
             continue
-        if tokens < 1.0 - 0.01 and finals < 7:
+        if tokens < 1.0 - 0.01:
             yield evidence.violation("rate of polls", poll, poll.sent_at, f"more than {rate:g} a second")
         tokens -= 1.0
-        finals = 0
 
 
 def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -139,7 +139,8 @@ def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vio
             for wait in waits
         )
         beside = any(p.sent_at <= at < p.ended_at - EPS for p in evidence.polls_of[poll.operation_id] if p is not poll)
-        if needed and not beside:
+        gives_way = at >= poll.sent_at + SLOW - EPS and evidence.in_flight(at) >= 2 * evidence.client.max_in_flight
+        if needed and not beside and not gives_way:
             yield evidence.violation("cut for nobody", poll, at, "a poll that is needed was cut off")
 
 
@@ -157,6 +158,8 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             # A Retry-After is the operation's own, and longer.
             longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
+            if reading.kind == "cut":  # perhaps it gave way to another one, which counts as a failure
+                longest = max(longest, LONGEST)
             due = poll.ended_at + longest
             sent = math.inf if later is None else later.sent_at
             goes_on = any(wait.ended_at > due + EPS and _is_paced(wait, due) for wait in waits)
@@ -192,7 +195,8 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
         for number, (earlier, later) in enumerate(pairwise(probes)):
             was_cut = evidence.read(earlier).kind == "cut"
             pause = SHORTEST if was_cut or number < STEPS else SHORTEST_LAST
-            if later.sent_at < (earlier.sent_at if was_cut else earlier.ended_at) + pause - EPS:
+            hangs = earlier.ended_at >= earlier.sent_at + SLOW - EPS  # it counts from its start, as one that is cut off
+            if later.sent_at < (earlier.sent_at if was_cut or hangs else earlier.ended_at) + pause - EPS:
                 yield evidence.violation(
                     "few requests in an outage",
                     later,
@@ -202,8 +206,8 @@ def few_requests_in_outage(evidence: Evidence, faults: Sequence[Fault]) -> Itera
         after = [poll for poll in polls if poll.sent_at > opened + EPS]
         for poll in after:
             at = [other for other in after if other.sent_at <= poll.sent_at + EPS < other.ended_at]
-            # A final poll that hangs and goes on for other waits counts for its two seconds only.
-            beside = sum(not evidence.is_final(p) or p.sent_at + FINAL > poll.sent_at + EPS for p in at)
+            # A probe counts for a second; a final poll that goes on for other waits for its two seconds only.
+            beside = sum(p.sent_at + (FINAL if evidence.is_final(p) else SLOW) > poll.sent_at + EPS for p in at)
             if beside > 2:  # a probe and a final one
                 yield evidence.violation("few requests in an outage", poll, poll.sent_at, f"{beside} at once")
 
@@ -234,7 +238,7 @@ def _opened_at(evidence: Evidence, outage: Outage, polls: Sequence[Exchange]) ->
 
 
 def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
-    """Rule 4: a 429's ``Retry-After`` holds all polls but final ones, a 503's those of its operation."""
+    """Rule 4: ``Retry-After`` on a 429 or 503 holds the operation; on 429s of two at once, all polls but final ones."""
     for poll in evidence.polls:
         if poll.retry_after is None or poll.status not in {429, 503}:
             continue
@@ -242,18 +246,39 @@ def pauses_are_kept(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
             poll.ended_at,
             poll.ended_at + min(poll.retry_after, LONGEST_PAUSE),
         )
+        holds_all = _is_tenants(evidence, poll)
         for later in evidence.sent_between(begins + EPS, ends - EPS):
-            if evidence.is_final(later) or (poll.status == 503 and later.operation_id != poll.operation_id):
+            if evidence.is_final(later):
                 continue
-            if poll.status == 503 and (evidence.is_final(poll) or _is_excused(evidence, poll, later)):
+            is_own = later.operation_id == poll.operation_id
+            excused = not is_own or evidence.is_final(poll) or _is_excused(evidence, poll, later)
+            if excused and not holds_all:
                 continue
             yield evidence.violation("pauses are kept", later, later.sent_at, f"a pause until {ends:.4f} s")
+
+
+def _is_tenants(evidence: Evidence, poll: Exchange) -> bool:
+    """Return whether a 429 is certainly the tenant's: another operation got one lately, and both had been well."""
+    lately = [p for p in evidence.sent_between(poll.ended_at - 12.0, poll.ended_at) if p.status == 429]
+    others = [p for p in lately if p.ended_at <= poll.ended_at - EPS and p.ended_at > poll.ended_at - TOGETHER + EPS]
+    return (
+        poll.status == 429
+        and not evidence.is_final(poll)
+        and _was_well(evidence, poll)
+        and any(p.operation_id != poll.operation_id and _was_well(evidence, p) for p in others)
+    )
+
+
+def _was_well(evidence: Evidence, poll: Exchange) -> bool:
+    """Return whether the poll of the same operation before this one was answered well."""
+    before = [p for p in evidence.polls_of[poll.operation_id] if p is not poll and p.sent_at <= poll.ended_at]
+    return bool(before) and evidence.read(max(before, key=lambda p: p.ended_at)).kind == "said"
 
 
 def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
     """The circuit: within the longest backoff after an outage, and a hanging probe, everybody is polled again."""
     for outage in _total(faults):
-        hanging = evidence.client.request_timeout if outage.failure.how == "hangs" else 0.0
+        hanging = SLOW if outage.failure.how == "hangs" else 0.0
         until = outage.ends + hanging + LONGEST + RAMP
         troubled = any(
             _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage
@@ -277,7 +302,7 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
 
 
 def _concerns(fault: Fault, begins: float, ends: float) -> bool:
-    return isinstance(fault, Outage | RateLimit | Slowness) and fault.begins < ends and fault.ends > begins
+    return isinstance(fault, Outage | RateLimit | Shard | Slowness) and fault.begins < ends and fault.ends > begins
 
 
 PROMISES = (
