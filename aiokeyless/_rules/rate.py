@@ -35,15 +35,17 @@ class PollRate:
         limit: Polls a second at most; None for no limit until the service refuses.
     """
 
-    __slots__ = ("_counted", "_counted_at", "_filled_at", "_limit", "_refused", "_refused_at", "_tokens")
+    __slots__ = (
+        *("_counted", "_counted_at", "_counted_before", "_filled_at", "_limit", "_refused", "_refused_at", "_tokens"),
+    )
 
     def __init__(self, limit: float | None) -> None:
         self._limit = math.inf if limit is None else limit
         self._refused = math.inf  # the rate that was refused last
         self._refused_at = -math.inf
-        self._tokens = math.inf
+        self._tokens = max(1.0, self._limit * _BURST)
         self._filled_at = 0.0
-        self._counted = 0.0  # polls of the last second, those just made in full
+        self._counted = self._counted_before = 0  # polls of the second that began then, and of the one before
         self._counted_at = 0.0
 
     def per_second(self, now: float) -> float:
@@ -59,6 +61,8 @@ class PollRate:
 
     def ready_at(self, now: float) -> float:
         """Return the time from which the next poll may start; not after `now` if it may start at once."""
+        if self._tokens >= 1.0:  # as of the last poll; there are more by now
+            return now
         rate = self._fill(now)
         return now if self._tokens >= 1.0 else now + (1.0 - self._tokens) / rate
 
@@ -69,10 +73,13 @@ class PollRate:
 
     def record_poll(self, now: float) -> None:
         """Record that a poll starts. One that did not wait to be ready, such as a final one, is owed by later ones."""
-        rate = self._fill(now)
-        self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))
-        self._counted = self._counted * math.exp(min(0.0, self._counted_at - now) / _COUNTED) + 1.0
-        self._counted_at = now
+        if now >= self._counted_at + _COUNTED:
+            self._counted_before = self._counted if now < self._counted_at + 2 * _COUNTED else 0
+            self._counted, self._counted_at = 0, now
+        self._counted += 1
+        if self._tokens < math.inf or self._refused < math.inf:
+            rate = self._fill(now)
+            self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))
 
     def record_refusal(self, now: float, *, started_at: float) -> None:
         """Record a 429.
@@ -83,8 +90,11 @@ class PollRate:
         """
         if started_at < self._refused_at + _SETTLED:
             return
-        self._refused = min(self._limit, max(_LEAST, min(self.per_second(now), self._counted)))
+        self._refused = min(
+            self._limit, max(_LEAST, min(self.per_second(now), max(self._counted, self._counted_before)))
+        )
         self._refused_at = now
+        self._fill(now)
 
     def _fill(self, now: float) -> float:
         """Add the tokens since the last time, as many as the bucket holds; return the rate."""

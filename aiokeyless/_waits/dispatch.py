@@ -58,12 +58,15 @@ class Dispatcher:
         self._rate = rate
         self._max_in_flight = max_in_flight
         self._max_connections = max_connections
+        self._least = min(max_in_flight, max_connections)  # polls in flight for which there is always room
         self._request_timeout = request_timeout
         # By the failures of an operation in a row, and whether it was ever answered well: in the order of probes.
         self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
             TimerQueue() for _ in range(2 * (_FAILURES_TOLD_APART + 1))
         )
-        self._retries = 0  # operations in the queues of those that failed when they were polled last
+        self._proven = self._queues[:1]
+        self._unproven = 0  # operations in all queues but the first
+        self._retries = 0  # of these, those that failed when they were polled last
         self._slots: dict[Poll, None] = {}  # the polls that hold one, oldest first
         self._slots_of_retries = 0
         self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits to start
@@ -134,7 +137,11 @@ class Dispatcher:
         if not circuit.is_calm:
             ready_at = max(ready_at, circuit.retry_at())
         if ready_at <= now + RESOLUTION and self._has_room(now):  # 3
-            return self._next_due(now)
+            poll = self._next_due(now)
+            if poll is not None:  # perhaps it is not the only one that may start
+                is_last = len(self._slots) >= slots
+                self.soonest = min(self.soonest, next(iter(self._slots)).started_at + SLOW if is_last else now)
+            return poll
         due = self._next_due_at()
         if max(due, ready_at) > now + RESOLUTION:
             self.soonest = min(self.soonest, max(due, ready_at) if due < math.inf else due)
@@ -158,12 +165,13 @@ class Dispatcher:
 
     def _free_slot(self, poll: Poll) -> None:
         del self._slots[poll]
-        self._slots_of_retries -= poll.is_retry
+        if poll.is_retry:
+            self._slots_of_retries -= 1
 
     def _has_room(self, now: float) -> bool:
         """Return whether one more ordinary poll may be in flight; not while one gives way."""
         in_flight = len(self.in_flight)
-        if in_flight < self._max_in_flight and in_flight < self._max_connections:
+        if in_flight < self._least:
             return True
         if self._giving_way is not None or in_flight >= self._max_connections:
             return False
@@ -194,7 +202,8 @@ class Dispatcher:
                 polled = queue.pop_due(now + RESOLUTION)
                 if polled is None:
                     break
-                self._retries -= polled.rank > 1
+                if polled.rank:
+                    self._count(polled.rank, -1)
                 if waits := polled.active_waits():
                     return self._start(polled, now, waits)
                 polled.due = math.inf  # its callers are gone and about to leave
@@ -205,6 +214,8 @@ class Dispatcher:
 
     def _open_queues(self) -> Sequence[TimerQueue[PolledOperation]]:
         """Return the queues of which a poll may start, in the order of probes."""
+        if not self._unproven:
+            return self._proven
         if not self._retries or self._slots_of_retries >= max(1, self._circuit.limit // 2):
             return self._queues[:2]
         return self._queues
@@ -212,7 +223,7 @@ class Dispatcher:
     def _by_precedence(self) -> Sequence[TimerQueue[PolledOperation]]:
         """Return the queues of which a poll may start, the one that goes first first."""
         queues = self._open_queues()
-        if self._circuit.state is CircuitState.OPEN:
+        if len(queues) == 1 or self._circuit.state is CircuitState.OPEN:
             return queues
         due = [(when, number) for number, queue in enumerate(queues) if (when := queue.next_due()) is not None]
         return [queues[number] for _, number in sorted(due)]
@@ -279,19 +290,25 @@ class Dispatcher:
 
     def _enqueue(self, polled: PolledOperation) -> None:
         """Put an operation into the queue where it belongs since its last poll."""
-        rank = 2 * min(polled.failures, _FAILURES_TOLD_APART) + (not polled.was_seen)
+        rank = 2 * min(polled.failures, _FAILURES_TOLD_APART) if polled.failures else 0
+        if not polled.was_seen:
+            rank += 1
         if rank != polled.rank:
             self._dequeue(polled)
             polled.rank = rank
-        if polled.entry is None:
-            self._retries += rank > 1
+        if rank and polled.entry is None:
+            self._count(rank, 1)
         self._queues[rank].schedule(polled, polled.due)
         self.soonest = min(self.soonest, polled.due)
 
     def _dequeue(self, polled: PolledOperation) -> None:
         if polled.entry is not None:
-            self._retries -= polled.rank > 1
+            self._count(polled.rank, -1)
             self._queues[polled.rank].remove(polled)
+
+    def _count(self, rank: int, change: int) -> None:
+        self._unproven += change * (rank > 0)
+        self._retries += change * (rank > 1)
 
     # -- what is cut off
 
@@ -300,6 +317,11 @@ class Dispatcher:
         if not poll.is_over:
             poll.is_over, poll.is_overdue = True, overdue
             self._cut.append(poll)
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether `take_cut` has any."""
+        return bool(self._cut)
 
     def take_cut(self) -> Sequence[Poll]:
         """Return the polls whose exchanges must be cut off, each once."""

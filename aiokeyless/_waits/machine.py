@@ -121,6 +121,14 @@ class Machine:
                 wait.final = poll
         return poll
 
+    def may_start_more(self, now: float) -> bool:
+        """Return whether `next_poll` may start another poll now; it is cheaper to ask than to call it in vain."""
+        return self._dispatcher.soonest <= now
+
+    def is_settled(self, until: float) -> bool:
+        """Return whether the driver, which wakes at a time, has nothing to do before after a poll has ended."""
+        return self._dispatcher.soonest >= until and not self._dispatcher.has_cut
+
     def wake_at(self) -> float:
         """Return when something happens by time alone: a poll may start, one is overdue, or a deadline passes."""
         deadline = self._deadlines.next_due()
@@ -333,7 +341,8 @@ class Machine:
                 poll.counted_as_failure = True
                 self._failures += 1
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
-                self._report_circuit(wait.error, now)
+                if self._circuit.state is not self._reporter.circuit:
+                    self._report_circuit(wait.error, now)
         self.end(wait, unknown(_record(wait, now)), now)
 
     # -- what happens: a poll ends
@@ -364,7 +373,8 @@ class Machine:
             self._record_error(poll, answer, now)
         else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
             circuit.record_success(now, started_at=poll.started_at)
-        self._report_circuit(answer, now)
+        if circuit.state is not reporter.circuit:
+            self._report_circuit(answer, now)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
             self._dispatcher.finish(poll, now)
             return None
@@ -382,8 +392,6 @@ class Machine:
             self._rate.record_refusal(now, started_at=poll.started_at)
 
     def _report_circuit(self, answer: Operation | KeylessError, now: float) -> None:
-        if self._circuit.state is self._reporter.circuit:
-            return
         cause = answer if isinstance(answer, KeylessError) and answer.is_transient else None
         self._reporter.circuit_changed(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
 
@@ -522,6 +530,7 @@ class Machine:
         delay = repeat_final_after(backoff, left=left, is_awaited=True)
         if delay is not None:
             self._deadlines.schedule(wait, now + delay)
+            self._dispatcher.ask_again(now + delay)  # the driver must wake for it
             _update(wait, now, error, due=now + delay)
         else:
             _update(wait, now, error)

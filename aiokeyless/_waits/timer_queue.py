@@ -79,7 +79,8 @@ class TimerQueue(Generic[T]):
             _make_stale(item.entry)
         item.entry = Entry(when, item)
         heappush(self._heap, item.entry)
-        self._sweep()
+        if self._old or len(self._heap) > 2 * self._live + _SLACK:
+            self._sweep()
 
     def remove(self, item: T) -> None:
         """Remove an item's entry, if it has one."""
@@ -111,12 +112,15 @@ class TimerQueue(Generic[T]):
         item: T = heappop(heap).item  # type: ignore[assignment]  # it is live
         item.entry = None
         self._live -= 1
-        self._sweep()
+        if self._old or len(self._heap) > 2 * self._live + _SLACK:
+            self._sweep()
         return item
 
     def _front(self) -> list[Entry]:
         """Return the heap, of the two, whose top is the earliest entry: a live one, unless there is more to drop."""
         heap, old = self._heap, self._old
+        if not old and heap and _is_live(heap[0]):
+            return heap
         if heap and not _is_live(heap[0]):
             _drop_stale(heap)
         if old and not _is_live(old[0]):
