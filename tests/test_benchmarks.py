@@ -11,7 +11,7 @@ pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
 #: What a benchmark of these saves has its own name; tests/test_soak.py has the soak.
-ONLY_BY_NAME = {"crashes", "distributed", "limits", "soak"}
+ONLY_BY_NAME = {"crashes", "distributed", "limits", "soak", "weather"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import is_same_user
-from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import (
     AlreadyApprovedError,
     ConflictError,
@@ -133,7 +132,7 @@ class Creation(ABC, Generic[Sent, Found, Made]):
     def _may_repeat(self, error: KeylessError) -> bool:
         # After an ambiguous failure or a conflict, a search found nothing: otherwise `_given_up` is set.
         return not self._given_up and (
-            is_transient(error)
+            error.is_transient
             or may_have_taken_effect(error)
             or (isinstance(error, ConflictError) and (self._ambiguous is not None or self._resumes))
         )

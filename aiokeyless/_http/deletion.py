@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiokeyless._rules.ambiguity import may_have_taken_effect
-from aiokeyless._rules.backoff import is_transient
 from aiokeyless.errors import KeylessError, NotFoundError, TransportError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Deletion:
             KeylessError: Deleting failed; it may have taken effect.
         """
         with self._transport.call():
-            await self._transport.retry(self._attempt, is_transient)
+            await self._transport.retry(self._attempt)
 
     async def _attempt(self, number: int) -> None:
         try:

@@ -15,13 +15,13 @@ import socket
 import ssl
 import sys
 import time
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from yarl import URL
 
-from aiokeyless._rules.backoff import is_transient
 from aiokeyless._version import __version__
 from aiokeyless.errors import (
     ClientClosedError,
@@ -55,6 +55,7 @@ _PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, 
 #: Bytes that aiohttp reads ahead, and decompresses at once.
 _BUFFER: Final = 1 << 18
 _HEADERS: Final = {"Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
+_IS_TRANSIENT: Final[Callable[[KeylessError], bool]] = attrgetter("is_transient")
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
 
 
@@ -225,16 +226,18 @@ class Transport:
             try:
                 return await self.send(request)
             except KeylessError as error:
-                if not self._repeats(error, is_transient):
+                if not self._repeats(error, _IS_TRANSIENT):
                     raise
-                return await self._again(lambda number: self.send(request, attempt=number), error, is_transient)
+                return await self._again(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
 
-    async def retry(self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool]) -> T:
+    async def retry(
+        self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT
+    ) -> T:
         """Run an attempt; repeat it while `may_repeat` allows, with `max_attempts` attempts in total.
 
         Args:
             attempt: The call; it is given the number of the attempt, from 1 on.
-            may_repeat: Whether to repeat it after this failure.
+            may_repeat: Whether to repeat it after this failure; by default after a transient one.
         """
         try:
             return await attempt(1)

@@ -20,11 +20,6 @@ MAX_PAUSE: Final = 120.0
 _ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)
 
 
-def is_transient(error: KeylessError) -> bool:
-    """Return `KeylessError.is_transient`, for what takes a function."""
-    return error.is_transient
-
-
 def error_delay(failures: int) -> float:
     """Return the seconds to wait after so many failures in a row, at random."""
     return next_delay(_ERROR_BACKOFF, attempt_number=failures, since_start=0.0)

@@ -25,7 +25,6 @@ from aiokeyless.events import PollResult
 from aiokeyless.models import Operation, OperationState
 
 from .approval import Rejection, Verdict, evaluate
-from .backoff import is_transient
 
 if TYPE_CHECKING:
     from aiokeyless.ticket import ApprovalTicket
@@ -105,7 +104,7 @@ def poll_outcome(answer: Operation | KeylessError, facts: PollFacts) -> Outcome:
 
 
 def _after_error(error: KeylessError, facts: PollFacts) -> Outcome:
-    if is_transient(error):
+    if error.is_transient:
         return _TRANSIENT[facts.is_final]
     if isinstance(error, NotFoundError):
         if facts.was_seen:  # operations do not vanish, so an answer of 404 now is a fault of the moment

@@ -90,9 +90,8 @@ class PollRate:
         """
         if started_at < self._refused_at + _SETTLED:
             return
-        self._refused = min(
-            self._limit, max(_LEAST, min(self.per_second(now), max(self._counted, self._counted_before)))
-        )
+        counted = max(self._counted, self._counted_before)
+        self._refused = min(self._limit, max(_LEAST, min(self.per_second(now), counted)))
         self._refused_at = now
         self._fill(now)
 

@@ -130,23 +130,27 @@ class Dispatcher:
             return poll
         ready_at = self._rate.ready_at(now)
         slots = self._max_in_flight if circuit.is_calm else circuit.limit
-        if len(self._slots) >= slots:  # 2
+        if len(self._slots) >= slots or self._retries_wait():  # 2
             self._free_slots(now)
             if len(self._slots) >= slots:
-                ready_at = max(ready_at, next(iter(self._slots)).started_at + SLOW)
+                ready_at = max(ready_at, self._slow_at())
         if not circuit.is_calm:
             ready_at = max(ready_at, circuit.retry_at())
-        if ready_at <= now + RESOLUTION and self._has_room(now):  # 3
+        if ready_at > now + RESOLUTION:
+            self.soonest = min(self.soonest, self._due_at(ready_at))
+            return None
+        if self._has_room(now):  # 3
             poll = self._next_due(now)
             if poll is not None:  # perhaps it is not the only one that may start
-                is_last = len(self._slots) >= slots
-                self.soonest = min(self.soonest, next(iter(self._slots)).started_at + SLOW if is_last else now)
+                self.soonest = min(self.soonest, self._slow_at() if len(self._slots) >= slots else now)
+            else:
+                self.soonest = min(self.soonest, self._due_at(now))
             return poll
-        due = self._next_due_at()
-        if max(due, ready_at) > now + RESOLUTION:
-            self.soonest = min(self.soonest, max(due, ready_at) if due < math.inf else due)
-        else:  # 4
+        due = self._due_at(now)
+        if due <= now + RESOLUTION:  # 4
             self._make_room(now)
+        else:
+            self.soonest = min(self.soonest, due)
         return None
 
     def _free_slots(self, now: float) -> None:
@@ -191,12 +195,23 @@ class Dispatcher:
                     self.cut_off(poll, overdue=True)
                 return
 
-    def _next_due_at(self) -> float:
-        """Return when the next ordinary poll is due that may start; infinity if there is none."""
-        return min((due for queue in self._open_queues() if (due := queue.next_due()) is not None), default=math.inf)
+    def _slow_at(self) -> float:
+        """Return when the oldest poll that holds a slot gives it back at the latest."""
+        return next(iter(self._slots)).started_at + SLOW
+
+    def _retries_wait(self) -> bool:
+        """Return whether the operations that failed when they were polled last have their share of the slots."""
+        return self._retries > 0 and self._slots_of_retries >= max(1, self._circuit.limit // 2)
+
+    def _due_at(self, ready_at: float) -> float:
+        """Return when an ordinary poll is due that may start, infinity if none is; `ready_at`: when any may start."""
+        due = min((due for queue in self._open_queues() if (due := queue.next_due()) is not None), default=math.inf)
+        if self._retries_wait():
+            due = min(due, self._slow_at())
+        return max(due, ready_at) if due < math.inf else due
 
     def _next_due(self, now: float) -> Poll | None:
-        """Start the ordinary poll that goes first, or lower `soonest`."""
+        """Start the ordinary poll that goes first, if one is due."""
         for queue in self._by_precedence():
             for _ in range(_PASSED_OVER):
                 polled = queue.pop_due(now + RESOLUTION)
@@ -207,18 +222,13 @@ class Dispatcher:
                 if waits := polled.active_waits():
                     return self._start(polled, now, waits)
                 polled.due = math.inf  # its callers are gone and about to leave
-            due = queue.next_due()
-            if due is not None:
-                self.soonest = min(self.soonest, max(due, now))
         return None
 
     def _open_queues(self) -> Sequence[TimerQueue[PolledOperation]]:
         """Return the queues of which a poll may start, in the order of probes."""
         if not self._unproven:
             return self._proven
-        if not self._retries or self._slots_of_retries >= max(1, self._circuit.limit // 2):
-            return self._queues[:2]
-        return self._queues
+        return self._queues if self._retries and not self._retries_wait() else self._queues[:2]
 
     def _by_precedence(self) -> Sequence[TimerQueue[PolledOperation]]:
         """Return the queues of which a poll may start, the one that goes first first."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.protocol import BASE_URLS
 from aiokeyless._rules.approval import Rejection, evaluate
-from aiokeyless._rules.backoff import is_transient
 from aiokeyless._waits.explanation import in_words
 from aiokeyless.errors import (
     ApprovalError,
@@ -140,7 +139,7 @@ def _doubt(error: KeylessError) -> str:
 
 def _advice(error: StatusError) -> str | None:
     """Return the command line's advice; None where the library's is right for it."""
-    if type(error) is StatusError and not is_transient(error):
+    if type(error) is StatusError and not error.is_transient:
         what = "a redirect, which is not followed" if error.status // 100 == 3 else "not documented by the API"
         return f"{what}; check KEYLESS_BASE_URL"
     advice = _ADVICE.get(type(error))

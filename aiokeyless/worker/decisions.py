@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiokeyless._rules import final
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
-from aiokeyless._rules.backoff import error_delay, is_transient
+from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.final import repeat_final_after
 from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
 from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
@@ -197,7 +197,7 @@ def after_failed_creation(
         pacing: When to go on.
         may_exist: Whether an earlier attempt may have created it: then the user may have been asked.
     """
-    if is_transient(error):
+    if error.is_transient:
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
         return Redeliver(_scheduled(delivery, now, pacing))  # polls find out; a 403 or 404 is a gateway's

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from aiokeyless._http.creation import OperationCreation
 from aiokeyless._http.protocol import get_operation
 from aiokeyless._rules.ambiguity import may_have_taken_effect
-from aiokeyless._rules.backoff import error_delay, is_transient, requested_pause
+from aiokeyless._rules.backoff import error_delay, requested_pause
 from aiokeyless.errors import (
     AlreadyApprovedError,
     AuthenticationError,
@@ -74,7 +74,7 @@ async def check_key(transport: Transport) -> None:
     except NotFoundError:
         pass
     except KeylessError as error:
-        if not is_transient(error):
+        if not error.is_transient:
             raise
         log(logging.WARNING, "keyless.unreachable", {"error": str(error)})  # it may come back while requests wait
 
@@ -253,7 +253,7 @@ class Exchanges:
         """Record what a failure says about the service; raise it where it says something about this worker."""
         if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError):
             raise error
-        if not is_transient(error):
+        if not error.is_transient:
             self._record_success(started_at)
             return
         self.failures += 1

@@ -19,7 +19,6 @@ from aiohttp_retry import JitterRetry, RetryClient
 
 from aiokeyless import KeylessClient
 from aiokeyless._http import protocol
-from aiokeyless._rules.backoff import is_transient
 from benchmarks.baselines import BARE, BARE_REPEATED, OURS, BareClient, bare_session
 from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn, microseconds
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
@@ -142,7 +141,7 @@ async def _layers(bench: Bench, transport: Transport) -> dict[str, list[float]]:
     async def nothing(_operation_id: str) -> None: ...
 
     async def ours(operation_id: str) -> None:
-        await transport.retry(lambda _attempt: nothing(operation_id), is_transient)
+        await transport.retry(lambda _attempt: nothing(operation_id))
 
     layered: dict[str, Call] = {OURS: ours, **{name: decorator(nothing) for name, decorator in _DECORATORS.items()}}
     count = bench.pick(full=20_000, quick=10_000, smoke=500)

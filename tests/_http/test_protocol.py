@@ -42,7 +42,6 @@ from aiokeyless._http.protocol import (
     retry_after,
 )
 from aiokeyless._http.redaction import MAX_DETAIL, Redaction
-from aiokeyless._rules.backoff import is_transient
 from aiokeyless._validation import (
     MAX_IDENTIFIER,
     check_base_url,
@@ -704,7 +703,7 @@ def test_a_status_is_this_error_and_passes_or_not(
     with pytest.raises(StatusError) as caught:
         answered(status, GOOD[name], name=name)  # a good body makes no bad status good
     assert type(caught.value) is kind
-    assert is_transient(caught.value) is transient
+    assert caught.value.is_transient is transient
     assert (caught.value.status, caught.value.path) == (status, PATH)
     assert caught.value.method == ENDPOINTS[name].method
     assert str(caught.value).startswith(f"{ENDPOINTS[name].method} {PATH} answered {status}: ")
@@ -1057,7 +1056,7 @@ def test_no_other_2xx_is_a_success(name: str, status: int) -> None:
     with pytest.raises(StatusError, match="a success that the API does not document") as caught:
         answered(status, GOOD[name], name=name)
     assert type(caught.value) is StatusError
-    assert not is_transient(caught.value)
+    assert not caught.value.is_transient
 
 
 @pytest.mark.parametrize(
@@ -1167,7 +1166,7 @@ def deep(opening: bytes) -> bytes:
 def test_a_2xx_that_is_not_json_is_distinguished_from_json_of_another_shape(name: str, body: bytes) -> None:
     error = undecoded(body, name)
     assert type(error) is NotJsonError
-    assert is_transient(error)
+    assert error.is_transient
     assert str(error).startswith(f"{ENDPOINTS[name].method} {PATH} answered 200 with ")
     assert ("an empty body" in str(error)) is (not body.strip())
     assert str(error).isprintable()
@@ -1223,7 +1222,7 @@ def test_a_body_cut_anywhere_is_not_json(name: str) -> None:
 def test_json_of_another_shape_says_where_it_differs_and_shows_no_value(name: str, body: bytes, reason: str) -> None:
     error = undecoded(body, name)
     assert type(error) is DecodeError
-    assert not is_transient(error)
+    assert not error.is_transient
     method = ENDPOINTS[name].method
     assert str(error) == f"{method} {PATH} answered 200 with JSON of another shape: {reason}; check base_url or upgrade"
     assert (error.status, error.method, error.path) == (200, method, PATH)

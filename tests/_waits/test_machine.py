@@ -273,6 +273,16 @@ class TestSlots:
         assert names(machine.started(0.4)) == ["good"]
         assert names(machine.started(0.6)) == ["bad-0", "bad-1", "better"]
 
+    def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(self) -> None:
+        machine = Calls(4)
+        for number in range(4):
+            machine.wait(f"bad-{number}")
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(500))
+        assert len(machine.started(0.5)) == 2
+        assert machine.wakes(0.6) == 1.5
+        assert len(machine.started(1.5)) == 2
+
     def test_a_poll_is_overdue_after_the_request_timeout_and_backs_off(self) -> None:
         machine = Calls()
         machine.wait("first")
@@ -415,6 +425,19 @@ class TestCircuit:
         assert machine.wakes(7.0) == 12.0
         machine.answer(second, 9.0)
         assert machine.statistics(9.0).circuit == "half_open"
+
+    def test_a_probe_gives_way_to_another_one_if_every_operation_failed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
+        machine = Calls(schedule=wait_fixed(100))
+        for number in range(5):
+            machine.wait(f"op-{number}")
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(500))
+        assert machine.wakes(0.5) == 2.0
+        machine.one(2.0)
+        assert machine.wakes(2.0) == 3.0
+        assert machine.wakes(3.0) == 6.0
+        machine.one(6.0)
 
     def test_a_probe_is_for_what_failed_least_then_for_what_was_answered_well_then_for_what_is_due(self) -> None:
         machine = Calls(schedule=wait_fixed(0.1))

@@ -310,15 +310,6 @@ class TestRule3OneBudget:
         assert (await client.wait_for_approval("op", schedule=wait_fixed(8), timeout=10)).is_approved
         assert now() - start == pytest.approx(10)
 
-    async def test_a_poll_that_is_due_at_the_deadline_is_the_final_poll(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        start = now()
-        with pytest.raises(ApprovalTimeoutError):
-            await client.wait_for_approval("op", schedule=wait_fixed(5), timeout=10)
-        assert polls(sandbox) == pytest.approx([start, start + 5, start + 10])
-
     async def test_a_hanging_server_does_not_hang_the_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.latency = 3600
@@ -515,19 +506,6 @@ class TestRule3OneBudget:
         await asyncio.sleep(10)
         assert sandbox.requests == []
 
-    async def test_an_ordinary_poll_in_between_is_the_repeat_of_a_final_one(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        start = now()
-        before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5.01), timeout=60))
-        asyncio.get_running_loop().call_later(4.9, lambda: sandbox.fail_next(504))
-        with pytest.raises(ApprovalTimeoutError) as caught:
-            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
-        assert not isinstance(caught.value, ApprovalUnknownError)
-        assert now() - start == pytest.approx(5.01)
-        await cancel([before_deadline])
-
     async def test_an_ordinary_poll_that_hangs_as_the_repeat_ends_with_the_two_seconds(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -620,39 +598,6 @@ class TestRule3OneBudget:
         assert {type(outcome) for outcome in outcomes} == {ApprovalTimeoutError}
         assert len(polls(sandbox)) == 2
 
-    async def test_a_pending_answer_counts_only_for_waits_that_existed_when_its_poll_started(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        sandbox.latency = 1
-        start = now()
-        first = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(50), timeout=30))
-        await asyncio.sleep(0.5)
-        updates: list[ApprovalUpdate] = []
-        second = asyncio.create_task(
-            client.wait_for_approval("op", schedule=wait_fixed(50), timeout=30, on_poll=updates.append)
-        )
-        await asyncio.sleep(3)
-        assert polls(sandbox) == pytest.approx([start, start + 1])  # the latecomer's, as soon as the first has finished
-        assert [update.polls for update in updates] == [1]
-        await cancel([first, second])
-
-    async def test_an_approval_counts_for_waits_that_started_later_too(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        sandbox.approve("op")
-        sandbox.latency = 1
-        start = now()
-        first = asyncio.create_task(client.wait_for_approval("op"))
-        await asyncio.sleep(0.5)
-        updates: list[ApprovalUpdate] = []
-        assert (await client.wait_for_approval("op", on_poll=updates.append)).is_approved
-        assert now() - start == pytest.approx(1)
-        assert [update.polls for update in updates] == [1]
-        assert len(polls(sandbox)) == 1
-        await first
-
     async def test_a_final_poll_also_counts_for_waits_that_go_on(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
         sandbox.approve("op")
@@ -664,18 +609,6 @@ class TestRule3OneBudget:
         sandbox.tamper("op")
         assert (await before_deadline).is_approved
         assert polls(sandbox) == pytest.approx([start, start + 5, start + 8])
-
-    async def test_a_final_poll_at_the_time_of_an_ordinary_one_does_for_both(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        start = now()
-        before_deadline = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(5), timeout=11))
-        with pytest.raises(ApprovalTimeoutError):
-            await client.wait_for_approval("op", schedule=wait_fixed(5), timeout=5)
-        with pytest.raises(ApprovalTimeoutError):
-            await before_deadline
-        assert polls(sandbox) == pytest.approx([start, start + 5, start + 10, start + 11])
 
     async def test_deadlines_one_after_the_other_get_a_poll_each(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -783,20 +716,6 @@ class TestRule3OneBudget:
             await client.wait_for_approval(ticket, on_poll=lambda _update: failed_at.append(now()))
         assert now() - failed_at[0] <= 2
 
-    async def test_the_two_seconds_of_an_expired_ticket_begin_with_its_first_failure_and_not_again(
-        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:  # found by tests/simulation
-        delays = iter([0.25])  # the backoff's first one, which would come before the final poll is repeated
-        monkeypatch.setattr("aiokeyless._waits.machine.error_delay", lambda _failures: next(delays, 0.5))
-        ticket = aged(await _ticket_of_another_client(sandbox), seconds=500)
-        sandbox.requests.clear()
-        sandbox.fail_next(503, times=None)
-        start = now()
-        with pytest.raises(ApprovalUnknownError):
-            await client.wait_for_approval(ticket)
-        assert polls(sandbox) == pytest.approx([start, start + 0.5, start + 1, start + 1.5])
-        assert now() - start == pytest.approx(1.5)
-
     async def test_the_default_budget_of_an_id_is_two_minutes(self, client: KeylessClient) -> None:
         await pending(client)
         start = now()
@@ -871,37 +790,6 @@ class TestRule4TransientFailures:
         assert all(u.next_poll_in is not None and u.next_poll_in <= 4 for u in updates[:4])
         assert polls(sandbox)[-1] == pytest.approx(start + 30)
 
-    async def test_a_final_poll_that_fails_beside_one_that_hangs_does_not_cancel_the_backoff_of_that_one(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:  # found by tests/simulation
-        await pending(client)
-        start = now()
-        loop = asyncio.get_running_loop()
-        loop.call_later(4.4, setattr, sandbox, "latency", 3600)  # the poll at 4.5 s hangs until 14.5 s
-        loop.call_later(4.7, setattr, sandbox, "latency", 0)
-        loop.call_later(4.8, sandbox.fail_next, 503, None)
-        updates: list[ApprovalUpdate] = []
-        goes_on = asyncio.create_task(
-            client.wait_for_approval("op", schedule=wait_fixed(4.5), timeout=None, on_poll=updates.append)
-        )
-        with pytest.raises(ApprovalUnknownError):
-            await client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5)
-        await asyncio.sleep(start + 14.7 - now())
-        assert updates[-1].elapsed == pytest.approx(14.5)
-        assert max(polls(sandbox)) < 7  # the next one is not due before 14.75 s
-        assert all(update.next_poll_in is not None and update.next_poll_in <= 5 for update in updates)
-        await cancel([goes_on])
-
-    async def test_failed_polls_do_not_advance_the_attempts_of_a_schedule(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        sandbox.fail_next(503, times=3)
-        attempts: list[int] = []
-        with pytest.raises(ApprovalTimeoutError):
-            await client.wait_for_approval("op", schedule=Recording(5, attempts=attempts), timeout=20)
-        assert attempts == list(range(1, len(attempts) + 1))
-
     async def test_an_open_circuit_probes_at_the_same_rate_for_any_number_of_waits(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -924,13 +812,14 @@ class TestRule4TransientFailures:
         sandbox.fail_next(503, times=None)
         waits = [asyncio.create_task(client.wait_for_approval(f"op{number}")) for number in range(20)]
         await asyncio.sleep(1)
-        sandbox.latency = 3600  # now it hangs, and each probe takes the whole request timeout
+        sandbox.latency = 3600  # now it hangs, and each probe gives way to the next one after a second
         sandbox.requests.clear()
         await asyncio.sleep(40)
         hanging = [record for record in sandbox.requests if record.status is None]
-        assert 1 <= len(hanging) <= 4
+        assert 7 <= len(hanging) <= 16
         gaps = [b - a for a, b in pairwise(polls(sandbox))]
-        assert all(gap >= 10 for gap in gaps)
+        assert all(gap >= 1 for gap in gaps)
+        assert all(gap >= 2.5 for gap in gaps[4:])
         await cancel(waits)
 
     async def test_a_single_wait_after_an_outage_closes_the_circuit_within_two_minutes(
@@ -1123,17 +1012,6 @@ class TestRule4TransientFailures:
         with pytest.raises(ApprovalTimeoutError):  # open: no first poll at once, but the final one goes
             await client.wait_for_approval("op0", timeout=0.001)
         assert polls(sandbox) == pytest.approx([start + 0.001])
-
-    async def test_an_unanswered_final_poll_of_many_is_one_failure(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        await pending(client)
-        sandbox.latency = 3600
-        outcomes = await asyncio.gather(
-            *(client.wait_for_approval("op", timeout=1) for _ in range(10)), return_exceptions=True
-        )
-        assert {type(outcome) for outcome in outcomes} == {ApprovalUnknownError}
-        assert client.statistics.transient_failures == 1
 
     async def test_a_poll_that_was_cut_is_neither_good_nor_bad(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await pending(client)
@@ -1367,17 +1245,6 @@ class TestRule6SingleFlight:
         sandbox.requests.clear()
         await asyncio.sleep(60)
         assert sandbox.requests == []
-
-    async def test_the_most_eager_schedule_sets_the_pace(self, sandbox: Sandbox, client: KeylessClient) -> None:
-        await pending(client)
-        start = now()
-        slow = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(10), timeout=21))
-        with pytest.raises(ApprovalTimeoutError):
-            await client.wait_for_approval("op", schedule=wait_fixed(2), timeout=5)
-        with pytest.raises(ApprovalTimeoutError):
-            await slow
-        assert polls(sandbox)[:4] == pytest.approx([start, start + 2, start + 4, start + 5])
-        assert len(polls(sandbox)) <= 8
 
     async def test_a_schedule_of_its_own_counts_the_attempts_of_its_own_wait(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1788,14 +1655,6 @@ class TestLearning:
             await client.wait_for_approval(ticket, schedule=schedule, timeout=5)
         assert schedule.observed == [(5.0, None)]
 
-    async def test_a_cancelled_wait_is_observed_until_its_last_pending_poll(self, client: KeylessClient) -> None:
-        schedule = RecordingObservations()
-        ticket = await client.create_operation(USER, operation_id="op")
-        wait = asyncio.create_task(client.wait_for_approval(ticket, schedule=schedule))
-        await asyncio.sleep(3)
-        await cancel([wait])
-        assert schedule.observed == [(2.0, None)]
-
     async def test_a_failed_wait_is_observed_until_its_last_pending_poll(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
@@ -1813,18 +1672,6 @@ class TestLearning:
         with pytest.raises(AuthenticationError):
             await client.wait_for_approval(ticket, schedule=schedule)
         assert schedule.observed == []
-
-    async def test_an_operation_is_observed_once_however_many_wait(
-        self, sandbox: Sandbox, client: KeylessClient
-    ) -> None:
-        schedule, other = RecordingObservations(), RecordingObservations()
-        ticket = await client.create_operation(USER, operation_id="op")
-        asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
-        first_to_leave = client.wait_for_approval(ticket, schedule=schedule, timeout=3)
-        waits = [client.wait_for_approval(ticket, schedule=s) for s in (schedule, schedule, other)]
-        await asyncio.gather(first_to_leave, *waits, return_exceptions=True)
-        assert schedule.observed == [(4.0, 6.0)]
-        assert other.observed == [(4.0, 6.0)]
 
     async def test_the_schedule_of_the_client_observes_by_default(self, sandbox: Sandbox) -> None:
         schedule = RecordingObservations()

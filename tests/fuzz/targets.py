@@ -24,7 +24,7 @@ from aiokeyless._http import protocol
 from aiokeyless._http.protocol import Answer
 from aiokeyless._http.redaction import Redaction
 from aiokeyless._rules.approval import Verdict, evaluate
-from aiokeyless._rules.backoff import is_transient, requested_pause
+from aiokeyless._rules.backoff import requested_pause
 from aiokeyless._rules.signature import Expectation, KeySet, read_token, verify
 from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestError, SignatureError, StatusError
 from aiokeyless.models import Secret
@@ -181,7 +181,7 @@ def refusal(data: bytes) -> None:
 
 def check_refusal(error: StatusError, status: int) -> None:
     assert error.status == status
-    assert is_transient(error) == (status in {408, 425, 429} or status // 100 == 5)
+    assert error.is_transient == (status in {408, 425, 429} or status // 100 == 5)
     assert error.retry_after is None or 0.0 <= error.retry_after < math.inf
     assert 0.0 <= requested_pause(error) <= 120.0
     for text in (error.detail, error.request_id):

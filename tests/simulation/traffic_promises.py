@@ -139,9 +139,15 @@ def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vio
             for wait in waits
         )
         beside = any(p.sent_at <= at < p.ended_at - EPS for p in evidence.polls_of[poll.operation_id] if p is not poll)
-        gives_way = at >= poll.sent_at + SLOW - EPS and evidence.in_flight(at) >= 2 * evidence.client.max_in_flight
-        if needed and not beside and not gives_way:
+        if needed and not beside and not _gives_way(evidence, poll):
             yield evidence.violation("cut for nobody", poll, at, "a poll that is needed was cut off")
+
+
+def _gives_way(evidence: Evidence, poll: Exchange) -> bool:
+    """Return whether a poll may have been cut off for one that is due: it is slow, and very many are in flight."""
+    at = poll.ended_at
+    in_flight = sum(p.ended_at >= at - EPS for p in evidence.sent_between(at - evidence.client.request_timeout, at))
+    return at >= poll.sent_at + SLOW - EPS and in_flight >= 2 * evidence.client.max_in_flight
 
 
 def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -278,7 +284,7 @@ def _was_well(evidence: Evidence, poll: Exchange) -> bool:
 def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Violation]:
     """The circuit: within the longest backoff after an outage, and a hanging probe, everybody is polled again."""
     for outage in _total(faults):
-        hanging = SLOW if outage.failure.how == "hangs" else 0.0
+        hanging = evidence.client.request_timeout if outage.failure.how == "hangs" else 0.0
         until = outage.ends + hanging + LONGEST + RAMP
         troubled = any(
             _concerns(fault, outage.begins - LONGEST_PAUSE, until) for fault in faults if fault is not outage
