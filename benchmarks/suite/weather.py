@@ -348,7 +348,7 @@ def borrowed(limit: int, max_in_flight: int) -> int:
 
 
 def watchers(count: int) -> float:
-    """Return the CPU time, in milliseconds, of the longest turn of the loop as so many watchers of one operation end."""
+    """Return the CPU time, in ms, of the longest turn of the loop as so many watchers of one operation end."""
     longest = 0.0
 
     async def watch(client: KeylessClient) -> None:

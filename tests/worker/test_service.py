@@ -431,8 +431,8 @@ async def test_a_rate_limit_pauses_the_whole_intake(
         for _ in range(30):
             await submit(connection, "C0FFEE")
         await until(lambda: len(sandbox.operations) == 30)
-        sandbox.fail_next(status=429, retry_after=1.5)
-        await until(lambda: worker.statistics.transient_failures == 1)
+        sandbox.fail_next(status=429, times=2, retry_after=1.5)  # of two requests, so it is the tenant's
+        await until(lambda: worker.statistics.transient_failures == 2)
         paused = now()
         await until(lambda: worker.statistics.in_flight == 0)
         sandbox.requests.clear()
@@ -444,12 +444,13 @@ async def test_request_that_arrives_during_a_pause_is_handed_back(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with working(client, broker, max_in_flight=8) as worker:
-        sandbox.fail_next(status=429, retry_after=1)
-        await submit(connection, "C0FFEE")
-        await until(lambda: worker.statistics.transient_failures == 1)
+        sandbox.fail_next(status=429, times=2, retry_after=1)
+        for _ in range(2):
+            await submit(connection, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 2)
         paused = now()
         late = await submit(connection, "C0FFEE")  # it was asked for before
-        await until(lambda: worker.statistics.deliveries == 2)
+        await until(lambda: worker.statistics.deliveries == 3)
         await until(lambda: late in sandbox.operations)
         assert now() > paused + 0.9
 
@@ -781,9 +782,10 @@ async def test_a_request_that_was_handed_back_at_first_takes_no_operation_from_b
     await client.create_operation("C0", operation_id="txn-1")
     sandbox.approve("txn-1")
     async with working(client, broker, max_in_flight=8) as worker:
-        sandbox.fail_next(status=429, retry_after=1)
-        await submit(connection, "C0FFEE")
-        await until(lambda: worker.statistics.transient_failures == 1)
+        sandbox.fail_next(status=429, times=2, retry_after=1)
+        for _ in range(2):
+            await submit(connection, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 2)
         await publish(connection, {"operation_id": "txn-1"})
         [event] = await outcomes(connection, 1)
     assert (event.operation_id, event.reason) == ("txn-1", FailureReason.ALREADY_APPROVED)
