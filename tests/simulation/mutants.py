@@ -256,8 +256,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/dispatch.py",
-        "if len(self._slots) >= slots:  # 2",
-        "if len(self._slots) > slots:  # 2",
+        "if len(self._slots) >= slots or self._retries_wait():  # 2",
+        "if len(self._slots) > slots or self._retries_wait():  # 2",
         "one poll too many is in flight",
     ),
     Mutant(
