@@ -233,6 +233,17 @@ class TestSlots:
         machine.leave(late, 1.5)
         assert other.outcome == ""
 
+    def test_if_no_wait_needs_its_final_poll_any_more_none_starts(self) -> None:
+        machine = Calls(connections=1, schedule=wait_fixed(60))
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        late = machine.wait("late", timeout=0.5)
+        machine.expire(0.5)
+        late.is_cancelled = True
+        machine.answer(busy, 0.8)
+        assert machine.started(0.8) == []
+        assert machine.wake_at() == 2.5
+
     def test_of_very_many_final_polls_that_no_wait_needs_some_are_passed_over_at_a_time(self) -> None:
         machine = Calls(1)
         machine.wait("busy")
