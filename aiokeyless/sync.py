@@ -195,11 +195,12 @@ class KeylessClient:
             with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored where `region` is given.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
-        max_in_flight: Concurrent polls of all waits together. Default: 64.
+        max_in_flight: Polls of all waits together that are under way for less than a second. Those that take longer and
+            final polls have room of their own: ten times as many connections at most. Default: 64.
         max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
             are due, the one due longest goes first; ``statistics.lag`` shows by how much polls are late. Final polls
-            count and do not wait for it. After a 429 it is halved, and climbs back within about a minute. Default:
-            1000.
+            count and do not wait for it. If the service refuses polls with 429, it is halved, and climbs back within
+            about a minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
         listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens, in the thread

@@ -92,7 +92,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:10} {(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Benchmarks of aiokeyless; all of them (soak, limits and weather only by name), or the named ones.",
+        description="Benchmarks of aiokeyless; all of them (a few only by name), or the named ones.",
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
