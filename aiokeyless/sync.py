@@ -1,7 +1,8 @@
-"""`KeylessClient` for code without an event loop: Flask, Django, Celery, scripts.
+"""`KeylessClient`, `submit_approval` and `next_outcome` for code without an event loop: Flask, Django, Celery, scripts.
 
-It has the methods, arguments, results and errors of `aiokeyless.KeylessClient`. Each process has one event loop, in one
-daemon thread, for all of its clients; a call runs there while its caller waits. No rule of a wait is decided here.
+They have the arguments, results and errors of `aiokeyless.KeylessClient` and of `aiokeyless.worker`. Each process has
+one event loop, in one daemon thread, for all of its clients and brokers; a call runs there while its caller waits. No
+rule of a wait is decided here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeAlias, TypeVar
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeAlias, TypeVar, cast
 
 from ._validation import check_flag, check_on_poll, check_schedule
 from .client import DefaultTimeout, IfExists, IfMissing, WaitTimeout, for_another_process
@@ -24,6 +26,7 @@ from .models import Secret
 from .reports import ApprovalUpdate
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from types import TracebackType
 
     from tenacity.wait import wait_base
@@ -32,8 +35,10 @@ if TYPE_CHECKING:
     from .models import Authentications, Device, ExternalUser, Operation, PendingOperation, Region, User
     from .reports import ApprovalOutcome, ClientStatistics
     from .ticket import ApprovalTicket
+    from .worker import ApprovalEvent, Broker, Submission
+    from .worker.broker import ApplicationSide
 
-__all__ = ["KeylessClient", "OnPoll"]
+__all__ = ["KeylessClient", "OnPoll", "next_outcome", "submit_approval"]
 
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], object]
 """Called for each poll of a wait, in the thread that waits: a plain function."""
@@ -54,6 +59,8 @@ class _Background:
         # epoll that the two processes share.
         self._clients: set[AsyncKeylessClient] = set()
         self._iterations: set[AsyncGenerator[Any, None]] = set()
+        self._brokers: dict[Broker | str, Broker] = {}  # which stay open, by what was passed
+        self._opening = asyncio.Lock()
         self._thread = threading.Thread(target=self._serve, name="aiokeyless", daemon=True)
         self._thread.start()
 
@@ -80,14 +87,26 @@ class _Background:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop, and return its result; what interrupts the caller cancels it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        # Made here: with asyncio.run_coroutine_threadsafe an interruption could come before there is what to cancel.
+        future: Future[T] = Future()
         try:
+            self._loop.call_soon_threadsafe(self._begin, coroutine, future)
             return future.result()
         except BaseException:  # such as KeyboardInterrupt; an error of the coroutine's own finds it finished
             future.cancel()
             raise
         finally:
             del future  # otherwise the error and this frame would reference each other
+
+    def _begin(self, coroutine: Coroutine[Any, Any, T], future: Future[T]) -> None:
+        task = self._loop.create_task(coroutine)
+
+        def cancel(done: Future[T]) -> None:
+            if done.cancelled():
+                self._loop.call_soon_threadsafe(task.cancel)
+
+        task.add_done_callback(lambda _: _settle(future, task))
+        future.add_done_callback(cancel)
 
     def start(self, method: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run a coroutine in the loop, and wait for nothing: the garbage collector may call this, in any thread."""
@@ -111,8 +130,21 @@ class _Background:
         finally:
             self._clients.discard(client)
 
+    async def open_broker(self, target: Broker | str) -> Broker:
+        """Return an open broker, for a broker that is not open yet, or for a URL; it stays open for later calls."""
+        from .worker.broker import broker_for  # noqa: PLC0415  # only where workers are used
+
+        async with self._opening:
+            if target not in self._brokers:
+                broker = cast("Broker", broker_for(target))  # as it is for a broker or a URL
+                await broker.open()
+                self._brokers[target] = broker
+            return self._brokers[target]
+
     async def _close_all(self) -> None:
         await asyncio.gather(*(client.aclose() for client in list(self._clients)))
+        # A file is not closed: at the end of the process its thread takes no more work, and SQLite needs none.
+        await asyncio.gather(*(broker.aclose() for broker in self._brokers.values()), return_exceptions=True)
         await self._loop.shutdown_asyncgens()  # of iterators that were neither exhausted nor left
 
     def end(self) -> None:
@@ -844,6 +876,148 @@ class KeylessClient:
         return background.run(_statistics(client))
 
 
+def submit_approval(
+    broker: object,
+    user_id: str,
+    *,
+    operation_id: str,
+    operation_payload: str | None = None,
+    external_user_id: str | None = None,
+    expires_in: float = 120.0,
+    created_at: datetime | None = None,
+    context: object = None,
+) -> Submission:
+    """Ask for an approval; when this returns, the request is stored and a worker will process it.
+
+    The caller's position in its trace, if OpenTelemetry is loaded, travels beside the request and comes back in the
+    event.
+
+    The same request submitted twice is one. It is the same if all arguments but `created_at` are equal. A different
+    request under a used operation id is refused, or ends as ``failed`` with `FailureReason.CONFLICT` if the broker
+    cannot tell.
+
+    Args:
+        broker: A connection of psycopg or Django to the PostgreSQL that has the broker: the request is stored if and
+            only if the transaction commits that the connection is in. Or a broker's URL, or a broker that is not open:
+            it is opened on first use, and stays open.
+        user_id: The user, in hex of either case.
+        operation_id: The operation's id, unique in the tenant. One id is one approval, for good: ask again with
+            another. Store it with what the approval is for, before you ask.
+        operation_payload: What the user is asked to approve. Default: nothing.
+        external_user_id: Your own id of the user. Default: none.
+        expires_in: Seconds from `created_at` until waiting ends. Default: 120.
+        created_at: When you asked, with a zone. Give it if your own trigger may fire twice: then both submissions have
+            the same deadline. It counts as now if it is in the future. Default: now, by the broker's clock.
+        context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event hands it
+            back.
+
+    Returns:
+        The operation's id, and whether exactly this request was stored already.
+
+    Raises:
+        ConfigurationError: An argument is wrong; nothing was stored.
+        InvalidRequestError: The operation id belongs to a different request; nothing was stored.
+        BrokerError: The broker did not store it, as far as is known. It is safe to submit it again under the error's
+            `operation_id`.
+    """
+    from .worker import applications  # noqa: PLC0415  # only where workers are used
+
+    side, finish = _application_side(broker)
+    submission: Submission = finish(
+        applications.submit_approval(
+            side,
+            user_id,
+            operation_id=operation_id,
+            operation_payload=operation_payload,
+            external_user_id=external_user_id,
+            expires_in=expires_in,
+            created_at=created_at,
+            context=context,
+        )
+    )
+    return submission
+
+
+@contextlib.contextmanager
+def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, None]:
+    """Wait for the next outcome that this reader has not handled.
+
+    A body that ends without an exception has handled it, also by ``break`` or ``return``. An exception puts the outcome
+    off for 1 s, 2 s, ... and at most 5 minutes, and goes on to the caller. If the process is killed, or the body takes
+    more than half a minute, the outcome is delivered again: handle it so that twice does no harm. A broker in whose
+    transaction the body runs says how it is handled exactly once.
+
+    Args:
+        broker: As for `submit_approval`. A connection must be in no transaction: the outcome begins one, in which the
+            body runs. What the body does on that connection is committed with the outcome, exactly once.
+        reader: Name of the reading application. What it has handled is stored under it, and its processes share the
+            outcomes. A new name gets all outcomes that are stored. Letters, digits, ``-`` and ``_``.
+
+    Yields:
+        The event.
+
+    Raises:
+        ConfigurationError: The name is not valid.
+        BrokerError: Outcomes cannot be read; or, after the body, it is not known whether the outcome counts as handled.
+
+    Example:
+        >>> while True:
+        ...     with next_outcome(connection, "shop") as event:
+        ...         handle(event)
+    """
+    from .worker import applications  # noqa: PLC0415  # as above
+
+    side, finish = _application_side(broker)
+    outcome = applications.next_outcome(side, reader)
+    event: ApprovalEvent = finish(outcome.__aenter__())
+    try:
+        yield event
+    except BaseException as error:
+        finish(outcome.__aexit__(type(error), error, error.__traceback__))
+        raise
+    finish(outcome.__aexit__(None, None, None))
+
+
+def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Return the side of a broker on which applications are, and what runs its coroutines to their end."""
+    from .worker.broker import Broker  # noqa: PLC0415  # only where workers are used
+    from .worker.postgres.blocking import side_of  # noqa: PLC0415
+
+    _refuse_event_loop()
+    if isinstance(broker, Broker | str):
+        with _process.lock:
+            background = _process.background()
+        return background.run(background.open_broker(broker)), background.run
+    side = side_of(broker)
+    if side is None:
+        raise ConfigurationError(
+            "broker must be a connection of psycopg or Django to PostgreSQL, a broker that is not open, or its URL, "
+            f"not {type(broker).__name__}; a SQLite file must be the broker's own: SqliteBroker(path)",
+            argument="broker",
+        )
+    return side, _finish
+
+
+def _finish(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that awaits nothing, in this thread: on a connection whose driver blocks."""
+    while True:  # only once, therefore
+        try:
+            coroutine.send(None)
+        except StopIteration as returned:
+            return cast("T", returned.value)
+
+
+def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
+    """Hand the result of a task to the thread that waits for it, unless that was interrupted."""
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(task.result())
+    else:
+        future.set_exception(error)
+
+
 async def _statistics(client: AsyncKeylessClient) -> ClientStatistics:
     """Read them in the loop, which changes them."""
     return client.statistics
@@ -859,21 +1033,24 @@ async def _next(values: AsyncGenerator[T, None]) -> tuple[T] | None:
 def _iterate(background: _Background, values: AsyncGenerator[T, None]) -> Generator[T, None, None]:
     """Iterate over an asynchronous generator of the loop."""
     with background.iterating(values):
-        while True:
-            _refuse_event_loop()
-            if background.ended:
-                raise ClientClosedError(
-                    "the iterator belongs to a process that was forked, or is ending: start it anew"
-                )
-            found = background.run(_next(values))  # an interruption cancels it, which ends the generator too
-            if found is None:
-                return
-            try:
+        try:
+            while True:
+                _check_iteration(background)
+                found = background.run(_next(values))
+                if found is None:
+                    return
                 yield found[0]
-            except BaseException:
-                # Left early. Nothing is waited for: the garbage collector may do this, in the loop's thread too.
-                background.start(values.aclose)
-                raise
+        except BaseException:
+            # Left early, or interrupted. Nothing is waited for: the garbage collector may do this, in the loop's thread
+            # too.
+            background.start(values.aclose)
+            raise
+
+
+def _check_iteration(background: _Background) -> None:
+    _refuse_event_loop()
+    if background.ended:
+        raise ClientClosedError("the iterator belongs to a process that was forked, or is ending: start it anew")
 
 
 def _check_on_poll(on_poll: object) -> None:

@@ -77,7 +77,11 @@ TESTS = [block for block in OTHERS if "def test_" in block.code]
 #: The programs of the examples have tests of their own.
 EXAMPLES = [program.read_text() for program in (DOCS.parent / "examples").rglob("*.py")]
 #: Programs beside a worker, which need a broker.
-APPLICATIONS = [block for block in OTHERS if "next_outcome" in block.code and block.page == "howto/running-workers.md"]
+APPLICATIONS = [
+    block
+    for block in OTHERS
+    if "next_outcome" in block.code and block.page in {"howto/running-workers.md", "howto/sync.md"}
+]
 EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
 PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS]
 

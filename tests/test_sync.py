@@ -7,11 +7,14 @@ import gc
 import inspect
 import os
 import pickle
+import re
 import signal
+import sqlite3
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +31,19 @@ from aiokeyless import (
     NotApproved,
     NotFoundError,
     sync,
+    worker,
 )
 from aiokeyless.sync import KeylessClient
+from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+    from pathlib import Path
 
     from aiokeyless import ApprovalUpdate, Operation
     from aiokeyless.events import Event
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker import Broker
 
 FAST = wait_fixed(0.05)
 
@@ -47,6 +54,14 @@ async def keyless(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
     client = KeylessClient(sandbox.api_key, base_url=sandbox.url, schedule=FAST)
     yield client
     await asyncio.to_thread(client.close)
+
+
+def ends_its_waits(client: KeylessClient) -> bool:
+    """Whether no wait goes on; a cancellation takes some turns of the loop."""
+    deadline = time.monotonic() + PATIENCE
+    while client.statistics.waiting and time.monotonic() < deadline:
+        pass
+    return client.statistics.waiting == 0
 
 
 # -- the same face
@@ -238,7 +253,7 @@ async def test_what_on_poll_raises_ends_the_wait(keyless: KeylessClient) -> None
         ticket = keyless.create_operation("C0FFEE")
         with pytest.raises(ZeroDivisionError):
             keyless.wait_for_approval(ticket, on_poll=lambda _update: 1 // 0)
-        assert keyless.statistics.waiting == 0
+        assert ends_its_waits(keyless)
 
     await asyncio.to_thread(program)
 
@@ -276,7 +291,7 @@ async def test_an_iteration_that_is_left_early_ends_its_wait(keyless: KeylessCli
         for _ in keyless.watch_approval(ticket):
             assert keyless.statistics.waiting == 1
             break
-        assert keyless.statistics.waiting == 0
+        assert ends_its_waits(keyless)
 
     await asyncio.to_thread(program)
 
@@ -302,7 +317,7 @@ async def test_an_iterator_that_is_collected_in_the_loops_thread_ends_its_wait(k
         finally:
             gc.enable()
         assert collected.is_set()
-        assert keyless.statistics.waiting == 0
+        assert ends_its_waits(keyless)
 
     await asyncio.to_thread(program)
 
@@ -332,6 +347,49 @@ async def test_twenty_threads_share_a_client_and_its_loop(sandbox: Sandbox, keyl
         for operation_id in list(sandbox.operations):
             sandbox.approve(operation_id)
         assert await asyncio.gather(*waits) == [True] * 20
+
+
+# -- interruptions, at the moments at which a signal seldom comes
+
+
+async def test_a_call_that_is_interrupted_while_it_is_handed_to_the_loop_is_cancelled(
+    keyless: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def program() -> None:
+        ticket = keyless.create_operation("C0FFEE")
+        loop = sync._process.background()._loop
+        hand_over = loop.call_soon_threadsafe
+
+        def interrupted(*arguments: Any) -> None:
+            monkeypatch.undo()
+            hand_over(*arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keyless.wait_for_approval(ticket)
+        assert ends_its_waits(keyless)
+
+    await asyncio.to_thread(program)
+
+
+async def test_an_iteration_that_is_interrupted_between_two_updates_ends_its_wait(
+    keyless: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def program() -> None:
+        updates = keyless.watch_approval(keyless.create_operation("C0FFEE"))
+        next(updates)
+        monkeypatch.setattr(sync, "_refuse_event_loop", interrupt)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            next(updates)
+        assert ends_its_waits(keyless)
+        del raised  # whose traceback has the frame of the iterator until here
+
+    await asyncio.to_thread(program)
 
 
 # -- in a thread that runs an event loop
@@ -403,6 +461,65 @@ async def test_a_client_that_is_dropped_open_warns_and_is_closed(sandbox: Sandbo
     assert await asyncio.to_thread(program) == 1
 
 
+# -- workers
+
+
+WORKERS = [(sync.submit_approval, worker.submit_approval), (sync.next_outcome, worker.next_outcome)]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), WORKERS, ids=["submit_approval", "next_outcome"])
+def test_what_workers_are_asked_and_answer_has_the_arguments_and_the_documentation_of_the_other_face(
+    ours: Callable[..., object], theirs: Callable[..., object]
+) -> None:
+    assert inspect.signature(ours).parameters == inspect.signature(theirs).parameters
+    (summary, rest), (expected_summary, expected_rest) = (
+        re.fullmatch(r"(.*args: broker: ).*?((?:user_id|reader): .*)", text(face)).groups()  # type: ignore[union-attr]
+        for face in (ours, theirs)
+    )
+    assert (summary, rest) == (expected_summary, expected_rest)
+
+
+@pytest.mark.parametrize("made", [lambda path: f"sqlite:{path}", SqliteBroker], ids=["url", "broker"])
+async def test_a_request_comes_back_as_an_outcome_by_a_broker_that_is_opened_on_first_use(
+    client: aiokeyless.KeylessClient, sandbox: Sandbox, tmp_path: Path, made: Callable[[Path], Broker | str]
+) -> None:
+    path = tmp_path / "keyless.db"
+    broker = made(path)
+
+    def submit(operation_id: str) -> bool:
+        return sync.submit_approval(broker, "C0FFEE", operation_id=operation_id).duplicate
+
+    def read() -> str:
+        with sync.next_outcome(broker, "shop") as event:
+            return f"{event.operation_id} {event.outcome}"
+
+    async with worker.ApprovalWorker(client, f"sqlite:{path}", schedule=FAST):
+        submitted = [asyncio.to_thread(submit, operation_id) for operation_id in ("op-1", "op-1")]
+        assert sorted(await asyncio.gather(*submitted)) == [False, True]
+        await until(lambda: "op-1" in sandbox.operations)
+        sandbox.approve("op-1")
+        assert await asyncio.to_thread(read) == "op-1 approved"
+
+
+async def test_what_a_body_raises_puts_the_outcome_off_and_is_raised(
+    client: aiokeyless.KeylessClient, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    url = f"sqlite:{tmp_path / 'keyless.db'}"
+
+    def program() -> None:
+        sync.submit_approval(url, "C0FFEE", operation_id="op-1")
+        with pytest.raises(ZeroDivisionError), sync.next_outcome(url, "shop"):
+            _ = 1 / 0
+
+    async with worker.ApprovalWorker(client, url, schedule=FAST):
+        running = asyncio.create_task(asyncio.to_thread(program))
+        await until(lambda: "op-1" in sandbox.operations)
+        sandbox.approve("op-1")
+        await running
+    with closing(sqlite3.connect(tmp_path / "keyless.db")) as file:
+        assert file.execute("SELECT reader, failures FROM unread").fetchall() == [("shop", 1)]
+
+
 # -- what it shows
 
 
@@ -431,7 +548,7 @@ def test_no_frame_of_a_wrong_construction_has_the_key(wrong: dict[str, Any]) -> 
 PROLOGUE = """
 import os, signal, sys, threading, time
 from aiokeyless.sync import KeylessClient
-from aiokeyless import ClientClosedError
+from aiokeyless import ClientClosedError, sync
 from tenacity.wait import wait_fixed
 client = KeylessClient(schedule=wait_fixed(0.1))
 """
@@ -534,7 +651,10 @@ hangs.wait()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [OPEN_AT_THE_END, A_LISTENER_HANGS], ids=["waits", "a listener that hangs"])
-async def test_a_process_ends_at_once_and_silently_though_its_client_is_open(sandbox: Sandbox, text: str) -> None:
+async def test_a_process_ends_at_once_and_silently_though_its_client_and_its_broker_are_open(
+    sandbox: Sandbox, text: str, tmp_path: Path
+) -> None:
+    text = f'sync.submit_approval("sqlite:{tmp_path}/keyless.db", "C0FFEE", operation_id="op-1")\n{text}'
     async with program(text, sandbox) as process:
         status, output = await ended(process)  # in far less time than the wait and the listener take
     assert (status, output) == (0, "")

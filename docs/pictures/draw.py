@@ -176,8 +176,9 @@ def circuit() -> Drawing:
 
 LAYERS: Final = (
     (("cli", "pytest_plugin"), "what people run"),
+    (("sync",), "the client and the worker's application side, without an event loop"),
     (
-        ("worker", "sandbox", "signatures", "shutdown", "otel", "sync"),
+        ("worker", "sandbox", "signatures", "shutdown", "otel"),
         "engine 2, a test service, signed data, signals, OpenTelemetry",
     ),
     (("client",), "the public methods"),

@@ -1,10 +1,12 @@
-"""The same in Django: the request is in the transaction that saves the order."""
+"""The same in Django: the request is in the transaction that saves the order, the outcome in that of the payment."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from django.db import connection, transaction
 
-from aiokeyless.worker import approval_request
+from aiokeyless.sync import next_outcome, submit_approval
+from aiokeyless.worker import ApprovalEvent
 
 
 class Order(Protocol):
@@ -21,7 +23,12 @@ class Order(Protocol):
 @transaction.atomic  # type: ignore[untyped-decorator]  # Django has no types
 def place(order: Order) -> None:
     """Store an order, and have its customer asked."""
-    request = approval_request(order.user_id, operation_id=order.id, operation_payload=order.text)
     order.save()
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT keyless.submit(%s)", [request])
+    submit_approval(connection, order.user_id, operation_id=order.id, operation_payload=order.text)
+
+
+def read(settle: Callable[[ApprovalEvent], None]) -> None:
+    """Settle orders as their outcomes come, in a process of its own, such as a management command."""
+    while True:
+        with next_outcome(connection, "shop") as event:  # and in a transaction of its own
+            settle(event)

@@ -28,10 +28,10 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.logs import log
 
-from .connection import READS_EVERY, store_request, take_outcome
+from .connection import store_request, take_outcome
 from .failures import PASSING, broker_errors, request_errors
 from .migrations import prepare
-from .names import LARGEST_REQUEST, check_schema, within
+from .names import LARGEST_REQUEST, READS_EVERY, check_schema, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -12,7 +12,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
 
 from .failures import broker_errors, request_errors
-from .names import LARGEST_REQUEST, check_schema, within
+from .names import LARGEST_REQUEST, READS_EVERY, check_schema, within
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
 
-READS_EVERY: Final = 0.25  # seconds between two looks for an outcome
 _ENDS_WITHIN: Final = 5.0  # seconds in which the server must end a transaction that is not committed
 
 

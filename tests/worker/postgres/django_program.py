@@ -8,12 +8,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import django
+import pytest
 from django.conf import settings
-from django.db import connection, transaction
+from django.db import connection, connections, transaction
+
+from aiokeyless import ConfigurationError, InvalidRequestError, sync
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiokeyless.worker import ApprovalEvent
 
 sys.path.append(str(Path(__file__).parents[3] / "examples" / "postgres_shop"))
+
+import django_orders  # examples are programs, not a package
 
 
 class Order:
@@ -33,17 +44,23 @@ class Order:
 def main(folder: str, database: str, act: str) -> None:
     settings.configure(
         DATABASES={
-            "default": {"ENGINE": "django.db.backends.postgresql", "NAME": database, "HOST": folder, "USER": "postgres"}
+            "default": {
+                "ENGINE": "django.db.backends.postgresql",
+                "NAME": database,
+                "HOST": folder,
+                "USER": "postgres",
+            },
+            "other": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
         }
     )
     django.setup()
     if act == "submit":
-        from django_orders import place
-
-        place(Order("committed"))
+        django_orders.place(Order("committed"))
         with transaction.atomic():
-            place(Order("rolled-back"))
+            django_orders.place(Order("rolled-back"))
             transaction.set_rollback(True)
+    elif act == "blocking":
+        blocking()
     else:
         with transaction.atomic(), connection.cursor() as cursor:
             cursor.execute("SELECT operation_id, outcome, event FROM keyless.next_outcome(%s)", ["shop"])
@@ -51,6 +68,45 @@ def main(folder: str, database: str, act: str) -> None:
             cursor.execute(
                 "INSERT INTO payment VALUES (%s)", [f"{operation_id} {outcome} {json.loads(event)['version']}"]
             )
+
+
+def blocking() -> None:
+    """Submit an approval, and handle the outcome of another, on Django's connection."""
+    with transaction.atomic():
+        Order("committed").save()
+        sync.submit_approval(connection, "C0FFEE", operation_id="committed")
+    with transaction.atomic():
+        Order("rolled-back").save()
+        sync.submit_approval(connection, "C0FFEE", operation_id="rolled-back")
+        transaction.set_rollback(True)
+    with transaction.atomic():
+        refused("in no transaction", lambda: sync.next_outcome(connection, "shop").__enter__())
+    refused("in a transaction", lambda: sync.submit_approval(connection, "C0FFEE", operation_id="refused"))
+    refused("SqliteBroker", lambda: sync.submit_approval(connections["other"], "C0FFEE", operation_id="refused"))
+    committed: list[str | None] = []
+
+    def settle(event: ApprovalEvent) -> None:
+        if committed:  # the second outcome
+            raise SystemExit
+        Order(str(event.operation_id)).save()
+        transaction.on_commit(lambda: committed.append(event.operation_id))
+        assert not committed
+
+    with pytest.raises(SystemExit):
+        django_orders.read(settle)
+    assert len(committed) == 1
+    connection.close()
+    with transaction.atomic():
+        Order("of a new connection").save()
+        try:
+            sync.submit_approval(connection, "BEEF", operation_id="committed")
+        except InvalidRequestError:
+            transaction.set_rollback(True)
+
+
+def refused(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        call()
 
 
 if __name__ == "__main__":

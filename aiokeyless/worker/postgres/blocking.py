@@ -1,0 +1,275 @@
+"""Requests and outcomes in the transactions of a connection of psycopg or Django, for `aiokeyless.sync`.
+
+These drivers block, so the coroutines of this module await nothing: each ends at its first step, in the caller's
+thread.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery
+
+from .names import LARGEST_REQUEST, READS_EVERY, within
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+_SCHEMA: Final = "keyless"
+_IDLE: Final = 0  # libpq's PQTRANS_IDLE
+#: SQL states: of a request that is wrong, or whose operation id is another's; of a schema that is missing or old; of a
+#: reader that is new.
+_WRONG: Final = ("22", "23505", "54001")
+_MISSING: Final = ("3F000", "42883", "42P01")
+_NEW_READER: Final = "42704"
+
+
+class _Driver(ABC):
+    """What is needed of a driver.
+
+    Attributes:
+        error: The root of its errors.
+    """
+
+    error: type[Exception]
+
+    @abstractmethod
+    def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
+        """Execute a statement of the schema's, and return its first row, if it has rows."""
+
+    @abstractmethod
+    def is_in_transaction(self) -> bool:
+        """Whether a transaction has begun."""
+
+    @abstractmethod
+    def would_begin(self) -> bool:
+        """Whether a statement is in a transaction that the caller must commit, also if it is the first one."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[object]:
+        """Return a transaction, for a connection that is in none."""
+
+
+class _Psycopg(_Driver):
+    def __init__(self, connection: Any) -> None:
+        from psycopg.rows import tuple_row  # noqa: PLC0415  # an application that has a connection has psycopg
+
+        self.error = connection.Error
+        self._connection = connection
+        self._row = tuple_row
+
+    def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
+        with self._connection.cursor(row_factory=self._row) as cursor:
+            cursor.execute(within(_SCHEMA, statement), arguments)
+            row: tuple[Any, ...] | None = cursor.fetchone() if cursor.description else None
+            return row
+
+    def is_in_transaction(self) -> bool:
+        status: int = self._connection.info.transaction_status
+        return status != _IDLE
+
+    def would_begin(self) -> bool:
+        return not self._connection.autocommit or self.is_in_transaction()
+
+    def transaction(self) -> AbstractContextManager[object]:
+        transaction: AbstractContextManager[object] = self._connection.transaction()
+        return transaction
+
+
+class _Django(_Driver):
+    def __init__(self, connection: Any) -> None:
+        from django.db import Error, transaction  # noqa: PLC0415  # as above
+
+        if connection.vendor != "postgresql":
+            raise ConfigurationError(
+                f"the connection must be one to PostgreSQL, not to {connection.vendor}: use a broker of its own, such "
+                "as SqliteBroker",
+                argument="broker",
+            )
+        self.error = Error
+        self._connection = connection
+        self._atomic: Any = transaction.atomic
+
+    def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
+        with self._connection.cursor() as cursor:
+            cursor.execute(within(_SCHEMA, statement), arguments)
+            row: tuple[Any, ...] | None = cursor.fetchone() if cursor.description else None
+            return row
+
+    def is_in_transaction(self) -> bool:
+        return not self._connection.get_autocommit()
+
+    def would_begin(self) -> bool:
+        return self.is_in_transaction()
+
+    def transaction(self) -> AbstractContextManager[object]:
+        atomic: AbstractContextManager[object] = self._atomic(using=self._connection.alias, durable=True)
+        return atomic
+
+
+def side_of(connection: Any) -> BlockingConnection | None:
+    """Return the application's side on a connection of psycopg or Django; None for anything else.
+
+    Raises:
+        ConfigurationError: It is Django's connection to another database.
+    """
+    if hasattr(connection, "in_atomic_block"):
+        return BlockingConnection(_Django(connection))
+    if hasattr(connection, "pgconn") and hasattr(connection, "__enter__"):  # not psycopg's AsyncConnection
+        return BlockingConnection(_Psycopg(connection))
+    return None
+
+
+class BlockingConnection(ApplicationSide):
+    """The application's side of the broker in the schema ``keyless``, on a connection of its own."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.largest_request: int = LARGEST_REQUEST
+        self._driver = driver
+
+    async def submit(self, new: NewRequest) -> bool:
+        """See `ApplicationSide`. What the driver raises ends the transaction, and is raised as it is."""
+        if not self._driver.would_begin():
+            raise ConfigurationError(
+                "the connection must be in a transaction, so that the request is stored if and only if that commits: "
+                "submit inside 'with connection.transaction()', in Django 'with transaction.atomic()'",
+                argument="broker",
+            )
+        try:
+            row = self._driver.execute("SELECT {}.submit(%s::text, %s::text)", new.body.decode(), new.traceparent)
+        except self._driver.error as error:
+            if _state(error).startswith(_WRONG):
+                raise InvalidRequestError(_text(error)) from None
+            raise
+        assert row is not None  # noqa: S101  # the function returns a value
+        return bool(row[0])
+
+    async def next_outcome(self, reader: str) -> OutcomeDelivery:
+        """See `ApplicationSide`."""
+        if self._driver.is_in_transaction():
+            raise ConfigurationError(
+                "the connection must be in no transaction, since next_outcome begins one; in one of your own, use the "
+                f"function {_SCHEMA}.next_outcome",
+                argument="broker",
+            )
+        while True:
+            outcome = _Outcome(self._driver, reader)
+            if outcome.take():
+                return outcome
+            time.sleep(READS_EVERY)  # noqa: ASYNC251  # it blocks: see the module
+
+
+class _RolledBack(Exception):  # noqa: N818  # no error: it tells the transaction how it ends
+    """Ends a transaction."""
+
+
+class _Outcome(OutcomeDelivery):
+    """An outcome in the transaction in which it will have been handled."""
+
+    __slots__ = ("_driver", "_id", "_number", "_reader", "_transaction")
+
+    def __init__(self, driver: _Driver, reader: str) -> None:
+        self._driver = driver
+        self._reader = reader
+        self._transaction = driver.transaction()
+
+    def take(self) -> bool:
+        """Begin the transaction, and take an outcome in it; without one, end the transaction and return False."""
+        with _errors(self._driver):
+            self._transaction.__enter__()
+            try:
+                # The first statement: a transaction that waits for another's commit must see it.
+                self._driver.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                row = self._driver.execute(
+                    "SELECT id, event, pg_current_xact_id()::text FROM {}.next_outcome(%s::text)", self._reader
+                )
+            except self._driver.error as error:
+                self._roll_back()
+                if _state(error) != _NEW_READER:
+                    raise
+                with self._driver.transaction():
+                    self._driver.execute("SELECT {}.add_reader(%s::text)", self._reader)
+                return False
+            except BaseException:  # such as KeyboardInterrupt
+                self._roll_back()
+                raise
+            if row is None:
+                self._roll_back()
+                return False
+        self._id, event, self._number = row
+        self.data, self.place = event.encode(), f"request-{self._id}"
+        return True
+
+    async def handled(self) -> None:
+        """Commit; see `OutcomeDelivery`.
+
+        Raises:
+            ConfigurationError: The body has ended the transaction itself.
+            BrokerError: Nothing of it was done, or nobody knows whether it was.
+        """
+        try:
+            self._driver.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            row = self._driver.execute("SELECT pg_current_xact_id_if_assigned()::text")
+        except self._driver.error as error:  # a COMMIT of a transaction that failed is a silent rollback
+            await self.put_off()
+            raise BrokerError(
+                "the transaction of an outcome was rolled back, and the outcome comes again: a statement of the body "
+                f"failed, or broke a constraint that is checked at the end ({_text(error)}); for what may fail, use a "
+                "savepoint"
+            ) from error
+        if row != (self._number,):
+            await self.put_off()
+            raise ConfigurationError(
+                "the body of next_outcome must not end its transaction: what it did after that is rolled back"
+            )
+        try:
+            self._transaction.__exit__(None, None, None)
+        except self._driver.error as error:
+            raise BrokerError(
+                "the transaction of an outcome was not committed, as far as is known; if it was not, the outcome comes "
+                f"again: {_text(error)}"
+            ) from error
+
+    async def put_off(self, delay: float | None = None) -> None:
+        """Roll back, and put it off; see `OutcomeDelivery`."""
+        with _errors(self._driver):
+            self._roll_back()
+            with self._driver.transaction():
+                self._driver.execute(
+                    "SELECT {}.put_off_outcome(%s::text, %s::bigint, %s::double precision)",
+                    self._reader,
+                    self._id,
+                    delay,
+                )
+
+    def _roll_back(self) -> None:
+        self._transaction.__exit__(_RolledBack, _RolledBack(), None)
+
+
+@contextmanager
+def _errors(driver: _Driver) -> Iterator[None]:
+    """Raise what a driver raises as an error of the broker's."""
+    try:
+        yield
+    except driver.error as error:
+        if _state(error) in _MISSING:
+            raise BrokerError(
+                f"the schema {_SCHEMA!r} is missing, or older than this library: run aiokeyless worker --prepare as a "
+                "user that may create it"
+            ) from None
+        raise BrokerError(f"outcomes cannot be read: {_text(error)}") from None
+
+
+def _state(error: BaseException) -> str:
+    """Return the SQL state of an error, also of one that Django has wrapped."""
+    return getattr(error.__cause__ or error, "sqlstate", None) or ""
+
+
+def _text(error: Exception) -> str:
+    """Return the message in one line, without the values that details and contexts quote."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,308 @@
+"""`aiokeyless.sync` on connections of psycopg: what is stored after each way in which a body can end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sqlite3
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from nats_server import until
+from psycopg.rows import dict_row
+
+from aiokeyless import sync
+from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
+from aiokeyless.worker.postgres import PostgresBroker, blocking
+
+from .shop import decide_all, payments, unread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from postgres_server import PostgresServer
+
+    from aiokeyless.worker import ApprovalEvent
+
+    from .shop import Connection
+
+    Psycopg = psycopg.Connection[Any]
+
+
+class RefusalError(Exception):
+    """What a body raises."""
+
+
+@pytest.fixture(params=[False, True], ids=["", "autocommit"])
+def psycopg_url(request: pytest.FixtureRequest, admin: Connection, url: str) -> tuple[str, bool]:  # noqa: ARG001  # which has made the tables
+    return url, request.param
+
+
+@contextlib.contextmanager
+def connected(psycopg_url: tuple[str, bool]) -> Iterator[Psycopg]:
+    url, autocommit = psycopg_url
+    with contextlib.closing(psycopg.connect(url, autocommit=autocommit, row_factory=dict_row)) as connection:
+        yield connection
+
+
+def pay(connection: Psycopg, event: ApprovalEvent) -> None:
+    connection.execute("INSERT INTO payment VALUES (%s)", [event.operation_id])
+
+
+async def handle(psycopg_url: tuple[str, bool], body: Callable[[Psycopg, ApprovalEvent], object]) -> None:
+    """Handle one outcome in a thread; afterwards its connection is in no transaction."""
+
+    def program() -> None:
+        with connected(psycopg_url) as connection:
+            try:
+                with sync.next_outcome(connection, "shop") as event:
+                    body(connection, event)
+            finally:
+                assert connection.closed or connection.info.transaction_status == 0
+
+    await asyncio.to_thread(program)
+
+
+async def operations(admin: Connection) -> set[str]:
+    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
+
+
+# -- submitting
+
+
+async def test_a_request_is_stored_if_and_only_if_the_transaction_commits(
+    psycopg_url: tuple[str, bool], admin: Connection
+) -> None:
+    def program() -> list[bool]:
+        with connected(psycopg_url) as connection:
+            stored = []
+            with contextlib.suppress(RefusalError), connection.transaction():
+                sync.submit_approval(connection, "C0FFEE", operation_id="rolled-back")
+                raise RefusalError
+            for _ in range(2):
+                with connection.transaction():
+                    stored.append(sync.submit_approval(connection, "C0FFEE", operation_id="a").duplicate)
+            return stored
+
+    assert await asyncio.to_thread(program) == [False, True]
+    assert await operations(admin) == {"a"}
+
+
+async def test_a_transaction_that_the_driver_begins_is_the_callers_to_commit(admin: Connection, url: str) -> None:
+    def program() -> None:
+        with connected((url, False)) as connection:
+            sync.submit_approval(connection, "C0FFEE", operation_id="a")
+            connection.commit()
+            sync.submit_approval(connection, "C0FFEE", operation_id="b")
+            connection.rollback()
+        with connected((url, True)) as connection, pytest.raises(ConfigurationError, match="must be in a transaction"):
+            sync.submit_approval(connection, "C0FFEE", operation_id="c")
+
+    await asyncio.to_thread(program)
+    assert await operations(admin) == {"a"}
+
+
+async def test_a_different_request_under_a_used_operation_id_is_refused(admin: Connection, url: str) -> None:
+    def program() -> None:
+        with connected((url, False)) as connection:
+            sync.submit_approval(connection, "C0FFEE", operation_id="a")
+            with pytest.raises(InvalidRequestError, match="choose a new one"):
+                sync.submit_approval(connection, "BEEF", operation_id="a")
+            with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+                sync.submit_approval(connection, "C0FFEE", operation_id="b")
+
+    await asyncio.to_thread(program)
+    assert await operations(admin) == set()
+
+
+# -- bodies that end well
+
+
+async def test_what_a_body_does_is_committed_with_the_outcome(
+    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
+) -> None:
+    await decide_all(broker, "a")
+    await handle(psycopg_url, pay)
+    assert await payments(admin) == {"a"}
+    assert await unread(admin) == {}
+
+
+async def test_a_new_reader_gets_all_outcomes(broker: PostgresBroker, admin: Connection, url: str) -> None:
+    await decide_all(broker, "a")
+
+    def program() -> str | None:
+        with connected((url, True)) as connection, sync.next_outcome(connection, "ledger") as event:
+            return event.operation_id
+
+    reading = asyncio.create_task(asyncio.to_thread(program))
+
+    async def is_added() -> bool:
+        return bool(await admin.fetchval("SELECT count(*) FROM keyless.reader WHERE name = 'ledger'"))
+
+    await until(is_added)
+    await admin.execute("SELECT keyless.welcome_readers()")
+    assert await reading == "a"
+
+
+# -- bodies that end badly
+
+
+async def test_an_exception_rolls_back_and_puts_the_outcome_off(
+    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
+) -> None:
+    def refuse(connection: Psycopg, event: ApprovalEvent) -> None:
+        pay(connection, event)
+        raise RefusalError
+
+    await decide_all(broker, "a")
+    with pytest.raises(RefusalError):
+        await handle(psycopg_url, refuse)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+
+
+async def test_an_error_of_sql_that_the_body_swallowed_is_raised(
+    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
+) -> None:
+    def fail(connection: Psycopg, event: ApprovalEvent) -> None:
+        pay(connection, event)
+        with contextlib.suppress(psycopg.errors.UniqueViolation):
+            pay(connection, event)
+
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError, match="rolled back"):
+        await handle(psycopg_url, fail)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 1}
+
+
+async def test_a_body_that_commits_by_itself_is_told_and_has_handled_its_outcome(
+    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
+) -> None:
+    def commit(connection: Psycopg, event: ApprovalEvent) -> None:
+        pay(connection, event)
+        connection.execute("COMMIT")
+
+    await decide_all(broker, "a")
+    with pytest.raises(ConfigurationError, match="must not end its transaction"):
+        await handle(psycopg_url, commit)
+    assert await payments(admin) == {"a"}
+    assert await unread(admin) == {}
+
+
+async def test_a_backend_that_is_killed_in_the_body_has_stored_nothing(
+    broker: PostgresBroker, admin: Connection, psycopg_url: tuple[str, bool]
+) -> None:
+    def die(connection: Psycopg, event: ApprovalEvent) -> None:
+        pay(connection, event)
+        with contextlib.suppress(psycopg.OperationalError):
+            connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError):
+        await handle(psycopg_url, die)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 0}
+
+
+class CutAtItsCommit(psycopg.Connection[Any]):
+    """A connection that is lost when it is about to commit."""
+
+    @contextlib.contextmanager
+    def transaction(self, *arguments: Any) -> Iterator[psycopg.Transaction]:
+        with super().transaction(*arguments) as transaction:
+            yield transaction
+            with socket.socket(fileno=os.dup(self.fileno())) as lost:
+                lost.shutdown(socket.SHUT_RDWR)
+
+
+async def test_a_connection_that_is_lost_at_the_commit_is_an_error(
+    broker: PostgresBroker, admin: Connection, url: str
+) -> None:
+    def program() -> None:
+        with (
+            contextlib.closing(CutAtItsCommit.connect(url)) as connection,
+            sync.next_outcome(connection, "shop") as event,
+        ):
+            pay(connection, event)
+
+    await decide_all(broker, "a")
+    with pytest.raises(BrokerError, match="not committed, as far as is known"):
+        await asyncio.to_thread(program)
+    assert await payments(admin) == set()
+    assert await unread(admin) == {"a": 0}
+
+
+# -- waiting
+
+
+async def test_an_interruption_while_it_waits_leaves_no_transaction_behind(
+    psycopg_url: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)  # between two polls for an outcome
+    with pytest.raises(KeyboardInterrupt):
+        await handle(psycopg_url, pay)
+
+
+async def test_an_interruption_of_a_statement_leaves_no_transaction_behind(
+    psycopg_url: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(blocking, "within", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        await handle(psycopg_url, pay)
+
+
+async def test_a_connection_in_a_transaction_is_refused(admin: Connection, url: str) -> None:  # noqa: ARG001  # as above
+    def program() -> None:
+        with connected((url, False)) as connection:
+            connection.execute("SELECT 1")
+            with pytest.raises(ConfigurationError, match="in no transaction"), sync.next_outcome(connection, "shop"):
+                pass
+
+    await asyncio.to_thread(program)
+
+
+async def test_a_schema_that_is_missing_is_named(server: PostgresServer) -> None:
+    def program() -> None:
+        empty = server.url(server.new_database())
+        with connected((empty, True)) as connection, pytest.raises(BrokerError, match="--prepare"):
+            sync.next_outcome(connection, "shop").__enter__()
+
+    await asyncio.to_thread(program)
+
+
+@pytest.mark.parametrize("target", [sqlite3.connect(":memory:"), object(), None], ids=["sqlite3", "object", "None"])
+async def test_what_is_no_connection_is_refused(target: object) -> None:
+    with pytest.raises(ConfigurationError, match="SqliteBroker"):
+        await asyncio.to_thread(sync.submit_approval, target, "C0FFEE", operation_id="a")
+
+
+async def test_a_connection_is_refused_in_a_thread_that_runs_an_event_loop(psycopg_url: tuple[str, bool]) -> None:
+    with connected(psycopg_url) as connection, pytest.raises(ConfigurationError, match="runs an event loop"):
+        sync.submit_approval(connection, "C0FFEE", operation_id="a")
+
+
+# -- Django
+
+
+async def test_djangos_atomic_submits_and_an_outcome_is_handled_in_a_transaction_of_django(
+    broker: PostgresBroker, admin: Connection, server: PostgresServer, database: str
+) -> None:
+    program = Path(__file__).with_name("django_program.py")
+    await decide_all(broker, "a", "b")
+    process = await asyncio.create_subprocess_exec(sys.executable, program, server.folder, database, "blocking")
+    assert await process.wait() == 0
+    assert await operations(admin) == {"a", "b", "committed"}
+    (settled,) = await payments(admin) - {"committed"}  # outcomes come in any order
+    assert await unread(admin) == {({"a", "b"} - {settled}).pop(): 1}
