@@ -13,18 +13,16 @@ if TYPE_CHECKING:
     from postgres_server import PostgresServer
 
 
-@pytest.mark.parametrize(
-    ("bad", "rate", "seconds"),
-    [
-        pytest.param(1000, 2, 15, marks=pytest.mark.slow),
-        *(pytest.param(bad, rate, 60, marks=pytest.mark.benchmarks) for bad in (200, 1000) for rate in (1, 2, 10)),
-    ],
-)
+# Each night alone: it takes a minute of the real clock, and asks of the machine to keep up. What is tried first while
+# Keyless fails is a promise of the conformance suite.
+@pytest.mark.benchmarks
+@pytest.mark.parametrize("bad", [200, 1000])
+@pytest.mark.parametrize("rate", [1, 2, 10])
 async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
-    server: PostgresServer, database: str, bad: int, rate: float, seconds: float
+    server: PostgresServer, database: str, bad: int, rate: float
 ) -> None:
     async with PostgresBroker(server.url(database)) as broker:
-        lateness = await measure(broker, bad=bad, rate=rate, seconds=seconds)
+        lateness = await measure(broker, bad=bad, rate=rate, seconds=60)
     assert lateness.missing == 0
     assert lateness.asked_p95() < 2
     assert lateness.approved_p95() < 3
