@@ -1036,7 +1036,7 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
     checked_region = Region.EU if named_region is None else check_region(named_region)
     checked_url = None if named_url is None else check_base_url(named_url)
     if checked_url is None or region is not None:  # an argument beats the environment
-        return checked_region, protocol.BASE_URLS[checked_region]
+        return checked_region, protocol.address_of(checked_region)
     return None, checked_url
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, assert_never
 from weakref import WeakKeyDictionary
 
 from ._listeners import DEFAULT_LISTENERS
@@ -77,20 +77,7 @@ class OpenTelemetryListener:
     ticket that another trace created has a link to that trace. The wait of a worker's request is such a span too, of
     the kind consumer and a child of the span in which it was submitted. The worker that decides the request records it.
     Polls and deliveries have no spans: instrumentations of aiohttp are suppressed for them. No attribute contains an
-    operation id, a user, a payload or a key.
-
-    Metrics of a client:
-
-    * ``http.client.request.duration``, by the conventions for HTTP, with ``url.template``
-    * ``aiokeyless.wait.duration``, ``aiokeyless.waits.active``, ``aiokeyless.polls``, ``aiokeyless.poll.lag``
-    * ``aiokeyless.circuit.state``: 0 closed, 1 half open, 2 open; the worst of several clients
-
-    Metrics of a worker:
-
-    * ``messaging.client.consumed.messages`` and ``messaging.process.duration``, by the conventions for messaging
-    * gauges ``aiokeyless.worker.ready``, ``.in_flight``, ``.waiting``, ``.backlog``, ``.oldest_age``, ``.lateness`` and
-      ``.clock_ahead``
-    * counters ``aiokeyless.worker.duplicates`` and ``.unsettled``
+    operation id, a user, a payload or a key. ``docs/reference/events.md`` names the metrics.
 
     Args:
         tracer_provider: Makes the tracer. Default: the global one.
@@ -164,6 +151,8 @@ class OpenTelemetryListener:
             case CircuitChanged():
                 self._circuits.subtract((event.previous,))
                 self._circuits.update((event.state,))
+            case _:
+                assert_never(event)
 
     def _record_request(self, event: RequestEnded) -> None:
         attributes: dict[str, str | int] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -16,16 +17,19 @@ import tomllib
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import looptime
+import msgspec
 import pytest
 from cyclopts import CycloptsError
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 
+import aiokeyless.events
 import aiokeyless.sandbox
 import aiokeyless.worker
+from aiokeyless import KeylessClient, Region
 from aiokeyless.cli.app import app
 from aiokeyless.events import (
     CircuitChanged,
@@ -41,6 +45,7 @@ from aiokeyless.events import (
     WaitStarted,
     WorkerInspected,
 )
+from aiokeyless.models import Model
 from aiokeyless.otel import OpenTelemetryListener
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker
@@ -53,6 +58,15 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+#: What is public, exceptions aside, which have a module and a page of their own.
+MODULES = (aiokeyless, aiokeyless.events, aiokeyless.sandbox, aiokeyless.worker)
+STRUCTS = [
+    kind
+    for kind in {name: getattr(module, name) for module in MODULES for name in module.__all__}.values()
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+]
 
 
 class Block(NamedTuple):
@@ -436,7 +450,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     reference = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     errors = {name for name in aiokeyless.__all__ if name.endswith("Error")}  # one directive for their whole module
     named = set(re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", reference, re.MULTILINE))
-    public = {*aiokeyless.__all__, *aiokeyless.worker.__all__, *aiokeyless.sandbox.__all__} - errors - {"__version__"}
+    public = {name for module in MODULES for name in module.__all__} - errors - {"__version__"}
     assert public - named - {"BrokerError", "InvalidRequestError"} == set()
 
 
@@ -444,6 +458,23 @@ def test_every_method_of_the_client_is_in_the_summary() -> None:
     reference = (DOCS / "reference" / "api.md").read_text()
     summary = re.findall(r"^ +KeylessClient\.(\w+)$", reference, re.MULTILINE)
     assert sorted(summary) == sorted(name for name in vars(aiokeyless.KeylessClient) if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda struct: struct.__name__)
+def test_the_docstring_of_a_struct_names_each_field(struct: type[msgspec.Struct]) -> None:
+    _, _, attributes = (inspect.getdoc(struct) or "").partition("Attributes:\n")
+    assert re.findall(r"^    (\w+): ", attributes.partition("\n\n")[0], re.MULTILINE) == [*struct.__struct_fields__]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param((DOCS / "reference" / "environment.md").read_text(), id="environment.md"),
+        pytest.param(KeylessClient.__doc__, id="KeylessClient"),
+    ],
+)
+def test_each_region_is_named_where_one_is_chosen(text: str) -> None:
+    assert [region for region in Region if f"`{region}`" not in text] == []
 
 
 def test_the_page_about_the_environment_names_each_variable() -> None:
@@ -537,6 +568,21 @@ EVENTS: tuple[Event, ...] = (
         unsettled=0,
     ),
 )
+
+
+def test_each_kind_of_event_is_told_to_listeners_and_tried_here() -> None:
+    own = [kind for kind in vars(aiokeyless.events).values() if getattr(kind, "__module__", "") == "aiokeyless.events"]
+    kinds = {kind for kind in own if isinstance(kind, type) and issubclass(kind, Model)}
+    assert kinds == set(get_args(Event)) == {type(event) for event in EVENTS}
+    assert {kind.__name__ for kind in own if isinstance(kind, type)} <= set(aiokeyless.events.__all__)
+
+
+def test_each_figure_of_a_worker_is_a_metric() -> None:
+    page = (DOCS / "reference" / "events.md").read_text()
+    figures = {*WorkerInspected.__struct_fields__, *Inspection.__struct_fields__}
+    figures -= {"worker", "system", "destination", "has_ended", "fleet", "problems"}
+    metrics = re.findall(r"^\| `aiokeyless\.worker\.(\w+)` \|", page, re.MULTILINE)
+    assert {figure.removeprefix("is_") for figure in figures} == set(metrics)
 
 
 def kind(data: object) -> str:

@@ -12,7 +12,7 @@ import re
 import time
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, assert_never
 from urllib.parse import quote
 
 import msgspec
@@ -62,12 +62,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BASE_URLS: Final[Mapping[Region, str]] = {
-    Region.EU: "https://api.keyless.io",
-    Region.LATAM: "https://operations-service.eks.core-production.latam.keyless.technology",
-    Region.US: "https://api.eks.core-production.saas-us-east.keyless.technology",
-    Region.SG: "https://operations-service.eks.core-production.sg.keyless.technology",
-}
+
+def address_of(region: Region) -> str:
+    """Return the address of a region."""
+    match region:
+        case Region.EU:
+            return "https://api.keyless.io"
+        case Region.LATAM:
+            return "https://operations-service.eks.core-production.latam.keyless.technology"
+        case Region.US:
+            return "https://api.eks.core-production.saas-us-east.keyless.technology"
+        case Region.SG:
+            return "https://operations-service.eks.core-production.sg.keyless.technology"
+        case _:
+            assert_never(region)
+
 
 MAX_BODY: Final = 1 << 20
 MAX_LIST_BODY: Final = 16 << 20

@@ -10,7 +10,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._http.protocol import BASE_URLS
+from aiokeyless._http.protocol import address_of
 from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._waits.explanation import in_words
 from aiokeyless.errors import (
@@ -153,7 +153,7 @@ def _check_address() -> str:
     if base_url := os.environ.get("KEYLESS_BASE_URL"):
         return f"check that KEYLESS_BASE_URL ({base_url}) is right and that the service runs"
     region = Region(os.environ.get("KEYLESS_REGION") or Region.EU)
-    return f"check the network to {BASE_URLS[region]} (KEYLESS_REGION is {region})"
+    return f"check the network to {address_of(region)} (KEYLESS_REGION is {region})"
 
 
 def _describe_timeout(error: ApprovalTimeoutError) -> str:

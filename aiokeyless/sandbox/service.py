@@ -13,7 +13,7 @@ import secrets
 import time
 from http import HTTPStatus
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, Unpack, assert_never
 
 import msgspec
 from aiohttp import web
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from .journal import RequestRecord
     from .signing import Signer
+    from .snapshot import Fault
 
 logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
@@ -73,15 +74,21 @@ class _Fault(msgspec.Struct):
     answer: Answer | None  # None: the connection is dropped
 
 
-_CHOSEN_ON_PAGE: Final = {
-    "unavailable": _Fault(
-        math.inf,
-        method=None,
-        stored=False,
-        answer=error_answer(HTTPStatus.SERVICE_UNAVAILABLE, "the sandbox's page was told to let the API answer 503"),
-    ),
-    "dropped": _Fault(math.inf, method=None, stored=False, answer=None),
-}
+_UNAVAILABLE: Final = error_answer(
+    HTTPStatus.SERVICE_UNAVAILABLE, "the sandbox's page was told to let the API answer 503"
+)
+
+
+def _chosen_on_page(fault: Fault) -> _Fault | None:
+    match fault:
+        case "none":
+            return None
+        case "unavailable":
+            return _Fault(math.inf, method=None, stored=False, answer=_UNAVAILABLE)
+        case "dropped":
+            return _Fault(math.inf, method=None, stored=False, answer=None)
+        case _:
+            assert_never(fault)
 
 
 class Sandbox:
@@ -618,7 +625,7 @@ class Sandbox:
         """Apply a request's effect, sleep for the latency, and return the answer; None to drop the connection."""
         latency = self._latency
         # While the page lets all requests fail, they take none of the faults that a test has queued.
-        fault = _CHOSEN_ON_PAGE.get(self._book.fault) or self._next_fault(request.method)
+        fault = _chosen_on_page(self._book.fault) or self._next_fault(request.method)
         if fault is None:
             answer: Answer | None = await self._take_effect(request)
         else:

@@ -20,7 +20,6 @@ from rich.pretty import pretty_repr
 from yarl import URL
 
 from aiokeyless._http.protocol import (
-    BASE_URLS,
     DELETE_USER,
     GET_AUTHENTICATIONS,
     GET_DEVICES,
@@ -33,6 +32,7 @@ from aiokeyless._http.protocol import (
     Answer,
     Endpoint,
     Request,
+    address_of,
     create_operation,
     get_authentications,
     get_external_authentications,
@@ -434,7 +434,7 @@ def test_an_unknown_region_is_refused_with_the_known_ones_named(region: Any) -> 
 def test_every_region_has_an_address_that_is_good_as_a_base_url(region: Region) -> None:
     assert check_region(region.value) is region
     assert check_region(region) is region
-    assert check_base_url(BASE_URLS[region]) == BASE_URLS[region]
+    assert check_base_url(address_of(region)) == address_of(region)
 
 
 @pytest.mark.parametrize(
@@ -707,6 +707,12 @@ def test_a_status_is_this_error_and_passes_or_not(
     assert (caught.value.status, caught.value.path) == (status, PATH)
     assert caught.value.method == ENDPOINTS[name].method
     assert str(caught.value).startswith(f"{ENDPOINTS[name].method} {PATH} answered {status}: ")
+
+
+@pytest.mark.parametrize("kind", StatusError.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_each_class_of_a_status_is_raised_for_the_status_that_its_docstring_names(kind: type[StatusError]) -> None:
+    status = (kind.__doc__ or "").partition(":")[0]
+    assert type(failed(int(status.replace("xx", "00")))) is kind
 
 
 def test_a_redirect_says_that_it_was_not_followed_and_why() -> None:

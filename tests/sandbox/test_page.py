@@ -6,7 +6,13 @@ import base64
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import pytest
+
+from aiokeyless.sandbox.page import load_page
+from aiokeyless.sandbox.snapshot import Fault
 
 from .phone_page import BROWSER, USER, approve, get, picture
 
@@ -45,6 +51,16 @@ async def test_page_needs_nothing_from_outside_and_sets_no_html(page: aiohttp.Cl
         html = await response.text()
     assert not re.search(r"""(?:src|href)=(?!"data:|"/)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)""", html)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\bon\w+=|style=", html)
+
+
+@pytest.mark.parametrize("fault", sorted({*get_args(Fault)} - {"none"}))
+def test_the_page_explains_each_fault_and_the_guide_names_it(fault: str) -> None:
+    page = load_page().html.decode()
+    guide = Path(__file__).parents[2] / "docs" / "howto" / "without-a-phone.md"
+    labels = re.findall(rf'name="fault" value="{fault}"><span>([^<]+)</span>', page)
+    assert len(labels) == 1
+    assert re.search(rf'^  {fault}: ".+",$', page, re.MULTILINE)
+    assert labels[0] in " ".join(guide.read_text().split())
 
 
 async def test_page_of_one_user_is_the_same_page(page: aiohttp.ClientSession) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from aiokeyless.errors import ConfigurationError
+from aiokeyless.models import Operation
 from aiokeyless.sandbox.fields import is_user_id
 from aiokeyless.sandbox.store import SDK_API_KEY, OperationStore
 
@@ -50,6 +51,12 @@ def test_created_operation_is_pending_and_shows_exactly_the_documented_fields(st
         "result": False,
         "state": "pending",
     }
+
+
+def test_an_approved_operation_shows_each_field_that_the_client_reads(store: OperationStore) -> None:
+    store.create(USER, "txn-1", operation_payload="Pay 5", external_user_id="ann@example.com")
+    store.approve("txn-1")
+    assert shown(store, "txn-1").keys() == {field.encode_name for field in msgspec.structs.fields(Operation)}
 
 
 def test_absent_fields_are_left_out_not_null(store: OperationStore) -> None:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import re
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 import pytest
 
+from aiokeyless import worker
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.worker import nats as nats_package
 from aiokeyless.worker import postgres as postgres_package
@@ -15,10 +20,28 @@ from aiokeyless.worker.broker import broker_for
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
+from .conformance.brokers import BROKERS
+
 if TYPE_CHECKING:
     from types import ModuleType
 
     from nats.aio.client import Client
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("folder", [module.name for module in iter_modules(worker.__path__) if module.ispkg])
+def test_each_broker_keeps_the_promises_of_all_and_has_its_place_in_the_pages(folder: str) -> None:
+    package = import_module(f"aiokeyless.worker.{folder}")
+    guide = (DOCS / "howto" / "running-workers.md").read_text()
+    reference = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    places = {
+        "the conformance suite": folder in {str(broker.id).partition(" ")[0] for broker in BROKERS},
+        "the reference": f"aiokeyless.worker.{folder}" in reference,
+        "the table of the guide": re.search(rf"^\| .*`{package.SCHEMES[0]}:", guide, re.MULTILINE) is not None,
+    }
+    assert [place for place, is_there in places.items() if not is_there] == []
 
 
 def test_a_url_picks_the_broker() -> None:

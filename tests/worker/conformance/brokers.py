@@ -103,10 +103,13 @@ class Postgres(Storage):
         return PostgresBroker(self._url)
 
 
-MEMORY = pytest.param(Memory, id="memory", marks=pytest.mark.looptime)
-FILE = pytest.param(File, id="file")
+# An id begins with the name of the broker's folder.
+MEMORY = pytest.param(Memory, id="sqlite in memory", marks=pytest.mark.looptime)
+FILE = pytest.param(File, id="sqlite in a file")
 NATS = pytest.param(Nats, id="nats")
 POSTGRES = pytest.param(Postgres, id="postgres")
+#: What stores requests and outcomes, opened anew for each test.
+BROKERS = [MEMORY, FILE, NATS, POSTGRES]
 
 
 def new_request(operation_id: str, traceparent: str | None = None, **fields: Any) -> NewRequest:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .brokers import FILE, LEASE, MEMORY, NATS, POSTGRES
+from .brokers import BROKERS, LEASE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from aiokeyless.worker.broker import Broker
 
     from .brokers import Storage
-
-#: What stores requests and outcomes, opened anew for each test.
-BROKERS = [MEMORY, FILE, NATS, POSTGRES]
 
 
 @pytest.fixture(params=BROKERS)
