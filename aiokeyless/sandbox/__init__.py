@@ -1,7 +1,7 @@
-"""A Keyless service to run on localhost, for demos, development and tests: `Sandbox`.
+"""`Sandbox`, a Keyless service to run on localhost for demos, development and tests.
 
-It serves the documented API on a real socket, independently of the client; only `Sandbox.client` uses that.
-``import aiokeyless`` does not import this package.
+It serves the documented API on a real socket. Only `Sandbox.client` uses the library's client. ``import aiokeyless``
+does not import this package.
 """
 
 from .journal import RequestRecord

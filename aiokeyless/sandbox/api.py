@@ -1,7 +1,7 @@
-"""The endpoints of the service as functions of a request's parts; each returns a status and a body.
+"""The endpoints of the API: each turns the parts of a request into a status and a body.
 
-As strict as the documentation: a request that the real service refuses is refused here. Nothing here does I/O, and
-nothing depends on aiohttp, on time or on simulated faults.
+They are as strict as the documentation: they refuse what the real service refuses. Nothing here does I/O, or depends on
+aiohttp, on time or on simulated faults.
 
 Source: Keyless documentation, Server API: Operations, Telemetry, External User ID, Users, Devices.
 """
@@ -33,11 +33,12 @@ TENANT: Final = "sandbox"
 
 JSON: Final = "application/json"
 _JSON_HEADERS: Final = {"Content-Type": JSON}
-_RANGES_OF_JSON: Final = (JSON, "application/*", "*/*")  # a more specific range takes precedence
+#: Media ranges that include JSON, by precedence: the most specific first.
+_RANGES_OF_JSON: Final = (JSON, "application/*", "*/*")
 
 _QUOTED: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
 _WEIGHT: Final = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
-# Not percent-encoded: a percent sign without two hex digits, a fragment, a character that is not printable ASCII.
+#: A percent sign without two hex digits, a fragment, or a character other than printable ASCII.
 _BAD_SEGMENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|[^!-~]|#")
 
 
@@ -50,7 +51,7 @@ class Answer(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A request that passed the checks that all endpoints share; `ids` are those in its path."""
+    """A request that passed the checks of all endpoints; `ids` are the ids in its path, decoded."""
 
     ids: tuple[str, ...]
     query: str
@@ -64,7 +65,7 @@ class _ExternalUser(msgspec.Struct, rename="camel"):
 
 
 class _Creation(msgspec.Struct, rename="camel"):
-    """The body of a creation; absent fields must be left out, so null is refused."""
+    """The body of a creation. Null is refused: an absent field must be left out."""
 
     operation_id: Annotated[str, msgspec.Meta(min_length=1)]
     operation_payload: str | msgspec.UnsetType = msgspec.UNSET
@@ -78,19 +79,19 @@ _Body = TypeVar("_Body")
 
 
 def error_answer(status: int, message: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """Return an error answer; the shape of its body is not documented, so it is the sandbox's own JSON."""
+    """Return an error answer. Its JSON is the sandbox's own: the documentation does not show an error's body."""
     return Answer(status, msgspec.json.encode({"error": message}), {**_JSON_HEADERS, **(headers or {})})
 
 
 def is_key(sent: str, key: str) -> bool:
-    """Whether a request sent the right key; compared in constant time."""
+    """Return whether a request sent the right key, in constant time."""
     return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), key.encode())
 
 
 _WELCOME: Final = error_answer(
     HTTPStatus.NOT_FOUND,
-    "this is a Keyless sandbox: open this address in a browser for the phone; the API is under /v2, and what drives "
-    "the sandbox is under /sandbox/ (both want the header X-Api-Key)",
+    "this is a Keyless sandbox: open this address in a browser for the phone; the API is under /v2, and the control "
+    "of the sandbox under /sandbox/ (both need the header X-Api-Key)",
 )
 
 
@@ -110,7 +111,7 @@ class KeylessApi:
         store: Holds the operations.
         api_key: The key that requests must carry.
         on_created: Called with each operation that a request created, before the request is answered.
-        key_set: Returns the public keys of the tenant, as they are published. Default: there are none.
+        key_set: Returns the tenant's published keys, as a JSON Web Key Set. Default: an empty set.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class KeylessApi:
     def answer(self, method: str, target: str, *, api_key: str, accept: str, content_type: str, body: bytes) -> Answer:
         """Answer one request, and apply its effect.
 
-        The first failed check decides the error, in this order: key, route, method, ``Accept``, ``Content-Type``, ids
+        The first failed check decides the error. The order is: key, route, method, ``Accept``, ``Content-Type``, ids
         and body, existence of what they name.
 
         Args:
@@ -155,20 +156,22 @@ class KeylessApi:
         """
         try:
             path = target.partition("?")[0]
-            if path == "/":  # a person with curl, before they have a key
+            # For a person with curl, before they have a key.
+            if path == "/":
                 return _WELCOME
-            if path == _KEY_SET_PATH:  # public: it needs no key
+            # The key set is public.
+            if path == _KEY_SET_PATH:
                 _check_method(method, ("GET",))
                 return Answer(HTTPStatus.OK, self._key_set())
             endpoint, segments = self._admit(method, target, api_key, accept, content_type)
-            return endpoint(_Call(tuple(map(_decoded, segments)), target.partition("?")[2], body))
+            return endpoint(_Call(tuple(map(_decode, segments)), target.partition("?")[2], body))
         except _RefusedError as error:
             return error_answer(error.status, str(error), error.headers)
 
     def _admit(
         self, method: str, target: str, api_key: str, accept: str, content_type: str
     ) -> tuple[_Endpoint, tuple[str, ...]]:
-        """Do the checks that all endpoints share; return the endpoint and the ids in the path, still encoded."""
+        """Do the checks of all endpoints. Return the endpoint, and the ids in the path, still encoded."""
         if not is_key(api_key, self._key):
             raise _RefusedError(HTTPStatus.UNAUTHORIZED, "X-Api-Key is missing or wrong")
         endpoints, segments = self._route(target)
@@ -181,7 +184,7 @@ class KeylessApi:
 
     def _route(self, target: str) -> tuple[Mapping[str, _Endpoint], tuple[str, ...]]:
         """Return the endpoints of a path by method, and the ids in the path, still encoded."""
-        # Split before decoding: an encoded slash belongs to an id and must not separate path segments.
+        # Split before decoding: an encoded slash belongs to an id.
         path = target.partition("?")[0]
         for pattern, endpoints in self._routes:
             if match := pattern.fullmatch(path):
@@ -195,16 +198,19 @@ class KeylessApi:
         return Answer(HTTPStatus.OK, found)
 
     def _get_pending(self, call: _Call) -> Answer:
-        return Answer(HTTPStatus.OK, self._store.pending_json(_user_id(call)))
+        return Answer(HTTPStatus.OK, self._store.pending_json(_read_user_id(call)))
 
     def _get_authentications(self, call: _Call) -> Answer:
-        return _known_user(self._store.authentications_json(call.ids[0], _operation_id(call.query)))
+        return _answer_telemetry(self._store.authentications_json(call.ids[0], _read_operation_id(call.query)))
 
     def _get_external_authentications(self, call: _Call) -> Answer:
-        return _known_user(self._store.external_authentications_json(call.ids[0], _operation_id(call.query)))
+        return _answer_telemetry(self._store.external_authentications_json(call.ids[0], _read_operation_id(call.query)))
 
     def _link(self, call: _Call) -> Answer:
-        user_id, external_user_id = _user_id(call), _read(call.body, _ExternalUser, "an external user").external_user_id
+        user_id, external_user_id = (
+            _read_user_id(call),
+            _read(call.body, _ExternalUser, "an external user").external_user_id,
+        )
         self._check_exists(user_id)
         link = self._store.users.link(user_id, external_user_id)
         if link is None:
@@ -212,7 +218,10 @@ class KeylessApi:
         return Answer(HTTPStatus.CREATED, link)
 
     def _relink(self, call: _Call) -> Answer:
-        user_id, external_user_id = _user_id(call), _read(call.body, _ExternalUser, "an external user").external_user_id
+        user_id, external_user_id = (
+            _read_user_id(call),
+            _read(call.body, _ExternalUser, "an external user").external_user_id,
+        )
         self._check_exists(user_id)
         return Answer(HTTPStatus.OK, self._store.users.relink(user_id, external_user_id))
 
@@ -221,21 +230,21 @@ class KeylessApi:
         return Answer(HTTPStatus.NO_CONTENT, b"", {})
 
     def _find_users(self, call: _Call) -> Answer:
-        return Answer(HTTPStatus.OK, self._store.users.found_json(call.ids[0]))
+        return Answer(HTTPStatus.OK, self._store.users.search_json(call.ids[0]))
 
     def _delete_user(self, call: _Call) -> Answer:
-        user_id = _user_id(call)
+        user_id = _read_user_id(call)
         self._check_exists(user_id)
         self._store.users.delete(user_id)
         return _SUCCESS
 
     def _get_devices(self, call: _Call) -> Answer:
-        user_id = _user_id(call)
+        user_id = _read_user_id(call)
         self._check_exists(user_id)
         return Answer(HTTPStatus.OK, self._store.users.devices_json(user_id))
 
     def _remove_device(self, call: _Call) -> Answer:
-        if not self._store.users.remove_device(_user_id(call), call.ids[1]):
+        if not self._store.users.remove_device(_read_user_id(call), call.ids[1]):
             raise _RefusedError(HTTPStatus.NOT_FOUND, "no such device or user")
         return _SUCCESS
 
@@ -244,12 +253,12 @@ class KeylessApi:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "no such user")
 
     def _create(self, call: _Call) -> Answer:
-        user_id, creation = _user_id(call), _read(call.body, _Creation, "an operation")
+        user_id, creation = _read_user_id(call), _read(call.body, _Creation, "an operation")
         operation = self._store.create(
             user_id,
             creation.operation_id,
-            operation_payload=_given(creation.operation_payload),
-            external_user_id=_given(creation.external_user_id),
+            operation_payload=_replace_unset(creation.operation_payload),
+            external_user_id=_replace_unset(creation.external_user_id),
         )
         if operation is None:
             raise _RefusedError(HTTPStatus.CONFLICT, "the operationId is taken")
@@ -263,17 +272,18 @@ def _check_method(method: str, allowed: Collection[str]) -> None:
         raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"only {listed}", {"Allow": listed})
 
 
-def _known_user(found: bytes | None) -> Answer:
-    if found is None:  # also for an id that is no hex: Telemetry documents 200, 401 and 404, and no 400
+def _answer_telemetry(found: bytes | None) -> Answer:
+    # An id that is not hex is a 404 too: Telemetry documents no 400.
+    if found is None:
         raise _RefusedError(HTTPStatus.NOT_FOUND, "user not found")
     return Answer(HTTPStatus.OK, found)
 
 
-def _operation_id(query: str) -> str | None:
-    """Return the operation that a query names, the first if it names several.
+def _read_operation_id(query: str) -> str | None:
+    """Return the operation id in a query, the first one of several; None if there is none.
 
     Raises:
-        _RefusedError: It encodes something else than UTF-8.
+        _RefusedError: The query is not percent-encoded UTF-8.
     """
     try:
         return dict(reversed(parse_qsl(query, keep_blank_values=True, errors="strict"))).get("operationId")
@@ -281,11 +291,11 @@ def _operation_id(query: str) -> str | None:
         raise _RefusedError(HTTPStatus.BAD_REQUEST, "the query must be percent-encoded UTF-8") from None
 
 
-def _given(value: str | msgspec.UnsetType) -> str | None:
+def _replace_unset(value: str | msgspec.UnsetType) -> str | None:
     return None if value is msgspec.UNSET else value
 
 
-def _user_id(call: _Call) -> str:
+def _read_user_id(call: _Call) -> str:
     user_id = call.ids[0]
     if not is_user_id(user_id):
         raise _RefusedError(HTTPStatus.BAD_REQUEST, "the user id must be hex in upper case")
@@ -294,13 +304,13 @@ def _user_id(call: _Call) -> str:
 
 def _read(body: bytes, kind: type[_Body], what: str) -> _Body:
     try:
-        # Decoded first: msgspec does not check the bytes of fields that it skips.
+        # Decoded first, since msgspec does not check the bytes of fields that it skips.
         return msgspec.json.decode(body.decode(), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not {what}: {error}") from None
 
 
-def _decoded(segment: str) -> str:
+def _decode(segment: str) -> str:
     """Decode one segment of a path, once.
 
     Raises:
@@ -317,7 +327,7 @@ def _decoded(segment: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def admits_json(accept: str) -> bool:
-    """Whether an ``Accept`` header admits ``application/json``; an empty one admits everything.
+    """Return whether an ``Accept`` header admits ``application/json``; an empty one admits everything.
 
     Parameters of a range other than its weight are ignored, and so is a range with a malformed weight.
 

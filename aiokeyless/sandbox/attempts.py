@@ -1,4 +1,4 @@
-"""The attempts to authenticate of a sandbox's users: what Telemetry remembers of them, and who is locked out.
+"""The users' attempts to authenticate, as Telemetry reports them, and the lockouts that follow failures.
 
 Nothing here depends on HTTP or on the event loop.
 
@@ -32,11 +32,13 @@ MOST_FAILURES: Final = 5
 """Failed attempts in a row after which a user is locked out."""
 
 _PAGE_SIZE: Final = 20
-_USER_CODES: Final = 30_000  # from here on, an error is the user's: others lock nobody out
+
+#: The smallest error code of a user's own failure. Only such failures lock a user out.
+_FIRST_USER_CODE: Final = 30_000
 
 
 class Attempt(NamedTuple):
-    """One attempt, whose it was, and when, on the log's clock."""
+    """One attempt, its user, and its time by the log's clock."""
 
     at: float
     user_id: str
@@ -54,38 +56,38 @@ class AttemptLog:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._all: deque[Attempt] = deque()
-        # Indexed, so that one user's answer costs its own size only; empty for a user who is known and made none.
+        # Indexes of `_all`. A known user without attempts has an empty entry.
         self._by_user: dict[str, deque[Attempt]] = {}
         self._by_external_user: dict[str, deque[Attempt]] = {}
-        self._failures: dict[str, int] = {}  # in a row, by user
+        self._consecutive_failures: dict[str, int] = {}
         self._locked_until: dict[str, float] = {}
 
-    def know(self, user_id: str, external_user_id: str | None) -> None:
-        """Make a user known, so that Telemetry does not answer 404 about them."""
+    def add_user(self, user_id: str, external_user_id: str | None) -> None:
+        """Add a user without attempts: Telemetry then answers with an empty list and not with 404."""
         self._by_user.setdefault(user_id, deque())
         if external_user_id:
             self._by_external_user.setdefault(external_user_id, deque())
 
-    def knows(self, user_id: str) -> bool:
-        """Whether a user is known."""
+    def has_user(self, user_id: str) -> bool:
+        """Return whether the user was added, or made an attempt."""
         return user_id in self._by_user
 
     def add(self, user_id: str, external_user_id: str | None, authentication: Authentication) -> None:
-        """Remember an attempt; the fifth failure in a row locks the user out, and a success ends the row."""
+        """Add an attempt. Five failures in a row lock the user out; a success resets the count."""
         now = self._clock()
-        self._forget_old(now)
+        self._remove_old(now)
         attempt = Attempt(now, user_id, external_user_id, authentication)
         self._all.append(attempt)
-        self.know(user_id, external_user_id)
+        self.add_user(user_id, external_user_id)
         for attempts in self._indexes(attempt):
             attempts.append(attempt)
         code = authentication.error_code or 0
         if code == 0:
-            self._failures.pop(user_id, None)
-        elif code >= _USER_CODES and code not in {CANCELLED, LOCKED_OUT}:
-            failures = self._failures[user_id] = self._failures.get(user_id, 0) + 1
+            self._consecutive_failures.pop(user_id, None)
+        elif code >= _FIRST_USER_CODE and code not in {CANCELLED, LOCKED_OUT}:
+            failures = self._consecutive_failures[user_id] = self._consecutive_failures.get(user_id, 0) + 1
             if failures >= MOST_FAILURES:
-                del self._failures[user_id]
+                del self._consecutive_failures[user_id]
                 self._locked_until[user_id] = now + LOCKOUT
 
     def locked_for(self, user_id: str) -> float:
@@ -97,31 +99,32 @@ class AttemptLog:
         return 0.0
 
     def unlock(self, user_id: str) -> None:
-        """End a user's lockout, and the row of failures that leads to one."""
+        """End a user's lockout, and reset the count of failures in a row."""
         self._locked_until.pop(user_id, None)
-        self._failures.pop(user_id, None)
+        self._consecutive_failures.pop(user_id, None)
 
-    def recent(self) -> list[Authentication]:
+    def get_all(self) -> list[Authentication]:
         """Return all users' attempts of the last ten minutes, oldest first."""
-        self._forget_old(self._clock())
+        self._remove_old(self._clock())
         return [attempt.authentication for attempt in self._all]
 
-    def of_user(self, user_id: str) -> list[Authentication] | None:
+    def get_by_user(self, user_id: str) -> list[Authentication] | None:
         """Return a user's attempts of the last ten minutes, oldest first; None if there is no such user."""
-        return self._of(self._by_user.get(user_id))
+        return self._get(self._by_user.get(user_id))
 
-    def of_external_user(self, external_user_id: str) -> list[Authentication] | None:
-        """Return the attempts of the user whom the customer calls so; None if there is no such user."""
-        return self._of(self._by_external_user.get(external_user_id))
+    def get_by_external_user(self, external_user_id: str) -> list[Authentication] | None:
+        """Return the attempts under an external user id, in its exact case; None if there is no such user."""
+        return self._get(self._by_external_user.get(external_user_id))
 
-    def _of(self, attempts: deque[Attempt] | None) -> list[Authentication] | None:
-        self._forget_old(self._clock())
+    def _get(self, attempts: deque[Attempt] | None) -> list[Authentication] | None:
+        self._remove_old(self._clock())
         return None if attempts is None else [attempt.authentication for attempt in attempts]
 
-    def _forget_old(self, now: float) -> None:
+    def _remove_old(self, now: float) -> None:
         while self._all and now - self._all[0].at > MEMORY:
+            # The oldest of all attempts is the oldest of its user too.
             for attempts in self._indexes(self._all.popleft()):
-                attempts.popleft()  # the oldest of all is the oldest of its user
+                attempts.popleft()
 
     def _indexes(self, attempt: Attempt) -> Iterable[deque[Attempt]]:
         yield self._by_user[attempt.user_id]
@@ -132,13 +135,13 @@ class AttemptLog:
 def telemetry_json(owner: dict[str, str], attempts: Iterable[Authentication], operation_id: str | None) -> bytes:
     """Return the body of Telemetry's answer: its first page, the newest attempt first.
 
-    The documentation does not say what is counted as an element, nor the order; a page of 20 that starts with the
-    newest is what a reader of the first page would hope for, so clients must not rely on it.
+    The documentation leaves open what counts as an element, and the order. This order is the most favourable one for a
+    client that reads only the first page of 20. Clients must not rely on it.
 
     Args:
         owner: The user's id under its name on the wire.
         attempts: The user's attempts, oldest first.
-        operation_id: The operation whose attempts are asked for; None for all.
+        operation_id: Only attempts for this operation; None: all.
     """
     found = [each for each in attempts if operation_id is None or each.operation_id == operation_id]
     page = {
@@ -152,8 +155,8 @@ def telemetry_json(owner: dict[str, str], attempts: Iterable[Authentication], op
 
 
 def attempt_fields(attempt: Authentication) -> dict[str, object]:
-    """Return an attempt under its names on the wire."""
-    # Spelt out, not derived from models.py: otherwise a misspelt name there would go unnoticed.
+    """Return an attempt's fields, by their names on the wire."""
+    # Spelt out, not derived from models.py: a misspelt name there must make the tests fail.
     return {
         "createdAt": attempt.created_at,
         "result": attempt.result,

@@ -1,7 +1,7 @@
-"""The JSON API under ``/sandbox/``, by which other programs, shells and the command line drive a sandbox that runs.
+"""The JSON API under ``/sandbox/``, with which other programs and the command line drive a running sandbox.
 
-`ENDPOINTS` is the one list of what there is. A request carries the sandbox's API key; guard.py refuses web pages. The
-faults of the service do not touch it, and the journal does not show it.
+`ENDPOINTS` lists all of it. Each request must carry the sandbox's API key; guard.py refuses web pages. Simulated faults
+do not affect these requests, and the journal does not contain them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .service import Sandbox
 
 IDENTITY: Final = "X-Keyless-Sandbox"
-"""Header of every answer, by which the command line knows that it speaks to a sandbox."""
+"""Header of every answer. Without it, the command line refuses the answer as not a sandbox's."""
 
 _HEADERS: Final = {**HEADERS, IDENTITY: __version__}
 
@@ -43,11 +43,11 @@ _Method = Literal["GET", "POST", "PATCH", "DELETE"]
 
 
 class _Body(Camel, kw_only=True, forbid_unknown_fields=True):
-    """Base of the bodies: a field that is misspelt is an error."""
+    """Base of the bodies. An unknown field is an error."""
 
 
 class Selection(_Body):
-    """Which operations are listed."""
+    """Which operations to list."""
 
     user_id: _UserId | None = None
     state: Literal["pending", "approved"] | None = None
@@ -64,7 +64,7 @@ class Approval(_Body):
 
 
 class Refusal(_Body):
-    """The arguments of `Sandbox.fail_authentication`; if none is given, the user cancels."""
+    """The arguments of `Sandbox.fail_authentication`. By default, the user cancels."""
 
     operation_id: _OperationId
     error_code: Annotated[int, msgspec.Meta(ge=1)] = CANCELLED
@@ -74,7 +74,7 @@ class Refusal(_Body):
 
 
 class Drop(_Body):
-    """The arguments of `Sandbox.drop_next`, but without `times` it lasts until `recover`."""
+    """The arguments of `Sandbox.drop_next`. Without `times`, the fault lasts until `recover`."""
 
     times: _Times | None = None
     stored: bool = False
@@ -82,7 +82,7 @@ class Drop(_Body):
 
 
 class Failure(Drop):
-    """The arguments of `Sandbox.fail_next`, but without `times` it lasts until `recover`."""
+    """The arguments of `Sandbox.fail_next`. Without `times`, the fault lasts until `recover`."""
 
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] = HTTPStatus.SERVICE_UNAVAILABLE
     retry_after: Annotated[float, msgspec.Meta(ge=0)] | None = None
@@ -147,7 +147,7 @@ def _decline(sandbox: Sandbox, refusal: Refusal) -> object:
 def _check_exists(sandbox: Sandbox, operation_id: str) -> None:
     if operation_id not in sandbox.operations:
         raise _NotFoundError(
-            f"there is no operation {operation_id!r}; create it first, or name its user, for one that the phone creates"
+            f"there is no operation {operation_id!r}; create it first, or name its user if the phone is to create it"
         )
 
 
@@ -190,7 +190,7 @@ class Endpoint(NamedTuple):
     Attributes:
         method: The HTTP method.
         body: The fields of the JSON body, or of the query of a GET.
-        act: Does it; returns what the answer says, as data for JSON.
+        act: Applies a request to the sandbox, and returns the body of the answer, as data for JSON.
     """
 
     method: str
@@ -217,7 +217,7 @@ class Control:
     """Answers the requests under ``/sandbox/``.
 
     Args:
-        sandbox: What they drive.
+        sandbox: The sandbox that they drive.
         host: Name or address that the server listens on.
     """
 
@@ -227,10 +227,10 @@ class Control:
 
     async def serve(self, request: web.Request) -> web.Response:
         """Answer one request."""
-        answer = self._refusal(request) or await self._answer(request)
+        answer = self._refuse(request) or await self._answer(request)
         return web.Response(status=answer.status, body=answer.body, headers={**_HEADERS, **answer.headers})
 
-    def _refusal(self, request: web.Request) -> Answer | None:
+    def _refuse(self, request: web.Request) -> Answer | None:
         headers = request.headers
         return refuse_host(headers.get("Host", ""), self._host) or refuse_driver(
             request.method, headers, self._sandbox.api_key
@@ -239,7 +239,7 @@ class Control:
     async def _answer(self, request: web.Request) -> Answer:
         endpoint = ENDPOINTS.get(request.match_info["name"])
         if endpoint is None:
-            return error_answer(HTTPStatus.NOT_FOUND, f"no such path; under /sandbox/ there are {', '.join(ENDPOINTS)}")
+            return error_answer(HTTPStatus.NOT_FOUND, f"no such path; those under /sandbox/: {', '.join(ENDPOINTS)}")
         if request.method != endpoint.method:
             return error_answer(HTTPStatus.METHOD_NOT_ALLOWED, f"only {endpoint.method}", {"Allow": endpoint.method})
         try:
@@ -250,7 +250,8 @@ class Control:
             return Answer(HTTPStatus.OK, msgspec.json.encode(endpoint.act(self._sandbox, body)))
         except _NotFoundError as error:
             return error_answer(HTTPStatus.NOT_FOUND, str(error))
-        except ConfigurationError as error:  # the body is valid, so it is the sandbox's state that does not permit it
+        # The body is valid, so the sandbox's state does not permit the request.
+        except ConfigurationError as error:
             return error_answer(HTTPStatus.CONFLICT, str(error))
 
 

@@ -1,4 +1,4 @@
-"""The fields of the service's answers: how it writes a time, and what it accepts as a user id or a text."""
+"""The service's formats: how it writes a time, and what it accepts as a user id or a text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MOST_DIGITS: Final = 9
 
 
 def timestamp(nanoseconds: int, digits: int = MOST_DIGITS) -> str:
-    """Format an instant as the service does: UTC, no zone, `digits` digits after the point."""
+    """Format nanoseconds since the epoch as the service does: UTC, no zone, `digits` digits after the point."""
     seconds, fraction = divmod(nanoseconds, _SECOND)
     whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{whole}.{f'{fraction:09}'[:digits]}"
 
 
 def is_user_id(text: str) -> bool:
-    """Whether the service accepts the text as a user id: hex in upper case."""
+    """Return whether the service accepts the text as a user id: hex in upper case."""
     return _HEX.fullmatch(text) is not None
 
 
@@ -42,7 +42,7 @@ def check_text(value: object, name: str, *, empty: bool = False) -> str:
     """Return a text that JSON can carry.
 
     Raises:
-        ConfigurationError: It is not a string, contains a lone surrogate, or is empty and may not be.
+        ConfigurationError: It is not a string, it contains a lone surrogate, or it is empty and `empty` is False.
     """
     if not isinstance(value, str) or (not value and not empty):
         raise ConfigurationError(f"{name} must be a {'string' if empty else 'string that is not empty'}", argument=name)

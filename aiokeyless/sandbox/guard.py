@@ -1,10 +1,12 @@
-"""Refuses browser requests from any page other than the one that this sandbox served.
+"""The checks that refuse browser requests from any page other than the one that this sandbox served.
 
-The phone's endpoints need no key, and the default key of all others is public, so any page that a developer visits
-could approve operations if its requests were accepted. Three checks prevent that: the browser names the page in each
-request (``Origin``, ``Sec-Fetch-Site``); a POST of JSON, or a header with a key, needs a preflight, which the sandbox
-does not answer; and a host name that the page's owner makes resolve to this machine (DNS rebinding) is refused, by the
-API too.
+The phone's endpoints need no key, and the default key of all others is public. Without these checks, any page that a
+developer visits could approve operations. Three things prevent that:
+
+- The browser names the page in each request (``Origin``, ``Sec-Fetch-Site``).
+- A POST of JSON, or a header with a key, needs a preflight, which the sandbox does not answer.
+- A request for another host name is refused, by the API too. The page's owner may have made that name resolve to this
+  machine (DNS rebinding).
 
 Source: Fetch Standard, "Origin header"; Fetch Metadata Request Headers, section 2.3.
 """
@@ -27,8 +29,8 @@ _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::[0-9]+)?")
 def refuse_host(host: str, own: str) -> Answer | None:
     """Return the refusal of a request that names a host other than this server; None if the host is accepted.
 
-    ``localhost`` and any IP address are accepted: a page whose requests name an address was itself served from it. Any
-    port is accepted, since ports may be forwarded.
+    ``localhost`` and any IP address are accepted: a page whose requests name an address was itself served from that
+    address. Any port is accepted, since ports may be forwarded.
 
     Args:
         host: ``Host`` header; "" if absent.
@@ -48,8 +50,8 @@ def refuse_host(host: str, own: str) -> Answer | None:
 def refuse_foreign_origin(method: str, headers: Mapping[str, str]) -> Answer | None:
     """Return the refusal of a request that did not come from the sandbox's own page; None if it is accepted.
 
-    A GET that names no origin is accepted: some browsers name none for addresses that are not loopback, and a page of
-    another origin cannot read the answer. A POST has an effect, so it must name its origin.
+    A GET without an origin is accepted: some browsers send none to addresses other than loopback, and a page of another
+    origin cannot read the answer. A POST has an effect, so it must name its origin.
 
     Args:
         method: HTTP method.
@@ -65,12 +67,12 @@ def refuse_foreign_origin(method: str, headers: Mapping[str, str]) -> Answer | N
 def refuse_driver(method: str, headers: Mapping[str, str], api_key: str) -> Answer | None:
     """Return the refusal of a request that did not come from a program with the key; None if it is accepted.
 
-    No page may drive the sandbox, also none that knows the key.
+    No web page may drive the sandbox, even with the key.
 
     Args:
         method: HTTP method.
         headers: Headers of the request.
-        api_key: The key that it must carry.
+        api_key: The key that the request must carry.
     """
     if _is_foreign(headers):
         return error_answer(HTTPStatus.FORBIDDEN, "no web page may request this")
@@ -80,7 +82,7 @@ def refuse_driver(method: str, headers: Mapping[str, str], api_key: str) -> Answ
 
 
 def _is_foreign(headers: Mapping[str, str]) -> bool:
-    """Whether a request comes from another page than the sandbox's own."""
+    """Return whether a request comes from a page other than the sandbox's own."""
     own_origin = f"http://{headers.get('Host', '')}"
     is_own = headers.get("Origin", own_origin).lower() == own_origin.lower()
     return not is_own or headers.get("Sec-Fetch-Site", "same-origin") != "same-origin"

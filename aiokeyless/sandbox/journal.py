@@ -1,4 +1,4 @@
-"""The sandbox's journal of requests, for tests and for the phone's page: its records, and its bounds."""
+"""The sandbox's bounded journal of requests, for tests and for the phone's page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     Attributes:
         method: HTTP method, cut after 40 characters.
         path: Request target as received: percent-encoded, with the query, and cut after 2000 characters.
-        status: Status of the answer. None until there is one, and permanently if there is none: the connection was
-            dropped, the client disconnected, or the sandbox closed.
+        status: Status of the answer. None until there is one. It stays None if the connection was dropped, the client
+            disconnected, or the sandbox closed.
         at: When the request arrived, by the loop's clock, in seconds.
         duration: Seconds until the request was answered or ended without an answer; 0.0 until then.
     """
@@ -31,19 +31,20 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """The latest requests, of bounded number and bounded text.
+    """The latest requests; their number and the length of their paths are bounded.
 
     Args:
-        most_text: Characters that the paths have together, at most.
+        most_text: Most characters of all paths together.
 
     Attributes:
-        requests: The records, oldest first; its owner may clear it.
+        requests: The records, oldest first; the owner may clear this list.
     """
 
     def __init__(self, most_text: int = 4_000_000) -> None:
         self.requests: list[RequestRecord] = []
         self._most_text = most_text
-        self._text = 0  # an upper bound of the paths' characters: `requests` may have been cleared meanwhile
+        # At least the number of the paths' characters: the owner may have cleared `requests`.
+        self._text = 0
 
     def add(self, method: str, path: str, at: float, most_records: int) -> RequestRecord:
         """Add a request, remove the oldest ones beyond the bounds, and return its record."""
@@ -56,7 +57,7 @@ class Journal:
         return record
 
     def _halve(self) -> None:
-        """Keep the latest half of the permitted text: going through the records is then rare."""
+        """Keep the latest records, up to half of the permitted text, so that this is rarely needed."""
         space = self._most_text // 2
         kept = 0
         for record in reversed(self.requests):
@@ -70,6 +71,6 @@ class Journal:
 
 
 def shorten(text: str, most: int = _MOST_CHARACTERS) -> str:
-    """Return a text, cut after `most` characters; a note of how many are missing is added."""
+    """Return a text. If it is longer than `most` characters, cut it and add the number that was cut."""
     more = len(text) - most
     return text if more <= 0 else f"{text[:most]}… ({more} more characters)"

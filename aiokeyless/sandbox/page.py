@@ -1,4 +1,4 @@
-"""The phone's page as it is sent: phone.html with phone.css and phone.js in it, and a policy that allows these only."""
+"""The phone's page as one document: phone.html with phone.css and phone.js, and a policy that allows only these."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 HEADERS: Final = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Not no-referrer: under that one a browser may send "Origin: null" with the page's own POSTs.
+    # With no-referrer, a browser may send "Origin: null" with the page's own POSTs.
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""Headers of the page and of everything that it asks for."""
+"""Headers of the page and of all answers to it."""
 
 
 class Page(NamedTuple):
-    """The page, and headers with a policy that allows its own script and style only."""
+    """The page and its headers."""
 
     html: bytes
     headers: Mapping[str, str]
@@ -31,7 +31,7 @@ class Page(NamedTuple):
 
 @cache
 def load_page() -> Page:
-    """Read the page; its policy allows its script and its style by their hashes, and no others."""
+    """Read the page. Its policy allows only its own script and style, by their hashes."""
     folder = resources.files("aiokeyless.sandbox")
     style, script = (folder.joinpath(f"phone.{kind}").read_bytes() for kind in ("css", "js"))
     html = folder.joinpath("phone.html").read_bytes()

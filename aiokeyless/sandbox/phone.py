@@ -1,8 +1,8 @@
-"""The endpoints of the web page with the phones of the sandbox's users: its event stream, and its buttons.
+"""The endpoints of the phones' web page: its event stream, and its buttons.
 
-The page follows the sandbox by server-sent events, each of which is a complete snapshot (snapshot.py): a slow reader
-misses snapshots, but never the last one, and one that does not read is disconnected. So the buffered data is bounded by
-the number of readers and the size of a snapshot. guard.py decides which requests are accepted.
+Each server-sent event is a complete snapshot (snapshot.py). A slow reader misses snapshots, but never the last one. A
+reader that does not read is disconnected. So the number of readers and the size of a snapshot bound the buffered data.
+guard.py decides which requests are accepted.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ _Body = TypeVar("_Body")
 
 #: Seconds between two snapshots: fast enough for a person, and a limit on the cost of many requests.
 _INTERVAL: Final = 0.1
-_MOST_READERS: Final = 32  # concurrent streams, enough for a demonstration to a group
-_CHUNK: Final = 1 << 14  # bytes of a snapshot that are written to a connection at once
-_WRITE_TIMEOUT: Final = 10.0  # seconds in which a reader must take a chunk
-#: Seconds that closing gives the pages to take their last snapshot.
-_FAREWELL: Final = 1.0
+#: Concurrent event streams: enough for a demonstration to a group.
+_MOST_READERS: Final = 32
+#: Bytes of one write to a connection.
+_CHUNK: Final = 1 << 14
+#: Seconds that one write may take.
+_WRITE_TIMEOUT: Final = 10.0
+#: Seconds for which `Phones.close` waits until the pages have their last snapshot.
+_CLOSE_TIMEOUT: Final = 1.0
 
 _EVENT_HEADERS: Final = {**HEADERS, "Content-Type": "text/event-stream"}
 
@@ -56,7 +59,8 @@ class _Failure(Camel):
 
     user: str
     key: str
-    error_code: Literal[30003, 30004]  # CANCELLED, MISMATCH
+    # CANCELLED, MISMATCH
+    error_code: Literal[30003, 30004]
 
 
 class _Creation(Camel):
@@ -67,14 +71,14 @@ class _Creation(Camel):
 
 
 class _Enrolment(Camel):
-    """The body of ``POST /sandbox/page/enroll``; an empty external user id is none."""
+    """The body of ``POST /sandbox/page/enroll``. An empty external user id means none."""
 
     user: str
     external_user_id: Annotated[str, msgspec.Meta(max_length=MAX_IDENTIFIER)]
 
 
 class _Removal(Camel):
-    """The body of ``POST /sandbox/page/remove``: a device, by its public signing key."""
+    """The body of ``POST /sandbox/page/remove``; `key` is the public signing key of the device."""
 
     user: str
     key: str
@@ -102,10 +106,10 @@ class Actions(NamedTuple):
     """What the page's buttons do.
 
     Attributes:
-        approve: Approves an operation, given its id and its ``auth_type``.
-        fail: Lets an attempt to approve an operation fail, given its id and an error code.
-        create: Creates an operation, given its user and its payload, "" for none.
-        enroll: Enrolls a user, given the external user id, or None.
+        approve: Approves an operation, given its id and the ``auth_type``.
+        fail: Fails an attempt to approve an operation, given its id and an error code.
+        create: Creates an operation, given its user and its payload ("" for none).
+        enroll: Enrolls a user, given the user and the external user id, or None.
         remove: Removes a device, given its user and its public signing key.
         unlock: Ends the lockout of a user.
         sign: Returns the token of an approved operation, given its id.
@@ -124,8 +128,8 @@ class Phones:
     """The page's own endpoints.
 
     Args:
-        book: What the page shows.
-        actions: What its buttons do.
+        book: The users that the page shows.
+        actions: What the page's buttons do.
         host: Name or address that the server listens on.
     """
 
@@ -136,7 +140,8 @@ class Phones:
         self._readers: dict[asyncio.Task[Any], asyncio.Event] = {}
         self._closing = asyncio.Event()
         self._version = 0
-        self._encoded: dict[str, _Encoded] = {}  # by user; readers of the same phones share what they are sent
+        # By user: readers of the same phones share an encoded snapshot.
+        self._encoded: dict[str, _Encoded] = {}
         self._buttons: Mapping[str, tuple[type[Any], Callable[[Any], Answer]]] = {
             "approve": (_Approval, self._approve),
             "fail": (_Failure, self._fail),
@@ -154,24 +159,24 @@ class Phones:
             changed.set()
 
     def open(self) -> None:
-        """Accept readers, also after `close`."""
+        """Accept readers, again after `close`."""
         self._closing = asyncio.Event()
         self._book.ended = False
 
     async def close(self) -> None:
-        """Send the pages a last snapshot, which says that it is the last one, and end their streams."""
+        """Send the pages a last snapshot, marked as the last one, and end their streams."""
         self._book.ended = True
         self._closing.set()
         self.refresh()
         if readers := list(self._readers):
-            await asyncio.wait(readers, timeout=_FAREWELL)
+            await asyncio.wait(readers, timeout=_CLOSE_TIMEOUT)
         for reader in self._readers:
             reader.cancel()
 
     def page(self, request: web.Request) -> web.Response:
         """Answer ``GET /``."""
         if refused := refuse_host(request.headers.get("Host", ""), self._host):
-            return _response(refused)
+            return _to_response(refused)
         page = load_page()
         return web.Response(body=page.html, headers=page.headers)
 
@@ -180,27 +185,27 @@ class Phones:
         headers = request.headers
         refused = refuse_host(headers.get("Host", ""), self._host) or refuse_foreign_origin(request.method, headers)
         if refused:
-            return _response(refused)
+            return _to_response(refused)
         match request.method, request.match_info["path"]:
             case "GET", "events":
-                return await self._events(request)
+                return await self._stream_events(request)
             case "GET", "payload":
-                return _response(self._payload(request.query.get("user", ""), request.query.get("key", "")))
+                return _to_response(self._get_payload(request.query.get("user", ""), request.query.get("key", "")))
             case "GET", "token":
-                return _response(self._token(request.query.get("number", "")))
+                return _to_response(self._get_token(request.query.get("number", "")))
             case "POST", path if path in self._buttons:
                 kind, act = self._buttons[path]
-                body = await _decoded(request, kind)
-                return _response(body if isinstance(body, Answer) else act(body))
-        return _response(error_answer(HTTPStatus.NOT_FOUND, "the phone has no such endpoint"))
+                body = await _decode(request, kind)
+                return _to_response(body if isinstance(body, Answer) else act(body))
+        return _to_response(error_answer(HTTPStatus.NOT_FOUND, "the phone has no such endpoint"))
 
-    async def _events(self, request: web.Request) -> web.StreamResponse:
+    async def _stream_events(self, request: web.Request) -> web.StreamResponse:
         """Send a snapshot now and after each change, until the page or the sandbox is closed."""
         user = request.query.get("user", "").upper()
         if user and not is_user_id(user):
-            return _response(error_answer(HTTPStatus.BAD_REQUEST, "the user id must be hex"))
+            return _to_response(error_answer(HTTPStatus.BAD_REQUEST, "the user id must be hex"))
         if len(self._readers) >= _MOST_READERS:
-            return _response(
+            return _to_response(
                 error_answer(
                     HTTPStatus.SERVICE_UNAVAILABLE, f"{_MOST_READERS} pages are open, which is the limit; close one"
                 )
@@ -211,13 +216,15 @@ class Phones:
         changed.set()
         response = web.StreamResponse(headers=_EVENT_HEADERS)
         try:
-            with suppress(ConnectionError):  # the page was closed
+            # A ConnectionError means that the page was closed.
+            with suppress(ConnectionError):
                 await response.prepare(request)
                 await response.write(b"retry: 500\n\n")
                 await self._send_snapshots(response, user, changed)
         except TimeoutError:
             assert request.transport is not None  # noqa: S101  # a lost connection cancels this task
-            request.transport.abort()  # close() would keep the unread data
+            # Unlike close(), this drops the data that was not read.
+            request.transport.abort()
         finally:
             del self._readers[task]
             if not self._readers:
@@ -229,15 +236,15 @@ class Phones:
             await changed.wait()
             changed.clear()
             last = self._closing.is_set()
-            await _write(response, self._event(user))
+            await _write(response, self._encode_event(user))
             if last:
                 return
             with suppress(TimeoutError):
                 async with asyncio.timeout(_INTERVAL):
                     await self._closing.wait()
 
-    def _event(self, user: str) -> bytes:
-        """Return the present snapshot as an event, encoded once for all who read the same phones now."""
+    def _encode_event(self, user: str) -> bytes:
+        """Return the current snapshot as an event, encoded once for all readers of the same phones."""
         now = asyncio.get_running_loop().time()
         found = self._encoded.get(user)
         if found is None or found.version != self._version or now - found.at > _INTERVAL:
@@ -245,8 +252,8 @@ class Phones:
             found = self._encoded[user] = _Encoded(self._version, now, event)
         return found.event
 
-    def _payload(self, user: str, key: str) -> Answer:
-        """Return the whole text of an operation whose start the page shows."""
+    def _get_payload(self, user: str, key: str) -> Answer:
+        """Return the whole payload of an operation; snapshots have only its start."""
         operation = self._book.pending(user, key)
         if operation is None:
             return _NOT_PENDING
@@ -256,7 +263,7 @@ class Phones:
         return Answer(HTTPStatus.OK, msgspec.json.encode({"operationPayload": payload}))
 
     def _approve(self, approval: _Approval) -> Answer:
-        """Approve the operation that the page showed, and not another one that has its id by now."""
+        """Approve the operation that the page showed, not a later one with the same id."""
         operation = self._book.pending(approval.user, approval.key)
         if operation is None:
             return _NOT_PENDING
@@ -266,7 +273,8 @@ class Phones:
             return _UNREADABLE
         try:
             self._actions.approve(operation.operation_id, approval.auth_type)
-        except ConfigurationError:  # it is there and pending, so nothing else stands in the way
+        # It exists and is pending, and its user has a device, so the only other reason is a lockout.
+        except ConfigurationError:
             return error_answer(HTTPStatus.CONFLICT, "You are locked out, after too many failed attempts.")
         return _DONE
 
@@ -292,7 +300,8 @@ class Phones:
             return _NO_USER_ID
         try:
             self._actions.enroll(user, enrolment.external_user_id or None)
-        except ConfigurationError:  # the user id is one, so it is the other
+        # The user id is valid, so the external id is refused.
+        except ConfigurationError:
             return error_answer(HTTPStatus.CONFLICT, "This external id belongs to another user.")
         return _DONE
 
@@ -307,12 +316,13 @@ class Phones:
         self._actions.unlock(unlocking.user)
         return _DONE
 
-    def _token(self, number: str) -> Answer:
-        """Return what the phone signed in an attempt of the history."""
-        operation_id = self._book.approved(int(number)) if number.isdecimal() and number.isascii() else None
+    def _get_token(self, number: str) -> Answer:
+        """Return the token that the phone signed in an attempt of the history."""
+        operation_id = self._book.find_approved(int(number)) if number.isdecimal() and number.isascii() else None
         try:
             token = None if operation_id is None else self._actions.sign(operation_id)
-        except ConfigurationError:  # it was removed from the sandbox
+        # The operation was removed from the sandbox.
+        except ConfigurationError:
             token = None
         if token is None:
             return error_answer(HTTPStatus.NOT_FOUND, "This operation is no longer there.")
@@ -335,15 +345,15 @@ _UNREADABLE: Final = error_answer(
 
 
 def wants_page(request: web.Request) -> bool:
-    """Whether a request for ``/`` comes from a person's browser; all others are for the API."""
+    """Return whether a request for ``/`` comes from a browser; all others are for the API."""
     return "text/html" in request.headers.get("Accept", "")
 
 
-def _response(answer: Answer) -> web.Response:
+def _to_response(answer: Answer) -> web.Response:
     return web.Response(status=answer.status, body=answer.body, headers={**HEADERS, **answer.headers})
 
 
-async def _decoded(request: web.Request, kind: type[_Body]) -> _Body | Answer:
+async def _decode(request: web.Request, kind: type[_Body]) -> _Body | Answer:
     try:
         return msgspec.json.decode(await request.read(), type=kind)
     except (msgspec.DecodeError, web.RequestPayloadError, RecursionError) as error:
@@ -354,7 +364,7 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
     """Write in chunks, so that little is buffered for a slow reader.
 
     Raises:
-        TimeoutError: The reader does not read.
+        TimeoutError: The reader did not take a chunk in time.
     """
     for start in range(0, len(data), _CHUNK):
         async with asyncio.timeout(_WRITE_TIMEOUT):

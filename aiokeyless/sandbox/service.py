@@ -1,7 +1,7 @@
 """`Sandbox`: the API on a socket, in the caller's event loop, with faults, latency and a journal for tests.
 
-api.py and store.py decide the content of an answer; this module decides when, and whether, it is sent. All timing uses
-the loop's clock, so a test that moves the clock moves the sandbox too.
+api.py and store.py decide the content of an answer. This module decides whether and when it is sent. All timing uses
+the loop's clock, so a test that moves that clock moves the sandbox too.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
-# Only a connection that is still reading a refused body delays a shutdown by this much.
+#: Seconds. Only a connection that is still reading a refused body delays a shutdown by this much.
 _SHUTDOWN_GRACE: Final = 0.1
+#: Addresses to connect to, by the wildcard addresses that a server can listen on.
 _REACHABLE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # a key of a table, not bound to
 
 
@@ -66,12 +67,12 @@ class ClientOptions(TypedDict, total=False):
 
 
 class _Fault(msgspec.Struct):
-    """A fault that replaces the answer to the next requests."""
+    """A fault that replaces the answers to the next `left` requests; without an `answer`, it drops the connection."""
 
     left: float
     method: str | None
     stored: bool
-    answer: Answer | None  # None: the connection is dropped
+    answer: Answer | None
 
 
 _UNAVAILABLE: Final = error_answer(
@@ -94,24 +95,23 @@ def _chosen_on_page(fault: Fault) -> _Fault | None:
 class Sandbox:
     """A Keyless service on localhost that strictly follows the documentation of the real one.
 
-    In a browser, its URL shows a phone for each user, where a person approves operations, and the latest requests; a
-    person can create operations there too, and let the API fail.
-    ``/?user=C0FFEE`` shows the phone of one user.
+    In a browser, its URL shows the latest requests, and a phone for each user. There a person can approve and create
+    operations, and let the API fail. ``/?user=C0FFEE`` shows the phone of one user.
 
-    Enter it with ``async with``, or call `start` and `aclose`. It can be entered again after closing: it then serves on
-    the same port with the same operations, so that a test can stop the service and start it again.
+    Enter it with ``async with``, or call `start` and `aclose`. To restart the service in a test, enter it again: it
+    keeps its port and its operations.
 
     Args:
         port: Port to listen on. Default: 0, which selects a free port.
         api_key: The key that requests must carry. Default: ``"sandbox-key"``.
-        auto_approve: When a simulated user approves a created operation: None means never; a number means that many
-            seconds after the creation (0: before the creation is answered); a callable takes the `Operation` and
-            returns one of these. If the callable raises, that is logged and the creation answers 500. Default: None.
-        host: Address or name to listen on. Default: ``"127.0.0.1"``, which other machines cannot reach. Requests, to
-            the API too, must name ``localhost``, an IP address or this name as their host; others are answered 421, so
-            that no web page can reach the sandbox under another name (DNS rebinding).
-        on_request: Called with the `RequestRecord` of each request of the API once it was answered, or ended without an
-            answer. What it raises is logged. Default: not called.
+        auto_approve: Seconds after which a simulated user approves a created operation. 0: before the creation is
+            answered. None: never. Or a callable that takes the `Operation` and returns one of these; if it raises, the
+            error is logged and the creation answers 500. Default: None.
+        host: Address or name to listen on. Default: ``"127.0.0.1"``, which other machines cannot reach. All requests
+            must name ``localhost``, an IP address or this name as their host. Others are answered 421, so that no web
+            page can reach the sandbox under another name (DNS rebinding).
+        on_request: Called with the `RequestRecord` of each API request after it was answered, or ended without an
+            answer. If it raises, the error is logged. Default: not called.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -123,7 +123,7 @@ class Sandbox:
     """
 
     JOURNAL_LIMIT: Final = 10_000
-    """Largest number of records in `requests`; beyond it, the oldest are removed. If paths are long, it keeps fewer."""
+    """Largest number of records in `requests`; the oldest are removed. It keeps fewer if their paths are long."""
 
     def __init__(
         self,
@@ -137,17 +137,19 @@ class Sandbox:
         _check_text("host", host)
         _check_text("api_key", api_key)
         if auto_approve is not None and not callable(auto_approve):
-            auto_approve = _delay("auto_approve", auto_approve)
+            auto_approve = _check_delay("auto_approve", auto_approve)
         self._host = host
         self._port = port
         self._api_key = api_key
         self._auto_approve = auto_approve
         self._on_request = on_request
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._clocks = (time.time_ns(), time.monotonic())  # this machine's and the loop's, when they were read last
-        self._ahead = 0  # nanoseconds by which tests have moved the loop's clock
-        self._store = OperationStore(clock=self._time_ns, timer=self._now, on_attempt=self._attempted)
-        self._api = KeylessApi(self._store, api_key, self._created, self._key_set)
+        # This machine's clock and the loop's, when they were last read.
+        self._clocks = (time.time_ns(), time.monotonic())
+        # Nanoseconds by which tests have moved the loop's clock.
+        self._ahead = 0
+        self._store = OperationStore(clock=self._time_ns, timer=self._now, on_attempt=self._show_attempt)
+        self._api = KeylessApi(self._store, api_key, self._handle_creation, self._encode_key_set)
         self._lazy_signer: Signer | None = None
         self._journal = Journal()
         self._book = PhoneBook(
@@ -170,9 +172,9 @@ class Sandbox:
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
         self.requests: list[RequestRecord] = self._journal.requests
-        """The received requests, oldest first, at most `JOURNAL_LIMIT`; a live list, which you may clear."""
+        """The received requests, oldest first, at most `JOURNAL_LIMIT`; a live list that you may clear."""
         self.request_count: int = 0
-        """Number of all received requests, including those that are no longer in `requests`."""
+        """Number of all received requests, also of those that were removed from `requests`."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -200,8 +202,9 @@ class Sandbox:
         )
         try:
             await runner.setup()
-            await _completed(web.TCPSite(runner, self._host, self._port).start())
-        except BaseException:  # a cancellation too: it was not started, and can be started again
+            await _finish(web.TCPSite(runner, self._host, self._port).start())
+        # After a cancellation, too, the sandbox can be started again.
+        except BaseException:
             self._runner = None
             await runner.cleanup()
             raise
@@ -211,7 +214,7 @@ class Sandbox:
         self._url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
 
     async def aclose(self) -> None:
-        """Stop serving at once: requests under way lose their connection, scheduled approvals are cancelled.
+        """Stop serving at once. Open requests lose their connection, and scheduled approvals are cancelled.
 
         Closing it again has no effect.
         """
@@ -220,7 +223,8 @@ class Sandbox:
             return
         try:
             await runner.cleanup()
-            await asyncio.sleep(0)  # the transports are closing; this runs their last callbacks
+            # Lets the closing transports run their last callbacks.
+            await asyncio.sleep(0)
         finally:
             for timer in self._approvals.values():
                 timer.cancel()
@@ -258,17 +262,17 @@ class Sandbox:
 
     @property
     def tenant(self) -> str:
-        """Name of the tenant, for `aiokeyless.signatures.TransactionVerifier`."""
+        """The tenant's name, for `aiokeyless.signatures.TransactionVerifier`."""
         return TENANT
 
     @property
     def operations(self) -> Mapping[str, Operation]:
-        """The operations by operation id, oldest first, without the effects of `tamper`; a live, read-only view."""
+        """A live, read-only view of the operations by operation id, oldest first; `tamper` does not change it."""
         return self._store.operations
 
     @property
     def authentications(self) -> list[Authentication]:
-        """All users' attempts to authenticate of the last ten minutes, failed ones too, oldest first."""
+        """All users' attempts to authenticate in the last ten minutes, failed ones too, oldest first."""
         return self._store.authentications
 
     def approve(
@@ -282,17 +286,17 @@ class Sandbox:
     ) -> Operation:
         """Approve an operation, as the user does on the phone.
 
-        If there is no such operation and `user_id` is given, an approved one is stored, as the phone's
+        If there is no such operation and `user_id` is given, this stores an approved one, as the phone's
         ``operationInfo`` does. If there is one, the given `user_id`, `external_user_id` and `operation_payload` must be
-        its own. Approving again has no effect. While the user is locked out (see `fail_authentication`), nothing is
-        approved; the attempt shows in Telemetry.
+        its own. Approving again has no effect. While the user is locked out (see `fail_authentication`), it raises, and
+        Telemetry shows the attempt.
 
         Args:
             operation_id: The operation.
             user_id: The user, in hex; required only if there is no such operation. Default: not compared.
             auth_type: ``"biom"`` (biometric) or ``"pin"``. Default: ``"biom"``.
             external_user_id: The customer's own id of the user. Default: none, or not compared.
-            operation_payload: The text that was approved. Default: none, or not compared.
+            operation_payload: The approved text. Default: none, or not compared.
 
         Returns:
             The approved operation.
@@ -315,19 +319,18 @@ class Sandbox:
     def enroll(self, user_id: str, *, external_user_id: str | None = None) -> Device:
         """Enroll a user, or enroll them on one more device.
 
-        Nobody has to be enrolled to be asked: who is not, and was not deleted, is enrolled on one device by their first
-        operation. A user whose last device was removed, or who was deleted, can approve nothing until they are enrolled
-        again.
+        You need not enroll a new user: their first operation enrolls them on one device. But a user who was deleted, or
+        whose last device was removed, cannot approve anything until you enroll them again.
 
         Args:
             user_id: The user, in hex.
-            external_user_id: Your own id of the user, which replaces an earlier one. Default: none, or the earlier one.
+            external_user_id: Your own id of the user; it replaces an earlier one. Default: none, or the earlier one.
 
         Returns:
             The new device.
 
         Raises:
-            ConfigurationError: The external user id is another user's, or an argument is wrong.
+            ConfigurationError: The external user id belongs to another user, or an argument is wrong.
         """
         device = self._store.users.enroll(user_id, external_user_id)
         self._book.show(device.user_id)
@@ -346,13 +349,13 @@ class Sandbox:
         """Let an attempt to approve an operation fail, as on the phone; the operation stays pending.
 
         Telemetry shows the attempt for ten minutes. The fifth failed attempt in a row locks the user out for ten
-        minutes: until then `approve` refuses, and each further attempt fails with 30007. Cancelled attempts and those
-        whose code is below 30000 lock nobody out.
+        minutes. During a lockout, `approve` raises, and each attempt fails with 30007. Cancelled attempts and those
+        with a code below 30000 do not count.
 
         Args:
-            operation_id: The operation, which must not be approved; one that does not exist is one that the phone
-                would create.
-            error_code: Why it fails: 30003 cancelled by the user, 30004 the face does not match, or another code of
+            operation_id: The operation; it must not be approved. If it does not exist, the attempt is for one that the
+                phone would create.
+            error_code: Why it fails: 30003 cancelled by the user, 30004 the face does not match, or another code from
                 the vendor's page "Error handling". Default: 30004.
             user_id: The user, in hex; required only if there is no such operation. Default: not compared.
             auth_type: ``"biom"`` (biometric) or ``"pin"``. Default: ``"biom"``.
@@ -377,26 +380,26 @@ class Sandbox:
         """End a user's lockout (see `fail_authentication`) before its time, and forget the failed attempts in a row.
 
         Args:
-            user_id: The user, in hex. One who is not locked out is no error.
+            user_id: The user, in hex. It has no effect for a user who is not locked out.
 
         Raises:
-            ConfigurationError: It is not hex.
+            ConfigurationError: `user_id` is not hex.
         """
         self._store.unlock(user_id)
         self._phones.refresh()
 
     def sign(self, operation_id: str, *, tampered: bool = False, claims: Mapping[str, object] | None = None) -> str:
-        """Return the token with which the phone signed an approved operation, as the app hands it to a backend.
+        """Return the token with which the phone signed an approved operation. The app passes it to your backend.
 
-        The user signs the operation's payload, at the time of the approval, with the tenant's key of that time. This
+        The phone signs the operation's payload, at the time of the approval, with the tenant's key at that time. This
         needs the extra ``jwt``.
 
         Args:
             operation_id: The operation.
             tampered: Whether to change the transaction data after signing, so that the signature is wrong.
                 Default: False.
-            claims: Claims in place of the right ones, or beside them, such as ``{"exp": 0}``: the signature is right
-                for them. Default: none.
+            claims: Claims to add, or to put in place of the usual ones, such as ``{"exp": 0}``. The signature covers
+                them. Default: none.
 
         Raises:
             ConfigurationError: There is no such operation, it is not approved, or the extra ``jwt`` is not installed.
@@ -406,7 +409,7 @@ class Sandbox:
             sandbox.approve("txn-1")
             token = sandbox.sign("txn-1")
         """
-        operation, approved_at = self._store.approval(operation_id)
+        operation, approved_at = self._store.get_approved(operation_id)
         token = self._signer.sign(
             operation.user_id,
             operation.operation_payload or "",
@@ -414,13 +417,13 @@ class Sandbox:
             approved_at,
             claims or {},
         )
-        return self._signer.tampered(token) if tampered else token
+        return self._signer.tamper(token) if tampered else token
 
     def rotate_keys(self, *, retire: bool = False) -> str:
-        """Let phones sign with a new key from now on, which is published with the earlier ones; it needs ``jwt``.
+        """Publish a new key, with which phones sign from now on. This needs the extra ``jwt``.
 
         Args:
-            retire: Whether the earlier keys are no longer published. Default: False.
+            retire: Whether to stop publishing the earlier keys. Default: False.
 
         Returns:
             The ``kid`` of the new key.
@@ -440,11 +443,11 @@ class Sandbox:
             self._lazy_signer = Signer()
         return self._lazy_signer
 
-    def _key_set(self) -> bytes:
+    def _encode_key_set(self) -> bytes:
         return self._signer.key_set_json()
 
     def forget(self, operation_id: str) -> None:
-        """Remove an operation: a GET then answers 404, and the id can be used again.
+        """Remove an operation. A GET then answers 404, and the id can be used again.
 
         Args:
             operation_id: The operation.
@@ -459,13 +462,13 @@ class Sandbox:
     def tamper(self, operation_id: str, /, **fields: object) -> None:
         """Return false fields from ``GET`` of an operation, to test how a client handles them.
 
-        Only that answer changes, not `operations` and not the pending list. Each call replaces the false fields of
-        earlier calls; a call without fields restores the true answer.
+        Only that answer changes; `operations` and the pending list do not. Each call replaces the false fields of
+        earlier calls. A call without fields restores the true answer.
 
         Args:
             operation_id: The operation.
-            **fields: Fields of `Operation` and the JSON values to return, of any type: ``state="denied"``,
-                ``result=False``, ``user_id="BAD"``; None returns null, ``msgspec.UNSET`` leaves the field out.
+            **fields: Fields of `Operation` with the JSON values to return, of any type: ``state="denied"``,
+                ``result=False``, ``user_id="BAD"``. None returns null; ``msgspec.UNSET`` leaves the field out.
 
         Raises:
             ConfigurationError: There is no such operation or field, or JSON cannot carry a value.
@@ -481,18 +484,18 @@ class Sandbox:
     def latency(self) -> float:
         """Seconds between a request's effect and its answer; default 0. Faults are delayed too.
 
-        The delay comes after the effect: a client that gives up on a slow creation has created the operation, and a
-        poll returns the state at its arrival. This is the worst case of a slow network, which a client must handle. A
-        change applies to requests that arrive after it; a very large latency simulates a service that hangs.
+        The delay comes after the effect. So a slow creation takes effect even if the client stops waiting for its
+        answer, and a poll returns the state at its arrival. This is the worst case of a slow network. A change applies
+        to later requests. A very large latency simulates a service that hangs.
 
         Raises:
-            ConfigurationError: Set to something other than a finite number of seconds, at least 0.
+            ConfigurationError: The new value is not a finite number of seconds, at least 0.
         """
         return self._latency
 
     @latency.setter
     def latency(self, value: float) -> None:
-        self._latency = _delay("latency", value)
+        self._latency = _check_delay("latency", value)
 
     def fail_next(
         self,
@@ -508,17 +511,17 @@ class Sandbox:
     ) -> None:
         """Answer the next requests with an error or another answer, as a gateway in front of the service does.
 
-        Faults are queued; each request, also one with a wrong key, takes the first that matches its method.
+        Faults are queued. Each request, even one with a wrong key, takes the first fault that matches its method.
 
         Args:
-            status: Status to answer, 200 to 599. Default: 503.
+            status: Status of the answer, 200 to 599. Default: 503.
             times: Number of requests; None: all until `recover`. Default: 1.
-            retry_after: ``Retry-After``: seconds, or a text that is sent unchanged (an HTTP date). Default: none.
+            retry_after: ``Retry-After``: seconds, or a text to send unchanged (an HTTP date). Default: none.
             stored: Whether the request takes effect before it fails. Default: False, it never reaches the service.
             method: Only requests with this method. Default: any.
             body: Body of the answer. Default: JSON that names the error.
             content_type: ``Content-Type`` of the answer. Default: ``application/json``.
-            headers: More headers of the answer (``{"Location": ...}``), which replace the others. Default: none.
+            headers: More headers of the answer (``{"Location": ...}``); they replace those above. Default: none.
 
         Raises:
             ConfigurationError: An argument is wrong.
@@ -526,22 +529,23 @@ class Sandbox:
         _check_whole("status", status, 200, 599)
         all_headers = {"Content-Type": content_type}
         if retry_after is not None:
-            all_headers["Retry-After"] = _retry_after(retry_after)
+            all_headers["Retry-After"] = _format_retry_after(retry_after)
         for name, value in (headers or {}).items():
             _check_text("the name of a header", name, argument="headers")
-            all_headers[name.title()] = value  # names are case-insensitive
+            # One spelling, since names are case-insensitive.
+            all_headers[name.title()] = value
         arguments = {"Content-Type": "content_type", "Retry-After": "retry_after"}
         for name, value in all_headers.items():
             _check_text(name, value, argument=arguments.get(name, "headers"))
         if body is None:
-            body = error_answer(status, f"the sandbox was told to answer {status}").body
+            body = error_answer(status, f"the sandbox simulates a {status}").body
         self._add_fault(times, method, stored=stored, answer=Answer(status, body, all_headers))
 
     def drop_next(self, times: int | None = 1, *, stored: bool = False, method: str | None = None) -> None:
-        """Close the connection of the next requests without an answer; these faults share the queue of `fail_next`.
+        """Close the connection of the next requests without an answer. These faults share the queue of `fail_next`.
 
-        aiohttp's client repeats a GET once by itself if the dropped connection was a kept-alive one: that is one more
-        request here, and it takes one more fault.
+        aiohttp's client by itself repeats a GET once if the dropped connection was a kept-alive one. The repetition is
+        another request, and takes another fault.
 
         Args:
             times: Number of requests; None: all until `recover`. Default: 1.
@@ -554,7 +558,7 @@ class Sandbox:
         self._add_fault(times, method, stored=stored, answer=None)
 
     def recover(self) -> None:
-        """Remove all faults: those of `fail_next` and `drop_next`, and the one that was chosen on the page."""
+        """Remove all faults: those of `fail_next` and `drop_next`, and the one chosen on the page."""
         self._faults.clear()
         self._book.fault = "none"
         self._phones.refresh()
@@ -582,7 +586,7 @@ class Sandbox:
         application.router.add_get("/", self._serve_root)
         application.router.add_route("*", "/sandbox/page/{path:.*}", self._phones.serve)
         application.router.add_route("*", "/sandbox/{name:.*}", Control(self, self._host).serve)
-        # All other paths, not only those of the API: requests to unknown ones are answered and journaled too.
+        # Unknown paths too: their requests are answered and recorded.
         application.router.add_route("*", "/{path:.*}", self._serve)
         application.on_shutdown.append(self._cancel_handlers)
         return application
@@ -601,7 +605,7 @@ class Sandbox:
         assert task is not None  # noqa: S101  # a running coroutine belongs to a task
         self._handlers.add(task)
         try:
-            # Before any fault or effect: a request that is refused must not take a fault that a test has queued.
+            # Refused before any fault or effect, so that it takes no fault that a test has queued.
             answer = refuse_host(request.headers.get("Host", ""), self._host) or await self._answer(request)
             if answer is None:
                 _drop(request)
@@ -618,11 +622,12 @@ class Sandbox:
             return
         try:
             self._on_request(record)
-        except Exception:  # the caller's own; the request is answered all the same
+        # An error of the caller's function does not affect the answer.
+        except Exception:
             logger.exception("on_request of the sandbox failed for %s %s", record.method, record.path)
 
     async def _answer(self, request: web.Request) -> Answer | None:
-        """Apply a request's effect, sleep for the latency, and return the answer; None to drop the connection."""
+        """Apply a request's effect, sleep for the latency, and return the answer; None: drop the connection."""
         latency = self._latency
         # While the page lets all requests fail, they take none of the faults that a test has queued.
         fault = _chosen_on_page(self._book.fault) or self._next_fault(request.method)
@@ -649,7 +654,9 @@ class Sandbox:
             try:
                 body = await request.read()
             except web.HTTPRequestEntityTooLarge:
-                return error_answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has at most {_BODY_LIMIT} bytes")
+                return error_answer(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body must have at most {_BODY_LIMIT} bytes"
+                )
             except web.RequestPayloadError:
                 return error_answer(HTTPStatus.BAD_REQUEST, "the body cannot be read")
         headers = request.headers
@@ -662,26 +669,27 @@ class Sandbox:
                 content_type=headers.get("Content-Type", ""),
                 body=body,
             )
-        except Exception:  # most likely raised by the caller's auto_approve
+        # Most likely raised by the caller's auto_approve.
+        except Exception:
             logger.exception("the sandbox failed in %s %s", request.method, request.raw_path)
             return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, "the sandbox failed; see its log")
 
     def _now(self) -> float:
-        """Return seconds by the clock of the loop in which the sandbox runs, or ran last."""
+        """Return seconds by the clock of the sandbox's loop; before the first start, by this machine's."""
         return time.monotonic() if self._loop is None else self._loop.time()
 
     def _time_ns(self) -> int:
-        """Return nanoseconds since the epoch, later ones where a test has moved the loop's clock ahead.
+        """Return nanoseconds since the epoch, ahead by as much as tests have moved the loop's clock.
 
-        It may also have begun anew at 0, and while a machine sleeps it stands still: neither counts.
+        That clock may also start again at 0, or stop while the machine sleeps. Neither moves the time back.
         """
         before, (now, moved_to) = self._clocks, (time.time_ns(), self._now())
         self._clocks = now, moved_to
         self._ahead += max(0, round((moved_to - before[1]) * 1e9) - (now - before[0]))
         return now + self._ahead
 
-    def _attempted(self, user_id: str, attempt: Authentication) -> None:
-        self._book.attempted(user_id, attempt)
+    def _show_attempt(self, user_id: str, attempt: Authentication) -> None:
+        self._book.add_attempt(user_id, attempt)
         self._phones.refresh()
 
     def _approve_on_phone(self, operation_id: str, auth_type: str) -> None:
@@ -692,16 +700,16 @@ class Sandbox:
             user_id, f"page-{secrets.token_hex(8)}", operation_payload=operation_payload or None
         )
         assert operation is not None  # noqa: S101  # the id is random
-        self._created(operation)
+        self._handle_creation(operation)
 
-    def _created(self, operation: Operation) -> None:
+    def _handle_creation(self, operation: Operation) -> None:
         self._book.show(operation.user_id)
         self._phones.refresh()
         delay = self._auto_approve
         if callable(delay):
             delay = delay(operation)
             if delay is not None:
-                delay = _delay("the result of auto_approve", delay)
+                delay = _check_delay("the result of auto_approve", delay)
         if delay is None:
             return
         if delay == 0:
@@ -714,7 +722,8 @@ class Sandbox:
     def _approve_automatically(self, operation_id: str) -> None:
         try:
             self.approve(operation_id)
-        except ConfigurationError as error:  # the user is locked out: nobody is there to be told
+        # The user is locked out, or has no device. No caller could handle the error.
+        except ConfigurationError as error:
             logger.info("the sandbox did not approve automatically: %s", error)
 
     def _cancel_approval(self, operation_id: str) -> None:
@@ -722,35 +731,36 @@ class Sandbox:
             timer.cancel()
 
 
-async def _completed(starting: Coroutine[Any, Any, None]) -> None:
-    """Start a server; a cancellation waits for that: asyncio leaves the socket open where it comes in between."""
+async def _finish(starting: Coroutine[Any, Any, None]) -> None:
+    """Start a server, even if cancelled: asyncio would leave the socket of an interrupted start open."""
     task = asyncio.ensure_future(starting)
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
         await asyncio.wait([task])
-        task.exception()  # or asyncio would log that nobody took it
+        # Otherwise asyncio logs that the exception was never retrieved.
+        task.exception()
         raise
     task.result()
 
 
 def _drop(request: web.Request) -> NoReturn:
-    """Close the connection, and end the handler in the same way as a lost connection does."""
+    """Close the connection, and end the handler as a lost connection does."""
     request.protocol.force_close()
     raise asyncio.CancelledError
 
 
-def _delay(name: str, value: object) -> float:
+def _check_delay(name: str, value: object) -> float:
     delay = seconds(value, name, zero=True)
     if math.isinf(delay):
         raise ConfigurationError(f"{name} must be a finite number of seconds, not {value!r}", argument=name)
     return delay
 
 
-def _retry_after(value: float | str) -> str:
+def _format_retry_after(value: float | str) -> str:
     if isinstance(value, str):
         return value
-    delay = _delay("retry_after", value)
+    delay = _check_delay("retry_after", value)
     return str(int(delay)) if delay.is_integer() else str(delay)
 
 
@@ -760,12 +770,15 @@ def _check_whole(name: str, value: object, least: int, most: float = math.inf) -
 
 
 def _check_text(name: str, value: object, *, argument: str | None = None) -> None:
-    """Refuse a value that cannot be sent in a header, or would arrive changed.
+    """Check that a header can carry a value unchanged.
 
     Args:
         name: Name of the value, for the message.
         value: The value.
-        argument: The argument that it was given in; None means `name`.
+        argument: The argument that contains it; None: `name`.
+
+    Raises:
+        ConfigurationError: It is not a text of printable ASCII, is empty, or has surrounding blanks.
     """
     if (
         not isinstance(value, str)
@@ -774,5 +787,6 @@ def _check_text(name: str, value: object, *, argument: str | None = None) -> Non
         or not value
     ):
         raise ConfigurationError(
-            f"{name} must be a text of printable ASCII, without surrounding blanks", argument=argument or name
+            f"{name} must be a text of printable ASCII, not empty and without surrounding blanks",
+            argument=argument or name,
         )

@@ -1,6 +1,6 @@
-"""What the sandbox's page shows at one moment: the phones of the users, their history, and the latest requests.
+"""Snapshots of what the sandbox's page shows: the users' phones, their history, and the latest requests.
 
-A snapshot is complete and bounded: in a load test an open page costs little beside the API. Nothing here does I/O.
+A snapshot is complete and bounded, so that an open page costs little in a load test. Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -25,21 +25,28 @@ if TYPE_CHECKING:
     from .store import OperationStore
 
 READABLE: Final = 20_000
-"""Characters of a payload that the phone can show: about ten pages. A longer one cannot be approved on the page."""
+"""Most characters of a payload that the page can show: about ten pages. It cannot approve longer ones."""
 
 _MOST_PHONES: Final = 24
-_MOST_OPERATIONS: Final = 20  # per phone
-_MOST_PAYLOAD: Final = 2000  # characters that a snapshot has of a payload; the page asks for the others
-_MOST_ID: Final = 600  # every id that the client accepts
-_MOST_DEVICES: Final = 5  # per phone, the latest
-_MOST_TEXT: Final = 5000  # characters per phone; its newest operation is always there
 _MOST_REQUESTS: Final = 12
-_MOST_PATH: Final = 400
 _MOST_HISTORY: Final = 50
+
+# Per phone:
+_MOST_OPERATIONS: Final = 20
+_MOST_DEVICES: Final = 5
+#: Characters of all operations together. The newest one is always there.
+_MOST_TEXT: Final = 5000
+
+# Characters of one field:
+#: The page requests the rest of a longer payload.
+_MOST_PAYLOAD: Final = 2000
+#: Enough for every id that the client accepts.
+_MOST_ID: Final = 600
+_MOST_PATH: Final = 400
 _MOST_EXCERPT: Final = 120
 
 Fault = Literal["none", "unavailable", "dropped"]
-"""What the page does to the API: nothing, 503 for every request, or a connection that closes without an answer."""
+"""The fault that is chosen on the page: none, a 503 for every request, or connections that close without an answer."""
 
 
 class Camel(msgspec.Struct, rename="camel"):
@@ -47,12 +54,15 @@ class Camel(msgspec.Struct, rename="camel"):
 
 
 class Card(Camel):
-    """A pending operation on a phone."""
+    """A pending operation on a phone.
+
+    If the payload is longer than `_MOST_PAYLOAD`, `operation_payload` is its start. `characters` is its full length.
+    """
 
     key: str
     number: int | float
     operation_id: str
-    operation_payload: str | None  # its start, if `characters` says that there is more
+    operation_payload: str | None
     characters: int
     readable: bool
     external_user_id: str | None
@@ -60,16 +70,16 @@ class Card(Camel):
 
 
 class DeviceLine(Camel):
-    """A device of a user, by its public signing key."""
+    """A device of a user; `key` is its public signing key."""
 
     key: str
     since: str
 
 
 class Phone(Camel):
-    """A user's phone: the newest operations, how many more are pending, and for how many seconds it is locked.
+    """A user's phone: the newest operations, the number of further pending ones, and the seconds of a lockout.
 
-    One that was removed shows the operations and can approve none.
+    A phone that was removed shows the operations but cannot approve them.
     """
 
     user: str
@@ -82,13 +92,13 @@ class Phone(Camel):
 
 
 class Entry(Camel):
-    """An attempt to approve, in the history."""
+    """An attempt to approve, in the history; `error_code` 0 means that it succeeded."""
 
     number: int
     key: str | None
     user: str
     auth_type: str | None
-    error_code: int  # 0: approved
+    error_code: int
     reason: str | None
     text: str | None
     age: float
@@ -136,8 +146,8 @@ class PhoneBook:
     Args:
         store: Holds the operations.
         requests: Returns the journal, oldest first.
-        fails: Tells whether a program told the API to fail.
-        signs: Whether phones sign what is approved.
+        fails: Returns whether a program lets the API fail. Default: it does not.
+        signs: Whether phones sign approved operations.
     """
 
     def __init__(
@@ -152,18 +162,20 @@ class PhoneBook:
         self._fails = fails
         self._signs = signs
         self._requests = requests
-        # A new sandbox numbers its operations from 1 again: a page that stayed open must not confuse old and new ones.
+        # A new sandbox numbers its operations from 1 again. A page that stayed open must not confuse old and new ones.
         self._boot = secrets.token_hex(4)
-        self._users: dict[str, int] = {}  # the users on the page, last active last, with their order of arrival
+        # The users on the page, the last active one last. The values order them by arrival.
+        self._users: dict[str, int] = {}
         self._arrivals = count()
         self._attempts = count(1)
-        self._crowded = False  # whether a phone was removed because there were too many
+        # Whether a phone was removed from the page because there were too many.
+        self._crowded = False
         self._history: deque[_Attempt] = deque(maxlen=_MOST_HISTORY)
         self.fault: Fault = "none"
         self.ended: bool = False
 
     def show(self, user: str) -> None:
-        """Show a user's phone, as that of the user who was active last."""
+        """Show a user's phone, and mark the user as the last active one."""
         arrival = self._users.pop(user, None)
         self._users[user] = next(self._arrivals) if arrival is None else arrival
         if len(self._users) > _MOST_PHONES:
@@ -171,11 +183,11 @@ class PhoneBook:
             self._crowded = True
 
     def has_device(self, user: str) -> bool:
-        """Whether a user has a phone on which they can approve."""
+        """Return whether a user has a phone to approve on."""
         return self._store.users.can_approve(user)
 
-    def attempted(self, user: str, attempt: Authentication) -> None:
-        """Show that a user tried to approve an operation, on the page or by other means, with success or not."""
+    def add_attempt(self, user: str, attempt: Authentication) -> None:
+        """Add an attempt to the history: on the page or elsewhere, successful or not."""
         operation = self._store.operations.get(attempt.operation_id or "")
         text = None if operation is None else operation.operation_payload
         self._history.append(
@@ -192,25 +204,25 @@ class PhoneBook:
             )
         )
 
-    def approved(self, number: int) -> str | None:
+    def find_approved(self, number: int) -> str | None:
         """Return the id of the operation that an attempt in the history approved; None if there is no such attempt."""
         return next(
             (each.operation_id for each in self._history if each.number == number and not each.error_code), None
         )
 
     def key(self, operation: Operation) -> str:
-        """Return what names an operation on the page: unlike its id, no other operation takes it later."""
+        """Return the page's key for an operation. Unlike an operation id, it is never used again."""
         return f"{self._boot}-{operation.id}"
 
     def pending(self, user: str, key: str) -> Operation | None:
-        """Return the pending operation that the page shows under a key; None if it is not pending any more."""
+        """Return the pending operation with a key; None if it is no longer pending."""
         return next((each for each in self._store.pending(user).values() if self.key(each) == key), None)
 
     def snapshot(self, user: str, now: float) -> Snapshot:
-        """Return one user's phone, or, for "", all phones and the requests.
+        """Return a snapshot of one user's phone, or of all phones and the requests.
 
         Args:
-            user: The user.
+            user: The user; "": all.
             now: The loop's clock, in seconds.
         """
         users = [user] if user else sorted(self._users, key=self._users.__getitem__)
@@ -221,18 +233,18 @@ class PhoneBook:
             signs=self._signs,
             ended=self.ended,
             crowded=self._crowded and not user,
-            phones=[self._phone(user) for user in users],
-            history=[_entry(each) for each in reversed(self._history) if user in ("", each.user)],
-            requests=[] if user else _latest(self._requests(), now),
+            phones=[self._show_phone(user) for user in users],
+            history=[_to_entry(each) for each in reversed(self._history) if user in ("", each.user)],
+            requests=[] if user else _list_requests(self._requests(), now),
         )
 
-    def _phone(self, user: str) -> Phone:
-        """Return a phone's content, the newest operation first: old ones that are never approved stay pending."""
+    def _show_phone(self, user: str) -> Phone:
+        """Return a phone, the newest operation first. Old ones may stay pending for ever."""
         pending = self._store.pending(user)
         cards: list[Card] = []
         space = _MOST_TEXT
         for each in islice(reversed(pending), _MOST_OPERATIONS):
-            card = self._card(pending[each])
+            card = self._show_card(pending[each])
             space -= len(card.operation_id) + len(card.operation_payload or "") + len(card.external_user_id or "")
             if space < 0 and cards:
                 break
@@ -250,7 +262,7 @@ class PhoneBook:
             more=len(pending) - len(cards),
         )
 
-    def _card(self, operation: Operation) -> Card:
+    def _show_card(self, operation: Operation) -> Card:
         created = operation.created_at
         assert created is not None  # noqa: S101  # the store writes timestamps only
         payload = operation.operation_payload
@@ -267,7 +279,7 @@ class PhoneBook:
         )
 
 
-def _entry(attempt: _Attempt) -> Entry:
+def _to_entry(attempt: _Attempt) -> Entry:
     return Entry(
         number=attempt.number,
         key=attempt.key,
@@ -284,7 +296,7 @@ def _excerpt(text: str) -> str:
     return text if len(text) <= _MOST_EXCERPT else f"{text[:_MOST_EXCERPT]}…"
 
 
-def _latest(requests: Sequence[RequestRecord], now: float) -> list[Request]:
+def _list_requests(requests: Sequence[RequestRecord], now: float) -> list[Request]:
     """Return the latest requests, the newest first."""
     return [
         Request(record.method, shorten(record.path, _MOST_PATH), record.status, now - record.at, record.duration)

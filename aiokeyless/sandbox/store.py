@@ -1,7 +1,7 @@
-"""The operations of a sandbox: created as pending, approved once, removed by `forget`; and what attempts do to them.
+"""The operations of a sandbox: pending when created, approved at most once, removed by `forget`.
 
-Operations are written in the form that the service's documentation shows. Nothing here depends on HTTP or on the event
-loop. What is remembered of the attempts is in attempts.py.
+They are encoded as the service's documentation shows. attempts.py keeps the attempts to approve them. Nothing here
+depends on HTTP or on the event loop.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 SDK_API_KEY: Final = "sandbox-sdk-key"
-"""The fake SDK key in every operation: a secret other than the API key, so that a leak of either shows."""
+"""The SDK key in every operation. It differs from the API key, so that a test notices a leak of either."""
 
-# Copied from the documentation and not derived from models.py: otherwise a misspelt name there would go unnoticed.
+# Copied from the documentation, not derived from models.py: a misspelt name there must make the tests fail.
 _WIRE_NAMES: Final = {
     "id": "id",
     "timestamp": "timestamp",
@@ -50,9 +50,9 @@ class OperationStore:
 
     Args:
         clock: Returns nanoseconds since the epoch, for timestamps. Default: this machine's clock.
-        timer: Returns seconds with an arbitrary zero: for how long attempts are remembered and users locked out.
-            Default: this machine's monotonic clock.
-        on_attempt: Called with the user and the attempt after each attempt.
+        timer: Returns seconds; its zero is arbitrary. It times the memory of attempts and the lockouts. Default: this
+            machine's monotonic clock.
+        on_attempt: Called with the user and the attempt, after each attempt.
     """
 
     def __init__(
@@ -64,11 +64,13 @@ class OperationStore:
         self._clock = clock
         self._on_attempt = on_attempt
         self._attempts = AttemptLog(timer)
-        self.users: Users = Users(clock, self._attempts.knows)
+        self.users: Users = Users(clock, self._attempts.has_user)
         self._operations: dict[str, Operation] = {}
-        self._pending: dict[str, dict[str, Operation]] = {}  # by user, so that one user's list costs its own size only
+        # By user, then by operation id. No user has an empty entry.
+        self._pending: dict[str, dict[str, Operation]] = {}
         self._tampered: dict[str, dict[str, object]] = {}
-        self._approved_at: dict[str, int] = {}  # in nanoseconds since the epoch
+        # Nanoseconds since the epoch.
+        self._approved_at: dict[str, int] = {}
         self._last_id = 0
 
     @property
@@ -87,9 +89,9 @@ class OperationStore:
         """Store a pending operation and return it, or return None if the operation id is taken."""
         if operation_id in self._operations:
             return None
-        operation = self._new(user_id, operation_id, operation_payload, external_user_id)
+        operation = self._make(user_id, operation_id, operation_payload, external_user_id)
         self._operations[operation_id] = operation
-        self._attempts.know(user_id, external_user_id)
+        self._attempts.add_user(user_id, external_user_id)
         self._pending.setdefault(user_id, {})[operation_id] = operation
         return operation
 
@@ -103,24 +105,24 @@ class OperationStore:
         operation_payload: str | None = None,
     ) -> Operation:
         """Approve a pending operation, or store an approved one; see `Sandbox.approve`."""
-        how = _auth_type(auth_type)
-        operation = self._subject(operation_id, user_id, external_user_id, operation_payload)
+        how = _check_auth_type(auth_type)
+        operation = self._resolve(operation_id, user_id, external_user_id, operation_payload)
         if operation.is_approved:
             return operation
         self._check_device(operation)
         if left := self._attempts.locked_for(operation.user_id):
-            self._attempted(operation, LOCKED_OUT, how)
+            self._add_attempt(operation, LOCKED_OUT, how)
             raise ConfigurationError(
                 f"user {operation.user_id} is locked out for {left:.0f} s more, after too many failed attempts: "
-                f"operation {operation_id!r} cannot be approved until then",
+                f"operation {operation_id!r} cannot be approved until then; wait, or unlock the user",
                 argument="operation_id",
             )
         if operation_id in self._operations:
-            self._leave_pending(operation)
+            self._remove_pending(operation)
         operation = msgspec.structs.replace(operation, state=OperationState.APPROVED.value, result=True, auth_type=how)
         self._operations[operation_id] = operation
         self._approved_at[operation_id] = self._clock()
-        self._attempted(operation, 0, how)
+        self._add_attempt(operation, 0, how)
         return operation
 
     def fail(
@@ -133,46 +135,46 @@ class OperationStore:
         external_user_id: str | None = None,
     ) -> Authentication:
         """Let an attempt to approve fail; see `Sandbox.fail_authentication`."""
-        how = _auth_type(auth_type)
+        how = _check_auth_type(auth_type)
         error_code = whole_number(error_code, "error_code")
-        operation = self._subject(operation_id, user_id, external_user_id, None)
+        operation = self._resolve(operation_id, user_id, external_user_id, None)
         if operation.is_approved:
             raise ConfigurationError(
-                f"operation {operation_id!r} is approved already: the phone does not ask for it any more",
+                f"operation {operation_id!r} is approved already: the phone no longer asks for it; use another one",
                 argument="operation_id",
             )
         self._check_device(operation)
         if error_code != CANCELLED and self._attempts.locked_for(operation.user_id):
             error_code = LOCKED_OUT
-        return self._attempted(operation, error_code, how)
+        return self._add_attempt(operation, error_code, how)
 
-    def approval(self, operation_id: str) -> tuple[Operation, int]:
+    def get_approved(self, operation_id: str) -> tuple[Operation, int]:
         """Return an approved operation, and when it was approved, in nanoseconds since the epoch.
 
         Raises:
-            ConfigurationError: It is not approved.
+            ConfigurationError: There is no such operation, or it is not approved.
         """
-        operation = self._known(operation_id)
+        operation = self._get(operation_id)
         approved_at = self._approved_at.get(operation_id)
         if approved_at is None:
             raise ConfigurationError(
-                f"operation {operation_id!r} is not approved: the phone signs when the user approves",
+                f"operation {operation_id!r} is not approved: the phone signs on approval; approve it first",
                 argument="operation_id",
             )
         return operation, approved_at
 
     def forget(self, operation_id: str) -> None:
         """Remove an operation; see `Sandbox.forget`."""
-        operation = self._known(operation_id)
+        operation = self._get(operation_id)
         del self._operations[operation_id]
         self._tampered.pop(operation_id, None)
         self._approved_at.pop(operation_id, None)
         if not operation.is_approved:
-            self._leave_pending(operation)
+            self._remove_pending(operation)
 
     def tamper(self, operation_id: str, fields: Mapping[str, object]) -> None:
         """Return false fields for an operation; see `Sandbox.tamper`."""
-        self._known(operation_id)
+        self._get(operation_id)
         if unknown := fields.keys() - _WIRE_NAMES:
             raise ConfigurationError(
                 f"an operation has no field {min(unknown)!r}; it has {', '.join(_WIRE_NAMES)} (to return another one, "
@@ -216,7 +218,7 @@ class OperationStore:
     @property
     def authentications(self) -> list[Authentication]:
         """All users' attempts of the last ten minutes, oldest first."""
-        return self._attempts.recent()
+        return self._attempts.get_all()
 
     def locked_for(self, user_id: str) -> float:
         """Return the seconds for which a user is still locked out; 0.0 if they are not."""
@@ -228,17 +230,17 @@ class OperationStore:
 
     def authentications_json(self, user_id: str, operation_id: str | None) -> bytes | None:
         """Return the body of ``GET /v2/users/{userId}/authentications``, or None if there is no such user."""
-        found = self._attempts_of(user_id)
+        found = self._get_attempts(user_id)
         return None if found is None else telemetry_json({"userId": user_id}, found, operation_id)
 
     def external_authentications_json(self, external_user_id: str, operation_id: str | None) -> bytes | None:
-        """Return the body of ``GET /v2/external-users/{externalUserId}/authentications``, or None as above."""
+        """Return the body of ``GET /v2/external-users/{externalUserId}/authentications``; None if there is no user."""
         owner = self.users.owner(external_user_id)
-        found = self._attempts.of_external_user(external_user_id) if owner is None else self._attempts_of(owner)
+        found = self._attempts.get_by_external_user(external_user_id) if owner is None else self._get_attempts(owner)
         return None if found is None else telemetry_json({"externalUserId": external_user_id}, found, operation_id)
 
-    def _attempts_of(self, user_id: str) -> list[Authentication] | None:
-        found = self._attempts.of_user(user_id)
+    def _get_attempts(self, user_id: str) -> list[Authentication] | None:
+        found = self._attempts.get_by_user(user_id)
         return [] if found is None and self.users.exists(user_id) else found
 
     def _check_device(self, operation: Operation) -> None:
@@ -249,10 +251,10 @@ class OperationStore:
                 argument="operation_id",
             )
 
-    def _subject(
+    def _resolve(
         self, operation_id: str, user_id: str | None, external_user_id: str | None, operation_payload: str | None
     ) -> Operation:
-        """Return the operation that an attempt is for; if there is none, the one that the phone itself would create."""
+        """Return the operation that an attempt is for. If there is none, make the one that the phone would create."""
         user = None if user_id is None else check_user_id(user_id)
         operation = self._operations.get(operation_id)
         if operation is not None:
@@ -266,17 +268,17 @@ class OperationStore:
                 "an approved one as the phone's operationInfo does",
                 argument="operation_id",
             )
-        return self._new(
+        return self._make(
             user,
             check_text(operation_id, "operation_id"),
             None if operation_payload is None else check_text(operation_payload, "operation_payload", empty=True),
             None if external_user_id is None else check_text(external_user_id, "external_user_id", empty=True),
         )
 
-    def _attempted(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:
-        """Remember an attempt. "APPROVED" is the documented result; the other one is the sandbox's own word."""
+    def _add_attempt(self, operation: Operation, error_code: int, auth_type: str) -> Authentication:
+        """Add an attempt. The documentation names the result "APPROVED"; "FAILED" is the sandbox's own word."""
         attempt = Authentication(
-            created_at=timestamp(self._clock()),  # so that the order of quick ones is told
+            created_at=timestamp(self._clock()),
             result="FAILED" if error_code else "APPROVED",
             error_code=error_code,
             operation_id=operation.operation_id,
@@ -287,7 +289,7 @@ class OperationStore:
         self._on_attempt(operation.user_id, attempt)
         return attempt
 
-    def _new(
+    def _make(
         self, user_id: str, operation_id: str, operation_payload: str | None, external_user_id: str | None
     ) -> Operation:
         self._last_id += 1
@@ -306,13 +308,13 @@ class OperationStore:
             state=OperationState.PENDING.value,
         )
 
-    def _known(self, operation_id: str) -> Operation:
+    def _get(self, operation_id: str) -> Operation:
         try:
             return self._operations[operation_id]
         except KeyError:
             raise ConfigurationError(f"there is no operation {operation_id!r}", argument="operation_id") from None
 
-    def _leave_pending(self, operation: Operation) -> None:
+    def _remove_pending(self, operation: Operation) -> None:
         of_user = self._pending[operation.user_id]
         del of_user[operation.operation_id]
         if not of_user:
@@ -320,12 +322,12 @@ class OperationStore:
 
 
 def operation_fields(operation: Operation) -> dict[str, object]:
-    """Return an operation under its names on the wire, without the SDK key."""
+    """Return an operation's fields, by their names on the wire, without the SDK key."""
     fields = {wire: getattr(operation, name) for name, wire in _WIRE_NAMES.items() if name != "api_key"}
     return {wire: value for wire, value in fields.items() if value is not None}
 
 
-def _auth_type(value: str) -> str:
+def _check_auth_type(value: str) -> str:
     try:
         return AuthType(value).value
     except ValueError:

@@ -1,6 +1,6 @@
-"""The users of a sandbox: their devices, and what the customer calls them. Nothing here depends on HTTP.
+"""The users of a sandbox, their devices, and their external user ids. Nothing here depends on HTTP.
 
-`enroll` enrolls a user on a device. The first operation of an unknown user does so, too.
+`Users.enroll` enrolls a user on a device. So does the first operation of an unknown user.
 
 Source: Keyless documentation, Server API: External User ID, Users, Devices.
 """
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CUSTOMER: Final = 1
-_KEY_SIZE: Final = 65  # bytes of a public key on the curve P-256
+#: Bytes of a public key on the curve P-256.
+_KEY_SIZE: Final = 65
 
 
 class _User(msgspec.Struct):
-    """A user who is enrolled; `linked_at` and `updated_at` are those of the external user id."""
+    """A user who is enrolled.
+
+    `devices` are by public signing key. `linked_at` and `updated_at` are about the external user id.
+    """
 
     user_id: str
     signing_key: str
     created_at: str
-    devices: dict[str, Device]  # by public signing key
+    devices: dict[str, Device]
     external_user_id: str | None = None
     linked_at: str = ""
     updated_at: str = ""
@@ -42,7 +46,7 @@ class Users:
 
     Args:
         clock: Returns nanoseconds since the epoch, for timestamps.
-        has_operations: Tells whether the sandbox has had an operation of a user.
+        has_operations: Returns whether the sandbox has ever had an operation of a user.
     """
 
     def __init__(self, clock: Callable[[], int], has_operations: Callable[[str], bool]) -> None:
@@ -69,29 +73,37 @@ class Users:
         return device
 
     def can_approve(self, user_id: str) -> bool:
-        """Whether the user has a device; true for one who is enrolled because of an operation."""
+        """Return whether the user has a device; an unknown user is enrolled by their first operation."""
         user = self._users.get(user_id)
         return user_id not in self._deleted if user is None else bool(user.devices)
 
     def external_id(self, user_id: str) -> str | None:
-        """Return what the customer calls a user, or None."""
+        """Return a user's external user id, or None."""
         user = self._users.get(user_id)
         return None if user is None else user.external_user_id
 
     def exists(self, user_id: str) -> bool:
-        """Whether there is such a user."""
+        """Return whether there is such a user."""
         return self._find(user_id) is not None
 
     def link(self, user_id: str, external_user_id: str) -> bytes | None:
-        """Return the body of ``POST /v2/users/{userId}/external-user``; None for a conflict."""
-        user = self._known(user_id)
+        """Give a user an external user id.
+
+        Returns:
+            The body of ``POST /v2/users/{userId}/external-user``; None if the user has one, or another user has this.
+        """
+        user = self._get(user_id)
         if user.external_user_id is not None or self._owners(external_user_id):
             return None
         return self._link(user, external_user_id)
 
     def relink(self, user_id: str, external_user_id: str) -> bytes:
-        """Return the body of ``PATCH /v2/users/{userId}/external-user``, for which no conflict is documented."""
-        return self._link(self._known(user_id), external_user_id)
+        """Give a user another external user id. The documentation knows no conflict.
+
+        Returns:
+            The body of ``PATCH /v2/users/{userId}/external-user``.
+        """
+        return self._link(self._get(user_id), external_user_id)
 
     def unlink(self, external_user_id: str) -> None:
         """Remove an external user id, in its exact case."""
@@ -99,10 +111,10 @@ class Users:
             self._users[owner].external_user_id = None
 
     def owner(self, external_user_id: str) -> str | None:
-        """Return the user whom the customer calls so, in this case; None if there is no such user."""
+        """Return the user with an external user id, in its exact case; None if there is no such user."""
         return next(iter(self._owners(external_user_id)), None)
 
-    def found_json(self, external_user_id: str) -> bytes:
+    def search_json(self, external_user_id: str) -> bytes:
         """Return the body of ``GET /v2/external-users/{externalUserId}/users``, which ignores case."""
         wanted = external_user_id.casefold()
         return msgspec.json.encode(
@@ -120,11 +132,11 @@ class Users:
 
     def delete(self, user_id: str) -> None:
         """Delete a user with their devices."""
-        del self._users[self._known(user_id).user_id]
+        del self._users[self._get(user_id).user_id]
         self._deleted.add(user_id)
 
     def devices(self, user_id: str) -> list[Device]:
-        """Return the devices of a user, the first one first."""
+        """Return the devices of a user, oldest first."""
         user = self._find(user_id)
         return [] if user is None else list(user.devices.values())
 
@@ -144,9 +156,9 @@ class Users:
             self._add_device(user)
         return user
 
-    def _known(self, user_id: str) -> _User:
+    def _get(self, user_id: str) -> _User:
         user = self._find(user_id)
-        assert user is not None  # noqa: S101  # the caller asked whether the user exists
+        assert user is not None  # noqa: S101  # the caller has checked that the user exists
         return user
 
     def _owners(self, external_user_id: str) -> list[str]:
@@ -187,8 +199,8 @@ class Users:
 
 
 def device_fields(device: Device) -> dict[str, object]:
-    """Return a device under its names on the wire."""
-    # Spelt out, not derived from models.py: otherwise a misspelt name there would go unnoticed.
+    """Return a device's fields, by their names on the wire."""
+    # Spelt out, not derived from models.py: a misspelt name there must make the tests fail.
     return {
         "userId": device.user_id,
         "sdkCustomerId": device.sdk_customer_id,

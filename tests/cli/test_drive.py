@@ -133,7 +133,7 @@ async def test_a_token_is_printed_for_verify(monkeypatch: pytest.MonkeyPatch, se
 @pytest.mark.usefixtures("service")
 async def test_what_the_sandbox_refuses_is_an_error_that_says_why() -> None:
     assert await refusal("approve", "a") == (
-        "there is no operation 'a'; create it first, or name its user, for one that the phone creates"
+        "there is no operation 'a'; create it first, or name its user if the phone is to create it"
     )
 
 

@@ -205,14 +205,14 @@ async def test_a_reader_that_does_not_read_piles_nothing_up_and_delays_no_other(
     sandbox: Sandbox, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = 0
-    draw = Phones._event  # nothing public tells how often
+    draw = Phones._encode_event  # nothing public tells how often
 
     def count_and_draw(phones: Phones, user: str) -> Any:
         nonlocal drawn
         drawn += 1
         return draw(phones, user)
 
-    monkeypatch.setattr(Phones, "_event", count_and_draw)
+    monkeypatch.setattr(Phones, "_encode_event", count_and_draw)
     for number in range(20):
         await create(http, str(number), operationPayload="€" * 2000)
     address = urlsplit(sandbox.url)

@@ -320,8 +320,8 @@ async def test_the_page_shows_that_the_sandbox_is_gone_and_reconnects(
     await client.create_operation(USER, operation_payload="Still there")
     async with opened(browser, f"{sandbox.url}/", complaints=GONE) as page:
         await expect(button(page)).to_be_enabled()
-        monkeypatch.setattr("aiokeyless.sandbox.phone._FAREWELL", 0)  # as if the program was killed
-        monkeypatch.setattr(Phones, "_event", lambda *_: b"")
+        monkeypatch.setattr("aiokeyless.sandbox.phone._CLOSE_TIMEOUT", 0)  # as if the program was killed
+        monkeypatch.setattr(Phones, "_encode_event", lambda *_: b"")
         await sandbox.aclose()
         monkeypatch.undo()
         await expect(page.get_by_text("The sandbox is not reachable")).to_be_visible()

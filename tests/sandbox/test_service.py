@@ -308,7 +308,7 @@ async def test_next_requests_fail_and_then_it_is_over(sandbox: Sandbox, http: ai
 
 async def test_fault_is_503_once_in_json_by_default(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.fail_next()
-    assert await get(http) == (503, {"error": "the sandbox was told to answer 503"})
+    assert await get(http) == (503, {"error": "the sandbox simulates a 503"})
     assert (await get(http))[0] == 404
 
 
