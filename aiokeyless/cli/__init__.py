@@ -1,7 +1,7 @@
 """The command line: its commands, what they print, and the exit codes.
 
-A command is a coroutine that uses the library as any program does, and returns its exit code; `run` turns what it
-raises into one line on stderr. Only ``__main__`` imports this package: it needs the extra ``cli``.
+A command is a coroutine that uses the library as any program does, and returns its exit code. `run` turns its errors
+into one line on stderr. Only ``__main__`` imports this package, since it needs the extra ``cli``.
 """
 
 # The commands register themselves with the application.

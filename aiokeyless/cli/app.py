@@ -1,6 +1,6 @@
-"""The application that the commands register with: its arguments and options, its exit codes, and `run`.
+"""The command line's application: its common arguments and options, its exit codes, and `run`.
 
-Every error that ends a command becomes one line on stderr and an exit code in `run`; the texts are in messages.py.
+`run` turns every error that ends a command into one line on stderr and an exit code. messages.py has the texts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from aiokeyless.errors import (
     KeylessError,
 )
 
-from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quoted
-from .render import safe
+from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quote
+from .render import escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,15 +46,15 @@ class Exit(IntEnum):
 
 
 class CommandError(Exception):
-    """A command cannot do its work; the message is shown as it is, and says what to do."""
+    """A command cannot do its work. Its message is printed unchanged, and says what to do."""
 
 
 class UsageError(CommandError):
-    """A command was called in a way that makes no sense."""
+    """The arguments of a command do not go together."""
 
 
 class InterruptedCommandError(Exception):
-    """Ctrl-C ended a command; the message says how to continue."""
+    """Ctrl-C ended a command. Its message says how to continue."""
 
 
 app: App = App(
@@ -72,7 +72,7 @@ KEYLESS_BASE_URL. To run a local service, with a phone in your browser:
 
 Exit codes: 0 approved or done, 1 error, 2 usage, 3 timed out, 4 timed out and
 the outcome is unknown, 130 interrupted.""",
-    # `run` prints errors, in one line.
+    # `run` prints errors, each as one line.
     print_error=False,
     exit_on_error=False,
     suppress_keyboard_interrupt=False,
@@ -81,7 +81,7 @@ the outcome is unknown, 130 interrupted.""",
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; an error is one line on stderr.
+    """Run a command, and print an error as one line on stderr.
 
     Args:
         arguments: The arguments after ``aiokeyless``. Default: those of this process.
@@ -89,10 +89,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `Exit`.
     """
+    # A payload may contain characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a payload may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        # --help and --version return nothing
+        # --help and --version return None.
         return app(sys.argv[1:] if arguments is None else arguments) or Exit.DONE
     except CycloptsError as error:
         command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))
@@ -100,7 +101,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
     except KeylessError as error:
         return _fail(describe(error), _exit_code(error))
-    except BrokenPipeError:  # stdout was closed, as `head` does: nobody reads on
+    # The reader closed stdout, as `head` does.
+    except BrokenPipeError:
         return Exit.ERROR
     except (CommandError, OSError) as error:
         return _fail(str(error), Exit.USAGE if isinstance(error, UsageError) else Exit.ERROR)
@@ -109,10 +111,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _describe_unused(error: UnusedCliTokensError) -> str:
-    """Say what an argument may have been meant for that no command takes."""
+    """Return the message for an argument that no command takes, with a guess at what was meant."""
     chain, unused = error.command_chain or (), (error.unused_tokens or [""])[0]
     if chain == ("create",):
-        return f"The text to approve is an option: --payload {quoted(unused)}"
+        return f"The text to approve is an option: --payload {quote(unused)}"
     commands = [name for name in functools.reduce(lambda group, name: group[name], chain, app) if name.isalpha()]
     what = "command" if commands else "argument"
     close = difflib.get_close_matches(unused, commands, n=1)
@@ -126,7 +128,7 @@ def _exit_code(error: KeylessError) -> Exit:
 
 
 def _fail(message: str, code: Exit) -> Exit:
-    sys.stderr.write(f"aiokeyless: {safe(message)}\n")
+    sys.stderr.write(f"aiokeyless: {escape(message)}\n")
     return code
 
 
@@ -134,10 +136,10 @@ def _fail(message: str, code: Exit) -> Exit:
 
 
 def validator(check: Callable[[str], str], argument: str) -> Callable[[object, str | None], None]:
-    """Make a validator of the library's check of one of its arguments."""
+    """Return a validator that applies the library's check of an argument; an absent value passes."""
 
     def validate(_type: object, value: str | None) -> None:
-        if value is None:  # left out
+        if value is None:
             return
         try:
             check(value)
@@ -148,12 +150,13 @@ def validator(check: Callable[[str], str], argument: str) -> Callable[[object, s
 
 
 def _check_timeout(_type: object, seconds: float | None) -> None:
-    if seconds is not None and not seconds > 0:  # NaN is not
+    # Negated, so that NaN is refused too.
+    if seconds is not None and not seconds > 0:
         raise ValueError("Must be more than 0 seconds.")
 
 
 def _check_seconds(_type: object, seconds: float) -> None:
-    if not 0 < seconds < math.inf:  # NaN is not
+    if not 0 < seconds < math.inf:
         raise ValueError("Must be more than 0 seconds, and not infinite.")
 
 
@@ -168,13 +171,13 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=Fals
 
 
 def new_client(*, max_attempts: int = 3) -> KeylessClient:
-    """Make the client that the environment describes, for the caller to close.
+    """Make a client with the key and the address from the environment; the caller must close it.
 
     Args:
         max_attempts: Attempts of one call.
 
     Raises:
-        CommandError: The environment has no key, or a variable that the client refuses.
+        CommandError: The environment has no key, or a variable is wrong.
     """
     if not os.environ.get("KEYLESS_API_KEY", "").strip():
         raise CommandError(

@@ -1,4 +1,4 @@
-"""``aiokeyless demo``: the library and a loop of one poll a second side by side, on this machine, in three scenes."""
+"""``aiokeyless demo``: compares the library with a loop of one poll a second, on this machine, in three scenes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ async def demo(*, as_json: AsJson = False) -> int:
         as_json: Print one JSON object at the end, and nothing else.
     """
     console = new_console()
-    logging.getLogger("aiokeyless").addHandler(logging.NullHandler())  # an outage is part of the demo
+    # An outage is part of the demo, so its log is not shown.
+    logging.getLogger("aiokeyless").addHandler(logging.NullHandler())
     if as_json:
         scenes = {"approval": play_people, "outage": play_outage, "mismatch": play_mismatch}
         results = {name: msgspec.to_builtins(await play(_draw_nothing)) for name, play in scenes.items()}
@@ -84,11 +85,11 @@ async def _show(
     play: Callable[[Draw], Awaitable[SceneResult]],
     describe: Callable[[SceneResult], list[str]],
 ) -> None:
-    """Play a scene, above a line with its progress if this is a terminal, and print what was measured."""
+    """Play a scene and print the measurements; on a terminal, a line shows the progress meanwhile."""
     console.print(Text(title, style="bold"))
     if is_terminal(console):
         line = StatusLine(console)
-        with line.shown():
+        with line.show():
             result = await play(partial(_draw_progress, line))
     else:
         result = await play(_draw_nothing)
@@ -112,9 +113,11 @@ def describe_people(result: SceneResult) -> list[str]:
     """Return the lines about the first scene."""
     ours, loop = result.aiokeyless, result.loop
     return [
-        *_table(result, {"requests": _requests, "late on average": _mean, "late at worst": _worst}),
-        _better("Sooner on average", fmean(ours.lateness), fmean(loop.lateness), "{:.2f} s"),
-        _better("Fewer requests", ours.requests, loop.requests, "{}"),
+        *_format_table(
+            result, {"requests": _format_requests, "late on average": _format_mean, "late at worst": _format_worst}
+        ),
+        _compare("Sooner on average", fmean(ours.lateness), fmean(loop.lateness), "{:.2f} s"),
+        _compare("Fewer requests", ours.requests, loop.requests, "{}"),
         "For slow people and those who never approve, see docs/explanation/costs.md.",
     ]
 
@@ -123,36 +126,38 @@ def describe_outage(result: SceneResult) -> list[str]:
     """Return the lines about the second scene."""
     ours, loop = result.aiokeyless, result.loop
     return [
-        *_table(result, {"requests into it": lambda side: str(side.requests_in_outage), "all know after": _worst}),
-        _better("Fewer requests into it", ours.requests_in_outage, loop.requests_in_outage, "{}"),
-        _better("Back sooner", max(ours.lateness), max(loop.lateness), "{:.2f} s"),
+        *_format_table(
+            result, {"requests into it": lambda side: str(side.requests_in_outage), "all know after": _format_worst}
+        ),
+        _compare("Fewer requests into it", ours.requests_in_outage, loop.requests_in_outage, "{}"),
+        _compare("Back sooner", max(ours.lateness), max(loop.lateness), "{:.2f} s"),
     ]
 
 
 def describe_mismatch(result: SceneResult) -> list[str]:
     """Return the lines about the third scene."""
-    return _table(result, {"pay": lambda side: str(side.approved), "refuse": lambda side: str(side.refused)})
+    return _format_table(result, {"pay": lambda side: str(side.approved), "refuse": lambda side: str(side.refused)})
 
 
-def _requests(side: SideResult) -> str:
+def _format_requests(side: SideResult) -> str:
     return str(side.requests)
 
 
-def _mean(side: SideResult) -> str:
+def _format_mean(side: SideResult) -> str:
     return f"{fmean(side.lateness):.2f} s"
 
 
-def _worst(side: SideResult) -> str:
+def _format_worst(side: SideResult) -> str:
     return f"{max(side.lateness):.2f} s"
 
 
-def _table(result: SceneResult, columns: dict[str, Callable[[SideResult], str]]) -> list[str]:
-    """Return a line of headings, and one for each of the two."""
+def _format_table(result: SceneResult, columns: dict[str, Callable[[SideResult], str]]) -> list[str]:
+    """Return a line of headings and a line for each side."""
     sides = {_AIOKEYLESS: result.aiokeyless, _LOOP: result.loop}
     rows = {"": [*columns]} | {name: [cell(side) for cell in columns.values()] for name, side in sides.items()}
     return ["".join([f"{name:<12}", *(f"{cell:>18}" for cell in cells)]) for name, cells in rows.items()]
 
 
-def _better(what: str, ours: float, loop: float, unit: str) -> str:
-    """Say which of the two is better, by the smaller number, and by how much."""
+def _compare(what: str, ours: float, loop: float, unit: str) -> str:
+    """Return which side has the smaller number, and by how much."""
     return f"{what}: {_AIOKEYLESS if ours < loop else _LOOP}, by {unit.format(abs(ours - loop))}"

@@ -1,7 +1,7 @@
-"""The commands that drive a sandbox that runs: ``aiokeyless sandbox approve`` and the others.
+"""The commands that drive a running sandbox: ``aiokeyless sandbox approve`` and the others.
 
-They drive the sandbox of ``$KEYLESS_BASE_URL``, with ``$KEYLESS_API_KEY``. Without that address they drive the one on
-the default port of this machine, with the default key: a key in the environment may then be that of a real tenant.
+They drive the sandbox at ``$KEYLESS_BASE_URL`` with ``$KEYLESS_API_KEY``. Without that address, they drive the one on
+this machine's default port with the default key: a key in the environment may then be that of a real tenant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, Device, Operation
 
 from .app import AsJson, CommandError, Exit, OperationId, UserId, validator
-from .messages import VARIABLES, approval_method, counted, describe_argument
+from .messages import VARIABLES, describe_argument, describe_method, format_count
 from .render import new_console, print_fact, print_json, print_line, print_table
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
-#: That of aiokeyless.sandbox.control, which would load the server.
+#: Copied from aiokeyless.sandbox.control, whose import would load the server.
 _IDENTITY: Final = "X-Keyless-Sandbox"
 
 AuthType = Literal["biom", "pin"]
@@ -65,7 +65,7 @@ def _check_count(_type: object, count: int | None) -> None:
 
 
 def _check_delay(_type: object, delay: float | None) -> None:
-    if delay is not None and not 0 <= delay < float("inf"):  # NaN is not
+    if delay is not None and not 0 <= delay < float("inf"):
         raise ValueError("Must be a number of seconds, at least 0.")
 
 
@@ -90,10 +90,10 @@ async def approve(
 
     Args:
         operation_id: The operation.
-        auth_type: How: with the face (biom), or the PIN (pin).
+        auth_type: With the face (biom), or with the PIN (pin).
         user: The user, in hex: needed only if the phone is to create the operation.
-        payload: The text that was approved; if the operation exists, it must be its text.
-        external_user_id: Your own id of the user; if the operation exists, it must be its id.
+        payload: The approved text; if the operation exists, its payload must be the same.
+        external_user_id: Your own id of the user; if the operation exists, its own must be the same.
         as_json: Print the operation as one JSON object and nothing else.
     """
     fields = {
@@ -108,7 +108,7 @@ async def approve(
     if as_json:
         print_json(console, {**operation.to_dict(), "is_approved": operation.is_approved})
     else:
-        print_line(console, f"{operation.operation_id} is approved{approval_method(operation.auth_type)}.")
+        print_line(console, f"{operation.operation_id} is approved{describe_method(operation.auth_type)}.")
     return Exit.DONE
 
 
@@ -129,7 +129,7 @@ async def decline(
     Args:
         operation_id: The operation.
         code: Why: 30003 the user cancelled, 30004 the face did not match, or another code of the vendor.
-        auth_type: How the user tried: with the face (biom), or the PIN (pin).
+        auth_type: With the face (biom), or with the PIN (pin).
         user: The user, in hex: needed only if the phone is to create the operation.
         as_json: Print the attempt as one JSON object and nothing else.
     """
@@ -155,7 +155,7 @@ async def list_operations(
         state: Only those in this state.
         as_json: Print one JSON object and nothing else.
     """
-    found = (await _ask("GET", "list", {"userId": user, "state": state}, _Listing)).operations
+    found = (await _request("GET", "list", {"userId": user, "state": state}, _Listing)).operations
     console = new_console()
     if as_json:
         print_json(console, {"operations": [operation.to_dict() for operation in found]})
@@ -195,15 +195,15 @@ async def fail(
 
     Args:
         status: The status to answer.
-        times: To how many requests; to all until "recover" if left out.
+        times: Number of requests; if left out, all until "recover".
         retry_after: Seconds in the header Retry-After.
         stored: Let each request take effect before it fails.
-        method: Only to requests with this method.
+        method: Only requests with this method.
         as_json: Print one JSON object and nothing else.
     """
     fields = {"status": status, "times": times, "retryAfter": retry_after, "stored": stored, "method": method}
     await _post("fail", fields, dict[str, object])
-    return _print_done(f"The service answers {status} to {_requests(times, method)}.", as_json=as_json)
+    return _print_done(f"The service answers {status} to {_describe_requests(times, method)}.", as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox drop --stored --method POST --times 1")
@@ -213,25 +213,25 @@ async def drop(
     """Let the service drop connections without an answer.
 
     Args:
-        times: Those of how many requests; of all until "recover" if left out.
+        times: Number of requests; if left out, all until "recover".
         stored: Let each request take effect before its connection is dropped.
-        method: Only those of requests with this method.
+        method: Only requests with this method.
         as_json: Print one JSON object and nothing else.
     """
     await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object])
-    return _print_done(f"The service drops the connection of {_requests(times, method)}.", as_json=as_json)
+    return _print_done(f"The service drops the connection of {_describe_requests(times, method)}.", as_json=as_json)
 
 
-def _requests(times: int | None, method: str | None) -> str:
+def _describe_requests(times: int | None, method: str | None) -> str:
     noun = f"{method} request" if method else "request"
     if times is None:
         return f"each {noun}, until: aiokeyless sandbox recover"
-    return f"the next {noun if times == 1 else counted(times, noun)}"
+    return f"the next {noun if times == 1 else format_count(times, noun)}"
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox recover")
 async def recover(*, as_json: AsJson = False) -> int:
-    """End what "fail" and "drop" began.
+    """End the faults of "fail" and "drop".
 
     Args:
         as_json: Print one JSON object and nothing else.
@@ -285,7 +285,7 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
 
     Args:
         operation_id: The operation.
-        tampered: Change the text after it was signed, so that the signature is wrong.
+        tampered: Change the text after signing, so that the signature is wrong.
         as_json: Print one JSON object and nothing else.
     """
     token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token)).token
@@ -326,24 +326,24 @@ def _print_done(what: str, *, as_json: bool) -> Exit:
 
 
 async def _post(name: str, fields: Mapping[str, object], kind: type[T]) -> T:
-    return await _ask("POST", name, fields, kind)
+    return await _request("POST", name, fields, kind)
 
 
-async def _ask(method: str, name: str, fields: Mapping[str, object], kind: type[T]) -> T:
-    """Ask the sandbox for something; return what it answers.
+async def _request(method: str, name: str, fields: Mapping[str, object], kind: type[T]) -> T:
+    """Send the sandbox a request, and return its answer.
 
     Args:
         method: HTTP method.
         name: The endpoint.
-        fields: The fields of the body, or of the query of a GET; those that are None are left out.
+        fields: The fields of the body, or of the query of a GET. None leaves a field out.
         kind: The type of the answer.
 
     Raises:
-        CommandError: There is no sandbox, or it refuses.
+        CommandError: No sandbox answers, or it refuses.
     """
     given = {field: value for field, value in fields.items() if value is not None}
     sent: dict[str, Any] = {"params": given} if method == "GET" else {"json": given}
-    url, key = _address()
+    url, key = _read_address()
     try:
         async with (
             aiohttp.ClientSession(timeout=_TIMEOUT, headers={"X-Api-Key": key}) as session,
@@ -353,7 +353,7 @@ async def _ask(method: str, name: str, fields: Mapping[str, object], kind: type[
     except (aiohttp.ClientError, TimeoutError):
         raise CommandError(f"no sandbox answers at {url}; {_ADVICE}") from None
     if _IDENTITY not in answer.headers:
-        raise CommandError(f"what answers at {url} is not a sandbox; {_ADVICE}")
+        raise CommandError(f"the server at {url} is not a sandbox; {_ADVICE}")
     if answer.status == 401:
         raise CommandError(
             f"the sandbox at {url} has another key; export both variables that it printed, KEYLESS_BASE_URL and "
@@ -364,13 +364,15 @@ async def _ask(method: str, name: str, fields: Mapping[str, object], kind: type[
             raise CommandError(msgspec.json.decode(content, type=_Refusal).error)
         return msgspec.json.decode(content, type=kind)
     except msgspec.DecodeError:
-        raise CommandError(f"the sandbox at {url} answers something else; has it another version?") from None
+        raise CommandError(
+            f"the answer of the sandbox at {url} is not as expected; start it with the same version of aiokeyless"
+        ) from None
 
 
 _ADVICE: Final = "start one with: aiokeyless sandbox, or export the KEYLESS_BASE_URL that it printed"
 
 
-def _address() -> tuple[str, str]:
+def _read_address() -> tuple[str, str]:
     """Return the base URL of the sandbox, and its key."""
     base_url = os.environ.get("KEYLESS_BASE_URL", "").strip()
     if not base_url:

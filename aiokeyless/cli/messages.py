@@ -1,7 +1,7 @@
-"""The messages of the command line: what went wrong and what to do about it, in terms of options and variables.
+"""The command line's messages: what went wrong and what to do, in terms of options and variables.
 
-The library's own messages are for programs and name its arguments and methods. Here a message is chosen by the type of
-an error and by its attributes, never by its text.
+The library's own messages name its arguments and methods. Here the type and the attributes of an error choose the
+message, never its text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from aiokeyless.models import Operation, Region
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: Options and parameters, by the arguments of the library that they are passed as.
+#: Options and parameters, by the arguments of the library that receive them.
 OPTIONS: Final = {
     "api_key": "--api-key",
     "expires_in": "--expires-in",
@@ -49,14 +49,14 @@ OPTIONS: Final = {
     "user_id": "USER_ID",
 }
 
-#: Environment variables, by the arguments of the library that they stand in for.
+#: Environment variables, by the arguments of the library that they replace.
 VARIABLES: Final = {
     "api_key": "KEYLESS_API_KEY",
     "base_url": "KEYLESS_BASE_URL",
     "region": "KEYLESS_REGION",
 }
 
-#: What an argument of the library accepts, as it follows "must be".
+#: The valid values of each argument of the library, worded to follow "must be".
 REQUIREMENTS: Final = {
     "api_key": "printable ASCII, with no spaces around it",
     "base_url": (
@@ -78,7 +78,7 @@ REQUIREMENTS: Final = {
     "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",
 }
 
-#: Advice in place of the library's, where that names a method, an attribute or an argument.
+#: Replaces advice of the library that names a method, an attribute or an argument.
 _ADVICE: Final[dict[type[KeylessError], str]] = {
     BadRequestError: "the service rejects the request as malformed",
     NotFoundError: "no such operation or user; check the id (one that the phone will create: wait --if-missing wait)",
@@ -88,11 +88,11 @@ _ADVICE: Final[dict[type[KeylessError], str]] = {
 
 
 def describe_argument(error: ConfigurationError, names: Mapping[str, str]) -> str:
-    """Return what the argument must be that an error names.
+    """Return the message about the argument that an error names.
 
     Args:
         error: The error.
-        names: What the command line calls the arguments; for any other argument the library's own message is returned.
+        names: The command line's names of the arguments. For any other argument, the library's message is returned.
     """
     argument = error.argument or ""
     return f"{names[argument]} must be {REQUIREMENTS[argument]}" if argument in names else str(error)
@@ -107,7 +107,7 @@ def describe(error: KeylessError) -> str:
             message = _describe_rejection(error, answer)
         case ConfigurationError():
             message = describe_argument(error, OPTIONS)
-        case StatusError() if advice := _advice(error):
+        case StatusError() if advice := _choose_advice(error):
             message = f"{error.method} {error.path} answered {error.status}: {advice}"
         case DecodeError() if not isinstance(error, NotJsonError):
             message = (
@@ -115,16 +115,16 @@ def describe(error: KeylessError) -> str:
                 "check KEYLESS_BASE_URL, or upgrade aiokeyless"
             )
         case RequestTimeoutError():
-            message = f"{error.method} {error.path} got no answer in time; {_check_address()}"
+            message = f"{error.method} {error.path} got no answer in time; {_suggest_address()}"
         case TransportError():
-            message = f"{error}; {_check_address()}"
+            message = f"{error}; {_suggest_address()}"
         case _:
             message = str(error)
-    return f"{message}{_doubt(error)}"
+    return f"{message}{_suggest_check(error)}"
 
 
-def _doubt(error: KeylessError) -> str:
-    """Return how to check whether a create that failed took effect, where it may have."""
+def _suggest_check(error: KeylessError) -> str:
+    """Return how to check whether a failed create took effect; "" if it certainly did not, or for other errors."""
     match error:
         case (
             TransportError(sent=True, operation_id=str(operation_id))
@@ -132,13 +132,13 @@ def _doubt(error: KeylessError) -> str:
             | ServerError(operation_id=str(operation_id))
         ):
             return (
-                f"; the operation may exist all the same, to check: aiokeyless get {operation_argument(operation_id)}"
+                f"; the operation may exist nevertheless, to check: aiokeyless get {quote_operation_id(operation_id)}"
             )
     return ""
 
 
-def _advice(error: StatusError) -> str | None:
-    """Return the command line's advice; None where the library's is right for it."""
+def _choose_advice(error: StatusError) -> str | None:
+    """Return the command line's advice; None if the library's is right."""
     if type(error) is StatusError and not error.is_transient:
         what = "a redirect, which is not followed" if error.status // 100 == 3 else "not documented by the API"
         return f"{what}; check KEYLESS_BASE_URL"
@@ -148,8 +148,8 @@ def _advice(error: StatusError) -> str | None:
     return advice
 
 
-def _check_address() -> str:
-    """Return what to check where the service did not answer; it names the base URL that `new_client` uses."""
+def _suggest_address() -> str:
+    """Return what to check if the service did not answer, with the address that `new_client` uses."""
     if base_url := os.environ.get("KEYLESS_BASE_URL"):
         return f"check that KEYLESS_BASE_URL ({base_url}) is right and that the service runs"
     region = Region(os.environ.get("KEYLESS_REGION") or Region.EU)
@@ -157,8 +157,8 @@ def _check_address() -> str:
 
 
 def _describe_timeout(error: ApprovalTimeoutError) -> str:
-    spent = f"{error.elapsed:.1f} s and {counted(error.polls, 'poll')}"
-    check = f"check it: aiokeyless get {operation_argument(error.operation_id)}"
+    spent = f"{error.elapsed:.1f} s and {format_count(error.polls, 'poll')}"
+    check = f"check it: aiokeyless get {quote_operation_id(error.operation_id)}"
     if isinstance(error, ApprovalUnknownError):
         reason = "" if error.last_error is None else f" (last failure: {describe(error.last_error)})"
         return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
@@ -173,17 +173,17 @@ def _describe_rejection(error: ApprovalError, answer: Operation) -> str:
     reason = f": {verdict.value}" if isinstance(verdict, Rejection) else ""
     return (
         f"the answer for operation {error.operation_id} was rejected{reason}; do not act on it, and check the proxies "
-        f"between you and Keyless; to see the answer: aiokeyless get {operation_argument(error.operation_id)}"
+        f"between you and Keyless; to see the answer: aiokeyless get {quote_operation_id(error.operation_id)}"
     )
 
 
-def operation_argument(operation_id: str) -> str:
-    """Return an operation id as the last argument of a command to copy, also one that begins with a hyphen."""
-    return f"{'-- ' if operation_id.startswith('-') else ''}{quoted(operation_id)}"
+def quote_operation_id(operation_id: str) -> str:
+    """Return an operation id as the last argument of a command to copy, even if it begins with a hyphen."""
+    return f"{'-- ' if operation_id.startswith('-') else ''}{quote(operation_id)}"
 
 
-def quoted(text: str) -> str:
-    r"""Return a text as one word of a shell's command, which shows what the word contains.
+def quote(text: str) -> str:
+    r"""Return a text as one word of a shell command that shows all its characters.
 
     A character that is not printable becomes the octal escapes of its UTF-8 in ``$'...'``, which bash, ksh and zsh
     read in any locale: ``$'Pay \342\200\256'``.
@@ -197,11 +197,11 @@ def quoted(text: str) -> str:
     return f"$'{escaped}'"
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def approval_method(auth_type: str | None) -> str:
-    """Return how a user approved, as it follows "approved"."""
+def describe_method(auth_type: str | None) -> str:
+    """Return how a user approved, worded to follow "approved"."""
     return {None: "", "biom": " with their face", "pin": " with their PIN"}.get(auth_type, f" by {auth_type}")

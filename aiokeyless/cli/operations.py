@@ -1,4 +1,4 @@
-"""``aiokeyless create``, ``get``, ``pending`` and ``attempts``: one call, or two, and no wait."""
+"""``aiokeyless create``, ``get``, ``pending`` and ``attempts``: the commands on operations that do not wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
-from .messages import approval_method, quoted
+from .messages import describe_method, quote
 from .render import new_console, print_command, print_fact, print_json, print_table
 
 if TYPE_CHECKING:
@@ -80,20 +80,24 @@ async def create(
     console.print()
     console.print("Wait for it, and for no other user or payload:")
     console.print()
-    print_command(console, f"printf %s {quoted(ticket.to_json())} | aiokeyless wait --ticket -")
+    print_command(console, f"printf %s {quote(ticket.to_json())} | aiokeyless wait --ticket -")
     return Exit.DONE
 
 
 async def _create_new(create_operation: Callable[[IfExists], Awaitable[ApprovalTicket]]) -> ApprovalTicket:
-    """Create an operation; a conflict with a pending one of the same content is an error that says how to wait for it.
+    """Create an operation. On a conflict with a pending one of the same content, raise how to wait for that.
 
-    Whether the content is the same is the client's to say: it is asked to resume what it could not create.
+    The client compares the content, when it resumes what it could not create.
+
+    Raises:
+        CommandError: The operation exists, with this content, and is pending.
     """
     try:
         return await create_operation("raise")
     except ConflictError:
         ticket = await create_operation("resume")
-    if not ticket.reconciled:  # what had the id is gone, so this one is new
+    # The operation with this id has gone meanwhile, so the client created a new one.
+    if not ticket.reconciled:
         return ticket
     raise CommandError(
         "the operation exists already, with this content, and is pending; to wait for it, get its ticket: create "
@@ -117,7 +121,7 @@ async def get(operation_id: OperationId, /, *, as_json: AsJson = False) -> int:
         return Exit.DONE
     facts = {
         "Operation": operation.operation_id,
-        "State": _state(operation),
+        "State": _describe_state(operation),
         "Payload": operation.operation_payload,
         "User": operation.user_id,
         "External": operation.external_user_id,
@@ -141,9 +145,9 @@ async def _get(client: KeylessClient, operation_id: str) -> Operation:
     return operation
 
 
-def _state(operation: Operation) -> str:
+def _describe_state(operation: Operation) -> str:
     if operation.is_approved:
-        return f"approved{approval_method(operation.auth_type)}"
+        return f"approved{describe_method(operation.auth_type)}"
     if operation.state == OperationState.PENDING:
         return "pending"
     return f"{operation.state}, with result {operation.result}: contradictory or unknown; do not trust it"
@@ -193,7 +197,8 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
         as_json: Print one JSON object and nothing else.
     """
     async with new_client() as client:
-        operation = await _get(client, operation_id)  # it tells the user
+        # Telemetry needs the operation's user.
+        operation = await _get(client, operation_id)
         answered = await client.get_authentications(user_id=operation.user_id, operation_id=operation_id)
     made = merged((), answered, operation_id)
     console = new_console()
@@ -210,10 +215,10 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
         )
         return Exit.DONE
     print_fact(console, "Operation", operation_id)
-    print_fact(console, "State", _state(operation), "bold")
+    print_fact(console, "State", _describe_state(operation), "bold")
     console.print()
     if made:
-        print_table(console, [_row(attempt) for attempt in made])
+        print_table(console, [_to_row(attempt) for attempt in made])
     else:
         console.print("No attempts in the last ten minutes.")
     if answered.truncated:
@@ -221,7 +226,7 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
     return Exit.DONE
 
 
-def _row(attempt: Authentication) -> dict[str, str | None]:
+def _to_row(attempt: Authentication) -> dict[str, str | None]:
     code = attempt.error_code or 0
     why = f"{attempt.reason} ({code})" if attempt.reason else f"error {code}"
     return {

@@ -1,7 +1,7 @@
-"""What commands print: facts, tables, JSON, and the progress of a wait.
+"""The output of commands: facts, tables, JSON, and the progress of a wait.
 
-Texts from the service or from the user's arguments are printed as plain characters, and never interpreted as a
-terminal's control sequences or as rich's markup.
+Texts from the service and from arguments are printed as plain characters, never as a terminal's control sequences or
+as rich's markup.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aiokeyless._waits.explanation import in_words
 from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 
-from .messages import counted
+from .messages import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 #: Columns for the name of a fact.
 _NAME_WIDTH: Final = 9
-#: Up to this width, that of a UUID, the first column of a table is not folded.
+#: Up to this width, that of a UUID, the first column of a table is not folded,
 _UNFOLDED_WIDTH: Final = 36
-#: Columns of a terminal below which it is folded too.
+#: unless the terminal has fewer columns than this.
 _NARROW: Final = 70
 #: Columns of a file: more than any table needs.
 _UNLIMITED: Final = 1 << 24
@@ -44,11 +44,11 @@ _PHRASE_WIDTH: Final = 23
 FRAME: Final = 0.125
 
 
-def safe(text: str) -> str:
+def escape(text: str) -> str:
     r"""Return a text with everything that is not printable escaped: ``\x1b``, ``\n``, ``\u202e``.
 
-    This covers line breaks, escape sequences and changes of the writing direction, so that a text cannot add lines,
-    move the cursor, or read differently from what it holds.
+    This includes line breaks, escape sequences and changes of the writing direction: a text cannot add lines, move the
+    cursor, or appear as another text.
     """
     if text.isprintable():
         return text
@@ -56,10 +56,10 @@ def safe(text: str) -> str:
 
 
 class _Console(Console):
-    """A console whose closed stdout is an error like any other: rich's SystemExit would end the event loop."""
+    """A console that raises BrokenPipeError if stdout is closed: rich's SystemExit would end the event loop."""
 
     def on_broken_pipe(self) -> None:
-        """Raise the error, after rich has seen to what is still buffered.
+        """Raise the error after rich has handled the buffered output.
 
         Raises:
             BrokenPipeError: Always.
@@ -73,14 +73,15 @@ class _Console(Console):
 def new_console() -> Console:
     """Make the console for stdout."""
     console = _Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:  # a file has no width: nothing is folded
+    # A file has no width, so nothing is folded.
+    if not console.is_terminal:
         console.width = _UNLIMITED
     return console
 
 
 def is_terminal(console: Console) -> bool:
-    """Whether lines can be redrawn there."""
-    # rich also reports a terminal where FORCE_COLOR is set.
+    """Return whether the console can redraw lines."""
+    # rich reports a terminal if FORCE_COLOR is set, too.
     return console.is_interactive and console.file.isatty()
 
 
@@ -90,7 +91,7 @@ def print_json(console: Console, data: Mapping[str, object]) -> None:
 
 
 def print_title(console: Console, title: str, explanation: str) -> None:
-    """Print what the command is, above what it does."""
+    """Print a title and an explanation below it."""
     console.print()
     console.print(Text(title, style="bold"))
     console.print(explanation)
@@ -98,33 +99,33 @@ def print_title(console: Console, title: str, explanation: str) -> None:
 
 
 def print_fact(console: Console, name: str, value: str, style: str = "") -> None:
-    """Print a name with a value of any length beside it."""
-    name_text, value_text = Text(f"  {name:<{_NAME_WIDTH}}  ", style="dim"), Text(safe(value), style=style)
+    """Print a name, and beside it a value of any length."""
+    name_text, value_text = Text(f"  {name:<{_NAME_WIDTH}}  ", style="dim"), Text(escape(value), style=style)
     if console.is_terminal:
         line = Table.grid()
         line.add_column(width=_NAME_WIDTH + 4)
         line.add_column(overflow="fold")
         line.add_row(name_text, value_text)
         console.print(line)
-    else:  # a file has no width
+    else:
         console.print(name_text + value_text, soft_wrap=True)
 
 
 def print_line(console: Console, line: str) -> None:
     """Print a text as one line of any length."""
-    console.out(safe(line), highlight=False)
+    console.out(escape(line), highlight=False)
 
 
 def print_command(console: Console, command: str) -> None:
     """Print a command to copy, on one line of any length."""
-    console.print(Text(f"  {safe(command)}"), soft_wrap=True)
+    console.print(Text(f"  {escape(command)}"), soft_wrap=True)
 
 
 def print_table(console: Console, rows: list[Mapping[str, str | None]]) -> None:
-    """Print a table of texts without its empty columns."""
+    """Print a table of texts, without empty columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    cells = {name: [Text(safe(row[name] or "")) for row in rows] for name in names}
+    cells = {name: [Text(escape(row[name] or "")) for row in rows] for name in names}
     for name in names:
         longest = max(cell.cell_len for cell in cells[name])
         unfolded = name == names[0] and longest <= _UNFOLDED_WIDTH and console.width >= _NARROW
@@ -138,10 +139,10 @@ def print_table(console: Console, rows: list[Mapping[str, str | None]]) -> None:
 
 
 class Progress:
-    """The progress of a wait. Times are seconds by the loop's clock since this object was made.
+    """The progress of a wait. Times are seconds by the loop's clock, since this object was created.
 
     Args:
-        budget: Seconds that the wait may last; None: not shown.
+        budget: Seconds that the wait may last; None: no limit is shown.
     """
 
     def __init__(self, budget: float | None = None) -> None:
@@ -160,7 +161,7 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds left of the budget; None: not shown."""
+        """Seconds left of the budget; None if there is none."""
         return None if self._budget is None else max(0.0, self._budget - self.elapsed)
 
     def add(self, update: ApprovalUpdate) -> None:
@@ -171,14 +172,14 @@ class Progress:
         failed = sum(attempt.failed for attempt in update.attempts)
         match update.error:
             case None:
-                self.phrase = f"{counted(failed, 'attempt')} failed" if failed else "Waiting for the user"
+                self.phrase = f"{format_count(failed, 'attempt')} failed" if failed else "Waiting for the user"
             case NotFoundError():
                 self.phrase = "Not created yet"
             case _:
                 self.phrase = "No answer, retrying"
 
-    def new_attempts(self, update: ApprovalUpdate) -> list[Authentication]:
-        """Return the attempts of an update that earlier ones did not have; call it before `add`."""
+    def find_new_attempts(self, update: ApprovalUpdate) -> list[Authentication]:
+        """Return the attempts that are new in an update; call it before `add`."""
         return [attempt for attempt in update.attempts if attempt not in self._attempts]
 
 
@@ -186,21 +187,21 @@ class Display:
     """Shows the progress of a wait. This base class shows nothing."""
 
     frame: float | None = None
-    """Seconds between two drawings; None: never drawn between polls."""
+    """Seconds between two calls of `draw`; None: no calls between polls."""
 
     def begin(self, facts: Mapping[str, str]) -> None:
         """Show the facts of the wait."""
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def show(self) -> Iterator[None]:
         """Keep the display in place while the wait lasts."""
         yield
 
     def draw(self, progress: Progress) -> None:
-        """Show the progress; called every `frame`."""
+        """Show the progress."""
 
     def attempt(self, progress: Progress, attempt: Authentication) -> None:
-        """Show that an attempt to authenticate became known."""
+        """Show a new attempt to authenticate."""
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
         """Show the result of a poll."""
@@ -220,10 +221,10 @@ class _Facts(Display):
 
 
 class PlainLines(_Facts):
-    """A line for each poll. For files, pipes and dumb terminals."""
+    """A line for each poll, for files, pipes and dumb terminals."""
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def show(self) -> Iterator[None]:
         """Print an empty line at the end."""
         yield
         self._console.print()
@@ -236,10 +237,12 @@ class PlainLines(_Facts):
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
         """Print the result of a poll."""
         after = "" if update.next_poll_in is None else f", next in {update.next_poll_in:.2f} s"
-        self._console.print(Text(f"  {progress.elapsed:6.2f} s  poll {update.polls}: {_result(update)}{after}"))
+        self._console.print(
+            Text(f"  {progress.elapsed:6.2f} s  poll {update.polls}: {_describe_result(update)}{after}")
+        )
 
 
-def _result(update: ApprovalUpdate) -> str:
+def _describe_result(update: ApprovalUpdate) -> str:
     if update.operation is not None:
         return "approved" if update.operation.is_approved else "pending"
     if isinstance(update.error, NotFoundError):
@@ -248,16 +251,16 @@ def _result(update: ApprovalUpdate) -> str:
 
 
 class StatusLine:
-    """A line below everything that is printed; it is redrawn while it is shown, and then removed."""
+    """A line below all other output. It can be redrawn, and disappears at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._spinner = Spinner("line" if console.options.ascii_only else "dots", style="cyan")
-        # The waiting task draws, and not a thread of rich's: an error is raised where it can be handled.
+        # The waiting task draws, not a thread of rich's, so that it can handle errors.
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def show(self) -> Iterator[None]:
         """Keep the line in place, and remove it at the end."""
         with self._live:
             yield
@@ -266,12 +269,12 @@ class StatusLine:
         """Redraw the line."""
         frame = self._spinner.render(self._console.get_time())
         assert isinstance(frame, Text)  # noqa: S101  # a spinner without a text
-        # Only a single line can be redrawn, in a narrow terminal too.
+        # Cut to one line in a narrow terminal, since only one line can be redrawn.
         self._live.update(Text.assemble(frame, " ", text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 class LiveLine(_Facts):
-    """One line that is redrawn while the wait lasts, and removed at its end."""
+    """A line that is redrawn during the wait, and disappears at its end."""
 
     frame: float | None = FRAME
 
@@ -280,22 +283,22 @@ class LiveLine(_Facts):
         self._line = StatusLine(console)
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def show(self) -> Iterator[None]:
         """Keep the line in place, and remove it at the end."""
-        with self._line.shown():
+        with self._line.show():
             yield
 
     def draw(self, progress: Progress) -> None:
         """Redraw the line."""
-        self._line.draw(_live_text(progress))
+        self._line.draw(_compose_line(progress))
 
 
-def _live_text(progress: Progress) -> Text:
+def _compose_line(progress: Progress) -> Text:
     elapsed = progress.elapsed
     text = Text(progress.phrase)
     text.truncate(_PHRASE_WIDTH, pad=True)
     text.append(f"{elapsed:7.1f} s", style="bold")
-    text.append(f"  {counted(progress.polls, 'poll')}")
+    text.append(f"  {format_count(progress.polls, 'poll')}")
     if progress.next_poll_at is not None:
         text.append(f"  next in {max(0.0, progress.next_poll_at - elapsed):.1f} s", style="dim")
     if progress.left is not None:
@@ -304,7 +307,7 @@ def _live_text(progress: Progress) -> Text:
 
 
 def display_for(console: Console) -> Display:
-    """Return the display for a console: a live line on a terminal, else plain lines."""
+    """Return a live line for a terminal, else plain lines."""
     return LiveLine(console) if is_terminal(console) else PlainLines(console)
 
 
@@ -318,10 +321,14 @@ async def follow(
     if_missing: IfMissing = "raise",
     explain: bool = False,
 ) -> tuple[Operation, float]:
-    """Wait for an approval while the display shows the progress; return the operation, and when it was noticed."""
+    """Wait for an approval while the display shows the progress.
+
+    Returns:
+        The approved operation, and when the wait returned, in seconds after the start of `progress`.
+    """
 
     def on_poll(update: ApprovalUpdate) -> None:
-        made = progress.new_attempts(update)
+        made = progress.find_new_attempts(update)
         progress.add(update)
         display.draw(progress)
         for attempt in made:
@@ -334,7 +341,7 @@ async def follow(
         )
         return operation, progress.elapsed
 
-    with display.shown():
+    with display.show():
         waiting = asyncio.create_task(wait())
         try:
             while not waiting.done():

@@ -1,7 +1,4 @@
-"""``aiokeyless sandbox``: a Keyless service for other terminals, until Ctrl-C or SIGTERM.
-
-The commands that drive it meanwhile are in drive.py.
-"""
+"""``aiokeyless sandbox``: runs a Keyless service until Ctrl-C or SIGTERM. drive.py has the commands that drive it."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def check_port(_type: object, port: int | None) -> None:
 
 
 def _check_delay(_type: object, delay: float | None) -> None:
-    if delay is not None and not 0 <= delay < math.inf:  # NaN is not
+    if delay is not None and not 0 <= delay < math.inf:
         raise ValueError("Must be a number of seconds, at least 0.")
 
 
@@ -46,9 +43,9 @@ sandbox: App = App(
     help="""\
 Run a local Keyless service, with a phone in your browser; or drive it.
 
-Without a command it runs one, until Ctrl-C or SIGTERM, which behaves as the
-documented service does, keeps everything in memory, and prints each request.
-The commands drive that of KEYLESS_BASE_URL, else that of the default port.""",
+Without a command, it runs a service until Ctrl-C or SIGTERM. That follows the
+documentation, keeps everything in memory, and prints each request. The commands
+drive the service at KEYLESS_BASE_URL, or else on the default port.""",
     help_epilogue="""\
 Example, with two terminals:
   aiokeyless sandbox
@@ -85,9 +82,11 @@ async def serve(
     """
     from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # a server: only the commands that serve should load it
 
-    requests: asyncio.Queue[RequestRecord | None] = asyncio.Queue()  # None: the end
+    # None ends it.
+    requests: asyncio.Queue[RequestRecord | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    with suppress(NotImplementedError):  # Windows has no signals to handle in a loop
+    # On Windows, a loop handles no signals.
+    with suppress(NotImplementedError):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, requests.put_nowait, None)
     on_request = None if quiet or as_json else requests.put_nowait
@@ -95,11 +94,11 @@ async def serve(
     try:
         await service.start()
     except OSError as error:
-        raise CommandError(_listen_error(error, host, port)) from None
+        raise CommandError(_describe_failure(error, host, port)) from None
     try:
         console = new_console()
         if as_json:
-            print_json(console, {"url": service.url, "api_key": api_key, "environment": _environment(service)})
+            print_json(console, {"url": service.url, "api_key": api_key, "environment": _list_variables(service)})
         else:
             _print_instructions(console, service, auto_approve, host)
         while (request := await requests.get()) is not None:
@@ -109,7 +108,7 @@ async def serve(
     return Exit.DONE
 
 
-def _listen_error(error: OSError, host: str, port: int) -> str:
+def _describe_failure(error: OSError, host: str, port: int) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return (
@@ -120,12 +119,12 @@ def _listen_error(error: OSError, host: str, port: int) -> str:
     return f"cannot listen on {host} port {port} ({error.strerror}); choose another --host or --port"
 
 
-def _environment(service: Sandbox) -> dict[str, str]:
+def _list_variables(service: Sandbox) -> dict[str, str]:
     return {"KEYLESS_BASE_URL": service.url, "KEYLESS_API_KEY": service.api_key}
 
 
 def _print_instructions(console: Console, service: Sandbox, auto_approve: float | None, host: str) -> None:
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in _environment(service).items())
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in _list_variables(service).items())
     print_title(console, "aiokeyless sandbox", "A Keyless service on this machine, for trials and tests.")
     print_fact(console, "Phone", f"{service.url}/  (open it in a browser, and approve there)")
     if auto_approve is not None:

@@ -1,6 +1,6 @@
-"""The scenes of the demo: the library and a loop of one poll a second wait for the same people, side by side.
+"""The scenes of the demo: the library and a loop of one poll a second wait for the same approvals.
 
-Both poll the same operations of one sandbox over real HTTP. Every number is measured. Nothing is printed here.
+Both poll the same operations of one sandbox over real HTTP. Every number is measured. Nothing here prints.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
 PEOPLE: Final = 30
 #: Seconds between two polls of the loop.
 INTERVAL: Final = 1.0
-#: When people approve in the first scene, and when the service fails in the second: from, until. These times are
-#: seconds since everybody was asked, which takes a second.
+#: When people approve in the first scene: from, until, in seconds after everybody was asked (which takes a second).
 APPROVALS: Final = (1.0, 9.0)
+#: When the service fails in the second scene: from, until, likewise.
 OUTAGE: Final = (0.2, 4.2)
 PAYLOAD: Final = "Pay 40 to Alice"
 OTHER_PAYLOAD: Final = "Pay 4000 to Mallory"
 
 _OTHER_ANSWERS_AT: Final = 0.2
-#: Seconds that a wait may last: far longer than a scene.
+#: Seconds that a wait may last: far more than a scene takes.
 _LIFETIME: Final = 120.0
 
-#: Shows how far a scene is, and returns after how many seconds to show it again.
+#: Shows the progress of a scene, and returns the seconds until it is to be called again.
 Draw: TypeAlias = "Callable[[Scene], float]"
-#: What happens in a scene, and so many seconds after everybody was asked.
+#: An event of a scene: seconds after everybody was asked, and what happens then.
 Step: TypeAlias = "tuple[float, Callable[[], None]]"
 
 
 class SideResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What the waits of one of the two came to in a scene.
+    """The results of one side's waits in a scene.
 
     Attributes:
-        requests: Polls that they sent.
-        requests_in_outage: Polls that they sent while the service failed.
-        approved: Waits that took their operation for approved.
-        refused: Waits that refused an answer.
-        lateness: For each approval, the seconds until the wait returned; if the service was failing then, from the
-            end of the outage. Empty if nobody approved.
+        requests: Number of polls.
+        requests_in_outage: Number of polls during the outage.
+        approved: Number of waits that returned an approval.
+        refused: Number of waits that refused an answer.
+        lateness: For each approval, seconds until the wait returned. They count from the end of the outage if the
+            service was failing at the approval. Empty if nobody approved.
     """
 
     requests: int
@@ -62,17 +62,17 @@ class SideResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SceneResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured in a scene."""
+    """The measurements of a scene."""
 
     aiokeyless: SideResult
     loop: SideResult
 
 
 class Side:
-    """One of the two: what its waits did so far.
+    """The waits of one side, and what they did so far.
 
     Args:
-        requests: Returns how many polls they have sent.
+        requests: Returns the number of their polls.
     """
 
     def __init__(self, requests: Callable[[], int]) -> None:
@@ -83,10 +83,10 @@ class Side:
         self.requests_in_outage: int = 0
 
     def result(self, due: dict[str, float]) -> SideResult:
-        """Return what was measured.
+        """Return the measurements.
 
         Args:
-            due: When each approval could be noticed.
+            due: When each approval could be noticed, in seconds after the scene's start.
         """
         return SideResult(
             requests=self.requests(),
@@ -123,24 +123,26 @@ class Scene:
         return self._now() - self._began_at
 
     async def play(self, draw: Draw, approvals: tuple[float, float] | None, *script: Step) -> SceneResult:
-        """Let people approve while both wait, and return what was measured once all waits have ended.
+        """Let people approve while both sides wait. Return the measurements once all waits have ended.
 
         Args:
-            draw: Called often, to show how far the scene is.
-            approvals: Each person approves at a random moment between these two; None: nobody does.
-            script: What else happens, and when.
+            draw: Shows the progress of the scene.
+            approvals: Each person approves at a random moment between these two, in seconds after everybody was asked;
+                None: nobody does.
+            script: Further events.
         """
         async with asyncio.TaskGroup() as group:
             drawing = group.create_task(self._draw(draw))
             waits: list[asyncio.Task[None]] = []
-            for _ in range(PEOPLE):  # one after the other, so that the loops do not poll all at once
+            # Spread over one interval, so that the loops do not all poll at once.
+            for _ in range(PEOPLE):
                 await asyncio.sleep(INTERVAL / PEOPLE)
                 ticket = await self._client.create_operation("C0FFEE", operation_payload=PAYLOAD, expires_in=_LIFETIME)
                 waits += group.create_task(self._wait(ticket)), group.create_task(self._poll_every_second(ticket))
                 if approvals is not None:
-                    script += ((random.uniform(*approvals), self._approver(ticket)),)  # noqa: S311
+                    script += ((random.uniform(*approvals), self._make_approval(ticket)),)  # noqa: S311
             for at, action in script:
-                group.create_task(self._later(at, action))
+                group.create_task(self._act_after(at, action))
             await asyncio.wait(waits)
             drawing.cancel()
         return SceneResult(aiokeyless=self.aiokeyless.result(self._due), loop=self.loop.result(self._due))
@@ -149,13 +151,13 @@ class Scene:
         while True:  # noqa: ASYNC110  # an animation
             await asyncio.sleep(draw(self))
 
-    async def _later(self, seconds: float, action: Callable[[], None]) -> None:
+    async def _act_after(self, seconds: float, action: Callable[[], None]) -> None:
         await asyncio.sleep(seconds)
         action()
 
-    # -- what happens
+    # -- events
 
-    def _approver(self, ticket: ApprovalTicket) -> Callable[[], None]:
+    def _make_approval(self, ticket: ApprovalTicket) -> Callable[[], None]:
         def approve() -> None:
             self._sandbox.approve(ticket.operation_id)
             self._due[ticket.operation_id] = self.elapsed
@@ -169,7 +171,7 @@ class Scene:
             side.requests_before_outage = side.requests()
 
     def recover(self) -> None:
-        """Let the service answer again: what was approved meanwhile can be noticed from now on."""
+        """Let the service answer again: the approvals so far can be noticed from now on."""
         self._sandbox.recover()
         for side in (self.aiokeyless, self.loop):
             side.requests_in_outage = side.requests() - side.requests_before_outage
@@ -180,7 +182,7 @@ class Scene:
         for operation_id in self._sandbox.operations:
             self._sandbox.tamper(operation_id, operation_payload=OTHER_PAYLOAD, state="approved", result=True)
 
-    # -- the two waits
+    # -- the two sides
 
     async def _wait(self, ticket: ApprovalTicket) -> None:
         """Wait as the library does."""
@@ -192,12 +194,12 @@ class Scene:
             self.aiokeyless.approved_at[ticket.operation_id] = self.elapsed
 
     async def _poll_every_second(self, ticket: ApprovalTicket) -> None:
-        """Wait as one does by hand: GET, compare the state, go on after an error, sleep."""
-        while await self._state(ticket) != "approved":  # noqa: ASYNC110  # the loop that people write
+        """Wait as hand-written loops do: GET, compare the state, ignore an error, sleep."""
+        while await self._get_state(ticket) != "approved":  # noqa: ASYNC110  # the loop that people write
             await asyncio.sleep(INTERVAL)
         self.loop.approved_at[ticket.operation_id] = self.elapsed
 
-    async def _state(self, ticket: ApprovalTicket) -> object:
+    async def _get_state(self, ticket: ApprovalTicket) -> object:
         self._polls_of_loop += 1
         with suppress(aiohttp.ClientError):
             async with self._http.get(f"/v2/operations/{ticket.operation_id}") as answer:
@@ -206,7 +208,7 @@ class Scene:
 
 
 @asynccontextmanager
-async def _scene() -> AsyncGenerator[Scene]:
+async def _open_scene() -> AsyncGenerator[Scene]:
     from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # a server: only the commands that serve should load it
 
     async with Sandbox() as sandbox, sandbox.client() as client:
@@ -217,17 +219,17 @@ async def _scene() -> AsyncGenerator[Scene]:
 
 async def play_people(draw: Draw) -> SceneResult:
     """Play a service that works."""
-    async with _scene() as scene:
+    async with _open_scene() as scene:
         return await scene.play(draw, APPROVALS)
 
 
 async def play_outage(draw: Draw) -> SceneResult:
     """Play an outage, during which everybody approves."""
-    async with _scene() as scene:
+    async with _open_scene() as scene:
         return await scene.play(draw, OUTAGE, (OUTAGE[0], scene.fail), (OUTAGE[1], scene.recover))
 
 
 async def play_mismatch(draw: Draw) -> SceneResult:
-    """Play a service, or a proxy in front of it, that answers about something else. Nobody approves."""
-    async with _scene() as scene:
+    """Play a service, or a proxy in front of it, that answers about another payment. Nobody approves."""
+    async with _open_scene() as scene:
         return await scene.play(draw, None, (_OTHER_ANSWERS_AT, scene.answer_about_another))

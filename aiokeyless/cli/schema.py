@@ -1,4 +1,4 @@
-"""``aiokeyless schema``: the messages of the worker as JSON Schema, for applications in other languages."""
+"""``aiokeyless schema``: the JSON Schema of the worker's messages, for applications in other languages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Example:
 def schema(message: Literal["request", "event"], /) -> int:
     """Print the JSON Schema of a message between applications and the worker.
 
-    A worker checks more than a schema can say: what it refuses, it answers with
-    an event that says why.
+    A worker checks more than a schema can express. It answers a request that it
+    refuses with an event that gives the reason.
 
     Args:
         message: The request for an approval, or the event that says how it ended.

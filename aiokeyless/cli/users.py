@@ -1,4 +1,4 @@
-"""``aiokeyless users`` and ``aiokeyless devices``: who is enrolled, on what, and under which id of your own."""
+"""``aiokeyless users`` and ``aiokeyless devices``: enrolled users, their external ids, and their devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aiokeyless._validation import check_external_user_id, check_public_signing_
 from aiokeyless.errors import ConflictError, NotFoundError
 
 from .app import AsJson, CommandError, Exit, UserId, app, new_client, validator
-from .messages import quoted
+from .messages import quote
 from .render import new_console, print_fact, print_json, print_table
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ _TAKEN: Final = (
 
 
 @contextmanager
-def _without(what: str) -> Iterator[None]:
-    """Say what there is none of where the service does not find it."""
+def _report_missing(what: str) -> Iterator[None]:
+    """Turn a 404 into an error that names what does not exist."""
     try:
         yield
     except NotFoundError:
@@ -77,14 +77,14 @@ async def find(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
 
 @users.command(help_epilogue="Example:\n  aiokeyless create $(aiokeyless users get account-1042) --payload 'Log in?'")
 async def get(external_id: ExternalId, /, *, as_json: AsJson = False) -> int:
-    """Print the id of the one user who has an external id; it is an error if there is none, or several.
+    """Print the id of the one user who has an external id; none, or several, is an error.
 
     Args:
         external_id: Your own id of the user.
         as_json: Print the whole user as one JSON object.
     """
     async with new_client() as client:
-        with _without("user with this external id"):
+        with _report_missing("user with this external id"):
             user: User = await client.get_user(external_id)
     console = new_console()
     if as_json:
@@ -100,15 +100,15 @@ async def link(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson =
 
     Args:
         user_id: The user, in hex.
-        external_id: Your own id of the user; no personal data, and not only in case different from others.
+        external_id: Your own id of the user; no personal data, and different from others in more than case.
         as_json: Print one JSON object and nothing else.
     """
     async with new_client() as client:
         try:
-            with _without("such user"):
+            with _report_missing("such user"):
                 linked = await client.create_external_user(user_id, external_id)
         except ConflictError:
-            raise CommandError(f"{_TAKEN} {user_id} {quoted(external_id)}") from None
+            raise CommandError(f"{_TAKEN} {user_id} {quote(external_id)}") from None
     return _print_link(linked, as_json=as_json)
 
 
@@ -122,7 +122,7 @@ async def relink(user_id: UserId, external_id: ExternalId, /, *, as_json: AsJson
         as_json: Print one JSON object and nothing else.
     """
     async with new_client() as client:
-        with _without("such user"):
+        with _report_missing("such user"):
             linked = await client.update_external_user(user_id, external_id)
     return _print_link(linked, as_json=as_json)
 
@@ -164,7 +164,7 @@ async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = Fals
     """
     _confirm(f"Delete user {user_id.upper()} permanently, with all devices?", yes=yes)
     async with new_client() as client:
-        with _without("such user"):
+        with _report_missing("such user"):
             await client.delete_user(user_id)
     return _print_deleted(f"User {user_id.upper()}", as_json=as_json)
 
@@ -178,7 +178,7 @@ async def list_devices(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     async with new_client() as client:
-        with _without("such user"):
+        with _report_missing("such user"):
             found = await client.get_devices(user_id)
     console = new_console()
     if as_json:
@@ -216,7 +216,7 @@ async def remove(
     """
     _confirm(f"Remove this device of user {user_id.upper()}?", yes=yes)
     async with new_client() as client:
-        with _without("such device or user"):
+        with _report_missing("such device or user"):
             await client.delete_device(user_id, public_signing_key)
     return _print_deleted("The device", as_json=as_json)
 
@@ -231,18 +231,19 @@ def _print_deleted(what: str, *, as_json: bool) -> Exit:
 
 
 def _confirm(question: str, *, yes: bool) -> None:
-    """Ask on the terminal, unless the option says yes.
+    """Ask on the terminal, unless `yes`.
 
     Raises:
-        CommandError: The answer is not yes, or there is no terminal to ask on.
+        CommandError: The answer is not yes, or stdin is not a terminal.
     """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise CommandError("this must be confirmed, and stdin is no terminal to ask on; pass --yes")
+        raise CommandError("this must be confirmed, and stdin is not a terminal; pass --yes")
     sys.stderr.write(f"{question} Type yes: ")
     sys.stderr.flush()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would not end reading a line
+    # asyncio's handler would not interrupt the reading.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         answer = sys.stdin.readline()
     finally:

@@ -1,4 +1,4 @@
-"""``aiokeyless verify``: whether a user signed a text on their phone."""
+"""``aiokeyless verify``: verifies that a user signed a text on their phone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ async def verify(
 ) -> int:
     """Verify a transaction that a user signed on their phone.
 
-    It is evidence beside an approval, and never one. A token can be verified more than once.
+    A signature is evidence beside an approval, and never replaces one. A token can be verified more than once.
 
     Args:
         token: The token that the app handed over.
         tenant: Name of the tenant whose keys verify it.
         user: The user who must have signed, in hex.
-        data: The text that they must have signed, byte by byte.
-        external_user_id: Your own id of the user, which the token must name; not compared if left out.
+        data: The text that the user must have signed, byte by byte.
+        external_user_id: Your own id of the user that the token must name; not compared if left out.
         max_age: Seconds that may have passed since the user signed.
         as_json: Print one JSON object and nothing else.
     """

@@ -1,4 +1,4 @@
-"""``aiokeyless wait``: a wait for an operation that another process may have created."""
+"""``aiokeyless wait``: waits for an operation, which another process may have created."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .app import (
     app,
     new_client,
 )
-from .messages import approval_method, counted, describe, operation_argument, quoted
+from .messages import describe, describe_method, format_count, quote, quote_operation_id
 from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _TICKET_LIMIT: Final = 1 << 20
 _STDIN: Final = "-"
 _HOW_TO_CREATE: Final = "to create one: aiokeyless create USER_ID --json > FILE"
 
-#: How a wait ended, as ``--json`` names it, the more specific first; any other error is an "error".
+#: The names of outcomes in ``--json``, by error, the more specific ones first. Any other error is an "error".
 _OUTCOMES: Final = (
     (ApprovalUnknownError, "unknown"),
     (ApprovalTimeoutError, "timed_out"),
@@ -59,7 +59,7 @@ _OUTCOMES: Final = (
 
 
 class File(NamedTuple):
-    """The value of ``--ticket FILE``; the help shows the name of this class as the placeholder."""
+    """The value of ``--ticket FILE``. The help shows the name of this class as the placeholder."""
 
     ticket: ApprovalTicket
     name: str
@@ -68,8 +68,11 @@ class File(NamedTuple):
 def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
     """Read the ticket from the file that an argument names.
 
-    This runs while the arguments are parsed, before the event loop: in a running loop, Ctrl-C does not interrupt the
-    reading of a terminal.
+    This runs while the arguments are parsed, before the event loop starts: in a running loop, Ctrl-C would not
+    interrupt reading from a terminal.
+
+    Raises:
+        CommandError: The file cannot be read, or is not a ticket.
     """
     name = tokens[0].value
     try:
@@ -78,7 +81,8 @@ def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
         else:
             with Path(name).open("rb") as file:
                 content = file.read(_TICKET_LIMIT)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+    # A null byte in the name is a ValueError.
+    except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CommandError(f"cannot read the ticket {name} ({reason}); {_HOW_TO_CREATE}") from None
     try:
@@ -109,10 +113,10 @@ Example, with the ticket, so that user and payload are also checked:
 Example, for an operation that the phone will create:
   aiokeyless wait txn-2 --if-missing wait
 
-While the operation is pending, attempts of the user that failed are shown;
-they decide nothing.
+While the operation is pending, failed attempts of the user are shown. They
+decide nothing.
 
-Ctrl-C ends the wait and not the operation; it prints how to resume.
+Ctrl-C ends the wait, not the operation, and prints how to resume.
 
 Exit codes: 0 approved, 1 error, 2 usage, 3 timed out, 4 timed out and the
 outcome is unknown, 130 interrupted.""",
@@ -121,7 +125,7 @@ async def wait(
     operation_id: OptionalOperationId = None,
     /,
     *,
-    # The leading hyphen is for "-", which is stdin.
+    # A leading hyphen is allowed for "-", which is stdin.
     ticket: Annotated[
         File | None, Parameter(converter=_read_ticket, accepts_keys=False, n_tokens=1, allow_leading_hyphen=True)
     ] = None,
@@ -145,7 +149,7 @@ async def wait(
     async with new_client() as client:
         progress = Progress(None if math.isinf(budget) else budget)
         display = _JsonLines(console) if as_json else display_for(console)
-        display.begin(_facts(target, budget))
+        display.begin(_list_facts(target, budget))
         try:
             operation, elapsed = await follow(
                 client,
@@ -158,25 +162,26 @@ async def wait(
             )
         except KeylessError as error:
             if as_json:
-                print_json(console, _outcome(progress, _name(error), error=error))
+                print_json(console, _compose_outcome(progress, _name_outcome(error), error=error))
             raise
-        except asyncio.CancelledError:  # what Ctrl-C raises in a coroutine
+        # Ctrl-C raises this in a coroutine.
+        except asyncio.CancelledError:
             if as_json:
-                print_json(console, _outcome(progress, "interrupted"))
-            options = _options(timeout=timeout, if_missing=if_missing, as_json=as_json)
-            raise InterruptedCommandError(_how_to_resume(operation_id or ticket, options)) from None
+                print_json(console, _compose_outcome(progress, "interrupted"))
+            options = _format_options(timeout=timeout, if_missing=if_missing, as_json=as_json)
+            raise InterruptedCommandError(_explain_resuming(operation_id or ticket, options)) from None
     if as_json:
-        print_json(console, _outcome(progress, "approved", operation=operation))
+        print_json(console, _compose_outcome(progress, "approved", operation=operation))
         return Exit.DONE
-    how = approval_method(operation.auth_type).strip()
-    spent = f"after {elapsed:.1f} s and {counted(progress.polls, 'poll')}"
+    how = describe_method(operation.auth_type).strip()
+    spent = f"after {elapsed:.1f} s and {format_count(progress.polls, 'poll')}"
     print_fact(console, "Approved", f"{how}, {spent}" if how else spent, "bold green")
     print_fact(console, "User", operation.user_id)
     return Exit.DONE
 
 
-def _options(*, timeout: float | None, if_missing: IfMissing, as_json: bool) -> str:
-    """Return the options that a wait was given."""
+def _format_options(*, timeout: float | None, if_missing: IfMissing, as_json: bool) -> str:
+    """Return the options to repeat for the same wait."""
     return (
         ("" if timeout is None else f" --timeout {timeout:g}")
         + ("" if if_missing == "raise" else f" --if-missing {if_missing}")
@@ -184,15 +189,15 @@ def _options(*, timeout: float | None, if_missing: IfMissing, as_json: bool) -> 
     )
 
 
-def _how_to_resume(target: str | File | None, options: str) -> str:
+def _explain_resuming(target: str | File | None, options: str) -> str:
     if isinstance(target, File):
         where = " with the same ticket on stdin" if target.name == _STDIN else ""
-        return f"to resume{where}: aiokeyless wait{options} --ticket={quoted(target.name)}"
+        return f"to resume{where}: aiokeyless wait{options} --ticket={quote(target.name)}"
     assert target is not None  # noqa: S101  # see _check_target
-    return f"to resume: aiokeyless wait{options} {operation_argument(target)}"
+    return f"to resume: aiokeyless wait{options} {quote_operation_id(target)}"
 
 
-def _facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
+def _list_facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
     facts = {"Time": "no limit" if math.isinf(budget) else f"{budget:.0f} s at most"}
     if isinstance(target, str):
         return {"Operation": target, **facts}
@@ -200,7 +205,7 @@ def _facts(target: str | ApprovalTicket, budget: float) -> dict[str, str]:
 
 
 class _JsonLines(Display):
-    """A line of JSON for each poll."""
+    """A line of JSON for each poll and each attempt to authenticate."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -210,19 +215,19 @@ class _JsonLines(Display):
         print_json(self._console, {"event": "attempt", "elapsed": round(progress.elapsed, 3), **attempt.to_dict()})
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:
-        """Print the result of a poll; the operation itself is printed once, with the outcome."""
+        """Print the result of a poll, without the operation: the outcome has that."""
         line = {
             "event": "poll",
             "poll": update.polls,
             "elapsed": round(progress.elapsed, 3),
             "state": None if update.operation is None else update.operation.state,
-            "error": _error(update.error),
+            "error": _describe_error(update.error),
             "next_poll_in": None if update.next_poll_in is None else round(update.next_poll_in, 3),
         }
         print_json(self._console, line)
 
 
-def _outcome(
+def _compose_outcome(
     progress: Progress, outcome: str, *, operation: Operation | None = None, error: KeylessError | None = None
 ) -> dict[str, object]:
     return {
@@ -231,13 +236,13 @@ def _outcome(
         "polls": progress.polls,
         "elapsed": round(progress.elapsed, 3),
         "operation": None if operation is None else operation.to_dict(),
-        "error": _error(error),
+        "error": _describe_error(error),
     }
 
 
-def _name(error: KeylessError) -> str:
+def _name_outcome(error: KeylessError) -> str:
     return next((name for kind, name in _OUTCOMES if isinstance(error, kind)), "error")
 
 
-def _error(error: KeylessError | None) -> dict[str, str] | None:
+def _describe_error(error: KeylessError | None) -> dict[str, str] | None:
     return None if error is None else {"type": type(error).__name__, "message": describe(error)}

@@ -1,4 +1,4 @@
-"""``aiokeyless worker``: waits that a broker stores, until Ctrl-C or SIGTERM."""
+"""``aiokeyless worker``: runs a worker on a broker until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def _check_count(_type: object, number: int | None) -> None:
 
 
 def _check_rate(_type: object, rate: float) -> None:
-    if not 0 < rate < float("inf"):  # NaN is not
+    if not 0 < rate < float("inf"):
         raise ValueError("Must be more than 0 polls, and not infinite.")
 
 
 def _check_grace(_type: object, grace: float) -> None:
-    if not grace >= 0:  # NaN is not
+    # Negated, so that NaN is refused too.
+    if not grace >= 0:
         raise ValueError("Must be at least 0 seconds.")
 
 
@@ -54,22 +55,22 @@ OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class NatsOptions:
-    """What only NATS needs.
+    """The options for NATS only.
 
     Args:
         name: Name of the fleet; fleets of different names share a broker and nothing else.
-        tenant: Your name of the Keyless tenant; a worker of another one, or of none, does not start in this fleet.
+        tenant: Your name of the Keyless tenant; a worker with another name, or with none, does not start in this fleet.
         creds: File with the broker's credentials for this worker.
-        inbox_prefix: Subject under which the broker answers this worker, where it may not subscribe to _INBOX.>.
-        tls_ca: File with the certificates that the broker's is checked with; those of the system if left out.
-        tls_cert: File with this worker's certificate, where the broker asks for one.
+        inbox_prefix: Subject for the broker's answers to this worker, if it may not subscribe to _INBOX.>.
+        tls_ca: File with certificates to check the broker's with; those of the system if left out.
+        tls_cert: File with this worker's certificate, if the broker asks for one.
         tls_key: File with the key of that certificate; the same file if left out.
         event_key: File with a key that signs events; given again, more keys that readers accept; or KEYLESS_EVENT_KEY.
         domain: JetStream domain of the streams; that of the server if left out.
-        prefix: Prefix of JetStream's API, where another account exports it.
+        prefix: Prefix of JetStream's API, if another account exports it.
         replicas: Servers that store each message; if left out, 1 for new streams.
         duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
-        max_age: Seconds for which new streams keep outcomes for readers that are away; at least --duplicate-window.
+        max_age: Seconds for which new streams keep outcomes for absent readers; at least --duplicate-window.
     """
 
     name: str = "keyless"
@@ -114,14 +115,14 @@ async def worker(
     ends. Runs until Ctrl-C or SIGTERM, then finishes the requests in flight.
 
     Args:
-        broker: Where requests are stored: sqlite:FILE, postgresql://..., nats://...; or KEYLESS_BROKER.
-        max_in_flight: Requests that are processed at the same time.
-        max_polls_per_second: Polls of this worker in a second; what is due beyond that stays at the broker.
+        broker: The store of the requests: sqlite:FILE, postgresql://..., nats://...; or KEYLESS_BROKER.
+        max_in_flight: Requests to process at the same time.
+        max_polls_per_second: Most polls of this worker in a second; others that are due stay at the broker.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
-        learned: File that keeps what this worker learns.
+        learned: File that keeps what this worker learns about approval times.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
-        health_host: Address that these are served on.
-        prepare: Only make, or migrate, what workers need at the broker, and end; no key of Keyless is needed.
+        health_host: Address to serve these on.
+        prepare: Only create, or migrate, what workers need at the broker; this needs no API key.
         as_json: Log JSON objects, one a line.
         nats: Only if the broker is NATS.
     """
@@ -131,8 +132,8 @@ async def worker(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    opened = _broker(broker or os.environ.get("KEYLESS_BROKER"), nats)
-    async with _unused_client() if prepare else new_client() as client, opened:
+    opened = _open_broker(broker or os.environ.get("KEYLESS_BROKER"), nats)
+    async with _make_unused_client() if prepare else new_client() as client, opened:
         service = ApprovalWorker(
             client,
             opened,
@@ -154,14 +155,14 @@ async def worker(
     return Exit.DONE
 
 
-def _unused_client() -> KeylessClient:
-    """Return a client that says which service it would ask, and that asks nothing."""
+def _make_unused_client() -> KeylessClient:
+    """Return a client that identifies the service but sends no request; it needs no key."""
     from aiokeyless import KeylessClient  # noqa: PLC0415  # only when used
 
     return KeylessClient(os.environ.get("KEYLESS_API_KEY") or "none")
 
 
-def _broker(url: str | None, options: NatsOptions | None) -> Broker:
+def _open_broker(url: str | None, options: NatsOptions | None) -> Broker:
     from aiokeyless.worker.broker import Broker, broker_for  # noqa: PLC0415  # only when used
     from aiokeyless.worker.nats import SCHEMES  # noqa: PLC0415  # this needs no nats-py
 
@@ -171,18 +172,18 @@ def _broker(url: str | None, options: NatsOptions | None) -> Broker:
             f"--broker or KEYLESS_BROKER must name the broker, {found}: sqlite:FILE, postgresql://... or nats://..."
         )
     if url.partition(":")[0].lower() in SCHEMES:
-        return _nats_broker(url, options or NatsOptions())
+        return _open_nats_broker(url, options or NatsOptions())
     if options is not None:
-        raise UsageError("options of NATS need a broker of nats: or tls:")
+        raise UsageError("options for NATS need a broker whose URL begins with nats: or tls:")
     try:
         opened = broker_for(url)
     except ConfigurationError as error:
         raise UsageError(f"--{error}") from None
-    assert isinstance(opened, Broker)  # noqa: S101  # what a URL is for
+    assert isinstance(opened, Broker)  # noqa: S101  # a URL names one
     return opened
 
 
-def _nats_broker(url: str, options: NatsOptions) -> Broker:
+def _open_nats_broker(url: str, options: NatsOptions) -> Broker:
     try:
         from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker, StreamSettings  # noqa: PLC0415  # as above
     except ModuleNotFoundError as error:
@@ -194,28 +195,30 @@ def _nats_broker(url: str, options: NatsOptions) -> Broker:
     keys = EventKeys.from_files(*options.event_key) if options.event_key else EventKeys.from_environment()
     connect_options: dict[str, object] = {}
     if options.creds is not None:
-        _check_readable("--creds", options.creds)  # nats-py reads it only where the broker asks for credentials
+        # nats-py reads the file only if the broker asks for credentials.
+        _check_readable("--creds", options.creds)
         connect_options["user_credentials"] = str(options.creds)
     if options.inbox_prefix is not None:
         connect_options["inbox_prefix"] = options.inbox_prefix
     if options.tls_ca or options.tls_cert or options.tls_key:
-        connect_options["tls"] = _tls(options.tls_ca, options.tls_cert, options.tls_key)
+        connect_options["tls"] = _load_tls(options.tls_ca, options.tls_cert, options.tls_key)
     settings = StreamSettings(
         replicas=options.replicas, duplicate_window=options.duplicate_window, max_age=options.max_age
     )
     return NatsBroker(url, fleet=fleet, event_keys=keys, settings=settings, connect_options=connect_options)
 
 
-def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+def _load_tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
     if key and not certificate:
         raise CommandError("--tls-key needs --tls-cert, the certificate that it is the key of")
     for option, path in (("--tls-ca", ca), ("--tls-cert", certificate), ("--tls-key", key)):
+        # ssl does not name a file that it cannot read.
         if path is not None:
-            _check_readable(option, path)  # ssl does not say which file it could not read
+            _check_readable(option, path)
     try:
         context = ssl.create_default_context(cafile=ca)
     except OSError as error:
-        raise CommandError(f"--tls-ca: {ca} holds no certificate: {error}") from None
+        raise CommandError(f"--tls-ca must name a file with a certificate, not {ca}: {error}") from None
     if certificate:
         try:
             context.load_cert_chain(certificate, key)
@@ -235,6 +238,7 @@ def _check_readable(option: str, path: Path) -> None:
 
 def _stop_on_signals(service: ApprovalWorker) -> None:
     loop = asyncio.get_running_loop()
-    with suppress(NotImplementedError):  # Windows has no signals to handle in a loop
+    # On Windows, a loop handles no signals.
+    with suppress(NotImplementedError):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, service.stop)

@@ -153,8 +153,10 @@ ANOTHER_VERSION = f"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n{IDENTITY}: 9\r\n\r\
 async def test_what_is_no_sandbox_of_this_version_is_one_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
     async with RawServer(ELSEWHERE, ANOTHER_VERSION) as server:
         monkeypatch.setenv("KEYLESS_BASE_URL", server.url)
-        assert (await refusal("recover")).startswith(f"what answers at {server.url} is not a sandbox; start one with:")
-        assert await refusal("list") == f"the sandbox at {server.url} answers something else; has it another version?"
+        assert (await refusal("recover")).startswith(f"the server at {server.url} is not a sandbox; start one with:")
+        assert await refusal("list") == (
+            f"the answer of the sandbox at {server.url} is not as expected; start it with the same version of aiokeyless"
+        )
     assert (await refusal("recover")).startswith(f"no sandbox answers at {server.url}; start one with:")
 
 

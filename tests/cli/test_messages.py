@@ -25,7 +25,7 @@ from aiokeyless import (
     StatusError,
     TransportError,
 )
-from aiokeyless.cli.messages import OPTIONS, REQUIREMENTS, VARIABLES, describe, operation_argument, quoted
+from aiokeyless.cli.messages import OPTIONS, REQUIREMENTS, VARIABLES, describe, quote, quote_operation_id
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_transport_error_names_the_address_of_the_region(
     ids=ascii,
 )
 def test_a_quoted_text_is_one_printable_word_of_a_shell(text: str) -> None:
-    word = quoted(text)
+    word = quote(text)
     assert word.isprintable()
     command = ["bash", "-c", f"printf %s {word}"]
     for locale in ("C", "C.UTF-8"):
@@ -181,7 +181,7 @@ def test_a_quoted_text_is_one_printable_word_of_a_shell(text: str) -> None:
     ids=ascii,
 )
 def test_any_operation_id_can_be_the_argument_of_a_command(operation_id: str, argument: str) -> None:
-    assert operation_argument(operation_id) == argument
+    assert quote_operation_id(operation_id) == argument
 
 
 def test_every_argument_that_has_a_name_has_a_requirement() -> None:

@@ -119,7 +119,7 @@ async def test_a_create_that_may_have_taken_effect_says_how_to_check(service: Sa
     service.fail_next(times=None, stored=stored)
     with pytest.raises(ServerError) as error:
         await app.run_async(["create", "C0FFEE", "--operation-id", "-5"])
-    assert describe(error.value).endswith("; the operation may exist all the same, to check: aiokeyless get -- -5")
+    assert describe(error.value).endswith("; the operation may exist nevertheless, to check: aiokeyless get -- -5")
 
 
 @pytest.mark.looptime

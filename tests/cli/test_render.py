@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from aiokeyless import ApprovalUpdate, Authentication, ServerError
-from aiokeyless.cli.render import PlainLines, Progress, print_table, safe
+from aiokeyless.cli.render import PlainLines, Progress, escape, print_table
 
 from .terminal import ESCAPE, Terminal, output_of
 
@@ -37,8 +37,8 @@ HARMLESS = r"\x1b[2J\x9b1m\r\n\x07[bold red]Pay 1[/] :smile: \u202eecila"
     ids=ascii,
 )
 def test_only_what_is_not_printable_is_escaped(text: str, harmless: str) -> None:
-    assert safe(text) == harmless
-    assert safe(text).isprintable()
+    assert escape(text) == harmless
+    assert escape(text).isprintable()
 
 
 @pytest.mark.looptime

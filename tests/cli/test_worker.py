@@ -267,7 +267,7 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
     [
         (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
         (["--tls-ca", "no-such-file.pem"], "--tls-ca: no-such-file.pem cannot be read: "),
-        (["--tls-ca", __file__], f"--tls-ca: {__file__} holds no certificate: "),
+        (["--tls-ca", __file__], f"--tls-ca must name a file with a certificate, not {__file__}: "),
         (["--tls-cert", __file__], f"--tls-cert: {__file__} and the key in {__file__} cannot be used: "),
         (["--tls-cert", __file__, "--tls-key", "no-such-key.pem"], "--tls-key: no-such-key.pem cannot be read: "),
         (["--creds", "no-such-file.creds"], "--creds: no-such-file.creds cannot be read: "),
@@ -450,7 +450,7 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], {"NATS_URL": "nats://127.0.0.1:4222"}, "NATS_URL alone names none"),
         (["--broker", "redis://127.0.0.1"], {}, "not a URL of the scheme 'redis'"),
         (["--broker", "sqlite:///keyless.db"], {}, "without //"),
-        (["--broker", "sqlite:keyless.db", "--tenant", "shop"], {}, "options of NATS"),
+        (["--broker", "sqlite:keyless.db", "--tenant", "shop"], {}, "options for NATS"),
     ],
 )
 def test_without_a_broker_that_is_known_it_is_one_line_and_exit_2(
