@@ -1,1 +1,1 @@
-"""HTTP: the endpoints as data (protocol), the exchanges (transport), creating (creation) and redaction."""
+"""HTTP: the endpoints as data (protocol), exchanges (transport), creation, deletion and redaction."""

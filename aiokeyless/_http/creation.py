@@ -1,7 +1,7 @@
-"""Creating exactly once: after an ambiguous failure, check whether the request created something.
+"""The creates: after an ambiguous failure they check whether the request took effect, and never blindly repeat it.
 
-The service documents no idempotency key. An operation id is unique and chosen by the client, and a user has one
-external user id, so what was created can be found. Neither is a lock: what is found may come from an earlier request.
+The service documents no idempotency key. But the client chooses the operation id, which is unique, and a user has one
+external user id. So a search finds what was created. It may also find the effect of an earlier request.
 """
 
 from __future__ import annotations
@@ -31,62 +31,73 @@ if TYPE_CHECKING:
 
 Sent = TypeVar("Sent")
 Found = TypeVar("Found")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-#: Seconds between GETs of what exists (409) but a lagging replica does not have yet: 5 in all.
+#: Seconds between searches after a 409, while a lagging replica does not have the object yet: 5 in all.
 _LAG: Final = (0.1, 0.2, 0.4, 0.8, 1.5, 2.0)
 
 
-class Creation(ABC, Generic[Sent, Found, Made]):
-    """A POST that is never blindly repeated.
+class Creation(ABC, Generic[Sent, Found, Result]):
+    """A POST that is repeated only if it had no effect.
 
-    After an ambiguous failure, and after a 409 that follows one, the client checks what is there. It sends the POST
-    again only if there is nothing.
+    After an ambiguous failure, and after a 409 that follows one, the client searches for the object. It sends the POST
+    again only if there is none.
 
     Args:
         transport: Sends the requests.
         post: The POST.
-        resumes: Whether the client also checks after a 409 on the first attempt.
+        resumes: Whether the client also searches after a 409 on the first attempt.
     """
 
     def __init__(self, transport: Transport, post: protocol.Request[Sent], *, resumes: bool = False) -> None:
         self._transport = transport
         self._post = post
         self._resumes = resumes
-        self._ambiguous: KeylessError | None = None  # the last failure of an attempt that may have taken effect
-        self._given_up = False
+        # The last failure of an attempt that may have taken effect.
+        self._ambiguous: KeylessError | None = None
+        self._is_final = False
 
     @abstractmethod
-    def _confirm(self, answer: Sent) -> Made:
-        """Return the result of a POST that was answered with a success; raise `DecodeError` if it proves nothing."""
+    def _confirm(self, answer: Sent) -> Result:
+        """Return the result of a POST that succeeded.
+
+        Raises:
+            DecodeError: The answer proves nothing.
+        """
 
     @abstractmethod
     async def _search(self) -> Found | None:
-        """Return what is there, or None if there is nothing."""
+        """Return the object, or None if there is none."""
 
     @abstractmethod
-    def _accept(self, found: Found) -> Made:
-        """Return the result for what was found; raise if this call was to create something else."""
-
-    async def run(self) -> Made:
-        """Create it, in at most as many attempts as the transport makes.
+    def _accept(self, found: Found) -> Result:
+        """Return the result for an object that was found.
 
         Raises:
-            ConflictError: The service has something else in its place.
-            KeylessError: Creating failed, and it does not exist or could not be checked.
+            KeylessError: It is not what this call was to create, or it is approved already.
+        """
+
+    async def run(self) -> Result:
+        """Create the object, in at most `max_attempts` attempts.
+
+        Raises:
+            ConflictError: Another object is in its place, or it exists and is approved already.
+            KeylessError: The create failed, and the object does not exist or the search failed.
         """
         try:
             with self._transport.call():
                 return await self._transport.retry(self._attempt, self._may_repeat)
         except KeylessError as error:
             if isinstance(error, TransportError):
-                error.sent = error.sent or self._ambiguous is not None  # an earlier attempt may have taken effect
-            error.__traceback__ = None  # the frames of attempts have variables for it
+                # An earlier attempt may have taken effect.
+                error.sent = error.sent or self._ambiguous is not None
+            # The frames of attempts reference the error.
+            error.__traceback__ = None
             raise
         finally:
             self._ambiguous = None
 
-    async def _attempt(self, number: int) -> Made:
+    async def _attempt(self, number: int) -> Result:
         try:
             return self._confirm(await self._transport.send(self._post, attempt=number))
         except KeylessError as error:
@@ -96,25 +107,27 @@ class Creation(ABC, Generic[Sent, Found, Made]):
             self._ambiguous = failure
         elif not conflicts or (self._ambiguous is None and not self._resumes):
             raise failure
-        made = await self._resolve(conflicts=conflicts)
-        if made is None:
+        result = await self._resolve(conflicts=conflicts)
+        if result is None:
             raise failure
-        return made
+        return result
 
-    async def _resolve(self, *, conflicts: bool) -> Made | None:
-        """Return the result for what is there; None if there is nothing.
+    async def _resolve(self, *, conflicts: bool) -> Result | None:
+        """Return the result for the object that exists; None if there is none.
 
-        If that cannot be checked, raise the ambiguous failure, which is then final.
+        Raises:
+            KeylessError: The search failed; the ambiguous failure is then final. Or see `_accept`.
         """
-        # After a 409 it exists, so an empty answer comes from a lagging replica. Otherwise the POST is sent again,
-        # which is faster.
+        # After a 409 the object exists, so an empty answer comes from a lagging replica. Otherwise it is faster to send
+        # the POST again than to wait.
         pauses = iter(_LAG if conflicts else ())
         while True:
             try:
                 found = await self._search()
             except KeylessError as error:
-                self._given_up = True
-                if self._ambiguous is None:  # it is there already: this call had no effect
+                self._is_final = True
+                # The object existed before this call, which had no effect.
+                if self._ambiguous is None:
                     raise
                 raise self._ambiguous from error.with_traceback(None)
             if found is not None:
@@ -126,12 +139,12 @@ class Creation(ABC, Generic[Sent, Found, Made]):
         try:
             return self._accept(found)
         except KeylessError:
-            self._given_up = True
+            self._is_final = True
             raise
 
     def _may_repeat(self, error: KeylessError) -> bool:
-        # After an ambiguous failure or a conflict, a search found nothing: otherwise `_given_up` is set.
-        return not self._given_up and (
+        # After an ambiguous failure or a conflict, the search found nothing: otherwise `_is_final` is set.
+        return not self._is_final and (
             error.is_transient
             or may_have_taken_effect(error)
             or (isinstance(error, ConflictError) and (self._ambiguous is not None or self._resumes))
@@ -139,9 +152,9 @@ class Creation(ABC, Generic[Sent, Found, Made]):
 
 
 class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
-    """The creation of one operation; its result is whether the operation is reconciled.
+    """The creation of one operation. The result is whether the operation is reconciled.
 
-    A reconciled operation was found under its id with this content, and not confirmed by our own POST:
+    A reconciled operation was not confirmed by this call's POST, but found under its id with this content:
 
     | found | an id that the caller chose | an id that this call generated |
     |---|---|---|
@@ -155,8 +168,8 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
         transport: Sends the requests.
         user_id: The user, checked.
         operation: The operation to create.
-        id_is_new: Whether the id was generated for this call, so that an operation with that id is this call's.
-        resumes: Whether the client GETs the operation after a 409 on the first attempt too.
+        id_is_new: Whether the id was generated for this call. Then this call created any operation with that id.
+        resumes: Whether the client also GETs the operation after a 409 on the first attempt.
     """
 
     def __init__(
@@ -169,8 +182,9 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
         self._get = protocol.get_operation(operation.operation_id)
 
     def _confirm(self, answer: SuccessAnswer) -> bool:
-        if not answer.success:  # documented as always true, so its meaning is unknown
-            raise _no_proof(self._post, "without success")
+        # The documentation knows no false, so its meaning is unknown.
+        if not answer.success:
+            raise _make_error(self._post, "without success")
         return False
 
     async def _resolve(self, *, conflicts: bool) -> bool | None:
@@ -185,7 +199,8 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
             return None
 
     def _accept(self, found: Operation) -> bool:
-        if found.operation_id != self._operation.operation_id:  # an answer about another operation proves nothing
+        # An answer about another operation proves nothing.
+        if found.operation_id != self._operation.operation_id:
             raise self._ambiguous or ConflictError(status=409, method="POST", path=self._post.path)
         if not self._is_ours(found):
             raise ConflictError(status=409, method="POST", path=self._post.path)
@@ -203,9 +218,9 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
 
 
 class ExternalUserCreation(Creation[ExternalUser, User, ExternalUser]):
-    """The creation of one external user; its result is the external user.
+    """The creation of one external user, which is the result.
 
-    A user that is found among those of the external user id is this call's, or an earlier request's that did the same.
+    If the search finds the user under the external user id, this call or an equal earlier one has linked them.
 
     Args:
         transport: Sends the requests.
@@ -238,16 +253,16 @@ class ExternalUserCreation(Creation[ExternalUser, User, ExternalUser]):
 def confirm_external_user(
     answer: ExternalUser, request: protocol.Request[ExternalUser], user_id: str, external_user_id: str
 ) -> ExternalUser:
-    """Return the answer if it is about this user and this external user id.
+    """Return an answer that is about this user and this external user id.
 
     Raises:
-        DecodeError: It is about another one.
+        DecodeError: It is about another user or another external user id.
     """
     if is_same_user(answer.user_id, user_id) and answer.external_user_id == external_user_id:
         return answer
-    raise _no_proof(request, "about another user or another external user id")
+    raise _make_error(request, "about another user or another external user id")
 
 
-def _no_proof(request: protocol.Request[Sent], what: str) -> DecodeError:
+def _make_error(request: protocol.Request[Sent], what: str) -> DecodeError:
     method, path = request.endpoint.method, request.path
     return DecodeError(f"{method} {path} answered {what}", status=200, method=method, path=path)

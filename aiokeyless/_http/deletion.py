@@ -1,4 +1,4 @@
-"""Deleting: repeated on transient failures, and a 404 that follows an ambiguous one is a success."""
+"""The deletes: transient failures are retried, and a 404 after an ambiguous failure is a success."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Deletion:
-    """One DELETE and its repetitions.
+    """One DELETE and its retries.
 
     Args:
         transport: Sends the requests.
@@ -23,14 +23,15 @@ class Deletion:
     def __init__(self, transport: Transport, request: protocol.Request[None]) -> None:
         self._transport = transport
         self._request = request
-        self._may_be_done = False  # whether an earlier attempt may have taken effect
+        # Whether an earlier attempt may have taken effect.
+        self._may_be_done = False
 
     async def run(self) -> None:
-        """Delete it, in at most as many attempts as the transport makes.
+        """Send the DELETE, in at most `max_attempts` attempts.
 
         Raises:
             NotFoundError: There is nothing to delete, and no earlier attempt can have deleted it.
-            KeylessError: Deleting failed; it may have taken effect.
+            KeylessError: The delete failed, but may have taken effect.
         """
         with self._transport.call():
             await self._transport.retry(self._attempt)

@@ -1,4 +1,4 @@
-"""The API as data: builds requests, and turns answers into structs or exceptions.
+"""The API as data: its endpoints, functions that build requests, and `read`, which turns answers into structs.
 
 Nothing here does I/O, so all of it is tested without a network.
 
@@ -85,7 +85,8 @@ MAX_LIST_BODY: Final = 16 << 20
 class Answer(msgspec.Struct, frozen=True):
     """An HTTP answer. The names in `headers` are case-insensitive.
 
-    Its repr does not show the body, which contains the SDK key and the payload: error reporters print local variables.
+    Its repr does not show the body, since error reporters print local variables: a body contains the SDK key and the
+    payload.
     """
 
     status: int
@@ -107,10 +108,10 @@ class Endpoint(Generic[T]):
         method: HTTP method.
         route: The path as documented, with the names of its parameters.
         decode: Turns the body of a success into a struct.
-        success: The statuses that count as a success. Default: 200.
+        success: The statuses of a success. Default: 200.
         max_body: Largest body of an answer, in bytes. Default: 1 MiB.
-        sends_key: Whether the API key is sent. Default: True.
-        is_personal: Whether the path holds an external user id, which may be personal data: messages then show `route`.
+        sends_key: Whether to send the API key. Default: True.
+        is_personal: Whether the path has an external user id, which may be personal data. Messages then show `route`.
     """
 
     __slots__ = ("decode", "is_personal", "max_body", "method", "route", "sends_key", "success")
@@ -135,18 +136,20 @@ class Endpoint(Generic[T]):
 
 
 _read_operation: Final = msgspec.json.Decoder(Operation, dec_hook=decode_hook).decode
-_read_telemetry: Final = msgspec.json.Decoder(TelemetryAnswer, strict=False).decode  # a number may come as a text
+# Not strict: a number may arrive as a text.
+_read_telemetry: Final = msgspec.json.Decoder(TelemetryAnswer, strict=False).decode
 
 
 def _decode_operation(body: bytes) -> Operation:
     operation = _read_operation(body)
-    if operation.is_approved:  # once per wait, so that a pending answer costs nothing extra
+    # Only for an approval, so that the many pending answers cost nothing extra.
+    if operation.is_approved:
         _refuse_duplicate_keys(body)
     return operation
 
 
-def _strictly(kind: type[T]) -> Callable[[bytes], T]:
-    """Return a decoder that refuses an object that has the same key twice."""
+def _make_strict_decoder(kind: type[T]) -> Callable[[bytes], T]:
+    """Return a decoder that refuses an object with the same key twice."""
     decode = msgspec.json.Decoder(kind).decode
 
     def decode_strictly(body: bytes) -> T:
@@ -157,7 +160,7 @@ def _strictly(kind: type[T]) -> Callable[[bytes], T]:
     return decode_strictly
 
 
-_read_success: Final = _strictly(SuccessAnswer)
+_read_success: Final = _make_strict_decoder(SuccessAnswer)
 
 
 def _decode_deleted(body: bytes) -> None:
@@ -166,7 +169,7 @@ def _decode_deleted(body: bytes) -> None:
 
 
 def _decode_nothing(_body: bytes) -> None:
-    """Accept any body: the status says it all."""
+    """Accept any body: the status is enough."""
 
 
 def _decode_authentications(body: bytes) -> Authentications:
@@ -174,11 +177,11 @@ def _decode_authentications(body: bytes) -> Authentications:
 
 
 def _refuse_duplicate_keys(body: bytes) -> None:
-    """Refuse JSON like ``{"result": false, "result": true}``, which parsers read in different ways."""
-    json.loads(body, object_pairs_hook=_without_duplicates)
+    """Refuse JSON such as ``{"result": false, "result": true}``, which parsers read in different ways."""
+    json.loads(body, object_pairs_hook=_refuse_duplicates)
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> None:
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
     if len({key for key, _ in pairs}) < len(pairs):
         raise msgspec.ValidationError("an object has the same key twice")
 
@@ -201,17 +204,19 @@ _CREATED: Final = frozenset({200, 201})
 POST_OPERATION: Final = Endpoint("POST", "/v2/users/{userId}/operations", _read_success, success=_CREATED)
 # 201 is documented here, and 200 for the operations.
 POST_EXTERNAL_USER: Final = Endpoint(
-    "POST", "/v2/users/{userId}/external-user", _strictly(ExternalUser), success=_CREATED
+    "POST", "/v2/users/{userId}/external-user", _make_strict_decoder(ExternalUser), success=_CREATED
 )
-PATCH_EXTERNAL_USER: Final = Endpoint("PATCH", "/v2/users/{userId}/external-user", _strictly(ExternalUser))
+PATCH_EXTERNAL_USER: Final = Endpoint("PATCH", "/v2/users/{userId}/external-user", _make_strict_decoder(ExternalUser))
 DELETE_EXTERNAL_USER: Final = Endpoint(
     "DELETE", "/v2/external-users/{externalUserId}", _decode_nothing, success=frozenset({204})
 )
 GET_EXTERNAL_USERS: Final = Endpoint(
-    "GET", "/v2/external-users/{externalUserId}/users", _strictly(list[User]), max_body=MAX_LIST_BODY
+    "GET", "/v2/external-users/{externalUserId}/users", _make_strict_decoder(list[User]), max_body=MAX_LIST_BODY
 )
 DELETE_USER: Final = Endpoint("DELETE", "/v2/users/{userId}", _decode_deleted)
-GET_DEVICES: Final = Endpoint("GET", "/v2/users/{userId}/devices", _strictly(list[Device]), max_body=MAX_LIST_BODY)
+GET_DEVICES: Final = Endpoint(
+    "GET", "/v2/users/{userId}/devices", _make_strict_decoder(list[Device]), max_body=MAX_LIST_BODY
+)
 DELETE_DEVICE: Final = Endpoint("DELETE", "/v2/users/{userId}/devices/{publicSigningKey}", _decode_deleted)
 
 
@@ -219,9 +224,9 @@ GET_KEY_SET: Final = Endpoint("GET", "/customers/{tenant}/.well-known/jwks.json"
 
 
 class Request(msgspec.Struct, Generic[T], frozen=True):
-    """One request as data. `path` and `query` are percent-encoded; they follow the base URL.
+    """One request as data. `path` and `query` are percent-encoded, and follow the base URL.
 
-    Messages show `shown_path` and not the query.
+    Messages show `shown_path`, not the query.
     """
 
     endpoint: Endpoint[T]
@@ -231,14 +236,15 @@ class Request(msgspec.Struct, Generic[T], frozen=True):
 
     @property
     def shown_path(self) -> str:
-        """The path as messages show it: without an external user id."""
+        """The path for messages, without an external user id."""
         return self.endpoint.route if self.endpoint.is_personal else self.path
 
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         yield "path", self.shown_path
 
     def __repr__(self) -> str:
-        return f"<Request {self.endpoint.method} {self.shown_path}>"  # the body holds a payload
+        # Without the body, which contains a payload.
+        return f"<Request {self.endpoint.method} {self.shown_path}>"
 
 
 def get_operation(operation_id: str) -> Request[Operation]:
@@ -247,7 +253,7 @@ def get_operation(operation_id: str) -> Request[Operation]:
 
 
 def operation_path(operation_id: str) -> str:
-    """Return the path of an operation, whose id is checked."""
+    """Return the path of an operation; its id must have been checked."""
     return f"/v2/operations/{quote(operation_id, safe='')}"
 
 
@@ -265,15 +271,15 @@ def create_operation(user_id: str, operation: NewOperation) -> Request[SuccessAn
 
 def get_authentications(user_id: str, operation_id: str | None = None) -> Request[Authentications]:
     """Build ``GET /v2/users/{userId}/authentications``."""
-    return _authentications(GET_AUTHENTICATIONS, f"/v2/users/{check_user_id(user_id)}", operation_id)
+    return _build_authentications(GET_AUTHENTICATIONS, f"/v2/users/{check_user_id(user_id)}", operation_id)
 
 
 def get_external_authentications(external_user_id: str, operation_id: str | None = None) -> Request[Authentications]:
     """Build ``GET /v2/external-users/{externalUserId}/authentications``."""
-    return _authentications(GET_EXTERNAL_AUTHENTICATIONS, _external_user(external_user_id), operation_id)
+    return _build_authentications(GET_EXTERNAL_AUTHENTICATIONS, _external_user_path(external_user_id), operation_id)
 
 
-def _authentications(
+def _build_authentications(
     endpoint: Endpoint[Authentications], user_path: str, operation_id: str | None
 ) -> Request[Authentications]:
     query = "" if operation_id is None else f"operationId={quote(check_operation_id(operation_id), safe='')}"
@@ -282,27 +288,29 @@ def _authentications(
 
 def create_external_user(user_id: str, external_user_id: str) -> Request[ExternalUser]:
     """Build ``POST /v2/users/{userId}/external-user``."""
-    return _external_user_body(POST_EXTERNAL_USER, user_id, external_user_id)
+    return _build_external_user(POST_EXTERNAL_USER, user_id, external_user_id)
 
 
 def update_external_user(user_id: str, external_user_id: str) -> Request[ExternalUser]:
     """Build ``PATCH /v2/users/{userId}/external-user``."""
-    return _external_user_body(PATCH_EXTERNAL_USER, user_id, external_user_id)
+    return _build_external_user(PATCH_EXTERNAL_USER, user_id, external_user_id)
 
 
-def _external_user_body(endpoint: Endpoint[ExternalUser], user_id: str, external_user_id: str) -> Request[ExternalUser]:
+def _build_external_user(
+    endpoint: Endpoint[ExternalUser], user_id: str, external_user_id: str
+) -> Request[ExternalUser]:
     body = NewExternalUser(external_user_id=check_external_user_id(external_user_id))
     return Request(endpoint, f"/v2/users/{check_user_id(user_id)}/external-user", msgspec.json.encode(body))
 
 
 def delete_external_user(external_user_id: str) -> Request[None]:
     """Build ``DELETE /v2/external-users/{externalUserId}``."""
-    return Request(DELETE_EXTERNAL_USER, _external_user(external_user_id))
+    return Request(DELETE_EXTERNAL_USER, _external_user_path(external_user_id))
 
 
 def find_users(external_user_id: str) -> Request[list[User]]:
     """Build ``GET /v2/external-users/{externalUserId}/users``."""
-    return Request(GET_EXTERNAL_USERS, f"{_external_user(external_user_id)}/users")
+    return Request(GET_EXTERNAL_USERS, f"{_external_user_path(external_user_id)}/users")
 
 
 def delete_user(user_id: str) -> Request[None]:
@@ -326,7 +334,7 @@ def get_key_set(tenant: str) -> Request[bytes]:
     return Request(GET_KEY_SET, f"/customers/{quote(check_tenant(tenant), safe='')}/.well-known/jwks.json")
 
 
-def _external_user(external_user_id: str) -> str:
+def _external_user_path(external_user_id: str) -> str:
     return f"/v2/external-users/{quote(check_external_user_id(external_user_id), safe='')}"
 
 
@@ -349,21 +357,22 @@ def read(endpoint: Endpoint[T], path: str, answer: Answer, redaction: Redaction)
         endpoint: The endpoint of the request.
         path: Path of the request, for messages.
         answer: The answer.
-        redaction: Redacts the API key in case the answer echoes it.
+        redaction: Redacts the API key if the answer echoes it.
 
     Raises:
-        DecodeError: A success whose JSON has the wrong shape, has a key that occurs twice, or repeats the API key.
+        DecodeError: A success whose JSON has the wrong shape or a duplicate key, or repeats the API key.
         NotJsonError: A success whose body is not JSON.
-        StatusError: Any other status; raised as its subclass.
+        StatusError: Any other status, as its subclass.
     """
     if answer.status not in endpoint.success:
-        raise _status_error(endpoint.method, path, answer, redaction)
+        raise _make_status_error(endpoint.method, path, answer, redaction)
     try:
         return _decode(endpoint, answer.body, redaction)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        failure = _decode_error(endpoint.method, path, answer, error, redaction)
+        failure = _make_decode_error(endpoint.method, path, answer, error, redaction)
+    # Raised outside the except block, so that no frame keeps the reason: a UnicodeDecodeError contains the body.
     try:
-        raise failure  # outside the except block, so that no frame keeps the reason: a UnicodeDecodeError has the body
+        raise failure
     finally:
         del failure
 
@@ -375,7 +384,7 @@ def _decode(endpoint: Endpoint[T], body: bytes, redaction: Redaction) -> T:
     return decoded
 
 
-def _decode_error(method: str, path: str, answer: Answer, reason: Exception, redaction: Redaction) -> DecodeError:
+def _make_decode_error(method: str, path: str, answer: Answer, reason: Exception, redaction: Redaction) -> DecodeError:
     facts: dict[str, Any] = {
         "status": answer.status,
         "method": method,
@@ -386,11 +395,11 @@ def _decode_error(method: str, path: str, answer: Answer, reason: Exception, red
     if isinstance(reason, msgspec.ValidationError) and _is_json(answer.body):
         return DecodeError(f"{where} with JSON of another shape: {reason}; check base_url or upgrade", **facts)
     kind = "an empty body" if not answer.body.strip() else "a body that is not JSON"
-    return NotJsonError(f"{where} with {kind}; a gateway or a captive portal in between?", **facts)
+    return NotJsonError(f"{where} with {kind}; check for a gateway or a captive portal in between", **facts)
 
 
 def _is_json(body: bytes) -> bool:
-    """Whether the whole body is JSON: the typed decoder stops at the first wrong type and reads no further."""
+    """Return whether the whole body is JSON; the typed decoder stops at the first wrong type."""
     try:
         msgspec.json.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -398,7 +407,7 @@ def _is_json(body: bytes) -> bool:
     return True
 
 
-def _status_error(method: str, path: str, answer: Answer, redaction: Redaction) -> StatusError:
+def _make_status_error(method: str, path: str, answer: Answer, redaction: Redaction) -> StatusError:
     status = answer.status
     kind = _STATUS_ERRORS.get(status, ServerError if 500 <= status < 600 else StatusError)
     return kind(
@@ -407,13 +416,13 @@ def _status_error(method: str, path: str, answer: Answer, redaction: Redaction) 
         path=path,
         request_id=request_id(answer, redaction),
         retry_after=retry_after(answer.headers),
-        detail=redaction.printable(answer.body.decode("utf-8", "replace")),
-        advice=_advice(status),
+        detail=redaction.redact(answer.body.decode("utf-8", "replace")),
+        advice=_choose_advice(status),
     )
 
 
-def _advice(status: int) -> str | None:
-    """Return the advice for statuses that have no class of their own."""
+def _choose_advice(status: int) -> str | None:
+    """Return the advice for a status without a class of its own; None for any other."""
     if 300 <= status < 400:
         return "a redirect, not followed since that would send the API key to another host; check base_url"
     if 200 <= status < 300:
@@ -423,17 +432,18 @@ def _advice(status: int) -> str | None:
     return None
 
 
-_REQUEST_ID_HEADERS: Final = tuple(  # an istr is found with half the work of a str
+# Looking up an istr takes half the time of a str.
+_REQUEST_ID_HEADERS: Final = tuple(
     istr(name) for name in ("X-Request-Id", "X-Correlation-Id", "X-Amzn-RequestId", "X-Amzn-Trace-Id", "CF-Ray")
 )
 
 
 def request_id(answer: Answer, redaction: Redaction) -> str | None:
-    """Return the service's id of the exchange, or None if the answer has none."""
+    """Return the service's id of the exchange; None if the answer has none."""
     for name in _REQUEST_ID_HEADERS:
         value = answer.headers.get(name)
         if value:
-            return redaction.printable(value)
+            return redaction.redact(value)
     return None
 
 
@@ -441,7 +451,7 @@ _SECONDS: Final = re.compile(r"\d{1,15}(\.\d{1,9})?", re.ASCII)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Read ``Retry-After``: seconds, or an HTTP date, which is compared with the answer's own ``Date`` if it has one.
+    """Read ``Retry-After``: seconds, or an HTTP date, compared with the answer's own ``Date`` if it has one.
 
     Returns:
         Seconds from now, at least 0; None if the header is absent or malformed.
@@ -449,15 +459,15 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     text = headers.get("Retry-After", "").strip()
     if _SECONDS.fullmatch(text):
         return float(text)
-    at = _http_date(text)
+    at = _parse_http_date(text)
     if at is None:
         return None
-    # The server's clock may differ from ours; its Date header comes from the clock that it computed the date with.
-    now = _http_date(headers.get("Date", ""))
+    # The server's clock may differ from ours. Its Date header is from the clock that it computed the date with.
+    now = _parse_http_date(headers.get("Date", ""))
     return max(0.0, at - (time.time() if now is None else now))
 
 
-def _http_date(text: str) -> float | None:
+def _parse_http_date(text: str) -> float | None:
     try:
         date = parsedate_to_datetime(text)
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()

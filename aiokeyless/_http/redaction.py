@@ -1,4 +1,4 @@
-"""Redaction: what an error may show of an answer. It is printable, short, and without the API key in any encoding."""
+"""`Redaction`: makes text of an answer printable, short, and free of the API key in any encoding, for errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import msgspec
 if TYPE_CHECKING:
     from aiokeyless.models import Secret
 
-MAX_DETAIL: Final = 200  # characters
+#: Characters of a redacted text, at most.
+MAX_DETAIL: Final = 200
 
-_SHORTEST: Final = 8  # characters: a shorter key is a placeholder, such as "test", that ids contain by chance
-_WIDEST: Final = 10  # characters in the longest spelling of one: &#x00002F;
+#: Characters. A shorter key is a placeholder, such as "test", that ids contain by chance.
+_SHORTEST_KEY: Final = 8
+#: Characters of the longest spelling of one character: &#x00002F;
+_LONGEST_SPELLING: Final = 10
 _ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apos", "'"))
 
 
@@ -24,29 +27,29 @@ class Redaction:
         api_key: The key.
     """
 
-    # The key is in the pattern: error reporters print attributes by their repr.
+    # No attribute is the key itself, since error reporters print attributes by their repr.
     __slots__ = ("_echo", "_echo_in_bytes", "_is_placeholder", "_reach")
 
     def __init__(self, api_key: Secret) -> None:
-        # The key in plain form and as JSON, a URL and HTML write it, with runs of blanks folded as in `printable`.
+        # The key in plain form, and as JSON, a URL and HTML encode it, with runs of blanks folded as in `redact`.
         characters = " ".join(api_key.reveal().split())
-        self._is_placeholder = len(characters) < _SHORTEST
-        self._echo = re.compile("".join(_spellings(character) for character in characters))
+        self._is_placeholder = len(characters) < _SHORTEST_KEY
+        self._echo = re.compile("".join(_build_pattern(character) for character in characters))
         self._echo_in_bytes = re.compile(self._echo.pattern.encode())
-        # The longest input that 200 characters can result from: each is a character of the text, or, in "***", of an
-        # echo of the key.
-        self._reach = MAX_DETAIL * _WIDEST * (len(characters) + 1)
+        # The longest input that can become MAX_DETAIL characters. Each of these is a character of the text, or part of
+        # the "***" for an echo of the key.
+        self._reach = MAX_DETAIL * _LONGEST_SPELLING * (len(characters) + 1)
 
     def is_echoed_in(self, answer: object, body: bytes) -> bool:
-        """Return whether a text of an answer repeats the key; a `Secret` is no text.
+        """Return whether a text of an answer repeats the key; a `Secret` does not count.
 
-        A wait compares the texts of an answer, so they cannot be redacted, and applications log them.
+        These texts cannot be redacted, since a wait compares them, and applications log them.
 
         Args:
-            answer: The answer, decoded.
-            body: The JSON that it was decoded from.
+            answer: The decoded answer.
+            body: Its JSON.
         """
-        # Without a backslash, each text is in the JSON as it is: one search is enough for nearly all answers.
+        # Without a backslash, the JSON contains each text unchanged, so one search is enough for nearly all answers.
         if self._is_placeholder or (b"\\" not in body and self._echo_in_bytes.search(body) is None):
             return False
         return self._is_in(answer)
@@ -58,23 +61,25 @@ class Redaction:
             return any(map(self._is_in, msgspec.structs.astuple(answer)))
         return isinstance(answer, str) and self._echo.search(answer) is not None
 
-    def printable(self, text: str) -> str | None:
-        """Return at most 200 printable characters of a text, or None if nothing is left."""
+    def redact(self, text: str) -> str | None:
+        """Return at most 200 printable characters of a text, without the key; None if nothing is left."""
         # Redacted before the cut, so that no part of a key remains.
         text = self._echo.sub("***", " ".join(text.split())[: self._reach])
         text = text[:MAX_DETAIL]
-        if not text.isprintable():  # nearly all are, and each poll that a listener is told of may have an id
+        # Nearly all texts are printable; with listeners, this runs for each poll.
+        if not text.isprintable():
             text = "".join(c if c.isprintable() else " " for c in text)
         return text.strip() or None
 
 
-def _spellings(character: str) -> str:
-    """Return a pattern for one character of the key: letters and digits as they are, others escaped too."""
+def _build_pattern(character: str) -> str:
+    """Return a pattern for one character of the key: plain for a letter or a digit, else with all its escapes."""
     if character.isalnum():
         return character
     code = ord(character)
     code_hex = "".join(f"[{digit}{digit.upper()}]" for digit in f"{code:02x}")
-    forms = [  # longer forms first, so that no part of one remains
+    # Longer forms first, so that no part of one remains.
+    forms = [
         f"%{code_hex}",
         rf"\\u00{code_hex}",
         rf"\\{re.escape(character)}",
@@ -84,5 +89,6 @@ def _spellings(character: str) -> str:
         re.escape(character),
     ]
     if character == " ":
-        return f"(?:{'|'.join(forms)}|[+])+"  # runs of blanks are folded in the key, but maybe not in the text
+        # Runs of blanks are folded in the key, but perhaps not in the text.
+        return f"(?:{'|'.join(forms)}|[+])+"
     return f"(?:{'|'.join(forms)})"

@@ -1,7 +1,7 @@
-"""The transport: sends a request with aiohttp, reads its answer within limits, and retries single calls.
+"""`Transport`: sends requests with aiohttp, reads their answers within limits, and retries single calls.
 
-`protocol` interprets the answers. Whatever an exchange raises becomes a `TransportError`, or a `ClientClosedError` once
-the session is closed. Only cancellation passes through.
+protocol.py interprets the answers. Every exception of an exchange becomes a `TransportError`, or a `ClientClosedError`
+once the session is closed. Only cancellation and exits pass through.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ logger = logging.getLogger("aiokeyless")
 
 #: Seconds. If the service asks for a longer pause, the call fails, and the caller reads ``retry_after``.
 MAX_RETRY_AFTER: Final = 30.0
-#: Raised through an exchange as they are. Any other exception is a failure of the exchange.
+#: Exceptions that an exchange raises unchanged. Any other exception is a failure of the exchange.
 _PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 #: Bytes that aiohttp reads ahead, and decompresses at once.
 _BUFFER: Final = 1 << 18
@@ -89,7 +89,7 @@ class Transport:
         listeners: Listeners | None = None,
     ) -> None:
         self._base = URL(base_url)
-        # A checked URL has both.
+        # A checked URL has a host and a port.
         self._server, self._port = self._base.host or "", self._base.port or 0
         self._listeners = listeners
         self._now = asyncio.get_running_loop().time
@@ -113,26 +113,28 @@ class Transport:
                 connector=aiohttp.TCPConnector(limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 # Cheaper than per request: aiohttp then has nothing to merge.
-                headers=_headers(api_key),
+                headers=_make_headers(api_key),
             )
         self.max_connections: float = math.inf if self._owns_session else _max_connections(session)
         """Requests at once, of all that the session is used for: more would queue in its connector."""
         self._session = session
-        #: The sessions to close: our own, and later perhaps one that does not send the key. Views share the list.
+        # The sessions to close: our own, and later perhaps one that does not send the key. Views share this list.
         self._owned_sessions = [session] if self._owns_session else []
-        # aiohttp repeats a DELETE by itself if the connection is lost. The 404 of the second request would then look
+        # By itself, aiohttp repeats a DELETE if the connection is lost. The 404 of the second request would then look
         # like an answer to the first. A borrowed session keeps its own middlewares, which these would replace.
-        self._delete_options = {**self._options, "middlewares": (_send_once,)} if self._owns_session else self._options
-        # No total: aiohttp loses a cancellation by the caller that comes in the same turn of the loop as the timeout.
-        # It enters its timer twice, and takes both cancellations for its own. asyncio.timeout does not.
+        self._delete_options = (
+            {**self._options, "middlewares": (_send_without_repeating,)} if self._owns_session else self._options
+        )
+        # No total: aiohttp's timer is entered twice. If the caller cancels in the same turn of the loop as the timeout,
+        # it takes both cancellations for its own, and the caller's is lost. asyncio.timeout keeps that.
         self._call_timeout = aiohttp.ClientTimeout(total=None)
         # ceil_threshold: aiohttp would round a timeout of 5 s and more up to a whole second of the loop's clock.
-        # No sock_read: the poller ends an exchange in time, with one timer for all; aiohttp's costs 8% of a poll.
+        # No sock_read: the poller ends an exchange in time, with one timer for all. aiohttp's costs 8% of a poll.
         self._poll_timeout = aiohttp.ClientTimeout(total=None, sock_connect=request_timeout, ceil_threshold=math.inf)
         self._calls = _Calls()
 
     def with_max_attempts(self, max_attempts: int) -> Transport:
-        """Return this transport with another number of attempts, for one call; it shares the session and its calls."""
+        """Return a view of this transport with another number of attempts; it shares the session and the calls."""
         view = copy.copy(self)
         view._max_attempts = max_attempts  # noqa: SLF001  # a transport, too
         return view
@@ -150,16 +152,16 @@ class Transport:
         return _Call(self._calls)
 
     def url(self, request: protocol.Request[Any]) -> URL:
-        """Return the URL of a request; its path and query are encoded already and must not be encoded again."""
+        """Return the URL of a request, whose path and query are encoded already."""
         url = self._base.with_path(self._base_path + request.path, encoded=True)
         return URL(f"{url}?{request.query}", encoded=True) if request.query else url
 
     def path(self, url: URL) -> str:
-        """Return the API's path of such a URL, without the base path, for messages."""
+        """Return the path of such a URL without the base path, for messages."""
         return url.raw_path.removeprefix(self._base_path)
 
     def _shown_path(self, endpoint: protocol.Endpoint[Any], url: URL) -> str:
-        """Return the path for messages; one with an external user id, which may be personal, as it is documented."""
+        """Return the path for messages; an external user id may be personal, so then it is the documented route."""
         return endpoint.route if endpoint.is_personal else self.path(url)
 
     async def send(self, request: protocol.Request[T], *, attempt: int = 1) -> T:
@@ -174,9 +176,9 @@ class Transport:
         return await self._read_answer(endpoint, url, exchange, attempt=attempt)
 
     def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
-        """Poll an operation once; the caller has checked the id, and bounds the exchange by cancelling it.
+        """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
 
-        It returns the coroutine of the exchange, as one around it would cost each poll a little.
+        It returns the exchange's own coroutine: another one around it would make each poll a little slower.
         """
         path = self._base_path + protocol.operation_path(operation_id)
         url = self._base.with_path(path, encoded=True)
@@ -186,7 +188,7 @@ class Transport:
     async def _read_answer(
         self, endpoint: protocol.Endpoint[T], url: URL, exchange: Awaitable[protocol.Answer], *, attempt: int
     ) -> T:
-        """Do an exchange, read its answer, and report to the listeners how it ended."""
+        """Run an exchange, read its answer, and report the end to the listeners."""
         started = self._now()
         status: int | None = None
         request_id: str | None = None
@@ -221,46 +223,46 @@ class Transport:
                 )
 
     async def fetch(self, request: protocol.Request[T]) -> T:
-        """Send a request and read its answer; retry transient failures, with `max_attempts` attempts in total."""
+        """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total."""
         with self.call():
             try:
                 return await self.send(request)
             except KeylessError as error:
-                if not self._repeats(error, _IS_TRANSIENT):
+                if not self._should_repeat(error, _IS_TRANSIENT):
                     raise
-                return await self._again(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
+                return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
 
     async def retry(
         self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT
     ) -> T:
-        """Run an attempt; repeat it while `may_repeat` allows, with `max_attempts` attempts in total.
+        """Run an attempt. Repeat it while `may_repeat` allows, up to `max_attempts` attempts in total.
 
         Args:
-            attempt: The call; it is given the number of the attempt, from 1 on.
-            may_repeat: Whether to repeat it after this failure; by default after a transient one.
+            attempt: Called with the number of the attempt, from 1.
+            may_repeat: Returns whether to repeat it after a failure. Default: after a transient one.
         """
         try:
             return await attempt(1)
         except KeylessError as error:
-            if not self._repeats(error, may_repeat):
+            if not self._should_repeat(error, may_repeat):
                 raise
-            return await self._again(attempt, error, may_repeat)
+            return await self._repeat(attempt, error, may_repeat)
 
-    def _repeats(self, error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
-        return self._max_attempts > 1 and _worth_repeating(error, may_repeat)
+    def _should_repeat(self, error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
+        return self._max_attempts > 1 and _is_worth_repeating(error, may_repeat)
 
-    async def _again(
+    async def _repeat(
         self, attempt: Callable[[int], Awaitable[T]], error: KeylessError, may_repeat: Callable[[KeylessError], bool]
     ) -> T:
-        """Continue after the first attempt has failed. A call that succeeds at once does not pay for tenacity.
+        """Continue after the failure of the first attempt, so that a call that succeeds at once needs no tenacity.
 
-        tenacity's first attempt only raises the failure that has happened already.
+        tenacity's first attempt only raises that failure.
         """
-        # A traceback would keep answers alive as long as its error.
+        # A traceback would keep answers alive as long as its error lives.
         first = [error.with_traceback(None)]
         del error
         earlier: list[KeylessError] = []
-        # One object, once for each attempt.
+        # The same object, once for each attempt.
         states: list[RetryCallState] = []
 
         async def again() -> T:
@@ -269,14 +271,14 @@ class Transport:
             return await attempt(1 + len(earlier))
 
         def note(retry_state: RetryCallState) -> None:
-            failure = _failure(retry_state)
+            failure = _get_failure(retry_state)
             assert isinstance(failure, KeylessError)  # noqa: S101  # nothing else is repeated
             earlier.append(failure.with_traceback(None))
 
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=_pause,
-            retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _worth_repeating(e, may_repeat)),
+            retry=retry_if_exception(lambda e: isinstance(e, KeylessError) and _is_worth_repeating(e, may_repeat)),
             before=states.append,
             before_sleep=note,
             reraise=True,
@@ -285,11 +287,11 @@ class Transport:
             return await retrying(again)
         except (TransportError, DecodeError, StatusError) as last:
             last.failures = tuple(earlier)
-            # tenacity's frames have variables for it.
+            # tenacity's frames reference it.
             last.__traceback__ = None
             raise
         finally:
-            # Its steps reference `retrying` and the last failure.
+            # The steps in it reference `retrying` and the last failure.
             retrying.iter_state.reset()
             # An outcome may be a cancellation, whose traceback stays and references the state.
             while states:
@@ -313,15 +315,15 @@ class Transport:
         try:
             if timeouts is self._call_timeout:
                 async with asyncio.timeout(self.request_timeout):
-                    response, content = await self._answer(endpoint, url, timeouts, body)
+                    response, content = await self._request(endpoint, url, timeouts, body)
             else:
-                response, content = await self._answer(endpoint, url, timeouts, body)
-        # Most often a cancellation, on its way to the caller.
+                response, content = await self._request(endpoint, url, timeouts, body)
+        # Most often, a cancellation.
         except _PROPAGATED as interruption:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome, failure = self._failed(method, self._shown_path(endpoint, url), error), error
+            outcome, failure = self._make_error(method, self._shown_path(endpoint, url), error), error
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
@@ -336,58 +338,60 @@ class Transport:
                 path=path,
             )
         _drop_tracebacks(failure, handled=sys.exception())
-        # Raised outside the except block and without the frames of aiohttp. Their variables include the request's
-        # headers, and so the key. Error reporters print the local variables of every frame of a traceback, of its
-        # context and of its causes. The repr of a response shows its headers, which may echo the key.
+        # Raised outside the except block and without aiohttp's frames. Their variables include the request's headers,
+        # and so the key. Error reporters print the local variables of every frame of a traceback, of its context and of
+        # its causes. The repr of a response shows its headers, which may echo the key.
         response = body = failure = None
         try:
             raise outcome.with_traceback(None)
         finally:
-            del outcome  # otherwise the error and this frame would reference each other
+            # Otherwise the error and this frame would reference each other.
+            del outcome
 
-    async def _answer(
+    async def _request(
         self, endpoint: protocol.Endpoint[Any], url: URL, timeouts: aiohttp.ClientTimeout, body: bytes | None
     ) -> tuple[aiohttp.ClientResponse, bytes | None]:
-        """Send a request, and return its answer and the body; None if that is too large."""
+        """Send a request, and return its answer and the body; the body is None if it is too large."""
         options = self._delete_options if endpoint.method == "DELETE" else self._options
         session = self._session if endpoint.sends_key else self._session_without_key()
         response = await session.request(
-            endpoint.method, url, timeout=timeouts, data=body, headers=self._headers_of(endpoint, body), **options
+            endpoint.method, url, timeout=timeouts, data=body, headers=self._add_headers(endpoint, body), **options
         )
         try:
             return response, await _read(response, endpoint.max_body)
-        except BaseException:  # a cancellation too: what is left of the answer must not reach the next request
+        # After a cancellation, too, the rest of the answer must not reach the next request.
+        except BaseException:
             response.close()
             raise
 
     def _session_without_key(self) -> aiohttp.ClientSession:
-        """Return a session that sends no key: our own sends it with each request, a borrowed one with none."""
+        """Return a session that does not send the key by itself: our usual one does, a borrowed one does not."""
         if not self._owns_session:
             return self._session
         if self._owned_sessions[-1] is self._session:
             self._owned_sessions.append(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
         return self._owned_sessions[-1]
 
-    def _headers_of(self, endpoint: protocol.Endpoint[Any], body: bytes | None) -> dict[str, str] | None:
-        """Return the headers that the session does not already send."""
+    def _add_headers(self, endpoint: protocol.Endpoint[Any], body: bytes | None) -> dict[str, str] | None:
+        """Return the headers that the session does not send already."""
         if not endpoint.sends_key:
             return dict(_HEADERS)
-        headers = {} if self._owns_session else _headers(self._api_key)
+        headers = {} if self._owns_session else _make_headers(self._api_key)
         if body is not None:
             headers["Content-Type"] = "application/json"
         return headers or None
 
-    def _failed(self, method: str, path: str, failure: BaseException) -> KeylessError:
+    def _make_error(self, method: str, path: str, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
         if self._calls.are_closed:
             return ClientClosedError(f"the client was closed during {method} {path}; the request may have taken effect")
         if self._session.closed:
             return ClientClosedError("the session that the client borrowed is closed; close it after the client")
         logger.debug("%s %s failed: %s", method, path, type(failure).__name__)
-        # If connecting failed, nothing was sent. A total timeout does not tell how far the exchange got.
+        # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
         sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
         error: TransportError
-        cause, tls_error = _operating_system_error(failure), _tls_error(failure)
+        cause, tls_error = _find_system_error(failure), _find_tls_error(failure)
         if isinstance(failure, TimeoutError):
             error = RequestTimeoutError(
                 f"{method} {path} took longer than request_timeout={self.request_timeout:g} s; try again later",
@@ -396,7 +400,7 @@ class Transport:
                 sent=sent,
             )
         else:
-            words = self._words_of(tls_error) if tls_error is not None else cause and cause.strerror
+            words = self._describe_tls(tls_error) if tls_error is not None else cause and cause.strerror
             reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
             is_untrusted = isinstance(tls_error, ssl.SSLCertVerificationError)
             advice = "check base_url, and which authorities the session trusts" if is_untrusted else "try again later"
@@ -406,10 +410,10 @@ class Transport:
         error.__cause__ = cause
         return error
 
-    def _words_of(self, tls_error: ssl.SSLError) -> str | None:
-        """Return what OpenSSL says is wrong; a hook may raise such an error with any words, the key among them."""
+    def _describe_tls(self, tls_error: ssl.SSLError) -> str | None:
+        """Return OpenSSL's reason, redacted: a hook may raise such an error with any text, even with the key."""
         words = getattr(tls_error, "verify_message", None) or getattr(tls_error, "reason", None)
-        return self._redaction.printable(words if isinstance(words, str) else "TLS failed")
+        return self._redaction.redact(words if isinstance(words, str) else "TLS failed")
 
 
 class _Calls(set["_Call"]):
@@ -419,9 +423,9 @@ class _Calls(set["_Call"]):
 
 
 class _Call:
-    """One call of a client's method: `close` cancels it, and that cancellation becomes `ClientClosedError`.
+    """One call of a client's method. `close` cancels it, and this cancellation becomes `ClientClosedError`.
 
-    It works as ``asyncio.timeout`` does: a cancellation by the caller, even at the same instant, stays a cancellation.
+    As with ``asyncio.timeout``, a cancellation by the caller, even at the same instant, stays a cancellation.
     """
 
     __slots__ = ("_calls", "_cancelling", "_closed", "_task")
@@ -455,22 +459,25 @@ class _Call:
             ) from None
 
 
-def _headers(api_key: Secret) -> dict[str, str]:
+def _make_headers(api_key: Secret) -> dict[str, str]:
     return {"X-Api-Key": api_key.reveal(), **_HEADERS}
 
 
-async def _send_once(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """Turn the loss of a connection into an error on which aiohttp does not repeat the request."""
+async def _send_without_repeating(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Turn the loss of a connection into an error after which aiohttp does not repeat the request."""
     try:
         return await handler(request)
-    except aiohttp.ClientConnectorError:  # nothing was sent, and aiohttp does not repeat it
+    # Nothing was sent, and aiohttp does not repeat the request.
+    except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
         raise aiohttp.ClientConnectionError from error
 
 
 async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:
-    """Return the body, or None if it is larger than `max_body` after decompression; then close the connection."""
+    """Return the body. If it has more than `max_body` bytes after decompression, close the connection, return None."""
     content = response.content
     chunks: list[bytes] = []
     size = 0
@@ -483,61 +490,68 @@ async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None
             response.close()
             return None
         chunks.append(chunk)
-    return b"".join(chunks)  # does not copy a single chunk
+    # Does not copy a single chunk.
+    return b"".join(chunks)
 
 
-def _worth_repeating(error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
-    return may_repeat(error) and (_retry_after(error) or 0.0) <= MAX_RETRY_AFTER
+def _is_worth_repeating(error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
+    return may_repeat(error) and (_get_retry_after(error) or 0.0) <= MAX_RETRY_AFTER
 
 
-def _retry_after(error: BaseException | None) -> float | None:
+def _get_retry_after(error: BaseException | None) -> float | None:
     return error.retry_after if isinstance(error, StatusError) else None
 
 
 def _pause(retry_state: RetryCallState) -> float:
-    """Return a delay with full jitter, and at least the service's ``Retry-After``."""
-    return max(_FULL_JITTER(retry_state), _retry_after(_failure(retry_state)) or 0.0)
+    """Return a delay in seconds with full jitter, at least the service's ``Retry-After``."""
+    return max(_FULL_JITTER(retry_state), _get_retry_after(_get_failure(retry_state)) or 0.0)
 
 
-def _failure(retry_state: RetryCallState) -> BaseException | None:
+def _get_failure(retry_state: RetryCallState) -> BaseException | None:
     return retry_state.outcome.exception() if retry_state.outcome is not None else None
 
 
 def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | None) -> None:
     """Drop the tracebacks of a failure and of the exceptions behind it.
 
-    Frames of aiohttp have a variable for the failure. Without this, they, the request's headers and the socket would
-    stay until the garbage collector comes.
+    aiohttp's frames reference the failure. Without this, they, the request's headers and the socket would stay until
+    the garbage collector runs.
 
     Args:
         failure: The failure of an exchange.
-        handled: What the caller was handling when it made the call, if anything. Python has chained the failure to it,
-            but its traceback is the caller's.
+        handled: The exception that the caller was handling when it made the call, if any. Python has chained the
+            failure to it, but its traceback is the caller's.
     """
     while failure is not None and failure is not handled and failure.__traceback__ is not None:
         failure.__traceback__ = None
         failure = failure.__cause__ or failure.__context__
 
 
-def _tls_error(failure: BaseException) -> ssl.SSLError | None:
-    """Return the TLS error of a failure: aiohttp's wraps it while connecting, later it is the cause of an OSError."""
+def _find_tls_error(failure: BaseException) -> ssl.SSLError | None:
+    """Return the TLS error of a failure.
+
+    While connecting, aiohttp's error wraps it. Later, it is the cause of an OSError.
+    """
     for error in (getattr(failure, "os_error", None), failure, failure.__cause__):
         if isinstance(error, ssl.SSLError):
             return error
     return None
 
 
-def _operating_system_error(failure: BaseException) -> OSError | None:
-    """Return the operating system's error of a failure, by its number and in the system's own words.
+def _find_system_error(failure: BaseException) -> OSError | None:
+    """Return the operating system's error of a failure, with its number and the system's text for it.
 
-    The message of the failure itself is not shown, since it may contain the key. Some of aiohttp's errors carry the
-    request's headers, some quote the server, and a tracing hook can raise anything.
+    The failure's own text may contain the key: some of aiohttp's errors carry the request's headers, some quote the
+    server, and a tracing hook can raise anything.
     """
-    error = getattr(failure, "os_error", failure)  # aiohttp's wraps the operating system's
-    if _tls_error(failure) is not None:  # their numbers are OpenSSL's
+    # aiohttp's error wraps the operating system's.
+    error = getattr(failure, "os_error", failure)
+    # The numbers of TLS errors are OpenSSL's.
+    if _find_tls_error(failure) is not None:
         return None
+    # The resolver has its own numbers.
     if isinstance(error, socket.gaierror):
-        return socket.gaierror(error.errno, error.strerror)  # the resolver's numbers are its own
+        return socket.gaierror(error.errno, error.strerror)
     if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno > 0:
         return OSError(error.errno, os.strerror(error.errno))
     return None

@@ -1071,7 +1071,7 @@ def test_no_other_2xx_is_a_success(name: str, status: int) -> None:
     ids=plain,
 )
 def test_a_success_that_is_not_json_says_whether_there_was_a_body_at_all(body: bytes, kind: str) -> None:
-    assert f" answered 200 with {kind}; a gateway" in str(undecoded(body))
+    assert f" answered 200 with {kind}; check for a gateway" in str(undecoded(body))
 
 
 TWICE = [

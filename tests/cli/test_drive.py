@@ -155,7 +155,8 @@ async def test_what_is_no_sandbox_of_this_version_is_one_error_line(monkeypatch:
         monkeypatch.setenv("KEYLESS_BASE_URL", server.url)
         assert (await refusal("recover")).startswith(f"the server at {server.url} is not a sandbox; start one with:")
         assert await refusal("list") == (
-            f"the answer of the sandbox at {server.url} is not as expected; start it with the same version of aiokeyless"
+            f"the answer of the sandbox at {server.url} is not as expected; "
+            "start it with the same version of aiokeyless"
         )
     assert (await refusal("recover")).startswith(f"no sandbox answers at {server.url}; start one with:")
 
