@@ -1,6 +1,6 @@
 """aiokeyless: an asyncio client for the Keyless (PingOne Recognize) Operations API that waits for a human, correctly.
 
-All names of the client are exported here; the sandbox is in `aiokeyless.sandbox`, the worker in `aiokeyless.worker`.
+This module exports all names of the client. `aiokeyless.sandbox` has the sandbox, `aiokeyless.worker` the worker.
 """
 
 from . import _interruption as _interruption  # first: the others take long

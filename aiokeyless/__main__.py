@@ -1,6 +1,6 @@
-"""The entry point of the command ``aiokeyless`` and of ``python -m aiokeyless``; checks that the extra is installed.
+"""The entry point of the command ``aiokeyless`` and of ``python -m aiokeyless``.
 
-The command line itself is in ``aiokeyless/cli/``, which no other module imports.
+It checks that the extra ``cli`` is installed. ``aiokeyless/cli/`` has the command line; no other module imports that.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_INTERRUPTED: Final = 130  # as a shell reports it
+#: The exit code that shells use for an interrupted command.
+_INTERRUPTED: Final = 130
 
 
 def main() -> int:
-    """Run the command line; return its exit code."""
+    """Run the command line, and return its exit code."""
     try:
-        return _command_line()()
-    except KeyboardInterrupt:  # while it was imported: later, the command line reports it by itself
+        return _load_command_line()()
+    # Only during the import: later, the command line handles Ctrl-C.
+    except KeyboardInterrupt:
         sys.stderr.write("aiokeyless: interrupted\n")
         return _INTERRUPTED
 
 
-def _command_line() -> Callable[[], int]:
+def _load_command_line() -> Callable[[], int]:
     try:
         from aiokeyless.cli import run  # noqa: PLC0415  # needs the extra
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Checks of arguments and identifiers: each returns the value to use, or an error that states what is valid.
+"""The checks of arguments and identifiers: each returns the value to use, or raises an error that says what is valid.
 
 Nothing here does I/O.
 """
@@ -23,17 +23,19 @@ from .models import Region, Secret
 if TYPE_CHECKING:
     from .events import Listener
 
-MAX_IDENTIFIER: Final = 512  # characters: longer than the ids in use, and below the URL limits of gateways
+#: Characters: more than the ids in use have, and within the URL limits of gateways.
+MAX_IDENTIFIER: Final = 512
 
 
 def check_operation_id(operation_id: str) -> str:
     """Return the operation id unchanged, if it can be sent as one path segment.
 
     Raises:
-        InvalidIdentifierError: Not a string; empty, too long, ``.`` or ``..`` (a URL path would drop them); it contains
-            control characters or lone surrogates; or it is the JSON of a ticket.
+        InvalidIdentifierError: It is not a string of 1 to 512 characters. It is ``.`` or ``..``, which a URL path would
+            drop. It contains control characters or lone surrogates. Or it is the JSON of a ticket.
     """
-    if _is_ticket(operation_id):  # before its length: many are longer than an id
+    # Before the length, since many tickets are too long for an id.
+    if _is_ticket(operation_id):
         raise InvalidIdentifierError(
             "operation_id must be an id, not the text of a ticket; pass ApprovalTicket.from_json(...) of that text",
             argument="operation_id",
@@ -45,15 +47,16 @@ def _is_ticket(value: object) -> bool:
     return isinstance(value, str) and _TICKET_FIELD in value and value.lstrip().startswith("{")
 
 
-_TICKET_FIELD: Final = '"payload_sha256"'  # the field of a ticket's JSON that nothing else is likely to have
-#: Of identifiers; one or two characters may be dots.
+#: A field of a ticket's JSON that other texts are not likely to contain.
+_TICKET_FIELD: Final = '"payload_sha256"'
+#: Lengths that are valid for any identifier: shorter ones may be dots.
 _CERTAIN_LENGTHS: Final = frozenset(range(len("..") + 1, MAX_IDENTIFIER + 1))
 
 
 def are_operation_ids(values: list[str]) -> bool:
-    """Return whether all of these are operation ids, without a doubt; else `check_operation_id` decides on each.
+    """Return whether all values are certainly operation ids. If False, check each with `check_operation_id`.
 
-    A hundred thousand take a tenth of the time that it takes, and block the event loop for so much less.
+    For a hundred thousand ids, this blocks the event loop for a tenth of the time.
     """
     joined = "".join(values)
     return joined.isprintable() and _TICKET_FIELD not in joined and _CERTAIN_LENGTHS.issuperset(map(len, values))
@@ -63,7 +66,7 @@ def check_external_user_id(external_user_id: str) -> str:
     """Return the external user id unchanged, if it can be sent as one path segment.
 
     Raises:
-        InvalidIdentifierError: As for an operation id; the message does not show it, since it may be personal data.
+        InvalidIdentifierError: As for an operation id. The message does not show the id: it may be personal data.
     """
     return _check_segment(external_user_id, "external_user_id", shows=False)
 
@@ -95,7 +98,7 @@ def _check_segment(text: str, name: str, *, shows: bool = True) -> str:
         )
     if text in {".", ".."}:
         raise InvalidIdentifierError(f"{name} must not be {text!r}: a URL path cannot carry it", argument=name)
-    # A printable string contains neither, and isprintable() is much faster.
+    # A printable string contains neither of these, and isprintable() is much faster.
     if not text.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} for c in text):
         raise InvalidIdentifierError(
             f"{name} must not contain control characters or lone surrogates{f': {text[:80]!r}' if shows else ''}",
@@ -111,7 +114,7 @@ def check_user_id(user_id: str) -> str:
     """Return the user id in upper case, as the service requires it.
 
     Raises:
-        InvalidIdentifierError: Not a string of 1 to 512 hex digits.
+        InvalidIdentifierError: It is not a string of 1 to 512 hex digits.
     """
     if not isinstance(user_id, str):
         raise InvalidIdentifierError(
@@ -129,7 +132,7 @@ def check_text(text: str | None, name: str) -> str | None:
     """Return an optional text unchanged, if JSON can carry it.
 
     Raises:
-        ConfigurationError: Neither a string nor None; it contains lone surrogates.
+        ConfigurationError: It is neither a string nor None, or contains a lone surrogate.
     """
     if text is None:
         return None
@@ -144,11 +147,11 @@ def check_text(text: str | None, name: str) -> str | None:
     return text
 
 
-def required_text(text: str, name: str) -> str:
+def check_required_text(text: str, name: str) -> str:
     """Return a text unchanged, if JSON can carry it.
 
     Raises:
-        ConfigurationError: It is not a string; it contains lone surrogates.
+        ConfigurationError: It is not a string, or contains a lone surrogate.
     """
     checked = check_text(text, name)
     if checked is None:
@@ -160,20 +163,20 @@ _TRACEPARENT: Final = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re
 
 
 def is_traceparent(value: object) -> bool:
-    """Return whether this is a position in a trace as W3C Trace Context writes it."""
+    """Return whether this is a ``traceparent`` of W3C Trace Context."""
     return isinstance(value, str) and _TRACEPARENT.fullmatch(value) is not None
 
 
 def seconds(value: object, name: str, *, zero: bool = False) -> float:
-    """Check an argument that is a number of seconds.
+    """Return an argument that is a number of seconds, perhaps infinite.
 
     Args:
-        value: What the caller gave.
+        value: The argument.
         name: The argument's name, for the message.
-        zero: Whether 0 is allowed.
+        zero: Whether 0 is valid.
 
     Raises:
-        ConfigurationError: It is not a number, is NaN, or is not positive.
+        ConfigurationError: It is not a number, is NaN, is negative, or is 0 without `zero`.
     """
     try:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
@@ -191,10 +194,10 @@ def seconds(value: object, name: str, *, zero: bool = False) -> float:
 
 
 def finite_seconds(value: object, name: str) -> float:
-    """Check an argument that is a finite number of seconds.
+    """Return an argument that is a finite number of seconds.
 
     Args:
-        value: What the caller gave.
+        value: The argument.
         name: The argument's name, for the message.
 
     Raises:
@@ -209,9 +212,8 @@ def finite_seconds(value: object, name: str) -> float:
 def read_api_key(api_key: object) -> Secret | ConfigurationError:
     """Return the key without surrounding blanks, or the error to raise.
 
-    The error is returned, not raised, so that no frame of its traceback has the key among its local variables: error
-    reporters print those. A key that is absent, empty or not printable ASCII is an error; the message never contains
-    the key.
+    A key that is absent, empty or not printable ASCII is an error. The message never contains the key. The error is
+    returned, not raised: error reporters print local variables, and a frame of its traceback would have the key.
     """
     if api_key is None:
         return ConfigurationError("no API key: pass api_key or set KEYLESS_API_KEY", argument="api_key")
@@ -234,7 +236,7 @@ def check_region(region: Region | str) -> Region:
     """Return the region by its name.
 
     Raises:
-        ConfigurationError: Unknown.
+        ConfigurationError: There is no such region.
     """
     try:
         return Region(region)
@@ -245,23 +247,24 @@ def check_region(region: Region | str) -> Region:
         ) from None
 
 
-# Only what urlsplit and yarl parse in the same way: no zone, no percent sign, ASCII. (The connection uses yarl's
-# result.) Resolving an empty or a longer label raises something other than an OSError.
+# Only hosts that urlsplit and yarl, whose result the connection uses, parse in the same way: ASCII, no zone, no percent
+# sign. Resolving an empty or a longer label would raise something other than an OSError.
 _LABEL: Final = "[a-z0-9_-]{1,63}"
 _AUTHORITY: Final = re.compile(
     rf"(?:\[[0-9a-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?)(?::0*[1-9][0-9]*)?", re.ASCII | re.IGNORECASE
 )
 
 
-API_VERSION: Final = "/v2"  # every path of the API begins with it
+#: Every path of the API begins with this.
+API_VERSION: Final = "/v2"
 
 
 def check_base_url(base_url: str) -> str:
     """Return the base URL without a trailing slash.
 
     Raises:
-        ConfigurationError: Not an absolute https URL (http is for loopback hosts only); it contains userinfo, a query
-            or a fragment; its host can be parsed in more than one way; or it ends in the API's own ``/v2``.
+        ConfigurationError: It is not an absolute https URL (http is for loopback hosts only). It contains userinfo, a
+            query or a fragment. Its host is ambiguous. Or it ends in the API's own ``/v2``.
     """
     if not isinstance(base_url, str):
         raise ConfigurationError(f"base_url must be a string, not {type(base_url).__name__}", argument="base_url")
@@ -272,11 +275,15 @@ def check_base_url(base_url: str) -> str:
         )
     try:
         parts = urlsplit(base_url)
-        _ = parts.port  # raises on a bad one, also where yarl does not
+        # Raises for an invalid port, even if yarl does not.
+        _ = parts.port
         url = URL(base_url)
-        host = url.raw_host  # the host that will be connected to, so the one to check
-        _ = url.host  # raises if a label that begins with xn-- does not encode a name
-    except ValueError:  # its text may quote userinfo
+        # The host that the client will connect to, so the one to check.
+        host = url.raw_host
+        # Raises if a label that begins with xn-- does not encode a name.
+        _ = url.host
+    # Its text may quote userinfo.
+    except ValueError:
         raise ConfigurationError(
             "base_url is not a valid URL; an example is https://api.keyless.io", argument="base_url"
         ) from None
@@ -292,7 +299,7 @@ def check_base_url(base_url: str) -> str:
     base_url = base_url.rstrip("/")
     if base_url.endswith(API_VERSION):
         raise ConfigurationError(
-            f"base_url must not end in {API_VERSION}, with which each path of the API begins; write "
+            f"base_url must not end in {API_VERSION}, since each path of the API begins with it; write "
             f"{base_url.removesuffix(API_VERSION)}",
             argument="base_url",
         )
@@ -328,7 +335,7 @@ def whole_number(value: object, name: str) -> int:
 
 
 def check_rate(rate: object, name: str) -> float | None:
-    """Return a number of polls a second; None where there is no limit.
+    """Return a number of polls a second, or None for no limit.
 
     Raises:
         ConfigurationError: It is neither None nor a positive, finite number.
@@ -368,7 +375,7 @@ def check_on_poll(on_poll: object) -> None:
 def check_listeners(listeners: object) -> tuple[Listener, ...]:
     if not isinstance(listeners, Iterable) or isinstance(listeners, str | bytes):
         raise ConfigurationError(
-            f"listeners must be several functions, such as a list, not {type(listeners).__name__}", argument="listeners"
+            f"listeners must be a list of functions, not {type(listeners).__name__}", argument="listeners"
         )
     checked = tuple(listeners)
     for listener in checked:
@@ -378,6 +385,7 @@ def check_listeners(listeners: object) -> tuple[Listener, ...]:
             )
         if any(inspect.iscoroutinefunction(function) for function in (listener, type(listener).__call__)):
             raise ConfigurationError(
-                "each of listeners must be a plain function: an async one would never be awaited", argument="listeners"
+                "each of listeners must be a plain function: the client never awaits an async one",
+                argument="listeners",
             )
     return checked

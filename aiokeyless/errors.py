@@ -1,7 +1,7 @@
-"""The exceptions of the client, under one root.
+"""All exceptions of the library, under one root.
 
-Each carries its facts (status, path, operation) as attributes, and a one-line message: what happened and what to do.
-The message never contains an API key, a payload or a raw body. All can be pickled.
+Each has its facts (status, path, operation) as attributes, and a message of one line: what happened and what to do. The
+message never contains an API key, a payload or a raw body. All can be pickled.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ __all__ = [
 ]
 
 
-#: The documentation says "try again later" of a 500; the rest are what gateways send for a moment.
+#: Statuses that gateways send for a moment. Every 5xx is transient too: of a 500, the documentation says "try again
+#: later".
 TRANSIENT_STATUSES: Final = frozenset({408, 425, 429})
 
 
 class ClientClosedError(KeylessError, RuntimeError):
     """The client was closed before the call or during it.
 
-    What to do: close the client only after its work is done. A create that was interrupted may have taken effect, and
-    the operation of a wait may be approved by now: check with ``get_operation``.
+    What to do: close the client only after its work is done. An interrupted create may have taken effect, and the
+    operation of a wait may be approved by now. Check with ``get_operation``.
 
     Attributes:
-        operation_id: The operation of a create that was interrupted; None for any other call.
+        operation_id: The operation of an interrupted create; None for any other call.
     """
 
     operation_id: str | None = None
@@ -74,7 +75,7 @@ class TransportError(KeylessError):
     Attributes:
         method: HTTP method of the request.
         path: Path of the request, percent-encoded.
-        sent: False if the request certainly never left this machine, so that it cannot have had an effect.
+        sent: False if the request certainly never left this machine, and so had no effect.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
         failures: How the earlier tries of the same call failed, oldest first.
     """
@@ -102,9 +103,9 @@ class RequestTimeoutError(TransportError, TimeoutError):
 
 
 class DecodeError(KeylessError):
-    """A 2xx whose body is JSON of the wrong shape, or repeats the API key in a text: it is not what the API documents.
+    """A 2xx whose JSON has a shape that the API does not document, or repeats the API key.
 
-    What to do: check ``base_url`` and the proxies; if they are correct, upgrade the library or report the message.
+    What to do: check ``base_url`` and the proxies. If they are correct, upgrade the library or report the message.
 
     Attributes:
         status: HTTP status, 2xx.
@@ -127,10 +128,10 @@ class DecodeError(KeylessError):
 
 
 class NotJsonError(DecodeError):
-    """A 2xx whose body is not JSON at all: most often the page of a gateway or of a captive portal.
+    """A 2xx whose body is not JSON, most often the page of a gateway or of a captive portal.
 
-    What to do: it is treated as a transient failure. If it persists, something between you and Keyless answers instead
-    of Keyless.
+    What to do: try again later, as it counts as a transient failure. If it persists, something between you and Keyless
+    answers in its place: check ``base_url`` and the proxies.
     """
 
     @property
@@ -142,8 +143,8 @@ class NotJsonError(DecodeError):
 class StatusError(KeylessError):
     """The service, or a gateway in front of it, answered with an error status or a redirect.
 
-    What to do: see the subclass. A plain `StatusError` is a status that the API does not document. A 3xx means that
-    ``base_url`` is not the API's. Redirects are never followed, as that would send the key to another host.
+    What to do: see the subclass. The API does not document the status of a plain `StatusError`. A 3xx means that
+    ``base_url`` is not the API's. The client never follows redirects, as that would send the key to another host.
 
     Attributes:
         status: HTTP status.
@@ -151,8 +152,8 @@ class StatusError(KeylessError):
         path: Path of the request, percent-encoded.
         request_id: The service's id of the exchange, or None if it sent none.
         retry_after: Seconds to wait before the next request, from ``Retry-After``; None if the service sent none.
-        detail: At most 200 printable characters of the error body, the API key redacted; or None. It may quote what
-            you sent, including a payload: consider that before you log it.
+        detail: At most 200 printable characters of the error body, with the API key redacted; or None. Before you log
+            it, consider that it may quote your request, including a payload.
         operation_id: The operation of a create that failed, for ``get_operation``; None for any other call.
         failures: How the earlier tries of the same call failed, oldest first.
     """
@@ -183,7 +184,7 @@ class StatusError(KeylessError):
 
     @property
     def is_transient(self) -> bool:
-        """True of 408, 425, 429 and 5xx; see `KeylessError.is_transient`."""
+        """True for 408, 425, 429 and 5xx; see `KeylessError.is_transient`."""
         return self.status in TRANSIENT_STATUSES or 500 <= self.status < 600
 
 
@@ -199,8 +200,8 @@ class BadRequestError(StatusError):
 class AuthenticationError(StatusError):
     """401: the API key is wrong, missing, or of another region.
 
-    What to do: check that it is the secret server key of your tenant, issued for this region or ``base_url``. Two other
-    keys are confused with it: the one that downloads the SDK, and the API key that the mobile SDK is set up with.
+    What to do: use the secret server key of your tenant, issued for this region or ``base_url``. Two other keys do not
+    work here: the one for downloading the SDK, and the API key in the configuration of the mobile SDK.
     """
 
     advice = (
@@ -221,8 +222,8 @@ class PermissionDeniedError(StatusError):
 class NotFoundError(StatusError):
     """404: no such operation or user.
 
-    What to do: check the id. An operation that the phone will create does not exist until the user has approved it:
-    wait for it with ``if_missing="wait"``.
+    What to do: check the id. An operation that the phone will create does not exist until the user has approved it.
+    Wait for it with ``if_missing="wait"``.
     """
 
     advice = 'no such operation or user; check the id (for one that the phone creates: wait with if_missing="wait")'
@@ -238,7 +239,7 @@ class NotAcceptableError(StatusError):
 
 
 class ConflictError(StatusError):
-    """409: the operation id is taken by another operation.
+    """409: another operation has the operation id.
 
     What to do: use a new id (``operation_id=None`` generates one), or read the existing one with ``get_operation``.
     """
@@ -247,13 +248,13 @@ class ConflictError(StatusError):
 
 
 class AlreadyApprovedError(ConflictError):
-    """The operation id names an operation of the same content that is approved already.
+    """The operation id belongs to an operation with the same content that is approved already.
 
-    The approval may belong to an earlier request that has been acted on: one approval must not count twice.
+    The approval may belong to an earlier request that you have acted on. One approval must not count twice.
 
-    What to do: check your own record of this id. If this approval was acted on, do nothing. If you asked and never
-    learned the outcome, the approval is the answer: `wait_for_approval` with the ticket that you kept, or with
-    ``ApprovalTicket.for_operation``, returns it. Otherwise ask again under a new id.
+    What to do: check your own record of this id. If you acted on this approval, do nothing. If you asked and never
+    learned the outcome, the approval is the answer: `wait_for_approval` returns it, with the ticket that you kept or
+    with ``ApprovalTicket.for_operation``. Otherwise, ask again under a new id.
     """
 
     advice = "the operation exists and is approved already, maybe for an earlier request; check your own record of it"
@@ -271,7 +272,7 @@ class UnsupportedMediaTypeError(StatusError):
 class RateLimitError(StatusError):
     """429: too many requests.
 
-    What to do: wait ``retry_after`` seconds if it is given. Use one client in the process, so that all requests share
+    What to do: wait ``retry_after`` seconds, if it is not None. Use one client per process, so that all requests share
     its limits.
     """
 
@@ -289,12 +290,12 @@ class ServerError(StatusError):
 
 
 class AmbiguousUserError(KeylessError):
-    """Several users have the external user id, perhaps in another case: the search ignores case.
+    """Several users have the external user id. The search ignores case.
 
     What to do: choose among `user_ids` by your own record of the user, and use ids that differ in more than case.
 
     Attributes:
-        user_ids: The users, in hex.
+        user_ids: The ids of these users, in hex.
     """
 
     def __init__(self, message: str, *, user_ids: tuple[str, ...]) -> None:
@@ -321,7 +322,7 @@ class SignatureReason(StrEnum):
 
 _REASONS: Final = {
     SignatureReason.MALFORMED: "it is not a token of the documented form",
-    SignatureReason.UNKNOWN_KEY: "the tenant has no valid key of its kid",
+    SignatureReason.UNKNOWN_KEY: "the tenant has no valid key with its kid",
     SignatureReason.BAD_SIGNATURE: "its signature is wrong",
     SignatureReason.WRONG_ALGORITHM: "its algorithm is not the key's",
     SignatureReason.WRONG_USER: "another user signed it",
@@ -338,8 +339,8 @@ _REASONS: Final = {
 class SignatureError(KeylessError):
     """A signed transaction is refused. The message shows neither the token nor a key.
 
-    What to do: do not count it as evidence, and keep the token for an investigation. If the keys were unavailable,
-    verify it again later.
+    What to do: do not use it as evidence, and keep the token for an investigation. If the keys were unavailable, verify
+    it again later.
 
     Attributes:
         reason: Why it is refused.
@@ -361,12 +362,12 @@ class ApprovalError(KeylessError):
     What to do: do not treat the operation as approved. See the subclass.
 
     Attributes:
-        operation_id: The operation that was waited for.
-        last_operation: What the deciding poll returned; None if that was a failure, or if none was answered.
-        last_error: The last transient failure of the wait, or None if there was none.
-        polls: Polls sent on behalf of this wait.
+        operation_id: The operation of the wait.
+        last_operation: The answer of the deciding poll; None if that poll failed, or no poll was answered.
+        last_error: The last transient failure of the wait, or None.
+        polls: Number of polls that were sent for this wait.
         elapsed: Duration of the wait, in seconds.
-        ticket: The ticket that was waited for, or None if the wait was given an id.
+        ticket: The ticket of the wait; None if it waited for an id.
     """
 
     def __init__(
@@ -393,12 +394,12 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
     """The deadline passed, and the final poll found the operation still pending.
 
     What to do: refuse what the user wanted to do. A timeout is not a denial: the API has no cancel, so the user can
-    still approve later. Check with ``get_operation(operation_id)`` before you repeat anything, and never treat a
-    late approval as the answer to a newer question.
+    still approve later. Check with ``get_operation(operation_id)`` before you repeat anything. Never treat a late
+    approval as the answer to a newer question.
 
     Attributes:
         attempts: The user's attempts to authenticate for this operation, oldest first, as far as a wait with
-            ``explain=True`` learned of them; else empty. They explain, and decide nothing.
+            ``explain=True`` knows them; else empty. They explain, and decide nothing.
     """
 
     attempts: tuple[Authentication, ...] = ()
@@ -413,35 +414,35 @@ class ApprovalUnknownError(ApprovalTimeoutError):
 
 
 class OperationMismatchError(ApprovalError):
-    """The answer is about another operation, user or payload than the expected one.
+    """The answer is about an operation, user or payload other than the expected one.
 
-    What to do: refuse, and investigate: a proxy mixes up answers, or someone else uses your operation ids.
+    What to do: refuse, and investigate. A proxy may mix up answers, or someone else may use your operation ids.
     """
 
 
 class InconsistentOperationError(ApprovalError):
     """The answer contradicts itself (approved, but result is false), or its state is unknown.
 
-    What to do: refuse; if the state is new in the API, upgrade the library.
+    What to do: refuse. If the state is new in the API, upgrade the library.
     """
 
 
 class BrokerError(KeylessError):
-    """The broker cannot be reached, does not permit what is asked of it, or has no stream with the right settings.
+    """The broker cannot be reached, does not permit an action, or has no stream with the right settings.
 
-    What to do: the message says; fix the address, the permissions or the stream, and start again. What the broker has
-    stored waits there.
+    What to do: fix the address, the permissions or the stream, as the message says, and start again. The broker keeps
+    what it has stored.
 
     Attributes:
-        operation_id: Of `submit_approval`, where the request may be stored or not: submit it again under this id, and
-            it is the same request. Else None.
+        operation_id: The operation of a `submit_approval` whose outcome is unknown. Submit it again under this id: it
+            is then the same request, even if the broker has stored the first one. Else None.
     """
 
     operation_id: str | None = None
 
 
 class InvalidRequestError(KeylessError):
-    """A message is not a request for an approval, and does not become one by being delivered again.
+    """A message is not a request for an approval. Delivering it again does not help.
 
-    What to do: fix what publishes it; `aiokeyless.worker.submit_approval` publishes correct requests.
+    What to do: fix the application that publishes it, or let it use `aiokeyless.worker.submit_approval`.
     """

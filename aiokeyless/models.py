@@ -1,7 +1,7 @@
 """The service's requests and answers as frozen msgspec structs, their enums, and `Secret`.
 
-Names are snake_case here and camelCase on the wire; unknown fields are ignored, so that a newer service does not
-break an older client. Nothing here does I/O, and no ``repr`` of an answer shows a key or a payload.
+Names are snake_case here and camelCase on the wire. Unknown fields are ignored, so that a newer service does not break
+an older client. Nothing here does I/O, and no ``repr`` of an answer shows a key or a payload.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class Region(StrEnum):
-    """The regions of the service; an API key belongs to one of them."""
+    """The regions of the service; each API key belongs to one."""
 
     EU = "eu"
     US = "us"
@@ -42,14 +42,14 @@ class Region(StrEnum):
 
 
 class OperationState(StrEnum):
-    """The documented values of `Operation.state`, which stays an open string."""
+    """The documented values of `Operation.state`, which may have any other."""
 
     PENDING = "pending"
     APPROVED = "approved"
 
 
 class AuthType(StrEnum):
-    """The documented values of ``auth_type``, which stays an open string."""
+    """The documented values of ``auth_type``, which may have any other."""
 
     BIOMETRIC = "biom"
     PIN = "pin"
@@ -80,12 +80,13 @@ class Secret:
         return "***"
 
     def __format__(self, _spec: str) -> str:
-        return "***"  # a width or a precision would reveal the length
+        # Without the width and the precision, which would reveal the length.
+        return "***"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        # surrogatepass: a key from a hostile answer may contain lone surrogates, and comparing must not raise
+        # surrogatepass, so that it does not raise: a key from a hostile answer may contain lone surrogates.
         return hmac.compare_digest(
             self._text.encode("utf-8", "surrogatepass"), other._text.encode("utf-8", "surrogatepass")
         )
@@ -103,12 +104,12 @@ class Secret:
         return Secret, ("",)
 
 
-#: Of these a repr shows only the length: a payload is confidential, an external user id may be personal data.
+#: A repr shows only the length of these: a payload is confidential, an external user id may be personal data.
 _REDACTED: Final = frozenset({"operation_payload", "external_user_id", "transaction_data"})
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of what is private."""
+    """Base of the structs: wire names in camelCase, and a ``repr`` that shows only the length of private texts."""
 
     def __rich_repr__(self) -> Iterator[tuple[str, object]]:  # type: ignore[override]  # msgspec's says Any
         for name in self.__struct_fields__:
@@ -124,7 +125,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class _Redacted:
-    """Placeholder for a private text in a ``repr``; not a string, since rich would quote that."""
+    """Placeholder for a private text in a ``repr``. It is not a string, since rich would quote that."""
 
     __slots__ = ("_length",)
 
@@ -135,7 +136,7 @@ class _Redacted:
         return f"<{self._length} characters>"
 
 
-# The documented form: at most nine fractional digits, no zone.
+#: The documented form: at most nine fractional digits, no zone.
 _TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?", re.ASCII)
 
 
@@ -147,13 +148,13 @@ class Operation(Model, frozen=True, kw_only=True):
         timestamp: Creation time as the service wrote it; its zone is not documented.
         node_id: Name of the service that created it.
         user_id: The user, in hex.
-        api_key: The customer's SDK API key, which the answer contains; None if it does not.
+        api_key: The customer's SDK API key; None if the answer does not contain it.
         external_user_id: The customer's own id of the user, or None.
         operation_id: The customer's id of the operation.
-        operation_payload: What the user is asked to approve, or None.
+        operation_payload: The text for the user to approve, or None.
         result: "True if the operation is approved, false otherwise"; see `is_approved`.
         auth_type: How the user approved, see `AuthType`; or None.
-        state: ``"pending"`` or ``"approved"``, see `OperationState`; any other text is kept unchanged.
+        state: ``"pending"`` or ``"approved"``, see `OperationState`; any other text stays unchanged.
 
     Source: Keyless documentation, Server API / Operations, "Get operation".
     """
@@ -174,18 +175,20 @@ class Operation(Model, frozen=True, kw_only=True):
     def is_approved(self) -> bool:
         """Whether state is ``"approved"`` and result is true.
 
-        It does not compare ids: do that yourself, or use `wait_for_approval`, which does.
+        It does not compare ids. Do that yourself, or use `wait_for_approval`.
         """
         return self.state == OperationState.APPROVED and self.result is True
 
     @property
     def created_at(self) -> datetime | None:
-        """`timestamp` as a naive datetime, cut to microseconds; None if the text is not in the documented form."""
+        """`timestamp` as a naive datetime, cut to microseconds; None if it is not in the documented form."""
         if _TIMESTAMP.fullmatch(self.timestamp) is None:
             return None
         try:
-            return datetime.fromisoformat(self.timestamp)  # naive, since no zone is documented
-        except ValueError:  # such as the 31st of February
+            # Naive, since no zone is documented.
+            return datetime.fromisoformat(self.timestamp)
+        # Such as the 31st of February.
+        except ValueError:
             return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,11 +201,11 @@ class PendingOperation(Model, frozen=True, kw_only=True):
 
     Attributes:
         operation_id: The customer's id of the operation.
-        operation_payload: What the user is asked to approve, or None.
+        operation_payload: The text for the user to approve, or None.
         external_user_id: The customer's own id of the user, or None.
         auth_type: See `AuthType`; or None.
 
-    An operation's absence from the list does not prove that it was approved.
+    An operation that is not in the list is not necessarily approved.
 
     Source: Keyless documentation, Server API / Operations, "Get pending operations".
     """
@@ -213,7 +216,7 @@ class PendingOperation(Model, frozen=True, kw_only=True):
     auth_type: str | None = None
 
 
-# "Many of these are predictions only" (the vendor's page "Error handling"): the words must not accuse anybody.
+# "Many of these are predictions only" (the vendor's page "Error handling"), so the texts must not accuse anybody.
 _REASONS: Final = {
     534: "the user is not known or not active",
     535: "the device is not known or not active",
@@ -227,15 +230,15 @@ _REASONS: Final = {
 
 
 class Authentication(Model, frozen=True, kw_only=True):
-    """One attempt of a user to authenticate, as Telemetry tells it; it is never an approval.
+    """One attempt of a user to authenticate, as Telemetry reports it. It is never an approval.
 
-    Only an operation's own ``state`` and ``result`` approve. The documentation does not say which fields are optional,
-    so each may be missing.
+    Only an operation's own ``state`` and ``result`` approve. Any field may be None, since the documentation does not
+    say which ones are optional.
 
     Attributes:
-        created_at: When it was, as the service wrote it, or None; the zone is not documented.
-        result: ``"APPROVED"`` is the only documented value; any other text is kept unchanged. Or None.
-        error_code: 0 where nothing failed; or None. `reason` has words for the codes that are known.
+        created_at: Time of the attempt as the service wrote it, or None; its zone is not documented.
+        result: ``"APPROVED"`` is the only documented value; any other text stays unchanged. Or None.
+        error_code: 0 if nothing failed; or None. `reason` explains the known codes.
         operation_id: The customer's id of the operation that the attempt was for, or None.
         device_id: The user's device, or None.
         auth_type: How the user authenticated, see `AuthType`; or None.
@@ -252,33 +255,33 @@ class Authentication(Model, frozen=True, kw_only=True):
 
     @property
     def failed(self) -> bool:
-        """Whether an error code other than 0, or a result other than ``"APPROVED"``, says that the attempt failed.
+        """Whether the error code is not 0, or the result is not ``"APPROVED"``. None does not count as a failure.
 
-        An attempt that did not fail approves nothing: see `Operation.is_approved`.
+        An attempt that did not fail approves nothing. See `Operation.is_approved`.
         """
         return self.error_code not in {None, 0} or self.result not in {None, "APPROVED"}
 
     @property
     def reason(self) -> str | None:
-        """Words for `error_code`, in good faith; None for 0 and for a code that is not known.
+        """The likely meaning of `error_code`, in words; None for 0 and for unknown codes.
 
-        The words are those of the SDK's codes. That Telemetry uses the same codes is likely, but not documented: show
-        the number too. Codes from 30000 on are the user's, from 20000 on the integration's, others are internal.
+        It is the meaning of the SDK's error code. That Telemetry uses the same codes is not documented, so show the
+        number too. Codes from 30000 on are about the user, from 20000 on about the integration; others are internal.
         """
         return _REASONS.get(self.error_code or 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data under the attribute names, and the `reason`."""
+        """Return plain data under the attribute names, with `reason`."""
         return {**{name: getattr(self, name) for name in self.__struct_fields__}, "reason": self.reason}
 
 
 class Authentications(list[Authentication]):
-    """The attempts of the last ten minutes, as far as Telemetry's first page tells them.
+    """The attempts of the last ten minutes on Telemetry's first page.
 
     Args:
         attempts: The attempts, in the service's order, which is not documented.
-        truncated: Whether there are more pages. How to ask for them is not documented; to see fewer attempts on one
-            page, ask for those of one operation.
+        truncated: Whether there are more pages. How to request them is not documented. To get fewer attempts, request
+            those of one operation.
 
     Attributes:
         truncated: As above.
@@ -290,27 +293,27 @@ class Authentications(list[Authentication]):
 
 
 class TelemetryPage(msgspec.Struct, frozen=True, rename="camel"):
-    """Which page of Telemetry's answer this is."""
+    """The number of this page of Telemetry's answer, from 0, and the number of pages."""
 
     number: int | None = None
     total_pages: int | None = None
 
 
 class UserAuthentications(msgspec.Struct, frozen=True):
-    """The attempts of one user; the user was named in the request."""
+    """The attempts of one user, whom the request named."""
 
     authentications: list[Authentication]
 
 
 class TelemetryAnswer(msgspec.Struct, frozen=True):
-    """Answer to ``GET /v2/users/{userId}/authentications`` and to that of external users."""
+    """Answer to ``GET /v2/users/{userId}/authentications``, and to the same of external users."""
 
     content: list[UserAuthentications]
     page: TelemetryPage | None = None
 
     @property
     def attempts(self) -> Authentications:
-        """The attempts in the order in which they were answered."""
+        """The attempts, in the order of the answer."""
         page = self.page or TelemetryPage()
         return Authentications(
             (attempt for user in self.content for attempt in user.authentications),
@@ -322,7 +325,8 @@ class ExternalUser(Model, frozen=True, kw_only=True):
     """The link between a user and your own id of that user; a user has at most one.
 
     Attributes:
-        sdk_customer_id: The service's number of the customer; None if the link was found after a lost answer.
+        sdk_customer_id: The service's number of the customer; None if the answer was lost and the client searched for
+            the link.
         user_id: The user, in hex.
         external_user_id: Your own id of the user.
         created_at: Creation time as the service wrote it; its zone is not documented.
@@ -343,7 +347,7 @@ class ExternalUser(Model, frozen=True, kw_only=True):
 
 
 class User(Model, frozen=True, kw_only=True):
-    """A user who was found by an external user id, which the answer does not repeat.
+    """A user who was found by an external user id. The answer does not repeat that id.
 
     Attributes:
         user_id: The user, in hex.
@@ -371,12 +375,12 @@ class Device(Model, frozen=True, kw_only=True):
         user_id: The user, in hex.
         sdk_customer_id: The service's number of the customer.
         public_signing_key: The device's public key, base64; `KeylessClient.delete_device` takes it.
-        public_encryption_key: Its other public key, base64.
-        state: ``"ACTIVE"`` is the only documented value; any other text is kept unchanged.
+        public_encryption_key: The device's other public key, base64.
+        state: ``"ACTIVE"`` is the only documented value; any other text stays unchanged.
         created_at: Time of the enrolment as the service wrote it; its zone is not documented.
-        os_version: Its operating system, or None.
+        os_version: The device's operating system, or None.
         sdk_version: The version of the app's SDK, or None.
-        deleted_at: When it was removed, or None.
+        deleted_at: When the device was removed, as the service wrote it, or None.
 
     Source: Keyless documentation, Server API / Devices.
     """
@@ -400,14 +404,14 @@ class SignedTransaction(Model, frozen=True, kw_only=True):
     """What a verified token proves: this user signed this text at this time.
 
     Attributes:
-        user_id: The user, in upper case.
-        external_user_id: Your own id of the user as the token has it, or None.
-        transaction_data: The text that was signed.
-        issued_at: When it was signed, by the phone's clock; aware, UTC.
+        user_id: The user, in hex and upper case.
+        external_user_id: Your own id of the user, as in the token; or None.
+        transaction_data: The signed text.
+        issued_at: When the user signed, by the phone's clock; aware, UTC.
         key_id: The ``kid`` of the key.
         version: The version of the token's form, or None.
-        signed_sha256: SHA-256 of what was signed, in hex. Store it under a unique index to accept a token once: the
-            text of a token is no name for it, since one signature can be written in two ways.
+        signed_sha256: SHA-256 of the signed part of the token, in hex. Store it under a unique index to accept a token
+            once. The text of the token does not identify it, since one signature can be written in two ways.
     """
 
     user_id: str
@@ -430,7 +434,7 @@ class NewExternalUser(Model, frozen=True, kw_only=True):
 
 
 class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """Body of ``POST /v2/users/{userId}/operations``; absent fields are left out, not null."""
+    """Body of ``POST /v2/users/{userId}/operations``; a field that is None is left out."""
 
     operation_id: str
     operation_payload: str | None = None
@@ -438,7 +442,7 @@ class NewOperation(Model, frozen=True, kw_only=True, rename="camel", omit_defaul
 
 
 class SuccessAnswer(msgspec.Struct, frozen=True):
-    """Answer to a create or a deletion: ``success`` is documented as always true."""
+    """Answer to a create or a deletion; the documentation knows no other value than true."""
 
     success: bool
 
@@ -447,4 +451,5 @@ def decode_hook(kind: type, value: object) -> object:
     """Turn a JSON string into a `Secret`, for msgspec decoders."""
     if kind is Secret and isinstance(value, str):
         return Secret(value)
-    raise TypeError(f"Expected `str`, got `{type(value).__name__}`")  # msgspec adds the field's path
+    # msgspec adds the field's path.
+    raise TypeError(f"Expected `str`, got `{type(value).__name__}`")

@@ -1,8 +1,8 @@
 """pytest fixtures for users of the library: `keyless_sandbox`, `keyless_client`, `keyless_worker`, `keyless_broker`.
 
-pytest loads this module wherever aiokeyless is installed, so it imports the sandbox and the client only when a test
-requests them. Both run in the event loop of the test, which pytest-asyncio (either mode, any loop scope) or anyio's
-plugin provides. Each plugin accepts only async fixtures that are marked as its own, so each fixture is defined once per
+pytest loads this module whenever aiokeyless is installed, so it imports the rest of the library only when a test
+requests a fixture. The fixtures run in the event loop of the test, from pytest-asyncio (either mode, any loop scope) or
+anyio's plugin. Each plugin accepts only async fixtures that are marked as its own. So each fixture is defined once per
 plugin and scope, and the public fixtures select one.
 """
 
@@ -39,7 +39,7 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
             keyless_sandbox.approve("txn-1")
             assert await pay(keyless_client, ticket)
     """
-    sandbox: Sandbox = request.getfixturevalue(f"_keyless_sandbox_{_loop_of(request)}")
+    sandbox: Sandbox = request.getfixturevalue(f"_keyless_sandbox_{_find_loop(request)}")
     return sandbox
 
 
@@ -47,10 +47,10 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
 def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> KeylessClient:  # noqa: ARG001  # its order
     """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test.
 
-    It polls every 20 ms at first, since tests do not take the time that people take, and then less and less often, up
-    to every 2 s. A wait of two minutes takes about a hundred polls: milliseconds, on a clock that looptime moves.
+    It polls every 20 ms at first, since tests approve faster than people, and then less often, up to every 2 s. A wait
+    of two minutes takes about a hundred polls: milliseconds, if looptime moves the clock.
     """
-    client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_loop_of(request)}")
+    client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_find_loop(request)}")
     return client
 
 
@@ -66,24 +66,24 @@ def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient
             submission = await submit_approval(keyless_broker, "C0FFEE", operation_id="order-1")
             ...
     """
-    worker: ApprovalWorker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[0]
+    worker: ApprovalWorker = request.getfixturevalue(f"_keyless_worker_{_find_loop(request)}")[0]
     return worker
 
 
 @pytest.fixture
 def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorker) -> SqliteBroker:  # noqa: ARG001  # its order
-    """The broker of `keyless_worker`, in memory: give it to the code under test in place of its own."""
-    broker: SqliteBroker = request.getfixturevalue(f"_keyless_worker_{_loop_of(request)}")[1]
+    """The broker of `keyless_worker`, in memory. Pass it to the code under test in place of its own."""
+    broker: SqliteBroker = request.getfixturevalue(f"_keyless_worker_{_find_loop(request)}")[1]
     return broker
 
 
-def _schedule() -> wait_base:
+def _make_schedule() -> wait_base:
     from tenacity import wait_exponential  # noqa: PLC0415  # only when used
 
     return wait_exponential(multiplier=0.02, exp_base=1.1, max=2)
 
 
-def _loop_of(request: pytest.FixtureRequest) -> str:
+def _find_loop(request: pytest.FixtureRequest) -> str:
     """Return ``"anyio"`` if anyio runs the test, else the scope of the loop that pytest-asyncio provides for it."""
     if "anyio_backend" in request.fixturenames:
         backend = request.getfixturevalue("anyio_backend_name")
@@ -100,8 +100,8 @@ def _loop_of(request: pytest.FixtureRequest) -> str:
     return str(marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope"))
 
 
-def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # Any: each of them is overloaded
-    """Create the async fixtures for one kind of loop; new functions each time, since pytest-asyncio marks functions."""
+def _make_fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # Any: the decorators are overloaded
+    """Create the async fixtures for one kind of loop, as new functions, since pytest-asyncio marks functions."""
 
     async def sandbox() -> AsyncGenerator[Sandbox]:
         from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # only when used
@@ -110,7 +110,7 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
             yield sandbox
 
     async def client(keyless_sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
-        async with keyless_sandbox.client(schedule=_schedule()) as client:
+        async with keyless_sandbox.client(schedule=_make_schedule()) as client:
             yield client
 
     async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
@@ -119,7 +119,7 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
 
         async with (
             SqliteBroker(":memory:") as broker,
-            ApprovalWorker(keyless_client, broker, schedule=_schedule()) as worker,
+            ApprovalWorker(keyless_client, broker, schedule=_make_schedule()) as worker,
         ):
             yield worker, broker
 
@@ -127,10 +127,11 @@ def _fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # A
     return {f"{name}_{loop}": fixture(name=f"{name}_{loop}")(function) for name, function in names.items()}
 
 
-globals().update(_fixtures("anyio", pytest.fixture))
+globals().update(_make_fixtures("anyio", pytest.fixture))
 
-with suppress(ModuleNotFoundError):  # pytest-asyncio is optional
+# pytest-asyncio is optional.
+with suppress(ModuleNotFoundError):
     import pytest_asyncio
 
     for _scope in ("function", "class", "module", "package", "session"):
-        globals().update(_fixtures(_scope, partial(pytest_asyncio.fixture, loop_scope=_scope)))
+        globals().update(_make_fixtures(_scope, partial(pytest_asyncio.fixture, loop_scope=_scope)))

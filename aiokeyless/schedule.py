@@ -1,6 +1,6 @@
-"""When to poll next: `wait_adaptive`, and the call of any tenacity strategy for a delay.
+"""When to poll next: `wait_adaptive`, and `next_delay`, which calls any tenacity strategy.
 
-Nothing here reads a clock, sleeps or sends: the engines do, and report their observations to the schedule. Times are
+Nothing here reads a clock, sleeps or sends. The engines do, and report their observations to the schedule. Times are
 seconds since the operation was created.
 
 The method has three parts:
@@ -9,10 +9,10 @@ The method has three parts:
   polls is about ``sqrt(2 * poll_cost / h)`` (J. B. Keller, "Optimum checking schedules for systems subject to random
   failure", Management Science 21, 1974; R. E. Barlow, L. C. Hunter, F. Proschan, "Optimum checking procedures",
   J. SIAM 11, 1963). `_Curve.step` extends that to an h that changes before the next poll.
-* **Learn from the polls.** A poll shows only that the approval came since the previous one, a timeout only that it had
-  not come yet. Both are counted as such, as censored observations: `_Histogram`, `_estimate`.
-* **Forget.** The weight of an observation halves with every 500 later ones, so that the estimate follows changes in
-  how people behave. Never are more than half of them believed not to approve at all.
+* **Learn from the polls.** A poll shows only that the approval came since the previous one; a timeout, only that it had
+  not come yet. `_Histogram` and `_estimate` count both as censored observations.
+* **Forget.** The weight of an observation halves with every 500 later ones, so that the estimate follows changes in how
+  people behave. It never assumes that more than half of the users never approve.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _PRIOR_WAITS: Final = 3.0
 
 #: The factor by which one more observation reduces the weight of all earlier ones: a half-life of 500.
 _KEPT: Final = 0.5 ** (1 / 500)
-#: The share of users that is believed to never approve, at most. Waits that nobody answered (a load test, an
-#: outage of the push service) do not show when people approve. Beyond this share they are left out. Otherwise it would
-#: take hundreds of approvals to forget them.
+#: The largest share of users that is assumed to never approve. Unanswered waits (a load test, an outage of the push
+#: service) do not show when people approve. Beyond this share they are ignored. Otherwise it would take hundreds of
+#: approvals to forget them.
 _MOST_NEVER: Final = 0.5
-#: How far above it the share may stay, since the reduction is found by approximation.
+#: How far the share may stay above that, since the reduction is an approximation.
 _NEARLY: Final = 0.001
 #: The largest weight that an observation has before all weights are reduced.
 _LARGEST_GAIN: Final = 2.0**20
@@ -69,7 +69,7 @@ _LARGEST_GAIN: Final = 2.0**20
 #: in forty bins are spikes, and a schedule that is fitted to spikes polls at the wrong times.
 _KERNEL: Final = ((-2, 1 / 16), (-1, 4 / 16), (0, 6 / 16), (1, 4 / 16), (2, 1 / 16))
 
-#: Least width of the interval of an approval, in seconds, for an interval whose ends are equal.
+#: The smallest width of an approval's interval, in seconds, if its ends are equal.
 _INSTANT: Final = 0.001
 #: Density (waits per second) that is added everywhere, so that an interval without density is filled evenly.
 _NO_OPINION: Final = 1e-6
@@ -84,14 +84,14 @@ _HALVINGS: Final = 24
 #: Bounds of a strategy's delay, in seconds.
 MIN_DELAY: Final = 0.02
 _MAX_DELAY: Final = 3600.0
-#: Polls that are counted to find the number of the next one: a wait of days makes many, and each would count them all.
+#: The most polls that `attempt_at` counts: a wait of days has many, and each of them would count all before it.
 _MAX_COUNTED: Final = 256
 #: A RetryCallState needs an owner; this one is never run.
 _RETRYING: Final = Retrying()
 
 _STATE_VERSION: Final = 2
-#: Beyond every weight that can occur. As they fade, whole waits stay below 722 together, and pieces, which age others
-#: less, below six times that.
+#: Bounds above every weight that can occur. As the weights fade, whole waits stay below 722 together, and pieces, which
+#: age others less, below six times that.
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=10_000)]
 _Change = Annotated[float, msgspec.Meta(ge=-10_000, le=10_000)]
 
@@ -111,16 +111,16 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
     Each delay ends when the expected lateness is worth one more request. The schedule starts from a broad prior
     (approvals log-uniform over 1..120 s; one user in five never approves) and learns from `observe`, which the client
     calls for each of its waits. It works wherever tenacity takes a wait strategy: in sums, in ``wait_chain``, in a
-    plain ``AsyncRetrying``. One instance may be shared by all clients of one event loop; it has no lock.
+    plain ``AsyncRetrying``. All clients of one event loop may share an instance; it has no lock.
 
     Args:
         poll_cost: Seconds of lateness that one request is worth; above 0. A larger value means fewer requests and
             later answers. Default: 0.02. If people approve after 8 s (median), that is as prompt as one poll a second,
-            with 40% fewer requests. 0.3 takes a fifth of the requests and is 1.8 s late on average.
+            with 40% fewer requests. 0.3 needs a fifth of the requests, and is 1.8 s late on average.
         min_interval: Shortest delay in seconds; above 0. Default: 0.25.
         max_interval: Longest delay in seconds; at least ``min_interval``. Default: 20.
-        jitter: Fraction, 0 to 1, by which a delay varies at random in both directions, within the two bounds. 0 turns
-            it off. It spreads the polls of many clients. It is small because full jitter costs lateness. Default: 0.1.
+        jitter: Fraction, 0 to 1, by which a delay varies at random in both directions, within the two intervals. It
+            spreads the polls of many clients; 0 turns it off. Default: 0.1, since full jitter costs lateness.
 
     Raises:
         ConfigurationError: An argument is not a number or out of range.
@@ -142,27 +142,30 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         max_interval: float = 20.0,
         jitter: float = 0.1,
     ) -> None:
-        self._poll_cost = _number("poll_cost", poll_cost, _ABOVE_ZERO, _FINITE, "a number of seconds above 0")
-        self._min_interval = _number("min_interval", min_interval, _ABOVE_ZERO, _FINITE, "a number of seconds above 0")
-        self._max_interval = _number(
+        self._poll_cost = _check_number("poll_cost", poll_cost, _ABOVE_ZERO, _FINITE, "a number of seconds above 0")
+        self._min_interval = _check_number(
+            "min_interval", min_interval, _ABOVE_ZERO, _FINITE, "a number of seconds above 0"
+        )
+        self._max_interval = _check_number(
             "max_interval", max_interval, self._min_interval, _FINITE, "a number of seconds, at least min_interval"
         )
-        self._jitter = _number("jitter", jitter, 0.0, 1.0, "a fraction from 0 to 1")
+        self._jitter = _check_number("jitter", jitter, 0.0, 1.0, "a fraction from 0 to 1")
         self._observed = _Histogram([0.0] * _BINS, [0.0] * (_BINS + 1))
-        self._curve: _Curve | None = None  # of what was observed; computed when it is needed
+        # The curve of `_observed`; None: to be computed.
+        self._curve: _Curve | None = None
 
     def __call__(self, retry_state: RetryCallState) -> float:
         """Return the delay before the next poll.
 
         Args:
-            retry_state: tenacity's state of the call. Only ``seconds_since_start`` is read: seconds since the operation
-                was created, at the time of the answer from which the delay counts. None counts as 0.
+            retry_state: tenacity's state of the call. Only ``seconds_since_start`` is read: the age of the operation at
+                the answer from which the delay counts, in seconds. None counts as 0.
 
         Returns:
             Seconds, from ``min_interval`` to ``max_interval``.
         """
         start = retry_state.seconds_since_start
-        # In this form None, NaN and a negative number (a clock that ran backwards) all count as 0.
+        # None, NaN and a negative number (a clock that ran backwards) all count as 0.
         delay = self._interval(start if start and start > 0.0 else 0.0)
         shortest = max(delay * (1.0 - self._jitter), self._min_interval)
         longest = min(delay * (1.0 + self._jitter), self._max_interval)
@@ -179,8 +182,8 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
     def previous_poll(self, moment: float) -> float:
         """Return the time of the poll before the one at `moment`, if this schedule set both.
 
-        For an engine that keeps nothing of a wait between two polls but needs the previous poll's time for `observe`.
-        The result is an estimate: jitter, delayed polls and failed polls are not taken into account.
+        This is for an engine that keeps nothing of a wait between two polls, but needs the previous poll's time for
+        `observe`. It is an estimate that ignores jitter, delayed polls and failed polls.
 
         Args:
             moment: Seconds since the operation was created, at least 0.
@@ -216,20 +219,22 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         Raises:
             ConfigurationError: A time is not a number, negative or not finite, or ``until`` is before ``after``.
         """
-        after = _number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
+        after = _check_number("after", after, 0.0, _FINITE, "a number of seconds, at least 0")
         if until is not None:
-            until = _number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
-        if until is not None and after < _END:  # beyond the last bin, an approval shows only that it came later
+            until = _check_number("until", until, after, _FINITE, "a number of seconds, at least after, or None")
+        # Beyond the last bin, an approval shows only that it came later.
+        if until is not None and after < _END:
             self._observed.age()
             self._observed.add_approval(after, until)
-        elif after > 0.0:  # else it was not observed for any time
+        # Otherwise, there was no time of observation.
+        elif after > 0.0:
             self._observed.age()
             self._observed.add_pending(after)
         self._curve = None
 
     def to_json(self) -> str:
-        """Return the learned state as one line of JSON, for `from_json`; it does not contain the options."""
-        # Reduces the waits that nobody answered.
+        """Return the learned state as one line of JSON, for `from_json`. It does not contain the options."""
+        # Reduces the unanswered waits.
         self._observed.curve()
         state = _State(version=_STATE_VERSION, approved=self._observed.approved, pending=self._observed.pending)
         return msgspec.json.encode(state).decode()
@@ -239,8 +244,8 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
         """Create a schedule from a saved state, after a restart or in another process.
 
         Args:
-            text: What `to_json` returned.
-            **options: As for the class: ``poll_cost``, ``min_interval``, ``max_interval``, ``jitter``.
+            text: The saved state, from `to_json`.
+            **options: The class's arguments: ``poll_cost``, ``min_interval``, ``max_interval``, ``jitter``.
 
         Returns:
             A schedule that, with the same options, gives the same delays as the saved one.
@@ -255,7 +260,7 @@ class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so
 
 
 def restore(schedule: wait_adaptive, text: str | bytes) -> None:
-    """Replace what a schedule has learned by a saved state.
+    """Replace the learned state of a schedule by a saved one.
 
     Raises:
         ConfigurationError: See `wait_adaptive.from_json`.
@@ -268,12 +273,12 @@ def restore(schedule: wait_adaptive, text: str | bytes) -> None:
 def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) -> float:
     """Return a tenacity wait strategy's delay before the next poll.
 
-    The strategy is called with a real ``RetryCallState`` that has these two facts and no outcome: a pending answer is
-    neither a final result nor a failure.
+    The strategy receives a real ``RetryCallState`` with the two facts below and no outcome: a pending answer is neither
+    a final result nor a failure.
 
     Args:
         schedule: The strategy.
-        attempt_number: Number of the poll that was answered, from 1.
+        attempt_number: Number of the answered poll, from 1.
         since_start: Seconds since the operation was created; the state's ``seconds_since_start``.
 
     Returns:
@@ -303,9 +308,9 @@ def next_delay(schedule: wait_base, *, attempt_number: int, since_start: float) 
 
 
 def record_observation(schedule: wait_adaptive, after: float, until: float | None) -> None:
-    """Let a schedule `observe` an operation, and log what it raises.
+    """Call `observe` of a schedule, and log its errors.
 
-    It may be an application's subclass. A failure may cost requests, but never an approval.
+    The schedule may be an application's subclass. Its failure may cost requests, but never an approval.
 
     Args:
         schedule: The schedule.
@@ -321,16 +326,17 @@ def record_observation(schedule: wait_adaptive, after: float, until: float | Non
 def attempt_at(schedule: wait_base, age: float, *, most: int) -> int:
     """Return the number of the next poll at an age, if `schedule` set all polls before it.
 
-    For an engine that keeps nothing of a wait between two polls: counting deliveries would count failed polls too, and
-    an exponential schedule would jump after an outage.
+    This is for an engine that keeps nothing of a wait between two polls. It cannot count deliveries: they include
+    failed polls, so that an exponential schedule would jump after an outage.
 
     Args:
         schedule: The strategy.
         age: Seconds since the operation was created.
-        most: The largest number that it can be; at most 256 are counted.
+        most: The largest possible number; at most 256 polls are counted.
     """
+    # It does not read the number.
     if isinstance(schedule, wait_adaptive):
-        return most  # it does not read the number
+        return most
     attempt, time = 1, 0.0
     while attempt < min(most, _MAX_COUNTED):
         time += next_delay(schedule, attempt_number=attempt, since_start=time)
@@ -344,11 +350,16 @@ class _Curve(NamedTuple):
     """The survival curve: the inverse of the share S(t) of operations still pending at t, and its integral.
 
     Between two edges 1/S is linear. After the last edge no approvals are expected.
+
+    Attributes:
+        inverse: 1/S at each edge.
+        area: The integral of 1/S from 0 to each edge.
+        slope: The slope of 1/S after each edge.
     """
 
-    inverse: list[float]  # 1/S at each edge
-    area: list[float]  # the integral of 1/S from 0 to each edge
-    slope: list[float]  # of 1/S after each edge
+    inverse: list[float]
+    area: list[float]
+    slope: list[float]
 
     def step(self, start: float, poll_cost: float) -> float:
         """Return the delay after which the expected lateness is worth one poll.
@@ -356,8 +367,8 @@ class _Curve(NamedTuple):
         It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``. The left side is the lateness
         of the approvals not yet noticed, relative to the operations that are still pending at u. For a constant hazard
         h that is ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps.
-        Unlike that formula, it takes later changes of the hazard into account. It polls in time when a hazard of zero
-        rises. It does not poll often at the end, for the few approvals that may still come.
+        Unlike that formula, it takes later changes of the hazard into account: it polls in time when a hazard of zero
+        rises, and seldom at the end, when few approvals are still to come.
 
         Args:
             start: t, seconds since the operation was created, from 0.
@@ -369,7 +380,7 @@ class _Curve(NamedTuple):
         if start >= _END:
             return math.inf
         inverse, area, slope = self
-        here = _bin(start)
+        here = _find_bin(start)
         into = start - _EDGES[here]
         level = inverse[here] + slope[here] * into
         goal = poll_cost * level
@@ -382,8 +393,8 @@ class _Curve(NamedTuple):
             covered = _EDGES[edge] - start
             rise = inverse[edge] - level
             rest = target - (area[edge] - level * _EDGES[edge])
-        # In the rest 1/S is linear: rise * x + slope/2 * x**2 == rest. This form of the solution divides by zero
-        # neither if the slope is zero nor if the rise is.
+        # In the rest, 1/S is linear: rise * x + slope/2 * x**2 == rest. This form of the solution does not divide by
+        # zero if the slope or the rise is zero.
         pace = rise + math.sqrt(rise * rise + 2.0 * slope[edge] * rest)
         return covered + 2.0 * rest / pace if pace > 0.0 else math.inf
 
@@ -391,8 +402,8 @@ class _Curve(NamedTuple):
 def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
     """Compute the survival curve from the histograms and the prior.
 
-    This is the product-limit estimate (E. L. Kaplan, P. Meier 1958): each bin compares its approvals with the waits
-    that were still observed, so a wait that was given up does not affect later bins.
+    This is the product-limit estimate (E. L. Kaplan, P. Meier 1958). Each bin compares its approvals with the waits
+    that were still observed, so a wait that ended does not affect later bins.
     """
     at_risk = _PRIOR_WAITS + sum(approved) + sum(pending)
     inverse, area, slope = [1.0], [0.0], []
@@ -400,7 +411,8 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
     for width, expected, seen, given_up in zip(_WIDTHS, _PRIOR, approved, pending, strict=False):
         before = at_risk - given_up
         at_risk = before - expected - seen
-        next_level = level * (before / at_risk)  # in this order rounding cannot make it less than the last
+        # In this order, rounding cannot make it less than the last level.
+        next_level = level * (before / at_risk)
         slope.append((next_level - level) / width)
         total += width * (level + next_level) / 2.0
         inverse.append(next_level)
@@ -411,14 +423,14 @@ def _estimate(approved: Sequence[float], pending: Sequence[float]) -> _Curve:
 
 
 class _Histogram:
-    """What was observed, in bins of time.
+    """The observations, in bins of time.
 
     Attributes:
         approved: Approvals in each bin.
-        pending: At each edge, the waits whose observation ended there without an approval. In states that earlier
-            releases saved, the waits whose observation began there are subtracted.
-        gain: The weight of the last observation in these figures. Instead of reducing all earlier weights at each
-            observation, the new one weighs more.
+        pending: At each edge, the waits whose observation ended there without an approval. In states from earlier
+            releases, minus the waits whose observation began there.
+        gain: The weight of the last observation in these figures. It grows with each observation, instead of reducing
+            the weights of all earlier ones.
     """
 
     __slots__ = ("approved", "gain", "pending")
@@ -435,27 +447,27 @@ class _Histogram:
         self.gain = 1.0
 
     def age(self) -> None:
-        """Let what was observed weigh less, as by one later observation."""
+        """Reduce the weight of all observations so far, as for one later observation."""
         if self.gain > _LARGEST_GAIN:
             self.rescale()
         self.gain /= _KEPT
 
     def curve(self) -> _Curve:
-        """Return the survival curve, after reducing the waits that nobody answered to the largest share allowed."""
+        """Reduce the unanswered waits to the largest share allowed, and return the survival curve."""
         self.rescale()
         curve = _estimate(self.approved, self.pending)
-        while (never := self._never(curve)) > _MOST_NEVER + _NEARLY:
-            # Exact if the waits lasted longer than half of the approvals took: the odds are then those of the sums.
-            # Else it reduces too little and is repeated. A saved and loaded state must not be reduced again.
+        while (never := self._share_of_never(curve)) > _MOST_NEVER + _NEARLY:
+            # This is exact if the waits lasted longer than half of the approvals took: the odds are then those of the
+            # sums. Otherwise it reduces too little, and is repeated. A saved state must not be reduced again.
             kept = _MOST_NEVER / (1.0 - _MOST_NEVER) * (1.0 - never) / never
             self.pending = [change * kept for change in self.pending]
             curve = _estimate(self.approved, self.pending)
         return curve
 
-    def _never(self, curve: _Curve) -> float:
-        """Return the share of users who never approve, by how many have when half of the approvals have come.
+    def _share_of_never(self, curve: _Curve) -> float:
+        """Return the share of users who never approve, from the share approved when half of the approvals have come.
 
-        Not by how many have at the end: short waits that nobody answers show nothing about the end.
+        The share approved at the end would not do: short unanswered waits show nothing about the end.
         """
         expected: list[float] = [*accumulate(map(add, _PRIOR, self.approved))]
         half = bisect_left(expected, expected[-1] / 2)
@@ -468,7 +480,7 @@ class _Histogram:
         1976), with each observation spread once, when it arrives (M. A. Newton 2002, predictive recursion).
         """
         until = min(max(until, after + _INSTANT), _END)
-        first = _bin(after)
+        first = _find_bin(after)
         parts = [
             ((self.approved[k] / self.gain + _PRIOR[k]) / _WIDTHS[k] + _NO_OPINION)
             * (min(until, _EDGES[k + 1]) - max(after, _EDGES[k]))
@@ -481,23 +493,23 @@ class _Histogram:
 
     def add_pending(self, after: float) -> None:
         """Count a wait that was pending until ``after``, in proportion at the two edges of the bin."""
-        k = _bin(after)
+        k = _find_bin(after)
         passed = (after - _EDGES[k]) / _WIDTHS[k] if k < _BINS else 0.0
         self.pending[k] += self.gain * (1.0 - passed)
         if passed:
             self.pending[k + 1] += self.gain * passed
 
 
-def _bin(time: float) -> int:
+def _find_bin(time: float) -> int:
     return bisect_right(_EDGES, time) - 1
 
 
 def _clamp(k: int) -> int:
-    """Return the bin, or the last one on the side where there is none."""
+    """Return the bin, or the nearest one if there is none."""
     return min(max(k, 0), _BINS - 1)
 
 
-def _prior() -> tuple[float, ...]:
+def _make_prior() -> tuple[float, ...]:
     """Return the approvals that the prior expects in each bin, as a number of waits."""
     rate = _PRIOR_WAITS * (1.0 - _PRIOR_NEVER) / math.log(_PRIOR_LAST / _PRIOR_FIRST)
     return tuple(
@@ -505,7 +517,7 @@ def _prior() -> tuple[float, ...]:
     )
 
 
-_PRIOR: Final = _prior()
+_PRIOR: Final = _make_prior()
 
 
 def _decode_state(text: str | bytes) -> _State:
@@ -527,7 +539,11 @@ def _decode_state(text: str | bytes) -> _State:
 
 
 def _check_at_risk(state: _State) -> None:
-    """Raise a ValueError if more waits approve or end than are observed: there is no curve for that."""
+    """Check that no more waits are approved or end than are observed: otherwise, there is no curve.
+
+    Raises:
+        ValueError: There are more.
+    """
     at_risk = _PRIOR_WAITS + sum(state.approved) + sum(state.pending)
     for expected, seen, given_up in zip(_PRIOR, state.approved, state.pending, strict=False):
         at_risk -= expected + seen + given_up
@@ -535,7 +551,7 @@ def _check_at_risk(state: _State) -> None:
             raise ValueError("more waits end in it than begin")
 
 
-def _number(name: str, value: object, least: float, most: float, right: str) -> float:
+def _check_number(name: str, value: object, least: float, most: float, right: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ConfigurationError(f"{name} must be {right}, and finite, not {value!r:.80}", argument=name)
     return float(value)

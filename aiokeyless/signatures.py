@@ -1,6 +1,6 @@
-"""`TransactionVerifier`: checks what a user signed on the phone. Needs the extra "jwt".
+"""`TransactionVerifier`: verifies what a user signed on the phone. Needs the extra "jwt".
 
-This module fetches keys and keeps them; `_rules/signature.py` decides what a token proves.
+This module fetches and keeps the keys. `_rules/signature.py` decides what a token proves.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import math
 import time
 from typing import TYPE_CHECKING, Final
 
-from ._validation import check_tenant, check_text, check_user_id, finite_seconds, required_text, seconds
+from ._validation import check_required_text, check_tenant, check_text, check_user_id, finite_seconds, seconds
 from .errors import ConfigurationError, DecodeError, SignatureError, SignatureReason, StatusError, TransportError
 from .models import SignedTransaction
 
 try:
     from ._rules.signature import Expectation, KeySet, read_token, verify
-except ModuleNotFoundError as _missing:  # without the hint one would install "jwt", which is another package
+# The package "jwt" is another one, so name the extra.
+except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
         f'aiokeyless.signatures needs {_missing.name}: install the extra "jwt"', name=_missing.name
     ) from _missing
@@ -27,29 +28,33 @@ if TYPE_CHECKING:
 
 __all__ = ["SignedTransaction", "TransactionVerifier"]
 
-_LIFETIME: Final = 24 * 3600.0  # seconds for which a key set is kept
-_REFRESH: Final = 300.0  # seconds between fetches for a kid that is not in it, or while it is too old
-_RETRY: Final = 10.0  # seconds between fetches while there is no key set at all
+#: Seconds for which a key set is kept.
+_LIFETIME: Final = 24 * 3600.0
+#: Seconds between fetches for a ``kid`` that is not in the key set, or while the key set is too old.
+_REFRESH: Final = 300.0
+#: Seconds between fetches while there is no key set.
+_RETRY: Final = 10.0
 
 
 class TransactionVerifier:
     """Verifies transactions that users signed on their phones.
 
-    A signature is evidence of who approved what. It stands beside an approval and never replaces one: a token has no
-    operation id, and verifying it twice succeeds twice. Store `SignedTransaction.signed_sha256` under a unique index to
-    accept a token once. Not tried against the live service: the vendor's pages contradict each other about algorithms
-    and ``kid``.
+    A signature is evidence of who approved what. It never replaces an approval: a token has no operation id, and can be
+    verified more than once. To accept a token once, store `SignedTransaction.signed_sha256` under a unique index.
 
-    One verifier serves a process; it keeps the tenant's public keys for 24 hours. A token with an unknown ``kid``
-    causes one fetch, and no second one within 5 minutes, since anybody can make such tokens.
+    This was not tried against the live service, and the vendor's pages contradict each other about algorithms and
+    ``kid``.
+
+    Use one verifier per process: it keeps the tenant's public keys for 24 hours. A token with an unknown ``kid`` causes
+    a fetch, at most one in 5 minutes, since anybody can make such tokens.
 
     Args:
-        client: Fetches the public keys, from the well-known address of its `base_url` and without the API key.
-        tenant: Name of the tenant, as in that address.
+        client: Fetches the public keys from the well-known path of its `base_url`, without the API key.
+        tenant: The tenant's name, as in that path.
         max_age: Seconds that may have passed since the user signed. Default: 300.
         leeway: Seconds by which the phone's clock may differ. Default: 30.
         issuer: The ``iss`` that a token must have. Default: not compared.
-        audience: The ``aud`` that a token must have. Default: a token that has one is refused.
+        audience: The ``aud`` that a token must have. Default: none; a token with an ``aud`` is refused.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -74,24 +79,25 @@ class TransactionVerifier:
         self._max_age = finite_seconds(max_age, "max_age")
         self._leeway = seconds(leeway, "leeway", zero=True)
         if math.isinf(self._leeway):
-            raise ConfigurationError("leeway must be a finite number of seconds", argument="leeway")
+            raise ConfigurationError(f"leeway must be a finite number of seconds, not {leeway!r}", argument="leeway")
         self._issuer = check_text(issuer, "issuer")
         self._audience = check_text(audience, "audience")
         self._keys: KeySet | None = None
         self._stale_at = -math.inf
-        self._next_fetch = -math.inf  # not before then
-        self._failure: Exception | None = None  # of the last fetch
+        self._next_fetch_at = -math.inf
+        # The failure of the last fetch; None if it succeeded.
+        self._failure: Exception | None = None
         self._fetching = asyncio.Lock()
 
     async def verify(
         self, token: str, *, user_id: str, transaction_data: str, external_user_id: str | None = None
     ) -> SignedTransaction:
-        """Verify a token that the phone handed to your backend.
+        """Verify a token that your backend received from the phone.
 
         Args:
             token: The token, a JWT in compact form.
             user_id: The user who must have signed, in hex of either case.
-            transaction_data: What the user must have signed, compared byte by byte and without normalization.
+            transaction_data: The text that the user must have signed, compared byte by byte, without normalization.
             external_user_id: Your own id of the user that the token must name. Default: not compared.
 
         Returns:
@@ -100,13 +106,13 @@ class TransactionVerifier:
         Raises:
             ConfigurationError: An argument is wrong.
             SignatureError: The token is refused; its ``reason`` says why.
-            ClientClosedError: The client is closed, and the keys had to be fetched.
+            ClientClosedError: A fetch of the keys is due, and the client is closed.
 
         Source: Keyless documentation, "JWT verification best practice".
         """
         expected = Expectation(
             user_id=check_user_id(user_id),
-            transaction_data=required_text(transaction_data, "transaction_data"),
+            transaction_data=check_required_text(transaction_data, "transaction_data"),
             external_user_id=check_text(external_user_id, "external_user_id"),
             issuer=self._issuer,
             audience=self._audience,
@@ -116,13 +122,18 @@ class TransactionVerifier:
         if not isinstance(token, str):
             raise ConfigurationError(f"token must be a string, not {type(token).__name__}", argument="token")
         parsed = read_token(token)
-        key = await self._key(parsed.key_id)
+        key = await self._get_key(parsed.key_id)
         return verify(parsed, key, expected, time.time())
 
-    async def _key(self, key_id: str) -> VerifyingKey:
-        """Return the key of a ``kid``, after a fetch if one is due."""
+    async def _get_key(self, key_id: str) -> VerifyingKey:
+        """Return the key with a ``kid``, after a fetch if one is due.
+
+        Raises:
+            SignatureError: There is no such key, or the last fetch failed.
+        """
         if self._is_fetch_due(key_id):
-            async with self._fetching:  # concurrent verifications share one fetch
+            # Concurrent verifications share one fetch.
+            async with self._fetching:
                 if self._is_fetch_due(key_id):
                     await self._fetch()
         key = self._find(key_id)
@@ -134,22 +145,23 @@ class TransactionVerifier:
 
     def _is_fetch_due(self, key_id: str) -> bool:
         now = asyncio.get_running_loop().time()
-        return now >= self._next_fetch and (now >= self._stale_at or self._find(key_id) is None)
+        return now >= self._next_fetch_at and (now >= self._stale_at or self._find(key_id) is None)
 
     def _find(self, key_id: str) -> VerifyingKey | None:
         return None if self._keys is None else self._keys.find(key_id)
 
     async def _fetch(self) -> None:
-        """Fetch the key set; if that fails, the one that is known stays in use."""
+        """Fetch the key set. If that fails, keep the current one."""
         clock = asyncio.get_running_loop().time
-        is_extra = clock() < self._stale_at  # for a kid that is not in a key set of this day
+        # A fetch for an unknown ``kid``, though the key set is not too old.
+        is_extra = clock() < self._stale_at
         try:
             self._keys = KeySet(await self._client.get_key_set(self._tenant))
         except (DecodeError, StatusError, TransportError, ValueError) as error:
             self._failure = error.with_traceback(None)
-            self._next_fetch = clock() + (_RETRY if self._keys is None else _REFRESH)
+            self._next_fetch_at = clock() + (_RETRY if self._keys is None else _REFRESH)
             return
         self._failure = None
         self._stale_at = clock() + _LIFETIME
         if is_extra:
-            self._next_fetch = clock() + _REFRESH
+            self._next_fetch_at = clock() + _REFRESH

@@ -1,7 +1,7 @@
 """The verdict on one signed transaction: its form, its key, its signature, its claims. Pure; needs the extra "jwt".
 
-A token comes from a phone, so anybody may have written it. PyJWT checks the signature and nothing else: it is lax about
-base64, duplicate names, types and headers, so all of that is checked here first.
+A token comes from a phone, so anybody may have written it. PyJWT checks only the signature here. It is lax about
+base64, duplicate names, types and headers, so this module checks all of these.
 
 Source: Keyless documentation, "Mobile SDK JWT signing" and "JWT verification best practice"; RFC 8725.
 """
@@ -25,12 +25,13 @@ from aiokeyless.models import SignedTransaction
 
 from .approval import is_same_user
 
-MAX_TOKEN: Final = 16_384  # characters
+#: Characters of a token, at most.
+MAX_TOKEN: Final = 16_384
 _LEAST_RSA_BITS: Final = 2048
 
 
 class _Kind(NamedTuple):
-    """A kind of key that is accepted, its one algorithm, and the members of such a public key."""
+    """A kind of key that is accepted, its one algorithm, and the members of its public JWK."""
 
     kty: str
     crv: str | None
@@ -44,14 +45,15 @@ _KINDS: Final = (
 )
 _ALGORITHMS: Final = frozenset(kind.algorithm for kind in _KINDS)
 _SEGMENT: Final = re.compile("[A-Za-z0-9_-]+")
-_LAST_SECOND: Final = 253_402_300_800  # of the year 9999, which is the last that a datetime can hold
+#: The end of the year 9999, the last of a datetime, in seconds since the epoch.
+_END_OF_TIME: Final = 253_402_300_800
 
-#: They change what is signed, or where the key comes from.
+#: Headers that change what is signed, or where the key comes from.
 _REFUSED_HEADERS: Final = frozenset({"b64", "crit", "jku", "jwk", "x5c", "x5u", "zip"})
 #: Members of a JWK that a public key does not have.
 _PRIVATE: Final = frozenset({"d", "dp", "dq", "k", "oth", "p", "q", "qi"})
 
-#: `jwt.decode` checks the signature alone: the claims are checked here, with their types.
+#: `jwt.decode` checks only the signature. This module checks the claims, with their types.
 _SIGNATURE_ONLY: Final[jwt.types.Options] = {
     "verify_signature": True,
     "verify_aud": False,
@@ -65,7 +67,7 @@ _SIGNATURE_ONLY: Final[jwt.types.Options] = {
 
 
 class Token(NamedTuple):
-    """A token whose form is right; nothing in it is verified."""
+    """A token whose form is right. Nothing in it is verified."""
 
     text: str
     key_id: str
@@ -74,14 +76,14 @@ class Token(NamedTuple):
 
 
 class Expectation(NamedTuple):
-    """What the claims of a token are compared with.
+    """The expected claims of a token.
 
     Attributes:
         user_id: The user, in upper case.
-        transaction_data: What the user was to sign.
+        transaction_data: The text that the user must have signed.
         external_user_id: The customer's own id of the user; None: not compared.
         issuer: The expected ``iss``; None: not compared.
-        audience: The expected ``aud``; None: there must be none.
+        audience: The expected ``aud``; None: the token must have none.
         max_age: Seconds that may have passed since the token was signed.
         leeway: Seconds by which the phone's clock may differ.
     """
@@ -96,20 +98,20 @@ class Expectation(NamedTuple):
 
 
 class VerifyingKey(NamedTuple):
-    """A public key and the one algorithm that it is for."""
+    """A public key and its one algorithm."""
 
     key: jwt.PyJWK
     algorithm: str
 
 
 class KeySet:
-    """The keys of one tenant, by ``kid``. A key is checked when it is first asked for.
+    """The keys of one tenant, by ``kid``. `find` checks a key when it is first needed.
 
     Args:
         body: A JSON Web Key Set.
 
     Raises:
-        ValueError: It is not one; without a word of its text.
+        ValueError: The body is not one. The message does not quote it.
     """
 
     def __init__(self, body: bytes) -> None:
@@ -117,19 +119,20 @@ class KeySet:
         keys = document.get("keys") if document is not None else None
         if not isinstance(keys, list):
             raise ValueError("the key set is not JSON with a list of keys")  # noqa: TRY004  # a body, no argument
-        self._raw: dict[str, dict[str, Any] | None] = {}  # None: several keys have this kid
+        # None: several keys have this kid.
+        self._raw: dict[str, dict[str, Any] | None] = {}
         self._checked: dict[str, VerifyingKey | None] = {}
         for key in keys:
             if isinstance(key, dict) and isinstance(key_id := key.get("kid"), str):
                 self._raw[key_id] = None if key_id in self._raw else key
 
     def find(self, key_id: str) -> VerifyingKey | None:
-        """Return the key of this ``kid``; None if there is none, several, or one that must not verify a token."""
+        """Return the key with a ``kid``; None if there is none, there are several, or it must not verify a token."""
         raw = self._raw.get(key_id)
         if raw is None:
             return None
         if key_id not in self._checked:
-            self._checked[key_id] = _verifying_key(raw)
+            self._checked[key_id] = _make_key(raw)
         return self._checked[key_id]
 
 
@@ -137,14 +140,14 @@ def read_token(text: str) -> Token:
     """Read a token without trusting it.
 
     Raises:
-        SignatureError: Its form is wrong, or its algorithm is none that is accepted.
+        SignatureError: Its form is wrong, or its algorithm is not accepted.
     """
     if len(text) > MAX_TOKEN or not text.isascii():
         raise SignatureError(SignatureReason.MALFORMED)
     parts = text.split(".")
     if len(parts) != 3:
         raise SignatureError(SignatureReason.MALFORMED)
-    header, claims, signature = map(_decoded, parts)
+    header, claims, signature = map(_decode, parts)
     fields, claimed = _read_object(header), _read_object(claims)
     if fields is None or claimed is None or signature is None or _REFUSED_HEADERS & fields.keys():
         raise SignatureError(SignatureReason.MALFORMED)
@@ -161,8 +164,8 @@ def verify(token: Token, key: VerifyingKey, expected: Expectation, now: float) -
 
     Args:
         token: The token.
-        key: The key of its ``kid``.
-        expected: What its claims are compared with.
+        key: The key with its ``kid``.
+        expected: The expected claims.
         now: Seconds since the epoch.
 
     Raises:
@@ -174,7 +177,7 @@ def verify(token: Token, key: VerifyingKey, expected: Expectation, now: float) -
         jwt.decode(token.text, key.key, algorithms=[key.algorithm], options=_SIGNATURE_ONLY)
     except jwt.PyJWTError:
         raise SignatureError(SignatureReason.BAD_SIGNATURE) from None
-    reason = _refusal(token.claims, expected, now)
+    reason = _check_claims(token.claims, expected, now)
     if reason is not None:
         raise SignatureError(reason)
     return SignedTransaction(
@@ -188,26 +191,27 @@ def verify(token: Token, key: VerifyingKey, expected: Expectation, now: float) -
     )
 
 
-def _refusal(claims: dict[str, Any], expected: Expectation, now: float) -> SignatureReason | None:
-    """Return the first reason to refuse claims whose signature is right."""
+def _check_claims(claims: dict[str, Any], expected: Expectation, now: float) -> SignatureReason | None:
+    """Return the first reason to refuse claims whose signature is right; None if there is none."""
     if not _are_typed(claims):
         return SignatureReason.MALFORMED
-    return _refused_time(claims, expected, now) or _refused_party(claims, expected)
+    return _check_times(claims, expected, now) or _check_parties(claims, expected)
 
 
 def _are_typed(claims: dict[str, Any]) -> bool:
-    """Whether ``iat``, ``sub`` and ``td`` are there, and each claim that is read has its type."""
+    """Return whether ``iat``, ``sub`` and ``td`` exist, and each claim that is read has its type."""
     times = [claims.get("iat"), claims.get("exp", 0), claims.get("nbf", 0)]
     texts = [claims.get("sub"), claims.get("td")]
     optional = [claims.get("external_user_id"), claims.get("version")]
     return (
-        all(type(time) is int and 0 <= time < _LAST_SECOND for time in times)  # a bool is an int, too
+        # Not isinstance, since a bool is an int too.
+        all(type(time) is int and 0 <= time < _END_OF_TIME for time in times)
         and all(isinstance(text, str) for text in texts)
         and all(text is None or isinstance(text, str) for text in optional)
     )
 
 
-def _refused_time(claims: dict[str, Any], expected: Expectation, now: float) -> SignatureReason | None:
+def _check_times(claims: dict[str, Any], expected: Expectation, now: float) -> SignatureReason | None:
     if max(claims["iat"], claims.get("nbf", 0)) > now + expected.leeway:
         return SignatureReason.NOT_YET_VALID
     if claims["iat"] < now - expected.max_age - expected.leeway:
@@ -217,28 +221,28 @@ def _refused_time(claims: dict[str, Any], expected: Expectation, now: float) -> 
     return None
 
 
-def _refused_party(claims: dict[str, Any], expected: Expectation) -> SignatureReason | None:
+def _check_parties(claims: dict[str, Any], expected: Expectation) -> SignatureReason | None:
     if expected.issuer is not None and claims.get("iss") != expected.issuer:
         return SignatureReason.WRONG_ISSUER
-    if not _is_for(claims, expected.audience):
+    if not _is_meant_for(claims, expected.audience):
         return SignatureReason.WRONG_AUDIENCE
     if not is_same_user(claims["sub"], expected.user_id):
         return SignatureReason.WRONG_USER
     if expected.external_user_id is not None and claims.get("external_user_id") != expected.external_user_id:
         return SignatureReason.WRONG_USER
-    # Two texts that appear the same and differ in Unicode's normal form are different texts.
+    # Texts that look the same but differ in Unicode's normal form are different.
     return None if claims["td"] == expected.transaction_data else SignatureReason.WRONG_DATA
 
 
-def _is_for(claims: dict[str, Any], audience: str | None) -> bool:
+def _is_meant_for(claims: dict[str, Any], audience: str | None) -> bool:
     if audience is None or "aud" not in claims:
         return audience is None and "aud" not in claims
     named = claims["aud"]
     return audience in (named if isinstance(named, list) else [named])
 
 
-def _verifying_key(raw: dict[str, Any]) -> VerifyingKey | None:
-    """Return the key of a JWK; None if it is not a public key for signatures, strong enough, of an accepted kind."""
+def _make_key(raw: dict[str, Any]) -> VerifyingKey | None:
+    """Return the key of a JWK; None if it is not a strong enough public key for signatures, of an accepted kind."""
     kind = next((kind for kind in _KINDS if (raw.get("kty"), raw.get("crv")) == (kind.kty, kind.crv)), None)
     if kind is None or raw.get("alg", kind.algorithm) != kind.algorithm:
         return None
@@ -246,15 +250,16 @@ def _verifying_key(raw: dict[str, Any]) -> VerifyingKey | None:
         return None
     try:
         key = jwt.PyJWK({name: raw.get(name) for name in kind.members}, kind.algorithm)
-    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):  # its message shows the key
+    # Not reported, since the message shows the key.
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
         return None
     if isinstance(key.key, RSAPublicKey) and key.key.key_size < _LEAST_RSA_BITS:
         return None
     return VerifyingKey(key, kind.algorithm)
 
 
-def _decoded(part: str) -> bytes | None:
-    """Decode base64url; None if it is padded, or not what an encoder writes: one signature would have several texts."""
+def _decode(part: str) -> bytes | None:
+    """Decode base64url. Return None if it is padded or not canonical, since one signature would have several texts."""
     if _SEGMENT.fullmatch(part) is None:
         return None
     try:
@@ -265,17 +270,18 @@ def _decoded(part: str) -> bytes | None:
 
 
 def _read_object(body: bytes | None) -> dict[str, Any] | None:
-    """Return a JSON object; None if it is none, or has the same name twice at any depth."""
+    """Return a JSON object; None if it is not one, or has a duplicate name at any depth."""
     if body is None:
         return None
     try:
-        document = json.loads(body.decode(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):  # also UTF-8 that is none, and a number of too many digits
+        document = json.loads(body.decode(), object_pairs_hook=_refuse_duplicates)
+    # Invalid UTF-8, and a number with too many digits, are a ValueError too.
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
         raise ValueError
