@@ -127,8 +127,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "errors.py",
-        '    of Keyless.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
-        '    of Keyless.\n    """\n\n    @property\n    def is_not_transient(self) -> bool:\n',
+        'and the proxies.\n    """\n\n    @property\n    def is_transient(self) -> bool:\n',
+        'and the proxies.\n    """\n\n    @property\n    def is_not_transient(self) -> bool:\n',
         "the page of a gateway ends the wait",
     ),
     # -- what a service that fails is spared
@@ -311,7 +311,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_http/creation.py",
-        "return not self._given_up and (",
+        "return not self._is_final and (",
         "return (",
         "what was not checked is sent again",
     ),
