@@ -26,7 +26,7 @@ from aiokeyless.worker.broker import (
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import deadline, is_about
 
-from .claims import NatsClaims, claims_signed_from, mark
+from .claims import NatsClaims
 from .clock import BrokerClock
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
@@ -233,7 +233,6 @@ class NatsBroker(Broker):
                 self._settings,
                 ack_wait=lease,
                 service=service,
-                claims_metadata=mark(keys, self._fleet),
             )
         except BrokerError:
             if self._loss is not None:  # what the broker does not permit, it does not answer either
@@ -241,11 +240,7 @@ class NatsBroker(Broker):
             raise
         self._lease = lease
         await self._clock.measure(connection, self._time_subject, _ANSWER_WITHIN)
-        if keys is None:
-            self._claims = NatsClaims(stream, self._fleet)
-        else:
-            signed_from = await claims_signed_from(connection, self._fleet, keys, now=self.now(), within=_ANSWER_WITHIN)
-            self._claims = NatsClaims(stream, self._fleet, keys=keys, signed_from=signed_from)
+        self._claims = NatsClaims(stream, self._fleet, keys)
         if self._intake is None:
             loop = asyncio.get_running_loop()
             self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)

@@ -18,7 +18,7 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from nats.js import JetStreamContext
 
@@ -60,7 +60,6 @@ async def prepare(
     *,
     ack_wait: float,
     service: str,
-    claims_metadata: Mapping[str, str] | None = None,
 ) -> float:
     """Make or check the streams and the consumer.
 
@@ -70,7 +69,6 @@ async def prepare(
         settings: What the operator chose.
         ack_wait: Seconds after which a delivery that was not acknowledged is repeated: longer than one takes at most.
         service: Base URL of the service that the workers of the fleet ask.
-        claims_metadata: Metadata of the stream of claims, where it is made.
 
     Returns:
         Seconds of the duplicate window that is in force, which bounds `expires_in`.
@@ -83,7 +81,7 @@ async def prepare(
         _check_owner(requests, fleet, service)
         outcomes = await _stream(stream, _outcomes(fleet, settings))
         window = min(requests.duplicate_window, outcomes.duplicate_window)
-        claims = await _stream(stream, _claims(fleet, settings, window, claims_metadata))
+        claims = await _stream(stream, _claims(fleet, settings, window))
         _check(f"stream {fleet.claims}", _claims_differences(claims, window))
         await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
@@ -144,7 +142,7 @@ def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
     )
 
 
-def _claims(fleet: Fleet, settings: StreamSettings, window: float, metadata: Mapping[str, str] | None) -> StreamConfig:
+def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
     return StreamConfig(
         name=fleet.claims,
         description="Which request an operation id belongs to",
@@ -154,7 +152,6 @@ def _claims(fleet: Fleet, settings: StreamSettings, window: float, metadata: Map
         num_replicas=settings.replicas or 1,
         duplicate_window=window,
         max_age=window,
-        metadata=dict(metadata or {}),
     )
 
 
