@@ -24,14 +24,14 @@ class Batches(Generic[Call, Result]):
         most: Calls of one batch, at most.
     """
 
-    def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result | Exception]]], most: int) -> None:
+    def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result]]], most: int) -> None:
         self._execute = execute
         self._most = most
         self._pending: list[tuple[Call, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def call(self, call: Call) -> Result:
-        """Have a call executed with others; return its result, or raise it if it is an exception."""
+        """Have a call executed with others, and return its result."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._pending.append((call, future))
@@ -54,15 +54,13 @@ class Batches(Generic[Call, Result]):
             self._running = None
 
     async def _settle(self, batch: list[tuple[Call, asyncio.Future[Result]]]) -> None:
-        results: Sequence[Result | Exception]
         try:
             results = await self._execute([call for call, _ in batch])
         except Exception as error:  # noqa: BLE001  # each caller gets it
-            results = [error] * len(batch)
-        for (_, future), result in zip(batch, results, strict=True):
-            if future.done():  # its caller was cancelled
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
+            for _, future in batch:
+                if not future.done():  # its caller was not cancelled
+                    future.set_exception(error)
+        else:
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)

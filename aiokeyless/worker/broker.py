@@ -11,14 +11,16 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
+from datetime import datetime  # noqa: TC003  # msgspec reads the annotations
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+import msgspec
 
 from aiokeyless.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from datetime import datetime
     from types import ModuleType, TracebackType
 
     from aiokeyless.events import Inspection
@@ -147,29 +149,24 @@ class Terms(NamedTuple):
     largest_request: int
 
 
-class Message:
+class Message(msgspec.Struct, kw_only=True, eq=False):
     """One delivery of a request to a worker. A broker may extend it by what it needs to know the request again.
 
     Attributes:
+        id: The request's number at the broker.
         body: The request as JSON.
-        name: A name of the stored request that is unique for good.
         stored_at: When the broker stored it, by its clock.
         number: Number of this delivery, from 1.
         failures: Exchanges for this request that failed in a row, as far as the broker knows.
         traceparent: As it was submitted; None where there is none.
     """
 
-    __slots__ = ("body", "failures", "name", "number", "stored_at", "traceparent")
-
-    def __init__(
-        self, *, body: bytes, name: str, stored_at: datetime, number: int, failures: int, traceparent: str | None
-    ) -> None:
-        self.body: bytes = body
-        self.name: str = name
-        self.stored_at: datetime = stored_at
-        self.number: int = number
-        self.failures: int = failures
-        self.traceparent: str | None = traceparent
+    id: int
+    body: bytes
+    stored_at: datetime
+    number: int
+    failures: int = 0
+    traceparent: str | None = None
 
 
 class Exchange(Enum):
@@ -297,13 +294,12 @@ class Broker(ApplicationSide):
         """
 
     @abstractmethod
-    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:
+    async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         """Store an outcome and remove the request: in one step, or else the outcome first.
 
         Args:
-            message: Any delivery of the request, the last or an earlier one.
+            message: Any delivery of the request, the last or an earlier one. Of two decisions the first one is kept.
             event: The outcome.
-            name: Of two outcomes of the same name, the broker keeps the first.
 
         Returns:
             Whether the outcome is stored by this call; False where the request had one already.
@@ -317,27 +313,19 @@ class Broker(ApplicationSide):
     # where nothing was there. Only a request that holds its id believes an approval.
 
     @abstractmethod
-    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:
-        """Claim an operation id for a request, unless it is another's; when this returns, that is stored for good.
-
-        Args:
-            message: A delivery of the request.
-            operation_id: The id.
-            request: The request's digest.
-        """
+    async def claim(self, message: Message) -> Claimed:
+        """Claim a request's operation id for it, unless it is another's; when this returns, that is stored for good."""
 
     @abstractmethod
-    async def holds(self, message: Message, operation_id: str, request: str) -> bool:
+    async def holds(self, message: Message) -> bool:
         """Return whether the request holds its operation id at this moment."""
 
     @abstractmethod
-    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:
+    async def unclaim(self, message: Message, token: int) -> bool:
         """Give an id back, unless another delivery of the request has claimed it as well in the meantime.
 
         Args:
             message: A delivery of the request.
-            operation_id: The id.
-            request: The request's digest.
             token: What `claim` returned with it.
 
         Returns:

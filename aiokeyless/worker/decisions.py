@@ -53,12 +53,10 @@ class Decided(NamedTuple):
 
     Attributes:
         event: What is published.
-        name: The name under which the broker keeps one event.
         polled_at: Start of the poll whose answer decided it, for what the schedule learns; None where none did.
     """
 
     event: ApprovalEvent
-    name: str
     polled_at: datetime | None = None
 
 
@@ -222,7 +220,7 @@ def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided
 
 
 def invalid(message: Message, error: KeylessError, *, now: datetime) -> Decided:
-    """Decide about a message that is not a request. It has no content to know it by, so it is named by its place."""
+    """Decide about a message that is not a request."""
     event = ApprovalEvent(
         version=VERSION,
         outcome=Outcome.FAILED,
@@ -233,7 +231,7 @@ def invalid(message: Message, error: KeylessError, *, now: datetime) -> Decided:
         deliveries=message.number,
         context=read_context(message.body),
     )
-    return Decided(event, message.name)
+    return Decided(event)
 
 
 def is_final(delivery: Delivery, polled_at: datetime) -> bool:
@@ -251,7 +249,7 @@ def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float
         decided: The outcome.
         schedule: The schedule.
     """
-    event, _, polled_at = decided
+    event, polled_at = decided
     if polled_at is None:
         return None
     age = max(0.0, (polled_at - event.requested_at).total_seconds())
@@ -317,4 +315,4 @@ def _decided(
         deliveries=delivery.number,
         context=delivery.context,
     )
-    return Decided(event, delivery.name)
+    return Decided(event)

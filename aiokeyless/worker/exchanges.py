@@ -146,7 +146,7 @@ class Exchanges:
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
         """Create the operation, which was missing just now; `Next.POLL` if this request may have created it before."""
-        claim, token = await self._broker.claim(delivery.message, delivery.ticket.operation_id, delivery.name)
+        claim, token = await self._broker.claim(delivery.message)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
@@ -169,11 +169,15 @@ class Exchanges:
             return Next.POLL
         except ConflictError:
             self._record_success(started_at)
-            if claim is Claim.HELD or not await self._unclaim(delivery, token):
+            if claim is Claim.HELD or not await self._broker.unclaim(delivery.message, token):
                 return Next.POLL
             return after_taken(delivery, now=self._clock())
         except KeylessError as error:
-            may_exist = claim is Claim.HELD or may_have_taken_effect(error) or not await self._unclaim(delivery, token)
+            may_exist = (
+                claim is Claim.HELD
+                or may_have_taken_effect(error)
+                or not await self._broker.unclaim(delivery.message, token)
+            )
             self._record_error(delivery, error, started_at, is_probe=True)
             return after_failed_creation(
                 delivery, error, now=self._clock(), pacing=self._pacing(delivery, error), may_exist=may_exist
@@ -189,15 +193,13 @@ class Exchanges:
         was_created = await self._was_created(delivery, answer, polled_at)
         self.failures += was_created
         step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
-        if isinstance(answer, Operation) and _needs_claim(delivery, step) and not await self._holds(delivery):
+        if (
+            isinstance(answer, Operation)
+            and _needs_claim(delivery, step)
+            and not await self._broker.holds(delivery.message)
+        ):
             return after_unclaimed(delivery, answer, now=self._clock())
         return step
-
-    async def _holds(self, delivery: Delivery) -> bool:
-        return await self._broker.holds(delivery.message, delivery.ticket.operation_id, delivery.name)
-
-    async def _unclaim(self, delivery: Delivery, token: int) -> bool:
-        return await self._broker.unclaim(delivery.message, delivery.ticket.operation_id, delivery.name, token)
 
     async def _was_created(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> bool:
         """Return whether a refusal contradicts that this request may have created the operation.
@@ -207,7 +209,7 @@ class Exchanges:
         contradicts = isinstance(answer, PermissionDeniedError) or (
             isinstance(answer, NotFoundError) and is_final(delivery, polled_at)
         )
-        return contradicts and await self._holds(delivery)
+        return contradicts and await self._broker.holds(delivery.message)
 
     def _after_poll(
         self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, *, was_created: bool = False

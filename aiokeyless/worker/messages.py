@@ -160,14 +160,12 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
         message: What the broker delivered.
         ticket: The operation, its user, its payload's hash, from when and until when it is waited for.
         payload: What the user is asked to approve.
-        name: See `request_name`. Of the outcomes of one name the broker keeps one.
         context: What to hand back.
     """
 
     message: Message
     ticket: ApprovalTicket
     payload: str | None
-    name: str
     context: msgspec.Raw
 
     @property
@@ -211,8 +209,7 @@ def read_request(message: Message, terms: Terms) -> Delivery:
         created_at=created_at,
         expires_at=expires_at,
     )
-    name = request_name(msgspec.structs.replace(request, user_id=user_id))
-    delivery = Delivery(message=message, ticket=ticket, payload=payload, name=name, context=request.context)
+    delivery = Delivery(message=message, ticket=ticket, payload=payload, context=request.context)
     if request.expires_in > longest:
         raise TooLongError(f"expires_in is {request.expires_in:g} s; this broker allows {longest:g} s", delivery)
     return delivery
@@ -251,6 +248,15 @@ def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tup
         return created_at + timedelta(seconds=min(expires_in, longest)), created_at
     except OverflowError:  # the first day of the calendar, and another year in UTC
         raise InvalidRequestError("created_at must be in the years 1 to 9999, UTC") from None
+
+
+def read_names(message: Message) -> tuple[str, str] | None:
+    """Return the operation id and the name of a request, see `request_name`; None if the message is not a request."""
+    try:
+        request = _decode(message.body)
+    except InvalidRequestError:
+        return None
+    return request.operation_id, request_name(request)
 
 
 def deadline(message: Message) -> datetime | None:
@@ -339,13 +345,8 @@ def refused_context(context: msgspec.Raw) -> str | None:
 
 
 def request_name(request: ApprovalRequest) -> str:
-    """Return the name of a request: a digest of all that is in it, but of when it was made.
-
-    By it a broker knows the same request, and a worker its own claim on an operation id. The outcome has it too: an
-    operation that was pending at its deadline may be approved when a crash has the request delivered again, and the
-    broker must then keep the first event and drop the second.
-    """
+    """Return the name of a request: a digest of all that is in it, but of when it was made."""
     # An absent text and an empty one are the same.
     payload, external_user_id = request.operation_payload or "", request.external_user_id or ""
-    content = (request.operation_id, request.user_id, payload, external_user_id, float(request.expires_in))
+    content = (request.operation_id, request.user_id.upper(), payload, external_user_id, float(request.expires_in))
     return f"request-{sha256(msgspec.json.encode(content) + bytes(request.context)).hexdigest()}"

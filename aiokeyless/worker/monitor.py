@@ -14,7 +14,6 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
 
 from .broker import UnavailableError
-from .cancellation import raise_lost_cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +66,6 @@ class Monitor:
         """Inspect, again and again, until it is cancelled."""
         while True:
             await self._inspect()
-            raise_lost_cancellation()
             self._inspected()
             await asyncio.sleep(_EVERY)
 

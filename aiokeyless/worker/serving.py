@@ -380,10 +380,10 @@ class Serving:
         if isinstance(decision, Redeliver):
             await self._broker.put_off(message, decision.delay, decision.exchange)
             return
-        event = await self._with_asked(message, decision)
+        event = await self._with_asked(message, decision.event)
         if is_traceparent(message.traceparent):  # any sender may set it, and to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
-        if await self._broker.decide(message, event, decision.name):
+        if await self._broker.decide(message, event):
             self._counts[event.outcome] += 1
             _log_outcome(event)
             self._reporter.outcome_published(event)
@@ -392,18 +392,17 @@ class Serving:
             self._counts["duplicates"] += 1
         self._monitor.on_stored()
 
-    async def _with_asked(self, message: Message, decided: Decided) -> ApprovalEvent:
+    async def _with_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
         """Return the event; of one that expired, it says whether the user was asked, as far as is known.
 
         A request claims its operation id before it creates the operation. The claim is kept for as long as the broker
         lets a request wait, so a request that is older, as when no worker ran for a day, may have lost it.
         """
-        event, operation_id = decided.event, decided.event.operation_id
-        if event.asked is not False or operation_id is None:
+        if event.asked is not False:
             return event
         age = (self._broker.now() - message.stored_at).total_seconds()
         is_kept = age < self._terms.longest_wait + self._limits.grace
-        asked = not is_kept or await self._broker.holds(message, operation_id, decided.name)
+        asked = not is_kept or await self._broker.holds(message)
         return msgspec.structs.replace(event, asked=asked)
 
     def _learn(self, decided: Decided) -> None:

@@ -76,7 +76,6 @@ DELIVERY = Delivery(
         expires_at=at(LIFE),
     ),
     payload="Pay 40",
-    name="request-1",
     context=msgspec.Raw(b'{"order": 7}'),
 )
 
@@ -223,10 +222,9 @@ def test_a_clock_that_is_behind_the_applications_is_at_the_beginning() -> None:
     ids=repr,
 )
 def test_an_answer_that_contradicts_itself_has_failed_and_never_approved(age: float, lie: dict[str, Any]) -> None:
-    event, name, *_ = decided(answered(age, **lie))
+    event, *_ = decided(answered(age, **lie))
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INCONSISTENT)
     assert event.detail
-    assert name == DELIVERY.name
 
 
 foreign = pytest.mark.parametrize(
@@ -245,26 +243,8 @@ def test_an_operation_of_somebody_else_is_a_conflict(state: dict[str, Any], age:
 
 @pytest.mark.parametrize("age", [0.0, IN_TIME, FINAL, LATE])
 def test_an_answer_about_another_operation_is_a_mismatch_of_this_one(age: float) -> None:
-    event, name, *_ = decided(answered(age, **APPROVED, operation_id="txn 2"))
+    event, *_ = decided(answered(age, **APPROVED, operation_id="txn 2"))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.MISMATCH, "txn 1")
-    assert name == DELIVERY.name
-
-
-def test_every_outcome_of_a_request_has_the_same_name_so_that_the_stream_keeps_the_first() -> None:
-    outcomes = [
-        answered(1, **APPROVED),
-        answered(FINAL),
-        answered(1, state="denied"),
-        polled(UNREACHABLE, FINAL),
-        polled(MISSHAPEN, 1),
-        polled(MISSING, FINAL),
-        answered(1, user_id="BAD"),
-        not_created(status(NotFoundError, 404), 1),
-        after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
-        after_conflict(DELIVERY, now=at(1)),
-        after_unclaimed(DELIVERY, operation(**APPROVED), now=at(1)),
-    ]
-    assert {decided(outcome).name for outcome in outcomes} == {DELIVERY.name}
 
 
 def test_every_outcome_says_when_it_was_decided() -> None:
@@ -356,25 +336,23 @@ def test_created_after_the_deadline_there_is_still_the_final_poll() -> None:
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
-    event, name, *_ = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
+    event, *_ = decided(after_bug(DELIVERY, ZeroDivisionError("a secret"), now=at(1)))
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INTERNAL, "txn 1")
     assert "ZeroDivisionError" in (event.detail or "")
     assert "secret" not in (event.detail or "")
-    assert name == DELIVERY.name
 
 
 def test_a_request_that_no_worker_accepts_fails_and_says_why() -> None:
     decision = after_refusal(DELIVERY, InvalidRequestError("it may wait for a week"), now=at(1))
-    event, name, *_ = decided(decision)
+    event, *_ = decided(decision)
     assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INVALID_REQUEST, "txn 1")
     assert (event.detail, event.decided_at) == ("it may wait for a week", at(1))
-    assert name == DELIVERY.name
 
 
 def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
-    event, name, polled_at = after_outage(DELIVERY, now=at(LATE))
+    event, polled_at = after_outage(DELIVERY, now=at(LATE))
     assert (event.outcome, event.answered, event.reason) == (Outcome.EXPIRED, False, None)
-    assert (name, polled_at) == (DELIVERY.name, None)
+    assert polled_at is None
 
 
 def test_what_this_request_may_have_created_is_not_created_again_where_it_is_missing_for_a_moment() -> None:
@@ -457,9 +435,8 @@ def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_i
 def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
     error: KeylessError, reason: FailureReason, age: float
 ) -> None:
-    event, name, *_ = decided(polled(error, age))
+    event, *_ = decided(polled(error, age))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, reason, str(error))
-    assert name == DELIVERY.name
 
 
 # -- not created
@@ -476,9 +453,8 @@ def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadli
 
 @pytest.mark.parametrize("error", [status(NotFoundError, 404), status(BadRequestError, 400)], ids=repr)
 def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
-    event, name, *_ = decided(not_created(error, 1))
+    event, *_ = decided(not_created(error, 1))
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.REJECTED, str(error))
-    assert name == DELIVERY.name
 
 
 @pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)], ids=repr)
@@ -530,10 +506,9 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
 # -- no request
 
 
-def test_a_message_that_is_no_request_has_failed_under_a_name_of_its_own() -> None:
-    message = a_message(b'{"context": [1]}', name="message-9", number=2, stored_at=at(0))
-    event, message_id, *_ = invalid(message, InvalidRequestError("it is none"), now=at(1))
-    assert message_id == "message-9"
+def test_a_message_that_is_no_request_has_failed() -> None:
+    message = a_message(b'{"context": [1]}', number=2, stored_at=at(0))
+    event, _ = invalid(message, InvalidRequestError("it is none"), now=at(1))
     assert event.version == VERSION
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +14,8 @@ from tenacity import wait_fixed
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
+from aiokeyless.worker.broker import Message
 from aiokeyless.worker.sqlite import SqliteBroker
-from aiokeyless.worker.sqlite.store import SqliteMessage
 
 from .conformance.brokers import new_request
 from .reading import read
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
-    from aiokeyless.worker.broker import Message, Terms
+    from aiokeyless.worker.broker import Terms
 
 pytestmark = pytest.mark.looptime
 
@@ -150,7 +151,7 @@ async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_o
 def a_later_delivery(broker: SqliteBroker) -> Message:
     """Return one of the only request, as if the one in flight had not been settled in time."""
     broker._store._connection.execute("UPDATE waiting SET deliveries = deliveries + 1")
-    return SqliteMessage(1, body=b"", stored_at=0.0, number=2, failures=0, traceparent=None)
+    return Message(id=1, body=b"", stored_at=datetime.now(UTC), number=2)
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
@@ -168,7 +169,7 @@ async def test_a_create_that_a_later_delivery_overtook_ends_no_request(
         if first:
             first = False
             later = a_later_delivery(broker)
-            await broker.claim(later, "txn-1", "")
+            await broker.claim(later)
             await create(one, user_id, **options)
         return await create(one, user_id, **options)
 

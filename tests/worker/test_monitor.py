@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -165,22 +165,3 @@ async def test_a_request_that_comes_from_the_future_is_not_early(broker: FakeBro
         monitor.on_delivery(delivery(waited=-3))
         await asyncio.sleep(5)
         assert monitor.lateness == 0
-
-
-async def test_a_cancellation_that_an_inspection_loses_ends_it_all_the_same(
-    broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As that of asyncio.wait_for on Python 3.11, where the answer comes at the same moment."""
-
-    async def lose_a_cancellation() -> Inspection:
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(3)
-        return Inspection(problems=("the last one",))
-
-    monkeypatch.setattr(broker, "inspect", lose_a_cancellation)
-    async with monitoring(broker) as monitor:
-        [running] = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.wait([running])
-    assert running.cancelled()
-    assert [*monitor.problems()] == ["the last one"]
-    assert broker.told_of == 0

@@ -33,7 +33,6 @@ from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outco
 from aiokeyless.worker.broker import Claimed, Exchange, Message, UnavailableError
 from aiokeyless.worker.messages import read_event
 from aiokeyless.worker.sqlite import SqliteBroker
-from aiokeyless.worker.sqlite.store import SqliteMessage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -201,7 +200,6 @@ class Broker(SqliteBroker):
         return messages
 
     def _deliver_again(self, message: Message) -> None:
-        assert isinstance(message, SqliteMessage)
         if self._is_open:
             self._store._connection.execute(
                 "UPDATE waiting SET due_at = 0 WHERE id = ? AND deliveries = ?", (message.id, message.number)
@@ -213,25 +211,25 @@ class Broker(SqliteBroker):
         await super().put_off(message, delay * self._random.uniform(0.9, 1.1), exchange)
         self._lose(0.03)
 
-    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:
+    async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         self._lose(0.1)
-        is_new = await super().decide(message, event, name)
+        is_new = await super().decide(message, event)
         self._lose(0.05)
         return is_new
 
-    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:
+    async def claim(self, message: Message) -> Claimed:
         self._lose(0.03)
-        claimed = await super().claim(message, operation_id, request)
+        claimed = await super().claim(message)
         self._lose(0.03)
         return claimed
 
-    async def holds(self, message: Message, operation_id: str, request: str) -> bool:
+    async def holds(self, message: Message) -> bool:
         self._lose(0.03)
-        return await super().holds(message, operation_id, request)
+        return await super().holds(message)
 
-    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:
+    async def unclaim(self, message: Message, token: int) -> bool:
         self._lose(0.03)
-        is_free = await super().unclaim(message, operation_id, request, token)
+        is_free = await super().unclaim(message, token)
         self._lose(0.03)
         return is_free
 

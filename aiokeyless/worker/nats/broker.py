@@ -23,11 +23,11 @@ from aiokeyless.worker.broker import (
     Terms,
     UnavailableError,
 )
+from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
-from aiokeyless.worker.messages import deadline, is_about
+from aiokeyless.worker.messages import deadline, is_about, read_names
 
 from .claims import NatsClaims
-from .clock import BrokerClock
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
 from .failures import broker_errors
@@ -102,7 +102,6 @@ class NatsBroker(Broker):
             self.largest_request: int = self._connection.max_payload - _ROOM_FOR_EVENT
         self._loss: BrokerError | None = None  # why the connection will not come back
         self._clock = BrokerClock()
-        self._keeping_time: asyncio.Task[None] | None = None
         self._intake: Intake | None = None  # None until a worker has prepared it
         self._claims: NatsClaims
         self._lease = 0.0
@@ -135,9 +134,6 @@ class NatsBroker(Broker):
         connection = self._connection
         if connection is None:
             return
-        if self._keeping_time is not None:
-            self._keeping_time.cancel()
-            self._keeping_time = None
         if self._intake is not None:
             intake, self._intake = self._intake, None
             with suppress(TimeoutError):
@@ -239,22 +235,17 @@ class NatsBroker(Broker):
                 raise self._loss from None
             raise
         self._lease = lease
-        await self._clock.measure(connection, self._time_subject, _ANSWER_WITHIN)
+        with suppress(UnavailableError):
+            await self.inspect()  # which measures the broker's clock
         self._claims = NatsClaims(stream, self._fleet, keys)
         if self._intake is None:
             loop = asyncio.get_running_loop()
             self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)
             await self._intake.open()
-            keeping = self._clock.keep(connection, self._time_subject, _ANSWER_WITHIN)
-            self._keeping_time = loop.create_task(keeping)
         return Terms(window, self.largest_request)
 
     async def _restore(self) -> None:
         await restore_consumer(self._stream(), self._fleet, ack_wait=self._lease)
-
-    @property
-    def _time_subject(self) -> str:
-        return f"{self._fleet.api_prefix}.STREAM.INFO.{self._fleet.requests}"
 
     def now(self) -> datetime:
         """See `Broker`."""
@@ -277,7 +268,7 @@ class NatsBroker(Broker):
         """See `Broker`."""
         intake, delivery = self._taking(), _delivery(message)
         if exchange is not Exchange.NONE:
-            intake.failures.record(delivery.sequence, failed=exchange is Exchange.FAILED)
+            intake.failures.record(delivery.id, failed=exchange is Exchange.FAILED)
         if exchange is Exchange.ANSWERED:
             delay = self._stretched(message, delay, intake.load_shedding.factor)
         with broker_errors():
@@ -289,10 +280,12 @@ class NatsBroker(Broker):
             return delay
         return max(delay, min(delay * factor, (at - self.now()).total_seconds()))
 
-    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:
+    async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         """See `Broker`."""
         delivery, data = _delivery(message), msgspec.json.encode(event)
-        own_name = name
+        # A request that is delivered again, as after a crash, must not get a second outcome: the first one is kept.
+        names = read_names(message)
+        name = own_name = delivery.place if names is None else names[1]
         with broker_errors():
             while (stored := await self._publish(event, data, own_name)).duplicate:
                 if await self._is_genuine(stored.seq, event):
@@ -301,7 +294,7 @@ class NatsBroker(Broker):
                 log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
                 own_name = f"{name}-{stored.seq}"
             await delivery.raw.ack()
-        self._taking().failures.forget(delivery.sequence)
+        self._taking().failures.forget(delivery.id)
         return not stored.duplicate
 
     async def _publish(self, event: ApprovalEvent, data: bytes, name: str) -> PubAck:
@@ -325,17 +318,17 @@ class NatsBroker(Broker):
         data, signature = kept.data or b"", (kept.headers or {}).get(SIGNATURE)
         return self._event_keys.are_of(data, signature, fleet=self._fleet.name) and is_about(data, event)
 
-    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # by the ids
+    async def claim(self, message: Message) -> Claimed:
         """See `Broker`."""
-        return await self._claims.claim(operation_id, request)
+        return await self._claims.claim(*_names(message))
 
-    async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
+    async def holds(self, message: Message) -> bool:
         """See `Broker`."""
-        return await self._claims.holds(operation_id, request)
+        return await self._claims.holds(*_names(message))
 
-    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # as above
+    async def unclaim(self, message: Message, token: int) -> bool:
         """See `Broker`."""
-        return await self._claims.unclaim(operation_id, token)
+        return await self._claims.unclaim(_names(message)[0], token)
 
     async def inspect(self) -> Inspection:
         """See `Broker`."""
@@ -348,3 +341,9 @@ class NatsBroker(Broker):
 def _delivery(message: Message) -> NatsMessage:
     assert isinstance(message, NatsMessage)  # noqa: S101  # this broker made it
     return message
+
+
+def _names(message: Message) -> tuple[str, str]:
+    names = read_names(message)
+    assert names is not None  # noqa: S101  # a worker has read it as a request
+    return names

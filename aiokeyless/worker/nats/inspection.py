@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
-    from .clock import BrokerClock
+    from aiokeyless.worker.clock import BrokerClock
+
     from .fleet import Fleet
 
 _NOT_FOUND: Final = 404
@@ -68,7 +69,7 @@ class Inspector(NamedTuple):
     Attributes:
         connection: The broker.
         fleet: The fleet.
-        clock: The broker's clock.
+        clock: The broker's clock, which is measured by the way.
         within: Seconds within which an answer must come.
     """
 
@@ -80,7 +81,10 @@ class Inspector(NamedTuple):
     async def inspect(self) -> Inspection:
         """See `Broker`."""
         fleet = self.fleet
+        asked_at = self.clock.now()
         requests = await self._ask(f"STREAM.INFO.{fleet.requests}", _StreamAnswer)
+        if requests is not None:
+            self.clock.compare(requests.ts, asked_at=asked_at)
         problems = [*_of_stream(fleet.requests, requests)]
         for name in (fleet.outcomes, fleet.claims):
             problems += _of_stream(name, await self._ask(f"STREAM.INFO.{name}", _StreamAnswer))

@@ -16,6 +16,8 @@ from collections import OrderedDict, deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from nats.aio.msg import Msg  # noqa: TC002  # msgspec reads the annotations
+
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.worker.broker import Message, UnavailableError
 from aiokeyless.worker.logs import Seldom, log
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
     from .fleet import Fleet
@@ -47,38 +48,28 @@ _REMEMBERED: Final = 10_000  # requests that were polled lately
 _NEGLIGIBLE: Final = 1.0  # seconds, as long as a delivery that nobody took is put off
 
 
-class NatsMessage(Message):
+class NatsMessage(Message, kw_only=True, eq=False):
     """One delivery by JetStream.
 
-    Args:
+    Attributes:
         raw: The delivery.
-        failures: How often the request failed in a row, as far as this worker knows; None if it knows of no exchange.
         arrived_at: When it came.
+        is_known: Whether this worker knows of an exchange for the request.
     """
 
-    __slots__ = ("arrived_at", "rank", "raw", "sequence")
+    raw: Msg
+    arrived_at: float
+    is_known: bool
 
-    def __init__(self, raw: Msg, *, failures: int | None, arrived_at: float) -> None:
-        metadata = raw.metadata
-        sequence = metadata.sequence.stream
-        super().__init__(
-            body=raw.data,
-            # A stream that was made anew has the same numbers again.
-            name=f"message-{metadata.stream}-{sequence}-{metadata.timestamp.timestamp():.6f}",
-            stored_at=metadata.timestamp,
-            number=metadata.num_delivered,
-            failures=failures or 0,
-            traceparent=(raw.headers or {}).get(TRACEPARENT),
-        )
-        self.raw: Msg = raw
-        self.sequence: int = sequence
-        self.arrived_at: float = arrived_at
-        #: Its place in the order of probes, see `Broker.take`.
-        self.rank: tuple[int, bool, float] = (
-            self.failures,
-            failures is None,
-            -sequence if failures is None else arrived_at,
-        )
+    @property
+    def rank(self) -> tuple[int, bool, float]:
+        """Its place in the order of probes, see `Broker.take`."""
+        return self.failures, not self.is_known, self.arrived_at if self.is_known else -self.id
+
+    @property
+    def place(self) -> str:
+        """A name that no other message of a stream has, not even of one that was made anew."""
+        return f"message-{self.raw.metadata.stream}-{self.id}-{self.stored_at.timestamp():.6f}"
 
 
 class _Pull:
@@ -275,8 +266,21 @@ class Intake:
         if raw.reply:
             self._refusals = 0
             self._count_off(1)
-            failures = self.failures.of(raw.metadata.sequence.stream)
-            self._arrived.append(NatsMessage(raw, failures=failures, arrived_at=self._now()))
+            metadata = raw.metadata
+            failures = self.failures.of(metadata.sequence.stream)
+            self._arrived.append(
+                NatsMessage(
+                    id=metadata.sequence.stream,
+                    body=raw.data,
+                    stored_at=metadata.timestamp,
+                    number=metadata.num_delivered,
+                    failures=failures or 0,
+                    traceparent=(raw.headers or {}).get(TRACEPARENT),
+                    raw=raw,
+                    arrived_at=self._now(),
+                    is_known=failures is not None,
+                )
+            )
             return
         self._on_end(raw)
 

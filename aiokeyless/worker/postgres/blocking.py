@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery
+from aiokeyless.worker.tables import LARGEST_REQUEST
 
-from .names import LARGEST_REQUEST, READS_EVERY, within
+from .names import READS_EVERY, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import asyncpg
 import msgspec
@@ -16,7 +13,6 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import (
-    Broker,
     Claim,
     Claimed,
     Exchange,
@@ -26,15 +22,18 @@ from aiokeyless.worker.broker import (
     Terms,
     UnavailableError,
 )
+from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
+from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
 
 from .connection import store_request, take_outcome
 from .failures import PASSING, broker_errors, request_errors
 from .migrations import prepare
-from .names import LARGEST_REQUEST, READS_EVERY, check_schema, within
+from .names import READS_EVERY, check_schema, within
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from datetime import datetime
 
     from asyncpg.pool import PoolConnectionProxy
 
@@ -44,10 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Seconds that a request may be waited for: for as long as its row is kept.
-_LONGEST_WAIT: Final = 400 * 24 * 3600.0
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes that applications have in hand
-_LARGEST_BATCH: Final = 500  # calls in one statement
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: everything that waits is made again after a crash, in one statement
 _ATTEMPTS: Final = 5  # of a transaction that met another one
@@ -61,39 +57,7 @@ _CLEANS_EVERY: Final = 3600.0  # seconds
 _EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2}
 
 
-class PostgresMessage(Message):
-    """One delivery of a request; ``id`` is its row."""
-
-    __slots__ = ("id",)
-
-    def __init__(
-        self, id_: int, *, body: str, traceparent: str | None, stored_at: float, number: int, failures: int
-    ) -> None:
-        super().__init__(
-            body=body.encode(),
-            name=f"request-{id_}",
-            stored_at=_time(stored_at),
-            number=number,
-            failures=failures,
-            traceparent=traceparent,
-        )
-        self.id: int = id_
-
-
-class _PutOff(NamedTuple):
-    id: int
-    number: int
-    delay: float
-    exchange: int
-
-
-class _Decide(NamedTuple):
-    id: int
-    outcome: str
-    body: str
-
-
-class PostgresBroker(Broker):
+class PostgresBroker(TableBroker):
     """A broker in a schema of a PostgreSQL database, which may be that of the application.
 
     An application that has a connection of its own needs no broker object: see `PostgresConnection`.
@@ -112,10 +76,10 @@ class PostgresBroker(Broker):
     """
 
     def __init__(self, database: str | asyncpg.Pool[Any], schema: str = "keyless") -> None:
+        super().__init__()
         self.system = "postgresql"
         self._schema = check_schema(schema)
         self.destination: str = self._schema
-        self.largest_request: int = LARGEST_REQUEST
         if not isinstance(database, str | asyncpg.Pool):
             raise ConfigurationError(
                 f"broker must be a URL or an asyncpg pool, not {type(database).__name__}", argument="broker"
@@ -124,8 +88,7 @@ class PostgresBroker(Broker):
         self._pool: asyncpg.Pool[Any] | None = None  # None while it is not open
         self._outcomes: asyncio.Semaphore  # connections for those that applications have in hand
         self._calls: asyncio.Semaphore  # and for all others, who wait for one as long as it takes
-        self._lease = 0.0
-        self._clock = _Clock()
+        self._clock = BrokerClock()
         self._take_from = 0.0  # of the loop's clock
         self._look_below_at = 0.0  # likewise
         self._floor = 0.0  # what was due before was taken, but for what was committed late
@@ -133,11 +96,9 @@ class PostgresBroker(Broker):
         self._decisions = self._batches(self._decide)
         self._claims = self._batches(self._claim)
         self._held = self._batches(self._were_asked)
-        self._housekeeping: asyncio.Task[None] | None = None
-        self._handing_back: set[asyncio.Task[None]] = set()
 
     def _batches(self, execute: Callable[[list[Any]], Awaitable[list[Any]]]) -> Batches[Any, Any]:
-        return Batches(execute, _LARGEST_BATCH)
+        return Batches(execute, LARGEST_BATCH)
 
     def __repr__(self) -> str:
         return f"<PostgresBroker, schema {self._schema!r}>"
@@ -177,12 +138,7 @@ class PostgresBroker(Broker):
         """See `Broker`."""
         if self._pool is None:
             return
-        if self._housekeeping is not None:
-            self._housekeeping.cancel()
-            await asyncio.wait({self._housekeeping})
-            self._housekeeping = None
-        while self._handing_back:
-            await asyncio.wait(self._handing_back)
+        await self._end_tasks()
         for batches in (self._put_offs, self._decisions, self._claims, self._held):
             await batches.aclose()
         pool, self._pool = self._pool, None
@@ -242,13 +198,10 @@ class PostgresBroker(Broker):
                 lambda connection: prepare(connection, self._schema), patience=_KEEPS_HOUSE_WITHIN
             )
             await self._fetch("SELECT {}.restore()", patience=_KEEPS_HOUSE_WITHIN)
-            await self._take_time()
+            await self._measure_time()
         except UnavailableError as error:
             raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None
-        self._lease = max(self._lease, lease)
-        if self._housekeeping is None:
-            self._housekeeping = asyncio.create_task(self._keep_house())
-        return Terms(_LONGEST_WAIT, LARGEST_REQUEST)
+        return self._prepared(lease, self._keep_house)
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
         """See `Broker`."""
@@ -266,7 +219,7 @@ class PostgresBroker(Broker):
             if messages:
                 return messages
 
-    async def _take(self, up_to: int, probing: bool) -> list[PostgresMessage]:
+    async def _take(self, up_to: int, probing: bool) -> list[Message]:
         now = asyncio.get_running_loop().time()
         floor: float | None = self._floor
         if now >= self._look_below_at:
@@ -290,7 +243,7 @@ class PostgresBroker(Broker):
         """See `Broker`."""
         return await self._taken(self._take_overdue(up_to, grace))
 
-    async def _take_overdue(self, up_to: int, grace: float) -> list[PostgresMessage]:
+    async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
         rows = await self._fetch(
             "SELECT * FROM {}.take_overdue($1::integer, $2::double precision, $3::double precision)",
             up_to,
@@ -299,80 +252,67 @@ class PostgresBroker(Broker):
         )
         return [_message(row) for row in rows]
 
-    async def _taken(self, taking: Awaitable[list[PostgresMessage]]) -> list[PostgresMessage]:
-        """Return deliveries; if the caller is cancelled meanwhile, hand them back."""
-        task = asyncio.ensure_future(taking)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            handing_back = asyncio.create_task(self._hand_back(task))
-            self._handing_back.add(handing_back)
-            handing_back.add_done_callback(self._handing_back.discard)
-            raise
-
-    async def _hand_back(self, taking: asyncio.Future[list[PostgresMessage]]) -> None:
-        with suppress(UnavailableError, BrokerError):  # then they come again after the lease
-            await asyncio.gather(*(self.put_off(message, 0.0, Exchange.NONE) for message in await taking))
-
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
         """See `Broker`."""
-        row = _row(message)
-        await self._put_offs.call(_PutOff(row.id, row.number, delay, _EXCHANGES[exchange]))
+        await self._put_offs.call((message.id, message.number, delay, _EXCHANGES[exchange]))
 
-    async def _put_off(self, calls: list[_PutOff]) -> list[None]:
+    async def _put_off(self, calls: list[tuple[Any, ...]]) -> list[None]:
         await self._fetch(
             "SELECT {}.put_off($1::bigint[], $2::integer[], $3::double precision[], $4::integer[])", *_columns(calls)
         )
         return [None] * len(calls)
 
-    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:  # noqa: ARG002  # rows are unique
+    async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         """See `Broker`."""
         body = msgspec.json.encode(event).decode()
-        is_stored: bool = await self._decisions.call(_Decide(_row(message).id, event.outcome.value, body))
+        is_stored: bool = await self._decisions.call((message.id, event.outcome.value, body))
         return is_stored
 
-    async def _decide(self, calls: list[_Decide]) -> list[bool]:
+    async def _decide(self, calls: list[tuple[Any, ...]]) -> list[bool]:
         rows = await self._fetch("SELECT id FROM {}.decide($1::bigint[], $2::text[], $3::text[])", *_columns(calls))
         decided = {row[0] for row in rows}
         is_stored = []
-        for call in calls:
-            is_stored.append(call.id in decided)
-            decided.discard(call.id)  # of two decisions on one request, the first is stored
+        for id_, *_ in calls:
+            is_stored.append(id_ in decided)
+            decided.discard(id_)  # of two decisions on one request, the first is stored
         return is_stored
 
-    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # it is in its row
+    async def claim(self, message: Message) -> Claimed:
         """See `Broker`."""
-        row = _row(message)
-        was_asked = await self._claims.call((row.id, row.number))
-        return Claimed(Claim.HELD if was_asked else Claim.NEW, row.number)
+        was_asked = await self._claims.call((message.id, message.number))
+        return Claimed(Claim.HELD if was_asked else Claim.NEW, message.number)
 
-    async def _claim(self, calls: list[tuple[int, int]]) -> list[bool]:
+    async def _claim(self, calls: list[tuple[Any, ...]]) -> list[bool]:
         rows = await self._fetch("SELECT id, was_asked FROM {}.claim($1::bigint[], $2::integer[])", *_columns(calls))
         were_asked: dict[int, bool] = {row[0]: row[1] for row in rows}
         return [were_asked.get(id_, True) for id_, _ in calls]  # for a row that somebody removed, nobody is asked
 
-    async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
+    async def holds(self, message: Message) -> bool:
         """See `Broker`."""
-        is_held: bool = await self._held.call(_row(message).id)
+        is_held: bool = await self._held.call(message.id)
         return is_held
 
     async def _were_asked(self, ids: list[int]) -> list[bool]:
         asked = {row[0] for row in await self._fetch("SELECT id FROM {}.were_asked($1::bigint[])", ids)}
         return [id_ in asked for id_ in ids]
 
-    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # as above
+    async def unclaim(self, message: Message, token: int) -> bool:
         """See `Broker`."""
-        rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::integer)", _row(message).id, token)
+        rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::integer)", message.id, token)
         is_free: bool = rows[0][0]
         return is_free
 
     async def inspect(self) -> Inspection:
         """See `Broker`."""
         ((waiting, backlog, oldest_age, is_standby),) = await self._fetch("SELECT * FROM {}.inspect()")
-        ahead = await self._take_time()
+        await self._measure_time()
         problems = ("the database is a standby, which stores nothing",) if is_standby else ()
         return Inspection(
-            waiting=waiting, backlog=backlog, oldest_age=oldest_age, clock_ahead=round(ahead, 3), problems=problems
+            waiting=waiting,
+            backlog=backlog,
+            oldest_age=oldest_age,
+            clock_ahead=round(self._clock.ahead, 3),
+            problems=problems,
         )
 
     # -- the database
@@ -405,11 +345,10 @@ class PostgresBroker(Broker):
                         giving_up.cancel()
             attempt += 1
 
-    async def _take_time(self) -> float:
-        """Measure the database's clock; return by how many seconds it is ahead of this machine's."""
-        began = time.monotonic()
+    async def _measure_time(self) -> None:
+        asked_at = self._clock.now()
         rows = await self._fetch("SELECT extract(epoch FROM clock_timestamp())::double precision")
-        return self._clock.measured(rows[0][0], began)
+        self._clock.compare(time_of(rows[0][0]), asked_at=asked_at)
 
     async def _keep_house(self) -> None:
         loop = asyncio.get_running_loop()
@@ -431,23 +370,6 @@ class PostgresBroker(Broker):
         after: int | None = 0
         while after is not None:
             ((after,),) = await self._fetch("SELECT {}.clean($1::bigint)", after)
-
-
-class _Clock:
-    """The database's clock, carried on by a monotonic one between two measurements."""
-
-    def __init__(self) -> None:
-        self._time = 0.0
-        self._at = 0.0
-
-    def measured(self, server_time: float, began: float) -> float:
-        """Note a measurement that began at a time of the monotonic clock; return how far this machine is behind."""
-        ended = time.monotonic()
-        self._time, self._at = server_time, (began + ended) / 2
-        return self.now().timestamp() - time.time()
-
-    def now(self) -> datetime:
-        return _time(self._time + time.monotonic() - self._at)
 
 
 class _Pooled(OutcomeDelivery):
@@ -492,21 +414,12 @@ def _columns(calls: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     return tuple(list(column) for column in zip(*calls, strict=True))
 
 
-def _message(row: asyncpg.Record) -> PostgresMessage:
-    return PostgresMessage(
-        row["id"],
-        body=row["body"],
-        traceparent=row["traceparent"],
-        stored_at=row["stored_at"],
+def _message(row: asyncpg.Record) -> Message:
+    return Message(
+        id=row["id"],
+        body=row["body"].encode(),
+        stored_at=time_of(row["stored_at"]),
         number=row["number"],
         failures=row["failures"],
+        traceparent=row["traceparent"],
     )
-
-
-def _row(message: Message) -> PostgresMessage:
-    assert isinstance(message, PostgresMessage)  # noqa: S101  # this broker made it
-    return message
-
-
-def _time(seconds: float) -> datetime:
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)

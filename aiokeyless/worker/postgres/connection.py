@@ -10,9 +10,10 @@ import asyncpg
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.tables import LARGEST_REQUEST
 
 from .failures import broker_errors, request_errors
-from .names import LARGEST_REQUEST, READS_EVERY, check_schema, within
+from .names import READS_EVERY, check_schema, within
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator

@@ -7,8 +7,6 @@ from typing import Final
 
 from aiokeyless.errors import ConfigurationError
 
-#: Bytes of one request, at most.
-LARGEST_REQUEST: Final = 1 << 20
 READS_EVERY: Final = 0.25  # seconds between two polls for an outcome
 _SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # with what roles append, PostgreSQL's 63 bytes
 

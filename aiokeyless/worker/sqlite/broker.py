@@ -8,14 +8,14 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import (
-    Broker,
     Claimed,
     Exchange,
     Message,
@@ -25,9 +25,10 @@ from aiokeyless.worker.broker import (
     UnavailableError,
 )
 from aiokeyless.worker.logs import log
+from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker
 
 from .schema import MEMORY
-from .store import LONGEST_WAIT, Call, Decide, Overdue, PutOff, SqliteMessage, Store, Take, Unread
+from .store import Call, PutOff, Store, Unread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LARGEST_REQUEST: Final = 1 << 20  # bytes
-_LARGEST_BATCH: Final = 500  # calls in one transaction: others wait for it
+_ADVICE: Final = (
+    "for workers and applications of this machine; for several machines, or requests in the transactions of your own "
+    "database, use PostgreSQL"
+)
 _CHECKS_EVERY: Final = 0.1  # seconds between two checks for what other processes have stored
 _TAKES_EVERY: Final = 0.02  # seconds between two takes: what is due by then comes in one
 _REPAIRS_EVERY: Final = 10.0  # seconds
@@ -48,7 +51,7 @@ _SHORTEST: Final = 0.001  # seconds: a timer of less may fire without a step of 
 _RESOLUTION: Final = 1e-6  # seconds by which a timer may be early: what it is for is due
 
 
-class SqliteBroker(Broker):
+class SqliteBroker(TableBroker):
     """A broker in a SQLite file, for the workers and applications of one machine.
 
     The file is the broker's own. It is made if it is missing, for this user alone. Several processes share it, and one
@@ -66,24 +69,21 @@ class SqliteBroker(Broker):
     """
 
     def __init__(self, path: Path | str) -> None:
+        super().__init__()
         self._path = os.fspath(path)
         if not self._path:
             raise ConfigurationError("broker must name a file, such as sqlite:keyless.db", argument="broker")
         self.system = "sqlite"
         self.destination: str = self._path
-        self.largest_request: int = _LARGEST_REQUEST
-        self._lease = 0.0
         self._is_open = False
         self._store: Store
         self._clock: Callable[[], datetime]
         self._thread: ThreadPoolExecutor | None = None  # none for a broker in memory
-        self._batches: Batches[Call, Any] = Batches(self._execute, _LARGEST_BATCH)
+        self._batches: Batches[Call | PutOff, Any] = Batches(self._execute, LARGEST_BATCH)
         self._due = _Changes()  # of requests
         self._decided = _Changes()  # of outcomes
         self._take_from = 0.0
         self._readers: set[str] = set()  # those that are known to be in the file
-        self._housekeeping: asyncio.Task[None] | None = None
-        self._handing_back: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<SqliteBroker {self._path}>"
@@ -115,11 +115,7 @@ class SqliteBroker(Broker):
         self._is_open = False
         self._due.notify()
         self._decided.notify()
-        if self._housekeeping is not None:
-            self._housekeeping.cancel()
-            await asyncio.wait({self._housekeeping})
-        while self._handing_back:
-            await asyncio.wait(self._handing_back)
+        await self._end_tasks()
         await self._batches.aclose()
         await self._run(self._store.close)
         if self._thread is not None:
@@ -134,9 +130,14 @@ class SqliteBroker(Broker):
     async def submit(self, new: NewRequest) -> bool:
         """See `ApplicationSide`."""
         try:
-            is_duplicate: bool = await self._lasting(self._store_().submit, new)
+            store = self._store_()
+            is_duplicate = await self._do(lambda: store.submit(new), lasting=True)
         except UnavailableError as error:
             raise BrokerError(str(error)) from None
+        if is_duplicate is None:
+            raise InvalidRequestError(
+                f"operation_id {new.request.operation_id!r} belongs to a different request: choose a new one"
+            )
         self._due.notify()
         return is_duplicate
 
@@ -144,14 +145,14 @@ class SqliteBroker(Broker):
         """See `ApplicationSide`."""
         store = self._store_()
         if reader not in self._readers:
-            await self._lasting(store.add_reader, reader)
+            await self._do(lambda: store.add_reader(reader), lasting=True)
             self._readers.add(reader)
         while True:
             changed = self._decided.next
             due = await self._run(lambda: store.next_unread(reader))
             now = self._clock().timestamp()
             if due is not None and due <= now:
-                unread: Unread | None = await self._pacing(store.take_unread, reader)
+                unread = await self._do(lambda: store.take_unread(reader))
                 if unread is not None:
                     return _Outcome(self, unread)
             else:
@@ -162,9 +163,9 @@ class SqliteBroker(Broker):
         """Forget an outcome that was handled, or deliver it again later."""
         store = self._store_()
         if handled:
-            await self._lasting(store.handled, unread)
+            await self._do(lambda: store.handled(unread), lasting=True)
         else:
-            await self._pacing(store.put_off_unread, (unread, delay))
+            await self._do(lambda: store.put_off_unread(unread, delay))
             self._decided.notify()
 
     # -- for workers
@@ -172,20 +173,9 @@ class SqliteBroker(Broker):
     async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
         """See `Broker`."""
         self._store_()
-        self._lease = max(self._lease, lease)
-        if self._housekeeping is None:
-            if self._path != MEMORY:
-                log(
-                    logging.INFO,
-                    "broker.sqlite",
-                    {
-                        "file": self._path,
-                        "advice": "for workers and applications of this machine; for several machines, or requests in "
-                        "the transactions of your own database, use PostgreSQL",
-                    },
-                )
-            self._housekeeping = asyncio.create_task(self._keep_house())
-        return Terms(LONGEST_WAIT, _LARGEST_REQUEST)
+        if self._housekeeping is None and self._path != MEMORY:
+            log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
+        return self._prepared(lease, self._keep_house)
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
         """See `Broker`."""
@@ -200,7 +190,7 @@ class SqliteBroker(Broker):
             left = until - loop.time()
             if due is not None and due <= now:
                 self._take_from = loop.time() + _TAKES_EVERY
-                messages = await self._taken(Call(store.take, Take(up_to, self._lease, probing), lasting=False))
+                messages = await self._taken(self._do(lambda: store.take(up_to, self._lease, probing=probing)))
                 if messages:
                     return messages
                 due = None  # another worker was faster
@@ -211,53 +201,35 @@ class SqliteBroker(Broker):
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         """See `Broker`."""
-        return await self._taken(Call(self._store_().take_overdue, Overdue(up_to, self._lease, grace), lasting=False))
-
-    async def _taken(self, call: Call) -> Sequence[SqliteMessage]:
-        """Return deliveries; where the caller is cancelled meanwhile, hand them back."""
-        taking: asyncio.Task[Sequence[SqliteMessage]] = asyncio.create_task(self._batches.call(call))
-        try:
-            return await asyncio.shield(taking)
-        except asyncio.CancelledError:
-            handing_back = asyncio.create_task(self._hand_back(taking))
-            self._handing_back.add(handing_back)
-            handing_back.add_done_callback(self._handing_back.discard)
-            raise
-
-    async def _hand_back(self, taking: asyncio.Task[Sequence[SqliteMessage]]) -> None:
-        with suppress(UnavailableError, BrokerError):  # then they come again after the lease
-            for message in await taking:
-                handed_back = PutOff(message.id, message.number, 0.0, Exchange.NONE)
-                await self._pacing(self._store.put_off, handed_back)
+        store = self._store_()
+        return await self._taken(self._do(lambda: store.take_overdue(up_to, self._lease, grace)))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
         """See `Broker`."""
-        row = _row(message)
-        await self._pacing(self._store_().put_off, PutOff(row.id, row.number, delay, exchange))
+        await self._batches.call(PutOff(message, delay, exchange))
         self._due.notify()
 
-    async def decide(self, message: Message, event: ApprovalEvent, name: str) -> bool:  # noqa: ARG002  # rows are unique
+    async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         """See `Broker`."""
-        is_stored: bool = await self._lasting(
-            self._store_().decide, Decide(_row(message).id, event, msgspec.json.encode(event))
-        )
+        store, data = self._store_(), msgspec.json.encode(event)
+        is_stored = await self._do(lambda: store.decide(message.id, event.outcome.value, data), lasting=True)
         self._decided.notify()
         return is_stored
 
-    async def claim(self, message: Message, operation_id: str, request: str) -> Claimed:  # noqa: ARG002  # it is in its row
+    async def claim(self, message: Message) -> Claimed:
         """See `Broker`."""
-        claimed: Claimed = await self._lasting(self._store_().claim, _row(message))
-        return claimed
+        store = self._store_()
+        return await self._do(lambda: store.claim(message.id, message.number), lasting=True)
 
-    async def holds(self, message: Message, operation_id: str, request: str) -> bool:  # noqa: ARG002  # as above
+    async def holds(self, message: Message) -> bool:
         """See `Broker`."""
-        is_held: bool = await self._pacing(self._store_().holds, _row(message).id)
-        return is_held
+        store = self._store_()
+        return await self._do(lambda: store.holds(message.id))
 
-    async def unclaim(self, message: Message, operation_id: str, request: str, token: int) -> bool:  # noqa: ARG002  # as above
+    async def unclaim(self, message: Message, token: int) -> bool:
         """See `Broker`."""
-        is_free: bool = await self._lasting(self._store_().unclaim, (_row(message).id, token))
-        return is_free
+        store = self._store_()
+        return await self._do(lambda: store.unclaim(message.id, token), lasting=True)
 
     async def inspect(self) -> Inspection:
         """See `Broker`."""
@@ -276,14 +248,13 @@ class SqliteBroker(Broker):
             return do()
         return await asyncio.get_running_loop().run_in_executor(self._thread, do)
 
-    async def _execute(self, calls: list[Call]) -> list[Any]:
+    async def _execute(self, calls: list[Call | PutOff]) -> list[Any]:
         return await self._run(lambda: self._store.execute(calls))
 
-    async def _lasting(self, method: Callable[[list[Any]], Sequence[Any]], argument: object) -> Any:
-        return await self._batches.call(Call(method, argument, lasting=True))
-
-    async def _pacing(self, method: Callable[[list[Any]], Sequence[Any]], argument: object) -> Any:
-        return await self._batches.call(Call(method, argument, lasting=False))
+    async def _do(self, do: Callable[[], T], *, lasting: bool = False) -> T:
+        """Have something done to the file in one transaction with the other calls of this turn."""
+        result: T = await self._batches.call(Call(do, lasting))
+        return result
 
     async def _wait_for(self, changed: asyncio.Event, most: float | None) -> None:
         """Wait for a change by this process, or until it is time to check for those by others."""
@@ -299,7 +270,7 @@ class SqliteBroker(Broker):
         turn = 0
         while True:
             try:
-                await self._pacing(self._store.repair, self._lease)
+                await self._do(lambda: self._store.repair(self._lease))
                 self._due.notify()
                 self._decided.notify()
                 if turn % _CLEANS_EVERY == 0:
@@ -312,7 +283,7 @@ class SqliteBroker(Broker):
     async def _clean(self) -> None:
         after: int | None = 0
         while after is not None:
-            after = await self._pacing(self._store.clean, after)
+            after = await self._do(partial(self._store.clean, after))
 
 
 class _Changes:
@@ -348,8 +319,3 @@ class _Outcome(OutcomeDelivery):
     async def put_off(self, delay: float | None = None) -> None:
         """See `OutcomeDelivery`."""
         await self._broker.settle_unread(self._unread, delay=delay, handled=False)
-
-
-def _row(message: Message) -> SqliteMessage:
-    assert isinstance(message, SqliteMessage)  # noqa: S101  # this broker made it
-    return message

@@ -1,17 +1,16 @@
 """What is stored in the file, and the statements that read and change it. All of it runs in one thread.
 
-The methods take the calls of one turn of the event loop, and return a result for each. `execute` runs them in one
-transaction. A statement for many rows is one statement: another thread may hold Python's lock between two.
+`execute` runs the calls of one turn of the event loop in one transaction. A statement for many rows is one statement:
+another thread may hold Python's lock between two.
 """
 
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from aiokeyless.errors import BrokerError, InvalidRequestError
+from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import (
     FIRST_PAUSE,
@@ -22,6 +21,7 @@ from aiokeyless.worker.broker import (
     Message,
     NewRequest,
 )
+from aiokeyless.worker.tables import LONGEST_WAIT, time_of
 
 from .failures import broker_errors, retried
 from .schema import MEMORY, connect
@@ -29,12 +29,8 @@ from .schema import MEMORY, connect
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aiokeyless.worker.messages import ApprovalEvent
-
 #: Seconds that a request is put off for, at most: a clock that was set back holds up nothing for longer.
 MOST_PUT_OFF: Final = 200.0
-#: Seconds that a request may be waited for: for as long as its row is kept.
-LONGEST_WAIT: Final = 400 * 24 * 3600.0
 _BODIES_KEPT: Final = 7 * 24 * 3600.0  # seconds after the decision
 _CLEANED: Final = 1000  # rows in one transaction
 #: What removes a row, or a part of it, so many seconds after the decision.
@@ -66,56 +62,12 @@ _UNTRIED: Final = (
 _HANDED_ON: Final = 30.0  # seconds that a reader has for an outcome, until it is delivered again
 
 
-class SqliteMessage(Message):
-    """One delivery of a request; ``id`` is its row."""
-
-    __slots__ = ("id",)
-
-    def __init__(
-        self, id_: int, *, body: bytes, stored_at: float, number: int, failures: int, traceparent: str | None
-    ) -> None:
-        super().__init__(
-            body=body,
-            name=f"request-{id_}",
-            stored_at=_time(stored_at),
-            number=number,
-            failures=failures,
-            traceparent=traceparent,
-        )
-        self.id: int = id_
-
-
-class Take(NamedTuple):
-    """A call of `Store.take`: how many, for how long they are this worker's, in which order."""
-
-    up_to: int
-    lease: float
-    probing: bool
-
-
-class Overdue(NamedTuple):
-    """A call of `Store.take_overdue`."""
-
-    up_to: int
-    lease: float
-    grace: float
-
-
 class PutOff(NamedTuple):
-    """A call of `Store.put_off`."""
+    """A call that puts a request off: `Store.execute` takes many of them as one statement."""
 
-    id: int
-    number: int
+    message: Message
     delay: float
     exchange: Exchange
-
-
-class Decide(NamedTuple):
-    """A call of `Store.decide`."""
-
-    id: int
-    event: ApprovalEvent
-    data: bytes
 
 
 class Unread(NamedTuple):
@@ -138,14 +90,12 @@ class Call(NamedTuple):
     """What is to be done in a transaction.
 
     Attributes:
-        method: One of the store's, which takes the arguments of several calls.
-        argument: That of this call.
+        do: Does it.
         lasting: Whether it is a promise, and must survive a power cut; pacing need not.
     """
 
-    method: Callable[[list[Any]], Sequence[Any]]
-    argument: object
-    lasting: bool
+    do: Callable[[], object]
+    lasting: bool = False
 
 
 class Store:
@@ -167,35 +117,26 @@ class Store:
         """Close the file."""
         self._connection.close()
 
-    def execute(self, calls: list[Call]) -> list[Any]:
-        """Execute calls in one transaction, those of one method together.
+    def execute(self, calls: Sequence[Call | PutOff]) -> list[Any]:
+        """Execute calls in one transaction; return the result of each.
 
         Raises:
             UnavailableError: Nothing of it was done, and may be done later.
             BrokerError: The file cannot be used.
         """
         with broker_errors(self._path):
-            self._set_synchronous("FULL" if any(call.lasting for call in calls) else "NORMAL")
+            is_lasting = any(isinstance(call, Call) and call.lasting for call in calls)
+            self._set_synchronous("FULL" if is_lasting else "NORMAL")
             retried(lambda: self._connection.execute("BEGIN IMMEDIATE"))
             try:
-                results = self._executed(calls)
+                self._put_off([call for call in calls if isinstance(call, PutOff)])
+                results = [call.do() if isinstance(call, Call) else None for call in calls]
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:  # a full disk has ended it by itself
                     self._connection.execute("ROLLBACK")
                 raise
             return results
-
-    def _executed(self, calls: list[Call]) -> list[Any]:
-        methods: dict[Callable[[list[Any]], Sequence[Any]], list[int]] = {}
-        for place, call in enumerate(calls):
-            methods.setdefault(call.method, []).append(place)
-        results: list[Any] = [None] * len(calls)
-        for method, places in methods.items():
-            answers = method([calls[place].argument for place in places])
-            for place, answer in zip(places, answers, strict=True):
-                results[place] = answer
-        return results
 
     def _set_synchronous(self, mode: str) -> None:
         if mode != self._synchronous:
@@ -209,21 +150,14 @@ class Store:
 
     # -- for applications
 
-    def submit(self, calls: list[NewRequest]) -> list[bool | InvalidRequestError]:
-        """Store requests; return for each whether it was stored already."""
-        return [self._submit(new) for new in calls]
-
-    def _submit(self, new: NewRequest) -> bool | InvalidRequestError:
+    def submit(self, new: NewRequest) -> bool | None:
+        """Store a request; return whether it was stored already, or None if another one has its operation id."""
         request, now = new.request, self._now()
         found = self._connection.execute(
             "SELECT content_sha256 FROM request WHERE operation_id = ?", (request.operation_id,)
         ).fetchone()
         if found is not None:
-            if found[0] == new.digest:
-                return True
-            return InvalidRequestError(
-                f"operation_id {request.operation_id!r} belongs to a different request: choose a new one"
-            )
+            return True if found[0] == new.digest else None
         asked_at = now if request.created_at is None else min(now, request.created_at.timestamp())
         expires_at = asked_at + min(request.expires_in, LONGEST_WAIT)
         self._connection.execute(
@@ -234,13 +168,10 @@ class Store:
         self._connection.execute("INSERT INTO waiting VALUES (last_insert_rowid(), ?, 0, 0)", (now,))
         return False
 
-    def add_reader(self, calls: list[str]) -> list[None]:
-        """Add readers, for whom all outcomes that are stored are unread."""
-        for name in calls:
-            added = self._connection.execute("INSERT OR IGNORE INTO reader VALUES (?, '', 1)", (name,)).rowcount
-            if added:
-                self._connection.execute("INSERT INTO unread SELECT ?, id, ?, 0 FROM outcome", (name, self._now()))
-        return [None] * len(calls)
+    def add_reader(self, name: str) -> None:
+        """Add a reader, for whom all outcomes that are stored are unread."""
+        if self._connection.execute("INSERT OR IGNORE INTO reader VALUES (?, '', 1)", (name,)).rowcount:
+            self._connection.execute("INSERT INTO unread SELECT ?, id, ?, 0 FROM outcome", (name, self._now()))
 
     def next_unread(self, reader: str) -> float | None:
         """Return when an outcome is due for a reader; None if there is none."""
@@ -248,11 +179,8 @@ class Store:
             (due_at,) = retried(lambda: self._one("SELECT min(due_at) FROM unread WHERE reader = ?", reader))
         return None if due_at is None else float(due_at)
 
-    def take_unread(self, calls: list[str]) -> list[Unread | None]:
-        """Take the outcome of each reader that is due longest; None where none is due."""
-        return [self._take_unread(reader) for reader in calls]
-
-    def _take_unread(self, reader: str) -> Unread | None:
+    def take_unread(self, reader: str) -> Unread | None:
+        """Take the outcome that is due longest; None if none is due."""
         now = self._now()
         found = self._connection.execute(
             "SELECT u.id, u.failures, o.body FROM unread u JOIN outcome o ON o.id = u.id"
@@ -268,24 +196,17 @@ class Store:
         )
         return Unread(reader, id_, failures + 1, data)
 
-    def handled(self, calls: list[Unread]) -> list[None]:
-        """Forget outcomes that readers have handled."""
-        self._connection.executemany(
-            "DELETE FROM unread WHERE reader = ? AND id = ?", [(call.reader, call.id) for call in calls]
-        )
-        return [None] * len(calls)
+    def handled(self, unread: Unread) -> None:
+        """Forget an outcome that the reader has handled."""
+        self._connection.execute("DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.id))
 
-    def put_off_unread(self, calls: list[tuple[Unread, float | None]]) -> list[None]:
-        """Put outcomes off that readers have not handled, unless another process of the reader has them by now."""
-        now = self._now()
-        self._connection.executemany(
+    def put_off_unread(self, unread: Unread, delay: float | None) -> None:
+        """Put an outcome off, unless another process of the reader has it by now."""
+        due_at = self._now() + (_pause(unread.failures) if delay is None else delay)
+        self._connection.execute(
             "UPDATE unread SET due_at = ? WHERE reader = ? AND id = ? AND failures = ?",
-            [
-                (now + (_pause(unread.failures) if delay is None else delay), unread.reader, unread.id, unread.failures)
-                for unread, delay in calls
-            ],
+            (due_at, unread.reader, unread.id, unread.failures),
         )
-        return [None] * len(calls)
 
     # -- for workers
 
@@ -295,41 +216,39 @@ class Store:
             (due_at,) = retried(lambda: self._one("SELECT min(due_at) FROM waiting"))
         return None if due_at is None else float(due_at)
 
-    def take(self, calls: list[Take]) -> list[list[SqliteMessage]]:
+    def take(self, up_to: int, lease: float, *, probing: bool) -> list[Message]:
         """Take requests that are due."""
-        return [self._leased(self._probes(call) if call.probing else self._due(call), call.lease) for call in calls]
+        return self._leased(self._probes(up_to) if probing else self._due(up_to), lease)
 
-    def _due(self, call: Take) -> list[int]:
-        found = self._connection.execute(
-            "SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", (self._now(), call.up_to)
-        )
-        return [id_ for (id_,) in found.fetchall()]
+    def _due(self, up_to: int) -> list[int]:
+        return self._ids("SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", self._now(), up_to)
 
-    def _probes(self, call: Take) -> list[int]:
+    def _probes(self, up_to: int) -> list[int]:
         """Return what to probe with: a search of the index for each number of failures sorts no thousands."""
         chosen: list[int] = []
         failures = self._one("SELECT min(failures) FROM waiting")[0]
-        while failures is not None and len(chosen) < call.up_to:
+        while failures is not None and len(chosen) < up_to:
             for statement in (_PROVEN, _UNTRIED):
-                found = self._connection.execute(statement, (failures, self._now(), call.up_to - len(chosen)))
-                chosen += [id_ for (id_,) in found.fetchall()]
+                chosen += self._ids(statement, failures, self._now(), up_to - len(chosen))
             failures = self._one("SELECT min(failures) FROM waiting WHERE failures > ?", failures)[0]
         return chosen
 
-    def take_overdue(self, calls: list[Overdue]) -> list[list[SqliteMessage]]:
+    def take_overdue(self, up_to: int, lease: float, grace: float) -> list[Message]:
         """Take requests that are due and whose time is over."""
-        return [self._leased(self._overdue(call), call.lease) for call in calls]
-
-    def _overdue(self, call: Overdue) -> list[int]:
         now = self._now()
-        found = self._connection.execute(
+        overdue = self._ids(
             "SELECT r.id FROM request r JOIN waiting w ON w.id = r.id"
             " WHERE r.decided_at IS NULL AND r.expires_at <= ? AND w.due_at <= ? ORDER BY r.expires_at LIMIT ?",
-            (now - call.grace, now, call.up_to),
+            now - grace,
+            now,
+            up_to,
         )
-        return [id_ for (id_,) in found.fetchall()]
+        return self._leased(overdue, lease)
 
-    def _leased(self, ids: list[int], lease: float) -> list[SqliteMessage]:
+    def _ids(self, statement: str, *values: object) -> list[int]:
+        return [id_ for (id_,) in self._connection.execute(statement, values).fetchall()]
+
+    def _leased(self, ids: list[int], lease: float) -> list[Message]:
         """Deliver requests, and have them due again after the lease."""
         if not ids:
             return []
@@ -344,24 +263,29 @@ class Store:
             (chosen,),
         )
         return [
-            SqliteMessage(
-                id_, body=body, stored_at=stored_at, number=number, failures=failures, traceparent=traceparent
+            Message(
+                id=id_,
+                body=body,
+                stored_at=time_of(stored_at),
+                number=number,
+                failures=failures,
+                traceparent=traceparent,
             )
             for id_, body, stored_at, traceparent, number, failures in found.fetchall()
         ]
 
-    def put_off(self, calls: list[PutOff]) -> list[None]:
+    def _put_off(self, calls: list[PutOff]) -> None:
         """Deliver requests again later, unless they were delivered once more by now."""
         now = self._now()
         rows = [
             (
-                call.id,
-                call.number,
-                now + min(call.delay, MOST_PUT_OFF),
-                call.exchange is Exchange.NONE,
-                call.exchange is Exchange.FAILED,
+                message.id,
+                message.number,
+                now + min(delay, MOST_PUT_OFF),
+                exchange is Exchange.NONE,
+                exchange is Exchange.FAILED,
             )
-            for call in calls
+            for message, delay, exchange in calls
         ]
         self._connection.execute(
             "REPLACE INTO waiting SELECT w.id, json_extract(j.value, '$[2]'),"
@@ -372,72 +296,47 @@ class Store:
             " WHERE w.deliveries = json_extract(j.value, '$[1]')",
             (_MOST_FAILURES, json.dumps(rows)),
         )
-        return [None] * len(calls)
 
-    def decide(self, calls: list[Decide]) -> list[bool]:
-        """Store outcomes, for each reader, and remove their requests from those that wait."""
-        return [self._decide(call) for call in calls]
-
-    def _decide(self, call: Decide) -> bool:
+    def decide(self, id_: int, outcome: str, data: bytes) -> bool:
+        """Store an outcome, for each reader, and remove its request from those that wait."""
         now = self._now()
-        self._connection.execute("DELETE FROM waiting WHERE id = ?", (call.id,))
+        self._connection.execute("DELETE FROM waiting WHERE id = ?", (id_,))
         decided = self._connection.execute(
-            "UPDATE request SET decided_at = ? WHERE id = ? AND decided_at IS NULL", (now, call.id)
+            "UPDATE request SET decided_at = ? WHERE id = ? AND decided_at IS NULL", (now, id_)
         ).rowcount
         if not decided:
             return False
-        self._connection.execute(
-            "INSERT INTO outcome VALUES (?, ?, ?, ?)", (call.id, call.event.outcome.value, call.data, now)
-        )
-        self._connection.execute("INSERT INTO unread SELECT name, ?, ?, 0 FROM reader", (call.id, now))
+        self._connection.execute("INSERT INTO outcome VALUES (?, ?, ?, ?)", (id_, outcome, data, now))
+        self._connection.execute("INSERT INTO unread SELECT name, ?, ?, 0 FROM reader", (id_, now))
         return True
 
-    def claim(self, calls: list[SqliteMessage]) -> list[Claimed]:
-        """Note that deliveries are about to ask the users; the operation ids are theirs."""
-        return [self._claim(message) for message in calls]
+    def claim(self, id_: int, number: int) -> Claimed:
+        """Note that a delivery is about to ask the user; the operation id is its request's."""
+        was_asked = self.holds(id_)
+        self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (number, id_))
+        return Claimed(Claim.HELD if was_asked else Claim.NEW, number)
 
-    def _claim(self, message: SqliteMessage) -> Claimed:
-        was_asked = self._asked(message.id) is not None
-        self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (message.number, message.id))
-        return Claimed(Claim.HELD if was_asked else Claim.NEW, message.number)
+    def holds(self, id_: int) -> bool:
+        """Return whether the user may have been asked."""
+        return bool(self._one("SELECT count(*) FROM request WHERE id = ? AND asked IS NOT NULL", id_)[0])
 
-    def holds(self, calls: list[int]) -> list[bool]:
-        """Return of requests whether their users may have been asked."""
-        return [self._asked(id_) is not None for id_ in calls]
-
-    def _asked(self, id_: int) -> int | None:
-        found: tuple[int | None] | None = self._connection.execute(
-            "SELECT asked FROM request WHERE id = ?", (id_,)
-        ).fetchone()
-        return None if found is None else found[0]
-
-    def unclaim(self, calls: list[tuple[int, int]]) -> list[bool]:
-        """Take back the notes of deliveries, by row and token."""
-        return [
-            self._connection.execute("UPDATE request SET asked = NULL WHERE id = ? AND asked = ?", call).rowcount > 0
-            for call in calls
-        ]
+    def unclaim(self, id_: int, number: int) -> bool:
+        """Take back the note of a delivery."""
+        changed = self._connection.execute("UPDATE request SET asked = NULL WHERE id = ? AND asked = ?", (id_, number))
+        return changed.rowcount > 0
 
     # -- housekeeping
 
-    def repair(self, calls: list[float]) -> list[None]:
-        """Have due at once what is due in a longer time than anything is put off for: the clock was set back.
-
-        Args:
-            calls: The leases of workers.
-        """
+    def repair(self, lease: float) -> None:
+        """Have due at once what is due in a longer time than anything is put off for: the clock was set back."""
         now = self._now()
         self._connection.execute(
-            "UPDATE waiting SET due_at = ? WHERE due_at > ?", (now, now + max(MOST_PUT_OFF, *calls))
+            "UPDATE waiting SET due_at = ? WHERE due_at > ?", (now, now + max(MOST_PUT_OFF, lease))
         )
         self._connection.execute("UPDATE unread SET due_at = ? WHERE due_at > ?", (now, now + LONGEST_PAUSE))
-        return [None] * len(calls)
 
-    def clean(self, calls: list[int]) -> list[int | None]:
+    def clean(self, after: int) -> int | None:
         """Remove what nobody needs any more, in some rows; return after which row to go on, or None at the end."""
-        return [self._clean(after) for after in calls]
-
-    def _clean(self, after: int) -> int | None:
         last = self._one(
             "SELECT max(id) FROM (SELECT id FROM request WHERE id > ? ORDER BY id LIMIT ?)", after, _CLEANED
         )
@@ -471,10 +370,6 @@ def _is_there(path: str, inode: int) -> bool:
         return Path(path).stat().st_ino == inode
     except OSError:
         return False
-
-
-def _time(seconds: float) -> datetime:
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
 
 
 def _pause(failures: int) -> float:

@@ -148,5 +148,4 @@ async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100, pro
 
 
 async def decide(broker: Broker, message: Message, outcome: Outcome = Outcome.APPROVED) -> bool:
-    event = outcome_of(message, outcome)
-    return await broker.decide(message, event, new_request(operation_of(message)).digest)
+    return await broker.decide(message, outcome_of(message, outcome))

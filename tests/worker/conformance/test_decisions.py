@@ -8,21 +8,16 @@ import msgspec
 from aiokeyless.worker.broker import Claim, Exchange
 from aiokeyless.worker.messages import ApprovalEvent, Outcome
 
-from .brokers import LEASE, decide, new_request, operation_of, submit, take_all
+from .brokers import LEASE, decide, submit, take_all
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aiokeyless.worker.broker import Broker, Message
+    from aiokeyless.worker.broker import Broker
 
     from .brokers import Storage
 
     Opened = Callable[[], Awaitable[Broker]]
-
-
-def names(message: Message) -> tuple[str, str]:
-    operation_id = operation_of(message)
-    return operation_id, new_request(operation_id).digest
 
 
 async def test_a_decision_stores_the_outcome_and_removes_the_request(broker: Broker) -> None:
@@ -54,26 +49,26 @@ async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
     worker, other = await opened(), await opened()
     await submit(worker, "a")
     (message,) = await worker.take(1, 5.0)
-    assert not await worker.holds(message, *names(message))
-    assert (await worker.claim(message, *names(message))).claim is Claim.NEW
-    assert await other.holds(message, *names(message))
+    assert not await worker.holds(message)
+    assert (await worker.claim(message)).claim is Claim.NEW
+    assert await other.holds(message)
     await worker.put_off(message, 0.0, Exchange.ANSWERED)
     (again,) = await other.take(1, 5.0)
-    assert (await other.claim(again, *names(again))).claim is Claim.HELD
+    assert (await other.claim(again)).claim is Claim.HELD
 
 
 async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: Broker) -> None:
     await submit(broker, "a")
     (message,) = await broker.take(1, 5.0)
-    token = (await broker.claim(message, *names(message))).token
+    token = (await broker.claim(message)).token
     await broker.put_off(message, 0.0, Exchange.FAILED)
     (again,) = await broker.take(1, 5.0)
-    newer = (await broker.claim(again, *names(again))).token
-    assert not await broker.unclaim(message, *names(message), token)
-    assert await broker.holds(message, *names(message))
-    assert await broker.unclaim(again, *names(again), newer)
-    assert not await broker.holds(message, *names(message))
-    assert (await broker.claim(again, *names(again))).claim is Claim.NEW
+    newer = (await broker.claim(again)).token
+    assert not await broker.unclaim(message, token)
+    assert await broker.holds(message)
+    assert await broker.unclaim(again, newer)
+    assert not await broker.holds(message)
+    assert (await broker.claim(again)).claim is Claim.NEW
 
 
 async def test_a_claim_outlives_the_process_that_made_it(storage: Storage, opened: Opened) -> None:
@@ -82,10 +77,10 @@ async def test_a_claim_outlives_the_process_that_made_it(storage: Storage, opene
         await killed.prepare(lease=LEASE, service="https://keyless.test")
         await submit(killed, "a")
         (message,) = await killed.take(1, 5.0)
-        await killed.claim(message, *names(message))
+        await killed.claim(message)
     (again,) = await take_all(worker, LEASE * 2, up_to=1)
     assert again.number > message.number
-    assert await worker.holds(again, *names(again))
+    assert await worker.holds(again)
 
 
 async def test_many_decisions_at_once_are_each_stored_once(opened: Opened) -> None:

@@ -142,7 +142,7 @@ async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: 
 
 
 async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
-    broker: PostgresBroker, monkeypatch: pytest.MonkeyPatch
+    url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool gives a connection within a time or not at all, so no more calls ask it than it has connections."""
     acquire = asyncpg.Pool.acquire
@@ -336,10 +336,10 @@ async def test_put_offs_and_decisions_of_the_same_requests_never_wait_for_each_o
             backwards = messages[::-1]
             await asyncio.gather(
                 *(broker.put_off(message, 0.0, Exchange.ANSWERED) for message in messages),
-                *(other.decide(message, outcome_of(message), "") for message in backwards),
-                *(broker.claim(message, "", "") for message in messages),
-                *(other.claim(message, "", "") for message in backwards),
-                *(broker.decide(message, outcome_of(message, Outcome.EXPIRED), "") for message in messages),
+                *(other.decide(message, outcome_of(message)) for message in backwards),
+                *(broker.claim(message) for message in messages),
+                *(other.claim(message) for message in backwards),
+                *(broker.decide(message, outcome_of(message, Outcome.EXPIRED)) for message in messages),
             )
     assert await admin.fetchval("SELECT deadlocks FROM pg_stat_database WHERE datname = $1", database) == 0
     assert await admin.fetchval("SELECT count(*) FROM keyless.outcome") == number * 20
@@ -417,7 +417,7 @@ async def test_after_a_crash_everything_that_was_undecided_waits_again(
         await decide_all(broker, "decided")
         await submit(broker, "asked", "new")
         (asked,) = [message for message in await take_all(broker, 5.0, up_to=2) if operation_of(message) == "asked"]
-        claimed = await broker.claim(asked, "", "")
+        claimed = await broker.claim(asked)
         own_server.execute("CHECKPOINT")
         own_server.kill()
         with pytest.raises(UnavailableError):
@@ -518,8 +518,8 @@ async def test_of_two_decisions_in_one_turn_the_first_is_stored(broker: Postgres
 async def test_a_request_that_somebody_removed_is_not_asked_for(broker: PostgresBroker, admin: Connection) -> None:
     await submit(broker, "a", "b")
     removed, other = await take_all(broker, 5.0, up_to=2)
-    await admin.execute("DELETE FROM keyless.request WHERE id = $1", int(removed.name.removeprefix("request-")))
-    claims = await asyncio.gather(*(broker.claim(message, "", "") for message in (removed, other)))
+    await admin.execute("DELETE FROM keyless.request WHERE id = $1", removed.id)
+    claims = await asyncio.gather(*(broker.claim(message) for message in (removed, other)))
     assert [claimed.claim for claimed in claims] == [Claim.HELD, Claim.NEW]
     assert not await decide(broker, removed)
 

@@ -80,8 +80,8 @@ async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_
 
         async def work(broker: PostgresBroker) -> None:
             for message in await take_all(broker, 1.5):
-                await broker.claim(message, "", "")
-                assert await broker.holds(message, "", "")
+                await broker.claim(message)
+                assert await broker.holds(message)
                 await decide(broker, message)
 
         await asyncio.gather(work(first), work(second))

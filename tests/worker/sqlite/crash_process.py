@@ -67,8 +67,8 @@ async def worker(broker: SqliteBroker) -> None:
 async def process(broker: SqliteBroker, message: Message) -> None:
     request = msgspec.json.decode(message.body, type=ApprovalRequest)
     assert request.operation_id is not None
-    if not await broker.holds(message, request.operation_id, ""):
-        if (await broker.claim(message, request.operation_id, "")).claim is Claim.NEW:
+    if not await broker.holds(message):
+        if (await broker.claim(message)).claim is Claim.NEW:
             say("asked", request.operation_id)
         await broker.put_off(message, 0.0, Exchange.ANSWERED)
         return
@@ -80,7 +80,7 @@ async def process(broker: SqliteBroker, message: Message) -> None:
         decided_at=broker.now(),
         deliveries=message.number,
     )
-    if await broker.decide(message, event, ""):
+    if await broker.decide(message, event):
         say("decided", request.operation_id)
 
 

@@ -6,7 +6,7 @@ import sqlite3
 import stat
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -18,7 +18,7 @@ from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Coroutine, Sequence
     from pathlib import Path
 
 
@@ -354,9 +354,9 @@ async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_whe
         asking = asyncio.Event()
         taken = broker._taken
 
-        async def asked(call: store.Call) -> list[store.SqliteMessage]:
+        async def asked(taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
             asking.set()
-            return list(await taken(call))
+            return await taken(taking)
 
         broker._taken = asked  # type: ignore[method-assign]  # to know when it asks
         taking = asyncio.create_task(broker.take(1, 5.0))
@@ -373,11 +373,11 @@ async def test_a_take_that_another_worker_wins_waits_on(broker: SqliteBroker, mo
     lost: list[Message] = []
     taken = broker._taken
 
-    async def beaten(call: store.Call) -> list[Message]:
+    async def beaten(call: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
         if not lost:
             lost.extend(await taken(call))
             return []
-        return list(await taken(call))
+        return await taken(call)
 
     monkeypatch.setattr(broker, "_taken", beaten)
     assert not await broker.take(1, 0.2)
@@ -393,11 +393,11 @@ async def test_an_outcome_that_another_process_takes_first_is_waited_for(
     real = store.Store.take_unread
     beaten: list[int] = []
 
-    def take_unread(self: store.Store, calls: list[str]) -> list[store.Unread | None]:
+    def take_unread(self: store.Store, reader: str) -> store.Unread | None:
         if not beaten:
             beaten.append(1)
-            return [None] * len(calls)
-        return real(self, calls)
+            return None
+        return real(self, reader)
 
     monkeypatch.setattr(store.Store, "take_unread", take_unread)
     outcome = await broker.next_outcome("shop")

@@ -1,0 +1,65 @@
+"""The broker's clock: requests are stored by it, so deadlines are kept by it, whatever a worker's machine shows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from .logs import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_NOTICEABLE: Final = 1.0  # seconds by which a clock may differ without a warning
+
+
+def _wall() -> datetime:
+    return datetime.now(UTC)
+
+
+class BrokerClock:
+    """The time of the broker, as measured by its answers.
+
+    Between two measurements only a monotonic clock counts. A step of this machine's wall clock moves no deadline.
+
+    Args:
+        wall: The wall clock of this machine, which gives the time until the first measurement.
+        monotonic: A clock in seconds that is never set.
+    """
+
+    def __init__(self, wall: Callable[[], datetime] = _wall, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._started_at = monotonic()
+        self._origin = wall()  # the time of the broker at `_started_at`
+        self._logged = 0.0  # seconds between the clocks that were logged last
+
+    def now(self) -> datetime:
+        """Return the time by the broker's clock."""
+        return self._origin + timedelta(seconds=self._monotonic() - self._started_at)
+
+    @property
+    def ahead(self) -> float:
+        """Seconds by which it is ahead of this machine's wall clock, as far as is known."""
+        return (self.now() - self._wall()).total_seconds()
+
+    def compare(self, time: datetime, *, asked_at: datetime) -> None:
+        """Correct it by an answer that has just come.
+
+        Args:
+            time: The broker's time in the answer.
+            asked_at: What `now` was before the broker was asked.
+        """
+        margin = (self.now() - asked_at) / 2  # it answered at some time in between
+        if abs(error := time - (asked_at + margin)) > margin:  # else a slow answer is no reason to move deadlines
+            self._origin += error
+        self._log(self.ahead)
+
+    def _log(self, ahead: float) -> None:
+        """Log a difference once, and again when it has changed noticeably, or has gone."""
+        if abs(ahead - self._logged) > _NOTICEABLE:
+            self._logged = ahead
+            level = logging.WARNING if abs(ahead) > _NOTICEABLE else logging.INFO
+            log(level, "worker.clock_differs", {"broker_ahead_by": round(ahead, 3)})
