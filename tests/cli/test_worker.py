@@ -406,7 +406,7 @@ async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connec
     await connection.jetstream().add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
     worker = await workers.start("--broker", nats_url)
     assert (await refusal(worker)).startswith(
-        f"stream {REQUESTS} exists with other settings: retention is limits, not workqueue; "
+        f"stream {REQUESTS} exists with other settings: retention is limits, and must be workqueue; "
     )
 
 

@@ -7,7 +7,7 @@ operator of the broker.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import nats.errors
 import nats.js.errors
@@ -18,16 +18,17 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from nats.js import JetStreamContext
 
     from .fleet import Fleet
 
+    _Checks: TypeAlias = tuple[tuple[str, Callable[[Any, Any], bool], str], ...]
+
 _TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
 _SERVICE: Final = "aiokeyless-service"
 _UNLIMITED: Final = -1
-_OF_THE_STREAM: Final = ("max_msgs", "max_bytes")  # limits of the whole, and not of a subject
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
@@ -77,12 +78,11 @@ async def prepare(
         BrokerError: One of them has other settings, or cannot be made; or the fleet is another tenant's.
     """
     try:
-        requests = await _stream(stream, _requests(fleet, settings, service))
+        requests = await _stream(stream, _requests(fleet, settings, service), ())
         _check_owner(requests, fleet, service)
-        outcomes = await _stream(stream, _outcomes(fleet, settings))
+        outcomes = await _stream(stream, _outcomes(fleet, settings), _KEPT)
         window = min(requests.duplicate_window, outcomes.duplicate_window)
-        claims = await _stream(stream, _claims(fleet, settings, window))
-        _check(f"stream {fleet.claims}", _claims_differences(claims, window))
+        await _stream(stream, _claims(fleet, settings, window), _CLAIMS)
         await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
         raise BrokerError(_no_jetstream(fleet)) from None
@@ -117,42 +117,41 @@ async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: 
 
 
 def _requests(fleet: Fleet, settings: StreamSettings, service: str) -> StreamConfig:
-    return StreamConfig(
+    return _config(
+        settings,
         name=fleet.requests,
         description="Requests for approvals, until they are decided",
         subjects=[fleet.request_subject],
         retention=RetentionPolicy.WORK_QUEUE,  # a message is there as long as its wait lasts, and goes with its ack
-        storage=StorageType.FILE,
-        num_replicas=settings.replicas or 1,
-        duplicate_window=settings.duplicate_window,
         metadata={key: value for key, value in ((_SERVICE, service), (_TENANT, fleet.tenant)) if value},
     )
 
 
 def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
-    return StreamConfig(
+    return _config(
+        settings,
         name=fleet.outcomes,
         description="How requests for approvals ended",
         subjects=[fleet.outcome_subject(outcome) for outcome in Outcome],
         retention=RetentionPolicy.LIMITS,  # any number of applications may read them, each at its own pace
-        storage=StorageType.FILE,
-        num_replicas=settings.replicas or 1,
-        duplicate_window=settings.duplicate_window,
         max_age=max(settings.max_age, settings.duplicate_window),
     )
 
 
 def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
-    return StreamConfig(
+    return _config(
+        settings._replace(duplicate_window=window),
         name=fleet.claims,
         description="Which request an operation id belongs to",
         subjects=[fleet.claim_subject("*")],
         retention=RetentionPolicy.LIMITS,
-        storage=StorageType.FILE,
-        num_replicas=settings.replicas or 1,
-        duplicate_window=window,
         max_age=window,
     )
+
+
+def _config(settings: StreamSettings, **own: Any) -> StreamConfig:
+    window, replicas = settings.duplicate_window, settings.replicas or 1
+    return StreamConfig(storage=StorageType.FILE, num_replicas=replicas, duplicate_window=window, **own)
 
 
 def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
@@ -161,24 +160,16 @@ def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
     A stream that an operator made may not say which service it is for. Then that cannot be compared. The tenant always
     is: all tenants of a region have one base URL.
     """
-    found = requests.metadata or {}
-    if (owner := found.get(_SERVICE, service)) != service:
-        raise BrokerError(
-            f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: "
-            "give it another name"
-        )
-    if (tenant := found.get(_TENANT)) == fleet.tenant:
-        return
-    if tenant is None:
-        raise BrokerError(
-            f"the fleet {fleet.name!r} on this broker belongs to no tenant, and this worker to {fleet.tenant!r}: set "
-            f"the metadata {_TENANT} of the stream {fleet.requests}, name no tenant, or give the fleet another name"
-        )
-    own = "names none" if fleet.tenant is None else f"to {fleet.tenant!r}"
-    raise BrokerError(
-        f"the fleet {fleet.name!r} on this broker belongs to the tenant {tenant!r}, and this worker {own}: "
-        "name that one, or give the fleet another name"
-    )
+    metadata = requests.metadata or {}
+    for key, owner, own in (
+        (_SERVICE, metadata.get(_SERVICE, service), service),
+        (_TENANT, metadata.get(_TENANT), fleet.tenant),
+    ):
+        if owner != own:
+            raise BrokerError(
+                f"the fleet {fleet.name!r} on this broker belongs to {owner or 'no tenant'}, and this worker to "
+                f"{own or 'no tenant'}: give it another name, or set the metadata {key} of the stream {fleet.requests}"
+            )
 
 
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:
@@ -199,14 +190,26 @@ def is_delivery(reply: str, stream: str, consumer: str) -> bool:
     return names == [stream, consumer]
 
 
-def _claims_differences(found: StreamConfig, window: float) -> Iterator[str]:
-    if not 0 < (found.max_age or 0.0) <= window:
-        # The outcome is forgotten by then: the same request again would pass for the first, and be approved again.
-        yield f"max age is {found.max_age:g} s, not the duplicate window of {window:g} s"
+async def _stream(stream: JetStreamContext, wanted: StreamConfig, checks: _Checks) -> StreamConfig:
+    name = wanted.name or ""
+    try:
+        found = (await stream.stream_info(name)).config
+    except nats.js.errors.NotFoundError:
+        try:
+            found = (await stream.add_stream(wanted)).config  # the same settings twice are no conflict
+        except nats.js.errors.APIError as error:
+            if error.err_code != _NAME_IN_USE:
+                raise
+            found = (await stream.stream_info(name)).config  # another worker has made it in the meantime
+    refuses = found.discard == DiscardPolicy.NEW
+    checks += () if refuses else _DROPPING
+    checks += () if refuses and found.discard_new_per_subject else _DROPPING_EACH
+    _check(f"stream {name}", found, wanted, _STREAM + checks)
+    return found
 
 
-def _wanted_consumer(fleet: Fleet, ack_wait: float) -> ConsumerConfig:
-    return ConsumerConfig(
+async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
+    wanted = ConsumerConfig(
         durable_name=fleet.consumer,
         description="Workers that wait for approvals",
         ack_policy=AckPolicy.EXPLICIT,
@@ -215,88 +218,73 @@ def _wanted_consumer(fleet: Fleet, ack_wait: float) -> ConsumerConfig:
         max_ack_pending=_UNLIMITED,  # each wait is an unacknowledged message
         max_waiting=_MAX_WAITING,
     )
-
-
-async def _stream(stream: JetStreamContext, wanted: StreamConfig) -> StreamConfig:
-    assert wanted.name is not None  # noqa: S101  # ours have one
-    try:
-        found = (await stream.stream_info(wanted.name)).config
-    except nats.js.errors.NotFoundError:
-        found = await _made(stream, wanted)
-    _check(f"stream {wanted.name}", _stream_differences(found, wanted))
-    return found
-
-
-async def _made(stream: JetStreamContext, wanted: StreamConfig) -> StreamConfig:
-    """Make a stream. Where another worker makes it at the same time, return what that one made."""
-    try:
-        return (await stream.add_stream(wanted)).config  # the same settings twice are no conflict
-    except nats.js.errors.APIError as error:
-        if error.err_code != _NAME_IN_USE:
-            raise
-        assert wanted.name is not None  # noqa: S101  # ours have one
-        return (await stream.stream_info(wanted.name)).config
-
-
-def _stream_differences(found: StreamConfig, wanted: StreamConfig) -> Iterator[str]:
-    if sorted(found.subjects or []) != sorted(wanted.subjects or []):
-        yield f"subjects are {found.subjects}, not {wanted.subjects}"
-    for name in ("retention", "storage"):
-        if getattr(found, name) != getattr(wanted, name):
-            yield f"{name} is {getattr(found, name)}, not {getattr(wanted, name).value}"
-    if found.duplicate_window < wanted.duplicate_window:
-        yield f"duplicate window is {found.duplicate_window:g} s, less than {wanted.duplicate_window:g} s"
-    if wanted.num_replicas not in {1, found.num_replicas}:
-        yield f"replicas are {found.num_replicas}, not {wanted.num_replicas}"
-    if found.max_age and (not wanted.max_age or found.max_age < wanted.duplicate_window):
-        yield f"max age is {found.max_age:g} s: messages would vanish before their time"
-    for name in (*_OF_THE_STREAM, "max_msgs_per_subject"):
-        # Where new messages are refused, a subject's own old ones are dropped all the same, unless that is chosen too.
-        refuses = found.discard == DiscardPolicy.NEW and (found.discard_new_per_subject or name in _OF_THE_STREAM)
-        if (getattr(found, name) or _UNLIMITED) > 0 and not refuses:
-            yield f"{name} is {getattr(found, name)}, and what is over it is dropped from the old end"
-    yield from _unstorable(found, wanted)
-
-
-def _unstorable(found: StreamConfig, wanted: StreamConfig) -> Iterator[str]:
-    """Return what would keep messages from being stored, or let a publisher remove them."""
-    if found.allow_rollup_hdrs:
-        yield "it allows rollup headers, by which a publisher removes what others published"
-    if found.no_ack:
-        yield "it acknowledges nothing"
-    if wanted.retention is RetentionPolicy.LIMITS and (found.max_msg_size or _UNLIMITED) > 0:
-        yield f"max_msg_size is {found.max_msg_size}, and an outcome or a claim over it would never be stored"
-
-
-async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> None:
-    wanted = _wanted_consumer(fleet, ack_wait)
     try:
         found = (await stream.consumer_info(fleet.requests, fleet.consumer)).config
     except nats.js.errors.NotFoundError:
         found = (await stream.add_consumer(fleet.requests, wanted)).config
     assert found is not None  # noqa: S101  # the broker tells it
-    _check(f"consumer {fleet.consumer} of stream {fleet.requests}", _consumer_differences(found, wanted))
+    _check(f"consumer {fleet.consumer} of stream {fleet.requests}", found, wanted, _CONSUMER)
 
 
-def _consumer_differences(found: ConsumerConfig, wanted: ConsumerConfig) -> Iterator[str]:
-    # Its ack policy is not checked: a work queue has no consumers but those with explicit acks.
-    if (found.ack_wait or 0.0) < (wanted.ack_wait or 0.0):
-        yield f"ack wait is {found.ack_wait:g} s, less than a delivery may take, {wanted.ack_wait:g} s"
-    for name in ("max_deliver", "max_ack_pending"):
-        if (getattr(found, name) or _UNLIMITED) > 0:
-            yield f"{name} is {getattr(found, name)}, not unlimited"
-    if found.filter_subject or found.filter_subjects:
-        yield "it filters subjects"
-    if found.deliver_subject:
-        yield "it pushes, and workers pull"
-    if found.headers_only:
-        yield "it delivers headers only"
-    if found.pause_until:
-        yield f"it is paused until {found.pause_until}"
-    if found.backoff:
-        yield "it has a backoff, which would take the place of ack wait"
+def _check(what: str, found: object, wanted: object, checks: _Checks) -> None:
+    wrong = [
+        f"{setting} is {getattr(found, setting)}, and must be {must.format(wanted)}"
+        for setting, is_right, must in checks
+        if not is_right(getattr(found, setting), wanted)
+    ]
+    if wrong:
+        raise BrokerError(
+            f"{what} exists with other settings: {'; '.join(wrong)}; change it, or delete it once it is empty"
+        )
 
 
-def _check(what: str, differences: Iterator[str]) -> None:
-    if found := "; ".join(differences):
-        raise BrokerError(f"{what} exists with other settings: {found}; change it, or delete it once it is empty")
+def _is_unlimited(value: int | None, _want: object) -> bool:
+    return (value or _UNLIMITED) < 0
+
+
+def _is_unset(value: object, _want: object) -> bool:
+    return not value
+
+
+#: What a stream must be: a setting, whether its value is right for what is wanted, and what to say if it is not.
+_STREAM: Final[_Checks] = (
+    ("subjects", lambda value, want: set(value or ()) == set(want.subjects), "{0.subjects}"),
+    ("retention", lambda value, want: value == want.retention, "{0.retention.value}"),
+    ("storage", lambda value, want: value == want.storage, "{0.storage.value}"),
+    ("duplicate_window", lambda value, want: value >= want.duplicate_window, "{0.duplicate_window:g} or more"),
+    ("num_replicas", lambda value, want: want.num_replicas in {1, value}, "{0.num_replicas}"),
+    ("max_age", lambda value, want: not value or bool(want.max_age), "unlimited: messages would vanish"),
+    ("max_age", lambda value, want: not value or value >= want.duplicate_window, "{0.duplicate_window:g} or more"),
+    ("allow_rollup_hdrs", _is_unset, "off: by them a publisher removes what others published"),
+    ("no_ack", _is_unset, "off"),
+)
+#: Likewise, unless it refuses new messages; and unless it does so for each subject.
+_DROPPING: Final[_Checks] = tuple(
+    (limit, _is_unlimited, "unlimited: what is over it is dropped from the old end")
+    for limit in ("max_msgs", "max_bytes")
+)
+_DROPPING_EACH: Final[_Checks] = (("max_msgs_per_subject", _is_unlimited, "unlimited, likewise"),)
+#: Likewise, of outcomes and claims.
+_KEPT: Final[_Checks] = (("max_msg_size", _is_unlimited, "unlimited: what is over it would never be stored"),)
+#: Likewise, of claims. Once an outcome is forgotten, the same request again would pass for the first.
+_CLAIMS: Final[_Checks] = (
+    *_KEPT,
+    ("max_age", lambda value, want: 0 < (value or 0.0) <= want.max_age, "{0.max_age:g}, the duplicate window"),
+)
+#: Likewise, of the consumer. Its ack policy is not checked: a work queue has no consumers but those with explicit acks.
+_CONSUMER: Final[_Checks] = (
+    ("ack_wait", lambda value, want: (value or 0.0) >= want.ack_wait, "{0.ack_wait:g} or more, as a delivery may take"),
+    ("max_deliver", _is_unlimited, "unlimited"),
+    ("max_ack_pending", _is_unlimited, "unlimited"),
+    *(
+        (setting, _is_unset, "unset")
+        for setting in (
+            "filter_subject",
+            "filter_subjects",
+            "deliver_subject",
+            "headers_only",
+            "pause_until",
+            "backoff",
+        )
+    ),
+)

@@ -170,31 +170,37 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
 @pytest.mark.parametrize(
     ("found", "difference"),
     [
-        (requests(subjects=["keyless.approvals.request", "more"]), "subjects are"),
-        (requests(subjects=["other"]), r"subjects are \['other'\], not \['keyless.approvals.request'\]"),
-        (requests(retention=RetentionPolicy.LIMITS), "retention is limits, not workqueue"),
-        (requests(retention=RetentionPolicy.INTEREST), "retention is interest, not workqueue"),
-        (requests(storage=StorageType.MEMORY), "storage is memory, not file"),
-        (requests(duplicate_window=120), "duplicate window is 120 s, less than 86400 s"),
-        (requests(max_age=2 * DAY), "max age is 172800 s: messages would vanish before their time"),
-        (requests(max_msgs=10), "max_msgs is 10, and what is over it is dropped"),
+        (requests(subjects=["keyless.approvals.request", "more"]), "subjects is"),
+        (requests(subjects=["other"]), r"subjects is \['other'\], and must be \['keyless.approvals.request'\]"),
+        (requests(retention=RetentionPolicy.LIMITS), "retention is limits, and must be workqueue"),
+        (requests(retention=RetentionPolicy.INTEREST), "retention is interest, and must be workqueue"),
+        (requests(storage=StorageType.MEMORY), "storage is memory, and must be file"),
+        (requests(duplicate_window=120), "duplicate_window is 120.0, and must be 86400 or more"),
+        (requests(max_age=2 * DAY), "max_age is 172800.0, and must be unlimited: messages would vanish"),
+        (requests(max_msgs=10), "max_msgs is 10, and must be unlimited: what is over it is dropped"),
         (requests(max_bytes=1 << 20), "max_bytes is 1048576, and"),
         (requests(max_msgs_per_subject=1), "max_msgs_per_subject is 1, and"),
-        (outcomes(subjects=["keyless.approvals.approved"]), "subjects are"),
-        (outcomes(retention=RetentionPolicy.INTEREST), "retention is interest, not limits"),
-        (outcomes(storage=StorageType.MEMORY), "storage is memory, not file"),
-        (outcomes(duplicate_window=120, max_age=120), "duplicate window is 120 s.*; max age is 120 s: messages would"),
+        (outcomes(subjects=["keyless.approvals.approved"]), "subjects is"),
+        (outcomes(retention=RetentionPolicy.INTEREST), "retention is interest, and must be limits"),
+        (outcomes(storage=StorageType.MEMORY), "storage is memory, and must be file"),
+        (
+            outcomes(duplicate_window=120, max_age=120),
+            "duplicate_window is 120.0, .*; max_age is 120.0, and must be 86400 or more",
+        ),
         (outcomes(max_msgs=10), "max_msgs is 10"),
-        (requests(max_msgs_per_subject=9, discard=DiscardPolicy.NEW), "max_msgs_per_subject is 9, and what is over it"),
-        (requests(allow_rollup_hdrs=True), "it allows rollup headers, by which a publisher removes"),
-        (requests(no_ack=True), "it acknowledges nothing"),
-        (outcomes(max_msg_size=1024), "max_msg_size is 1024, and an outcome or a claim over it would never be stored"),
-        (claims(allow_rollup_hdrs=True), "it allows rollup headers"),
+        (requests(max_msgs_per_subject=9, discard=DiscardPolicy.NEW), "max_msgs_per_subject is 9, and must be"),
+        (requests(allow_rollup_hdrs=True), "allow_rollup_hdrs is True, and must be off: by them a publisher removes"),
+        (requests(no_ack=True), "no_ack is True"),
+        (
+            outcomes(max_msg_size=1024),
+            "max_msg_size is 1024, and must be unlimited: what is over it would never be stored",
+        ),
+        (claims(allow_rollup_hdrs=True), "allow_rollup_hdrs is True"),
         (claims(max_msg_size=32), "max_msg_size is 32, and"),
-        (claims(subjects=["keyless.claims.>"]), "subjects are"),
-        (claims(max_age=2 * DAY), "max age is 172800 s, not the duplicate window of 86400 s"),
-        (claims(max_age=0), "max age is 0 s, not the duplicate window"),
-        (claims(max_age=3600, duplicate_window=3600), "max age is 3600 s: messages would vanish before their time"),
+        (claims(subjects=["keyless.claims.>"]), "subjects is"),
+        (claims(max_age=2 * DAY), "max_age is 172800.0, and must be 86400, the duplicate window"),
+        (claims(max_age=0), "max_age is 0.0, and must be 86400, the duplicate window"),
+        (claims(max_age=3600, duplicate_window=3600), "max_age is 3600.0, and must be 86400 or more"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
@@ -212,22 +218,22 @@ async def test_a_stream_with_other_settings_is_refused_in_one_line_that_names_th
 
 async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContext) -> None:
     await stream.add_stream(requests())
-    with pytest.raises(BrokerError, match="replicas are 1, not 3"):
+    with pytest.raises(BrokerError, match="num_replicas is 1, and must be 3"):
         await prepared(stream, replicas=3)
 
 
 @pytest.mark.parametrize(
     ("found", "difference"),
     [
-        ({"ack_wait": 5}, "ack wait is 5 s, less than a delivery may take, 40 s"),
-        ({"max_deliver": 3}, "max_deliver is 3, not unlimited"),
-        ({"max_ack_pending": 1000}, "max_ack_pending is 1000, not unlimited"),
-        ({"filter_subject": "keyless.approvals.request"}, "it filters subjects"),
-        ({"filter_subjects": ["keyless.approvals.request"]}, "it filters subjects"),
-        ({"deliver_subject": "elsewhere"}, "it pushes, and workers pull"),
-        ({"backoff": [40.0, 60.0]}, "it has a backoff"),
-        ({"headers_only": True}, "it delivers headers only"),
-        ({"pause_until": "2999-01-01T00:00:00Z"}, "it is paused until 2999"),
+        ({"ack_wait": 5}, "ack_wait is 5.0, and must be 40 or more"),
+        ({"max_deliver": 3}, "max_deliver is 3, and must be unlimited"),
+        ({"max_ack_pending": 1000}, "max_ack_pending is 1000, and must be unlimited"),
+        ({"filter_subject": "keyless.approvals.request"}, "filter_subject is"),
+        ({"filter_subjects": ["keyless.approvals.request"]}, "filter_subjects is"),
+        ({"deliver_subject": "elsewhere"}, "deliver_subject is elsewhere, and must be unset"),
+        ({"backoff": [40.0, 60.0]}, "backoff is"),
+        ({"headers_only": True}, "headers_only is True"),
+        ({"pause_until": "2999-01-01T00:00:00Z"}, "pause_until is 2999"),
     ],
     ids=repr,
 )
@@ -375,7 +381,8 @@ async def test_a_worker_of_another_service_is_refused_in_one_line(stream: JetStr
     with pytest.raises(BrokerError) as caught:
         await made(stream, KEYLESS, THEIRS)
     assert str(caught.value) == (
-        f"the fleet 'keyless' on this broker belongs to {OURS}, and this worker to {THEIRS}: give it another name"
+        f"the fleet 'keyless' on this broker belongs to {OURS}, and this worker to {THEIRS}: give it another name, or "
+        f"set the metadata aiokeyless-service of the stream {REQUESTS}"
     )
 
 
@@ -400,10 +407,10 @@ async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_flee
 async def test_a_worker_of_another_tenant_is_refused_in_one_line(stream: JetStreamContext) -> None:
     await made(stream, Fleet(tenant="shop"), OURS)
     await made(stream, Fleet(tenant="shop"), OURS)
-    with pytest.raises(BrokerError, match=r"belongs to the tenant 'shop', and this worker to 'bank'"):
+    with pytest.raises(BrokerError, match=r"belongs to shop, and this worker to bank"):
         await made(stream, Fleet(tenant="bank"), OURS)
     # All tenants of a region have one base URL, so a worker that says nothing may be of any.
-    with pytest.raises(BrokerError, match=r"belongs to the tenant 'shop', and this worker names none"):
+    with pytest.raises(BrokerError, match=r"belongs to shop, and this worker to no tenant"):
         await made(stream, KEYLESS, OURS)
 
 
@@ -414,8 +421,8 @@ async def test_a_worker_that_names_a_tenant_refuses_streams_that_have_none(strea
         with pytest.raises(BrokerError) as caught:
             await made(stream, Fleet(tenant=tenant), OURS)
         assert str(caught.value) == (
-            f"the fleet 'keyless' on this broker belongs to no tenant, and this worker to '{tenant}': set the metadata "
-            f"aiokeyless-tenant of the stream {REQUESTS}, name no tenant, or give the fleet another name"
+            f"the fleet 'keyless' on this broker belongs to no tenant, and this worker to {tenant}: give it another "
+            f"name, or set the metadata aiokeyless-tenant of the stream {REQUESTS}"
         )
 
 
@@ -426,7 +433,7 @@ async def test_a_tenant_that_an_operator_adds_to_a_stream_counts_from_then_on(st
     await made(stream, Fleet(tenant="shop"), OURS)
     with pytest.raises(BrokerError, match="belongs to https"):
         await made(stream, Fleet(tenant="shop"), THEIRS)
-    with pytest.raises(BrokerError, match="belongs to the tenant 'shop', and this worker names none"):
+    with pytest.raises(BrokerError, match="belongs to shop, and this worker to no tenant"):
         await made(stream, KEYLESS, OURS)
 
 
