@@ -111,9 +111,6 @@ class Exchanges:
         self._grace = grace
         self._clock = broker.now
         self._reporter = reporter
-        self.created: int = 0
-        self.polls: int = 0
-        self.failures: int = 0  # transient ones
 
     async def process(self, delivery: Delivery) -> Decision:
         """Create the operation, or poll it.
@@ -183,7 +180,7 @@ class Exchanges:
                 delivery, error, now=self._clock(), pacing=self._pacing(delivery, error), may_exist=may_exist
             )
         self._record_success(started_at)
-        self.created += 1
+        self._reporter.count("created")
         return after_creation(delivery, self._clock(), self._pacing(delivery))
 
     async def _poll(self, delivery: Delivery) -> Decision | Next:
@@ -191,7 +188,8 @@ class Exchanges:
         polled_at = self._clock()
         answer = await self._get(delivery, polled_at)
         was_created = await self._was_created(delivery, answer, polled_at)
-        self.failures += was_created
+        if was_created:
+            self._reporter.count("transient_failures")
         step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
         if (
             isinstance(answer, Operation)
@@ -226,7 +224,7 @@ class Exchanges:
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""
         started_at = self._now()
-        self.polls += 1
+        self._reporter.count("polls")
         self._rate.record_poll(started_at)
         try:
             operation = await self._transport.fetch(get_operation(delivery.ticket.operation_id))
@@ -249,7 +247,7 @@ class Exchanges:
 
     def _record_success(self, started_at: float) -> None:
         self._circuit.record_success(self._now(), started_at=started_at)
-        self._reporter.circuit_is(self._circuit.state, None)
+        self._reporter.exchange_ended(None)
 
     def _record_error(self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool) -> None:
         """Record what a failure says about the service; raise it where it says something about this worker."""
@@ -258,14 +256,14 @@ class Exchanges:
         if not error.is_transient:
             self._record_success(started_at)
             return
-        self.failures += 1
+        self._reporter.count("transient_failures")
         now, operation_id = self._now(), delivery.ticket.operation_id
         self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
         if isinstance(error, RateLimitError) and self._circuit.record_refusal(
             now, operation_id, error, is_probe=is_probe, is_repeated=delivery.message.failures > 0
         ):
             self._rate.record_refusal(now, started_at=started_at)
-        self._reporter.circuit_is(self._circuit.state, error)
+        self._reporter.exchange_ended(error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:

@@ -1,10 +1,11 @@
-"""What a worker tells of itself: events for the listeners of its client, and two log lines for an outage of Keyless."""
+"""What a worker tells of itself and its fleet: statistics, problems, events for listeners, and lines of the log."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
+import math
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,20 +23,25 @@ from aiokeyless.events import (
     WorkerInspected,
 )
 
-from .broker import UnavailableError
+from .broker import RefusedError, UnavailableError
 from .logs import log
 from .messages import FailureReason, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sized
+    from collections.abc import Callable, Iterator, Sized
 
     from aiokeyless._listeners import Listeners
-    from aiokeyless._rules.circuit import Transition
+    from aiokeyless._rules.circuit import Circuit, Transition
     from aiokeyless.models import Operation
 
-    from .broker import Broker
+    from .broker import Broker, Message
     from .messages import ApprovalEvent
 
+_EVERY: Final = 5.0  # seconds between two inspections
+_STALLED_FOR: Final = 30.0  # seconds for which requests may wait while this worker is delivered nothing
+#: Seconds for which a refusal counts: longer than the broker takes to deliver again what was refused (its lease).
+_REFUSED_FOR: Final = 60.0
+_COUNTS: Final = ("deliveries", "polls", "created", *Outcome, "duplicates", "transient_failures", "unsettled")
 #: Numbers of the workers of this process.
 _WORKERS: Final = itertools.count(1)
 #: Failures of which the poller says that the answer was rejected.
@@ -86,21 +92,140 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reporter:
-    """Reports for one worker.
+    """Counts for one worker, inspects its fleet every few seconds, and knows what keeps it from being ready.
 
     Args:
-        listeners: Whom to tell of events; None for nobody.
         broker: The broker.
+        circuit: How Keyless fares.
         deliveries: Those in flight.
+        listeners: Whom to tell of events; None for nobody.
+        lost: Called if the broker is gone for good.
+
+    Attributes:
+        is_draining: Whether the worker is about to end.
+        key_refusal: Why Keyless does not accept the key, as it seems; None if it does.
     """
 
-    def __init__(self, listeners: Listeners | None, broker: Broker, deliveries: Sized) -> None:
-        self._listeners = listeners
+    def __init__(
+        self,
+        broker: Broker,
+        circuit: Circuit,
+        deliveries: Sized,
+        *,
+        listeners: Listeners | None,
+        lost: Callable[[BrokerError], None],
+    ) -> None:
         self._broker = broker
+        self._circuit = circuit
         self._deliveries = deliveries
+        self._listeners = listeners
+        self._lost = lost
         self._worker = next(_WORKERS)
         self._now = asyncio.get_running_loop().time
         self._transitions = Transitions(self._now())
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._fleet = Inspection()
+        self._silence: str | None = None  # why the broker did not answer last
+        self._refusal: str | None = None  # why the broker did not store the last event or claim
+        self._refused_until = -math.inf
+        self._delivered = 0  # since the last inspection
+        self._stalled_since: float | None = None  # requests have waited since, and none was delivered to this worker
+        self._longest_wait = 0.0  # for a first delivery, since the last inspection
+        self._lateness = 0.0  # likewise, between the last two
+        self.is_draining: bool = False
+        self.key_refusal: KeylessError | None = None
+
+    def statistics(self) -> WorkerStatistics:
+        """Return the worker at this moment."""
+        problems = tuple(self._problems())
+        return WorkerStatistics(
+            in_flight=len(self._deliveries),
+            fleet=self._fleet,
+            lateness=round(self._lateness, 3),
+            circuit=self._circuit.state.value,
+            is_ready=not problems,
+            problems=problems,
+            is_draining=self.is_draining,
+            **self._counts,
+        )
+
+    def _problems(self) -> Iterator[str]:
+        """Return why requests are not stored, delivered and decided as they should be, in one line each."""
+        if self.is_draining:
+            yield "the worker is about to end"
+            return
+        now, backlog = self._now(), self._fleet.backlog
+        if self._silence is not None:
+            yield f"the broker does not answer: {self._silence}"
+        yield from self._fleet.problems
+        if now < self._refused_until:
+            yield f"the broker refuses outcomes or claims: {self._refusal}"
+        if self._stalled_since is not None and (waited := now - self._stalled_since) >= _STALLED_FOR:
+            yield f"{backlog} requests wait, and none was delivered to this worker for {waited:.0f} s"
+        if backlog and not self._circuit.is_closed:
+            yield f"the circuit is {self._circuit.state.value}, and {backlog} new requests wait"
+        if self.key_refusal is not None:
+            yield f"Keyless refuses the key: {self.key_refusal}"
+
+    # -- the fleet
+
+    async def watch(self) -> None:
+        """Inspect the fleet again and again, until it is cancelled."""
+        while True:
+            await self._inspect()
+            self._tell_inspected()
+            await asyncio.sleep(_EVERY)
+
+    async def _inspect(self) -> None:
+        try:
+            self._fleet = await self._broker.inspect()
+        except UnavailableError as error:
+            self.broker_silent(error)
+            return
+        except BrokerError as error:
+            self._lost(error)
+            return
+        self._silence = None
+        self._lateness, self._longest_wait = self._longest_wait, 0.0
+        if not self._fleet.backlog or self._delivered or self._circuit.state is not CircuitState.CLOSED:
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = self._now()
+        self._delivered = 0
+
+    def broker_silent(self, error: UnavailableError) -> None:
+        """Remember that the broker did not answer, until it answers an inspection."""
+        self._silence = str(error)
+
+    def _tell_inspected(self, *, has_ended: bool = False) -> None:
+        if self._listeners is not None:
+            statistics = self.statistics()
+            self._listeners.tell(
+                WorkerInspected(
+                    worker=self._worker,
+                    system=self._broker.system,
+                    destination=self._broker.destination,
+                    has_ended=has_ended,
+                    is_ready=statistics.is_ready,
+                    in_flight=statistics.in_flight,
+                    fleet=statistics.fleet,
+                    lateness=statistics.lateness,
+                    duplicates=statistics.duplicates,
+                    unsettled=statistics.unsettled,
+                )
+            )
+
+    def closed(self) -> None:
+        """Report the end: to listeners, who may count workers, and circuits that are not closed."""
+        self._tell_inspected(has_ended=True)
+        if self._transitions.state is not CircuitState.CLOSED:
+            self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
+
+    # -- exchanges
+
+    def count(self, what: str) -> None:
+        """Count one more of what `WorkerStatistics` has under this name."""
+        self._counts[what] += 1
 
     def poll_ended(
         self, operation_id: str, answer: Operation | KeylessError, *, is_final: bool, started_at: float
@@ -120,6 +245,36 @@ class Reporter:
                 )
             )
 
+    def exchange_ended(self, failure: KeylessError | None) -> None:
+        """Report the circuit's state after an exchange, if it has changed.
+
+        Args:
+            failure: The transient failure of the exchange; None if it was answered.
+        """
+        state = self._circuit.state
+        if state is self._transitions.state:
+            return
+        change = self._transitions.notice(state, self._now())
+        if change.is_outage:
+            log(logging.WARNING, "keyless.circuit_opened", {"error": str(failure), "in_flight": len(self._deliveries)})
+        elif change.outage is not None:
+            log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
+        self._tell_circuit(change, None if failure is None else type(failure))
+
+    def _tell_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
+        if self._listeners is not None:
+            self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
+
+    # -- deliveries
+
+    def delivery_taken(self, message: Message) -> None:
+        """Count a delivery."""
+        self.count("deliveries")
+        self._delivered += 1
+        if message.number == 1:
+            waited = (self._broker.now() - message.stored_at).total_seconds()
+            self._longest_wait = max(self._longest_wait, waited)
+
     def delivery_ended(self, number: int, failure: Exception | None, *, started_at: float) -> None:
         """Report a delivery.
 
@@ -128,20 +283,36 @@ class Reporter:
             failure: What kept it from being settled; None if it was.
             started_at: When it started.
         """
+        if isinstance(failure, UnavailableError):
+            self.count("unsettled")
+            log(logging.WARNING, "delivery.unsettled", {"error": str(failure)})
+            if isinstance(failure, RefusedError):
+                self._refusal, self._refused_until = str(failure), self._now() + _REFUSED_FOR
+            failure = BrokerError(str(failure))  # that one is internal
         if self._listeners is not None:
-            kind = BrokerError if isinstance(failure, UnavailableError) else type(failure)  # that one is internal
             self._listeners.tell(
                 DeliveryEnded(
                     system=self._broker.system,
                     destination=self._broker.destination,
                     number=number,
-                    error=None if failure is None else kind.__name__,
+                    error=None if failure is None else type(failure).__name__,
                     seconds=self._now() - started_at,
                 )
             )
 
-    def outcome_published(self, event: ApprovalEvent) -> None:
-        """Report an event that this worker has stored."""
+    def outcome_decided(self, event: ApprovalEvent, *, is_new: bool) -> None:
+        """Report an outcome.
+
+        Args:
+            event: The outcome.
+            is_new: Whether this worker has stored it; otherwise the broker had one already.
+        """
+        self._refused_until = -math.inf
+        if not is_new:
+            self.count("duplicates")
+            return
+        self.count(event.outcome)
+        _log_outcome(event)
         if self._listeners is not None:
             self._listeners.tell(
                 OutcomePublished(
@@ -156,49 +327,19 @@ class Reporter:
                 )
             )
 
-    def circuit_is(self, state: CircuitState, cause: KeylessError | None) -> None:
-        """Report the circuit's state after an exchange, if it has changed.
 
-        Args:
-            state: The state.
-            cause: The failure of the exchange; None if it was answered.
-        """
-        if state is self._transitions.state:
-            return
-        change = self._transitions.notice(state, self._now())
-        if change.is_outage:
-            log(logging.WARNING, "keyless.circuit_opened", {"error": str(cause), "in_flight": len(self._deliveries)})
-        elif change.outage is not None:
-            log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
-        self._tell_circuit(change, None if cause is None else type(cause))
-
-    def inspected(self, statistics: WorkerStatistics, *, has_ended: bool = False) -> None:
-        """Report how the worker and its fleet fare."""
-        if self._listeners is not None:
-            self._listeners.tell(
-                WorkerInspected(
-                    worker=self._worker,
-                    system=self._broker.system,
-                    destination=self._broker.destination,
-                    has_ended=has_ended,
-                    is_ready=statistics.is_ready,
-                    in_flight=statistics.in_flight,
-                    fleet=statistics.fleet,
-                    lateness=statistics.lateness,
-                    duplicates=statistics.duplicates,
-                    unsettled=statistics.unsettled,
-                )
-            )
-
-    def closed(self, statistics: WorkerStatistics) -> None:
-        """Report the end: to listeners, who may count workers, and circuits that are not closed."""
-        self.inspected(statistics, has_ended=True)
-        if self._transitions.state is not CircuitState.CLOSED:
-            self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
-
-    def _tell_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
-        if self._listeners is not None:
-            self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
+def _log_outcome(event: ApprovalEvent) -> None:
+    facts = {
+        "operation_id": event.operation_id,
+        "deliveries": event.deliveries,
+        "seconds": round((event.decided_at - event.requested_at).total_seconds(), 3),
+        "answered": event.answered,
+        "asked": event.asked,
+        "reason": event.reason,
+        "detail": event.detail,
+    }
+    level = logging.WARNING if event.outcome is Outcome.FAILED else logging.INFO
+    log(level, f"approval.{event.outcome}", {name: fact for name, fact in facts.items() if fact is not None})
 
 
 def _outcome(event: ApprovalEvent) -> WaitOutcome:

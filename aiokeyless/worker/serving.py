@@ -27,16 +27,15 @@ from aiokeyless.errors import (
 )
 from aiokeyless.schedule import record_observation, wait_adaptive
 
-from .broker import Exchange, RefusedError, UnavailableError
+from .broker import Exchange, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, left_of_grace, observation
 from .exchanges import Exchanges, check_key
 from .logs import Seldom, log
-from .messages import Outcome, TooLongError, read_request
-from .monitor import Monitor
+from .messages import TooLongError, read_request
 from .reporting import Reporter, WorkerStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from tenacity.wait import wait_base
 
@@ -106,7 +105,6 @@ class Serving:
         self._broker = broker
         self._transport = transport
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
-        self._key_refusal: KeylessError | None = None  # the last one
         self._schedule = schedule
         self._limits = limits
         self._terms = terms
@@ -116,7 +114,7 @@ class Serving:
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
         # A request belongs to the trace of who submitted it, and its polls have no spans.
         self._context = context_without_traces()
-        self._reporter = Reporter(listeners, broker, self._deliveries)
+        self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, lost=on_fatal)
         self._exchanges = Exchanges(
             transport,
             broker,
@@ -126,52 +124,20 @@ class Serving:
             grace=limits.grace,
             reporter=self._reporter,
         )
-        self._monitor = Monitor(
-            broker,
-            self._loop.time,
-            is_paused=lambda: self._circuit.state is not CircuitState.CLOSED,
-            inspected=lambda: self._reporter.inspected(self.statistics()),
-            lost=on_fatal,
-        )
-        self._monitoring: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stopping = False
         self._taking: asyncio.Task[Sequence[Message]] | None = None
         self._unavailable = Seldom(logging.WARNING, "broker.unavailable")
         self._silences = 0  # takes in a row that the broker did not answer
-        self._counts = dict.fromkeys(("deliveries", *Outcome, "duplicates", "unsettled"), 0)
 
     def statistics(self) -> WorkerStatistics:
         """Return the worker at this moment."""
-        problems = tuple(self._problems())
-        return WorkerStatistics(
-            in_flight=len(self._deliveries),
-            polls=self._exchanges.polls,
-            created=self._exchanges.created,
-            transient_failures=self._exchanges.failures,
-            fleet=self._monitor.last,
-            lateness=round(self._monitor.lateness, 3),
-            circuit=self._circuit.state.value,
-            is_ready=not problems,
-            problems=problems,
-            is_draining=self._stopping,
-            **self._counts,
-        )
-
-    def _problems(self) -> Iterator[str]:
-        """Return why it is not ready, in one line each."""
-        if self._stopping:
-            yield "the worker is about to end"
-        else:
-            yield from self._monitor.problems()
-            if (backlog := self._monitor.last.backlog) and not self._circuit.is_closed:
-                yield f"the circuit is {self._circuit.state.value}, and {backlog} new requests wait"
-            if self._key_check is not None:
-                yield f"Keyless refuses the key: {self._key_refusal}"
+        return self._reporter.statistics()
 
     def stop(self) -> None:
         """Take no more deliveries, and let `serve` end."""
-        self._stopping = True
+        self._stopping = self._reporter.is_draining = True
         self._changed.set()
         if self._taking is not None:
             self._taking.cancel()  # what it has taken comes again
@@ -183,7 +149,7 @@ class Serving:
             BrokerError: The broker is gone for good, or is not as it was.
         """
         try:
-            self._monitoring = self._loop.create_task(self._monitor.run())
+            self._watching = self._loop.create_task(self._reporter.watch())
             log(logging.INFO, "worker.ready", {"max_in_flight": self._limits.max_in_flight})
             while not self._stopping:
                 self._changed.clear()
@@ -193,7 +159,7 @@ class Serving:
             try:
                 await self._abandon()
             finally:  # a scope of anyio cancels each await of what it ends
-                self._reporter.closed(self.statistics())
+                self._reporter.closed()
 
     # -- the intake
 
@@ -214,7 +180,7 @@ class Serving:
                 await self._wait_for_change(self._loop.time())
         except UnavailableError as error:
             self._silences += 1
-            self._monitor.on_silence(error)
+            self._reporter.broker_silent(error)
             self._unavailable.log({"error": str(error)})
             await self._pause(error_delay(self._silences))
 
@@ -263,15 +229,15 @@ class Serving:
         log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
-        facts = msgspec.structs.asdict(self.statistics())
+        facts: dict[str, object] = msgspec.to_builtins(self.statistics())
         del facts["problems"]
-        log(logging.INFO, "worker.done", {**facts, "fleet": msgspec.structs.asdict(self._monitor.last)})
+        log(logging.INFO, "worker.done", facts)
 
     async def _abandon(self) -> None:
         """Leave what is still in flight: the broker delivers it again."""
         if self._key_check is not None:
             self._key_check.cancel()
-        background = {self._monitoring} if self._monitoring is not None else set()
+        background = {self._watching} if self._watching is not None else set()
         while tasks := {*self._deliveries, *(task for task in background if not task.done())}:
             for task in tasks:
                 task.cancel()
@@ -284,7 +250,7 @@ class Serving:
         """Take no deliveries until the key was checked: one refusal may be a gateway's."""
         if self._key_check is None and not self._stopping:
             log(logging.WARNING, "keyless.key_refused", {"error": str(error)})
-            self._key_refusal = error
+            self._reporter.key_refusal = error
             self._key_check = asyncio.Task(self._check_key(error), loop=self._loop)
 
     async def _check_key(self, error: KeylessError) -> None:
@@ -296,9 +262,9 @@ class Serving:
                 error = closed
                 break
             except KeylessError as refusal:  # a gateway that refuses everything may say it in several ways
-                error = self._key_refusal = refusal
+                error = self._reporter.key_refusal = refusal
                 continue
-            self._key_check = None
+            self._key_check = self._reporter.key_refusal = None
             self._changed.set()
             return
         self._on_fatal(error)
@@ -306,7 +272,7 @@ class Serving:
     # -- one delivery
 
     def _take(self, message: Message) -> None:
-        self._monitor.on_delivery(message)
+        self._reporter.delivery_taken(message)
         # Past the loop's task factory: an eager one runs the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
         self._deliveries[task] = self._loop.time()
@@ -317,7 +283,6 @@ class Serving:
         self._changed.set()
 
     async def _deliver(self, message: Message) -> None:
-        self._counts["deliveries"] += 1
         started_at = self._loop.time()
         failure = await self._process(message)
         self._reporter.delivery_ended(message.number, failure, started_at=started_at)
@@ -334,12 +299,7 @@ class Serving:
             decision = self._decide_without_exchange(message, now) if is_too_much else await self._decide(message)
             await self._settle(message, decision)
         except UnavailableError as error:
-            # Nothing was settled, so the broker delivers it again; an event that was stored is kept once.
-            self._counts["unsettled"] += 1
-            if isinstance(error, RefusedError):
-                self._monitor.on_refusal(error)
-            log(logging.WARNING, "delivery.unsettled", {"error": str(error)})
-            return error
+            return error  # so the broker delivers it again; an event that was stored is kept once
         except KeylessError as error:  # of this worker, or of its broker, and not of the request
             if isinstance(error, AuthenticationError):
                 self._suspect_key(error)
@@ -383,14 +343,10 @@ class Serving:
         event = await self._with_asked(message, decision.event)
         if is_traceparent(message.traceparent):  # any sender may set it, and to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
-        if await self._broker.decide(message, event):
-            self._counts[event.outcome] += 1
-            _log_outcome(event)
-            self._reporter.outcome_published(event)
+        is_new = await self._broker.decide(message, event)
+        self._reporter.outcome_decided(event, is_new=is_new)
+        if is_new:
             self._learn(decision)
-        else:
-            self._counts["duplicates"] += 1
-        self._monitor.on_stored()
 
     async def _with_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
         """Return the event; of one that expired, it says whether the user was asked, as far as is known.
@@ -412,17 +368,3 @@ class Serving:
         observed = observation(decided, self._schedule)
         if observed is not None:
             record_observation(self._schedule, *observed)
-
-
-def _log_outcome(event: ApprovalEvent) -> None:
-    facts = {
-        "operation_id": event.operation_id,
-        "deliveries": event.deliveries,
-        "seconds": round((event.decided_at - event.requested_at).total_seconds(), 3),
-        "answered": event.answered,
-        "asked": event.asked,
-        "reason": event.reason,
-        "detail": event.detail,
-    }
-    level = logging.WARNING if event.outcome is Outcome.FAILED else logging.INFO
-    log(level, f"approval.{event.outcome}", {name: fact for name, fact in facts.items() if fact is not None})

@@ -6,16 +6,19 @@ import asyncio
 import logging
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import AuthenticationError
+from aiokeyless import AuthenticationError, BrokerError, TransportError
 from aiokeyless._listeners import Listeners
+from aiokeyless._rules.circuit import Circuit
 from aiokeyless.events import (
     CircuitChanged,
     DeliveryEnded,
+    Inspection,
     OutcomePublished,
     PollEnded,
     RequestEnded,
@@ -25,7 +28,7 @@ from aiokeyless.events import (
     WorkerInspected,
 )
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
-from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.broker import Broker, RefusedError, UnavailableError
 from aiokeyless.worker.reporting import Reporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.events import Event, Listener
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.broker import Message
 
 pytestmark = pytest.mark.looptime
 
@@ -56,6 +60,12 @@ class Told:
 
     def of(self, kind: type[T]) -> list[T]:
         return [event for event in self.events if isinstance(event, kind)]
+
+
+def an_event(**facts: Any) -> ApprovalEvent:
+    asked_at = datetime(2026, 1, 1, tzinfo=UTC)
+    times = {"requested_at": asked_at, "decided_at": asked_at + timedelta(seconds=9)}
+    return ApprovalEvent(**{"version": 1, "outcome": Outcome.EXPIRED, "deliveries": 3, **times, **facts})
 
 
 @asynccontextmanager
@@ -177,17 +187,9 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
     memory: SqliteBroker,
 ) -> None:
     told = Told()
-    asked_at = datetime(2026, 1, 1, tzinfo=UTC)
-    event = ApprovalEvent(
-        version=1,
-        outcome=kind,
-        answered=answered,
-        reason=reason,
-        requested_at=asked_at,
-        decided_at=asked_at + timedelta(seconds=9),
-        deliveries=3,
-    )
-    Reporter(Listeners((told,)), memory, ()).outcome_published(event)
+    circuit = Circuit(64, longest_poll=35.0)
+    reporter = Reporter(memory, circuit, (), listeners=Listeners((told,)), lost=print)
+    reporter.outcome_decided(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
 
@@ -294,3 +296,158 @@ async def test_exchanges_of_a_worker_are_told_once(sandbox: Sandbox) -> None:
         sandbox.approve("txn-1")
         await next_events(broker)
     assert len(told.of(RequestEnded)) == len(sandbox.requests)
+
+
+# -- the fleet, and what keeps a worker from being ready
+
+
+NOW = datetime(2026, 11, 27, tzinfo=UTC)
+UNREACHABLE = TransportError("refused", method="GET", path="/", sent=False)
+
+
+class FakeBroker:
+    """The broker, as it is inspected."""
+
+    def __init__(self) -> None:
+        self.losses: list[BrokerError] = []
+        self.told: Inspection | UnavailableError | BrokerError = Inspection()
+        self.inspections = 0
+
+    def now(self) -> datetime:
+        return NOW
+
+    async def inspect(self) -> Inspection:
+        self.inspections += 1
+        if not isinstance(self.told, Inspection):
+            raise self.told
+        return self.told
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker()
+
+
+@pytest.fixture
+def circuit() -> Circuit:
+    return Circuit(64, longest_poll=35.0)
+
+
+@asynccontextmanager
+async def reporting(broker: FakeBroker, circuit: Circuit) -> AsyncGenerator[Reporter]:
+    """Run a reporter; the body starts between two inspections."""
+    reporter = Reporter(cast("Broker", broker), circuit, (), listeners=None, lost=broker.losses.append)
+    watching = asyncio.create_task(reporter.watch())
+    await asyncio.sleep(1)
+    yield reporter
+    watching.cancel()
+
+
+def problems(reporter: Reporter) -> list[str]:
+    return list(reporter.statistics().problems)
+
+
+def delivery(*, number: int = 1, waited: float = 0.0) -> Message:
+    return cast("Message", SimpleNamespace(number=number, stored_at=NOW - timedelta(seconds=waited)))
+
+
+async def test_a_broker_that_is_well_is_no_problem_and_is_asked_every_5_seconds(
+    broker: FakeBroker, circuit: Circuit
+) -> None:
+    async with reporting(broker, circuit) as reporter:
+        await asyncio.sleep(100)
+        assert broker.inspections == 21
+        assert problems(reporter) == []
+
+
+async def test_a_broker_that_is_gone_for_good_ends_the_worker(broker: FakeBroker, circuit: Circuit) -> None:
+    async with reporting(broker, circuit):
+        error = broker.told = BrokerError("the file is gone")
+        await asyncio.sleep(5)
+        assert broker.losses == [error]
+
+
+async def test_a_silent_broker_is_a_problem_until_it_answers(broker: FakeBroker, circuit: Circuit) -> None:
+    async with reporting(broker, circuit) as reporter:
+        broker.told = UnavailableError("nats: timeout")
+        await asyncio.sleep(5)
+        assert problems(reporter) == ["the broker does not answer: nats: timeout"]
+        broker.told = Inspection(waiting=3)
+        await asyncio.sleep(5)
+        assert problems(reporter) == []
+        assert reporter.statistics().fleet.waiting == 3
+
+
+async def test_what_the_broker_names_are_problems(broker: FakeBroker, circuit: Circuit) -> None:
+    async with reporting(broker, circuit) as reporter:
+        broker.told = Inspection(problems=("a stream is gone", "another one is full"))
+        await asyncio.sleep(5)
+        assert problems(reporter) == ["a stream is gone", "another one is full"]
+
+
+async def test_an_event_that_is_refused_is_a_problem_until_one_is_stored(broker: FakeBroker, circuit: Circuit) -> None:
+    async with reporting(broker, circuit) as reporter:
+        reporter.delivery_ended(1, RefusedError("insufficient storage"), started_at=0.0)
+        assert problems(reporter) == ["the broker refuses outcomes or claims: insufficient storage"]
+        reporter.outcome_decided(an_event(), is_new=False)
+        assert problems(reporter) == []
+
+
+async def test_a_refusal_is_forgotten_where_nothing_is_stored_any_more(broker: FakeBroker, circuit: Circuit) -> None:
+    async with reporting(broker, circuit) as reporter:
+        reporter.delivery_ended(1, RefusedError("insufficient storage"), started_at=0.0)
+        await asyncio.sleep(59)
+        assert problems(reporter) != []
+        await asyncio.sleep(2)
+        assert problems(reporter) == []
+
+
+async def test_requests_that_wait_while_nothing_is_delivered_are_a_problem_after_half_a_minute(
+    broker: FakeBroker, circuit: Circuit
+) -> None:
+    async with reporting(broker, circuit) as reporter:
+        broker.told = Inspection(waiting=9, backlog=7)
+        await asyncio.sleep(5 + 28)
+        assert problems(reporter) == []
+        await asyncio.sleep(2)
+        assert problems(reporter) == ["7 requests wait, and none was delivered to this worker for 31 s"]
+        reporter.delivery_taken(delivery())
+        await asyncio.sleep(5)
+        assert problems(reporter) == []
+
+
+@pytest.mark.parametrize("reason", ["deliveries come", "nothing waits", "Keyless fares badly"])
+async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(
+    broker: FakeBroker, circuit: Circuit, reason: str
+) -> None:
+    async with reporting(broker, circuit) as reporter:
+        broker.told = Inspection(waiting=9, backlog=0 if reason == "nothing waits" else 7)
+        if reason == "Keyless fares badly":
+            for operation_id in range(100):
+                circuit.record_error(0.0, operation_id, UNREACHABLE, started_at=0.0, is_probe=True)
+        for _ in range(20):
+            if reason == "deliveries come":
+                reporter.delivery_taken(delivery(number=2))
+            await asyncio.sleep(5)
+        wrong = ["the circuit is open, and 7 new requests wait"] if reason == "Keyless fares badly" else []
+        assert problems(reporter) == wrong
+
+
+async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_inspections(
+    broker: FakeBroker, circuit: Circuit
+) -> None:
+    async with reporting(broker, circuit) as reporter:
+        assert reporter.statistics().lateness == 0
+        for message in (delivery(waited=3), delivery(waited=7), delivery(waited=4), delivery(number=2, waited=60)):
+            reporter.delivery_taken(message)
+        await asyncio.sleep(5)
+        assert reporter.statistics().lateness == 7
+        await asyncio.sleep(5)
+        assert reporter.statistics().lateness == 0
+
+
+async def test_a_request_that_comes_from_the_future_is_not_early(broker: FakeBroker, circuit: Circuit) -> None:
+    async with reporting(broker, circuit) as reporter:
+        reporter.delivery_taken(delivery(waited=-3))
+        await asyncio.sleep(5)
+        assert reporter.statistics().lateness == 0
