@@ -10,13 +10,11 @@ from aiohttp import web
 
 from aiokeyless.errors import BrokerError
 
-from .logs import Seldom
-
 if TYPE_CHECKING:
     from .service import ApprovalWorker
 
-_MAX_LINE: Final = 4 << 10  # bytes of a line of the request's head
-_MAX_HEADERS: Final = 64
+#: aiohttp logs a traceback for each request that is none, and anybody may send such.
+_SILENT: Final = logging.Logger(__name__, logging.CRITICAL)  # noqa: LOG001  # of this server alone
 
 
 async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> web.AppRunner:
@@ -58,14 +56,7 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
     app.router.add_get("/livez", livez)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/healthz", healthz)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        logger=_bad_requests(),
-        max_line_size=_MAX_LINE,
-        max_field_size=_MAX_LINE,
-        max_headers=_MAX_HEADERS,
-    )
+    runner = web.AppRunner(app, access_log=None, logger=_SILENT)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()
@@ -79,17 +70,3 @@ def _once(response: web.Response) -> web.Response:
     """End the connection with the answer."""
     response.force_close()
     return response
-
-
-def _bad_requests() -> logging.Logger:
-    """Make the logger of a server to which anything can be sent, HTTP or not: aiohttp logs a traceback each time."""
-    seldom = Seldom(logging.WARNING, "healthz.bad_request")
-
-    def log_seldom(record: logging.LogRecord) -> bool:
-        error = record.exc_info[0] if record.exc_info else None
-        seldom.log({"error": record.getMessage() if error is None else error.__name__})
-        return False
-
-    logger = logging.Logger(__name__)  # noqa: LOG001  # not the process's: of this server alone
-    logger.addFilter(log_seldom)
-    return logger
