@@ -1,0 +1,551 @@
+"""What a worker makes of what Keyless answers, and when: in memory, on a clock that moves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from nats_server import until
+from tenacity import wait_fixed
+
+from aiokeyless._http.transport import Transport
+from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, exchanges, submit_approval
+from aiokeyless.worker.broker import NewRequest
+from aiokeyless.worker.messages import ApprovalRequest, request_name
+from aiokeyless.worker.sqlite import SqliteBroker
+
+from .reading import read
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from aiokeyless import KeylessClient
+    from aiokeyless._http.protocol import Request
+    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.sandbox.journal import RequestRecord
+
+pytestmark = pytest.mark.looptime
+
+AT_THE_DEADLINE = wait_fixed(60)  # the deadline cuts it, so the final poll is the only one
+LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+async def broker() -> AsyncGenerator[SqliteBroker]:
+    async with SqliteBroker(":memory:") as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def working(client: KeylessClient, broker: SqliteBroker, **options: Any) -> AsyncGenerator[ApprovalWorker]:
+    async with ApprovalWorker(client, broker, **{"schedule": wait_fixed(0.05), **options}) as worker:
+        yield worker
+
+
+async def submit(broker: SqliteBroker, user_id: str, **options: Any) -> str:
+    """Submit a request; return the operation's id."""
+    options = {"operation_id": str(uuid.uuid4()), **options}
+    return (await submit_approval(broker, user_id, **options)).operation_id
+
+
+async def publish(broker: SqliteBroker, fields: dict[str, Any]) -> None:
+    """Store a request whose fields nobody has checked."""
+    request = ApprovalRequest(version=1, **{"user_id": "C0", **fields})
+    await broker.submit(NewRequest(request, msgspec.json.encode(request), request_name(request), None))
+
+
+async def all_outcomes(broker: SqliteBroker) -> list[ApprovalEvent]:
+    """Wait until no request is left, and return every event that there is."""
+
+    async def no_request_is_left() -> bool:
+        return (await broker.inspect()).waiting == 0
+
+    await until(no_request_is_left)
+    return await read(broker, broker._store._one("SELECT count(*) FROM outcome")[0], str(uuid.uuid4()))
+
+
+def polls_of(sandbox: Sandbox, operation_id: str) -> list[RequestRecord]:
+    return [record for record in sandbox.requests if record.method == "GET" and record.path.endswith(operation_id)]
+
+
+def most_at_once(records: list[RequestRecord]) -> int:
+    changes = [(record.at, 1) for record in records] + [(record.at + record.duration, -1) for record in records]
+    in_flight = most = 0
+    for _, change in sorted(changes):
+        in_flight += change
+        most = max(most, in_flight)
+    return most
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@pytest.fixture
+async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
+    async with sandbox.client() as client:
+        yield client
+
+
+async def test_a_client_that_repeats_calls_sends_each_call_of_the_worker_once(
+    broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with sandbox.client(max_attempts=3) as client, working(client, broker) as worker:
+        sandbox.fail_next(times=2, method="POST")
+        operation_id = await submit(broker, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        assert worker.statistics.transient_failures == 2
+        assert sum(record.method == "POST" for record in sandbox.requests) == 3
+
+
+async def test_keyless_that_is_down_at_the_start_is_waited_for(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    sandbox.fail_next()
+    async with working(client, broker):
+        operation_id = await submit(broker, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+
+
+def answers_503(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(times=2, method=method)
+
+
+def asks_to_come_later_429(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(status=429, times=2, retry_after=0.3, method=method)
+
+
+def asks_to_come_later_503(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(status=503, times=2, retry_after=0.3, method=method)
+
+
+def answers_a_page(sandbox: Sandbox, method: str) -> None:
+    sandbox.fail_next(status=200, times=2, body=b"<html>", content_type="text/html", method=method)
+
+
+def drops_the_connection(sandbox: Sandbox, method: str) -> None:
+    sandbox.drop_next(times=4, method=method)  # aiohttp repeats some by itself
+
+
+FAILURES = [answers_503, asks_to_come_later_429, asks_to_come_later_503, answers_a_page, drops_the_connection]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("fails", FAILURES)
+async def test_transient_failure_costs_no_approval(
+    client: KeylessClient,
+    broker: SqliteBroker,
+    sandbox: Sandbox,
+    *,
+    fails: Callable[[Sandbox, str], None],
+    method: str,
+) -> None:
+    async with working(client, broker) as worker:
+        if method == "POST":
+            fails(sandbox, method)
+        operation_id = await submit(broker, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        fails(sandbox, "GET")
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(broker)
+        assert event.outcome is Outcome.APPROVED
+        assert worker.statistics.transient_failures >= (2 if method == "GET" else 3)
+    assert list(sandbox.operations) == [operation_id]
+
+
+async def test_failures_are_retried_with_a_separate_backoff(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    random.seed(5)  # the backoff is random
+    async with working(client, broker, schedule=wait_fixed(0.02)):
+        operation_id = await submit(broker, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.fail_next(times=4, method="GET")
+        await until(lambda: sum(record.status == 503 for record in sandbox.requests) == 4)
+        first, *_, last = (record for record in sandbox.requests if record.status == 503)
+    assert last.at - first.at > 0.5  # the schedule alone: 0.06
+
+
+async def test_service_that_is_down_gets_probes_only_and_is_used_again_when_it_is_back(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    random.seed(5)  # the backoff of the probes is random
+    async with working(client, broker, max_in_flight=8, schedule=wait_fixed(0.5)) as worker:
+        ids = [await submit(broker, "C0FFEE") for _ in range(200)]
+        await until(lambda: len(sandbox.operations) == 200)
+        sandbox.fail_next(times=None)
+        await until(lambda: worker.statistics.circuit == "open")
+        sandbox.requests.clear()
+        await asyncio.sleep(20)
+        probes = len(sandbox.requests)
+        sandbox.recover()
+        for operation_id in ids:
+            sandbox.approve(operation_id)
+        events = await all_outcomes(broker)
+        assert worker.statistics.circuit == "closed"
+    assert 4 <= probes <= 8 + 20  # what was in flight, and few more; 200 waits would poll 8000 times in these seconds
+    assert sorted((event.operation_id or "", event.outcome) for event in events) == sorted(
+        (operation_id, Outcome.APPROVED) for operation_id in ids
+    )
+
+
+async def test_deliveries_from_before_an_outage_take_no_room_while_the_service_recovers(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random.seed(5)  # the backoff of the probes is random
+    fetch = Transport.fetch
+    hanging: set[str] = set()
+    released = asyncio.Event()
+
+    async def hang(transport: Transport, request: Request[Any]) -> object:
+        operation_id = request.path.rpartition("/")[2]
+        if operation_id in slow and not released.is_set():
+            hanging.add(operation_id)
+            await released.wait()
+            hanging.discard(operation_id)
+        return await fetch(transport, request)
+
+    async with working(client, broker, max_in_flight=3) as worker:
+        slow = {await submit(broker, "C0FFEE") for _ in range(2)}
+        await until(lambda: slow <= sandbox.operations.keys())
+        monkeypatch.setattr(Transport, "fetch", hang)
+        await until(lambda: hanging == slow)
+        for _ in range(5):
+            await submit(broker, "C0FFEE")
+        await until(lambda: len(sandbox.operations) == 7)
+        sandbox.fail_next(times=None, method="GET")
+        await until(lambda: worker.statistics.circuit == "open")
+        sandbox.recover()
+        await until(lambda: worker.statistics.circuit == "closed")
+        assert hanging == slow
+        released.set()
+
+
+async def test_a_rate_limit_pauses_the_whole_intake(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=4) as worker:
+        for _ in range(30):
+            await submit(broker, "C0FFEE")
+        await until(lambda: len(sandbox.operations) == 30)
+        sandbox.fail_next(status=429, times=2, retry_after=1.5)  # of two requests, so it is the tenant's
+        await until(lambda: worker.statistics.transient_failures == 2)
+        paused = now()
+        await until(lambda: worker.statistics.in_flight == 0)
+        sandbox.requests.clear()
+        await until(lambda: bool(sandbox.requests))
+        assert sandbox.requests[0].at > paused + 1.4
+
+
+async def test_request_that_arrives_during_a_pause_is_handed_back(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=8) as worker:
+        sandbox.fail_next(status=429, times=2, retry_after=1)
+        for _ in range(2):
+            await submit(broker, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 2)
+        paused = now()
+        late = await submit(broker, "C0FFEE")  # it was asked for before
+        await until(lambda: worker.statistics.deliveries == 3)
+        await until(lambda: late in sandbox.operations)
+        assert now() > paused + 0.9
+
+
+async def test_a_503_with_retry_after_puts_off_the_request_that_got_it_and_no_other(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=8) as worker:
+        sandbox.fail_next(status=503, retry_after=2)
+        first = await submit(broker, "C0FFEE")
+        await until(lambda: worker.statistics.transient_failures == 1)
+        paused = now()
+        other = await submit(broker, "C0FFEE")
+        await until(lambda: other in sandbox.operations)
+        assert first not in sandbox.operations
+        await until(lambda: first in sandbox.operations)
+        assert now() > paused + 1.9
+
+
+async def test_final_poll_starts_at_the_deadline(client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        asked_at = now()
+        operation_id = await submit(broker, "C0FFEE", expires_in=1.0)
+        [event] = await all_outcomes(broker)
+    [_before_the_create, poll] = polls_of(sandbox, operation_id)
+    assert 0.99 < poll.at - asked_at < 2.0
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
+
+
+async def test_final_poll_without_an_answer_says_so(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE, grace=0):
+        operation_id = await submit(broker, "C0FFEE", expires_in=0.5)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.fail_next(times=None)
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, True)
+
+
+async def test_a_request_that_expires_before_anybody_was_asked_says_so(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, grace=0):
+        sandbox.fail_next(times=None)
+        operation_id = await submit(broker, "C0FFEE", expires_in=0.5)
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, False)
+    assert operation_id not in sandbox.operations
+
+
+async def test_approval_just_before_the_deadline_is_found(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        asked_at = now()
+        operation_id = await submit(broker, "C0FFEE", expires_in=1.0)
+        await until(lambda: operation_id in sandbox.operations)
+        await until(lambda: now() > asked_at + 0.8)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.APPROVED
+    assert len(polls_of(sandbox, operation_id)) == 2  # one before the create
+
+
+async def test_approval_in_time_is_found_though_the_final_poll_got_no_answer(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        operation_id = await submit(broker, "C0FFEE", expires_in=0.5)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        sandbox.fail_next(times=2)
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.APPROVED
+    assert len(polls_of(sandbox, operation_id)) == 4  # one before the create
+
+
+@pytest.mark.parametrize("approved", [True, False])
+async def test_request_first_delivered_after_its_deadline_gets_one_poll(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, *, approved: bool
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1")  # not for this request
+    if approved:
+        sandbox.approve("txn-1")
+    sandbox.requests.clear()
+    await publish(broker, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, broker):
+        [event] = await all_outcomes(broker)
+    reason = FailureReason.ALREADY_APPROVED if approved else FailureReason.CONFLICT
+    assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
+    assert len(polls_of(sandbox, "txn-1")) == 1
+
+
+async def test_one_failure_long_after_the_deadline_costs_no_approval(
+    client: KeylessClient, other_client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, schedule=AT_THE_DEADLINE):
+        asked_at = now()
+        operation_id = await submit(broker, "C0", expires_in=2)
+        await until(lambda: operation_id in sandbox.operations)
+    sandbox.approve(operation_id)
+    await until(lambda: now() > asked_at + 2.1)
+    async with working(other_client, broker, grace=0):
+        sandbox.fail_next(times=2)
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.APPROVED
+
+
+async def test_nobody_is_asked_after_the_deadline(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    await publish(broker, {"operation_id": "txn-1", "created_at": LONG_AGO, "expires_in": 60})
+    async with working(client, broker):
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, False)
+    assert not sandbox.operations
+
+
+@pytest.mark.parametrize("poll_fails_too", [False, True])
+@pytest.mark.parametrize("loses", ["drop_next", "fail_next"])
+async def test_create_whose_answer_was_lost_makes_no_second_operation(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, loses: str, *, poll_fails_too: bool
+) -> None:
+    async with working(client, broker):
+        getattr(sandbox, loses)(stored=True, method="POST")
+        if poll_fails_too:
+            sandbox.fail_next(404, method="GET")  # the poll before the create
+            sandbox.fail_next(method="GET")
+        operation_id = await submit(broker, "C0FFEE")
+        # Before the create, and after it: what is approved by then was approved before this request asked.
+        await until(lambda: len(polls_of(sandbox, operation_id)) > 1)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.APPROVED
+    assert list(sandbox.operations) == [operation_id]
+    assert sum(record.method == "POST" for record in sandbox.requests) == 1
+
+
+@pytest.mark.parametrize("faults", [1, 2, 3, 4])
+@pytest.mark.parametrize("fault", ["fail_next", "drop_next"])
+async def test_an_outage_does_not_turn_an_old_approval_into_an_answer_to_this_request(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, *, fault: str, faults: int
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
+    sandbox.approve("txn-1")
+    async with working(client, broker):
+        getattr(sandbox, fault)(times=faults)
+        await publish(broker, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", None])
+async def test_an_operation_that_somebody_else_waits_for_is_not_taken_for_ours(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, method: str | None
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
+    async with working(client, broker):
+        sandbox.fail_next(503, method=method)
+        await publish(broker, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        await until(lambda: bool(polls_of(sandbox, "txn-1")))
+        sandbox.approve("txn-1")
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.FAILED
+    assert event.reason in {FailureReason.CONFLICT, FailureReason.ALREADY_APPROVED}
+
+
+async def test_operation_that_vanished_is_created_again_under_the_same_id(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        operation_id = await submit(broker, "C0FFEE", operation_payload="Pay 40")
+        await until(lambda: operation_id in sandbox.operations)  # it is polled before it is created, too
+        sandbox.forget(operation_id)
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id, operation_payload="Pay 40")
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.APPROVED
+
+
+def nothing_else(_sandbox: Sandbox) -> None:
+    pass
+
+
+def create_is_held_off(sandbox: Sandbox) -> None:
+    sandbox.fail_next(status=429, retry_after=0.1, method="POST")
+
+
+def first_poll_fails(sandbox: Sandbox) -> None:
+    sandbox.fail_next(method="GET")
+
+
+def first_poll_finds_nothing(sandbox: Sandbox) -> None:
+    sandbox.fail_next(status=404, method="GET")
+
+
+@pytest.mark.parametrize("approved_before", [True, False])
+@pytest.mark.parametrize(
+    "besides",
+    [nothing_else, create_is_held_off, first_poll_fails, first_poll_finds_nothing],
+)
+async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
+    client: KeylessClient,
+    broker: SqliteBroker,
+    sandbox: Sandbox,
+    *,
+    besides: Callable[[Sandbox], None],
+    approved_before: bool,
+) -> None:
+    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
+    if approved_before:
+        sandbox.approve("txn-1")
+    async with working(client, broker):
+        besides(sandbox)
+        await publish(broker, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
+        if not approved_before:
+            await until(lambda: bool(polls_of(sandbox, "txn-1")))
+            sandbox.approve("txn-1")
+        [event] = await all_outcomes(broker)
+    assert event.outcome is Outcome.FAILED
+    assert event.reason in {FailureReason.ALREADY_APPROVED, FailureReason.CONFLICT}
+    if approved_before and besides is not first_poll_finds_nothing:  # else the create finds that the id is taken
+        assert event.reason == FailureReason.ALREADY_APPROVED
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"operation_id": "another"}, FailureReason.MISMATCH),
+        ({"result": False}, FailureReason.INCONSISTENT),
+        ({"state": "denied"}, FailureReason.INCONSISTENT),
+        ({"user_id": "BAD"}, FailureReason.CONFLICT),
+        ({"operation_payload": "Pay 9000"}, FailureReason.CONFLICT),
+        ({"state": 1}, FailureReason.UNREADABLE),
+    ],
+)
+async def test_answer_that_lies_is_no_approval(
+    client: KeylessClient,
+    broker: SqliteBroker,
+    sandbox: Sandbox,
+    *,
+    lie: dict[str, object],
+    reason: FailureReason,
+) -> None:
+    async with working(client, broker):
+        operation_id = await submit(broker, "C0FFEE", operation_payload="Pay 40")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.tamper(operation_id, **lie)
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, reason, operation_id)
+
+
+async def test_request_that_the_service_refuses_fails(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker):
+        sandbox.fail_next(status=404, method="POST")
+        operation_id = await submit(broker, "C0FFEE")
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.REJECTED, operation_id)
+
+
+async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
+    client: KeylessClient,
+    broker: SqliteBroker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
+    async with working(client, broker) as worker:
+        operation_id = await submit(broker, "C0FFEE", context={"order": 7})
+        [event] = await all_outcomes(broker)
+        assert worker.statistics.deliveries == 1
+        assert worker.statistics.is_ready
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.INTERNAL)
+    assert event.operation_id == operation_id
+    assert event.read_context(dict[str, int]) == {"order": 7}
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert "ZeroDivisionError" in caplog.text
+    assert record.levelno == logging.ERROR
+
+
+async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    async with working(client, broker, max_in_flight=3):
+        sandbox.requests.clear()
+        sandbox.latency = 0.1
+        for _ in range(12):
+            await submit(broker, "C0FFEE", expires_in=1)
+        await all_outcomes(broker)
+    assert most_at_once(sandbox.requests) == 3
