@@ -3,92 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
-from aiokeyless.errors import NotFoundError, ServerError
-from aiokeyless.models import Operation, SuccessAnswer
+from aiokeyless.errors import ServerError
 from aiokeyless.worker import ApprovalWorker, submit_approval
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+from .keyless import USER, Keyless
 
+if TYPE_CHECKING:
     from aiokeyless import KeylessClient
-    from aiokeyless._http.protocol import Request
     from aiokeyless.worker import Broker
 
-USER: Final = "C0FFEE"
 APPROVES_AFTER: Final = 4.0  # seconds after the user was asked
 _BEFORE: Final = 5.0  # seconds of good requests alone
 ROUND_TRIP: Final = 0.05  # seconds
 
 
-class Keyless:
-    """What a worker needs of a client and its transport; all requests about an operation called "bad-..." get a 500."""
-
-    request_timeout: Final = 10.0
-    base_url: Final = "https://api.keyless.io"
-    listeners: tuple[()] = ()
+class PartlyFailing(Keyless):
+    """All requests about an operation called "bad-..." get a 500."""
 
     def __init__(self) -> None:
-        self.asked_at: dict[str, float] = {}
-        self.seen_at: dict[str, float] = {}
-        self.requests = 0
+        super().__init__()
+        self.seen_at: dict[str, float] = {}  # first polled after its approval
 
-    def _open(self) -> tuple[Keyless, None]:
-        return self, None
+    def approves_after(self, _operation_id: str) -> float:
+        return APPROVES_AFTER
 
-    # -- its transport
-
-    def with_max_attempts(self, _attempts: int) -> Keyless:
-        return self
-
-    def call(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    async def fetch(self, request: Request[Any]) -> Any:
-        return await self.send(request)
-
-    async def retry(self, attempt: Callable[[int], Awaitable[bool]], _may_repeat: object) -> bool:
-        return await attempt(1)
-
-    async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:
-        if request.endpoint.method == "GET":
-            return await self._get(request.path)
-        operation_id = json.loads(request.body or b"{}")["operationId"]
-        await self._exchange("POST", request.path, operation_id)
-        self.asked_at.setdefault(operation_id, self._now())
-        return SuccessAnswer(success=True)
-
-    # -- the service
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    async def _get(self, path: str) -> Operation:
-        operation_id = path.rpartition("/")[2]
-        await self._exchange("GET", path, operation_id)
-        if operation_id not in self.asked_at:
-            raise NotFoundError(status=404, method="GET", path=path)
-        approved = self._now() >= self.asked_at[operation_id] + APPROVES_AFTER
-        if approved:
-            self.seen_at.setdefault(operation_id, self._now())
-        return Operation(
-            id=1,
-            timestamp="2026-11-24T12:00:00",
-            node_id="node",
-            user_id=USER,
-            operation_id=operation_id,
-            result=approved,
-            state="approved" if approved else "pending",
-        )
-
-    async def _exchange(self, method: str, path: str, operation_id: str) -> None:
-        self.requests += 1
+    async def exchange(self, method: str, path: str, operation_id: str) -> None:
         await asyncio.sleep(ROUND_TRIP)
         if operation_id.startswith("bad"):
             raise ServerError(status=500, method=method, path=path)
+        stored = self.operations.get(operation_id)
+        if stored is not None and stored.approved_at <= self.now():
+            self.seen_at.setdefault(operation_id, self.now())
 
 
 class Lateness(NamedTuple):
@@ -97,7 +45,6 @@ class Lateness(NamedTuple):
     asked: list[float]
     approved: list[float]
     missing: int
-    requests: int
 
     def asked_p95(self) -> float:
         return _p95(self.asked)
@@ -112,7 +59,7 @@ def _p95(values: list[float]) -> float:
 
 async def measure(broker: Broker, *, bad: int, rate: float, seconds: float) -> Lateness:
     """Submit good requests at a rate a second, and bad ones, all at once, after the first few; return how late."""
-    loop, keyless = asyncio.get_running_loop(), Keyless()
+    loop, keyless = asyncio.get_running_loop(), PartlyFailing()
     submitted: dict[str, float] = {}
     async with ApprovalWorker(cast("KeylessClient", keyless), broker):
         began = loop.time()
@@ -127,10 +74,14 @@ async def measure(broker: Broker, *, bad: int, rate: float, seconds: float) -> L
                 )
             submitted[f"good-{number}"] = loop.time()
             await submit_approval(broker, USER, operation_id=f"good-{number}", expires_in=120)
-        await asyncio.sleep(15)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(15):
+                while len(keyless.seen_at) < len(submitted):  # noqa: ASYNC110  # it is on a clock that moves, too
+                    await asyncio.sleep(0.1)
     return Lateness(
-        asked=[keyless.asked_at[name] - at for name, at in submitted.items() if name in keyless.asked_at],
-        approved=[at - keyless.asked_at[name] - APPROVES_AFTER for name, at in keyless.seen_at.items()],
+        asked=[
+            keyless.operations[name].created_at - at for name, at in submitted.items() if name in keyless.operations
+        ],
+        approved=[at - keyless.operations[name].approved_at for name, at in keyless.seen_at.items()],
         missing=len(submitted.keys() - keyless.seen_at.keys()),
-        requests=keyless.requests,
     )

@@ -1,19 +1,37 @@
-"""Requests that always fail do not hold up the others."""
+"""Requests that always fail do not hold up the others: the promise of `Broker.take`, at each broker."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-from aiokeyless.worker.sqlite import SqliteBroker
-
+from .conformance.brokers import MEMORY, NATS, POSTGRES
 from .fairness import measure
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-@pytest.mark.looptime
-@pytest.mark.parametrize("rate", [1, 2, 10])
-async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(rate: float) -> None:
-    async with SqliteBroker(":memory:") as broker:
-        lateness = await measure(broker, bad=200, rate=rate, seconds=60)
+    from .conformance.brokers import Storage
+
+
+async def check(storage: Storage, *, bad: int, rate: float, seconds: float) -> None:
+    async with storage, storage.broker() as broker:
+        lateness = await measure(broker, bad=bad, rate=rate, seconds=seconds)
     assert lateness.missing == 0
     assert lateness.asked_p95() < 2
     assert lateness.approved_p95() < 3
+
+
+@pytest.mark.parametrize("storage_of", [MEMORY])
+@pytest.mark.parametrize(("rate", "seconds"), [(1, 40), (2, 40), (10, 20)])
+async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
+    storage_of: type[Storage], tmp_path: Path, rate: float, seconds: float
+) -> None:
+    await check(storage_of(tmp_path), bad=200, rate=rate, seconds=seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage_of", [NATS, POSTGRES])
+async def test_they_are_so_on_the_real_clock(storage_of: type[Storage], tmp_path: Path) -> None:
+    await check(storage_of(tmp_path), bad=200, rate=2, seconds=20)

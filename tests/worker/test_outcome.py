@@ -1,4 +1,4 @@
-"""The table of cases against a worker with a real broker; docs/rules.md says where it differs from the poller."""
+"""The table of cases against a worker, on a clock that moves; docs/rules.md says where it differs from the poller."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from .reading import read
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from nats.aio.client import Client
-    from nats_server import NatsServer
     from tenacity import RetryCallState
 
     from aiokeyless import Operation
+    from aiokeyless.worker.sqlite import SqliteBroker
+
+pytestmark = pytest.mark.looptime
 
 AT_THE_DEADLINE: Final = wait_fixed(60)  # the deadline cuts it, so that the final poll is the only one
 REASONS: Final = {
@@ -80,11 +81,11 @@ class OnePoll(wait_base):
 
 @asynccontextmanager
 async def working(
-    sandbox: Sandbox, broker: NatsServer, **options: Any
+    sandbox: Sandbox, broker: SqliteBroker, **options: Any
 ) -> AsyncGenerator[tuple[ApprovalWorker, asyncio.Task[None]]]:
     """Run a worker until it is not needed any more; then it is cancelled, since `stop` takes up to a second."""
     async with sandbox.client(max_attempts=1) as client:
-        worker = ApprovalWorker(client, broker.url, **options)
+        worker = ApprovalWorker(client, broker, **options)
         run = asyncio.create_task(worker.run())
         try:
             await until(lambda: worker.statistics.is_ready or run.done())
@@ -94,9 +95,9 @@ async def working(
             await asyncio.wait([run])
 
 
-async def submit(connection: Client, expires_in: float) -> None:
+async def submit(broker: SqliteBroker, expires_in: float) -> None:
     await submit_approval(
-        connection,
+        broker,
         USER_ID,
         operation_id=OPERATION_ID,
         operation_payload=PAYLOAD,
@@ -105,9 +106,9 @@ async def submit(connection: Client, expires_in: float) -> None:
     )
 
 
-async def event_of(connection: Client) -> ApprovalEvent:
+async def event_of(broker: SqliteBroker) -> ApprovalEvent:
     async with asyncio.timeout(PATIENCE):
-        [event] = await read(connection)
+        [event] = await read(broker)
     return event
 
 
@@ -127,14 +128,14 @@ def result_of(event: ApprovalEvent, case: OutcomeCase) -> Result:
 
 @each_case
 async def test_a_poll_before_the_deadline_has_a_worker_do_what_the_table_says(
-    case: OutcomeCase, broker: NatsServer, connection: Client
+    case: OutcomeCase, memory: SqliteBroker
 ) -> None:
     async with ArrangedSandbox(case) as sandbox:
         # Only a failure of the service is repeated sooner than the schedule says.
         has_backoff = case.worker_before is Result.TRANSIENT and not isinstance(case.answer, PermissionDeniedError)
         schedule = OnePoll(sandbox) if has_backoff else wait_fixed(0.05)
-        async with working(sandbox, broker, schedule=schedule) as (worker, run):
-            await submit(connection, expires_in=120)
+        async with working(sandbox, memory, schedule=schedule) as (worker, run):
+            await submit(memory, expires_in=120)
             match case.worker_before:
                 case Result.PENDING:
                     await until(lambda: sandbox.polls() >= 3)
@@ -147,28 +148,26 @@ async def test_a_poll_before_the_deadline_has_a_worker_do_what_the_table_says(
                     await until(run.done)
                     assert isinstance(run.exception(), AuthenticationError)
                 case result:
-                    assert result_of(await event_of(connection), case) is result
+                    assert result_of(await event_of(memory), case) is result
                     assert sandbox.polls() == 2  # and the one before the create
             if case.worker_before in {Result.PENDING, Result.TRANSIENT}:  # the wait went on, and finds the approval
                 sandbox.tell_the_truth()
                 sandbox.approve(OPERATION_ID)
-                assert (await event_of(connection)).outcome is Outcome.APPROVED
+                assert (await event_of(memory)).outcome is Outcome.APPROVED
 
 
 @each_case
-async def test_a_final_poll_has_a_worker_do_what_the_table_says(
-    case: OutcomeCase, broker: NatsServer, connection: Client
-) -> None:
+async def test_a_final_poll_has_a_worker_do_what_the_table_says(case: OutcomeCase, memory: SqliteBroker) -> None:
     async with (
         ArrangedSandbox(case) as sandbox,
-        working(sandbox, broker, schedule=AT_THE_DEADLINE, grace=0) as (worker, run),
+        working(sandbox, memory, schedule=AT_THE_DEADLINE, grace=0) as (worker, run),
     ):
-        await submit(connection, expires_in=0.5)
+        await submit(memory, expires_in=0.5)
         if case.worker_final is WorkerDoes.END:
             await until(run.done)
             assert isinstance(run.exception(), AuthenticationError)
         else:
-            assert result_of(await event_of(connection), case) is case.worker_final
+            assert result_of(await event_of(memory), case) is case.worker_final
         # One before the create. A final poll that got no answer is repeated, also where the grace is over.
         assert worker.statistics.polls == 1 + (3 if case.worker_final is Result.UNANSWERED else 1)
         assert worker.statistics.created == 1

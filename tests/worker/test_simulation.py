@@ -8,37 +8,33 @@ compared with what the users did. A test that fails names its seed: the same see
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random as global_random
-from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import pytest
 
 from aiokeyless.errors import (
-    ConflictError,
     InvalidRequestError,
-    NotFoundError,
     PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
     ServerError,
     TransportError,
 )
-from aiokeyless.models import Operation, SuccessAnswer
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outcome, submit_approval
 from aiokeyless.worker.broker import Claimed, Exchange, Message, UnavailableError
 from aiokeyless.worker.messages import read_event
 from aiokeyless.worker.sqlite import SqliteBroker
 
+from .keyless import USER, Keyless, Stored
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from aiokeyless import KeylessClient
-    from aiokeyless._http.protocol import Request
 
 pytestmark = pytest.mark.looptime(noop_cycles=1)  # nothing here waits for sockets
 
@@ -46,101 +42,37 @@ BEGAN_AT: Final = datetime(2026, 11, 24, 12, tzinfo=UTC)
 REQUESTS: Final = 40
 SUBMITTED_WITHIN: Final = 90.0  # seconds
 LONGEST: Final = 1200.0  # seconds until every request must be decided
-USER: Final = "C0FFEE"
 
 
 # -- Keyless, and the users
 
 
-class Stored(NamedTuple):
-    """An operation at Keyless: what it is, and when its user approves it; never is infinity."""
-
-    payload: str
-    created_at: float
-    approved_at: float
-
-
-class Keyless:
-    """What a worker needs of a client and its transport, with a service behind it that lags, fails and refuses.
+class UnsteadyKeyless(Keyless):
+    """A service that lags, fails and refuses.
 
     Args:
         random: Decides what happens.
         approves_after: Seconds after its creation until the user of an operation approves it.
     """
 
-    request_timeout: Final = 10.0
-    base_url: Final = "https://api.keyless.io"
-    listeners: tuple[()] = ()
-
     def __init__(self, random: Random, approves_after: dict[str, float]) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self._random = random
         self._approves_after = approves_after
         self._outages = [(at, at + random.uniform(1, 40)) for at in (random.uniform(0, 200) for _ in range(3))]
         self._refusals = [(at, at + random.uniform(0.5, 5)) for at in (random.uniform(0, 200) for _ in range(2))]
-        self.operations: dict[str, Stored] = {}
 
-    def _open(self) -> tuple[Keyless, None]:
-        return self, None
+    def approves_after(self, operation_id: str) -> float:
+        return self._approves_after[operation_id]
 
-    # -- its transport
+    def misses(self, stored: Stored) -> bool:
+        return self.now() - stored.created_at < 2.0 and self._random.random() < 0.3  # a replica lags
 
-    def with_max_attempts(self, _attempts: int) -> Keyless:
-        return self
-
-    def call(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    async def fetch(self, request: Request[Any]) -> Any:
-        return await self.send(request)
-
-    async def retry(self, attempt: Callable[[int], Awaitable[bool]], _may_repeat: object) -> bool:
-        return await attempt(1)
-
-    async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:
-        if request.endpoint.method == "GET":
-            return await self._get(request.path)
-        body = json.loads(request.body or b"{}")
-        return await self._post(request.path, body["operationId"], body["operationPayload"])
-
-    # -- the service
-
-    def now(self) -> float:
-        return self._loop.time()
-
-    async def _get(self, path: str) -> Operation:
-        operation_id = path.rpartition("/")[2]
-        await self._exchange("GET", path)
-        stored = self.operations.get(operation_id)
-        if stored is None or (self.now() - stored.created_at < 2.0 and self._random.random() < 0.3):  # a replica lags
-            raise NotFoundError(status=404, method="GET", path=path)
-        approved = stored.approved_at <= self.now()
-        return Operation(
-            id=1,
-            timestamp="2026-11-24T12:00:00",
-            node_id="node",
-            user_id=USER,
-            operation_id=operation_id,
-            operation_payload=stored.payload,
-            result=approved,
-            state="approved" if approved else "pending",
-        )
-
-    async def _post(self, path: str, operation_id: str, operation_payload: str) -> SuccessAnswer:
-        """Create an operation; the answer may be lost."""
-        await self._exchange("POST", path)
-        stored = self.operations.get(operation_id)
-        if stored is None:
-            approved_at = self.now() + self._approves_after[operation_id]
-            self.operations[operation_id] = Stored(operation_payload, self.now(), approved_at)
+    def lose_answer(self, path: str) -> None:
         if self._random.random() <= 0.2:
             raise TransportError("the answer was lost", method="POST", path=path, sent=True)
-        if stored is not None:
-            raise ConflictError(status=409, method="POST", path=path)
-        return SuccessAnswer(success=True)
 
-    async def _exchange(self, method: str, path: str) -> None:
-        """Let some time pass; raise where the service, or what is in front of it, fails."""
+    async def exchange(self, method: str, path: str, _operation_id: str) -> None:
         random = self._random
         await asyncio.sleep(random.uniform(0.02, 0.4))
         if any(begin <= self.now() < end for begin, end in self._outages):
@@ -271,7 +203,7 @@ class Story:
         for number in range(REQUESTS):
             self._plan(number, approves_after)
         self.broker = Broker(self._random)
-        self.keyless = Keyless(self._random, approves_after)
+        self.keyless = UnsteadyKeyless(self._random, approves_after)
         now = self.keyless.now()
         for operation_id in self.older:
             payload = next(each.payload for each in self.asked if each.operation_id == operation_id)
