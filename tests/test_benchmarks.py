@@ -11,7 +11,7 @@ pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
 #: What a benchmark of these saves has its own name; tests/test_soak.py has the soak.
-ONLY_BY_NAME = {"crashes", "distributed", "limits", "soak", "weather"}
+ONLY_BY_NAME = {"crashes", "distributed", "fairness", "limits", "soak", "weather"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +46,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "endings",
         "listeners",
         "limits",
+        "fairness",
     ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.fairness import measure
+
 from .conformance.brokers import MEMORY, NATS, POSTGRES
-from .fairness import measure
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,8 +28,7 @@ from aiokeyless.worker import ApprovalEvent, ApprovalWorker, Outcome, next_outco
 from aiokeyless.worker.broker import Claimed, Exchange, Message, UnavailableError
 from aiokeyless.worker.messages import read_event
 from aiokeyless.worker.sqlite import SqliteBroker
-
-from .keyless import USER, Keyless, Stored
+from benchmarks.keyless import USER, Keyless, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

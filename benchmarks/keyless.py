@@ -59,18 +59,23 @@ class Keyless:
         return self, None
 
     def with_max_attempts(self, _attempts: int) -> Keyless:
+        """Return what sends each call once."""
         return self
 
     def call(self) -> AbstractContextManager[None]:
+        """Return the scope of one call."""
         return nullcontext()
 
     async def fetch(self, request: Request[Any]) -> Any:
+        """Send a GET."""
         return await self.send(request)
 
     async def retry(self, attempt: Callable[[int], Awaitable[bool]], _may_repeat: object) -> bool:
+        """Try once."""
         return await attempt(1)
 
-    async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:
+    async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:  # noqa: ARG002  # as the transport has it
+        """Answer a request."""
         if request.endpoint.method == "GET":
             return await self._get(request.path)
         body = json.loads(request.body or b"{}")
@@ -79,6 +84,7 @@ class Keyless:
     # -- the service
 
     def now(self) -> float:
+        """Return the time of the event loop."""
         return asyncio.get_running_loop().time()
 
     async def _get(self, path: str) -> Operation:

@@ -28,9 +28,11 @@ class PartlyFailing(Keyless):
         self.seen_at: dict[str, float] = {}  # first polled after its approval
 
     def approves_after(self, _operation_id: str) -> float:
+        """See `Keyless`."""
         return APPROVES_AFTER
 
     async def exchange(self, method: str, path: str, operation_id: str) -> None:
+        """See `Keyless`."""
         await asyncio.sleep(ROUND_TRIP)
         if operation_id.startswith("bad"):
             raise ServerError(status=500, method=method, path=path)
@@ -47,9 +49,11 @@ class Lateness(NamedTuple):
     missing: int
 
     def asked_p95(self) -> float:
+        """Return how late 95 % of them were asked, at most."""
         return _p95(self.asked)
 
     def approved_p95(self) -> float:
+        """Return how late 95 % of the approvals were seen, at most."""
         return _p95(self.approved)
 
 
