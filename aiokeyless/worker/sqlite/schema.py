@@ -124,7 +124,8 @@ def _prepare(connection: sqlite3.Connection, path: str, now: float) -> None:
         _migrate(connection, path, now)
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # a full disk has ended it by itself
+            connection.execute("ROLLBACK")
         raise
 
 

@@ -180,6 +180,18 @@ def test_a_file_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch
         schema._prepare(connection, ":memory:", 0.0)
 
 
+def test_a_disk_that_is_full_when_the_file_is_made_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_full(connection: sqlite3.Connection, *_: object) -> None:
+        connection.execute("ROLLBACK")  # as SQLite does by itself
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    monkeypatch.setattr(schema, "_migrate", run_full)
+    with pytest.raises(RefusedError, match="the disk is full"):
+        schema.connect(str(path), now=0.0)
+
+
 # -- what goes wrong later
 
 
