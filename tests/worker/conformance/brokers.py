@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 import pytest
-from nats_server import NatsServer
+from nats_server import PATIENCE, NatsServer, until
 from postgres_server import shared_server
 
 from aiokeyless.worker.broker import NewRequest
@@ -38,6 +38,8 @@ class Storage(AbstractAsyncContextManager["Storage"]):
 
     #: Whether it counts the failures of each request, and orders probes by them.
     orders_probes = True
+    #: Seconds by which a busy machine may be late; none on a clock that moves.
+    slack = 30.0
     #: Whether a different request under a used operation id is refused when it is submitted.
     refuses_conflicts = True
 
@@ -53,6 +55,8 @@ class Storage(AbstractAsyncContextManager["Storage"]):
 
 
 class Memory(Storage):
+    slack = 0.0
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._broker = SqliteBroker(":memory:")
@@ -145,6 +149,20 @@ async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100, pro
     while (left := until - loop.time()) > 0 and len(taken) < up_to:
         taken += await broker.take(up_to - len(taken), left, probing=probing)
     return taken
+
+
+async def take_n(broker: Broker, count: int) -> list[Message]:
+    """Take so many, however long a busy machine takes."""
+    return await take_all(broker, PATIENCE, up_to=count)
+
+
+async def is_waiting(broker: Broker, count: int) -> None:
+    """Wait until so many requests wait; some brokers count a moment later."""
+
+    async def is_counted() -> bool:
+        return (await broker.inspect()).waiting == count
+
+    await until(is_counted)
 
 
 async def decide(broker: Broker, message: Message, outcome: Outcome = Outcome.APPROVED) -> bool:
