@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.fairness import measure
 
-from .conformance.brokers import MEMORY, NATS, POSTGRES
+from .conformance.brokers import MEMORY, Nats, Postgres
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,19 @@ async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
     await check(storage_of(tmp_path), bad=200, rate=rate, seconds=seconds)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("storage_of", [NATS, POSTGRES])
-async def test_they_are_so_on_the_real_clock(storage_of: type[Storage], tmp_path: Path) -> None:
-    await check(storage_of(tmp_path), bad=200, rate=2, seconds=20)
+@pytest.mark.parametrize(
+    ("storage_of", "bad", "rate", "seconds"),
+    [
+        pytest.param(Nats, 200, 2, 15, marks=pytest.mark.slow),
+        pytest.param(Postgres, 1000, 2, 15, marks=pytest.mark.slow),
+        *(
+            pytest.param(Postgres, bad, rate, 60, marks=pytest.mark.benchmarks)
+            for bad in (200, 1000)
+            for rate in (1, 2, 10)
+        ),
+    ],
+)
+async def test_they_are_so_on_the_real_clock(
+    storage_of: type[Storage], tmp_path: Path, *, bad: int, rate: float, seconds: float
+) -> None:
+    await check(storage_of(tmp_path), bad=bad, rate=rate, seconds=seconds)

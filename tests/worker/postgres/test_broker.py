@@ -142,7 +142,7 @@ async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: 
 
 
 async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
-    url: str, monkeypatch: pytest.MonkeyPatch
+    broker: PostgresBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool gives a connection within a time or not at all, so no more calls ask it than it has connections."""
     acquire = asyncpg.Pool.acquire

@@ -139,7 +139,7 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
         await decide_all(broker, "decided")
         await submit(broker, "asked", "new")
         (asked,) = [message for message in await take_all(broker, 5.0, up_to=2) if operation_of(message) == "asked"]
-        token = (await broker.claim(asked, "", "")).token
+        token = (await broker.claim(asked)).token
         await broker.put_off(asked, 0.0, Exchange.ANSWERED)
         folder = server.new_folder("backup")
         server.run("pg_dump", *option, "--format=custom", "--file", folder / "backup", server.url(database))
@@ -151,7 +151,7 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
         numbers = {operation_of(message): message for message in await take_all(broker, 5.0, up_to=2)}
         assert numbers.keys() == {"asked", "new"}
         assert numbers["asked"].number > token
-        assert await broker.holds(numbers["asked"], "", "")
+        assert await broker.holds(numbers["asked"])
         assert await decide(broker, numbers["asked"])
         outcomes = await read(primary.url(restored), 2)
         assert outcomes.keys() == {"decided", "asked"}
