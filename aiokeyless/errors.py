@@ -428,9 +428,9 @@ class InconsistentOperationError(ApprovalError):
 
 
 class BrokerError(KeylessError):
-    """The broker cannot be reached, does not permit an action, or has no stream with the right settings.
+    """The broker cannot be reached, does not permit an action, or is not set up as it must be.
 
-    What to do: fix the address, the permissions or the stream, as the message says, and start again. The broker keeps
+    What to do: fix the address, the permissions or the broker, as the message says, and start again. The broker keeps
     what it has stored.
 
     Attributes:

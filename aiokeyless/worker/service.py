@@ -181,9 +181,9 @@ class ApprovalWorker:
 
         Raises:
             ConfigurationError: It has run already, or what it learns cannot be saved.
-            BrokerError: The broker cannot be reached at the start, does not permit what a worker does, or has streams
-                that are not as they should be. A broker that is away later is waited for.
-            AuthenticationError: Keyless does not accept the key. Requests stay in the stream, for another worker.
+            BrokerError: The broker cannot be reached at the start, does not permit what a worker does, or is not
+                as it should be. A broker that is away later is waited for.
+            AuthenticationError: Keyless does not accept the key. Requests stay at the broker, for another worker.
             KeylessError: At the start, Keyless answers nothing that makes sense.
         """
         self._claim()
