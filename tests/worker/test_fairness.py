@@ -25,7 +25,7 @@ async def check(storage: Storage, *, bad: int, rate: float, seconds: float) -> N
 
 
 @pytest.mark.parametrize("storage_of", [MEMORY])
-@pytest.mark.parametrize(("rate", "seconds"), [(1, 40), (2, 40), (10, 20)])
+@pytest.mark.parametrize(("rate", "seconds"), [(1, 30), (2, 20), (10, 10)])
 async def test_good_requests_are_asked_and_approved_in_time_among_many_bad_ones(
     storage_of: type[Storage], tmp_path: Path, rate: float, seconds: float
 ) -> None:
