@@ -57,7 +57,10 @@ async def test_a_batch_has_a_largest_size() -> None:
 async def test_a_batch_that_fails_fails_all_of_its_calls_and_no_later_one() -> None:
     executed = Executed(OSError("the disk is away"))
     batches = Batches(executed, most=100)
-    results = await asyncio.gather(batches.call(1), batches.call(2), return_exceptions=True)
+    calls = [asyncio.create_task(batches.call(number)) for number in (0, 1, 2)]
+    await asyncio.sleep(0.5)
+    calls[0].cancel()
+    _, *results = await asyncio.gather(*calls, return_exceptions=True)
     assert [str(result) for result in results] == ["the disk is away"] * 2
     executed.error = None
     assert await batches.call(3) == 6
