@@ -123,7 +123,7 @@ class Reporter:
         self._worker = next(_WORKERS)
         self._now = asyncio.get_running_loop().time
         self._transitions = Transitions(self._now())
-        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self._fleet = Inspection()
         self._silence: str | None = None  # why the broker did not answer last
         self._refusal: str | None = None  # why the broker did not store the last event or claim
