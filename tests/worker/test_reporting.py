@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import pytest
 from tenacity import wait_fixed
 
-from aiokeyless import AuthenticationError, BrokerError, TransportError
+from aiokeyless import AuthenticationError, BrokerError
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules.circuit import Circuit
 from aiokeyless.events import (
@@ -302,7 +302,6 @@ async def test_exchanges_of_a_worker_are_told_once(sandbox: Sandbox) -> None:
 
 
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
-UNREACHABLE = TransportError("refused", method="GET", path="/", sent=False)
 
 
 class FakeBroker:
@@ -424,7 +423,7 @@ async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(
         broker.told = Inspection(waiting=9, backlog=0 if reason == "nothing waits" else 7)
         if reason == "Keyless fares badly":
             for operation_id in range(100):
-                circuit.record_error(0.0, operation_id, UNREACHABLE, started_at=0.0, is_probe=True)
+                circuit.record_failure(0.0, operation_id, started_at=0.0, is_probe=True)
         for _ in range(20):
             if reason == "deliveries come":
                 reporter.delivery_taken(delivery(number=2))
