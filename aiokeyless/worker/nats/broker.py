@@ -27,7 +27,7 @@ from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import deadline, is_about, read_names
 
-from .claims import NatsClaims
+from .claims import NatsClaims, claims_signed_from, mark
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
 from .failures import broker_errors
@@ -229,6 +229,7 @@ class NatsBroker(Broker):
                 self._settings,
                 ack_wait=lease,
                 service=service,
+                claims_metadata=mark(keys, self._fleet),
             )
         except BrokerError:
             if self._loss is not None:  # what the broker does not permit, it does not answer either
@@ -237,7 +238,11 @@ class NatsBroker(Broker):
         self._lease = lease
         with suppress(UnavailableError):
             await self.inspect()  # which measures the broker's clock
-        self._claims = NatsClaims(stream, self._fleet, keys)
+        if keys is None:
+            self._claims = NatsClaims(stream, self._fleet)
+        else:
+            signed_from = await claims_signed_from(connection, self._fleet, keys, now=self.now(), within=_ANSWER_WITHIN)
+            self._claims = NatsClaims(stream, self._fleet, keys=keys, signed_from=signed_from)
         if self._intake is None:
             loop = asyncio.get_running_loop()
             self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)

@@ -1,30 +1,41 @@
 """Claims in a stream of their own: the last message of an operation id's subject names the request that holds it.
 
 A user who may make a stream can have the broker write any message there. So workers with event keys sign their claims,
-and to them a claim without a valid signature is another's.
+and to them a claim without a valid signature is another's. Workers without keys do not sign, and neither do those of
+earlier versions. For keys to be given to a fleet, or a fleet to be upgraded, one worker after the other, claims are
+believed unsigned if they were stored before some moment. It is kept, signed, in the metadata of the stream: a day after
+the first worker that signs has started. If that worker makes the stream, every claim must be signed.
 """
 
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import nats.js.errors
 
-from aiokeyless.worker.broker import Claim, Claimed
-from aiokeyless.worker.logs import Seldom
+from aiokeyless.errors import BrokerError
+from aiokeyless.worker.broker import Claim, Claimed, UnavailableError
+from aiokeyless.worker.logs import Seldom, log
 
-from .event_keys import CLAIM, SIGNATURE
+from .event_keys import CLAIM, CLAIMS_SIGNED_FROM, SIGNATURE
 from .failures import broker_errors
 
 if TYPE_CHECKING:
+    from nats.aio.client import Client
     from nats.js import JetStreamContext
     from nats.js.api import RawStreamMsg
 
     from .event_keys import EventKeys
     from .fleet import Fleet
 
+#: The key in the stream's metadata of the moment from which claims must be signed.
+SIGNED_FROM: Final = "aiokeyless-claims-signed-from"
+_UPGRADED_WITHIN: Final = timedelta(days=1)  # the time that a fleet may take for its workers, one after the other
+_ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 #: The broker's codes: another message is the last of the subject, or another one is just being stored. A cluster says
 #: 10164 where its leader found the first on the way.
@@ -40,12 +51,21 @@ class NatsClaims:
         stream: The broker's JetStream.
         fleet: The fleet of the workers.
         keys: What claims are signed with; None for workers without keys, which believe every claim.
+        signed_from: From when on claims must be signed.
     """
 
-    def __init__(self, stream: JetStreamContext, fleet: Fleet, keys: EventKeys | None) -> None:
+    def __init__(
+        self,
+        stream: JetStreamContext,
+        fleet: Fleet,
+        *,
+        keys: EventKeys | None = None,
+        signed_from: datetime = _ALWAYS,
+    ) -> None:
         self._stream = stream
         self._fleet = fleet
         self._keys = keys
+        self._signed_from = signed_from
         self._unsigned = Seldom(logging.ERROR, "claim.unsigned")
 
     async def claim(self, operation_id: str, request: str) -> Claimed:
@@ -99,7 +119,7 @@ class NatsClaims:
         return sequence, holder
 
     def _is_believed(self, message: RawStreamMsg, signed: bytes) -> bool:
-        if self._keys is None:
+        if self._keys is None or (message.time is not None and message.time < self._signed_from):
             return True
         signature = (message.headers or {}).get(SIGNATURE)
         return self._keys.are_of(signed, signature, fleet=self._fleet.name, kind=CLAIM)
@@ -111,3 +131,70 @@ class NatsClaims:
 def _signed(subject: str, holder: bytes) -> bytes:
     """Return what the signature of a claim is of: the operation, by its subject, and the request."""
     return subject.encode() + b"\0" + holder
+
+
+def mark(keys: EventKeys | None, fleet: Fleet, signed_from: datetime = _ALWAYS) -> dict[str, str]:
+    """Return the metadata that tell from when on claims must be signed; none where there are no keys.
+
+    Args:
+        keys: The keys of the workers.
+        fleet: The fleet.
+        signed_from: The moment. Default: that of a stream that a worker with keys makes.
+    """
+    if keys is None:
+        return {}
+    moment = signed_from.isoformat()
+    return {SIGNED_FROM: f"{moment} {keys.sign(moment.encode(), fleet=fleet.name, kind=CLAIMS_SIGNED_FROM)}"}
+
+
+async def claims_signed_from(
+    connection: Client, fleet: Fleet, keys: EventKeys, *, now: datetime, within: float
+) -> datetime:
+    """Return from when on claims must be signed; where the stream does not say so under one of these keys, mark it.
+
+    Args:
+        connection: The broker.
+        fleet: The fleet.
+        keys: The keys of the workers.
+        now: The time by the broker's clock.
+        within: Seconds within which the broker must answer.
+
+    Raises:
+        BrokerError: The stream cannot be marked.
+    """
+    told = await _request(connection, f"{fleet.api_prefix}.STREAM.INFO.{fleet.claims}", b"", within)
+    config = told["config"]
+    metadata = config.get("metadata") or {}
+    signed_from = _read_mark(metadata.get(SIGNED_FROM, ""), fleet, keys) or now + _UPGRADED_WITHIN
+    marked = {**metadata, **mark(keys, fleet, signed_from)}  # by the key that is the first one now
+    if marked != metadata:
+        subject = f"{fleet.api_prefix}.STREAM.UPDATE.{fleet.claims}"
+        # As it came: nats-py drops what it does not know of a stream.
+        await _request(connection, subject, msgspec.json.encode({**config, "metadata": marked}), within)
+    if signed_from > now:
+        log(logging.WARNING, "claims.unsigned_believed", {"until": signed_from.isoformat(timespec="seconds")})
+    return signed_from
+
+
+def _read_mark(text: str, fleet: Fleet, keys: EventKeys) -> datetime | None:
+    moment, _, signature = text.partition(" ")
+    if not keys.are_of(moment.encode(), signature, fleet=fleet.name, kind=CLAIMS_SIGNED_FROM):
+        return None
+    return datetime.fromisoformat(moment)
+
+
+async def _request(connection: Client, subject: str, body: bytes, within: float) -> dict[str, Any]:
+    """Ask JetStream's API, and return what it answers."""
+    try:
+        with broker_errors():
+            answer = await connection.request(subject, body, timeout=within)
+    except UnavailableError as error:
+        reason = str(error)
+    else:
+        told: dict[str, Any] = msgspec.json.decode(answer.data)
+        if "error" not in told:
+            return told
+        reason = told["error"]["description"]
+    raise BrokerError(
+        f"the stream of claims cannot be marked as signed ({reason}): may this user publish to {subject}?"
+    )

@@ -27,6 +27,7 @@ VARIABLE: Final = "KEYLESS_EVENT_KEY"
 #: Kinds of what is signed: a signature of one kind is none of another.
 EVENT: Final = "event"
 CLAIM: Final = "claim"
+CLAIMS_SIGNED_FROM: Final = "claims signed from"
 _SHORTEST: Final = 32  # characters
 _LONGEST_FILE: Final = 64 << 10  # bytes
 _FORM: Final = "v1"

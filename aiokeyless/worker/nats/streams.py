@@ -18,7 +18,7 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from nats.js import JetStreamContext
 
@@ -61,6 +61,7 @@ async def prepare(
     *,
     ack_wait: float,
     service: str,
+    claims_metadata: Mapping[str, str] | None = None,
 ) -> float:
     """Make or check the streams and the consumer.
 
@@ -70,6 +71,7 @@ async def prepare(
         settings: What the operator chose.
         ack_wait: Seconds after which a delivery that was not acknowledged is repeated: longer than one takes at most.
         service: Base URL of the service that the workers of the fleet ask.
+        claims_metadata: Metadata of the stream of claims, where it is made.
 
     Returns:
         Seconds of the duplicate window that is in force, which bounds `expires_in`.
@@ -82,7 +84,7 @@ async def prepare(
         _check_owner(requests, fleet, service)
         outcomes = await _stream(stream, _outcomes(fleet, settings), _KEPT)
         window = min(requests.duplicate_window, outcomes.duplicate_window)
-        await _stream(stream, _claims(fleet, settings, window), _CLAIMS)
+        await _stream(stream, _claims(fleet, settings, window, claims_metadata), _CLAIMS)
         await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.ServiceUnavailableError:
         raise BrokerError(_no_jetstream(fleet)) from None
@@ -138,7 +140,7 @@ def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
     )
 
 
-def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
+def _claims(fleet: Fleet, settings: StreamSettings, window: float, metadata: Mapping[str, str] | None) -> StreamConfig:
     return _config(
         settings._replace(duplicate_window=window),
         name=fleet.claims,
@@ -146,6 +148,7 @@ def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConf
         subjects=[fleet.claim_subject("*")],
         retention=RetentionPolicy.LIMITS,
         max_age=window,
+        metadata=dict(metadata or {}),
     )
 
 

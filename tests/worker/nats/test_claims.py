@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
 from nats_server import CLAIMS, PATIENCE, prepare
 
+from aiokeyless.worker import BrokerError
 from aiokeyless.worker.broker import Claim, UnavailableError
-from aiokeyless.worker.nats import EventKeys, StreamSettings
-from aiokeyless.worker.nats.claims import NatsClaims
+from aiokeyless.worker.nats import EventKeys, Fleet, StreamSettings, streams
+from aiokeyless.worker.nats.claims import SIGNED_FROM, NatsClaims, claims_signed_from, mark
 from aiokeyless.worker.nats.event_keys import CLAIM, EVENT, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js import JetStreamContext
+    from nats.js.api import StreamConfig
 
 ID = "txn 1 \u00e9 > *"
 OURS, THEIRS = "request-1", "request-2"
 OLD, NEW = "old-" * 8, "new-" * 8
 KEYS = EventKeys(OLD)
 SUBJECT = KEYLESS.claim_subject(sha256(ID.encode()).hexdigest())
+NOW = datetime(2026, 11, 28, 6, tzinfo=UTC)
+TOMORROW = NOW + timedelta(days=1)
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ async def stream(connection: Client) -> JetStreamContext:
 
 @pytest.fixture(params=[None, KEYS], ids=["no keys", "keys"])
 async def claims(stream: JetStreamContext, request: pytest.FixtureRequest) -> NatsClaims:
-    return NatsClaims(stream, KEYLESS, request.param)
+    return NatsClaims(stream, KEYLESS, keys=request.param)
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
@@ -104,7 +110,7 @@ async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
 
 @pytest.fixture
 async def signed(stream: JetStreamContext) -> NatsClaims:
-    return NatsClaims(stream, KEYLESS, KEYS)
+    return NatsClaims(stream, KEYLESS, keys=KEYS)
 
 
 async def is_ours(claims: NatsClaims) -> bool:
@@ -117,7 +123,7 @@ async def is_ours(claims: NatsClaims) -> bool:
 async def test_a_claim_without_a_signature_is_anothers(
     signed: NatsClaims, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await NatsClaims(stream, KEYLESS, None).claim(ID, OURS)
+    await NatsClaims(stream, KEYLESS).claim(ID, OURS)
     assert not await is_ours(signed)
     assert "claim.unsigned sequence=1 count=1" in caplog.text
 
@@ -152,7 +158,88 @@ async def test_nobody_else_gives_an_id_back(signed: NatsClaims, stream: JetStrea
 
 
 async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stream: JetStreamContext) -> None:
-    await NatsClaims(stream, KEYLESS, EventKeys(OLD, NEW)).claim(ID, OURS)
-    rotated = NatsClaims(stream, KEYLESS, EventKeys(NEW, OLD))
+    await NatsClaims(stream, KEYLESS, keys=EventKeys(OLD, NEW)).claim(ID, OURS)
+    rotated = NatsClaims(stream, KEYLESS, keys=EventKeys(NEW, OLD))
     assert await is_ours(rotated)  # which stores it again, under the new key
-    assert await is_ours(NatsClaims(stream, KEYLESS, EventKeys(NEW)))
+    assert await is_ours(NatsClaims(stream, KEYLESS, keys=EventKeys(NEW)))
+
+
+async def test_an_unsigned_claim_is_believed_if_it_was_stored_before_claims_had_to_be_signed(
+    stream: JetStreamContext,
+) -> None:
+    await NatsClaims(stream, KEYLESS).claim(ID, OURS)
+    stored_at = (await stream.get_last_msg(CLAIMS, SUBJECT)).time
+    assert stored_at is not None
+    assert not await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at))
+    assert await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at + timedelta(seconds=1)))
+
+
+# -- from when on claims must be signed
+
+
+async def config_of(stream: JetStreamContext) -> StreamConfig:
+    return (await stream.stream_info(CLAIMS)).config
+
+
+async def signed_from(connection: Client, keys: EventKeys = KEYS, now: datetime = NOW) -> datetime:
+    return await claims_signed_from(connection, KEYLESS, keys, now=now, within=5)
+
+
+async def test_in_a_stream_that_a_worker_with_keys_made_every_claim_must_be_signed(connection: Client) -> None:
+    stream = connection.jetstream()
+    await streams.prepare(
+        stream, KEYLESS, StreamSettings(), ack_wait=30, service="", claims_metadata=mark(KEYS, KEYLESS)
+    )
+    made = await config_of(stream)
+    assert await signed_from(connection) == datetime(1970, 1, 1, tzinfo=UTC)
+    assert await config_of(stream) == made
+
+
+async def test_in_a_stream_that_is_there_claims_must_be_signed_a_day_after_the_first_worker_that_signs(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    before = await config_of(stream)
+    assert await signed_from(connection) == TOMORROW
+    after = await config_of(stream)
+    assert replace(after, metadata=before.metadata) == before
+    assert await signed_from(connection, now=NOW + timedelta(days=30)) == TOMORROW
+    assert await config_of(stream) == after
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "2099-01-01T00:00:00+00:00",
+        "2099-01-01T00:00:00+00:00 v1 d1136499c395ca36 b4cf",
+        mark(EventKeys(NEW), KEYLESS, datetime(2099, 1, 1, tzinfo=UTC))[SIGNED_FROM],
+        mark(KEYS, Fleet(name="staging"), datetime(2099, 1, 1, tzinfo=UTC))[SIGNED_FROM],
+        mark(KEYS, KEYLESS)[SIGNED_FROM].replace("1970", "2099"),
+        "",
+        "\u00e9",
+        "none",  # as the runbook has it, to go back and upgrade again
+    ],
+)
+async def test_nobody_else_says_from_when_on_claims_must_be_signed(
+    connection: Client, stream: JetStreamContext, forged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await stream.update_stream(await config_of(stream), metadata={SIGNED_FROM: forged})
+    assert await signed_from(connection) == TOMORROW
+    assert 'claims.unsigned_believed until="2026-11-29T06:00:00+00:00"' in caplog.text
+    assert await signed_from(connection, now=NOW + timedelta(hours=1)) == TOMORROW
+
+
+async def test_the_moment_outlives_the_key_that_signed_it(connection: Client, stream: JetStreamContext) -> None:
+    assert await signed_from(connection) == TOMORROW
+    for keys in (EventKeys(OLD, NEW), EventKeys(NEW, OLD), EventKeys(NEW)):
+        assert await signed_from(connection, keys, now=NOW + timedelta(days=30)) == TOMORROW
+    assert SIGNED_FROM in ((await config_of(stream)).metadata or {})
+
+
+async def test_a_stream_that_cannot_be_marked_is_one_line(connection: Client) -> None:
+    with pytest.raises(BrokerError, match=r"^the stream of claims cannot be marked as signed \(stream not found\)"):
+        await signed_from(connection)
+
+
+async def test_a_broker_that_does_not_answer_is_one_line(connection: Client) -> None:
+    with pytest.raises(BrokerError, match=r"\(nats: no responders.*this user publish to keyless\.api\.STREAM\.INFO"):
+        await claims_signed_from(connection, Fleet(prefix="keyless.api"), KEYS, now=NOW, within=5)
