@@ -509,10 +509,10 @@ HTTPS = "must be https: http would send the API key unencrypted"
         ("https://api.keyless.io:port", "is not a valid URL"),
         ("https://api.keyless.io:70000", "is not a valid URL"),
         ("https://[::1", "is not a valid URL"),
-        ("https://api.keyless.io/v2", "must not end in /v2, with which each path of the API begins; write https://"),
+        ("https://api.keyless.io/v2", "must not end in /v2, since each path of the API begins with it; write https://"),
         (
             "https://gw.example/keyless/v2//",
-            "must not end in /v2, with which each path of the API begins; write https://gw",
+            "must not end in /v2, since each path of the API begins with it; write https://gw",
         ),
     ],
     ids=plain,
