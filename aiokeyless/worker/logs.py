@@ -26,7 +26,7 @@ def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, ex
         _logger.log(level, "%s", _Line(event, facts), extra={"event": event, "facts": facts}, exc_info=exc_info)
 
 
-class Seldom:
+class RateLimitedLog:
     """An event that others can cause as often as they like: logged at once, and then once a minute with its count.
 
     Args:

@@ -30,7 +30,7 @@ from aiokeyless.schedule import record_observation, wait_adaptive
 from .broker import Exchange, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, left_of_grace, observation
 from .exchanges import Exchanges, check_key
-from .logs import Seldom, log
+from .logs import RateLimitedLog, log
 from .messages import TooLongError, read_request
 from .reporting import Reporter, WorkerStatistics
 
@@ -128,7 +128,7 @@ class Serving:
         self._changed = asyncio.Event()
         self._stopping = False
         self._taking: asyncio.Task[Sequence[Message]] | None = None
-        self._unavailable = Seldom(logging.WARNING, "broker.unavailable")
+        self._unavailable = RateLimitedLog(logging.WARNING, "broker.unavailable")
         self._silences = 0  # takes in a row that the broker did not answer
 
     def statistics(self) -> WorkerStatistics:

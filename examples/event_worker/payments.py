@@ -143,7 +143,7 @@ def make_app(
 
     async def from_the_stream(message: Msg, parse: Callable[[Msg], Awaitable[NatsMessage]]) -> NatsMessage:
         signature = (message.headers or {}).get("Keyless-Signature")
-        is_signed = keys is None or keys.are_of(message.data, signature, fleet="keyless")
+        is_signed = keys is None or keys.verify(message.data, signature, fleet="keyless")
         if not is_outcome(message.reply, READER) or not is_signed:
             raise SkipMessage  # published by another user: neither believed nor acknowledged
         return await parse(message)

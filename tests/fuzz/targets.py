@@ -324,9 +324,9 @@ def signature(data: bytes) -> None:
     at = len(line) % len(right)
     changed = (right + header, header + right, right[:at] + header + right[at:], right[:at] + header, right[:-1])
     for each in (header, *changed):
-        assert KEYS.are_of(signed, each, fleet=FLEET) == (each in genuine)
-    assert not KEYS.are_of(signed + b" ", right, fleet=FLEET)
-    assert not KEYS.are_of(signed, right, fleet="other")
+        assert KEYS.verify(signed, each, fleet=FLEET) == (each in genuine)
+    assert not KEYS.verify(signed + b" ", right, fleet=FLEET)
+    assert not KEYS.verify(signed, right, fleet="other")
 
 
 def genuine_signatures(signed: bytes) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiokeyless.worker.logs import JsonFormatter, Seldom, log
+from aiokeyless.worker.logs import JsonFormatter, RateLimitedLog, log
 
 if TYPE_CHECKING:
     import pytest
@@ -116,8 +116,8 @@ def test_as_json_a_line_of_another_library_has_its_message() -> None:
 def test_what_others_can_cause_at_will_is_logged_at_once_and_then_once_a_minute_with_its_count(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seldom = Seldom(logging.WARNING, "it.happened")
+    limited = RateLimitedLog(logging.WARNING, "it.happened")
     for second in (0.0, 0.1, 59.9, 60.0, 60.1, 120.0):
         monkeypatch.setattr(time, "monotonic", lambda now=second: now)
-        seldom.log({"by": "them"})
+        limited.log({"by": "them"})
     assert caplog.messages == [f'it.happened by="them" count={count}' for count in (1, 3, 2)]

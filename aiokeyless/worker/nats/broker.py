@@ -321,7 +321,7 @@ class NatsBroker(Broker):
         except nats.js.errors.NotFoundError:
             return True
         data, signature = kept.data or b"", (kept.headers or {}).get(SIGNATURE)
-        return self._event_keys.are_of(data, signature, fleet=self._fleet.name) and is_about(data, event)
+        return self._event_keys.verify(data, signature, fleet=self._fleet.name) and is_about(data, event)
 
     async def claim(self, message: Message) -> Claimed:
         """See `Broker`."""

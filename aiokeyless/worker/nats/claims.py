@@ -19,7 +19,7 @@ import nats.js.errors
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import Claim, Claimed, UnavailableError
-from aiokeyless.worker.logs import Seldom, log
+from aiokeyless.worker.logs import RateLimitedLog, log
 
 from .event_keys import CLAIM, CLAIMS_SIGNED_FROM, SIGNATURE
 from .failures import broker_errors
@@ -66,7 +66,7 @@ class NatsClaims:
         self._fleet = fleet
         self._keys = keys
         self._signed_from = signed_from
-        self._unsigned = Seldom(logging.ERROR, "claim.unsigned")
+        self._unsigned = RateLimitedLog(logging.ERROR, "claim.unsigned")
 
     async def claim(self, operation_id: str, request: str) -> Claimed:
         """See `Broker`."""
@@ -122,7 +122,7 @@ class NatsClaims:
         if self._keys is None or (message.time is not None and message.time < self._signed_from):
             return True
         signature = (message.headers or {}).get(SIGNATURE)
-        return self._keys.are_of(signed, signature, fleet=self._fleet.name, kind=CLAIM)
+        return self._keys.verify(signed, signature, fleet=self._fleet.name, kind=CLAIM)
 
     def _subject(self, operation_id: str) -> str:
         return self._fleet.claim_subject(sha256(operation_id.encode()).hexdigest())
@@ -178,7 +178,7 @@ async def claims_signed_from(
 
 def _read_mark(text: str, fleet: Fleet, keys: EventKeys) -> datetime | None:
     moment, _, signature = text.partition(" ")
-    if not keys.are_of(moment.encode(), signature, fleet=fleet.name, kind=CLAIMS_SIGNED_FROM):
+    if not keys.verify(moment.encode(), signature, fleet=fleet.name, kind=CLAIMS_SIGNED_FROM):
         return None
     return datetime.fromisoformat(moment)
 

@@ -98,7 +98,7 @@ class EventKeys:
         key_id, key = next(iter(self._keys.items()))
         return f"{_FORM} {key_id} {_digest(key, data, fleet, kind)}"
 
-    def are_of(self, data: bytes, signature: str | None, *, fleet: str, kind: str = EVENT) -> bool:
+    def verify(self, data: bytes, signature: str | None, *, fleet: str, kind: str = EVENT) -> bool:
         """Return whether one of these keys signed an event.
 
         Args:

@@ -20,7 +20,7 @@ from nats.aio.msg import Msg  # noqa: TC002  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.worker.broker import Message, UnavailableError
-from aiokeyless.worker.logs import Seldom, log
+from aiokeyless.worker.logs import RateLimitedLog, log
 from aiokeyless.worker.messages import deadline
 
 from .event_keys import TRACEPARENT
@@ -132,7 +132,7 @@ class Intake:
         self._moved = asyncio.Event()
         self._takes = 0  # that were begun
         self._leaving: asyncio.Task[None] | None = None
-        self._foreign = Seldom(logging.WARNING, "broker.foreign_message")
+        self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
         self.failures: Failures = Failures()
         self.load_shedding: LoadShedding = LoadShedding(now)
 

@@ -15,7 +15,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import FIRST_PAUSE, LONGEST_PAUSE, OutcomeDelivery, UnavailableError
-from aiokeyless.worker.logs import Seldom, log
+from aiokeyless.worker.logs import RateLimitedLog, log
 from aiokeyless.worker.messages import NewerEventError, read_event
 
 from .event_keys import SIGNATURE
@@ -84,9 +84,9 @@ class Reader:
         self._name = name
         self._event_keys = event_keys
         self._subscription: JetStreamContext.PullSubscription | None = None
-        self._foreign = Seldom(logging.WARNING, "broker.foreign_message")
-        self._unsigned = Seldom(logging.ERROR, "outcome.unsigned")
-        self._dropped = Seldom(logging.ERROR, "outcome.dropped")
+        self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
+        self._unsigned = RateLimitedLog(logging.ERROR, "outcome.unsigned")
+        self._dropped = RateLimitedLog(logging.ERROR, "outcome.dropped")
 
     async def next(self) -> NatsOutcome:
         """See `ApplicationSide.next_outcome`."""
@@ -119,7 +119,7 @@ class Reader:
             await message.term()
             return False
         signature = (message.headers or {}).get(SIGNATURE)
-        if self._event_keys is None or self._event_keys.are_of(message.data, signature, fleet=self._fleet.name):
+        if self._event_keys is None or self._event_keys.verify(message.data, signature, fleet=self._fleet.name):
             return True
         deliveries = message.metadata.num_delivered
         if deliveries <= _UNSIGNED_DELIVERIES:
@@ -158,7 +158,7 @@ def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
 
     `next_outcome` does this itself. An inbox takes messages from any user who may publish to it, and
     neither their subject nor their content shows their origin. Do not acknowledge a message that is not one. It
-    may still be what another user had the stream publish: `EventKeys.are_of` tells what a worker signed.
+    may still be what another user had the stream publish: `EventKeys.verify` tells what a worker signed.
 
     Args:
         reply: The message's reply subject.

@@ -26,7 +26,7 @@ SIGNATURE = KEYS.sign(EVENT, fleet="keyless")
 
 
 def test_what_was_signed_passes() -> None:
-    assert KEYS.are_of(EVENT, SIGNATURE, fleet="keyless")
+    assert KEYS.verify(EVENT, SIGNATURE, fleet="keyless")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_was_signed_passes() -> None:
     ],
 )
 def test_anything_else_does_not(data: bytes, signature: str | None, fleet: str) -> None:
-    assert not KEYS.are_of(data, signature, fleet=fleet)
+    assert not KEYS.verify(data, signature, fleet=fleet)
 
 
 def test_a_signature_never_changes_from_release_to_release() -> None:
@@ -58,7 +58,7 @@ def test_the_first_key_signs_and_each_is_accepted_so_that_keys_can_be_rotated() 
     assert rotated.sign(EVENT, fleet="a") == EventKeys(NEW).sign(EVENT, fleet="a")
     for keys in (both, rotated):
         for signer in (OLD, NEW):
-            assert keys.are_of(EVENT, EventKeys(signer).sign(EVENT, fleet="a"), fleet="a")
+            assert keys.verify(EVENT, EventKeys(signer).sign(EVENT, fleet="a"), fleet="a")
 
 
 def test_files_hold_a_key_a_line(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_files_hold_a_key_a_line(tmp_path: Path) -> None:
     second.write_text(OLD)
     keys = EventKeys.from_files(first, str(second))
     assert keys.sign(EVENT, fleet="a") == EventKeys(NEW).sign(EVENT, fleet="a")
-    assert keys.are_of(EVENT, EventKeys(OLD).sign(EVENT, fleet="a"), fleet="a")
+    assert keys.verify(EVENT, EventKeys(OLD).sign(EVENT, fleet="a"), fleet="a")
 
 
 def test_the_environment_holds_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,14 +127,14 @@ MISTAKES: dict[str, Callable[[Path], object]] = {
     "the environment": lambda _: EventKeys.from_environment(),
     "text that is signed": lambda _: UNTYPED(SECRET).sign("text", fleet="a"),
     "no fleet that signs": lambda _: UNTYPED(SECRET).sign(b"", fleet=None),
-    "text that is checked": lambda _: are_of(EventKeys(SECRET), "text", "a"),
-    "no fleet that checks": lambda _: are_of(EventKeys(SECRET), b"", None),
+    "text that is checked": lambda _: verifies(EventKeys(SECRET), "text", "a"),
+    "no fleet that checks": lambda _: verifies(EventKeys(SECRET), b"", None),
     "a pickle": lambda _: pickle.dumps(EventKeys(SECRET)),
 }
 
 
-def are_of(keys: EventKeys, data: Any, fleet: Any) -> bool:
-    return keys.are_of(data, keys.sign(b"", fleet="a"), fleet=fleet)
+def verifies(keys: EventKeys, data: Any, fleet: Any) -> bool:
+    return keys.verify(data, keys.sign(b"", fleet="a"), fleet=fleet)
 
 
 @pytest.mark.parametrize("make", MISTAKES.values(), ids=MISTAKES.keys())
