@@ -375,7 +375,8 @@ def check_on_poll(on_poll: object) -> None:
 def check_listeners(listeners: object) -> tuple[Listener, ...]:
     if not isinstance(listeners, Iterable) or isinstance(listeners, str | bytes):
         raise ConfigurationError(
-            f"listeners must be a list of functions, not {type(listeners).__name__}", argument="listeners"
+            f"listeners must be an iterable of functions, such as a list, not {type(listeners).__name__}",
+            argument="listeners",
         )
     checked = tuple(listeners)
     for listener in checked:

@@ -48,9 +48,9 @@ class AsyncCallable:
 @pytest.mark.parametrize(
     ("listeners", "message"),
     [
-        (5, "several functions, such as a list, not int"),
-        (print, "several functions, such as a list, not builtin_function_or_method"),
-        ("print", "several functions, such as a list, not str"),
+        (5, "an iterable of functions, such as a list, not int"),
+        (print, "an iterable of functions, such as a list, not builtin_function_or_method"),
+        ("print", "an iterable of functions, such as a list, not str"),
         ([print, 5], "must be callable, not int"),
         ([None], "must be callable, not NoneType"),
         ([coroutine_function], "must be a plain function"),
