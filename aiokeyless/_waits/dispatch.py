@@ -1,6 +1,7 @@
-"""Which operation is polled next, and when at the soonest: the queues and the slots of one client. Pure.
+"""Decides which operation is polled next, and when at the earliest. Pure.
 
-`Dispatcher.next_poll` is the one place that decides whether a poll may start now.
+It has the queues and the slots of one client. `Dispatcher.next_poll` is the one place that decides whether a poll may
+start now.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
 
     from .state import Wait
 
-SLOW: Final = 1.0  # seconds after which a poll in flight gives its slot back
-#: Ordinary polls in flight at most, in multiples of `max_in_flight`: those that hang beside good answers, and without.
+#: Seconds after which a poll in flight gives its slot back.
+SLOW: Final = 1.0
+#: The most ordinary polls in flight, in multiples of `max_in_flight`: while the service also answers well, and while it
+#: does not.
 _MOST_BESIDE_GOOD: Final = 6
 _MOST: Final = 2
-_MOST_FINAL: Final = 4  # final polls in flight at most, likewise
-#: Failures of an operation by which probes tell it from others; more make no difference.
+#: The most final polls in flight, likewise.
+_MOST_FINAL: Final = 4
+#: Probes prefer operations that failed less often in a row. From this many failures on, they make no difference.
 _FAILURES_TOLD_APART: Final = 8
-#: Queued polls that one call passes over because no wait needs them any more: those waits have ended, or are about to.
+#: The most queued polls that one call skips, because their waits have ended or are about to.
 _PASSED_OVER: Final = 384
 
 
@@ -38,10 +42,10 @@ class Dispatcher:
     """The polls of one client that are due, queued or in flight.
 
     Args:
-        circuit: How the service fares, and how many polls it bears.
-        rate: How many polls may start in a second; final ones are counted and do not wait for it.
-        max_in_flight: Slots: ordinary polls that are under way for less than a second.
-        max_connections: Polls in flight at once, whatever they are: more would queue for a connection.
+        circuit: Limits the polls in flight while the service fails or recovers.
+        rate: How many polls may start in a second. Final polls count, but do not wait for it.
+        max_in_flight: Slots. An ordinary poll holds one for its first second.
+        max_connections: All polls in flight at once. More would queue for a connection.
         request_timeout: Seconds after which a poll in flight is overdue.
     """
 
@@ -58,9 +62,9 @@ class Dispatcher:
         self._rate = rate
         self._max_in_flight = max_in_flight
         self._max_connections = max_connections
-        self._least = min(max_in_flight, max_connections)  # polls in flight for which there is always room
+        self._least = min(max_in_flight, max_connections)  # there is always room for so many polls in flight
         self._request_timeout = request_timeout
-        # By the failures of an operation in a row, and whether it was ever answered well: in the order of probes.
+        # In the order of probes: by an operation's failures in a row, then by whether it was ever answered well.
         self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
             TimerQueue() for _ in range(2 * (_FAILURES_TOLD_APART + 1))
         )
@@ -69,60 +73,61 @@ class Dispatcher:
         self._retries = 0  # of these, those that failed when they were polled last
         self._slots: dict[Poll, None] = {}  # the polls that hold one, oldest first
         self._slots_of_retries = 0
-        self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # and since when each waits to start
+        self._final_polls: deque[tuple[float, PolledOperation]] = deque()  # with the time since which each waits
         self.final_in_flight: dict[Poll, None] = {}
-        """The final ones of the polls in flight."""
+        """The final polls among those in flight."""
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
         self._cut: list[Poll] = []
-        self._giving_way: Poll | None = None  # it was cut off so that another poll can start; None once it has ended
+        # The poll that was cut off to make room for another one; None once it has ended.
+        self._giving_way: Poll | None = None
         self.soonest = math.inf
-        """When the next poll may start; perhaps earlier than that, never later. The end of a poll is not foreseen."""
+        """A lower bound of the time at which the next poll may start. It does not foresee the end of a poll."""
 
     def __len__(self) -> int:
         """Return the number of operations for which an ordinary poll is scheduled."""
         return sum(map(len, self._queues))
 
-    # -- what is to be polled
+    # -- scheduling
 
     def schedule(self, polled: PolledOperation, due: float) -> None:
-        """Poll an operation at that time at the latest; while a poll is in flight, after it."""
+        """Schedule the next ordinary poll of an operation, unless it is due earlier. It follows a poll in flight."""
         if due < polled.due:
             polled.due = due
             if polled.poll is None:
                 self._enqueue(polled)
 
     def unschedule(self, polled: PolledOperation) -> None:
-        """Take back the ordinary poll of an operation."""
+        """Cancel the next ordinary poll of an operation."""
         self._dequeue(polled)
         polled.due = math.inf
 
     def queue_final_poll(self, polled: PolledOperation, since: float) -> None:
-        """Give an operation one final poll, for all of its waits whose deadline has passed."""
+        """Queue one final poll of an operation, for all of its waits whose deadline has passed."""
         if not polled.final_poll_queued:
             polled.final_poll_queued = True
             self._final_polls.append((since, polled))
             self.soonest = min(self.soonest, since)
 
     def clear_final_polls(self) -> None:
-        """Forget the queued final polls: no wait is left."""
+        """Forget the queued final polls, since no wait is left."""
         self._final_polls.clear()
 
     def ask_again(self, now: float) -> None:
-        """Note that something else than time may let a poll start now."""
+        """Lower `soonest` to `now`, since something other than time may let a poll start then."""
         self.soonest = min(self.soonest, now)
 
-    # -- what is polled
+    # -- polling
 
     def next_poll(self, now: float) -> Poll | None:
         """Start the next poll that may start now, or set `soonest` to the time at which one may.
 
-        1. A final poll is queued and may start: it goes first.
-        2. All slots are taken: the oldest poll gives its slot back once it is a second old.
-        3. Ordinary polls wait for the circuit, for a slot, for one that is due, and for the rate. The operation that
-           has been due longest goes first, and those that failed when they were polled last get half of the slots.
-           While the circuit is open, the order is that of probes.
-        4. As many polls are in flight as may be: the oldest slow one gives way to one that is due.
+        1. If a final poll is queued and may start, it goes first.
+        2. If all slots are taken, the oldest poll gives its slot back once it is a second old.
+        3. An ordinary poll starts if it is due, and if the circuit, the slots and the rate allow it. The operation that
+           has been due longest goes first. Operations whose last poll failed get half of the slots. While the circuit
+           is open, the order is that of probes.
+        4. If no more polls may be in flight, the oldest slow one gives way to one that is due.
         """
         self.soonest = math.inf
         circuit = self._circuit
@@ -154,7 +159,7 @@ class Dispatcher:
         return None
 
     def _free_slots(self, now: float) -> None:
-        """Let slow polls give their slots back; those from before the circuit opened have none in it."""
+        """Free the slots of slow polls, and of polls that started before the circuit opened."""
         circuit = self._circuit
         while self._slots:
             poll = next(iter(self._slots))
@@ -163,7 +168,7 @@ class Dispatcher:
                 return
             self._free_slot(poll)
             if circuit.state is CircuitState.OPEN and not is_from_before and not poll.counted_as_failure:
-                # It may still be answered, so the backoff counts from its start: cutting it would close nothing.
+                # It is not cut off, since its answer may still be good. The backoff counts from its start.
                 poll.counted_as_failure, at = True, poll.started_at
                 circuit.record_failure(at, poll.polled.operation_id, started_at=at, is_probe=True)
 
@@ -173,7 +178,7 @@ class Dispatcher:
             self._slots_of_retries -= 1
 
     def _has_room(self, now: float) -> bool:
-        """Return whether one more ordinary poll may be in flight; not while one gives way."""
+        """Return whether one more ordinary poll may be in flight."""
         in_flight = len(self.in_flight)
         if in_flight < self._least:
             return True
@@ -183,7 +188,7 @@ class Dispatcher:
         return in_flight - len(self.final_in_flight) < times * self._max_in_flight
 
     def _make_room(self, now: float) -> None:
-        """Cut the oldest slow poll off for one that is due, or wait until a poll is slow; one is cut at a time."""
+        """Cut off the oldest slow poll, one at a time. If none is slow, lower `soonest` to when one will be."""
         if self._giving_way is not None:
             return
         for poll in self.in_flight:
@@ -200,11 +205,15 @@ class Dispatcher:
         return next(iter(self._slots)).started_at + SLOW
 
     def _retries_wait(self) -> bool:
-        """Return whether the operations that failed when they were polled last have their share of the slots."""
+        """Return whether operations whose last poll failed have used up their share of the slots."""
         return self._retries > 0 and self._slots_of_retries >= max(1, self._circuit.limit // 2)
 
     def _due_at(self, ready_at: float) -> float:
-        """Return when an ordinary poll is due that may start, infinity if none is; `ready_at`: when any may start."""
+        """Return when the next ordinary poll may start; infinity if none is scheduled.
+
+        Args:
+            ready_at: When the circuit, the slots and the rate allow one.
+        """
         due = min((due for queue in self._open_queues() if (due := queue.next_due()) is not None), default=math.inf)
         if self._retries_wait():
             due = min(due, self._slow_at())
@@ -221,17 +230,17 @@ class Dispatcher:
                     self._count(polled.rank, -1)
                 if waits := polled.active_waits():
                     return self._start(polled, now, waits)
-                polled.due = math.inf  # its callers are gone and about to leave
+                polled.due = math.inf  # its callers are gone, and leave soon
         return None
 
     def _open_queues(self) -> Sequence[TimerQueue[PolledOperation]]:
-        """Return the queues of which a poll may start, in the order of probes."""
+        """Return the queues from which a poll may start, in the order of probes."""
         if not self._unproven:
             return self._proven
         return self._queues if self._retries and not self._retries_wait() else self._queues[:2]
 
     def _by_precedence(self) -> Sequence[TimerQueue[PolledOperation]]:
-        """Return the queues of which a poll may start, the one that goes first first."""
+        """Return the queues from which a poll may start, by precedence."""
         queues = self._open_queues()
         if len(queues) == 1 or self._circuit.state is CircuitState.OPEN:
             return queues
@@ -239,12 +248,12 @@ class Dispatcher:
         return [queues[number] for _, number in sorted(due)]
 
     def _next_final(self, now: float) -> Poll | None:
-        """Start the final poll that has been queued longest and that a wait needs, or lower `soonest`."""
+        """Start the oldest queued final poll that a wait still needs, or lower `soonest`."""
         if len(self.in_flight) >= self._max_connections:
             self._make_room(now)
             return None
         if self._circuit.state is CircuitState.OPEN:
-            # One that hangs may go on for other waits after its two seconds: no other final poll is held up by that.
+            # One final poll at a time. One that goes on for other waits after its two seconds does not count.
             if any(poll.is_awaited_as_final() for poll in self.final_in_flight):
                 return None
         elif len(self.final_in_flight) >= _MOST_FINAL * self._max_in_flight:
@@ -274,12 +283,12 @@ class Dispatcher:
         poll = Poll(polled, now, polled.active_waits(), final=True)
         self.in_flight[poll] = self.final_in_flight[poll] = None
         self._rate.record_poll(now)
-        if polled.due <= now + RESOLUTION:  # it does for an ordinary one that is due
+        if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due
             self.unschedule(polled)
         return poll
 
     def finish(self, poll: Poll, now: float) -> None:
-        """Free the place of a poll, and schedule another one if its operation needs one."""
+        """Remove a poll that has ended, and schedule another one if its operation needs it."""
         del self.in_flight[poll]
         self.soonest = now
         polled = poll.polled
@@ -299,7 +308,7 @@ class Dispatcher:
             self._enqueue(polled)
 
     def _enqueue(self, polled: PolledOperation) -> None:
-        """Put an operation into the queue where it belongs since its last poll."""
+        """Put an operation into the queue that fits the result of its last poll."""
         rank = 2 * min(polled.failures, _FAILURES_TOLD_APART) if polled.failures else 0
         if not polled.was_seen:
             rank += 1
@@ -320,17 +329,22 @@ class Dispatcher:
         self._unproven += change * (rank > 0)
         self._retries += change * (rank > 1)
 
-    # -- what is cut off
+    # -- cutting off
 
     def cut_off(self, poll: Poll, *, overdue: bool = False) -> None:
-        """Let the exchange of a poll be cut off, once; overdue: since it takes longer than it may."""
+        """Mark a poll so that its exchange is cut off, once.
+
+        Args:
+            poll: The poll.
+            overdue: Whether it takes longer than it may.
+        """
         if not poll.is_over:
             poll.is_over, poll.is_overdue = True, overdue
             self._cut.append(poll)
 
     @property
     def has_cut(self) -> bool:
-        """Whether `take_cut` has any."""
+        """Whether `take_cut` would return any poll."""
         return bool(self._cut)
 
     def take_cut(self) -> Sequence[Poll]:

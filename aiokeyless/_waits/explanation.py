@@ -1,7 +1,7 @@
 """Explains waits: asks Telemetry for the attempts at an operation, beside its polls and never in place of one.
 
-An explanation approves nothing and ends nothing. What it costs is kept small: requests are bounded in number at once,
-shared by all waits for an operation, and cancelled with the last of them. A request that fails is logged at debug level
+An explanation approves nothing and ends no wait. It costs little: few requests are in flight at once, all waits for an
+operation share them, and they are cancelled with the last of these waits. A request that fails is logged at debug level
 and otherwise ignored.
 
 Source: Keyless documentation, Server API / Telemetry.
@@ -40,16 +40,24 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("aiokeyless")
 
-PENDING_FOR: Final = 5.0  # seconds: most who approve have done so by then, and need no explanation
-INTERVAL: Final = 10.0  # seconds between two requests about one operation
-AT_THE_END: Final = 1.0  # seconds that the end of a wait may be delayed by its last request
-_MOST_ATTEMPTS: Final = 100  # of one operation; a lockout ends most rows of attempts much earlier
+#: Seconds. Most users who approve have done so by then, and need no explanation.
+PENDING_FOR: Final = 5.0
+#: Seconds between two requests about one operation.
+INTERVAL: Final = 10.0
+#: Seconds by which the last request may delay the end of a wait.
+AT_THE_END: Final = 1.0
+#: Of one operation. A lockout usually stops a user much earlier.
+_MOST_ATTEMPTS: Final = 100
 _MOST_REASONS: Final = 3  # in one message
 _MOST_REQUESTS: Final = 8  # at once, of all waits together
-_REFUSED_FOR: Final = 120.0  # seconds without a request after one that was not allowed: the next would not be, either
-_MAX_PAUSE: Final = 120.0  # seconds: more is not waited for, whatever Retry-After says
-_MOST_LEFT: Final = 1000  # operations that are remembered after their last wait, for the next piece of a longer wait
-_LEFT_FOR: Final = 60.0  # seconds for which they are
+#: Seconds without a request after one that was not allowed. The next one would not be allowed either.
+_REFUSED_FOR: Final = 120.0
+#: Seconds of a ``Retry-After`` that count.
+_MAX_PAUSE: Final = 120.0
+#: Operations that are remembered after their last wait, for the next piece of a longer wait.
+_MOST_LEFT: Final = 1000
+#: Seconds for which they are remembered.
+_LEFT_FOR: Final = 60.0
 
 
 class _Subject:
@@ -72,7 +80,7 @@ class Explainer:
     """The explanations of one client's waits.
 
     Args:
-        transport: What sends the requests; neither held nor counted by the circuit, as single calls are.
+        transport: Sends the requests. As with single calls, the circuit neither delays nor counts them.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -101,7 +109,7 @@ class Explainer:
         return Explanation(self, subject, wait.deadline, until)
 
     def leave(self, subject: _Subject) -> None:
-        """Forget a wait; with the last one of an operation its request ends."""
+        """Forget a wait. After the last wait for an operation, cancel its request."""
         subject.waits -= 1
         if subject.waits:
             return
@@ -117,7 +125,7 @@ class Explainer:
         return next(iter(self._left.values()))
 
     def ask_if_due(self, subject: _Subject, deadline: float) -> None:
-        """Ask in the background, unless it is too early or too much is under way."""
+        """Ask in the background, unless it is too early or too many requests are in flight."""
         if self._slots.locked() or not may_ask(
             self._loop.time(), asked_at=subject.asked_at, pending_since=subject.pending_since, deadline=deadline
         ):
@@ -125,14 +133,14 @@ class Explainer:
         self._ask(subject)
 
     async def aclose(self) -> None:
-        """End the requests under way."""
+        """Cancel the requests in flight."""
         for request in self._requests:
             request.cancel()
         while self._requests:
             await asyncio.wait(self._requests)
 
     async def ask_at_the_end(self, subject: _Subject, until: float) -> None:
-        """Ask for the last time, or wait for what is under way, for a moment at most.
+        """Send a last request, or wait for the one in flight, for at most `AT_THE_END` seconds.
 
         Args:
             subject: The operation.
@@ -148,7 +156,7 @@ class Explainer:
         if subject.user_id is None or subject.request is not None or self._loop.time() < self._not_before:
             return
         subject.asked_at = self._loop.time()
-        # As the poller's workers: past the loop's task factory, and not in the context of a caller.
+        # Neither by the loop's task factory nor in a caller's context, as with the poller's workers.
         subject.request = asyncio.Task(
             self._fetch(subject, subject.user_id), loop=self._loop, context=context_without_traces()
         )
@@ -157,7 +165,7 @@ class Explainer:
 
     def _asked(self, subject: _Subject, request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
-        if subject.request is request:  # what cancels it lets another one start
+        if subject.request is request:  # else it was cancelled, and another one may have started
             subject.request = None
 
     async def _fetch(self, subject: _Subject, user_id: str) -> None:
@@ -181,7 +189,7 @@ class Explainer:
 
 
 class Explanation:
-    """What is known about the attempts at one wait's operation."""
+    """The known attempts at one wait's operation."""
 
     __slots__ = ("_deadline", "_explainer", "_subject", "_until")
 
@@ -192,7 +200,7 @@ class Explanation:
         self._until = until
 
     def add_to(self, update: ApprovalUpdate) -> ApprovalUpdate:
-        """Return an update with the attempts that are known; ask for more where the operation is pending."""
+        """Return an update with the known attempts. If the operation is pending, ask for more."""
         self._learn_user(update.operation)
         operation = update.operation
         if isinstance(update.error, NotFoundError) if operation is None else not operation.is_approved:
@@ -200,10 +208,10 @@ class Explanation:
         return msgspec.structs.replace(update, attempts=self._subject.attempts)
 
     async def complete(self, outcome: WaitResult) -> None:
-        """Add the attempts to the outcome where that is a timeout, after asking for the last time."""
+        """If the outcome is a timeout, add the attempts to it, after a last request."""
         if not isinstance(outcome, ApprovalTimeoutError):
             return
-        if not isinstance(outcome, ApprovalUnknownError):  # there, the service does not answer
+        if not isinstance(outcome, ApprovalUnknownError):  # else the service does not answer
             self._learn_user(outcome.last_operation)
             await self._explainer.ask_at_the_end(self._subject, self._until)
         explain(outcome, self._subject.attempts)
@@ -224,7 +232,7 @@ def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, de
         now: The time, in seconds; the other arguments are by the same clock.
         asked_at: When it was last asked about this operation; minus infinity if it was not.
         pending_since: Since when the operation is pending.
-        deadline: When the wait ends. Shortly before that nothing is asked, so that the end may ask.
+        deadline: When the wait ends. Shortly before that, only the last request is sent.
     """
     return now - asked_at >= INTERVAL and now - pending_since >= PENDING_FOR and deadline - now >= INTERVAL
 
@@ -232,17 +240,19 @@ def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, de
 def merged(
     known: tuple[Authentication, ...], answered: Sequence[Authentication], operation_id: str
 ) -> tuple[Authentication, ...]:
-    """Return the attempts at one operation, oldest first: Telemetry forgets after ten minutes, a wait may not.
+    """Return the attempts at one operation, oldest first.
+
+    Telemetry forgets an attempt after ten minutes. A wait may last longer, so it keeps earlier answers.
 
     Args:
-        known: What earlier answers told.
-        answered: What the latest answer tells, in any order; attempts at other operations are left out, so that
-            nothing is explained by them.
+        known: The attempts in earlier answers.
+        answered: The attempts in the latest answer, in any order. Those at other operations are left out, since they
+            explain nothing.
         operation_id: The operation.
     """
     fresh = [attempt for attempt in answered if attempt.operation_id == operation_id]
     everything = [*(attempt for attempt in known if attempt not in fresh), *fresh]
-    # The timestamps have one form, which sorts as a text does; those without one come first.
+    # All timestamps have one form, so they sort as text. Attempts without one come first.
     everything.sort(key=lambda attempt: attempt.created_at or "")
     return tuple(everything[-_MOST_ATTEMPTS:])
 
@@ -250,10 +260,10 @@ def merged(
 def in_words(attempts: Sequence[Authentication]) -> str | None:
     """Return a clause about the failed attempts, such as "2 attempts failed: the face did not match (30004)".
 
-    It quotes nothing of the service's texts: an answer may echo anything.
+    It quotes no text of the service, since an answer may echo anything.
 
     Returns:
-        The clause; None where no attempt failed.
+        The clause; None if no attempt failed.
     """
     failed = [attempt for attempt in attempts if attempt.failed]
     if not failed:
@@ -263,7 +273,7 @@ def in_words(attempts: Sequence[Authentication]) -> str | None:
 
 
 def explain(error: ApprovalTimeoutError, attempts: tuple[Authentication, ...]) -> None:
-    """Add attempts to the error that ends a wait, and to its message those that failed."""
+    """Add attempts to the error that ends a wait, and the failed ones to its message."""
     error.attempts = attempts
     if words := in_words(attempts):
         error.args = (f"{error}; {words}",)

@@ -1,6 +1,6 @@
-"""Holds: leases on ordinary waits. A wait that is held goes on for a while after each hold, for the next one.
+"""Holds: leases on ordinary waits. After each hold, the wait goes on for a while for the next hold.
 
-So a series of holds polls as one wait would, and nothing is remembered between two of them. "Holds" in docs/rules.md.
+So a series of holds polls like one wait, and needs no other state between two holds. See "Holds" in docs/rules.md.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from .poller import FutureWait, Poller
     from .state import WaitResult
 
-LEASE: Final = 10.0  # seconds for which a wait goes on after its last hold
+#: Seconds for which a wait goes on after its last hold.
+LEASE: Final = 10.0
 
-#: What is held: operation id, ticket, and whether a 404 counts as pending.
+#: The key of a lease: operation id, ticket, and whether a 404 counts as pending.
 _Target = tuple[str, "ApprovalTicket | None", bool]
 
 
 class _Lease:
-    """A wait that is held, by one caller or by several, or was held a moment ago."""
+    """A wait that one or more callers hold, or held a moment ago."""
 
     __slots__ = ("expiry", "explanation", "holders", "wait")
 
@@ -38,20 +39,20 @@ class _Lease:
         self.wait = wait
         self.explanation = explanation
         self.holders = 0
-        self.expiry: asyncio.TimerHandle | None = None  # set while nobody holds it
+        self.expiry: asyncio.TimerHandle | None = None  # set while there are no holders
 
 
 class Holds:
     """The holds of one client.
 
     Args:
-        poller: Its waits.
+        poller: Runs the waits.
     """
 
     def __init__(self, poller: Poller) -> None:
         self._poller = poller
         self._loop = asyncio.get_running_loop()
-        self._context = context_without_traces()  # the end of a lease is no caller's
+        self._context = context_without_traces()  # a lease expires in no caller's context
         self._leases: dict[_Target, _Lease] = {}
 
     async def hold(
@@ -67,12 +68,12 @@ class Holds:
         """Wait for a piece of a longer wait.
 
         Args:
-            operation_id: What to wait for.
-            ticket: What is known about it; None for a bare id, which has no end of its own.
-            seconds: The length of the piece. If the ticket's own time ends before, it is a wait until then.
-            schedule: When to poll; None for the client's. That of the first hold counts.
+            operation_id: The operation.
+            ticket: Its ticket; None for a bare id, which does not expire.
+            seconds: The length of the piece. If the ticket expires within it, the hold lasts until the wait has ended.
+            schedule: When to poll; None for the client's. Only the first hold's counts.
             may_be_missing: Whether 404 counts as pending.
-            explain: Whether to explain the wait. What the first hold says counts.
+            explain: Whether to explain the wait. Only the first hold's counts.
 
         Returns:
             The outcome of the wait; None if it goes on.
@@ -105,12 +106,12 @@ class Holds:
             return outcome
         finally:
             self._release(target, lease)
-            del lease  # its wait has the error whose traceback has this frame
+            del lease  # else a cycle: its wait has the error, and the error's traceback has this frame
 
     async def _end(self, wait: FutureWait, seconds: float) -> None:
-        """Wait until a wait has ended, or so many seconds, unless its own time ends before.
+        """Wait until a wait has ended, for at most so many seconds. If its deadline comes first, without limit.
 
-        It is what `asyncio.wait` does, in half of the memory.
+        This is `asyncio.wait` in half of the memory.
         """
         ended: asyncio.Future[None] = self._loop.create_future()
         end = functools.partial(_end, ended)
@@ -125,7 +126,7 @@ class Holds:
                 timer.cancel()
 
     def _release(self, target: _Target, lease: _Lease) -> None:
-        """Let a wait go on for the next hold after its last one; an outcome that no hold has taken is kept for it."""
+        """After the last hold, let the wait go on for the next one, which also gets the outcome if the wait ends."""
         lease.holders -= 1
         if lease.holders:
             return
@@ -142,10 +143,10 @@ class Holds:
             lease.explanation.leave()
 
     def close(self) -> None:
-        """Forget the waits that nobody holds now: the poller ends them."""
+        """Forget the waits without holders. The poller ends them."""
         leases, self._leases = self._leases, {}
         for lease in leases.values():
-            if lease.expiry is None:  # somebody holds it, and leaves it with the error
+            if lease.expiry is None:  # its holders get the error, and leave it
                 continue
             lease.expiry.cancel()
             if lease.explanation is not None:

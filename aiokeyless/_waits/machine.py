@@ -1,9 +1,9 @@
 """The waits of one client as a state machine. Pure: no asyncio, no task, no clock.
 
-It is told what happened: a wait starts, a poll has ended with this result, a caller left, the client closes. It is
-asked what is next: `Machine.next_poll`, `Machine.wake_at`, the polls to cut off. It gives waits their outcomes, and
-nothing else changes a wait, a polled operation or a poll. What a result means for a wait is decided in `_rules`, which
-operation is polled next in `dispatch`.
+A driver reports events to it: a wait starts, a poll has ended with this result, a caller left, the client closes. Then
+the driver does what `Machine.next_poll`, `Machine.wake_at` and `Machine.take_cut` return. The machine gives waits their
+outcomes, and nothing else changes a wait, a polled operation or a poll. `_rules` decides what a result means for a
+wait, and `dispatch` which operation is polled next.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ if TYPE_CHECKING:
     from .reporting import Reporter
     from .state import Updates, WaitResult
 
-FRESH: Final = 1.0  # seconds within which nobody approves what was just created
-#: Seconds after which a wait whose ticket had expired before gets a poll with a deadline, if none could start.
+#: Seconds after a create within which no user approves.
+FRESH: Final = 1.0
+#: Seconds until a wait for an expired ticket gets a final poll with a deadline, if no poll could start before.
 EXPIRED_PATIENCE: Final = 120.0
-BATCH: Final = 128  # waits handled in one turn of the loop: a hundred thousand at once must not block it
-_MOST_DEADLINES: Final = 384  # handled in one turn at most, which takes several milliseconds
-#: What nearly all waits and answers are; a member of an enum is not found as fast as a name.
+#: Waits handled in one turn of the loop. A hundred thousand at once must not block it.
+BATCH: Final = 128
+#: Deadlines handled in one turn of the loop at most. So many take several milliseconds.
+_MOST_DEADLINES: Final = 384
+#: The state of nearly all waits and answers. A name is found faster than a member of an enum.
 _POLLING: Final = WaitPhase.POLLING
 _PENDING: Final = Verdict.PENDING
 
@@ -59,10 +62,10 @@ class Machine:
         reporter: Reports the events of waits and polls.
         schedule: When to poll, for waits that bring no schedule of their own.
         max_in_flight: Slots for polls: see `Dispatcher`.
-        max_connections: Polls in flight at once, whatever they are.
+        max_connections: All polls in flight at once.
         max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
         request_timeout: Seconds for one exchange.
-        no_answer: Makes the error for a poll of an operation that got no answer within so many seconds.
+        no_answer: Makes the error for a poll without an answer, from the operation id and the seconds in flight.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Machine:
         self._timeouts = 0
         self._failures = 0
 
-    # -- what is next
+    # -- what to do next
 
     @property
     def is_idle(self) -> bool:
@@ -107,7 +110,7 @@ class Machine:
         return not self._polled
 
     def next_poll(self, now: float) -> Poll | None:
-        """Start the next poll that may start now; None if there is none before `wake_at`, or the end of a poll."""
+        """Start the next poll that may start now; None if none may before `wake_at` or the end of a poll."""
         poll = self._dispatcher.next_poll(now)
         if poll is None:
             return None
@@ -116,30 +119,30 @@ class Machine:
             self._reporter.poll_started(poll.lag, now, waiting=self._waiting)
         for wait in poll.waits:
             wait.polls += 1
-            # By the time, and not by the phase: if many deadlines pass at once, its own may be still to come.
+            # By time, not by phase: if many deadlines pass at once, this one may not be handled yet.
             if wait.final is None and (wait.had_expired or is_final(wait.deadline - now)):
                 wait.final = poll
         return poll
 
     def may_start_more(self, now: float) -> bool:
-        """Return whether `next_poll` may start another poll now; it is cheaper to ask than to call it in vain."""
+        """Return whether `next_poll` may start another poll now. This is cheaper than the call."""
         return self._dispatcher.soonest <= now
 
     def is_settled(self, until: float) -> bool:
-        """Return whether the driver, which wakes at a time, has nothing to do before after a poll has ended."""
+        """Return whether the driver, after a poll has ended, has nothing to do until it wakes at `until`."""
         return self._dispatcher.soonest >= until and not self._dispatcher.has_cut
 
     def wake_at(self) -> float:
-        """Return when something happens by time alone: a poll may start, one is overdue, or a deadline passes."""
+        """Return when time alone makes something happen: a poll may start, one is overdue, or a deadline passes."""
         deadline = self._deadlines.next_due()
         when = min(self._dispatcher.soonest, self._dispatcher.overdue_at())
         return when if deadline is None else min(when, deadline)
 
     def take_cut(self) -> Sequence[Poll]:
-        """Return the polls whose exchanges must be cut off, each once; then `finish_poll` is told that they ended."""
+        """Return the polls whose exchanges the driver must cut off, each once. It then calls `finish_poll`."""
         return self._dispatcher.take_cut()
 
-    # -- what happens: waits
+    # -- events: waits
 
     def start(
         self,
@@ -159,18 +162,18 @@ class Machine:
         """Start a wait.
 
         Args:
-            wait: A new one, of which nothing is set.
+            wait: A new one, without any attribute set.
             now: The time.
-            operation_id: What to wait for.
-            ticket: What is known about it; None for a bare id.
-            age: Seconds since it was created; 0 for a bare id, whose clock starts with the wait.
-            is_fresh: Whether this client created it a moment ago: nobody approves so soon.
-            timeout: Seconds; infinity for no end; None for what the ticket has left, which is never more than its
-                lifetime, whatever the clocks say. A bare id has no end.
+            operation_id: The operation.
+            ticket: Its ticket; None for a bare id.
+            age: Seconds since the operation was created; 0 for a bare id, whose age is unknown.
+            is_fresh: Whether this client created it less than `FRESH` seconds ago, so that no user has approved yet.
+            timeout: Seconds; infinity for no end. None means the rest of the ticket's lifetime, and no end for a bare
+                id. Even if clocks differ, it is never more than the whole lifetime.
             schedule: When to poll; None for the client's.
             may_be_missing: Whether 404 counts as pending.
-            patience: Seconds until the final poll of a ticket that has expired, if no poll could start by then.
-            updates: Where an update goes for each poll; closed when the wait ends.
+            patience: Seconds until the final poll for an expired ticket, if no poll could start before.
+            updates: Receives an update for each poll; closed when the wait ends.
         """
         if timeout is None:
             lifetime = math.inf if ticket is None else (ticket.expires_at - ticket.created_at).total_seconds()
@@ -179,7 +182,8 @@ class Machine:
         schedule = schedule or self._schedule
         first = now + (next_delay(schedule, attempt_number=1, since_start=age) if is_fresh else 0.0)
         wait.started_at = now
-        wait.origin = now - age if age else now  # the same float twice, not two of them: there are many waits
+        # If the age is 0, `now` itself: a second float for each of many waits takes memory.
+        wait.origin = now - age if age else now
         wait.deadline = now + (patience if had_expired else timeout)
         wait.had_expired = had_expired
         wait.phase = _POLLING
@@ -206,10 +210,10 @@ class Machine:
     def _polled_operation(self, operation_id: str, wait: Wait) -> PolledOperation:
         polled = self._polled.get(operation_id)
         if polled is None:
-            # A coarse clock may show a time twice.
+            # A coarse clock may return a time twice.
             self._sequence = max(wait.started_at, math.nextafter(self._sequence, math.inf))
             polled = self._polled[operation_id] = PolledOperation(self._sequence, operation_id, wait.origin)
-        elif polled.live == 1 and polled.first is not None and polled.due < math.inf:  # it is alone no more
+        elif polled.live == 1 and polled.first is not None and polled.due < math.inf:  # it is no longer alone
             polled.first.own_due = polled.due
         polled.origin = min(polled.origin, wait.origin)
         return polled
@@ -217,10 +221,10 @@ class Machine:
     def _add_learner(self, polled: PolledOperation, schedule: wait_base) -> None:
         """Let a schedule learn from a wait that began with its operation.
 
-        A wait that resumes one later would count as a whole one, and teach the schedule to come too late.
+        From a wait that resumes later, a schedule would learn to poll too late.
         """
         if schedule is self._schedule and not polled.learners:
-            polled.learners = self._learners  # one tuple for all, as nearly all are
+            polled.learners = self._learners  # nearly all operations share this tuple
         elif isinstance(schedule, wait_adaptive) and schedule not in polled.learners:
             polled.learners += (schedule,)
 
@@ -230,7 +234,7 @@ class Machine:
             self._close(wait, now)
 
     def waits(self) -> Iterator[Wait]:
-        """Yield the waits that are under way now, although they end meanwhile."""
+        """Yield the waits that are under way now. Some may end during the iteration."""
         for polled in tuple(self._polled.values()):
             yield from polled.all_waits()
 
@@ -246,7 +250,7 @@ class Machine:
         self._close(wait, now)
 
     def _close(self, wait: Wait, now: float) -> None:
-        """Unregister a wait that has ended; the last one of an operation stops its polls."""
+        """Unregister a wait that has ended. After the last wait for an operation, stop its polls."""
         polled = wait.polled
         polled.remove(wait)
         wait.phase = WaitPhase.ENDED
@@ -258,7 +262,7 @@ class Machine:
         if not polled.live:
             self._stop_polling(polled)
         elif final is not None and not final.is_over:
-            if not final.serves_any():  # those that are left have passed their deadlines, too
+            if not final.serves_any():  # the other waits have passed their deadlines, too
                 self._dispatcher.cut_off(final)
             self._dispatcher.ask_again(now)  # if it goes on for others, another final poll may start now
         if self._reporter.listens:
@@ -279,19 +283,19 @@ class Machine:
             self._record_observation(polled, None)
 
     def _record_observation(self, polled: PolledOperation, approved_by: float | None) -> None:
-        """Give the schedules what was observed of an operation, once: approved between two polls, or still pending."""
+        """Report to the schedules, once, between which times an operation was approved, or that it was pending."""
         learners, polled.learners = polled.learners, ()
         after = 0.0 if polled.pending_at is None else polled.pending_at - polled.origin
         until = None if approved_by is None else approved_by - polled.origin
         for learner in learners:
             record_observation(learner, after, until)
 
-    # -- what happens: time passes
+    # -- events: time passes
 
     def expire(self, now: float) -> None:
-        """Handle what time alone brings: overdue polls, and deadlines, as many as one turn of the loop can bear.
+        """Handle overdue polls, and as many deadlines as one turn of the loop can bear.
 
-        At the first deadline of a wait a final poll is queued, at the end of its time the wait ends.
+        At the deadline of a wait, its final poll is queued. When the time for final polls is over, the wait ends.
         """
         for poll in self._dispatcher.overdue(now):
             self._dispatcher.cut_off(poll, overdue=True)
@@ -305,14 +309,14 @@ class Machine:
                     self._pass_deadline(wait)
                     self._queue_final_poll(wait, wait.deadline)
                     passed.add(wait.polled)
-                elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after one that failed is over
+                elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a failed one is over
                     self._queue_final_poll(wait, now)
                 else:
                     self._end_unknown(wait, now)
             except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
                 self.end(wait, error, now)
         if passed:
-            # A poll that started before the deadline does not count at the deadline; others may still need it.
+            # A poll from before a wait's deadline does not count for that wait. Other waits may still need it.
             for poll in self._dispatcher.in_flight:
                 if poll.polled in passed and not poll.serves_any():
                     self._dispatcher.cut_off(poll)
@@ -326,7 +330,7 @@ class Machine:
             self._dispatcher.unschedule(polled)
 
     def _queue_final_poll(self, wait: Wait, since: float) -> None:
-        """Queue a final poll for a wait whose deadline has passed, unless one that started since then is in flight."""
+        """Queue a final poll for a wait whose deadline has passed, unless its final poll is in flight."""
         self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)
         if wait.final is None:
             self._dispatcher.queue_final_poll(wait.polled, since)
@@ -336,7 +340,7 @@ class Machine:
         poll = wait.final
         if poll is not None:
             wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
-            # It may be the final poll of many waits; and one that started late had no time to be answered.
+            # Once for all waits that share it, and not if it started too late to be answered.
             if not poll.counted_as_failure and now - poll.started_at >= SLOW - RESOLUTION:
                 poll.counted_as_failure = True
                 self._failures += 1
@@ -345,7 +349,7 @@ class Machine:
                     self._report_circuit(wait.error, now)
         self.end(wait, unknown(_record(wait, now)), now)
 
-    # -- what happens: a poll ends
+    # -- events: a poll ends
 
     def finish_poll(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> Application | None:
         """Apply the result of a poll to its waits.
@@ -356,7 +360,7 @@ class Machine:
             now: The time.
 
         Returns:
-            None, or what is left for the next turns of the loop if very many wait for one operation: see `apply_more`.
+            None; if an operation has very many waits, the rest of the work, for `apply_more` in the next turns.
         """
         circuit, reporter = self._circuit, self._reporter
         poll.is_over = True
@@ -371,7 +375,7 @@ class Machine:
         if isinstance(answer, KeylessError) and answer.is_transient:
             self._failures += 1
             self._record_error(poll, answer, now)
-        else:  # a 404 about an operation that was seen, too: the service answers, and only this operation waits
+        else:  # also a 404 about an operation that was seen: the service answers, and only this operation backs off
             circuit.record_success(now, started_at=poll.started_at)
         if circuit.state is not reporter.circuit:
             self._report_circuit(answer, now)
@@ -382,7 +386,7 @@ class Machine:
         return application if self.apply_more(application, now) else None
 
     def _record_error(self, poll: Poll, error: KeylessError, now: float) -> None:
-        """Record what a transient failure says of the service."""
+        """Record a transient failure in the circuit and, if it is a 429, in the rate."""
         operation_id, is_probe = poll.polled.operation_id, not poll.final
         if not poll.counted_as_failure:
             self._circuit.record_failure(now, operation_id, started_at=poll.started_at, is_probe=is_probe)
@@ -396,7 +400,7 @@ class Machine:
         self._reporter.circuit_changed(self._circuit.state, cause=cause, waiting=self._waiting, now=now)
 
     def _apply_directly(self, poll: Poll, answer: Operation, now: float) -> bool:
-        """Apply the result that nearly all polls have: pending, for one wait before its deadline; else return False."""
+        """Apply the usual result: pending, for one wait before its deadline. Return False if it is another one."""
         polled, wait = poll.polled, poll.waits[0]
         if (
             polled.live != 1
@@ -433,7 +437,7 @@ class Machine:
         return False
 
     def _apply(self, application: Application, waits: list[Wait], now: float) -> None:
-        """Do with each of some waits what the result of the poll means for it."""
+        """Apply a result to these waits."""
         answer, polled = application.answer, application.poll.polled
         pending: list[Wait] = []
         transient: list[Wait] = []
@@ -459,7 +463,7 @@ class Machine:
             self._after_transient(application, answer, transient, now)
 
     def _after_pending(self, application: Application, waits: list[Wait], now: float) -> None:
-        """Go on by the schedule, and end the waits whose final poll this was."""
+        """Schedule the next poll, and end the waits whose final poll this was."""
         poll, polled, answer = application.poll, application.poll.polled, application.answer
         polled.failures = 0
         polled.pending_at = max(poll.started_at, polled.pending_at or 0.0)
@@ -477,7 +481,7 @@ class Machine:
             _update(wait, now, answer, due=polled.due)
 
     def _schedule_next(self, application: Application, waits: list[Wait], now: float) -> list[Wait]:
-        """Ask each schedule once an attempt and take the soonest delay; return the waits whose schedule answered."""
+        """Ask each schedule once per attempt, and take the shortest delay. Return the waits whose schedule worked."""
         polled, delays = application.poll.polled, application.delays
         good: list[Wait] = []
         for wait in waits:
@@ -501,14 +505,14 @@ class Machine:
         return good
 
     def _after_transient(self, application: Application, error: KeylessError, waits: list[Wait], now: float) -> None:
-        """Go on by the backoff, and repeat final polls."""
+        """Back off, and repeat final polls."""
         poll, polled = application.poll, application.poll.polled
         if not application.failed:
             application.failed = True
             polled.failures += 1
-            self._failures += not error.is_transient  # the others were counted
+            self._failures += not error.is_transient  # transient ones are counted already
             application.retry_at = now + max(error_delay(polled.failures), requested_pause(error))
-            # Beside an ordinary poll in flight, a final one sets nothing: it could be over when that one fails.
+            # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
             if polled.before_deadline and polled.poll in (None, poll):
                 self._dispatcher.schedule(polled, application.retry_at)
         backoff = max(error_delay(1), requested_pause(error))
@@ -523,9 +527,9 @@ class Machine:
     def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
         """Repeat a final poll that failed; if that is too late, end the wait at once."""
         wait.final = None
-        if wait.had_expired and wait.phase is _POLLING:  # now it has a deadline to keep
+        if wait.had_expired and wait.phase is _POLLING:  # from now on, it has a deadline
             wait.deadline = now
-            self._pass_deadline(wait)  # or the backoff's poll, too, would be final, and move the deadline once more
+            self._pass_deadline(wait)  # else the next poll would be final, too, and move the deadline again
         left = wait.deadline + FINAL_POLL_TIMEOUT - now
         delay = repeat_final_after(backoff, left=left, is_awaited=True)
         if delay is not None:
@@ -537,12 +541,12 @@ class Machine:
             self.end(wait, unknown(_record(wait, now)), now)
 
     def abandon_poll(self, poll: Poll, now: float, *, backs_off: bool) -> None:
-        """Free the slot of a poll whose exchange ended in no ordinary way.
+        """Free the slot of a poll whose exchange ended without an answer and without a `KeylessError`.
 
         Args:
             poll: The poll.
             now: The time.
-            backs_off: Whether it counts as a failure; else it is repeated at once, and no wait loses its final poll.
+            backs_off: Whether it counts as a failure. If not, it is repeated at once, and waits keep their final poll.
         """
         if backs_off:
             more = self.finish_poll(poll, self._no_answer(poll.polled.operation_id, now - poll.started_at), now)
@@ -584,7 +588,7 @@ class Machine:
 
 
 class Application:
-    """The result of one poll while it is applied to its waits: what is the same for all batches of them."""
+    """The result of one poll, and the state that all batches of its waits share."""
 
     __slots__ = ("_left", "_outcomes", "answer", "delays", "failed", "poll", "retry_at", "served", "was_seen")
 
@@ -594,7 +598,7 @@ class Application:
         self._left = poll.polled.active_waits()
         self._outcomes: dict[PollFacts, Outcome] = {}
         self.was_seen = poll.polled.was_seen  # before this poll
-        # The waits for which the poll was made.
+        # The waits that the poll is for.
         self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
         self.delays: dict[tuple[int, int], float | KeylessError] = {}  # by the id of the schedule and the attempt
         self.failed = False  # it was counted as a failure of the operation
@@ -602,16 +606,16 @@ class Application:
 
     @property
     def has_more(self) -> bool:
-        """Whether there are waits to which it was not applied."""
+        """Whether the result must still be applied to some waits."""
         return bool(self._left)
 
     def next_batch(self) -> list[Wait]:
-        """Take the waits to which it is applied in this turn of the loop."""
+        """Take the waits for this turn of the loop."""
         batch, self._left = self._left[:BATCH], self._left[BATCH:]
         return [wait for wait in batch if not wait.done()]
 
     def outcome(self, wait: Wait) -> Outcome:
-        """Return what the answer means for a wait; waits with the same facts share it, and one hash of a payload."""
+        """Return what the answer means for a wait. Waits with the same facts share the outcome and one payload hash."""
         poll = self.poll
         is_young = wait.ticket is not None and poll.started_at - wait.origin < YOUNG
         facts = PollFacts(
@@ -627,17 +631,17 @@ class Application:
 
 
 def _deadlines_in_a_turn(now: float, due: float | None) -> int:
-    """Return how many deadlines one turn of the loop handles: a batch, or one for each second by which they are late.
+    """Return how many deadlines one turn of the loop handles: a batch, or a batch for each second they are late.
 
-    If others make the turns long, there are few of them: with one batch in each, waits would end ever later. The number
-    depends on nothing but the loop's clock, so that it is the same if that clock stands still within a turn.
+    Long turns are few turns. With one batch in each, waits would end later and later. The number depends only on the
+    loop's clock, so it is the same if that clock does not advance within a turn.
     """
     late = 0.0 if due is None else now - due
     return int(min(BATCH * max(1.0, late), _MOST_DEADLINES))
 
 
 def _update(wait: Wait, now: float, answer: Operation | KeylessError, *, due: float | None = None) -> None:
-    """Pass on what a poll brought to a wait that has asked for that."""
+    """Send the result of a poll to a wait that asked for updates."""
     if wait.updates is None:
         return
     last = wait.deadline if wait.phase is _POLLING else wait.deadline + FINAL_POLL_TIMEOUT
@@ -653,7 +657,7 @@ def _update(wait: Wait, now: float, answer: Operation | KeylessError, *, due: fl
 
 
 def _record(wait: Wait, now: float, answer: Operation | KeylessError | None = None) -> WaitRecord:
-    """Return what an error tells about a wait that the answer ends."""
+    """Return the record of a wait that the answer ends, for its error."""
     return WaitRecord(
         wait.polled.operation_id,
         answer if isinstance(answer, Operation) else None,

@@ -1,8 +1,7 @@
 """The asyncio around the machine: one timer, the tasks that carry polls, turns of the loop, closing.
 
-Nothing about waits is decided here: see `machine`. A worker is a task that takes the next poll itself when its poll has
-ended, and exits when none may start: so ten thousand waits due at once cost the event loop no more than
-``max_in_flight`` of them.
+The machine decides everything about waits. A worker is a task that sends one poll after another, and exits when none
+may start. So ten thousand waits that are due at once cost the event loop as little as ``max_in_flight`` of them.
 """
 
 from __future__ import annotations
@@ -40,11 +39,12 @@ if TYPE_CHECKING:
     from .machine import Application
     from .state import Poll, Updates
 
-_AFTER_BUG: Final = 0.1  # seconds until the timer fires again after it failed: a bug must not become a hot loop
+#: Seconds until the timer fires again after it raised. A bug must not become a hot loop.
+_AFTER_BUG: Final = 0.1
 
 
 class FutureWait(asyncio.Future[WaitResult], Wait):
-    """One wait, and the future that its caller awaits. It never raises: errors are results too."""
+    """One wait, and the future that its caller awaits. It never raises, since errors are results too."""
 
     __slots__ = WAIT_SLOTS
 
@@ -53,11 +53,11 @@ class Poller:
     """The waits of one client.
 
     Args:
-        transport: What sends the polls.
+        transport: Sends the polls.
         schedule: When to poll, for waits that bring no schedule of their own.
         max_in_flight: Polls in flight at once.
         max_polls_per_second: Polls started in a second, of all waits together; None for as many as fit.
-        listeners: Whom to tell of waits, polls and the circuit; None for nobody.
+        listeners: Receive the events of waits, polls and the circuit; None for no events.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Poller:
     ) -> None:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
-        # Not the context of the caller that happened to be first: its trace and its logging variables are not ours.
+        # Not the context of the first caller, whose trace and logging variables concern only its own call.
         self._context = context_without_traces()
         self._reporter = Reporter(listeners, self._loop.time())
         self._machine = Machine(
@@ -86,19 +86,19 @@ class Poller:
         self._explainer = Explainer(transport)
         self._created: dict[tuple[str, datetime], float] = {}  # by id and `created_at`: a later ticket has a later one
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = math.inf  # kept here, since uvloop's handles of what is due at once do not tell
+        self._timer_at = math.inf  # kept here, since uvloop's handle of a callback due at once lacks it
         self._workers: set[asyncio.Task[None]] = set()
         self._starting: set[Poll] = set()  # those whose workers have not started yet
         self._exchanges: dict[Poll, asyncio.Task[None]] = {}  # the tasks in which an exchange can be cut off
         self._leaving: deque[FutureWait] = deque()  # their callers are gone
-        self._left = 0  # waits that left in this turn of the loop; above 0 a callback is set for the next turn
+        self._left = 0  # waits that left in this turn of the loop; if any did, a callback is set for the next turn
         self._is_closed = False
         self._ended: asyncio.Future[None] = self._loop.create_future()  # once it is closed and no wait is left
 
     # -- waits
 
     def created(self, ticket: ApprovalTicket) -> None:
-        """Remember on the loop's clock that the operation of a ticket was created just now."""
+        """Record, by the loop's clock, that the operation of a ticket was created just now."""
         now = self._loop.time()
         while self._created and now - self._created[oldest := next(iter(self._created))] > YOUNG:
             del self._created[oldest]
@@ -145,7 +145,7 @@ class Poller:
         return self._explainer.start(wait, until=wait.deadline + FINAL_POLL_TIMEOUT)
 
     def stop(self, wait: Wait) -> None:
-        """End a held wait with None, since nobody held it again; harmless after it has ended."""
+        """End a held wait with None, since its lease has expired; harmless after it has ended."""
         now = self._loop.time()
         self._machine.end(wait, None, now)
         self._arm(now)
@@ -153,7 +153,7 @@ class Poller:
     def leave(self, wait: FutureWait) -> None:
         """End a wait whose caller is gone; harmless after it has ended.
 
-        Of very many in one turn of the loop, the first ones leave at once, and the others in the next turns.
+        If very many leave in one turn of the loop, the first ones leave at once and the others in the next turns.
         """
         if wait.phase is WaitPhase.ENDED:
             return
@@ -169,22 +169,22 @@ class Poller:
             self._loop.call_soon(self._leave_batch, context=self._context)
 
     def leave_all(self, waits: Iterable[FutureWait]) -> None:
-        """End waits that have one caller, who is gone; as `leave` does for each."""
+        """End all waits of one caller, as `leave` does."""
         left = [wait for wait in waits if wait.phase is not WaitPhase.ENDED]
         for wait in left[:BATCH]:
             self.leave(wait)
         self._leaving.extend(left[BATCH:])
 
     def _leave_batch(self) -> None:
-        """End some of the waits that are about to leave; called once a turn, as long as any did in the turn before."""
+        """End some of the waits that are about to leave. Called once a turn, as long as any left in the last turn."""
         batch = [self._leaving.popleft() for _ in range(min(BATCH, len(self._leaving)))]
         self._left = len(batch)
         if not batch:
             return
-        self._loop.call_soon(self._leave_batch, context=self._context)  # first, whatever is raised below
+        self._loop.call_soon(self._leave_batch, context=self._context)  # first, in case the code below raises
         now = self._loop.time()
         for wait in batch:
-            wait.cancel()  # without effect if it ended meanwhile
+            wait.cancel()  # no effect on one that has ended
             self._machine.leave(wait, now)
         self._arm(now)
 
@@ -195,9 +195,9 @@ class Poller:
     # -- closing
 
     async def aclose(self) -> None:
-        """End all waits with `ClientClosedError`, and what is in flight for them.
+        """End all waits with `ClientClosedError`, and their polls.
 
-        Once started, it completes by itself, even where the caller is cancelled; a second call waits for the first.
+        Once started, it completes by itself, even if the caller is cancelled. A second call waits for the first.
         """
         if not self._is_closed:
             self._is_closed = True
@@ -210,12 +210,12 @@ class Poller:
         await self._explainer.aclose()
 
     def _close_batch(self, waits: Iterator[Wait]) -> None:
-        """End some of the waits; the rest in callbacks, which nobody can cancel."""
+        """End some of the waits, and the rest in callbacks, which no caller can cancel."""
         batch = tuple(itertools.islice(waits, BATCH))
         if not batch:
             self._ended.set_result(None)
             return
-        self._loop.call_soon(self._close_batch, waits, context=self._context)  # first, whatever is raised below
+        self._loop.call_soon(self._close_batch, waits, context=self._context)  # first, in case the code below raises
         now = self._loop.time()
         for wait in batch:
             self._machine.end(wait, _closed(wait.polled.operation_id), now)
@@ -225,7 +225,7 @@ class Poller:
     # -- the timer
 
     def _arm(self, now: float) -> None:
-        """Cut off what is no longer needed, and set the timer for what time alone brings about, if it is sooner."""
+        """Cut off the polls that no wait needs any more, and set the timer for `wake_at` if that is sooner."""
         self._cut_off()
         if self._is_closed or self._machine.is_idle:
             self._disarm()
@@ -251,13 +251,13 @@ class Poller:
             self._machine.expire(now)
             self._dispatch(now)
             again = now
-        finally:  # what is raised goes on to the loop, which logs it; the other waits must not hang for it
+        finally:  # the loop logs the exception; the other waits must not hang because of it
             self._arm(again)
 
     def _cut_off(self) -> None:
         for poll in self._machine.take_cut():
             exchange = self._exchanges.get(poll)
-            if exchange is not None:  # one that has not started yet sees the mark when it does
+            if exchange is not None:  # a poll that has not started yet checks `is_over` when it does
                 exchange.cancel()
 
     # -- polls
@@ -266,15 +266,15 @@ class Poller:
         """Start workers for the polls that may start."""
         while not self._is_closed and (poll := self._machine.next_poll(now)) is not None:
             self._starting.add(poll)
-            # Not by the loop's task factory, which is the application's. An eager one would run the worker here and
-            # now, in a context that is entered already: that fails, and asyncio then takes no task of the loop for the
-            # current one any more. Another one may raise, or take no context.
+            # Not by the loop's task factory, which belongs to the application. An eager factory would run the worker at
+            # once, in a context that is entered already. That fails, and from then on asyncio finds no current task in
+            # this loop. Another factory may raise, or accept no context.
             worker = asyncio.Task(self._work(poll), loop=self._loop, context=self._context)
             self._workers.add(worker)
             worker.add_done_callback(functools.partial(self._worker_ended, poll), context=self._context)
 
     async def _work(self, poll: Poll | None) -> None:
-        """Carry polls for as long as any may start."""
+        """Send one poll after another, for as long as any may start."""
         worker = asyncio.current_task(self._loop)
         assert worker is not None  # noqa: S101  # it runs this
         machine, clock, send = self._machine, self._loop.time, self._transport.poll
@@ -313,7 +313,7 @@ class Poller:
     def _after_cancellation(
         self, poll: Poll, worker: asyncio.Task[None], cancellation: asyncio.CancelledError
     ) -> KeylessError | None:
-        """Return what became of an exchange that was cancelled, or raise: a cancellation from outside is not ours."""
+        """Return the result of a cancelled exchange. If the worker was cancelled from outside, raise."""
         if (worker.uncancel() if poll.is_over else worker.cancelling()) > 0:
             raise cancellation
         if poll.is_over:
@@ -327,7 +327,7 @@ class Poller:
         return RequestTimeoutError(f"GET {path} got no answer within {seconds:.3g} s", method="GET", path=path)
 
     def _apply_more(self, application: Application) -> None:
-        """Apply a result to the next ones of very many waits; in callbacks, which nobody can cancel."""
+        """Apply a result to the next of very many waits, in callbacks, which no caller can cancel."""
         now = self._loop.time()
         if self._machine.apply_more(application, now):
             self._loop.call_soon(self._apply_more, application, context=self._context)
@@ -350,9 +350,9 @@ def _closed(operation_id: str) -> ClientClosedError:
 
 
 def _bare(error: KeylessError) -> KeylessError:
-    """Strip an error of what pins frames: a wait may keep it for minutes, and their locals hold whole bodies.
+    """Strip an error of its references to frames, whose locals hold whole bodies. A wait may keep it for minutes.
 
-    No cause either: aiohttp's have tracebacks of their own, also in attributes, and the message names them.
+    Its cause goes too, since aiohttp's exceptions have tracebacks even in attributes. The message names the cause.
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

@@ -1,4 +1,4 @@
-"""What the poller tells of itself: events for listeners, and the few log lines that concern all of its waits."""
+"""Reports events of the poller to listeners, and writes the few log lines that concern all of its waits."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aiokeyless")
 
-LATE: Final = 1.0  # seconds: a poll that starts later than it was due by so much is late
-_LATE_FOR: Final = 5.0  # seconds for which all polls were late, until that is logged
-_NUMBERS: Final = itertools.count(1)  # of all clients: a listener may serve several
+#: A poll that starts so many seconds after it was due is late.
+LATE: Final = 1.0
+#: Seconds for which all polls must be late before that is logged.
+_LATE_FOR: Final = 5.0
+#: Shared by all clients, since a listener may serve several.
+_NUMBERS: Final = itertools.count(1)
 
-#: How a wait with such a result ended; the first that fits.
+#: How a wait ended, by the type of its result. The first match counts.
 _OUTCOMES: Final[dict[type, WaitOutcome]] = {
     Operation: WaitOutcome.APPROVED,
     NoneType: WaitOutcome.HELD,
@@ -47,14 +50,14 @@ class Reporter:
     """Reports for one poller.
 
     Args:
-        listeners: Whom to tell of events; None for nobody.
+        listeners: Receive the events; None for no events.
         now: The time.
     """
 
     def __init__(self, listeners: Listeners | None, now: float) -> None:
         self._listeners = listeners
         self.listens: bool = listeners is not None
-        """Whether anybody is told of events: where nobody is, they are not built."""
+        """Whether there are listeners. If not, no event is built."""
         self._transitions = Transitions(now)
         self.circuit: CircuitState = CircuitState.CLOSED
         """The state of the circuit that was reported last."""
@@ -97,7 +100,7 @@ class Reporter:
         )
 
     def poll_ended(self, poll: Poll, answer: Operation | KeylessError | None, now: float) -> None:
-        """Report a poll; `answer` is None where it was cut off since no wait needed it any more."""
+        """Report a poll; `answer` is None if it was cut off because no wait needed it any more."""
         assert self._listeners is not None  # noqa: S101
         waits, result = poll.waits, poll_result(answer)
         self._listeners.tell(
@@ -136,7 +139,7 @@ class Reporter:
         self._tell_circuit(change, None if cause is None else type(cause), waiting=waiting)
 
     def closed(self, now: float) -> None:
-        """Report that there is no circuit any more: to listeners, who may count those that are not closed."""
+        """Report the circuit as closed, to listeners that count the others."""
         if self.circuit is not CircuitState.CLOSED:
             self.circuit = CircuitState.CLOSED
             change = self._transitions.notice(CircuitState.CLOSED, now)
@@ -147,9 +150,9 @@ class Reporter:
             self._listeners.tell(change.event(cause, waiting))
 
     def poll_started(self, lag: float, now: float, *, waiting: int) -> None:
-        """Log once when polls have been late for a while, though the service is well; again after they were not.
+        """Log once that polls have been late for a while although the service is well, until one is in time again.
 
-        It need not be called for a poll in time after another one.
+        A poll in time need not be reported if the one before was in time, too.
         """
         if lag < LATE or self.circuit is not CircuitState.CLOSED:
             self.polls_are_late = False

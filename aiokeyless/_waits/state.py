@@ -1,8 +1,8 @@
 """The state of the machine: a wait, the operation that is polled for it, and one poll of that operation.
 
-A process may hold a hundred thousand of the first two, so they are slotted and hold no more than they must. The machine
-changes them, the dispatcher its own part of them, and nobody else: others read. The comments state what each attribute
-means. Pure.
+A process may hold a hundred thousand waits and operations, so these have slots, and as few as possible. Only the
+machine changes them, and the dispatcher its own attributes. Other modules only read them. The comments state what each
+attribute means. Pure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .timer_queue import Entry
 
-WaitResult = Operation | Exception | None  # None: a held wait was stopped, since nobody held it again
+WaitResult = Operation | Exception | None  # None: the lease of a held wait expired
 
 
 class WaitPhase(Enum):
@@ -41,19 +41,19 @@ class WaitPhase(Enum):
 
 
 class Updates(Protocol):
-    """Where the updates of a wait go."""
+    """Receives the updates of a wait."""
 
     def send_nowait(self, item: ApprovalUpdate, /) -> None:
-        """Pass on an update."""
+        """Receive an update."""
 
     def close(self) -> None:
-        """Say that there are no more."""
+        """Expect no more updates."""
 
 
 class Wait(Scheduled):
     """One wait. It has no slots of its own, so that it can be a future: see `WAIT_SLOTS`."""
 
-    if TYPE_CHECKING:  # mypy would take empty slots for an object to which nothing can be assigned
+    if TYPE_CHECKING:  # with empty slots, mypy would allow no assignment
         polled: PolledOperation
         ticket: ApprovalTicket | None
         schedule: wait_base
@@ -62,11 +62,12 @@ class Wait(Scheduled):
         started_at: float
         origin: float  # when the operation was created, as far as this wait knows
         deadline: float
-        had_expired: bool  # before it began: its first poll is the final one, and no deadline bounds that
+        had_expired: bool  # before it began: its first poll is the final one, and has no deadline
         may_be_missing: bool
-        attempt: int  # for the schedule: the delays asked for, of pending answers only, and one more
-        # When its own schedule would poll, where others share its polls; before its first pending answer, and while it
-        # is alone, in the past.
+        attempt: int  # for the schedule: one more than the delays it gave, which follow pending answers only
+
+        # When its own schedule would poll, if other waits share its polls. This is in the past while the wait is alone,
+        # and before its first pending answer.
         own_due: float
         polls: int
         error: KeylessError | None  # the last one
@@ -127,8 +128,8 @@ class PolledOperation(Scheduled):
     )
 
     def __init__(self, sequence: float, operation_id: str, origin: float) -> None:
-        # When its first wait began, and unique: of the operations due at the same time, the one that was waited for
-        # first is polled first.
+        # When its first wait began, and unique. Of the operations that are due at the same time, the one whose wait
+        # began first is polled first.
         self.sequence = sequence
         self.operation_id = operation_id
         self.origin = origin
@@ -159,7 +160,7 @@ class PolledOperation(Scheduled):
         self.before_deadline += 1
 
     def remove(self, wait: Wait) -> None:
-        """Remove a wait that ends now; its reference stays until more than half of them have ended."""
+        """Remove a wait that ends now. References to ended waits stay until more than half of all have ended."""
         self.live -= 1
         self.before_deadline -= wait.phase is WaitPhase.POLLING
         if not self.live:
@@ -170,7 +171,7 @@ class PolledOperation(Scheduled):
             self.others = kept or None
 
     def all_waits(self) -> list[Wait]:
-        """Return the waits in the order in which they started, some that have ended among them."""
+        """Return the waits in the order in which they started, including some that have ended."""
         return [] if self.first is None else [self.first, *(self.others or ())]
 
     def active_waits(self) -> list[Wait]:
@@ -185,7 +186,7 @@ class PolledOperation(Scheduled):
 
 
 class Poll:
-    """One poll: for which waits it is made, and whether and why it was cut off."""
+    """One poll, its waits, and whether and why it was cut off."""
 
     __slots__ = (
         "_undecided",
@@ -207,25 +208,25 @@ class Poll:
         self.waits = waits  # those for which a pending answer counts
         self.final = final
         self.is_retry = False  # an ordinary one, of an operation that failed before
-        self.lag = 0.0  # seconds after it was due at which it started
+        self.lag = 0.0  # seconds by which it started late
         self.is_over = False  # it was cut off, or has ended: nothing stops it any more
         self.is_overdue = False  # it was cut off because it took longer than an exchange may
         self.counted_as_failure = False
-        self._unserved = 0  # so many of the first waits it no longer serves: they never come back
-        self._undecided = 0  # so many of the first waits it does not decide, or no longer
+        self._unserved = 0  # it no longer serves so many of the first waits, and never will
+        self._undecided = 0  # it does not decide so many of the first waits, and never will
 
     def serves(self, wait: Wait) -> bool:
-        """Return whether the answer counts for a wait: once its deadline has passed, only its final poll does."""
+        """Return whether the answer counts for a wait. After the wait's deadline, only its final poll does."""
         return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final is self)
 
     def serves_any(self) -> bool:
-        """Return whether its answer counts for a wait; asked again and again, it checks each wait once."""
+        """Return whether the answer counts for any wait. Repeated calls do not check a wait again after a no."""
         while self._unserved < len(self.waits) and not self.serves(self.waits[self._unserved]):
             self._unserved += 1
         return self._unserved < len(self.waits)
 
     def is_awaited_as_final(self) -> bool:
-        """Return whether it is the final poll of a wait that has not ended: it may go on for others after that."""
+        """Return whether it is the final poll of a wait that has not ended. After that, it may go on for others."""
         while self._undecided < len(self.waits) and not self._decides(self.waits[self._undecided]):
             self._undecided += 1
         return self._undecided < len(self.waits)

@@ -1,9 +1,8 @@
-"""A queue of what is due when, for a hundred thousand entries: heapq, with entries that can be removed.
+"""A timer queue for a hundred thousand entries: heapq, with entries that can be removed.
 
-Removing an item takes it out of its entry, and the entry stays in the heap, stale. Stale entries are swept out a few at
-a time, and those at the front are dropped some hundred at a time, so that no single call is long: fifty thousand in one
-go would block the event loop for tens of milliseconds. Until the last of these is dropped, the queue answers as if one
-of them were still due: early, never late.
+Removing an item leaves a stale entry in the heap. A call sweeps out a few stale entries, and drops some hundred at the
+front. Fifty thousand in one call would block the event loop for tens of milliseconds. While stale entries are left at
+the front, `TimerQueue.next_due` may return the time of one of them. That is early, never late.
 """
 
 from __future__ import annotations
@@ -13,13 +12,16 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-_SWEEP: Final = 4  # entries moved by each call, while there are many stale ones
-_SLACK: Final = 64  # stale entries that are not worth a sweep
-_DROPPED: Final = 256  # stale entries at the front that one call drops
+#: Entries that each call moves while there are many stale ones.
+_SWEEP: Final = 4
+#: Stale entries that are not worth a sweep.
+_SLACK: Final = 64
+#: Stale entries at the front that one call drops.
+_DROPPED: Final = 256
 
 
 class Ordered:
-    """Compared by its sequence, which decides between items that are due at the same time."""
+    """Compared by its sequence, which orders items that are due at the same time."""
 
     __slots__ = ()
 
@@ -30,7 +32,7 @@ class Ordered:
 
 
 class Scheduled(Ordered):
-    """What a queue takes: an object with room for its one entry, None where it has none."""
+    """An item of a queue. It has room for its one entry; None if it has none."""
 
     __slots__ = ()
 
@@ -47,7 +49,7 @@ class _Removed(Ordered, msgspec.Struct, gc=False):
 
 
 class Entry(msgspec.Struct, order=True):
-    """What the heaps hold: ordered like a tuple, in the same time, and smaller than one."""
+    """An entry of a heap. It compares like a tuple, as fast, and is smaller than one."""
 
     when: float
     item: Ordered
@@ -57,7 +59,7 @@ T = TypeVar("T", bound=Scheduled)
 
 
 class TimerQueue(Generic[T]):
-    """A queue ordered by time, and where that is equal by the items' sequence; an item has at most one entry."""
+    """A queue ordered by time, then by the items' sequence. An item has at most one entry."""
 
     __slots__ = ("_heap", "_live", "_old")
 
@@ -91,18 +93,19 @@ class TimerQueue(Generic[T]):
             self._sweep()
 
     def next_due(self) -> float | None:
-        """Return the time of the earliest entry, or None where there is none.
+        """Return the time of the earliest entry; None if there is none.
 
-        While very many stale entries stand before it, it is the time of one of these: `pop_due` drops them.
+        If very many stale entries precede it, the time is that of one of these. `pop_due` drops them.
         """
         if not self._live:
             return None
         return self._front()[0].when
 
     def pop_due(self, now: float) -> T | None:
-        """Take out the earliest entry that is due at `now`, or return None.
+        """Remove and return the earliest item that is due at `now`; None if there is none.
 
-        None also where very many stale entries were before it, and some still are: `next_due` is then not after `now`.
+        It also returns None if very many stale entries preceded it and some are left. `next_due` is then not after
+        `now`.
         """
         if not self._live:
             return None
@@ -117,7 +120,7 @@ class TimerQueue(Generic[T]):
         return item
 
     def _front(self) -> list[Entry]:
-        """Return the heap, of the two, whose top is the earliest entry: a live one, unless there is more to drop."""
+        """Return the heap whose top is the earliest entry of both. It is live unless there are more to drop."""
         heap, old = self._heap, self._old
         if not old and heap and _is_live(heap[0]):
             return heap
@@ -139,7 +142,7 @@ class TimerQueue(Generic[T]):
 
 
 def _make_stale(entry: Entry) -> None:
-    """Let go of an entry's item; the entry stays in its heap until it is dropped or swept out."""
+    """Release an entry's item. The entry stays in its heap until it is dropped or swept out."""
     entry.item = _Removed(entry.item.sequence)
 
 

@@ -1,4 +1,4 @@
-"""The updates of one wait, from its polls to its caller: one who is slower than the polls gets the newest."""
+"""Passes updates of one wait from its polls to its caller. A caller that is slower than the polls gets the newest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class NewestUpdate:
-    """Yields the newest update that was sent since the one before, until it is closed and none is left."""
+    """Yields the newest update sent since the last one, until it is closed and none is left."""
 
     def __init__(self) -> None:
         self._newest: ApprovalUpdate | None = None
