@@ -1,6 +1,6 @@
-"""Whether a request that failed may have taken effect all the same. Pure; the client and the worker ask it of a create.
+"""Decides whether a failed request may have taken effect. Pure; the client and the worker use it for creates.
 
-Only what is known to have had no effect counts as such: a wrong "no" asks a user twice.
+The answer is "no" only if that is certain, since a wrong "no" asks a user twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _REQUEST_TIMEOUT: Final = 408
 
 
 def may_have_taken_effect(error: KeylessError) -> bool:
-    """Return whether the request may have taken effect although it failed: the table of docs/rules.md.
+    """Return whether a failed request may have taken effect, by the table of docs/rules.md.
 
     Args:
         error: The failure of a request that is not repeated blindly, such as a POST.

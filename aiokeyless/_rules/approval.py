@@ -1,7 +1,7 @@
 """The verdict on one answer: pending, approved, or rejected; and the errors that end a wait without an approval.
 
-This is where money is at stake, so it is small and pure: an answer counts as an approval only if everything that is
-known about the operation agrees. Whatever contradicts it is an error, never an approval and never patience.
+Money depends on this module, so it is small and pure. An answer counts as an approval only if it agrees with everything
+that is known about the operation. An answer that contradicts it is an error: never an approval, never a reason to wait.
 
 Rule 2 of docs/rules.md. Source: Keyless documentation, Server API / Operations, "Get operation".
 """
@@ -24,16 +24,16 @@ from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 
 class Verdict(Enum):
-    """What a consistent answer about the right operation says."""
+    """The meaning of a consistent answer about the right operation."""
 
     PENDING = "pending"
     APPROVED = "approved"
 
 
 class Rejection(Enum):
-    """Why an answer is rejected. Its value is the sentence that says so, without a word of the answer's own.
+    """Why an answer is rejected. Its value is a clause for the error's message.
 
-    What an answer says is not quoted: it may echo the API key.
+    It quotes nothing of the answer, which may echo the API key.
     """
 
     OTHER_OPERATION = "the answer is about another operation"
@@ -45,12 +45,12 @@ class Rejection(Enum):
 
     @property
     def is_mismatch(self) -> bool:
-        """Whether the answer is about something else than what was asked for, and does not contradict itself."""
+        """Whether the answer is about another operation, user or payload than the right one."""
         return self not in {Rejection.RESULT_IS_FALSE, Rejection.UNKNOWN_STATE}
 
 
 class WaitRecord(NamedTuple):
-    """What an error tells about the wait that it ends."""
+    """What an error reports about the wait that it ends."""
 
     operation_id: str
     last_operation: Operation | None
@@ -63,19 +63,19 @@ class WaitRecord(NamedTuple):
 def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | None = None) -> Verdict | Rejection:
     """Evaluate one answer of ``GET /v2/operations/{operationId}``.
 
-    Pending answers are checked as approved ones are, so that a mix-up is found at the first poll and not at the end.
+    Pending answers are checked like approved ones, so the first poll already finds a mix-up.
 
     Args:
         operation: The answer.
         operation_id: The id that was asked for.
-        ticket: What else is known about the operation; None for a bare id.
+        ticket: The operation's ticket; None for a bare id.
     """
     mismatch = _mismatch(operation, operation_id, ticket)
     if mismatch is not None:
         return mismatch
     if operation.is_approved:
         return Verdict.APPROVED
-    if operation.state == OperationState.PENDING:  # with result true, too: one sign of approval is not two
+    if operation.state == OperationState.PENDING:  # even with result true: an approval needs both signs
         return Verdict.PENDING
     return Rejection.RESULT_IS_FALSE if operation.state == OperationState.APPROVED else Rejection.UNKNOWN_STATE
 
@@ -97,7 +97,7 @@ def _mismatch(operation: Operation, operation_id: str, ticket: ApprovalTicket | 
 def is_same_user(answered: str, asked: str) -> bool:
     """Return whether two user ids are equal: ASCII hex of either case.
 
-    Outside of ASCII, upper case is no comparison: that of the ligature of two f is "FF".
+    Only ASCII is compared, since the upper case of other characters may be ASCII: the ligature of two f becomes "FF".
     """
     return answered.isascii() and answered.upper() == asked.upper()
 

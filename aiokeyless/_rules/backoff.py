@@ -1,4 +1,4 @@
-"""How long to pause after a transient failure, and what pause the service asks for itself."""
+"""The pause after a transient failure, and the pause that the service asks for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from aiokeyless.errors import KeylessError
 
 _MAY_ASK_FOR_A_PAUSE: Final = frozenset({429, 503})
-#: Seconds that count of a Retry-After: one of days must not turn a wait into a sleep.
+#: Seconds of a ``Retry-After`` that count. A value of days must not turn a wait into a sleep.
 MAX_PAUSE: Final = 120.0
-#: A window that doubles from 0.5 s to 5 s, and the delay somewhere in its second half. Shorter delays than 2.5 s cost
-#: requests while a service is down, longer ones than 5 s cost time once it is well again.
+#: The delay is random in the second half of a window, which doubles from 0.5 s to 5 s. Delays below 2.5 s cost requests
+#: while a service is down. Delays above 5 s cost time after it has recovered.
 _ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)
 
 
 def error_delay(failures: int) -> float:
-    """Return the seconds to wait after so many failures in a row, at random."""
+    """Return the random delay, in seconds, after so many failures in a row."""
     return next_delay(_ERROR_BACKOFF, attempt_number=failures, since_start=0.0)
 
 

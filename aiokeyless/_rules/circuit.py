@@ -1,9 +1,9 @@
-"""A circuit breaker with a limit that adapts: how the service fares, and how many polls may be in flight for it.
+"""A circuit breaker with an adaptive limit on the polls in flight. Pure.
 
-Pure: it is told the time and what happened, and says how much room there is. It exists so that thousands of waits
-do not hammer a service that is down, and do not all poll it at once when it recovers; and so that an operation
-which fails by itself, or a service of which half the answers fail, costs the other waits as little as possible. Rule 4
-of docs/rules.md, which has the table of its transitions.
+The caller records what happened and when, and asks how many polls may be in flight. Thanks to the circuit, thousands of
+waits do not hammer a service that is down, and do not all poll it at once when it recovers. If an operation fails by
+itself, or if half of the service's answers fail, that costs the other waits as little as possible. Rule 4 of
+docs/rules.md, which has the table of its transitions.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 
     from aiokeyless.errors import KeylessError, RateLimitError
 
-#: Operations that fail, with no good answer in between, until a circuit opens where failures are rare.
+#: If failures are rare, so many operations must fail, with no good answer in between, to open the circuit.
 FAILURES_UNTIL_OPEN: Final = 5
-#: ... and this many times the number that usually fails between two good answers: where two of three fail at random,
-#: five in a row are common.
+#: Otherwise, this many times the number that usually fails between two good answers must fail in addition. If two of
+#: three polls fail at random, five failures in a row are common.
 _TIMES_USUAL: Final = 7
-#: Failures narrow what is in flight to this many at least; only an open circuit allows fewer.
+#: Failures lower the limit no further than this. It is lower only after the circuit has opened.
 _LEAST: Final = 4.0
-#: How much of "usually" one more good answer is.
+#: Weight of the newest good answer in the moving average of failures.
 _NEWEST: Final = 1 / 8
-#: What is as good as none of "usually".
+#: A moving average below this counts as no failures.
 _NEGLIGIBLE: Final = 0.01
-#: Seconds within which two operations are refused if the limit is the tenant's, and not one operation's.
+#: If two operations are refused within so many seconds, the limit is the tenant's and not one operation's.
 _REFUSED_TOGETHER: Final = 2.0
-#: Where few wait, the limit takes long to rise: after so many seconds half open it is closed as well, if failures are
-#: rare by then, which is fewer than this between two good answers.
+#: With few waits, the limit takes long to rise. So the circuit also closes after so many seconds half open, if failures
+#: are rare by then.
 _PROVEN: Final = 30.0
+#: Failures are rare if the moving average is below this.
 _RARE: Final = 0.1
 
 
@@ -44,24 +45,24 @@ class CircuitState(StrEnum):
     """The states of the circuit."""
 
     CLOSED = "closed"
-    """The service is well: all the room there is, less a little after each failure."""
+    """The service is well. The limit is full, less a little after each failure."""
     HALF_OPEN = "half_open"
-    """The service answers again: few polls in flight, twice as many after each round of good answers."""
+    """The service answers again. Few polls may be in flight, twice as many after each round of good answers."""
     OPEN = "open"
-    """The service fails, or asked for a pause: one probe at a time, or no poll until `Circuit.retry_at`."""
+    """The service fails, or asked for a pause. Polls go one at a time, as probes, or not before `Circuit.retry_at`."""
 
 
 class Circuit:
     """The circuit of one client or worker; it starts closed.
 
-    A good answer lets one more poll be in flight; a failure takes away a share of them. What opens the circuit is the
-    service and not an operation: different operations that fail, with no good answer since their polls started. It then
-    lets one probe through at a time, on the error backoff. A rate limit's ``Retry-After`` opens it too, for that time
-    and with no poll at all. Either way the next good answer makes it half open. Times are of one clock, in seconds.
+    A good answer lets one more poll be in flight. A failure lowers that number by a share. One operation does not open
+    the circuit: different operations must fail, with no good answer since their polls started. An open circuit lets one
+    probe through at a time, on the error backoff. The ``Retry-After`` of a rate limit opens it too, for that time and
+    with no poll at all. In both cases, the next good answer makes it half open. Times are of one clock, in seconds.
 
     Args:
         limit: Polls that may be in flight while all is well.
-        longest_poll: Seconds for which one is in flight at most.
+        longest_poll: The most seconds for which a poll is in flight.
     """
 
     __slots__ = (
@@ -82,27 +83,27 @@ class Circuit:
 
     def __init__(self, limit: int, *, longest_poll: float = 0.0) -> None:
         self._full = limit
-        # Closed, all polls count: those that hang since before must be over, or they would leave no room for long.
+        # In a closed circuit all polls count. Those that hung when it opened must be over, or they would take its room.
         self._proven_after = max(_PROVEN, longest_poll)
         self._limit = float(limit)
         self.is_calm: bool = True
-        """Whether all polls may start: nothing failed lately, so it is closed and its limit is full. Nearly always."""
+        """Whether nothing failed lately, so the circuit is closed and its limit is full. That is nearly always so."""
         self.state: CircuitState = CircuitState.CLOSED
         """The state; an expired ``Retry-After`` counts as open until a poll succeeds."""
         self.since: float = -math.inf
-        """Since when few polls start: those that started earlier say nothing about it and take no room in it."""
+        """When it last opened or became half open. Polls from before say nothing about it and take no room in it."""
         self.answered_at: float = -math.inf
         """When the last good answer came."""
         self._failed: set[Hashable] = set()  # the operations that failed since then
-        self._usual = 0.0  # how many operations that were lately, at each good answer
+        self._usual = 0.0  # the moving average of their number at a good answer
         self._refusals: list[tuple[Hashable, float]] = []  # the last two operations that got a 429, and when; in order
-        self._held_until = -math.inf  # by the rate limit, which no good answer lifts
-        self._probes = 0  # failed ones in a row, the failure that opened the circuit included; 0: it is not probed
+        self._held_until = -math.inf  # the end of a rate limit's pause, which no good answer ends
+        self._probes = 0  # that failed in a row, with the failure that opened the circuit; 0: it is not probed
         self._probe_at = -math.inf
 
     @property
     def is_closed(self) -> bool:
-        """Whether all polls in flight count, and as many may be as the service bears."""
+        """Whether the circuit is closed, so that all polls in flight count."""
         return self.state is CircuitState.CLOSED
 
     @property
@@ -112,7 +113,7 @@ class Circuit:
 
     @property
     def limit(self) -> int:
-        """Polls that may be in flight once polls may start at all."""
+        """Polls that may be in flight from `retry_at` on."""
         return int(self._limit)
 
     def retry_at(self) -> float:
@@ -120,11 +121,11 @@ class Circuit:
         return max(self._held_until, self._probe_at)
 
     def room(self, now: float) -> int:
-        """Return how many polls may be in flight at this time, final ones apart."""
+        """Return how many polls may be in flight at this time, without final ones."""
         return self.limit if now >= self.retry_at() else 0
 
     def takes_room(self, started_at: float) -> bool:
-        """Return whether a poll in flight counts: while the service recovers, those from before do not."""
+        """Return whether a poll in flight counts. While the service recovers, polls from before do not."""
         return self.is_closed or started_at >= self.since
 
     def record_success(self, now: float, *, started_at: float) -> None:
@@ -151,17 +152,17 @@ class Circuit:
     def record_refusal(
         self, now: float, operation: Hashable, error: RateLimitError, *, is_probe: bool, is_repeated: bool
     ) -> bool:
-        """Record a 429, besides the failure that it is.
+        """Record a 429, in addition to the failure that it is.
 
         If another operation got its first one a moment ago, the limit is the tenant's, and ``Retry-After`` is meant for
-        all polls. Else it is the operation's own.
+        all polls. Otherwise the limit is the operation's own.
 
         Args:
             now: The time.
-            operation: Whose poll was refused.
+            operation: The operation whose poll was refused.
             error: The refusal.
             is_probe: Whether it was an ordinary poll. A final poll is sent during a pause, and does not extend it.
-            is_repeated: Whether the poll of the operation before failed, too: so do those that are always refused.
+            is_repeated: Whether the operation's last poll failed, too. An operation that is always refused is no sign.
 
         Returns:
             Whether the limit is the tenant's.
@@ -181,9 +182,9 @@ class Circuit:
 
         Args:
             now: The time.
-            operation: Whose poll failed.
+            operation: The operation whose poll failed.
             started_at: When the failed poll started.
-            is_probe: Whether it was an ordinary poll; a final poll starts whatever the state, and paces no probe.
+            is_probe: Whether it was an ordinary poll. A final poll starts in any state, and delays no probe.
         """
         self.is_calm = False
         if self.is_probed:
@@ -195,15 +196,15 @@ class Circuit:
         if started_at < self.answered_at:  # the service has answered well since, so it is the operation
             return
         self._failed.add(operation)
-        # So many in a row that it is the service.
+        # After so many in a row, the cause is the service.
         if len(self._failed) >= FAILURES_UNTIL_OPEN + int(_TIMES_USUAL * self._usual):
             self._enter(CircuitState.OPEN, now)
             self._schedule_probe(now)
 
     def record_cut(self, *, started_at: float, is_probe: bool) -> None:
-        """Record a poll that was cut off, since nobody waited for it any more: that says nothing of the service.
+        """Record a poll that was cut off because no wait needed it any more. That says nothing about the service.
 
-        The next probe keeps the same distance to it, or callers that give up would send one after another.
+        The next probe keeps the same distance to it. Otherwise, callers that leave would send one after another.
 
         Args:
             started_at: When the poll started.
@@ -221,7 +222,7 @@ class Circuit:
         """
         self.is_calm = False
         self._held_until = max(self._held_until, now + min(seconds, MAX_PAUSE))
-        if not self.is_probed:  # a probe in flight counts on: a pause does not restart the backoff
+        if not self.is_probed:  # a probe in flight still counts: a pause does not restart the backoff
             self._enter(CircuitState.OPEN, now)
 
     def _is_proven(self, now: float) -> bool:
@@ -230,7 +231,7 @@ class Circuit:
         return is_half_open and now - self.since >= self._proven_after and self._usual < _RARE
 
     def _enter(self, state: CircuitState, now: float) -> None:
-        """Change the state: the one place where that happens."""
+        """Change the state. Only this method does so."""
         self.state = state
         if state is CircuitState.CLOSED:
             return
@@ -242,7 +243,7 @@ class Circuit:
         self._keep_distance(now)
 
     def _keep_distance(self, since: float) -> None:
-        """Let the next probe start no sooner than the backoff's step after a time."""
+        """Let the next probe start no sooner than one step of the backoff after a time."""
         self._probe_at = max(self._probe_at, since + error_delay(self._probes))
 
 
@@ -254,7 +255,7 @@ class Transition(NamedTuple):
         state: The state now.
         seconds: Seconds for which the state before lasted.
         is_outage: Whether the circuit opened for the first time since it was closed.
-        outage: Where it is closed again: seconds since it opened for the first time; else None.
+        outage: If it is closed again, the seconds since it opened for the first time; else None.
     """
 
     previous: CircuitState
@@ -264,7 +265,7 @@ class Transition(NamedTuple):
     outage: float | None
 
     def event(self, cause: type[KeylessError] | None, waiting: int) -> CircuitChanged:
-        """Return what listeners are told of it.
+        """Return the event for listeners.
 
         Args:
             cause: The kind of the failure that changed it; None if it was a good answer.
@@ -282,7 +283,7 @@ class Transition(NamedTuple):
 class Transitions:
     """Notices how a circuit's state changes. An outage begins when it opens and ends when it is closed again.
 
-    Between these it may go to and fro.
+    In between, the state may change back and forth.
 
     Args:
         now: The time; the circuit is closed.

@@ -1,6 +1,6 @@
 """The final poll: which one it is, and whether it is repeated. Pure; for both engines.
 
-Rule 3 of docs/rules.md. Each engine keeps its deadlines by a clock of its own, so here are seconds only.
+Rule 3 of docs/rules.md. Each engine keeps its deadlines by a clock of its own, so the functions take seconds only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Final
 
 #: Seconds past the deadline for the final poll of a wait in memory, and for repeating it if it fails.
 FINAL_POLL_TIMEOUT: Final = 2.0
-#: The clocks in use round to a microsecond or better; a timer that fired within it is not early.
+#: Seconds to which the clocks in use round, or better. A timer that fires so little before its time is not early.
 RESOLUTION: Final = 1e-6
 
 
@@ -24,10 +24,10 @@ def repeat_final_after(delay: float, *, left: float, is_awaited: bool) -> float 
     An error at the wrong moment must not cost an approval that came in time.
 
     Args:
-        delay: What the backoff, the circuit and the service ask for, in seconds.
-        left: Seconds that are left for final polls: past the deadline, those of the engine.
-        is_awaited: Whether a caller waits for the outcome: then the repetition must start in that time. Else it is
-            enough that the poll that failed did.
+        delay: Seconds that the backoff, the circuit and the service ask for.
+        left: Seconds that are left of the engine's time for final polls, which begins at the deadline.
+        is_awaited: Whether a caller waits for the outcome. If so, the repetition must start in that time. Otherwise, it
+            is enough that there is time left now.
 
     Returns:
         The delay; None if that is too late, as after a long ``Retry-After``.

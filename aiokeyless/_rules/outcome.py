@@ -1,6 +1,6 @@
-"""What the result of one poll means for a wait. Pure; the poller and the worker map it to what they do.
+"""What the result of one poll means for a wait. Pure; the poller and the worker map it to their actions.
 
-All cases, in the order in which they are told apart, as docs/rules.md numbers them:
+All cases, in the order in which they are checked, as docs/rules.md numbers them:
 
 | case | the poll brought | before the deadline | the final poll |
 |---|---|---|---|
@@ -12,7 +12,7 @@ All cases, in the order in which they are told apart, as docs/rules.md numbers t
 | O6 | 404 that counts as pending | PENDING | TIMED_OUT |
 | O7 | any other error | FAILED | FAILED |
 
-A 404 counts as pending where the operation is young, or will be created by the phone.
+A 404 counts as pending if the operation is young, or if the phone will create it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from .approval import Rejection, Verdict, evaluate
 if TYPE_CHECKING:
     from aiokeyless.ticket import ApprovalTicket
 
-#: What nearly all polls bring; a member of an enum is not found as fast as a name.
+#: The result of nearly all polls. A name is found faster than a member of an enum.
 _POLL_PENDING: Final = PollResult.PENDING
 _STATE_PENDING: Final = OperationState.PENDING.value
-YOUNG: Final = 5.0  # seconds: a replica that lags may answer 404 about an operation that was just created
+#: Seconds after a create within which a replica that lags may answer 404.
+YOUNG: Final = 5.0
 
 
 class Result(Enum):
@@ -45,9 +46,9 @@ class Result(Enum):
     TRANSIENT = auto()
     """Go on; the backoff sets the next poll."""
     TIMED_OUT = auto()
-    """Time is up and it was pending: end it with `ApprovalTimeoutError`."""
+    """End it with `ApprovalTimeoutError`: time is up, and the operation was pending."""
     UNANSWERED = auto()
-    """The final poll got no answer: repeat it as long as it may take, then end with `ApprovalUnknownError`."""
+    """Repeat the final poll while time is left. Then end the wait with `ApprovalUnknownError`."""
     REJECTED = auto()
     """End it with the error of the rejection."""
     FAILED = auto()
@@ -62,11 +63,11 @@ class Outcome(NamedTuple):
 
 
 class PollFacts(NamedTuple):
-    """What is known about a wait when one of its polls ends.
+    """The facts about a wait that decide what the result of a poll means for it.
 
     Attributes:
         operation_id: The operation that is polled.
-        ticket: What else is known about it; None for a bare id.
+        ticket: Its ticket; None for a bare id.
         is_final: Whether the poll started at the deadline of the wait or later.
         may_be_missing: Whether a 404 counts as pending: the phone will create the operation, or it is younger than
             `YOUNG` and a replica may lag.
@@ -91,7 +92,7 @@ def poll_outcome(answer: Operation | KeylessError, facts: PollFacts) -> Outcome:
 
     Args:
         answer: The operation as the service answered it, or the failure of the poll.
-        facts: What is known about the wait.
+        facts: The facts about the wait.
     """
     if isinstance(answer, KeylessError):
         return _after_error(answer, facts)
@@ -115,7 +116,7 @@ def _after_error(error: KeylessError, facts: PollFacts) -> Outcome:
 
 
 def poll_result(answer: Operation | KeylessError | None) -> PollResult:
-    """Return what one poll brought, for listeners: whatever it means for the waits.
+    """Return the result of one poll for listeners. What it means for the waits makes no difference.
 
     Args:
         answer: The operation, or the failure; None if the poll was cut off.

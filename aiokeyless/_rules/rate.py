@@ -1,6 +1,6 @@
-"""How many polls may start in a second: a token bucket, and what the service's refusals make of its rate.
+"""Limits the polls that start in a second: a token bucket whose rate adapts to the service's refusals. Pure.
 
-Pure: it is told the time and what happened, and says when the next poll may start.
+The caller records what happened and when, and asks when the next poll may start.
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 import math
 from typing import Final
 
-_BURST: Final = 1.0  # seconds of polls that may start at once after a quiet time, and of those that may be owed
-_BURST_AFTER_REFUSAL: Final = 0.1  # the service may count polls over a shorter time than a second
-#: Seconds after a refusal until the rate is back where it was refused: most of the way in the first few, so that a
-#: service with a limit is polled close to it, and then slowly, so that it seldom has to refuse again.
+#: Seconds of polls that may start at once after a quiet time. Final polls may overdraw the bucket by as many.
+_BURST: Final = 1.0
+#: The same after a refusal, since the service may count polls over a shorter time than a second.
+_BURST_AFTER_REFUSAL: Final = 0.1
+#: Seconds after a refusal until the rate is back where it was refused. Most of the way takes a few seconds, so polls
+#: stay close to the service's limit. The rest is slow, so the service seldom refuses again.
 _RECOVERY: Final = 20.0
-_CURVE: Final = 9  # the exponent of that; an odd one
-_FORGOTTEN: Final = 120.0  # seconds after which a refusal means nothing any more
-#: The lowest rate that is halved: a service that refuses everything is the circuit's.
+#: The exponent of that curve. It must be odd.
+_CURVE: Final = 9
+#: Seconds after which a refusal no longer counts.
+_FORGOTTEN: Final = 120.0
+#: The lowest rate that is halved. A service that refuses everything is a matter for the circuit.
 _LEAST: Final = 1.0
-#: Seconds after a refusal in which further ones are about the polls before it.
+#: Seconds after a refusal in which further refusals are about the polls before it.
 _SETTLED: Final = 1.0
 _ROUNDING: Final = 1e-6
 #: Seconds over which polls are counted, to find the rate that was refused.
@@ -27,9 +31,9 @@ _COUNTED: Final = 1.0
 class PollRate:
     """A token bucket whose rate the service's 429 halves.
 
-    A refused rate is halved once and climbs back: to where it was within 20 s, beyond that ever faster, a thousandfold
-    within about a minute. So the limit of a service is found, and polls stay just below it. Times are of one clock, in
-    seconds.
+    A refused rate is halved once and then rises. It is back where it was within 20 s, and then rises faster and faster,
+    a thousandfold within about a minute. So polls find the limit of a service and stay just below it. Times are of one
+    clock, in seconds.
 
     Args:
         limit: Polls a second at most; None for no limit until the service refuses.
@@ -45,11 +49,11 @@ class PollRate:
         self._refused_at = -math.inf
         self._tokens = max(1.0, self._limit * _BURST)
         self._filled_at = 0.0
-        self._counted = self._counted_before = 0  # polls of the second that began then, and of the one before
+        self._counted = self._counted_before = 0  # polls in the second from `_counted_at` on, and in the one before
         self._counted_at = 0.0
 
     def per_second(self, now: float) -> float:
-        """Return the polls a second that may start now; infinity where there is no limit."""
+        """Return the polls a second that may start now; infinity if there is no limit."""
         if self._refused == math.inf:
             return self._limit
         since = now - self._refused_at
@@ -67,12 +71,12 @@ class PollRate:
         return now if self._tokens >= 1.0 else now + (1.0 - self._tokens) / rate
 
     def room(self, now: float) -> int | None:
-        """Return how many polls may start at once; None where there is no limit."""
+        """Return how many polls may start at once; None if there is no limit."""
         self._fill(now)
         return None if self._tokens == math.inf else max(0, math.floor(self._tokens + _ROUNDING))
 
     def record_poll(self, now: float) -> None:
-        """Record that a poll starts. One that did not wait to be ready, such as a final one, is owed by later ones."""
+        """Record that a poll starts. If it did not wait for the rate, as a final poll, later polls make up for it."""
         if now >= self._counted_at + _COUNTED:
             self._counted_before = self._counted if now < self._counted_at + 2 * _COUNTED else 0
             self._counted, self._counted_at = 0, now
@@ -86,7 +90,7 @@ class PollRate:
 
         Args:
             now: The time.
-            started_at: When the refused poll started: one from before the rate was halved does not halve it again.
+            started_at: When the refused poll started. If the rate has been halved since, it is not halved again.
         """
         if started_at < self._refused_at + _SETTLED:
             return

@@ -1,6 +1,6 @@
 """The verdict on one signed transaction: its form, its key, its signature, its claims. Pure; needs the extra "jwt".
 
-A token comes from a phone, so anybody may have written it. PyJWT checks only the signature here. It is lax about
+A token comes from a phone, so it may be forged. PyJWT checks only the signature here. It is lax about
 base64, duplicate names, types and headers, so this module checks all of these.
 
 Source: Keyless documentation, "Mobile SDK JWT signing" and "JWT verification best practice"; RFC 8725.
@@ -48,7 +48,7 @@ _SEGMENT: Final = re.compile("[A-Za-z0-9_-]+")
 #: The end of the year 9999, the last of a datetime, in seconds since the epoch.
 _END_OF_TIME: Final = 253_402_300_800
 
-#: Headers that change what is signed, or where the key comes from.
+#: Headers that change the signed content or the source of the key.
 _REFUSED_HEADERS: Final = frozenset({"b64", "crit", "jku", "jwk", "x5c", "x5u", "zip"})
 #: Members of a JWK that a public key does not have.
 _PRIVATE: Final = frozenset({"d", "dp", "dq", "k", "oth", "p", "q", "qi"})
@@ -160,7 +160,7 @@ def read_token(text: str) -> Token:
 
 
 def verify(token: Token, key: VerifyingKey, expected: Expectation, now: float) -> SignedTransaction:
-    """Return what a token proves.
+    """Verify a token, and return the transaction that it proves.
 
     Args:
         token: The token.
