@@ -45,7 +45,7 @@ class Rejection(Enum):
 
     @property
     def is_mismatch(self) -> bool:
-        """Whether the answer is about another operation, user or payload than the right one."""
+        """Whether the answer is about another operation, user or payload."""
         return self not in {Rejection.RESULT_IS_FALSE, Rejection.UNKNOWN_STATE}
 
 

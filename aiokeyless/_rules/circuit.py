@@ -98,7 +98,7 @@ class Circuit:
         self._usual = 0.0  # the moving average of their number at a good answer
         self._refusals: list[tuple[Hashable, float]] = []  # the last two operations that got a 429, and when; in order
         self._held_until = -math.inf  # the end of a rate limit's pause, which no good answer ends
-        self._probes = 0  # that failed in a row, with the failure that opened the circuit; 0: it is not probed
+        self._probes = 0  # failed in a row, with the failure that opened the circuit; 0: it is not probed
         self._probe_at = -math.inf
 
     @property

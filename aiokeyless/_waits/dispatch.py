@@ -91,7 +91,7 @@ class Dispatcher:
     # -- scheduling
 
     def schedule(self, polled: PolledOperation, due: float) -> None:
-        """Schedule the next ordinary poll of an operation, unless it is due earlier. It follows a poll in flight."""
+        """Schedule the next ordinary poll of an operation, unless one is due earlier. It follows a poll in flight."""
         if due < polled.due:
             polled.due = due
             if polled.poll is None:

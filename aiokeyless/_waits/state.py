@@ -64,7 +64,7 @@ class Wait(Scheduled):
         deadline: float
         had_expired: bool  # before it began: its first poll is the final one, and has no deadline
         may_be_missing: bool
-        attempt: int  # for the schedule: one more than the delays it gave, which follow pending answers only
+        attempt: int  # for the schedule: the delays it was asked for, plus one; failures ask for none
 
         # When its own schedule would poll, if other waits share its polls. This is in the past while the wait is alone,
         # and before its first pending answer.
