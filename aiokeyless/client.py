@@ -1,6 +1,6 @@
 """`KeylessClient`, the public entry point: it checks arguments and delegates.
 
-Single calls go to the transport (`_http/`), waits to the poller (`_waits/`). No rule of a wait is decided here.
+Single calls go to the transport (`_http/`), waits to the poller (`_waits/`). This module decides no rule of a wait.
 """
 
 from __future__ import annotations
@@ -79,19 +79,19 @@ if TYPE_CHECKING:
 
 
 class DefaultTimeout(Enum):
-    """The default of a wait's ``timeout``, by name: pass it on where a function of your own has the same default."""
+    """The default of a wait's ``timeout``. A function of your own that waits can have the same default."""
 
     FROM_TARGET = "from_target"
-    """For a ticket what is left until its ``expires_at``, for an operation id 120 seconds."""
+    """For a ticket, the time until its ``expires_at``; for an operation id, 120 seconds."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}.{self.name}"  # as in a program: help() shows it
 
 
 IfMissing: TypeAlias = Literal["raise", "wait"]
-"""What a wait does on a 404: raise, or wait for the operation that the phone will create."""
+"""On a 404, a wait raises, or waits for the operation that the phone will create."""
 IfExists: TypeAlias = Literal["raise", "resume"]
-"""What a create does on a 409: raise, or take the operation if it has the same content and is pending."""
+"""On a 409, a create raises, or resumes the operation if it has the same content and is pending."""
 WaitTimeout: TypeAlias = float | DefaultTimeout | None
 """Seconds for a whole wait, None for no limit, or the default."""
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
@@ -99,7 +99,8 @@ OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 T = TypeVar("T")
 
 _DEFAULT_TIMEOUT: Final = 120.0
-_BATCH: Final = 128  # waits started between two yields to the event loop
+#: Waits that start between two yields to the event loop.
+_BATCH: Final = 128
 
 _OTHER_LOOP: Final = (
     "the client belongs to the event loop of its first use, and this is another one: create one client per event loop"
@@ -127,31 +128,31 @@ class KeylessClient:
         api_key: The API key. Default: ``$KEYLESS_API_KEY``.
         region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
         base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
-            with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored where `region` is given.
+            with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored if `region` is given.
         session: An aiohttp session to use, for proxies, tracing or your own TLS settings; the client never closes it.
             Its default headers, cookies and middlewares apply; its timeouts, redirects and error handling do not.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
-        max_in_flight: Polls of all waits together that are under way for less than a second. Those that take longer and
-            final polls have room of their own: ten times as many connections at most. Default: 64.
-        max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
-            are due, the one due longest goes first; ``statistics.lag`` shows by how much polls are late. Final polls
-            count and do not wait for it. If the service refuses polls with 429, it is halved, and climbs back within
-            about a minute. Default: 1000.
+        max_in_flight: Polls of all waits together that have been in flight for less than a second. Slower polls and
+            final polls have room of their own: at most ten times as many connections. Default: 64.
+        max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. If more are
+            due, the one due longest goes first; ``statistics.lag`` shows how late polls are. Final polls count, but do
+            not wait for it. If the service refuses polls with 429, the rate is halved, and recovers within about a
+            minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
-        listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens: polls and waits
-            take longer by what they take. What one raises is logged. Default: none.
+        listeners: Functions that are called with each `Event`, such as the end of a wait, while it happens: polls and
+            waits are delayed if one is slow. If one raises, that is logged. Default: none.
 
     Raises:
-        ConfigurationError: An argument is wrong; the message names it and states what is valid.
+        ConfigurationError: An argument is wrong; the message names it and states the valid values.
 
     Example:
         >>> async with KeylessClient() as client:
         ...     operation = await client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
     """
 
-    # On the class, as __del__ reads them also of a client whose __init__ was called with an unknown argument.
+    # On the class, since __del__ reads them even if __init__ was called with an unknown argument.
     _transport: Transport | None = None
     _closed = False
 
@@ -202,7 +203,7 @@ class KeylessClient:
 
     @property
     def base_url(self) -> str:
-        """Base URL of the API that it asks."""
+        """Base URL of the API."""
         return self._base_url
 
     @property
@@ -212,7 +213,7 @@ class KeylessClient:
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
-        """What is told of its events: its own listeners, and those of instrumentations."""
+        """All listeners for its events: its own, and those of instrumentations."""
         return self._told
 
     # -- opening and closing
@@ -235,7 +236,7 @@ class KeylessClient:
         Raises:
             ConfigurationError: The client belongs to another event loop.
         """
-        if self._closing is not None and self._closing.done():  # also where its loop is closed by now
+        if self._closing is not None and self._closing.done():  # even if its loop is closed by now
             return
         loop = asyncio.get_running_loop()
         if self._loop is not None and self._loop is not loop:
@@ -317,8 +318,8 @@ class KeylessClient:
     async def get_operation(self, operation_id: str) -> Operation:
         """Return an operation in its current state.
 
-        `Operation.is_approved` tells whether it is approved. Compare its ids, user and payload with yours: this method
-        does not.
+        `Operation.is_approved` is true if it is approved. Compare its ids, user and payload with yours, since this
+        method does not.
 
         Args:
             operation_id: The customer's id of the operation: 1 to 512 characters, no control characters.
@@ -350,7 +351,7 @@ class KeylessClient:
 
         Returns:
             The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
-            there are more pages: how to ask for them is not documented.
+            there are more pages; the API does not document how to get them.
 
         Raises:
             ConfigurationError: Neither or both of the two ids are given.
@@ -387,10 +388,10 @@ class KeylessClient:
         """Create an operation for a user to approve, exactly once.
 
         After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client checks whether
-        the operation exists before it sends the request again. What it finds under an id that you chose may belong to
-        an earlier request: then `ApprovalTicket.reconciled` is true, or, if the operation is approved already,
-        `AlreadyApprovedError` is raised. An operation id makes creating idempotent. It is not a lock on what you do
-        with the approval: keep a record of your own that changes from asked to paid exactly once.
+        the operation exists before it sends the request again. If you chose the id, the operation that it finds may
+        belong to an earlier request. Then `ApprovalTicket.reconciled` is true. If the operation is approved already,
+        the client raises `AlreadyApprovedError` instead. An operation id makes creating idempotent. It is not a lock on
+        what you do with the approval: keep a record of your own that changes from asked to paid exactly once.
 
         Args:
             user_id: The user, in hex of either case.
@@ -399,8 +400,8 @@ class KeylessClient:
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
                 expiry: the user can still approve later.
-            if_exists: What to do on a 409: ``"raise"``, or ``"resume"`` to get the operation that has the id and to
-                return a ticket for it if it has the same content and is pending. Default: ``"raise"``.
+            if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
+                the id, if it has the same content and is pending. Default: ``"raise"``.
 
         Returns:
             The ticket to wait for, here or in another process.
@@ -409,7 +410,7 @@ class KeylessClient:
             ConfigurationError: An argument is wrong; nothing was sent.
             AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
                 earlier request. One approval must not count twice.
-            ConflictError: The id is taken by another operation.
+            ConflictError: Another operation has the id.
             KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
                 and either did not find it or could not check. The error's ``operation_id`` names the operation.
 
@@ -521,7 +522,7 @@ class KeylessClient:
     async def get_user(self, external_user_id: str) -> User:
         """Return the one user who has an external user id.
 
-        The search ignores case, as that of `find_users` does: compare ``user_id`` with your own record.
+        The search ignores case, like `find_users`. Compare ``user_id`` with your own record.
 
         Args:
             external_user_id: Your own id of the user.
@@ -549,7 +550,7 @@ class KeylessClient:
         """Delete an external user id, here in its exact case; the user stays, and can get another one.
 
         Args:
-            external_user_id: Your own id of the user. One that does not exist is no error.
+            external_user_id: Your own id of the user. If it does not exist, that is no error.
 
         Raises:
             InvalidIdentifierError: The id cannot be sent.
@@ -650,22 +651,22 @@ class KeylessClient:
         """Wait until the user approves this operation, and return only then.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
-                id of each answer are checked too.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
+                and the external user id of each answer.
             timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
                 ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
             schedule: When to poll. Default: the client's schedule.
-            if_missing: What to do on a 404: ``"raise"``, or ``"wait"`` for an operation that the phone will create.
-                With a bare id, an approval by any user then counts: pass `ApprovalTicket.for_operation`, which names
-                the user and the payload, or compare them yourself. Default: ``"raise"``.
+            if_missing: On a 404, ``"raise"`` raises `NotFoundError`. ``"wait"`` waits for an operation that the phone
+                will create. With a bare id, an approval by any user then counts. Pass `ApprovalTicket.for_operation`,
+                which names the user and the payload, or compare them yourself. Default: ``"raise"``.
             on_poll: Called with an `ApprovalUpdate` for each poll, in order, in this task; may be async. What it
                 raises ends the wait and propagates; a ``StopIteration``, which no coroutine can raise, becomes the
                 cause of a ``RuntimeError``. Default: none.
-            explain: Whether to learn of the user's attempts to authenticate, for the ``attempts`` of `ApprovalUpdate`
-                and of `ApprovalTimeoutError`. While the operation is pending, Telemetry is asked for them beside the
-                polls, at most once in 10 s per operation and 8 times at once; at the deadline for the last time, for
-                which the wait may end up to 1 s later. Its failures are ignored and logged at debug level. It never
-                approves and never ends the wait: what is raised in `on_poll` may. Default: False.
+            explain: Whether to ask Telemetry for the user's attempts to authenticate, for the ``attempts`` of
+                `ApprovalUpdate` and of `ApprovalTimeoutError`. The client asks while the operation is pending, at most
+                once in 10 s per operation and 8 times at once. It asks for the last time at the deadline, so the wait
+                may end up to 1 s later. Failures of Telemetry are ignored and logged at debug level. An attempt never
+                approves and never ends the wait; raise in `on_poll` to end it. Default: False.
 
         Returns:
             The approved operation.
@@ -678,7 +679,7 @@ class KeylessClient:
             OperationMismatchError: An answer is about another operation, user or payload.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
             NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
-                that: a replica may lag.
+                that, since a replica may lag.
             StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
             DecodeError: An answer is JSON that does not have the documented shape.
             ClientClosedError: The client was closed.
@@ -706,32 +707,32 @@ class KeylessClient:
         if_missing: IfMissing = "raise",
         explain: bool = False,
     ) -> Operation | None:
-        """Wait for one piece of a longer wait: for an HTTP long poll, a tool call, a job that is run again.
+        """Wait for one piece of a longer wait, as in an HTTP long poll, a tool call or a job that runs again.
 
-        A hold is a lease on a wait, which goes on for 10 s after the last hold of its target has ended, also if that
-        was cancelled. So a series of holds polls as a single wait would, if the pauses between them are shorter; a
-        later hold starts anew, with one poll at once. A hold that ends without an approval is no timeout; it makes no
+        A hold is a lease on a wait. The wait goes on for 10 s after the last hold of its target has ended, also if that
+        was cancelled. So a series of holds polls like a single wait, if the pauses between them are shorter. A later
+        hold starts a new wait, with one poll at once. A hold that ends without an approval is no timeout, and makes no
         final poll.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
-                id of each answer are checked too.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
+                and the external user id of each answer.
             seconds: The length of this piece; above 0 and finite. It may be cut short at any time by cancelling it.
             schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
-            explain: Whether to learn of the user's attempts at the end of the ticket's time, for
-                `ApprovalTimeoutError`: see `wait_for_approval`. The first hold of a series sets it. A hold that returns
-                None asks nothing; call `get_authentications` for the reasons so far. Default: False.
+            explain: Whether to ask for the user's attempts when the ticket expires, for `ApprovalTimeoutError`: see
+                `wait_for_approval`. The first hold of a series sets it. A hold that returns None does not ask; call
+                `get_authentications` for the reasons so far. Default: False.
 
         Returns:
-            The approved operation; None if the operation is pending after so many seconds. For a ticket, that is while
-            its ``expires_at`` has not passed; an operation id has no end of its own, so give up after some time.
+            The approved operation; None if the operation is pending after so many seconds. A hold of a ticket returns
+            None only before its ``expires_at``. An operation id does not expire, so give up after some time.
 
         Raises:
             ConfigurationError: An argument is wrong, or the schedule did not return a number.
             ApprovalTimeoutError: The ticket's ``expires_at`` passed during this hold, and a final poll found the
                 operation pending. It can still be approved later.
-            KeylessError: What else `wait_for_approval` raises.
+            KeylessError: Any other error of `wait_for_approval`.
 
         Source: ``docs/rules.md``, "Holds".
 
@@ -778,16 +779,16 @@ class KeylessClient:
             operation_payload: What the user is asked to approve. Default: none.
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait. Default: 120.
-            if_exists: What to do on a 409: see `create_operation`. Default: ``"raise"``.
+            if_exists: See `create_operation`. Default: ``"raise"``.
             schedule: When to poll. Default: the client's schedule.
             on_poll: Called with an `ApprovalUpdate` for each poll; may be async. Default: none.
-            explain: Whether to learn of the user's attempts: see `wait_for_approval`. Default: False.
+            explain: Whether to ask for the user's attempts: see `wait_for_approval`. Default: False.
 
         Returns:
             The approved operation.
 
         Raises:
-            KeylessError: What `create_operation` and `wait_for_approval` raise.
+            KeylessError: Any error of `create_operation` or `wait_for_approval`.
         """
         check_schedule(schedule)  # before anything is created
         check_on_poll(on_poll)
@@ -827,7 +828,7 @@ class KeylessClient:
             One update per poll; the operation of the last one is approved.
 
         Raises:
-            KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
+            KeylessError: Any error of `wait_for_approval`; `ConfigurationError` at the call, before the iteration.
         """
         check_flag(explain, "explain")
         return self._updates(self._options(target, timeout, schedule, if_missing), explain=explain)
@@ -864,7 +865,7 @@ class KeylessClient:
                 argument="targets",
             )
         targets = list(targets)
-        # At once, as promised, and yet quickly: there may be a hundred thousand, and what they have in common is one.
+        # At the call, as promised, and quickly: for a hundred thousand targets, shared arguments are checked once.
         schedule, may_be_missing = check_schedule(schedule), _may_be_missing(if_missing)
         _budget(timeout, None)
         operation_ids = [target if type(target) is str else _parts(target)[0] for target in targets]
@@ -955,7 +956,7 @@ class KeylessClient:
         _, poller = self._open()
         send, receive = anyio.create_memory_object_stream[tuple[str, WaitResult]](math.inf)
         started: list[FutureWait] = []
-        # One of each for all: there may be a hundred thousand, and asyncio would copy the context for each callback.
+        # Shared by all waits: there may be a hundred thousand, and asyncio would copy the context for each callback.
         report, context = functools.partial(_report, send), contextvars.copy_context()
         with send, receive:
             try:
@@ -983,12 +984,12 @@ class KeylessClient:
 
 
 def transport_of(client: KeylessClient) -> Transport:
-    """Return what sends a client's requests, for a worker: it repeats by itself, and keeps no waits in memory."""
+    """Return the transport of a client, for a worker, which retries by itself and keeps no waits in memory."""
     return client._open()[0]  # noqa: SLF001  # of this module
 
 
 def for_another_process(client: KeylessClient) -> KeylessClient:
-    """Return a client with the same arguments, for a child: the event loop of this one runs in the parent only."""
+    """Return a client with the same arguments for a child process. This one's event loop runs only in the parent."""
     its_own = KeylessClient.__new__(KeylessClient)
     unused = dict.fromkeys(("_closing", "_loop", "_transport", "_poller", "_holds"))
     its_own.__dict__.update(client.__dict__ | unused)
@@ -1010,7 +1011,7 @@ def _result(outcome: WaitResult) -> Operation:
 
 
 def _outcome(operation_id: str, outcome: WaitResult) -> ApprovalOutcome:
-    """Return the outcome of one of many waits; raise what is not an error of this library, such as a bug."""
+    """Return the outcome of one of many waits. Raise an error that is not of this library, such as a bug."""
     if isinstance(outcome, KeylessError):
         return NotApproved(operation_id=operation_id, error=outcome)
     return Approved(operation_id=operation_id, operation=_result(outcome))
@@ -1029,7 +1030,7 @@ def _given(value: T | None, variable: str) -> T | str | None:
 
 
 def _address(region: Region | str | None, base_url: str | None) -> tuple[Region | None, str]:
-    """Return the region (None where its address is not used) and the base URL; all are checked, used or not."""
+    """Return the region (None if its address is not used) and the base URL. All are checked, used or not."""
     if region is not None and base_url is not None:
         raise ConfigurationError("region and base_url must not both be given: each sets the address of the API")
     named_region, named_url = _given(region, "KEYLESS_REGION"), _given(base_url, "KEYLESS_BASE_URL")
@@ -1046,7 +1047,7 @@ def _check_if_exists(if_exists: object) -> None:
 
 
 def _parts(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
-    """Return the operation id, not yet checked, and the ticket of what is waited for."""
+    """Return the operation id of a target, not yet checked, and its ticket; None if it has none."""
     if isinstance(target, ApprovalTicket):
         return target.operation_id, target
     if not isinstance(target, str):

@@ -1,8 +1,8 @@
 """`KeylessClient`, `submit_approval` and `next_outcome` for code without an event loop: Flask, Django, Celery, scripts.
 
 They have the arguments, results and errors of `aiokeyless.KeylessClient` and of `aiokeyless.worker`. Each process has
-one event loop, in one daemon thread, for all of its clients and brokers; a call runs there while its caller waits. No
-rule of a wait is decided here.
+one event loop, in one daemon thread, for all of its clients and brokers. A call runs there while its caller waits. This
+module decides no rule of a wait.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OnPoll: TypeAlias = Callable[[ApprovalUpdate], object]
 """Called for each poll of a wait, in the thread that waits: a plain function."""
 T = TypeVar("T")
 
-#: Seconds that a fork, and the end of the process, wait for the loop's thread at most: a listener may block it.
+#: The most seconds that a fork, or the end of the process, waits for the loop's thread. A listener may block it.
 _PATIENCE: Final = 1.0
 
 
@@ -54,12 +54,12 @@ class _Background:
     def __init__(self) -> None:
         self.ended = False  # also in a forked child, in which its thread does not exist
         self._loop = asyncio.new_event_loop()
-        # The clients that are not closed, and the iterations that are not over. In a forked child the frame of `_serve`
-        # is never released, and so neither are they: collecting a client would remove the parent's sockets from the
-        # epoll that the two processes share.
+        # The clients that are not closed, and the iterations that are not over. A forked child never releases them, nor
+        # the frame of `_serve`. If it collected a client, that would remove the parent's sockets from the epoll that
+        # the two processes share.
         self._clients: set[AsyncKeylessClient] = set()
         self._iterations: set[AsyncGenerator[Any, None]] = set()
-        self._brokers: dict[Broker | str, Broker] = {}  # which stay open, by what was passed
+        self._brokers: dict[Broker | str, Broker] = {}  # open brokers, by the caller's argument
         self._opening = asyncio.Lock()
         self._thread = threading.Thread(target=self._serve, name="aiokeyless", daemon=True)
         self._thread.start()
@@ -69,7 +69,7 @@ class _Background:
         self._loop.close()
 
     def pause(self, end: threading.Event) -> None:
-        """Stop the thread between two steps of the loop, where it has no lock, until this event is set."""
+        """Stop the thread until this event is set. Between two steps of the loop, it has no lock."""
         if threading.current_thread() is self._thread:
             return
         paused = threading.Event()
@@ -86,13 +86,13 @@ class _Background:
         self._clients.add(client)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop, and return its result; what interrupts the caller cancels it."""
-        # Made here: with asyncio.run_coroutine_threadsafe an interruption could come before there is what to cancel.
+        """Run a coroutine in the loop, and return its result. If the caller is interrupted, cancel it."""
+        # Made here: with asyncio.run_coroutine_threadsafe, an interruption could come before the future exists.
         future: Future[T] = Future()
         try:
             self._loop.call_soon_threadsafe(self._begin, coroutine, future)
             return future.result()
-        except BaseException:  # such as KeyboardInterrupt; an error of the coroutine's own finds it finished
+        except BaseException:  # such as KeyboardInterrupt; if the coroutine raised, the future is done
             future.cancel()
             raise
         finally:
@@ -109,13 +109,13 @@ class _Background:
         future.add_done_callback(cancel)
 
     def start(self, method: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Run a coroutine in the loop, and wait for nothing: the garbage collector may call this, in any thread."""
+        """Run a coroutine in the loop without waiting, since the garbage collector may call this in any thread."""
         if not self.ended:
             asyncio.run_coroutine_threadsafe(method(), self._loop)
 
     @contextlib.contextmanager
     def iterating(self, values: AsyncGenerator[Any, None]) -> Generator[None, None, None]:
-        """Keep an asynchronous generator: the garbage collector must not take it together with its iterator."""
+        """Keep an asynchronous generator, so that the garbage collector does not take it with its iterator."""
         self._iterations.add(values)
         try:
             yield
@@ -131,7 +131,7 @@ class _Background:
             self._clients.discard(client)
 
     async def open_broker(self, target: Broker | str) -> Broker:
-        """Return an open broker, for a broker that is not open yet, or for a URL; it stays open for later calls."""
+        """Open a broker, or the broker of a URL, and return it. It stays open for later calls."""
         from .worker.broker import broker_for  # noqa: PLC0415  # only where workers are used
 
         async with self._opening:
@@ -148,7 +148,7 @@ class _Background:
         await self._loop.shutdown_asyncgens()  # of iterators that were neither exhausted nor left
 
     def end(self) -> None:
-        """Close what is open, within a second, and end the thread."""
+        """Close the clients and brokers, within a second, and end the thread."""
         self.ended = True
         closing = asyncio.run_coroutine_threadsafe(self._close_all(), self._loop)
         with contextlib.suppress(TimeoutError):  # a listener blocks the loop: the process ends nevertheless
@@ -158,7 +158,7 @@ class _Background:
 
 
 class _Process:
-    """What each process has one of: the background loop, made on first use."""
+    """The state of this process: its background loop, made on first use."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # reentrant: a signal's handler may use a client while one is being opened
@@ -175,19 +175,19 @@ class _Process:
         return self._background
 
     def before_fork(self) -> None:
-        """Pause the loop: a lock of its thread, such as that of a module that it imports, would stay locked."""
+        """Pause the loop. Otherwise a lock of its thread, such as that of an import, would stay locked in the child."""
         self.lock.acquire()
         self._fork_is_over = threading.Event()
         if self._background is not None and not self._background.ended:
             self._background.pause(self._fork_is_over)
 
     def after_fork_in_parent(self) -> None:
-        """Let the loop go on."""
+        """Resume the loop."""
         self._fork_is_over.set()
         self.lock.release()
 
     def after_fork_in_child(self) -> None:
-        """Begin anew in a child, in which the thread of the loop does not exist."""
+        """Start anew in a child, which does not have the thread of the loop."""
         self.lock = threading.RLock()
         if self._background is not None:
             self._background.ended = True
@@ -224,29 +224,30 @@ class KeylessClient:
         api_key: The API key. Default: ``$KEYLESS_API_KEY``.
         region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
         base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
-            with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored where `region` is given.
+            with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored if `region` is given.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
-        max_in_flight: Polls of all waits together that are under way for less than a second. Those that take longer and
-            final polls have room of their own: ten times as many connections at most. Default: 64.
-        max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. Where more
-            are due, the one due longest goes first; ``statistics.lag`` shows by how much polls are late. Final polls
-            count and do not wait for it. If the service refuses polls with 429, it is halved, and climbs back within
-            about a minute. Default: 1000.
+        max_in_flight: Polls of all waits together that have been in flight for less than a second. Slower polls and
+            final polls have room of their own: at most ten times as many connections. Default: 64.
+        max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. If more are
+            due, the one due longest goes first; ``statistics.lag`` shows how late polls are. Final polls count, but do
+            not wait for it. If the service refuses polls with 429, the rate is halved, and recovers within about a
+            minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
-        listeners: Functions that are told of each `Event`, such as the end of a wait, while it happens, in the thread
-            of the event loop: polls and waits take longer by what they take. What one raises is logged. Default: none.
+        listeners: Functions that are called with each `Event`, such as the end of a wait, while it happens, in the
+            thread of the event loop: polls and waits are delayed if one is slow. If one raises, that is logged.
+            Default: none.
 
     Raises:
-        ConfigurationError: An argument is wrong; the message names it and states what is valid.
+        ConfigurationError: An argument is wrong; the message names it and states the valid values.
 
     Example:
         >>> with KeylessClient() as client:
         ...     operation = client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
     """
 
-    # On the class, as __del__ and __repr__ read them also of a client whose __init__ raised.
+    # On the class, since __del__ and __repr__ read them even if __init__ raised.
     _base_url = ""
     _background: _Background | None = None
     _closed = False
@@ -287,7 +288,7 @@ class KeylessClient:
 
     @property
     def base_url(self) -> str:
-        """Base URL of the API that it asks."""
+        """Base URL of the API."""
         return self._base_url
 
     @property
@@ -297,7 +298,7 @@ class KeylessClient:
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
-        """What is told of its events: its own listeners, and those of instrumentations."""
+        """All listeners for its events: its own, and those of instrumentations."""
         return self._client.listeners
 
     # -- opening and closing
@@ -314,8 +315,8 @@ class KeylessClient:
     def close(self) -> None:
         """Close the client; closing it again has no effect.
 
-        Every call and every wait under way, in any thread, ends with `ClientClosedError`. In a forked child it closes
-        what the child opened, and nothing of its parent's.
+        Every call and every wait under way, in any thread, ends with `ClientClosedError`. In a forked child,
+        it closes nothing of the parent's.
         """
         background = self._background
         if background is None or background.ended:
@@ -374,8 +375,8 @@ class KeylessClient:
     def get_operation(self, operation_id: str) -> Operation:
         """Return an operation in its current state.
 
-        `Operation.is_approved` tells whether it is approved. Compare its ids, user and payload with yours: this method
-        does not.
+        `Operation.is_approved` is true if it is approved. Compare its ids, user and payload with yours, since this
+        method does not.
 
         Args:
             operation_id: The customer's id of the operation: 1 to 512 characters, no control characters.
@@ -406,7 +407,7 @@ class KeylessClient:
 
         Returns:
             The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
-            there are more pages: how to ask for them is not documented.
+            there are more pages; the API does not document how to get them.
 
         Raises:
             ConfigurationError: Neither or both of the two ids are given.
@@ -437,10 +438,10 @@ class KeylessClient:
         """Create an operation for a user to approve, exactly once.
 
         After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client checks whether
-        the operation exists before it sends the request again. What it finds under an id that you chose may belong to
-        an earlier request: then `ApprovalTicket.reconciled` is true, or, if the operation is approved already,
-        `AlreadyApprovedError` is raised. An operation id makes creating idempotent. It is not a lock on what you do
-        with the approval: keep a record of your own that changes from asked to paid exactly once.
+        the operation exists before it sends the request again. If you chose the id, the operation that it finds may
+        belong to an earlier request. Then `ApprovalTicket.reconciled` is true. If the operation is approved already,
+        the client raises `AlreadyApprovedError` instead. An operation id makes creating idempotent. It is not a lock on
+        what you do with the approval: keep a record of your own that changes from asked to paid exactly once.
 
         Args:
             user_id: The user, in hex of either case.
@@ -449,8 +450,8 @@ class KeylessClient:
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
                 expiry: the user can still approve later.
-            if_exists: What to do on a 409: ``"raise"``, or ``"resume"`` to get the operation that has the id and to
-                return a ticket for it if it has the same content and is pending. Default: ``"raise"``.
+            if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
+                the id, if it has the same content and is pending. Default: ``"raise"``.
 
         Returns:
             The ticket to wait for, here or in another process.
@@ -459,7 +460,7 @@ class KeylessClient:
             ConfigurationError: An argument is wrong; nothing was sent.
             AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
                 earlier request. One approval must not count twice.
-            ConflictError: The id is taken by another operation.
+            ConflictError: Another operation has the id.
             KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
                 and either did not find it or could not check. The error's ``operation_id`` names the operation.
 
@@ -545,7 +546,7 @@ class KeylessClient:
     def get_user(self, external_user_id: str) -> User:
         """Return the one user who has an external user id.
 
-        The search ignores case, as that of `find_users` does: compare ``user_id`` with your own record.
+        The search ignores case, like `find_users`. Compare ``user_id`` with your own record.
 
         Args:
             external_user_id: Your own id of the user.
@@ -561,7 +562,7 @@ class KeylessClient:
         """Delete an external user id, here in its exact case; the user stays, and can get another one.
 
         Args:
-            external_user_id: Your own id of the user. One that does not exist is no error.
+            external_user_id: Your own id of the user. If it does not exist, that is no error.
 
         Raises:
             InvalidIdentifierError: The id cannot be sent.
@@ -657,21 +658,21 @@ class KeylessClient:
         """Wait until the user approves this operation, and return only then.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
-                id of each answer are checked too.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
+                and the external user id of each answer.
             timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
                 ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
             schedule: When to poll. Default: the client's schedule.
-            if_missing: What to do on a 404: ``"raise"``, or ``"wait"`` for an operation that the phone will create.
-                With a bare id, an approval by any user then counts: pass `ApprovalTicket.for_operation`, which names
-                the user and the payload, or compare them yourself. Default: ``"raise"``.
+            if_missing: On a 404, ``"raise"`` raises `NotFoundError`. ``"wait"`` waits for an operation that the phone
+                will create. With a bare id, an approval by any user then counts. Pass `ApprovalTicket.for_operation`,
+                which names the user and the payload, or compare them yourself. Default: ``"raise"``.
             on_poll: A plain function, called with an `ApprovalUpdate` for each poll, in order, in this thread. What it
                 raises ends the wait and propagates. Default: none.
-            explain: Whether to learn of the user's attempts to authenticate, for the ``attempts`` of `ApprovalUpdate`
-                and of `ApprovalTimeoutError`. While the operation is pending, Telemetry is asked for them beside the
-                polls, at most once in 10 s per operation and 8 times at once; at the deadline for the last time, for
-                which the wait may end up to 1 s later. Its failures are ignored and logged at debug level. It never
-                approves and never ends the wait: what is raised in `on_poll` may. Default: False.
+            explain: Whether to ask Telemetry for the user's attempts to authenticate, for the ``attempts`` of
+                `ApprovalUpdate` and of `ApprovalTimeoutError`. The client asks while the operation is pending, at most
+                once in 10 s per operation and 8 times at once. It asks for the last time at the deadline, so the wait
+                may end up to 1 s later. Failures of Telemetry are ignored and logged at debug level. An attempt never
+                approves and never ends the wait; raise in `on_poll` to end it. Default: False.
 
         Returns:
             The approved operation.
@@ -684,7 +685,7 @@ class KeylessClient:
             OperationMismatchError: An answer is about another operation, user or payload.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
             NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
-                that: a replica may lag.
+                that, since a replica may lag.
             StatusError: 400, 401, 403, 406, 409, 415 or 3xx. Other failures are retried until the deadline.
             DecodeError: An answer is JSON that does not have the documented shape.
             ClientClosedError: The client was closed.
@@ -718,32 +719,32 @@ class KeylessClient:
         if_missing: IfMissing = "raise",
         explain: bool = False,
     ) -> Operation | None:
-        """Wait for one piece of a longer wait: for an HTTP long poll, a tool call, a job that is run again.
+        """Wait for one piece of a longer wait, as in an HTTP long poll, a tool call or a job that runs again.
 
-        A hold is a lease on a wait, which goes on for 10 s after the last hold of its target has ended, also if that
-        was interrupted. So a series of holds polls as a single wait would, if the pauses between them are shorter; a
-        later hold starts anew, with one poll at once. A hold that ends without an approval is no timeout; it makes no
+        A hold is a lease on a wait. The wait goes on for 10 s after the last hold of its target has ended, also if that
+        was interrupted. So a series of holds polls like a single wait, if the pauses between them are shorter. A later
+        hold starts a new wait, with one poll at once. A hold that ends without an approval is no timeout, and makes no
         final poll.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the user, the payload and the external user
-                id of each answer are checked too.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
+                and the external user id of each answer.
             seconds: The length of this piece; above 0 and finite.
             schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
-            explain: Whether to learn of the user's attempts at the end of the ticket's time, for
-                `ApprovalTimeoutError`: see `wait_for_approval`. The first hold of a series sets it. A hold that returns
-                None asks nothing; call `get_authentications` for the reasons so far. Default: False.
+            explain: Whether to ask for the user's attempts when the ticket expires, for `ApprovalTimeoutError`: see
+                `wait_for_approval`. The first hold of a series sets it. A hold that returns None does not ask; call
+                `get_authentications` for the reasons so far. Default: False.
 
         Returns:
-            The approved operation; None if the operation is pending after so many seconds. For a ticket, that is while
-            its ``expires_at`` has not passed; an operation id has no end of its own, so give up after some time.
+            The approved operation; None if the operation is pending after so many seconds. A hold of a ticket returns
+            None only before its ``expires_at``. An operation id does not expire, so give up after some time.
 
         Raises:
             ConfigurationError: An argument is wrong, or the schedule did not return a number.
             ApprovalTimeoutError: The ticket's ``expires_at`` passed during this hold, and a final poll found the
                 operation pending. It can still be approved later.
-            KeylessError: What else `wait_for_approval` raises.
+            KeylessError: Any other error of `wait_for_approval`.
 
         Source: ``docs/rules.md``, "Holds".
 
@@ -778,16 +779,16 @@ class KeylessClient:
             operation_payload: What the user is asked to approve. Default: none.
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait. Default: 120.
-            if_exists: What to do on a 409: see `create_operation`. Default: ``"raise"``.
+            if_exists: See `create_operation`. Default: ``"raise"``.
             schedule: When to poll. Default: the client's schedule.
             on_poll: A plain function, called with an `ApprovalUpdate` for each poll. Default: none.
-            explain: Whether to learn of the user's attempts: see `wait_for_approval`. Default: False.
+            explain: Whether to ask for the user's attempts: see `wait_for_approval`. Default: False.
 
         Returns:
             The approved operation.
 
         Raises:
-            KeylessError: What `create_operation` and `wait_for_approval` raise.
+            KeylessError: Any error of `create_operation` or `wait_for_approval`.
         """
         check_schedule(schedule)  # before anything is created
         _check_on_poll(on_poll)
@@ -827,7 +828,7 @@ class KeylessClient:
             One update per poll; the operation of the last one is approved.
 
         Raises:
-            KeylessError: What `wait_for_approval` raises; `ConfigurationError` at the call, before the iteration.
+            KeylessError: Any error of `wait_for_approval`; `ConfigurationError` at the call, before the iteration.
         """
         background, client = self._open()
         return _iterate(
@@ -898,8 +899,8 @@ def submit_approval(
 
     Args:
         broker: A connection of psycopg or Django to the PostgreSQL that has the broker: the request is stored if and
-            only if the transaction commits that the connection is in. Or a broker's URL, or a broker that is not open:
-            it is opened on first use, and stays open.
+            only if the connection's transaction commits. Or a broker's URL, or a broker that is not open: it is opened
+            on first use, and stays open.
         user_id: The user, in hex of either case.
         operation_id: The operation's id, unique in the tenant. One id is one approval, for good: ask again with
             another. Store it with what the approval is for, before you ask.
@@ -979,7 +980,7 @@ def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, 
 
 
 def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Coroutine[Any, Any, Any]], Any]]:
-    """Return the side of a broker on which applications are, and what runs its coroutines to their end."""
+    """Return the applications' side of a broker, and the function that runs its coroutines to their end."""
     from .worker.broker import Broker  # noqa: PLC0415  # only where workers are used
     from .worker.postgres.blocking import side_of  # noqa: PLC0415
 
@@ -1008,7 +1009,7 @@ def _finish(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
-    """Hand the result of a task to the thread that waits for it, unless that was interrupted."""
+    """Give the result of a task to the thread that waits for it, unless that was interrupted."""
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     if not future.set_running_or_notify_cancel():
         return
@@ -1019,12 +1020,12 @@ def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
 
 
 async def _statistics(client: AsyncKeylessClient) -> ClientStatistics:
-    """Read them in the loop, which changes them."""
+    """Return the statistics, read in the loop, which changes them."""
     return client.statistics
 
 
 async def _next(values: AsyncGenerator[T, None]) -> tuple[T] | None:
-    """Return the next value, in a tuple, as a coroutine must not raise the end of an iteration."""
+    """Return the next value in a tuple; None at the end, since a coroutine must not raise `StopIteration`."""
     async for value in values:
         return (value,)
     return None
@@ -1041,8 +1042,7 @@ def _iterate(background: _Background, values: AsyncGenerator[T, None]) -> Genera
                     return
                 yield found[0]
         except BaseException:
-            # Left early, or interrupted. Nothing is waited for: the garbage collector may do this, in the loop's thread
-            # too.
+            # Left early, or interrupted. This must not wait: the garbage collector may do it in the loop's thread.
             background.start(values.aclose)
             raise
 
