@@ -1,8 +1,8 @@
 """Waits that survive restarts and outgrow one process: workers at a broker.
 
-An application stores a request with `submit_approval`; any number of workers process it, one poll a delivery, and keep
-nothing of it in memory; the outcome is read with `next_outcome`. The brokers are in `aiokeyless.worker.sqlite` and its
-siblings. If one process is enough, `aiokeyless.KeylessClient` is simpler.
+An application stores a request with `submit_approval`, and reads the outcome with `next_outcome`. In between, any
+number of workers process the request. They poll once for each delivery, and keep no wait in memory. The brokers are in
+`aiokeyless.worker.sqlite` and its siblings. If one process is enough, `aiokeyless.KeylessClient` is simpler.
 """
 
 from aiokeyless.errors import BrokerError, InvalidRequestError

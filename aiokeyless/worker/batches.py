@@ -1,4 +1,4 @@
-"""The calls of one turn of the event loop as one batch: what makes a transaction for each of them affordable."""
+"""Batches of the calls of one turn of the event loop, which can then share a transaction."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Result = TypeVar("Result")
 
 
 class Batches(Generic[Call, Result]):
-    """Gathers calls, and has them executed in batches, one batch at a time.
+    """Gathers calls, and executes them in batches, one batch at a time.
 
-    While a batch is executed, the calls of the next one come together. A caller that is cancelled takes nothing from
-    the others: its call is executed all the same, as it may have been before.
+    While a batch is executed, the next calls gather. If a caller is cancelled, its call is executed all the same, and
+    the other calls are not affected.
 
     Args:
-        execute: Executes calls, and returns the result of each, in their order. What it raises is raised to all callers
-            of the batch.
-        most: Calls of one batch, at most.
+        execute: Executes calls, and returns their results in the same order. If it raises, all callers of the batch get
+            the error.
+        most: Most calls in one batch.
     """
 
     def __init__(self, execute: Callable[[list[Call]], Awaitable[Sequence[Result]]], most: int) -> None:
@@ -36,7 +36,7 @@ class Batches(Generic[Call, Result]):
         future: asyncio.Future[Result] = loop.create_future()
         self._pending.append((call, future))
         if self._running is None:
-            # Past the loop's task factory: an eager one would run it before the other calls of this turn have come.
+            # Not by the loop's task factory: an eager one would run it before the other calls of this turn arrive.
             self._running = asyncio.Task(self._run(), loop=loop)
         return await future
 

@@ -1,8 +1,8 @@
-"""What workers, and the applications on both sides of them, need of a broker; nothing here knows any one broker.
+"""The interface of a broker, for workers and for the applications on both sides of them.
 
-A broker stores a request until it is decided, delivers it as often as it is put off, keeps one outcome of each request,
-and hands that to each reader until the reader has handled it. Each broker is a folder of this package, which says by
-itself which URLs and which connections it is for. `tests/worker/conformance` has the promises as tests.
+A broker stores a request until it is decided, and delivers it again each time it is put off. It keeps one outcome of
+each request, and delivers that to each reader until the reader has handled it. Each broker is a folder of this package,
+which names the URLs and the connections that it is for. `tests/worker/conformance` tests these promises.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
     from .messages import ApprovalEvent, ApprovalRequest
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
-#: Seconds for which an outcome that was not handled is put off: doubled each time, from the first to the last.
+#: Seconds for which an unhandled outcome is put off. The first pause doubles each time, up to the longest.
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 300.0
 
 
 class UnavailableError(Exception):
-    """The broker did not do what it was asked, as far as is known, and may do it later.
+    """The broker did not confirm that it did what it was asked, and may do it later.
 
-    It never leaves the worker's package: an application gets a `BrokerError`. A broker that will never do it, because
-    it is misconfigured or the worker may not use it, raises a `BrokerError` itself, and the worker ends.
+    It never leaves the worker's package: an application gets a `BrokerError`. If the broker will never do it, because
+    it is misconfigured or the worker may not use it, it raises a `BrokerError` itself, and the worker ends.
     """
 
 
 class RefusedError(UnavailableError):
-    """The broker answered that it does not do it: a disk is full, say, or a stream."""
+    """The broker refused, because a disk or a stream is full, for example."""
 
 
 class NewRequest(NamedTuple):
     """A request to store.
 
     Attributes:
-        request: The request, which was checked.
+        request: The request, already checked.
         body: The request as JSON: what `Message.body` will be.
-        digest: Of all its content but `created_at`: two requests with equal digests are the same request.
-        traceparent: Where in a trace it was submitted (W3C Trace Context), which travels beside the request; or None.
+        digest: Digest of all its content but `created_at`: two requests with equal digests are the same request.
+        traceparent: Its position in a trace (W3C Trace Context), which travels beside the request; or None.
     """
 
     request: ApprovalRequest
@@ -62,13 +62,13 @@ class NewRequest(NamedTuple):
 
 
 class OutcomeDelivery(ABC):
-    """An outcome that a reader has not handled, in the hands of one process of the reader.
+    """An outcome that a reader has not handled, delivered to one of the reader's processes.
 
     On an application's connection it is in a transaction, which `handled` commits and `put_off` rolls back.
 
     Attributes:
         data: The event, as JSON.
-        place: Where the broker keeps it, for the log.
+        place: The outcome's place at the broker, for the log.
     """
 
     __slots__ = ("data", "place")
@@ -89,7 +89,7 @@ class OutcomeDelivery(ABC):
         """Deliver it again later.
 
         Args:
-            delay: After so many seconds. Default: after 1 s, 2 s, ... and at most 5 minutes, longer each time.
+            delay: Seconds until then. Default: 1 s, 2 s, ... and at most 5 minutes, longer each time.
 
         Raises:
             UnavailableError: It is delivered again at some other time.
@@ -97,36 +97,36 @@ class OutcomeDelivery(ABC):
 
 
 class ApplicationSide(ABC):
-    """What applications do with a broker: they submit requests, and read outcomes.
+    """The applications' side of a broker: they submit requests, and read outcomes.
 
-    An application may have no more of a broker than this: a connection of its own, in whose transactions it submits.
+    An application may have only this side, on a connection of its own, and submit in its own transactions.
 
     Attributes:
-        largest_request: Bytes of one request, at most.
+        largest_request: Most bytes of one request.
     """
 
     largest_request: int
 
     @abstractmethod
     async def submit(self, new: NewRequest) -> bool:
-        """Store a request, unless the same is stored already. Repeats are the broker's own business.
+        """Store a request, unless the same is stored already. The broker itself retries.
 
         Returns:
             Whether the same request was stored already.
 
         Raises:
-            InvalidRequestError: A different request has this operation id. A broker that cannot tell stores it; the
-                worker then decides it as a conflict.
-            BrokerError: It was not stored, as far as is known; the same can be submitted again.
+            InvalidRequestError: A different request has this operation id. If the broker cannot tell, it stores the
+                request, and the worker decides it as a conflict.
+            BrokerError: The broker did not confirm that it stored the request, which can be submitted again.
         """
 
     @abstractmethod
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """Wait for an outcome that this reader has not handled.
 
-        A reader that is new to the broker gets all outcomes that are stored. One that is neither handled nor put off,
-        because its process was killed, is delivered again, after half a minute at the latest. Those that are due come
-        in an order in which one that kills its process holds up no other.
+        A new reader gets all stored outcomes. If an outcome is neither handled nor put off, because its process was
+        killed, the broker delivers it again, after half a minute at the latest. Due outcomes come in such an order that
+        one that kills its process does not hold up the others.
 
         Args:
             reader: Name of the reading application; its processes share the outcomes.
@@ -141,7 +141,7 @@ class Terms(NamedTuple):
     """What a broker allows.
 
     Attributes:
-        longest_wait: Seconds that a request may be waited for, final polls included.
+        longest_wait: Longest wait for a request, in seconds, final polls included.
         largest_request: Bytes of one request.
     """
 
@@ -150,7 +150,7 @@ class Terms(NamedTuple):
 
 
 class Message(msgspec.Struct, kw_only=True, eq=False):
-    """One delivery of a request to a worker. A broker may extend it by what it needs to know the request again.
+    """One delivery of a request to a worker. A broker may add fields by which it recognizes the request.
 
     Attributes:
         id: The request's number at the broker.
@@ -158,7 +158,7 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
         stored_at: When the broker stored it, by its clock.
         number: Number of this delivery, from 1.
         failures: Exchanges for this request that failed in a row, as far as the broker knows.
-        traceparent: As it was submitted; None where there is none.
+        traceparent: As it was submitted; None if there is none.
     """
 
     id: int
@@ -170,21 +170,21 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
 
 
 class Exchange(Enum):
-    """What became of the exchange with Keyless that a delivery was for."""
+    """How a delivery's exchange with Keyless ended."""
 
     ANSWERED = auto()
-    """Keyless answered well: the request has no failures any more."""
+    """Keyless answered well, which resets the request's failures."""
     FAILED = auto()
-    """It failed transiently: the request has one failure more."""
+    """It failed transiently, which adds one failure to the request."""
     NONE = auto()
-    """There was none: the delivery is handed back, and does not count."""
+    """There was none: the worker gives the delivery back, and it does not count."""
 
 
 class Claim(Enum):
-    """Whose an operation id is."""
+    """Which request an operation id belongs to."""
 
     NEW = auto()
-    """This request's, since just now."""
+    """This request's, by this claim."""
     HELD = auto()
     """This request's already, by an earlier delivery."""
     ANOTHERS = auto()
@@ -195,8 +195,8 @@ class Claimed(NamedTuple):
     """The answer to a claim on an operation id.
 
     Attributes:
-        claim: Whose the id is.
-        token: Stands for the claim as it is now; it changes when another delivery of the request claims the id.
+        claim: Which request the id belongs to.
+        token: Identifies the present claim; it changes when another delivery of the request claims the id.
     """
 
     claim: Claim
@@ -206,14 +206,15 @@ class Claimed(NamedTuple):
 class Broker(ApplicationSide):
     """A broker, for workers and for applications.
 
-    It is an async context manager. Its methods are called for one item each; a broker that is faster in batches gathers
-    the calls of one turn of the event loop itself, with ``batches.Batches`` for example. All that a worker calls raise
-    `UnavailableError` where the broker is away and may come back, and `BrokerError` where it is gone for good, or where
-    this worker may not use it.
+    It is an async context manager. Each call is for one item. A broker that is faster in batches gathers the calls of
+    one turn of the event loop itself, for example with ``batches.Batches``.
+
+    The methods for workers raise `UnavailableError` if the broker is away and may come back. They raise `BrokerError`
+    if it will not come back, or if this worker may not use it.
 
     Attributes:
         system: Kind of the broker, for listeners, by OpenTelemetry's conventions.
-        destination: Where its requests are, likewise.
+        destination: The place of its requests, by the same conventions.
     """
 
     system: str
@@ -221,7 +222,7 @@ class Broker(ApplicationSide):
 
     @property
     def keeps_delays(self) -> bool:
-        """Whether deliveries come when they are due; schedules learn nothing from those that do not."""
+        """Whether deliveries come when they are due. Schedules do not learn from late ones."""
         return True
 
     async def __aenter__(self) -> Self:
@@ -243,16 +244,16 @@ class Broker(ApplicationSide):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Disconnect, whatever became of the broker. Deliveries that were not settled come again. Idempotent."""
+        """Disconnect, even if the broker is away. Unsettled deliveries come again. Idempotent."""
 
     # -- for workers
 
     @abstractmethod
     async def prepare(self, *, lease: float, service: str) -> Terms:
-        """Make or check what workers need. Each worker calls it once, before all that follows.
+        """Make or check what workers need. Each worker calls it once, before the methods below.
 
         Args:
-            lease: Seconds after which a delivery that was not settled comes again.
+            lease: Seconds after which an unsettled delivery comes again.
             service: Base URL of the service that the worker asks. A broker may refuse workers of different services.
 
         Raises:
@@ -261,36 +262,36 @@ class Broker(ApplicationSide):
 
     @abstractmethod
     def now(self) -> datetime:
-        """Return the time by the broker's clock, as far as it is known: that by which requests are stored."""
+        """Return the time by the broker's clock, as last measured. The same clock stamps stored requests."""
 
     @abstractmethod
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
         """Take requests that are due; wait for some if there are none.
 
-        Several workers may ask at once, also of one broker object. A call that is cancelled loses nothing: what it had
-        taken comes again. Requests come in the order in which they are due.
+        Several workers may call it at once, even on one broker object. If a call is cancelled, the requests that it has
+        taken come again. Requests come in the order in which they are due.
 
         Args:
             up_to: How many at most; at least 1.
-            within: Seconds after which it returns at the latest, with nothing if need be.
-            probing: Whether Keyless fails. Then the order is: fewest failures; of these, those that were answered well
-                before those that were never tried; of these, those due first, but of those never tried the newest. So
-                bad requests do not hold good ones up.
+            within: Seconds after which it returns at the latest, even without a request.
+            probing: Whether Keyless fails. If so, the requests with the fewest failures come first. Among these, those
+                that were answered well come first, in the order in which they are due. Those never tried follow, the
+                newest first. So bad requests do not hold up good ones.
         """
 
     @abstractmethod
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
-        """Take requests that are due and whose time was over so many seconds ago, without waiting for any.
+        """Take due requests whose time was over so many seconds ago, without waiting for any.
 
-        A worker asks for them while Keyless is away: they can be decided without it. A broker that cannot tell them
-        from others may return others as well, which the worker puts off.
+        A worker calls it while Keyless is away, because it can decide these requests without Keyless. A broker that
+        cannot tell them from others may return others as well, which the worker puts off.
         """
 
     @abstractmethod
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        """Deliver a request again after so many seconds. A later delivery of it than this one is not changed.
+        """Deliver a request again after so many seconds, unless it has been delivered again already.
 
-        A broker may cut the delay to 200 s, so that a clock that was set back holds up nothing for longer.
+        A broker may cut the delay to 200 s. Then a clock that was set back delays no request for longer.
         """
 
     @abstractmethod
@@ -302,19 +303,19 @@ class Broker(ApplicationSide):
             event: The outcome.
 
         Returns:
-            Whether the outcome is stored by this call; False where the request had one already.
+            Whether this call stored the outcome; False if the request had one already.
 
         Raises:
             RefusedError: The broker does not store the outcome.
         """
 
-    # An operation of the right content does not say who asked for it: an earlier request may have, and its approval
-    # must not count a second time. So a request claims its operation id before it creates the operation, and only
-    # where nothing was there. Only a request that holds its id believes an approval.
+    # An operation does not say which request asked for it. An earlier request of the same content may have, and its
+    # approval must not count twice. So a request claims its operation id before it creates the operation, and only if
+    # there was none. An approval counts only for a request that holds its id.
 
     @abstractmethod
     async def claim(self, message: Message) -> Claimed:
-        """Claim a request's operation id for it, unless it is another's; when this returns, that is stored for good."""
+        """Claim an operation id for a request, unless another request holds it. The claim is durable on return."""
 
     @abstractmethod
     async def holds(self, message: Message) -> bool:
@@ -322,29 +323,30 @@ class Broker(ApplicationSide):
 
     @abstractmethod
     async def unclaim(self, message: Message, token: int) -> bool:
-        """Give an id back, unless another delivery of the request has claimed it as well in the meantime.
+        """Release an id, unless another delivery of the request has claimed it since.
 
         Args:
             message: A delivery of the request.
             token: What `claim` returned with it.
 
         Returns:
-            Whether nobody holds it any more.
+            Whether the id is free now.
         """
 
     @abstractmethod
     async def inspect(self) -> Inspection:
-        """Return how all workers together fare, by few and cheap requests."""
+        """Return the state of the whole fleet, by few and cheap calls to the broker."""
 
 
 def broker_for(target: object) -> ApplicationSide:
-    """Return the broker of a URL, or the application's side of one for a driver's connection; a broker as it is.
+    """Return the broker of a URL, the application's side for a driver's connection, or the given broker itself.
 
-    A folder of this package is a broker if its ``__init__`` has ``SCHEMES``, ``DRIVER`` (the top-level module of the
-    driver's types), ``from_url(url)`` and ``from_connection(connection)``. Importing it must not need the driver.
+    A folder of this package is a broker if its ``__init__`` has ``SCHEMES``, ``DRIVER``, ``from_url(url)`` and
+    ``from_connection(connection)``. ``DRIVER`` is the top-level module of the driver's types. Importing the folder must
+    not need the driver.
 
     Raises:
-        ConfigurationError: It is for no broker, or a broker's library is not installed.
+        ConfigurationError: No broker is for it, or a broker's library is not installed.
     """
     if isinstance(target, ApplicationSide):
         return target

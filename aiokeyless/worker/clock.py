@@ -1,4 +1,4 @@
-"""The broker's clock: requests are stored by it, so deadlines are kept by it, whatever a worker's machine shows."""
+"""The broker's clock. It stamps requests, so deadlines follow it and not the clock of a worker's machine."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class BrokerClock:
 
     @property
     def ahead(self) -> float:
-        """Seconds by which it is ahead of this machine's wall clock, as far as is known."""
+        """Seconds by which the broker's clock, as last measured, is ahead of this machine's wall clock."""
         return (self.now() - self._wall()).total_seconds()
 
     def compare(self, time: datetime, *, asked_at: datetime) -> None:
-        """Correct it by an answer that has just come.
+        """Correct the clock by an answer that has just arrived.
 
         Args:
             time: The broker's time in the answer.
-            asked_at: What `now` was before the broker was asked.
+            asked_at: What `now` returned before the request was sent.
         """
         margin = (self.now() - asked_at) / 2  # it answered at some time in between
-        if abs(error := time - (asked_at + margin)) > margin:  # else a slow answer is no reason to move deadlines
+        if abs(error := time - (asked_at + margin)) > margin:  # a slow answer alone moves no deadline
             self._origin += error
         self._log(self.ahead)
 

@@ -1,7 +1,7 @@
-"""What a delivery results in: an outcome to publish, or the delay after which the request is delivered again.
+"""The result of a delivery: an outcome to publish, or the delay after which the request is delivered again.
 
-Pure. What the result of a poll means is decided by `poll_outcome`, as for the poller; here it becomes an event or a
-delay. docs/rules.md says where the two engines differ.
+Pure. `poll_outcome` decides what the result of a poll means, for the poller too. This module turns it into an event or
+a delay. docs/rules.md lists the differences of the two engines.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from .broker import Message
 
-_LONGEST_DETAIL: Final = 500  # characters: a message may name a path, and that an id of 512
-_FIRST_POLL: Final = 2  # the delivery whose poll is the first: the one before it created the operation
+_LONGEST_DETAIL: Final = 500  # characters: a message may name a path that holds an id of 512
+_FIRST_POLL: Final = 2  # the delivery of the first poll: the one before it created the operation
 
 
 class Redeliver(NamedTuple):
@@ -41,7 +41,7 @@ class Redeliver(NamedTuple):
 
     Attributes:
         delay: After so many seconds.
-        exchange: What became of the exchange that this delivery was for.
+        exchange: How this delivery's exchange with Keyless ended.
     """
 
     delay: float
@@ -52,8 +52,8 @@ class Decided(NamedTuple):
     """The request is done.
 
     Attributes:
-        event: What is published.
-        polled_at: Start of the poll whose answer decided it, for what the schedule learns; None where none did.
+        event: The event to publish.
+        polled_at: Start of the poll that decided it, from which the schedule learns; None if no poll did.
     """
 
     event: ApprovalEvent
@@ -79,7 +79,7 @@ class Pacing(NamedTuple):
         schedule: When to poll after a pending answer.
         failures: Failures of the request in a row, this one included.
         paused_for: Seconds for which the answer asked the request to pause; 0 or less for none.
-        closed_for: Seconds until the circuit lets polls start; 0 or less where it does.
+        closed_for: Seconds until the circuit lets polls start; 0 or less if it does.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
@@ -90,12 +90,12 @@ class Pacing(NamedTuple):
     grace: float
 
     def after_failure(self, most: float = math.inf) -> float:
-        """Return the seconds to wait after a failure, at random; for the circuit, no more than `most`."""
+        """Return a random number of seconds to wait after a failure. `most` limits the wait for the circuit."""
         return max(error_delay(self.failures), self.paused_for, min(self.closed_for, most))
 
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
-    """Decide after the operation was created just now: nobody approves in no time, so there is no poll yet."""
+    """Decide after the operation was created. No user approves at once, so do not poll yet."""
     return Redeliver(_scheduled(delivery, now, pacing))
 
 
@@ -116,14 +116,14 @@ def after_poll(
         polled_at: When the poll started; at the deadline or later, it is the final one.
         now: The time.
         pacing: When to go on.
-        was_created: Whether this request may have created the operation, as far as the broker knows: then a 403 or a
-            404 says nothing about it, as gateways answer so for a moment.
+        was_created: Whether this request may have created the operation, as far as the broker knows. If so, a 403 or a
+            404 says nothing about it, because gateways give such answers for a moment.
 
     Returns:
-        The decision; `Next.CREATE` where there is no operation, and it is not too late for it.
+        The decision; `Next.CREATE` if there is no operation, and it is not too late for it.
     """
     ticket = delivery.ticket
-    # What an earlier delivery saw is not remembered; it may have ended before it created the operation.
+    # No delivery knows what an earlier one saw. That one may have ended before it created the operation.
     facts = PollFacts(
         ticket.operation_id, ticket, is_final=is_final(delivery, polled_at), may_be_missing=True, was_seen=was_created
     )
@@ -131,14 +131,14 @@ def after_poll(
     if rejection is not None:
         return _rejected(delivery, now, rejection)
     if was_created and isinstance(answer, PermissionDeniedError):
-        # It does not open the circuit, and many requests on the backoff alone would be hundreds of polls a second.
+        # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
         result = Result.UNANSWERED if facts.is_final else Result.PENDING
     if result is Result.PENDING:
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
     if result is Result.TRANSIENT:
         return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     left = left_of_grace(delivery, polled_at, pacing.grace)
-    # If the circuit stays open for longer than that, the application is told in time.
+    # If the circuit stays open for longer than that, the application still gets an outcome in time.
     delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
     if result is Result.UNANSWERED and delay is not None:
         return Redeliver(delay, Exchange.FAILED)
@@ -146,7 +146,7 @@ def after_poll(
 
 
 def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
-    """Return the seconds until a request is past its deadline and the grace; negative where it is."""
+    """Return the seconds until a request is past its deadline and the grace; negative if it is."""
     return (delivery.ticket.expires_at - at).total_seconds() + grace
 
 
@@ -157,7 +157,7 @@ def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result,
     if isinstance(answer, KeylessError) and result is Result.FAILED:
         reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
         return _failed(delivery, now, reason, str(answer))
-    # What the answer does not show, the claim may: whether the user was asked.
+    # If the answer does not show that the user was asked, the claim may.
     asked = isinstance(answer, Operation)
     return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT, asked=asked)
 
@@ -209,7 +209,7 @@ def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
 
 
 def after_refusal(delivery: Delivery, error: KeylessError, *, now: datetime) -> Decided:
-    """Decide about a request that can be read, and that workers do not accept."""
+    """Decide about a request that is readable, but not acceptable."""
     return _failed(delivery, now, FailureReason.INVALID_REQUEST, str(error))
 
 
@@ -240,10 +240,10 @@ def is_final(delivery: Delivery, polled_at: datetime) -> bool:
 
 
 def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float | None] | None:
-    """Return what a schedule learns from an outcome, as `wait_adaptive.observe` takes it; None where it learns nothing.
+    """Return what a schedule learns from an outcome, as `wait_adaptive.observe` takes it; None if it learns nothing.
 
-    The poll before the deciding one was perhaps another worker's, and its time is not remembered: it is taken from
-    the schedule.
+    Another worker may have sent the poll before the deciding one. Its time is not stored, so it is taken from the
+    schedule.
 
     Args:
         decided: The outcome.

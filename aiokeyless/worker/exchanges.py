@@ -1,6 +1,6 @@
-"""The exchanges with Keyless that a delivery is for: its operation is created, or polled once.
+"""The exchanges of a delivery with Keyless: it creates the operation, or polls it once.
 
-What an answer means is decided in `decisions`; how the exchanges went is recorded in `aiokeyless._rules.circuit`.
+`decisions` decides what an answer means; `aiokeyless._rules.circuit` records how the exchanges went.
 """
 
 from __future__ import annotations
@@ -57,17 +57,18 @@ if TYPE_CHECKING:
     from .messages import Delivery
     from .reporting import Reporter
 
-#: No operation has this id: that it is missing shows that the key is accepted.
+#: No operation has this id. If Keyless reports it missing, it has accepted the key.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"
 
-_LATE_REPEATS: Final = 2  # repetitions of a final poll that the broker is not asked to repeat any more
+#: Repetitions of a final poll that comes too late for the broker to repeat it.
+_LATE_REPEATS: Final = 2
 
 
 async def check_key(transport: Transport) -> None:
-    """Check that Keyless accepts the key; a Keyless that does not answer says nothing about it.
+    """Check that Keyless accepts the key. If Keyless does not answer, the check passes.
 
     Raises:
-        KeylessError: It does not, or the answer makes no sense.
+        KeylessError: Keyless refuses the key, or its answer makes no sense.
     """
     try:
         await transport.fetch(get_operation(_NO_OPERATION))
@@ -83,13 +84,13 @@ class Exchanges:
     """The exchanges of one worker.
 
     Args:
-        transport: What sends them, each once: the broker repeats what failed.
-        broker: Stores to which request an operation id belongs, and its time counts.
+        transport: Sends each exchange once; the broker repeats failed ones.
+        broker: Stores which request an operation id belongs to. Its clock counts.
         schedule: When to poll.
         circuit: Records how the exchanges went.
         rate: Records the polls, and those that were refused with 429.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
-        reporter: Is told of polls, and of the circuit.
+        reporter: Receives polls, and changes of the circuit.
     """
 
     def __init__(
@@ -116,20 +117,20 @@ class Exchanges:
         """Create the operation, or poll it.
 
         Raises:
-            KeylessError: Something is wrong with this worker, and not with the request.
+            KeylessError: The fault is this worker's, and not the request's.
         """
-        # Polled before it is created, too: a request holds an operation id only if nothing was there before, so that an
-        # approval under an id that it holds is an answer to this request, whatever fails afterwards.
+        # Poll before creating, too. A request holds an operation id only if there was no operation before. So an
+        # approval under an id that it holds answers this request, whatever fails afterwards.
         step = await self._poll_until_answered(delivery)
         if step is Next.CREATE:
             step = await self._create(delivery)
         if isinstance(step, Next):
-            # The create found the operation, but no poll has yet: soon one will, even if a replica lags behind.
+            # The create found the operation, but no poll has yet. One soon will, even if a replica lags behind.
             return Redeliver(error_delay(1))
         return step
 
     async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:
-        """Poll, and repeat a final poll that comes after the grace, as where no worker was running.
+        """Poll, and repeat a final poll that comes after the grace, such as after a time without workers.
 
         One error must not decide the outcome.
         """
@@ -142,7 +143,7 @@ class Exchanges:
         return step
 
     async def _create(self, delivery: Delivery) -> Decision | Next:
-        """Create the operation, which was missing just now; `Next.POLL` if this request may have created it before."""
+        """Create the operation, which was missing just now. Return `Next.POLL` if this request may have created it."""
         claim, token = await self._broker.claim(delivery.message)
         if claim is Claim.ANOTHERS:
             return after_conflict(delivery, now=self._clock())
@@ -161,7 +162,7 @@ class Exchanges:
                     resumes=False,
                 ).run()
         except AlreadyApprovedError:
-            # Nothing was there, and our create was in doubt: the user approved before it was found.
+            # There was no operation before, and our create was in doubt. The user approved before the check found it.
             self._record_success(started_at)
             return Next.POLL
         except ConflictError:
@@ -184,7 +185,7 @@ class Exchanges:
         return after_creation(delivery, self._clock(), self._pacing(delivery))
 
     async def _poll(self, delivery: Delivery) -> Decision | Next:
-        """Poll the operation; `Next.CREATE` where there is none and it is not too late to create it."""
+        """Poll the operation. Return `Next.CREATE` if there is none and it is not too late to create it."""
         polled_at = self._clock()
         answer = await self._get(delivery, polled_at)
         was_created = await self._was_created(delivery, answer, polled_at)
@@ -202,7 +203,7 @@ class Exchanges:
     async def _was_created(self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime) -> bool:
         """Return whether a refusal contradicts that this request may have created the operation.
 
-        A 404 before the deadline does not: the operation may not be there yet, and is created.
+        A 404 before the deadline does not: the operation may not exist yet, and the worker creates it.
         """
         contradicts = isinstance(answer, PermissionDeniedError) or (
             isinstance(answer, NotFoundError) and is_final(delivery, polled_at)
@@ -250,7 +251,7 @@ class Exchanges:
         self._reporter.exchange_ended(None)
 
     def _record_error(self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool) -> None:
-        """Record what a failure says about the service; raise it where it says something about this worker."""
+        """Record what a failure says about the service. If it says something about this worker, raise it."""
         if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError):
             raise error
         if not error.is_transient:
@@ -278,5 +279,5 @@ class Exchanges:
 
 
 def _needs_claim(delivery: Delivery, step: Decision | Next) -> bool:
-    """Return whether it matters whose the operation is: of an approval, and of what the first delivery finds."""
+    """Return whether the claim matters: for an approval, and for an operation that the first delivery finds."""
     return delivery.number == 1 or (isinstance(step, Decided) and step.event.outcome is Outcome.APPROVED)

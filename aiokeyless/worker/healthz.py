@@ -13,18 +13,18 @@ from aiokeyless.errors import BrokerError
 if TYPE_CHECKING:
     from .service import ApprovalWorker
 
-#: aiohttp logs a traceback for each request that is none, and anybody may send such.
+#: aiohttp logs a traceback for each malformed request, and any client can send one.
 _SILENT: Final = logging.Logger(__name__, logging.CRITICAL)  # noqa: LOG001  # of this server alone
 
 
 async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1") -> web.AppRunner:
-    """Serve what an orchestrator asks for, by GET.
+    """Serve an orchestrator's probes, by GET.
 
-    ``/livez`` answers 200 while the event loop of the process turns. ``/readyz`` answers 200 while the worker takes
+    ``/livez`` answers 200 while the event loop of the process runs. ``/readyz`` answers 200 while the worker takes
     requests, and else 503 with a line for each of its problems. ``/healthz`` has the status of ``/readyz``, and the
     worker's statistics as JSON.
 
-    Restart a worker by ``/livez`` alone: if the broker is away or full, another one would fare no better.
+    Restart a worker only if ``/livez`` fails. If the broker is away or full, a restart does not help.
 
     Args:
         worker: The worker.
@@ -32,7 +32,7 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
         host: Address to listen on. Default: this machine only.
 
     Returns:
-        What serves; the caller ends it with ``await runner.cleanup()``. Its ``addresses`` say where it listens.
+        The server's runner. The caller ends it with ``await runner.cleanup()``; its ``addresses`` say where it listens.
 
     Raises:
         BrokerError: The port cannot be bound.
@@ -67,6 +67,6 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
 
 
 def _once(response: web.Response) -> web.Response:
-    """End the connection with the answer."""
+    """Close the connection after the answer."""
     response.force_close()
     return response

@@ -1,6 +1,6 @@
 """What a worker's schedule has learned, kept in a file, so that a restart does not forget it.
 
-The file is one worker's own, and replaced as a whole or not at all.
+Each worker has its own file. It is replaced as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LearnedFile:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._path = Path(path).resolve()  # where it is a link, the link stays
+        self._path = Path(path).resolve()  # a symbolic link stays a link
         self._saved = ""
         try:
             with self._path.open("rb") as file:
@@ -65,7 +65,7 @@ class LearnedFile:
         try:
             yield
         finally:
-            ending.set()  # and no cancellation: the thread of a save that is under way would overwrite the last one
+            ending.set()  # not cancelled: the thread of a save in progress would overwrite the last one
             await asyncio.wait([saving])
 
     async def _save_until(self, ending: asyncio.Event) -> None:
@@ -98,7 +98,7 @@ def _unusable(message: str) -> ConfigurationError:
 
 
 def _reason(error: ConfigurationError) -> str:
-    """Return what is wrong with a state, without the advice for who passed it."""
+    """Return what is wrong with a state, without the advice for its caller."""
     return str(error).partition(";")[0]
 
 

@@ -20,17 +20,17 @@ _QUIET: Final = 60.0  # seconds
 
 
 def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, exc_info: bool = False) -> None:
-    """Log an event and its facts; no secret and no payload is among them."""
+    """Log an event and its facts, which must hold no secret and no payload."""
     if _logger.isEnabledFor(level):
         facts = facts or {}
         _logger.log(level, "%s", _Line(event, facts), extra={"event": event, "facts": facts}, exc_info=exc_info)
 
 
 class RateLimitedLog:
-    """An event that others can cause as often as they like: logged at once, and then once a minute with its count.
+    """An event that others can cause at will. It is logged at once, and then once a minute with its count.
 
     Args:
-        level: Of the lines.
+        level: Level of the lines.
         event: The event.
     """
 
@@ -50,14 +50,14 @@ class RateLimitedLog:
 
 
 class _Line:
-    """Formatted only when a handler emits it."""
+    """A line that is formatted only when a handler emits it."""
 
     def __init__(self, event: str, facts: Mapping[str, object]) -> None:
         self._event = event
         self._facts = facts
 
     def __str__(self) -> str:
-        # Texts as JSON: a line stays one line, whatever is in a name.
+        # Text is written as JSON, so that each record stays one line.
         return " ".join(
             [self._event, *(f"{name}={json.dumps(fact, default=str)}" for name, fact in self._facts.items())]
         )

@@ -1,7 +1,7 @@
 """The messages at a broker: the request for an approval, and the event that answers it.
 
-Pure. A request is read as strictly as a form that moves money: an unknown field may be a payload whose name was
-misspelt, so it is refused. What an application passes along as context comes back byte for byte.
+Pure. An unknown field in a request may be a payload with a misspelt name, so such a request is refused. The event
+returns the application's context byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 VERSION: Final = 1
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit where its request did
-MAX_DEPTH: Final = 64  # lists and objects in each other: a decoder that recurses must bear it wherever it is called
+#: Levels of nested lists and objects. A recursive decoder must cope with them wherever it is called.
+MAX_DEPTH: Final = 64
 _LONGEST: Final = 1e9  # seconds: more than any broker allows
 _JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _JSON_BRACKET: Final = re.compile(rb"[\[\]{}]")
@@ -47,20 +48,21 @@ class FailureReason(StrEnum):
 
     INVALID_REQUEST = "invalid_request"
     """No JSON, an unknown field or version, an id that cannot be sent, a wait that is longer than the broker allows.
-    Nobody was asked."""
+    The user was not asked."""
     CONFLICT = "conflict"
     """The operation id belongs to another request, or to an operation that no request of this fleet created."""
     ALREADY_APPROVED = "already_approved"
     """An operation of the same content was approved under this id before this request asked. That approval belongs to
-    an earlier request; nobody was asked, and nobody approved this one."""
+    an earlier request. The user was not asked for this one, and did not approve it."""
     MISMATCH = "mismatch"
-    """An answer was about something else than what was asked for; treat it as refused, and investigate."""
+    """An answer was about something other than the request; treat it as refused, and investigate."""
     INCONSISTENT = "inconsistent"
     """An answer contradicted itself or had an unknown state; treat it as refused, and investigate."""
     REJECTED = "rejected"
-    """The service refused for good to create the operation (an unknown user, a malformed request). Nobody was asked."""
+    """The service permanently refused to create the operation (an unknown user, a malformed request). The user was not
+    asked."""
     POLL_REFUSED = "poll_refused"
-    """The service refused the poll for good. The outcome is unknown; check it with ``get_operation``."""
+    """The service permanently refused the poll. The outcome is unknown; check it with ``get_operation``."""
     UNREADABLE = "unreadable"
     """The service answered with JSON of another shape than documented. The outcome is unknown."""
     INTERNAL = "internal"
@@ -73,13 +75,14 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     Attributes:
         version: Version of this form, 1.
         user_id: The user, in hex of either case.
-        operation_id: The operation's id, unique in the tenant. One id is one approval, for good: ask again
-            with another.
+        operation_id: The operation's id, unique in the tenant. An id is for one approval only: to ask again, use a new
+            one.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.
-        created_at: When the application asked, with a zone. Default, and at the latest: when the broker stored it.
-        context: Any JSON of yours, up to 64 KiB, which the event hands back untouched. Default: null.
+        created_at: When the application asked, with a zone. Default: when the broker stored the request. A later time
+            counts as that.
+        context: Any JSON of yours, up to 64 KiB, which the event returns unchanged. Default: null.
     """
 
     version: int
@@ -101,24 +104,24 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     Attributes:
         version: Version of this form, 1.
         outcome: See `Outcome`.
-        operation_id: The operation; None only where the request was too broken to have one.
-        user_id: The user, in upper-case hex, or None likewise.
+        operation_id: The operation's id. None only if the request was too broken to have one.
+        user_id: The user, in upper-case hex. None in the same case.
         external_user_id: Your own id of the user, or None.
-        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of nothing where the request had none. Compare it, and
-            `user_id`, with what you asked: an operation id alone does not say what was approved. None as above.
-        auth_type: Approved: how the user approved, see `aiokeyless.AuthType`; or None.
-        answered: Expired: whether the final poll was answered: still pending, or never there. False: the outcome is
-            unknown; check it with ``get_operation`` before you repeat anything.
-        asked: Expired: whether the user was asked, or may have been. False: nobody was, so nobody was there to approve.
-            None where a worker of an earlier version decided.
-        reason: Failed: see `FailureReason`.
-        detail: Failed: what happened, in words.
-        requested_at: From when on `expires_in` counted.
-        decided_at: When the outcome was known, by the broker's clock, as far as the worker knows it.
+        payload_sha256: SHA-256 of the payload's UTF-8, in hex; of an empty text if the request had none. Compare it and
+            `user_id` with your request, because an operation id alone does not say what the user approved. None in the
+            same case.
+        auth_type: If approved, how the user approved, or None; see `aiokeyless.AuthType`.
+        answered: If expired, whether the final poll was answered: the operation was pending, or did not exist. If
+            False, the outcome is unknown; check it with ``get_operation`` before you repeat anything.
+        asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve. None
+            if a worker of an earlier version decided.
+        reason: If failed, why; see `FailureReason`.
+        detail: If failed, what happened, in words.
+        requested_at: When `expires_in` began to count.
+        decided_at: When the outcome was known, by the broker's clock as the worker last measured it.
         deliveries: How often the broker delivered the request: about the number of polls.
-        context: What the request carried along, as JSON.
-        traceparent: Where in a trace the request was submitted (W3C Trace Context); or
-            None.
+        context: The request's context, as JSON.
+        traceparent: The position in a trace at which the request was submitted (W3C Trace Context); or None.
     """
 
     version: int
@@ -154,13 +157,13 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One delivery of a request: what is asked for, and what the broker tells about it.
+    """One delivery of a request: what the request asks for, and the broker's message.
 
     Attributes:
         message: What the broker delivered.
-        ticket: The operation, its user, its payload's hash, from when and until when it is waited for.
+        ticket: The operation, its user, its payload's hash, and when its wait began and ends.
         payload: What the user is asked to approve.
-        context: What to hand back.
+        context: What the event returns to the application.
     """
 
     message: Message
@@ -185,7 +188,7 @@ def read_request(message: Message, terms: Terms) -> Delivery:
         terms: What the broker allows.
 
     Raises:
-        InvalidRequestError: It is not a request; a `TooLongError` where only `expires_in` is wrong.
+        InvalidRequestError: It is not a request. If only `expires_in` is wrong, a `TooLongError`.
     """
     data, longest = message.body, terms.longest_wait
     if len(data) > terms.largest_request:
@@ -235,12 +238,12 @@ def _decode(data: bytes) -> ApprovalRequest:
 
 
 def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
-    """Return when waiting ends, and since when it counts."""
+    """Return when waiting ends, and when it began."""
     created_at = stored_at
     if request.created_at is not None:
         if request.created_at.utcoffset() is None:
             raise InvalidRequestError("created_at has no zone")
-        # A request is not made after it was stored: a clock that is ahead must not prolong a wait.
+        # No request is made after it was stored. A clock that is ahead must not prolong a wait.
         created_at = min(request.created_at, stored_at)
     expires_in = seconds(request.expires_in, "expires_in")
     try:
@@ -268,10 +271,10 @@ def deadline(message: Message) -> datetime | None:
 
 
 def read_event(data: bytes) -> ApprovalEvent:
-    """Read a message of a worker's.
+    """Read a worker's message.
 
     Raises:
-        msgspec.DecodeError: It is no event of a known form: `NewerEventError` where it is of a later version.
+        msgspec.DecodeError: It is not an event of a known form. If it is of a later version, a `NewerEventError`.
     """
     try:
         data.decode()  # a context, which is not decoded, could hold bytes that are not text
@@ -308,9 +311,9 @@ class NewerEventError(msgspec.DecodeError):
 
 
 class TooLongError(InvalidRequestError):
-    """A request is to be waited for longer than the broker remembers it. All else about it is in order.
+    """A request asks for a longer wait than the broker remembers it for. All else about it is valid.
 
-    Workers with another grace may think otherwise, so its outcome is as that of any other request: under its name, and
+    Workers with another grace may accept it. So its outcome is stored like any other: under the request's name, and
     with its ids.
 
     Attributes:
@@ -333,7 +336,7 @@ def read_context(data: bytes) -> msgspec.Raw:
 
 
 def refused_context(context: msgspec.Raw) -> str | None:
-    """Return why a context, valid JSON, is not handed on; None where it is."""
+    """Return why a context, which is valid JSON, is refused; None if it is accepted."""
     if len(context) > MAX_CONTEXT:
         return f"context is {len(context)} bytes of JSON; at most {MAX_CONTEXT} are handed on"
     depth = 0
@@ -345,7 +348,7 @@ def refused_context(context: msgspec.Raw) -> str | None:
 
 
 def request_name(request: ApprovalRequest) -> str:
-    """Return the name of a request: a digest of all that is in it, but of when it was made."""
+    """Return the name of a request: a digest of all its content except `created_at`."""
     # An absent text and an empty one are the same.
     payload, external_user_id = request.operation_payload or "", request.external_user_id or ""
     content = (request.operation_id, request.user_id.upper(), payload, external_user_id, float(request.expires_in))

@@ -1,4 +1,4 @@
-"""What a worker tells of itself and its fleet: statistics, problems, events for listeners, and lines of the log."""
+"""A worker's reports on itself and its fleet: statistics, problems, events for listeners, and log lines."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ if TYPE_CHECKING:
     from .messages import ApprovalEvent
 
 _EVERY: Final = 5.0  # seconds between two inspections
-_STALLED_FOR: Final = 30.0  # seconds for which requests may wait while this worker is delivered nothing
-#: Seconds for which a refusal counts: longer than the broker takes to deliver again what was refused (its lease).
+#: Seconds for which requests may wait while this worker receives none.
+_STALLED_FOR: Final = 30.0
+#: Seconds for which a refusal counts: longer than the lease, after which the broker repeats the delivery.
 _REFUSED_FOR: Final = 60.0
 _COUNTS: Final = ("deliveries", "polls", "created", *Outcome, "duplicates", "transient_failures", "unsettled")
 #: Numbers of the workers of this process.
 _WORKERS: Final = itertools.count(1)
-#: Failures of which the poller says that the answer was rejected.
+#: Failures that the poller reports as a rejected answer.
 _REJECTED: Final = frozenset({FailureReason.MISMATCH, FailureReason.INCONSISTENT})
 
 
 class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is doing, and its counts since it was made.
+    """A worker's state, and its counts since it was made.
 
     Attributes:
         in_flight: Deliveries in flight.
         deliveries: Deliveries taken.
         polls: Polls sent.
         created: Operations created.
-        approved: Outcomes of this kind stored; those that the broker had already are not counted.
-        expired: Likewise.
-        failed: Likewise.
+        approved: Outcomes of this kind that this worker stored, without those that the broker had already.
+        expired: As above.
+        failed: As above.
         duplicates: Outcomes that the broker had already, from a delivery that was not settled in time.
         transient_failures: Exchanges with Keyless that failed transiently.
-        unsettled: Deliveries of which the broker took no word: it delivers these requests again.
-        fleet: What the broker told at the last inspection; there is one every 5 s.
-        lateness: Seconds that requests waited for their first delivery, to this worker: the most between the last two
-            inspections.
-        circuit: How Keyless fares, as far as this worker can tell: ``closed`` (well), ``half_open`` (ramping up) or
-            ``open`` (probes only, or none until its ``Retry-After``).
-        is_ready: Whether it takes requests: there are no problems.
-        problems: Why it is not ready, in one line each: it is about to end, the broker is away or refuses outcomes, the
-            key is refused, requests are not delivered, the circuit is open and new requests wait.
+        unsettled: Deliveries whose result the broker did not take; it delivers these requests again.
+        fleet: The broker's answers at the last inspection; there is one every 5 s.
+        lateness: The longest wait for a first delivery to this worker, in seconds, between the last two inspections.
+        circuit: This worker's view of Keyless: ``closed`` (works), ``half_open`` (ramping up) or ``open`` (probes only,
+            or none until its ``Retry-After``).
+        is_ready: Whether the worker takes requests, which is so if there are no problems.
+        problems: Why the worker is not ready, in one line each. It is about to end, the broker is away or refuses
+            outcomes, Keyless refuses the key, requests are not delivered, or the circuit is open and new requests wait.
         is_draining: Whether the worker is about to end.
     """
 
@@ -96,14 +96,14 @@ class Reporter:
 
     Args:
         broker: The broker.
-        circuit: How Keyless fares.
+        circuit: The circuit of this worker.
         deliveries: Those in flight.
-        listeners: Whom to tell of events; None for nobody.
-        lost: Called if the broker is gone for good.
+        listeners: Receive the events; None if there are none.
+        lost: Called if the broker will not come back.
 
     Attributes:
         is_draining: Whether the worker is about to end.
-        key_refusal: Why Keyless does not accept the key, as it seems; None if it does.
+        key_refusal: Why Keyless seems to refuse the key; None if it accepts it.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class Reporter:
         self._transitions = Transitions(self._now())
         self._counts: dict[str, int] = dict.fromkeys(_COUNTS, 0)
         self._fleet = Inspection()
-        self._silence: str | None = None  # why the broker did not answer last
+        self._silence: str | None = None  # why the broker does not answer; None if it does
         self._refusal: str | None = None  # why the broker did not store the last event or claim
         self._refused_until = -math.inf
-        self._delivered = 0  # since the last inspection
-        self._stalled_since: float | None = None  # requests have waited since, and none was delivered to this worker
+        self._delivered = 0  # deliveries since the last inspection
+        self._stalled_since: float | None = None  # since when requests wait and this worker receives none
         self._longest_wait = 0.0  # for a first delivery, since the last inspection
-        self._lateness = 0.0  # likewise, between the last two
+        self._lateness = 0.0  # the same, between the last two inspections
         self.is_draining: bool = False
         self.key_refusal: KeylessError | None = None
 
@@ -216,7 +216,7 @@ class Reporter:
             )
 
     def closed(self) -> None:
-        """Report the end: to listeners, who may count workers, and circuits that are not closed."""
+        """Report the end to listeners, which may count workers and circuits that are not closed."""
         self._tell_inspected(has_ended=True)
         if self._transitions.state is not CircuitState.CLOSED:
             self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
@@ -224,7 +224,7 @@ class Reporter:
     # -- exchanges
 
     def count(self, what: str) -> None:
-        """Count one more of what `WorkerStatistics` has under this name."""
+        """Increment the count that `WorkerStatistics` has under this name."""
         self._counts[what] += 1
 
     def poll_ended(
@@ -288,7 +288,7 @@ class Reporter:
             log(logging.WARNING, "delivery.unsettled", {"error": str(failure)})
             if isinstance(failure, RefusedError):
                 self._refusal, self._refused_until = str(failure), self._now() + _REFUSED_FOR
-            failure = BrokerError(str(failure))  # that one is internal
+            failure = BrokerError(str(failure))  # `UnavailableError` is internal
         if self._listeners is not None:
             self._listeners.tell(
                 DeliveryEnded(

@@ -1,7 +1,7 @@
 """JSON Schemas of the messages on the broker, for applications in other languages.
 
-msgspec makes them of the structs that workers and readers decode. Two things are added that a struct does not say: the
-limits that are checked after decoding, and the descriptions in the docstrings. A worker checks more than a schema can.
+msgspec derives them from the structs that workers and readers decode. This module adds the limits that are checked
+after decoding, and the descriptions in the docstrings. A worker checks more than a schema can.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .messages import VERSION, ApprovalEvent, ApprovalRequest
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _ATTRIBUTE: Final = re.compile(r"^    (\w+): (.*(?:\n      +.*)*)", re.MULTILINE)
-_TIME: Final[dict[str, object]] = {"format": "date-time"}  # msgspec says so of times that must have a zone, alone
+_TIME: Final[dict[str, object]] = {"format": "date-time"}  # msgspec adds it only to times that must have a zone
 _LIMITS: Final[dict[str, dict[str, object]]] = {
     "version": {"const": VERSION},
     "user_id": {"pattern": f"^[0-9A-Fa-f]{{1,{MAX_IDENTIFIER}}}$"},
@@ -39,7 +39,7 @@ def message_schema(message: type[ApprovalRequest | ApprovalEvent]) -> dict[str, 
     described = dict(_ATTRIBUTE.findall((inspect.getdoc(message) or "").replace("``", "`")))
     fields: list[Any] = []
     for field in msgspec.structs.fields(message):
-        # A context is kept as the bytes that came; as JSON it is any value.
+        # A context is kept as the received bytes; in JSON it is any value.
         kind, default = (Any, None) if field.type is msgspec.Raw else (field.type, field.default)
         extra = {"description": " ".join(described.get(field.name, "").split()), **_LIMITS.get(field.name, {})}
         annotated = Annotated[kind, msgspec.Meta(extra_json_schema=extra)]  # type: ignore[valid-type]  # a run time type

@@ -1,6 +1,6 @@
-"""The worker's face: its arguments, its life from the start to the last delivery, how it is stopped.
+"""The public class of a worker: its arguments, its life from the start to the last delivery, and how to stop it.
 
-What it does while it is connected is in `serving`.
+Its work while it is connected is in `serving`.
 """
 
 from __future__ import annotations
@@ -35,32 +35,31 @@ if TYPE_CHECKING:
     from .broker import Terms
 
 _SETTLED_WITHIN: Final = 5.0  # seconds
-_MARGIN: Final = 5.0  # seconds between the longest that a delivery takes and its redelivery
+_MARGIN: Final = 5.0  # seconds between the end of the longest delivery and its repetition
 _EXCHANGES: Final = 3  # of one delivery at most: a create, the check whether it took effect, a poll
 
 
 class ApprovalWorker:
     """Waits for approvals that a broker stores; any number of workers on any number of machines share the work.
 
-    Each delivery of a request is one poll of its operation. While that is pending, the request goes back to the broker
-    with the delay that the schedule asks for, and is delivered to any worker that is free then. Once it is decided, the
-    broker stores the outcome and removes the request.
+    Each delivery of a request is one poll of its operation. While the operation is pending, the worker puts the
+    request off for as long as the schedule says. Then the broker delivers it to any free worker. Once it is decided,
+    the broker stores the outcome and removes the request.
 
-    It is an async context manager: the worker is ready at the start of the body, and is shut down after it. Where it
-    fails, the body is cancelled, and what `run` would raise is raised.
+    The worker is an async context manager. It is ready at the start of the body, and shuts down after it. If the worker
+    fails, the body is cancelled, and the error that `run` would raise is raised.
 
     Args:
-        client: Any client. Each call is sent once, whatever its ``max_attempts``: the broker repeats what failed. The
-            caller closes it, after the worker.
-        broker: A broker that is open, or a URL such as ``sqlite:keyless.db``. The worker opens and closes what it was
-            given as a URL.
+        client: Any client. The worker sends each call once, whatever ``max_attempts`` is, because the broker repeats
+            failed ones. The caller closes the client, after the worker.
+        broker: An open broker, or a URL such as ``sqlite:keyless.db``. The worker opens and closes the broker of a URL.
         max_in_flight: Deliveries in flight at once. Default: 64.
-        max_polls_per_second: Polls of this worker in a second; None for as many as fit. What is due beyond that stays
-            at the broker, for this worker or another. A 429 halves it, as for a client. Default: 1000.
+        max_polls_per_second: Polls of this worker in a second; None for as many as fit. Further due polls stay at
+            the broker, for this worker or another. A 429 halves the rate, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
-        learned: A file that keeps what that default schedule learns, of this worker alone. It is made if it is missing,
-            read at the start, and saved every minute and at the end. An application that passes a `schedule` keeps that
-            one's `to_json` itself. Default: none; then a restart forgets it.
+        learned: A file that keeps what that default schedule learns, for this worker alone. The worker makes it if it
+            is missing, reads it at the start, and saves it every minute and at the end. If you pass a `schedule`, save
+            its `to_json` yourself. Default: none; then a restart forgets it.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Give all
             workers of a broker the same. Default: 30.
 
@@ -98,15 +97,15 @@ class ApprovalWorker:
         self._schedule = check_schedule(schedule) or (
             wait_adaptive() if self._keeper is None else self._keeper.schedule
         )
-        next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a strategy that fails is found out here
+        next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a broken strategy fails here
         found = broker_for(broker)
         if not isinstance(found, Broker):
             raise ConfigurationError("broker must be a broker or a URL, not a driver's connection", argument="broker")
         self._broker: Broker = found
         self._is_owner = isinstance(broker, str)
         self._serving: Serving | None = None  # None until it is connected
-        self._running: asyncio.Task[None] | None = None  # the run, where the worker is a context manager
-        self._body: asyncio.Timeout  # of its body then, which never times out but for a run that fails
+        self._running: asyncio.Task[None] | None = None  # the run, if the worker is a context manager
+        self._body: asyncio.Timeout  # of the context manager's body: it expires only if the run fails
         self._stopping = False
         self._fatal: KeylessError | None = None
         self._has_run = False
@@ -127,7 +126,7 @@ class ApprovalWorker:
             self._serving.stop()
 
     async def shutdown(self) -> None:
-        """`stop`, and wait until the worker has ended; harmless when it has ended already, or never ran."""
+        """Call `stop`, and wait until the worker has ended. Harmless if it has ended already, or never ran."""
         self.stop()
         if self._has_run:
             await self._ended.wait()
@@ -156,7 +155,7 @@ class ApprovalWorker:
         with suppress(TimeoutError):
             await self._body.__aexit__(kind, error, traceback)
             if self._body.expired() and kind is asyncio.CancelledError:
-                return  # as after any timeout, a cancellation by anybody else stays a cancellation
+                return  # as after any timeout, another's cancellation stays a cancellation
         await self._running
 
     def _cancel_body(self, running: asyncio.Task[None]) -> None:
@@ -164,7 +163,7 @@ class ApprovalWorker:
             self._body.reschedule(0.0)
 
     async def prepare(self) -> None:
-        """Make, or migrate, what workers need at the broker, and do no work; as a user who may do more than a worker.
+        """Make or migrate what workers need at the broker, and end; for a login with more rights than a worker's.
 
         Raises:
             ConfigurationError: It has run already.
@@ -177,14 +176,14 @@ class ApprovalWorker:
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.
 
-        That takes one exchange with Keyless, and at most three of them, where the answer to a create was lost.
+        That takes one exchange with Keyless, or at most three if the answer to a create was lost.
 
         Raises:
             ConfigurationError: It has run already, or what it learns cannot be saved.
             BrokerError: The broker cannot be reached at the start, does not permit what a worker does, or is not
-                as it should be. A broker that is away later is waited for.
+                as it should be. If the broker is away later, the worker waits for it.
             AuthenticationError: Keyless does not accept the key. Requests stay at the broker, for another worker.
-            KeylessError: At the start, Keyless answers nothing that makes sense.
+            KeylessError: At the start, Keyless's answer makes no sense.
         """
         self._claim()
         await self._run()
@@ -212,14 +211,14 @@ class ApprovalWorker:
             self._fatal = self._fatal or error
         finally:
             if self._is_owner:
-                # Shielded, since a scope of anyio cancels each await: half a disconnection would leave tasks behind.
+                # Shielded: anyio's scopes cancel each await, and half a disconnection would leave tasks behind.
                 await asyncio.shield(self._broker.aclose())
         if self._fatal is not None:
             raise self._fatal
 
     async def _serve(self, transport: Transport) -> None:
         terms = await self._broker.prepare(lease=self._limits.lease, service=self._client.base_url)
-        # What a broker remembers of a request matters until the last repetition of its final poll.
+        # The broker must remember a request until the last repetition of its final poll.
         longest_wait = terms.longest_wait - self._limits.grace
         if longest_wait <= 0:
             raise BrokerError(
@@ -245,7 +244,7 @@ class ApprovalWorker:
         await self._serving.serve()
 
     def _fail(self, error: KeylessError) -> None:
-        """End because of something that is wrong with this worker, or with its broker, and with no request."""
+        """End because of an error that is this worker's or its broker's, and not a request's."""
         if self._fatal is None:
             self._fatal = error
             log(logging.ERROR, "worker.unfit", {"error": str(error)})

@@ -1,7 +1,7 @@
 """The serving phase of a worker: it takes deliveries, processes each, and puts it off or decides it.
 
-It keeps nothing of a wait. The exchanges with Keyless are in `exchanges`, how many there may be at once is decided by
-`aiokeyless._rules.circuit`, and the life of the worker belongs to `service`.
+It keeps no wait in memory. `exchanges` talks to Keyless, `aiokeyless._rules.circuit` limits the exchanges at once, and
+`service` owns the life of the worker.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ if TYPE_CHECKING:
     from .decisions import Decided, Decision
     from .messages import ApprovalEvent
 
-#: Seconds before each check of a key that was refused; when all of them were refused, the worker ends.
+#: Seconds before each check of a refused key. If all checks are refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
-#: What keeps a worker that has not started from being ready.
+#: The problem of a worker that has not started.
 STARTING: Final = "the worker has not started yet"
-#: Seconds by which a timer may fire too early, at most: after less than that, it would be too early once more. A clock
-#: that stands still meanwhile, as in tests, would never get past that.
+#: Most seconds by which a timer may fire too early. A shorter pause could end too early again. If the clock does not
+#: move in between, as in tests, that would never end.
 _EARLY: Final = 0.001
-_LOST: Final = 0.1  # seconds after which a cancellation was lost
+_LOST: Final = 0.1  # seconds after which a cancellation counts as lost
 #: Seconds for which one call waits for deliveries.
 TAKES_FOR: Final = 1.0
-_HANDED_BACK_FOR: Final = 1.5  # seconds at most, and longer than a take lasts: another worker can take it meanwhile
+#: Most seconds for which a delivery is given back. Longer than a take lasts, so that another worker can take it.
+_HANDED_BACK_FOR: Final = 1.5
 
 
 class Limits(NamedTuple):
@@ -65,8 +66,8 @@ class Limits(NamedTuple):
     Attributes:
         max_in_flight: Deliveries in flight at once.
         max_polls_per_second: Polls of this worker in a second; None for as many as fit.
-        longest_delivery: Seconds that one takes at most.
-        lease: Seconds after which the broker delivers again what was not settled.
+        longest_delivery: Most seconds that one delivery takes.
+        lease: Seconds after which the broker repeats an unsettled delivery.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
@@ -82,12 +83,12 @@ class Serving:
 
     Args:
         broker: The broker.
-        transport: What sends the exchanges, each once.
+        transport: Sends each exchange once.
         schedule: When to poll.
         limits: What bounds the deliveries.
         terms: What the broker allows.
-        on_fatal: Called with what is wrong with this worker, and with no request.
-        listeners: Whom to tell of events; None for nobody.
+        on_fatal: Called with an error that is this worker's, and not a request's.
+        listeners: Receive the events; None if there are none.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Serving:
         self._circuit = Circuit(limits.max_in_flight, longest_poll=limits.longest_delivery)
         self._rate = PollRate(limits.max_polls_per_second)
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
-        # A request belongs to the trace of who submitted it, and its polls have no spans.
+        # A request belongs to the trace of its submitter, and its polls have no spans.
         self._context = context_without_traces()
         self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, lost=on_fatal)
         self._exchanges = Exchanges(
@@ -146,7 +147,7 @@ class Serving:
         """Process deliveries until `stop` is called, and then until those in flight are done.
 
         Raises:
-            BrokerError: The broker is gone for good, or is not as it was.
+            BrokerError: The broker will not come back, or has other settings now.
         """
         try:
             self._watching = self._loop.create_task(self._reporter.watch())
@@ -173,7 +174,7 @@ class Serving:
                 is_probing = self._circuit.state is not CircuitState.CLOSED
                 await self._receive(self._broker.take(room, TAKES_FOR, probing=is_probing))
             else:
-                # Applications are told in time of requests whose time is over: these need no exchange.
+                # Requests past their deadline need no exchange, so applications get these outcomes in time.
                 free = self._limits.max_in_flight - len(self._deliveries)
                 if self._is_away(now) and self._key_check is None and free > 0:
                     await self._receive(self._broker.take_overdue(free, self._limits.grace))
@@ -199,18 +200,18 @@ class Serving:
             self._take(message)
 
     def _is_away(self, now: float) -> bool:
-        """Return whether the service is down, or asked for a longer pause than final polls are repeated for."""
+        """Return whether the service is down, or asked for a pause that is longer than the grace."""
         return self._circuit.is_probed or self._circuit.retry_at() - now > self._limits.grace
 
     def _room(self, now: float) -> int:
-        """Return how many more deliveries may be in flight; negative where there are too many."""
+        """Return how many more deliveries may be in flight; negative if there are too many."""
         if self._key_check is not None:
             return -len(self._deliveries)
         return min(self._circuit.room(now) - self._counted(), self._limits.max_in_flight - len(self._deliveries))
 
     def _counted(self) -> int:
         """Return the deliveries in flight that take room."""
-        if self._circuit.is_closed:  # all of them: asked for at each delivery, so it must not walk through the others
+        if self._circuit.is_closed:  # all of them, without a loop: each delivery calls this
             return len(self._deliveries)
         return sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
 
@@ -225,7 +226,7 @@ class Serving:
                 await self._changed.wait()
 
     async def _drain(self) -> None:
-        """Finish what is in flight."""
+        """Finish the deliveries in flight."""
         log(logging.INFO, "worker.draining", {"in_flight": len(self._deliveries)})
         if self._deliveries:
             await asyncio.wait(self._deliveries, timeout=self._limits.longest_delivery)
@@ -234,20 +235,20 @@ class Serving:
         log(logging.INFO, "worker.done", facts)
 
     async def _abandon(self) -> None:
-        """Leave what is still in flight: the broker delivers it again."""
+        """Cancel the deliveries still in flight; the broker repeats them."""
         if self._key_check is not None:
             self._key_check.cancel()
         background = {self._watching} if self._watching is not None else set()
         while tasks := {*self._deliveries, *(task for task in background if not task.done())}:
             for task in tasks:
                 task.cancel()
-            # What waits by asyncio.wait_for, which on Python 3.11 can lose a cancellation: so it is repeated.
+            # On Python 3.11, asyncio.wait_for can lose a cancellation, so this loop repeats it.
             await asyncio.wait(tasks, timeout=_LOST)
 
     # -- the key
 
     def _suspect_key(self, error: AuthenticationError) -> None:
-        """Take no deliveries until the key was checked: one refusal may be a gateway's."""
+        """Take no deliveries until the key is checked. One refusal may be a gateway's."""
         if self._key_check is None and not self._stopping:
             log(logging.WARNING, "keyless.key_refused", {"error": str(error)})
             self._reporter.key_refusal = error
@@ -273,7 +274,7 @@ class Serving:
 
     def _take(self, message: Message) -> None:
         self._reporter.delivery_taken(message)
-        # Past the loop's task factory: an eager one runs the delivery before it is counted below.
+        # Not by the loop's task factory: an eager one would run the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
         self._deliveries[task] = self._loop.time()
         task.add_done_callback(self._delivered)
@@ -294,7 +295,7 @@ class Serving:
             What kept it from being settled, if anything did.
         """
         try:
-            # Less room than there was when it was asked for: the circuit has opened meanwhile.
+            # If the circuit has opened since the take, there is less room now.
             is_too_much = self._room(now := self._loop.time()) < 0
             decision = self._decide_without_exchange(message, now) if is_too_much else await self._decide(message)
             await self._settle(message, decision)
@@ -311,7 +312,7 @@ class Serving:
         return None
 
     def _decide_without_exchange(self, message: Message, now: float) -> Decision:
-        """Put a delivery off; while the service is away, end a request whose final poll can be repeated no more."""
+        """Put a delivery off. If the service is away and the request is past its grace, decide it instead."""
         moment = self._broker.now()
         with suppress(InvalidRequestError):
             delivery = read_request(message, self._terms)
@@ -336,12 +337,12 @@ class Serving:
             return after_bug(delivery, error, now=self._broker.now())
 
     async def _settle(self, message: Message, decision: Decision) -> None:
-        """Tell the broker what became of the delivery."""
+        """Report the delivery's result to the broker."""
         if isinstance(decision, Redeliver):
             await self._broker.put_off(message, decision.delay, decision.exchange)
             return
         event = await self._with_asked(message, decision.event)
-        if is_traceparent(message.traceparent):  # any sender may set it, and to anything
+        if is_traceparent(message.traceparent):  # any sender may set it to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
         is_new = await self._broker.decide(message, event)
         self._reporter.outcome_decided(event, is_new=is_new)
@@ -349,10 +350,10 @@ class Serving:
             self._learn(decision)
 
     async def _with_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
-        """Return the event; of one that expired, it says whether the user was asked, as far as is known.
+        """Return the event; if it expired, it now says whether the user was asked, or may have been.
 
-        A request claims its operation id before it creates the operation. The claim is kept for as long as the broker
-        lets a request wait, so a request that is older, as when no worker ran for a day, may have lost it.
+        A request claims its operation id before it creates the operation. The broker keeps the claim for as long as it
+        lets a request wait. An older request, such as after a day without workers, may have lost its claim.
         """
         if event.asked is not False:
             return event
@@ -362,7 +363,7 @@ class Serving:
         return msgspec.structs.replace(event, asked=asked)
 
     def _learn(self, decided: Decided) -> None:
-        """Tell the schedule when the user approved, or until when they had not."""
+        """Let the schedule learn when the user approved, or until when they had not."""
         if not isinstance(self._schedule, wait_adaptive) or not self._broker.keeps_delays:
             return
         observed = observation(decided, self._schedule)

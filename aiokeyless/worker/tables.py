@@ -1,4 +1,4 @@
-"""What the brokers in SQL databases share: limits of their tables, and how a take that is cancelled loses nothing."""
+"""What the brokers in SQL databases share: limits of their tables, and takes that lose nothing if cancelled."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 #: Bytes of one request, at most.
 LARGEST_REQUEST: Final = 1 << 20
-#: Seconds that a request may be waited for: for as long as its row is kept.
+#: Longest wait for a request, in seconds. Its row is kept for as long.
 LONGEST_WAIT: Final = 400 * 24 * 3600.0
-#: Calls in one transaction, at most: others wait for it.
+#: Most calls in one transaction, since others wait for it.
 LARGEST_BATCH: Final = 500
 
 
@@ -35,7 +35,7 @@ class TableBroker(Broker):
         self._handing_back: set[asyncio.Task[None]] = set()
 
     def _prepared(self, lease: float, keep_house: Callable[[], Coroutine[Any, Any, None]]) -> Terms:
-        """Begin to keep house for the first worker; return what the tables allow."""
+        """Start the housekeeping with the first worker; return what the tables allow."""
         self._lease = max(self._lease, lease)
         if self._housekeeping is None:
             self._housekeeping = asyncio.create_task(keep_house())
@@ -50,7 +50,7 @@ class TableBroker(Broker):
             await asyncio.wait(self._handing_back)
 
     async def _taken(self, taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
-        """Return deliveries; if the caller is cancelled meanwhile, hand them back."""
+        """Return deliveries. If the caller is cancelled, give them back to the broker."""
         task = asyncio.create_task(taking)
         try:
             return await asyncio.shield(task)
