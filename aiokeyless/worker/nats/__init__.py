@@ -1,4 +1,4 @@
-"""The broker on NATS JetStream (extra ``nats``), for fleets that run on NATS already; nothing else here knows NATS.
+"""The broker on NATS JetStream (extra ``nats``), for fleets that run on NATS already.
 
 `NatsBroker`, and what only NATS needs: `Fleet` (names), `StreamSettings`, `EventKeys` (signatures of outcomes).
 """

@@ -1,4 +1,4 @@
-"""`NatsBroker`: the face of JetStream for workers and applications."""
+"""`NatsBroker`: JetStream as a broker for workers and applications."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ _ANSWER_WITHIN: Final = 5.0  # seconds
 _SUBMISSIONS: Final = 3  # attempts
 #: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
 _LEADERLESS_FOR: Final = 15.0
-#: Seconds likewise, where no other server is known that it could elect: it may be linked to others as a leaf node.
+#: Seconds for the same, if the client knows only one server. That may still be a leaf node of others.
 _ALONE_FOR: Final = 2.0
-_ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event, with its headers, may be larger than its request
-_KEPT_AS: Final = "_aiokeyless_broker"  # the attribute of a connection that keeps its broker, for as long as it lives
+_ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event with its headers may exceed its request
+_KEPT_AS: Final = "_aiokeyless_broker"  # a connection's attribute for its broker
 
 
 class _NoPlaceError(UnavailableError):
-    """There is no stream for it, and waiting for one was in vain."""
+    """There is no stream for it, and none appeared in time."""
 
 
 class NatsBroker(Broker):
@@ -70,14 +70,14 @@ class NatsBroker(Broker):
     Args:
         broker: Address of a NATS server, or several, separated by commas; or a connection, which stays yours.
         fleet: The fleet of the workers. Default: that of the name ``keyless``.
-        event_keys: What workers sign events and claims with, so that readers and other workers believe no others.
-            Default: none; then all users of the broker's account must be trusted with approvals.
-        settings: Of the streams, where they do not exist yet. Default: those of `StreamSettings`.
-        connect_options: Of ``nats.connect``: credentials, TLS; none of its callbacks, nor how it reconnects. Default:
-            none.
+        event_keys: Keys with which workers sign events and claims, so that readers and other workers believe no others.
+            Default: none; then you must trust all users of the broker's account with approvals.
+        settings: Settings of streams that do not exist yet. Default: those of `StreamSettings`.
+        connect_options: Options of ``nats.connect``, such as credentials and TLS, but no callbacks and none for
+            reconnecting. Default: none.
 
     Raises:
-        ConfigurationError: An option is one that the broker sets itself.
+        ConfigurationError: The broker sets one of the options itself.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class NatsBroker(Broker):
         while True:
             attempt += 1
             try:
-                # Under one name, so that the stream stores it once although the answer to an attempt was lost.
+                # Each attempt has the same name, so the stream stores the request once, even if an answer was lost.
                 return await self._submit(new.body, headers)
             except UnavailableError as error:
                 if attempt == _SUBMISSIONS or isinstance(error, _NoPlaceError):
@@ -200,7 +200,7 @@ class NatsBroker(Broker):
                         self._fleet.request_subject, body, stream=self._fleet.requests, headers=headers
                     )
                 except nats.js.errors.NoStreamResponseError:
-                    # Said at once, and also of a stream that has no leader for the time of an election.
+                    # Raised at once, and also for a stream that has no leader during an election.
                     if loop.time() >= give_up_at:
                         raise _NoPlaceError("no stream took it; start a worker first, it makes the stream") from None
                 else:
@@ -232,7 +232,7 @@ class NatsBroker(Broker):
                 claims_metadata=mark(keys, self._fleet),
             )
         except BrokerError:
-            if self._loss is not None:  # what the broker does not permit, it does not answer either
+            if self._loss is not None:  # the broker does not answer a request that it does not permit
                 raise self._loss from None
             raise
         self._lease = lease
@@ -288,14 +288,14 @@ class NatsBroker(Broker):
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         """See `Broker`."""
         delivery, data = _delivery(message), msgspec.json.encode(event)
-        # A request that is delivered again, as after a crash, must not get a second outcome: the first one is kept.
+        # A request that is delivered again, such as after a crash, must not get a second outcome. The first is kept.
         names = read_names(message)
         name = own_name = delivery.place if names is None else names[1]
         with broker_errors():
             while (stored := await self._publish(event, data, own_name)).duplicate:
                 if await self._is_genuine(stored.seq, event):
                     break
-                # A forger knew the name. This one follows from it, so that other deliveries use the same.
+                # A forger knew the name. The next name follows from it, so that all deliveries use the same one.
                 log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
                 own_name = f"{name}-{stored.seq}"
             await delivery.raw.ack()
@@ -313,7 +313,7 @@ class NatsBroker(Broker):
         )
 
     async def _is_genuine(self, sequence: int, event: ApprovalEvent) -> bool:
-        """Return whether a worker stored it, about the same request; what an operator has removed since counts so."""
+        """Return whether a worker stored it, about the same request. It counts as genuine if an operator removed it."""
         if self._event_keys is None:
             return True
         try:

@@ -1,10 +1,10 @@
 """Claims in a stream of their own: the last message of an operation id's subject names the request that holds it.
 
-A user who may make a stream can have the broker write any message there. So workers with event keys sign their claims,
-and to them a claim without a valid signature is another's. Workers without keys do not sign, and neither do those of
-earlier versions. For keys to be given to a fleet, or a fleet to be upgraded, one worker after the other, claims are
-believed unsigned if they were stored before some moment. It is kept, signed, in the metadata of the stream: a day after
-the first worker that signs has started. If that worker makes the stream, every claim must be signed.
+A user with permission to make a stream can have the broker write any message there. So workers with event keys sign
+their claims. To them, a claim without a valid signature is another request's. Workers without keys do not sign, and
+neither do those of earlier versions. But keys and upgrades reach the workers of a fleet one after the other. So workers
+believe unsigned claims that were stored before a certain moment: a day after the first worker that signs has started.
+If that worker makes the stream, every claim must be signed. The metadata of the stream holds the moment, signed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from .event_keys import EventKeys
     from .fleet import Fleet
 
-#: The key in the stream's metadata of the moment from which claims must be signed.
+#: The key, in the stream's metadata, of the moment from which claims must be signed.
 SIGNED_FROM: Final = "aiokeyless-claims-signed-from"
-_UPGRADED_WITHIN: Final = timedelta(days=1)  # the time that a fleet may take for its workers, one after the other
+_UPGRADED_WITHIN: Final = timedelta(days=1)  # the time for upgrading all workers of a fleet
 _ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
-#: The broker's codes: another message is the last of the subject, or another one is just being stored. A cluster says
-#: 10164 where its leader found the first on the way.
+#: The broker's codes: another message is the last of the subject, or is just being stored. A cluster answers 10164 if
+#: its leader finds the first case in transit.
 _WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
-_NO_MESSAGE: Final = 10037  # and not that there is no stream, of which a broker says 404 too
+_NO_MESSAGE: Final = 10037  # not for a missing stream, which is a 404 as well
 _RELEASED: Final = b""
 
 
@@ -50,7 +50,7 @@ class NatsClaims:
     Args:
         stream: The broker's JetStream.
         fleet: The fleet of the workers.
-        keys: What claims are signed with; None for workers without keys, which believe every claim.
+        keys: Keys that sign claims; None for workers without keys, which believe every claim.
         signed_from: From when on claims must be signed.
     """
 
@@ -71,7 +71,7 @@ class NatsClaims:
     async def claim(self, operation_id: str, request: str) -> Claimed:
         """See `Broker`."""
         expected, claim = 0, Claim.NEW
-        # Stored again where this request holds it already: that changes the sequence, which is the token.
+        # If this request holds the id already, store the claim again. That changes the sequence, which is the token.
         while (sequence := await self._put(operation_id, request.encode(), expected)) is None:
             expected, holder = await self._last(operation_id)
             if holder not in {_RELEASED, request.encode()}:
@@ -89,7 +89,7 @@ class NatsClaims:
         return await self._put(operation_id, _RELEASED, token) is not None
 
     async def _put(self, operation_id: str, holder: bytes, expected: int) -> int | None:
-        """Store who holds the id; return the sequence, or None where the holder had changed before."""
+        """Store the holder of the id. Return the sequence, or None if the holder had changed before."""
         subject, headers = self._subject(operation_id), {_EXPECTED: str(expected)}
         if self._keys is not None:
             headers[SIGNATURE] = self._keys.sign(_signed(subject, holder), fleet=self._fleet.name, kind=CLAIM)
@@ -103,7 +103,7 @@ class NatsClaims:
         return stored.seq
 
     async def _last(self, operation_id: str) -> tuple[int, bytes | None]:
-        """Return the last claim's number, and the request that holds the id; None where no worker wrote the claim."""
+        """Return the last claim's number, and the request that holds the id; None if no worker wrote the claim."""
         subject = self._subject(operation_id)
         with broker_errors():
             try:
@@ -129,12 +129,12 @@ class NatsClaims:
 
 
 def _signed(subject: str, holder: bytes) -> bytes:
-    """Return what the signature of a claim is of: the operation, by its subject, and the request."""
+    """Return the signed data of a claim: the operation, by its subject, and the request."""
     return subject.encode() + b"\0" + holder
 
 
 def mark(keys: EventKeys | None, fleet: Fleet, signed_from: datetime = _ALWAYS) -> dict[str, str]:
-    """Return the metadata that tell from when on claims must be signed; none where there are no keys.
+    """Return the metadata that say from when on claims must be signed; none if there are no keys.
 
     Args:
         keys: The keys of the workers.
@@ -150,7 +150,7 @@ def mark(keys: EventKeys | None, fleet: Fleet, signed_from: datetime = _ALWAYS) 
 async def claims_signed_from(
     connection: Client, fleet: Fleet, keys: EventKeys, *, now: datetime, within: float
 ) -> datetime:
-    """Return from when on claims must be signed; where the stream does not say so under one of these keys, mark it.
+    """Return from when on claims must be signed. Mark the stream with it, unless one of these keys has signed it.
 
     Args:
         connection: The broker.
@@ -166,10 +166,10 @@ async def claims_signed_from(
     config = told["config"]
     metadata = config.get("metadata") or {}
     signed_from = _read_mark(metadata.get(SIGNED_FROM, ""), fleet, keys) or now + _UPGRADED_WITHIN
-    marked = {**metadata, **mark(keys, fleet, signed_from)}  # by the key that is the first one now
+    marked = {**metadata, **mark(keys, fleet, signed_from)}  # signed by the present first key
     if marked != metadata:
         subject = f"{fleet.api_prefix}.STREAM.UPDATE.{fleet.claims}"
-        # As it came: nats-py drops what it does not know of a stream.
+        # Sent back as received: nats-py drops settings that it does not know.
         await _request(connection, subject, msgspec.json.encode({**config, "metadata": marked}), within)
     if signed_from > now:
         log(logging.WARNING, "claims.unsigned_believed", {"until": signed_from.isoformat(timespec="seconds")})
@@ -184,7 +184,7 @@ def _read_mark(text: str, fleet: Fleet, keys: EventKeys) -> datetime | None:
 
 
 async def _request(connection: Client, subject: str, body: bytes, within: float) -> dict[str, Any]:
-    """Ask JetStream's API, and return what it answers."""
+    """Call JetStream's API, and return its answer."""
     try:
         with broker_errors():
             answer = await connection.request(subject, body, timeout=within)

@@ -1,4 +1,4 @@
-"""The connection to the broker: one clear error where it cannot be made, and reconnecting later."""
+"""The connection to the broker: one clear error if it cannot be made, and reconnecting later."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 _CONNECT_WITHIN: Final = 5.0  # seconds
 _CLOSE_WITHIN: Final = 5.0  # seconds
-#: A broker that says nothing is noticed after 15 s at most, and not after six minutes.
+#: With these, a silent broker is noticed within 15 s, and not after six minutes.
 _PING_INTERVAL: Final = 5  # seconds
 _MAX_OUTSTANDING_PINGS: Final = 2
-#: An older server does not answer a pull for a consumer that was deleted: its worker would be deaf, and not know it.
-#: Before 2.10 they also forget the metadata of streams, by which a fleet knows whose it is, and do not tell their time.
+#: An older server does not answer a pull for a deleted consumer. Its worker would receive nothing, without an error.
+#: Before 2.10, servers also lack the metadata of streams, which names a fleet's owner, and do not report their time.
 _OLDEST_SERVER: Final = (2, 11)
-#: Options of ``nats.connect`` by which a worker learns of its connection, and keeps it.
+#: Options of ``nats.connect`` by which a worker observes its connection, and keeps it.
 _OWN_OPTIONS: Final = frozenset(
     {
         "allow_reconnect",
@@ -42,7 +42,7 @@ _OWN_OPTIONS: Final = frozenset(
         "servers",
     }
 )
-#: What may be shown of an address: a host and a port, and nothing that may be the half of a password.
+#: The part of an address that may be shown: a host and a port, and no part of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
 
@@ -70,9 +70,9 @@ async def connect(
     Args:
         nats_url: Addresses, separated by commas.
         options: Of ``nats.connect``.
-        on_reconnect: Called when the connection was lost and is there again.
-        on_loss: Called where it will not come back, or is good for nothing: the broker ended it for good, or does not
-            permit what a worker does.
+        on_reconnect: Called when a lost connection is restored.
+        on_loss: Called if the connection will not come back or is useless: the broker ended it, or does not permit what
+            a worker does.
 
     Raises:
         BrokerError: It cannot be reached, does not let this user in, or is too old.
@@ -87,7 +87,7 @@ async def connect(
     servers = [url.strip() for url in nats_url.split(",")]
     if given.get("tls") and "ws" in _schemes(servers):
         raise BrokerError(f"no connection to the broker at {_shown(servers)}: ws:// is without TLS, use wss://")
-    within = _CONNECT_WITHIN * (1 + len(servers))  # nats-py bounds a server's part of it, and not each of its own
+    within = _CONNECT_WITHIN * (1 + len(servers))  # nats-py limits only parts of each attempt
     failures: list[Exception] = []
     try:
         async with asyncio.timeout(within):
@@ -96,7 +96,7 @@ async def connect(
     except ModuleNotFoundError as error:  # nats-py imports it when there are credentials to sign with
         raise BrokerError(f'credentials need {error.name}: install the extra "nats"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
-        # That no server is left is said of those that cannot be reached; why not was said before.
+        # nats-py raises that no server is left; the reason is an earlier error.
         cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError | TimeoutError) else error
         reason = str(cause) or type(cause).__name__
         raise BrokerError(f"no connection to the broker at {_shown(servers)}: {reason}") from None
@@ -111,12 +111,12 @@ async def _connect_for_good(
     on_reconnect: Callable[[], None],
     on_loss: Callable[[BrokerError], None],
 ) -> Client:
-    """Connect to what has just worked, so that a connection that is lost later is made again.
+    """Connect with the options that have just worked, so that a connection that is lost later is restored.
 
-    Where it does not work any more, nats-py would try without end. So it is given up after `within` seconds.
+    If they no longer work, nats-py would try forever. So this fails after `within` seconds.
     """
     client = _client(servers, given)
-    # Until it is made, what nats-py tells is why it cannot be.
+    # Until the connection is made, nats-py's errors are reasons why it cannot be.
     note: Callable[[Exception], None] = failures.append
     lose: Callable[[BrokerError], None] = failures.append
 
@@ -143,7 +143,7 @@ async def _connect_for_good(
     try:
         async with asyncio.timeout(within):
             await client.connect(servers, **lasting)
-    except BaseException:  # a cancellation too: nats-py would try on by itself
+    except BaseException:  # a cancellation too: nats-py would go on trying
         await disconnect(client)
         raise
     note, lose = partial(_note, on_loss=on_loss), on_loss
@@ -151,14 +151,14 @@ async def _connect_for_good(
 
 
 def _note(error: Exception, *, on_loss: Callable[[BrokerError], None]) -> None:
-    """Log what nats-py tells of a connection; it is good for nothing where the broker does not permit something."""
+    """Log an error of a connection. If the broker does not permit something, the connection is useless."""
     log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
     if "permissions violation" in str(error).lower():
         on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
 
 
 def _client(servers: list[str], given: dict[str, Any]) -> Client:
-    # A WebSocket is made with TLS or without by its own scheme, before the server says anything.
+    # The scheme of a WebSocket decides about TLS, before the server sends anything.
     schemes = _schemes(servers)
     is_secure = bool(given.get("tls")) or "tls" in schemes
     return _SecureClient() if is_secure and schemes.isdisjoint({"ws", "wss"}) else _Client()
@@ -169,17 +169,17 @@ def _schemes(servers: list[str]) -> set[str]:
 
 
 class _Client(Client):
-    """A client that tells of its end, whatever became of the broker.
+    """A client that always reports its end, even if the broker is away.
 
-    nats-py gives up before it has told, and before it has ended all of its tasks, where it still held something for a
-    broker that is away. It would not reconnect either: its worker would be deaf for good.
+    If nats-py still has data for a broker that is away, its close fails before the callback, and before all of its
+    tasks have ended. It would not reconnect either, so its worker would never receive anything again.
     """
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         try:
             async with asyncio.timeout(_CLOSE_WITHIN):
                 await super()._close(status, do_cbs)
-        except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the third that of asyncio on Python 3.13
+        except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the third asyncio's on Python 3.13
             for subscription in self._subs.values():
                 subscription._stop_processing()  # noqa: SLF001
             if do_cbs and self._closed_cb is not None:
@@ -189,8 +189,8 @@ class _Client(Client):
 class _SecureClient(_Client):
     """A client that speaks TLS or not at all.
 
-    nats-py goes on without TLS, and sends its password, where the first line of the server does not ask for TLS; that
-    line is not encrypted, so anybody on the way can write it.
+    If the first line of the server does not ask for TLS, nats-py goes on without TLS and sends its password. That line
+    is not encrypted, so an attacker on the network can forge it.
     """
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
@@ -200,7 +200,7 @@ class _SecureClient(_Client):
 
 
 async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Exception]) -> None:
-    """Connect once without retrying: with the options for later, nats-py would retry for minutes at first, too."""
+    """Connect once, without a retry. With the options for later, nats-py would retry the first time for minutes."""
 
     async def note(error: Exception) -> None:
         failures.append(error)
@@ -212,15 +212,14 @@ async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Ex
         _check_version(client, servers)
     finally:
         if client.is_connecting or client.is_connected:
-            # A connection that was refused is not closed by itself; and after a failed TLS handshake, nats-py may
-            # wait for its end without end.
+            # nats-py does not close a refused connection. After a failed TLS handshake, its `close` may wait forever.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_WITHIN):
                     await client.close()
 
 
 def _check_version(client: Client, servers: list[str]) -> None:
-    """Refuse a server that is too old; one that numbers its versions in another way, or tells none, is believed."""
+    """Refuse a server that is too old. Accept one that has no version, or another form of it."""
     version = client.connected_server_version
     try:
         found = (version.major, version.minor)
@@ -234,14 +233,14 @@ def _check_version(client: Client, servers: list[str]) -> None:
 
 
 async def disconnect(connection: Client) -> None:
-    """End the connection, whatever became of the broker."""
+    """End the connection, even if the broker is away."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_CLOSE_WITHIN):
             await connection.close()
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:
-    """Choose the server that was tried least, after a pause that grows with the tries."""
+    """Choose the least tried server, after a pause that grows with its tries."""
     server = min(servers, key=lambda candidate: candidate.reconnects)
     return server, error_delay(1 + min(server.reconnects, 4))
 
@@ -252,6 +251,6 @@ def _shown(servers: list[str]) -> str:
 
 
 def _address(server: str) -> str:
-    # Not as a URL is read: a password with a slash in it, not escaped, is what makes a URL wrong.
+    # Not by a URL parser: an unescaped slash in a password makes the URL invalid.
     address = server.rpartition("@")[2].rpartition("//")[2].partition("/")[0]
     return address if _HOST_AND_PORT.fullmatch(address) else "(no host:port)"

@@ -1,8 +1,8 @@
-"""Event keys: an event or a claim that a worker signed can be told from one that anybody else published.
+"""Event keys: with them, workers sign events and claims, and readers detect forged ones.
 
-A broker's permissions are for subjects, and do not keep every user from every subject: NATS checks neither the reply
-subject of a publish nor that of a pull, so that a user who is denied the outcomes can have a stream publish there. What
-bears a signature under a key that only workers and readers have, a worker wrote.
+A broker's permissions are for subjects, and do not keep every user from every subject. NATS checks neither the reply
+subject of a publish nor that of a pull. So a user without permission for the outcomes can have a stream publish there.
+Only workers and readers have the keys, so a valid signature shows that a worker wrote the message.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream knows a message that it has already
+MESSAGE_ID: Final = "Nats-Msg-Id"  # the header by which a stream recognizes a duplicate
 TRACEPARENT: Final = "traceparent"  # the header of W3C Trace Context, of requests and events
 #: The header of an event or a claim that holds its signature.
 SIGNATURE: Final = "Keyless-Signature"
 VARIABLE: Final = "KEYLESS_EVENT_KEY"
-#: Kinds of what is signed: a signature of one kind is none of another.
+#: Kinds of signed data. A signature of one kind is not valid for another.
 EVENT: Final = "event"
 CLAIM: Final = "claim"
 CLAIMS_SIGNED_FROM: Final = "claims signed from"
 _SHORTEST: Final = 32  # characters
 _LONGEST_FILE: Final = 64 << 10  # bytes
 _FORM: Final = "v1"
-_KEY_ID: Final = 16  # characters of the digest by which a key is named
+_KEY_ID: Final = 16  # characters of the digest that names a key
 
 
 class EventKeys:
-    """The keys of a fleet's events and claims: the first one signs, each of them is accepted.
+    """The keys of a fleet's events and claims. The first one signs, and each of them is accepted.
 
-    To rotate: add the new key as the last one everywhere, then make it the first one at the workers, and remove the old
-    one when no event is left that it signed, and the duplicate window is over.
+    To rotate, add the new key as the last one everywhere. Then make it the first one at the workers. Remove the old key
+    when the duplicate window is over and no event that it signed is left.
 
     Args:
-        keys: Each a secret text of 32 printable ASCII characters or more without blanks, as ``openssl rand -hex 32``
-            makes it.
+        keys: Secret texts, each of 32 or more printable ASCII characters without blanks, such as the output of
+            ``openssl rand -hex 32``.
 
     Raises:
-        ConfigurationError: There is none, or one is too short to be a secret.
+        ConfigurationError: There is no key, or one is too short to be a secret.
     """
 
     def __init__(self, *keys: str) -> None:
@@ -58,21 +58,21 @@ class EventKeys:
         """Read keys from files, each with one key a line; empty lines do not count.
 
         Args:
-            paths: The files, that with the key that signs first.
+            paths: The files; the first key of the first file signs.
 
         Raises:
-            ConfigurationError: A file cannot be read, which the message names; or a key is not valid, or there is none.
+            ConfigurationError: A file cannot be read (the message names it), a key is not valid, or there is none.
         """
         return cls._of(_read(paths))
 
     @classmethod
     def from_environment(cls) -> Self | None:
-        """Read keys from ``KEYLESS_EVENT_KEY``, separated by blanks; None where it is empty or not set.
+        """Read keys from ``KEYLESS_EVENT_KEY``, separated by blanks; None if it is empty or not set.
 
         Raises:
             ConfigurationError: A key is not valid.
         """
-        # No variable holds a key: this frame is in the traceback of what is raised.
+        # No variable holds a key, because the traceback of an error contains this frame.
         return cls._of(_parsed(os.environ[VARIABLE].split())) if os.environ.get(VARIABLE, "").strip() else None
 
     @classmethod
@@ -92,8 +92,8 @@ class EventKeys:
 
         Args:
             data: The event as it is published.
-            fleet: Name of the fleet: an event of one fleet is none of another with the same key.
-            kind: What it is, where it is no event.
+            fleet: Name of the fleet. The signature is not valid for another fleet with the same key.
+            kind: The kind of the data, if it is no event.
         """
         key_id, key = next(iter(self._keys.items()))
         return f"{_FORM} {key_id} {_digest(key, data, fleet, kind)}"
@@ -103,9 +103,9 @@ class EventKeys:
 
         Args:
             data: The event as it was published.
-            signature: The header ``Keyless-Signature``, or None where it has none.
+            signature: The header ``Keyless-Signature``, or None if there is none.
             fleet: Name of the fleet.
-            kind: What it is, where it is no event.
+            kind: The kind of the data, if it is no event.
         """
         form, _, rest = (signature or "").partition(" ")
         key_id, _, digest = rest.partition(" ")
@@ -134,7 +134,7 @@ def _read(paths: Sequence[Path | str]) -> dict[str, Secret] | ConfigurationError
             return _unreadable(path, error.strerror or type(error).__name__)
         except ValueError as error:  # a zero byte in the name
             return _unreadable(path, str(error))
-        if not content.isascii():  # an error of decoding would hold what it could not decode
+        if not content.isascii():  # a decoding error would hold the undecoded text
             return _unreadable(path, "it is not ASCII text")
         texts += content.decode("ascii").split()
     return _parsed(texts)
@@ -171,6 +171,6 @@ def _key_id(key: str) -> str:
 
 
 def _digest(key: Secret, data: bytes, fleet: str, kind: str) -> str:
-    # Joined first: arguments of a wrong type fail here, and not in a frame that holds the key.
+    # Joined first, so that arguments of a wrong type fail here and not in a frame that holds the key.
     signed = b"\0".join((b"aiokeyless " + kind.encode(), fleet.encode(), data))
     return hmac.new(key.reveal().encode(), signed, sha256).hexdigest()

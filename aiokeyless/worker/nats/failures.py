@@ -1,4 +1,4 @@
-"""What nats-py raises, as the one error that the worker knows."""
+"""Errors of nats-py, translated to the one that the worker knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def broker_errors() -> Iterator[None]:
-    """Raise what nats-py raises as an `UnavailableError`."""
+    """Raise nats-py's errors as an `UnavailableError`."""
     try:
         yield
     except nats.js.errors.APIError as error:

@@ -1,4 +1,4 @@
-"""What a fleet of workers is called on NATS: its streams, its consumer, its subjects, and how JetStream is reached."""
+"""The names of a fleet of workers on NATS: its streams, its consumer, its subjects, and the prefix of JetStream."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _DOMAIN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """A fleet: all workers of one tenant, and the applications that ask them and read what they decide.
+    """A fleet: all workers of one tenant, and the applications that submit requests and read outcomes.
 
-    Two fleets on one broker never see each other's messages. Give production and staging a name each, even where the
+    Two fleets on one broker never see each other's messages. Give production and staging a name each, even if their
     brokers are separate today.
 
     Attributes:
         name: In the names of all streams and subjects: a lower-case letter, then letters, digits and ``-``, 32 at most.
             Default: ``keyless``.
         tenant: Your name of the Keyless tenant, any printable ASCII. The first worker stores it with the streams. A
-            worker that names another tenant does not start: none and a name differ too. Default: none; applications
-            need none.
-        domain: JetStream domain that the streams are in, where that is not the one of the server. Default: none.
-        prefix: Prefix of JetStream's API, where the streams are in another account that exports it. Default: that of
-            the domain, or ``$JS.API``.
+            worker of another tenant does not start; no tenant counts as another one. Default: none; applications need
+            none.
+        domain: JetStream domain of the streams, if it is not the server's. Default: none.
+        prefix: Prefix of JetStream's API, if another account has the streams and exports the API. Default: that of the
+            domain, or ``$JS.API``.
 
     Raises:
         ConfigurationError: An attribute is wrong.
@@ -85,19 +85,19 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def request_subject(self) -> str:
-        """Where requests are published."""
+        """The subject of requests."""
         return f"{self.name}.approvals.request"
 
     def outcome_subject(self, outcome: Outcome) -> str:
-        """Return where events of a kind are published."""
+        """Return the subject of events of a kind."""
         return f"{self.name}.approvals.{outcome}"
 
     def kind_of(self, subject: str) -> str:
-        """Return the kind of the events that are published to a subject; the subject itself where it is no such."""
+        """Return the kind of the events of a subject; the subject itself if it is not one of events."""
         return subject.removeprefix(f"{self.name}.approvals.")
 
     def claim_subject(self, operation: str) -> str:
-        """Return the subject of the claims on one operation id, by a name of that."""
+        """Return the subject of the claims on one operation id, by a name for the id."""
         return f"{self.name}.claims.{operation}"
 
     @property
@@ -108,7 +108,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         return "$JS.API" if self.domain is None else f"$JS.{self.domain}.API"
 
     def jetstream(self, connection: Client, timeout: float) -> JetStreamContext:
-        """Return the JetStream that the streams are in, for requests that take so many seconds at most."""
+        """Return the JetStream that has the streams, with a timeout for its requests in seconds."""
         return connection.jetstream(prefix=self.api_prefix, timeout=timeout)
 
 
@@ -116,5 +116,5 @@ def _matches(pattern: re.Pattern[str], value: object) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
-#: The fleet where none is named.
+#: The default fleet.
 KEYLESS: Final = Fleet()

@@ -1,6 +1,6 @@
-"""How a fleet fares, as JetStream tells it: one request for each stream and one for the consumer.
+"""The state of a fleet, by JetStream: one request for each stream, and one for the consumer.
 
-These are requests that a worker needs permission for anyway, and that the broker answers from memory.
+A worker needs permission for these requests anyway, and the broker answers them from memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .fleet import Fleet
 
 _NOT_FOUND: Final = 404
-#: Bytes below which a stream counts as full: less than many a message has.
+#: A stream with less room than this, in bytes, counts as full. Many messages are larger.
 _ROOM: Final = 4 << 10
 
 
@@ -64,12 +64,12 @@ _Told = TypeVar("_Told", _StreamAnswer, _ConsumerAnswer)
 
 
 class Inspector(NamedTuple):
-    """What inspects a fleet.
+    """An inspection of a fleet.
 
     Attributes:
         connection: The broker.
         fleet: The fleet.
-        clock: The broker's clock, which is measured by the way.
+        clock: The broker's clock, which each inspection measures as well.
         within: Seconds within which an answer must come.
     """
 
@@ -106,7 +106,7 @@ class Inspector(NamedTuple):
         )
 
     async def _ask(self, subject: str, kind: type[_Told]) -> _Told | None:
-        """Ask JetStream; None where there is no such stream or consumer."""
+        """Ask JetStream. Return None if there is no such stream or consumer."""
         with broker_errors():
             answer = await self.connection.request(f"{self.fleet.api_prefix}.{subject}", b"", timeout=self.within)
         try:

@@ -1,10 +1,11 @@
 """Deliveries pulled from JetStream, and kept here for a moment, until a worker takes them.
 
-nats-py's own ``fetch`` waits for a batch to fill up, a second late for the first one in it; so a pull is sent here
-as a plain message to the consumer, and the subscription hands on what arrives.
+nats-py's own ``fetch`` waits for a full batch, and so returns the first message a second late. This module sends a pull
+as a plain message to the consumer, and receives each delivery by a subscription when it arrives.
 
-JetStream delivers again before it delivers anew, and knows nothing of failures. So while Keyless fails, more is pulled
-than there is room for, and the best of it is chosen here: requests that always fail do not hold up the others.
+JetStream repeats deliveries before it delivers new requests, and knows nothing of failures. So while Keyless fails,
+this module pulls more than there is room for, and chooses the best. Requests that always fail do not hold up the
+others.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ if TYPE_CHECKING:
 
 #: Seconds for which one pull waits for deliveries.
 EXPIRES: Final = 1.0
-_LATE: Final = 2.0  # seconds after which the end of a pull is not to be expected any more
-_EXPIRED: Final = "408"  # a pull that was kept for as long as it was asked to
-_CHOICE: Final = 512  # deliveries among which probes are chosen
+_LATE: Final = 2.0  # seconds after which the end of a pull is no longer expected
+_EXPIRED: Final = "408"  # the pull has expired as requested
+_CHOICE: Final = 512  # deliveries to choose probes from
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
-_BETTER_WITHIN: Final = 0.1  # seconds in which better ones may arrive than those that failed
-_REMEMBERED: Final = 10_000  # requests that were polled lately
-_NEGLIGIBLE: Final = 1.0  # seconds, as long as a delivery that nobody took is put off
+_BETTER_WITHIN: Final = 0.1  # seconds to wait for a better probe than a failed request
+_REMEMBERED: Final = 10_000  # recently polled requests
+_NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
 
 
 class NatsMessage(Message, kw_only=True, eq=False):
@@ -68,12 +69,12 @@ class NatsMessage(Message, kw_only=True, eq=False):
 
     @property
     def place(self) -> str:
-        """A name that no other message of a stream has, not even of one that was made anew."""
+        """A name that no other message of a stream has, even if the stream was deleted and made again."""
         return f"message-{self.raw.metadata.stream}-{self.id}-{self.stored_at.timestamp():.6f}"
 
 
 class _Pull:
-    """What is left of a pull, and when it has ended whatever was heard of it."""
+    """The deliveries still expected of a pull, and when it ends at the latest."""
 
     __slots__ = ("left", "until")
 
@@ -83,17 +84,17 @@ class _Pull:
 
 
 class Failures:
-    """How often requests have failed in a row, of those that were polled lately, by their numbers in the stream."""
+    """The failures in a row of recently polled requests, by their numbers in the stream."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[int, int] = OrderedDict()
 
     def of(self, sequence: int) -> int | None:
-        """Return the failures of a request, none after a good answer; None if nothing is known of it."""
+        """Return the failures of a request, 0 after a good answer; None if it is unknown here."""
         return self._counts.get(sequence)
 
     def record(self, sequence: int, *, failed: bool) -> None:
-        """Record what became of an exchange."""
+        """Record the result of an exchange."""
         self._counts[sequence] = self._counts.get(sequence, 0) + 1 if failed else 0
         self._counts.move_to_end(sequence)
         if len(self._counts) > _REMEMBERED:
@@ -111,7 +112,7 @@ class Intake:
         connection: The broker.
         fleet: The fleet.
         now: The clock, in seconds.
-        restore: Called after a pull was refused: makes the consumer again if it is gone.
+        restore: Called after a refused pull; makes the consumer again if it is gone.
     """
 
     def __init__(
@@ -130,14 +131,14 @@ class Intake:
         self._pulls_from = now()  # after a refusal, no pull before this time
         self._arrived: list[NatsMessage] = []  # the oldest first
         self._moved = asyncio.Event()
-        self._takes = 0  # that were begun
+        self._takes = 0  # takes that were begun
         self._leaving: asyncio.Task[None] | None = None
         self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
         self.failures: Failures = Failures()
         self.load_shedding: LoadShedding = LoadShedding(now)
 
     async def open(self) -> None:
-        """Get ready to be delivered to."""
+        """Subscribe to deliveries."""
         self._subscription = await self._connection.subscribe(self._inbox, cb=self._on_message)
 
     async def take(self, up_to: int, within: float, *, probing: bool) -> list[NatsMessage]:
@@ -165,7 +166,7 @@ class Intake:
                     await self._moved.wait()
 
     async def take_overdue(self, up_to: int, before: datetime) -> list[NatsMessage]:
-        """Take those whose time was over at some moment; others stay here for a while."""
+        """Take requests whose deadline was at or before a moment; others stay here for a while."""
         self._check_connection()
         await self._pull(_CHOICE)
         overdue = [message for message in self._arrived if (at := deadline(message)) is not None and at <= before]
@@ -175,7 +176,7 @@ class Intake:
         return taken
 
     def _leave(self, takes: int) -> None:
-        """Hand back what came after a take that was cancelled, unless there was another one since."""
+        """Give back the deliveries that came after a cancelled take, unless another take has begun since."""
         if takes == self._takes and self._subscription is not None:
             self._leaving = asyncio.get_running_loop().create_task(self._hand_back())
 
@@ -186,10 +187,10 @@ class Intake:
                 await message.raw.nak()
 
     async def close(self) -> None:
-        """Wait for the pulls to end, which takes `EXPIRES` at most, and hand back what nobody took.
+        """Wait for the pulls to end, which takes `EXPIRES` at most, and give back the untaken deliveries.
 
-        To end the subscription at once would lose what the broker is just delivering: it does not notice that the
-        subscription has ended, and delivers that again only after its ack wait.
+        A subscription that ends at once would lose deliveries in transit. The broker does not notice its end, and
+        repeats them only after the ack wait.
         """
         subscription, self._subscription = self._subscription, None
         if subscription is None or not self._connection.is_connected:
@@ -199,17 +200,17 @@ class Intake:
             with suppress(TimeoutError):
                 async with asyncio.timeout(EXPIRES):
                     await self._moved.wait()
-        await self._hand_back()  # and no sooner: it would come again to these pulls
+        await self._hand_back()  # no sooner: the broker would deliver them to these pulls again
         with suppress(UnavailableError), broker_errors():
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     def forget(self) -> None:
-        """Expect nothing any more: the pulls went with the connection."""
+        """Expect no more deliveries: the pulls ended with the connection."""
         self._pulls.clear()
         self._moved.set()
 
     def wake(self) -> None:
-        """Let those that wait see that the broker is gone."""
+        """Wake the takes that wait, so that they see that the broker is gone."""
         self._moved.set()
 
     def _check_connection(self) -> None:
@@ -217,13 +218,13 @@ class Intake:
             raise UnavailableError("there is no connection to the broker")
 
     def _expected(self) -> int:
-        """Return how many deliveries were asked for and have not come."""
+        """Return how many requested deliveries have not arrived."""
         while self._pulls and (self._pulls[0].until < self._now() or not self._pulls[0].left):
-            self._pulls.popleft()  # with a connection or a broker's leader, the word that it has ended may be lost
+            self._pulls.popleft()  # a lost connection or leader may not report its end
         return sum(pull.left for pull in self._pulls)
 
     async def _pull(self, wanted: int) -> None:
-        """Ask for what is missing; in batches, and so not for each one that is taken."""
+        """Pull the missing deliveries, in batches and not one by one."""
         now, expected = self._now(), self._expected()
         missing = wanted - expected - len(self._arrived)
         if missing <= 0 or (expected and missing < wanted // 4) or now < self._pulls_from:
@@ -248,7 +249,7 @@ class Intake:
         return taken
 
     async def _hand_back_old(self) -> None:
-        """Put off what nobody took: another worker may have room, and others wait behind it."""
+        """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
         old = [message for message in self._arrived if message.arrived_at < self._now() - _HELD_FOR]
         if not old:
             return
@@ -259,7 +260,7 @@ class Intake:
 
     async def _on_message(self, raw: Msg) -> None:
         if raw.reply and not is_delivery(raw.reply, self._fleet.requests, self._fleet.consumer):
-            # Published to this inbox by another user, and not delivered by the stream.
+            # Another user published it to this inbox; the stream did not deliver it.
             self._foreign.log({"stream": self._fleet.requests})
             return
         self._moved.set()
@@ -285,7 +286,7 @@ class Intake:
         self._on_end(raw)
 
     def _on_end(self, raw: Msg) -> None:
-        """Note the end of a pull: of the oldest, since all are kept equally long."""
+        """Note the end of the oldest pull; all pulls last equally long."""
         headers = raw.headers or {}
         unused = headers.get("Nats-Pending-Messages", "")
         if unused.isdigit():
@@ -296,7 +297,7 @@ class Intake:
         if status == _EXPIRED:
             self._refusals = 0
             return
-        # The consumer has no leader just now, or is gone. nats-py finds a description where there is none.
+        # The consumer has no leader just now, or is gone. nats-py may find a description although there is none.
         reason = f"{status} {description}" if description.isprintable() else status
         self._refusals += 1
         self._pulls_from = self._now() + error_delay(self._refusals)

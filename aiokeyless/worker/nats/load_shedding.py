@@ -1,8 +1,8 @@
 """Load shedding: delays are stretched while more polls are due than the workers can make.
 
-The broker delivers again before it delivers anew. Where the polls that are due take all the room, a new request would
-not be delivered at all: its user would not be asked until others have given up. Each delivery carries the number of
-requests that were never delivered, and that is all that workers need to make room together.
+The broker repeats deliveries before it delivers new requests. If the due polls took all the room, no new request would
+be delivered, and its user would not be asked until others have given up. Each delivery carries the number of requests
+that were never delivered. Workers need no more than that to make room together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DOUBLES_IN: Final = (
     5.0  # seconds in which the factor doubles while new requests wait: a burst passes before it matters
 )
 _HALVES_IN: Final = 2.5  # seconds, while none waits
-_SEEN_FOR: Final = 1.0  # seconds for which it counts that new requests waited when a delivery came
+_SEEN_FOR: Final = 1.0  # seconds for which one delivery shows that new requests wait
 _NEGLIGIBLE: Final = 1.1  # as much as the schedule's own jitter
 
 
@@ -31,7 +31,7 @@ class LoadShedding:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._factor = 1.0
-        self._at = now()  # what the factor is the factor of
+        self._at = now()  # the time to which the factor belongs
         self._behind_until = self._at
 
     @property
@@ -42,15 +42,15 @@ class LoadShedding:
 
     @property
     def is_noticeable(self) -> bool:
-        """Whether polls are so far from where the schedule put them that it must not learn from their times."""
+        """Whether polls are so much later than scheduled that the schedule must not learn from them."""
         return self.factor > _NEGLIGIBLE
 
     def on_delivery(self, *, redelivered: bool, backlog: int) -> None:
         """Adapt to a delivery.
 
         Args:
-            redelivered: Whether it was delivered before. New ones say nothing while others wait: a burst of them is no
-                lack of room.
+            redelivered: Whether it was delivered before. A new one does not show a lack of room, even while others
+                wait: they may be a burst.
             backlog: How many requests were never delivered.
         """
         self._advance()

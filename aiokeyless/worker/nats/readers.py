@@ -1,4 +1,4 @@
-"""The outcomes of one reader, pulled from the stream by a consumer of its name, and what is believed of them."""
+"""One reader's outcomes, pulled by a consumer of its name, and the check that a worker wrote them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
 _UNLIMITED: Final = -1
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
-_UNSIGNED_FOR: Final = 60.0  # seconds until an event without a valid signature is delivered again, for the first time
-#: Deliveries of such an event that are put off, each for twice as long as the one before: a wrong key can be set right
-#: for four hours. Without an end, many of them would keep a reader from genuine events.
+#: Seconds until an event without a valid signature is delivered again, the first time.
+_UNSIGNED_FOR: Final = 60.0
+#: Deliveries of such an event that are put off, each for twice as long as the one before. That leaves four hours to
+#: correct a wrong key. Without a limit, many such events would keep a reader from genuine ones.
 _UNSIGNED_DELIVERIES: Final = 8
 
 
@@ -75,7 +76,7 @@ class Reader:
         connection: The broker.
         fleet: The fleet whose outcomes they are.
         name: Name of the reader.
-        event_keys: What workers sign events with; None for a reader that believes every event.
+        event_keys: Keys with which workers sign events; None for a reader that believes every event.
     """
 
     def __init__(self, connection: Client, fleet: Fleet, name: str, event_keys: EventKeys | None) -> None:
@@ -94,7 +95,7 @@ class Reader:
             if self._subscription is None:
                 self._subscription = await self._subscribed()
             while True:
-                # One at a time: a batch would make the last of it wait for an application that is slow with the first.
+                # One at a time: in a batch, the last would wait for an application that is slow with the first.
                 message = await _next_message(self._subscription)
                 if message is None:
                     continue
@@ -106,13 +107,13 @@ class Reader:
     async def close(self) -> None:
         """End the subscription."""
         if self._subscription is not None:
-            with suppress(nats.errors.Error):  # where the connection is closed, there is nothing to end
+            with suppress(nats.errors.Error):  # a closed connection has no subscription to end
                 await self._subscription.unsubscribe()
 
     async def _is_believed(self, message: Msg) -> bool:
-        """Return whether a worker wrote an event, as far as that can be told; settle what it did not."""
-        # What no key could make an event goes for good, signed or not: a user who may do no more than ask can have the
-        # broker store its acknowledgement here, by a reply subject, and as often as it likes.
+        """Return whether a worker wrote an event, as far as that can be checked. If not, settle the event."""
+        # A message that is no event is dropped, signed or not. A user with the permission to submit only can have the
+        # broker store its acknowledgement here, by a reply subject, any number of times.
         facts: dict[str, object] = {"sequence": message.metadata.sequence.stream}
         if (reason := self._unreadable(message)) is not None:
             log(logging.ERROR, "outcome.unreadable", {**facts, "error": reason})
@@ -137,7 +138,7 @@ class Reader:
             return None
         except msgspec.DecodeError as error:
             return str(error)
-        # A broker's permissions are for kinds of outcomes: that for one must not do for another.
+        # A broker's permissions are for kinds of outcomes. One for a kind must not allow another kind.
         kind = self._fleet.kind_of(message.subject)
         return None if kind == event.outcome else f"{event.outcome} under {kind}"
 
@@ -145,7 +146,7 @@ class Reader:
         try:
             stream = self._fleet.jetstream(self._connection, _ANSWER_WITHIN)
             return await _subscribed(stream, self._fleet, self._name)
-        except nats.errors.TimeoutError:  # a broker says nothing to who may not ask
+        except nats.errors.TimeoutError:  # a broker does not answer a request without permission
             raise BrokerError(
                 "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
                 f"{self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its "
@@ -156,9 +157,9 @@ class Reader:
 def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
     """Return whether a message is an event that the stream of outcomes delivered, for readers with their own client.
 
-    `next_outcome` does this itself. An inbox takes messages from any user who may publish to it, and
-    neither their subject nor their content shows their origin. Do not acknowledge a message that is not one. It
-    may still be what another user had the stream publish: `EventKeys.verify` tells what a worker signed.
+    `next_outcome` does this itself. Any user with the permission can publish to an inbox, and neither the subject nor
+    the content of a message shows its origin. Do not acknowledge a message that is not an event of the stream. Even
+    one that is may come from another user: `EventKeys.verify` says whether a worker signed it.
 
     Args:
         reply: The message's reply subject.
@@ -178,19 +179,19 @@ async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> J
             raise BrokerError(
                 "outcomes cannot be read: there is no stream; start a worker first, it makes it"
             ) from None
-        except nats.errors.TimeoutError:  # a cluster that has lost a server says nothing until it has a new leader
+        except nats.errors.TimeoutError:  # a cluster without a leader does not answer
             silences += 1
             if silences == _ATTEMPTS:
                 raise
 
 
 async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) -> None:
-    """Make the reader's consumer, or change it, where it is not as it must be.
+    """Make the reader's consumer, or change it if its settings are wrong.
 
-    A reader whose consumer an operator made needs no permission to make one. That is worth having: who may make a
-    consumer chooses where it delivers. So applications in an account of their own cannot.
+    If an operator made the consumer, the reader needs no permission to make one. That matters, because the maker of a
+    consumer chooses where it delivers. So applications in an account of their own have no such permission.
     """
-    with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is found out below
+    with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is reported below
         found = (await stream.consumer_info(fleet.outcomes, durable)).config
         if found is not None and found.max_ack_pending == _UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
             return
@@ -198,11 +199,11 @@ async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) ->
         durable_name=durable,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=_ACK_WAIT,
-        max_ack_pending=_UNLIMITED,  # what this reader puts off must not keep it from what comes after
+        max_ack_pending=_UNLIMITED,  # events that are put off must not hold up later ones
     )
     try:
         await stream.add_consumer(fleet.outcomes, place)
-    except nats.js.errors.ServiceUnavailableError:  # nobody listens: this account does not import it
+    except nats.js.errors.ServiceUnavailableError:  # this account does not import the API
         raise BrokerError(
             f"outcomes cannot be read: the consumer {durable} of {fleet.outcomes} is missing or has other settings, "
             "and this account may not make it; have an operator make it"
@@ -210,7 +211,7 @@ async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) ->
 
 
 async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
-    """Return the next message; None where there was none for a while."""
+    """Return the next message; None if there was none for a while."""
     try:
         return (await subscription.fetch(1, timeout=_READ_FOR))[0]
     except nats.errors.TimeoutError:

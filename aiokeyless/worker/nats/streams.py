@@ -1,7 +1,7 @@
-"""The three streams and the consumer that workers use: made where they are missing, else checked.
+"""The three streams and the consumer that workers use: made if they are missing, else checked.
 
-Their settings carry the guarantees, so an existing stream with others is refused and never changed: that is left to the
-operator of the broker.
+Their settings carry the guarantees. So a worker refuses an existing stream with other settings, and never changes it:
+that is up to the operator of the broker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UNLIMITED: Final = -1
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
-#: Pull requests that may wait at the consumer: a worker has a few at a time, and there may be a hundred workers.
+#: Pull requests that may wait at the consumer. A worker has a few at a time, and there may be a hundred workers.
 _MAX_WAITING: Final = 8192
 
 
@@ -40,13 +40,13 @@ class StreamSettings(NamedTuple):
     """What an operator may choose.
 
     Attributes:
-        replicas: Servers of the cluster that hold each message: 1, 3 or 5; None: 1 where a stream is made, and any
-            number where it is there. Default: None.
-        duplicate_window: Seconds for which a stream remembers what it has: within it a request that is published
-            twice is one, an outcome is published once, an operation id belongs to one request. No wait may be longer.
-            Default: 86400, a day.
-        max_age: Seconds for which outcomes are kept for applications that are away; `duplicate_window`, where that is
-            more. Default: 604800, a week.
+        replicas: Servers of the cluster that hold each message: 1, 3 or 5. None means 1 for a stream that is made, and
+            any number for an existing one. Default: None.
+        duplicate_window: Seconds for which a stream remembers its messages. In that time, a request that is published
+            twice counts once, an outcome is published once, and an operation id belongs to one request. No wait may be
+            longer. Default: 86400, a day.
+        max_age: Seconds for which outcomes are kept for applications that are away; at least `duplicate_window`.
+            Default: 604800, a week.
     """
 
     replicas: int | None = None
@@ -69,12 +69,12 @@ async def prepare(
         stream: The broker's JetStream.
         fleet: The fleet.
         settings: What the operator chose.
-        ack_wait: Seconds after which a delivery that was not acknowledged is repeated: longer than one takes at most.
+        ack_wait: Seconds after which the broker repeats an unacknowledged delivery: longer than any delivery takes.
         service: Base URL of the service that the workers of the fleet ask.
-        claims_metadata: Metadata of the stream of claims, where it is made.
+        claims_metadata: Metadata for the stream of claims, if it is made.
 
     Returns:
-        Seconds of the duplicate window that is in force, which bounds `expires_in`.
+        The duplicate window in force, in seconds, which bounds `expires_in`.
 
     Raises:
         BrokerError: One of them has other settings, or cannot be made; or the fleet is another tenant's.
@@ -124,7 +124,7 @@ def _requests(fleet: Fleet, settings: StreamSettings, service: str) -> StreamCon
         name=fleet.requests,
         description="Requests for approvals, until they are decided",
         subjects=[fleet.request_subject],
-        retention=RetentionPolicy.WORK_QUEUE,  # a message is there as long as its wait lasts, and goes with its ack
+        retention=RetentionPolicy.WORK_QUEUE,  # a message stays until its ack, which ends its wait
         metadata={key: value for key, value in ((_SERVICE, service), (_TENANT, fleet.tenant)) if value},
     )
 
@@ -158,10 +158,10 @@ def _config(settings: StreamSettings, **own: Any) -> StreamConfig:
 
 
 def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
-    """Refuse a fleet whose requests are for another service or tenant: it would ask their users, and approve for them.
+    """Refuse a fleet whose requests are for another service or tenant: this worker would ask the wrong users.
 
-    A stream that an operator made may not say which service it is for. Then that cannot be compared. The tenant always
-    is: all tenants of a region have one base URL.
+    A stream that an operator made may not name its service, and then the service is not compared. The tenant always is,
+    because all tenants of a region have one base URL.
     """
     metadata = requests.metadata or {}
     for key, owner, own in (
@@ -176,13 +176,13 @@ def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
 
 
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:
-    """Return whether a message with this reply subject is what the stream delivered to the consumer.
+    """Return whether the stream delivered a message with this reply subject to the consumer.
 
-    An inbox takes messages from any user who may publish to it; but no client may publish with such a reply.
+    Any user with the permission can publish to an inbox, but no client may publish with such a reply subject.
 
     Args:
-        reply: The reply subject of the message: ``$JS.ACK.<stream>.<consumer>`` and five more tokens, or with a domain
-            and an account in front of the stream, and at least five more.
+        reply: The reply subject of the message: ``$JS.ACK.<stream>.<consumer>`` and five more tokens. It may also have
+            a domain and an account in front of the stream; then at least five more tokens follow.
         stream: Name of the stream.
         consumer: Name of the consumer.
     """
@@ -199,7 +199,7 @@ async def _stream(stream: JetStreamContext, wanted: StreamConfig, checks: _Check
         found = (await stream.stream_info(name)).config
     except nats.js.errors.NotFoundError:
         try:
-            found = (await stream.add_stream(wanted)).config  # the same settings twice are no conflict
+            found = (await stream.add_stream(wanted)).config  # no conflict if the settings are the same
         except nats.js.errors.APIError as error:
             if error.err_code != _NAME_IN_USE:
                 raise
@@ -217,7 +217,7 @@ async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> 
         description="Workers that wait for approvals",
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
-        max_deliver=_UNLIMITED,  # a delivery is a poll: there are as many as it takes
+        max_deliver=_UNLIMITED,  # each delivery is a poll, and their number has no limit
         max_ack_pending=_UNLIMITED,  # each wait is an unacknowledged message
         max_waiting=_MAX_WAITING,
     )
@@ -249,7 +249,7 @@ def _is_unset(value: object, _want: object) -> bool:
     return not value
 
 
-#: What a stream must be: a setting, whether its value is right for what is wanted, and what to say if it is not.
+#: Checks of a stream: a setting, whether its value suits the wanted one, and the requirement to report if not.
 _STREAM: Final[_Checks] = (
     ("subjects", lambda value, want: set(value or ()) == set(want.subjects), "{0.subjects}"),
     ("retention", lambda value, want: value == want.retention, "{0.retention.value}"),
@@ -261,20 +261,20 @@ _STREAM: Final[_Checks] = (
     ("allow_rollup_hdrs", _is_unset, "off: by them a publisher removes what others published"),
     ("no_ack", _is_unset, "off"),
 )
-#: Likewise, unless it refuses new messages; and unless it does so for each subject.
+#: Checks of a stream that does not refuse new messages; and of one that does not do so for each subject.
 _DROPPING: Final[_Checks] = tuple(
     (limit, _is_unlimited, "unlimited: what is over it is dropped from the old end")
     for limit in ("max_msgs", "max_bytes")
 )
 _DROPPING_EACH: Final[_Checks] = (("max_msgs_per_subject", _is_unlimited, "unlimited, likewise"),)
-#: Likewise, of outcomes and claims.
+#: Checks of the streams of outcomes and claims.
 _KEPT: Final[_Checks] = (("max_msg_size", _is_unlimited, "unlimited: what is over it would never be stored"),)
-#: Likewise, of claims. Once an outcome is forgotten, the same request again would pass for the first.
+#: Checks of the stream of claims. Once it forgets an outcome, a repeated request would count as a new one.
 _CLAIMS: Final[_Checks] = (
     *_KEPT,
     ("max_age", lambda value, want: 0 < (value or 0.0) <= want.max_age, "{0.max_age:g}, the duplicate window"),
 )
-#: Likewise, of the consumer. Its ack policy is not checked: a work queue has no consumers but those with explicit acks.
+#: Checks of the consumer. Its ack policy needs none: a work queue has only consumers with explicit acks.
 _CONSUMER: Final[_Checks] = (
     ("ack_wait", lambda value, want: (value or 0.0) >= want.ack_wait, "{0.ack_wait:g} or more, as a delivery may take"),
     ("max_deliver", _is_unlimited, "unlimited"),
