@@ -1,7 +1,7 @@
 """The broker in PostgreSQL (extra ``postgres``): a request commits with the order, an outcome with the payment.
 
 `PostgresBroker` is for workers, and for applications without a database connection of their own. `PostgresConnection`
-is the application's side on its own asyncpg connection, in its own transactions.
+is for applications with their own asyncpg connection, in their own transactions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Requests and outcomes in the transactions of a connection of psycopg or Django, for `aiokeyless.sync`.
 
-These drivers block, so the coroutines of this module await nothing: each ends at its first step, in the caller's
+These drivers block, so the coroutines of this module await nothing. Each ends at its first step, in the caller's
 thread.
 """
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 _SCHEMA: Final = "keyless"
-_IDLE: Final = 0  # libpq's PQTRANS_IDLE
-#: SQL states: of a request that is wrong, or whose operation id is another's; of a schema that is missing or old; of a
-#: reader that is new.
+#: libpq's PQTRANS_IDLE.
+_IDLE: Final = 0
+#: SQL states: for a wrong request, or one with another's operation id; for a missing or old schema; for a new reader.
 _WRONG: Final = ("22", "23505", "54001")
 _MISSING: Final = ("3F000", "42883", "42P01")
 _NEW_READER: Final = "42704"
 
 
 class _Driver(ABC):
-    """What is needed of a driver.
+    """The operations that a driver must have.
 
     Attributes:
         error: The root of its errors.
@@ -41,7 +41,7 @@ class _Driver(ABC):
 
     @abstractmethod
     def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
-        """Execute a statement of the schema's, and return its first row, if it has rows."""
+        """Execute a statement of the schema, and return its first row, if it has rows."""
 
     @abstractmethod
     def is_in_transaction(self) -> bool:
@@ -49,11 +49,11 @@ class _Driver(ABC):
 
     @abstractmethod
     def would_begin(self) -> bool:
-        """Whether a statement is in a transaction that the caller must commit, also if it is the first one."""
+        """Whether the next statement is in a transaction that the caller must commit, even if it begins one."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[object]:
-        """Return a transaction, for a connection that is in none."""
+        """Return a new transaction, for a connection without one."""
 
 
 class _Psycopg(_Driver):
@@ -127,14 +127,14 @@ def side_of(connection: Any) -> BlockingConnection | None:
 
 
 class BlockingConnection(ApplicationSide):
-    """The application's side of the broker in the schema ``keyless``, on a connection of its own."""
+    """The application's side of the broker in the schema ``keyless``, on its own connection."""
 
     def __init__(self, driver: _Driver) -> None:
         self.largest_request: int = LARGEST_REQUEST
         self._driver = driver
 
     async def submit(self, new: NewRequest) -> bool:
-        """See `ApplicationSide`. What the driver raises ends the transaction, and is raised as it is."""
+        """See `ApplicationSide`. The driver's own errors end the transaction, and are raised unchanged."""
         if not self._driver.would_begin():
             raise ConfigurationError(
                 "the connection must be in a transaction, so that the request is stored if and only if that commits: "
@@ -170,7 +170,7 @@ class _RolledBack(Exception):  # noqa: N818  # no error: it tells the transactio
 
 
 class _Outcome(OutcomeDelivery):
-    """An outcome in the transaction in which it will have been handled."""
+    """An outcome in the transaction that handles it."""
 
     __slots__ = ("_driver", "_id", "_number", "_reader", "_transaction")
 
@@ -180,11 +180,11 @@ class _Outcome(OutcomeDelivery):
         self._transaction = driver.transaction()
 
     def take(self) -> bool:
-        """Begin the transaction, and take an outcome in it; without one, end the transaction and return False."""
+        """Begin the transaction, and take an outcome in it. If there is none, end the transaction and return False."""
         with _errors(self._driver):
             self._transaction.__enter__()
             try:
-                # The first statement: a transaction that waits for another's commit must see it.
+                # As the first statement: a transaction that waits for another's commit must see that commit.
                 self._driver.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
                 row = self._driver.execute(
                     "SELECT id, event, pg_current_xact_id()::text FROM {}.next_outcome(%s::text)", self._reader
@@ -211,12 +211,12 @@ class _Outcome(OutcomeDelivery):
 
         Raises:
             ConfigurationError: The body has ended the transaction itself.
-            BrokerError: Nothing of it was done, or nobody knows whether it was.
+            BrokerError: The transaction is not committed, or its result is unknown.
         """
         try:
             self._driver.execute("SET CONSTRAINTS ALL IMMEDIATE")
             row = self._driver.execute("SELECT pg_current_xact_id_if_assigned()::text")
-        except self._driver.error as error:  # a COMMIT of a transaction that failed is a silent rollback
+        except self._driver.error as error:  # a COMMIT of a failed transaction is a silent rollback
             await self.put_off()
             raise BrokerError(
                 "the transaction of an outcome was rolled back, and the outcome comes again: a statement of the body "
@@ -254,7 +254,7 @@ class _Outcome(OutcomeDelivery):
 
 @contextmanager
 def _errors(driver: _Driver) -> Iterator[None]:
-    """Raise what a driver raises as an error of the broker's."""
+    """Raise a driver's errors as the broker's."""
     try:
         yield
     except driver.error as error:
@@ -267,7 +267,7 @@ def _errors(driver: _Driver) -> Iterator[None]:
 
 
 def _state(error: BaseException) -> str:
-    """Return the SQL state of an error, also of one that Django has wrapped."""
+    """Return the SQL state of an error, even if Django has wrapped it."""
     return getattr(error.__cause__ or error, "sqlstate", None) or ""
 
 

@@ -1,4 +1,4 @@
-"""`PostgresBroker`: the face of the schema for workers, and for applications without a connection of their own."""
+"""`PostgresBroker`: the schema as a broker for workers, and for applications without their own connection."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CONNECTIONS: Final = 20  # at most; half of them for outcomes that applications have in hand
+_CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
-_KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: everything that waits is made again after a crash, in one statement
-_ATTEMPTS: Final = 5  # of a transaction that met another one
-_TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all that was due
-_TAKES_AGAIN: Final = 0.02  # seconds likewise, if there was more
-_COMMITS_WITHIN: Final = 1.0  # seconds after which most requests that are submitted are committed
-_LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two takes that begin with the oldest entries of the index
+_KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
+_ATTEMPTS: Final = 5  # of a transaction that conflicts with another
+_TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
+_TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
+_COMMITS_WITHIN: Final = 1.0  # seconds within which most submitted requests are committed
+_LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two takes that start at the oldest index entries
 _WELCOMES_EVERY: Final = 1.0  # seconds
 _RESTORES_EVERY: Final = 10.0  # seconds
 _CLEANS_EVERY: Final = 3600.0  # seconds
@@ -60,12 +60,11 @@ _EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2}
 class PostgresBroker(TableBroker):
     """A broker in a schema of a PostgreSQL database, which may be that of the application.
 
-    An application that has a connection of its own needs no broker object: see `PostgresConnection`.
+    An application with its own connection needs no broker object: see `PostgresConnection`.
 
     Args:
         database: A URL such as ``postgresql://user@host/database``; or an asyncpg pool, which stays yours.
-        schema: The schema. A worker makes it if it is missing and its login may, and migrates it likewise. Default:
-            ``keyless``.
+        schema: The schema. A worker makes or migrates it, if its login has the rights. Default: ``keyless``.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -86,12 +85,12 @@ class PostgresBroker(TableBroker):
             )
         self._database = database
         self._pool: asyncpg.Pool[Any] | None = None  # None while it is not open
-        self._outcomes: asyncio.Semaphore  # connections for those that applications have in hand
-        self._calls: asyncio.Semaphore  # and for all others, who wait for one as long as it takes
+        self._outcomes: asyncio.Semaphore  # connections for outcomes in progress
+        self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
         self._clock = BrokerClock()
         self._take_from = 0.0  # of the loop's clock
         self._look_below_at = 0.0  # likewise
-        self._floor = 0.0  # what was due before was taken, but for what was committed late
+        self._floor = 0.0  # all requests due before were taken, except late commits
         self._put_offs = self._batches(self._put_off)
         self._decisions = self._batches(self._decide)
         self._claims = self._batches(self._claim)
@@ -115,9 +114,9 @@ class PostgresBroker(TableBroker):
     async def _connect(self, url: str) -> asyncpg.Pool[Any]:
         try:
             with broker_errors(self._schema):
-                # Without a cache of prepared statements, and with each statement in a transaction, it does not matter
-                # to a pooler such as pgbouncer which of its connections the next one comes to. A pool that keeps a
-                # number of connections open logs a traceback whenever the database is away.
+                # No cache of prepared statements, and each statement in a transaction: so a pooler such as pgbouncer
+                # may use any of its connections for the next one. No minimum of open connections: a pool with one logs
+                # a traceback whenever the database is away.
                 pool = await asyncpg.create_pool(
                     url,
                     min_size=0,
@@ -127,7 +126,7 @@ class PostgresBroker(TableBroker):
                     reset=_keep,
                     server_settings={"application_name": "aiokeyless"},
                 )
-                async with pool.acquire():  # which finds out if the database lets this user in
+                async with pool.acquire():  # checks that the database lets this user in
                     return pool
         except UnavailableError as error:
             raise BrokerError(f"the database cannot be reached: {error}") from None
@@ -143,7 +142,7 @@ class PostgresBroker(TableBroker):
             await batches.aclose()
         pool, self._pool = self._pool, None
         if pool is not self._database:
-            pool.terminate()  # what waits for an outcome, or has one in hand, ends with an error
+            pool.terminate()  # calls that wait for an outcome or hold one fail
 
     def now(self) -> datetime:
         """See `Broker`."""
@@ -164,7 +163,7 @@ class PostgresBroker(TableBroker):
             raise BrokerError(str(error)) from None
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
-        """See `ApplicationSide`. The body runs in no transaction of its own; the outcome is in one until its end."""
+        """See `ApplicationSide`. The outcome is in a transaction until the body ends; the body itself is in none."""
         while True:
             pool = self._open_pool()
             await self._outcomes.acquire()
@@ -224,7 +223,7 @@ class PostgresBroker(TableBroker):
         floor: float | None = self._floor
         if now >= self._look_below_at:
             floor, self._look_below_at = None, now + _LOOKS_BELOW_EVERY
-        # One row at least, which says what time it is.
+        # At least one row, which carries the time.
         rows = await self._fetch(
             "SELECT extract(epoch FROM statement_timestamp())::double precision, t.* FROM (SELECT) one LEFT JOIN "
             "{}.take($1::integer, $2::double precision, $3::double precision, $4::boolean) t ON true",
@@ -274,7 +273,7 @@ class PostgresBroker(TableBroker):
         is_stored = []
         for id_, *_ in calls:
             is_stored.append(id_ in decided)
-            decided.discard(id_)  # of two decisions on one request, the first is stored
+            decided.discard(id_)  # of two decisions on one request, the first counts
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
@@ -285,7 +284,7 @@ class PostgresBroker(TableBroker):
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[bool]:
         rows = await self._fetch("SELECT id, was_asked FROM {}.claim($1::bigint[], $2::integer[])", *_columns(calls))
         were_asked: dict[int, bool] = {row[0]: row[1] for row in rows}
-        return [were_asked.get(id_, True) for id_, _ in calls]  # for a row that somebody removed, nobody is asked
+        return [were_asked.get(id_, True) for id_, _ in calls]  # if the row was removed, do not ask the user
 
     async def holds(self, message: Message) -> bool:
         """See `Broker`."""
@@ -328,7 +327,7 @@ class PostgresBroker(TableBroker):
         return await self._in_transaction(lambda connection: connection.fetch(called, *arguments), patience)
 
     async def _in_transaction(self, do: Callable[[Connection], Awaitable[T]], patience: float = _ANSWER_WITHIN) -> T:
-        """Do something in a transaction of its own, and again if it met another one's."""
+        """Do something in a transaction of its own. Retry it if it conflicts with another one."""
         pool, loop = self._open_pool(), asyncio.get_running_loop()
         attempt = 1
         while True:
@@ -362,7 +361,7 @@ class PostgresBroker(TableBroker):
                 if loop.time() >= clean_at:
                     await self._clean()
                     clean_at = loop.time() + _CLEANS_EVERY
-            except (UnavailableError, BrokerError) as error:  # workers meet it, too
+            except (UnavailableError, BrokerError) as error:  # workers get this error, too
                 log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
             await asyncio.sleep(_WELCOMES_EVERY)
 
@@ -373,7 +372,7 @@ class PostgresBroker(TableBroker):
 
 
 class _Pooled(OutcomeDelivery):
-    """An outcome in the hands of an application that has no connection of its own."""
+    """An outcome that is delivered to an application without its own connection."""
 
     __slots__ = ("_connection", "_outcome", "_pool", "_slots")
 
@@ -407,7 +406,7 @@ class _Pooled(OutcomeDelivery):
 
 
 async def _keep(_connection: asyncpg.Connection[Any]) -> None:
-    """Keep a connection as it is: all that was set in it ended with its transaction."""
+    """Do not reset a connection. All its settings ended with its transaction."""
 
 
 def _columns(calls: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:

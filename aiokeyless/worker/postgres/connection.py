@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
 
-_ENDS_WITHIN: Final = 5.0  # seconds in which the server must end a transaction that is not committed
+_ENDS_WITHIN: Final = 5.0  # seconds in which the server must end an uncommitted transaction
 
 
 class PostgresConnection(ApplicationSide):
     """The application's side of the broker, on an asyncpg connection of its own.
 
-    `submit_approval` and `next_outcome` take the connection itself, too, for the schema ``keyless``.
+    For the schema ``keyless``, `submit_approval` and `next_outcome` also take the connection itself.
 
     Args:
-        connection: The connection. A request is stored in the transaction that it is in. For `next_outcome` it must be
-            in none: the outcome begins one, in which the body runs.
+        connection: The connection. A request is stored in the connection's transaction. For `next_outcome`, it must not
+            be in a transaction: the outcome begins one, in which the body runs.
         schema: The broker's schema. Default: ``keyless``.
 
     Raises:
@@ -55,7 +55,7 @@ class PostgresConnection(ApplicationSide):
         return f"<PostgresConnection, schema {self._schema!r}>"
 
     async def submit(self, new: NewRequest) -> bool:
-        """See `ApplicationSide`. What the driver raises ends the transaction, and is raised as it is."""
+        """See `ApplicationSide`. The driver's own errors end the transaction, and are raised unchanged."""
         if not self._connection.is_in_transaction():
             raise ConfigurationError(
                 "the connection must be in a transaction, so that the request is stored if and only if that commits: "
@@ -89,7 +89,7 @@ async def store_request(connection: Connection, schema: str, new: NewRequest) ->
 
 
 async def take_outcome(connection: Connection, schema: str, reader: str) -> Outcome | None:
-    """Begin a transaction, and take an outcome in it; without one, end the transaction and return None."""
+    """Begin a transaction, and take an outcome in it. If there is none, end the transaction and return None."""
     with broker_errors(schema):
         transaction = connection.transaction(isolation="read_committed")
         try:
@@ -117,7 +117,7 @@ async def _add_reader(connection: Connection, transaction: Transaction, schema: 
 
 
 class Outcome(OutcomeDelivery):
-    """An outcome in the transaction in which it will have been handled.
+    """An outcome in the transaction that handles it.
 
     Args:
         connection: The connection.
@@ -126,7 +126,7 @@ class Outcome(OutcomeDelivery):
         reader: The reader.
         id_: The outcome.
         event: Its event, as JSON.
-        number: The transaction's own, by which the server knows it.
+        number: The server's number of the transaction.
     """
 
     __slots__ = ("_connection", "_id", "_number", "_reader", "_schema", "_transaction")
@@ -156,7 +156,7 @@ class Outcome(OutcomeDelivery):
 
         Raises:
             ConfigurationError: The body has ended the transaction itself.
-            BrokerError: Nothing of it was done, or nobody knows whether it was.
+            BrokerError: The transaction is not committed, or its result is unknown.
         """
         await finished(self._commit(), self._connection)
 
@@ -177,7 +177,7 @@ class Outcome(OutcomeDelivery):
             ) from None
 
     async def _check(self) -> None:
-        """Find out if there is nothing to commit: a COMMIT of a transaction that failed is a silent rollback."""
+        """Check that there is a transaction to commit. A COMMIT of a failed one is a silent rollback."""
         try:
             await self._connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
             number = await self._connection.fetchval("SELECT pg_current_xact_id_if_assigned()::text")
@@ -208,26 +208,26 @@ class Outcome(OutcomeDelivery):
 
 async def _roll_back(connection: Connection, transaction: Transaction) -> None:
     if not connection.is_closed():
-        await transaction.rollback()  # if the body has ended it, that is a mere warning of the server's
+        await transaction.rollback()  # if the body has ended it, the server only warns
 
 
 async def finished(doing: Coroutine[Any, Any, None], connection: Connection) -> None:
-    """Do something to its end, also if the caller is cancelled: no connection is left in a transaction."""
+    """Finish a step even if the caller is cancelled, so that no connection stays in a transaction."""
     task = asyncio.ensure_future(doing)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # after a cancellation, that counts
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieves a late error
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
         with _limited(connection):
             while not task.done():
-                with suppress(asyncio.CancelledError):  # a scope of anyio cancels each await
+                with suppress(asyncio.CancelledError):  # anyio's scopes cancel each await
                     await asyncio.wait({task})
         raise
 
 
 @contextmanager
 def _limited(connection: Connection) -> Iterator[None]:
-    """Give a connection up on which the end of a transaction takes too long; the server then ends it by itself."""
+    """Close a connection whose transaction takes too long to end. The server then ends the transaction itself."""
     giving_up = asyncio.get_running_loop().call_later(_ENDS_WITHIN, connection.terminate)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What asyncpg raises, as the errors that workers and applications know."""
+"""Errors of asyncpg, translated to those that workers and applications know."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from aiokeyless.worker.broker import RefusedError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: What a transaction is repeated for: nothing of it was done, and the next attempt may go well.
+#: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
-#: Classes of SQL states that do not change by themselves: authorization, names, syntax and rights. 0A does: a standby
-#: has no unlogged table until it takes over.
+#: Classes of SQL states that do not change by themselves: authorization, names, syntax and rights. 0A is not one of
+#: them: a standby has no unlogged table until it takes over.
 _LASTING: Final = frozenset({"0L", "0P", "28", "3D", "3F", "42"})
 _MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedFunctionError, asyncpg.UndefinedTableError)
-#: What `submit` raises about the request: its text is no JSON or too deep, a value is wrong, or another request has
-#: its operation id.
+#: Errors of `submit` about the request: its text is no JSON or too deep, a value is wrong, or another request has its
+#: operation id.
 _WRONG: Final = (asyncpg.DataError, asyncpg.StatementTooComplexError, asyncpg.UniqueViolationError)
 
 
 @contextmanager
 def broker_errors(schema: str) -> Iterator[None]:
-    """Raise what asyncpg raises as an error of the broker's.
+    """Raise asyncpg's errors as the broker's.
 
     Args:
         schema: The broker's schema, for the message.
@@ -50,7 +50,7 @@ def broker_errors(schema: str) -> Iterator[None]:
 
 @contextmanager
 def request_errors() -> Iterator[None]:
-    """Raise what is wrong with a request as an `InvalidRequestError`."""
+    """Raise errors about a request as an `InvalidRequestError`."""
     try:
         yield
     except _WRONG as error:

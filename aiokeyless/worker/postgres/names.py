@@ -1,4 +1,4 @@
-"""The names that the broker has in a database, and the numbers that all its readers share."""
+"""The broker's names in a database, and the settings that all its readers share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Final
 from aiokeyless.errors import ConfigurationError
 
 READS_EVERY: Final = 0.25  # seconds between two polls for an outcome
-_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # with what roles append, PostgreSQL's 63 bytes
+_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # and a role's ending: PostgreSQL allows 63 bytes
 
 
 def check_schema(schema: object) -> str:
     """Return the name of a schema that needs no quotes.
 
     Raises:
-        ConfigurationError: It does, or is too long.
+        ConfigurationError: The name needs quotes, or is too long.
     """
     if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema) or schema.startswith("pg_"):
         raise ConfigurationError(
@@ -26,7 +26,7 @@ def check_schema(schema: object) -> str:
 
 
 def quoted(name: str) -> str:
-    """Return a schema or a role as it is written in SQL: it may be a keyword."""
+    """Return a schema or a role with quotes for SQL, since it may be a keyword."""
     return f'"{name}"'
 
 

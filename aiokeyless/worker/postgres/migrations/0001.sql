@@ -1,10 +1,10 @@
--- The tables, and the functions that are all that asking, reading and working applications may use of them.
+-- The tables, and the functions by which applications and workers use them.
 --
 -- A role that may execute a function needs no right on a table. Every function runs as the schema's owner, with a
--- search path that no caller can change, and names each table with its schema. Times come and go as seconds since 1970:
--- no setting of a session, and no codec of a driver, changes what they mean.
+-- search path that no caller can change, and names each table with its schema. Times are passed as seconds since 1970,
+-- so no setting of a session and no codec of a driver changes their meaning.
 --
--- Functions are added by later migrations, and not changed: workers of two versions use them at once.
+-- Later migrations add functions, and change none, because workers of two versions use them at once.
 
 CREATE TABLE {schema}.request (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -22,8 +22,8 @@ CREATE INDEX request_expires ON {schema}.request (expires_at) WHERE decided_at I
 COMMENT ON TABLE {schema}.request IS 'Requests for approvals; a row stays for 400 days, its body for a week after the decision.';
 COMMENT ON COLUMN {schema}.request.asked IS 'Number of the delivery that was about to ask the user last; null: nobody was asked.';
 
--- When to poll is not worth any WAL: after a crash the table is empty, and `restore` makes its rows again.
--- All of its columns but one change at each poll, so its pages are kept half empty and vacuumed often.
+-- The times of polls are not worth any WAL. After a crash the table is empty, and `restore` makes its rows again.
+-- Each poll changes all of its columns but one, so its pages are kept half empty and vacuumed often.
 CREATE UNLOGGED TABLE {schema}.waiting (
     id bigint PRIMARY KEY,
     due_at timestamptz NOT NULL,
@@ -65,7 +65,7 @@ CREATE INDEX unread_due ON {schema}.unread (reader, due_at);
 COMMENT ON TABLE {schema}.unread IS 'Which reader has not handled which outcome.';
 
 
--- For who asks.
+-- For applications that submit.
 
 CREATE FUNCTION {schema}.submit(request text, traceparent text DEFAULT NULL) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -117,7 +117,7 @@ BEGIN
             RAISE 'created_at must be a time with a zone, such as 2027-01-31T12:00:00Z'
                 USING ERRCODE = 'invalid_parameter_value';
         END IF;
-        -- A request is not made after it was stored: a clock that is ahead must not prolong a wait.
+        -- No request is made after it was stored. A clock that is ahead must not prolong a wait.
         created_at := least((fields ->> 'created_at')::timestamptz, moment);
     END IF;
     content := encode(sha256(convert_to(jsonb_build_array(
@@ -152,7 +152,7 @@ $function$;
 COMMENT ON FUNCTION {schema}.submit IS 'Store a request for an approval, as JSON, unless the same is stored already; return whether it was.';
 
 
--- For who reads.
+-- For applications that read.
 
 CREATE FUNCTION {schema}.add_reader(reader text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -167,7 +167,7 @@ END
 $function$;
 COMMENT ON FUNCTION {schema}.add_reader IS 'Let this login read outcomes under a name. A new name gets all that are stored.';
 
--- A name belongs to who added it.
+-- A reader's name belongs to the login that added it.
 CREATE FUNCTION {schema}.check_reader(reader text) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
@@ -205,15 +205,15 @@ BEGIN
         SELECT u.id FROM {schema}.unread u WHERE u.reader = name AND u.due_at <= moment ORDER BY u.due_at LIMIT 100
     );
     IF candidates = '{}' THEN
-        -- Nothing is put off for longer: the clock was set back.
+        -- Nothing is put off for longer than this, so the clock was set back.
         candidates := ARRAY(
             SELECT u.id FROM {schema}.unread u WHERE u.reader = name AND u.due_at > moment + interval '300 s' LIMIT 100
         );
     END IF;
-    -- In a random order: one that kills its process holds up no other.
+    -- In a random order, so that an outcome that kills its process does not hold up the others.
     SELECT u.id INTO chosen FROM {schema}.unread u
     WHERE u.reader = name AND u.id = ANY (candidates) ORDER BY random() LIMIT 1 FOR UPDATE SKIP LOCKED;
-    IF chosen IS NULL THEN -- a hundred others are in the hands of other processes
+    IF chosen IS NULL THEN -- other processes have these hundred
         SELECT u.id INTO chosen FROM {schema}.unread u
         WHERE u.reader = name AND u.due_at <= moment ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
     END IF;
@@ -234,7 +234,7 @@ BEGIN
         due_at = clock_timestamp() + least(coalesce(delay, power(2, u.failures)), 300) * interval '1 s'
     FROM (
         SELECT l.id FROM {schema}.unread l WHERE l.reader = put_off_outcome.reader AND l.id = outcome
-        FOR UPDATE SKIP LOCKED -- another process has it by now
+        FOR UPDATE SKIP LOCKED -- another process has it now
     ) mine
     WHERE u.reader = put_off_outcome.reader AND u.id = mine.id;
 END
@@ -242,7 +242,7 @@ $function$;
 COMMENT ON FUNCTION {schema}.put_off_outcome IS 'Have an outcome that was not handled come again after so many seconds; by default 1, 2, 4, ... and at most 300.';
 
 
--- For workers. Pacing need not survive a crash, and does not wait for a disk. A promise does.
+-- For workers. Times of polls need not survive a crash, so they do not wait for the disk. Claims and outcomes do.
 
 CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, probing boolean)
 RETURNS TABLE (
@@ -253,7 +253,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
-    moment constant timestamptz := clock_timestamp(); -- in a variable: in WHERE it would be called for each row
+    moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
     chosen bigint[] := '{}';
 BEGIN
@@ -266,7 +266,7 @@ BEGIN
                 WHERE w.failures = failed AND least(w.deliveries, 1) = 1 AND w.due_at <= moment
                 ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
             );
-            -- Of those never tried, the newest first: many that came at once and are bad hold up no later one.
+            -- Of those never tried, the newest first. Then many bad ones that came at once hold up no later one.
             chosen := chosen || ARRAY(
                 SELECT w.id FROM {schema}.waiting w
                 WHERE w.failures = failed AND least(w.deliveries, 1) = 0 AND w.due_at <= moment
@@ -280,7 +280,7 @@ BEGIN
         );
     END IF;
     IF floor IS NULL THEN
-        -- Nothing is put off, or delivered, for longer: the clock was set back.
+        -- Nothing is put off or leased for longer than this, so the clock was set back.
         chosen := chosen || ARRAY(
             SELECT w.id FROM {schema}.waiting w WHERE w.due_at > moment + greatest(lease, 200) * interval '1 s'
             LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
@@ -312,7 +312,7 @@ BEGIN
 END
 $function$;
 
--- Have requests that are locked due again after the lease, and return them in their order.
+-- Make locked requests due again after the lease, and return them in the given order.
 CREATE FUNCTION {schema}.deliver(chosen bigint[], lease double precision)
 RETURNS TABLE (
     id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
@@ -341,7 +341,7 @@ BEGIN
 END
 $function$;
 
--- exchange: 0 answered well, 1 failed, 2 there was none, so the delivery does not count.
+-- exchange: 0 answered well, 1 failed, 2 none, so the delivery does not count.
 CREATE FUNCTION {schema}.put_off(ids bigint[], numbers integer[], delays double precision[], exchanges integer[])
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -350,7 +350,7 @@ DECLARE
     moment constant timestamptz := clock_timestamp();
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    -- What another transaction has locked is being decided, or is a later delivery's.
+    -- If another transaction has locked a request, it decides it, or has a later delivery of it.
     WITH mine AS (
         SELECT w.id, p.delay, p.exchange
         FROM unnest(ids, numbers, delays, exchanges) p (id, number, delay, exchange)
@@ -365,7 +365,7 @@ BEGIN
 END
 $function$;
 
--- Who locks several requests does so in the order of their ids: two that do never wait for each other.
+-- Lock several requests in the order of their ids, so that two transactions never wait for each other.
 CREATE FUNCTION {schema}.lock_requests(ids bigint[]) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET jit = off AS $function$
@@ -411,7 +411,7 @@ DECLARE
     moment timestamptz;
     decided bigint[];
 BEGIN
-    -- A reader that is added meanwhile is seen below, or waits for this transaction: see `welcome_readers`.
+    -- A reader that is added now is seen below, or waits for this transaction: see `welcome_readers`.
     PERFORM pg_advisory_xact_lock_shared({lock}, 2);
     PERFORM {schema}.lock_requests(ids);
     moment := clock_timestamp();
@@ -449,8 +449,8 @@ BEGIN
 END
 $function$;
 
--- After a crash, a failover or a restored backup, nothing waits. A number of a delivery that may have asked the user
--- does not come twice.
+-- After a crash, a failover or a restored backup, the table of waiting requests is empty. The numbers of deliveries go
+-- on after the last one that may have asked the user.
 CREATE FUNCTION {schema}.restore() RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
 DECLARE
@@ -460,15 +460,15 @@ BEGIN
     INSERT INTO {schema}.waiting (id, due_at, deliveries, failures)
     SELECT r.id, clock_timestamp(), coalesce(r.asked, 0), 0 FROM {schema}.request r
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
-    FOR SHARE OF r SKIP LOCKED -- what is being decided stays away
+    FOR SHARE OF r SKIP LOCKED -- requests that are being decided
     ON CONFLICT DO NOTHING;
     GET DIAGNOSTICS restored = ROW_COUNT;
     RETURN restored;
 END
 $function$;
 
--- A reader that was added gets all outcomes that are stored. Those that are being stored meanwhile it gets from
--- `decide`, which sees it; or `decide` began before it was added, and is waited for.
+-- A new reader gets all stored outcomes. If `decide` stores one now, there are two cases: it sees the reader, and adds
+-- the outcome itself; or it began before the reader was added, and this function waits for it.
 CREATE FUNCTION {schema}.welcome_readers() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
@@ -485,7 +485,7 @@ BEGIN
 END
 $function$;
 
--- One page of what nobody needs any more; returns where the next one begins, or null at the end.
+-- Remove one page of old rows. Return where the next page begins, or null at the end.
 CREATE FUNCTION {schema}.clean(after bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$

@@ -1,4 +1,4 @@
-"""The versions of the schema: numbered files, each applied once, in one transaction with the note that it was."""
+"""The versions of the schema: numbered files. A transaction applies each once, and records it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from aiokeyless.worker.postgres.names import quoted, within
 if TYPE_CHECKING:
     from aiokeyless.worker.postgres.connection import Connection
 
-#: Version of the schema that this worker knows; it serves a later one that still allows it.
+#: Version of the schema that this worker knows. It also serves a later version that allows it.
 VERSION: Final = 1
-#: The oldest worker that may go on when a version is applied, by version.
+#: The oldest worker that may go on after each version is applied.
 _OLDEST_WORKER: Final = {1: 1}
-_LOCK_WITHIN: Final = "5s"  # that a migration waits for others: what waits behind it is stopped meanwhile
-#: What each role may execute.
+#: The time for which a migration waits for locks, while it blocks the transactions behind it.
+_LOCK_WITHIN: Final = "5s"
+#: The functions that each role may execute.
 _ROLES: Final = {
     "asker": ("submit",),
     "reader": ("add_reader", "next_outcome", "put_off_outcome"),
@@ -40,11 +41,11 @@ _ROLES: Final = {
 
 
 async def prepare(connection: Connection, schema: str) -> None:
-    """Make the schema, or migrate it, or check it, in the transaction of a connection.
+    """Make, migrate or check the schema, in a connection's transaction.
 
     Raises:
-        BrokerError: It is not as this worker needs it, and this login may not make it so; or a later worker has made it
-            so that this one must end.
+        BrokerError: The schema is older than this worker needs, and this login may not change it. Or a later version of
+            the schema does not allow this worker.
     """
     await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WITHIN}'")
     version, oldest_worker = await _versions(connection, schema)
@@ -100,7 +101,7 @@ def lock_number(schema: str) -> int:
 
 
 async def _owner(connection: Connection, schema: str) -> str:
-    """Return who owns the schema, as written in SQL; make both, and the roles, if they are missing and it may."""
+    """Return the owner of the schema, quoted for SQL. Make the schema, owner and roles, if missing and permitted."""
     found: Any = await connection.fetchval(
         "SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = $1", schema
     )
@@ -127,7 +128,7 @@ async def _exists(connection: Connection, role: str) -> bool:
 
 
 async def _grant(connection: Connection, schema: str) -> None:
-    """Let each role that there is execute its functions, and nobody else."""
+    """Let each existing role execute its functions, and revoke them from all others."""
     name = quoted(schema)
     await connection.execute(f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {name} FROM PUBLIC")
     for role, functions in _ROLES.items():
