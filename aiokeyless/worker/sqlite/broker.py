@@ -1,4 +1,4 @@
-"""`SqliteBroker`: the face of the file for workers and applications, and the thread in which all of it happens."""
+"""`SqliteBroker`: the file as a broker for workers and applications, and the thread that does all its work."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ _ADVICE: Final = (
     "for workers and applications of this machine; for several machines, or requests in the transactions of your own "
     "database, use PostgreSQL"
 )
-_CHECKS_EVERY: Final = 0.1  # seconds between two checks for what other processes have stored
-_TAKES_EVERY: Final = 0.02  # seconds between two takes: what is due by then comes in one
+_CHECKS_EVERY: Final = 0.1  # seconds between two checks for changes by other processes
+_TAKES_EVERY: Final = 0.02  # seconds between two takes, which gather due requests
 _REPAIRS_EVERY: Final = 10.0  # seconds
-_CLEANS_EVERY: Final = 360  # of these
-_SHORTEST: Final = 0.001  # seconds: a timer of less may fire without a step of the clock
-_RESOLUTION: Final = 1e-6  # seconds by which a timer may be early: what it is for is due
+_CLEANS_EVERY: Final = 360  # repairs
+_SHORTEST: Final = 0.001  # seconds: a shorter timer may fire before the clock moves
+_RESOLUTION: Final = 1e-6  # seconds by which a timer may be early
 
 
 class SqliteBroker(TableBroker):
     """A broker in a SQLite file, for the workers and applications of one machine.
 
-    The file is the broker's own. It is made if it is missing, for this user alone. Several processes share it, and one
-    object serves all workers and applications of an event loop.
+    The file is the broker's own. If it is missing, the broker makes it, for this user alone. Several processes share
+    it, and one object serves all workers and applications of an event loop.
 
     Args:
-        path: The file; or ``":memory:"``, for tests: then the object is the broker, its clock is the event loop's,
-            which a test may move, and nothing survives its closing.
+        path: The file; or ``":memory:"``, for tests. Then the object itself is the broker, its clock is the event
+            loop's, which a test may move, and nothing survives `aclose`.
 
     Example:
         >>> async with SqliteBroker("keyless.db") as broker:
@@ -83,7 +83,7 @@ class SqliteBroker(TableBroker):
         self._due = _Changes()  # of requests
         self._decided = _Changes()  # of outcomes
         self._take_from = 0.0
-        self._readers: set[str] = set()  # those that are known to be in the file
+        self._readers: set[str] = set()  # readers that are known to be in the file
 
     def __repr__(self) -> str:
         return f"<SqliteBroker {self._path}>"
@@ -243,7 +243,7 @@ class SqliteBroker(TableBroker):
         return self._store
 
     async def _run(self, do: Callable[[], T]) -> T:
-        """Do something with the file; in its thread, unless it is in memory."""
+        """Do something with the file, in its thread unless it is in memory."""
         if self._thread is None:
             return do()
         return await asyncio.get_running_loop().run_in_executor(self._thread, do)
@@ -252,12 +252,12 @@ class SqliteBroker(TableBroker):
         return await self._run(lambda: self._store.execute(calls))
 
     async def _do(self, do: Callable[[], T], *, lasting: bool = False) -> T:
-        """Have something done to the file in one transaction with the other calls of this turn."""
+        """Do something with the file, in one transaction with the other calls of this turn."""
         result: T = await self._batches.call(Call(do, lasting))
         return result
 
     async def _wait_for(self, changed: asyncio.Event, most: float | None) -> None:
-        """Wait for a change by this process, or until it is time to check for those by others."""
+        """Wait for a change by this process, or until the next check for changes by others."""
         if self._thread is not None:
             most = _CHECKS_EVERY if most is None else min(most, _CHECKS_EVERY)
         if most is not None:
@@ -275,7 +275,7 @@ class SqliteBroker(TableBroker):
                 self._decided.notify()
                 if turn % _CLEANS_EVERY == 0:
                     await self._clean()
-            except (UnavailableError, BrokerError) as error:  # workers meet it, too
+            except (UnavailableError, BrokerError) as error:  # workers get this error, too
                 log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
             turn += 1
             await asyncio.sleep(_REPAIRS_EVERY)
@@ -287,19 +287,19 @@ class SqliteBroker(TableBroker):
 
 
 class _Changes:
-    """Wakes up what waits for something that this process stores."""
+    """Wakes the tasks that wait for a change by this process."""
 
     def __init__(self) -> None:
         self.next = asyncio.Event()
 
     def notify(self) -> None:
-        """Wake up what waits now, and not what comes later."""
+        """Wake the tasks that wait now, and none that come later."""
         self.next.set()
         self.next = asyncio.Event()
 
 
 class _Outcome(OutcomeDelivery):
-    """An outcome in the hands of a reader."""
+    """An outcome that is delivered to a reader."""
 
     __slots__ = ("_broker", "_unread")
 

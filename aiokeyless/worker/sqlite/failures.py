@@ -1,4 +1,4 @@
-"""What sqlite3 raises, as the errors that workers and applications know; and what is tried again by itself."""
+"""Errors of sqlite3, translated to those that workers and applications know, and retries while the file is busy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _BUSY_FOR: Final = 10.0  # seconds for which other processes may hold the file
-_PAUSE: Final = (0.0005, 0.003)  # seconds, at random: SQLite's own pauses grow to 100 ms, and let others overtake
+_PAUSE: Final = (0.0005, 0.003)  # seconds, at random; SQLite's own pauses grow to 100 ms, so others overtake
 _PRIMARY: Final = 0xFF  # of an extended error code
-#: What may pass by itself.
+#: Errors that may pass by themselves.
 _PASSING: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM})
 _ADVICE: Final = {
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: the folder must be there, and this user must be able to write to it",
@@ -31,13 +31,13 @@ _ADVICE: Final = {
 
 
 def _code(error: sqlite3.Error) -> int:
-    """Return the primary error code; 0 for an error of the module's own, as of a connection that was closed."""
+    """Return the primary error code; 0 for an error of the module itself, such as for a closed connection."""
     return getattr(error, "sqlite_errorcode", 0) & _PRIMARY
 
 
 @contextmanager
 def broker_errors(path: str) -> Iterator[None]:
-    """Raise what sqlite3 raises as an error of the broker's.
+    """Raise sqlite3's errors as the broker's.
 
     Args:
         path: The file, for the message.
@@ -54,7 +54,7 @@ def broker_errors(path: str) -> Iterator[None]:
 
 
 def retried(do: Callable[[], T]) -> T:
-    """Do something to the file, and again while another process holds it."""
+    """Do something with the file, and retry while another process holds it."""
     give_up_at = time.monotonic() + _BUSY_FOR
     while True:
         try:

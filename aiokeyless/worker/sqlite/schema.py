@@ -1,4 +1,4 @@
-"""The tables, which are those of PostgreSQL's broker too, and how the file is opened. Times are seconds since 1970."""
+"""The tables, which PostgreSQL's broker has too, and the opening of the file. Times are seconds since 1970."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from aiokeyless.errors import BrokerError
 from .failures import broker_errors, retried
 
 MEMORY: Final = ":memory:"
-#: Version of the tables that this worker knows; it serves those of a later one that still allow it.
+#: Version of the tables that this worker knows. It also serves a later version that allows it.
 VERSION: Final = 1
-#: Each is run once, in order, in one transaction with the note that it was.
+#: One transaction runs each migration once, in this order, and records it.
 _MIGRATIONS: Final = (
     """
     CREATE TABLE request (
@@ -68,14 +68,14 @@ _MOUNTS: Final = Path("/proc/self/mounts")
 
 
 def connect(path: str, *, now: float) -> sqlite3.Connection:
-    """Open the file, and make it, with its tables, where there is none.
+    """Open the file. If there is none, make it, with its tables.
 
     Args:
         path: The file, or ``:memory:``.
         now: The time, in seconds since 1970.
 
     Raises:
-        BrokerError: It cannot be used; the message says why.
+        BrokerError: The file cannot be used; the message says why.
     """
     if path != MEMORY:
         _create(path)
@@ -103,7 +103,7 @@ def _create(path: str) -> None:
 
 
 def _remote_file_system(path: str) -> str | None:
-    """Return the type of the file system, where the machine tells it and it is another machine's."""
+    """Return the type of the file system, if it is known to be another machine's."""
     try:
         mounts = [line.split()[1:3] for line in _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:  # not Linux

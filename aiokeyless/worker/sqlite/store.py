@@ -1,7 +1,7 @@
-"""What is stored in the file, and the statements that read and change it. All of it runs in one thread.
+"""The statements that read and change the file. All of them run in one thread.
 
-`execute` runs the calls of one turn of the event loop in one transaction. A statement for many rows is one statement:
-another thread may hold Python's lock between two.
+`execute` runs the calls of one turn of the event loop in one transaction. A change of many rows is one statement,
+because another thread may hold Python's lock between two.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .schema import MEMORY, connect
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: Seconds that a request is put off for, at most: a clock that was set back holds up nothing for longer.
+#: Most seconds for which a request is put off. A clock that was set back delays no request for longer.
 MOST_PUT_OFF: Final = 200.0
 _BODIES_KEPT: Final = 7 * 24 * 3600.0  # seconds after the decision
 _CLEANED: Final = 1000  # rows in one transaction
-#: What removes a row, or a part of it, so many seconds after the decision.
+#: Statements that remove a row, or a part of it, and after how many seconds since the decision.
 _CLEANING: Final = (
     ("UPDATE request SET body = x'' WHERE id > ? AND id <= ? AND decided_at < ? AND body <> x''", _BODIES_KEPT),
     (
@@ -50,16 +50,17 @@ _CLEANING: Final = (
     ("DELETE FROM outcome WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
     ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),
 )
-_MOST_FAILURES: Final = 15  # that are counted: the backoff does not grow any more, and the order of probes needs few
-#: Of those with as many failures: the ones that were answered, and then the ones that were never tried. Of these the
-#: newest first: if many bad ones came at once, before the circuit opened, good ones do not wait behind them.
+#: Failures are counted up to this. Beyond it the backoff no longer grows, and the order of probes needs few numbers.
+_MOST_FAILURES: Final = 15
+#: Among requests with equally many failures, the answered ones come first, then the untried ones, the newest first. If
+#: many bad ones came at once, before the circuit opened, good ones do not wait behind them.
 _PROVEN: Final = (
     "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = 0 AND due_at <= ? ORDER BY due_at LIMIT ?"
 )
 _UNTRIED: Final = (
     "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = 1 AND due_at <= ? ORDER BY due_at DESC LIMIT ?"
 )
-_HANDED_ON: Final = 30.0  # seconds that a reader has for an outcome, until it is delivered again
+_HANDED_ON: Final = 30.0  # seconds after which an unhandled outcome is delivered again
 
 
 class PutOff(NamedTuple):
@@ -87,11 +88,11 @@ class Unread(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is to be done in a transaction.
+    """A call to execute in a transaction.
 
     Attributes:
-        do: Does it.
-        lasting: Whether it is a promise, and must survive a power cut; pacing need not.
+        do: The function to call.
+        lasting: Whether it must survive a power cut. Times of polls need not.
     """
 
     do: Callable[[], object]
@@ -121,7 +122,7 @@ class Store:
         """Execute calls in one transaction; return the result of each.
 
         Raises:
-            UnavailableError: Nothing of it was done, and may be done later.
+            UnavailableError: None of the calls was done; a later attempt may succeed.
             BrokerError: The file cannot be used.
         """
         with broker_errors(self._path):
@@ -133,7 +134,7 @@ class Store:
                 results = [call.do() if isinstance(call, Call) else None for call in calls]
                 self._connection.execute("COMMIT")
             except BaseException:
-                if self._connection.in_transaction:  # a full disk has ended it by itself
+                if self._connection.in_transaction:  # a full disk ends the transaction by itself
                     self._connection.execute("ROLLBACK")
                 raise
             return results
@@ -144,14 +145,14 @@ class Store:
             self._synchronous = mode
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
-        """Return the one row of a statement that always has one, or None in it."""
+        """Return the only row of a statement that always has one; it may hold None."""
         row: tuple[Any, ...] = self._connection.execute(statement, values).fetchone()
         return row
 
     # -- for applications
 
     def submit(self, new: NewRequest) -> bool | None:
-        """Store a request; return whether it was stored already, or None if another one has its operation id."""
+        """Store a request. Return whether it was stored already, or None if another one has its operation id."""
         request, now = new.request, self._now()
         found = self._connection.execute(
             "SELECT content_sha256 FROM request WHERE operation_id = ?", (request.operation_id,)
@@ -169,7 +170,7 @@ class Store:
         return False
 
     def add_reader(self, name: str) -> None:
-        """Add a reader, for whom all outcomes that are stored are unread."""
+        """Add a reader, to which all stored outcomes are unread."""
         if self._connection.execute("INSERT OR IGNORE INTO reader VALUES (?, '', 1)", (name,)).rowcount:
             self._connection.execute("INSERT INTO unread SELECT ?, id, ?, 0 FROM outcome", (name, self._now()))
 
@@ -180,7 +181,7 @@ class Store:
         return None if due_at is None else float(due_at)
 
     def take_unread(self, reader: str) -> Unread | None:
-        """Take the outcome that is due longest; None if none is due."""
+        """Take the outcome that has been due longest; None if none is due."""
         now = self._now()
         found = self._connection.execute(
             "SELECT u.id, u.failures, o.body FROM unread u JOIN outcome o ON o.id = u.id"
@@ -224,7 +225,7 @@ class Store:
         return self._ids("SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", self._now(), up_to)
 
     def _probes(self, up_to: int) -> list[int]:
-        """Return what to probe with: a search of the index for each number of failures sorts no thousands."""
+        """Return the probes. One search of the index for each number of failures avoids a sort of thousands."""
         chosen: list[int] = []
         failures = self._one("SELECT min(failures) FROM waiting")[0]
         while failures is not None and len(chosen) < up_to:
@@ -249,7 +250,7 @@ class Store:
         return [id_ for (id_,) in self._connection.execute(statement, values).fetchall()]
 
     def _leased(self, ids: list[int], lease: float) -> list[Message]:
-        """Deliver requests, and have them due again after the lease."""
+        """Deliver requests, and make them due again after the lease."""
         if not ids:
             return []
         chosen = json.dumps(ids)
@@ -275,7 +276,7 @@ class Store:
         ]
 
     def _put_off(self, calls: list[PutOff]) -> None:
-        """Deliver requests again later, unless they were delivered once more by now."""
+        """Deliver requests again later, unless they have been delivered again already."""
         now = self._now()
         rows = [
             (
@@ -298,7 +299,7 @@ class Store:
         )
 
     def decide(self, id_: int, outcome: str, data: bytes) -> bool:
-        """Store an outcome, for each reader, and remove its request from those that wait."""
+        """Store an outcome for each reader, and remove its request from the waiting ones."""
         now = self._now()
         self._connection.execute("DELETE FROM waiting WHERE id = ?", (id_,))
         decided = self._connection.execute(
@@ -328,7 +329,7 @@ class Store:
     # -- housekeeping
 
     def repair(self, lease: float) -> None:
-        """Have due at once what is due in a longer time than anything is put off for: the clock was set back."""
+        """Make requests and outcomes due that are put off for too long, because the clock was set back."""
         now = self._now()
         self._connection.execute(
             "UPDATE waiting SET due_at = ? WHERE due_at > ?", (now, now + max(MOST_PUT_OFF, lease))
@@ -336,7 +337,7 @@ class Store:
         self._connection.execute("UPDATE unread SET due_at = ? WHERE due_at > ?", (now, now + LONGEST_PAUSE))
 
     def clean(self, after: int) -> int | None:
-        """Remove what nobody needs any more, in some rows; return after which row to go on, or None at the end."""
+        """Remove old data from a page of rows. Return the last row of the page, or None at the end."""
         last = self._one(
             "SELECT max(id) FROM (SELECT id FROM request WHERE id > ? ORDER BY id LIMIT ?)", after, _CLEANED
         )
@@ -347,7 +348,7 @@ class Store:
         return found
 
     def inspect(self) -> Inspection:
-        """Return how the workers fare.
+        """Return the state of the fleet.
 
         Raises:
             BrokerError: The file is gone.
@@ -373,5 +374,5 @@ def _is_there(path: str, inode: int) -> bool:
 
 
 def _pause(failures: int) -> float:
-    """Return for how long an outcome is put off that was delivered so often."""
+    """Return the seconds for which an outcome is put off after so many deliveries."""
     return float(min(FIRST_PAUSE * 2.0 ** (failures - 1), LONGEST_PAUSE))
