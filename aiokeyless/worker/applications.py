@@ -154,7 +154,7 @@ async def submit_approval(
 
 
 def _side(broker: object) -> ApplicationSide:
-    if isinstance(broker, str):  # it would be opened and closed for each call
+    if isinstance(broker, str):  # a URL would be opened and closed for each call
         raise ConfigurationError("broker must be an open broker or a connection, not a URL", argument="broker")
     return broker_for(broker)
 
@@ -216,7 +216,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
     except BaseException:
         try:
             await outcome.put_off()
-        except (UnavailableError, BrokerError) as error:  # it comes again by itself; the body's own error counts
+        except (UnavailableError, BrokerError) as error:  # it comes again anyway; the body's error is raised
             log(logging.WARNING, "outcome.not_put_off", {"place": outcome.place, "error": str(error)})
         raise
     await outcome.handled()

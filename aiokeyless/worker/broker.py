@@ -274,14 +274,14 @@ class Broker(ApplicationSide):
         Args:
             up_to: How many at most; at least 1.
             within: Seconds after which it returns at the latest, even without a request.
-            probing: Whether Keyless fails. If so, the requests with the fewest failures come first. Among these, those
-                that were answered well come first, in the order in which they are due. Those never tried follow, the
-                newest first. So bad requests do not hold up good ones.
+            probing: Whether Keyless fails. If so, the requests with the fewest failures come first. Among equals, the
+                answered ones come first, in the order in which they are due. Untried ones follow, the newest first. So
+                bad requests do not hold up good ones.
         """
 
     @abstractmethod
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
-        """Take due requests whose time was over so many seconds ago, without waiting for any.
+        """Take due requests whose time was over `grace` seconds ago, without waiting for any.
 
         A worker calls it while Keyless is away, because it can decide these requests without Keyless. A broker that
         cannot tell them from others may return others as well, which the worker puts off.
@@ -289,7 +289,7 @@ class Broker(ApplicationSide):
 
     @abstractmethod
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        """Deliver a request again after so many seconds, unless it has been delivered again already.
+        """Deliver a request again after `delay` seconds, unless it has been delivered again already.
 
         A broker may cut the delay to 200 s. Then a clock that was set back delays no request for longer.
         """

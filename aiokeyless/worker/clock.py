@@ -52,7 +52,7 @@ class BrokerClock:
             time: The broker's time in the answer.
             asked_at: What `now` returned before the request was sent.
         """
-        margin = (self.now() - asked_at) / 2  # it answered at some time in between
+        margin = (self.now() - asked_at) / 2  # the broker answered at some time in between
         if abs(error := time - (asked_at + margin)) > margin:  # a slow answer alone moves no deadline
             self._origin += error
         self._log(self.ahead)

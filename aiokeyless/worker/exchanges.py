@@ -120,7 +120,7 @@ class Exchanges:
             KeylessError: The fault is this worker's, and not the request's.
         """
         # Poll before creating, too. A request holds an operation id only if there was no operation before. So an
-        # approval under an id that it holds answers this request, whatever fails afterwards.
+        # approval under an id that it holds answers this request, even if something fails afterwards.
         step = await self._poll_until_answered(delivery)
         if step is Next.CREATE:
             step = await self._create(delivery)

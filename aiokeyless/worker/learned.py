@@ -98,7 +98,7 @@ def _unusable(message: str) -> ConfigurationError:
 
 
 def _reason(error: ConfigurationError) -> str:
-    """Return what is wrong with a state, without the advice for its caller."""
+    """Return the fault of a state, without the advice for the caller."""
     return str(error).partition(";")[0]
 
 

@@ -141,7 +141,7 @@ class Serving:
         self._stopping = self._reporter.is_draining = True
         self._changed.set()
         if self._taking is not None:
-            self._taking.cancel()  # what it has taken comes again
+            self._taking.cancel()  # requests that it has taken come again
 
     async def serve(self) -> None:
         """Process deliveries until `stop` is called, and then until those in flight are done.
@@ -159,7 +159,7 @@ class Serving:
         finally:
             try:
                 await self._abandon()
-            finally:  # a scope of anyio cancels each await of what it ends
+            finally:  # anyio's scopes cancel each await
                 self._reporter.closed()
 
     # -- the intake
@@ -301,7 +301,7 @@ class Serving:
             await self._settle(message, decision)
         except UnavailableError as error:
             return error  # so the broker delivers it again; an event that was stored is kept once
-        except KeylessError as error:  # of this worker, or of its broker, and not of the request
+        except KeylessError as error:  # the worker's or the broker's, and not the request's
             if isinstance(error, AuthenticationError):
                 self._suspect_key(error)
             else:
@@ -330,7 +330,7 @@ class Serving:
             return invalid(message, error, now=self._broker.now())
         try:
             return await self._exchanges.process(delivery)
-        except (KeylessError, UnavailableError):  # of this worker or of the broker, and not of the request
+        except (KeylessError, UnavailableError):  # the worker's or the broker's, and not the request's
             raise
         except Exception as error:  # noqa: BLE001  # a bug: the request must not be delivered again forever
             log(logging.ERROR, "delivery.failed", {"operation_id": delivery.ticket.operation_id}, exc_info=True)

@@ -93,7 +93,7 @@ async def connect(
         async with asyncio.timeout(within):
             await _try_once(servers, given, failures)
         return await _connect_for_good(servers, given, failures, within, on_reconnect=on_reconnect, on_loss=on_loss)
-    except ModuleNotFoundError as error:  # nats-py imports it when there are credentials to sign with
+    except ModuleNotFoundError as error:  # nats-py imports it to sign with credentials
         raise BrokerError(f'credentials need {error.name}: install the extra "nats"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
         # nats-py raises that no server is left; the reason is an earlier error.

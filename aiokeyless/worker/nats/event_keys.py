@@ -1,4 +1,4 @@
-"""Event keys: with them, workers sign events and claims, and readers detect forged ones.
+"""Event keys: workers sign events and claims with them, so that forged ones are refused.
 
 A broker's permissions are for subjects, and do not keep every user from every subject. NATS checks neither the reply
 subject of a publish nor that of a pull. So a user without permission for the outcomes can have a stream publish there.

@@ -2,7 +2,7 @@
 
 The broker repeats deliveries before it delivers new requests. If the due polls took all the room, no new request would
 be delivered, and its user would not be asked until others have given up. Each delivery carries the number of requests
-that were never delivered. Workers need no more than that to make room together.
+that were never delivered. That number is enough for workers to make room together.
 """
 
 from __future__ import annotations

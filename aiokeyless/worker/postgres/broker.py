@@ -89,7 +89,7 @@ class PostgresBroker(TableBroker):
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
         self._clock = BrokerClock()
         self._take_from = 0.0  # of the loop's clock
-        self._look_below_at = 0.0  # likewise
+        self._look_below_at = 0.0  # of the loop's clock
         self._floor = 0.0  # all requests due before were taken, except late commits
         self._put_offs = self._batches(self._put_off)
         self._decisions = self._batches(self._decide)

@@ -124,7 +124,7 @@ def _prepare(connection: sqlite3.Connection, path: str, now: float) -> None:
         _migrate(connection, path, now)
         connection.execute("COMMIT")
     except BaseException:
-        if connection.in_transaction:  # a full disk has ended it by itself
+        if connection.in_transaction:  # a full disk ends the transaction by itself
             connection.execute("ROLLBACK")
         raise
 
