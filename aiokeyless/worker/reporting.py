@@ -171,8 +171,13 @@ class Reporter:
 
     async def watch(self) -> None:
         """Inspect the fleet again and again, until it is cancelled."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # this runs in one
         while True:
             await self._inspect()
+            # On Python 3.11, asyncio.wait_for can lose a cancellation. Who cancelled this may not be able to repeat it.
+            if task.cancelling():
+                raise asyncio.CancelledError
             self._tell_inspected()
             await asyncio.sleep(_EVERY)
 

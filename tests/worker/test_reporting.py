@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -340,6 +340,27 @@ async def reporting(broker: FakeBroker, circuit: Circuit) -> AsyncGenerator[Repo
     await asyncio.sleep(1)
     yield reporter
     watching.cancel()
+
+
+async def test_a_cancellation_that_an_inspection_loses_ends_it_nevertheless(
+    broker: FakeBroker, circuit: Circuit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As asyncio.wait_for loses it on Python 3.11, if the answer comes at the same moment."""
+    inspections = 0
+
+    async def lose_a_cancellation() -> Inspection:
+        nonlocal inspections
+        inspections += 1
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3)
+        return Inspection(problems=("the last one",))
+
+    monkeypatch.setattr(broker, "inspect", lose_a_cancellation)
+    async with reporting(broker, circuit) as reporter:
+        [watching] = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait([watching])
+    assert watching.cancelled()
+    assert (inspections, problems(reporter)) == (1, ["the last one"])
 
 
 def problems(reporter: Reporter) -> list[str]:
