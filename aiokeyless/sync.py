@@ -893,24 +893,24 @@ def submit_approval(
     The caller's position in its trace, if OpenTelemetry is loaded, travels beside the request and comes back in the
     event.
 
-    The same request submitted twice is one. It is the same if all arguments but `created_at` are equal. A different
-    request under a used operation id is refused, or ends as ``failed`` with `FailureReason.CONFLICT` if the broker
-    cannot tell.
+    A request that is submitted twice counts once. Two requests are the same if all arguments but `created_at` are
+    equal. The broker refuses a different request under a used operation id. If it cannot tell, that request ends as
+    ``failed`` with `FailureReason.CONFLICT`.
 
     Args:
         broker: A connection of psycopg or Django to the PostgreSQL that has the broker: the request is stored if and
             only if the connection's transaction commits. Or a broker's URL, or a broker that is not open: it is opened
             on first use, and stays open.
         user_id: The user, in hex of either case.
-        operation_id: The operation's id, unique in the tenant. One id is one approval, for good: ask again with
-            another. Store it with what the approval is for, before you ask.
+        operation_id: The operation's id, unique in the tenant. An id is for one approval only: to ask again, use
+            a new one. Store it with what the approval is for, before you ask.
         operation_payload: What the user is asked to approve. Default: nothing.
         external_user_id: Your own id of the user. Default: none.
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.
         created_at: When you asked, with a zone. Give it if your own trigger may fire twice: then both submissions have
             the same deadline. It counts as now if it is in the future. Default: now, by the broker's clock.
-        context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event hands it
-            back.
+        context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event
+            returns it.
 
     Returns:
         The operation's id, and whether exactly this request was stored already.
@@ -918,8 +918,8 @@ def submit_approval(
     Raises:
         ConfigurationError: An argument is wrong; nothing was stored.
         InvalidRequestError: The operation id belongs to a different request; nothing was stored.
-        BrokerError: The broker did not store it, as far as is known. It is safe to submit it again under the error's
-            `operation_id`.
+        BrokerError: The broker did not confirm that it stored the request. It is safe to submit it again under the
+            error's `operation_id`.
     """
     from .worker import applications  # noqa: PLC0415  # only where workers are used
 
@@ -943,16 +943,16 @@ def submit_approval(
 def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, None]:
     """Wait for the next outcome that this reader has not handled.
 
-    A body that ends without an exception has handled it, also by ``break`` or ``return``. An exception puts the outcome
-    off for 1 s, 2 s, ... and at most 5 minutes, and goes on to the caller. If the process is killed, or the body takes
-    more than half a minute, the outcome is delivered again: handle it so that twice does no harm. A broker in whose
-    transaction the body runs says how it is handled exactly once.
+    The outcome is handled if the body ends without an exception, also by ``break`` or ``return``. An exception puts the
+    outcome off for 1 s, 2 s, ... and at most 5 minutes, and is raised to the caller. If the process is killed, or the
+    body takes more than half a minute, the outcome is delivered again, so a second delivery must do no harm. If the
+    body runs in a transaction of the broker, that broker's page says how to handle an outcome exactly once.
 
     Args:
         broker: As for `submit_approval`. A connection must be in no transaction: the outcome begins one, in which the
             body runs. What the body does on that connection is committed with the outcome, exactly once.
-        reader: Name of the reading application. What it has handled is stored under it, and its processes share the
-            outcomes. A new name gets all outcomes that are stored. Letters, digits, ``-`` and ``_``.
+        reader: Name of the reading application. The broker stores under it what the application has handled; its
+            processes share the outcomes. A new name gets all stored outcomes. Letters, digits, ``-`` and ``_``.
 
     Yields:
         The event.
