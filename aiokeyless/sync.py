@@ -15,7 +15,7 @@ import os
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeAlias, TypeVar, cast
 
 from ._validation import check_flag, check_on_poll, check_schedule
@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 #: The most seconds that a fork, or the end of the process, waits for the loop's thread. A listener may block it.
 _PATIENCE: Final = 1.0
+#: Seconds within which a signal such as that of Ctrl-C interrupts a call, if it does not do so at once.
+_SIGNAL_WITHIN: Final = 0.5
 
 
 class _Background:
@@ -91,6 +93,9 @@ class _Background:
         future: Future[T] = Future()
         try:
             self._loop.call_soon_threadsafe(self._begin, coroutine, future)
+            # In pieces: a signal that comes just before this thread sleeps, or to another thread, does not wake it.
+            while not future.done():
+                wait({future}, timeout=_SIGNAL_WITHIN)
             return future.result()
         except BaseException:  # such as KeyboardInterrupt; if the coroutine raised, the future is done
             future.cancel()

@@ -545,8 +545,10 @@ def test_no_frame_of_a_wrong_construction_has_the_key(wrong: dict[str, Any]) -> 
 
 # -- processes
 
+#: The shell that runs the tests may ignore SIGINT, and processes inherit that.
 PROLOGUE = """
 import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from aiokeyless.sync import KeylessClient
 from aiokeyless import ClientClosedError, sync
 from tenacity.wait import wait_fixed
@@ -609,6 +611,20 @@ async def test_ctrl_c_ends_a_wait_at_once_and_cancels_it_and_no_other(sandbox: S
         status, output = await ended(process)
     assert status == 0, output
     assert "interrupted\n" in output
+
+
+@pytest.mark.slow
+async def test_ctrl_c_ends_a_wait_also_if_the_signal_does_not_wake_the_main_thread(sandbox: Sandbox) -> None:
+    """Another thread gets it here. One that comes just before the main thread sleeps does not wake it either."""
+    interrupting = """
+def interrupt():
+    while client.statistics.polls == 0: time.sleep(0.01)
+    time.sleep(0.2)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+    async with program(interrupting + INTERRUPTED.format(wait=ONE, others=0), sandbox) as process:
+        assert await ended(process) == (0, "interrupted\n")
 
 
 @pytest.mark.slow
