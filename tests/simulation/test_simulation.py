@@ -88,7 +88,7 @@ def test_the_command_shows_the_seed_the_story_and_what_was_seen(
     assert "simulated hours a minute" in said
     assert "\nseed " in said
     assert "  Actor(at=" in said
-    assert "wait " in said.partition("\nThere: ")[2]
+    assert "  poll " in said.partition("\nThere: ")[2]
 
 
 def test_the_command_says_how_much_was_tried(
