@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiokeyless.errors import BrokerError
 
 from .failures import broker_errors, retried
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MEMORY: Final = ":memory:"
 #: Version of the tables that this worker knows. It also serves a later version that allows it.
@@ -81,11 +84,10 @@ def connect(path: str, *, now: float) -> sqlite3.Connection:
         _create(path)
     with broker_errors(path):
         connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
-        try:
+        with ExitStack() as unprepared:
+            unprepared.callback(connection.close)
             retried(lambda: _prepare(connection, path, now))
-        except BaseException:
-            connection.close()
-            raise
+            unprepared.pop_all()
     return connection
 
 
@@ -120,13 +122,20 @@ def _prepare(connection: sqlite3.Connection, path: str, now: float) -> None:
             f"{path} cannot be shared by several processes here: its journal mode stays {mode!r}, not wal"
         )
     connection.execute("BEGIN IMMEDIATE")
-    try:
+    with committing(connection):
         _migrate(connection, path, now)
+
+
+@contextmanager
+def committing(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit the transaction that has begun, or roll it back if the body raises anything."""
+    try:
+        yield
         connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # a full disk ends the transaction by itself
+    finally:
+        # Not after a COMMIT; and a full disk ends the transaction by itself.
+        if connection.in_transaction:
             connection.execute("ROLLBACK")
-        raise
 
 
 def _migrate(connection: sqlite3.Connection, path: str, now: float) -> None:

@@ -24,7 +24,7 @@ from aiokeyless.worker.broker import (
 from aiokeyless.worker.tables import LONGEST_WAIT, time_of
 
 from .failures import broker_errors, retried
-from .schema import MEMORY, connect
+from .schema import MEMORY, committing, connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,15 +129,9 @@ class Store:
             is_lasting = any(isinstance(call, Call) and call.lasting for call in calls)
             self._set_synchronous("FULL" if is_lasting else "NORMAL")
             retried(lambda: self._connection.execute("BEGIN IMMEDIATE"))
-            try:
+            with committing(self._connection):
                 self._put_off([call for call in calls if isinstance(call, PutOff)])
-                results = [call.do() if isinstance(call, Call) else None for call in calls]
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk ends the transaction by itself
-                    self._connection.execute("ROLLBACK")
-                raise
-            return results
+                return [call.do() if isinstance(call, Call) else None for call in calls]
 
     def _set_synchronous(self, mode: str) -> None:
         if mode != self._synchronous:
@@ -148,6 +142,12 @@ class Store:
         """Return the only row of a statement that always has one; it may hold None."""
         row: tuple[Any, ...] = self._connection.execute(statement, values).fetchone()
         return row
+
+    def _time(self, statement: str, *values: object) -> float | None:
+        """Return the time in the only row of a statement that is in no transaction; None if there is none."""
+        with broker_errors(self._path):
+            (found,) = retried(lambda: self._one(statement, *values))
+        return None if found is None else float(found)
 
     # -- for applications
 
@@ -176,9 +176,7 @@ class Store:
 
     def next_unread(self, reader: str) -> float | None:
         """Return when an outcome is due for a reader; None if there is none."""
-        with broker_errors(self._path):
-            (due_at,) = retried(lambda: self._one("SELECT min(due_at) FROM unread WHERE reader = ?", reader))
-        return None if due_at is None else float(due_at)
+        return self._time("SELECT min(due_at) FROM unread WHERE reader = ?", reader)
 
     def take_unread(self, reader: str) -> Unread | None:
         """Take the outcome that has been due longest; None if none is due."""
@@ -213,9 +211,7 @@ class Store:
 
     def next_due(self) -> float | None:
         """Return when a request is due; None if none waits."""
-        with broker_errors(self._path):
-            (due_at,) = retried(lambda: self._one("SELECT min(due_at) FROM waiting"))
-        return None if due_at is None else float(due_at)
+        return self._time("SELECT min(due_at) FROM waiting")
 
     def take(self, up_to: int, lease: float, *, probing: bool) -> list[Message]:
         """Take requests that are due."""
