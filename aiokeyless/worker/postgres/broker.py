@@ -167,14 +167,14 @@ class PostgresBroker(TableBroker):
         while True:
             pool = self._open_pool()
             await self._outcomes.acquire()
+            outcome = None
             try:
                 outcome = await self._next_outcome(pool, reader)
-            except BaseException:
-                self._outcomes.release()
-                raise
+            finally:
+                if outcome is None:
+                    self._outcomes.release()
             if outcome is not None:
                 return outcome
-            self._outcomes.release()
             await asyncio.sleep(READS_EVERY)
 
     async def _next_outcome(self, pool: asyncpg.Pool[Any], reader: str) -> OutcomeDelivery | None:

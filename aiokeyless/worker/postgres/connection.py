@@ -92,26 +92,26 @@ async def take_outcome(connection: Connection, schema: str, reader: str) -> Outc
     """Begin a transaction, and take an outcome in it. If there is none, end the transaction and return None."""
     with broker_errors(schema):
         transaction = connection.transaction(isolation="read_committed")
+        found, is_new_reader = None, False
         try:
             await finished(transaction.start(), connection)
             found = await connection.fetchrow(
                 within(schema, "SELECT id, event, pg_current_xact_id()::text FROM {}.next_outcome($1::text)"), reader
             )
         except asyncpg.UndefinedObjectError:
-            await finished(_add_reader(connection, transaction, schema, reader), connection)
-            return None
-        except BaseException:
-            await finished(_roll_back(connection, transaction), connection)
-            raise
+            is_new_reader = True
+        finally:
+            if found is None:
+                await finished(_roll_back(connection, transaction), connection)
+        if is_new_reader:
+            await finished(_add_reader(connection, schema, reader), connection)
         if found is None:
-            await finished(_roll_back(connection, transaction), connection)
             return None
     id_, event, number = found
     return Outcome(connection, transaction, schema=schema, reader=reader, id_=id_, event=event, number=number)
 
 
-async def _add_reader(connection: Connection, transaction: Transaction, schema: str, reader: str) -> None:
-    await _roll_back(connection, transaction)
+async def _add_reader(connection: Connection, schema: str, reader: str) -> None:
     async with connection.transaction():
         await connection.execute(within(schema, "SELECT {}.add_reader($1::text)"), reader)
 
