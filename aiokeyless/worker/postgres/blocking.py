@@ -16,6 +16,15 @@ from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDeliver
 from aiokeyless.worker.tables import LARGEST_REQUEST
 
 from .names import READS_EVERY, within
+from .refusals import (
+    ended_by_body,
+    first_line,
+    inside_transaction,
+    missing_schema,
+    not_confirmed,
+    outside_transaction,
+    rolled_back,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +48,16 @@ class _Driver(ABC):
 
     error: type[Exception]
 
-    @abstractmethod
     def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
         """Execute a statement of the schema, and return its first row, if it has rows."""
+        with self._cursor() as cursor:
+            cursor.execute(within(_SCHEMA, statement), arguments)
+            row: tuple[Any, ...] | None = cursor.fetchone() if cursor.description else None
+            return row
+
+    @abstractmethod
+    def _cursor(self) -> AbstractContextManager[Any]:
+        """Return a cursor whose rows are tuples."""
 
     @abstractmethod
     def is_in_transaction(self) -> bool:
@@ -64,11 +80,9 @@ class _Psycopg(_Driver):
         self._connection = connection
         self._row = tuple_row
 
-    def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
-        with self._connection.cursor(row_factory=self._row) as cursor:
-            cursor.execute(within(_SCHEMA, statement), arguments)
-            row: tuple[Any, ...] | None = cursor.fetchone() if cursor.description else None
-            return row
+    def _cursor(self) -> AbstractContextManager[Any]:
+        cursor: AbstractContextManager[Any] = self._connection.cursor(row_factory=self._row)
+        return cursor
 
     def is_in_transaction(self) -> bool:
         status: int = self._connection.info.transaction_status
@@ -96,11 +110,9 @@ class _Django(_Driver):
         self._connection = connection
         self._atomic: Any = transaction.atomic
 
-    def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
-        with self._connection.cursor() as cursor:
-            cursor.execute(within(_SCHEMA, statement), arguments)
-            row: tuple[Any, ...] | None = cursor.fetchone() if cursor.description else None
-            return row
+    def _cursor(self) -> AbstractContextManager[Any]:
+        cursor: AbstractContextManager[Any] = self._connection.cursor()
+        return cursor
 
     def is_in_transaction(self) -> bool:
         return not self._connection.get_autocommit()
@@ -136,16 +148,12 @@ class BlockingConnection(ApplicationSide):
     async def submit(self, new: NewRequest) -> bool:
         """See `ApplicationSide`. The driver's own errors end the transaction, and are raised unchanged."""
         if not self._driver.would_begin():
-            raise ConfigurationError(
-                "the connection must be in a transaction, so that the request is stored if and only if that commits: "
-                "submit inside 'with connection.transaction()', in Django 'with transaction.atomic()'",
-                argument="broker",
-            )
+            raise outside_transaction("'with connection.transaction()', in Django 'with transaction.atomic()'")
         try:
             row = self._driver.execute("SELECT {}.submit(%s::text, %s::text)", new.body.decode(), new.traceparent)
         except self._driver.error as error:
             if _state(error).startswith(_WRONG):
-                raise InvalidRequestError(_text(error)) from None
+                raise InvalidRequestError(first_line(error)) from None
             raise
         assert row is not None  # noqa: S101  # the function returns a value
         return bool(row[0])
@@ -153,11 +161,7 @@ class BlockingConnection(ApplicationSide):
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """See `ApplicationSide`."""
         if self._driver.is_in_transaction():
-            raise ConfigurationError(
-                "the connection must be in no transaction, since next_outcome begins one; in one of your own, use the "
-                f"function {_SCHEMA}.next_outcome",
-                argument="broker",
-            )
+            raise inside_transaction(_SCHEMA)
         while True:
             outcome = _Outcome(self._driver, reader)
             if outcome.take():
@@ -218,23 +222,14 @@ class _Outcome(OutcomeDelivery):
             row = self._driver.execute("SELECT pg_current_xact_id_if_assigned()::text")
         except self._driver.error as error:  # a COMMIT of a failed transaction is a silent rollback
             await self.put_off()
-            raise BrokerError(
-                "the transaction of an outcome was rolled back, and the outcome comes again: a statement of the body "
-                f"failed, or broke a constraint that is checked at the end ({_text(error)}); for what may fail, use a "
-                "savepoint"
-            ) from error
+            raise rolled_back(first_line(error), "a savepoint") from error
         if row != (self._number,):
             await self.put_off()
-            raise ConfigurationError(
-                "the body of next_outcome must not end its transaction: what it did after that is rolled back"
-            )
+            raise ended_by_body()
         try:
             self._transaction.__exit__(None, None, None)
         except self._driver.error as error:
-            raise BrokerError(
-                "the transaction of an outcome was not committed, as far as is known; if it was not, the outcome comes "
-                f"again: {_text(error)}"
-            ) from error
+            raise not_confirmed(first_line(error)) from error
 
     async def put_off(self, delay: float | None = None) -> None:
         """Roll back, and put it off; see `OutcomeDelivery`."""
@@ -259,18 +254,10 @@ def _errors(driver: _Driver) -> Iterator[None]:
         yield
     except driver.error as error:
         if _state(error) in _MISSING:
-            raise BrokerError(
-                f"the schema {_SCHEMA!r} is missing, or older than this library: run aiokeyless worker --prepare as a "
-                "user that may create it"
-            ) from None
-        raise BrokerError(f"outcomes cannot be read: {_text(error)}") from None
+            raise missing_schema(_SCHEMA) from None
+        raise BrokerError(f"outcomes cannot be read: {first_line(error)}") from None
 
 
 def _state(error: BaseException) -> str:
     """Return the SQL state of an error, even if Django has wrapped it."""
     return getattr(error.__cause__ or error, "sqlstate", None) or ""
-
-
-def _text(error: Exception) -> str:
-    """Return the message in one line, without the values that details and contexts quote."""
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import ConfigurationError
 from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.tables import LARGEST_REQUEST
 
 from .failures import broker_errors, request_errors
 from .names import READS_EVERY, check_schema, within
+from .refusals import ended_by_body, inside_transaction, not_confirmed, outside_transaction, rolled_back
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -57,10 +58,8 @@ class PostgresConnection(ApplicationSide):
     async def submit(self, new: NewRequest) -> bool:
         """See `ApplicationSide`. The driver's own errors end the transaction, and are raised unchanged."""
         if not self._connection.is_in_transaction():
-            raise ConfigurationError(
-                "the connection must be in a transaction, so that the request is stored if and only if that commits: "
-                "submit inside 'async with connection.transaction()', or after the first statement of a session",
-                argument="broker",
+            raise outside_transaction(
+                "'async with connection.transaction()', or after the first statement of a session"
             )
         with request_errors():
             return await store_request(self._connection, self._schema, new)
@@ -68,11 +67,7 @@ class PostgresConnection(ApplicationSide):
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """See `ApplicationSide`."""
         if self._connection.is_in_transaction():
-            raise ConfigurationError(
-                "the connection must be in no transaction, since next_outcome begins one; in one of your own, use the "
-                f"function {self._schema}.next_outcome",
-                argument="broker",
-            )
+            raise inside_transaction(self._schema)
         while True:
             outcome = await take_outcome(self._connection, self._schema, reader)
             if outcome is not None:
@@ -171,10 +166,7 @@ class Outcome(OutcomeDelivery):
                 await self._check()
                 await self._transaction.commit()
         except UnavailableError as error:
-            raise BrokerError(
-                "the transaction of an outcome was not committed, as far as is known; if it was not, the outcome comes "
-                f"again: {error}"
-            ) from None
+            raise not_confirmed(error) from None
 
     async def _check(self) -> None:
         """Check that there is a transaction to commit. A COMMIT of a failed one is a silent rollback."""
@@ -183,16 +175,10 @@ class Outcome(OutcomeDelivery):
             number = await self._connection.fetchval("SELECT pg_current_xact_id_if_assigned()::text")
         except (asyncpg.InFailedSQLTransactionError, asyncpg.IntegrityConstraintViolationError) as error:
             await self._put_off(None)
-            raise BrokerError(
-                "the transaction of an outcome was rolled back, and the outcome comes again: a statement of the body "
-                f"failed, or broke a constraint that is checked at the end ({error}); for what may fail, use a "
-                "savepoint: 'async with connection.transaction()'"
-            ) from error
+            raise rolled_back(error, "a savepoint: 'async with connection.transaction()'") from error
         if number != self._number:
             await self._put_off(None)
-            raise ConfigurationError(
-                "the body of next_outcome must not end its transaction: what it did after that is rolled back"
-            )
+            raise ended_by_body()
 
     async def _put_off(self, delay: float | None) -> None:
         with _limited(self._connection):

@@ -10,6 +10,8 @@ import asyncpg
 from aiokeyless.errors import BrokerError, InvalidRequestError
 from aiokeyless.worker.broker import RefusedError, UnavailableError
 
+from .refusals import first_line, missing_schema
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -34,18 +36,15 @@ def broker_errors(schema: str) -> Iterator[None]:
     try:
         yield
     except asyncpg.DiskFullError as error:
-        raise RefusedError(_text(error)) from None
+        raise RefusedError(first_line(error)) from None
     except _MISSING:
-        raise BrokerError(
-            f"the schema {schema!r} is missing, or older than this library: run aiokeyless worker --prepare as a user "
-            "that may create it"
-        ) from None
+        raise missing_schema(schema) from None
     except asyncpg.PostgresError as error:
         if (error.sqlstate or "")[:2] in _LASTING:
-            raise BrokerError(_text(error)) from None
-        raise UnavailableError(_text(error)) from None
+            raise BrokerError(first_line(error)) from None
+        raise UnavailableError(first_line(error)) from None
     except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError) as error:
-        raise UnavailableError(_text(error)) from None
+        raise UnavailableError(first_line(error)) from None
 
 
 @contextmanager
@@ -54,9 +53,4 @@ def request_errors() -> Iterator[None]:
     try:
         yield
     except _WRONG as error:
-        raise InvalidRequestError(_text(error)) from None
-
-
-def _text(error: Exception) -> str:
-    """Return the message in one line, without the values that details and contexts quote."""
-    return str(error).partition("\n")[0] or type(error).__name__
+        raise InvalidRequestError(first_line(error)) from None
