@@ -1006,7 +1006,7 @@ def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Corout
 
 def _finish(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that awaits nothing, in this thread: on a connection whose driver blocks."""
-    while True:  # only once, therefore
+    while True:  # the first step is the last one
         try:
             coroutine.send(None)
         except StopIteration as returned:

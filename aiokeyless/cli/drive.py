@@ -30,6 +30,8 @@ T = TypeVar("T")
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=10)
 #: Copied from aiokeyless.sandbox.control, whose import would load the server.
 _IDENTITY: Final = "X-Keyless-Sandbox"
+#: The result of a command that has none.
+_DONE: Final = {"done": True}
 
 AuthType = Literal["biom", "pin"]
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
@@ -104,12 +106,11 @@ async def approve(
         "externalUserId": external_user_id,
     }
     operation = await _post("approve", fields, Operation)
-    console = new_console()
-    if as_json:
-        print_json(console, {**operation.to_dict(), "is_approved": operation.is_approved})
-    else:
-        print_line(console, f"{operation.operation_id} is approved{describe_method(operation.auth_type)}.")
-    return Exit.DONE
+    return _print_result(
+        {**operation.to_dict(), "is_approved": operation.is_approved},
+        f"{operation.operation_id} is approved{describe_method(operation.auth_type)}.",
+        as_json=as_json,
+    )
 
 
 @sandbox.command(
@@ -135,13 +136,9 @@ async def decline(
     """
     fields = {"operationId": operation_id, "errorCode": code, "authType": auth_type, "userId": user}
     attempt = await _post("decline", fields, Authentication)
-    console = new_console()
-    if as_json:
-        print_json(console, attempt.to_dict())
-    else:
-        reason = attempt.reason or "failed"
-        print_line(console, f"{operation_id} is declined: {reason} ({attempt.error_code}). It stays pending.")
-    return Exit.DONE
+    reason = attempt.reason or "failed"
+    line = f"{operation_id} is declined: {reason} ({attempt.error_code}). It stays pending."
+    return _print_result(attempt.to_dict(), line, as_json=as_json)
 
 
 @sandbox.command(name="list", help_epilogue="Example:\n  aiokeyless sandbox list --state pending")
@@ -203,7 +200,8 @@ async def fail(
     """
     fields = {"status": status, "times": times, "retryAfter": retry_after, "stored": stored, "method": method}
     await _post("fail", fields, dict[str, object])
-    return _print_done(f"The service answers {status} to {_describe_requests(times, method)}.", as_json=as_json)
+    line = f"The service answers {status} to {_describe_requests(times, method)}."
+    return _print_result(_DONE, line, as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox drop --stored --method POST --times 1")
@@ -219,7 +217,8 @@ async def drop(
         as_json: Print one JSON object and nothing else.
     """
     await _post("drop", {"times": times, "stored": stored, "method": method}, dict[str, object])
-    return _print_done(f"The service drops the connection of {_describe_requests(times, method)}.", as_json=as_json)
+    line = f"The service drops the connection of {_describe_requests(times, method)}."
+    return _print_result(_DONE, line, as_json=as_json)
 
 
 def _describe_requests(times: int | None, method: str | None) -> str:
@@ -237,7 +236,7 @@ async def recover(*, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     await _post("recover", {}, dict[str, object])
-    return _print_done("The service works.", as_json=as_json)
+    return _print_result(_DONE, "The service works.", as_json=as_json)
 
 
 # -- users and keys
@@ -252,7 +251,7 @@ async def unlock(user_id: UserId, /, *, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     await _post("unlock", {"userId": user_id}, dict[str, object])
-    return _print_done(f"User {user_id.upper()} is not locked out.", as_json=as_json)
+    return _print_result(_DONE, f"User {user_id.upper()} is not locked out.", as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox enroll C0FFEE --external-user-id account-1042")
@@ -289,7 +288,7 @@ async def sign(operation_id: OperationId, /, *, tampered: Flag = False, as_json:
         as_json: Print one JSON object and nothing else.
     """
     token = (await _post("sign", {"operationId": operation_id, "tampered": tampered}, _Token)).token
-    return _print_value("token", token, as_json=as_json)
+    return _print_result({"token": token}, token, as_json=as_json)
 
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox rotate --retire")
@@ -301,24 +300,15 @@ async def rotate(*, retire: Flag = False, as_json: AsJson = False) -> int:
         as_json: Print one JSON object and nothing else.
     """
     key_id = (await _post("rotate", {"retire": retire}, _Key)).key_id
-    return _print_value("key_id", key_id, as_json=as_json)
+    return _print_result({"key_id": key_id}, key_id, as_json=as_json)
 
 
-def _print_value(name: str, value: str, *, as_json: bool) -> Exit:
+def _print_result(result: Mapping[str, object], line: str, *, as_json: bool) -> Exit:
     console = new_console()
     if as_json:
-        print_json(console, {name: value})
+        print_json(console, result)
     else:
-        print_line(console, value)
-    return Exit.DONE
-
-
-def _print_done(what: str, *, as_json: bool) -> Exit:
-    console = new_console()
-    if as_json:
-        print_json(console, {"done": True})
-    else:
-        print_line(console, what)
+        print_line(console, line)
     return Exit.DONE
 
 

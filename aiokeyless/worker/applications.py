@@ -213,7 +213,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
         raise BrokerError(f"outcomes cannot be read: {error}") from None
     try:
         yield event
-    except BaseException:
+    except BaseException:  # after a cancellation, too, the outcome must come again
         try:
             await outcome.put_off()
         except (UnavailableError, BrokerError) as error:  # it comes again anyway; the body's error is raised
