@@ -46,6 +46,19 @@ def failing(status: int = 500, *, seconds: float = LATENCY, retry_after: float |
     return seconds, kind(status=status, method="GET", path="/v2/operations/x", retry_after=retry_after)
 
 
+def operation(operation_id: str, *, is_approved: bool) -> Operation:
+    """Return a good answer."""
+    return Operation(
+        id=1,
+        timestamp="2026-01-01T00:00:00",
+        node_id="",
+        user_id="AB",
+        operation_id=operation_id,
+        result=is_approved,
+        state="approved" if is_approved else "pending",
+    )
+
+
 class Sent(NamedTuple):
     """One poll as the service saw it."""
 
@@ -80,20 +93,7 @@ class SimulatedTransport(Transport):
             self.in_flight -= 1
         if error is not None:
             raise error.with_traceback(None)
-        return self._operation(operation_id, now)
-
-    def _operation(self, operation_id: str, now: float) -> Operation:
-        approved = now >= self.approved_at.get(operation_id, math.inf)
-        return Operation(
-            id=1,
-            timestamp="2026-01-01T00:00:00",
-            node_id="",
-            user_id="AB",
-            api_key=None,
-            operation_id=operation_id,
-            result=approved,
-            state="approved" if approved else "pending",
-        )
+        return operation(operation_id, is_approved=now >= self.approved_at.get(operation_id, math.inf))
 
 
 class Simulation:

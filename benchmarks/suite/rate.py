@@ -20,6 +20,7 @@ from aiokeyless.schedule import next_delay
 from benchmarks.approval_times import TYPICAL, seeded_random
 from benchmarks.report import Goal, Report, Table
 from benchmarks.server import API_KEY, Server, serving
+from benchmarks.simulation import operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -214,15 +215,7 @@ def _answer_by(client: KeylessClient, is_approved: Callable[[str], bool]) -> Non
             approved = is_approved(operation_id)
         finally:
             await asyncio.sleep(_ANSWER)
-        return Operation(
-            id=1,
-            timestamp="",
-            node_id="",
-            user_id="AB",
-            operation_id=operation_id,
-            result=approved,
-            state="approved" if approved else "pending",
-        )
+        return operation(operation_id, is_approved=approved)
 
     transport.poll = poll  # type: ignore[method-assign]  # stands in for the network
 

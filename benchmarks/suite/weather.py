@@ -24,7 +24,7 @@ from aiokeyless.events import CircuitChanged, PollEnded, PollResult
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.report import Goal, Report, Table, p95
 from benchmarks.server import API_KEY
-from benchmarks.simulation import GOOD, HANGING, LATENCY, Answer, Simulation, failing
+from benchmarks.simulation import GOOD, HANGING, LATENCY, Answer, Simulation, failing, operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -62,20 +62,21 @@ def crowd(
     source = seeded_random(seed)
     count = round(arrivals * seconds)
     starts = sorted((source.uniform(0, seconds), _EVERYBODY.draw(source)) for _ in range(count))
-    names = [f"bad-{k}" if is_bad(k) else f"good-{k}" for k in range(count)]
+    named = [(at, f"bad-{k}" if is_bad(k) else f"good-{k}", approved_in) for k, (at, approved_in) in enumerate(starts)]
+    return _healthy_of(named, answer, seconds=seconds, seed=seed)
+
+
+def _healthy_of(starts: list[tuple[float, str, float]], answer: Answer, *, seconds: float, seed: int) -> Crowd:
+    """Start the waits, of which those for a "bad" operation get this answer, and return what became of the others."""
 
     async def scenario() -> None:
-        for name, (at, approved_in) in zip(names, starts, strict=True):
+        for at, name, approved_in in starts:
             await simulation.sleep_until(at)
             simulation.start(name, approved_in=approved_in, timeout=_TIMEOUT)
         await simulation.sleep_until(seconds + _TIMEOUT + 3)
 
     simulation = Simulation(lambda name, _: answer if name.startswith("bad") else GOOD, wait_adaptive(), seed=seed)
     simulation.run(scenario())
-    return _healthy(simulation)
-
-
-def _healthy(simulation: Simulation) -> Crowd:
     late = [seconds for name, seconds in simulation.lateness.items() if name.startswith("good")]
     unknown = [k for n, (_, k) in simulation.outcomes.items() if n.startswith("good") and k is ApprovalUnknownError]
     return Crowd(late, len(unknown))
@@ -86,16 +87,7 @@ def beside_refusals(answer: Answer, *, every: float = math.inf, seed: int = 1, h
     source = seeded_random(seed)
     starts = [(source.uniform(0, _ARRIVALS), f"good-{k}", _EVERYBODY.draw(source)) for k in range(healthy)]
     starts += [(k * every if k else 0.0, f"bad-{k}", math.inf) for k in range(1 + int(_ARRIVALS / every))]
-
-    async def scenario() -> None:
-        for at, name, approved_in in sorted(starts):
-            await simulation.sleep_until(at)
-            simulation.start(name, approved_in=approved_in, timeout=_TIMEOUT)
-        await simulation.sleep_until(_ARRIVALS + _TIMEOUT + 3)
-
-    simulation = Simulation(lambda name, _: answer if name.startswith("bad") else GOOD, wait_adaptive(), seed=seed)
-    simulation.run(scenario())
-    return _healthy(simulation)
+    return _healthy_of(sorted(starts), answer, seconds=_ARRIVALS, seed=seed)
 
 
 class Shared(NamedTuple):
@@ -397,15 +389,7 @@ class Answering:
             await (asyncio.get_running_loop().create_future() if self._hangs(operation_id) else asyncio.sleep(LATENCY))
         finally:
             self.under_way -= 1
-        return Operation(
-            id=1,
-            timestamp="",
-            node_id="",
-            user_id="AB",
-            operation_id=operation_id,
-            result=approved,
-            state="approved" if approved else "pending",
-        )
+        return operation(operation_id, is_approved=approved)
 
 
 def answer_by(
