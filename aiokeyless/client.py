@@ -64,7 +64,7 @@ from .errors import (
 from .models import Authentications, Device, ExternalUser, NewOperation, Operation, PendingOperation, Region, User
 from .reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
-from .ticket import ApprovalTicket, payload_digest
+from .ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -98,7 +98,6 @@ OnPoll: TypeAlias = Callable[[ApprovalUpdate], Awaitable[object] | object]
 """Called for each poll of a wait: a plain function, or an async one."""
 T = TypeVar("T")
 
-_DEFAULT_TIMEOUT: Final = 120.0
 #: Waits that start between two yields to the event loop.
 _BATCH: Final = 128
 
@@ -173,7 +172,7 @@ class KeylessClient:
         self._closing: asyncio.Task[None] | None = None
         self._region: Region | None = None
         self._base_url: str = ""
-        key = read_api_key(_given(api_key, "KEYLESS_API_KEY"))
+        key = read_api_key(_from_environment(api_key, "KEYLESS_API_KEY"))
         del api_key  # before anything is raised: error reporters print local variables
         if isinstance(key, ConfigurationError):
             raise key
@@ -382,7 +381,7 @@ class KeylessClient:
         operation_id: str | None = None,
         operation_payload: str | None = None,
         external_user_id: str | None = None,
-        expires_in: float = _DEFAULT_TIMEOUT,
+        expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
     ) -> ApprovalTicket:
         """Create an operation for a user to approve, exactly once.
@@ -765,7 +764,7 @@ class KeylessClient:
         operation_id: str | None = None,
         operation_payload: str | None = None,
         external_user_id: str | None = None,
-        expires_in: float = _DEFAULT_TIMEOUT,
+        expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
         schedule: wait_base | None = None,
         on_poll: OnPoll | None = None,
@@ -868,7 +867,7 @@ class KeylessClient:
         # At the call, as promised, and quickly: for a hundred thousand targets, shared arguments are checked once.
         schedule, may_be_missing = check_schedule(schedule), _may_be_missing(if_missing)
         _budget(timeout, None)
-        operation_ids = [target if type(target) is str else _parts(target)[0] for target in targets]
+        operation_ids = [target if type(target) is str else _read_target(target)[0] for target in targets]
         if not are_operation_ids(operation_ids):
             for operation_id in operation_ids:
                 check_operation_id(operation_id)
@@ -895,7 +894,7 @@ class KeylessClient:
         self, target: str | ApprovalTicket, timeout: WaitTimeout, schedule: wait_base | None, if_missing: IfMissing
     ) -> _WaitOptions:
         """Check the arguments of a wait."""
-        operation_id, ticket = _parts(target)
+        operation_id, ticket = _read_target(target)
         return _WaitOptions(
             operation_id=check_operation_id(operation_id),
             ticket=ticket,
@@ -961,7 +960,7 @@ class KeylessClient:
         with send, receive:
             try:
                 for count, target in enumerate(targets, 1):
-                    operation_id, ticket = _parts(target)
+                    operation_id, ticket = _read_target(target)
                     try:
                         wait = poller.start(
                             operation_id,
@@ -1024,7 +1023,7 @@ def _report(send: MemoryObjectSendStream[tuple[str, WaitResult]], wait: FutureWa
         send.send_nowait((wait.polled.operation_id, wait.result()))
 
 
-def _given(value: T | None, variable: str) -> T | str | None:
+def _from_environment(value: T | None, variable: str) -> T | str | None:
     """Return an argument, or the environment variable if it is None; an empty variable counts as unset."""
     return value if value is not None else os.environ.get(variable) or None
 
@@ -1033,7 +1032,8 @@ def _address(region: Region | str | None, base_url: str | None) -> tuple[Region 
     """Return the region (None if its address is not used) and the base URL. All are checked, used or not."""
     if region is not None and base_url is not None:
         raise ConfigurationError("region and base_url must not both be given: each sets the address of the API")
-    named_region, named_url = _given(region, "KEYLESS_REGION"), _given(base_url, "KEYLESS_BASE_URL")
+    named_region = _from_environment(region, "KEYLESS_REGION")
+    named_url = _from_environment(base_url, "KEYLESS_BASE_URL")
     checked_region = Region.EU if named_region is None else check_region(named_region)
     checked_url = None if named_url is None else check_base_url(named_url)
     if checked_url is None or region is not None:  # an argument beats the environment
@@ -1046,7 +1046,7 @@ def _check_if_exists(if_exists: object) -> None:
         raise ConfigurationError(f"if_exists must be 'raise' or 'resume', not {if_exists!r}", argument="if_exists")
 
 
-def _parts(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
+def _read_target(target: str | ApprovalTicket) -> tuple[str, ApprovalTicket | None]:
     """Return the operation id of a target, not yet checked, and its ticket; None if it has none."""
     if isinstance(target, ApprovalTicket):
         return target.operation_id, target
@@ -1070,7 +1070,7 @@ def _budget(timeout: WaitTimeout, ticket: ApprovalTicket | None) -> float | None
     if timeout is None:
         return math.inf
     if isinstance(timeout, DefaultTimeout):
-        return _DEFAULT_TIMEOUT if ticket is None else None
+        return DEFAULT_LIFETIME if ticket is None else None
     return seconds(timeout, "timeout")
 
 

@@ -127,7 +127,7 @@ class OpenTelemetryListener:
         self._unsettled = meter.create_counter(
             "aiokeyless.worker.unsettled", "{delivery}", "Deliveries that the broker did not let a worker settle."
         )
-        self._circuits, self._workers = _observed(meter, meter_provider or get_meter_provider())
+        self._circuits, self._workers = _create_gauges(meter, meter_provider or get_meter_provider())
         #: The last event of each worker. The counters add the difference to the next one.
         self._counted: dict[int, WorkerInspected] = {}
 
@@ -248,7 +248,7 @@ class _Observed(NamedTuple):
 _OBSERVED: Final[WeakKeyDictionary[MeterProvider, _Observed]] = WeakKeyDictionary()
 
 
-def _observed(meter: Meter, provider: MeterProvider) -> _Observed:
+def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
     """Return what the gauges of a provider are read from; the first call makes them, so that they are there at once.
 
     All listeners of a provider share them: of two observations of one instrument, only the last would count.

@@ -24,6 +24,7 @@ from .client import KeylessClient as AsyncKeylessClient
 from .errors import ClientClosedError, ConfigurationError
 from .models import Secret
 from .reports import ApprovalUpdate
+from .ticket import DEFAULT_LIFETIME
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -437,7 +438,7 @@ class KeylessClient:
         operation_id: str | None = None,
         operation_payload: str | None = None,
         external_user_id: str | None = None,
-        expires_in: float = 120.0,
+        expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
     ) -> ApprovalTicket:
         """Create an operation for a user to approve, exactly once.
@@ -770,7 +771,7 @@ class KeylessClient:
         operation_id: str | None = None,
         operation_payload: str | None = None,
         external_user_id: str | None = None,
-        expires_in: float = 120.0,
+        expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
         schedule: wait_base | None = None,
         on_poll: OnPoll | None = None,
@@ -889,7 +890,7 @@ def submit_approval(
     operation_id: str,
     operation_payload: str | None = None,
     external_user_id: str | None = None,
-    expires_in: float = 120.0,
+    expires_in: float = DEFAULT_LIFETIME,
     created_at: datetime | None = None,
     context: object = None,
 ) -> Submission:

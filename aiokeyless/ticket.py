@@ -18,6 +18,8 @@ from ._validation import check_operation_id, check_text, check_user_id, finite_s
 __all__ = ["ApprovalTicket"]
 
 TICKET_VERSION: Final = 1
+#: Seconds that a user has to approve, unless the application says otherwise.
+DEFAULT_LIFETIME: Final = 120.0
 
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -91,7 +93,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         operation_payload: str | None = None,
         external_user_id: str | None = None,
         created_at: datetime | None = None,
-        expires_in: float = 120.0,
+        expires_in: float = DEFAULT_LIFETIME,
     ) -> ApprovalTicket:
         """Create a ticket for an operation that exists already, or that the phone will create.
 

@@ -11,6 +11,7 @@ from aiokeyless._waits.explanation import merged
 from aiokeyless.client import IfExists  # noqa: TC001  # cyclopts reads the signature of a command
 from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
+from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
 from .messages import describe_method, quote
@@ -43,7 +44,7 @@ async def create(
     operation_id: OptionalOperationId = None,
     payload: str | None = None,
     external_user_id: str | None = None,
-    expires_in: Seconds = 120.0,
+    expires_in: Seconds = DEFAULT_LIFETIME,
     if_exists: IfExists = "raise",
     as_json: AsJson = False,
 ) -> int:

@@ -33,8 +33,6 @@ PAYLOAD: Final = "Pay 40 to Alice"
 OTHER_PAYLOAD: Final = "Pay 4000 to Mallory"
 
 _OTHER_ANSWERS_AT: Final = 0.2
-#: Seconds that a wait may last: far more than a scene takes.
-_LIFETIME: Final = 120.0
 
 #: Shows the progress of a scene, and returns the seconds until it is to be called again.
 Draw: TypeAlias = "Callable[[Scene], float]"
@@ -137,7 +135,7 @@ class Scene:
             # Spread over one interval, so that the loops do not all poll at once.
             for _ in range(PEOPLE):
                 await asyncio.sleep(INTERVAL / PEOPLE)
-                ticket = await self._client.create_operation("C0FFEE", operation_payload=PAYLOAD, expires_in=_LIFETIME)
+                ticket = await self._client.create_operation("C0FFEE", operation_payload=PAYLOAD)
                 waits += group.create_task(self._wait(ticket)), group.create_task(self._poll_every_second(ticket))
                 if approvals is not None:
                     script += ((random.uniform(*approvals), self._make_approval(ticket)),)  # noqa: S311

@@ -150,7 +150,7 @@ async def unlink(external_id: ExternalId, /, *, yes: Yes = False, as_json: AsJso
     _confirm("Delete this external id?", yes=yes)
     async with new_client() as client:
         await client.delete_external_user(external_id)
-    return _print_deleted("The external id", as_json=as_json)
+    return _print_deletion("The external id", as_json=as_json)
 
 
 @users.command(help_epilogue="Example:\n  aiokeyless users delete C0FFEE")
@@ -166,7 +166,7 @@ async def delete(user_id: UserId, /, *, yes: Yes = False, as_json: AsJson = Fals
     async with new_client() as client:
         with _report_missing("such user"):
             await client.delete_user(user_id)
-    return _print_deleted(f"User {user_id.upper()}", as_json=as_json)
+    return _print_deletion(f"User {user_id.upper()}", as_json=as_json)
 
 
 @devices.command(name="list", help_epilogue="Example:\n  aiokeyless devices list C0FFEE")
@@ -218,10 +218,10 @@ async def remove(
     async with new_client() as client:
         with _report_missing("such device or user"):
             await client.delete_device(user_id, public_signing_key)
-    return _print_deleted("The device", as_json=as_json)
+    return _print_deletion("The device", as_json=as_json)
 
 
-def _print_deleted(what: str, *, as_json: bool) -> Exit:
+def _print_deletion(what: str, *, as_json: bool) -> Exit:
     console = new_console()
     if as_json:
         print_json(console, {"deleted": True})

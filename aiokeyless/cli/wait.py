@@ -20,7 +20,7 @@ from aiokeyless.errors import (
     KeylessError,
     OperationMismatchError,
 )
-from aiokeyless.ticket import ApprovalTicket
+from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket
 
 from .app import (
     AsJson,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from aiokeyless.models import Authentication, Operation
     from aiokeyless.reports import ApprovalUpdate
 
-_DEFAULT_TIMEOUT: Final = 120.0
 _TICKET_LIMIT: Final = 1 << 20
 _STDIN: Final = "-"
 _HOW_TO_CREATE: Final = "to create one: aiokeyless create USER_ID --json > FILE"
@@ -144,7 +143,7 @@ async def wait(
     """
     target = operation_id if ticket is None else ticket.ticket
     assert target is not None  # noqa: S101  # see _check_target
-    budget = timeout or (_DEFAULT_TIMEOUT if isinstance(target, str) else target.remaining())
+    budget = timeout or (DEFAULT_LIFETIME if isinstance(target, str) else target.remaining())
     console = new_console()
     async with new_client() as client:
         progress = Progress(None if math.isinf(budget) else budget)
