@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import socket
 import ssl
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from nats.js.api import ConsumerConfig
 from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
 from tenacity import wait_fixed
 
-from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
+from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, submit_approval
 from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings
 
 from .reading import outcomes, read
@@ -37,12 +37,13 @@ WAITS = 50
 IMPORTED: Final = Fleet(prefix="keyless.api")
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [bound.getsockname()[1] for bound in sockets]
-    for bound in sockets:
-        bound.close()
-    return ports
+def own_addresses() -> list[str]:
+    """Return addresses that no other process of the tests uses: each server must know those of the others in advance.
+
+    They are below the ports that the system gives to connections and to servers without a port of their own.
+    """
+    first = 10_000 + os.getpid() % 7_000 * len(NAMES)
+    return [f"127.0.0.1:{port}" for port in range(first, first + len(NAMES))]
 
 
 @asynccontextmanager
@@ -58,7 +59,7 @@ async def running(servers: dict[str, NatsServer]) -> AsyncGenerator[dict[str, Na
 @asynccontextmanager
 async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
     """Run three servers that know each other."""
-    routes = [f"nats://127.0.0.1:{port}" for port in free_ports(len(NAMES))]
+    routes = [f"nats://{address}" for address in own_addresses()]
     servers = {}
     for name, route in zip(NAMES, routes, strict=True):
         options = ("--server_name", name, "--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes))
@@ -71,7 +72,7 @@ async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
 async def documented_cluster(folder: Path, certificate: tuple[Path, Path]) -> AsyncGenerator[dict[str, NatsServer]]:
     """Run three servers with the configuration of the documentation."""
     certificates, key = (str(file) for file in certificate)
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(len(NAMES))]
+    addresses = own_addresses()
     shared = {"TLS_CERT": certificates, "TLS_KEY": key, "TLS_CA": certificates}
     shared |= {f"ROUTE_{number}": f"nats://{address}" for number, address in enumerate(addresses)}
     servers = {}
@@ -105,6 +106,17 @@ async def has_a_leader(connection: Client) -> bool:
     return True
 
 
+async def prepares(worker: ApprovalWorker) -> bool:
+    """Make the streams, unless the leader has not heard of all servers yet: until then it has no place for replicas."""
+    try:
+        await worker.prepare()
+    except BrokerError as error:
+        if "start again when all of its servers are up" not in str(error):
+            raise
+        return False
+    return True
+
+
 async def has_a_reader(connection: Client) -> bool:
     return bool(await connection.jetstream().consumers_info(OUTCOMES))
 
@@ -124,6 +136,7 @@ async def test_no_approval_is_lost_with_a_broker(tmp_path: Path, sandbox: Sandbo
             await until(lambda: has_a_leader(connection))
             settings = StreamSettings(replicas=len(NAMES))
             broker = await NatsBroker(",".join(urls), settings=settings).__aenter__()
+            await until(lambda: prepares(ApprovalWorker(client, broker)))
             worker = ApprovalWorker(client, broker, schedule=wait_fixed(0.2))
             working = asyncio.create_task(worker.run())
             await until(lambda: worker.statistics.is_ready)
@@ -164,17 +177,16 @@ async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
         ):
             await until(lambda: has_a_leader(operator))
             settings = StreamSettings(replicas=len(NAMES))
-            async with (
-                NatsBroker(",".join(urls), settings=settings, connect_options=options("worker")) as broker,
-                ApprovalWorker(client, broker, schedule=wait_fixed(0.2)),
-            ):
-                place = ConsumerConfig(durable_name="shop", max_ack_pending=-1)
-                await operator.jetstream().add_consumer(OUTCOMES, place)
-                theirs = NatsBroker(shop, fleet=IMPORTED)
-                submission = await submit_approval(theirs, "C0FFEE", operation_id="txn-1")
-                await until(lambda: submission.operation_id in sandbox.operations)
-                servers[await leader_of_the_requests(operator)].kill()
-                sandbox.approve(submission.operation_id)
-                async with asyncio.timeout(PATIENCE):
-                    [event] = await read(theirs, reader="shop")
+            async with NatsBroker(",".join(urls), settings=settings, connect_options=options("worker")) as broker:
+                await until(lambda: prepares(ApprovalWorker(client, broker)))
+                async with ApprovalWorker(client, broker, schedule=wait_fixed(0.2)):
+                    place = ConsumerConfig(durable_name="shop", max_ack_pending=-1)
+                    await operator.jetstream().add_consumer(OUTCOMES, place)
+                    theirs = NatsBroker(shop, fleet=IMPORTED)
+                    submission = await submit_approval(theirs, "C0FFEE", operation_id="txn-1")
+                    await until(lambda: submission.operation_id in sandbox.operations)
+                    servers[await leader_of_the_requests(operator)].kill()
+                    sandbox.approve(submission.operation_id)
+                    async with asyncio.timeout(PATIENCE):
+                        [event] = await read(theirs, reader="shop")
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, submission.operation_id)

@@ -30,6 +30,8 @@ _TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
 _SERVICE: Final = "aiokeyless-service"
 _UNLIMITED: Final = -1
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
+#: The broker's codes while servers of a cluster are offline or unknown to its leader, or it has no leader.
+_CLUSTER_INCOMPLETE: Final = frozenset({10004, 10005, 10008, 10009})
 _ACK_TOKENS: Final = 9
 _LONG_ACK_TOKENS: Final = 11
 #: Pull requests that may wait at the consumer. A worker has a few at a time, and there may be a hundred workers.
@@ -86,19 +88,25 @@ async def prepare(
         window = min(requests.duplicate_window, outcomes.duplicate_window)
         await _stream(stream, _claims(fleet, settings, window, claims_metadata), _CLAIMS)
         await _consumer(stream, fleet, ack_wait)
-    except nats.js.errors.ServiceUnavailableError:
-        raise BrokerError(_no_jetstream(fleet)) from None
     except nats.js.errors.APIError as error:
-        raise BrokerError(f"the broker refused to make a stream or its consumer: {error.description}") from None
+        raise BrokerError(_refusal(error, fleet)) from None
     except nats.errors.Error as error:
         raise BrokerError(
-            f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, and may this "
-            f"user publish to {fleet.api_prefix}.>, $JS.ACK.>, {fleet.name}.approvals.* and {fleet.name}.claims.*?"
+            f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, are most "
+            f"servers of a cluster up, and may this user publish to {fleet.api_prefix}.>, $JS.ACK.>, "
+            f"{fleet.name}.approvals.* and {fleet.name}.claims.*?"
         ) from None
     return window
 
 
-def _no_jetstream(fleet: Fleet) -> str:
+def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
+    if error.err_code in _CLUSTER_INCOMPLETE:
+        return (
+            f"the broker's cluster is incomplete ({error.description}): start again when all of its servers are up; "
+            "there must be as many as replicas"
+        )
+    if not isinstance(error, nats.js.errors.ServiceUnavailableError):
+        return f"the broker refused to make a stream or its consumer: {error.description}"
     if fleet.domain is None and fleet.prefix is None:
         return "the broker has no JetStream: start it with -js, or enable JetStream for this account"
     return f"the broker has no JetStream at {fleet.api_prefix}: check the domain or the prefix"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
     from nats.js import JetStreamContext
 
 ACK_WAIT = 40.0
@@ -263,15 +265,43 @@ async def test_replicas_that_the_broker_has_no_servers_for_are_refused_in_one_li
 # -- a broker that does not let us
 
 
-async def test_a_broker_without_jetstream_is_one_line(tmp_path: Path) -> None:
+@pytest.fixture
+async def without_jetstream(tmp_path: Path) -> AsyncGenerator[Client]:
     server = NatsServer(tmp_path, jetstream=False)
     await server.start()
-    try:
-        async with await nats.connect(server.url) as connection:
-            with pytest.raises(BrokerError, match=r"^the broker has no JetStream: start it with -js"):
-                await prepared(connection.jetstream())
-    finally:
-        server.stop()
+    async with await nats.connect(server.url) as connection:
+        yield connection
+    server.stop()
+
+
+async def test_a_broker_without_jetstream_is_one_line(without_jetstream: Client) -> None:
+    with pytest.raises(BrokerError, match=r"^the broker has no JetStream: start it with -js"):
+        await prepared(without_jetstream.jetstream())
+
+
+@pytest.mark.parametrize(
+    ("code", "err_code", "description"),
+    [
+        # What nats-server 2.15 answers before its cluster has a leader, and before the leader has heard of all servers.
+        (503, 10008, "JetStream system temporarily unavailable"),
+        (400, 10005, "no suitable peers for placement, peer offline"),
+    ],
+)
+async def test_a_cluster_that_is_not_complete_yet_is_one_line_that_says_when_to_start_again(
+    without_jetstream: Client, code: int, err_code: int, description: str
+) -> None:
+    answer = json.dumps({"error": {"code": code, "err_code": err_code, "description": description}})
+
+    async def refuse(request: Msg) -> None:
+        await request.respond(answer.encode())
+
+    await without_jetstream.subscribe("$JS.API.STREAM.INFO.>", cb=refuse)
+    with pytest.raises(BrokerError) as caught:
+        await prepared(without_jetstream.jetstream())
+    assert str(caught.value) == (
+        f"the broker's cluster is incomplete ({description}): start again when all of its servers are up; "
+        "there must be as many as replicas"
+    )
 
 
 @pytest.mark.parametrize("fleet", [Fleet(domain="hub"), Fleet(prefix="$JS.hub.API")], ids=repr)
