@@ -205,7 +205,7 @@ def wheel(session: nox.Session, part: str) -> None:
 #: Tests of the library itself, and what they need that is not in an extra for users.
 PORTABLE_TESTS: Final = (
     *("tests/_http", "tests/_rules", "tests/_waits", "tests/sandbox", "tests/test_client.py", "tests/test_schedule.py"),
-    *("tests/test_signatures.py", "tests/test_ticket.py", "tests/test_users.py"),
+    *("tests/test_signatures.py", "tests/test_ticket.py", "tests/test_token.py", "tests/test_users.py"),
 )
 PORTABLE_NEEDS: Final = (
     *("aioresponses", "hypothesis", "loguru", "looptime", "pytest", "pytest-asyncio", "pytest-xdist", "sentry-sdk"),

@@ -1,6 +1,6 @@
 """`TransactionVerifier`: verifies what a user signed on the phone. Needs the extra "jwt".
 
-This module fetches and keeps the keys. `_rules/signature.py` decides what a token proves.
+This module fetches and keeps the keys. `_token.py` decides what a token proves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .errors import ConfigurationError, DecodeError, SignatureError, SignatureRe
 from .models import SignedTransaction
 
 try:
-    from ._rules.signature import Expectation, KeySet, read_token, verify
+    from ._token import Expectation, KeySet, read_token, verify
 # The package "jwt" is another one, so name the extra.
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
@@ -23,7 +23,7 @@ except ModuleNotFoundError as _missing:
     ) from _missing
 
 if TYPE_CHECKING:
-    from ._rules.signature import VerifyingKey
+    from ._token import VerifyingKey
     from .client import KeylessClient
 
 __all__ = ["SignedTransaction", "TransactionVerifier"]

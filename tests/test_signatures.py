@@ -290,7 +290,7 @@ async def test_a_closed_client_is_no_refusal(client: KeylessClient, verifier: Tr
 
 def test_without_pyjwt_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
-    monkeypatch.delitem(sys.modules, "aiokeyless._rules.signature")
+    monkeypatch.delitem(sys.modules, "aiokeyless._token")
     with pytest.raises(ModuleNotFoundError, match='needs jwt: install the extra "jwt"'):
         importlib.reload(signatures)
 

@@ -183,7 +183,7 @@ LAYERS: Final = (
     ),
     (("client",), "the public methods"),
     (("_waits",), "engine 1: waits in memory"),
-    (("_http",), "endpoints as data, exchanges over aiohttp"),
+    (("_http", "_token"), "endpoints as data, exchanges over aiohttp; what a signature proves"),
     (("_rules",), "what a poll means, the circuit, the backoff: pure"),
     (("schedule",), "when to poll next"),
     (("_listeners", "_tracing"), "tells listeners; the caller's trace"),

@@ -25,7 +25,7 @@ from aiokeyless._http.protocol import Answer
 from aiokeyless._http.redaction import Redaction
 from aiokeyless._rules.approval import Verdict, evaluate
 from aiokeyless._rules.backoff import requested_pause
-from aiokeyless._rules.signature import Expectation, KeySet, read_token, verify
+from aiokeyless._token import Expectation, KeySet, read_token, verify
 from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestError, SignatureError, StatusError
 from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive

@@ -20,10 +20,9 @@ import jwt
 import jwt.types
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
-from aiokeyless.errors import SignatureError, SignatureReason
-from aiokeyless.models import SignedTransaction
-
-from .approval import is_same_user
+from ._rules.approval import is_same_user
+from .errors import SignatureError, SignatureReason
+from .models import SignedTransaction
 
 #: Characters of a token, at most.
 MAX_TOKEN: Final = 16_384

@@ -32,7 +32,7 @@ from signing import (
 )
 
 from aiokeyless import SignatureError, SignatureReason
-from aiokeyless._rules.signature import Expectation, KeySet, read_token, verify
+from aiokeyless._token import Expectation, KeySet, read_token, verify
 from aiokeyless.signatures import SignedTransaction
 
 if TYPE_CHECKING:
