@@ -27,7 +27,6 @@ from aiokeyless import (
     TransportError,
 )
 from aiokeyless._rules.approval import Rejection
-from aiokeyless._rules.outcome import Result
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -38,6 +37,19 @@ USER_ID: Final = "0123456789ABCDEF"
 PAYLOAD: Final = "Pay 40"
 EXTERNAL_USER_ID: Final = "ann@example.com"
 _PATH: Final = f"/v2/operations/{OPERATION_ID}"
+
+
+class Result(Enum):
+    """What a poll comes to, in the words of docs/rules.md: a verdict, or its name at the deadline."""
+
+    APPROVED = auto()
+    PENDING = auto()
+    TRANSIENT = auto()
+    TIMED_OUT = auto()
+    UNANSWERED = auto()
+    REJECTED = auto()
+    FAILED = auto()
+
 
 #: What each case of docs/rules.md comes to: before the deadline, and by the final poll.
 RESULTS: Final = {

@@ -579,11 +579,11 @@ class TestManyWaits:
     async def test_an_outcome_that_is_no_error_of_this_library_is_raised(
         self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def broken(*_: object) -> None:
+        def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError
 
         await client.create_operation(USER, operation_id="op")
-        monkeypatch.setattr("aiokeyless._waits.machine.poll_outcome", broken)
+        monkeypatch.setattr("aiokeyless._waits.machine.poll_verdict", broken)
         async with asyncio.timeout(10):
             with pytest.raises(ZeroDivisionError):
                 async for _ in client.wait_for_approvals(["op", "op"]):

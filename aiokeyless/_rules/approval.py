@@ -9,7 +9,7 @@ Rule 2 of docs/rules.md. Source: Keyless documentation, Server API / Operations,
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from aiokeyless.errors import (
     ApprovalError,
@@ -24,10 +24,16 @@ from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 
 class Verdict(Enum):
-    """The meaning of a consistent answer about the right operation."""
+    """What one answer, or the failure of a poll, means for a wait."""
 
-    PENDING = "pending"
     APPROVED = "approved"
+    """End it with the operation."""
+    PENDING = "pending"
+    """Go on; the schedule sets the next poll. If this poll was the final one, time is up."""
+    TRANSIENT = "transient"
+    """Go on; the backoff sets the next poll. A final poll is repeated while time is left."""
+    FAILED = "failed"
+    """End it with the error of the poll."""
 
 
 class Rejection(Enum):
@@ -47,6 +53,11 @@ class Rejection(Enum):
     def is_mismatch(self) -> bool:
         """Whether the answer is about another operation, user or payload."""
         return self not in {Rejection.RESULT_IS_FALSE, Rejection.UNKNOWN_STATE}
+
+
+#: Nearly all answers. A name is found faster than a member of an enum.
+_STATE_PENDING: Final = OperationState.PENDING.value
+_PENDING: Final = Verdict.PENDING
 
 
 class WaitRecord(NamedTuple):
@@ -70,21 +81,18 @@ def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | N
         operation_id: The id that was asked for.
         ticket: The operation's ticket; None for a bare id.
     """
-    mismatch = _mismatch(operation, operation_id, ticket)
-    if mismatch is not None:
-        return mismatch
-    if operation.is_approved:
-        return Verdict.APPROVED
-    if operation.state == OperationState.PENDING:  # even with result true: an approval needs both signs
-        return Verdict.PENDING
-    return Rejection.RESULT_IS_FALSE if operation.state == OperationState.APPROVED else Rejection.UNKNOWN_STATE
-
-
-def _mismatch(operation: Operation, operation_id: str, ticket: ApprovalTicket | None) -> Rejection | None:
     if operation.operation_id != operation_id:
         return Rejection.OTHER_OPERATION
-    if ticket is None:
-        return None
+    if ticket is not None and (mismatch := _mismatch(operation, ticket)) is not None:
+        return mismatch
+    if operation.state == _STATE_PENDING:  # even with result true: an approval needs both signs
+        return _PENDING
+    if operation.state != OperationState.APPROVED:
+        return Rejection.UNKNOWN_STATE
+    return Verdict.APPROVED if operation.is_approved else Rejection.RESULT_IS_FALSE
+
+
+def _mismatch(operation: Operation, ticket: ApprovalTicket) -> Rejection | None:
     if not is_same_user(operation.user_id, ticket.user_id):
         return Rejection.OTHER_USER
     if payload_digest(operation.operation_payload) != ticket.payload_sha256:

@@ -2,32 +2,34 @@
 
 All cases, in the order in which they are checked, as docs/rules.md numbers them:
 
-| case | the poll brought | before the deadline | the final poll |
-|---|---|---|---|
-| O1 | an approval of this operation | APPROVED | APPROVED |
-| O2 | an answer that is rejected | REJECTED | REJECTED |
-| O3 | pending | PENDING | TIMED_OUT |
-| O4 | a transient failure | TRANSIENT | UNANSWERED |
-| O5 | 404, the operation was seen before | TRANSIENT | UNANSWERED |
-| O6 | 404 that counts as pending | PENDING | TIMED_OUT |
-| O7 | any other error | FAILED | FAILED |
+| case | the poll brought | verdict |
+|---|---|---|
+| O1 | an approval of this operation | APPROVED |
+| O2 | an answer that is rejected | a `Rejection` |
+| O3 | pending | PENDING |
+| O4 | a transient failure | TRANSIENT |
+| O5 | 404, the operation was seen before | TRANSIENT |
+| O6 | 404 that counts as pending | PENDING |
+| O7 | any other error | FAILED |
 
-A 404 counts as pending if the operation is young, or if the phone will create it.
+If the poll was the final one, PENDING means "timed out", and TRANSIENT "unanswered".
 """
 
 from __future__ import annotations
 
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from aiokeyless.errors import KeylessError, NotFoundError
+from aiokeyless.errors import NotFoundError
 from aiokeyless.events import PollResult
 from aiokeyless.models import Operation, OperationState
 
-from .approval import Rejection, Verdict, evaluate
+from .approval import Verdict, evaluate
 
 if TYPE_CHECKING:
+    from aiokeyless.errors import KeylessError
     from aiokeyless.ticket import ApprovalTicket
+
+    from .approval import Rejection
 
 #: The result of nearly all polls. A name is found faster than a member of an enum.
 _POLL_PENDING: Final = PollResult.PENDING
@@ -36,83 +38,35 @@ _STATE_PENDING: Final = OperationState.PENDING.value
 YOUNG: Final = 5.0
 
 
-class Result(Enum):
-    """What to do with a wait after a poll."""
-
-    APPROVED = auto()
-    """End it with the operation."""
-    PENDING = auto()
-    """Go on; the schedule sets the next poll."""
-    TRANSIENT = auto()
-    """Go on; the backoff sets the next poll."""
-    TIMED_OUT = auto()
-    """End it with `ApprovalTimeoutError`: time is up, and the operation was pending."""
-    UNANSWERED = auto()
-    """Repeat the final poll while time is left. Then end the wait with `ApprovalUnknownError`."""
-    REJECTED = auto()
-    """End it with the error of the rejection."""
-    FAILED = auto()
-    """End it with the error of the poll."""
-
-
-class Outcome(NamedTuple):
-    """A result, and for REJECTED the reason."""
-
-    result: Result
-    rejection: Rejection | None = None
-
-
-class PollFacts(NamedTuple):
-    """The facts about a wait that decide what the result of a poll means for it.
-
-    Attributes:
-        operation_id: The operation that is polled.
-        ticket: Its ticket; None for a bare id.
-        is_final: Whether the poll started at the deadline of the wait or later.
-        may_be_missing: Whether a 404 counts as pending: the phone will create the operation, or it is younger than
-            `YOUNG` and a replica may lag.
-        was_seen: Whether an earlier poll found the operation.
-    """
-
-    operation_id: str
-    ticket: ApprovalTicket | None
-    is_final: bool
-    may_be_missing: bool
-    was_seen: bool
-
-
-_APPROVED: Final = Outcome(Result.APPROVED)
-_PENDING: Final = (Outcome(Result.PENDING), Outcome(Result.TIMED_OUT))  # by is_final
-_TRANSIENT: Final = (Outcome(Result.TRANSIENT), Outcome(Result.UNANSWERED))
-_FAILED: Final = Outcome(Result.FAILED)
-
-
-def poll_outcome(answer: Operation | KeylessError, facts: PollFacts) -> Outcome:
+def poll_verdict(
+    answer: Operation | KeylessError,
+    operation_id: str,
+    ticket: ApprovalTicket | None,
+    *,
+    may_be_missing: bool,
+    was_seen: bool,
+) -> Verdict | Rejection:
     """Return what the result of a poll means for a wait.
 
     Args:
         answer: The operation as the service answered it, or the failure of the poll.
-        facts: The facts about the wait.
+        operation_id: The operation that was polled.
+        ticket: Its ticket; None for a bare id.
+        may_be_missing: Whether a 404 counts as pending: the phone will create the operation, or it is younger than
+            `YOUNG` and a replica may lag.
+        was_seen: Whether an earlier poll found the operation. Operations do not vanish, so a 404 is then a fault of the
+            moment.
     """
-    if isinstance(answer, KeylessError):
-        return _after_error(answer, facts)
-    verdict = evaluate(answer, facts.operation_id, facts.ticket)
-    if verdict is Verdict.APPROVED:
-        return _APPROVED
-    if verdict is Verdict.PENDING:
-        return _PENDING[facts.is_final]
-    return Outcome(Result.REJECTED, verdict)
-
-
-def _after_error(error: KeylessError, facts: PollFacts) -> Outcome:
-    if error.is_transient:
-        return _TRANSIENT[facts.is_final]
-    if isinstance(error, NotFoundError):
-        if facts.was_seen:  # operations do not vanish, so an answer of 404 now is a fault of the moment
-            return _TRANSIENT[facts.is_final]
-        if facts.may_be_missing:
-            return _PENDING[facts.is_final]
-    return _FAILED
+    if isinstance(answer, Operation):
+        return evaluate(answer, operation_id, ticket)
+    if answer.is_transient:
+        return Verdict.TRANSIENT
+    if isinstance(answer, NotFoundError):
+        if was_seen:
+            return Verdict.TRANSIENT
+        if may_be_missing:
+            return Verdict.PENDING
+    return Verdict.FAILED
 
 
 def poll_result(answer: Operation | KeylessError | None) -> PollResult:

@@ -12,11 +12,11 @@ import copy
 import math
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._rules.approval import Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
+from aiokeyless._rules.approval import Rejection, Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
 from aiokeyless._rules.backoff import error_delay, requested_pause
 from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, is_final, repeat_final_after
-from aiokeyless._rules.outcome import YOUNG, Outcome, PollFacts, Result, poll_outcome
+from aiokeyless._rules.outcome import YOUNG, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -441,19 +441,19 @@ class Machine:
         answer, polled = application.answer, application.poll.polled
         pending: list[Wait] = []
         transient: list[Wait] = []
-        for wait, (result, rejection) in [(wait, application.outcome(wait)) for wait in waits]:
-            if isinstance(answer, Operation) and result is Result.APPROVED:
+        for wait, verdict in [(wait, application.verdict(wait)) for wait in waits]:
+            if isinstance(answer, Operation) and verdict is Verdict.APPROVED:
                 self._record_observation(polled, now)
                 wait.polls = max(wait.polls, 1)  # it counts for waits that started after the poll, too
                 _update(wait, now, answer)
                 self.end(wait, answer, now)
             elif wait not in application.served:
                 continue
-            elif rejection is not None:
-                self.end(wait, rejection_error(rejection, _record(wait, now, answer)), now)
-            elif result is Result.PENDING or result is Result.TIMED_OUT:
+            elif isinstance(verdict, Rejection):
+                self.end(wait, rejection_error(verdict, _record(wait, now, answer)), now)
+            elif verdict is Verdict.PENDING:
                 pending.append(wait)
-            elif isinstance(answer, KeylessError) and result is Result.FAILED:
+            elif isinstance(answer, KeylessError) and verdict is Verdict.FAILED:
                 self.end(wait, copy.copy(answer) if len(application.served) > 1 else answer, now)
             else:
                 transient.append(wait)
@@ -590,13 +590,13 @@ class Machine:
 class Application:
     """The result of one poll, and the state that all batches of its waits share."""
 
-    __slots__ = ("_left", "_outcomes", "answer", "delays", "failed", "poll", "retry_at", "served", "was_seen")
+    __slots__ = ("_left", "_verdicts", "answer", "delays", "failed", "poll", "retry_at", "served", "was_seen")
 
     def __init__(self, poll: Poll, answer: Operation | KeylessError) -> None:
         self.poll = poll
         self.answer = answer
         self._left = poll.polled.active_waits()
-        self._outcomes: dict[PollFacts, Outcome] = {}
+        self._verdicts: dict[tuple[ApprovalTicket | None, bool], Verdict | Rejection] = {}
         self.was_seen = poll.polled.was_seen  # before this poll
         # The waits that the poll is for.
         self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
@@ -614,20 +614,16 @@ class Application:
         batch, self._left = self._left[:BATCH], self._left[BATCH:]
         return [wait for wait in batch if not wait.done()]
 
-    def outcome(self, wait: Wait) -> Outcome:
-        """Return what the answer means for a wait. Waits with the same facts share the outcome and one payload hash."""
+    def verdict(self, wait: Wait) -> Verdict | Rejection:
+        """Return what the answer means for a wait. Waits with the same ticket share one payload hash."""
         poll = self.poll
         is_young = wait.ticket is not None and poll.started_at - wait.origin < YOUNG
-        facts = PollFacts(
-            poll.polled.operation_id,
-            wait.ticket,
-            wait.final is poll,
-            wait.may_be_missing or is_young,
-            self.was_seen,
-        )
-        if facts not in self._outcomes:
-            self._outcomes[facts] = poll_outcome(self.answer, facts)
-        return self._outcomes[facts]
+        key = wait.ticket, wait.may_be_missing or is_young
+        if key not in self._verdicts:
+            self._verdicts[key] = poll_verdict(
+                self.answer, poll.polled.operation_id, wait.ticket, may_be_missing=key[1], was_seen=self.was_seen
+            )
+        return self._verdicts[key]
 
 
 def _deadlines_in_a_turn(now: float, due: float | None) -> int:

@@ -1,6 +1,6 @@
 """The result of a delivery: an outcome to publish, or the delay after which the request is delivered again.
 
-Pure. `poll_outcome` decides what the result of a poll means, for the poller too. This module turns it into an event or
+Pure. `poll_verdict` decides what the result of a poll means, for the poller too. This module turns it into an event or
 a delay. docs/rules.md lists the differences of the two engines.
 """
 
@@ -15,7 +15,7 @@ from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.final import repeat_final_after
-from aiokeyless._rules.outcome import PollFacts, Result, poll_outcome
+from aiokeyless._rules.outcome import poll_verdict
 from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
 from aiokeyless.models import Operation
 from aiokeyless.schedule import MIN_DELAY, attempt_at, next_delay
@@ -124,25 +124,24 @@ def after_poll(
     """
     ticket = delivery.ticket
     # No delivery knows what an earlier one saw. That one may have ended before it created the operation.
-    facts = PollFacts(
-        ticket.operation_id, ticket, is_final=is_final(delivery, polled_at), may_be_missing=True, was_seen=was_created
-    )
-    result, rejection = poll_outcome(answer, facts)
-    if rejection is not None:
-        return _rejected(delivery, now, rejection)
+    verdict = poll_verdict(answer, ticket.operation_id, ticket, may_be_missing=True, was_seen=was_created)
+    if isinstance(verdict, Rejection):
+        return _rejected(delivery, now, verdict)
+    was_final = is_final(delivery, polled_at)
     if was_created and isinstance(answer, PermissionDeniedError):
         # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
-        result = Result.UNANSWERED if facts.is_final else Result.PENDING
-    if result is Result.PENDING:
+        verdict = Verdict.TRANSIENT if was_final else Verdict.PENDING
+    if verdict is Verdict.PENDING and not was_final:
         return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
-    if result is Result.TRANSIENT:
-        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
-    left = left_of_grace(delivery, polled_at, pacing.grace)
-    # If the circuit stays open for longer than that, the application still gets an outcome in time.
-    delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
-    if result is Result.UNANSWERED and delay is not None:
-        return Redeliver(delay, Exchange.FAILED)
-    return _ended(delivery, answer, result, now)._replace(polled_at=polled_at)
+    if verdict is Verdict.TRANSIENT:
+        if not was_final:
+            return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
+        left = left_of_grace(delivery, polled_at, pacing.grace)
+        # If the circuit stays open for longer than that, the application still gets an outcome in time.
+        delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
+        if delay is not None:
+            return Redeliver(delay, Exchange.FAILED)
+    return _ended(delivery, answer, verdict, now)._replace(polled_at=polled_at)
 
 
 def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
@@ -150,16 +149,16 @@ def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
     return (delivery.ticket.expires_at - at).total_seconds() + grace
 
 
-def _ended(delivery: Delivery, answer: Operation | KeylessError, result: Result, now: datetime) -> Decided:
-    """Decide by a result that ends the request."""
-    if isinstance(answer, Operation) and result is Result.APPROVED:
+def _ended(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict, now: datetime) -> Decided:
+    """Decide by a verdict that ends the request."""
+    if isinstance(answer, Operation) and verdict is Verdict.APPROVED:
         return _decided(delivery, now, Outcome.APPROVED, auth_type=answer.auth_type)
-    if isinstance(answer, KeylessError) and result is Result.FAILED:
+    if isinstance(answer, KeylessError) and verdict is Verdict.FAILED:
         reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
         return _failed(delivery, now, reason, str(answer))
     # If the answer does not show that the user was asked, the claim may.
     asked = isinstance(answer, Operation)
-    return _decided(delivery, now, Outcome.EXPIRED, answered=result is Result.TIMED_OUT, asked=asked)
+    return _decided(delivery, now, Outcome.EXPIRED, answered=verdict is Verdict.PENDING, asked=asked)
 
 
 def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:

@@ -6,14 +6,15 @@ import itertools
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
-from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, RESULTS, USER_ID, OutcomeCase
+from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, RESULTS, USER_ID, OutcomeCase, Result
 
 from aiokeyless import ApprovalTicket, NotFoundError, Operation
 from aiokeyless._rules import outcome
-from aiokeyless._rules.outcome import Outcome, PollFacts, Result, poll_outcome, poll_result
+from aiokeyless._rules.approval import Rejection, Verdict
+from aiokeyless._rules.outcome import poll_result, poll_verdict
 from aiokeyless.events import PollResult
 from aiokeyless.ticket import payload_digest
 
@@ -31,62 +32,75 @@ RULES: Final = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encod
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def facts(case: OutcomeCase, *, is_final: bool) -> PollFacts:
-    return PollFacts(
-        OPERATION_ID,
-        TICKET,
-        is_final=is_final,
-        may_be_missing=case.is_young or case.if_missing == "wait",
-        was_seen=case.was_seen,
-    )
+#: The verdict of a result.
+VERDICTS: Final = {
+    Result.APPROVED: Verdict.APPROVED,
+    Result.PENDING: Verdict.PENDING,
+    Result.TIMED_OUT: Verdict.PENDING,
+    Result.TRANSIENT: Verdict.TRANSIENT,
+    Result.UNANSWERED: Verdict.TRANSIENT,
+    Result.FAILED: Verdict.FAILED,
+}
+
+
+def verdict(case: OutcomeCase, **facts: Any) -> Verdict | Rejection:
+    known: dict[str, Any] = {
+        "ticket": TICKET,
+        "may_be_missing": case.is_young or case.if_missing == "wait",
+        "was_seen": case.was_seen,
+    }
+    return poll_verdict(case.answer, OPERATION_ID, **{**known, **facts})
+
+
+def expected(case: OutcomeCase) -> Verdict | Rejection:
+    return case.rejection or VERDICTS[case.before]
 
 
 @each_case
-def test_a_poll_before_the_deadline_means_what_the_table_says(case: OutcomeCase) -> None:
-    assert poll_outcome(case.answer, facts(case, is_final=False)) == Outcome(case.before, case.rejection)
+def test_a_poll_means_what_the_table_says(case: OutcomeCase) -> None:
+    assert verdict(case) is expected(case)
 
 
 @each_case
-def test_a_final_poll_means_what_the_table_says(case: OutcomeCase) -> None:
-    assert poll_outcome(case.answer, facts(case, is_final=True)) == Outcome(case.final, case.rejection)
+def test_the_final_poll_has_the_same_verdict_under_another_name(case: OutcomeCase) -> None:
+    if case.rejection is None:
+        assert VERDICTS[case.final] is VERDICTS[case.before]
+    else:
+        assert case.final is case.before is Result.REJECTED
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not isinstance(case.answer, NotFoundError)], ids=str)
 def test_only_a_404_depends_on_whether_the_operation_was_seen_or_may_be_missing(case: OutcomeCase) -> None:
     for may_be_missing, was_seen in itertools.product((False, True), repeat=2):
-        changed = facts(case, is_final=False)._replace(may_be_missing=may_be_missing, was_seen=was_seen)
-        assert poll_outcome(case.answer, changed) == Outcome(case.before, case.rejection)
+        assert verdict(case, may_be_missing=may_be_missing, was_seen=was_seen) is expected(case)
 
 
-@pytest.mark.parametrize("is_final", [False, True])
-def test_an_operation_that_was_seen_is_never_missing_even_where_it_may_be(*, is_final: bool) -> None:
+def test_an_operation_that_was_seen_is_never_missing_even_where_it_may_be() -> None:
     [case] = (case for case in CASES if case.rule == "O5")
-    expected = case.final if is_final else case.before
-    assert poll_outcome(case.answer, facts(case, is_final=is_final)._replace(may_be_missing=True)).result is expected
+    assert verdict(case, may_be_missing=True) is Verdict.TRANSIENT
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(case.answer, Operation)], ids=str)
 def test_a_bare_id_is_bound_to_no_user_and_no_payload(case: OutcomeCase) -> None:
     assert isinstance(case.answer, Operation)
-    found = poll_outcome(case.answer, facts(case, is_final=False)._replace(ticket=None))
-    if case.answer.operation_id == OPERATION_ID and case.rejection is not None and case.rejection.is_mismatch:
-        expected = Outcome(Result.APPROVED if case.answer.is_approved else Result.PENDING)
+    is_about_the_operation = case.answer.operation_id == OPERATION_ID
+    if is_about_the_operation and case.rejection is not None and case.rejection.is_mismatch:
+        assert verdict(case, ticket=None) is (Verdict.APPROVED if case.answer.is_approved else Verdict.PENDING)
     else:
-        expected = Outcome(case.before, case.rejection)
-    assert found == expected
+        assert verdict(case, ticket=None) is expected(case)
 
 
 @each_case
 def test_listeners_are_told_what_a_poll_brought_whatever_it_means(case: OutcomeCase) -> None:
     if isinstance(case.answer, NotFoundError):
-        expected = PollResult.MISSING
+        result = PollResult.MISSING
     elif not isinstance(case.answer, Operation):
-        expected = PollResult.FAILED
+        result = PollResult.FAILED
     elif case.answer.state == "pending":
-        expected = PollResult.PENDING
+        result = PollResult.PENDING
     else:
-        expected = PollResult.APPROVED if case.answer.is_approved else PollResult.INVALID
-    assert poll_result(case.answer) is expected
+        result = PollResult.APPROVED if case.answer.is_approved else PollResult.INVALID
+    assert poll_result(case.answer) is result
 
 
 def test_listeners_are_told_of_a_poll_that_was_cut_off() -> None:
@@ -122,7 +136,9 @@ def test_the_rules_say_what_the_table_says() -> None:
 
 def test_the_docstring_says_what_the_table_says() -> None:
     assert outcome.__doc__ is not None
-    assert [written(case, before, final) for case, _, before, final in rows(outcome.__doc__)] == list(RESULTS.items())
+    found = {case: name for case, _, name in rows(outcome.__doc__)}
+    assert found.pop("O2") == "a `Rejection`"
+    assert found == {case: VERDICTS[before].name for case, (before, _) in RESULTS.items() if case != "O2"}
 
 
 def test_the_rules_and_the_docstring_name_the_same_cases() -> None:

@@ -892,13 +892,13 @@ class TestResults:
         assert machine.statistics(0.2).in_flight == 0
 
     def test_a_bug_in_a_batch_ends_its_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def broken(*_: object) -> None:
+        def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError
 
         machine = Calls()
         waits = [machine.wait(), machine.wait()]
         poll = machine.one(0.0)
-        monkeypatch.setattr(machine_module, "poll_outcome", broken)
+        monkeypatch.setattr(machine_module, "poll_verdict", broken)
         machine.answer(poll, 0.0)
         assert {wait.outcome for wait in waits} == {"ZeroDivisionError"}
         assert machine.statistics(0.0).in_flight == 0

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, USER_ID, OutcomeCase
+from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, USER_ID, OutcomeCase, Result
 from tenacity import wait_fixed
 
 from aiokeyless import (
@@ -19,7 +19,6 @@ from aiokeyless import (
     OperationMismatchError,
     StatusError,
 )
-from aiokeyless._rules.outcome import Result
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -1777,7 +1777,7 @@ class TestBugs:
         assert 10 <= len(reported) <= 110
         assert isinstance(reported[0]["exception"], ZeroDivisionError)
 
-    @pytest.mark.parametrize(("name", "waits"), [("evaluate", 1), ("poll_outcome", 2), ("Machine.finish_poll", 2)])
+    @pytest.mark.parametrize(("name", "waits"), [("evaluate", 1), ("poll_verdict", 2), ("Machine.finish_poll", 2)])
     async def test_one_in_a_poll_ends_the_waits_that_it_concerns(
         self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch, name: str, waits: int
     ) -> None:

@@ -66,7 +66,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_rules/approval.py",
-        "if operation.state == OperationState.PENDING:",
+        "if operation.state == _STATE_PENDING:",
         "if operation.state != OperationState.APPROVED:",
         "an unknown state is waited out",
     ),
@@ -91,25 +91,26 @@ MUTANTS: Final = (
     # -- what a poll means
     Mutant(
         "_rules/outcome.py",
-        "return Outcome(Result.REJECTED, verdict)",
-        "return _PENDING[facts.is_final]",
+        "return evaluate(answer, operation_id, ticket)",
+        "verdict = evaluate(answer, operation_id, ticket)\n"
+        "        return verdict if isinstance(verdict, Verdict) else Verdict.PENDING",
         "an answer that is rejected is waited out",
     ),
     Mutant(
         "_rules/outcome.py",
-        "return _TRANSIENT[facts.is_final]\n    if isinstance(error, NotFoundError):",
-        "return _FAILED\n    if isinstance(error, NotFoundError):",
+        "return Verdict.TRANSIENT\n    if isinstance(answer, NotFoundError):",
+        "return Verdict.FAILED\n    if isinstance(answer, NotFoundError):",
         "a transient failure ends the wait",
     ),
     Mutant(
         "_rules/outcome.py",
-        "if facts.was_seen:",
+        "if was_seen:",
         "if False:",
         "an operation that was seen is believed to be gone",
     ),
     Mutant(
         "_rules/outcome.py",
-        "if facts.may_be_missing:",
+        "if may_be_missing:",
         "if False:",
         "an operation that the phone will create is not waited for",
     ),

@@ -15,6 +15,7 @@ from outcome_cases import (
     PAYLOAD,
     USER_ID,
     OutcomeCase,
+    Result,
     WorkerDoes,
 )
 from tenacity import wait_fixed
@@ -22,7 +23,6 @@ from tenacity.wait import wait_base
 
 from aiokeyless import AuthenticationError, DecodeError, PermissionDeniedError
 from aiokeyless._rules.approval import Rejection
-from aiokeyless._rules.outcome import Result
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
 
