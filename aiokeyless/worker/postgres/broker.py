@@ -26,10 +26,11 @@ from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
 
-from .connection import store_request, take_outcome
-from .failures import PASSING, broker_errors, request_errors
+from .connection import ERRORS, AsyncpgDriver
+from .failures import broker_errors
 from .migrations import prepare
-from .names import READS_EVERY, check_schema, within
+from .names import READS_EVERY, check_schema, in_schema
+from .transactions import store_request, take_outcome
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -39,13 +40,16 @@ if TYPE_CHECKING:
 
     from aiokeyless.worker.messages import ApprovalEvent
 
-    from .connection import Connection, Outcome
+    from .connection import Connection
+    from .transactions import Outcome
 
 T = TypeVar("T")
 
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
+#: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
+_PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
@@ -113,7 +117,7 @@ class PostgresBroker(TableBroker):
 
     async def _connect(self, url: str) -> asyncpg.Pool[Any]:
         try:
-            with broker_errors(self._schema):
+            with broker_errors(self._schema, ERRORS):
                 # No cache of prepared statements, and each statement in a transaction: so a pooler such as pgbouncer
                 # may use any of its connections for the next one. No minimum of open connections: a pool with one logs
                 # a traceback whenever the database is away.
@@ -152,13 +156,10 @@ class PostgresBroker(TableBroker):
 
     async def submit(self, new: NewRequest) -> bool:
         """See `ApplicationSide`."""
-
-        async def store(connection: Connection) -> bool:
-            with request_errors():
-                return await store_request(connection, self._schema, new)
-
         try:
-            return await self._in_transaction(store)
+            return await self._in_transaction(
+                lambda connection: store_request(AsyncpgDriver(connection, self._schema), new)
+            )
         except UnavailableError as error:
             raise BrokerError(str(error)) from None
 
@@ -178,11 +179,11 @@ class PostgresBroker(TableBroker):
             await asyncio.sleep(READS_EVERY)
 
     async def _next_outcome(self, pool: asyncpg.Pool[Any], reader: str) -> OutcomeDelivery | None:
-        with broker_errors(self._schema):
+        with broker_errors(self._schema, ERRORS):
             connection = await pool.acquire(timeout=_ANSWER_WITHIN)
             taken = None
             try:
-                taken = await take_outcome(connection, self._schema, reader)
+                taken = await take_outcome(AsyncpgDriver(connection, self._schema), reader)
             finally:
                 if taken is None:
                     await pool.release(connection)
@@ -323,7 +324,7 @@ class PostgresBroker(TableBroker):
 
     async def _fetch(self, query: str, *arguments: object, patience: float = _ANSWER_WITHIN) -> list[asyncpg.Record]:
         """Call a function of the schema in a transaction of its own."""
-        called = within(self._schema, query)
+        called = in_schema(self._schema, query)
         return await self._in_transaction(lambda connection: connection.fetch(called, *arguments), patience)
 
     async def _in_transaction(self, do: Callable[[Connection], Awaitable[T]], patience: float = _ANSWER_WITHIN) -> T:
@@ -331,13 +332,13 @@ class PostgresBroker(TableBroker):
         pool, loop = self._open_pool(), asyncio.get_running_loop()
         attempt = 1
         while True:
-            with broker_errors(self._schema):
+            with broker_errors(self._schema, ERRORS):
                 async with self._calls, pool.acquire(timeout=_ANSWER_WITHIN) as connection:
                     giving_up = loop.call_later(patience, connection.terminate)
                     try:
                         async with connection.transaction():
                             return await do(connection)
-                    except PASSING:
+                    except _PASSING:
                         if attempt == _ATTEMPTS:
                             raise
                     finally:

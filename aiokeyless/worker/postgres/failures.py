@@ -1,56 +1,58 @@
-"""Errors of asyncpg, translated to those that workers and applications know."""
+"""Errors of the drivers of PostgreSQL, translated to those that workers and applications know. It imports no driver."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-import asyncpg
-
-from aiokeyless.errors import BrokerError, InvalidRequestError
+from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import RefusedError, UnavailableError
-
-from .refusals import first_line, missing_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
-PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
 #: Classes of SQL states that do not change by themselves: authorization, names, syntax and rights. 0A is not one of
 #: them: a standby has no unlogged table until it takes over.
-_LASTING: Final = frozenset({"0L", "0P", "28", "3D", "3F", "42"})
-_MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedFunctionError, asyncpg.UndefinedTableError)
-#: Errors of `submit` about the request: its text is no JSON or too deep, a value is wrong, or another request has its
-#: operation id.
-_WRONG: Final = (asyncpg.DataError, asyncpg.StatementTooComplexError, asyncpg.UniqueViolationError)
+_LASTING: Final = ("0L", "0P", "28", "3D", "3F", "42")
+_MISSING: Final = ("3F000", "42883", "42P01")
+_DISK_FULL: Final = "53100"
+#: States of `submit` about the request: its text is no JSON, a value is wrong, another request has its operation id, or
+#: it is nested too deep.
+_WRONG: Final = ("22", "23505", "54001")
 
 
 @contextmanager
-def broker_errors(schema: str) -> Iterator[None]:
-    """Raise asyncpg's errors as the broker's.
+def broker_errors(schema: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Raise a driver's errors as the broker's.
 
     Args:
         schema: The broker's schema, for the message.
+        errors: The driver's errors.
     """
     try:
         yield
-    except asyncpg.DiskFullError as error:
-        raise RefusedError(first_line(error)) from None
-    except _MISSING:
-        raise missing_schema(schema) from None
-    except asyncpg.PostgresError as error:
-        if (error.sqlstate or "")[:2] in _LASTING:
-            raise BrokerError(first_line(error)) from None
-        raise UnavailableError(first_line(error)) from None
-    except (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError) as error:
-        raise UnavailableError(first_line(error)) from None
+    except errors as error:
+        state, reason = state_of(error), first_line(error)
+        if state in _MISSING:
+            raise BrokerError(
+                f"the schema {schema!r} is missing, or older than this library: run aiokeyless worker --prepare as a "
+                "user that may create it"
+            ) from None
+        if state.startswith(_LASTING):
+            raise BrokerError(reason) from None
+        raise (RefusedError if state == _DISK_FULL else UnavailableError)(reason) from None
 
 
-@contextmanager
-def request_errors() -> Iterator[None]:
-    """Raise errors about a request as an `InvalidRequestError`."""
-    try:
-        yield
-    except _WRONG as error:
-        raise InvalidRequestError(first_line(error)) from None
+def is_about_request(error: Exception) -> bool:
+    """Return whether an error of `submit` says that the request is wrong."""
+    return state_of(error).startswith(_WRONG)
+
+
+def state_of(error: Exception) -> str:
+    """Return the SQL state of an error, even if Django has wrapped it; empty if it has none."""
+    return getattr(error.__cause__ or error, "sqlstate", None) or ""
+
+
+def first_line(error: Exception) -> str:
+    """Return the message of a driver's error, without the values that details and contexts quote."""
+    return str(error).partition("\n")[0] or type(error).__name__

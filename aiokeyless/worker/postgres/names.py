@@ -30,6 +30,6 @@ def quoted(name: str) -> str:
     return f'"{name}"'
 
 
-def within(schema: str, statement: str) -> str:
+def in_schema(schema: str, statement: str) -> str:
     """Return a statement with a schema in place of its ``{}``."""
     return statement.format(quoted(schema))

@@ -258,7 +258,7 @@ async def test_an_interruption_of_a_statement_leaves_no_transaction_behind(
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(blocking, "within", interrupt)
+    monkeypatch.setattr(blocking, "in_schema", interrupt)
     with pytest.raises(KeyboardInterrupt):
         await handle(psycopg_url, pay)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import asyncpg
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.postgres.names import quoted, within
+from aiokeyless.worker.postgres.names import in_schema, quoted
 
 if TYPE_CHECKING:
     from aiokeyless.worker.postgres.connection import Connection
@@ -68,7 +68,7 @@ async def _versions(connection: Connection, schema: str) -> tuple[int, int]:
     if await connection.fetchval("SELECT to_regclass($1)", f"{quoted(schema)}.migration") is None:
         return 0, 0
     ((version, oldest_worker),) = await connection.fetch(
-        within(schema, "SELECT coalesce(max(version), 0), coalesce(max(oldest_worker), 0) FROM {}.migration")
+        in_schema(schema, "SELECT coalesce(max(version), 0), coalesce(max(oldest_worker), 0) FROM {}.migration")
     )
     return version, oldest_worker
 
@@ -88,7 +88,7 @@ async def _migrate(connection: Connection, schema: str) -> None:
         script = importlib.resources.files(__name__).joinpath(f"{number:04}.sql").read_text(encoding="utf-8")
         await connection.execute(script.replace("{schema}", name).replace("{lock}", str(lock)))
         await connection.execute(
-            within(schema, "INSERT INTO {}.migration (version, oldest_worker) VALUES ($1, $2)"),
+            in_schema(schema, "INSERT INTO {}.migration (version, oldest_worker) VALUES ($1, $2)"),
             number,
             _OLDEST_WORKER[number],
         )
