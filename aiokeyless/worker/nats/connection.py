@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import nats.errors
@@ -42,6 +41,9 @@ _OWN_OPTIONS: Final = frozenset(
         "servers",
     }
 )
+#: Options of the first attempt to connect, and those of a connection that is made.
+_ONCE: Final = {"allow_reconnect": False, "max_reconnect_attempts": 1}
+_FOREVER: Final = {"allow_reconnect": True, "max_reconnect_attempts": -1}
 #: The part of an address that may be shown: a host and a port, and no part of a password.
 _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
@@ -82,79 +84,86 @@ async def connect(
         "connect_timeout": _CONNECT_WITHIN,
         "ping_interval": _PING_INTERVAL,
         "max_outstanding_pings": _MAX_OUTSTANDING_PINGS,
+        "reconnect_to_server_handler": _next_server,
         **options,
     }
     servers = [url.strip() for url in nats_url.split(",")]
     if given.get("tls") and "ws" in _schemes(servers):
-        raise BrokerError(f"no connection to the broker at {_shown(servers)}: ws:// is without TLS, use wss://")
-    within = _CONNECT_WITHIN * (1 + len(servers))  # nats-py limits only parts of each attempt
-    failures: list[Exception] = []
+        raise BrokerError(f"no connection to the broker at {_hosts(servers)}: ws:// is without TLS, use wss://")
+    client = _client(servers, given)
+    reports = _Reports(client, on_reconnect, on_loss)
     try:
-        async with asyncio.timeout(within):
-            await _try_once(servers, given, failures)
-        return await _connect_for_good(servers, given, failures, within, on_reconnect=on_reconnect, on_loss=on_loss)
+        await _connect_once(client, servers, {**given, **reports.callbacks()})
     except ModuleNotFoundError as error:  # nats-py imports it to sign with credentials
         raise BrokerError(f'credentials need {error.name}: install the extra "nats"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
         # nats-py raises that no server is left; the reason is an earlier error.
-        cause = failures[-1] if failures and isinstance(error, nats.errors.NoServersError | TimeoutError) else error
+        is_summary = isinstance(error, nats.errors.NoServersError | TimeoutError)
+        cause = reports.failures[-1] if reports.failures and is_summary else error
         reason = str(cause) or type(cause).__name__
-        raise BrokerError(f"no connection to the broker at {_shown(servers)}: {reason}") from None
-
-
-async def _connect_for_good(
-    servers: list[str],
-    given: dict[str, Any],
-    failures: list[Exception],
-    within: float,
-    *,
-    on_reconnect: Callable[[], None],
-    on_loss: Callable[[BrokerError], None],
-) -> Client:
-    """Connect with the options that have just worked, so that a connection that is lost later is restored.
-
-    If they no longer work, nats-py would try forever. So this fails after `within` seconds.
-    """
-    client = _client(servers, given)
-    # Until the connection is made, nats-py's errors are reasons why it cannot be.
-    note: Callable[[Exception], None] = failures.append
-    lose: Callable[[BrokerError], None] = failures.append
-
-    async def on_disconnect() -> None:
-        if not client.is_closed:  # by the worker itself, at its end
-            log(logging.WARNING, "broker.disconnected")
-
-    async def reconnected() -> None:
-        on_reconnect()
-
-    async def on_error(error: Exception) -> None:
-        note(error)
-
-    async def on_close() -> None:
-        lose(BrokerError(f"the broker ended the connection for good: {client.last_error or 'it did not say why'}"))
-
-    callbacks: dict[str, Any] = {
-        "error_cb": on_error,
-        "disconnected_cb": on_disconnect,
-        "reconnected_cb": reconnected,
-        "closed_cb": on_close,
-    }
-    lasting = {**given, "max_reconnect_attempts": -1, "reconnect_to_server_handler": _next_server, **callbacks}
-    try:
-        async with asyncio.timeout(within):
-            await client.connect(servers, **lasting)
-    except BaseException:  # a cancellation too: nats-py would go on trying
-        await disconnect(client)
-        raise
-    note, lose = partial(_note, on_loss=on_loss), on_loss
+        raise BrokerError(f"no connection to the broker at {_hosts(servers)}: {reason}") from None
+    reports.is_connected = True
+    client.options.update(_FOREVER)
     return client
 
 
-def _note(error: Exception, *, on_loss: Callable[[BrokerError], None]) -> None:
-    """Log an error of a connection. If the broker does not permit something, the connection is useless."""
-    log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
-    if "permissions violation" in str(error).lower():
-        on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
+async def _connect_once(client: Client, servers: list[str], options: dict[str, Any]) -> None:
+    """Try each server once. nats-py, if it may reconnect, would try for minutes or forever."""
+    try:
+        async with asyncio.timeout(_CONNECT_WITHIN * (1 + len(servers))):  # nats-py limits only parts of each attempt
+            await client.connect(servers, **{**options, **_ONCE})
+        _check_version(client, servers)
+    except BaseException:
+        if client.is_connecting or client.is_connected:  # nats-py does not close a refused connection
+            await disconnect(client)
+        raise
+
+
+class _Reports:
+    """What nats-py reports of a connection: first why it cannot be made, and later what happens to it.
+
+    Attributes:
+        failures: Why it could not be made so far.
+        is_connected: Whether it was made.
+    """
+
+    def __init__(
+        self, client: Client, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]
+    ) -> None:
+        self.failures: list[Exception] = []
+        self.is_connected: bool = False
+        self._client = client
+        self._on_reconnect = on_reconnect
+        self._on_loss = on_loss
+
+    def callbacks(self) -> dict[str, Any]:
+        """Return the options of ``nats.connect`` by which a worker observes its connection."""
+        return {
+            "error_cb": self._error,
+            "disconnected_cb": self._disconnected,
+            "reconnected_cb": self._reconnected,
+            "closed_cb": self._closed,
+        }
+
+    async def _error(self, error: Exception) -> None:
+        if not self.is_connected:
+            self.failures.append(error)
+            return
+        log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
+        if "permissions violation" in str(error).lower():  # then the connection is useless
+            self._on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
+
+    async def _disconnected(self) -> None:
+        if self.is_connected and not self._client.is_closed:  # by the worker itself, at its end
+            log(logging.WARNING, "broker.disconnected")
+
+    async def _reconnected(self) -> None:
+        self._on_reconnect()
+
+    async def _closed(self) -> None:
+        if self.is_connected:
+            reason = self._client.last_error or "it did not say why"
+            self._on_loss(BrokerError(f"the broker ended the connection for good: {reason}"))
 
 
 def _client(servers: list[str], given: dict[str, Any]) -> Client:
@@ -199,25 +208,6 @@ class _SecureClient(_Client):
         await super()._process_info(info, initial_connection)
 
 
-async def _try_once(servers: list[str], given: dict[str, Any], failures: list[Exception]) -> None:
-    """Connect once, without a retry. With the options for later, nats-py would retry the first time for minutes."""
-
-    async def note(error: Exception) -> None:
-        failures.append(error)
-
-    client = _client(servers, given)
-    hasty = {"error_cb": note, "allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0}
-    try:
-        await client.connect(servers, **{**given, **hasty})
-        _check_version(client, servers)
-    finally:
-        if client.is_connecting or client.is_connected:
-            # nats-py does not close a refused connection. After a failed TLS handshake, its `close` may wait forever.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_WITHIN):
-                    await client.close()
-
-
 def _check_version(client: Client, servers: list[str]) -> None:
     """Refuse a server that is too old. Accept one that has no version, or another form of it."""
     version = client.connected_server_version
@@ -227,7 +217,7 @@ def _check_version(client: Client, servers: list[str]) -> None:
         return
     if (0, 0) < found < _OLDEST_SERVER:
         raise BrokerError(
-            f"the broker at {_shown(servers)} is a nats-server {found[0]}.{found[1]}, and workers need "
+            f"the broker at {_hosts(servers)} is a nats-server {found[0]}.{found[1]}, and workers need "
             f"{_OLDEST_SERVER[0]}.{_OLDEST_SERVER[1]} or newer: upgrade it"
         )
 
@@ -245,7 +235,7 @@ def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, 
     return server, error_delay(1 + min(server.reconnects, 4))
 
 
-def _shown(servers: list[str]) -> str:
+def _hosts(servers: list[str]) -> str:
     """Return addresses without the passwords and tokens that they may hold."""
     return ", ".join(_address(server) for server in servers)
 
