@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
+from abc import abstractmethod
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from aiokeyless.errors import BrokerError
 
 from .broker import Broker, Exchange, Terms, UnavailableError
+from .logs import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Coroutine, Sequence
     from typing import Any
 
     from .broker import Message
@@ -28,39 +32,63 @@ LARGEST_BATCH: Final = 500
 class TableBroker(Broker):
     """A broker in a SQL database."""
 
+    #: Seconds between two turns of the housekeeping.
+    _TIDIES_EVERY: ClassVar[float]
+
     def __init__(self) -> None:
         self.largest_request: int = LARGEST_REQUEST
         self._lease = 0.0
         self._housekeeping: asyncio.Task[None] | None = None
-        self._handing_back: set[asyncio.Task[None]] = set()
+        self._giving_back: set[asyncio.Task[None]] = set()
 
-    def _prepared(self, lease: float, keep_house: Callable[[], Coroutine[Any, Any, None]]) -> Terms:
+    def _keep_house(self, lease: float) -> Terms:
         """Start the housekeeping with the first worker; return what the tables allow."""
         self._lease = max(self._lease, lease)
         if self._housekeeping is None:
-            self._housekeeping = asyncio.create_task(keep_house())
+            self._housekeeping = asyncio.create_task(self._tidy_again_and_again())
         return Terms(LONGEST_WAIT, LARGEST_REQUEST)
+
+    async def _tidy_again_and_again(self) -> None:
+        for turn in itertools.count():
+            try:
+                await self._tidy(turn)
+            except (UnavailableError, BrokerError) as error:  # workers get this error, too
+                log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
+            await asyncio.sleep(self._TIDIES_EVERY)
+
+    @abstractmethod
+    async def _tidy(self, turn: int) -> None:
+        """Do what a turn of the housekeeping does; turns are numbered from 0."""
+
+    async def _clean(self) -> None:
+        after: int | None = 0
+        while after is not None:
+            after = await self._clean_page(after)
+
+    @abstractmethod
+    async def _clean_page(self, after: int) -> int | None:
+        """Remove old data from a page of rows. Return the last row of the page, or None at the end."""
 
     async def _end_tasks(self) -> None:
         if self._housekeeping is not None:
             self._housekeeping.cancel()
             await asyncio.wait({self._housekeeping})
             self._housekeeping = None
-        while self._handing_back:
-            await asyncio.wait(self._handing_back)
+        while self._giving_back:
+            await asyncio.wait(self._giving_back)
 
-    async def _taken(self, taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
+    async def _take_or_give_back(self, taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
         """Return deliveries. If the caller is cancelled, give them back to the broker."""
         task = asyncio.create_task(taking)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            handing_back = asyncio.create_task(self._hand_back(task))
-            self._handing_back.add(handing_back)
-            handing_back.add_done_callback(self._handing_back.discard)
+            giving_back = asyncio.create_task(self._give_back(task))
+            self._giving_back.add(giving_back)
+            giving_back.add_done_callback(self._giving_back.discard)
             raise
 
-    async def _hand_back(self, taking: asyncio.Task[Sequence[Message]]) -> None:
+    async def _give_back(self, taking: asyncio.Task[Sequence[Message]]) -> None:
         with suppress(UnavailableError, BrokerError):  # then they come again after the lease
             await asyncio.gather(*(self.put_off(message, 0.0, Exchange.NONE) for message in await taking))
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import asyncpg
 import msgspec
@@ -23,7 +22,6 @@ from aiokeyless.worker.broker import (
     UnavailableError,
 )
 from aiokeyless.worker.clock import BrokerClock
-from aiokeyless.worker.logs import log
 from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
 
 from .connection import ERRORS, AsyncpgDriver
@@ -47,7 +45,7 @@ T = TypeVar("T")
 
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
-_KEEPS_HOUSE_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
+_TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
 #: Errors after which a transaction is retried. Nothing of it was done, and the next attempt may succeed.
 _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError, asyncpg.SerializationError)
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
@@ -55,9 +53,8 @@ _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all 
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
 _COMMITS_WITHIN: Final = 1.0  # seconds within which most submitted requests are committed
 _LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two takes that start at the oldest index entries
-_WELCOMES_EVERY: Final = 1.0  # seconds
-_RESTORES_EVERY: Final = 10.0  # seconds
-_CLEANS_EVERY: Final = 3600.0  # seconds
+_RESTORES_EVERY: Final = 10  # turns of the housekeeping
+_CLEANS_EVERY: Final = 3600  # turns
 _EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2}
 
 
@@ -77,6 +74,8 @@ class PostgresBroker(TableBroker):
         >>> async with PostgresBroker("postgresql://localhost/shop") as broker:
         ...     await submit_approval(broker, "C0FFEE", operation_id="payment-7")
     """
+
+    _TIDIES_EVERY: ClassVar[float] = 1.0
 
     def __init__(self, database: str | asyncpg.Pool[Any], schema: str = "keyless") -> None:
         super().__init__()
@@ -194,14 +193,12 @@ class PostgresBroker(TableBroker):
     async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
         """See `Broker`."""
         try:
-            await self._in_transaction(
-                lambda connection: prepare(connection, self._schema), patience=_KEEPS_HOUSE_WITHIN
-            )
-            await self._fetch("SELECT {}.restore()", patience=_KEEPS_HOUSE_WITHIN)
+            await self._in_transaction(lambda connection: prepare(connection, self._schema), patience=_TIDIES_WITHIN)
+            await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
             await self._measure_time()
         except UnavailableError as error:
             raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None
-        return self._prepared(lease, self._keep_house)
+        return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
         """See `Broker`."""
@@ -214,7 +211,7 @@ class PostgresBroker(TableBroker):
                 return ()
             await asyncio.sleep(pause)
             began = loop.time()
-            messages = await self._taken(self._take(up_to, probing))
+            messages = await self._take_or_give_back(self._take(up_to, probing))
             self._take_from = began + (_TAKES_AGAIN if len(messages) == up_to else _TAKES_EVERY)
             if messages:
                 return messages
@@ -241,7 +238,7 @@ class PostgresBroker(TableBroker):
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         """See `Broker`."""
-        return await self._taken(self._take_overdue(up_to, grace))
+        return await self._take_or_give_back(self._take_overdue(up_to, grace))
 
     async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
         rows = await self._fetch(
@@ -350,26 +347,16 @@ class PostgresBroker(TableBroker):
         rows = await self._fetch("SELECT extract(epoch FROM clock_timestamp())::double precision")
         self._clock.compare(time_of(rows[0][0]), asked_at=asked_at)
 
-    async def _keep_house(self) -> None:
-        loop = asyncio.get_running_loop()
-        restore_at, clean_at = loop.time() + _RESTORES_EVERY, loop.time()
-        while True:
-            try:
-                await self._fetch("SELECT {}.welcome_readers()", patience=_KEEPS_HOUSE_WITHIN)
-                if loop.time() >= restore_at:
-                    await self._fetch("SELECT {}.restore()", patience=_KEEPS_HOUSE_WITHIN)
-                    restore_at = loop.time() + _RESTORES_EVERY
-                if loop.time() >= clean_at:
-                    await self._clean()
-                    clean_at = loop.time() + _CLEANS_EVERY
-            except (UnavailableError, BrokerError) as error:  # workers get this error, too
-                log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
-            await asyncio.sleep(_WELCOMES_EVERY)
+    async def _tidy(self, turn: int) -> None:
+        await self._fetch("SELECT {}.welcome_readers()", patience=_TIDIES_WITHIN)
+        if turn % _RESTORES_EVERY == _RESTORES_EVERY - 1:
+            await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
+        if turn % _CLEANS_EVERY == 0:
+            await self._clean()
 
-    async def _clean(self) -> None:
-        after: int | None = 0
-        while after is not None:
-            ((after,),) = await self._fetch("SELECT {}.clean($1::bigint)", after)
+    async def _clean_page(self, after: int) -> int | None:
+        ((last,),) = await self._fetch("SELECT {}.clean($1::bigint)", after)
+        return None if last is None else int(last)
 
 
 class _Pooled(OutcomeDelivery):

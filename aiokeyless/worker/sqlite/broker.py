@@ -8,8 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import msgspec
 
@@ -45,8 +44,7 @@ _ADVICE: Final = (
 )
 _CHECKS_EVERY: Final = 0.1  # seconds between two checks for changes by other processes
 _TAKES_EVERY: Final = 0.02  # seconds between two takes, which gather due requests
-_REPAIRS_EVERY: Final = 10.0  # seconds
-_CLEANS_EVERY: Final = 360  # repairs
+_CLEANS_EVERY: Final = 360  # turns of the housekeeping
 _SHORTEST: Final = 0.001  # seconds: a shorter timer may fire before the clock moves
 _RESOLUTION: Final = 1e-6  # seconds by which a timer may be early
 
@@ -67,6 +65,8 @@ class SqliteBroker(TableBroker):
         ...     async with next_outcome(broker, "shop") as event:
         ...         print(event.outcome)
     """
+
+    _TIDIES_EVERY: ClassVar[float] = 10.0
 
     def __init__(self, path: Path | str) -> None:
         super().__init__()
@@ -130,8 +130,7 @@ class SqliteBroker(TableBroker):
     async def submit(self, new: NewRequest) -> bool:
         """See `ApplicationSide`."""
         try:
-            store = self._store_()
-            is_duplicate = await self._do(lambda: store.submit(new), lasting=True)
+            is_duplicate = await self._do(lambda store: store.submit(new), lasting=True)
         except UnavailableError as error:
             raise BrokerError(str(error)) from None
         if is_duplicate is None:
@@ -143,66 +142,67 @@ class SqliteBroker(TableBroker):
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """See `ApplicationSide`."""
-        store = self._store_()
         if reader not in self._readers:
-            await self._do(lambda: store.add_reader(reader), lasting=True)
+            await self._do(lambda store: store.add_reader(reader), lasting=True)
             self._readers.add(reader)
         while True:
             changed = self._decided.next
-            due = await self._run(lambda: store.next_unread(reader))
+            due = await self._read(lambda store: store.next_unread(reader))
             now = self._clock().timestamp()
             if due is not None and due <= now:
-                unread = await self._do(lambda: store.take_unread(reader))
+                unread = await self._do(lambda store: store.take_unread(reader))
                 if unread is not None:
                     return _Outcome(self, unread)
             else:
                 await self._wait_for(changed, None if due is None else due - now)
-                self._store_()  # it may be closed by now
 
-    async def settle_unread(self, unread: Unread, *, delay: float | None, handled: bool) -> None:
-        """Forget an outcome that was handled, or deliver it again later."""
-        store = self._store_()
-        if handled:
-            await self._do(lambda: store.handled(unread), lasting=True)
-        else:
-            await self._do(lambda: store.put_off_unread(unread, delay))
-            self._decided.notify()
+    async def forget_unread(self, unread: Unread) -> None:
+        """Forget an outcome that the reader has handled."""
+        try:
+            await self._do(lambda store: store.forget_unread(unread), lasting=True)
+        except UnavailableError as error:
+            raise BrokerError(f"the outcome may be delivered again: {error}") from None
+
+    async def put_off_unread(self, unread: Unread, delay: float | None) -> None:
+        """Deliver an outcome again later."""
+        await self._do(lambda store: store.put_off_unread(unread, delay))
+        self._decided.notify()
 
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
         """See `Broker`."""
-        self._store_()
+        self._check_open()
         if self._housekeeping is None and self._path != MEMORY:
             log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
-        return self._prepared(lease, self._keep_house)
+        return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
         """See `Broker`."""
-        store, loop = self._store_(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         until = loop.time() + within
         while True:
             changed = self._due.next
             if self._thread is not None and (pause := self._take_from - loop.time()) > 0:
                 await asyncio.sleep(pause)
-            due = await self._run(store.next_due)
+            due = await self._read(Store.next_due)
             now = self._clock().timestamp()
             left = until - loop.time()
             if due is not None and due <= now:
                 self._take_from = loop.time() + _TAKES_EVERY
-                messages = await self._taken(self._do(lambda: store.take(up_to, self._lease, probing=probing)))
+                messages = await self._take_or_give_back(
+                    self._do(lambda store: store.take(up_to, self._lease, probing=probing))
+                )
                 if messages:
                     return messages
                 due = None  # another worker was faster
             if left <= 0:
                 return ()
             await self._wait_for(changed, left if due is None else min(left, due - now))
-            self._store_()
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         """See `Broker`."""
-        store = self._store_()
-        return await self._taken(self._do(lambda: store.take_overdue(up_to, self._lease, grace)))
+        return await self._take_or_give_back(self._do(lambda store: store.take_overdue(up_to, self._lease, grace)))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
         """See `Broker`."""
@@ -211,39 +211,35 @@ class SqliteBroker(TableBroker):
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         """See `Broker`."""
-        store, data = self._store_(), msgspec.json.encode(event)
-        is_stored = await self._do(lambda: store.decide(message.id, event.outcome.value, data), lasting=True)
+        data = msgspec.json.encode(event)
+        is_stored = await self._do(lambda store: store.decide(message.id, event.outcome.value, data), lasting=True)
         self._decided.notify()
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
         """See `Broker`."""
-        store = self._store_()
-        return await self._do(lambda: store.claim(message.id, message.number), lasting=True)
+        return await self._do(lambda store: store.claim(message.id, message.number), lasting=True)
 
     async def holds(self, message: Message) -> bool:
         """See `Broker`."""
-        store = self._store_()
-        return await self._do(lambda: store.holds(message.id))
+        return await self._do(lambda store: store.holds(message.id))
 
     async def unclaim(self, message: Message, token: int) -> bool:
         """See `Broker`."""
-        store = self._store_()
-        return await self._do(lambda: store.unclaim(message.id, token), lasting=True)
+        return await self._do(lambda store: store.unclaim(message.id, token), lasting=True)
 
     async def inspect(self) -> Inspection:
         """See `Broker`."""
-        return await self._run(self._store_().inspect)
+        return await self._read(Store.inspect)
 
     # -- the thread
 
-    def _store_(self) -> Store:
+    def _check_open(self) -> None:
         if not self._is_open:
             raise ConfigurationError("the broker is not open: use it in 'async with SqliteBroker(...) as broker'")
-        return self._store
 
     async def _run(self, do: Callable[[], T]) -> T:
-        """Do something with the file, in its thread unless it is in memory."""
+        """Do something in the file's thread; a file in memory has none."""
         if self._thread is None:
             return do()
         return await asyncio.get_running_loop().run_in_executor(self._thread, do)
@@ -251,8 +247,14 @@ class SqliteBroker(TableBroker):
     async def _execute(self, calls: list[Call | PutOff]) -> list[Any]:
         return await self._run(lambda: self._store.execute(calls))
 
-    async def _do(self, do: Callable[[], T], *, lasting: bool = False) -> T:
+    async def _read(self, do: Callable[[Store], T]) -> T:
+        """Read something from the file, in no transaction."""
+        self._check_open()
+        return await self._run(lambda: do(self._store))
+
+    async def _do(self, do: Callable[[Store], T], *, lasting: bool = False) -> T:
         """Do something with the file, in one transaction with the other calls of this turn."""
+        self._check_open()
         result: T = await self._batches.call(Call(do, lasting))
         return result
 
@@ -266,24 +268,15 @@ class SqliteBroker(TableBroker):
             async with asyncio.timeout(most):
                 await changed.wait()
 
-    async def _keep_house(self) -> None:
-        turn = 0
-        while True:
-            try:
-                await self._do(lambda: self._store.repair(self._lease))
-                self._due.notify()
-                self._decided.notify()
-                if turn % _CLEANS_EVERY == 0:
-                    await self._clean()
-            except (UnavailableError, BrokerError) as error:  # workers get this error, too
-                log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
-            turn += 1
-            await asyncio.sleep(_REPAIRS_EVERY)
+    async def _tidy(self, turn: int) -> None:
+        await self._do(lambda store: store.repair(self._lease))
+        self._due.notify()
+        self._decided.notify()
+        if turn % _CLEANS_EVERY == 0:
+            await self._clean()
 
-    async def _clean(self) -> None:
-        after: int | None = 0
-        while after is not None:
-            after = await self._do(partial(self._store.clean, after))
+    async def _clean_page(self, after: int) -> int | None:
+        return await self._do(lambda store: store.clean(after))
 
 
 class _Changes:
@@ -311,11 +304,8 @@ class _Outcome(OutcomeDelivery):
 
     async def handled(self) -> None:
         """See `OutcomeDelivery`."""
-        try:
-            await self._broker.settle_unread(self._unread, delay=None, handled=True)
-        except UnavailableError as error:
-            raise BrokerError(f"the outcome may be delivered again: {error}") from None
+        await self._broker.forget_unread(self._unread)
 
     async def put_off(self, delay: float | None = None) -> None:
         """See `OutcomeDelivery`."""
-        await self._broker.settle_unread(self._unread, delay=delay, handled=False)
+        await self._broker.put_off_unread(self._unread, delay)

@@ -91,11 +91,11 @@ class Call(NamedTuple):
     """A call to execute in a transaction.
 
     Attributes:
-        do: The function to call.
+        do: The function to call with the store.
         lasting: Whether it must survive a power cut. Times of polls need not.
     """
 
-    do: Callable[[], object]
+    do: Callable[[Store], object]
     lasting: bool = False
 
 
@@ -131,7 +131,7 @@ class Store:
             retried(lambda: self._connection.execute("BEGIN IMMEDIATE"))
             with committing(self._connection):
                 self._put_off([call for call in calls if isinstance(call, PutOff)])
-                return [call.do() if isinstance(call, Call) else None for call in calls]
+                return [call.do(self) if isinstance(call, Call) else None for call in calls]
 
     def _set_synchronous(self, mode: str) -> None:
         if mode != self._synchronous:
@@ -195,7 +195,7 @@ class Store:
         )
         return Unread(reader, id_, failures + 1, data)
 
-    def handled(self, unread: Unread) -> None:
+    def forget_unread(self, unread: Unread) -> None:
         """Forget an outcome that the reader has handled."""
         self._connection.execute("DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.id))
 

@@ -410,7 +410,7 @@ async def test_a_new_reader_misses_nothing_and_stops_nobody_while_outcomes_are_s
 async def test_after_a_crash_everything_that_was_undecided_waits_again(
     own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.1)
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 1)
     url = own_server.url(own_server.new_database())
     async with PostgresBroker(url) as broker:
         await broker.prepare(lease=60.0, service="")
@@ -627,8 +627,7 @@ async def test_a_reader_that_is_removed_holds_up_no_cleaning(broker: PostgresBro
 async def test_what_the_housekeeping_meets_is_logged_and_it_goes_on(
     broker: PostgresBroker, admin: Connection, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_WELCOMES_EVERY", 0.05)
-    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.1)
+    monkeypatch.setattr(PostgresBroker, "_TIDIES_EVERY", 0.05)
     await admin.execute("ALTER FUNCTION keyless.welcome_readers() RENAME TO away")
     await until(lambda: "broker.not_cleaned" in caplog.text)
     await admin.execute("ALTER FUNCTION keyless.away() RENAME TO welcome_readers")

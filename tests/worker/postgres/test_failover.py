@@ -59,7 +59,7 @@ def both(primary: PostgresServer, standby: PostgresServer, database: str) -> str
 async def test_an_asynchronous_standby_takes_over_and_no_approval_counts_by_mistake(
     primary: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_RESTORES_EVERY", 0.5)
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 1)
     database = primary.new_database()
     async with PostgresBroker(primary.url(database)) as broker:
         await broker.prepare(lease=2.0, service="")

@@ -364,13 +364,13 @@ async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_whe
         await submit(broker, "a")
         broker._take_from = 0.0
         asking = asyncio.Event()
-        taken = broker._taken
+        taken = broker._take_or_give_back
 
         async def asked(taking: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
             asking.set()
             return await taken(taking)
 
-        broker._taken = asked  # type: ignore[method-assign]  # to know when it asks
+        broker._take_or_give_back = asked  # type: ignore[method-assign]  # to know when it asks
         taking = asyncio.create_task(broker.take(1, 5.0))
         await asking.wait()
         taking.cancel()
@@ -383,7 +383,7 @@ async def test_deliveries_that_come_back_to_a_cancelled_take_are_handed_back_whe
 async def test_a_take_that_another_worker_wins_waits_on(broker: SqliteBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     await submit(broker, "a")
     lost: list[Message] = []
-    taken = broker._taken
+    taken = broker._take_or_give_back
 
     async def beaten(call: Coroutine[Any, Any, Sequence[Message]]) -> Sequence[Message]:
         if not lost:
@@ -391,7 +391,7 @@ async def test_a_take_that_another_worker_wins_waits_on(broker: SqliteBroker, mo
             return []
         return await taken(call)
 
-    monkeypatch.setattr(broker, "_taken", beaten)
+    monkeypatch.setattr(broker, "_take_or_give_back", beaten)
     assert not await broker.take(1, 0.2)
     assert lost
 
