@@ -8,7 +8,6 @@ A payment has no unique key: one that is made twice would be counted twice.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import signal
 from collections import Counter
 from contextlib import AsyncExitStack, suppress
@@ -23,11 +22,11 @@ from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks.approval_times import seeded_random
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer, is_installed
+from benchmarks.programs import Program, keep_running
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from multiprocessing.context import SpawnProcess
+    from collections.abc import Sequence
     from random import Random
     from typing import NoReturn
 
@@ -86,30 +85,6 @@ def _table(raw: dict[str, Any]) -> Table:
 
 
 # -- what is killed
-
-
-class _Program:
-    """A process that is started again whenever it has ended."""
-
-    def __init__(self, target: Callable[..., None], *arguments: str) -> None:
-        self._target = target
-        self._arguments = arguments
-        self._process: SpawnProcess | None = None
-
-    def keep_running(self) -> None:
-        if self._process is None or not self._process.is_alive():
-            self._process = multiprocessing.get_context("spawn").Process(
-                target=self._target, args=self._arguments, daemon=True
-            )
-            self._process.start()
-
-    def kill(self) -> bool:
-        """Kill it, and return whether it ran."""
-        if self._process is None or not self._process.is_alive():
-            return False
-        self._process.kill()
-        self._process.join()
-        return True
 
 
 def _work(url: str, base_url: str, api_key: str) -> None:
@@ -190,10 +165,10 @@ async def _crash(bench: Bench, server: PostgresServer, sizes: Sizes) -> dict[str
             for cut_after in (False, True)
         }
         urls = [proxies["orders", cut_after].url(database) for cut_after in (False, True)]
-        workers = [_Program(_work, url, sandbox.url, sandbox.api_key) for _ in range(_WORKERS)]
-        readers = [_Program(_read, proxies["outcomes", place % 2 == 1].url(database)) for place in range(_READERS)]
+        workers = [Program(_work, url, sandbox.url, sandbox.api_key) for _ in range(_WORKERS)]
+        readers = [Program(_read, proxies["outcomes", place % 2 == 1].url(database)) for place in range(_READERS)]
         programs = [*workers, *readers]
-        keeping = asyncio.create_task(_keep_running(programs))
+        keeping = asyncio.create_task(keep_running(programs))
         try:
             await asyncio.gather(
                 _order(bench, urls, sizes),
@@ -226,13 +201,6 @@ def _order_id(number: int) -> str:
     return f"order-{number}"
 
 
-async def _keep_running(programs: Sequence[_Program]) -> NoReturn:
-    while True:
-        for program in programs:
-            program.keep_running()
-        await asyncio.sleep(0.2)
-
-
 async def _order(bench: Bench, urls: Sequence[str], sizes: Sizes) -> None:
     numbers = list(range(sizes.orders))
     seeded_random(1).shuffle(numbers)
@@ -245,7 +213,7 @@ async def _order(bench: Bench, urls: Sequence[str], sizes: Sizes) -> None:
     await asyncio.gather(*(place(*each) for each in enumerate(numbers)))
 
 
-async def _kill(workers: Sequence[_Program], readers: Sequence[_Program], happened: Counter[str], sizes: Sizes) -> None:
+async def _kill(workers: Sequence[Program], readers: Sequence[Program], happened: Counter[str], sizes: Sizes) -> None:
     source: Random = seeded_random(2)
     for number in range(sizes.kills):
         of, what = (workers, "workers killed") if number % 2 else (readers, "readers killed")
