@@ -1,5 +1,7 @@
 """A proxy in front of a PostgreSQL server that cuts a connection at a COMMIT: before the server has it, or after.
 
+It can also cut all connections at once, and hold back what is sent.
+
 The tests use it too, so this module needs only the standard library.
 """
 
@@ -31,8 +33,10 @@ class CuttingProxy:
         self._is_armed = False
         self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-proxy-"))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._flows = asyncio.Event()
+        self._flows.set()
         self.cuts = 0
-        """How many connections were cut."""
+        """How many connections were cut at a COMMIT."""
 
     def url(self, database: str) -> str:
         """Return the URL of a database behind the proxy."""
@@ -41,6 +45,18 @@ class CuttingProxy:
     def arm(self) -> None:
         """Cut at the next COMMIT, whoever sends it."""
         self._is_armed = True
+
+    def cut_all(self) -> int:
+        """Cut all connections now, and return how many."""
+        for task in self._tasks:
+            task.cancel()
+        return len(self._tasks)
+
+    async def hang(self, seconds: float) -> None:
+        """Hold back everything that is sent for so long; then it arrives."""
+        self._flows.clear()
+        await asyncio.sleep(seconds)
+        self._flows.set()
 
     async def __aenter__(self) -> Self:
         self._listening = await asyncio.start_unix_server(self._serve, self._folder / ".s.PGSQL.5432")
@@ -62,7 +78,7 @@ class CuttingProxy:
         """Carry one connection, until one of its ends is closed or it is cut."""
         try:
             server, to_server = await asyncio.open_unix_connection(self._server.folder / ".s.PGSQL.5432")
-        except OSError:  # the server is away
+        except (OSError, asyncio.CancelledError):  # the server is away
             to_client.transport.abort()
             return
         is_cut = asyncio.Event()
@@ -71,11 +87,11 @@ class CuttingProxy:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            to_client.transport.abort()
+            to_server.transport.abort()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            to_client.transport.abort()
-            to_server.transport.abort()
 
     async def _ask(self, client: StreamReader, to_server: StreamWriter, is_cut: asyncio.Event) -> None:
         while data := await client.read(1 << 16):
@@ -85,6 +101,7 @@ class CuttingProxy:
                 is_cut.set()
                 if not self._cut_after:
                     return
+            await self._flows.wait()
             to_server.write(data)
             await to_server.drain()
 
@@ -92,4 +109,5 @@ class CuttingProxy:
         while data := await server.read(1 << 16):
             if is_cut.is_set():  # the server has committed
                 return
+            await self._flows.wait()
             to_client.write(data)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
 #: What a benchmark of these saves has its own name; tests/test_soak.py has the soak.
-ONLY_BY_NAME = {"crashes", "distributed", "fairness", "limits", "soak", "weather"}
+ONLY_BY_NAME = {"crashes", "distributed", "fairness", "limits", "soak", "soak_fleet", "weather"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +39,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "rate",
         "scale",
         "crashes",
+        "soak_fleet",
         "distributed",
         "fleet",
         "crowd",

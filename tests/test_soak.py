@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from nats_server import PATIENCE
 
 from benchmarks.approval_times import seeded_random
+from benchmarks.soak.fleet import Told, payload_of
 from benchmarks.soak.histogram import Histogram
 from benchmarks.soak.journal import Reader, Writer
 from benchmarks.soak.proxy import ANSWER_FAULTS, REQUEST_FAULTS, Fault, FaultyProxy
@@ -79,6 +81,40 @@ def test_outcome_is_decided_by_the_record_alone(told: Outcome, recorded: list[Ev
     assert verdicts.evaluate(told) is verdict
     assert verdicts.verdicts == {verdict: 1}
     assert bool(verdicts.examples) is (verdict is not Verdict.RIGHT)
+
+
+def told(outcome: str, *, payload: str = payload_of("a"), asked: str = "", **of: str) -> Told:
+    digest = hashlib.sha256(payload.encode()).hexdigest()
+    fields = {"answered": "", "reason": "", "detail": "", **of}
+    return Told("a", "AB", digest, outcome, asked=asked, deliveries="4", at="61.0", **fields)
+
+
+@pytest.mark.parametrize(
+    ("told", "recorded", "verdict"),
+    [
+        (told("approved"), [Event.APPROVED], Verdict.RIGHT),
+        (told("approved"), [], Verdict.WRONG),
+        (told("approved"), None, Verdict.WRONG),
+        (told("approved", payload="another"), [Event.APPROVED], Verdict.WRONG),
+        (told("expired", answered="t", asked="t"), [], Verdict.RIGHT),
+        (told("expired", answered="t", asked="t"), [Event.APPROVED], Verdict.LOST),
+        (told("expired", answered="t"), None, Verdict.UNEXPECTED),
+        (told("expired", answered="f", asked="t"), [Event.APPROVED], Verdict.RIGHT),
+        (told("expired", answered="t", asked="f"), None, Verdict.RIGHT),
+        (told("failed", reason="mismatch"), [Event.SWAPPED], Verdict.RIGHT),
+        (told("failed", reason="mismatch"), [Event.APPROVED], Verdict.UNEXPECTED),
+        (told("failed", reason="already_approved"), [Event.APPROVED], Verdict.UNEXPECTED),
+    ],
+)
+def test_outcome_that_a_worker_told_is_decided_by_the_record(
+    told: Told, recorded: list[Event] | None, verdict: Verdict
+) -> None:
+    verdicts = Verdicts(memory=600.0)
+    if recorded is not None:
+        verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", payload_of("a")))
+        for event in recorded:
+            verdicts.record(Entry(event, 30.0, "a"))
+    assert verdicts.evaluate(told.as_outcome(0.0, expires_in=60.0)) is verdict
 
 
 def test_wait_that_is_over_too_late_is_counted() -> None:

@@ -16,8 +16,10 @@ from .histogram import Histogram
 
 #: The method that may return None.
 HOLD: Final = "hold_for_approval"
-#: The methods that create an operation.
-CREATING: Final = frozenset({"create_operation", "request_approval"})
+#: What a worker told of a request that it had been given.
+WORKER: Final = "worker"
+#: Who creates operations, and may fail to.
+CREATING: Final = frozenset({"create_operation", "request_approval", WORKER})
 #: Seconds by which a deadline that an application computes may differ from that of its wait.
 _ROUNDING: Final = 0.01
 #: What is told of findings, at most.

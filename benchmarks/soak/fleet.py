@@ -1,0 +1,205 @@
+"""A shop on PostgreSQL: it asks in the transaction of the order, and readers pay in the transaction of the outcome.
+
+Workers and readers are processes of their own. Payments have no key that would hide one that is made twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import signal
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import asyncpg
+
+from aiokeyless import KeylessClient, KeylessError, wait_adaptive
+from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
+from benchmarks.server import API_KEY
+
+from .verdicts import WORKER, Ending, Outcome
+
+if TYPE_CHECKING:
+    import random
+    from typing import Any, NoReturn
+
+    from aiokeyless.worker import ApprovalEvent
+
+USER: Final = "C0FFEE"
+READER: Final = "shop"
+TABLES: Final = f"""
+    CREATE TABLE orders (id text PRIMARY KEY);
+    CREATE TABLE payment (order_id text);
+    CREATE TABLE told (
+        order_id text, user_id text, payload_sha256 text, outcome text, answered boolean, asked boolean, reason text,
+        detail text, deliveries integer, at double precision
+    );
+    SELECT keyless.add_reader('{READER}');
+"""
+_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+_AGAIN: Final = 0.2  # seconds until a program that lost its connection makes another one
+_POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
+
+
+def work(url: str, base_url: str, request_timeout: float) -> None:
+    """Run a worker; it ends if the database or the service is away when it starts."""
+
+    async def run() -> None:
+        async with KeylessClient(API_KEY, base_url=base_url, request_timeout=request_timeout) as client:
+            await ApprovalWorker(client, url, schedule=wait_adaptive(poll_cost=_POLL_COST)).run()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(KeylessError):
+        asyncio.run(run())
+
+
+def read(url: str) -> None:
+    """Note each outcome, and pay if it is an approval, in the outcome's transaction."""
+
+    async def keep_reading() -> NoReturn:
+        while True:
+            with suppress(*_ERRORS):
+                connection = await asyncpg.connect(url)
+                try:
+                    while True:
+                        async with next_outcome(connection, READER) as event:
+                            await _note(connection, event)
+                finally:
+                    connection.terminate()
+            await asyncio.sleep(_AGAIN)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(keep_reading())
+
+
+async def _note(connection: asyncpg.Connection[Any], event: ApprovalEvent) -> None:
+    await connection.execute(
+        "INSERT INTO told VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        *(event.operation_id, event.user_id, event.payload_sha256, event.outcome, event.answered, event.asked),
+        *(event.reason, event.detail, event.deliveries, time.monotonic()),
+    )
+    if event.outcome == "approved":
+        await connection.execute("INSERT INTO payment VALUES ($1)", event.operation_id)
+
+
+class Shop:
+    """Places orders; some are rolled back.
+
+    Args:
+        source: Of the random numbers.
+        expires_in: Seconds that a user has to approve.
+        rate: Orders in a second.
+
+    Attributes:
+        committed: When each order was placed, by the machine's monotonic clock.
+        rolled_back: The orders that were rolled back.
+        closes_at: Until when orders are placed.
+    """
+
+    def __init__(self, source: random.Random, expires_in: float, rate: float) -> None:
+        self.committed: dict[str, float] = {}
+        self.rolled_back: set[str] = set()
+        self.closes_at = math.inf
+        self._source = source
+        self._expires_in = expires_in
+        self._rate = rate
+        self._count = 0
+
+    async def sell(self, url: str, share: float) -> None:
+        """Place this share of the orders until the shop closes, over one connection after the other."""
+        connection: asyncpg.Connection[Any] | None = None
+        while time.monotonic() < self.closes_at:
+            await asyncio.sleep(self._source.expovariate(share * self._rate))
+            self._count += 1
+            order_id, started, rolls_back = f"order-{self._count}", time.monotonic(), self._source.random() < 0.1
+            is_settled = False
+            while not is_settled:
+                with suppress(*_ERRORS):
+                    if connection is None or connection.is_closed():
+                        connection = await asyncpg.connect(url)
+                    await self._place(connection, order_id, rolls_back=rolls_back)
+                    is_settled = True
+                if not is_settled:
+                    await asyncio.sleep(_AGAIN)
+            if rolls_back:
+                self.rolled_back.add(order_id)
+            else:
+                self.committed[order_id] = started
+        if connection is not None:
+            connection.terminate()
+
+    async def _place(self, connection: asyncpg.Connection[Any], order_id: str, *, rolls_back: bool) -> None:
+        with suppress(_RolledBackError):
+            async with connection.transaction():
+                await connection.execute("INSERT INTO orders VALUES ($1) ON CONFLICT DO NOTHING", order_id)
+                await submit_approval(
+                    connection,
+                    USER,
+                    operation_id=order_id,
+                    operation_payload=payload_of(order_id),
+                    expires_in=self._expires_in,
+                )
+                if rolls_back:
+                    raise _RolledBackError
+
+
+class _RolledBackError(Exception):
+    """The shop changed its mind."""
+
+
+def payload_of(order_id: str) -> str:
+    """Return what the user is asked."""
+    return f"Approve the payment of {order_id}"
+
+
+class Told(NamedTuple):
+    """A row of the table `told`, as psql prints it."""
+
+    order_id: str
+    user_id: str
+    payload_sha256: str
+    outcome: str
+    answered: str
+    asked: str
+    reason: str
+    detail: str
+    deliveries: str
+    at: str
+
+    def as_outcome(self, started: float, expires_in: float) -> Outcome:
+        """Return what the shop was told about an order that it placed at that time, for `Verdicts`."""
+        payload = payload_of(self.order_id)
+        is_same = hashlib.sha256(payload.encode()).hexdigest() == self.payload_sha256
+        return Outcome(
+            self.order_id,
+            WORKER,
+            self._ending(),
+            started,
+            float(self.at),
+            deadline=started + expires_in,
+            approved=(self.order_id, self.user_id, payload if is_same else ""),
+            detail=f"{self.reason} {self.detail}".strip(),
+        )
+
+    def _ending(self) -> Ending:
+        match self.outcome, self.answered, self.asked, self.reason:
+            case "approved", _, _, _:
+                return Ending.APPROVED
+            case "expired", _, "f", _:
+                return Ending.NOT_CREATED
+            case "expired", "t", _, _:
+                return Ending.TIMED_OUT
+            case "expired", _, _, _:
+                return Ending.UNKNOWN
+            case "failed", _, _, "mismatch":
+                return Ending.MISMATCHED
+        return Ending.FAILED
+
+
+#: All rows of `told`, each on a line of its own.
+SELECT_TOLD: Final = (
+    "SELECT order_id, user_id, payload_sha256, outcome, answered, asked, reason,"
+    " regexp_replace(detail, '\\s', ' ', 'g'), deliveries, at FROM told"
+)
