@@ -221,7 +221,7 @@ async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_bei
         await asyncio.sleep(30)
         await submit_approval(broker, "c0ffee", operation_id="txn-1")
         assert caplog.text.count("broker.unavailable") == 1
-        await broker._do(lambda: broker._store.repair(1.0))
+        await broker._do(lambda store: store.repair(1.0))
         assert worker.statistics.problems == () or "the cable is out" in worker.statistics.problems[0]
         broker.error = None
         await created(sandbox, "txn-1")
