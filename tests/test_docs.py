@@ -114,7 +114,6 @@ def outputs_of_two_runs(
             monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
             for program in programs:
                 sandbox.enroll("C0FFEE", external_user_id="account-1042")
-                sandbox.enroll("B0B", external_user_id="account-1043")
                 await program
                 outputs.append(capsys.readouterr().out)
 
