@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sqlite3
 import stat
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +21,8 @@ from worker.conformance.brokers import decide, new_request, operation_of, submit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Sequence
-    from pathlib import Path
+
+GUIDE = (Path(__file__).parents[3] / "docs" / "howto" / "running-workers.md").read_text()
 
 
 @pytest.fixture
@@ -255,6 +258,24 @@ async def test_a_file_that_was_removed_ends_the_worker(broker: SqliteBroker, pat
     overwrite(path, b"")
     with pytest.raises(BrokerError, match="removed or replaced"):
         await broker.inspect()
+
+
+async def test_the_backup_of_the_guide_has_what_a_broker_in_use_holds(
+    broker: SqliteBroker, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await submit(broker, "decided", "waits")
+    for message in await take_all(broker):
+        if operation_of(message) == "decided":
+            assert await decide(broker, message)
+        else:
+            await broker.put_off(message, 0.0, Exchange.ANSWERED)
+    monkeypatch.chdir(path.parent)
+    [(statement, copy)] = re.findall(r"^umask 077 && sqlite3 keyless.db \"(VACUUM INTO '(.*)')\"$", GUIDE, re.MULTILINE)
+    execute(path, statement)
+    async with SqliteBroker(copy) as restored:
+        await restored.prepare(lease=2.0, service="")
+        assert [operation_of(message) for message in await take_all(restored)] == ["waits"]
+        assert b'"decided"' in (await restored.next_outcome("shop")).data
 
 
 def test_what_is_wrong_for_good_is_not_tried_again() -> None:
