@@ -1,4 +1,4 @@
-"""The manifest in examples/kubernetes/: its command line, probes, secrets and grace period fit the worker."""
+"""The manifests in examples/kubernetes/: their command lines, probes, secrets and grace periods fit the worker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
+import pytest
 import yaml
 from nats_server import PATIENCE, NatsServer
 
@@ -19,42 +20,57 @@ from aiokeyless.worker import ApprovalWorker, serve_health
 from aiokeyless.worker.nats.intake import EXPIRES
 
 if TYPE_CHECKING:
-    import pytest
-
     from aiokeyless.sandbox import Sandbox
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 DEPLOYMENT, BUDGET = yaml.safe_load_all((EXAMPLES / "kubernetes" / "worker.yaml").read_text())
-POD: Final[dict[str, Any]] = DEPLOYMENT["spec"]["template"]["spec"]
-[WORKER] = POD["containers"]
+ON_POSTGRES = yaml.safe_load((EXAMPLES / "kubernetes" / "worker-postgres.yaml").read_text())
+
+
+def pod_of(deployment: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the pod that a deployment starts, and its one container."""
+    pod = deployment["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    return pod, container
+
+
+POD, WORKER = pod_of(DEPLOYMENT)
 ARGUMENTS: Final[list[str]] = WORKER["args"]
 EVENT_KEY: Final = "a-key-of-the-workers-and-readers-only"
 PASSWORD: Final = "of-every-user"
+each_manifest = pytest.mark.parametrize("deployment", [DEPLOYMENT, ON_POSTGRES], ids=["NATS", "PostgreSQL"])
 
 
-def test_the_command_line_is_one_that_the_worker_takes() -> None:
-    command, bound, _ = app.parse_args(ARGUMENTS, exit_on_error=False, print_error=False)
+@each_manifest
+def test_the_command_line_is_one_that_the_worker_takes(deployment: dict[str, Any]) -> None:
+    _, container = pod_of(deployment)
+    command, bound, _ = app.parse_args(container["args"], exit_on_error=False, print_error=False)
     assert command.__name__ == "worker"
-    assert bound.arguments["health_port"] == WORKER["ports"][0]["containerPort"]
+    assert bound.arguments["health_port"] == container["ports"][0]["containerPort"]
     assert bound.arguments["health_host"] == "0.0.0.0"  # noqa: S104  # the probes come from outside of the container
 
 
-async def test_what_is_probed_is_served(client: KeylessClient) -> None:
+@each_manifest
+async def test_what_is_probed_is_served(client: KeylessClient, deployment: dict[str, Any]) -> None:
+    _, container = pod_of(deployment)
     server = await serve_health(ApprovalWorker(client, "sqlite::memory:"), 0)
     [(host, port)] = server.addresses
     try:
         async with aiohttp.ClientSession() as session:
             for probe, status in (("livenessProbe", 200), ("readinessProbe", 503)):  # it has not started
-                path = WORKER[probe]["httpGet"]["path"]
+                assert container[probe]["httpGet"]["port"] == container["ports"][0]["name"]
+                path = container[probe]["httpGet"]["path"]
                 async with session.get(f"http://{host}:{port}{path}") as response:
                     assert response.status == status
     finally:
         await server.cleanup()
 
 
-def test_the_grace_period_covers_the_longest_that_a_worker_may_take_to_end() -> None:
+@each_manifest
+def test_the_grace_period_covers_the_longest_that_a_worker_may_take_to_end(deployment: dict[str, Any]) -> None:
+    pod, _ = pod_of(deployment)
     limits = ApprovalWorker(KeylessClient("a-key"), "sqlite::memory:")._limits
-    assert POD["terminationGracePeriodSeconds"] > limits.longest_delivery + EXPIRES
+    assert pod["terminationGracePeriodSeconds"] > limits.longest_delivery + EXPIRES
 
 
 def test_each_file_that_is_named_is_mounted_from_a_secret() -> None:
@@ -64,15 +80,18 @@ def test_each_file_that_is_named_is_mounted_from_a_secret() -> None:
     assert mount["name"] == volume["name"]
 
 
-def test_no_secret_is_an_argument() -> None:
-    assert [entry["name"] for entry in WORKER["env"]] == ["KEYLESS_API_KEY", "KEYLESS_BROKER"]
-    assert all("secretKeyRef" in entry["valueFrom"] for entry in WORKER["env"])
-    assert not any("://" in argument for argument in ARGUMENTS)
+@each_manifest
+def test_no_secret_is_an_argument(deployment: dict[str, Any]) -> None:
+    _, container = pod_of(deployment)
+    assert [entry["name"] for entry in container["env"]] == ["KEYLESS_API_KEY", "KEYLESS_BROKER"]
+    assert all("secretKeyRef" in entry["valueFrom"] for entry in container["env"])
+    assert not any("://" in argument for argument in container["args"])
 
 
-def test_the_selectors_find_the_workers() -> None:
-    labels = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
-    assert DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
+@each_manifest
+def test_the_selectors_find_the_workers(deployment: dict[str, Any]) -> None:
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
     assert BUDGET["spec"]["selector"]["matchLabels"] == labels
 
 
