@@ -6,7 +6,7 @@ import asyncio
 from abc import abstractmethod
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 import pytest
@@ -20,13 +20,21 @@ from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable
     from pathlib import Path
 
     from aiokeyless.worker.broker import Broker, Message
 
-#: Seconds of a lease. It must be longer than a slow machine takes between two lines of a test.
-LEASE = 2.0
+#: Seconds of a lease: longer than a test takes on a busy machine. Over 200 s a broker takes it for a clock set back.
+LEASE: Final = 150.0
+#: The same, of a delivery that is to be repeated.
+SHORT_LEASE: Final = 1.0
+
+
+class Opened(Protocol):
+    """Opens a broker as one more process would."""
+
+    def __call__(self, lease: float = LEASE) -> Awaitable[Broker]: ...
 
 
 class Storage(AbstractAsyncContextManager["Storage"]):

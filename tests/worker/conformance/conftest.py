@@ -10,12 +10,12 @@ import pytest
 from .brokers import BROKERS, LEASE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from aiokeyless.worker.broker import Broker
 
-    from .brokers import Storage
+    from .brokers import Opened, Storage
 
 
 @pytest.fixture(params=BROKERS)
@@ -25,18 +25,18 @@ async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenera
 
 
 @pytest.fixture
-async def opened(storage: Storage) -> AsyncGenerator[Callable[[], Awaitable[Broker]]]:
+async def opened(storage: Storage) -> AsyncGenerator[Opened]:
     """Opens a broker as one more process would, and closes it at the end."""
     async with AsyncExitStack() as stack:
 
-        async def opened() -> Broker:
+        async def opened(lease: float = LEASE) -> Broker:
             broker = await stack.enter_async_context(storage.broker())
-            await broker.prepare(lease=LEASE, service="https://keyless.test")
+            await broker.prepare(lease=lease, service="https://keyless.test")
             return broker
 
         yield opened
 
 
 @pytest.fixture
-async def broker(opened: Callable[[], Awaitable[Broker]]) -> Broker:
+async def broker(opened: Opened) -> Broker:
     return await opened()

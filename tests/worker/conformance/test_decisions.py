@@ -8,21 +8,17 @@ import msgspec
 from aiokeyless.worker.broker import Claim, Exchange
 from aiokeyless.worker.messages import ApprovalEvent, Outcome
 
-from .brokers import LEASE, decide, is_waiting, submit, take_n
+from .brokers import SHORT_LEASE, decide, is_waiting, submit, take_n
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from aiokeyless.worker.broker import Broker
 
-    from .brokers import Storage
-
-    Opened = Callable[[], Awaitable[Broker]]
+    from .brokers import Opened, Storage
 
 
 async def test_a_decision_stores_the_outcome_and_removes_the_request(broker: Broker) -> None:
     await submit(broker, "a")
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     assert await decide(broker, message)
     await is_waiting(broker, 0)
     outcome = await broker.next_outcome("shop")
@@ -33,9 +29,9 @@ async def test_a_decision_stores_the_outcome_and_removes_the_request(broker: Bro
 
 
 async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(opened: Opened) -> None:
-    first, second = await opened(), await opened()
+    first, second = await opened(SHORT_LEASE), await opened(SHORT_LEASE)
     await submit(first, "a")
-    (late,) = await first.take(1, 5.0)
+    (late,) = await take_n(first, 1)
     (present,) = await take_n(second, 1)
     assert await decide(first, late, Outcome.EXPIRED)
     assert not await decide(second, present, Outcome.APPROVED)
@@ -48,21 +44,21 @@ async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(op
 async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
     worker, other = await opened(), await opened()
     await submit(worker, "a")
-    (message,) = await worker.take(1, 5.0)
+    (message,) = await take_n(worker, 1)
     assert not await worker.holds(message)
     assert (await worker.claim(message)).claim is Claim.NEW
     assert await other.holds(message)
     await worker.put_off(message, 0.0, Exchange.ANSWERED)
-    (again,) = await other.take(1, 5.0)
+    (again,) = await take_n(other, 1)
     assert (await other.claim(again)).claim is Claim.HELD
 
 
 async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: Broker) -> None:
     await submit(broker, "a")
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     token = (await broker.claim(message)).token
     await broker.put_off(message, 0.0, Exchange.FAILED)
-    (again,) = await broker.take(1, 5.0)
+    (again,) = await take_n(broker, 1)
     newer = (await broker.claim(again)).token
     assert not await broker.unclaim(message, token)
     assert await broker.holds(message)
@@ -72,11 +68,11 @@ async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: B
 
 
 async def test_a_claim_outlives_the_process_that_made_it(storage: Storage, opened: Opened) -> None:
-    worker = await opened()
+    worker = await opened(SHORT_LEASE)
     async with storage.broker() as killed:
-        await killed.prepare(lease=LEASE, service="https://keyless.test")
+        await killed.prepare(lease=SHORT_LEASE, service="https://keyless.test")
         await submit(killed, "a")
-        (message,) = await killed.take(1, 5.0)
+        (message,) = await take_n(killed, 1)
         await killed.claim(message)
     (again,) = await take_n(worker, 1)
     assert again.number > message.number

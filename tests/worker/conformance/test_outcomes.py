@@ -11,13 +11,9 @@ from aiokeyless.worker.messages import ApprovalEvent
 from .brokers import MEMORY, NATS, POSTGRES, decide, submit, take_n
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from aiokeyless.worker.broker import Broker, OutcomeDelivery
 
-    from .brokers import Storage
-
-    Opened = Callable[[], Awaitable[Broker]]
+    from .brokers import Opened, Storage
 
 
 def operation_of(outcome: OutcomeDelivery) -> str | None:

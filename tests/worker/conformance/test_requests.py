@@ -16,6 +16,7 @@ from .brokers import (
     MEMORY,
     NATS,
     POSTGRES,
+    SHORT_LEASE,
     decide,
     is_waiting,
     new_request,
@@ -26,13 +27,9 @@ from .brokers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     from aiokeyless.worker.broker import Broker, Message
 
-    from .brokers import Storage
-
-    Opened = Callable[[], Awaitable[Broker]]
+    from .brokers import Opened, Storage
 
 #: Brokers that order deliveries by what became of earlier ones. NATS has one acknowledgement for each message instead.
 ORDERING = pytest.mark.parametrize("storage", [MEMORY, FILE, POSTGRES], indirect=True)
@@ -48,7 +45,7 @@ async def test_a_request_that_is_stored_is_delivered_as_it_was_submitted(broker:
     before = broker.now()
     new = new_request("payment-1", TRACE, operation_payload="Pay 40 EUR", context=b'{"order": 7}')
     assert not await broker.submit(new)
-    (message,) = await broker.take(10, 5.0)
+    (message,) = await take_n(broker, 1)
     assert message.body == new.body
     assert message.traceparent == TRACE
     assert (message.number, message.failures) == (1, 0)
@@ -105,7 +102,7 @@ async def test_a_take_that_waits_gets_what_is_submitted_meanwhile(opened: Opened
 
 async def test_a_request_that_is_put_off_comes_then_and_not_before(broker: Broker, storage: Storage) -> None:
     await submit(broker, "a")
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     loop = asyncio.get_running_loop()
     began = loop.time()
     await broker.put_off(message, 0.6, Exchange.ANSWERED)
@@ -124,13 +121,13 @@ async def test_two_workers_never_have_one_request_at_once(opened: Opened) -> Non
 
 
 async def test_what_a_worker_does_not_settle_comes_again_after_the_lease(opened: Opened) -> None:
-    first, second = await opened(), await opened()
+    first, second = await opened(SHORT_LEASE), await opened(SHORT_LEASE)
     await submit(first, "a")
     loop = asyncio.get_running_loop()
     began = loop.time()
-    (message,) = await first.take(1, 5.0)
+    (message,) = await take_n(first, 1)
     (again,) = await take_n(second, 1)
-    assert loop.time() - began > LEASE * 0.95
+    assert loop.time() - began > SHORT_LEASE * 0.95
     assert (operation_of(again), again.number) == ("a", message.number + 1)
 
 
@@ -152,24 +149,24 @@ async def test_failures_in_a_row_are_counted_and_an_answer_clears_them(broker: B
     await submit(broker, "a")
     seen = []
     for exchange in (Exchange.FAILED, Exchange.FAILED, Exchange.NONE, Exchange.ANSWERED, Exchange.FAILED):
-        (message,) = await broker.take(1, 5.0)
+        (message,) = await take_n(broker, 1)
         seen.append(message.failures)
         await broker.put_off(message, 0.0, exchange)
     assert seen == [0, 1, 2, 2, 0]
     if storage.orders_probes:
-        assert (await broker.take(1, 5.0))[0].number == 5
+        assert (await take_n(broker, 1))[0].number == 5
 
 
 @ORDERING
 async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened) -> None:
-    first, second = await opened(), await opened()
+    first, second = await opened(SHORT_LEASE), await opened()
     await submit(first, "a")
-    (late,) = await first.take(1, 5.0)
+    (late,) = await take_n(first, 1)
     (present,) = await take_n(second, 1)
     await first.put_off(late, 0.0, Exchange.FAILED)
     assert not await take_all(first, 0.3)
     await second.put_off(present, 0.0, Exchange.ANSWERED)
-    assert (await first.take(1, 5.0))[0].failures == 0
+    assert (await take_n(first, 1))[0].failures == 0
 
 
 @ORDERING
@@ -178,13 +175,13 @@ async def test_while_keyless_fails_good_requests_come_before_bad_ones_and_proven
     by_operation = {operation_of(message): message for message in await take_n(broker, 3)}
     await put_off_all(broker, [by_operation["bad"], by_operation["worse"]], 0.0, Exchange.FAILED)
     await broker.put_off(by_operation["proven"], 0.0, Exchange.ANSWERED)
-    (again,) = await broker.take(1, 5.0, probing=True)
+    (again,) = await broker.take(1, PATIENCE, probing=True)
     assert operation_of(again) == "proven"
     twice = {operation_of(message): message for message in await take_n(broker, 2)}
     await put_off_all(broker, [twice["worse"]], 0.0, Exchange.FAILED)
     await put_off_all(broker, [twice["bad"], again], 0.0, Exchange.NONE)
     await submit(broker, "new")
-    order = [operation_of(message) for _ in range(4) for message in await broker.take(1, 5.0, probing=True)]
+    order = [operation_of(message) for _ in range(4) for message in await broker.take(1, PATIENCE, probing=True)]
     assert order == ["proven", "new", "bad", "worse"]
 
 
@@ -218,7 +215,7 @@ async def test_the_fleet_is_told_how_it_fares(broker: Broker, storage: Storage) 
     nothing = await broker.inspect()
     assert (nothing.waiting, nothing.backlog, nothing.problems) == (0, 0, ())
     await submit(broker, "a", "b")
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     await asyncio.sleep(0.3)
     inspection = await broker.inspect()
     assert (inspection.waiting, inspection.backlog) == (2, 1)

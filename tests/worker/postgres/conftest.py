@@ -9,6 +9,7 @@ import pytest
 from postgres_server import shared_server
 
 from aiokeyless.worker.postgres import PostgresBroker
+from worker.conformance.brokers import LEASE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -34,7 +35,7 @@ def url(server: PostgresServer, database: str) -> str:
 @pytest.fixture
 async def broker(url: str) -> AsyncGenerator[PostgresBroker]:
     async with PostgresBroker(url) as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         yield broker
 
 

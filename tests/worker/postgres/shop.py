@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.conformance.brokers import decide, submit, take_all
+from worker.conformance.brokers import decide, submit, take_n
 
 if TYPE_CHECKING:
     import asyncpg
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 async def decide_all(broker: PostgresBroker, *operation_ids: str) -> None:
     await submit(broker, *operation_ids)
-    for message in await take_all(broker, 5.0, up_to=len(operation_ids)):
+    for message in await take_n(broker, len(operation_ids)):
         assert await decide(broker, message)
 
 

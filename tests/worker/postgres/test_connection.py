@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 import asyncpg
 import pytest
+from nats_server import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker import next_outcome
@@ -18,6 +19,7 @@ from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
 from aiokeyless.worker.postgres import connection as module
 from benchmarks.cutting_proxy import CuttingProxy
+from worker.conformance.brokers import LEASE
 
 from .shop import decide_all, pay, payments, unread
 
@@ -104,7 +106,7 @@ async def test_an_application_may_have_codecs_of_its_own(
 
 async def test_a_schema_of_another_name_is_read_by_naming_it(url: str, connection: Connection) -> None:
     async with PostgresBroker(url, schema="approvals") as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         side = PostgresConnection(connection, schema="approvals")
         assert repr(side) == "<PostgresConnection, schema 'approvals'>"
         await decide_all(broker, "a")
@@ -119,7 +121,9 @@ async def test_an_exception_rolls_back_and_puts_the_outcome_off(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
     await decide_all(broker, "a")
+    began = None
     for failures in (1, 2):
+        began = await admin.fetchval("SELECT clock_timestamp()")
         with pytest.raises(RefusalError):
             async with next_outcome(connection, "shop") as event:
                 await pay(connection, event)
@@ -127,8 +131,8 @@ async def test_an_exception_rolls_back_and_puts_the_outcome_off(
         assert await payments(admin) == set()
         assert await unread(admin) == {"a": failures}
         assert not connection.is_in_transaction()
-    due_in = await admin.fetchval("SELECT extract(epoch FROM due_at - clock_timestamp())::float FROM keyless.unread")
-    assert 1.0 < due_in <= 2.0
+    by_two_seconds = "SELECT due_at - interval '2 s' BETWEEN $1 AND clock_timestamp() FROM keyless.unread"
+    assert await admin.fetchval(by_two_seconds, began)
 
 
 async def test_a_body_that_is_cancelled_is_rolled_back(
@@ -324,12 +328,12 @@ async def test_a_backend_that_is_killed_while_it_waits_is_an_error(admin: Connec
 async def test_a_body_that_is_slower_than_the_server_allows_has_stored_nothing(
     broker: PostgresBroker, admin: Connection, connection: Connection
 ) -> None:
-    await connection.execute("SET idle_in_transaction_session_timeout = '200ms'")
     await decide_all(broker, "a")
     with pytest.raises(BrokerError, match="comes again"):
         async with next_outcome(connection, "shop") as event:
             await pay(connection, event)
-            await asyncio.sleep(1.0)
+            await connection.execute("SET idle_in_transaction_session_timeout = '50ms'")
+            await until(connection.is_closed)
     assert await payments(admin) == set()
     assert await unread(admin) == {"a": 0}
 
@@ -362,7 +366,7 @@ async def test_an_outcome_in_hand_is_in_no_other_hand_and_comes_again_at_once_if
     await asyncio.sleep(0.6)
     assert not reading.done()
     other.terminate()
-    outcome = await asyncio.wait_for(reading, 10)
+    outcome = await asyncio.wait_for(reading, PATIENCE)
     assert outcome.data == dying.data
     await outcome.handled()
     assert await unread(admin) == {}
@@ -376,7 +380,7 @@ async def test_one_that_kills_its_process_holds_up_no_other(
     deaths = 0
     while await unread(admin) != {"deadly": 0}:
         connection = await asyncpg.connect(url)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             event = json.loads((outcome := await PostgresConnection(connection).next_outcome("shop")).data)
         if event["operation_id"] == "deadly":
             deaths += 1
@@ -395,17 +399,19 @@ async def test_a_connection_in_a_transaction_is_refused(connection: Connection) 
         assert await connection.fetchval("SELECT 1") == 1
 
 
-async def test_while_it_waits_the_connection_is_in_no_transaction(admin: Connection, connection: Connection) -> None:
+async def test_while_it_waits_the_connection_is_in_no_transaction(
+    admin: Connection, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READS_EVERY", 2 * PATIENCE)
     waiting = asyncio.create_task(PostgresConnection(connection).next_outcome("shop"))
-    states = []
-    for _ in range(20):
-        await asyncio.sleep(0.05)
-        states.append(
-            await admin.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", connection.get_server_pid())
-        )
+
+    async def is_idle_after_its_poll() -> bool:
+        state = "SELECT state = 'idle' AND query LIKE 'ROLLBACK%' FROM pg_stat_activity WHERE pid = $1"
+        return bool(await admin.fetchval(state, connection.get_server_pid()))
+
+    await until(is_idle_after_its_poll)
     waiting.cancel()
     await asyncio.wait({waiting})
-    assert states.count("idle") >= 15
 
 
 @pytest.mark.parametrize("target", [asyncpg.Record, object()])

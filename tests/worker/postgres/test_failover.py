@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-from nats_server import until
+from nats_server import PATIENCE, until
 from postgres_server import PostgresServer
 
 from aiokeyless.errors import BrokerError
@@ -18,7 +18,7 @@ from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.messages import FailureReason
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
-from worker.conformance.brokers import decide, operation_of, submit, take_all
+from worker.conformance.brokers import LEASE, decide, operation_of, submit, take_n
 
 from .shop import decide_all
 
@@ -62,7 +62,7 @@ async def test_an_asynchronous_standby_takes_over_and_no_approval_counts_by_mist
     monkeypatch.setattr(module, "_RESTORES_EVERY", 1)
     database = primary.new_database()
     async with PostgresBroker(primary.url(database)) as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
     async with Sandbox() as sandbox, sandbox.client() as client:
 
         async def ask(operation_id: str) -> None:
@@ -100,7 +100,7 @@ async def test_an_asynchronous_standby_takes_over_and_no_approval_counts_by_mist
 async def read(url: str, count: int) -> dict[str | None, tuple[Outcome, str | None]]:
     outcomes = {}
     connection = await asyncpg.connect(url)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         for _ in range(count):
             async with next_outcome(connection, "shop") as event:
                 outcomes[event.operation_id] = (event.outcome, event.reason)
@@ -111,21 +111,21 @@ async def read(url: str, count: int) -> dict[str | None, tuple[Outcome, str | No
 async def test_a_worker_that_is_led_to_a_standby_waits_and_says_so(primary: PostgresServer) -> None:
     database = primary.new_database()
     async with PostgresBroker(primary.url(database)) as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         await submit(broker, "a")
     with standby_of(primary) as standby:
         await caught_up(primary, standby)
         async with PostgresBroker(standby.url(database)) as broker:
             with pytest.raises(BrokerError, match="during recovery"):
-                await broker.prepare(lease=2.0, service="")
+                await broker.prepare(lease=LEASE, service="")
             assert (await broker.inspect()).problems == ("the database is a standby, which stores nothing",)
             with pytest.raises(UnavailableError):
-                await broker.take(1, 5.0)
+                await broker.take(1, PATIENCE)
             with pytest.raises(UnavailableError):
                 await broker.next_outcome("shop")
             standby.promote()
-            await broker.prepare(lease=2.0, service="")
-            assert [operation_of(message) for message in await broker.take(1, 5.0)] == ["a"]
+            await broker.prepare(lease=LEASE, service="")
+            assert [operation_of(message) for message in await take_n(broker, 1)] == ["a"]
 
 
 @pytest.mark.parametrize("option", [(), ("--no-unlogged-table-data",)])
@@ -134,11 +134,11 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
 ) -> None:
     database, restored = server.new_database(), primary.new_database()
     async with PostgresBroker(server.url(database)) as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         server.execute("SELECT keyless.add_reader('shop'); SELECT keyless.welcome_readers()", database)
         await decide_all(broker, "decided")
         await submit(broker, "asked", "new")
-        (asked,) = [message for message in await take_all(broker, 5.0, up_to=2) if operation_of(message) == "asked"]
+        (asked,) = [message for message in await take_n(broker, 2) if operation_of(message) == "asked"]
         token = (await broker.claim(asked)).token
         await broker.put_off(asked, 0.0, Exchange.ANSWERED)
         folder = server.new_folder("backup")
@@ -147,8 +147,8 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
     primary.run("psql", "--quiet", "--file", folder / "roles", primary.url("postgres"))
     primary.run("pg_restore", "--exit-on-error", "--dbname", primary.url(restored), folder / "backup")
     async with PostgresBroker(primary.url(restored)) as broker:
-        await broker.prepare(lease=2.0, service="")
-        numbers = {operation_of(message): message for message in await take_all(broker, 5.0, up_to=2)}
+        await broker.prepare(lease=LEASE, service="")
+        numbers = {operation_of(message): message for message in await take_n(broker, 2)}
         assert numbers.keys() == {"asked", "new"}
         assert numbers["asked"].number > token
         assert await broker.holds(numbers["asked"])

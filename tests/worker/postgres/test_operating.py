@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+from nats_server import PATIENCE
 from postgres_server import PostgresServer
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
-from worker.conformance.brokers import decide
+from worker.conformance.brokers import LEASE, decide, take_n
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ async def test_the_page_for_operators_works_as_it_is_written(own_server: Postgre
     own_server.execute(ROLES, database, "admin")
     own_server.execute(TEAM, database)
     async with PostgresBroker(own_server.url(database, "approvals")) as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         await ask_and_read(own_server, database, broker)
     own_server.execute(FIGURES, database)
     own_server.execute("SELECT keyless.add_reader('old')", database)
@@ -76,7 +77,7 @@ async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_ser
     own_server.execute(FUNCTIONS, database, "app")
     own_server.execute(WORKERS, database, "app")
     async with PostgresBroker(own_server.url(database, "approvals")) as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         await ask_and_read(own_server, database, broker)
 
 
@@ -85,9 +86,9 @@ async def ask_and_read(server: PostgresServer, database: str, broker: PostgresBr
     shop = await asyncpg.connect(server.url(database, "shop"))
     async with shop.transaction():
         await submit_approval(shop, "C0FFEE", operation_id="a")
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     assert await decide(broker, message)
-    async with asyncio.timeout(20), next_outcome(shop, "shop") as event:
+    async with asyncio.timeout(PATIENCE), next_outcome(shop, "shop") as event:
         assert event.operation_id == "a"
     await shop.close()
 

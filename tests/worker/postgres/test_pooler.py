@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+from nats_server import PATIENCE
 
 from aiokeyless.worker import next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
-from worker.conformance.brokers import decide, take_all
+from worker.conformance.brokers import LEASE, decide, operation_of
 
 from .shop import decide_all, pay, payments, unread
 
@@ -54,7 +55,7 @@ async def pooler(server: PostgresServer, database: str, prepared: int) -> AsyncI
     )
     url = f"postgresql://postgres@/{database}?host={folder}&port=6432"
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not (folder / ".s.PGSQL.6432").exists():  # noqa: ASYNC110  # of another process
                 await asyncio.sleep(0.02)
         yield url
@@ -73,16 +74,19 @@ async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_
     admin: Connection, pooled_url: str
 ) -> None:
     expected = {f"payment-{number}" for number in range(30)}
+    decided: set[str] = set()
     async with PostgresBroker(pooled_url) as first, PostgresBroker(pooled_url) as second:
         for broker in (first, second):
-            await broker.prepare(lease=5.0, service="")
+            await broker.prepare(lease=LEASE, service="")
         await asyncio.gather(*(submit_approval(first, "C0FFEE", operation_id=name) for name in expected))
 
         async def work(broker: PostgresBroker) -> None:
-            for message in await take_all(broker, 1.5):
-                await broker.claim(message)
-                assert await broker.holds(message)
-                await decide(broker, message)
+            while len(decided) < len(expected):
+                for message in await broker.take(len(expected), 0.3):
+                    await broker.claim(message)
+                    assert await broker.holds(message)
+                    assert await decide(broker, message)
+                    decided.add(operation_of(message))
 
         await asyncio.gather(work(first), work(second))
         for _ in expected:

@@ -14,7 +14,7 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker import submit_approval
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
 from aiokeyless.worker.postgres.migrations import VERSION
-from worker.conformance.brokers import decide, new_request, submit, take_all
+from worker.conformance.brokers import LEASE, decide, new_request, submit, take_n
 
 from .shop import decide_all
 
@@ -152,8 +152,8 @@ async def test_a_worker_of_the_workers_role_needs_no_other_right(
     await admin.execute("SELECT keyless.submit($1)", new_request("a").body.decode())
     await log_in("worker", name="worker")
     async with PostgresBroker(server.url(database, f"{database}_worker")) as broker:
-        await broker.prepare(lease=2.0, service="")
-        (message,) = await broker.take(1, 5.0)
+        await broker.prepare(lease=LEASE, service="")
+        (message,) = await take_n(broker, 1)
         assert await decide(broker, message)
         with pytest.raises(BrokerError, match="permission denied"):
             await submit(broker, "b")
@@ -166,7 +166,7 @@ async def test_an_installer_that_may_not_make_roles_owns_the_schema_itself(
 ) -> None:
     server.execute(f"CREATE ROLE {database}_app LOGIN; GRANT CREATE ON DATABASE {database} TO {database}_app", database)
     async with PostgresBroker(server.url(database, f"{database}_app"), schema=f"{database}_k") as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
         await decide_all(broker, "a")
         outcome = await broker.next_outcome("shop")
         await outcome.handled()
@@ -184,7 +184,7 @@ async def test_a_schema_that_an_administrator_made_is_filled_by_its_owner(
         database,
     )
     async with PostgresBroker(server.url(database, f"{database}_app"), schema=f"{database}_k") as broker:
-        await broker.prepare(lease=2.0, service="")
+        await broker.prepare(lease=LEASE, service="")
     server.execute(f"SET ROLE {database}_k_worker; SELECT * FROM {database}_k.inspect()", database)
 
 
@@ -192,7 +192,7 @@ async def test_a_login_that_may_make_nothing_is_told_who_can(server: PostgresSer
     server.execute(f"CREATE ROLE {database}_app LOGIN")
     async with PostgresBroker(server.url(database, f"{database}_app")) as broker:
         with pytest.raises(BrokerError, match=f"version 0 of {VERSION}.*worker --prepare"):
-            await broker.prepare(lease=2.0, service="")
+            await broker.prepare(lease=LEASE, service="")
         with pytest.raises(BrokerError, match=r"is missing.*worker --prepare"):
             await submit_approval(broker, "C0FFEE", operation_id="a")
 
@@ -237,4 +237,4 @@ async def test_no_search_path_and_no_temporary_object_changes_what_a_function_do
         await connection.fetch(statement)
     row: Any = await connection.fetchrow("SELECT * FROM keyless.next_outcome('shop')")
     assert (row["operation_id"], row["outcome"]) == ("a", "approved")
-    assert {message.number for message in await take_all(broker, 2.0, up_to=1)} == {2}
+    assert {message.number for message in await take_n(broker, 1)} == {2}

@@ -17,7 +17,7 @@ from aiokeyless.worker import approval_request, submit_approval
 from aiokeyless.worker.messages import VERSION
 from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks.cutting_proxy import CuttingProxy
-from worker.conformance.brokers import new_request, operation_of, take_all
+from worker.conformance.brokers import new_request, operation_of, take_n
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
@@ -153,9 +153,9 @@ async def test_a_request_that_commits_late_is_taken_all_the_same(
     async with connection.transaction():
         await submit_approval(connection, "C0FFEE", operation_id="late")
         await broker.submit(new_request("early"))
-        assert [operation_of(message) for message in await take_all(broker, 5.0, up_to=1)] == ["early"]
+        assert [operation_of(message) for message in await take_n(broker, 1)] == ["early"]
         assert not await broker.take(10, 0.5)
-    assert [operation_of(message) for message in await take_all(broker, 3.0, up_to=1)] == ["late"]
+    assert [operation_of(message) for message in await take_n(broker, 1)] == ["late"]
 
 
 # -- texts
@@ -216,7 +216,7 @@ async def test_a_context_comes_back_byte_for_byte(broker: PostgresBroker, admin:
     context = "[" * depth + ' {"b" :1.50,"a": "\\u00e9\\\\u0000"} ' + "]" * depth if depth < 64 else "[" * 64 + "]" * 64
     text = text_of().replace("}", f', "context": {context}' + "}")
     assert not await submit_text(admin, text)
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     assert message.body.decode() == text
 
 
@@ -279,7 +279,7 @@ async def test_the_ids_of_a_request_are_compared_byte_by_byte(connection: Connec
 
 async def test_an_application_without_a_connection_uses_the_broker(broker: PostgresBroker, admin: Connection) -> None:
     assert not (await submit_approval(broker, "C0FFEE", operation_id="a")).duplicate
-    (message,) = await broker.take(1, 5.0)
+    (message,) = await take_n(broker, 1)
     assert operation_of(message) == "a"
     assert await waiting(admin) == ["a"]
     with pytest.raises(ConfigurationError, match=r"PostgresBroker\(pool\)"):
