@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState
-from aiokeyless._rules.final import RESOLUTION
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION
 
 from .state import Poll, PolledOperation
 from .timer_queue import TimerQueue
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
-
-    from .state import Wait
 
 #: Seconds after which a poll in flight gives its slot back.
 SLOW: Final = 1.0
@@ -78,7 +76,8 @@ class Dispatcher:
         """The final polls among those in flight."""
         self.in_flight: dict[Poll, None] = {}
         """The polls in flight, oldest first."""
-        self._cut: list[Poll] = []
+        self.cut: list[Poll] = []
+        """The polls whose exchanges must be cut off, each once. Who does so removes them."""
         # The poll that was cut off to make room for another one; None once it has ended.
         self._giving_way: Poll | None = None
         self.soonest = math.inf
@@ -174,8 +173,7 @@ class Dispatcher:
 
     def _free_slot(self, poll: Poll) -> None:
         del self._slots[poll]
-        if poll.is_retry:
-            self._slots_of_retries -= 1
+        self._slots_of_retries -= poll.is_retry
 
     def _has_room(self, now: float) -> bool:
         """Return whether one more ordinary poll may be in flight."""
@@ -221,7 +219,7 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        for queue in self._by_precedence():
+        for queue in self._open_queues(by_time=self._circuit.state is not CircuitState.OPEN):
             for _ in range(_PASSED_OVER):
                 polled = queue.pop_due(now + RESOLUTION)
                 if polled is None:
@@ -229,20 +227,22 @@ class Dispatcher:
                 if polled.rank:
                     self._count(polled.rank, -1)
                 if waits := polled.active_waits():
-                    return self._start(polled, now, waits)
+                    poll = Poll(polled, now, waits, max(0.0, now - polled.due), polled.rank > 1)
+                    self.in_flight[poll] = self._slots[poll] = None
+                    self._slots_of_retries += poll.is_retry
+                    self._rate.record_poll(now)
+                    polled.poll = poll
+                    polled.due = math.inf
+                    return poll
                 polled.due = math.inf  # its callers are gone, and leave soon
         return None
 
-    def _open_queues(self) -> Sequence[TimerQueue[PolledOperation]]:
-        """Return the queues from which a poll may start, in the order of probes."""
+    def _open_queues(self, *, by_time: bool = False) -> Sequence[TimerQueue[PolledOperation]]:
+        """Return the queues from which a poll may start, in the order of probes or by the time that is due first."""
         if not self._unproven:
             return self._proven
-        return self._queues if self._retries and not self._retries_wait() else self._queues[:2]
-
-    def _by_precedence(self) -> Sequence[TimerQueue[PolledOperation]]:
-        """Return the queues from which a poll may start, by precedence."""
-        queues = self._open_queues()
-        if len(queues) == 1 or self._circuit.state is CircuitState.OPEN:
+        queues = self._queues if self._retries and not self._retries_wait() else self._queues[:2]
+        if not by_time:
             return queues
         due = [(when, number) for number, queue in enumerate(queues) if (when := queue.next_due()) is not None]
         return [queues[number] for _, number in sorted(due)]
@@ -254,38 +254,26 @@ class Dispatcher:
             return None
         if self._circuit.state is CircuitState.OPEN:
             # One final poll at a time. One that goes on for other waits after its two seconds does not count.
-            if any(poll.is_awaited_as_final() for poll in self.final_in_flight):
-                return None
+            for poll in self.final_in_flight:
+                ends_at = poll.started_at + FINAL_POLL_TIMEOUT
+                if not poll.is_over and ends_at > now + RESOLUTION:
+                    self.soonest = min(self.soonest, ends_at)
+                    return None
         elif len(self.final_in_flight) >= _MOST_FINAL * self._max_in_flight:
             return None
         for _ in range(min(_PASSED_OVER, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll():
-                return self._start_final(polled, now)
+                poll = Poll(polled, now, polled.active_waits(), final=True)
+                self.in_flight[poll] = self.final_in_flight[poll] = None
+                self._rate.record_poll(now)
+                if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due
+                    self.unschedule(polled)
+                return poll
         if self._final_polls:
             self.soonest = now  # in the next turn
         return None
-
-    def _start(self, polled: PolledOperation, now: float, waits: list[Wait]) -> Poll:
-        poll = Poll(polled, now, waits, final=False)
-        self.in_flight[poll] = self._slots[poll] = None
-        self._rate.record_poll(now)
-        poll.lag = max(0.0, now - polled.due)
-        if polled.rank > 1:
-            poll.is_retry = True
-            self._slots_of_retries += 1
-        polled.poll = poll
-        polled.due = math.inf
-        return poll
-
-    def _start_final(self, polled: PolledOperation, now: float) -> Poll:
-        poll = Poll(polled, now, polled.active_waits(), final=True)
-        self.in_flight[poll] = self.final_in_flight[poll] = None
-        self._rate.record_poll(now)
-        if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due
-            self.unschedule(polled)
-        return poll
 
     def finish(self, poll: Poll, now: float) -> None:
         """Remove a poll that has ended, and schedule another one if its operation needs it."""
@@ -340,19 +328,7 @@ class Dispatcher:
         """
         if not poll.is_over:
             poll.is_over, poll.is_overdue = True, overdue
-            self._cut.append(poll)
-
-    @property
-    def has_cut(self) -> bool:
-        """Whether `take_cut` would return any poll."""
-        return bool(self._cut)
-
-    def take_cut(self) -> Sequence[Poll]:
-        """Return the polls whose exchanges must be cut off, each once."""
-        if not self._cut:
-            return ()
-        cut, self._cut = self._cut, []
-        return cut
+            self.cut.append(poll)
 
     # -- times
 
@@ -377,8 +353,6 @@ class Dispatcher:
             due = queue.next_due()
             if due is not None:
                 late = max(late, now - due)
-        if self._final_polls:
-            since, polled = self._final_polls[0]
-            if polled.needs_final_poll():
-                late = max(late, now - since)
+        if self._final_polls and self._final_polls[0][1].needs_final_poll():
+            late = max(late, now - self._final_polls[0][0])
         return late

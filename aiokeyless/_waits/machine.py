@@ -95,7 +95,6 @@ class Machine:
         )
         self._polled: dict[str, PolledOperation] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
-        self._sequence = -math.inf
         self._waiting = 0
         self._polls = 0
         self._approvals = 0
@@ -130,7 +129,7 @@ class Machine:
 
     def is_settled(self, until: float) -> bool:
         """Return whether the driver, after a poll has ended, has nothing to do until it wakes at `until`."""
-        return self._dispatcher.soonest >= until and not self._dispatcher.has_cut
+        return self._dispatcher.soonest >= until and not self._dispatcher.cut
 
     def wake_at(self) -> float:
         """Return when time alone makes something happen: a poll may start, one is overdue, or a deadline passes."""
@@ -140,7 +139,10 @@ class Machine:
 
     def take_cut(self) -> Sequence[Poll]:
         """Return the polls whose exchanges the driver must cut off, each once. It then calls `finish_poll`."""
-        return self._dispatcher.take_cut()
+        cut = self._dispatcher.cut
+        if cut:
+            self._dispatcher.cut = []
+        return cut
 
     # -- events: waits
 
@@ -210,11 +212,10 @@ class Machine:
     def _polled_operation(self, operation_id: str, wait: Wait) -> PolledOperation:
         polled = self._polled.get(operation_id)
         if polled is None:
-            # A coarse clock may return a time twice.
-            self._sequence = max(wait.started_at, math.nextafter(self._sequence, math.inf))
-            polled = self._polled[operation_id] = PolledOperation(self._sequence, operation_id, wait.origin)
-        elif polled.live == 1 and polled.first is not None and polled.due < math.inf:  # it is no longer alone
-            polled.first.own_due = polled.due
+            polled = self._polled[operation_id] = PolledOperation(operation_id, wait.origin)
+        elif polled.live == 1 and polled.due < math.inf:
+            for alone in polled.active_waits():  # it no longer is
+                alone.own_due = polled.due
         polled.origin = min(polled.origin, wait.origin)
         return polled
 
@@ -236,7 +237,7 @@ class Machine:
     def waits(self) -> Iterator[Wait]:
         """Yield the waits that are under way now. Some may end during the iteration."""
         for polled in tuple(self._polled.values()):
-            yield from polled.all_waits()
+            yield from tuple(polled.waits)
 
     def end(self, wait: Wait, outcome: WaitResult, now: float) -> None:
         """Give a wait its outcome; harmless after it has ended."""
@@ -261,10 +262,8 @@ class Machine:
         final, wait.final = wait.final, None  # that poll has the wait
         if not polled.live:
             self._stop_polling(polled)
-        elif final is not None and not final.is_over:
-            if not final.serves_any():  # the other waits have passed their deadlines, too
-                self._dispatcher.cut_off(final)
-            self._dispatcher.ask_again(now)  # if it goes on for others, another final poll may start now
+        elif final is not None and not final.serves_any():  # the other waits have passed their deadlines, too
+            self._dispatcher.cut_off(final)
         if self._reporter.listens:
             self._reporter.wait_ended(wait, now)
 
@@ -541,13 +540,15 @@ class Machine:
             self.end(wait, unknown(_record(wait, now)), now)
 
     def abandon_poll(self, poll: Poll, now: float, *, backs_off: bool) -> None:
-        """Free the slot of a poll whose exchange ended without an answer and without a `KeylessError`.
+        """Free the slot of a poll whose exchange ended without an answer and without a `KeylessError`; harmless twice.
 
         Args:
             poll: The poll.
             now: The time.
             backs_off: Whether it counts as a failure. If not, it is repeated at once, and waits keep their final poll.
         """
+        if poll not in self._dispatcher.in_flight:
+            return
         if backs_off:
             more = self.finish_poll(poll, self._no_answer(poll.polled.operation_id, now - poll.started_at), now)
             while more is not None and self.apply_more(more, now):

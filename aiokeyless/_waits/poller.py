@@ -88,7 +88,6 @@ class Poller:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf  # kept here, since uvloop's handle of a callback due at once lacks it
         self._workers: set[asyncio.Task[None]] = set()
-        self._starting: set[Poll] = set()  # those whose workers have not started yet
         self._exchanges: dict[Poll, asyncio.Task[None]] = {}  # the tasks in which an exchange can be cut off
         self._leaving: deque[FutureWait] = deque()  # their callers are gone
         self._left = 0  # waits that left in this turn of the loop; if any did, a callback is set for the next turn
@@ -265,7 +264,6 @@ class Poller:
     def _dispatch(self, now: float) -> None:
         """Start workers for the polls that may start."""
         while not self._is_closed and (poll := self._machine.next_poll(now)) is not None:
-            self._starting.add(poll)
             # Not by the loop's task factory, which belongs to the application. An eager factory would run the worker at
             # once, in a context that is entered already. That fails, and from then on asyncio finds no current task in
             # this loop. Another factory may raise, or accept no context.
@@ -278,7 +276,6 @@ class Poller:
         worker = asyncio.current_task(self._loop)
         assert worker is not None  # noqa: S101  # it runs this
         machine, clock, send = self._machine, self._loop.time, self._transport.poll
-        self._starting.discard(poll)
         while poll is not None:
             more: Application | None = None
             answer: Operation | KeylessError | None = None
@@ -335,8 +332,7 @@ class Poller:
 
     def _worker_ended(self, first: Poll, worker: asyncio.Task[None]) -> None:
         self._workers.discard(worker)
-        if first in self._starting:  # it was cancelled from outside before it started
-            self._starting.discard(first)
+        if worker.cancelled():  # from outside, perhaps before it started its first poll
             now = self._loop.time()
             self._machine.abandon_poll(first, now, backs_off=False)
             self._arm(now)

@@ -7,6 +7,7 @@ the front, `TimerQueue.next_due` may return the time of one of them. That is ear
 
 from __future__ import annotations
 
+import math
 from heapq import heappop, heappush
 from typing import Final, Generic, TypeVar
 
@@ -20,46 +21,43 @@ _SLACK: Final = 64
 _DROPPED: Final = 256
 
 
-class Ordered:
-    """Compared by its sequence, which orders items that are due at the same time."""
+class Scheduled:
+    """An item of a queue. Of two that are due at the same time, the one with the earlier origin comes first."""
 
     __slots__ = ()
 
-    sequence: float
-
-    def __lt__(self, other: Ordered) -> bool:
-        return self.sequence < other.sequence
-
-
-class Scheduled(Ordered):
-    """An item of a queue. It has room for its one entry; None if it has none."""
-
-    __slots__ = ()
-
+    origin: float
     entry: Entry | None
+    """Its one entry in a queue, if it has one."""
 
-
-class _Removed(Ordered, msgspec.Struct, gc=False):
-    """Replaces a removed item in its entry and keeps the entry's place in the heap.
-
-    Otherwise the item, and all that it references, would stay until the entry is swept out.
-    """
-
-    sequence: float
+    def __lt__(self, other: Scheduled) -> bool:
+        return self.origin < other.origin
 
 
 class Entry(msgspec.Struct, order=True):
     """An entry of a heap. It compares like a tuple, as fast, and is smaller than one."""
 
     when: float
-    item: Ordered
+    item: Scheduled
 
+
+class _Removed(Scheduled):
+    """Takes the place of an item that was removed.
+
+    Otherwise the item, and all that it references, would stay until its entry is swept out.
+    """
+
+    __slots__ = ()
+    origin = -math.inf
+
+
+_REMOVED: Final = _Removed()
 
 T = TypeVar("T", bound=Scheduled)
 
 
 class TimerQueue(Generic[T]):
-    """A queue ordered by time, then by the items' sequence. An item has at most one entry."""
+    """A queue ordered by time, then by the items' origin. An item has at most one entry."""
 
     __slots__ = ("_heap", "_live", "_old")
 
@@ -78,7 +76,7 @@ class TimerQueue(Generic[T]):
         elif item.entry.when == when:
             return
         else:
-            _make_stale(item.entry)
+            item.entry.item = _REMOVED
         item.entry = Entry(when, item)
         heappush(self._heap, item.entry)
         if self._old or len(self._heap) > 2 * self._live + _SLACK:
@@ -87,7 +85,7 @@ class TimerQueue(Generic[T]):
     def remove(self, item: T) -> None:
         """Remove an item's entry, if it has one."""
         if item.entry is not None:
-            _make_stale(item.entry)
+            item.entry.item = _REMOVED
             item.entry = None
             self._live -= 1
             self._sweep()
@@ -141,13 +139,8 @@ class TimerQueue(Generic[T]):
                 heappush(self._heap, entry)
 
 
-def _make_stale(entry: Entry) -> None:
-    """Release an entry's item. The entry stays in its heap until it is dropped or swept out."""
-    entry.item = _Removed(entry.item.sequence)
-
-
 def _is_live(entry: Entry) -> bool:
-    return type(entry.item) is not _Removed
+    return entry.item is not _REMOVED
 
 
 def _drop_stale(heap: list[Entry]) -> None:

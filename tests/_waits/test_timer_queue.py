@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aiokeyless._waits.timer_queue import Entry, Ordered, Scheduled, TimerQueue
+from aiokeyless._waits.timer_queue import Entry, Scheduled, TimerQueue
 
 # What a queue may hold beyond three times its live entries: the slack, and what is on its way during a sweep.
 SLACK = 200
@@ -18,11 +18,11 @@ SLACK = 200
 class Item(Scheduled):
     """Something to schedule."""
 
-    __slots__ = ("__weakref__", "entry", "name", "sequence")
+    __slots__ = ("__weakref__", "entry", "name", "origin")
 
     def __init__(self, name: int) -> None:
         self.name = name
-        self.sequence = float(name)
+        self.origin = float(name)
         self.entry: Entry | None = None
 
     @property
@@ -138,19 +138,6 @@ def test_what_was_removed_or_taken_is_not_kept() -> None:
     assert [reference() for reference in kept] == [None, None, None]
 
 
-def test_the_place_of_what_was_removed_stays_among_equal_times() -> None:
-    queue: TimerQueue[Item] = TimerQueue()
-    items = [Item(name) for name in range(100)]
-    for item in random.Random(1).sample(items, len(items)):  # noqa: S311
-        queue.schedule(item, 1.0)
-    for item in items[::2]:
-        queue.remove(item)
-        queue.schedule(item, 1.0)
-    for item in items[::3]:
-        queue.remove(item)
-    assert drain(queue) == [name for name in range(100) if name % 3]
-
-
 def test_a_sweep_in_the_middle_changes_no_order() -> None:
     queue: TimerQueue[Item] = TimerQueue()
     items = [Item(name) for name in range(1000)]
@@ -220,30 +207,31 @@ class Counting(Item):
     __slots__ = ()
     comparisons = 0
 
-    def __lt__(self, other: Ordered) -> bool:
+    def __lt__(self, other: Scheduled) -> bool:
         Counting.comparisons += 1
         return super().__lt__(other)
 
 
 def test_very_many_stale_entries_at_the_front_are_dropped_in_many_calls_and_none_is_long() -> None:
     queue: TimerQueue[Item] = TimerQueue()
-    items = [Counting(name) for name in range(20_000)]
-    for item in items:
+    gone, kept = [Counting(name) for name in range(9_900)], [Counting(name) for name in range(10_100)]
+    for item in gone:
         queue.schedule(item, 1.0)
-    gone, kept = items[:9_900], items[9_900:]
+    for item in kept:
+        queue.schedule(item, 2.0)
     for item in reversed(gone):  # the front is live to the last, so nothing is dropped meanwhile
         queue.remove(item)
     calls = 0
     taken = None
     while taken is None:
         Counting.comparisons = 0
-        assert queue.next_due() == 1.0  # something may be due: the caller comes back for it
-        taken = queue.pop_due(1.0)
+        assert queue.next_due() in {1.0, 2.0}  # something may be due: the caller comes back for it
+        taken = queue.pop_due(2.0)
         assert Counting.comparisons < 20_000  # of 300 000 for all of them
         calls += 1
-    assert taken is kept[0]
+    assert taken in kept
     assert 1 < calls < 100
-    assert drain(queue) == [item.name for item in kept[1:]]
+    assert sorted([taken.name, *drain(queue)]) == list(range(10_100))
 
 
 def test_a_queue_of_nothing_but_stale_entries_has_nothing_due() -> None:
