@@ -444,7 +444,7 @@ class KeylessClient:
             traceparent=current_traceparent(),
         )
         if not reconciled:
-            poller.created(ticket)
+            poller.record_creation(ticket)
         return ticket
 
     # -- users and devices

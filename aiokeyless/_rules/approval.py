@@ -70,6 +70,11 @@ class WaitRecord(NamedTuple):
     elapsed: float
     ticket: ApprovalTicket | None
 
+    @property
+    def length(self) -> str:
+        """How long the wait was, for messages."""
+        return f"{self.elapsed:.1f} s and {self.polls} {'poll' if self.polls == 1 else 'polls'}"
+
 
 def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | None = None) -> Verdict | Rejection:
     """Evaluate one answer of ``GET /v2/operations/{operationId}``.
@@ -120,24 +125,20 @@ def rejection_error(rejection: Rejection, record: WaitRecord) -> ApprovalError:
     return error(message, **record._asdict())
 
 
-def timed_out(record: WaitRecord) -> ApprovalTimeoutError:
+def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
     """Make the error for a wait whose final poll found the operation pending."""
     seen = "pending" if record.last_operation is not None else "missing"
     message = (
-        f"operation {record.operation_id!r} was still {seen} after {_spent(record)}; a timeout is not a denial: it can "
+        f"operation {record.operation_id!r} was still {seen} after {record.length}; a timeout is not a denial: it can "
         "still be approved, check it with get_operation"
     )
     return ApprovalTimeoutError(message, **record._asdict())
 
 
-def unknown(record: WaitRecord) -> ApprovalUnknownError:
+def unknown_error(record: WaitRecord) -> ApprovalUnknownError:
     """Make the error for a wait whose final poll got no answer."""
     message = (
-        f"operation {record.operation_id!r}: time is up after {_spent(record)}, and no final poll was answered, so the "
+        f"operation {record.operation_id!r}: time is up after {record.length}, and no final poll was answered, so the "
         "outcome is unknown: check it with get_operation before you repeat anything"
     )
     return ApprovalUnknownError(message, **record._asdict())
-
-
-def _spent(record: WaitRecord) -> str:
-    return f"{record.elapsed:.1f} s and {record.polls} {'poll' if record.polls == 1 else 'polls'}"

@@ -31,9 +31,9 @@ _MOST: Final = 2
 #: The most final polls in flight, likewise.
 _MOST_FINAL: Final = 4
 #: Probes prefer operations that failed less often in a row. From this many failures on, they make no difference.
-_FAILURES_TOLD_APART: Final = 8
+_MOST_FAILURES: Final = 8
 #: The most queued polls that one call skips, because their waits have ended or are about to.
-_PASSED_OVER: Final = 384
+_MOST_SKIPPED: Final = 384
 
 
 class Dispatcher:
@@ -64,7 +64,7 @@ class Dispatcher:
         self._request_timeout = request_timeout
         # In the order of probes: by an operation's failures in a row, then by whether it was ever answered well.
         self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
-            TimerQueue() for _ in range(2 * (_FAILURES_TOLD_APART + 1))
+            TimerQueue() for _ in range(2 * (_MOST_FAILURES + 1))
         )
         self._proven = self._queues[:1]
         self._unproven = 0  # operations in all queues but the first
@@ -107,10 +107,6 @@ class Dispatcher:
             polled.final_poll_queued = True
             self._final_polls.append((since, polled))
             self.soonest = min(self.soonest, since)
-
-    def clear_final_polls(self) -> None:
-        """Forget the queued final polls, since no wait is left."""
-        self._final_polls.clear()
 
     def ask_again(self, now: float) -> None:
         """Lower `soonest` to `now`, since something other than time may let a poll start then."""
@@ -220,7 +216,7 @@ class Dispatcher:
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
         for queue in self._open_queues(by_time=self._circuit.state is not CircuitState.OPEN):
-            for _ in range(_PASSED_OVER):
+            for _ in range(_MOST_SKIPPED):
                 polled = queue.pop_due(now + RESOLUTION)
                 if polled is None:
                     break
@@ -261,7 +257,7 @@ class Dispatcher:
                     return None
         elif len(self.final_in_flight) >= _MOST_FINAL * self._max_in_flight:
             return None
-        for _ in range(min(_PASSED_OVER, len(self._final_polls))):
+        for _ in range(min(_MOST_SKIPPED, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
             if polled.needs_final_poll():
@@ -297,7 +293,7 @@ class Dispatcher:
 
     def _enqueue(self, polled: PolledOperation) -> None:
         """Put an operation into the queue that fits the result of its last poll."""
-        rank = 2 * min(polled.failures, _FAILURES_TOLD_APART) if polled.failures else 0
+        rank = 2 * min(polled.failures, _MOST_FAILURES) if polled.failures else 0
         if not polled.was_seen:
             rank += 1
         if rank != polled.rank:

@@ -161,9 +161,9 @@ class Explainer:
             self._fetch(subject, subject.user_id), loop=self._loop, context=context_without_traces()
         )
         self._requests.add(subject.request)
-        subject.request.add_done_callback(functools.partial(self._asked, subject))
+        subject.request.add_done_callback(functools.partial(self._request_ended, subject))
 
-    def _asked(self, subject: _Subject, request: asyncio.Task[None]) -> None:
+    def _request_ended(self, subject: _Subject, request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
         if subject.request is request:  # else it was cancelled, and another one may have started
             subject.request = None
@@ -177,7 +177,7 @@ class Explainer:
             logger.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
             self._pause_after(error)
         else:
-            subject.attempts = merged(subject.attempts, answer, subject.operation_id)
+            subject.attempts = merge_attempts(subject.attempts, answer, subject.operation_id)
 
     def _pause_after(self, error: KeylessError) -> None:
         pause = 0.0
@@ -237,7 +237,7 @@ def may_ask(now: float, *, asked_at: float, pending_since: float = -math.inf, de
     return now - asked_at >= INTERVAL and now - pending_since >= PENDING_FOR and deadline - now >= INTERVAL
 
 
-def merged(
+def merge_attempts(
     known: tuple[Authentication, ...], answered: Sequence[Authentication], operation_id: str
 ) -> tuple[Authentication, ...]:
     """Return the attempts at one operation, oldest first.
@@ -257,7 +257,7 @@ def merged(
     return tuple(everything[-_MOST_ATTEMPTS:])
 
 
-def in_words(attempts: Sequence[Authentication]) -> str | None:
+def describe_failures(attempts: Sequence[Authentication]) -> str | None:
     """Return a clause about the failed attempts, such as "2 attempts failed: the face did not match (30004)".
 
     It quotes no text of the service, since an answer may echo anything.
@@ -275,7 +275,7 @@ def in_words(attempts: Sequence[Authentication]) -> str | None:
 def explain(error: ApprovalTimeoutError, attempts: tuple[Authentication, ...]) -> None:
     """Add attempts to the error that ends a wait, and the failed ones to its message."""
     error.attempts = attempts
-    if words := in_words(attempts):
+    if words := describe_failures(attempts):
         error.args = (f"{error}; {words}",)
 
 

@@ -12,7 +12,15 @@ import copy
 import math
 from typing import TYPE_CHECKING, Final
 
-from aiokeyless._rules.approval import Rejection, Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
+from aiokeyless._rules.approval import (
+    Rejection,
+    Verdict,
+    WaitRecord,
+    evaluate,
+    rejection_error,
+    timeout_error,
+    unknown_error,
+)
 from aiokeyless._rules.backoff import error_delay, requested_pause
 from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, is_final, repeat_final_after
@@ -123,12 +131,8 @@ class Machine:
                 wait.final = poll
         return poll
 
-    def may_start_more(self, now: float) -> bool:
-        """Return whether `next_poll` may start another poll now. This is cheaper than the call."""
-        return self._dispatcher.soonest <= now
-
     def is_settled(self, until: float) -> bool:
-        """Return whether the driver, after a poll has ended, has nothing to do until it wakes at `until`."""
+        """Return whether the driver, after a poll has started, has nothing else to do until it wakes at `until`."""
         return self._dispatcher.soonest >= until and not self._dispatcher.cut
 
     def wake_at(self) -> float:
@@ -276,8 +280,6 @@ class Machine:
         for poll in self._dispatcher.final_in_flight:
             if poll.polled is polled:
                 self._dispatcher.cut_off(poll)
-        if not self._polled:
-            self._dispatcher.clear_final_polls()
         if polled.pending_at is not None:
             self._record_observation(polled, None)
 
@@ -346,7 +348,7 @@ class Machine:
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
                 if self._circuit.state is not self._reporter.circuit:
                     self._report_circuit(wait.error, now)
-        self.end(wait, unknown(_record(wait, now)), now)
+        self.end(wait, unknown_error(_record(wait, now)), now)
 
     # -- events: a poll ends
 
@@ -473,7 +475,7 @@ class Machine:
                 wait.error = answer
             if wait.final is poll:
                 _update(wait, now, answer)
-                self.end(wait, timed_out(_record(wait, now, answer)), now)
+                self.end(wait, timeout_error(_record(wait, now, answer)), now)
             elif wait.phase is _POLLING:  # else it waits for its final poll
                 going_on.append(wait)
         for wait in self._schedule_next(application, going_on, now):
@@ -537,7 +539,7 @@ class Machine:
             _update(wait, now, error, due=now + delay)
         else:
             _update(wait, now, error)
-            self.end(wait, unknown(_record(wait, now)), now)
+            self.end(wait, unknown_error(_record(wait, now)), now)
 
     def abandon_poll(self, poll: Poll, now: float, *, backs_off: bool) -> None:
         """Free the slot of a poll whose exchange ended without an answer and without a `KeylessError`; harmless twice.

@@ -96,7 +96,7 @@ class Poller:
 
     # -- waits
 
-    def created(self, ticket: ApprovalTicket) -> None:
+    def record_creation(self, ticket: ApprovalTicket) -> None:
         """Record, by the loop's clock, that the operation of a ticket was created just now."""
         now = self._loop.time()
         while self._created and now - self._created[oldest := next(iter(self._created))] > YOUNG:
@@ -217,7 +217,11 @@ class Poller:
         self._loop.call_soon(self._close_batch, waits, context=self._context)  # first, in case the code below raises
         now = self._loop.time()
         for wait in batch:
-            self._machine.end(wait, _closed(wait.polled.operation_id), now)
+            error = ClientClosedError(
+                f"the client was closed while operation {wait.polled.operation_id!r} was waited for; "
+                "check it with get_operation of another client"
+            )
+            self._machine.end(wait, error, now)
             self._machine.leave(wait, now)  # if its caller is gone
         self._cut_off()
 
@@ -285,7 +289,7 @@ class Poller:
                     try:
                         answer = await send(poll.polled.operation_id)
                     except KeylessError as error:
-                        answer = _bare(error)
+                        answer = _strip_frames(error)
                     except asyncio.CancelledError as cancellation:
                         answer = self._after_cancellation(poll, worker, cancellation)
                     finally:
@@ -303,7 +307,7 @@ class Poller:
                 self._loop.call_soon(self._apply_more, more, context=self._context)
             poll = None if self._is_closed else machine.next_poll(now)
             if poll is None or not machine.is_settled(self._timer_at):
-                if poll is not None and machine.may_start_more(now):
+                if poll is not None:
                     self._dispatch(now)
                 self._arm(now)
 
@@ -338,14 +342,7 @@ class Poller:
             self._arm(now)
 
 
-def _closed(operation_id: str) -> ClientClosedError:
-    return ClientClosedError(
-        f"the client was closed while operation {operation_id!r} was waited for; "
-        "check it with get_operation of another client"
-    )
-
-
-def _bare(error: KeylessError) -> KeylessError:
+def _strip_frames(error: KeylessError) -> KeylessError:
     """Strip an error of its references to frames, whose locals hold whole bodies. A wait may keep it for minutes.
 
     Its cause goes too, since aiohttp's exceptions have tracebacks even in attributes. The message names the cause.

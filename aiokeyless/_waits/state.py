@@ -134,7 +134,10 @@ class PolledOperation(Scheduled, msgspec.Struct, eq=False):
 
     def add(self, wait: Wait) -> None:
         """Add a wait."""
-        self.waits.append(wait)
+        if self.waits:
+            self.waits.append(wait)
+        else:
+            self.waits = [wait]  # nearly always the only one: append would make room for four
         self.live += 1
         self.before_deadline += 1
 

@@ -120,7 +120,7 @@ class TimerQueue(Generic[T]):
     def _front(self) -> list[Entry]:
         """Return the heap whose top is the earliest entry of both. It is live unless there are more to drop."""
         heap, old = self._heap, self._old
-        if not old and heap and _is_live(heap[0]):
+        if not old and heap and heap[0].item is not _REMOVED:  # nearly always
             return heap
         if heap and not _is_live(heap[0]):
             _drop_stale(heap)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.protocol import address_of
 from aiokeyless._rules.approval import Rejection, evaluate
-from aiokeyless._waits.explanation import in_words
+from aiokeyless._waits.explanation import describe_failures
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -163,7 +163,7 @@ def _describe_timeout(error: ApprovalTimeoutError) -> str:
         reason = "" if error.last_error is None else f" (last failure: {describe(error.last_error)})"
         return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
     state = "missing" if error.last_operation is None else "pending"
-    words = in_words(error.attempts)
+    words = describe_failures(error.attempts)
     failed = f"{words}; " if words else ""
     return f"still {state} after {spent}; {failed}a timeout is not a denial: it can still be approved; {check}"
 

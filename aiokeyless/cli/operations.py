@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiokeyless._waits.explanation import merged
+from aiokeyless._waits.explanation import merge_attempts
 from aiokeyless.client import IfExists  # noqa: TC001  # cyclopts reads the signature of a command
 from aiokeyless.errors import ConflictError
 from aiokeyless.models import Operation, OperationState
@@ -201,7 +201,7 @@ async def attempts(operation_id: OperationId, /, *, as_json: AsJson = False) -> 
         # Telemetry needs the operation's user.
         operation = await _get(client, operation_id)
         answered = await client.get_authentications(user_id=operation.user_id, operation_id=operation_id)
-    made = merged((), answered, operation_id)
+    made = merge_attempts((), answered, operation_id)
     console = new_console()
     if as_json:
         print_json(

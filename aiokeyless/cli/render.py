@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from aiokeyless._waits.explanation import in_words
+from aiokeyless._waits.explanation import describe_failures
 from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 
@@ -231,7 +231,7 @@ class PlainLines(_Facts):
 
     def attempt(self, progress: Progress, attempt: Authentication) -> None:
         """Print an attempt that failed."""
-        if words := in_words([attempt]):
+        if words := describe_failures([attempt]):
             self._console.print(Text(f"  {progress.elapsed:6.2f} s  {words}"))
 
     def poll(self, progress: Progress, update: ApprovalUpdate) -> None:

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiokeyless._rules.approval import Rejection, Verdict, WaitRecord, evaluate, rejection_error, timed_out, unknown
+from aiokeyless._rules.approval import (
+    Rejection,
+    Verdict,
+    WaitRecord,
+    evaluate,
+    rejection_error,
+    timeout_error,
+    unknown_error,
+)
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -243,8 +251,8 @@ def record(**changed: Any) -> WaitRecord:
 
 
 ERRORS = [
-    pytest.param(timed_out, ApprovalTimeoutError, id="timed out"),
-    pytest.param(unknown, ApprovalUnknownError, id="unknown"),
+    pytest.param(timeout_error, ApprovalTimeoutError, id="timed out"),
+    pytest.param(unknown_error, ApprovalUnknownError, id="unknown"),
     pytest.param(
         lambda told: rejection_error(Rejection.OTHER_PAYLOAD, told),
         OperationMismatchError,
@@ -293,16 +301,16 @@ def test_a_hostile_answer_is_not_quoted(field: str, hostile: str) -> None:
 
 
 def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
-    assert str(timed_out(record())) == (
+    assert str(timeout_error(record())) == (
         "operation 'txn-1' was still pending after 120.0 s and 7 polls; a timeout is not a denial: it can still be "
         "approved, check it with get_operation"
     )
-    assert "was still missing after" in str(timed_out(record(last_operation=None)))
-    assert " and 1 poll; " in str(timed_out(record(polls=1)))
+    assert "was still missing after" in str(timeout_error(record(last_operation=None)))
+    assert " and 1 poll; " in str(timeout_error(record(polls=1)))
 
 
 def test_an_unanswered_final_poll_says_that_the_outcome_is_unknown() -> None:
-    assert str(unknown(record())) == (
+    assert str(unknown_error(record())) == (
         "operation 'txn-1': time is up after 120.0 s and 7 polls, and no final poll was answered, so the outcome is "
         "unknown: check it with get_operation before you repeat anything"
     )

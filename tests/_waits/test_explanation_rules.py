@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from aiokeyless import ApprovalTimeoutError, Authentication
-from aiokeyless._waits.explanation import explain, in_words, may_ask, merged
+from aiokeyless._waits.explanation import describe_failures, explain, may_ask, merge_attempts
 
 
 def attempt(code: int | None = 30004, created_at: str | None = None, operation_id: str = "op") -> Authentication:
@@ -35,30 +35,30 @@ def test_it_is_asked_late_and_seldom_and_at_the_end(
 
 def test_attempts_are_kept_that_telemetry_has_forgotten_oldest_first() -> None:
     first, second, third = (attempt(created_at=f"2025-05-21T10:3{minute}:00.000") for minute in range(3))
-    known = merged((), [second, first], "op")
+    known = merge_attempts((), [second, first], "op")
     assert known == (first, second)
-    assert merged(known, [third, second], "op") == (first, second, third)
-    assert merged(known, [], "op") == known
+    assert merge_attempts(known, [third, second], "op") == (first, second, third)
+    assert merge_attempts(known, [], "op") == known
 
 
 def test_two_equal_attempts_in_one_answer_are_two() -> None:
-    assert merged((attempt(),), [attempt(), attempt()], "op") == (attempt(), attempt())
+    assert merge_attempts((attempt(),), [attempt(), attempt()], "op") == (attempt(), attempt())
 
 
 @pytest.mark.parametrize("other", [attempt(operation_id="other"), Authentication(error_code=30003)])
 def test_attempts_at_something_else_explain_nothing(other: Authentication) -> None:
-    assert merged((), [other, attempt()], "op") == (attempt(),)
+    assert merge_attempts((), [other, attempt()], "op") == (attempt(),)
 
 
 def test_timestamps_of_any_number_of_digits_are_in_order_and_absent_ones_come_first() -> None:
     times = [None, "2025-05-21T10:34:00", "2025-05-21T10:34:00.05", "2025-05-21T10:34:00.051", "2025-05-21T10:34:00.1"]
     attempts = tuple(attempt(created_at=time) for time in times)
-    assert merged((), attempts[::-1], "op") == attempts
+    assert merge_attempts((), attempts[::-1], "op") == attempts
 
 
 def test_the_newest_hundred_attempts_are_kept() -> None:
     attempts = [attempt(created_at=f"{number:03}") for number in range(150)]
-    assert merged(tuple(attempts[:100]), attempts[100:], "op") == tuple(attempts[50:])
+    assert merge_attempts(tuple(attempts[:100]), attempts[100:], "op") == tuple(attempts[50:])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_newest_hundred_attempts_are_kept() -> None:
 def test_failed_attempts_are_counted_and_their_last_reasons_said(
     attempts: list[Authentication], words: str | None
 ) -> None:
-    assert in_words(attempts) == words
+    assert describe_failures(attempts) == words
 
 
 def test_an_error_carries_the_attempts_through_pickling_and_its_message_says_what_failed() -> None:

@@ -1229,7 +1229,7 @@ class TestRecords:
         machine.one(0.0)
         broken_wait, other = machine.wait(at=1.0, timeout=1.0), machine.wait("other", at=1.0, timeout=3.0)
         machine.expire(2.0)
-        monkeypatch.setattr(machine_module, "unknown", broken)
+        monkeypatch.setattr(machine_module, "unknown_error", broken)
         machine.expire(4.0)
         assert (broken_wait.outcome, other.phase) == ("ZeroDivisionError", WaitPhase.FINAL)
         assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [3.0]

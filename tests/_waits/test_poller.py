@@ -1794,7 +1794,7 @@ class TestBugs:
     ) -> None:
         await pending(client)
         sandbox.latency = 3600
-        monkeypatch.setattr("aiokeyless._waits.machine.unknown", broken)
+        monkeypatch.setattr("aiokeyless._waits.machine.unknown_error", broken)
         with pytest.raises(ZeroDivisionError):
             await client.wait_for_approval("op", timeout=5)
 
