@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from aiokeyless._http.protocol import get_authentications
+from aiokeyless._rules.backoff import requested_pause
 from aiokeyless._tracing import context_without_traces
 from aiokeyless.errors import (
     ApprovalTimeoutError,
@@ -26,7 +27,6 @@ from aiokeyless.errors import (
     KeylessError,
     NotFoundError,
     PermissionDeniedError,
-    StatusError,
 )
 
 if TYPE_CHECKING:
@@ -52,18 +52,12 @@ _MOST_REASONS: Final = 3  # in one message
 _MOST_REQUESTS: Final = 8  # at once, of all waits together
 #: Seconds without a request after one that was not allowed. The next one would not be allowed either.
 _REFUSED_FOR: Final = 120.0
-#: Seconds of a ``Retry-After`` that count.
-_MAX_PAUSE: Final = 120.0
-#: Operations that are remembered after their last wait, for the next piece of a longer wait.
-_MOST_LEFT: Final = 1000
-#: Seconds for which they are remembered.
-_LEFT_FOR: Final = 60.0
 
 
 class _Subject:
     """An operation that is explained, for one wait or for many."""
 
-    __slots__ = ("asked_at", "attempts", "left_at", "operation_id", "pending_since", "request", "user_id", "waits")
+    __slots__ = ("asked_at", "attempts", "operation_id", "pending_since", "request", "user_id", "waits")
 
     def __init__(self, operation_id: str) -> None:
         self.operation_id = operation_id
@@ -73,7 +67,6 @@ class _Subject:
         self.attempts: tuple[Authentication, ...] = ()
         self.request: asyncio.Task[None] | None = None
         self.waits = 0
-        self.left_at = 0.0  # when the last wait left
 
 
 class Explainer:
@@ -87,8 +80,7 @@ class Explainer:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._slots = asyncio.Semaphore(_MOST_REQUESTS)
-        self._subjects: dict[str, _Subject] = {}  # those that have waits
-        self._left: dict[str, _Subject] = {}  # those whose last wait has left, in the order of left_at
+        self._subjects: dict[str, _Subject] = {}  # by operation id
         self._requests: set[asyncio.Task[None]] = set()
         self._not_before = -math.inf  # after a refusal, or by Retry-After
 
@@ -100,8 +92,9 @@ class Explainer:
             until: When it must have ended, by the loop's clock.
         """
         operation_id = wait.polled.operation_id
-        subject = self._subjects.get(operation_id) or self._left.pop(operation_id, None) or _Subject(operation_id)
-        self._subjects[operation_id] = subject
+        subject = self._subjects.get(operation_id)
+        if subject is None:
+            subject = self._subjects[operation_id] = _Subject(operation_id)
         subject.waits += 1
         if wait.ticket is not None:
             subject.user_id = wait.ticket.user_id
@@ -113,16 +106,9 @@ class Explainer:
         subject.waits -= 1
         if subject.waits:
             return
+        del self._subjects[subject.operation_id]
         if subject.request is not None:
             subject.request.cancel()
-            subject.request = None
-        subject.left_at = now = self._loop.time()
-        self._left[subject.operation_id] = self._subjects.pop(subject.operation_id)
-        while len(self._left) > _MOST_LEFT or now - self._oldest().left_at > _LEFT_FOR:
-            del self._left[self._oldest().operation_id]
-
-    def _oldest(self) -> _Subject:
-        return next(iter(self._left.values()))
 
     def ask_if_due(self, subject: _Subject, deadline: float) -> None:
         """Ask in the background, unless it is too early or too many requests are in flight."""
@@ -165,8 +151,7 @@ class Explainer:
 
     def _request_ended(self, subject: _Subject, request: asyncio.Task[None]) -> None:
         self._requests.discard(request)
-        if subject.request is request:  # else it was cancelled, and another one may have started
-            subject.request = None
+        subject.request = None
 
     async def _fetch(self, subject: _Subject, user_id: str) -> None:
         try:
@@ -175,17 +160,11 @@ class Explainer:
                     answer = await self._transport.send(get_authentications(user_id, subject.operation_id))
         except KeylessError as error:
             logger.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
-            self._pause_after(error)
+            was_refused = isinstance(error, AuthenticationError | PermissionDeniedError)
+            pause = _REFUSED_FOR if was_refused else requested_pause(error)
+            self._not_before = max(self._not_before, self._loop.time() + pause)
         else:
             subject.attempts = merge_attempts(subject.attempts, answer, subject.operation_id)
-
-    def _pause_after(self, error: KeylessError) -> None:
-        pause = 0.0
-        if isinstance(error, AuthenticationError | PermissionDeniedError):
-            pause = _REFUSED_FOR
-        elif isinstance(error, StatusError):
-            pause = min(error.retry_after or 0.0, _MAX_PAUSE)
-        self._not_before = max(self._not_before, self._loop.time() + pause)
 
 
 class Explanation:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +20,6 @@ from aiokeyless import (
     ConfigurationError,
     KeylessClient,
 )
-from aiokeyless._waits import explanation
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.api import Answer, error_answer
 
@@ -265,17 +263,14 @@ class TestWhatItCosts:
         assert {len(error.attempts) for error in errors} == {1}
         assert len(service.asked()) == 6
 
-    async def test_pieces_of_a_longer_wait_ask_no_more_often_than_the_whole(
+    async def test_a_wait_that_is_shorter_than_an_interval_asks_once_at_its_end(
         self, service: Service, client: KeylessClient
     ) -> None:
         ticket = await created(client)
-        started = now()
         later(4, service.fail_authentication, "op")
-        errors = [await timed_out(client, ticket, timeout=2) for _ in range(15)]
+        errors = [await timed_out(client, ticket, timeout=8) for _ in range(3)]
         assert [attempt.error_code for attempt in errors[-1].attempts] == [30004]
-        asked = [at - started for at in service.asked()]
-        assert all(later - earlier > 9.9 for earlier, later in pairwise(asked))
-        assert len(asked) <= 4
+        assert len(service.asked()) == 3
 
     async def test_a_hold_asks_only_where_the_tickets_time_ends_within_it(
         self, service: Service, client: KeylessClient
@@ -309,17 +304,9 @@ class TestWhatItCosts:
         assert service.most_asking == 8
         assert len({record.path for record in service.requests if "/authentications" in record.path}) == 40
 
-    async def test_operations_are_forgotten_some_time_after_their_last_wait(
-        self, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(explanation, "_MOST_LEFT", 3)
-        for number in range(5):
-            await timed_out(client, await created(client, f"op-{number}"), timeout=0.5)
+    async def test_an_operation_is_forgotten_with_its_last_wait(self, client: KeylessClient) -> None:
+        await timed_out(client, await created(client), timeout=0.5)
         _, poller = client._open()
-        assert list(poller._explainer._left) == ["op-2", "op-3", "op-4"]
-        await asyncio.sleep(61)
-        await timed_out(client, await created(client, "last"), timeout=0.5)
-        assert list(poller._explainer._left) == ["last"]
         assert poller._explainer._subjects == {}
 
 
