@@ -17,12 +17,13 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from .broker import NewRequest, UnavailableError, broker_for
 from .logs import log
 from .messages import (
+    EXPIRES_IN,
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
     NewerEventError,
+    context_refusal,
     read_event,
-    refused_context,
     request_name,
 )
 
@@ -53,20 +54,13 @@ def approval_request(
     operation_id: str,
     operation_payload: str | None = None,
     external_user_id: str | None = None,
-    expires_in: float = 120.0,
+    expires_in: float = EXPIRES_IN,
     created_at: datetime | None = None,
     context: object = None,
 ) -> str:
     """Return a request for an approval as text, for a broker that takes it by other means than `submit_approval`.
 
-    Args:
-        user_id: See `submit_approval`, as all others.
-        operation_id: As above.
-        operation_payload: As above.
-        external_user_id: As above.
-        expires_in: As above.
-        created_at: As above.
-        context: As above.
+    The arguments are those of `submit_approval`.
 
     Raises:
         ConfigurationError: An argument is wrong.
@@ -78,8 +72,8 @@ def approval_request(
         operation_payload=check_text(operation_payload, "operation_payload"),
         external_user_id=check_text(external_user_id, "external_user_id"),
         expires_in=finite_seconds(expires_in, "expires_in"),
-        created_at=None if created_at is None else _aware(created_at),
-        context=_encoded(context),
+        created_at=None if created_at is None else _check_aware(created_at),
+        context=_encode(context),
     )
     return msgspec.json.encode(request).decode()
 
@@ -91,7 +85,7 @@ async def submit_approval(
     operation_id: str,
     operation_payload: str | None = None,
     external_user_id: str | None = None,
-    expires_in: float = 120.0,
+    expires_in: float = EXPIRES_IN,
     created_at: datetime | None = None,
     context: object = None,
 ) -> Submission:
@@ -136,7 +130,7 @@ async def submit_approval(
         context=context,
     ).encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
-    side = _side(broker)
+    side = _open_side(broker)
     if len(text) > side.largest_request:
         raise ConfigurationError(
             f"the request has {len(text)} bytes, more than {side.largest_request}: shorten operation_payload"
@@ -153,13 +147,13 @@ async def submit_approval(
     return Submission(operation_id=operation_id, duplicate=duplicate)
 
 
-def _side(broker: object) -> ApplicationSide:
+def _open_side(broker: object) -> ApplicationSide:
     if isinstance(broker, str):  # a URL would be opened and closed for each call
         raise ConfigurationError("broker must be an open broker or a connection, not a URL", argument="broker")
     return broker_for(broker)
 
 
-def _aware(created_at: object) -> datetime:
+def _check_aware(created_at: object) -> datetime:
     if not isinstance(created_at, datetime) or created_at.utcoffset() is None:
         raise ConfigurationError("created_at must be an aware datetime, such as datetime.now(UTC)")
     try:
@@ -168,12 +162,12 @@ def _aware(created_at: object) -> datetime:
         raise ConfigurationError("created_at must be in the years 1 to 9999, UTC") from None
 
 
-def _encoded(context: object) -> msgspec.Raw:
+def _encode(context: object) -> msgspec.Raw:
     try:
         encoded = msgspec.Raw(msgspec.json.encode(context))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"context cannot be written as JSON: {error}") from None
-    if (reason := refused_context(encoded)) is not None:
+    if (reason := context_refusal(encoded)) is not None:
         raise ConfigurationError(reason)
     return encoded
 
@@ -206,7 +200,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
     """
     if not _READER.fullmatch(reader):
         raise ConfigurationError(f"reader must be 1 to 128 letters, digits, '-' and '_', not {reader!r:.80}")
-    side = _side(broker)
+    side = _open_side(broker)
     try:
         outcome, event = await _next_event(side, reader)
     except UnavailableError as error:

@@ -358,9 +358,9 @@ def broker_for(target: object) -> ApplicationSide:
         try:
             if isinstance(target, str):
                 if found is not None and found[1].lower() in package.SCHEMES:
-                    return _made(package.from_url(target))
+                    return _side(package.from_url(target))
             elif driver == package.DRIVER:
-                return _made(package.from_connection(target))
+                return _side(package.from_connection(target))
         except ModuleNotFoundError as error:
             raise ConfigurationError(f"this broker needs {error.name}: {package.HINT}", argument="broker") from None
     shown = f"a URL of the scheme {found[1]!r:.40}" if found else type(target).__name__
@@ -376,6 +376,6 @@ def _brokers() -> Iterator[ModuleType]:
             yield importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def _made(broker: Any) -> ApplicationSide:  # what a package made is not known to a type checker
+def _side(broker: Any) -> ApplicationSide:  # a type checker does not know what a package returns
     assert isinstance(broker, ApplicationSide)  # noqa: S101  # the contract of a broker's package
     return broker

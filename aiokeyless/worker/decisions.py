@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from .broker import Message
 
+#: Details of a conflict: the id is another operation's, or a different request holds it.
+OTHER_OPERATION: Final = "the operation id is taken by another operation"
+OTHER_REQUEST: Final = "the operation id belongs to a different request"
 _LONGEST_DETAIL: Final = 500  # characters: a message may name a path that holds an id of 512
 _FIRST_POLL: Final = 2  # the delivery of the first poll: the one before it created the operation
 
@@ -96,7 +99,7 @@ class Pacing(NamedTuple):
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
     """Decide after the operation was created. No user approves at once, so do not poll yet."""
-    return Redeliver(_scheduled(delivery, now, pacing))
+    return Redeliver(_scheduled_delay(delivery, now, pacing))
 
 
 def after_poll(
@@ -126,22 +129,22 @@ def after_poll(
     # No delivery knows what an earlier one saw. That one may have ended before it created the operation.
     verdict = poll_verdict(answer, ticket.operation_id, ticket, may_be_missing=True, was_seen=was_created)
     if isinstance(verdict, Rejection):
-        return _rejected(delivery, now, verdict)
+        return _reject(delivery, verdict, now=now)
     was_final = is_final(delivery, polled_at)
     if was_created and isinstance(answer, PermissionDeniedError):
         # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
         verdict = Verdict.TRANSIENT if was_final else Verdict.PENDING
     if verdict is Verdict.PENDING and not was_final:
-        return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled(delivery, now, pacing))
+        return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled_delay(delivery, now, pacing))
     if verdict is Verdict.TRANSIENT:
         if not was_final:
-            return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
+            return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
         left = left_of_grace(delivery, polled_at, pacing.grace)
         # If the circuit stays open for longer than that, the application still gets an outcome in time.
         delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
         if delay is not None:
             return Redeliver(delay, Exchange.FAILED)
-    return _ended(delivery, answer, verdict, now)._replace(polled_at=polled_at)
+    return _end(delivery, answer, verdict, now)._replace(polled_at=polled_at)
 
 
 def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
@@ -149,37 +152,27 @@ def left_of_grace(delivery: Delivery, at: datetime, grace: float) -> float:
     return (delivery.ticket.expires_at - at).total_seconds() + grace
 
 
-def _ended(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict, now: datetime) -> Decided:
+def _end(delivery: Delivery, answer: Operation | KeylessError, verdict: Verdict, now: datetime) -> Decided:
     """Decide by a verdict that ends the request."""
     if isinstance(answer, Operation) and verdict is Verdict.APPROVED:
-        return _decided(delivery, now, Outcome.APPROVED, auth_type=answer.auth_type)
+        return _decide(delivery, now, Outcome.APPROVED, auth_type=answer.auth_type)
     if isinstance(answer, KeylessError) and verdict is Verdict.FAILED:
         reason = FailureReason.UNREADABLE if isinstance(answer, DecodeError) else FailureReason.POLL_REFUSED
-        return _failed(delivery, now, reason, str(answer))
+        return fail(delivery, reason, str(answer), now=now)
     # If the answer does not show that the user was asked, the claim may.
     asked = isinstance(answer, Operation)
-    return _decided(delivery, now, Outcome.EXPIRED, answered=verdict is Verdict.PENDING, asked=asked)
+    return _decide(delivery, now, Outcome.EXPIRED, answered=verdict is Verdict.PENDING, asked=asked)
 
 
 def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) -> Decided:
     """Decide about an operation under an id that this request does not hold: it is not this request's."""
     verdict = evaluate(operation, delivery.ticket.operation_id, delivery.ticket)
     if isinstance(verdict, Rejection):
-        return _rejected(delivery, now, verdict)
+        return _reject(delivery, verdict, now=now)
     if verdict is Verdict.APPROVED:
         detail = "an operation of this id and content was approved before this request asked; one approval counts once"
-        return _failed(delivery, now, FailureReason.ALREADY_APPROVED, detail)
-    return after_taken(delivery, now=now)
-
-
-def after_taken(delivery: Delivery, *, now: datetime) -> Decided:
-    """Decide after the first create of a request found its operation id taken: the operation is not this request's."""
-    return _failed(delivery, now, FailureReason.CONFLICT, "the operation id is taken by another operation")
-
-
-def after_conflict(delivery: Delivery, *, now: datetime) -> Decided:
-    """Decide about a request whose operation id a different request holds."""
-    return _failed(delivery, now, FailureReason.CONFLICT, "the operation id belongs to a different request")
+        return fail(delivery, FailureReason.ALREADY_APPROVED, detail, now=now)
+    return fail(delivery, FailureReason.CONFLICT, OTHER_OPERATION, now=now)
 
 
 def after_failed_creation(
@@ -195,31 +188,31 @@ def after_failed_creation(
         may_exist: Whether an earlier attempt may have created it: then the user may have been asked.
     """
     if error.is_transient:
-        return Redeliver(_until_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
+        return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
-        return Redeliver(_scheduled(delivery, now, pacing))  # polls find out; a 403 or 404 is a gateway's
+        return Redeliver(_scheduled_delay(delivery, now, pacing))  # polls find out; a 403 or 404 is a gateway's
     reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
-    return _failed(delivery, now, reason, str(error))
+    return fail(delivery, reason, str(error), now=now)
 
 
 def after_outage(delivery: Delivery, *, now: datetime) -> Decided:
     """Decide about a request whose final poll got no answer in time, and can get none soon."""
-    return _decided(delivery, now, Outcome.EXPIRED, answered=False, asked=False)
-
-
-def after_refusal(delivery: Delivery, error: KeylessError, *, now: datetime) -> Decided:
-    """Decide about a request that is readable, but not acceptable."""
-    return _failed(delivery, now, FailureReason.INVALID_REQUEST, str(error))
+    return _decide(delivery, now, Outcome.EXPIRED, answered=False, asked=False)
 
 
 def after_bug(delivery: Delivery, error: Exception, *, now: datetime) -> Decided:
     """Decide about a request that the worker could not handle: it must not be delivered again forever."""
     detail = f"the worker failed ({type(error).__name__}); see its log"
-    return _failed(delivery, now, FailureReason.INTERNAL, detail)
+    return fail(delivery, FailureReason.INTERNAL, detail, now=now)
 
 
-def invalid(message: Message, error: KeylessError, *, now: datetime) -> Decided:
-    """Decide about a message that is not a request."""
+def fail(delivery: Delivery, reason: FailureReason, detail: str, *, now: datetime) -> Decided:
+    """Decide that a request has failed."""
+    return _decide(delivery, now, Outcome.FAILED, reason=reason, detail=detail)
+
+
+def fail_unreadable(message: Message, error: KeylessError, *, now: datetime) -> Decided:
+    """Decide that a message that is not a request has failed."""
     event = ApprovalEvent(
         version=VERSION,
         outcome=Outcome.FAILED,
@@ -259,33 +252,29 @@ def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float
     return (age, None) if event.answered else None
 
 
-def _scheduled(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
+def _scheduled_delay(delivery: Delivery, now: datetime, pacing: Pacing) -> float:
     age = max(0.0, (now - delivery.ticket.created_at).total_seconds())
     attempt = attempt_at(pacing.schedule, age, most=delivery.number)
     delay = next_delay(pacing.schedule, attempt_number=attempt, since_start=age)
-    return _until_deadline(delivery, now, delay)
+    return _cut_to_deadline(delivery, now, delay)
 
 
-def _until_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
+def _cut_to_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
     """Cut a delay to the deadline, so that a final poll starts there."""
     return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
 
 
-def _rejected(delivery: Delivery, now: datetime, rejection: Rejection) -> Decided:
+def _reject(delivery: Delivery, rejection: Rejection, *, now: datetime) -> Decided:
     if not rejection.is_mismatch:
         reason = FailureReason.INCONSISTENT
     elif rejection is Rejection.OTHER_OPERATION:
         reason = FailureReason.MISMATCH
     else:
         reason = FailureReason.CONFLICT
-    return _failed(delivery, now, reason, rejection.value)
+    return fail(delivery, reason, rejection.value, now=now)
 
 
-def _failed(delivery: Delivery, now: datetime, reason: FailureReason, detail: str) -> Decided:
-    return _decided(delivery, now, Outcome.FAILED, reason=reason, detail=detail)
-
-
-def _decided(
+def _decide(
     delivery: Delivery,
     now: datetime,
     outcome: Outcome,

@@ -28,20 +28,21 @@ from aiokeyless.models import NewOperation, Operation
 
 from .broker import Claim
 from .decisions import (
+    OTHER_OPERATION,
+    OTHER_REQUEST,
     Decided,
     Next,
     Pacing,
     Redeliver,
-    after_conflict,
     after_creation,
     after_failed_creation,
     after_poll,
-    after_taken,
     after_unclaimed,
+    fail,
     is_final,
 )
 from .logs import log
-from .messages import Outcome
+from .messages import FailureReason, Outcome
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -146,7 +147,7 @@ class Exchanges:
         """Create the operation, which was missing just now. Return `Next.POLL` if this request may have created it."""
         claim, token = await self._broker.claim(delivery.message)
         if claim is Claim.ANOTHERS:
-            return after_conflict(delivery, now=self._clock())
+            return fail(delivery, FailureReason.CONFLICT, OTHER_REQUEST, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
         try:
             with self._transport.call():
@@ -169,7 +170,7 @@ class Exchanges:
             self._record_success(started_at)
             if claim is Claim.HELD or not await self._broker.unclaim(delivery.message, token):
                 return Next.POLL
-            return after_taken(delivery, now=self._clock())
+            return fail(delivery, FailureReason.CONFLICT, OTHER_OPERATION, now=self._clock())
         except KeylessError as error:
             may_exist = (
                 claim is Claim.HELD
@@ -191,7 +192,14 @@ class Exchanges:
         was_created = await self._was_created(delivery, answer, polled_at)
         if was_created:
             self._reporter.count("transient_failures")
-        step = self._after_poll(delivery, answer, polled_at, was_created=was_created)
+        step = after_poll(
+            delivery,
+            answer,
+            polled_at=polled_at,
+            now=self._clock(),
+            pacing=self._pacing(delivery, answer),
+            was_created=was_created,
+        )
         if (
             isinstance(answer, Operation)
             and _needs_claim(delivery, step)
@@ -210,45 +218,29 @@ class Exchanges:
         )
         return contradicts and await self._broker.holds(delivery.message)
 
-    def _after_poll(
-        self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, *, was_created: bool = False
-    ) -> Decision | Next:
-        return after_poll(
-            delivery,
-            answer,
-            polled_at=polled_at,
-            now=self._clock(),
-            pacing=self._pacing(delivery, answer),
-            was_created=was_created,
-        )
-
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""
-        started_at = self._now()
+        started_at, operation_id, final = self._now(), delivery.ticket.operation_id, is_final(delivery, polled_at)
         self._reporter.count("polls")
         self._rate.record_poll(started_at)
+        answer: Operation | KeylessError
         try:
-            operation = await self._transport.fetch(get_operation(delivery.ticket.operation_id))
+            answer = await self._transport.fetch(get_operation(operation_id))
         except KeylessError as error:
-            self._report_poll(delivery, error, polled_at, started_at)
-            self._record_error(delivery, error, started_at, is_probe=not is_final(delivery, polled_at))
-            return error.with_traceback(None)
-        self._report_poll(delivery, operation, polled_at, started_at)
-        self._record_success(started_at)
-        return operation
-
-    def _report_poll(
-        self, delivery: Delivery, answer: Operation | KeylessError, polled_at: datetime, started_at: float
-    ) -> None:
-        operation_id, final = delivery.ticket.operation_id, is_final(delivery, polled_at)
-        self._reporter.poll_ended(operation_id, answer, is_final=final, started_at=started_at)
+            answer = error.with_traceback(None)
+        self._reporter.report_poll(operation_id, answer, is_final=final, started_at=started_at)
+        if isinstance(answer, KeylessError):
+            self._record_error(delivery, answer, started_at, is_probe=not final)
+        else:
+            self._record_success(started_at)
+        return answer
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
     def _record_success(self, started_at: float) -> None:
         self._circuit.record_success(self._now(), started_at=started_at)
-        self._reporter.exchange_ended(None)
+        self._reporter.report_exchange(None)
 
     def _record_error(self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool) -> None:
         """Record what a failure says about the service. If it says something about this worker, raise it."""
@@ -264,7 +256,7 @@ class Exchanges:
             now, operation_id, error, is_probe=is_probe, is_repeated=delivery.message.failures > 0
         ):
             self._rate.record_refusal(now, started_at=started_at)
-        self._reporter.exchange_ended(error)
+        self._reporter.report_exchange(error)
         log(logging.DEBUG, "keyless.failed", {"operation_id": operation_id, "error": str(error)})
 
     def _pacing(self, delivery: Delivery, answer: Operation | KeylessError | None = None) -> Pacing:

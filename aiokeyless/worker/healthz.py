@@ -39,18 +39,18 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
     """
 
     async def livez(_request: web.Request) -> web.Response:
-        return _once(web.Response(text="ok\n"))
+        return _close_after(web.Response(text="ok\n"))
 
     async def readyz(_request: web.Request) -> web.Response:
         problems = worker.statistics.problems
         lines = problems or ("ok",)
-        return _once(web.Response(text="".join(f"{line}\n" for line in lines), status=503 if problems else 200))
+        return _close_after(web.Response(text="".join(f"{line}\n" for line in lines), status=503 if problems else 200))
 
     async def healthz(_request: web.Request) -> web.Response:
         statistics = worker.statistics
-        body = {"status": "ok" if statistics.is_ready else "unavailable", **msgspec.to_builtins(statistics)}
-        status = 200 if statistics.is_ready else 503
-        return _once(web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json"))
+        status, text = (200, "ok") if statistics.is_ready else (503, "unavailable")
+        body = msgspec.json.encode({"status": text, **msgspec.to_builtins(statistics)})
+        return _close_after(web.Response(body=body, status=status, content_type="application/json"))
 
     app = web.Application()
     app.router.add_get("/livez", livez)
@@ -66,7 +66,7 @@ async def serve_health(worker: ApprovalWorker, port: int, host: str = "127.0.0.1
     return runner
 
 
-def _once(response: web.Response) -> web.Response:
-    """Close the connection after the answer."""
+def _close_after(response: web.Response) -> web.Response:
+    """Let a response close its connection."""
     response.force_close()
     return response

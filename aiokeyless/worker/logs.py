@@ -23,7 +23,9 @@ def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, ex
     """Log an event and its facts, which must hold no secret and no payload."""
     if _logger.isEnabledFor(level):
         facts = facts or {}
-        _logger.log(level, "%s", _Line(event, facts), extra={"event": event, "facts": facts}, exc_info=exc_info)
+        # Text is written as JSON, so that each record stays one line.
+        line = " ".join([event, *(f"{name}={json.dumps(fact, default=str)}" for name, fact in facts.items())])
+        _logger.log(level, "%s", line, extra={"event": event, "facts": facts}, exc_info=exc_info)
 
 
 class RateLimitedLog:
@@ -47,20 +49,6 @@ class RateLimitedLog:
         if now >= self._quiet_until:
             log(self._level, self._event, {**facts, "count": self._count})
             self._count, self._quiet_until = 0, now + _QUIET
-
-
-class _Line:
-    """A line that is formatted only when a handler emits it."""
-
-    def __init__(self, event: str, facts: Mapping[str, object]) -> None:
-        self._event = event
-        self._facts = facts
-
-    def __str__(self) -> str:
-        # Text is written as JSON, so that each record stays one line.
-        return " ".join(
-            [self._event, *(f"{name}={json.dumps(fact, default=str)}" for name, fact in self._facts.items())]
-        )
 
 
 class JsonFormatter(logging.Formatter):

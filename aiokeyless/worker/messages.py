@@ -26,6 +26,8 @@ __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 T = TypeVar("T")
 
 VERSION: Final = 1
+#: Seconds for which a request waits by default.
+EXPIRES_IN: Final = 120.0
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit where its request did
 #: Levels of nested lists and objects. A recursive decoder must cope with them wherever it is called.
 MAX_DEPTH: Final = 64
@@ -90,7 +92,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     operation_id: str
     operation_payload: str | None = None
     external_user_id: str | None = None
-    expires_in: float = 120.0
+    expires_in: float = EXPIRES_IN
     created_at: datetime | None = None
     context: msgspec.Raw = _NOTHING
 
@@ -164,12 +166,15 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
         ticket: The operation, its user, its payload's hash, and when its wait began and ends.
         payload: What the user is asked to approve.
         context: What the event returns to the application.
+        refusal: Why this worker does not accept the request: its wait is longer than the broker remembers it for. As
+            workers with another grace may accept it, its outcome is stored like any other. None if it is accepted.
     """
 
     message: Message
     ticket: ApprovalTicket
     payload: str | None
     context: msgspec.Raw
+    refusal: str | None = None
 
     @property
     def number(self) -> int:
@@ -188,7 +193,7 @@ def read_request(message: Message, terms: Terms) -> Delivery:
         terms: What the broker allows.
 
     Raises:
-        InvalidRequestError: It is not a request. If only `expires_in` is wrong, a `TooLongError`.
+        InvalidRequestError: It is not a request.
     """
     data, longest = message.body, terms.longest_wait
     if len(data) > terms.largest_request:
@@ -197,12 +202,12 @@ def read_request(message: Message, terms: Terms) -> Delivery:
         request = _decode(data)
         user_id = check_user_id(request.user_id)
         operation_id = check_operation_id(request.operation_id)
-        expires_at, created_at = _times(request, message.stored_at, longest)
+        expires_at, created_at = _wait_of(request, message.stored_at, longest)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")
     except ConfigurationError as error:
         raise InvalidRequestError(str(error)) from None
-    if (reason := refused_context(request.context)) is not None:
+    if (reason := context_refusal(request.context)) is not None:
         raise InvalidRequestError(reason)
     ticket = ApprovalTicket(
         operation_id=operation_id,
@@ -212,10 +217,9 @@ def read_request(message: Message, terms: Terms) -> Delivery:
         created_at=created_at,
         expires_at=expires_at,
     )
-    delivery = Delivery(message=message, ticket=ticket, payload=payload, context=request.context)
-    if request.expires_in > longest:
-        raise TooLongError(f"expires_in is {request.expires_in:g} s; this broker allows {longest:g} s", delivery)
-    return delivery
+    too_long = f"expires_in is {request.expires_in:g} s; this broker allows {longest:g} s"
+    refusal = too_long if request.expires_in > longest else None
+    return Delivery(message=message, ticket=ticket, payload=payload, context=request.context, refusal=refusal)
 
 
 class _Version(msgspec.Struct):
@@ -237,7 +241,7 @@ def _decode(data: bytes) -> ApprovalRequest:
         raise InvalidRequestError(f"the message is no request for an approval: {str(error)[:200]}") from None
 
 
-def _times(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
+def _wait_of(request: ApprovalRequest, stored_at: datetime, longest: float) -> tuple[datetime, datetime]:
     """Return when waiting ends, and when it began."""
     created_at = stored_at
     if request.created_at is not None:
@@ -265,7 +269,7 @@ def read_names(message: Message) -> tuple[str, str] | None:
 def deadline(message: Message) -> datetime | None:
     """Return when the time of a request is over; None if the message is not a request."""
     try:
-        return _times(_decode(message.body), message.stored_at, _LONGEST)[0]
+        return _wait_of(_decode(message.body), message.stored_at, _LONGEST)[0]
     except (InvalidRequestError, ConfigurationError):
         return None
 
@@ -286,7 +290,7 @@ def read_event(data: bytes) -> ApprovalEvent:
         event = msgspec.json.decode(data, type=ApprovalEvent)
     except (UnicodeError, RecursionError) as error:
         raise msgspec.DecodeError(f"the message is no event: {str(error)[:200]}") from None
-    if (reason := refused_context(event.context)) is not None:
+    if (reason := context_refusal(event.context)) is not None:
         raise msgspec.DecodeError(reason)
     return event
 
@@ -310,21 +314,6 @@ class NewerEventError(msgspec.DecodeError):
     """An event is of a later version: a newer reader understands it."""
 
 
-class TooLongError(InvalidRequestError):
-    """A request asks for a longer wait than the broker remembers it for. All else about it is valid.
-
-    Workers with another grace may accept it. So its outcome is stored like any other: under the request's name, and
-    with its ids.
-
-    Attributes:
-        delivery: The request.
-    """
-
-    def __init__(self, reason: str, delivery: Delivery) -> None:
-        super().__init__(reason)
-        self.delivery: Delivery = delivery
-
-
 def read_context(data: bytes) -> msgspec.Raw:
     """Return the context of a message that is not a request, as far as it can be read."""
     try:
@@ -332,10 +321,10 @@ def read_context(data: bytes) -> msgspec.Raw:
         context = msgspec.json.decode(data, type=_Context).context
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return _NOTHING
-    return context if refused_context(context) is None else _NOTHING
+    return context if context_refusal(context) is None else _NOTHING
 
 
-def refused_context(context: msgspec.Raw) -> str | None:
+def context_refusal(context: msgspec.Raw) -> str | None:
     """Return why a context, which is valid JSON, is refused; None if it is accepted."""
     if len(context) > MAX_CONTEXT:
         return f"context is {len(context)} bytes of JSON; at most {MAX_CONTEXT} are handed on"

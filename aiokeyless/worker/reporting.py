@@ -178,14 +178,14 @@ class Reporter:
             # On Python 3.11, asyncio.wait_for can lose a cancellation. Who cancelled this may not be able to repeat it.
             if task.cancelling():
                 raise asyncio.CancelledError
-            self._tell_inspected()
+            self._publish_inspection()
             await asyncio.sleep(_EVERY)
 
     async def _inspect(self) -> None:
         try:
             self._fleet = await self._broker.inspect()
         except UnavailableError as error:
-            self.broker_silent(error)
+            self.report_silence(error)
             return
         except BrokerError as error:
             self._lost(error)
@@ -198,11 +198,11 @@ class Reporter:
             self._stalled_since = self._now()
         self._delivered = 0
 
-    def broker_silent(self, error: UnavailableError) -> None:
+    def report_silence(self, error: UnavailableError) -> None:
         """Remember that the broker did not answer, until it answers an inspection."""
         self._silence = str(error)
 
-    def _tell_inspected(self, *, has_ended: bool = False) -> None:
+    def _publish_inspection(self, *, has_ended: bool = False) -> None:
         if self._listeners is not None:
             statistics = self.statistics()
             self._listeners.tell(
@@ -220,11 +220,11 @@ class Reporter:
                 )
             )
 
-    def closed(self) -> None:
+    def report_end(self) -> None:
         """Report the end to listeners, which may count workers and circuits that are not closed."""
-        self._tell_inspected(has_ended=True)
+        self._publish_inspection(has_ended=True)
         if self._transitions.state is not CircuitState.CLOSED:
-            self._tell_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
+            self._publish_circuit(self._transitions.notice(CircuitState.CLOSED, self._now()), ClientClosedError)
 
     # -- exchanges
 
@@ -232,7 +232,7 @@ class Reporter:
         """Increment the count that `WorkerStatistics` has under this name."""
         self._counts[what] += 1
 
-    def poll_ended(
+    def report_poll(
         self, operation_id: str, answer: Operation | KeylessError, *, is_final: bool, started_at: float
     ) -> None:
         """Report a poll."""
@@ -250,7 +250,7 @@ class Reporter:
                 )
             )
 
-    def exchange_ended(self, failure: KeylessError | None) -> None:
+    def report_exchange(self, failure: KeylessError | None) -> None:
         """Report the circuit's state after an exchange, if it has changed.
 
         Args:
@@ -264,15 +264,15 @@ class Reporter:
             log(logging.WARNING, "keyless.circuit_opened", {"error": str(failure), "in_flight": len(self._deliveries)})
         elif change.outage is not None:
             log(logging.INFO, "keyless.circuit_closed", {"seconds": round(change.outage, 3)})
-        self._tell_circuit(change, None if failure is None else type(failure))
+        self._publish_circuit(change, None if failure is None else type(failure))
 
-    def _tell_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
+    def _publish_circuit(self, change: Transition, cause: type[KeylessError] | None) -> None:
         if self._listeners is not None:
             self._listeners.tell(change.event(cause, waiting=len(self._deliveries)))
 
     # -- deliveries
 
-    def delivery_taken(self, message: Message) -> None:
+    def report_delivery(self, message: Message) -> None:
         """Count a delivery."""
         self.count("deliveries")
         self._delivered += 1
@@ -280,7 +280,7 @@ class Reporter:
             waited = (self._broker.now() - message.stored_at).total_seconds()
             self._longest_wait = max(self._longest_wait, waited)
 
-    def delivery_ended(self, number: int, failure: Exception | None, *, started_at: float) -> None:
+    def report_settlement(self, number: int, failure: Exception | None, *, started_at: float) -> None:
         """Report a delivery.
 
         Args:
@@ -305,7 +305,7 @@ class Reporter:
                 )
             )
 
-    def outcome_decided(self, event: ApprovalEvent, *, is_new: bool) -> None:
+    def report_outcome(self, event: ApprovalEvent, *, is_new: bool) -> None:
         """Report an outcome.
 
         Args:

@@ -21,7 +21,7 @@ from .exchanges import check_key
 from .learned import LearnedFile
 from .logs import log
 from .reporting import WorkerStatistics
-from .serving import STARTING, Limits, Serving
+from .serving import Limits, Serving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +116,7 @@ class ApprovalWorker:
     def statistics(self) -> WorkerStatistics:
         """The worker at this moment."""
         if self._serving is None:
-            return WorkerStatistics(is_draining=self._stopping, problems=(STARTING,))
+            return WorkerStatistics(is_draining=self._stopping, problems=("the worker has not started yet",))
         return self._serving.statistics()
 
     def stop(self) -> None:

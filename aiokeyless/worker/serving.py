@@ -28,10 +28,10 @@ from aiokeyless.errors import (
 from aiokeyless.schedule import record_observation, wait_adaptive
 
 from .broker import Exchange, UnavailableError
-from .decisions import Redeliver, after_bug, after_outage, after_refusal, invalid, left_of_grace, observation
+from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, left_of_grace, observation
 from .exchanges import Exchanges, check_key
 from .logs import RateLimitedLog, log
-from .messages import TooLongError, read_request
+from .messages import FailureReason, read_request
 from .reporting import Reporter, WorkerStatistics
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 #: Seconds before each check of a refused key. If all checks are refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
-#: The problem of a worker that has not started.
-STARTING: Final = "the worker has not started yet"
 #: Most seconds by which a timer may fire too early. A shorter pause could end too early again. If the clock does not
 #: move in between, as in tests, that would never end.
 _EARLY: Final = 0.001
@@ -160,7 +158,7 @@ class Serving:
             try:
                 await self._abandon()
             finally:  # anyio's scopes cancel each await
-                self._reporter.closed()
+                self._reporter.report_end()
 
     # -- the intake
 
@@ -181,7 +179,7 @@ class Serving:
                 await self._wait_for_change(self._loop.time())
         except UnavailableError as error:
             self._silences += 1
-            self._reporter.broker_silent(error)
+            self._reporter.report_silence(error)
             self._unavailable.log({"error": str(error)})
             await self._pause(error_delay(self._silences))
 
@@ -207,9 +205,9 @@ class Serving:
         """Return how many more deliveries may be in flight; negative if there are too many."""
         if self._key_check is not None:
             return -len(self._deliveries)
-        return min(self._circuit.room(now) - self._counted(), self._limits.max_in_flight - len(self._deliveries))
+        return min(self._circuit.room(now) - self._occupied_room(), self._limits.max_in_flight - len(self._deliveries))
 
-    def _counted(self) -> int:
+    def _occupied_room(self) -> int:
         """Return the deliveries in flight that take room."""
         if self._circuit.is_closed:  # all of them, without a loop: each delivery calls this
             return len(self._deliveries)
@@ -273,7 +271,7 @@ class Serving:
     # -- one delivery
 
     def _take(self, message: Message) -> None:
-        self._reporter.delivery_taken(message)
+        self._reporter.report_delivery(message)
         # Not by the loop's task factory: an eager one would run the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
         self._deliveries[task] = self._loop.time()
@@ -286,7 +284,7 @@ class Serving:
     async def _deliver(self, message: Message) -> None:
         started_at = self._loop.time()
         failure = await self._process(message)
-        self._reporter.delivery_ended(message.number, failure, started_at=started_at)
+        self._reporter.report_settlement(message.number, failure, started_at=started_at)
 
     async def _process(self, message: Message) -> Exception | None:
         """Process a delivery. However it ends, the request is either decided or delivered again.
@@ -316,7 +314,8 @@ class Serving:
         moment = self._broker.now()
         with suppress(InvalidRequestError):
             delivery = read_request(message, self._terms)
-            if self._is_away(now) and left_of_grace(delivery, moment, self._limits.grace) < 0:
+            is_over = delivery.refusal is None and left_of_grace(delivery, moment, self._limits.grace) < 0
+            if is_over and self._is_away(now):
                 return after_outage(delivery, now=moment)
         pause = max(0.0, self._circuit.retry_at() - now)
         return Redeliver(min(pause, _HANDED_BACK_FOR) + error_delay(1), Exchange.NONE)
@@ -324,10 +323,10 @@ class Serving:
     async def _decide(self, message: Message) -> Decision:
         try:
             delivery = read_request(message, self._terms)
-        except TooLongError as error:
-            return after_refusal(error.delivery, error, now=self._broker.now())
         except InvalidRequestError as error:
-            return invalid(message, error, now=self._broker.now())
+            return fail_unreadable(message, error, now=self._broker.now())
+        if delivery.refusal is not None:
+            return fail(delivery, FailureReason.INVALID_REQUEST, delivery.refusal, now=self._broker.now())
         try:
             return await self._exchanges.process(delivery)
         except (KeylessError, UnavailableError):  # the worker's or the broker's, and not the request's
@@ -341,15 +340,15 @@ class Serving:
         if isinstance(decision, Redeliver):
             await self._broker.put_off(message, decision.delay, decision.exchange)
             return
-        event = await self._with_asked(message, decision.event)
+        event = await self._add_asked(message, decision.event)
         if is_traceparent(message.traceparent):  # any sender may set it to anything
             event = msgspec.structs.replace(event, traceparent=message.traceparent)
         is_new = await self._broker.decide(message, event)
-        self._reporter.outcome_decided(event, is_new=is_new)
+        self._reporter.report_outcome(event, is_new=is_new)
         if is_new:
             self._learn(decision)
 
-    async def _with_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
+    async def _add_asked(self, message: Message, event: ApprovalEvent) -> ApprovalEvent:
         """Return the event; if it expired, it now says whether the user was asked, or may have been.
 
         A request claims its operation id before it creates the operation. The broker keeps the claim for as long as it

@@ -31,12 +31,13 @@ from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 from aiokeyless.ticket import ApprovalTicket
 from aiokeyless.worker.broker import Message, Terms
-from aiokeyless.worker.decisions import after_conflict, invalid
+from aiokeyless.worker.decisions import fail, fail_unreadable
 from aiokeyless.worker.messages import (
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
     Delivery,
+    FailureReason,
     is_about,
     read_context,
     read_event,
@@ -254,10 +255,10 @@ def request(data: bytes) -> None:
         delivery = read(data)
     except InvalidRequestError as error:
         context = read_context(data)
-        event = invalid(message(data), error, now=NOW).event
+        event = fail_unreadable(message(data), error, now=NOW).event
     else:
         context = delivery.context
-        event = after_conflict(delivery, now=NOW).event
+        event = fail(delivery, FailureReason.CONFLICT, "", now=NOW).event
         check_request(delivery, plain(data))
     encoded = msgspec.json.encode(event)
     assert msgspec.json.encode(read_event(encoded)) == encoded

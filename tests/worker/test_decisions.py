@@ -34,15 +34,13 @@ from aiokeyless.worker.decisions import (
     Pacing,
     Redeliver,
     after_bug,
-    after_conflict,
     after_creation,
     after_failed_creation,
     after_outage,
     after_poll,
-    after_refusal,
-    after_taken,
     after_unclaimed,
-    invalid,
+    fail,
+    fail_unreadable,
     is_final,
     observation,
 )
@@ -257,7 +255,7 @@ def test_every_outcome_says_when_it_was_decided() -> None:
         polled(MISSHAPEN, FINAL, took=2),
         not_created(status(BadRequestError, 400), FINAL + 2),
         after_bug(DELIVERY, ZeroDivisionError(), now=now),
-        after_conflict(DELIVERY, now=now),
+        fail(DELIVERY, FailureReason.REJECTED, "it is", now=now),
         after_unclaimed(DELIVERY, operation(**APPROVED), now=now),
         after_unclaimed(DELIVERY, operation(), now=now),
         after_unclaimed(DELIVERY, operation(user_id="BAD"), now=now),
@@ -292,11 +290,6 @@ def test_an_approval_from_before_the_request_does_not_count_again() -> None:
     )
 
 
-def test_an_id_that_the_first_create_finds_taken_is_a_conflict() -> None:
-    event, *_ = decided(after_taken(DELIVERY, now=at(1)))
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
-
-
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
@@ -315,12 +308,6 @@ def test_any_other_operation_from_before_the_request_is_no_approval_and_says_why
     event, *_ = decided(after_unclaimed(DELIVERY, operation(**changed), now=at(1)))
     assert (event.outcome, event.reason) == (Outcome.FAILED, reason)
     assert event.detail
-
-
-def test_an_id_that_a_different_request_holds_is_a_conflict() -> None:
-    event, *_ = decided(after_conflict(DELIVERY, now=at(1)))
-    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.CONFLICT)
-    assert event.detail == "the operation id belongs to a different request"
 
 
 # -- no answer
@@ -342,11 +329,10 @@ def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
     assert "secret" not in (event.detail or "")
 
 
-def test_a_request_that_no_worker_accepts_fails_and_says_why() -> None:
-    decision = after_refusal(DELIVERY, InvalidRequestError("it may wait for a week"), now=at(1))
-    event, *_ = decided(decision)
-    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.INVALID_REQUEST, "txn 1")
-    assert (event.detail, event.decided_at) == ("it may wait for a week", at(1))
+def test_a_request_that_fails_says_why() -> None:
+    event, *_ = decided(fail(DELIVERY, FailureReason.CONFLICT, "it is another's", now=at(1)))
+    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.CONFLICT, "txn 1")
+    assert (event.detail, event.decided_at) == ("it is another's", at(1))
 
 
 def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
@@ -508,7 +494,7 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
 
 def test_a_message_that_is_no_request_has_failed() -> None:
     message = a_message(b'{"context": [1]}', number=2, stored_at=at(0))
-    event, _ = invalid(message, InvalidRequestError("it is none"), now=at(1))
+    event, _ = fail_unreadable(message, InvalidRequestError("it is none"), now=at(1))
     assert event.version == VERSION
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, "invalid_request", "it is none")
     assert (event.operation_id, event.user_id, bytes(event.context)) == (None, None, b"[1]")
@@ -554,7 +540,6 @@ def test_a_clock_that_steps_back_during_a_poll_makes_no_observation_that_ends_be
         polled(MISSHAPEN, 1),
         answered(1, state="denied"),
         after_unclaimed(DELIVERY, operation(**APPROVED), now=at(1)),
-        after_conflict(DELIVERY, now=at(1)),
         after_bug(DELIVERY, ZeroDivisionError(), now=at(1)),
         polled(operation(**APPROVED), 30, delivery=numbered(1)),
     ],

@@ -189,7 +189,7 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
     told = Told()
     circuit = Circuit(64, longest_poll=35.0)
     reporter = Reporter(memory, circuit, (), listeners=Listeners((told,)), lost=print)
-    reporter.outcome_decided(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
+    reporter.report_outcome(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
 
@@ -407,15 +407,15 @@ async def test_what_the_broker_names_are_problems(broker: FakeBroker, circuit: C
 
 async def test_an_event_that_is_refused_is_a_problem_until_one_is_stored(broker: FakeBroker, circuit: Circuit) -> None:
     async with reporting(broker, circuit) as reporter:
-        reporter.delivery_ended(1, RefusedError("insufficient storage"), started_at=0.0)
+        reporter.report_settlement(1, RefusedError("insufficient storage"), started_at=0.0)
         assert problems(reporter) == ["the broker refuses outcomes or claims: insufficient storage"]
-        reporter.outcome_decided(an_event(), is_new=False)
+        reporter.report_outcome(an_event(), is_new=False)
         assert problems(reporter) == []
 
 
 async def test_a_refusal_is_forgotten_where_nothing_is_stored_any_more(broker: FakeBroker, circuit: Circuit) -> None:
     async with reporting(broker, circuit) as reporter:
-        reporter.delivery_ended(1, RefusedError("insufficient storage"), started_at=0.0)
+        reporter.report_settlement(1, RefusedError("insufficient storage"), started_at=0.0)
         await asyncio.sleep(59)
         assert problems(reporter) != []
         await asyncio.sleep(2)
@@ -431,7 +431,7 @@ async def test_requests_that_wait_while_nothing_is_delivered_are_a_problem_after
         assert problems(reporter) == []
         await asyncio.sleep(2)
         assert problems(reporter) == ["7 requests wait, and none was delivered to this worker for 31 s"]
-        reporter.delivery_taken(delivery())
+        reporter.report_delivery(delivery())
         await asyncio.sleep(5)
         assert problems(reporter) == []
 
@@ -447,7 +447,7 @@ async def test_requests_that_wait_for_a_reason_are_none_that_stand_still(
                 circuit.record_failure(0.0, operation_id, started_at=0.0, is_probe=True)
         for _ in range(20):
             if reason == "deliveries come":
-                reporter.delivery_taken(delivery(number=2))
+                reporter.report_delivery(delivery(number=2))
             await asyncio.sleep(5)
         wrong = ["the circuit is open, and 7 new requests wait"] if reason == "Keyless fares badly" else []
         assert problems(reporter) == wrong
@@ -459,7 +459,7 @@ async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_ins
     async with reporting(broker, circuit) as reporter:
         assert reporter.statistics().lateness == 0
         for message in (delivery(waited=3), delivery(waited=7), delivery(waited=4), delivery(number=2, waited=60)):
-            reporter.delivery_taken(message)
+            reporter.report_delivery(message)
         await asyncio.sleep(5)
         assert reporter.statistics().lateness == 7
         await asyncio.sleep(5)
@@ -468,6 +468,6 @@ async def test_lateness_is_the_longest_wait_for_a_first_delivery_between_two_ins
 
 async def test_a_request_that_comes_from_the_future_is_not_early(broker: FakeBroker, circuit: Circuit) -> None:
     async with reporting(broker, circuit) as reporter:
-        reporter.delivery_taken(delivery(waited=-3))
+        reporter.report_delivery(delivery(waited=-3))
         await asyncio.sleep(5)
         assert reporter.statistics().lateness == 0
