@@ -119,7 +119,6 @@ class NatsBroker(Broker):
         return f"<NatsBroker of the fleet {self._fleet.name!r}>"
 
     async def open(self) -> None:
-        """See `Broker`."""
         if self._url is not None:
             if self._connection is not None:
                 raise ConfigurationError("the broker is open already")
@@ -130,7 +129,6 @@ class NatsBroker(Broker):
             self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
 
     async def aclose(self) -> None:
-        """See `Broker`."""
         connection = self._connection
         if connection is None:
             return
@@ -175,7 +173,6 @@ class NatsBroker(Broker):
     # -- for applications
 
     async def submit(self, new: NewRequest) -> bool:
-        """See `ApplicationSide`."""
         headers = {MESSAGE_ID: new.digest}
         if new.traceparent is not None:
             headers[TRACEPARENT] = new.traceparent
@@ -208,7 +205,6 @@ class NatsBroker(Broker):
                 await asyncio.sleep(error_delay(1))
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
-        """See `ApplicationSide`."""
         connection = self._connected()
         if reader not in self._readers:
             self._readers[reader] = Reader(connection, self._fleet, reader, self._event_keys)
@@ -217,7 +213,6 @@ class NatsBroker(Broker):
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> Terms:
-        """See `Broker`."""
         connection, keys, stream = self._connected(), self._event_keys, self._stream()
         if keys is None:
             advice = "set an event key, or trust all users of the account"
@@ -253,24 +248,19 @@ class NatsBroker(Broker):
         await restore_consumer(self._stream(), self._fleet, ack_wait=self._lease)
 
     def now(self) -> datetime:
-        """See `Broker`."""
         return self._clock.now()
 
     @property
     def keeps_delays(self) -> bool:
-        """See `Broker`."""
         return self._intake is None or not self._intake.load_shedding.is_noticeable
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
-        """See `Broker`."""
         return await self._taking().take(up_to, within, probing=probing)
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
-        """See `Broker`."""
         return await self._taking().take_overdue(up_to, self.now() - timedelta(seconds=grace))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        """See `Broker`."""
         intake, delivery = self._taking(), _delivery(message)
         if exchange is not Exchange.NONE:
             intake.failures.record(delivery.id, failed=exchange is Exchange.FAILED)
@@ -286,7 +276,6 @@ class NatsBroker(Broker):
         return max(delay, min(delay * factor, (at - self.now()).total_seconds()))
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
-        """See `Broker`."""
         delivery, data = _delivery(message), msgspec.json.encode(event)
         # A request that is delivered again, such as after a crash, must not get a second outcome. The first is kept.
         names = read_names(message)
@@ -324,19 +313,15 @@ class NatsBroker(Broker):
         return self._event_keys.verify(data, signature, fleet=self._fleet.name) and is_about(data, event)
 
     async def claim(self, message: Message) -> Claimed:
-        """See `Broker`."""
         return await self._claims.claim(*_names(message))
 
     async def holds(self, message: Message) -> bool:
-        """See `Broker`."""
         return await self._claims.holds(*_names(message))
 
     async def unclaim(self, message: Message, token: int) -> bool:
-        """See `Broker`."""
         return await self._claims.unclaim(_names(message)[0], token)
 
     async def inspect(self) -> Inspection:
-        """See `Broker`."""
         connection = self._connected()
         if not connection.is_connected:
             raise UnavailableError("there is no connection to the broker")

@@ -53,7 +53,6 @@ class NatsOutcome(OutcomeDelivery):
         self.place: str = str(message.metadata.sequence.stream)
 
     async def handled(self) -> None:
-        """See `OutcomeDelivery`."""
         try:
             with broker_errors():
                 await self._message.ack()
@@ -61,7 +60,6 @@ class NatsOutcome(OutcomeDelivery):
             raise BrokerError(f"the outcome may be delivered again: {error}") from None
 
     async def put_off(self, delay: float | None = None) -> None:
-        """See `OutcomeDelivery`."""
         if delay is None:
             deliveries = self._message.metadata.num_delivered
             delay = float(min(FIRST_PAUSE * 2.0 ** (deliveries - 1), LONGEST_PAUSE))

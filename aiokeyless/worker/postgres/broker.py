@@ -106,7 +106,6 @@ class PostgresBroker(TableBroker):
         return f"<PostgresBroker, schema {self._schema!r}>"
 
     async def open(self) -> None:
-        """See `Broker`."""
         if self._pool is not None:
             raise ConfigurationError("the broker is open already")
         pool = self._database if isinstance(self._database, asyncpg.Pool) else await self._connect(self._database)
@@ -137,7 +136,6 @@ class PostgresBroker(TableBroker):
             raise ConfigurationError(f"broker must be the URL of a database: {error}", argument="broker") from None
 
     async def aclose(self) -> None:
-        """See `Broker`."""
         if self._pool is None:
             return
         await self._end_tasks()
@@ -148,13 +146,11 @@ class PostgresBroker(TableBroker):
             pool.terminate()  # calls that wait for an outcome or hold one fail
 
     def now(self) -> datetime:
-        """See `Broker`."""
         return self._clock.now()
 
     # -- for applications
 
     async def submit(self, new: NewRequest) -> bool:
-        """See `ApplicationSide`."""
         try:
             return await self._in_transaction(
                 lambda connection: store_request(AsyncpgDriver(connection, self._schema), new)
@@ -191,7 +187,6 @@ class PostgresBroker(TableBroker):
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
-        """See `Broker`."""
         try:
             await self._in_transaction(lambda connection: prepare(connection, self._schema), patience=_TIDIES_WITHIN)
             await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
@@ -201,7 +196,6 @@ class PostgresBroker(TableBroker):
         return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
-        """See `Broker`."""
         loop = asyncio.get_running_loop()
         until = loop.time() + within
         while True:
@@ -237,7 +231,6 @@ class PostgresBroker(TableBroker):
         return [_message(row) for row in taken]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
-        """See `Broker`."""
         return await self._take_or_give_back(self._take_overdue(up_to, grace))
 
     async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
@@ -250,7 +243,6 @@ class PostgresBroker(TableBroker):
         return [_message(row) for row in rows]
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        """See `Broker`."""
         await self._put_offs.call((message.id, message.number, delay, _EXCHANGES[exchange]))
 
     async def _put_off(self, calls: list[tuple[Any, ...]]) -> list[None]:
@@ -260,7 +252,6 @@ class PostgresBroker(TableBroker):
         return [None] * len(calls)
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
-        """See `Broker`."""
         body = msgspec.json.encode(event).decode()
         is_stored: bool = await self._decisions.call((message.id, event.outcome.value, body))
         return is_stored
@@ -275,7 +266,6 @@ class PostgresBroker(TableBroker):
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
-        """See `Broker`."""
         was_asked = await self._claims.call((message.id, message.number))
         return Claimed(Claim.HELD if was_asked else Claim.NEW, message.number)
 
@@ -285,7 +275,6 @@ class PostgresBroker(TableBroker):
         return [were_asked.get(id_, True) for id_, _ in calls]  # if the row was removed, do not ask the user
 
     async def holds(self, message: Message) -> bool:
-        """See `Broker`."""
         is_held: bool = await self._held.call(message.id)
         return is_held
 
@@ -294,13 +283,11 @@ class PostgresBroker(TableBroker):
         return [id_ in asked for id_ in ids]
 
     async def unclaim(self, message: Message, token: int) -> bool:
-        """See `Broker`."""
         rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::integer)", message.id, token)
         is_free: bool = rows[0][0]
         return is_free
 
     async def inspect(self) -> Inspection:
-        """See `Broker`."""
         ((waiting, backlog, oldest_age, is_standby),) = await self._fetch("SELECT * FROM {}.inspect()")
         await self._measure_time()
         problems = ("the database is a standby, which stores nothing",) if is_standby else ()
@@ -375,14 +362,12 @@ class _Pooled(OutcomeDelivery):
         self._slots = slots
 
     async def handled(self) -> None:
-        """See `OutcomeDelivery`."""
         try:
             await self._outcome.handled()
         finally:
             await self._release()
 
     async def put_off(self, delay: float | None = None) -> None:
-        """See `OutcomeDelivery`."""
         try:
             await self._outcome.put_off(delay)
         finally:

@@ -62,38 +62,30 @@ class AsyncpgDriver(Driver):
         self._transaction: Transaction
 
     async def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
-        """See `Driver`."""
         row = await self._connection.fetchrow(in_schema(self.schema, statement), *arguments)
         return None if row is None else tuple(row)
 
     def is_in_transaction(self) -> bool:
-        """See `Driver`."""
         return self._connection.is_in_transaction()
 
     def joins_transaction(self) -> bool:
-        """See `Driver`."""
         return self._connection.is_in_transaction()
 
     async def begin(self) -> None:
-        """See `Driver`."""
         self._transaction = self._connection.transaction(isolation="read_committed")
         await self._transaction.start()
 
     async def commit(self) -> None:
-        """See `Driver`."""
         await self._transaction.commit()
 
     async def roll_back(self) -> None:
-        """See `Driver`."""
         if not self._connection.is_closed():
             await self._transaction.rollback()  # if the body has ended it, the server only warns
 
     async def pause(self) -> None:
-        """See `Driver`."""
         await asyncio.sleep(READS_EVERY)
 
     async def complete(self, step: Coroutine[Any, Any, None]) -> None:
-        """See `Driver`."""
         task = asyncio.ensure_future(step)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieves a late error
         try:

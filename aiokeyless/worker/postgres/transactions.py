@@ -105,7 +105,6 @@ class DriverConnection(ApplicationSide):
         return await store_request(self._driver, new)
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
-        """See `ApplicationSide`."""
         if self._driver.is_in_transaction():
             raise ConfigurationError(
                 "the connection must be in no transaction, since next_outcome begins one; in one of your own, use the "

@@ -89,7 +89,6 @@ class SqliteBroker(TableBroker):
         return f"<SqliteBroker {self._path}>"
 
     async def open(self) -> None:
-        """See `Broker`."""
         if self._is_open:
             raise ConfigurationError("the broker is open already")
         loop = asyncio.get_running_loop()
@@ -109,7 +108,6 @@ class SqliteBroker(TableBroker):
         self._is_open = True
 
     async def aclose(self) -> None:
-        """See `Broker`."""
         if not self._is_open:
             return
         self._is_open = False
@@ -122,13 +120,11 @@ class SqliteBroker(TableBroker):
             self._thread.shutdown(wait=False)
 
     def now(self) -> datetime:
-        """See `Broker`."""
         return self._clock()
 
     # -- for applications
 
     async def submit(self, new: NewRequest) -> bool:
-        """See `ApplicationSide`."""
         try:
             is_duplicate = await self._do(lambda store: store.submit(new), lasting=True)
         except UnavailableError as error:
@@ -141,7 +137,6 @@ class SqliteBroker(TableBroker):
         return is_duplicate
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
-        """See `ApplicationSide`."""
         if reader not in self._readers:
             await self._do(lambda store: store.add_reader(reader), lasting=True)
             self._readers.add(reader)
@@ -171,14 +166,12 @@ class SqliteBroker(TableBroker):
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
-        """See `Broker`."""
         self._check_open()
         if self._housekeeping is None and self._path != MEMORY:
             log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
         return self._keep_house(lease)
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
-        """See `Broker`."""
         loop = asyncio.get_running_loop()
         until = loop.time() + within
         while True:
@@ -201,35 +194,28 @@ class SqliteBroker(TableBroker):
             await self._wait_for(changed, left if due is None else min(left, due - now))
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
-        """See `Broker`."""
         return await self._take_or_give_back(self._do(lambda store: store.take_overdue(up_to, self._lease, grace)))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        """See `Broker`."""
         await self._batches.call(PutOff(message, delay, exchange))
         self._due.notify()
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
-        """See `Broker`."""
         data = msgspec.json.encode(event)
         is_stored = await self._do(lambda store: store.decide(message.id, event.outcome.value, data), lasting=True)
         self._decided.notify()
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
-        """See `Broker`."""
         return await self._do(lambda store: store.claim(message.id, message.number), lasting=True)
 
     async def holds(self, message: Message) -> bool:
-        """See `Broker`."""
         return await self._do(lambda store: store.holds(message.id))
 
     async def unclaim(self, message: Message, token: int) -> bool:
-        """See `Broker`."""
         return await self._do(lambda store: store.unclaim(message.id, token), lasting=True)
 
     async def inspect(self) -> Inspection:
-        """See `Broker`."""
         return await self._read(Store.inspect)
 
     # -- the thread
@@ -303,9 +289,7 @@ class _Outcome(OutcomeDelivery):
         self.place = f"request-{unread.id}"
 
     async def handled(self) -> None:
-        """See `OutcomeDelivery`."""
         await self._broker.forget_unread(self._unread)
 
     async def put_off(self, delay: float | None = None) -> None:
-        """See `OutcomeDelivery`."""
         await self._broker.put_off_unread(self._unread, delay)
