@@ -82,17 +82,7 @@ async def check_key(transport: Transport) -> None:
 
 
 class Exchanges:
-    """The exchanges of one worker.
-
-    Args:
-        transport: Sends each exchange once; the broker repeats failed ones.
-        broker: Stores which request an operation id belongs to. Its clock counts.
-        schedule: When to poll.
-        circuit: Records how the exchanges went.
-        rate: Records the polls, and those that were refused with 429.
-        grace: Seconds past the deadline for which a final poll that got no answer is repeated.
-        reporter: Receives polls, and changes of the circuit.
-    """
+    """The exchanges of one worker. It sends each once, because the broker repeats failed ones."""
 
     def __init__(
         self,

@@ -94,12 +94,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 class Reporter:
     """Counts for one worker, inspects its fleet every few seconds, and knows what keeps it from being ready.
 
-    Args:
-        broker: The broker.
-        circuit: The circuit of this worker.
-        deliveries: Those in flight.
-        listeners: Receive the events; None if there are none.
-        lost: Called if the broker will not come back.
+    If the broker will not come back, it calls `on_loss`.
 
     Attributes:
         is_draining: Whether the worker is about to end.
@@ -113,13 +108,13 @@ class Reporter:
         deliveries: Sized,
         *,
         listeners: Listeners | None,
-        lost: Callable[[BrokerError], None],
+        on_loss: Callable[[BrokerError], None],
     ) -> None:
         self._broker = broker
         self._circuit = circuit
         self._deliveries = deliveries
         self._listeners = listeners
-        self._lost = lost
+        self._on_loss = on_loss
         self._worker = next(_WORKERS)
         self._now = asyncio.get_running_loop().time
         self._transitions = Transitions(self._now())
@@ -188,7 +183,7 @@ class Reporter:
             self.report_silence(error)
             return
         except BrokerError as error:
-            self._lost(error)
+            self._on_loss(error)
             return
         self._silence = None
         self._lateness, self._longest_wait = self._longest_wait, 0.0

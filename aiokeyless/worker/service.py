@@ -82,12 +82,10 @@ class ApprovalWorker:
         learned: Path | str | None = None,
         grace: float = 30.0,
     ) -> None:
-        longest_delivery = _EXCHANGES * client.request_timeout + _SETTLED_WITHIN
         self._limits = Limits(
             max_in_flight=whole_number(max_in_flight, "max_in_flight"),
             max_polls_per_second=check_rate(max_polls_per_second, "max_polls_per_second"),
-            longest_delivery=longest_delivery,
-            lease=longest_delivery + _MARGIN,
+            longest_delivery=_EXCHANGES * client.request_timeout + _SETTLED_WITHIN,
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client
@@ -132,7 +130,7 @@ class ApprovalWorker:
             await self._ended.wait()
 
     async def __aenter__(self) -> Self:
-        self._claim()
+        self._use_up()
         self._running = asyncio.create_task(self._run())
         try:
             await self._started.wait()
@@ -169,9 +167,9 @@ class ApprovalWorker:
             ConfigurationError: It has run already.
             BrokerError: The broker cannot be reached, or something cannot be made as it must be.
         """
-        self._claim()
+        self._use_up()
         async with self._broker if self._is_owner else nullcontext():
-            await self._broker.prepare(lease=self._limits.lease, service=self._client.base_url)
+            await self._prepare_broker()
 
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.
@@ -185,10 +183,10 @@ class ApprovalWorker:
             AuthenticationError: Keyless does not accept the key. Requests stay at the broker, for another worker.
             KeylessError: At the start, Keyless's answer makes no sense.
         """
-        self._claim()
+        self._use_up()
         await self._run()
 
-    def _claim(self) -> None:
+    def _use_up(self) -> None:
         if self._has_run:
             raise ConfigurationError("a worker runs once; make another one to go on")
         self._has_run = True
@@ -217,7 +215,7 @@ class ApprovalWorker:
             raise self._fatal
 
     async def _serve(self, transport: Transport) -> None:
-        terms = await self._broker.prepare(lease=self._limits.lease, service=self._client.base_url)
+        terms = await self._prepare_broker()
         # The broker must remember a request until the last repetition of its final poll.
         longest_wait = terms.longest_wait - self._limits.grace
         if longest_wait <= 0:
@@ -226,22 +224,23 @@ class ApprovalWorker:
                 f"{self._limits.grace:g} s: shorten the grace, or lengthen what the broker allows"
             )
         async with nullcontext() if self._keeper is None else self._keeper.keeping():
-            await self._serve_on(transport, terms._replace(longest_wait=longest_wait))
+            self._serving = Serving(
+                self._broker,
+                transport,
+                schedule=self._schedule,
+                limits=self._limits,
+                terms=terms._replace(longest_wait=longest_wait),
+                on_fatal=self._fail,
+                listeners=Listeners(self._client.listeners) if self._client.listeners else None,
+            )
+            if self._stopping:
+                self._serving.stop()
+            self._started.set()
+            await self._serving.serve()
 
-    async def _serve_on(self, transport: Transport, terms: Terms) -> None:
-        self._serving = Serving(
-            self._broker,
-            transport,
-            schedule=self._schedule,
-            limits=self._limits,
-            terms=terms,
-            on_fatal=self._fail,
-            listeners=Listeners(self._client.listeners) if self._client.listeners else None,
-        )
-        if self._stopping:
-            self._serving.stop()
-        self._started.set()
-        await self._serving.serve()
+    async def _prepare_broker(self) -> Terms:
+        lease = self._limits.longest_delivery + _MARGIN
+        return await self._broker.prepare(lease=lease, service=self._client.base_url)
 
     def _fail(self, error: KeylessError) -> None:
         """End because of an error that is this worker's or its broker's, and not a request's."""

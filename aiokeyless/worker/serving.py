@@ -65,28 +65,19 @@ class Limits(NamedTuple):
         max_in_flight: Deliveries in flight at once.
         max_polls_per_second: Polls of this worker in a second; None for as many as fit.
         longest_delivery: Most seconds that one delivery takes.
-        lease: Seconds after which the broker repeats an unsettled delivery.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
     """
 
     max_in_flight: int
     max_polls_per_second: float | None
     longest_delivery: float
-    lease: float
     grace: float
 
 
 class Serving:
-    """A worker at a broker that is prepared.
+    """A worker at a broker that is prepared, with a transport that sends each exchange once.
 
-    Args:
-        broker: The broker.
-        transport: Sends each exchange once.
-        schedule: When to poll.
-        limits: What bounds the deliveries.
-        terms: What the broker allows.
-        on_fatal: Called with an error that is this worker's, and not a request's.
-        listeners: Receive the events; None if there are none.
+    It passes an error that is the worker's or the broker's, and not a request's, to `on_fatal`.
     """
 
     def __init__(
@@ -113,7 +104,7 @@ class Serving:
         self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
         # A request belongs to the trace of its submitter, and its polls have no spans.
         self._context = context_without_traces()
-        self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, lost=on_fatal)
+        self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, on_loss=on_fatal)
         self._exchanges = Exchanges(
             transport,
             broker,

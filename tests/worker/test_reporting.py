@@ -188,7 +188,7 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
 ) -> None:
     told = Told()
     circuit = Circuit(64, longest_poll=35.0)
-    reporter = Reporter(memory, circuit, (), listeners=Listeners((told,)), lost=print)
+    reporter = Reporter(memory, circuit, (), listeners=Listeners((told,)), on_loss=print)
     reporter.report_outcome(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
     assert (published.outcome, published.reason, published.age) == (outcome, reason, 9.0)
@@ -335,7 +335,7 @@ def circuit() -> Circuit:
 @asynccontextmanager
 async def reporting(broker: FakeBroker, circuit: Circuit) -> AsyncGenerator[Reporter]:
     """Run a reporter; the body starts between two inspections."""
-    reporter = Reporter(cast("Broker", broker), circuit, (), listeners=None, lost=broker.losses.append)
+    reporter = Reporter(cast("Broker", broker), circuit, (), listeners=None, on_loss=broker.losses.append)
     watching = asyncio.create_task(reporter.watch())
     await asyncio.sleep(1)
     yield reporter

@@ -30,9 +30,9 @@ from aiokeyless.worker.messages import deadline, is_about, read_names
 from .claims import NatsClaims, claims_signed_from, mark
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
-from .failures import broker_errors
+from .failures import NoStreamError, broker_errors
 from .fleet import KEYLESS, Fleet
-from .inspection import Inspector
+from .inspection import inspect
 from .intake import Intake, NatsMessage
 from .readers import Reader
 from .streams import StreamSettings, prepare, restore_consumer
@@ -58,10 +58,6 @@ _LEADERLESS_FOR: Final = 15.0
 _ALONE_FOR: Final = 2.0
 _ROOM_FOR_EVENT: Final = 8 << 10  # bytes by which an event with its headers may exceed its request
 _KEPT_AS: Final = "_aiokeyless_broker"  # a connection's attribute for its broker
-
-
-class _NoPlaceError(UnavailableError):
-    """There is no stream for it, and none appeared in time."""
 
 
 class NatsBroker(Broker):
@@ -165,7 +161,7 @@ class NatsBroker(Broker):
     def _stream(self) -> JetStreamContext:
         return self._fleet.jetstream(self._connected(), _ANSWER_WITHIN)
 
-    def _taking(self) -> Intake:
+    def _open_intake(self) -> Intake:
         self._connected()
         assert self._intake is not None  # noqa: S101  # a worker calls `prepare` first
         return self._intake
@@ -176,33 +172,24 @@ class NatsBroker(Broker):
         headers = {MESSAGE_ID: new.digest}
         if new.traceparent is not None:
             headers[TRACEPARENT] = new.traceparent
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                # Each attempt has the same name, so the stream stores the request once, even if an answer was lost.
-                return await self._submit(new.body, headers)
-            except UnavailableError as error:
-                if attempt == _SUBMISSIONS or isinstance(error, _NoPlaceError):
-                    raise BrokerError(str(error)) from None
-            await asyncio.sleep(error_delay(attempt))
-
-    async def _submit(self, body: bytes, headers: dict[str, str]) -> bool:
-        loop, stream = asyncio.get_running_loop(), self._stream()
+        loop, failures = asyncio.get_running_loop(), 0
         give_up_at = loop.time() + (_LEADERLESS_FOR if len(self._connected().servers) > 1 else _ALONE_FOR)
-        with broker_errors():
-            while True:
-                try:
-                    stored = await stream.publish(
-                        self._fleet.request_subject, body, stream=self._fleet.requests, headers=headers
+        while True:
+            try:
+                with broker_errors():
+                    # Each attempt has the same name, so the stream stores the request once, even if an answer was lost.
+                    stored = await self._stream().publish(
+                        self._fleet.request_subject, new.body, stream=self._fleet.requests, headers=headers
                     )
-                except nats.js.errors.NoStreamResponseError:
-                    # Raised at once, and also for a stream that has no leader during an election.
-                    if loop.time() >= give_up_at:
-                        raise _NoPlaceError("no stream took it; start a worker first, it makes the stream") from None
-                else:
-                    return bool(stored.duplicate)
-                await asyncio.sleep(error_delay(1))
+                return bool(stored.duplicate)
+            except NoStreamError:  # raised at once, and also while the stream has no leader
+                if loop.time() >= give_up_at:
+                    raise BrokerError("no stream took it; start a worker first, it makes the stream") from None
+            except UnavailableError as error:
+                failures += 1
+                if failures == _SUBMISSIONS:
+                    raise BrokerError(str(error)) from None
+            await asyncio.sleep(error_delay(max(1, failures)))
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         connection = self._connected()
@@ -255,21 +242,21 @@ class NatsBroker(Broker):
         return self._intake is None or not self._intake.load_shedding.is_noticeable
 
     async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
-        return await self._taking().take(up_to, within, probing=probing)
+        return await self._open_intake().take(up_to, within, probing=probing)
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
-        return await self._taking().take_overdue(up_to, self.now() - timedelta(seconds=grace))
+        return await self._open_intake().take_overdue(up_to, self.now() - timedelta(seconds=grace))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        intake, delivery = self._taking(), _delivery(message)
+        intake, delivery = self._open_intake(), _delivery(message)
         if exchange is not Exchange.NONE:
             intake.failures.record(delivery.id, failed=exchange is Exchange.FAILED)
         if exchange is Exchange.ANSWERED:
-            delay = self._stretched(message, delay, intake.load_shedding.factor)
+            delay = self._stretch(message, delay, intake.load_shedding.factor)
         with broker_errors():
             await delivery.raw.nak(delay=delay)
 
-    def _stretched(self, message: Message, delay: float, factor: float) -> float:
+    def _stretch(self, message: Message, delay: float, factor: float) -> float:
         """Stretch a delay while new requests wait, but not past the deadline of its own request."""
         if factor <= 1.0 or (at := deadline(message)) is None:
             return delay
@@ -288,7 +275,7 @@ class NatsBroker(Broker):
                 log(logging.ERROR, "outcome.forged", {"sequence": stored.seq})
                 own_name = f"{name}-{stored.seq}"
             await delivery.raw.ack()
-        self._taking().failures.forget(delivery.id)
+        self._open_intake().failures.forget(delivery.id)
         return not stored.duplicate
 
     async def _publish(self, event: ApprovalEvent, data: bytes, name: str) -> PubAck:
@@ -325,7 +312,7 @@ class NatsBroker(Broker):
         connection = self._connected()
         if not connection.is_connected:
             raise UnavailableError("there is no connection to the broker")
-        return await Inspector(connection, self._fleet, self._clock, _ANSWER_WITHIN).inspect()
+        return await inspect(connection, self._fleet, self._clock, within=_ANSWER_WITHIN)
 
 
 def _delivery(message: Message) -> NatsMessage:

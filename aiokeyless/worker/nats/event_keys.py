@@ -49,9 +49,9 @@ class EventKeys:
     """
 
     def __init__(self, *keys: str) -> None:
-        parsed = _parsed(keys)
+        parsed = _parse(keys)
         del keys  # before anything is raised: error reporters print local variables
-        self._keys: dict[str, Secret] = _valid(parsed)  # by their ids, the first one signs
+        self._keys: dict[str, Secret] = _raise_error(parsed)  # by their ids, the first one signs
 
     @classmethod
     def from_files(cls, *paths: Path | str) -> Self:
@@ -73,12 +73,12 @@ class EventKeys:
             ConfigurationError: A key is not valid.
         """
         # No variable holds a key, because the traceback of an error contains this frame.
-        return cls._of(_parsed(os.environ[VARIABLE].split())) if os.environ.get(VARIABLE, "").strip() else None
+        return cls._of(_parse(os.environ[VARIABLE].split())) if os.environ.get(VARIABLE, "").strip() else None
 
     @classmethod
     def _of(cls, parsed: dict[str, Secret] | ConfigurationError) -> Self:
         made = cls.__new__(cls)
-        made._keys = _valid(parsed)  # noqa: SLF001  # of the same class
+        made._keys = _raise_error(parsed)  # noqa: SLF001  # of the same class
         return made
 
     def __repr__(self) -> str:
@@ -115,7 +115,7 @@ class EventKeys:
         return hmac.compare_digest(digest, _digest(key, data, fleet, kind))
 
 
-def _valid(parsed: dict[str, Secret] | ConfigurationError) -> dict[str, Secret]:
+def _raise_error(parsed: dict[str, Secret] | ConfigurationError) -> dict[str, Secret]:
     if isinstance(parsed, ConfigurationError):
         raise parsed
     return parsed
@@ -126,25 +126,25 @@ def _read(paths: Sequence[Path | str]) -> dict[str, Secret] | ConfigurationError
     texts: list[str] = []
     for path in paths:
         if not isinstance(path, str | os.PathLike):
-            return _unreadable(path, "it is no path")
+            return _read_error(path, "it is no path")
         try:
             with open(path, "rb") as file:  # noqa: PTH123  # as many bytes as a key file has, also of a device
                 content = file.read(_LONGEST_FILE)
         except OSError as error:
-            return _unreadable(path, error.strerror or type(error).__name__)
+            return _read_error(path, error.strerror or type(error).__name__)
         except ValueError as error:  # a zero byte in the name
-            return _unreadable(path, str(error))
+            return _read_error(path, str(error))
         if not content.isascii():  # a decoding error would hold the undecoded text
-            return _unreadable(path, "it is not ASCII text")
+            return _read_error(path, "it is not ASCII text")
         texts += content.decode("ascii").split()
-    return _parsed(texts)
+    return _parse(texts)
 
 
-def _unreadable(path: object, reason: str) -> ConfigurationError:
+def _read_error(path: object, reason: str) -> ConfigurationError:
     return ConfigurationError(f"no event key can be read from {path!s:.200}: {reason}", argument="paths")
 
 
-def _parsed(keys: Sequence[object]) -> dict[str, Secret] | ConfigurationError:
+def _parse(keys: Sequence[object]) -> dict[str, Secret] | ConfigurationError:
     """Return keys by their ids, or the error that the caller raises once it holds none of them."""
     if not keys:
         return ConfigurationError("there is no event key", argument="keys")

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+class NoStreamError(UnavailableError):
+    """No stream took a message: there is none, or it has no leader during an election."""
+
+
 @contextmanager
 def broker_errors() -> Iterator[None]:
     """Raise nats-py's errors as an `UnavailableError`."""
@@ -21,6 +25,8 @@ def broker_errors() -> Iterator[None]:
         yield
     except nats.js.errors.APIError as error:
         raise RefusedError(reason(error)) from None
+    except nats.js.errors.NoStreamResponseError as error:
+        raise NoStreamError(reason(error)) from None
     except nats.errors.Error as error:
         raise UnavailableError(reason(error)) from None
     except OSError as error:

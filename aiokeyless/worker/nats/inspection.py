@@ -6,7 +6,7 @@ A worker needs permission for these requests anyway, and the broker answers them
 from __future__ import annotations
 
 from datetime import datetime  # noqa: TC003  # msgspec reads the annotations
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -60,71 +60,69 @@ class _ConsumerAnswer(msgspec.Struct):
     paused: bool = False
 
 
-_Told = TypeVar("_Told", _StreamAnswer, _ConsumerAnswer)
+_Info = TypeVar("_Info", _StreamAnswer, _ConsumerAnswer)
 
 
-class Inspector(NamedTuple):
-    """An inspection of a fleet.
+async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, within: float) -> Inspection:
+    """Return the state of a fleet, and measure the broker's clock.
 
-    Attributes:
+    Args:
         connection: The broker.
         fleet: The fleet.
-        clock: The broker's clock, which each inspection measures as well.
-        within: Seconds within which an answer must come.
+        clock: The broker's clock.
+        within: Seconds within which each answer must come.
+
+    Raises:
+        UnavailableError: The broker does not answer, or not as expected.
     """
 
-    connection: Client
-    fleet: Fleet
-    clock: BrokerClock
-    within: float
-
-    async def inspect(self) -> Inspection:
-        """See `Broker`."""
-        fleet = self.fleet
-        asked_at = self.clock.now()
-        requests = await self._ask(f"STREAM.INFO.{fleet.requests}", _StreamAnswer)
-        if requests is not None:
-            self.clock.compare(requests.ts, asked_at=asked_at)
-        problems = [*_of_stream(fleet.requests, requests)]
-        for name in (fleet.outcomes, fleet.claims):
-            problems += _of_stream(name, await self._ask(f"STREAM.INFO.{name}", _StreamAnswer))
-        if requests is None:
-            return Inspection(clock_ahead=self.clock.ahead, problems=tuple(problems))
-        consumer = await self._ask(f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}", _ConsumerAnswer)
-        if consumer is None:
-            problems.append(f"the consumer {fleet.consumer} is gone")
-        elif consumer.paused:
-            problems.append(f"the consumer {fleet.consumer} is paused")
-        waiting = requests.state.messages
-        age = (requests.ts - requests.state.first_ts).total_seconds() if waiting else 0.0
-        return Inspection(
-            waiting=waiting,
-            backlog=0 if consumer is None else consumer.num_pending,
-            oldest_age=age,
-            clock_ahead=self.clock.ahead,
-            problems=tuple(problems),
-        )
-
-    async def _ask(self, subject: str, kind: type[_Told]) -> _Told | None:
-        """Ask JetStream. Return None if there is no such stream or consumer."""
+    async def ask(subject: str, kind: type[_Info]) -> _Info | None:
         with broker_errors():
-            answer = await self.connection.request(f"{self.fleet.api_prefix}.{subject}", b"", timeout=self.within)
-        try:
-            failure = msgspec.json.decode(answer.data, type=_Answer).error
-            if failure is None:
-                return msgspec.json.decode(answer.data, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise UnavailableError(f"what {subject} answers cannot be read: {error}") from None
-        if failure.code != _NOT_FOUND:
-            raise UnavailableError(failure.description)
-        return None
+            answer = await connection.request(f"{fleet.api_prefix}.{subject}", b"", timeout=within)
+        return _read(subject, answer.data, kind)
+
+    asked_at = clock.now()
+    requests = await ask(f"STREAM.INFO.{fleet.requests}", _StreamAnswer)
+    if requests is not None:
+        clock.compare(requests.ts, asked_at=asked_at)
+    problems = [*_problems(fleet.requests, requests)]
+    for name in (fleet.outcomes, fleet.claims):
+        problems += _problems(name, await ask(f"STREAM.INFO.{name}", _StreamAnswer))
+    if requests is None:
+        return Inspection(clock_ahead=clock.ahead, problems=tuple(problems))
+    consumer = await ask(f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}", _ConsumerAnswer)
+    if consumer is None:
+        problems.append(f"the consumer {fleet.consumer} is gone")
+    elif consumer.paused:
+        problems.append(f"the consumer {fleet.consumer} is paused")
+    waiting = requests.state.messages
+    return Inspection(
+        waiting=waiting,
+        backlog=0 if consumer is None else consumer.num_pending,
+        oldest_age=(requests.ts - requests.state.first_ts).total_seconds() if waiting else 0.0,
+        clock_ahead=clock.ahead,
+        problems=tuple(problems),
+    )
 
 
-def _of_stream(name: str, told: _StreamAnswer | None) -> Iterator[str]:
-    if told is None:
+def _read(subject: str, answer: bytes, kind: type[_Info]) -> _Info | None:
+    """Read an answer of JetStream. Return None if there is no such stream or consumer."""
+    try:
+        failure = msgspec.json.decode(answer, type=_Answer).error
+        if failure is None:
+            return msgspec.json.decode(answer, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UnavailableError(f"what {subject} answers cannot be read: {error}") from None
+    if failure.code != _NOT_FOUND:
+        raise UnavailableError(failure.description)
+    return None
+
+
+def _problems(name: str, stream: _StreamAnswer | None) -> Iterator[str]:
+    if stream is None:
         yield f"the stream {name} is gone"
         return
-    limits, content = told.config, told.state
+    limits, content = stream.config, stream.state
     if 0 < limits.max_msgs <= content.messages:
         yield f"the stream {name} is full: it has {content.messages} messages of at most {limits.max_msgs}"
     elif 0 < limits.max_bytes < content.bytes + _ROOM:

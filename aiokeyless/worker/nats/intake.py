@@ -156,7 +156,7 @@ class Intake:
             self._check_connection()
             await self._pull(max(up_to, _CHOICE) if probing else up_to)
             await self._hand_back_old()
-            if taken := self._chosen(up_to, probing=probing):
+            if taken := self._choose(up_to, probing=probing):
                 return taken
             left = until - self._now()
             if left <= 0:
@@ -237,7 +237,7 @@ class Intake:
         with broker_errors():
             await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._inbox)
 
-    def _chosen(self, up_to: int, *, probing: bool) -> list[NatsMessage]:
+    def _choose(self, up_to: int, *, probing: bool) -> list[NatsMessage]:
         if probing:
             self._arrived.sort(key=lambda message: message.rank)
             if self._arrived and self._arrived[0].failures and self._now() < self._pulled_at + _BETTER_WITHIN:

@@ -91,7 +91,7 @@ class Reader:
         """See `ApplicationSide.next_outcome`."""
         with broker_errors():
             if self._subscription is None:
-                self._subscription = await self._subscribed()
+                self._subscription = await self._subscribe()
             while True:
                 # One at a time: in a batch, the last would wait for an application that is slow with the first.
                 message = await _next_message(self._subscription)
@@ -113,7 +113,7 @@ class Reader:
         # A message that is no event is dropped, signed or not. A user with the permission to submit only can have the
         # broker store its acknowledgement here, by a reply subject, any number of times.
         facts: dict[str, object] = {"sequence": message.metadata.sequence.stream}
-        if (reason := self._unreadable(message)) is not None:
+        if (reason := self._unreadable_reason(message)) is not None:
             log(logging.ERROR, "outcome.unreadable", {**facts, "error": reason})
             await message.term()
             return False
@@ -129,7 +129,7 @@ class Reader:
             await message.term()
         return False
 
-    def _unreadable(self, message: Msg) -> str | None:
+    def _unreadable_reason(self, message: Msg) -> str | None:
         try:
             event = read_event(message.data)
         except NewerEventError:
@@ -140,16 +140,25 @@ class Reader:
         kind = self._fleet.kind_of(message.subject)
         return None if kind == event.outcome else f"{event.outcome} under {kind}"
 
-    async def _subscribed(self) -> JetStreamContext.PullSubscription:
-        try:
-            stream = self._fleet.jetstream(self._connection, _ANSWER_WITHIN)
-            return await _subscribed(stream, self._fleet, self._name)
-        except nats.errors.TimeoutError:  # a broker does not answer a request without permission
-            raise BrokerError(
-                "outcomes cannot be read: the broker does not answer; is it there, and may this user publish to "
-                f"{self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe to its "
-                "inbox?"
-            ) from None
+    async def _subscribe(self) -> JetStreamContext.PullSubscription:
+        stream = self._fleet.jetstream(self._connection, _ANSWER_WITHIN)
+        silences = 0
+        while True:
+            try:
+                await _ensure_place(stream, self._fleet, self._name)
+                return await stream.pull_subscribe_bind(self._name, self._fleet.outcomes)
+            except nats.js.errors.NotFoundError:
+                raise BrokerError(
+                    "outcomes cannot be read: there is no stream; start a worker first, it makes it"
+                ) from None
+            except nats.errors.TimeoutError:  # without permission, or without a leader
+                silences += 1
+                if silences == _ATTEMPTS:
+                    raise BrokerError(
+                        "outcomes cannot be read: the broker does not answer; is it there, and may this user publish "
+                        f"to {self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe "
+                        "to its inbox?"
+                    ) from None
 
 
 def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
@@ -165,22 +174,6 @@ def is_outcome(reply: str, durable: str, *, fleet: Fleet = KEYLESS) -> bool:
         fleet: The fleet whose outcomes they are. Default: that of the name ``keyless``.
     """
     return is_delivery(reply, fleet.outcomes, durable)
-
-
-async def _subscribed(stream: JetStreamContext, fleet: Fleet, durable: str) -> JetStreamContext.PullSubscription:
-    silences = 0
-    while True:
-        try:
-            await _ensure_place(stream, fleet, durable)
-            return await stream.pull_subscribe_bind(durable, fleet.outcomes)
-        except nats.js.errors.NotFoundError:
-            raise BrokerError(
-                "outcomes cannot be read: there is no stream; start a worker first, it makes it"
-            ) from None
-        except nats.errors.TimeoutError:  # a cluster without a leader does not answer
-            silences += 1
-            if silences == _ATTEMPTS:
-                raise
 
 
 async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) -> None:

@@ -742,16 +742,16 @@ def test_readers_with_a_client_of_their_own_can_tell_an_outcome() -> None:
 
 
 async def test_a_broker_that_says_nothing_when_reading_begins_is_waited_for_and_not_for_ever(
-    connection: Client, broker: NatsServer, stream: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+    connection: Client, broker: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasty = connection.jetstream(timeout=0.2)
+    monkeypatch.setattr(readers, "_ANSWER_WITHIN", 0.2)
     monkeypatch.setattr(readers, "_ATTEMPTS", 3)
+    reader = readers.Reader(connection, KEYLESS, "test", None)
     broker.pause()
     try:
         began = asyncio.get_running_loop().time()
-        with pytest.raises(nats.errors.TimeoutError):
-            await readers._subscribed(hasty, KEYLESS, "test")
-        assert 0.6 <= asyncio.get_running_loop().time() - began < 5
+        with pytest.raises(BrokerError, match="the broker does not answer"):
+            await reader.next()
+        assert asyncio.get_running_loop().time() - began >= 0.6
     finally:
         broker.resume()
-    await (await readers._subscribed(stream, KEYLESS, "test")).unsubscribe()

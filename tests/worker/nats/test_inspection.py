@@ -13,7 +13,7 @@ from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.nats.fleet import KEYLESS, Fleet
-from aiokeyless.worker.nats.inspection import Inspector
+from aiokeyless.worker.nats.inspection import inspect
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -29,7 +29,7 @@ async def stream(connection: Client) -> JetStreamContext:
 
 async def inspected(connection: Client, fleet: Fleet = KEYLESS) -> Inspection:
     still = BrokerClock(lambda: datetime(2026, 11, 28, tzinfo=UTC), lambda: 0.0)
-    return await Inspector(connection, fleet, still, PATIENCE).inspect()
+    return await inspect(connection, fleet, still, within=PATIENCE)
 
 
 async def inspected_with_backlog(connection: Client, backlog: int) -> Inspection:

@@ -244,14 +244,20 @@ COMMENT ON FUNCTION {schema}.put_off_outcome IS 'Have an outcome that was not ha
 
 -- For workers. Times of polls need not survive a crash, so they do not wait for the disk. Claims and outcomes do.
 
-CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, probing boolean)
-RETURNS TABLE (
-    id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
+CREATE TYPE {schema}.delivery AS (
+    id bigint,
+    body text,
+    traceparent text,
+    stored_at double precision,
+    number integer,
+    failures integer,
     due_at double precision
-)
+);
+
+CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, probing boolean)
+RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
-#variable_conflict use_column
 DECLARE
     moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
@@ -291,14 +297,10 @@ END
 $function$;
 
 CREATE FUNCTION {schema}.take_overdue(up_to integer, lease double precision, grace double precision)
-RETURNS TABLE (
-    id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
-    due_at double precision
-)
+RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
 AS $function$
-#variable_conflict use_column
 DECLARE
     moment constant timestamptz := clock_timestamp();
     over constant timestamptz := moment - grace * interval '1 s';
@@ -314,13 +316,9 @@ $function$;
 
 -- Make locked requests due again after the lease, and return them in the given order.
 CREATE FUNCTION {schema}.deliver(chosen bigint[], lease double precision)
-RETURNS TABLE (
-    id bigint, body text, traceparent text, stored_at double precision, number integer, failures integer,
-    due_at double precision
-)
+RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
-#variable_conflict use_column
 BEGIN
     RETURN QUERY
     WITH due AS (
