@@ -21,7 +21,7 @@ from .messages import (
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
-    NewerEventError,
+    NewerVersionError,
     context_refusal,
     read_event,
     request_name,
@@ -222,7 +222,7 @@ async def _next_event(side: ApplicationSide, reader: str) -> tuple[OutcomeDelive
         outcome = await side.next_outcome(reader)
         try:
             return outcome, read_event(outcome.data)
-        except NewerEventError as error:
+        except NewerVersionError as error:
             log(logging.ERROR, "outcome.newer", {"place": outcome.place, "error": str(error)})
             await outcome.put_off(_UPGRADED_IN)
         except msgspec.DecodeError as error:

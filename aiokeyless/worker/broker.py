@@ -137,18 +137,6 @@ class ApplicationSide(ABC):
         """
 
 
-class Terms(NamedTuple):
-    """What a broker allows.
-
-    Attributes:
-        longest_wait: Longest wait for a request, in seconds, final polls included.
-        largest_request: Bytes of one request.
-    """
-
-    longest_wait: float
-    largest_request: int
-
-
 class Message(msgspec.Struct, kw_only=True, eq=False):
     """One delivery of a request to a worker. A broker may add fields by which it recognizes the request.
 
@@ -249,12 +237,15 @@ class Broker(ApplicationSide):
     # -- for workers
 
     @abstractmethod
-    async def prepare(self, *, lease: float, service: str) -> Terms:
+    async def prepare(self, *, lease: float, service: str) -> float:
         """Make or check what workers need. Each worker calls it once, before the methods below.
 
         Args:
             lease: Seconds after which an unsettled delivery comes again.
             service: Base URL of the service that the worker asks. A broker may refuse workers of different services.
+
+        Returns:
+            The longest wait for a request that it allows, in seconds, final polls included.
 
         Raises:
             BrokerError: Something is not as it must be, and cannot be made so.

@@ -19,7 +19,7 @@ from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
-    from .broker import Message, Terms
+    from .broker import Message
 
 __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 
@@ -185,24 +185,25 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
         return f"<Delivery {self.number} of operation {self.ticket.operation_id!r}>"
 
 
-def read_request(message: Message, terms: Terms) -> Delivery:
+def read_request(message: Message, *, longest_wait: float, largest_request: int) -> Delivery:
     """Read a delivered message.
 
     Args:
         message: The message.
-        terms: What the broker allows.
+        longest_wait: The longest wait that is accepted, in seconds.
+        largest_request: Most bytes of a request.
 
     Raises:
         InvalidRequestError: It is not a request.
     """
-    data, longest = message.body, terms.longest_wait
-    if len(data) > terms.largest_request:
-        raise InvalidRequestError(f"the request has {len(data)} bytes, more than {terms.largest_request}")
+    data = message.body
+    if len(data) > largest_request:
+        raise InvalidRequestError(f"the request has {len(data)} bytes, more than {largest_request}")
     try:
-        request = _decode(data)
+        request = _decode_request(data)
         user_id = check_user_id(request.user_id)
         operation_id = check_operation_id(request.operation_id)
-        expires_at, created_at = _wait_of(request, message.stored_at, longest)
+        expires_at, created_at = _wait_of(request, message.stored_at, longest_wait)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")
     except ConfigurationError as error:
@@ -217,8 +218,8 @@ def read_request(message: Message, terms: Terms) -> Delivery:
         created_at=created_at,
         expires_at=expires_at,
     )
-    too_long = f"expires_in is {request.expires_in:g} s; this broker allows {longest:g} s"
-    refusal = too_long if request.expires_in > longest else None
+    too_long = f"expires_in is {request.expires_in:g} s; this broker allows {longest_wait:g} s"
+    refusal = too_long if request.expires_in > longest_wait else None
     return Delivery(message=message, ticket=ticket, payload=payload, context=request.context, refusal=refusal)
 
 
@@ -230,14 +231,28 @@ class _Context(msgspec.Struct):
     context: msgspec.Raw = _NOTHING
 
 
-def _decode(data: bytes) -> ApprovalRequest:
+def _decode(data: bytes, kind: type[T]) -> T:
+    """Decode a message.
+
+    Raises:
+        msgspec.DecodeError: It is not of that kind. If it is of a later version, a `NewerVersionError`.
+    """
     try:
         data.decode()  # a context, which is not decoded, could hold bytes that are not text
         version = msgspec.json.decode(data, type=_Version).version
+        if version > VERSION:
+            raise NewerVersionError(f"version {version} is not known here, only {VERSION}: upgrade")
         if version != VERSION:
-            raise InvalidRequestError(f"version {version} of the request is not known here, only {VERSION}")
-        return msgspec.json.decode(data, type=ApprovalRequest)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            raise msgspec.DecodeError(f"version {version} is not known here, only {VERSION}")
+        return msgspec.json.decode(data, type=kind)
+    except (UnicodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None
+
+
+def _decode_request(data: bytes) -> ApprovalRequest:
+    try:
+        return _decode(data, ApprovalRequest)
+    except msgspec.DecodeError as error:
         raise InvalidRequestError(f"the message is no request for an approval: {str(error)[:200]}") from None
 
 
@@ -260,7 +275,7 @@ def _wait_of(request: ApprovalRequest, stored_at: datetime, longest: float) -> t
 def read_names(message: Message) -> tuple[str, str] | None:
     """Return the operation id and the name of a request, see `request_name`; None if the message is not a request."""
     try:
-        request = _decode(message.body)
+        request = _decode_request(message.body)
     except InvalidRequestError:
         return None
     return request.operation_id, request_name(request)
@@ -269,7 +284,7 @@ def read_names(message: Message) -> tuple[str, str] | None:
 def deadline(message: Message) -> datetime | None:
     """Return when the time of a request is over; None if the message is not a request."""
     try:
-        return _wait_of(_decode(message.body), message.stored_at, _LONGEST)[0]
+        return _wait_of(_decode_request(message.body), message.stored_at, _LONGEST)[0]
     except (InvalidRequestError, ConfigurationError):
         return None
 
@@ -278,18 +293,9 @@ def read_event(data: bytes) -> ApprovalEvent:
     """Read a worker's message.
 
     Raises:
-        msgspec.DecodeError: It is not an event of a known form. If it is of a later version, a `NewerEventError`.
+        msgspec.DecodeError: It is not an event of a known form. If it is of a later version, a `NewerVersionError`.
     """
-    try:
-        data.decode()  # a context, which is not decoded, could hold bytes that are not text
-        version = msgspec.json.decode(data, type=_Version).version
-        if version > VERSION:
-            raise NewerEventError(f"version {version} of the event is not known here, only {VERSION}: upgrade")
-        if version != VERSION:
-            raise msgspec.DecodeError(f"version {version} of the event is not known here, only {VERSION}")
-        event = msgspec.json.decode(data, type=ApprovalEvent)
-    except (UnicodeError, RecursionError) as error:
-        raise msgspec.DecodeError(f"the message is no event: {str(error)[:200]}") from None
+    event = _decode(data, ApprovalEvent)
     if (reason := context_refusal(event.context)) is not None:
         raise msgspec.DecodeError(reason)
     return event
@@ -299,7 +305,7 @@ def is_about(data: bytes, event: ApprovalEvent) -> bool:
     """Return whether a worker's message, perhaps of a later version, is about the request that an event is about."""
     try:
         other = read_event(data)
-    except NewerEventError:
+    except NewerVersionError:
         return True
     except msgspec.DecodeError:
         return False
@@ -310,8 +316,8 @@ def _subject(event: ApprovalEvent) -> tuple[object, ...]:
     return event.operation_id, event.user_id, event.external_user_id, event.payload_sha256, bytes(event.context)
 
 
-class NewerEventError(msgspec.DecodeError):
-    """An event is of a later version: a newer reader understands it."""
+class NewerVersionError(msgspec.DecodeError):
+    """A message is of a later version: a newer program understands it."""
 
 
 def read_context(data: bytes) -> msgspec.Raw:

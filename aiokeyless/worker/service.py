@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from aiokeyless._http.transport import Transport
     from aiokeyless.client import KeylessClient
 
-    from .broker import Terms
 
 _SETTLED_WITHIN: Final = 5.0  # seconds
 _MARGIN: Final = 5.0  # seconds between the end of the longest delivery and its repetition
@@ -215,12 +214,12 @@ class ApprovalWorker:
             raise self._fatal
 
     async def _serve(self, transport: Transport) -> None:
-        terms = await self._prepare_broker()
+        allowed = await self._prepare_broker()
         # The broker must remember a request until the last repetition of its final poll.
-        longest_wait = terms.longest_wait - self._limits.grace
+        longest_wait = allowed - self._limits.grace
         if longest_wait <= 0:
             raise BrokerError(
-                f"the broker allows waits of {terms.longest_wait:g} s, which leaves no time before a grace of "
+                f"the broker allows waits of {allowed:g} s, which leaves no time before a grace of "
                 f"{self._limits.grace:g} s: shorten the grace, or lengthen what the broker allows"
             )
         async with nullcontext() if self._keeper is None else self._keeper.keeping():
@@ -229,7 +228,7 @@ class ApprovalWorker:
                 transport,
                 schedule=self._schedule,
                 limits=self._limits,
-                terms=terms._replace(longest_wait=longest_wait),
+                longest_wait=longest_wait,
                 on_fatal=self._fail,
                 listeners=Listeners(self._client.listeners) if self._client.listeners else None,
             )
@@ -238,7 +237,7 @@ class ApprovalWorker:
             self._started.set()
             await self._serving.serve()
 
-    async def _prepare_broker(self) -> Terms:
+    async def _prepare_broker(self) -> float:
         lease = self._limits.longest_delivery + _MARGIN
         return await self._broker.prepare(lease=lease, service=self._client.base_url)
 

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from aiokeyless._http.transport import Transport
     from aiokeyless._listeners import Listeners
 
-    from .broker import Broker, Message, Terms
+    from .broker import Broker, Message
     from .decisions import Decided, Decision
-    from .messages import ApprovalEvent
+    from .messages import ApprovalEvent, Delivery
 
 #: Seconds before each check of a refused key. If all checks are refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -87,7 +87,7 @@ class Serving:
         *,
         schedule: wait_base,
         limits: Limits,
-        terms: Terms,
+        longest_wait: float,
         on_fatal: Callable[[KeylessError], None],
         listeners: Listeners | None,
     ) -> None:
@@ -97,7 +97,7 @@ class Serving:
         self._key_check: asyncio.Task[None] | None = None  # while it is not known whether the key is accepted
         self._schedule = schedule
         self._limits = limits
-        self._terms = terms
+        self._longest_wait = longest_wait
         self._on_fatal = on_fatal
         self._circuit = Circuit(limits.max_in_flight, longest_poll=limits.longest_delivery)
         self._rate = PollRate(limits.max_polls_per_second)
@@ -300,11 +300,14 @@ class Serving:
             return error
         return None
 
+    def _read(self, message: Message) -> Delivery:
+        return read_request(message, longest_wait=self._longest_wait, largest_request=self._broker.largest_request)
+
     def _decide_without_exchange(self, message: Message, now: float) -> Decision:
         """Put a delivery off. If the service is away and the request is past its grace, decide it instead."""
         moment = self._broker.now()
         with suppress(InvalidRequestError):
-            delivery = read_request(message, self._terms)
+            delivery = self._read(message)
             is_over = delivery.refusal is None and left_of_grace(delivery, moment, self._limits.grace) < 0
             if is_over and self._is_away(now):
                 return after_outage(delivery, now=moment)
@@ -313,7 +316,7 @@ class Serving:
 
     async def _decide(self, message: Message) -> Decision:
         try:
-            delivery = read_request(message, self._terms)
+            delivery = self._read(message)
         except InvalidRequestError as error:
             return fail_unreadable(message, error, now=self._broker.now())
         if delivery.refusal is not None:
@@ -348,7 +351,7 @@ class Serving:
         if event.asked is not False:
             return event
         age = (self._broker.now() - message.stored_at).total_seconds()
-        is_kept = age < self._terms.longest_wait + self._limits.grace
+        is_kept = age < self._longest_wait + self._limits.grace
         asked = not is_kept or await self._broker.holds(message)
         return msgspec.structs.replace(event, asked=asked)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from aiokeyless.errors import BrokerError
 
-from .broker import Broker, Exchange, Terms, UnavailableError
+from .broker import Broker, Exchange, UnavailableError
 from .logs import log
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ class TableBroker(Broker):
         self._housekeeping: asyncio.Task[None] | None = None
         self._giving_back: set[asyncio.Task[None]] = set()
 
-    def _keep_house(self, lease: float) -> Terms:
-        """Start the housekeeping with the first worker; return what the tables allow."""
+    def _keep_house(self, lease: float) -> float:
+        """Start the housekeeping with the first worker; return the longest wait that the tables allow."""
         self._lease = max(self._lease, lease)
         if self._housekeeping is None:
             self._housekeeping = asyncio.create_task(self._tidy_again_and_again())
-        return Terms(LONGEST_WAIT, LARGEST_REQUEST)
+        return LONGEST_WAIT
 
     async def _tidy_again_and_again(self) -> None:
         for turn in itertools.count():

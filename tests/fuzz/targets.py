@@ -30,7 +30,7 @@ from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestErr
 from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 from aiokeyless.ticket import ApprovalTicket
-from aiokeyless.worker.broker import Message, Terms
+from aiokeyless.worker.broker import Message
 from aiokeyless.worker.decisions import fail, fail_unreadable
 from aiokeyless.worker.messages import (
     VERSION,
@@ -236,13 +236,12 @@ def schedule(data: bytes) -> None:
 
 # -- the worker's messages
 
-TERMS: Final = Terms(longest_wait=86400.0, largest_request=1 << 20)
 ROOM_FOR_EVENT: Final = 8 << 10  # bytes
 FIELDS: Final = frozenset(ApprovalRequest.__struct_fields__)
 
 
 def read(data: bytes) -> Delivery:
-    return read_request(message(data), TERMS)
+    return read_request(message(data), longest_wait=86400.0, largest_request=1 << 20)
 
 
 def message(data: bytes) -> Message:

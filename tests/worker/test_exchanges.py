@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
-    from aiokeyless.worker.broker import Terms
 
 pytestmark = pytest.mark.looptime
 
@@ -269,8 +268,9 @@ class Forgetful(SqliteBroker):
         super().__init__(":memory:")
         self.seconds = seconds
 
-    async def prepare(self, *, lease: float, service: str) -> Terms:
-        return (await super().prepare(lease=lease, service=service))._replace(longest_wait=self.seconds)
+    async def prepare(self, *, lease: float, service: str) -> float:
+        await super().prepare(lease=lease, service=service)
+        return self.seconds
 
 
 async def test_no_wait_outlives_what_the_broker_remembers(client: KeylessClient) -> None:

@@ -15,7 +15,6 @@ from tenacity import wait_fixed
 
 from aiokeyless.errors import InvalidRequestError, ServerError
 from aiokeyless.ticket import payload_digest
-from aiokeyless.worker.broker import Terms
 from aiokeyless.worker.decisions import Decided, Pacing, after_poll, fail_unreadable
 from aiokeyless.worker.messages import (
     MAX_CONTEXT,
@@ -23,7 +22,7 @@ from aiokeyless.worker.messages import (
     ApprovalEvent,
     ApprovalRequest,
     Delivery,
-    NewerEventError,
+    NewerVersionError,
     Outcome,
     deadline,
     is_about,
@@ -43,7 +42,7 @@ LARGEST = 1 << 20
 
 def read(data: bytes, *, longest: float = LONGEST, largest: int = LARGEST, **changed: Any) -> Delivery:
     message = a_message(data, **{"stored_at": STORED_AT, **changed})
-    return read_request(message, Terms(longest_wait=longest, largest_request=largest))
+    return read_request(message, longest_wait=longest, largest_request=largest)
 
 
 def request(**fields: object) -> bytes:
@@ -102,7 +101,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"version": 2}, "version 2 of the request is not known here, only 1"),
+        ({"version": 2}, "version 2 is not known here, only 1"),
         ({"version": 0}, "version 0"),
         ({"version": True}, "Expected `int`"),
         ({"version": None}, "Expected `int`"),
@@ -453,7 +452,7 @@ def test_reprs_show_neither_payload_nor_context() -> None:
 
 
 def test_an_event_of_a_later_version_says_so() -> None:
-    with pytest.raises(NewerEventError, match="version 2"):
+    with pytest.raises(NewerVersionError, match="version 2"):
         read_event(b'{"version": 2, "verdict": "yes"}')
 
 
@@ -485,7 +484,7 @@ def event_with(context: bytes) -> bytes:
 def test_what_is_no_event_is_one_kind_of_error(data: bytes) -> None:
     with pytest.raises(msgspec.DecodeError) as caught:
         read_event(data)
-    assert not isinstance(caught.value, NewerEventError)
+    assert not isinstance(caught.value, NewerVersionError)
 
 
 @given(st.binary() | st.binary().map(event_with) | json_values.map(lambda value: json.dumps(value).encode()))

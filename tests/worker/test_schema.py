@@ -16,7 +16,6 @@ from tenacity import wait_fixed
 
 from aiokeyless.errors import InvalidRequestError
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, Outcome, submit_approval
-from aiokeyless.worker.broker import Terms
 from aiokeyless.worker.messages import read_request
 from aiokeyless.worker.nats import EventKeys
 from aiokeyless.worker.schema import message_schema
@@ -38,9 +37,7 @@ NOW = datetime(2026, 11, 27, 6, tzinfo=UTC)
 
 def read(request: dict[str, Any]) -> None:
     """Read a request as a worker does."""
-    read_request(
-        a_message(msgspec.json.encode(request), stored_at=NOW), Terms(longest_wait=3600, largest_request=1 << 30)
-    )
+    read_request(a_message(msgspec.json.encode(request), stored_at=NOW), longest_wait=3600, largest_request=1 << 30)
 
 
 def test_they_are_schemas() -> None:

@@ -20,7 +20,6 @@ from aiokeyless.worker.broker import (
     Message,
     NewRequest,
     OutcomeDelivery,
-    Terms,
     UnavailableError,
 )
 from aiokeyless.worker.clock import BrokerClock
@@ -199,7 +198,7 @@ class NatsBroker(Broker):
 
     # -- for workers
 
-    async def prepare(self, *, lease: float, service: str) -> Terms:
+    async def prepare(self, *, lease: float, service: str) -> float:
         connection, keys, stream = self._connected(), self._event_keys, self._stream()
         if keys is None:
             advice = "set an event key, or trust all users of the account"
@@ -229,7 +228,7 @@ class NatsBroker(Broker):
             loop = asyncio.get_running_loop()
             self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)
             await self._intake.open()
-        return Terms(window, self.largest_request)
+        return window
 
     async def _restore(self) -> None:
         await restore_consumer(self._stream(), self._fleet, ack_wait=self._lease)

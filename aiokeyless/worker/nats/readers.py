@@ -16,7 +16,7 @@ from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker.broker import FIRST_PAUSE, LONGEST_PAUSE, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog, log
-from aiokeyless.worker.messages import NewerEventError, read_event
+from aiokeyless.worker.messages import NewerVersionError, read_event
 
 from .event_keys import SIGNATURE
 from .failures import broker_errors
@@ -132,7 +132,7 @@ class Reader:
     def _unreadable_reason(self, message: Msg) -> str | None:
         try:
             event = read_event(message.data)
-        except NewerEventError:
+        except NewerVersionError:
             return None
         except msgspec.DecodeError as error:
             return str(error)

@@ -18,7 +18,6 @@ from aiokeyless.worker.broker import (
     Message,
     NewRequest,
     OutcomeDelivery,
-    Terms,
     UnavailableError,
 )
 from aiokeyless.worker.clock import BrokerClock
@@ -27,7 +26,7 @@ from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
 from .connection import ERRORS, AsyncpgDriver
 from .failures import broker_errors
 from .migrations import prepare
-from .names import READS_EVERY, check_schema, in_schema
+from .names import check_schema, in_schema
 from .transactions import store_request, take_outcome
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from aiokeyless.worker.messages import ApprovalEvent
 
     from .connection import Connection
-    from .transactions import Outcome
 
 T = TypeVar("T")
 
@@ -161,32 +159,29 @@ class PostgresBroker(TableBroker):
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """See `ApplicationSide`. The outcome is in a transaction until the body ends; the body itself is in none."""
         while True:
-            pool = self._open_pool()
-            await self._outcomes.acquire()
-            outcome = None
+            driver, outcome = await self._acquire_driver(), None
             try:
-                outcome = await self._next_outcome(pool, reader)
+                outcome = await take_outcome(driver, reader)
             finally:
                 if outcome is None:
-                    self._outcomes.release()
+                    await driver.release()
             if outcome is not None:
                 return outcome
-            await asyncio.sleep(READS_EVERY)
+            await driver.pause()
 
-    async def _next_outcome(self, pool: asyncpg.Pool[Any], reader: str) -> OutcomeDelivery | None:
-        with broker_errors(self._schema, ERRORS):
-            connection = await pool.acquire(timeout=_ANSWER_WITHIN)
-            taken = None
-            try:
-                taken = await take_outcome(AsyncpgDriver(connection, self._schema), reader)
-            finally:
-                if taken is None:
-                    await pool.release(connection)
-        return None if taken is None else _Pooled(taken, pool, connection, self._outcomes)
+    async def _acquire_driver(self) -> _PooledDriver:
+        pool = self._open_pool()
+        await self._outcomes.acquire()
+        try:
+            with broker_errors(self._schema, ERRORS):
+                return _PooledDriver(pool, await pool.acquire(timeout=_ANSWER_WITHIN), self._schema, self._outcomes)
+        except BaseException:
+            self._outcomes.release()
+            raise
 
     # -- for workers
 
-    async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
+    async def prepare(self, *, lease: float, service: str) -> float:  # noqa: ARG002  # one service's or another's
         try:
             await self._in_transaction(lambda connection: prepare(connection, self._schema), patience=_TIDIES_WITHIN)
             await self._fetch("SELECT {}.restore()", patience=_TIDIES_WITHIN)
@@ -346,36 +341,20 @@ class PostgresBroker(TableBroker):
         return None if last is None else int(last)
 
 
-class _Pooled(OutcomeDelivery):
-    """An outcome that is delivered to an application without its own connection."""
-
-    __slots__ = ("_connection", "_outcome", "_pool", "_slots")
+class _PooledDriver(AsyncpgDriver):
+    """A connection of the pool, for one outcome of an application without its own connection."""
 
     def __init__(
-        self, outcome: Outcome, pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any], slots: asyncio.Semaphore
+        self, pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any], schema: str, slots: asyncio.Semaphore
     ) -> None:
-        self.data = outcome.data
-        self.place = outcome.place
-        self._outcome = outcome
+        super().__init__(connection, schema)
         self._pool = pool
-        self._connection = connection
+        self._pooled = connection
         self._slots = slots
 
-    async def handled(self) -> None:
-        try:
-            await self._outcome.handled()
-        finally:
-            await self._release()
-
-    async def put_off(self, delay: float | None = None) -> None:
-        try:
-            await self._outcome.put_off(delay)
-        finally:
-            await self._release()
-
-    async def _release(self) -> None:
+    async def release(self) -> None:
         self._slots.release()
-        await self._pool.release(self._connection)
+        await self._pool.release(self._pooled)
 
 
 async def _keep(_connection: asyncpg.Connection[Any]) -> None:

@@ -65,6 +65,9 @@ class Driver(ABC):
     async def pause(self) -> None:
         """Wait before the next poll for an outcome."""
 
+    async def release(self) -> None:  # noqa: B027  # an application keeps its connection
+        """Do what is to be done once an outcome is handled or put off."""
+
     async def complete(self, step: Coroutine[Any, Any, None]) -> None:
         """Do a step to its end, even if the caller is cancelled, so that no connection stays in a transaction."""
         await step
@@ -176,12 +179,18 @@ class Outcome(OutcomeDelivery):
             ConfigurationError: The body has ended the transaction itself.
             BrokerError: The transaction is not committed, or its result is unknown.
         """
-        await self._driver.complete(self._commit())
+        try:
+            await self._driver.complete(self._commit())
+        finally:
+            await self._driver.release()
 
     async def put_off(self, delay: float | None = None) -> None:
         """Roll back, and put it off; see `OutcomeDelivery`."""
-        with broker_errors(self._driver.schema, self._driver.errors):
-            await self._driver.complete(self._put_off(delay))
+        try:
+            with broker_errors(self._driver.schema, self._driver.errors):
+                await self._driver.complete(self._put_off(delay))
+        finally:
+            await self._driver.release()
 
     async def _commit(self) -> None:
         try:

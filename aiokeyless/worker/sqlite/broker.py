@@ -20,7 +20,6 @@ from aiokeyless.worker.broker import (
     Message,
     NewRequest,
     OutcomeDelivery,
-    Terms,
     UnavailableError,
 )
 from aiokeyless.worker.logs import log
@@ -165,7 +164,7 @@ class SqliteBroker(TableBroker):
 
     # -- for workers
 
-    async def prepare(self, *, lease: float, service: str) -> Terms:  # noqa: ARG002  # one service's or another's
+    async def prepare(self, *, lease: float, service: str) -> float:  # noqa: ARG002  # one service's or another's
         self._check_open()
         if self._housekeeping is None and self._path != MEMORY:
             log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
