@@ -137,7 +137,7 @@ async def submit_approval(
         )
     try:
         duplicate = await side.submit(NewRequest(request, text, request_name(request), current_traceparent()))
-    except BrokerError as error:
+    except (UnavailableError, BrokerError) as error:
         unknown = BrokerError(
             f"the request for an approval was not stored, as far as is known ({error}); submit it again under the same "
             f"operation_id, {operation_id!r}"
@@ -213,7 +213,10 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
         except (UnavailableError, BrokerError) as error:  # it comes again anyway; the body's error is raised
             log(logging.WARNING, "outcome.not_put_off", {"place": outcome.place, "error": str(error)})
         raise
-    await outcome.handled()
+    try:
+        await outcome.handled()
+    except UnavailableError as error:
+        raise BrokerError(f"the outcome may be delivered again: {error}") from None
 
 
 async def _next_event(side: ApplicationSide, reader: str) -> tuple[OutcomeDelivery, ApprovalEvent]:

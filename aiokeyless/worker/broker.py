@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     from .messages import ApprovalEvent, ApprovalRequest
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
-#: Seconds for which an unhandled outcome is put off. The first pause doubles each time, up to the longest.
-FIRST_PAUSE: Final = 1.0
+#: Most seconds for which an unhandled outcome is put off.
 LONGEST_PAUSE: Final = 300.0
+
+
+def outcome_pause(deliveries: int) -> float:
+    """Return the seconds for which an unhandled outcome is put off after so many deliveries: 1, 2, 4, ..."""
+    return float(min(2.0 ** (deliveries - 1), LONGEST_PAUSE))
 
 
 class UnavailableError(Exception):
@@ -81,7 +85,8 @@ class OutcomeDelivery(ABC):
         """Do not deliver it to this reader again.
 
         Raises:
-            BrokerError: It may be delivered again.
+            UnavailableError: It may be delivered again.
+            BrokerError: As above.
         """
 
     @abstractmethod
@@ -117,7 +122,8 @@ class ApplicationSide(ABC):
         Raises:
             InvalidRequestError: A different request has this operation id. If the broker cannot tell, it stores the
                 request, and the worker decides it as a conflict.
-            BrokerError: The broker did not confirm that it stored the request, which can be submitted again.
+            UnavailableError: The broker did not confirm that it stored the request, which can be submitted again.
+            BrokerError: Requests cannot be stored, and that does not change by itself.
         """
 
     @abstractmethod

@@ -184,10 +184,10 @@ class NatsBroker(Broker):
             except NoStreamError:  # raised at once, and also while the stream has no leader
                 if loop.time() >= give_up_at:
                     raise BrokerError("no stream took it; start a worker first, it makes the stream") from None
-            except UnavailableError as error:
+            except UnavailableError:
                 failures += 1
                 if failures == _SUBMISSIONS:
-                    raise BrokerError(str(error)) from None
+                    raise
             await asyncio.sleep(error_delay(max(1, failures)))
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:

@@ -14,7 +14,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.broker import FIRST_PAUSE, LONGEST_PAUSE, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import OutcomeDelivery, outcome_pause
 from aiokeyless.worker.logs import RateLimitedLog, log
 from aiokeyless.worker.messages import NewerVersionError, read_event
 
@@ -53,18 +53,14 @@ class NatsOutcome(OutcomeDelivery):
         self.place: str = str(message.metadata.sequence.stream)
 
     async def handled(self) -> None:
-        try:
-            with broker_errors():
-                await self._message.ack()
-        except UnavailableError as error:
-            raise BrokerError(f"the outcome may be delivered again: {error}") from None
+        with broker_errors():
+            await self._message.ack()
 
     async def put_off(self, delay: float | None = None) -> None:
-        if delay is None:
-            deliveries = self._message.metadata.num_delivered
-            delay = float(min(FIRST_PAUSE * 2.0 ** (deliveries - 1), LONGEST_PAUSE))
         with broker_errors():
-            await self._message.nak(delay=delay)
+            await self._message.nak(
+                delay=outcome_pause(self._message.metadata.num_delivered) if delay is None else delay
+            )
 
 
 class Reader:

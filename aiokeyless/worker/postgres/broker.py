@@ -149,12 +149,9 @@ class PostgresBroker(TableBroker):
     # -- for applications
 
     async def submit(self, new: NewRequest) -> bool:
-        try:
-            return await self._in_transaction(
-                lambda connection: store_request(AsyncpgDriver(connection, self._schema), new)
-            )
-        except UnavailableError as error:
-            raise BrokerError(str(error)) from None
+        return await self._in_transaction(
+            lambda connection: store_request(AsyncpgDriver(connection, self._schema), new)
+        )
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """See `ApplicationSide`. The outcome is in a transaction until the body ends; the body itself is in none."""

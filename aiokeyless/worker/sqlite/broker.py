@@ -124,10 +124,7 @@ class SqliteBroker(TableBroker):
     # -- for applications
 
     async def submit(self, new: NewRequest) -> bool:
-        try:
-            is_duplicate = await self._do(lambda store: store.submit(new), lasting=True)
-        except UnavailableError as error:
-            raise BrokerError(str(error)) from None
+        is_duplicate = await self._do(lambda store: store.submit(new), lasting=True)
         if is_duplicate is None:
             raise InvalidRequestError(
                 f"operation_id {new.request.operation_id!r} belongs to a different request: choose a new one"
@@ -152,10 +149,7 @@ class SqliteBroker(TableBroker):
 
     async def forget_unread(self, unread: Unread) -> None:
         """Forget an outcome that the reader has handled."""
-        try:
-            await self._do(lambda store: store.forget_unread(unread), lasting=True)
-        except UnavailableError as error:
-            raise BrokerError(f"the outcome may be delivered again: {error}") from None
+        await self._do(lambda store: store.forget_unread(unread), lasting=True)
 
     async def put_off_unread(self, unread: Unread, delay: float | None) -> None:
         """Deliver an outcome again later."""

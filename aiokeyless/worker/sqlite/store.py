@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import (
-    FIRST_PAUSE,
     LONGEST_PAUSE,
     Claim,
     Claimed,
     Exchange,
     Message,
     NewRequest,
+    outcome_pause,
 )
 from aiokeyless.worker.tables import LONGEST_WAIT, time_of
 
@@ -191,7 +191,7 @@ class Store:
         id_, failures, data = found
         self._connection.execute(
             "UPDATE unread SET due_at = ?, failures = ? WHERE reader = ? AND id = ?",
-            (now + max(_HANDED_ON, _pause(failures + 1)), failures + 1, reader, id_),
+            (now + max(_HANDED_ON, outcome_pause(failures + 1)), failures + 1, reader, id_),
         )
         return Unread(reader, id_, failures + 1, data)
 
@@ -201,7 +201,7 @@ class Store:
 
     def put_off_unread(self, unread: Unread, delay: float | None) -> None:
         """Put an outcome off, unless another process of the reader has it by now."""
-        due_at = self._now() + (_pause(unread.failures) if delay is None else delay)
+        due_at = self._now() + (outcome_pause(unread.failures) if delay is None else delay)
         self._connection.execute(
             "UPDATE unread SET due_at = ? WHERE reader = ? AND id = ? AND failures = ?",
             (due_at, unread.reader, unread.id, unread.failures),
@@ -367,8 +367,3 @@ def _is_there(path: str, inode: int) -> bool:
         return Path(path).stat().st_ino == inode
     except OSError:
         return False
-
-
-def _pause(failures: int) -> float:
-    """Return the seconds for which an outcome is put off after so many deliveries."""
-    return float(min(FIRST_PAUSE * 2.0 ** (failures - 1), LONGEST_PAUSE))

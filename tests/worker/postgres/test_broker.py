@@ -463,7 +463,7 @@ async def test_a_submit_while_the_database_is_away_may_be_repeated(own_server: P
     async with PostgresBroker(own_server.url(own_server.new_database())) as broker:
         await broker.prepare(lease=LEASE, service="")
         own_server.stop()
-        with pytest.raises(BrokerError):
+        with pytest.raises(UnavailableError):
             await submit(broker, "a")
         own_server.start()
         await submit(broker, "a")
