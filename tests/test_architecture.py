@@ -41,6 +41,20 @@ def test_each_file_is_named_once() -> None:
     assert sorted(named) == sorted(files)
 
 
+def test_what_the_page_says_to_look_at_is_there() -> None:
+    section = PAGE.read_text().partition("## Where to look first")[2].partition("\n## ")[0]
+    places = [
+        (file, name)
+        for file, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", section)
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+    assert len(places) > 20
+    for file, name in places:
+        text = (PACKAGE / file).read_text()
+        for part in name.split("."):
+            assert re.search(rf"^ *(?:(?:async )?def|class) {part}\b|^ *{part}: ", text, re.MULTILINE), (file, name)
+
+
 def test_the_contract_that_only_their_folders_know_brokers_names_all_folders_and_all_other_modules() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
