@@ -325,6 +325,22 @@ def test_what_the_page_about_postgres_says_was_measured() -> None:
     assert crashes["orders committed"] == crashes["payments"] == crashes["orders that were paid"] == 300
 
 
+def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
+    page = (DOCS / "explanation" / "proof.md").read_text()
+    results = [
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["benchmarks"]
+        for name in ("results", "weather", "distributed")
+    ]
+    goals = [goal for benchmarks in results for report in benchmarks.values() for goal in report["goals"]]
+    missed = [goal for goal in goals if goal["figure"] is None or goal["figure"] > goal["at_most"]]
+    assert f"| {len(goals)} goals | {len(missed)} missed:" in page
+    crashes = saved("crashes")
+    kills = crashes["workers killed"] + crashes["readers killed"]
+    cuts = sum(count for what, count in crashes.items() if what.startswith("COMMITs"))
+    stops = crashes["immediate stops of the server"]
+    assert f"| {crashes['orders committed']} orders, {kills} kills, {stops} stops of the server, {cuts} COMMITs" in page
+
+
 def test_every_exception_stands_in_the_table() -> None:
     table = (DOCS / "reference" / "exceptions.md").read_text().partition("```")[0]
     roots = {"KeylessError", "ApprovalError"}
