@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from aiokeyless.errors import BrokerError
 
 from .broker import Broker, Exchange, UnavailableError
-from .logs import log
+from .logs import RateLimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -39,6 +39,7 @@ class TableBroker(Broker):
         self.largest_request: int = LARGEST_REQUEST
         self._lease = 0.0
         self._housekeeping: asyncio.Task[None] | None = None
+        self._not_cleaned = RateLimitedLog(logging.WARNING, "broker.not_cleaned")
         self._giving_back: set[asyncio.Task[None]] = set()
 
     def _keep_house(self, lease: float) -> float:
@@ -53,7 +54,7 @@ class TableBroker(Broker):
             try:
                 await self._tidy(turn)
             except (UnavailableError, BrokerError) as error:  # workers get this error, too
-                log(logging.WARNING, "broker.not_cleaned", {"error": str(error)})
+                self._not_cleaned.log({"error": str(error)})
             await asyncio.sleep(self._TIDIES_EVERY)
 
     @abstractmethod

@@ -372,6 +372,24 @@ async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
     assert "broker.not_cleaned" in caplog.text
 
 
+@pytest.mark.looptime
+@pytest.mark.usefixtures("memory")
+async def test_housekeeping_that_fails_again_and_again_is_logged_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = 0
+
+    def refused(*_arguments: object) -> None:
+        nonlocal turns
+        turns += 1
+        raise sqlite3.DatabaseError("out of order")
+
+    monkeypatch.setattr(store.Store, "repair", refused)
+    await asyncio.sleep(100)  # of the loop's clock; the log's own stands still
+    assert turns >= 9
+    assert caplog.text.count("broker.not_cleaned") == 1
+
+
 async def test_times_are_kept_to_the_microsecond(broker: SqliteBroker) -> None:
     before = datetime.now(UTC)
     await submit(broker, "a")
