@@ -302,7 +302,7 @@ def _report(soak: Soak, minutes: float) -> Report:
     committed, counts = soak.shop.committed.keys(), soak.verdicts.verdicts
     times = Counter(told.order_id for told in soak.told)
     unasked = {told.order_id for told in soak.told if told.asked == "f"}
-    title = f"soak of a fleet: {len(committed)} orders in PostgreSQL within {minutes:g} minutes, with faults everywhere"
+    title = f"soak_fleet: {len(committed)} orders in PostgreSQL within {minutes:g} minutes, with faults everywhere"
     report = Report(title, [_orders(soak), _disturbed(soak), _grown(soak)])
     report.goals += [
         Goal("orders without an outcome", 0, len(committed - times.keys()), required=True),
