@@ -132,7 +132,7 @@ class Teller:
 
         async def progress(update: aiokeyless.ApprovalUpdate) -> None:
             nonlocal next_edit
-            stop_where_declined(update)
+            stop_if_declined(update)
             if update.next_poll_in is None or clock() < max(next_edit, self._next_edit):
                 return
             next_edit, self._next_edit = clock() + self._edit_every, clock() + EDITS_APART
@@ -197,7 +197,7 @@ def declined(attempts: Sequence[aiokeyless.Authentication]) -> bool:
     return bool(attempts) and attempts[-1].error_code == CANCELLED
 
 
-def stop_where_declined(update: aiokeyless.ApprovalUpdate) -> None:
+def stop_if_declined(update: aiokeyless.ApprovalUpdate) -> None:
     """End the wait of a user who declined, unless they approved after all."""
     approved = update.operation is not None and update.operation.is_approved
     if declined(update.attempts) and not approved:
