@@ -118,7 +118,7 @@ def describe_people(result: SceneResult) -> list[str]:
         ),
         _compare("Sooner on average", fmean(ours.lateness), fmean(loop.lateness), "{:.2f} s"),
         _compare("Fewer requests", ours.requests, loop.requests, "{}"),
-        "For slow people and those who never approve, see docs/explanation/costs.md.",
+        "For slow people and those who never approve, see docs/explanation/schedule.md.",
     ]
 
 

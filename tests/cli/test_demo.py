@@ -36,7 +36,7 @@ TRANSCRIPT = [
         r"  the loop +\d+ +SECONDS +SECONDS",
         r"  Sooner on average: NAME, by SECONDS",
         r"  Fewer requests: NAME, by \d+",
-        r"  For slow people and those who never approve, see docs/explanation/costs\.md\.",
+        r"  For slow people and those who never approve, see docs/explanation/schedule\.md\.",
     ],
     [
         r"2\. The service answers 503 for 4 s, and all approve meanwhile",
