@@ -239,12 +239,13 @@ class NotAcceptableError(StatusError):
 
 
 class ConflictError(StatusError):
-    """409: another operation has the operation id.
+    """409: another operation has the operation id, or the user or the external user id is linked already.
 
-    What to do: use a new id (``operation_id=None`` generates one), or read the existing one with ``get_operation``.
+    What to do: use a new id (``operation_id=None`` generates one), or read the existing one with ``get_operation``. For
+    a link, see `KeylessClient.update_external_user`.
     """
 
-    advice = "the operation id is taken; use a new one, or read the existing operation with get_operation"
+    advice = "the id is taken; for an operation use a new one or get_operation, for a user update_external_user"
 
 
 class AlreadyApprovedError(ConflictError):
