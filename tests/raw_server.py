@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 from nats_server import PATIENCE
+from ports import own_port
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -173,9 +174,7 @@ def unanswered() -> Iterator[str]:
 
 def refused() -> str:
     """Give the URL of a port at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{own_port()}"
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -19,6 +19,7 @@ import nats
 import pytest
 from nats.js.api import StreamConfig
 from nats_server import PATIENCE, REQUESTS, NatsServer, until
+from ports import own_port
 
 import aiokeyless.worker
 from aiokeyless import wait_adaptive
@@ -318,17 +319,11 @@ async def test_an_event_key_that_cannot_be_read_is_one_line(workers: Workers, na
 
 async def test_healthz_is_served_while_it_runs(workers: Workers, connection: Client, nats_url: str) -> None:
     assert connection.is_connected
-    port = free_port()
+    port = own_port()
     worker = await workers.start("--broker", nats_url, "--health-port", str(port))
     await worker.logged("worker.ready")
     assert await health(port) == (200, "ok")
     assert await worker.stop() == 0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 async def test_no_line_holds_a_secret_or_a_payload(
@@ -370,7 +365,7 @@ async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
     monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
     monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
     monkeypatch.setenv("KEYLESS_BROKER", nats_url)
-    port = free_port()
+    port = own_port()
 
     async def is_served() -> bool:
         with suppress(aiohttp.ClientConnectionError):

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
 from nats_server import PATIENCE, until
+from ports import own_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +32,7 @@ class ExampleServer:
     """
 
     def __init__(self, program: Path, sandbox: Sandbox, folder: Path, *, port: str, **settings: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            number = free.getsockname()[1]
+        number = own_port()
         self.url = f"http://127.0.0.1:{number}"
         self.log = folder / "log"
         self._program = program

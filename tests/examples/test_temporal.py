@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import socket
 import sqlite3
 import sys
 import uuid
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from nats_server import PATIENCE, until
+from ports import own_port
 from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
@@ -217,20 +217,18 @@ async def test_workflow_is_one_that_the_sdk_accepts() -> None:
 
 
 async def test_worker_says_that_it_cannot_reach_temporal(sandbox: Sandbox, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # nobody listens
-        settings = {
-            "TEMPORAL_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}",
-            "TRANSFERS_DB": str(tmp_path / "transfers.sqlite3"),
-            "KEYLESS_API_KEY": sandbox.api_key,
-            "KEYLESS_BASE_URL": sandbox.url,
-        }
-        worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(Path(example.__file__).with_name("run_worker.py"))),
-            env=os.environ | settings,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        _, log = await asyncio.wait_for(worker.communicate(), PATIENCE)
+    settings = {
+        "TEMPORAL_ADDRESS": f"127.0.0.1:{own_port()}",
+        "TRANSFERS_DB": str(tmp_path / "transfers.sqlite3"),
+        "KEYLESS_API_KEY": sandbox.api_key,
+        "KEYLESS_BASE_URL": sandbox.url,
+    }
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(Path(example.__file__).with_name("run_worker.py"))),
+        env=os.environ | settings,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, log = await asyncio.wait_for(worker.communicate(), PATIENCE)
     # The SDK's own threads sometimes abort the interpreter while it ends; the message was printed before that.
     assert worker.returncode != 0
     assert log.startswith(b"there is no Temporal server at 127.0.0.1:")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import ssl
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ import nats.errors
 import pytest
 from nats.js.api import ConsumerConfig
 from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
+from ports import own_port
 from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, submit_approval
@@ -37,15 +37,6 @@ WAITS = 50
 IMPORTED: Final = Fleet(prefix="keyless.api")
 
 
-def own_addresses() -> list[str]:
-    """Return addresses that no other process of the tests uses: each server must know those of the others in advance.
-
-    They are below the ports that the system gives to connections and to servers without a port of their own.
-    """
-    first = 10_000 + os.getpid() % 7_000 * len(NAMES)
-    return [f"127.0.0.1:{port}" for port in range(first, first + len(NAMES))]
-
-
 @asynccontextmanager
 async def running(servers: dict[str, NatsServer]) -> AsyncGenerator[dict[str, NatsServer]]:
     try:
@@ -59,7 +50,7 @@ async def running(servers: dict[str, NatsServer]) -> AsyncGenerator[dict[str, Na
 @asynccontextmanager
 async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
     """Run three servers that know each other."""
-    routes = [f"nats://{address}" for address in own_addresses()]
+    routes = [f"nats://127.0.0.1:{own_port()}" for _ in NAMES]
     servers = {}
     for name, route in zip(NAMES, routes, strict=True):
         options = ("--server_name", name, "--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes))
@@ -72,7 +63,7 @@ async def cluster(folder: Path) -> AsyncGenerator[dict[str, NatsServer]]:
 async def documented_cluster(folder: Path, certificate: tuple[Path, Path]) -> AsyncGenerator[dict[str, NatsServer]]:
     """Run three servers with the configuration of the documentation."""
     certificates, key = (str(file) for file in certificate)
-    addresses = own_addresses()
+    addresses = [f"127.0.0.1:{own_port()}" for _ in NAMES]
     shared = {"TLS_CERT": certificates, "TLS_KEY": key, "TLS_CA": certificates}
     shared |= {f"ROUTE_{number}": f"nats://{address}" for number, address in enumerate(addresses)}
     servers = {}

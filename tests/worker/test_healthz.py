@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from nats.js.api import DiscardPolicy
 from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, until
+from ports import own_port
 
 from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health, submit_approval
 
@@ -215,8 +216,7 @@ async def test_before_it_starts_and_after_it_ended_it_says_so(client: KeylessCli
 async def test_a_process_whose_broker_is_silent_or_killed_is_alive_and_not_ready_until_it_is_back(
     broker: NatsServer, sandbox: Sandbox
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = own_port()
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "aiokeyless", "worker", "--broker", broker.url, "--health-port", str(port)),
         env={**os.environ, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url},
