@@ -6,12 +6,16 @@ import asyncio
 import os
 import signal
 import time
+import weakref
 from typing import TYPE_CHECKING, Final
+
+from ports import hold_port
 
 from benchmarks import broker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from nats.js import JetStreamContext
 
@@ -50,7 +54,12 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings | None = No
 
 
 class NatsServer(broker.NatsServer):
-    """One server, and what may befall it."""
+    """One server, which has its port for itself from the first start to the last, and what may befall it."""
+
+    def __init__(self, folder: Path, *options: str, jetstream: bool = True) -> None:
+        super().__init__(folder, *options, jetstream=jetstream)
+        self._port, held = hold_port()
+        weakref.finalize(self, os.close, held)
 
     def kill(self) -> None:
         """End it at once, as a power cut does."""

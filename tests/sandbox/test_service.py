@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 import pytest
 from aiohttp import web
+from ports import own_port
 from raw_server import until
 
 from aiokeyless.client import KeylessClient
@@ -759,7 +760,7 @@ async def test_url_is_there_only_while_it_runs() -> None:
 
 @pytest.mark.real_clock
 async def test_it_serves_again_on_the_same_port_with_the_same_operations() -> None:
-    sandbox = Sandbox()
+    sandbox = Sandbox(port=own_port())
     async with sandbox:
         url = sandbox.url
         sandbox.approve("a", user_id=USER)
@@ -793,21 +794,21 @@ async def test_closing_twice_or_before_the_start_does_nothing() -> None:
     await sandbox.aclose()
 
 
-async def test_taken_port_is_an_os_error_and_can_be_tried_again(sandbox: Sandbox) -> None:
-    second = Sandbox(port=urlsplit(sandbox.url).port or 0)
-    with pytest.raises(OSError, match="address already in use"):
-        await second.start()
-    with pytest.raises(ConfigurationError):
-        _ = second.url
-    await sandbox.aclose()
+async def test_taken_port_is_an_os_error_and_can_be_tried_again() -> None:
+    port = own_port()
+    second = Sandbox(port=port)
+    async with Sandbox(port=port):
+        with pytest.raises(OSError, match="address already in use"):
+            await second.start()
+        with pytest.raises(ConfigurationError):
+            _ = second.url
     async with second:
         assert second.url
 
 
 @pytest.mark.parametrize("turns", range(8))
-async def test_start_that_is_cancelled_at_any_point_leaves_the_port_free(sandbox: Sandbox, turns: int) -> None:
-    port = urlsplit(sandbox.url).port or 0
-    await sandbox.aclose()
+async def test_start_that_is_cancelled_at_any_point_leaves_the_port_free(turns: int) -> None:
+    port = own_port()
     second = Sandbox(port=port)
     starting = asyncio.create_task(second.start())
     for _ in range(turns):
