@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     Raw = Callable[..., Awaitable[tuple[int, bytes]]]
 
-pytestmark = pytest.mark.platform
 
 USER = "C0FFEE"
 CREATE = f"/v2/users/{USER}/operations"
@@ -64,6 +63,7 @@ def now() -> float:
 # An operation's life
 
 
+@pytest.mark.platform
 @pytest.mark.real_clock
 async def test_operation_is_created_shown_pending_and_approved(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     async with http.post(CREATE, json={"operationId": "a", "operationPayload": "Pay 5"}) as response:
@@ -86,6 +86,7 @@ async def test_operation_of_the_phone_is_there_once_approved(sandbox: Sandbox, h
     assert (status, operation["userId"], operation["externalUserId"]) == (200, USER, "ann")
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_each_request_of_the_api_is_reported_when_it_ends() -> None:
     reported: list[object] = []
@@ -199,6 +200,7 @@ async def test_body_that_is_not_declared_json_is_refused(sandbox: Sandbox, http:
     assert not sandbox.operations
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize(("size", "status"), [(1024 * 1024, 200), (1024 * 1024 + 1, 413), (3 * 1024 * 1024, 413)])
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_body_over_the_limit_is_too_large(
@@ -218,6 +220,7 @@ async def test_body_that_cannot_be_unpacked_is_a_bad_request(sandbox: Sandbox, r
     assert sandbox.requests[0].status == 400
 
 
+@pytest.mark.platform
 async def test_a_client_that_leaves_within_its_body_causes_no_error(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -390,6 +393,7 @@ async def test_fault_has_the_headers_that_it_is_given(sandbox: Sandbox, http: ai
         assert response.headers.getall("Content-Type") == ["text/plain"]
 
 
+@pytest.mark.platform
 @pytest.mark.real_clock
 async def test_dropped_connection_has_no_answer(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.drop_next()
@@ -400,6 +404,7 @@ async def test_dropped_connection_has_no_answer(sandbox: Sandbox, http: aiohttp.
     assert await create(http) == 200
 
 
+@pytest.mark.platform
 async def test_dropped_connection_sends_not_one_byte(sandbox: Sandbox) -> None:
     sandbox.drop_next(method="GET")
     address = urlsplit(sandbox.url)
@@ -461,6 +466,7 @@ async def test_wrong_drop_is_refused(sandbox: Sandbox) -> None:
 # Latency
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_answers_come_late_by_the_latency(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 0.2
@@ -471,6 +477,7 @@ async def test_answers_come_late_by_the_latency(sandbox: Sandbox, http: aiohttp.
     assert now() == pytest.approx(0.4)
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_timestamps_follow_a_clock_that_a_test_moves(sandbox: Sandbox) -> None:
     sandbox.approve("a", user_id=USER)
@@ -482,6 +489,7 @@ async def test_timestamps_follow_a_clock_that_a_test_moves(sandbox: Sandbox) -> 
     assert second - first >= timedelta(hours=24)
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_refusals_and_faults_come_late_too(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 1
@@ -496,6 +504,7 @@ async def test_refusals_and_faults_come_late_too(sandbox: Sandbox, http: aiohttp
     assert now() == pytest.approx(3)
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_poll_shows_what_was_true_when_it_arrived(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     await create(http)
@@ -505,6 +514,7 @@ async def test_poll_shows_what_was_true_when_it_arrived(sandbox: Sandbox, http: 
     assert await state(http) == "approved"
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_creation_that_nobody_waited_for_is_stored(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 3600
@@ -515,6 +525,7 @@ async def test_creation_that_nobody_waited_for_is_stored(sandbox: Sandbox, http:
     assert list(sandbox.operations) == ["a"]
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 3600
@@ -526,6 +537,7 @@ async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aioht
     assert now() == pytest.approx(1)
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_changed_latency_counts_for_requests_after_it(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 5
@@ -538,6 +550,7 @@ async def test_changed_latency_counts_for_requests_after_it(sandbox: Sandbox, ht
     assert now() == pytest.approx(5)
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_requests_are_served_side_by_side(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 1
@@ -555,6 +568,7 @@ async def test_latency_is_a_finite_number_of_seconds(sandbox: Sandbox, latency: 
 # The simulated user
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_operation_is_approved_after_the_time_that_was_asked_for() -> None:
     async with Sandbox(auto_approve=8) as sandbox, session_for(sandbox) as http:
@@ -571,6 +585,7 @@ async def test_operation_is_approved_at_once_when_that_was_asked_for() -> None:
         assert sandbox.operations["a"].is_approved
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_callable_decides_for_each_operation_when_it_is_approved() -> None:
     def patience(operation: Operation) -> float | None:
@@ -584,6 +599,7 @@ async def test_callable_decides_for_each_operation_when_it_is_approved() -> None
         assert [operation.is_approved for operation in sandbox.operations.values()] == [True, False, True]
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("answer", [-1, math.nan, "soon", ZeroDivisionError])
 async def test_callable_that_fails_is_logged_and_the_creation_answers_500(
     answer: Any, caplog: pytest.LogCaptureFixture
@@ -601,6 +617,7 @@ async def test_callable_that_fails_is_logged_and_the_creation_answers_500(
     assert any(record.exc_info for record in caplog.records)
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_simulated_user_does_not_approve_what_was_forgotten() -> None:
     async with Sandbox(auto_approve=5) as sandbox, session_for(sandbox) as http:
@@ -614,6 +631,7 @@ async def test_simulated_user_does_not_approve_what_was_forgotten() -> None:
         assert await state(http) == "approved"
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_simulated_user_comes_too_late_without_harm() -> None:
     async with Sandbox(auto_approve=5) as sandbox, session_for(sandbox) as http:
@@ -623,6 +641,7 @@ async def test_simulated_user_comes_too_late_without_harm() -> None:
         assert sandbox.operations["a"] is approved
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_closed_sandbox_approves_nothing() -> None:
     async with Sandbox(auto_approve=5) as sandbox, session_for(sandbox) as http:
@@ -634,6 +653,7 @@ async def test_closed_sandbox_approves_nothing() -> None:
 # Attempts that fail
 
 
+@pytest.mark.platform
 @pytest.mark.real_clock
 async def test_failed_attempts_show_in_telemetry_of_both_kinds(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     await create(http, externalUserId="ann@example.com")
@@ -647,6 +667,7 @@ async def test_failed_attempts_show_in_telemetry_of_both_kinds(sandbox: Sandbox,
     assert (await get(http, "/v2/users/BAD/authentications"))[0] == 404
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_attempts_and_lockouts_last_ten_minutes_of_the_loops_clock(
     sandbox: Sandbox, http: aiohttp.ClientSession
@@ -668,6 +689,7 @@ async def test_attempt_can_fail_before_the_sandbox_runs() -> None:
     assert [(each.operation_id, each.error_code) for each in sandbox.authentications] == [("a", 30004)]
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("delay", [0, 5])
 @pytest.mark.looptime
 async def test_simulated_user_who_is_locked_out_does_not_approve(delay: int) -> None:
@@ -683,6 +705,7 @@ async def test_simulated_user_who_is_locked_out_does_not_approve(delay: int) -> 
 # The journal
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_the_journal_records_each_request_its_time_and_its_answer(
     sandbox: Sandbox, http: aiohttp.ClientSession
@@ -698,6 +721,7 @@ async def test_the_journal_records_each_request_its_time_and_its_answer(
     assert type(sandbox.requests[0].status) is int
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_request_under_way_has_no_status_yet(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 1
@@ -758,6 +782,7 @@ async def test_url_is_there_only_while_it_runs() -> None:
         _ = sandbox.url
 
 
+@pytest.mark.platform
 @pytest.mark.real_clock
 async def test_it_serves_again_on_the_same_port_with_the_same_operations() -> None:
     sandbox = Sandbox(port=own_port())
@@ -769,6 +794,7 @@ async def test_it_serves_again_on_the_same_port_with_the_same_operations() -> No
         assert (await get(http))[0] == 200
 
 
+@pytest.mark.platform
 async def test_it_serves_again_in_another_loop() -> None:
     sandbox = Sandbox()
 
@@ -780,12 +806,14 @@ async def test_it_serves_again_in_another_loop() -> None:
     assert await asyncio.to_thread(asyncio.run, use()) == 200
 
 
+@pytest.mark.platform
 async def test_running_sandbox_is_not_entered_twice(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     with pytest.raises(ConfigurationError, match="running already"):
         await sandbox.start()
     assert (await get(http, PENDING))[0] == 200
 
 
+@pytest.mark.platform
 async def test_closing_twice_or_before_the_start_does_nothing() -> None:
     sandbox = Sandbox()
     await sandbox.aclose()
@@ -794,6 +822,7 @@ async def test_closing_twice_or_before_the_start_does_nothing() -> None:
     await sandbox.aclose()
 
 
+@pytest.mark.platform
 async def test_taken_port_is_an_os_error_and_can_be_tried_again() -> None:
     port = own_port()
     second = Sandbox(port=port)
@@ -806,6 +835,7 @@ async def test_taken_port_is_an_os_error_and_can_be_tried_again() -> None:
         assert second.url
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("turns", range(8))
 async def test_start_that_is_cancelled_at_any_point_leaves_the_port_free(turns: int) -> None:
     port = own_port()
@@ -821,6 +851,7 @@ async def test_start_that_is_cancelled_at_any_point_leaves_the_port_free(turns: 
         assert second.url == f"http://127.0.0.1:{port}"
 
 
+@pytest.mark.platform
 async def test_start_that_fails_while_it_is_cancelled_is_no_more_than_cancelled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -844,6 +875,7 @@ async def test_start_that_fails_while_it_is_cancelled_is_no_more_than_cancelled(
     assert not caplog.records
 
 
+@pytest.mark.platform
 @pytest.mark.real_clock
 async def test_closing_does_not_wait_for_requests_that_hang() -> None:
     before = asyncio.all_tasks()
@@ -864,6 +896,7 @@ async def test_closing_does_not_wait_for_requests_that_hang() -> None:
     assert asyncio.all_tasks() == before
 
 
+@pytest.mark.platform
 @pytest.mark.looptime
 async def test_nothing_is_left_when_it_is_closed() -> None:
     loop = asyncio.get_running_loop()
@@ -885,6 +918,7 @@ async def test_nothing_is_left_when_it_is_closed() -> None:
     assert loop.time() == 0
 
 
+@pytest.mark.platform
 async def test_closing_does_not_wait_for_bodies_that_do_not_end() -> None:
     before = asyncio.all_tasks()
     async with Sandbox() as sandbox:
@@ -906,6 +940,7 @@ async def test_closing_does_not_wait_for_bodies_that_do_not_end() -> None:
     assert asyncio.all_tasks() == before
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104  # to see what it makes of it
 async def test_the_url_can_be_reached_for_every_host_it_listens_on(host: str) -> None:
     async with Sandbox(host=host) as sandbox, aiohttp.ClientSession(sandbox.url) as http, http.get("/") as response:
@@ -913,6 +948,7 @@ async def test_the_url_can_be_reached_for_every_host_it_listens_on(host: str) ->
     assert urlsplit(str(response.url)).hostname in {"127.0.0.1", "::1"}
 
 
+@pytest.mark.platform
 @pytest.mark.parametrize("host", ["::1", "::"])
 async def test_url_of_an_ipv6_address_has_brackets(host: str) -> None:
     try:
