@@ -1168,7 +1168,7 @@ async def test_stop_ends_a_worker_whose_broker_says_nothing(
             began = now()
     finally:
         broker.resume()
-    assert now() - began < 4
+    assert now() - began < 30  # without a bound it waits until the broker answers
 
 
 async def test_event_of_the_largest_request_is_stored(

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import until
+from nats_server import PATIENCE, until
 from tenacity import wait_fixed
 
 from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
@@ -51,7 +51,7 @@ async def test_a_worker_whose_clock_is_ahead_expires_nothing_early(
         await submit_approval(connection, "C0FFEE", operation_id="txn-1", expires_in=120)
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
-        async with asyncio.timeout(60), aclosing(outcomes(connection, "test")) as events:
+        async with asyncio.timeout(PATIENCE), aclosing(outcomes(connection, "test")) as events:
             assert (await anext(events)).outcome is Outcome.APPROVED
 
 
@@ -69,7 +69,7 @@ async def test_a_worker_whose_wall_clock_steps_ends_each_request_at_its_deadline
     monkeypatch.setattr("aiokeyless.worker.nats.broker.BrokerClock", lambda: BrokerClock(wall))
     async with (
         ApprovalWorker(client, broker.url, schedule=wait_fixed(0.1)),
-        asyncio.timeout(60),
+        asyncio.timeout(PATIENCE),
         aclosing(outcomes(connection, "test")) as events,
     ):
         await submit_approval(connection, "C0FFEE", operation_id="long", expires_in=1800)
