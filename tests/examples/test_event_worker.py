@@ -54,7 +54,7 @@ class Streams:
 
     def __init__(self, connection: Client) -> None:
         self.connection = connection
-        self.js = connection.jetstream()
+        self.js = connection.jetstream(timeout=PATIENCE)
 
     async def request(self, payment: Payment) -> None:
         await self.send(msgspec.json.encode(payment))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 import msgspec
 import nats
+import nats.errors
 import pytest
 from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
 
@@ -108,7 +109,7 @@ async def stage(folder: Path, workers: int) -> AsyncGenerator[tuple[Users, NatsS
     await broker.start()
     try:
         async with users.sandbox, await nats.connect(broker.url, error_cb=_unheard) as connection:
-            await prepare(connection.jetstream(), StreamSettings(), ack_wait=ACK_WAIT)
+            await prepare(connection.jetstream(timeout=PATIENCE), StreamSettings(), ack_wait=ACK_WAIT)
             fleet = Fleet(workers, broker, users.sandbox)
             running = asyncio.create_task(fleet.keep_running())
             try:
@@ -139,10 +140,13 @@ async def ask(connection: Client, operation_id: str, case: Case) -> None:
 
 async def all_events(connection: Client) -> list[ApprovalEvent]:
     """Wait until no request is left, and return every event that there is."""
-    stream = connection.jetstream()
+    stream, hasty = connection.jetstream(timeout=PATIENCE), connection.jetstream()
 
     async def no_request_is_left() -> bool:
-        return (await stream.stream_info(REQUESTS)).state.messages == 0
+        try:
+            return (await hasty.stream_info(REQUESTS)).state.messages == 0
+        except nats.errors.TimeoutError:  # a request that the connection lost with the broker has no answer
+            return False
 
     await until(no_request_is_left, PATIENCE)
     stored = (await stream.stream_info(OUTCOMES)).state

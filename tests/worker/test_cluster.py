@@ -109,11 +109,11 @@ async def prepares(worker: ApprovalWorker) -> bool:
 
 
 async def has_a_reader(connection: Client) -> bool:
-    return bool(await connection.jetstream().consumers_info(OUTCOMES))
+    return bool(await connection.jetstream(timeout=PATIENCE).consumers_info(OUTCOMES))
 
 
 async def leader_of_the_requests(connection: Client) -> str:
-    found = (await connection.jetstream().stream_info(REQUESTS)).cluster
+    found = (await connection.jetstream(timeout=PATIENCE).stream_info(REQUESTS)).cluster
     assert found is not None
     assert found.leader is not None
     return found.leader
@@ -172,7 +172,7 @@ async def test_the_cluster_of_the_documentation_loses_no_approval_with_a_server(
                 await until(lambda: prepares(ApprovalWorker(client, broker)))
                 async with ApprovalWorker(client, broker, schedule=wait_fixed(0.2)):
                     place = ConsumerConfig(durable_name="shop", max_ack_pending=-1)
-                    await operator.jetstream().add_consumer(OUTCOMES, place)
+                    await operator.jetstream(timeout=PATIENCE).add_consumer(OUTCOMES, place)
                     theirs = NatsBroker(shop, fleet=IMPORTED)
                     submission = await submit_approval(theirs, "C0FFEE", operation_id="txn-1")
                     await until(lambda: submission.operation_id in sandbox.operations)
