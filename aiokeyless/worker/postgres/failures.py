@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 #: Classes of SQL states that do not change by themselves: authorization, names, syntax and rights. 0A is not one of
 #: them: a standby has no unlogged table until it takes over.
 _LASTING: Final = ("0L", "0P", "28", "3D", "3F", "42")
+_DENIED: Final = "42501"
 _MISSING: Final = ("3F000", "42883", "42P01")
 _DISK_FULL: Final = "53100"
 #: States of `submit` about the request: its text is no JSON, a value is wrong, another request has its operation id, or
@@ -38,6 +39,8 @@ def broker_errors(schema: str, errors: tuple[type[Exception], ...]) -> Iterator[
                 f"the schema {schema!r} is missing, or older than this library: run aiokeyless worker --prepare as a "
                 "user that may create it"
             ) from None
+        if state == _DENIED:
+            raise BrokerError(f"{reason}; check which roles this login has") from None
         if state.startswith(_LASTING):
             raise BrokerError(reason) from None
         raise (RefusedError if state == _DISK_FULL else UnavailableError)(reason) from None

@@ -155,9 +155,9 @@ async def test_a_worker_of_the_workers_role_needs_no_other_right(
         await broker.prepare(lease=LEASE, service="")
         (message,) = await take_n(broker, 1)
         assert await decide(broker, message)
-        with pytest.raises(BrokerError, match="permission denied"):
+        with pytest.raises(BrokerError, match="permission denied for function submit; check which roles"):
             await submit(broker, "b")
-        with pytest.raises(BrokerError, match="permission denied"):
+        with pytest.raises(BrokerError, match="permission denied for function next_outcome; check which roles"):
             await broker.next_outcome("shop")
 
 
