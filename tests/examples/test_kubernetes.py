@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 DEPLOYMENT, BUDGET = yaml.safe_load_all((EXAMPLES / "kubernetes" / "worker.yaml").read_text())
-ON_POSTGRES = yaml.safe_load((EXAMPLES / "kubernetes" / "worker-postgres.yaml").read_text())
+POSTGRES_TEXT: Final = (EXAMPLES / "kubernetes" / "worker-postgres.yaml").read_text()
+ON_POSTGRES = yaml.safe_load(POSTGRES_TEXT)
 
 
 def pod_of(deployment: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,10 +75,17 @@ def test_the_grace_period_covers_the_longest_that_a_worker_may_take_to_end(deplo
     assert pod["terminationGracePeriodSeconds"] > limits.longest_delivery + EXPIRES
 
 
-def test_each_file_that_is_named_is_mounted_from_a_secret() -> None:
-    [mount], [volume] = WORKER["volumeMounts"], POD["volumes"]
-    mounted = {f"{mount['mountPath']}/{item['path']}" for item in volume["secret"]["items"]}
-    assert {argument.partition("=")[2] for argument in ARGUMENTS if "=/" in argument} == mounted
+@pytest.mark.parametrize(
+    ("deployment", "named"),
+    [
+        pytest.param(DEPLOYMENT, {argument.partition("=")[2] for argument in ARGUMENTS if "=/" in argument}, id="NATS"),
+        pytest.param(ON_POSTGRES, set(re.findall(r"sslrootcert=(/\S+)", POSTGRES_TEXT)), id="PostgreSQL"),
+    ],
+)
+def test_each_file_that_is_named_is_mounted_from_a_secret(deployment: dict[str, Any], named: set[str]) -> None:
+    pod, container = pod_of(deployment)
+    [mount], [volume] = container["volumeMounts"], pod["volumes"]
+    assert named == {f"{mount['mountPath']}/{item['path']}" for item in volume["secret"]["items"]}
     assert mount["name"] == volume["name"]
 
 

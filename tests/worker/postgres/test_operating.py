@@ -54,15 +54,15 @@ async def test_the_page_for_operators_works_as_it_is_written(own_server: Postgre
     own_server.execute(f"CREATE ROLE admin LOGIN CREATEROLE; GRANT CREATE ON DATABASE {database} TO admin")
     assert await prepare(own_server.url(database, "admin")) == (0, "")
     own_server.execute(ROLES, database, "admin")
-    own_server.execute(TEAM, database)
+    own_server.execute(TEAM, database, "admin")
     async with PostgresBroker(own_server.url(database, "approvals")) as broker:
         await broker.prepare(lease=LEASE, service="")
         await ask_and_read(own_server, database, broker)
-    own_server.execute(FIGURES, database)
+    own_server.execute(FIGURES, database, "admin")
     own_server.execute("SELECT keyless.add_reader('old')", database)
-    own_server.execute(REMOVED_READER, database)
+    own_server.execute(REMOVED_READER, database, "admin")
     assert own_server.execute("SELECT name FROM keyless.reader", database) == [["shop"]]
-    own_server.execute(REMOVED, database)
+    own_server.execute(REMOVED, database, "admin")
 
 
 async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_server: PostgresServer) -> None:
