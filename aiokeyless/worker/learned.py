@@ -46,9 +46,8 @@ class LearnedFile:
         except OSError as error:
             raise _unusable(f"what was learned cannot be read from {self._path}: {error.strerror}") from None
         except ConfigurationError as error:
-            raise _unusable(
-                f"{self._path} holds something else: {_reason(error)}; move it away to start anew"
-            ) from None
+            reason = str(error).partition(";")[0]  # without the advice for the caller
+            raise _unusable(f"{self._path} holds something else: {reason}; move it away to start anew") from None
 
     @asynccontextmanager
     async def keeping(self) -> AsyncGenerator[None]:
@@ -95,11 +94,6 @@ class LearnedFile:
 
 def _unusable(message: str) -> ConfigurationError:
     return ConfigurationError(message, argument="learned")
-
-
-def _reason(error: ConfigurationError) -> str:
-    """Return the fault of a state, without the advice for the caller."""
-    return str(error).partition(";")[0]
 
 
 def _replace(path: Path, text: str) -> None:

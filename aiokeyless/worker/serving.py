@@ -167,7 +167,9 @@ class Serving:
                 free = self._limits.max_in_flight - len(self._deliveries)
                 if self._is_away(now) and self._key_check is None and free > 0:
                     await self._receive(self._broker.take_overdue(free, self._limits.grace))
-                await self._wait_for_change(self._loop.time())
+                now = self._loop.time()
+                closed_for = max(self._circuit.retry_at(), self._rate.ready_at(now)) - now
+                await self._pause(min(max(closed_for, _EARLY), TAKES_FOR) if closed_for > 0 else TAKES_FOR)
         except UnavailableError as error:
             self._silences += 1
             self._reporter.report_silence(error)
@@ -203,10 +205,6 @@ class Serving:
         if self._circuit.is_closed:  # all of them, without a loop: each delivery calls this
             return len(self._deliveries)
         return sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
-
-    async def _wait_for_change(self, now: float) -> None:
-        closed_for = max(self._circuit.retry_at(), self._rate.ready_at(now)) - now
-        await self._pause(min(max(closed_for, _EARLY), TAKES_FOR) if closed_for > 0 else TAKES_FOR)
 
     async def _pause(self, seconds: float) -> None:
         """Wait for a delivery to end, or for something else that makes room."""
@@ -266,9 +264,9 @@ class Serving:
         # Not by the loop's task factory: an eager one would run the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
         self._deliveries[task] = self._loop.time()
-        task.add_done_callback(self._delivered)
+        task.add_done_callback(self._forget_delivery)
 
-    def _delivered(self, task: asyncio.Task[None]) -> None:
+    def _forget_delivery(self, task: asyncio.Task[None]) -> None:
         del self._deliveries[task]
         self._changed.set()
 

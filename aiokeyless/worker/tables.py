@@ -46,10 +46,10 @@ class TableBroker(Broker):
         """Start the housekeeping with the first worker; return the longest wait that the tables allow."""
         self._lease = max(self._lease, lease)
         if self._housekeeping is None:
-            self._housekeeping = asyncio.create_task(self._tidy_again_and_again())
+            self._housekeeping = asyncio.create_task(self._tidy_forever())
         return LONGEST_WAIT
 
-    async def _tidy_again_and_again(self) -> None:
+    async def _tidy_forever(self) -> None:
         for turn in itertools.count():
             try:
                 await self._tidy(turn)

@@ -92,7 +92,7 @@ class NatsClaims:
         """Store the holder of the id. Return the sequence, or None if the holder had changed before."""
         subject, headers = self._subject(operation_id), {_EXPECTED: str(expected)}
         if self._keys is not None:
-            headers[SIGNATURE] = self._keys.sign(_signed(subject, holder), fleet=self._fleet.name, kind=CLAIM)
+            headers[SIGNATURE] = self._keys.sign(_signed_data(subject, holder), fleet=self._fleet.name, kind=CLAIM)
         with broker_errors():
             try:
                 stored = await self._stream.publish(subject, holder, stream=self._fleet.claims, headers=headers)
@@ -113,7 +113,7 @@ class NatsClaims:
                     raise
                 return 0, _RELEASED
         sequence, holder = message.seq or 0, message.data or _RELEASED
-        if not self._is_believed(message, _signed(subject, holder)):
+        if not self._is_believed(message, _signed_data(subject, holder)):
             self._unsigned.log({"sequence": sequence})
             return sequence, None
         return sequence, holder
@@ -128,7 +128,7 @@ class NatsClaims:
         return self._fleet.claim_subject(sha256(operation_id.encode()).hexdigest())
 
 
-def _signed(subject: str, holder: bytes) -> bytes:
+def _signed_data(subject: str, holder: bytes) -> bytes:
     """Return the signed data of a claim: the operation, by its subject, and the request."""
     return subject.encode() + b"\0" + holder
 

@@ -133,37 +133,37 @@ class _Reports:
         self.failures: list[Exception] = []
         self.is_connected: bool = False
         self._client = client
-        self._on_reconnect = on_reconnect
-        self._on_loss = on_loss
+        self._reconnect = on_reconnect
+        self._lose = on_loss
 
     def callbacks(self) -> dict[str, Any]:
         """Return the options of ``nats.connect`` by which a worker observes its connection."""
         return {
-            "error_cb": self._error,
-            "disconnected_cb": self._disconnected,
-            "reconnected_cb": self._reconnected,
-            "closed_cb": self._closed,
+            "error_cb": self._on_error,
+            "disconnected_cb": self._on_disconnect,
+            "reconnected_cb": self._on_reconnect,
+            "closed_cb": self._on_close,
         }
 
-    async def _error(self, error: Exception) -> None:
+    async def _on_error(self, error: Exception) -> None:
         if not self.is_connected:
             self.failures.append(error)
             return
         log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
         if "permissions violation" in str(error).lower():  # then the connection is useless
-            self._on_loss(BrokerError(f"the broker does not permit what a worker does: {error}"))
+            self._lose(BrokerError(f"the broker does not permit what a worker does: {error}"))
 
-    async def _disconnected(self) -> None:
+    async def _on_disconnect(self) -> None:
         if self.is_connected and not self._client.is_closed:  # by the worker itself, at its end
             log(logging.WARNING, "broker.disconnected")
 
-    async def _reconnected(self) -> None:
-        self._on_reconnect()
+    async def _on_reconnect(self) -> None:
+        self._reconnect()
 
-    async def _closed(self) -> None:
+    async def _on_close(self) -> None:
         if self.is_connected:
             reason = self._client.last_error or "it did not say why"
-            self._on_loss(BrokerError(f"the broker ended the connection for good: {reason}"))
+            self._lose(BrokerError(f"the broker ended the connection for good: {reason}"))
 
 
 def _client(servers: list[str], given: dict[str, Any]) -> Client:

@@ -152,7 +152,7 @@ def _parse(keys: Sequence[object]) -> dict[str, Secret] | ConfigurationError:
     for number, key in enumerate(keys, 1):
         if not isinstance(key, str):
             return ConfigurationError(f"event key {number} must be text, not {type(key).__name__}", argument="keys")
-        if len(key) < _SHORTEST or not _is_printable(key):
+        if len(key) < _SHORTEST or not (key.isascii() and key.isprintable()) or " " in key:
             return ConfigurationError(
                 f"event key {number} must be {_SHORTEST} or more printable ASCII characters without blanks: make one "
                 "with openssl rand -hex 32",
@@ -160,10 +160,6 @@ def _parse(keys: Sequence[object]) -> dict[str, Secret] | ConfigurationError:
             )
         parsed[_key_id(key)] = Secret(key)
     return parsed
-
-
-def _is_printable(key: str) -> bool:
-    return key.isascii() and key.isprintable() and " " not in key
 
 
 def _key_id(key: str) -> str:

@@ -95,7 +95,7 @@ class PostgresBroker(TableBroker):
         self._put_offs = self._batches(self._put_off)
         self._decisions = self._batches(self._decide)
         self._claims = self._batches(self._claim)
-        self._held = self._batches(self._were_asked)
+        self._held = self._batches(self._fetch_asked)
 
     def _batches(self, execute: Callable[[list[Any]], Awaitable[list[Any]]]) -> Batches[Any, Any]:
         return Batches(execute, LARGEST_BATCH)
@@ -123,7 +123,7 @@ class PostgresBroker(TableBroker):
                     max_size=_CONNECTIONS,
                     statement_cache_size=0,
                     timeout=_ANSWER_WITHIN,
-                    reset=_keep,
+                    reset=_reset_nothing,
                     server_settings={"application_name": "aiokeyless"},
                 )
                 async with pool.acquire():  # checks that the database lets this user in
@@ -270,7 +270,7 @@ class PostgresBroker(TableBroker):
         is_held: bool = await self._held.call(message.id)
         return is_held
 
-    async def _were_asked(self, ids: list[int]) -> list[bool]:
+    async def _fetch_asked(self, ids: list[int]) -> list[bool]:
         asked = {row[0] for row in await self._fetch("SELECT id FROM {}.were_asked($1::bigint[])", ids)}
         return [id_ in asked for id_ in ids]
 
@@ -354,7 +354,7 @@ class _PooledDriver(AsyncpgDriver):
         await self._pool.release(self._pooled)
 
 
-async def _keep(_connection: asyncpg.Connection[Any]) -> None:
+async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:
     """Do not reset a connection. All its settings ended with its transaction."""
 
 

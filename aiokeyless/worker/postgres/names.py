@@ -25,11 +25,11 @@ def check_schema(schema: object) -> str:
     return schema
 
 
-def quoted(name: str) -> str:
+def quote(name: str) -> str:
     """Return a schema or a role with quotes for SQL, since it may be a keyword."""
     return f'"{name}"'
 
 
 def in_schema(schema: str, statement: str) -> str:
     """Return a statement with a schema in place of its ``{}``."""
-    return statement.format(quoted(schema))
+    return statement.format(quote(schema))

@@ -30,7 +30,7 @@ _ADVICE: Final = {
 }
 
 
-def _code(error: sqlite3.Error) -> int:
+def _error_code(error: sqlite3.Error) -> int:
     """Return the primary error code; 0 for an error of the module itself, such as for a closed connection."""
     return getattr(error, "sqlite_errorcode", 0) & _PRIMARY
 
@@ -45,7 +45,7 @@ def broker_errors(path: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code = _code(error)
+        code = _error_code(error)
         if code == sqlite3.SQLITE_FULL:
             raise RefusedError(f"{path}: the disk is full") from None
         if code in _PASSING:
@@ -53,13 +53,13 @@ def broker_errors(path: str) -> Iterator[None]:
         raise BrokerError(f"{path}: {_ADVICE.get(code, error)}") from None
 
 
-def retried(do: Callable[[], T]) -> T:
+def retry_while_busy(do: Callable[[], T]) -> T:
     """Do something with the file, and retry while another process holds it."""
     give_up_at = time.monotonic() + _BUSY_FOR
     while True:
         try:
             return do()
         except sqlite3.OperationalError as error:
-            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= give_up_at:
+            if _error_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= give_up_at:
                 raise
         time.sleep(random.uniform(*_PAUSE))  # noqa: S311  # nothing secret

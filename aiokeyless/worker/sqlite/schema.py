@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless.errors import BrokerError
 
-from .failures import broker_errors, retried
+from .failures import broker_errors, retry_while_busy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ def connect(path: str, *, now: float) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
         with ExitStack() as unprepared:
             unprepared.callback(connection.close)
-            retried(lambda: _prepare(connection, path, now))
+            retry_while_busy(lambda: _prepare(connection, path, now))
             unprepared.pop_all()
     return connection
 

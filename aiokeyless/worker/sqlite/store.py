@@ -23,7 +23,7 @@ from aiokeyless.worker.broker import (
 )
 from aiokeyless.worker.tables import LONGEST_WAIT, time_of
 
-from .failures import broker_errors, retried
+from .failures import broker_errors, retry_while_busy
 from .schema import MEMORY, committing, connect
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Store:
         with broker_errors(self._path):
             is_lasting = any(isinstance(call, Call) and call.lasting for call in calls)
             self._set_synchronous("FULL" if is_lasting else "NORMAL")
-            retried(lambda: self._connection.execute("BEGIN IMMEDIATE"))
+            retry_while_busy(lambda: self._connection.execute("BEGIN IMMEDIATE"))
             with committing(self._connection):
                 self._put_off([call for call in calls if isinstance(call, PutOff)])
                 return [call.do(self) if isinstance(call, Call) else None for call in calls]
@@ -146,7 +146,7 @@ class Store:
     def _time(self, statement: str, *values: object) -> float | None:
         """Return the time in the only row of a statement that is in no transaction; None if there is none."""
         with broker_errors(self._path):
-            (found,) = retried(lambda: self._one(statement, *values))
+            (found,) = retry_while_busy(lambda: self._one(statement, *values))
         return None if found is None else float(found)
 
     # -- for applications
@@ -352,7 +352,7 @@ class Store:
         if self._inode is not None and not _is_there(self._path, self._inode):
             raise BrokerError(f"{self._path} was removed or replaced while it was in use: start the worker again")
         with broker_errors(self._path):
-            waiting, backlog, oldest = retried(
+            waiting, backlog, oldest = retry_while_busy(
                 lambda: self._one(
                     "SELECT count(*), sum(w.deliveries = 0), min(r.stored_at)"
                     " FROM waiting w JOIN request r ON r.id = w.id"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import asyncpg
 
 from aiokeyless.errors import BrokerError
-from aiokeyless.worker.postgres.names import in_schema, quoted
+from aiokeyless.worker.postgres.names import in_schema, quote
 
 if TYPE_CHECKING:
     from aiokeyless.worker.postgres.connection import Connection
@@ -65,7 +65,7 @@ async def prepare(connection: Connection, schema: str) -> None:
 
 async def _versions(connection: Connection, schema: str) -> tuple[int, int]:
     """Return the version of the schema, 0 if there is none, and that of the oldest worker that it allows."""
-    if await connection.fetchval("SELECT to_regclass($1)", f"{quoted(schema)}.migration") is None:
+    if await connection.fetchval("SELECT to_regclass($1)", f"{quote(schema)}.migration") is None:
         return 0, 0
     ((version, oldest_worker),) = await connection.fetch(
         in_schema(schema, "SELECT coalesce(max(version), 0), coalesce(max(oldest_worker), 0) FROM {}.migration")
@@ -78,7 +78,7 @@ async def _migrate(connection: Connection, schema: str) -> None:
     await connection.execute(f"SELECT pg_advisory_xact_lock({lock}, 1)")
     owner = await _owner(connection, schema)
     await connection.execute(f"SET LOCAL ROLE {owner}")
-    name = quoted(schema)
+    name = quote(schema)
     await connection.execute(
         f"CREATE TABLE IF NOT EXISTS {name}.migration (version integer PRIMARY KEY, oldest_worker integer NOT NULL, "
         "applied_at timestamptz NOT NULL DEFAULT now())"
@@ -101,7 +101,7 @@ def lock_number(schema: str) -> int:
 
 
 async def _owner(connection: Connection, schema: str) -> str:
-    """Return the owner of the schema, quoted for SQL. Make the schema, owner and roles, if missing and permitted."""
+    """Return the owner of the schema, quote for SQL. Make the schema, owner and roles, if missing and permitted."""
     found: Any = await connection.fetchval(
         "SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = $1", schema
     )
@@ -116,10 +116,10 @@ async def _owner(connection: Connection, schema: str) -> str:
     if may_make_roles:
         for role in ("owner", *_ROLES):
             if not await _exists(connection, f"{schema}_{role}"):
-                await connection.execute(f"CREATE ROLE {quoted(f'{schema}_{role}')} NOLOGIN")
-        owner = quoted(f"{schema}_owner")
+                await connection.execute(f"CREATE ROLE {quote(f'{schema}_{role}')} NOLOGIN")
+        owner = quote(f"{schema}_owner")
         await connection.execute(f"GRANT {owner} TO CURRENT_USER")
-    await connection.execute(f"CREATE SCHEMA {quoted(schema)} AUTHORIZATION {owner}")
+    await connection.execute(f"CREATE SCHEMA {quote(schema)} AUTHORIZATION {owner}")
     return str(owner)
 
 
@@ -129,11 +129,11 @@ async def _exists(connection: Connection, role: str) -> bool:
 
 async def _grant(connection: Connection, schema: str) -> None:
     """Let each existing role execute its functions, and revoke them from all others."""
-    name = quoted(schema)
+    name = quote(schema)
     await connection.execute(f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {name} FROM PUBLIC")
     for role, functions in _ROLES.items():
         if await _exists(connection, f"{schema}_{role}"):
-            granted = quoted(f"{schema}_{role}")
+            granted = quote(f"{schema}_{role}")
             await connection.execute(f"GRANT USAGE ON SCHEMA {name} TO {granted}")
             await connection.execute(f"GRANT SELECT ON {name}.migration TO {granted}")
             for function in functions:
