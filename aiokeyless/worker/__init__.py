@@ -9,11 +9,11 @@ from aiokeyless.errors import BrokerError, InvalidRequestError
 from aiokeyless.events import Inspection
 
 from .applications import Submission, approval_request, next_outcome, submit_approval
+from .approval_worker import ApprovalWorker
 from .broker import Broker
 from .healthz import serve_health
 from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
-from .reporting import WorkerStatistics
-from .service import ApprovalWorker
+from .monitoring import WorkerStatistics
 
 __all__ = [
     "ApprovalEvent",

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from .broker import Broker
     from .decisions import Decision
     from .messages import Delivery
-    from .reporting import Reporter
+    from .monitoring import Reporter
 
 #: No operation has this id. If Keyless reports it missing, it has accepted the key.
 _NO_OPERATION: Final = "aiokeyless-worker-checks-its-key"

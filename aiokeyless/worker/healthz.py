@@ -11,7 +11,7 @@ from aiohttp import web
 from aiokeyless.errors import BrokerError
 
 if TYPE_CHECKING:
-    from .service import ApprovalWorker
+    from .approval_worker import ApprovalWorker
 
 #: aiohttp logs a traceback for each malformed request, and any client can send one.
 _SILENT: Final = logging.Logger(__name__, logging.CRITICAL)  # noqa: LOG001  # of this server alone

@@ -1,7 +1,7 @@
 """The serving phase of a worker: it takes deliveries, processes each, and puts it off or decides it.
 
 It keeps no wait in memory. `exchanges` talks to Keyless, `aiokeyless._rules.circuit` limits the exchanges at once, and
-`service` owns the life of the worker.
+`approval_worker` owns the life of the worker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable
 from .exchanges import Exchanges, check_key
 from .logs import RateLimitedLog, log
 from .messages import FailureReason, read_request
-from .reporting import Reporter, WorkerStatistics
+from .monitoring import Reporter, WorkerStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence

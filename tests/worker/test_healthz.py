@@ -60,7 +60,7 @@ def worker() -> Worker:
 
 @pytest.fixture
 def _frequent_inspections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiokeyless.worker.reporting._EVERY", 0.05)
+    monkeypatch.setattr("aiokeyless.worker.monitoring._EVERY", 0.05)
 
 
 @pytest.fixture

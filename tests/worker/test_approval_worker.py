@@ -37,8 +37,8 @@ from aiokeyless.worker import (
     BrokerError,
     FailureReason,
     Outcome,
+    approval_worker,
     exchanges,
-    service,
     submit_approval,
 )
 from aiokeyless.worker.logs import JsonFormatter
@@ -146,9 +146,9 @@ async def other_client(sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
 @pytest.fixture
 async def impatient_client(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[KeylessClient]:
     """A client with which a delivery that was not acknowledged is repeated after 3.5 s."""
-    monkeypatch.setattr(service, "_SETTLED_WITHIN", 0.5)
+    monkeypatch.setattr(approval_worker, "_SETTLED_WITHIN", 0.5)
     monkeypatch.setattr(nats_broker, "_ANSWER_WITHIN", 0.5)
-    monkeypatch.setattr(service, "_MARGIN", 0.0)
+    monkeypatch.setattr(approval_worker, "_MARGIN", 0.0)
     async with sandbox.client(request_timeout=1) as client:
         yield client
 
@@ -889,7 +889,7 @@ async def test_cancelling_the_start_ends_it(
         hanging.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(service, "check_key", hang)
+    monkeypatch.setattr(approval_worker, "check_key", hang)
     starting = asyncio.create_task(ApprovalWorker(client, broker.url).__aenter__())
     await hanging.wait()
     starting.cancel()

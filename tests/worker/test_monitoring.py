@@ -29,7 +29,7 @@ from aiokeyless.events import (
 )
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import Broker, RefusedError, UnavailableError
-from aiokeyless.worker.reporting import Reporter
+from aiokeyless.worker.monitoring import Reporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request

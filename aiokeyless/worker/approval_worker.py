@@ -20,7 +20,7 @@ from .broker import Broker, broker_for
 from .exchanges import check_key
 from .learned import LearnedFile
 from .logs import log
-from .reporting import WorkerStatistics
+from .monitoring import WorkerStatistics
 from .serving import Limits, Serving
 
 if TYPE_CHECKING:
