@@ -21,7 +21,7 @@ from aiokeyless.worker.messages import NewerVersionError, read_event
 from .event_keys import SIGNATURE
 from .failures import broker_errors
 from .fleet import KEYLESS, Fleet
-from .streams import is_delivery
+from .streams import UNLIMITED, is_delivery
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _ANSWER_WITHIN: Final = 5.0  # seconds, for a request about the reader's place in the stream
 _READ_FOR: Final = 5.0  # seconds for which one pull waits
 _ATTEMPTS: Final = 6  # of 5 s each, to find the application's place in the stream
-_UNLIMITED: Final = -1
 _ACK_WAIT: Final = 30.0  # seconds that an application may take for one event before it gets it again
 #: Seconds until an event without a valid signature is delivered again, the first time.
 _UNSIGNED_FOR: Final = 60.0
@@ -180,13 +179,13 @@ async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) ->
     """
     with suppress(nats.js.errors.NotFoundError):  # of the consumer; or of the stream, which is reported below
         found = (await stream.consumer_info(fleet.outcomes, durable)).config
-        if found is not None and found.max_ack_pending == _UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
+        if found is not None and found.max_ack_pending == UNLIMITED and found.ack_policy == AckPolicy.EXPLICIT:
             return
     place = ConsumerConfig(
         durable_name=durable,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=_ACK_WAIT,
-        max_ack_pending=_UNLIMITED,  # events that are put off must not hold up later ones
+        max_ack_pending=UNLIMITED,  # events that are put off must not hold up later ones
     )
     try:
         await stream.add_consumer(fleet.outcomes, place)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
 _SERVICE: Final = "aiokeyless-service"
-_UNLIMITED: Final = -1
+#: A limit that is none.
+UNLIMITED: Final = -1
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
 #: The broker's codes while servers of a cluster are offline or unknown to its leader, or it has no leader.
 _CLUSTER_INCOMPLETE: Final = frozenset({10004, 10005, 10008, 10009})
@@ -225,8 +226,8 @@ async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> 
         description="Workers that wait for approvals",
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
-        max_deliver=_UNLIMITED,  # each delivery is a poll, and their number has no limit
-        max_ack_pending=_UNLIMITED,  # each wait is an unacknowledged message
+        max_deliver=UNLIMITED,  # each delivery is a poll, and their number has no limit
+        max_ack_pending=UNLIMITED,  # each wait is an unacknowledged message
         max_waiting=_MAX_WAITING,
     )
     try:
@@ -250,7 +251,7 @@ def _check(what: str, found: object, wanted: object, checks: _Checks) -> None:
 
 
 def _is_unlimited(value: int | None, _want: object) -> bool:
-    return (value or _UNLIMITED) < 0
+    return (value or UNLIMITED) < 0
 
 
 def _is_unset(value: object, _want: object) -> bool:

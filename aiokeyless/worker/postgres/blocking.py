@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from aiokeyless.errors import ConfigurationError
 
-from .names import READS_EVERY, in_schema
+from .names import READS_EVERY, SCHEMA, in_schema
 from .transactions import Driver, DriverConnection
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _RolledBack(Exception):  # noqa: N818  # no error: it tells the transactio
 class _BlockingDriver(Driver):
     example: ClassVar[str] = "'with connection.transaction()', in Django 'with transaction.atomic()'"
     savepoint: ClassVar[str] = "a savepoint"
-    schema = "keyless"
+    schema = SCHEMA
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection

@@ -26,7 +26,7 @@ from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
 from .connection import ERRORS, AsyncpgDriver
 from .failures import broker_errors
 from .migrations import prepare
-from .names import check_schema, in_schema
+from .names import SCHEMA, check_schema, in_schema
 from .transactions import store_request, take_outcome
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class PostgresBroker(TableBroker):
 
     _TIDIES_EVERY: ClassVar[float] = 1.0
 
-    def __init__(self, database: str | asyncpg.Pool[Any], schema: str = "keyless") -> None:
+    def __init__(self, database: str | asyncpg.Pool[Any], schema: str = SCHEMA) -> None:
         super().__init__()
         self.system = "postgresql"
         self._schema = check_schema(schema)
@@ -203,24 +203,21 @@ class PostgresBroker(TableBroker):
                 return messages
 
     async def _take(self, up_to: int, probing: bool) -> list[Message]:
-        now = asyncio.get_running_loop().time()
+        now, began = asyncio.get_running_loop().time(), self.now().timestamp()
         floor: float | None = self._floor
         if now >= self._look_below_at:
             floor, self._look_below_at = None, now + _LOOKS_BELOW_EVERY
-        # At least one row, which carries the time.
         rows = await self._fetch(
-            "SELECT extract(epoch FROM statement_timestamp())::double precision, t.* FROM (SELECT) one LEFT JOIN "
-            "{}.take($1::integer, $2::double precision, $3::double precision, $4::boolean) t ON true",
+            "SELECT * FROM {}.take($1::integer, $2::double precision, $3::double precision, $4::boolean)",
             up_to,
             self._lease,
             floor,
             probing,
         )
-        taken = [row for row in rows if row["id"] is not None]
         if not probing:
-            until = min(rows[0][0], taken[-1]["due_at"]) if len(taken) == up_to else rows[0][0]
+            until = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
             self._floor = until - _COMMITS_WITHIN
-        return [_message(row) for row in taken]
+        return [_message(row) for row in rows]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._take_or_give_back(self._take_overdue(up_to, grace))

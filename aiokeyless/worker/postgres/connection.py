@@ -10,7 +10,7 @@ import asyncpg
 
 from aiokeyless.errors import ConfigurationError
 
-from .names import READS_EVERY, check_schema, in_schema
+from .names import READS_EVERY, SCHEMA, check_schema, in_schema
 from .transactions import Driver, DriverConnection
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PostgresConnection(DriverConnection):
         ConfigurationError: It is no connection.
     """
 
-    def __init__(self, connection: Connection, schema: str = "keyless") -> None:
+    def __init__(self, connection: Connection, schema: str = SCHEMA) -> None:
         if not callable(getattr(connection, "is_in_transaction", None)):
             raise ConfigurationError(
                 f"broker must be an asyncpg connection or a PostgresBroker, not {type(connection).__name__}; "

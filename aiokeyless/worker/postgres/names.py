@@ -7,8 +7,10 @@ from typing import Final
 
 from aiokeyless.errors import ConfigurationError
 
+#: The default schema.
+SCHEMA: Final = "keyless"
 READS_EVERY: Final = 0.25  # seconds between two polls for an outcome
-_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # and a role's ending: PostgreSQL allows 63 bytes
+_SIMPLE_NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # and a role's ending: PostgreSQL allows 63 bytes
 
 
 def check_schema(schema: object) -> str:
@@ -17,7 +19,7 @@ def check_schema(schema: object) -> str:
     Raises:
         ConfigurationError: The name needs quotes, or is too long.
     """
-    if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema) or schema.startswith("pg_"):
+    if not isinstance(schema, str) or not _SIMPLE_NAME.fullmatch(schema) or schema.startswith("pg_"):
         raise ConfigurationError(
             f"schema must be 1 to 50 small letters, digits and '_', and not begin with pg_, not {schema!r:.80}",
             argument="schema",

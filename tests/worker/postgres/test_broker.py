@@ -430,10 +430,9 @@ async def test_after_a_crash_everything_that_was_undecided_waits_again(
 
 
 async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_worker(
-    broker: PostgresBroker, admin: Connection, monkeypatch: pytest.MonkeyPatch
+    broker: PostgresBroker, admin: Connection
 ) -> None:
     await submit(broker, "a")
-    monkeypatch.setattr(module, "_ANSWER_WITHIN", 0.5)
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
         with pytest.raises(UnavailableError):
