@@ -180,12 +180,7 @@ def after_failed_creation(
 ) -> Decision:
     """Decide after the operation could not be created.
 
-    Args:
-        delivery: The delivery.
-        error: Why not.
-        now: The time.
-        pacing: When to go on.
-        may_exist: Whether an earlier attempt may have created it: then the user may have been asked.
+    If an earlier attempt may have created it, the user may have been asked.
     """
     if error.is_transient:
         return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
@@ -236,10 +231,6 @@ def observation(decided: Decided, schedule: wait_adaptive) -> tuple[float, float
 
     Another worker may have sent the poll before the deciding one. Its time is not stored, so it is taken from the
     schedule.
-
-    Args:
-        decided: The outcome.
-        schedule: The schedule.
     """
     event, polled_at = decided
     if polled_at is None:

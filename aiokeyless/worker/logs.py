@@ -29,12 +29,7 @@ def log(level: int, event: str, facts: Mapping[str, object] | None = None, *, ex
 
 
 class RateLimitedLog:
-    """An event that others can cause at will. It is logged at once, and then once a minute with its count.
-
-    Args:
-        level: Level of the lines.
-        event: The event.
-    """
+    """An event that others can cause at will. It is logged at once, and then once a minute with its count."""
 
     def __init__(self, level: int, event: str) -> None:
         self._level = level

@@ -246,11 +246,7 @@ class Reporter:
             )
 
     def report_exchange(self, failure: KeylessError | None) -> None:
-        """Report the circuit's state after an exchange, if it has changed.
-
-        Args:
-            failure: The transient failure of the exchange; None if it was answered.
-        """
+        """Report the circuit's state after an exchange that was answered or failed transiently, if it has changed."""
         state = self._circuit.state
         if state is self._transitions.state:
             return
@@ -276,13 +272,7 @@ class Reporter:
             self._longest_wait = max(self._longest_wait, waited)
 
     def report_settlement(self, number: int, failure: Exception | None, *, started_at: float) -> None:
-        """Report a delivery.
-
-        Args:
-            number: Its number.
-            failure: What kept it from being settled; None if it was.
-            started_at: When it started.
-        """
+        """Report that a delivery was settled, or what kept it from being settled."""
         if isinstance(failure, UnavailableError):
             self.count("unsettled")
             log(logging.WARNING, "delivery.unsettled", {"error": str(failure)})
@@ -301,12 +291,7 @@ class Reporter:
             )
 
     def report_outcome(self, event: ApprovalEvent, *, is_new: bool) -> None:
-        """Report an outcome.
-
-        Args:
-            event: The outcome.
-            is_new: Whether this worker has stored it; otherwise the broker had one already.
-        """
+        """Report an outcome, which is new unless the broker had one already."""
         self._refused_until = -math.inf
         if not is_new:
             self.count("duplicates")

@@ -45,14 +45,7 @@ _RELEASED: Final = b""
 
 
 class NatsClaims:
-    """The claims of all workers on operation ids.
-
-    Args:
-        stream: The broker's JetStream.
-        fleet: The fleet of the workers.
-        keys: Keys that sign claims; None for workers without keys, which believe every claim.
-        signed_from: From when on claims must be signed.
-    """
+    """The claims of all workers on operation ids. Workers without keys believe every claim."""
 
     def __init__(
         self,
@@ -136,10 +129,7 @@ def _signed_data(subject: str, holder: bytes) -> bytes:
 def mark(keys: EventKeys | None, fleet: Fleet, signed_from: datetime = _ALWAYS) -> dict[str, str]:
     """Return the metadata that say from when on claims must be signed; none if there are no keys.
 
-    Args:
-        keys: The keys of the workers.
-        fleet: The fleet.
-        signed_from: The moment. Default: that of a stream that a worker with keys makes.
+    The default is for a stream that a worker with keys makes.
     """
     if keys is None:
         return {}
@@ -151,13 +141,6 @@ async def claims_signed_from(
     connection: Client, fleet: Fleet, keys: EventKeys, *, now: datetime, within: float
 ) -> datetime:
     """Return from when on claims must be signed. Mark the stream with it, unless one of these keys has signed it.
-
-    Args:
-        connection: The broker.
-        fleet: The fleet.
-        keys: The keys of the workers.
-        now: The time by the broker's clock.
-        within: Seconds within which the broker must answer.
 
     Raises:
         BrokerError: The stream cannot be marked.

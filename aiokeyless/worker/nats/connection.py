@@ -49,11 +49,7 @@ _HOST_AND_PORT: Final = re.compile(r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?")
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Check the options of ``nats.connect`` that an application gives.
-
-    Raises:
-        ConfigurationError: One of them is the worker's own.
-    """
+    """Refuse options of ``nats.connect`` that are the worker's own."""
     if own := ", ".join(sorted(_OWN_OPTIONS.intersection(options))):
         raise ConfigurationError(
             f"connect_options must not hold what the worker sets itself: {own}", argument="connect_options"

@@ -64,13 +64,7 @@ _Info = TypeVar("_Info", _StreamAnswer, _ConsumerAnswer)
 
 
 async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, within: float) -> Inspection:
-    """Return the state of a fleet, and measure the broker's clock.
-
-    Args:
-        connection: The broker.
-        fleet: The fleet.
-        clock: The broker's clock.
-        within: Seconds within which each answer must come.
+    """Return the state of a fleet, and measure the broker's clock. Each answer must come within so many seconds.
 
     Raises:
         UnavailableError: The broker does not answer, or not as expected.

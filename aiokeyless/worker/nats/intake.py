@@ -108,11 +108,7 @@ class Failures:
 class Intake:
     """The deliveries of one worker, or of several that share a connection.
 
-    Args:
-        connection: The broker.
-        fleet: The fleet.
-        now: The clock, in seconds.
-        restore: Called after a refused pull; makes the consumer again if it is gone.
+    After a refused pull it calls `restore`, which makes the consumer again if it is gone.
     """
 
     def __init__(

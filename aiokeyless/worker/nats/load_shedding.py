@@ -22,11 +22,7 @@ _NEGLIGIBLE: Final = 1.1  # as much as the schedule's own jitter
 
 
 class LoadShedding:
-    """How much one worker stretches the delays of its schedule.
-
-    Args:
-        now: The clock, in seconds.
-    """
+    """How much one worker stretches the delays of its schedule."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now

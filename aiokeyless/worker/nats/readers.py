@@ -63,14 +63,7 @@ class NatsOutcome(OutcomeDelivery):
 
 
 class Reader:
-    """One reading application's place in the stream of outcomes.
-
-    Args:
-        connection: The broker.
-        fleet: The fleet whose outcomes they are.
-        name: Name of the reader.
-        event_keys: Keys with which workers sign events; None for a reader that believes every event.
-    """
+    """One reading application's place in the stream of outcomes. Without event keys it believes every event."""
 
     def __init__(self, connection: Client, fleet: Fleet, name: str, event_keys: EventKeys | None) -> None:
         self._connection = connection

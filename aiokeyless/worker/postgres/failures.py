@@ -24,12 +24,7 @@ _WRONG: Final = ("22", "23505", "54001")
 
 @contextmanager
 def broker_errors(schema: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Raise a driver's errors as the broker's.
-
-    Args:
-        schema: The broker's schema, for the message.
-        errors: The driver's errors.
-    """
+    """Raise a driver's errors as the broker's."""
     try:
         yield
     except errors as error:

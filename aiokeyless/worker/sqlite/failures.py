@@ -37,11 +37,7 @@ def _error_code(error: sqlite3.Error) -> int:
 
 @contextmanager
 def broker_errors(path: str) -> Iterator[None]:
-    """Raise sqlite3's errors as the broker's.
-
-    Args:
-        path: The file, for the message.
-    """
+    """Raise sqlite3's errors as the broker's."""
     try:
         yield
     except sqlite3.Error as error:

@@ -73,10 +73,6 @@ _MOUNTS: Final = Path("/proc/self/mounts")
 def connect(path: str, *, now: float) -> sqlite3.Connection:
     """Open the file. If there is none, make it, with its tables.
 
-    Args:
-        path: The file, or ``:memory:``.
-        now: The time, in seconds since 1970.
-
     Raises:
         BrokerError: The file cannot be used; the message says why.
     """

@@ -100,12 +100,7 @@ class Call(NamedTuple):
 
 
 class Store:
-    """The file.
-
-    Args:
-        path: The file, or ``:memory:``.
-        now: The time, in seconds since 1970.
-    """
+    """The file. Its times are seconds since 1970."""
 
     def __init__(self, path: str, now: Callable[[], float]) -> None:
         self._path = path
