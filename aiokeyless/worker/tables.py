@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from abc import abstractmethod
 from contextlib import suppress
@@ -50,11 +49,13 @@ class TableBroker(Broker):
         return LONGEST_WAIT
 
     async def _tidy_forever(self) -> None:
-        for turn in itertools.count():
+        turn = 0
+        while True:
             try:
                 await self._tidy(turn)
             except (UnavailableError, BrokerError) as error:  # workers get this error, too
                 self._not_cleaned.log({"error": str(error)})
+            turn += 1
             await asyncio.sleep(self._TIDIES_EVERY)
 
     @abstractmethod

@@ -241,6 +241,18 @@ async def test_a_connection_that_is_lost_at_the_commit_is_an_error(
 # -- waiting
 
 
+async def test_a_backend_that_was_killed_before_is_an_error(admin: Connection, url: str) -> None:
+    def program() -> None:
+        with connected((url, True)) as connection:
+            ending = admin.execute("SELECT pg_terminate_backend($1, 60000)", connection.info.backend_pid)
+            asyncio.run_coroutine_threadsafe(ending, loop).result()
+            with pytest.raises(BrokerError, match="cannot be read"):
+                sync.next_outcome(connection, "shop").__enter__()
+
+    loop = asyncio.get_running_loop()
+    await asyncio.to_thread(program)
+
+
 async def test_an_interruption_while_it_waits_leaves_no_transaction_behind(
     psycopg_url: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
