@@ -339,6 +339,11 @@ def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     cuts = sum(count for what, count in crashes.items() if what.startswith("COMMITs"))
     stops = crashes["immediate stops of the server"]
     assert f"| {crashes['orders committed']} orders, {kills} kills, {stops} stops of the server, {cuts} COMMITs" in page
+    fleet = saved("soak_fleet")
+    restarts = fleet["happened"]["server stopped at once"] + fleet["happened"]["server shut down"]
+    kills = fleet["happened"]["worker killed"] + fleet["happened"]["reader killed"]
+    assert f"| {fleet['orders']:,} orders, {restarts} restarts, {kills} kills,".replace(",", " ", 1) in page
+    assert (fleet["verdicts"]["lost"], fleet["verdicts"]["wrong"], fleet["verdicts"]["unexpected"]) == (0, 0, 0)
 
 
 def test_every_exception_stands_in_the_table() -> None:
