@@ -26,11 +26,7 @@ from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, is_final, repeat_final_after
 from aiokeyless._rules.outcome import YOUNG, poll_verdict
 from aiokeyless._rules.rate import PollRate
-from aiokeyless.errors import (
-    ApprovalTimeoutError,
-    KeylessError,
-    RateLimitError,
-)
+from aiokeyless.errors import ApprovalTimeoutError, KeylessError, RateLimitError
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive

@@ -598,7 +598,7 @@ class TestDeadlines:
             ([error(500), error(503), error(500), error(500)], "ApprovalUnknownError", 6.5),
             ([error(503, retry_after=1.75), "approved"], "approved", 6.75),
             ([error(503, retry_after=2.0)], "ApprovalUnknownError", 5.0),
-            ([error(404)], "ApprovalUnknownError", 6.5),
+            (4 * [error(404)], "ApprovalUnknownError", 6.5),
         ],
         ids=["approved", "pending", "unknown", "asked for", "too late", "404"],
     )
@@ -610,9 +610,9 @@ class TestDeadlines:
         wait = machine.wait(timeout=5.0, updates=updates)
         machine.answer(machine.one(0.0), 0.0)
         before, now = 0.0, 5.0
-        while not wait.outcome:
+        for answer in answers:
             assert machine.wakes(before) == now
-            machine.answer(machine.one(now), now, answers.pop(0) if len(answers) > 1 else answers[0])
+            machine.answer(machine.one(now), now, answer)
             due = updates[-1].next_poll_in
             before, now = now, now + (due or 0.0)
         assert (wait.outcome, before) == (outcome, at)
