@@ -108,10 +108,6 @@ class Dispatcher:
             self._final_polls.append((since, polled))
             self.soonest = min(self.soonest, since)
 
-    def ask_again(self, now: float) -> None:
-        """Lower `soonest` to `now`, since something other than time may let a poll start then."""
-        self.soonest = min(self.soonest, now)
-
     # -- polling
 
     def next_poll(self, now: float) -> Poll | None:

@@ -129,7 +129,8 @@ class Machine:
 
     def is_settled(self, until: float) -> bool:
         """Return whether the driver, after a poll has started, has nothing else to do until it wakes at `until`."""
-        return self._dispatcher.soonest >= until and not self._dispatcher.cut
+        soonest, deadline = self._dispatcher.soonest, self._deadlines.next_due()
+        return soonest >= until and (deadline is None or deadline >= until) and not self._dispatcher.cut
 
     def wake_at(self) -> float:
         """Return when time alone makes something happen: a poll may start, one is overdue, or a deadline passes."""
@@ -531,7 +532,6 @@ class Machine:
         delay = repeat_final_after(backoff, left=left, is_awaited=True)
         if delay is not None:
             self._deadlines.schedule(wait, now + delay)
-            self._dispatcher.ask_again(now + delay)  # the driver must wake for it
             _update(wait, now, error, due=now + delay)
         else:
             _update(wait, now, error)
@@ -552,7 +552,6 @@ class Machine:
             while more is not None and self.apply_more(more, now):
                 pass
             return
-        poll.is_over = True
         for wait in poll.waits:
             if wait.final is poll:
                 wait.final = None

@@ -552,8 +552,100 @@ class TestCircuit:
         changes = [(e.state, e.cause, e.waiting) for e in events if isinstance(e, CircuitChanged)]
         assert changes == [("open", "ServerError", 5), ("half_open", None, 1)]
 
+    def test_a_poll_from_before_an_outage_holds_no_slot_in_it_and_is_no_failed_probe(self) -> None:
+        machine = Calls(6)
+        machine.wait("hanging")
+        machine.one(0.0)
+        assert opened(machine, 0.1) < 0.9
+        retry_at = machine._circuit.retry_at()
+        machine.wait("probe", at=0.1)
+        assert names(machine.started(retry_at)) == ["probe"]
+        assert machine._circuit.retry_at() == retry_at
+
+    def test_operations_that_hang_one_after_another_after_a_pause_count_each(self) -> None:
+        machine = Calls(schedule=wait_fixed(100))
+        machine._circuit.record_pause(0.0, 1.0)
+        for number in range(6):
+            machine.wait(f"hanging-{number}")
+        for at in (1.0, 2.0, 3.0, 4.0, 5.0):
+            machine.one(at)
+            assert not machine._circuit.is_probed
+        machine.started(6.0)
+        assert machine._circuit.is_probed
+
+    @pytest.mark.parametrize("is_final", [False, True])
+    def test_only_ordinary_polls_extend_a_pause(self, *, is_final: bool) -> None:
+        machine = Calls(rate=100.0, schedule=wait_fixed(1))
+        for name in ("one", "other", "third"):
+            machine.wait(name, timeout=1.0 if is_final and name == "third" else math.inf)
+        one, other, third = machine.started(0.0)
+        if is_final:
+            machine.answer(third, 0.0)
+        for poll in (one, other):
+            machine.answer(poll, 0.5, error(429, retry_after=5))
+        assert machine._circuit.retry_at() == 5.5
+        if is_final:
+            third = machine.one(1.0)
+        machine.answer(third, 1.0, error(429, retry_after=1 if is_final else 30))
+        assert machine._circuit.retry_at() == (5.5 if is_final else 31.0)
+
+    def test_an_operation_that_is_always_refused_is_no_sign_of_a_limit(self) -> None:
+        machine = Calls(rate=100.0, schedule=wait_fixed(1))
+        machine.wait("always")
+        machine.answer(machine.one(0.0), 0.0, error(429))
+        machine.wait("once", at=0.4)
+        machine.answer(machine.one(0.4), 0.4, error(429))  # two together: the tenant's limit
+        assert machine.statistics(0.4).rate_limit == 1.0
+        machine = Calls(rate=100.0, schedule=wait_fixed(1))
+        machine.wait("always")
+        for at in (0.0, 0.5):
+            machine.answer(machine.one(at), at, error(429))
+        machine.wait("once", at=2.1)  # the first one of "always" is no longer near
+        for poll in machine.started(2.1):
+            machine.answer(poll, 2.1, error(429))
+        assert machine.statistics(2.1).rate_limit == 100.0
+
+    def test_a_probe_that_fails_paces_the_next_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
+        machine = Calls(schedule=wait_fixed(100))
+        assert opened(machine, 0.0) == 2.0
+        machine.wait("probe")
+        machine.answer(machine.one(2.0), 2.5, error(500))
+        assert machine._circuit.retry_at() == 6.5
+
 
 class TestDeadlines:
+    def test_a_driver_that_sends_the_next_poll_wakes_for_a_final_poll_that_is_to_be_repeated(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(60))
+        machine.wait("final", timeout=5.0)
+        machine.answer(machine.one(0.0), 0.0)
+        final = machine.one(5.0)
+        assert machine.wakes(5.0) == 7.0
+        machine.wait("next", at=5.1)
+        machine.answer(final, 5.1, error(500))
+        assert machine.next_poll(5.1) is not None
+        assert machine.wake_at() == 5.6
+        assert not machine.is_settled(6.0)
+
+    def test_a_driver_has_nothing_else_to_do_while_all_slots_are_taken(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(60))
+        for name in ("one", "other", "third"):
+            machine.wait(name)
+        machine.answer(machine.one(0.0), 0.0)
+        assert machine.next_poll(0.0) is not None
+        assert machine.is_settled(1.0)
+        assert not machine.is_settled(1.1)
+        machine.give_up(machine.wait("third"), 0.0)
+        assert machine.is_settled(1.0)
+
+    def test_a_driver_has_to_cut_off_what_no_wait_needs(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        machine.one(0.0)
+        assert machine.is_settled(TIMEOUT)
+        machine.give_up(wait, 1.0)
+        assert not machine.is_settled(TIMEOUT)
+
     def test_the_final_poll_says_pending(self) -> None:
         machine = Calls(schedule=wait_fixed(4))
         wait = machine.wait(timeout=5.0)
@@ -665,6 +757,40 @@ class TestDeadlines:
         machine.expire(3.0)
         assert wait.outcome == "ApprovalUnknownError"
         assert machine.statistics(3.0).transient_failures == 0
+
+    def test_a_final_poll_that_hung_for_a_second_counts_as_a_failure(self) -> None:
+        machine = Calls(connections=1)
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        wait = machine.wait(timeout=1.0)
+        assert machine.started(1.0) == []
+        machine.answer(busy, 2.0)
+        assert machine.one(2.0).final
+        machine.expire(3.0)
+        assert wait.outcome == "ApprovalUnknownError"
+        assert machine.statistics(3.0).transient_failures == 1
+
+    def test_no_final_poll_starts_for_a_wait_that_left_even_if_another_one_goes_on(self) -> None:
+        machine = Calls(connections=1, schedule=wait_fixed(60))
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        leaving = machine.wait(timeout=1.0, at=0.0)
+        machine.wait(at=0.0)
+        assert machine.started(1.0) == []
+        machine.give_up(leaving, 1.2)
+        machine.answer(busy, 1.3)
+        assert [poll.final for poll in machine.started(1.3)] == [False]
+
+    def test_no_final_poll_gives_way(self) -> None:
+        machine = Calls(connections=2, schedule=wait_fixed(60))
+        machine.wait("final", timeout=1.0)
+        machine.answer(machine.one(0.0), 0.0)
+        assert machine.one(1.0).final
+        machine.wait("other", at=1.0)
+        other = machine.one(1.0)
+        machine.wait("third", at=2.5)
+        assert machine.started(2.5) == []
+        assert list(machine.take_cut()) == [other]
 
     def test_deadlines_that_pass_before_a_final_poll_can_start_share_it(self) -> None:
         machine = Calls(connections=1)
@@ -1012,6 +1138,13 @@ class TestLearning:
             machine.wait(ticket=TICKET, schedule=each)
         machine.answer(machine.one(0.0), 0.0, "approved")
         assert schedule.observed == other.observed == [(0.0, 0.0)]
+
+    def test_a_schedule_of_a_waits_own_learns_alone(self) -> None:
+        schedule, own = Learner(), Learner()
+        machine = Calls(schedule=schedule)
+        machine.wait(ticket=TICKET, schedule=own)
+        machine.answer(machine.one(0.0), 0.0, "approved")
+        assert (schedule.observed, own.observed) == ([], [(0.0, 0.0)])
 
     def test_an_operation_that_was_not_approved_teaches_until_when_it_was_pending(self) -> None:
         schedule = Learner()
