@@ -37,7 +37,7 @@ from .state import Poll, PolledOperation, Wait, WaitPhase
 from .timer_queue import TimerQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tenacity.wait import wait_base
 
@@ -597,7 +597,7 @@ class Application:
         self._verdicts: dict[tuple[ApprovalTicket | None, bool], Verdict | Rejection] = {}
         self.was_seen = poll.polled.was_seen  # before this poll
         # The waits that the poll is for.
-        self.served: Collection[Wait] = poll.waits if len(poll.waits) == 1 else set(poll.waits)
+        self.served = set(poll.waits)
         self.delays: dict[tuple[int, int], float | KeylessError] = {}  # by the id of the schedule and the attempt
         self.failed = False  # it was counted as a failure of the operation
         self.retry_at = math.inf  # the end of the backoff after that

@@ -9,7 +9,7 @@ import pytest
 from tenacity import wait_exponential, wait_fixed
 from tenacity.wait import wait_base
 
-from aiokeyless import ApprovalTicket, wait_adaptive
+from aiokeyless import ApprovalTicket, ConfigurationError, wait_adaptive
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules import circuit as circuit_module
 from aiokeyless._waits import machine as machine_module
@@ -1367,6 +1367,22 @@ class TestRecords:
         assert (broken_wait.outcome, other.phase) == ("ZeroDivisionError", WaitPhase.FINAL)
         assert [event.seconds for event in events if isinstance(event, WaitEnded)] == [3.0]
 
+    @pytest.mark.parametrize("waits", [1, 2])
+    def test_a_bug_of_a_schedule_or_a_rule_ends_waits_in_time(
+        self, monkeypatch: pytest.MonkeyPatch, waits: int
+    ) -> None:
+        def broken(*_: object, **__: object) -> None:
+            raise ConfigurationError("no number", argument="schedule")
+
+        machine, events = self.watched()
+        for _ in range(waits):
+            machine.wait()
+        poll = machine.one(0.0)
+        monkeypatch.setattr(machine_module, "next_delay" if waits == 1 else "poll_verdict", broken)
+        machine.answer(poll, 3.0)
+        ends = [(event.seconds, event.error) for event in events if isinstance(event, WaitEnded)]
+        assert ends == waits * [(3.0, "ConfigurationError")]
+
     def test_a_final_poll_that_fails_paces_no_probe(self) -> None:
         machine, _ = self.watched(schedule=wait_fixed(60))
         retry_at = opened(machine, 0.0)
@@ -1384,6 +1400,13 @@ class TestSharing:
         for at in (0.5, 1.5, 3.5):
             machine.answer(machine.one(at), at)
         assert (first.attempt, second.attempt) == (4, 4)
+
+    def test_a_wait_counts_no_attempt_before_its_own_schedule_would_poll(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        often, seldom = machine.wait(schedule=wait_fixed(1)), machine.wait(schedule=wait_fixed(10))
+        for at in range(5):
+            machine.answer(machine.one(float(at)), float(at))
+        assert (often.attempt, seldom.attempt) == (6, 2)
 
     def test_a_caller_who_comes_and_goes_changes_no_schedule(self) -> None:
         machine = Calls(schedule=wait_exponential(max=64))
