@@ -273,16 +273,22 @@ class TestSlots:
         assert names(machine.started(0.0)) == ["here"]
         assert machine.wake_at() == TIMEOUT
 
-    def test_those_that_failed_last_get_half_of_the_slots(self) -> None:
-        machine = Calls(4)
+    @pytest.mark.parametrize("were_seen", [False, True])
+    def test_those_that_failed_last_get_half_of_the_slots(self, *, were_seen: bool) -> None:
+        machine = Calls(4, schedule=wait_fixed(0.02))
         for number in range(4):
             machine.wait(f"bad-{number}")
-        for poll in machine.started(0.0):
+        polls = machine.started(0.0)
+        if were_seen:
+            for poll in polls:
+                machine.answer(poll, 0.0)
+            polls = machine.started(0.02)
+        for poll in polls:
             machine.answer(poll, 0.0, error(500))
         machine.wait("good", at=0.4)
         machine.wait("better", at=0.6)
         assert names(machine.started(0.4)) == ["good"]
-        assert names(machine.started(0.6)) == ["bad-0", "bad-1", "better"]
+        assert [name[:3] for name in names(machine.started(0.6))] == ["bad", "bad", "bet"]
 
     def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(self) -> None:
         machine = Calls(4)
@@ -605,6 +611,21 @@ class TestCircuit:
             machine.answer(poll, 2.1, error(429))
         assert machine.statistics(2.1).rate_limit == 100.0
 
+    def test_while_the_service_recovers_only_polls_from_then_on_widen_the_limit(self) -> None:
+        machine = Calls(8, schedule=wait_fixed(100))
+        machine.wait("before")
+        before = machine.one(0.0)
+        machine.wait("probe")
+        machine.wait("next")
+        first = machine.started(max(opened(machine, 0.1), 0.2))
+        for poll in first:
+            machine.answer(poll, 1.0)
+        limit = machine._circuit.limit
+        machine.answer(before, 1.0)
+        assert machine._circuit.limit == limit
+        machine.answer(machine.started(1.0)[0], 1.1)
+        assert machine._circuit.limit == limit + 1
+
     def test_a_probe_that_fails_paces_the_next_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(circuit_module, "error_delay", lambda failures: 2.0 * failures)
         machine = Calls(schedule=wait_fixed(100))
@@ -780,6 +801,24 @@ class TestDeadlines:
         machine.give_up(leaving, 1.2)
         machine.answer(busy, 1.3)
         assert [poll.final for poll in machine.started(1.3)] == [False]
+
+    def test_final_polls_take_no_room_of_ordinary_ones(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(60))
+        machine.wait("final", timeout=1.0)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.wait("hanging", at=0.1)
+        machine.one(0.1)
+        assert machine.one(1.0).final
+        machine.wait("next", at=1.5)
+        assert names(machine.started(1.5)) == ["next"]
+
+    def test_a_poll_that_has_ended_is_not_cut_off(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        wait = machine.wait(timeout=5.0)
+        machine.answer(machine.one(0.0), 0.0)
+        machine.answer(machine.one(5.0), 5.0)
+        assert wait.outcome == "ApprovalTimeoutError"
+        assert not machine.take_cut()
 
     def test_no_final_poll_gives_way(self) -> None:
         machine = Calls(connections=2, schedule=wait_fixed(60))
