@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from datetime import datetime
 
+    from aiokeyless._waits.machine import Machine
     from aiokeyless.events import Event
 
+    from .history import History
     from .service import Service
 
 T = TypeVar("T")
@@ -188,15 +190,7 @@ class Application:
             schedule=wait_adaptive(poll_cost=process.poll_cost),
             listeners=[self._on_event],
         )
-        self.observed = ObservedClient(
-            name=self.name,
-            max_in_flight=process.max_in_flight,
-            rate=process.rate,
-            request_timeout=process.request_timeout,
-            max_attempts=process.max_attempts,
-            started_at=asyncio.get_running_loop().time(),
-        )
-        self.history.clients[self.name] = self.observed
+        self.observed = observe_client(self.history, process, self.name, asyncio.get_running_loop().time())
 
     async def _close(self) -> None:
         session, client, observed = self.session, self.client, self.observed
@@ -213,10 +207,8 @@ class Application:
         waits = [wait for wait in self.history.waits if wait.client == self.name]
         if any(wait.ended_at == math.inf for wait in waits):
             return
-        statistics = self.client.statistics
-        queued = 0 if self.client._poller is None else len(self.client._poller._machine._dispatcher)
-        if statistics.waiting or queued or statistics.lag or statistics.in_flight:
-            self.observed.leftovers.append(f"no wait is left: {queued} polls queued, {statistics}")
+        if self.client._poller is not None:
+            self.observed.leftovers += leftovers(self.client._poller._machine, asyncio.get_running_loop().time())
 
     # -- what actors call
 
@@ -336,30 +328,12 @@ class Application:
         seconds: float | None = None,
     ) -> ObservedWait:
         now = asyncio.get_running_loop().time()
-        wait = ObservedWait(
-            number=self.history.next_number(),
-            client=self.name,
-            operation_id=target if isinstance(target, str) else target.operation_id,
-            started_at=now,
-            ticket=None,
-            timeout=leg.timeout if leg.timeout is not None or not isinstance(target, str) else 120.0,
-            hold=seconds,
-            delays=ADAPTIVE if leg.every is None else (leg.every, leg.every),
-            may_be_missing=actor.creates == "phone",
-        )
+        wait = observe(self.history, self.name, leg, actor, target, now, seconds=seconds)
         if isinstance(target, ApprovalTicket):
-            lifetime = (target.expires_at - target.created_at).total_seconds()
-            wait.ticket = Known(
-                user_id=target.user_id,
-                payload=actor.payload,
-                external_user_id=target.external_user_id,
-                lifetime=lifetime,
-            )
             created = self._created.get((target.operation_id, target.created_at))
             wait.made_here = created is not None
             by_wall_clock = max(0.0, (wall_clock() - target.created_at).total_seconds())
             wait.ages = (by_wall_clock,) if created is None else (now - created, by_wall_clock)
-        self.history.waits.append(wait)
         self._holding = self._starting = None
         if seconds is not None:
             held = target, wait.may_be_missing
@@ -377,19 +351,8 @@ class Application:
             self._starting = None
         elif isinstance(event, WaitStarted) and self._holding is not None:
             hold, held = self._holding
-            assert hold.hold is not None
-            lease = replace(
-                hold,
-                number=self.history.next_number(),
-                hold=None,
-                lease=None,
-                is_lease=True,
-                timeout=math.inf if hold.ticket is None else None,
-                patience=hold.hold,
-            )
-            hold.lease = self._leases[held] = self._numbers[event.wait] = lease
+            self._leases[held] = self._numbers[event.wait] = observe_lease(self.history, hold)
             self._holding = None
-            self.history.waits.append(lease)
         elif isinstance(event, WaitEnded) and event.wait in self._numbers:
             lease = self._numbers.pop(event.wait)
             lease.outcome = event.error or str(event.outcome)
@@ -400,9 +363,79 @@ class Application:
             wait.returned_at = asyncio.get_running_loop().time()
             return
         wait.ended_at = asyncio.get_running_loop().time()
-        wait.end_number = self.history.next_number()
         # A moment later: what was in flight for it is cancelled in the next turns of the loop.
         asyncio.get_running_loop().call_later(0.001, self._note_leftovers, self.client)
+
+
+def leftovers(machine: Machine, now: float) -> list[str]:
+    """Return what a machine without waits should not have."""
+    statistics, queued = machine.statistics(now), (len(machine._dispatcher), len(machine._deadlines))
+    if any((statistics.waiting, statistics.in_flight, statistics.lag, *queued)):
+        return [f"no wait is left: polls and deadlines queued: {queued}, {statistics}"]
+    return []
+
+
+def observe_client(history: History, process: Process, name: str, now: float) -> ObservedClient:
+    """Write down a client that starts now."""
+    client = history.clients[name] = ObservedClient(
+        name=name,
+        max_in_flight=process.max_in_flight,
+        rate=process.rate,
+        request_timeout=process.request_timeout,
+        max_attempts=process.max_attempts,
+        started_at=now,
+    )
+    return client
+
+
+def observe(  # noqa: PLR0917  # all of them belong to one wait
+    history: History,
+    client: str,
+    leg: Leg,
+    actor: Actor,
+    target: str | ApprovalTicket,
+    now: float,
+    *,
+    seconds: float | None = None,
+) -> ObservedWait:
+    """Write down a wait that starts now, or a hold of so many seconds; the ages of a ticket are up to the caller."""
+    wait = ObservedWait(
+        number=history.next_number(),
+        client=client,
+        operation_id=target if isinstance(target, str) else target.operation_id,
+        started_at=now,
+        ticket=None,
+        timeout=leg.timeout if leg.timeout is not None or not isinstance(target, str) else 120.0,
+        hold=seconds,
+        delays=ADAPTIVE if leg.every is None else (leg.every, leg.every),
+        may_be_missing=actor.creates == "phone",
+    )
+    if isinstance(target, ApprovalTicket):
+        wait.ticket = Known(
+            user_id=target.user_id,
+            payload=actor.payload,
+            external_user_id=target.external_user_id,
+            lifetime=(target.expires_at - target.created_at).total_seconds(),
+        )
+    history.waits.append(wait)
+    return wait
+
+
+def observe_lease(history: History, hold: ObservedWait) -> ObservedWait:
+    """Write down the wait that a hold begins."""
+    assert hold.hold is not None
+    lease = replace(
+        hold,
+        number=history.next_number(),
+        hold=None,
+        lease=None,
+        is_lease=True,
+        timeout=math.inf if hold.ticket is None else None,
+        patience=hold.hold,
+    )
+    hold.lease = lease
+    history.waits.append(lease)
+    return lease
 
 
 @contextlib.contextmanager
@@ -458,7 +491,8 @@ async def act(actor: Actor, applications: list[Application], service: Service) -
     await asyncio.sleep(actor.at)
     creator = applications[actor.process]
     if actor.creates == "phone":
-        service.store_by_phone(actor.operation_id, USER, actor.payload)
+        now = asyncio.get_running_loop().time()
+        service.store_by_phone(actor.operation_id, USER, actor.payload, now)
         ticket = creator.context.run(_ticket_for_phone, actor)
     else:
         task = creator.run(creator.create(actor))

@@ -5,12 +5,11 @@ Nothing of the library is used here or in the promises: what checks it must not 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import add
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
@@ -38,6 +37,8 @@ LEASE: Final = 10.0
 YOUNG: Final = 5.0
 #: Seconds of a Retry-After that count.
 LONGEST_PAUSE: Final = 120.0
+#: Seconds after which a poll gives its slot back.
+SLOW: Final = 1.0
 #: Operations that fail before the circuit can open.
 FAILURES_UNTIL_OPEN: Final = 5
 
@@ -80,7 +81,7 @@ class Reading(NamedTuple):
     error: str = ""
 
 
-def read(exchange: Exchange, request_timeout: float) -> Reading:  # noqa: PLR0911  # one for each case
+def read(exchange: Exchange, request_timeout: float) -> Reading:
     """Return what came of a poll, by rules 2, 4 and 5."""
     status = exchange.status
     if status is None:
@@ -92,9 +93,14 @@ def read(exchange: Exchange, request_timeout: float) -> Reading:  # noqa: PLR091
         return Reading("failed")
     if status != 200:
         return Reading("error", error=_ERRORS.get(status, "StatusError"))
+    return _read_body(exchange.body)
+
+
+@lru_cache(maxsize=4096)
+def _read_body(body: bytes) -> Reading:
     twice: list[str] = []
     try:
-        said = json.loads(exchange.body, object_pairs_hook=lambda pairs: _object(pairs, twice))
+        said = json.loads(body, object_pairs_hook=lambda pairs: _object(pairs, twice))
     except ValueError:
         return Reading("failed")
     if not isinstance(said, dict) or any(not isinstance(said.get(name), kind) for name, kind in _SHAPE.items()):
@@ -113,14 +119,10 @@ def verdict(said: dict[str, Any], operation_id: str, ticket: Known | None) -> st
     if said["operationId"] != operation_id:
         return "OperationMismatchError"
     if ticket is not None:
-        payload, external = (
-            said.get("operationPayload") or "",
-            said.get("externalUserId"),
-        )
         same = (
             said["userId"].upper() == ticket.user_id.upper()
-            and hashlib.sha256(payload.encode()).digest() == hashlib.sha256(ticket.payload.encode()).digest()
-            and (not ticket.external_user_id or external == ticket.external_user_id)
+            and (said.get("operationPayload") or "") == ticket.payload
+            and ticket.external_user_id in (None, "", said.get("externalUserId"))
         )
         if not same:
             return "OperationMismatchError"
@@ -142,11 +144,6 @@ class Budget:
     deadline: float
     had_expired: bool
     origin: float
-
-
-def budgets(wait: ObservedWait) -> list[Budget]:
-    """Return the budgets that a wait may have: several where clocks disagree about the age of its ticket."""
-    return [_budget(wait, age) for age in wait.ages]
 
 
 def _budget(wait: ObservedWait, age: float) -> Budget:
@@ -189,7 +186,10 @@ class Evidence:
         for wait in self.waits:
             self.waits_of.setdefault(wait.operation_id, []).append(wait)
         self._readings: dict[int, Reading] = {}
+        self._budgets: dict[int, list[Budget]] = {}
+        self._final: dict[tuple[int, float], bool] = {}
         self._sent = [poll.sent_at for poll in self.polls]
+        self._sent_of = {name: [poll.sent_at for poll in polls] for name, polls in self.polls_of.items()}
 
     def violation(
         self,
@@ -212,24 +212,55 @@ class Evidence:
         """Return the polls that were sent in a time, both ends included."""
         return self.polls[bisect_left(self._sent, begins) : bisect_right(self._sent, ends)]
 
-    def in_flight(self, at: float) -> int:
-        """Return how many polls were under way just before a time."""
+    def around(self, poll: Exchange, at: float) -> Iterator[Exchange]:
+        """Yield the polls of the same operation that were sent until a time, and may be under way then."""
+        polls, sent = self.polls_of[poll.operation_id], self._sent_of[poll.operation_id]
+        begins = bisect_left(sent, at - self.client.request_timeout - EPS)
+        return (other for other in polls[begins : bisect_right(sent, at)] if other is not poll)
+
+    def budgets(self, wait: ObservedWait) -> list[Budget]:
+        """Return the budgets that a wait may have: several where clocks disagree about the age of its ticket."""
+        budgets = self._budgets.get(wait.number)
+        if budgets is None:
+            budgets = self._budgets[wait.number] = [_budget(wait, age) for age in wait.ages]
+        return budgets
+
+    def is_paced(self, wait: ObservedWait, at: float) -> bool:
+        """Return whether the schedule of a wait counts: it has a deadline, which is later by each of the clocks."""
+        return all(not budget.had_expired and budget.deadline > at for budget in self.budgets(wait))
+
+    def in_flight(self, at: float) -> list[Exchange]:
+        """Return the polls that were under way just before a time."""
         earlier = self.sent_between(at - self.client.request_timeout - EPS, at - EPS)
-        return sum(poll.ended_at > at + EPS for poll in earlier)
+        return [poll for poll in earlier if poll.ended_at > at + EPS]
 
     def is_final(self, poll: Exchange) -> bool:
         """Return whether a poll may be a final one: the deadline of a wait that goes on has passed."""
-        return any(
-            wait.started_at <= poll.sent_at <= wait.ended_at + EPS
-            and any(b.had_expired or b.deadline <= poll.sent_at + EPS for b in budgets(wait))
-            for wait in self.waits_of[poll.operation_id]
-        )
+        at = poll.sent_at
+        is_final = self._final.get((poll.number, at))
+        if is_final is None:
+            is_final = self._final[poll.number, at] = any(
+                wait.started_at <= at <= wait.ended_at + EPS
+                and any(b.had_expired or b.deadline <= at + EPS for b in self.budgets(wait))
+                for wait in self.waits_of[poll.operation_id]
+            )
+        return is_final
+
+    def gives_way(self, poll: Exchange) -> bool:
+        """Return whether a poll may have been cut off for one that is due: it is slow, and very many are in flight."""
+        at = poll.ended_at
+        in_flight = sum(p.ended_at >= at - EPS for p in self.sent_between(at - self.client.request_timeout, at))
+        return at >= poll.sent_at + SLOW - EPS and in_flight >= 2 * self.client.max_in_flight
 
     @cached_property
     def _failures(self) -> list[tuple[float, Exchange]]:
         """The polls that failed, and when: a final poll after its two seconds, even if it goes on for others."""
         kinds = ((poll, self.read(poll).kind) for poll in self.polls)
-        failed = [poll for poll, kind in kinds if kind == "failed" or (kind == "cut" and self.is_final(poll))]
+        failed = [
+            poll
+            for poll, kind in kinds
+            if kind == "failed" or (kind == "cut" and (self.is_final(poll) or self.gives_way(poll)))
+        ]
         unanswered = [wait for wait in self.waits if wait.outcome == UNKNOWN]
         failures = [(poll.ended_at, poll) for poll in failed]
         failures += [
@@ -279,10 +310,14 @@ class Evidence:
 
     def has_room(self, at: float, others: int = 0) -> bool:
         """Return whether one more ordinary poll can start at a time, beside some that begin at the same moment."""
+        if not self.is_well(at):
+            return False
+        slots, in_flight = self.client.max_in_flight, self.in_flight(at)
+        with_slot = sum(poll.sent_at > at - SLOW - EPS for poll in in_flight)
         lately = len(self.sent_between(at - 2.0, at - EPS))
         return (
-            self.is_well(at)
-            and self.in_flight(at) + others < min(4, self.client.max_in_flight)
+            with_slot + others < min(4, slots)
+            and len(in_flight) + others < 2 * slots
             and lately + others < self.client.rate / 2
         )
 
@@ -293,8 +328,8 @@ class Evidence:
             for poll in self.polls_of[operation_id]
         )
 
-    def waits_at(self, operation_id: str, at: float) -> Iterator[ObservedWait]:
-        """Yield the waits for an operation that are under way at a time."""
+    def waits_at(self, operation_id: str, at: float, until: float | None = None) -> Iterator[ObservedWait]:
+        """Yield the waits for an operation that are under way at a time, or at some time until another one."""
         for wait in self.waits_of[operation_id]:
-            if wait.started_at <= at + EPS and wait.ended_at >= at - EPS:
+            if wait.started_at <= (at if until is None else until) + EPS and wait.ended_at >= at - EPS:
                 yield wait

@@ -32,7 +32,6 @@ class Request(NamedTuple):
     body: bytes
     payload: str
     """Of the operation that it is about; empty where that does not exist yet."""
-    client: str
 
 
 @dataclass(slots=True, frozen=True)

@@ -81,7 +81,6 @@ class ObservedWait:
     returned_at: float = math.inf
     """When its call returned, if its handler is slow."""
     ended_at: float = math.inf
-    end_number: int = 0
     outcome: str = ""
     """approved, nothing (of a hold), held (of its wait), cancelled, or the name of the exception."""
     approved: dict[str, object] | None = None

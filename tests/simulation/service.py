@@ -90,6 +90,7 @@ class Service:
         self._faults = faults
         self._people = people
         self._random = random.Random(f"{seed} service")  # noqa: S311
+        self._bodies: dict[tuple[str, bool], bytes] = {}  # by operation id and whether it is approved
         self.history = history
         self.operations = history.operations
 
@@ -100,11 +101,39 @@ class Service:
             operation.approved_at = operation.created_at + person.approves_after
         self.operations[operation.operation_id] = operation
 
-    def store_by_phone(self, operation_id: str, user_id: str, payload: str) -> None:
+    def store_by_phone(self, operation_id: str, user_id: str, payload: str, now: float) -> None:
         """Store an operation that the phone starts: it exists from its approval on."""
-        approved_at = asyncio.get_running_loop().time() + self._people[payload].approves_after
+        approved_at = now + self._people[payload].approves_after
         if approved_at < math.inf:
             self.operations[operation_id] = Stored(operation_id, user_id, payload, None, approved_at, approved_at)
+
+    def receive(
+        self,
+        client: str,
+        method: str,
+        operation_id: str,
+        now: float,
+        *,
+        is_poll: bool,
+        user_id: str = "",
+        body: bytes = b"",
+    ) -> tuple[Exchange, Request]:
+        """Record a request that is sent now."""
+        history = self.history
+        if len(history.exchanges) > MOST_REQUESTS:
+            raise TooManyRequestsError
+        exchange = Exchange(
+            number=history.next_number(),
+            client=client,
+            method=method,
+            operation_id=operation_id,
+            is_poll=is_poll,
+            sent_at=now,
+        )
+        history.exchanges.append(exchange)
+        stored = self.operations.get(operation_id)
+        payload = "" if stored is None else stored.payload or ""
+        return exchange, Request(now, method, operation_id, user_id, body, payload)
 
     def fate(self, request: Request) -> Fate:
         """Return what becomes of a request: the first fault that applies decides."""
@@ -117,27 +146,27 @@ class Service:
     def answer(self, request: Request, fate: Fate, number: int) -> tuple[int, bytes]:
         """Process a request at half of its latency, and return status and body of the answer."""
         at = request.at + min(fate.latency, 0.2) / 2
+        status, body = 500, b"{}"
         if request.method == "GET":
-            status, said = self._get(request, at)
+            status, body = self._get(request, fate, at)
         elif fate.is_processed:
-            status, said = self._post(request, at, number)
-        else:
-            status, said = 500, {}
-        if fate.status is not None:
-            return fate.status, fate.body
-        if fate.lie is not None and status == 200:
-            return status, fate.lie(said, list(self.operations.values()), at)
-        return status, json.dumps(said).encode()
+            status, body = self._post(request, at, number)
+        return (status, body) if fate.status is None else (fate.status, fate.body)
 
-    def _get(self, request: Request, at: float) -> tuple[int, dict[str, Any]]:
+    def _get(self, request: Request, fate: Fate, at: float) -> tuple[int, bytes]:
         stored = self.operations.get(request.operation_id)
         if stored is None or stored.created_at > at:
-            return 404, {"message": "no such operation"}
-        return 200, stored.to_json(at)
+            return 404, b'{"message": "no such operation"}'
+        if fate.lie is not None:
+            return 200, fate.lie(stored.to_json(at), list(self.operations.values()), at)
+        key = request.operation_id, stored.approved_at <= at
+        if key not in self._bodies:
+            self._bodies[key] = json.dumps(stored.to_json(at)).encode()
+        return 200, self._bodies[key]
 
-    def _post(self, request: Request, at: float, number: int) -> tuple[int, dict[str, Any]]:
+    def _post(self, request: Request, at: float, number: int) -> tuple[int, bytes]:
         if request.operation_id in self.operations:
-            return 409, {"message": "the operation exists"}
+            return 409, b'{"message": "the operation exists"}'
         said = json.loads(request.body)
         self.store(
             Stored(
@@ -149,12 +178,7 @@ class Service:
                 created_by=number,
             )
         )
-        return 200, {"success": True}
-
-    def payload_of(self, operation_id: str) -> str:
-        """Return what an operation is about; the empty text if it does not exist."""
-        stored = self.operations.get(operation_id)
-        return "" if stored is None else stored.payload or ""
+        return 200, b'{"success": true}'
 
 
 class _Answer:
@@ -226,29 +250,16 @@ with warnings.catch_warnings():
             data: bytes | None = None,
             **_: Any,
         ) -> _Answer:
-            service, now = self._service, asyncio.get_running_loop().time()
-            history = service.history
-            if len(history.exchanges) > MOST_REQUESTS:
-                raise TooManyRequestsError
+            now = asyncio.get_running_loop().time()
             parts = url.raw_path.split("/")
-            operation_id = unquote(parts[3]) if method == "GET" else json.loads(data or b"")["operationId"]
-            exchange = Exchange(
-                number=history.next_number(),
-                client=self._name,
-                method=method,
-                operation_id=operation_id,
-                is_poll=timeout.sock_connect is not None,  # of a single call aiohttp bounds nothing
-                sent_at=now,
-            )
-            history.exchanges.append(exchange)
-            request = Request(
-                now,
-                method,
-                operation_id,
-                parts[3],
-                data or b"",
-                service.payload_of(operation_id),
+            exchange, request = self._service.receive(
                 self._name,
+                method,
+                unquote(parts[3]) if method == "GET" else json.loads(data or b"")["operationId"],
+                now,
+                is_poll=timeout.sock_connect is not None,  # of a single call aiohttp bounds nothing
+                user_id=parts[3],
+                body=data or b"",
             )
             self.under_way += 1
             try:

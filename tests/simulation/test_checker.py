@@ -183,6 +183,16 @@ def _cut_what_is_needed(history: History) -> None:
     poll.status, poll.was_cut = None, True
 
 
+def _go_on_after_the_deadline(history: History) -> None:
+    _polls(history, "late")[-2].ended_at += 2.0
+
+
+def _repeat_with_every_slot(history: History) -> None:
+    for name in range(5):
+        failed = next(poll for poll in _polls(history, f"down {name}") if poll.status == 500)
+        _add(history, failed, after=130.0 - failed.sent_at)
+
+
 def _create_twice(history: History) -> None:
     post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
     post.status, post.ended_at = 500, post.sent_at + 0.01
@@ -229,6 +239,8 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_poll_twice_at_once, "single flight"),
     (_poll_many_at_once, "polls in flight"),
     (_hang_for_ever, "polls in flight"),
+    (_repeat_with_every_slot, "polls in flight"),
+    (_go_on_after_the_deadline, "cut at the deadline"),
     (_poll_too_fast, "rate of polls"),
     (_poll_too_soon, "not too soon"),
     (_poll_too_late, "not too late"),

@@ -6,10 +6,10 @@ Each function is one promise, by the rule of docs/rules.md that its docstring na
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, Evidence, budgets
+from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, SLOW, Evidence
 from .faults import Outage, RateLimit, Shard, Slowness
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: The backoff's shortest first pause, its shortest last one, and its longest.
 SHORTEST, SHORTEST_LAST, LONGEST = 0.25, 2.5, 5.0
-#: Seconds after which a poll gives its slot back.
-SLOW = 1.0
 #: Polls in flight at most, of all kinds, in multiples of `max_in_flight`.
 MOST = 6 + 4
 #: Seconds within which two operations are refused if the limit is the tenant's.
@@ -43,6 +41,28 @@ def polls_for_somebody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator
     for exchange in evidence.exchanges:
         if exchange.sent_at > evidence.client.closed_at + EPS:
             yield evidence.violation("polls for somebody", exchange, exchange.sent_at, "the client is closed")
+
+
+def cut_at_the_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rules 3 and 6: a poll ends with the last wait for its operation, or at the last deadline that it was sent for."""
+    for poll in evidence.polls:
+        waits = list(evidence.waits_at(poll.operation_id, poll.sent_at, poll.ended_at))
+        last = max((wait.ended_at for wait in waits), default=math.inf)
+        until = max((_needs_until(evidence, wait, poll, last) for wait in waits), default=last)
+        if poll.ended_at > until + EPS:
+            yield evidence.violation("cut at the deadline", poll, until, "a poll goes on for nobody")
+
+
+def _needs_until(evidence: Evidence, wait: ObservedWait, poll: Exchange, last: float) -> float:
+    """Return until when a poll may go on for a wait: to its deadline if it was sent before, and if the wait is there.
+
+    A wait that leaves early does not cut the poll that it shared.
+    """
+    budgets = evidence.budgets(wait)
+    deadline = max(b.deadline for b in budgets)
+    if any(b.had_expired or b.deadline <= poll.sent_at + EPS for b in budgets):
+        return wait.ended_at
+    return last if wait.number > poll.number or wait.ended_at < deadline - EPS else deadline
 
 
 def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -70,13 +90,32 @@ def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
                 "it took longer than request_timeout",
             )
     slots = evidence.client.max_in_flight
+    pairs = chain.from_iterable(map(pairwise, evidence.polls_of.values()))
+    repeated = {poll.number for earlier, poll in pairs if _is_retry(evidence, earlier, poll)}
     for poll in evidence.polls:
         at = poll.sent_at
         lately = [p for p in evidence.sent_between(at - SLOW + EPS, at) if p.number <= poll.number and p.ended_at > at]
         young = sum(not evidence.is_final(p) for p in lately)
-        count = evidence.in_flight(at) + sum(p.sent_at > at - EPS for p in lately)
-        if young > slots or count > MOST * slots:
-            yield evidence.violation("polls in flight", poll, at, f"{count} polls are in flight, {young} with a slot")
+        count = len(evidence.in_flight(at)) + sum(p.sent_at > at - EPS for p in lately)
+        retries = sum(p.number in repeated for p in lately) if evidence.is_well(at) else 0
+        if young > slots or retries > max(1, slots // 2) or count > MOST * slots:
+            yield evidence.violation(
+                "polls in flight",
+                poll,
+                at,
+                f"{count} polls are in flight, {young} with a slot, {retries} of them retries",
+            )
+
+
+def _is_retry(evidence: Evidence, earlier: Exchange, poll: Exchange) -> bool:
+    """Return whether a poll certainly repeats one that failed, so that it takes one of half of the slots."""
+    return (
+        earlier.ended_at <= poll.sent_at
+        and evidence.read(earlier).kind == "failed"
+        and not evidence.is_final(earlier)
+        and not evidence.is_final(poll)
+        and any(w.ended_at > poll.sent_at for w in evidence.waits_at(poll.operation_id, earlier.ended_at))
+    )
 
 
 def rate_of_polls(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -100,8 +139,10 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             waits = [*evidence.waits_at(earlier.operation_id, earlier.ended_at)]
             waits += evidence.waits_at(earlier.operation_id, later.sent_at)
             # Beside a final poll, which sets the next one too, it counts from either answer.
-            beside = any(p.sent_at <= earlier.sent_at < p.ended_at - EPS for p in polls if p is not earlier)
-            if not waits or beside or later.sent_at < earlier.ended_at - EPS:
+            at = earlier.sent_at
+            if not waits or later.sent_at < earlier.ended_at - EPS:
+                continue
+            if any(at < poll.ended_at - EPS for poll in evidence.around(earlier, at)):
                 continue
             if reading.kind in {"cut", "error"} or (reading.said is not None and not _is_pending(reading, earlier)):
                 continue
@@ -121,7 +162,8 @@ def _is_excused(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
     return any(
         earlier.sent_at - EPS <= wait.started_at <= later.sent_at + EPS
         or any(
-            b.had_expired or earlier.sent_at - FINAL - EPS <= b.deadline <= later.sent_at + EPS for b in budgets(wait)
+            b.had_expired or earlier.sent_at - FINAL - EPS <= b.deadline <= later.sent_at + EPS
+            for b in evidence.budgets(wait)
         )
         for wait in waits
     )
@@ -135,19 +177,14 @@ def cut_for_nobody(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vio
         at = poll.ended_at
         waits = list(evidence.waits_at(poll.operation_id, at))
         needed = any(
-            wait.number < poll.number and wait.ended_at > at + EPS and all(b.deadline > at + EPS for b in budgets(wait))
+            wait.number < poll.number
+            and wait.ended_at > at + EPS
+            and all(b.deadline > at + EPS for b in evidence.budgets(wait))
             for wait in waits
         )
         beside = any(p.sent_at <= at < p.ended_at - EPS for p in evidence.polls_of[poll.operation_id] if p is not poll)
-        if needed and not beside and not _gives_way(evidence, poll):
+        if needed and not beside and not evidence.gives_way(poll):
             yield evidence.violation("cut for nobody", poll, at, "a poll that is needed was cut off")
-
-
-def _gives_way(evidence: Evidence, poll: Exchange) -> bool:
-    """Return whether a poll may have been cut off for one that is due: it is slow, and very many are in flight."""
-    at = poll.ended_at
-    in_flight = sum(p.ended_at >= at - EPS for p in evidence.sent_between(at - evidence.client.request_timeout, at))
-    return at >= poll.sent_at + SLOW - EPS and in_flight >= 2 * evidence.client.max_in_flight
 
 
 def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -158,7 +195,9 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             waits = [
                 wait
                 for wait in evidence.waits_at(poll.operation_id, poll.ended_at)
-                if wait.number < poll.number and _is_paced(wait, poll.ended_at) and poll.ended_at < wait.ended_at - EPS
+                if wait.number < poll.number
+                and evidence.is_paced(wait, poll.ended_at)
+                and poll.ended_at < wait.ended_at - EPS
             ]
             if not (_is_pending(reading, poll) or reading.kind in {"failed", "cut"}) or not waits:
                 continue
@@ -168,9 +207,10 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 longest = max(longest, LONGEST)
             due = poll.ended_at + longest
             sent = math.inf if later is None else later.sent_at
-            goes_on = any(wait.ended_at > due + EPS and _is_paced(wait, due) for wait in waits)
-            beside = any(p.sent_at < due < p.ended_at for p in polls)  # then it comes after that one
-            if sent <= due + EPS or not goes_on or beside or poll.retry_after is not None:
+            goes_on = any(wait.ended_at > due + EPS and evidence.is_paced(wait, due) for wait in waits)
+            if sent <= due + EPS or not goes_on or poll.retry_after is not None:
+                continue
+            if any(due < other.ended_at for other in evidence.around(poll, due)):  # then it comes after that one
                 continue
             if evidence.has_room(poll.ended_at, 1) and evidence.has_room(due, 1) and _retries(evidence, due) < 1:
                 yield evidence.violation(
@@ -179,11 +219,6 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                     due,
                     f"the next poll is due, and starts at {sent:.4f} s",
                 )
-
-
-def _is_paced(wait: ObservedWait, at: float) -> bool:
-    """Return whether the schedule of a wait counts: it has a deadline, which is later by each of the clocks."""
-    return all(not budget.had_expired and budget.deadline > at for budget in budgets(wait))
 
 
 def _retries(evidence: Evidence, at: float) -> int:
@@ -293,7 +328,7 @@ def polled_after_outage(evidence: Evidence, faults: Sequence[Fault]) -> Iterator
             continue
         for wait in evidence.waits:
             goes_on = wait.started_at < outage.ends and wait.ended_at > until
-            if not goes_on or any(budget.deadline <= until for budget in budgets(wait)):
+            if not goes_on or any(budget.deadline <= until for budget in evidence.budgets(wait)):
                 continue
             polls = [poll for poll in evidence.polls_of[wait.operation_id] if wait.number < poll.number]
             before = [poll for poll in polls if poll.sent_at < outage.ends]
@@ -313,6 +348,7 @@ def _concerns(fault: Fault, begins: float, ends: float) -> bool:
 
 PROMISES = (
     polls_for_somebody,
+    cut_at_the_deadline,
     single_flight,
     polls_in_flight,
     rate_of_polls,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from .evidence import EPS, FINAL, LEASE, TIMED_OUT, UNKNOWN, YOUNG, Budget, Evidence, Reading, budgets, verdict
+from .evidence import EPS, FINAL, LEASE, TIMED_OUT, UNKNOWN, YOUNG, Budget, Evidence, Reading, verdict
 from .faults import Lies, Outage
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def no_wrong_approval(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[V
 def right_end(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rules 2 to 5, O1 to O7: the first answer that decides ends the wait, with what it means; nothing else does."""
     for wait in evidence.waits:
-        reasons = [_wrong_end(evidence, wait, budget) for budget in budgets(wait)]
+        reasons = [_wrong_end(evidence, wait, budget) for budget in evidence.budgets(wait)]
         if all(reasons):
             yield evidence.violation(
                 "right end",
@@ -105,7 +105,7 @@ def holds_are_leases(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[V
         assert hold.lease is not None, "each hold has a wait"
         wait, end = hold.lease, hold.started_at + hold.hold
         if hold.outcome == "nothing":
-            is_right = abs(hold.ended_at - end) <= EPS and any(b.deadline > end - EPS for b in budgets(wait))
+            is_right = abs(hold.ended_at - end) <= EPS and any(b.deadline > end - EPS for b in evidence.budgets(wait))
         else:
             at = max(hold.started_at, wait.ended_at)
             is_right = hold.outcome == wait.outcome and abs(hold.ended_at - at) <= EPS
@@ -147,9 +147,7 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
         is_served = poll.number > wait.number  # an answer counts for those who were there when its poll started
         is_final = budget.had_expired or poll.sent_at >= budget.deadline - EPS
         # Where two polls are under way after the deadline, one of them is the final one.
-        is_alone = not any(
-            p is not poll and p.sent_at <= poll.sent_at + EPS and p.ended_at > poll.sent_at for p in polls
-        )
+        is_alone = not any(p.ended_at > poll.sent_at - EPS for p in evidence.around(poll, poll.sent_at + EPS))
         meaning = _means(reading, wait)
         if meaning == "approved":  # an approval counts for all
             yield Decisive(poll, "approved", is_certain=poll.ended_at > wait.started_at + EPS)
@@ -172,7 +170,7 @@ def _decisive(evidence: Evidence, wait: ObservedWait, budget: Budget) -> Iterato
 def ends_in_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 3: no wait lasts longer than its budget and two seconds."""
     for wait in evidence.waits:
-        last = max(budget.deadline + FINAL for budget in budgets(wait))
+        last = max(budget.deadline + FINAL for budget in evidence.budgets(wait))
         if wait.ended_at > last + EPS or wait.ended_at == math.inf:
             yield evidence.violation(
                 "ends in time",
@@ -193,7 +191,7 @@ def no_approval_lost(evidence: Evidence, faults: Sequence[Fault]) -> Iterator[Vi
         ends = [poll for poll in evidence.polls_of[wait.operation_id] if abs(poll.ended_at - wait.ended_at) <= EPS]
         if any(poll.status == 404 for poll in ends):  # a replica lags: O6
             continue
-        by = min(wait.started_at if budget.had_expired else budget.deadline for budget in budgets(wait))
+        by = min(wait.started_at if budget.had_expired else budget.deadline for budget in evidence.budgets(wait))
         if true.approved_at < by:
             yield evidence.violation(
                 "no approval lost",
@@ -220,9 +218,9 @@ def first_poll_at_once(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator
 
 def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
     """Rule 3: a final poll starts exactly at the deadline, also while the circuit is open if it is the only one."""
-    first_budgets = [(wait, budgets(wait)[0]) for wait in evidence.waits]
+    first_budgets = [(wait, evidence.budgets(wait)[0]) for wait in evidence.waits]
     for wait in evidence.waits:
-        budget, *more = budgets(wait)
+        budget, *more = evidence.budgets(wait)
         deadline = budget.deadline
         differs = any(abs(other.deadline - deadline) > EPS for other in more)
         if budget.had_expired or differs or wait.ended_at <= deadline + EPS:
@@ -233,7 +231,10 @@ def final_poll_at_deadline(evidence: Evidence, _faults: Sequence[Fault]) -> Iter
             for other, its in first_budgets
         )
         fits = evidence.is_well(deadline) and rivals <= 4 * evidence.client.max_in_flight
-        if rivals > 1 and not fits:
+        # While the circuit is open, one final poll at a time: a late one counts for its two seconds, whoever needs it.
+        late = (p for p in evidence.sent_between(deadline - FINAL, deadline - EPS) if p.ended_at > deadline - EPS)
+        fits_alone = rivals == 1 and not any(map(evidence.is_final, late))
+        if not fits and not fits_alone:
             continue
         final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= deadline - EPS]
         final = [poll for poll in final if poll.sent_at <= wait.ended_at]
