@@ -1,50 +1,87 @@
 """Runs stories until the time is up, and shows the first that breaks a promise, cut down to what is needed for that.
 
-``python -m tests.simulation --seconds 600 --seed N``; without ``--seed``, at a new one, which is printed first.
+``python -m tests.simulation --seconds 600 --seed N``; without ``--seed``, at a new one, which is printed first. Stories
+are those of the whole client, of the machine alone (``--machine``), or of each (``--both``).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from . import machine
+from . import story as client
 from .checker import check
-from .evidence import Violation
 from .minimize import breaks, minimize
-from .story import make_up, run
+from .story import make_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
+    from .evidence import Violation
     from .history import Exchange, History, ObservedCreate, ObservedWait
     from .story import Story
 
+#: What runs a story: the whole client in an event loop, or the machine alone.
+DRIVERS: Final[dict[str, Callable[[Story], History]]] = {"client": client.run, "machine": machine.run}
 SEEDS = Path(__file__).with_name("seeds.txt")
 #: Requests, and calls, that are shown of a failure.
 SHOWN = 25
 
 
-class Report(NamedTuple):
-    """How much was tried."""
+@dataclass
+class Report:
+    """What was tried with one driver."""
 
-    stories: int
-    hours: float
-    waits: int
-    requests: int
-    outcomes: Counter[str]
+    driver: str
+    stories: int = 0
+    hours: float = 0.0
+    waits: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, seed: int) -> Failure | None:
+        """Try one story more."""
+        started = time.process_time()
+        story = make_up(seed)
+        history = DRIVERS[self.driver](story)
+        broken = check(history, story.faults)
+        self.seconds += time.process_time() - started
+        self.stories += 1
+        self.hours += history.ended_at / 3600
+        self.waits += len(history.waits)
+        self.requests += len(history.exchanges)
+        self.outcomes.update(wait.outcome for wait in history.waits)
+        return Failure(story, self.driver, broken) if broken else None
+
+    @property
+    def speed(self) -> float:
+        """Simulated hours a minute."""
+        return 60.0 * self.hours / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
         outcomes = ", ".join(f"{name} {number}" for name, number in self.outcomes.most_common())
         return (
-            f"{self.stories} stories, {self.hours:.0f} hours, {self.waits} waits and holds, {self.requests} requests\n"
-            f"ends: {outcomes}"
+            f"{self.driver}: {self.stories} stories, {self.hours:.0f} hours, {self.waits} waits and holds, "
+            f"{self.requests} requests; {self.speed:.0f} simulated hours a minute\nends: {outcomes}"
         )
+
+
+class Failure(NamedTuple):
+    """A story that breaks promises with one driver."""
+
+    story: Story
+    driver: str
+    broken: list[Violation]
 
 
 def known_seeds() -> list[int]:
@@ -53,44 +90,36 @@ def known_seeds() -> list[int]:
     return [int(line) for line in lines if line]
 
 
-def simulate(seeds: Iterable[int], until: float) -> tuple[Report, Story | None, list[Violation]]:
+def simulate(
+    seeds: Iterable[int], until: float = math.inf, drivers: Sequence[str] = ("client",)
+) -> tuple[list[Report], Failure | None]:
     """Run the stories of some seeds, to the first that breaks a promise or to a time.
 
     Args:
         seeds: The seeds.
         until: When to stop, by ``time.process_time``.
+        drivers: By which drivers, all of which run the same stories.
     """
-    stories, hours, waits, requests, outcomes = 0, 0.0, 0, 0, Counter[str]()
-    story, broken = None, list[Violation]()
+    reports = [Report(driver) for driver in drivers]
     for seed in seeds:
         if time.process_time() >= until:
             break
-        story = make_up(seed)
-        history = run(story)
-        broken = check(history, story.faults)
-        stories += 1
-        hours += history.ended_at / 3600
-        waits += len(history.waits)
-        requests += len(history.exchanges)
-        outcomes.update(wait.outcome for wait in history.waits)
-        if broken:
-            break
-    return (
-        Report(stories, hours, waits, requests, outcomes),
-        story if broken else None,
-        broken,
-    )
+        for report in reports:
+            failure = report.add(seed)
+            if failure is not None:
+                return reports, failure
+    return reports, None
 
 
-def tell_failure(story: Story, broken: list[Violation]) -> str:
+def tell_failure(failure: Failure) -> str:
     """Return what is to be read of a story that breaks a promise: the seed, the shortest story, what was seen."""
-    smallest = minimize(story, broken[0].promise)
-    violation = breaks(smallest, broken[0].promise)[0]
-    history = run(smallest)
-    events = "\n".join(f"  {line}" for line in _timeline(history, violation))
+    story, driver, broken = failure
+    smallest = minimize(story, broken[0].promise, DRIVERS[driver])
+    violation = breaks(smallest, broken[0].promise, DRIVERS[driver])[0]
+    events = "\n".join(f"  {line}" for line in _timeline(DRIVERS[driver](smallest), violation))
     return (
-        f"seed {story.seed}: {broken[0]}\n\nThe shortest story that breaks the same promise:\n{smallest.tell()}\n\n"
-        f"There: {violation}\n{events}"
+        f"seed {story.seed}, {driver}: {broken[0]}\n\nThe shortest story that breaks the same promise:\n"
+        f"{smallest.tell()}\n\nThere: {violation}\n{events}"
     )
 
 
@@ -122,6 +151,16 @@ def main() -> int:
         help="the seeds that have ever failed, and no others",
     )
     parser.add_argument("--briefly", action="store_true", help="do not cut a failure down")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--machine", action="store_const", dest="drivers", const=["machine"], help="the machine alone")
+    which.add_argument(
+        "--both",
+        action="store_const",
+        dest="drivers",
+        const=["client", "machine"],
+        help="each story with the whole client, then with the machine alone",
+    )
+    parser.set_defaults(drivers=["client"])
     options = parser.parse_args()
     first = random.SystemRandom().randrange(10**9) if options.seed is None else options.seed
     if options.known:
@@ -130,14 +169,14 @@ def main() -> int:
         print(f"seed {first}", flush=True)
         seeds = count(first) if options.stories is None else range(first, first + options.stories)
     unlimited = options.known or options.stories is not None
-    started = time.process_time()
-    report, story, broken = simulate(seeds, started + (86_400.0 if unlimited else options.seconds))
-    minutes = (time.process_time() - started) / 60
-    print(f"{report}\n{report.hours / minutes:.0f} simulated hours a minute", flush=True)
-    if story is None:
+    until = math.inf if unlimited else time.process_time() + options.seconds
+    reports, failure = simulate(seeds, until, options.drivers)
+    print(*reports, sep="\n", flush=True)
+    if failure is None:
         print("no promise was broken")
         return 0
-    print(f"seed {story.seed}: {broken[0]}" if options.briefly else tell_failure(story, broken))
+    story, driver, broken = failure
+    print(f"seed {story.seed}, {driver}: {broken[0]}" if options.briefly else tell_failure(failure))
     return 1
 
 

@@ -13,25 +13,29 @@ if TYPE_CHECKING:
 
     from .actors import Leg
     from .evidence import Violation
+    from .history import History
+
+    Driver = Callable[[Story], History]
 
 T = TypeVar("T")
 
 
-def breaks(story: Story, promise: str | None = None) -> list[Violation]:
+def breaks(story: Story, promise: str | None = None, driver: Driver = run) -> list[Violation]:
     """Run a story, and return the promises that it breaks: all of them, or one."""
-    return [v for v in check(run(story), story.faults) if promise in (None, v.promise)]
+    return [v for v in check(driver(story), story.faults) if promise in (None, v.promise)]
 
 
-def minimize(story: Story, promise: str) -> Story:
+def minimize(story: Story, promise: str, driver: Driver = run) -> Story:
     """Return a story that still breaks a promise, and does not where anything of it is left out.
 
     Args:
         story: A story that breaks it.
         promise: The promise.
+        driver: What runs it.
     """
 
     def still(shorter: Story) -> bool:
-        return bool(breaks(shorter, promise))
+        return bool(breaks(shorter, promise, driver))
 
     size = 0
     while size != (size := len(story.tell())):

@@ -14,13 +14,10 @@ from .faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Sha
 from .history import History
 from .people import someone
 from .service import Service, TooManyRequestsError
-from .world import StuckError, VirtualLoop, deterministic
+from .world import LONGEST, StuckError, VirtualLoop, deterministic
 
 if TYPE_CHECKING:
     from .faults import Fault
-
-#: Seconds after which a story must have ended by itself.
-LONGEST: Final = 86_400.0
 
 FAILURES: Final = (
     Failure("refused"),

@@ -12,7 +12,7 @@ import pytest
 
 from aiokeyless import ApprovalTicket, client
 
-from .world import EPOCH, StuckError, VirtualLoop, deterministic, wall_clock_error
+from .world import EPOCH, StuckError, Timeline, VirtualLoop, cancel, deterministic, wall_clock_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,3 +101,30 @@ def test_ids_and_random_numbers_depend_on_the_seed_and_are_given_back() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     assert random.random() == expected  # noqa: S311
     assert client.uuid is uuid  # type: ignore[attr-defined]
+
+
+def test_a_timeline_calls_in_the_order_of_times_and_not_what_was_cancelled() -> None:
+    timeline, called = Timeline(), list[tuple[str, float]]()
+
+    def call(name: str) -> None:
+        called.append((name, timeline.now))
+
+    for when, name in ((2.0, "c"), (1.0, "a"), (1.0, "b")):
+        timeline.at(when, call, name)
+    cancel(timeline.at(1.5, call, "never"))
+    cancel(None)
+    timeline.at(1.0, timeline.at, 1.5, call, "later")
+    timeline.run()
+    assert called == [("a", 1.0), ("b", 1.0), ("later", 1.5), ("c", 2.0)]
+
+
+def test_a_timeline_that_runs_in_circles_or_too_long_is_an_error_and_no_hang() -> None:
+    timeline = Timeline()
+
+    def again(seconds: float) -> None:
+        timeline.at(timeline.now + seconds, again, seconds)
+
+    for seconds in (0.0, 3600.0):
+        again(seconds)
+        with pytest.raises(StuckError):
+            timeline.run()
