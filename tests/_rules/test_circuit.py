@@ -704,3 +704,16 @@ class CircuitMachine(RuleBasedStateMachine):
 
 CircuitMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_whatever_happens_the_limit_is_bounded_and_comes_back = CircuitMachine.TestCase
+
+
+def test_it_is_calm_again_once_its_limit_is_full_and_failures_are_forgotten() -> None:
+    circuit = Circuit(64)
+    assert circuit.is_calm is True
+    for number in range(FAILURES_UNTIL_OPEN):
+        circuit.record_failure(0.0, number, started_at=0.0, is_probe=True)
+    for answers in range(1, 64):
+        assert circuit.is_calm is False
+        circuit.record_success(2.0 * answers, started_at=2.0 * answers - 1.0)
+        assert circuit.is_closed == (answers >= 16)
+        assert circuit.limit == 1 + answers
+    assert circuit.is_calm is True
