@@ -458,12 +458,14 @@ async def test_an_error_says_whether_it_may_pass(
     assert type(caught.value).__name__ == error
 
 
-async def test_a_submit_while_the_database_is_away_may_be_repeated(own_server: PostgresServer) -> None:
+async def test_what_is_asked_while_the_database_is_away_may_be_repeated(own_server: PostgresServer) -> None:
     async with PostgresBroker(own_server.url(own_server.new_database())) as broker:
         await broker.prepare(lease=LEASE, service="")
         own_server.stop()
         with pytest.raises(UnavailableError):
             await submit(broker, "a")
+        with pytest.raises(UnavailableError):
+            await broker.next_outcome("shop")
         own_server.start()
         await submit(broker, "a")
 
