@@ -135,7 +135,9 @@ def after_poll(
         # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
         verdict = Verdict.TRANSIENT if was_final else Verdict.PENDING
     if verdict is Verdict.PENDING and not was_final:
-        return Next.CREATE if isinstance(answer, NotFoundError) else Redeliver(_scheduled_delay(delivery, now, pacing))
+        # Not after the deadline: another worker may have decided by then that the user was not asked.
+        may_create = isinstance(answer, NotFoundError) and not is_final(delivery, now)
+        return Next.CREATE if may_create else Redeliver(_scheduled_delay(delivery, now, pacing))
     if verdict is Verdict.TRANSIENT:
         if not was_final:
             return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)

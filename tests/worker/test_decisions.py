@@ -355,7 +355,11 @@ def test_a_gateway_that_refuses_everything_for_a_moment_does_not_end_what_users_
 
 
 def test_missing_in_time_it_is_to_be_created() -> None:
-    assert polled(MISSING, IN_TIME, took=LATE) is Next.CREATE
+    assert polled(MISSING, IN_TIME - 10, took=10) is Next.CREATE
+
+
+def test_no_user_is_asked_after_the_deadline_since_another_worker_may_have_decided_by_then() -> None:
+    assert delay(polled(MISSING, IN_TIME, took=10)) == SHORTEST  # then the final poll comes
 
 
 @pytest.mark.parametrize("age", [FINAL, LATE])
