@@ -254,6 +254,14 @@ def simulate(session: nox.Session) -> None:
         session.run(*command, "--seconds", "10", env=env)
     except CommandFailed:
         session.warn("A FRESH SEED BROKE A PROMISE, which is a bug to fix: see above")
+    simulate_workers(session, "--known")
+    simulate_workers(session, "--seed", "0", "--stories", "150")
+
+
+def simulate_workers(session: nox.Session, *arguments: str) -> None:
+    """Try to lose an approval in a worker and its broker."""
+    with session.chdir("tests"):
+        session.run("python", "-m", "worker.simulation", *arguments, env=environment(session))
 
 
 @nox.session(tags=NIGHTLY)
@@ -261,6 +269,7 @@ def simulate_long(session: nox.Session) -> None:
     """Try it for ten minutes, with fresh seeds, each by both drivers; one that breaks a promise fails the session."""
     install(session, "-e", ".[test]")
     session.run("python", "-m", "tests.simulation", "--seconds", "600", "--both", env=environment(session))
+    simulate_workers(session, "--seconds", "600")
 
 
 @nox.session(tags=NIGHTLY)
@@ -268,6 +277,8 @@ def simulate_mutants(session: nox.Session) -> None:
     """Break copies of the library in many ways, and demand of the simulator that it finds nearly all of them."""
     install(session, "-e", ".[test]")
     session.run("python", "-m", "tests.simulation.mutants", *session.posargs, env=environment(session))
+    with session.chdir("tests"):
+        session.run("python", "-m", "worker.simulation.mutants", *session.posargs, env=environment(session))
 
 
 @nox.session(tags=NIGHTLY)

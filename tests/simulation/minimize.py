@@ -50,9 +50,9 @@ def minimize(story: Story, promise: str, driver: Driver = run) -> Story:
 
 
 def _with_fewer_actors_and_faults(story: Story, still: Callable[[Story], bool]) -> Story:
-    actors = _fewest(story.actors, lambda some: still(replace(story, actors=some)))
+    actors = fewest(story.actors, lambda some: still(replace(story, actors=some)))
     few = replace(story, actors=actors)
-    return replace(few, faults=_fewest(few.faults, lambda some: still(replace(few, faults=some))))
+    return replace(few, faults=fewest(few.faults, lambda some: still(replace(few, faults=some))))
 
 
 def _with_fewer_legs(story: Story, index: int, still: Callable[[Story], bool]) -> Story:
@@ -62,10 +62,10 @@ def _with_fewer_legs(story: Story, index: int, still: Callable[[Story], bool]) -
             actors=_replaced(story.actors, index, replace(story.actors[index], legs=legs)),
         )
 
-    return only(_fewest(story.actors[index].legs, lambda some: still(only(some))))
+    return only(fewest(story.actors[index].legs, lambda some: still(only(some))))
 
 
-def _fewest(parts: tuple[T, ...], still: Callable[[tuple[T, ...]], bool]) -> tuple[T, ...]:
+def fewest(parts: tuple[T, ...], still: Callable[[tuple[T, ...]], bool]) -> tuple[T, ...]:
     """Leave out halves, then quarters, and at last single parts, for as long as it still happens."""
     size = len(parts)
     while size >= 1:

@@ -55,19 +55,19 @@ class Story:
             *sorted(self.actors, key=lambda actor: actor.at),
             *self.faults,
         )
-        return "\n".join(f"  {_brief(part)}" for part in parts)
+        return "\n".join(f"  {brief(part)}" for part in parts)
 
 
-def _brief(part: object) -> str:
+def brief(part: object) -> str:
     if isinstance(part, tuple):
-        return f"({', '.join(map(_brief, part))})"
+        return f"({', '.join(map(brief, part))})"
     if isinstance(part, float):
         return f"{part:.6g}"
     if not hasattr(part, "__dataclass_fields__"):
         return repr(part)
     shown = {f.name: getattr(part, f.name) for f in fields(part) if f.repr}  # type: ignore[arg-type]  # it is one
     defaults = {f.name: f.default for f in fields(part)}  # type: ignore[arg-type]
-    told = (f"{name}={_brief(value)}" for name, value in shown.items() if value != defaults[name])
+    told = (f"{name}={brief(value)}" for name, value in shown.items() if value != defaults[name])
     return f"{type(part).__name__}({', '.join(told)})"
 
 
@@ -81,7 +81,7 @@ def run(story: Story) -> History:
         except (StuckError, TooManyRequestsError, TimeoutError) as error:
             history.problems.append(f"{type(error).__name__}: {error}")
         finally:
-            _tear_down(loop, history)
+            tear_down(loop, history)
     history.ended_at = loop.time()
     history.problems += loop.problems
     return history
@@ -105,7 +105,7 @@ async def _main(story: Story, history: History) -> None:
     history.problems += [f"a timer is left: {timer}" for timer in loop.armed_timers() if "timeout" not in timer.lower()]
 
 
-def _tear_down(loop: VirtualLoop, history: History) -> None:
+def tear_down(loop: VirtualLoop, history: History) -> None:
     """Cancel what is left, where a story broke off."""
     tasks = asyncio.all_tasks(loop)
     for task in tasks:

@@ -1,0 +1,171 @@
+"""Breakages of workers and of the broker in SQLite that the simulator must find.
+
+In the folder ``tests``: ``python -m worker.simulation.mutants`` applies each to a copy of the package, and runs the
+simulator against it until a promise is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from simulation.mutants import PACKAGE, Mutant, apply
+
+MUTANTS: Final = (
+    # -- the broker
+    Mutant(
+        "worker/sqlite/store.py",
+        "WHERE id = ? AND decided_at IS NULL",
+        "WHERE id = ?",
+        "a second decision replaces the first",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        'lambda: self._connection.execute("BEGIN IMMEDIATE"))\n            with committing(self._connection):',
+        "lambda: None)\n            with __import__('contextlib').nullcontext():",
+        "a process that dies leaves half of its work",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '"UPDATE waiting SET deliveries = deliveries + 1, due_at = ? WHERE id IN',
+        '"UPDATE waiting SET deliveries = deliveries + 1, due_at = 1e12 + ? WHERE id IN',
+        "what a dead worker had is never delivered again",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        "(now + max(_HANDED_ON, outcome_pause(failures + 1)), failures + 1, reader, id_)",
+        "(now, failures + 1, reader, id_)",
+        "a reader's outcome is in two hands",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '"DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.id)',
+        "\"DELETE FROM unread WHERE ? <> '' AND id = ?\", (unread.reader, unread.id)",
+        "what one reader has handled is lost to the others",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '    ("DELETE FROM request WHERE id > ? AND id <= ? AND decided_at < ?", LONGEST_WAIT),\n',
+        "",
+        "requests are kept for ever",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        "return self._leased(self._probes(up_to) if probing else self._due(up_to), lease)",
+        "return self._leased(self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', "
+        "self._now(), up_to), lease)",
+        "bad requests go first",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        "return True if found[0] == new.digest else None",
+        "return True",
+        "another request counts as the same",
+    ),
+    # -- decisions
+    Mutant(
+        "worker/decisions.py",
+        "was_final = is_final(delivery, polled_at)",
+        "was_final = False",
+        "a request has no end",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))",
+        "return delay",
+        "the final poll is late",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "answered=verdict is Verdict.PENDING, asked=asked)",
+        "answered=True, asked=asked)",
+        "no answer counts as one",
+    ),
+    # -- exchanges
+    Mutant(
+        "worker/exchanges.py",
+        "claim, token = await self._broker.claim(delivery.message)",
+        "claim, token = Claim.NEW, delivery.number",
+        "the user is asked without a claim",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "and not await self._broker.holds(delivery.message)\n        ):",
+        "and False\n        ):",
+        "an approval from before the request counts",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "                or may_have_taken_effect(error)\n",
+        "",
+        "a lost answer to a create gives the claim back",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "if claim is Claim.HELD or not await self._broker.unclaim(delivery.message, token):",
+        "if not await self._broker.unclaim(delivery.message, token):",
+        "a request's own operation is a conflict",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "            if self._circuit.is_probed or not isinstance(step, Decided) or step.event.answered is not False:\n"
+        "                break\n",
+        "",
+        "each poll is repeated",
+    ),
+    # -- serving
+    Mutant(
+        "worker/serving.py",
+        "asked = not is_kept or await self._broker.holds(message)",
+        "asked = False",
+        "the event says that nobody was asked",
+    ),
+)
+
+
+def is_found(mutant: Mutant, seconds: float) -> tuple[bool, str]:
+    """Return whether the simulator finds a breakage, and the last line of what it said.
+
+    Args:
+        mutant: The breakage.
+        seconds: Of computing, at most.
+    """
+    tests = Path(__file__).parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copytree(PACKAGE, root / "aiokeyless", ignore=shutil.ignore_patterns("__pycache__"))
+        for package in ("simulation", "worker/simulation"):
+            shutil.copytree(tests / package, root / "tests" / package)
+        shutil.copy(tests / "worker" / "__init__.py", root / "tests" / "worker")
+        apply(mutant, root / "aiokeyless")
+        # Not measured by a coverage run that this is part of: the copy is gone when that reports.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+        environment |= {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "worker.simulation", "--seconds", f"{seconds:g}", "--seed", "1", "--briefly"]
+        done = subprocess.run(command, cwd=root / "tests", env=environment, capture_output=True, text=True, check=False)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    return done.returncode != 0, said[-1] if said else ""
+
+
+def main() -> int:
+    """Run the command; its exit code is 1 if one is not found."""
+    parser = argparse.ArgumentParser(prog="simulate_worker_mutants", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of computing, for each (default: 60)")
+    parser.add_argument("--only", default="", help="those whose reason or file contains this text")
+    options = parser.parse_args()
+    missed = 0
+    for mutant in (mutant for mutant in MUTANTS if options.only in f"{mutant.file} {mutant.why}"):
+        found, said = is_found(mutant, options.seconds)
+        missed += not found
+        print(f"{'found ' if found else 'MISSED'} {mutant.file}: {mutant.why}\n       {said:.150}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The promises of a worker and its broker, checked by what an observer outside of the library saw.
+
+Each is a function of the evidence that tells how it was broken. Nothing of the library's rules is used here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+from simulation.evidence import Violation
+from simulation.faults import Lag, Lies, RoundTrips
+from simulation.world import EPOCH
+
+from .story import USER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from simulation.history import Exchange
+
+    from .story import Ask, Story
+    from .world import Decided, Delivered, WorkerHistory
+
+    #: The request, when, and how.
+    Broken = tuple[Ask, float, str]
+
+EPS: Final = 1e-3
+#: Seconds until a request is asked for at a service that is well to it: two probes beside bad requests.
+ASKED: Final = 12.0
+#: Seconds until the end of such a request is noticed.
+SOON: Final = 5.0
+
+
+@dataclass
+class Evidence:
+    """What a story was, and what happened in it."""
+
+    story: Story
+    history: WorkerHistory
+
+    def wall(self, at: float) -> float:
+        """Return what the wall clock showed at a time, in seconds since 1970."""
+        return EPOCH.timestamp() + at + sum(seconds for step, seconds in self.story.steps if step <= at)
+
+    @cached_property
+    def decided(self) -> list[tuple[Ask, Decided]]:
+        """The outcomes, with the requests that they name."""
+        asks = {ask.number: ask for ask in self.story.asks}
+        return [(asks[each.event.read_context(int)], each) for each in self.history.decided]
+
+    def sent(self, ask: Ask, method: str, until: float = math.inf) -> list[Exchange]:
+        """Return the exchanges about an operation, those that had ended by a time."""
+        every = self.history.exchanges
+        return [e for e in every if (e.method, e.operation_id) == (method, ask.operation_id) and e.ended_at <= until]
+
+    def delivered(self, reader: str, ask: Ask) -> list[Delivered]:
+        """Return the deliveries of an outcome to a reader."""
+        return [d for d in self.history.delivered if (d.reader, d.number) == (reader, ask.number)]
+
+    @cached_property
+    def readers(self) -> set[str]:
+        """The names of the readers."""
+        return {reader.name for reader in self.story.readers}
+
+    @cached_property
+    def is_single(self) -> bool:
+        """Whether no request is with two workers at once."""
+        return not (self.story.steps or self.story.duplicates)
+
+    def is_lied_about(self, ask: Ask) -> bool:
+        """Return whether answers about an operation are false, or late news."""
+        return any(isinstance(f, Lag) or (isinstance(f, Lies) and f.payload == ask.payload) for f in self.story.faults)
+
+    def is_well(self, ask: Ask) -> bool:
+        """Return whether nothing goes wrong for a request: faults concern others, and workers have room."""
+        own = [f for f in self.story.faults if getattr(f, "payload", None) in {None, ask.payload}]
+        has_room = self.story.max_in_flight >= 8 and self.story.rate >= 1000.0
+        return self.story.is_steady and has_room and all(isinstance(f, RoundTrips) for f in own)
+
+    def was_created(self, ask: Ask) -> bool:
+        """Return whether a worker created the operation."""
+        stored = self.history.operations.get(ask.operation_id)
+        return stored is not None and stored.created_by > 0
+
+
+def one_outcome(seen: Evidence) -> Iterator[Broken]:
+    """Each request that was stored has one outcome, about itself; a submission that is repeated stores nothing."""
+    for ask in seen.story.asks:
+        results = [result for number, result in seen.history.submitted if number == ask.number]
+        outcomes = [each for other, each in seen.decided if other is ask]
+        if len(outcomes) != ("refused" not in results) or results.count("stored") > 1:
+            yield ask, seen.history.ended_at, f"{results}, {len(outcomes)} outcomes"
+        expected = (ask.operation_id, USER, ask.external_user_id, hashlib.sha256(ask.payload.encode()).hexdigest())
+        for event in (each.event for each in outcomes):
+            content = (event.operation_id, event.user_id, event.external_user_id, event.payload_sha256)
+            if content != expected:
+                yield ask, outcomes[0].at, f"the event is about {content}"
+
+
+def no_wrong_approval(seen: Evidence) -> Iterator[Broken]:
+    """An approval is the user's, of this content, in answer to this request."""
+    for ask, each in seen.decided:
+        stored = seen.history.operations.get(ask.operation_id)
+        is_right = stored and seen.was_created(ask) and stored.payload == ask.payload and stored.approved_at <= each.at
+        if each.event.outcome == "approved" and not is_right:
+            yield ask, each.at, f"approved, and the service has {stored}"
+
+
+def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
+    """A request expires after its deadline, and `answered` says whether a poll after the deadline was."""
+    for ask, each in seen.decided:
+        if each.event.outcome != "expired":
+            continue
+        deadline = seen.history.stored[ask.operation_id][2]
+        polls = [e for e in seen.sent(ask, "GET", each.at + EPS) if seen.wall(e.sent_at) >= deadline - EPS]
+        said = [e for e in polls if e.status in {200, 404} and e.client == each.by]
+        stored = seen.history.operations.get(ask.operation_id)
+        if not seen.story.steps and seen.wall(each.at) < deadline - EPS:
+            yield ask, each.at, f"expired {deadline - seen.wall(each.at):.3f} s before its deadline"
+        elif each.event.answered and not said:
+            yield ask, each.at, "answered, and no poll after the deadline was"
+        elif each.event.answered and stored and not seen.is_lied_about(ask) and stored.approved_at <= said[-1].sent_at:
+            yield ask, each.at, f"expired, and approved at {stored.approved_at:.3f}"
+        elif not each.event.answered and seen.story.is_steady and any(_says(e, b'"state"') for e in polls):
+            yield ask, each.at, "not answered, and a poll after the deadline was"
+
+
+def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
+    """What an event says of whether the user was asked is true, and stays true."""
+    for ask, each in seen.decided:
+        event = each.event
+        # Of two workers at once, one may be refused, and the other not: SQLite claims for a decided request, too.
+        is_refused = event.reason == "rejected" and seen.is_single
+        was_not = is_refused or event.asked is False or event.reason in {"conflict", "already_approved"}
+        if was_not and seen.was_created(ask) and not seen.is_lied_about(ask):
+            yield ask, each.at, f"{event.outcome} {event.reason}, and the user was asked"
+        if event.asked and not seen.sent(ask, "POST") and not ask.earlier and seen.story.is_steady:
+            yield ask, each.at, "asked, and no POST was sent"
+
+
+def asked_once(seen: Evidence) -> Iterator[Broken]:
+    """A POST is sent for a request that is undecided and holds its id, once, after a poll found no operation."""
+    for ask in seen.story.asks:
+        posts, missing = seen.sent(ask, "POST"), [e for e in seen.sent(ask, "GET") if e.status == 404]
+        before: dict[str, float] = {}
+        confirmed = min((post.ended_at for post in posts if _says(post, b"success")), default=math.inf)
+        for post in posts:
+            is_claimed, is_decided = seen.history.asked[post.number]
+            looked = [e.sent_at for e in missing if e.client == post.client and e.ended_at <= post.sent_at]
+            if not is_claimed:
+                yield ask, post.sent_at, "a POST before the claim"
+            if is_decided and seen.is_single:
+                yield ask, post.sent_at, "a POST after the outcome"
+            if not looked or (looked[-1] < before.get(post.client, -1.0) and seen.is_single):
+                yield ask, post.sent_at, "a POST without a poll that found nothing"
+            if post.sent_at > confirmed and seen.is_single and not seen.is_lied_about(ask):
+                yield ask, post.sent_at, "a POST after one that was confirmed"
+            before[post.client] = post.sent_at
+
+
+def asked_soon(seen: Evidence) -> Iterator[Broken]:
+    """Bad requests hold no good one up."""
+    for ask, _ in seen.decided:
+        stored_at = seen.history.stored[ask.operation_id][0]
+        first = min((post.sent_at for post in seen.sent(ask, "POST")), default=math.inf)
+        if seen.is_well(ask) and not ask.earlier and first > stored_at + ASKED:
+            yield ask, stored_at, f"stored at {stored_at:.3f}, asked at {first:.3f}"
+
+
+def ends_in_time(seen: Evidence) -> Iterator[Broken]:
+    """A request ends at its deadline; later if nobody answers, or if workers die or the clock is set."""
+    story = seen.story
+    lease = 3 * story.request_timeout + 10.0
+    trouble = sum(life.after + lease for lives in story.workers for life in lives) + 2 * lease + 60.0
+    trouble += sum(abs(seconds) + 210.0 for _, seconds in story.steps)
+    for ask, each in seen.decided:
+        stored_at, wall, expires_at = seen.history.stored[ask.operation_id]
+        late = each.at - (stored_at + expires_at - wall)
+        if late > (SOON if seen.is_well(ask) else story.grace + trouble):
+            yield ask, each.at, f"{late:.3f} s after its deadline"
+
+
+def true_reason(seen: Evidence) -> Iterator[Broken]:
+    """A request fails only for what the service said or had."""
+    for ask, each in seen.decided:
+        sent = [*seen.sent(ask, "GET", each.at), *seen.sent(ask, "POST", each.at)]
+        refused = {e.method for e in sent if e.status in {400, 401, 403}}
+        is_lied_about = seen.is_lied_about(ask)
+        allowed = {
+            "conflict": ask.earlier or is_lied_about,
+            "already_approved": ask.earlier == "the same",
+            "rejected": "POST" in refused,
+            "poll_refused": refused,
+        } | dict.fromkeys(("mismatch", "inconsistent", "unreadable"), is_lied_about)
+        if each.event.outcome == "failed" and not allowed.get(str(each.event.reason)):
+            yield ask, each.at, f"{each.event.reason}: {each.event.detail}"
+
+
+def handled_once(seen: Evidence) -> Iterator[Broken]:
+    """Each reader handles each outcome; one that is handled, or in other hands, is not delivered."""
+    for ask, each in seen.decided:
+        for reader in seen.readers:
+            deliveries = seen.delivered(reader, ask)
+            if not any(d.result in {"handled", "unknown"} and d.event == each.event for d in deliveries):
+                yield ask, each.at, f"{reader} has not handled it"
+            for number, (first, second) in enumerate(pairwise(deliveries)):
+                due = first.ended_at + 2.0**number if first.result == "failed" else first.began_at + 30.0
+                if first.result == "handled" and second.began_at > first.ended_at:
+                    yield ask, second.began_at, f"{reader} got it again"
+                if second.began_at < due - EPS and not seen.story.steps:
+                    yield ask, second.began_at, f"{reader} got it again too soon"
+
+
+def read_soon(seen: Evidence) -> Iterator[Broken]:
+    """An outcome that a reader fails to handle holds up no other one."""
+    is_quick = not any(reader.lives or set(reader.troubles) != {"fails"} for reader in seen.story.readers)
+    for ask, each in seen.decided if is_quick and not seen.story.steps else ():
+        for name in seen.readers:
+            late = [d.began_at - each.at for d in seen.delivered(name, ask)][:1]
+            if late and late[0] > 1.0:
+                yield ask, each.at, f"{name} got it {late[0]:.3f} s later"
+
+
+def few_polls(seen: Evidence) -> Iterator[Broken]:
+    """One request is not polled in circles."""
+    for ask in seen.story.asks if seen.is_single else ():
+        polls = [e.sent_at for e in seen.sent(ask, "GET")]
+        quick = [first for first, last in zip(polls, polls[8:], strict=False) if last < first + 0.9]
+        if quick:
+            yield ask, quick[0], "9 polls in less than a second"
+
+
+def nothing_left(seen: Evidence) -> Iterator[Broken]:
+    """The tables are empty in the end, and so is the event loop; no worker has given up."""
+    left = [f"{rows} of {what}" for what, rows in seen.history.left.items() if rows]
+    for problem in (*seen.history.problems, *left):
+        yield seen.story.asks[0], seen.history.ended_at, problem
+
+
+PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
+    *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, asked_soon, ends_in_time),
+    *(true_reason, handled_once, read_soon, few_polls, nothing_left),
+)
+
+
+def check(story: Story, history: WorkerHistory) -> list[Violation]:
+    """Return the promises that were broken, the earliest first."""
+    seen = Evidence(story, history)
+    broken = [
+        Violation(promise.__name__.replace("_", " "), f"request {ask.number}", ask.operation_id, at, text)
+        for promise in PROMISES
+        for ask, at, text in promise(seen)
+    ]
+    return sorted(broken, key=lambda violation: violation.at)
+
+
+def _says(exchange: Exchange, text: bytes) -> bool:
+    """Return whether an answer arrived that has such a text."""
+    return exchange.status == 200 and text in exchange.body

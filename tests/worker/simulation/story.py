@@ -1,0 +1,375 @@
+"""A story: requests, workers, readers, faults, and the clock; how one is made up from a seed, run, and told."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, Final
+
+from simulation.faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
+from simulation.people import Person, someone
+from simulation.service import Service, Stored, TooManyRequestsError
+from simulation.story import FAILURES, brief, tear_down
+from simulation.world import StuckError, VirtualLoop, deterministic
+
+from aiokeyless import KeylessClient, wait_adaptive
+from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
+from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
+
+from .world import Delivered, Life, Process, Session, WorkerHistory, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable
+
+    from simulation.faults import Fate, Fault, Request
+
+    Main = Callable[[Process], Coroutine[Any, Any, None]]
+
+USER: Final = "C0FFEE"
+#: Seconds after which all requests must be decided and all outcomes handled.
+LONGEST: Final = 3000.0
+DAY: Final = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Gateway(Outage):
+    """An outage in which nothing reaches the service: its statuses say so."""
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        fate = super().fate(request, rng)
+        return None if fate is None else replace(fate, is_processed=False)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request of an application. Its number is its context."""
+
+    number: int
+    at: float
+    operation_id: str
+    payload: str
+    expires_in: float
+    person: Person
+    external_user_id: str | None = None
+    lives: tuple[Life, ...] = (Life(),)
+    """How the processes fare that submit it, one after the other."""
+    earlier: str = ""
+    """What was approved under its id before: nothing, "the same", or "another" content."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One process of a reader, and the share of deliveries that are trouble to it."""
+
+    name: str
+    lives: tuple[Life, ...] = ()
+    trouble: float = 0.0
+    troubles: tuple[str, ...] = ("fails", "slow", "dies")
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that happens, as data. The seed is that of what is drawn while it runs."""
+
+    seed: int
+    asks: tuple[Ask, ...]
+    workers: tuple[tuple[Life, ...], ...] = ((), ())
+    """How the processes of each worker fare; after the last one, others live to the end."""
+    readers: tuple[Reader, ...] = (Reader("shop"),)
+    faults: tuple[Fault, ...] = ()
+    steps: tuple[tuple[float, float], ...] = ()
+    """When the wall clock is set, and by how much."""
+    duplicates: tuple[float, ...] = ()
+    """When everything is delivered once more."""
+    max_in_flight: int = 8
+    rate: float = 1000.0
+    request_timeout: float = 10.0
+    poll_cost: float = 0.3
+    grace: float = 30.0
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the machine is well, so that only the service can fail."""
+        return not (any(self.workers) or self.steps or self.duplicates)
+
+    def tell(self) -> str:
+        """Return it as text."""
+        return "  " + brief(self).replace("Ask(", "\n    Ask(")
+
+
+def run(story: Story) -> WorkerHistory:
+    """Run a story to its end."""
+    history, loop = WorkerHistory(), VirtualLoop()
+    with deterministic(story.seed):
+        try:
+            loop.run_until_complete(_main(story, history))
+        except (StuckError, TooManyRequestsError, TimeoutError) as error:
+            history.problems.append(f"{type(error).__name__}: {error}")
+        finally:
+            tear_down(loop, history)
+            loop.close()
+    history.problems += loop.problems
+    return history
+
+
+async def _main(story: Story, history: WorkerHistory) -> None:
+    people = {ask.payload: ask.person for ask in story.asks}
+    service = Service(story.seed, copy.deepcopy(story.faults), people, history)  # some faults remember
+    world = World(service, history)
+    for ask in story.asks:
+        if ask.earlier:
+            payload = ask.payload if ask.earlier == "the same" else "something else"
+            service.operations[ask.operation_id] = Stored(ask.operation_id, USER, payload, None, -60.0, -30.0)
+    for at, seconds in story.steps:
+        world.loop.call_at(at, world.set_clock, seconds)
+    for at in story.duplicates:
+        world.loop.call_at(at, world.deliver_twice)
+    lives = [_live(world, f"worker {n}", each, partial(_work, story)) for n, each in enumerate(story.workers)]
+    lives += [_live(world, f"reader {n}", r.lives, partial(_read, story, r)) for n, r in enumerate(story.readers)]
+    living = [asyncio.create_task(life) for life in lives]
+    await asyncio.gather(*(_submit(world, ask) for ask in story.asks))
+    try:
+        async with asyncio.timeout(LONGEST):
+            while (
+                world.count("request WHERE decided_at IS NULL")
+                or world.count("unread")
+                or world.count("reader") < len({reader.name for reader in story.readers})
+            ):
+                if ended := [task for task in living if task.done()]:
+                    ended[0].result()  # which raises: they live to the end
+                await asyncio.sleep(1.0)
+        history.ended_at = world.loop.time()
+    finally:
+        for task in living:
+            task.cancel()
+        await asyncio.wait(living)
+    await _count_what_is_left(world)
+    world.database.close()
+    history.problems += [f"a task is left: {task!r}" for task in asyncio.all_tasks() - {asyncio.current_task()}]
+
+
+async def _count_what_is_left(world: World) -> None:
+    """Count what is left at once, after a week, and when nothing is kept any more."""
+    left = world.history.left
+    left["waiting"] = world.count("waiting")
+    world.set_clock(8 * DAY)
+    await Process(world, "cleaner", Life()).run(_clean)
+    left["bodies"], left["outcome"] = world.count("request WHERE body <> x''"), world.count("outcome")
+    world.set_clock(400 * DAY)
+    await Process(world, "cleaner", Life()).run(_clean)
+    left["request"], left["unread"] = world.count("request"), world.count("unread")
+
+
+async def _clean(process: Process) -> None:
+    await process.broker._clean()
+
+
+async def _live(world: World, name: str, lives: Iterable[Life], main: Main) -> None:
+    for number, life in enumerate(chain(lives, repeat(Life(after=2.0)))):
+        await asyncio.sleep(life.after if number else 0.0)
+        await Process(world, f"{name}.{number}", life).run(main)
+
+
+async def _submit(world: World, ask: Ask) -> None:
+    async def submit(process: Process) -> None:
+        try:
+            submission = await submit_approval(
+                process.broker,
+                USER,
+                operation_id=ask.operation_id,
+                operation_payload=ask.payload,
+                external_user_id=ask.external_user_id,
+                expires_in=ask.expires_in,
+                context=ask.number,
+            )
+            results.append("duplicate" if submission.duplicate else "stored")
+        except InvalidRequestError:
+            results.append("refused")
+        except BrokerError:
+            results.append("unknown")
+
+    await asyncio.sleep(ask.at)
+    for number, life in enumerate((*ask.lives, Life(after=1.0)), 1):
+        results: list[str] = []
+        await asyncio.sleep(life.after)
+        await Process(world, f"application {ask.number}", life).run(submit)
+        [result] = results or ["unknown"]
+        world.history.submitted.append((ask.number, result))
+        if number == len(ask.lives) and result != "unknown":
+            return
+
+
+async def _work(story: Story, process: Process) -> None:
+    client = KeylessClient(
+        "key", base_url="https://keyless.test", session=Session(process), request_timeout=story.request_timeout
+    )
+    worker = ApprovalWorker(
+        client,
+        process.broker,
+        max_in_flight=story.max_in_flight,
+        max_polls_per_second=story.rate,
+        schedule=wait_adaptive(poll_cost=story.poll_cost),
+        grace=story.grace,
+    )
+    process.stop = worker.stop
+    try:
+        await worker.run()
+    except BrokerError as error:
+        if not process.is_dead:
+            process.world.history.problems.append(f"{process.name} gave its broker up: {error}")
+    except KeylessError:
+        pass  # the key was refused: another process starts
+    finally:
+        await client.aclose()
+
+
+class _BodyError(Exception):
+    """The application could not handle an outcome."""
+
+
+async def _read(story: Story, reader: Reader, process: Process) -> None:
+    world = process.world
+    while True:
+        delivered = None
+        try:
+            async with next_outcome(process.broker, reader.name) as event:
+                number = event.read_context(int)
+                earlier = [d for d in world.history.delivered if (d.reader, d.number) == (reader.name, number)]
+                delivered = Delivered(reader.name, number, event, world.loop.time())
+                world.history.delivered.append(delivered)
+                rng = random.Random(f"{story.seed} {reader.name} {number} {len(earlier)}")  # noqa: S311
+                if rng.random() < reader.trouble and len(earlier) < 2:
+                    await _have_trouble(process, rng.choice(reader.troubles))
+                delivered.result = "unknown"
+            delivered.result = "handled"
+        except _BodyError:
+            assert delivered is not None
+            delivered.result = "failed"
+        except BrokerError:
+            await asyncio.sleep(0.5)
+        finally:
+            if delivered is not None and not process.is_dead:
+                delivered.ended_at = world.loop.time()
+
+
+async def _have_trouble(process: Process, trouble: str) -> None:
+    if trouble == "fails":
+        raise _BodyError
+    if trouble == "dies":
+        process.die()
+    await asyncio.sleep(35.0)
+
+
+# -- made up
+
+
+def make_up(seed: int) -> Story:
+    """Return the story of a seed."""
+    rng = random.Random(seed)  # noqa: S311
+    asks = _crowd(rng) if rng.random() < 0.1 else _asks(rng)
+    is_calm = rng.random() < 0.25
+    step = (rng.uniform(0.0, 40.0), rng.choice((-100.0, -30.0, -2.0, 3.0, 90.0, 3600.0)))
+    return Story(
+        seed,
+        asks,
+        workers=tuple(() if is_calm else _lives(rng, 0, 1, 1, 2) for _ in range(2)),
+        readers=tuple(_readers(rng)),
+        faults=tuple(_faults(rng, asks)),
+        steps=() if is_calm or rng.random() < 0.7 else (step,),
+        duplicates=() if is_calm or rng.random() < 0.7 else (rng.uniform(0.0, 30.0),),
+        max_in_flight=rng.choice((2, 8, 64)),
+        rate=rng.choice((5.0, 1000.0, 1000.0)),
+        request_timeout=rng.choice((2.0, 2.0, 10.0)),
+        poll_cost=rng.choice((0.1, 0.3, 2.0)),
+        grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
+    )
+
+
+def _lives(rng: random.Random, *how_many: int) -> tuple[Life, ...]:
+    """Return lives that end somehow."""
+    lives = []
+    for _ in range(rng.choice(how_many)):
+        errors = tuple(int(10 ** rng.uniform(0.0, 2.4)) for _ in range(rng.choice((0, 0, 1, 3))))
+        life, ends = Life(after=rng.choice((0.1, 1.0, 10.0)), errors=errors), rng.uniform(0.0, 30.0)
+        at_step = replace(life, dies_at=int(10 ** rng.uniform(0.0, 2.6)))
+        lives.append(rng.choice((at_step, at_step, replace(life, dies_after=ends), replace(life, stops_after=ends))))
+    return tuple(lives)
+
+
+def _asks(rng: random.Random) -> tuple[Ask, ...]:
+    asks: list[Ask] = []
+    for number in range(rng.randint(1, 6)):
+        expires_in = rng.choice((2.0, 5.0, 5.0, 20.0, 20.0, 20.0, 60.0))
+        ids, earlier = [f"op-{number}"], rng.choice(("the same", "another")) if rng.random() < 0.1 else ""
+        if rng.random() < 0.1:  # the id of another request
+            ids, earlier = [ask.operation_id for ask in asks if not ask.earlier] or ids, ""
+        waits = [rng.choice((0.0, 0.5, 5.0)) for _ in range(rng.choice((1, 1, 2)))]
+        person = someone(rng, expires_in)
+        asks.append(
+            Ask(
+                number,
+                rng.uniform(0.0, 10.0),
+                rng.choice(ids),
+                f"Pay {number}",
+                expires_in,
+                replace(person, approves_after=max(person.approves_after, 0.3)),
+                external_user_id=f"user {number}" if rng.random() < 0.3 else None,
+                lives=tuple(Life(wait, dies_at=rng.choice((0, 0, *range(1, 8)))) for wait in waits),
+                earlier=earlier,
+            )
+        )
+    return tuple(asks)
+
+
+def _crowd(rng: random.Random) -> tuple[Ask, ...]:
+    """Return many bad requests, which have a fault of their own, and some good ones."""
+    bad = [Ask(n, rng.uniform(0.0, 5.0), f"bad-{n}", f"Bad {n}", 20.0, Person(math.inf)) for n in range(12)]
+    good = [Ask(n, rng.uniform(1.0, 15.0), f"good-{n}", f"Pay {n}", 20.0, Person(6.0)) for n in range(12, 15)]
+    return (*bad, *good)
+
+
+def _readers(rng: random.Random) -> Iterable[Reader]:
+    for name in ("shop", "audit")[: rng.choice((1, 2))]:
+        troubles = rng.choice((("fails",), ("fails", "slow", "dies")))
+        trouble = rng.choice((0.0, 0.2, 0.5))
+        for _ in range(rng.choice((1, 2))):
+            yield Reader(name, _lives(rng, 0, 0, 1), trouble, troubles)
+
+
+def _faults(rng: random.Random, asks: tuple[Ask, ...]) -> Iterable[Fault]:
+    bad = [ask.payload for ask in asks if ask.payload.startswith("Bad")]
+    failure = rng.choice((Failure("status", 500), Failure("status", 503), Failure("refused")))
+    yield from (Outage(0.0, math.inf, failure, payload=payload) for payload in bad)
+    for _ in range(0 if bad else rng.choice((0, 1, 1, 2))):
+        yield _fault(rng, rng.choice(asks))
+    if not bad and rng.random() < 0.4:  # answers to creates that are lost
+        failure = rng.choice((Failure("lost answer"), Failure("lost"), Failure("status", 500), Failure("truncated")))
+        yield Outage(0.0, 60.0, failure, share=rng.choice((0.3, 1.0)), methods="POST")
+    shortest = rng.choice((0.005, 0.1, 0.4))
+    yield RoundTrips(shortest, rng.uniform(shortest, 0.5))
+
+
+def _fault(rng: random.Random, victim: Ask) -> Fault:
+    begins = rng.choice((rng.uniform(0.0, 30.0), victim.at, victim.at + victim.expires_in - 0.5))
+    ends = begins + rng.choice((0.3, 2.0, 20.0, 90.0))
+    failure, status = rng.choice(FAILURES), rng.choice((400, 401, 403, 403, 429))
+    # A request without an external id asks for no comparison.
+    lies = [lie for lie in LIES if victim.external_user_id or lie != "another external user"]
+    return rng.choice(
+        (
+            Outage(begins, ends, failure),
+            Outage(begins, ends, failure),
+            Outage(begins, ends, failure, share=rng.uniform(0.2, 0.8)),
+            Outage(begins, ends, failure, payload=victim.payload),
+            Gateway(begins, min(ends, begins + 20.0), Failure("status", status, 5.0), share=rng.choice((0.3, 1.0))),
+            RateLimit(begins, begins + 60.0, rng.choice((1, 3)), rng.choice((None, 2.0))),
+            rng.choice((Slowness(begins, begins + 30.0, 8.0, 2), Shard(begins, ends, Failure("hangs"), 0))),
+            Lag(0.0, 200.0, rng.choice((0.5, 2.0))),
+            Lies(victim.at, victim.payload, rng.choice(lies), rng.choice((0.3, 1.0))),
+        )
+    )

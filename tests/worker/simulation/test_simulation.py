@@ -1,0 +1,137 @@
+"""The simulator of workers in short: some stories, a crash at every step of one, and what it shows of a broken library.
+
+``nox -s simulate`` runs it for longer; docs/explanation/simulation.md says what it tries.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from math import inf
+
+import pytest
+from simulation.faults import RoundTrips
+from simulation.mutants import PACKAGE, Mutant
+from simulation.people import Person
+
+from aiokeyless.worker.sqlite import store
+
+from .__main__ import breaks, known_seeds, main, minimize, simulate
+from .mutants import MUTANTS, is_found
+from .promises import check
+from .story import Ask, Reader, Story, make_up, run
+from .world import Life
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_a_story_breaks_no_promise(first: int) -> None:
+    assert simulate(range(first, first + 10))[1:] == (None, [])
+
+
+SHORT = Story(
+    1,
+    asks=(
+        Ask(0, 0.0, "op-0", "Pay 0", 4.0, Person(2.0), lives=(Life(), Life(1.0))),
+        Ask(1, 0.5, "op-1", "Pay 1", 2.0, Person(inf)),
+    ),
+    readers=(Reader("shop"), Reader("shop")),
+    request_timeout=1.0,
+    grace=0.0,
+)
+
+
+DYING = {
+    "worker": lambda life: replace(SHORT, workers=((life,), ())),
+    "reader": lambda life: replace(SHORT, readers=(Reader("shop", (life,)), Reader("shop"))),
+    "application": lambda life: replace(SHORT, asks=(replace(SHORT.asks[0], lives=(life, Life(1.0))), SHORT.asks[1])),
+}
+
+
+@pytest.mark.parametrize("who", DYING)
+def test_a_process_may_die_at_any_of_its_steps(who: str) -> None:
+    for step in range(1, 1000):
+        story = DYING[who](Life(dies_at=step))
+        history = run(story)
+        assert check(story, history) == []
+        if not history.deaths:  # it has no more steps
+            break
+    assert 5 < step < 999
+
+
+@pytest.mark.parametrize("at", [number / 20 for number in range(1, 14)])
+def test_a_request_may_be_with_two_workers_at_once(at: float) -> None:
+    story = replace(SHORT, faults=(RoundTrips(0.1, 0.4),), duplicates=(at,))
+    assert check(story, run(story)) == []
+
+
+@pytest.mark.slow
+def test_no_story_that_has_ever_failed_fails_again() -> None:
+    assert simulate(known_seeds())[1:] == (None, [])
+
+
+def test_stories_of_one_seed_are_identical() -> None:
+    assert make_up(3) == make_up(3) != make_up(4)
+    first, second = run(make_up(3)), run(make_up(3))
+    assert first.lines() == second.lines()
+    assert repr(first.decided) == repr(second.decided)
+    assert len(first.exchanges) > 20
+
+
+def test_stories_try_everything() -> None:
+    """What a generator never makes is never tried, and nobody notices."""
+    stories = [make_up(seed) for seed in range(200)]
+    asks = [ask for story in stories for ask in story.asks]
+    lives = [life for story in stories for worker in story.workers for life in worker]
+    assert {ask.earlier for ask in asks} == {"", "the same", "another"}
+    assert any(len(ask.lives) > 1 for ask in asks)
+    assert all(any(getattr(life, end) != getattr(Life(), end) for life in lives) for end in Life.__dataclass_fields__)
+    assert {type(fault).__name__ for story in stories for fault in story.faults} == {
+        *("Gateway", "Lag", "Lies", "Outage", "RateLimit", "RoundTrips", "Shard", "Slowness")
+    }
+    assert {seconds > 0 for story in stories for _, seconds in story.steps} == {True, False}
+    assert any(story.duplicates for story in stories)
+    assert any(reader.trouble for story in stories for reader in story.readers)
+    assert any(story.is_steady for story in stories)
+
+
+def test_a_failure_is_shown_by_the_shortest_story_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "_HANDED_ON", 0.0)  # a reader's outcome is in two hands
+    _, story, broken = simulate(range(1000))
+    assert story is not None
+    smallest = minimize(story, broken[0].promise)
+    assert len(smallest.asks) == 1
+    assert breaks(smallest, broken[0].promise)
+    monkeypatch.setattr(sys, "argv", ["simulate", "--seed", str(story.seed), "--stories", "1"])
+    assert main() == 1
+    said = capsys.readouterr().out
+    assert f"seed {story.seed}: handled once" in said
+    assert smallest.tell() in said
+
+
+def test_the_command_says_how_much_it_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simulate", "--seed", "5", "--stories", "2"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert said.startswith("seed 5\n")
+    assert "stories 2" in said
+    assert said.endswith("no promise was broken\n")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)
+def test_each_mutant_still_changes_the_library(mutant: Mutant) -> None:
+    path = PACKAGE / mutant.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1
+    compile(text.replace(mutant.old, mutant.new), str(path), "exec")
+
+
+@pytest.mark.slow
+def test_a_mutant_is_found() -> None:
+    mutant = next(m for m in MUTANTS if m.why == "an approval from before the request counts")
+    found, said = is_found(mutant, seconds=120.0)
+    assert found
+    assert "no wrong approval" in said
