@@ -52,7 +52,7 @@ class PostgresConnection(DriverConnection):
 class AsyncpgDriver(Driver):
     """asyncpg."""
 
-    errors = ERRORS
+    errors: tuple[type[Exception], ...] = ERRORS
     example: ClassVar[str] = "'async with connection.transaction()', or after the first statement of a session"
     savepoint: ClassVar[str] = "a savepoint: 'async with connection.transaction()'"
 
