@@ -173,8 +173,13 @@ class Intake:
 
     def _leave(self, takes: int) -> None:
         """Give back the deliveries that came after a cancelled take, unless another take has begun since."""
-        if takes == self._takes and self._subscription is not None:
-            self._leaving = asyncio.get_running_loop().create_task(self._hand_back())
+        if takes != self._takes or self._subscription is None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._expected():  # the broker would deliver them to this pull again
+            loop.call_later(EXPIRES, self._leave, takes)
+        else:
+            self._leaving = loop.create_task(self._hand_back())
 
     async def _hand_back(self) -> None:
         self._arrived, left = [], self._arrived
