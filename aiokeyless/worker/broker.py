@@ -182,7 +182,7 @@ class Claim(Enum):
     HELD = auto()
     """This request's already, by an earlier delivery."""
     ANOTHERS = auto()
-    """A different request's."""
+    """A different request's, or nobody's any more: an outcome of this request is stored already."""
 
 
 class Claimed(NamedTuple):
@@ -312,7 +312,10 @@ class Broker(ApplicationSide):
 
     @abstractmethod
     async def claim(self, message: Message) -> Claimed:
-        """Claim an operation id for a request, unless another request holds it. The claim is durable on return."""
+        """Claim an operation id for a request, unless another request holds it. The claim is durable on return.
+
+        A broker of SQL refuses a request that another worker has decided. NATS does not know of that.
+        """
 
     @abstractmethod
     async def holds(self, message: Message) -> bool:

@@ -255,13 +255,12 @@ class PostgresBroker(TableBroker):
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
-        was_asked = await self._claims.call((message.id, message.number))
-        return Claimed(Claim.HELD if was_asked else Claim.NEW, message.number)
+        return Claimed(await self._claims.call((message.id, message.number)), message.number)
 
-    async def _claim(self, calls: list[tuple[Any, ...]]) -> list[bool]:
+    async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
         rows = await self._fetch("SELECT id, was_asked FROM {}.claim($1::bigint[], $2::integer[])", *_columns(calls))
-        were_asked: dict[int, bool] = {row[0]: row[1] for row in rows}
-        return [were_asked.get(id_, True) for id_, _ in calls]  # if the row was removed, do not ask the user
+        claims = {row[0]: Claim.HELD if row[1] else Claim.NEW for row in rows}
+        return [claims.get(id_, Claim.ANOTHERS) for id_, _ in calls]
 
     async def holds(self, message: Message) -> bool:
         is_held: bool = await self._held.call(message.id)

@@ -303,10 +303,14 @@ class Store:
         return True
 
     def claim(self, id_: int, number: int) -> Claimed:
-        """Note that a delivery is about to ask the user; the operation id is its request's."""
-        was_asked = self.holds(id_)
+        """Note that a delivery is about to ask the user; the operation id is its request's, until that is decided."""
+        found = self._connection.execute(
+            "SELECT asked IS NOT NULL FROM request WHERE id = ? AND decided_at IS NULL", (id_,)
+        ).fetchone()
+        if found is None:
+            return Claimed(Claim.ANOTHERS, number)
         self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (number, id_))
-        return Claimed(Claim.HELD if was_asked else Claim.NEW, number)
+        return Claimed(Claim.HELD if found[0] else Claim.NEW, number)
 
     def holds(self, id_: int) -> bool:
         """Return whether the user may have been asked."""

@@ -514,12 +514,16 @@ async def test_of_two_decisions_in_one_turn_the_first_is_stored(broker: Postgres
     assert await admin.fetchval("SELECT outcome FROM keyless.outcome") == "expired"
 
 
-async def test_a_request_that_somebody_removed_is_not_asked_for(broker: PostgresBroker, admin: Connection) -> None:
-    await submit(broker, "a", "b")
-    removed, other = await take_n(broker, 2)
+async def test_nobody_is_asked_for_a_request_that_is_decided_or_removed(
+    broker: PostgresBroker, admin: Connection
+) -> None:
+    await submit(broker, "a", "b", "c")
+    removed, decided, other = messages = await take_n(broker, 3)
     await admin.execute("DELETE FROM keyless.request WHERE id = $1", removed.id)
-    claims = await asyncio.gather(*(broker.claim(message) for message in (removed, other)))
-    assert [claimed.claim for claimed in claims] == [Claim.HELD, Claim.NEW]
+    assert await decide(broker, decided)
+    claims = await asyncio.gather(*(broker.claim(message) for message in messages))
+    assert [claimed.claim for claimed in claims] == [Claim.ANOTHERS, Claim.ANOTHERS, Claim.NEW]
+    assert await admin.fetch("SELECT id FROM keyless.request WHERE asked IS NOT NULL") == [(other.id,)]
     assert not await decide(broker, removed)
 
 

@@ -134,9 +134,7 @@ def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
     """What an event says of whether the user was asked is true, and stays true."""
     for ask, each in seen.decided:
         event = each.event
-        # Of two workers at once, one may be refused, and the other not: SQLite claims for a decided request, too.
-        is_refused = event.reason == "rejected" and seen.is_single
-        was_not = is_refused or event.asked is False or event.reason in {"conflict", "already_approved"}
+        was_not = event.asked is False or event.reason in {"rejected", "conflict", "already_approved"}
         if was_not and seen.was_created(ask) and not seen.is_lied_about(ask):
             yield ask, each.at, f"{event.outcome} {event.reason}, and the user was asked"
         if event.asked and not seen.sent(ask, "POST") and not ask.earlier and seen.story.is_steady:
@@ -154,7 +152,7 @@ def asked_once(seen: Evidence) -> Iterator[Broken]:
             looked = [e.sent_at for e in missing if e.client == post.client and e.ended_at <= post.sent_at]
             if not is_claimed:
                 yield ask, post.sent_at, "a POST before the claim"
-            if is_decided and seen.is_single:
+            if is_decided:
                 yield ask, post.sent_at, "a POST after the outcome"
             if not looked or (looked[-1] < before.get(post.client, -1.0) and seen.is_single):
                 yield ask, post.sent_at, "a POST without a poll that found nothing"

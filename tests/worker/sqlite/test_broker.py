@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from aiokeyless.errors import BrokerError, ConfigurationError
-from aiokeyless.worker.broker import Exchange, Message, RefusedError, UnavailableError
+from aiokeyless.worker.broker import Claim, Exchange, Message, RefusedError, UnavailableError
 from aiokeyless.worker.messages import ApprovalEvent
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
@@ -305,6 +305,15 @@ async def test_nothing_is_put_off_for_longer_than_200_s(memory: SqliteBroker) ->
     await memory.put_off(message, 3600.0, Exchange.ANSWERED)
     assert not await memory.take(1, 199.0)
     assert await memory.take(1, 2.0)
+
+
+@pytest.mark.looptime
+async def test_nobody_is_asked_for_a_request_that_is_decided(memory: SqliteBroker) -> None:
+    await submit(memory, "a")
+    (message,) = await take_all(memory)
+    assert await decide(memory, message)
+    assert (await memory.claim(message)).claim is Claim.ANOTHERS
+    assert not await memory.holds(message)
 
 
 @pytest.mark.looptime

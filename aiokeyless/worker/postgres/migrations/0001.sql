@@ -381,11 +381,12 @@ SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SE
 #variable_conflict use_column
 BEGIN
     PERFORM {schema}.lock_requests(ids);
-    RETURN QUERY SELECT r.id, r.asked IS NOT NULL FROM {schema}.request r WHERE r.id = ANY (ids);
-    UPDATE {schema}.request r SET asked = c.number FROM unnest(ids, numbers) c (id, number) WHERE r.id = c.id;
+    RETURN QUERY SELECT r.id, r.asked IS NOT NULL FROM {schema}.request r WHERE r.id = ANY (ids) AND r.decided_at IS NULL;
+    UPDATE {schema}.request r SET asked = c.number FROM unnest(ids, numbers) c (id, number)
+    WHERE r.id = c.id AND r.decided_at IS NULL;
 END
 $function$;
-COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before.';
+COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before. A decided request has no row.';
 
 CREATE FUNCTION {schema}.unclaim(request bigint, number integer) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
