@@ -362,9 +362,10 @@ async def test_closing_waits_for_the_pulls_to_end_and_hands_back_what_they_bring
 async def test_what_comes_after_a_take_that_was_cancelled_goes_back_soon(
     hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intake, "EXPIRES", 0.3)
+    monkeypatch.setattr(intake, "EXPIRES", 1.0)
     taking = asyncio.create_task(hand.intake.take(5, 60.0, probing=False))
     await until(lambda: hand.intake.expected() == 5)
+    monkeypatch.setattr(intake, "EXPIRES", 0.01)  # so that it looks again and again whether the pull is over
     taking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await taking
