@@ -18,7 +18,7 @@ from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.messages import FailureReason
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
-from worker.conformance.brokers import LEASE, decide, operation_of, submit, take_n
+from worker.conformance.brokers import LEASE, SHORT_LEASE, decide, operation_of, submit, take_n
 
 from .shop import decide_all
 
@@ -134,7 +134,7 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
 ) -> None:
     database, restored = server.new_database(), primary.new_database()
     async with PostgresBroker(server.url(database)) as broker:
-        await broker.prepare(lease=LEASE, service="")
+        await broker.prepare(lease=SHORT_LEASE, service="")
         server.execute("SELECT keyless.add_reader('shop'); SELECT keyless.welcome_readers()", database)
         await decide_all(broker, "decided")
         await submit(broker, "asked", "new")
