@@ -13,11 +13,11 @@ import msgspec
 from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .broker import NewRequest, UnavailableError, broker_for
 from .logs import log
 from .messages import (
-    EXPIRES_IN,
     VERSION,
     ApprovalEvent,
     ApprovalRequest,
@@ -54,7 +54,7 @@ def approval_request(
     operation_id: str,
     operation_payload: str | None = None,
     external_user_id: str | None = None,
-    expires_in: float = EXPIRES_IN,
+    expires_in: float = DEFAULT_LIFETIME,
     created_at: datetime | None = None,
     context: object = None,
 ) -> str:
@@ -85,7 +85,7 @@ async def submit_approval(
     operation_id: str,
     operation_payload: str | None = None,
     external_user_id: str | None = None,
-    expires_in: float = EXPIRES_IN,
+    expires_in: float = DEFAULT_LIFETIME,
     created_at: datetime | None = None,
     context: object = None,
 ) -> Submission:

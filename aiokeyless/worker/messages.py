@@ -16,7 +16,7 @@ import msgspec
 
 from aiokeyless._validation import check_operation_id, check_text, check_user_id, seconds
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
-from aiokeyless.ticket import ApprovalTicket, payload_digest
+from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
 
 if TYPE_CHECKING:
     from .broker import Message
@@ -26,8 +26,6 @@ __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 T = TypeVar("T")
 
 VERSION: Final = 1
-#: Seconds for which a request waits by default.
-EXPIRES_IN: Final = 120.0
 MAX_CONTEXT: Final = 64 << 10  # bytes: an event must fit where its request did
 #: Levels of nested lists and objects. A recursive decoder must cope with them wherever it is called.
 MAX_DEPTH: Final = 64
@@ -92,7 +90,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     operation_id: str
     operation_payload: str | None = None
     external_user_id: str | None = None
-    expires_in: float = EXPIRES_IN
+    expires_in: float = DEFAULT_LIFETIME
     created_at: datetime | None = None
     context: msgspec.Raw = _NOTHING
 
