@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
@@ -101,7 +101,17 @@ WAIT_SLOTS: Final = (
 )
 
 
-class PolledOperation(Scheduled, msgspec.Struct, eq=False):
+class _Opaque:
+    """Shows no attribute. Error reporters print local variables, and there may be a hundred thousand waits."""
+
+    __slots__ = ()
+    __repr__ = object.__repr__
+
+    def __rich_repr__(self) -> Any:  # as msgspec has it
+        return iter(())
+
+
+class PolledOperation(_Opaque, Scheduled, msgspec.Struct, eq=False):
     """One operation that is polled, for one wait or for many."""
 
     operation_id: str
@@ -157,7 +167,7 @@ class PolledOperation(Scheduled, msgspec.Struct, eq=False):
         return any(wait.phase is WaitPhase.FINAL and wait.final is None for wait in self.active_waits())
 
 
-class Poll(msgspec.Struct, eq=False):
+class Poll(_Opaque, msgspec.Struct, eq=False):
     """One poll, its waits, and whether and why it was cut off."""
 
     polled: PolledOperation
