@@ -56,7 +56,7 @@ class Rejection(Enum):
 
 
 #: Nearly all answers. A name is found faster than a member of an enum.
-_STATE_PENDING: Final = OperationState.PENDING.value
+STATE_PENDING: Final = OperationState.PENDING.value
 _PENDING: Final = Verdict.PENDING
 
 
@@ -90,7 +90,7 @@ def evaluate(operation: Operation, operation_id: str, ticket: ApprovalTicket | N
         return Rejection.OTHER_OPERATION
     if ticket is not None and (mismatch := _mismatch(operation, ticket)) is not None:
         return mismatch
-    if operation.state == _STATE_PENDING:  # even with result true: an approval needs both signs
+    if operation.state == STATE_PENDING:  # even with result true: an approval needs both signs
         return _PENDING
     if operation.state != OperationState.APPROVED:
         return Rejection.UNKNOWN_STATE

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless.errors import NotFoundError
 from aiokeyless.events import PollResult
-from aiokeyless.models import Operation, OperationState
+from aiokeyless.models import Operation
 
-from .approval import Verdict, evaluate
+from .approval import STATE_PENDING, Verdict, evaluate
 
 if TYPE_CHECKING:
     from aiokeyless.errors import KeylessError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 #: The result of nearly all polls. A name is found faster than a member of an enum.
 _POLL_PENDING: Final = PollResult.PENDING
-_STATE_PENDING: Final = OperationState.PENDING.value
 #: Seconds after a create within which a replica that lags may answer 404.
 YOUNG: Final = 5.0
 
@@ -76,7 +75,7 @@ def poll_result(answer: Operation | KeylessError | None) -> PollResult:
         answer: The operation, or the failure; None if the poll was cut off.
     """
     if isinstance(answer, Operation):
-        if answer.state == _STATE_PENDING:
+        if answer.state == STATE_PENDING:
             return _POLL_PENDING
         return PollResult.APPROVED if answer.is_approved else PollResult.INVALID
     if isinstance(answer, NotFoundError):

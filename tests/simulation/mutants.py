@@ -73,7 +73,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_rules/approval.py",
-        "if operation.state == _STATE_PENDING:",
+        "if operation.state == STATE_PENDING:",
         "if operation.state != OperationState.APPROVED:",
         "an unknown state is waited out",
     ),
@@ -85,8 +85,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_rules/approval.py",
-        "if operation.state == _STATE_PENDING:",
-        "if operation.result is True:\n        return Verdict.APPROVED\n    if operation.state == _STATE_PENDING:",
+        "if operation.state == STATE_PENDING:",
+        "if operation.result is True:\n        return Verdict.APPROVED\n    if operation.state == STATE_PENDING:",
         "a pending operation whose result is true counts",
     ),
     Mutant(
