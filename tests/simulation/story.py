@@ -7,7 +7,7 @@ import copy
 import math
 import random
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .actors import Actor, Application, Leg, Process, act
 from .faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
@@ -17,6 +17,8 @@ from .service import Service, TooManyRequestsError
 from .world import LONGEST, StuckError, VirtualLoop, deterministic
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from .faults import Fault
 
 FAILURES: Final = (
@@ -74,17 +76,23 @@ def brief(part: object) -> str:
 def run(story: Story) -> History:
     """Run a story to its end."""
     history = History()
+    history.ended_at = run_in_virtual_time(_main(story, history), story.seed, history)
+    return history
+
+
+def run_in_virtual_time(main: Coroutine[Any, Any, None], seed: int, history: History) -> float:
+    """Run a program to its end, and note what goes wrong; return when it ended."""
     loop = VirtualLoop()
-    with deterministic(story.seed):
+    with deterministic(seed):
         try:
-            loop.run_until_complete(_main(story, history))
+            loop.run_until_complete(main)
         except (StuckError, TooManyRequestsError, TimeoutError) as error:
             history.problems.append(f"{type(error).__name__}: {error}")
         finally:
-            tear_down(loop, history)
-    history.ended_at = loop.time()
+            _tear_down(loop, history)
+            loop.close()
     history.problems += loop.problems
-    return history
+    return loop.time()
 
 
 async def _main(story: Story, history: History) -> None:
@@ -105,7 +113,7 @@ async def _main(story: Story, history: History) -> None:
     history.problems += [f"a timer is left: {timer}" for timer in loop.armed_timers() if "timeout" not in timer.lower()]
 
 
-def tear_down(loop: VirtualLoop, history: History) -> None:
+def _tear_down(loop: VirtualLoop, history: History) -> None:
     """Cancel what is left, where a story broke off."""
     tasks = asyncio.all_tasks(loop)
     for task in tasks:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from simulation.faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
 from simulation.people import Person, someone
-from simulation.service import Service, Stored, TooManyRequestsError
-from simulation.story import FAILURES, brief, tear_down
-from simulation.world import StuckError, VirtualLoop, deterministic
+from simulation.service import Service, Stored
+from simulation.story import FAILURES, brief, run_in_virtual_time
 
 from aiokeyless import KeylessClient, wait_adaptive
 from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
@@ -104,16 +103,8 @@ class Story:
 
 def run(story: Story) -> WorkerHistory:
     """Run a story to its end."""
-    history, loop = WorkerHistory(), VirtualLoop()
-    with deterministic(story.seed):
-        try:
-            loop.run_until_complete(_main(story, history))
-        except (StuckError, TooManyRequestsError, TimeoutError) as error:
-            history.problems.append(f"{type(error).__name__}: {error}")
-        finally:
-            tear_down(loop, history)
-            loop.close()
-    history.problems += loop.problems
+    history = WorkerHistory()
+    run_in_virtual_time(_main(story, history), story.seed, history)
     return history
 
 
