@@ -216,8 +216,9 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
         created_at=created_at,
         expires_at=expires_at,
     )
-    too_long = f"expires_in is {request.expires_in:g} s; this broker allows {longest_wait:g} s"
-    refusal = too_long if request.expires_in > longest_wait else None
+    refusal = None
+    if request.expires_in > longest_wait:
+        refusal = f"expires_in is {request.expires_in:g} s; this broker allows {longest_wait:g} s"
     return Delivery(message=message, ticket=ticket, payload=payload, context=request.context, refusal=refusal)
 
 
