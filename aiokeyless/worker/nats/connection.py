@@ -109,7 +109,7 @@ async def _connect_once(client: Client, servers: list[str], options: dict[str, A
         async with asyncio.timeout(_CONNECT_WITHIN * (1 + len(servers))):  # nats-py limits only parts of each attempt
             await client.connect(servers, **{**options, **_ONCE})
         _check_version(client, servers)
-    except BaseException:
+    except BaseException:  # after a cancellation, too, no connection may stay open
         if client.is_connecting or client.is_connected:  # nats-py does not close a refused connection
             await disconnect(client)
         raise

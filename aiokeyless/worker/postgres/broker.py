@@ -172,7 +172,7 @@ class PostgresBroker(TableBroker):
         try:
             with broker_errors(self._schema, ERRORS):
                 return _PooledDriver(pool, await pool.acquire(timeout=_ANSWER_WITHIN), self._schema, self._outcomes)
-        except BaseException:
+        except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
             raise
 

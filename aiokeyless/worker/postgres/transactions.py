@@ -81,7 +81,7 @@ class Driver(ABC):
         await self.begin()
         try:
             await self.execute(statement, *arguments)
-        except BaseException:
+        except BaseException:  # after a cancellation, too, no transaction may stay open
             await self.roll_back()
             raise
         await self.commit()
