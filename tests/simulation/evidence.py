@@ -296,6 +296,29 @@ class Evidence:
                 return at
         return math.inf
 
+    @cached_property
+    def _turns(self) -> list[float]:
+        """When the circuit may have opened or become half open."""
+        turns: list[float] = []
+        failed: dict[str, float] = {}  # operations that failed since the last good answer, and when those polls began
+        for (at, poll), held_until in zip(self._failures, self._held_until, strict=True):
+            good = bisect_left(self._good_at, at - EPS)
+            answered_at = self._good_at[good - 1] if good else -math.inf
+            failed[poll.operation_id] = max(poll.sent_at, failed.get(poll.operation_id, -math.inf))
+            failed = {name: sent_at for name, sent_at in failed.items() if sent_at >= answered_at - EPS}
+            if len(failed) >= FAILURES_UNTIL_OPEN or (poll.status == 429 and poll.retry_after is not None):
+                after = (bisect_left(self._good_at, since) for since in (at, held_until))
+                turns += [at, *(self._good_at[number] for number in after if number < len(self._good_at))]
+        return sorted(set(turns))
+
+    def turned_between(self, begins: float, ends: float) -> Iterator[tuple[float, int]]:
+        """Yield when the circuit may have opened or become half open in a time, and its limit at the end of that time.
+
+        The limit begins at one, and each good answer raises it by one.
+        """
+        for turn in self._turns[bisect_right(self._turns, begins) : bisect_right(self._turns, ends)]:
+            yield turn, 1 + bisect_right(self._good_at, ends) - bisect_left(self._good_at, turn)
+
     def is_well(self, at: float) -> bool:
         """Return whether the circuit must be closed at a time.
 

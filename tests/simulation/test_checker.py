@@ -193,6 +193,17 @@ def _repeat_with_every_slot(history: History) -> None:
         _add(history, failed, after=130.0 - failed.sent_at)
 
 
+def _take_slots_of_an_open_circuit(history: History) -> None:
+    """Beside five polls from before it opened, which take none, start four."""
+    failed = [min(e.ended_at for e in _polls(history, f"down {n}") if e.status == 500) for n in range(6)]
+    opened_at = sorted(failed)[4]
+    before = [poll for poll in history.exchanges if poll.is_poll and poll.sent_at < opened_at][-1]
+    after = next(poll for poll in history.exchanges if poll.is_poll and poll.sent_at > opened_at)
+    for poll, count in ((before, 5), (after, 4)):
+        for _ in range(count):
+            _add(history, poll, after=0.0, lasts=1.0)
+
+
 def _create_twice(history: History) -> None:
     post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
     post.status, post.ended_at = 500, post.sent_at + 0.01
@@ -240,6 +251,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_poll_many_at_once, "polls in flight"),
     (_hang_for_ever, "polls in flight"),
     (_repeat_with_every_slot, "polls in flight"),
+    (_take_slots_of_an_open_circuit, "polls in flight"),
     (_go_on_after_the_deadline, "cut at the deadline"),
     (_poll_too_fast, "rate of polls"),
     (_poll_too_soon, "not too soon"),

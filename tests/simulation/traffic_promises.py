@@ -95,16 +95,28 @@ def polls_in_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Vi
     for poll in evidence.polls:
         at = poll.sent_at
         lately = [p for p in evidence.sent_between(at - SLOW + EPS, at) if p.number <= poll.number and p.ended_at > at]
-        young = sum(not evidence.is_final(p) for p in lately)
+        young = [p.sent_at for p in lately if not evidence.is_final(p)]
         count = len(evidence.in_flight(at)) + sum(p.sent_at > at - EPS for p in lately)
         retries = sum(p.number in repeated for p in lately) if evidence.is_well(at) else 0
-        if young > slots or retries > max(1, slots // 2) or count > MOST * slots:
+        if _take_too_many_slots(evidence, young, at) or retries > max(1, slots // 2) or count > MOST * slots:
             yield evidence.violation(
                 "polls in flight",
                 poll,
                 at,
-                f"{count} polls are in flight, {young} with a slot, {retries} of them retries",
+                f"{count} polls are in flight, {len(young)} with a slot, {retries} of them retries",
             )
+
+
+def _take_too_many_slots(evidence: Evidence, young: list[float], at: float) -> bool:
+    """Return whether polls that were sent then had more slots than there are.
+
+    While the circuit is open or half open, polls from before take none. Then it has few for the others.
+    """
+    slots = evidence.client.max_in_flight
+    return len(young) > slots and not any(
+        sum(sent_at >= turn for sent_at in young) <= min(limit, slots)
+        for turn, limit in evidence.turned_between(at - SLOW, at)
+    )
 
 
 def _is_retry(evidence: Evidence, earlier: Exchange, poll: Exchange) -> bool:
