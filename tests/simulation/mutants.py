@@ -338,6 +338,12 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/machine.py",
+        "if polled.before_deadline and polled.poll in (None, poll):",
+        "if polled.before_deadline:",
+        "a final poll that fails beside a poll that hangs sets the time of the next one",
+    ),
+    Mutant(
+        "_waits/machine.py",
         "        wait.final = None\n        if wait.had_expired",
         "        if wait.had_expired",
         "a wait whose final poll failed gets no other one",

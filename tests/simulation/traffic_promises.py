@@ -161,6 +161,28 @@ def not_too_soon(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
             least = SHORTEST if reading.kind in {"failed", "missing"} else min(wait.delays[0] for wait in waits)
             if later.sent_at < earlier.ended_at + least - EPS and not _is_excused(evidence, earlier, later):
                 yield evidence.violation("not too soon", later, later.sent_at, f"{least:g} s had to pass")
+        ordinary = [poll for poll in polls if not evidence.is_final(poll)]
+        for earlier, later in pairwise(ordinary):
+            if earlier.ended_at - EPS <= later.sent_at < earlier.ended_at + SHORTEST - EPS and _must_back_off(
+                evidence, earlier, later
+            ):
+                yield evidence.violation("not too soon", later, later.sent_at, f"{SHORTEST:g} s had to pass")
+
+
+def _must_back_off(evidence: Evidence, earlier: Exchange, later: Exchange) -> bool:
+    """Return whether a poll certainly repeats an ordinary one that failed: no other answer and no new wait sets it.
+
+    A final poll that fails beside it sets no time.
+    """
+    begins, at = earlier.sent_at - EPS, later.sent_at + EPS
+    beside = [p for p in evidence.around(earlier, at) if p is not later and p.ended_at >= begins]
+    waits = evidence.waits_of[earlier.operation_id]
+    return (
+        evidence.read(earlier).kind == "failed"
+        and all(evidence.read(poll).kind == "failed" and poll.ended_at < at for poll in beside)
+        and not any(begins <= wait.started_at <= at for wait in waits)
+        and any(wait.started_at < begins and wait.ended_at > at for wait in waits)
+    )
 
 
 def _is_pending(reading: Reading, poll: Exchange) -> bool:
