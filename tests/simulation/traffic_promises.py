@@ -175,11 +175,11 @@ def _must_back_off(evidence: Evidence, earlier: Exchange, later: Exchange) -> bo
     A final poll that fails beside it sets no time.
     """
     begins, at = earlier.sent_at - EPS, later.sent_at + EPS
-    beside = [p for p in evidence.around(earlier, at) if p is not later and p.ended_at >= begins]
+    beside = [p for p in evidence.polls_of[earlier.operation_id] if p.sent_at <= at and p.ended_at >= begins]
     waits = evidence.waits_of[earlier.operation_id]
     return (
         evidence.read(earlier).kind == "failed"
-        and all(evidence.read(poll).kind == "failed" and poll.ended_at < at for poll in beside)
+        and all(evidence.read(poll).kind == "failed" and poll.ended_at < at for poll in beside if poll is not later)
         and not any(begins <= wait.started_at <= at for wait in waits)
         and any(wait.started_at < begins and wait.ended_at > at for wait in waits)
     )

@@ -64,11 +64,41 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
+        "AND due_at <= ? ORDER BY due_at DESC LIMIT ?",
+        "AND due_at <= ? ORDER BY due_at LIMIT ?",
+        "good requests wait behind bad ones that were never tried",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
         "return True if found[0] == new.digest else None",
         "return True",
         "another request counts as the same",
     ),
+    Mutant(
+        "worker/sqlite/store.py",
+        "\" WHERE w.deliveries = json_extract(j.value, '$[1]')\"",
+        "\" WHERE w.deliveries >= json_extract(j.value, '$[1]')\"",
+        "a late delivery puts off another's next poll",
+    ),
     # -- decisions
+    Mutant(
+        "worker/decisions.py",
+        "        if delay is not None:\n            return Redeliver(delay, Exchange.FAILED)\n",
+        "",
+        "an unanswered final poll is not repeated",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED",
+        "FailureReason.REJECTED",
+        "an operation that may exist counts as rejected",
+    ),
+    Mutant(
+        "worker/decisions.py",
+        "isinstance(answer, NotFoundError) and not is_final(delivery, now)",
+        "isinstance(answer, NotFoundError)",
+        "a user is asked after the deadline",
+    ),
     Mutant(
         "worker/decisions.py",
         "was_final = is_final(delivery, polled_at)",

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from simulation.evidence import Violation
-from simulation.faults import Lag, Lies, RoundTrips
+from simulation.faults import Lag, Lies, Outage, RoundTrips
 from simulation.world import EPOCH
 
 from .story import USER
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     Broken = tuple[Ask, float, str]
 
 EPS: Final = 1e-3
-#: Seconds until a request is asked for at a service that is well to it: two probes beside bad requests.
-ASKED: Final = 12.0
+#: Seconds until a request is asked for at a service that is well to it: at once, or two probes beside bad requests.
+ASKED, ASKED_BY_PROBES = 1.0, 12.0
 #: Seconds until the end of such a request is noticed.
 SOON: Final = 5.0
+#: Seconds by which a poll of such a request may be late.
+LATE: Final = 0.5
 
 
 @dataclass
@@ -58,6 +60,18 @@ class Evidence:
         every = self.history.exchanges
         return [e for e in every if (e.method, e.operation_id) == (method, ask.operation_id) and e.ended_at <= until]
 
+    def deliveries(self, ask: Ask) -> list[list[Exchange]]:
+        """Return the exchanges about an operation, by delivery of its request, in order."""
+        deliveries: dict[int, list[Exchange]] = {}
+        for exchange in self.history.exchanges:
+            if exchange.operation_id == ask.operation_id:
+                deliveries.setdefault(id(self.history.deliveries[exchange.number]), []).append(exchange)
+        return list(deliveries.values())
+
+    def is_delivered_twice(self, begins: float, ends: float) -> bool:
+        """Return whether everything was delivered once more in a time, or perhaps at any time as a clock was set."""
+        return bool(self.story.steps) or any(begins - EPS <= at <= ends + EPS for at in self.story.duplicates)
+
     def delivered(self, reader: str, ask: Ask) -> list[Delivered]:
         """Return the deliveries of an outcome to a reader."""
         return [d for d in self.history.delivered if (d.reader, d.number) == (reader, ask.number)]
@@ -81,6 +95,11 @@ class Evidence:
         own = [f for f in self.story.faults if getattr(f, "payload", None) in {None, ask.payload}]
         has_room = self.story.max_in_flight >= 8 and self.story.rate >= 1000.0
         return self.story.is_steady and has_room and all(isinstance(f, RoundTrips) for f in own)
+
+    @cached_property
+    def is_down(self) -> bool:
+        """Return whether so many requests fail by themselves that the service seems to be down."""
+        return sum(isinstance(fault, Outage) and fault.payload is not None for fault in self.story.faults) >= 5
 
     def was_created(self, ask: Ask) -> bool:
         """Return whether a worker created the operation."""
@@ -131,6 +150,9 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
         heard = any(_says(e, b'"state"') for e in polls if (e.client, e.sent_at) not in checked)
         if not each.event.answered and seen.story.is_steady and heard:
             yield ask, each.at, "not answered, and a poll after the deadline was"
+        gave_up = deadline + seen.story.grace - seen.wall(each.at)
+        if not each.event.answered and not seen.story.steps and gave_up > EPS:
+            yield ask, each.at, f"not answered, and given up {gave_up:.3f} s before the end of the grace"
 
 
 def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
@@ -159,6 +181,8 @@ def asked_once(seen: Evidence) -> Iterator[Broken]:
                 yield ask, post.sent_at, "a POST after the outcome"
             if not looked or (looked[-1] < before.get(post.client, -1.0) and seen.is_single):
                 yield ask, post.sent_at, "a POST without a poll that found nothing"
+            if seen.wall(post.sent_at) > seen.history.stored[ask.operation_id][2] + EPS:
+                yield ask, post.sent_at, "a POST after the deadline"
             if post.sent_at > confirmed and seen.is_single and not seen.is_lied_about(ask):
                 yield ask, post.sent_at, "a POST after one that was confirmed"
             before[post.client] = post.sent_at
@@ -169,7 +193,8 @@ def asked_soon(seen: Evidence) -> Iterator[Broken]:
     for ask, _ in seen.decided:
         stored_at = seen.history.stored[ask.operation_id][0]
         first = min((post.sent_at for post in seen.sent(ask, "POST")), default=math.inf)
-        if seen.is_well(ask) and not ask.earlier and first > stored_at + ASKED:
+        within = ASKED_BY_PROBES if seen.is_down else ASKED
+        if seen.is_well(ask) and not ask.earlier and first > stored_at + within:
             yield ask, stored_at, f"stored at {stored_at:.3f}, asked at {first:.3f}"
 
 
@@ -191,11 +216,12 @@ def true_reason(seen: Evidence) -> Iterator[Broken]:
     for ask, each in seen.decided:
         sent = [*seen.sent(ask, "GET", each.at), *seen.sent(ask, "POST", each.at)]
         refused = {e.method for e in sent if e.status in {400, 401, 403}}
+        may_exist = any(e.method == "POST" and _is_in_doubt(e) for e in sent)
         is_lied_about = seen.is_lied_about(ask)
         allowed = {
             "conflict": ask.earlier or is_lied_about,
             "already_approved": ask.earlier == "the same",
-            "rejected": "POST" in refused,
+            "rejected": "POST" in refused and not may_exist,
             "poll_refused": refused,
         } | dict.fromkeys(("mismatch", "inconsistent", "unreadable"), is_lied_about)
         if each.event.outcome == "failed" and not allowed.get(str(each.event.reason)):
@@ -227,6 +253,31 @@ def read_soon(seen: Evidence) -> Iterator[Broken]:
                 yield ask, each.at, f"{name} got it {late[0]:.3f} s later"
 
 
+def one_at_a_time(seen: Evidence) -> Iterator[Broken]:
+    """A request is with one worker at a time, unless it was delivered once more meanwhile."""
+    for ask in seen.story.asks:
+        for first, second in pairwise(seen.deliveries(ask)):
+            begins, again = first[0].sent_at, second[0].sent_at
+            if again < first[-1].ended_at - EPS and not seen.is_delivered_twice(begins, again):
+                yield ask, again, f"the delivery of {begins:.3f} has not ended"
+
+
+def paced(seen: Evidence) -> Iterator[Broken]:
+    """After an answer, a schedule of fixed delays sets the next poll; a late delivery does not."""
+    every = seen.story.every
+    for ask in seen.story.asks if every is not None else ():
+        deadline = seen.history.stored.get(ask.operation_id, (0.0, 0.0, 0.0))[2]
+        for first, second in pairwise(seen.deliveries(ask)):
+            ended_at, again = first[-1].ended_at, second[0].sent_at
+            is_scheduled = _says(first[-1], b'"pending"') or _says(first[-1], b"success")
+            is_excused = seen.is_delivered_twice(first[0].sent_at, again) or seen.is_lied_about(ask)
+            if is_scheduled and not is_excused and again < ended_at + every - EPS and seen.wall(again) < deadline - EPS:
+                yield ask, again, f"{again - ended_at:.3f} s after an answer"
+            is_well = seen.is_well(ask) and not seen.is_down
+            if is_scheduled and is_well and again > ended_at + every + LATE:
+                yield ask, again, f"{again - ended_at:.3f} s after an answer"
+
+
 def few_polls(seen: Evidence) -> Iterator[Broken]:
     """One request is not polled in circles."""
     for ask in seen.story.asks if seen.is_single else ():
@@ -245,7 +296,7 @@ def nothing_left(seen: Evidence) -> Iterator[Broken]:
 
 PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
     *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, asked_soon, ends_in_time),
-    *(true_reason, handled_once, read_soon, few_polls, nothing_left),
+    *(true_reason, handled_once, read_soon, one_at_a_time, paced, few_polls, nothing_left),
 )
 
 
@@ -263,3 +314,10 @@ def check(story: Story, history: WorkerHistory) -> list[Violation]:
 def _says(exchange: Exchange, text: bytes) -> bool:
     """Return whether an answer arrived that has such a text."""
     return exchange.status == 200 and text in exchange.body
+
+
+def _is_in_doubt(post: Exchange) -> bool:
+    """Return whether a create may have taken effect although its answer does not say so."""
+    if post.status is None:
+        return not post.was_refused
+    return post.status == 408 or post.status >= 500 or (post.status == 200 and not _says(post, b"success"))

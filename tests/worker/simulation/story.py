@@ -15,6 +15,7 @@ from simulation.faults import LIES, Failure, Lag, Lies, Outage, RateLimit, Round
 from simulation.people import Person, someone
 from simulation.service import Service, Stored
 from simulation.story import FAILURES, brief, run_in_virtual_time
+from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient, wait_adaptive
 from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
@@ -90,6 +91,8 @@ class Story:
     request_timeout: float = 10.0
     poll_cost: float = 0.3
     grace: float = 30.0
+    every: float | None = None
+    """The delay of a schedule that has only one."""
 
     @property
     def is_steady(self) -> bool:
@@ -204,7 +207,7 @@ async def _work(story: Story, process: Process) -> None:
         process.broker,
         max_in_flight=story.max_in_flight,
         max_polls_per_second=story.rate,
-        schedule=wait_adaptive(poll_cost=story.poll_cost),
+        schedule=wait_adaptive(poll_cost=story.poll_cost) if story.every is None else wait_fixed(story.every),
         grace=story.grace,
     )
     process.stop = worker.stop
@@ -265,7 +268,7 @@ def make_up(seed: int) -> Story:
     asks = _crowd(rng) if rng.random() < 0.1 else _asks(rng)
     is_calm = rng.random() < 0.25
     step = (rng.uniform(0.0, 40.0), rng.choice((-100.0, -30.0, -2.0, 3.0, 90.0, 3600.0)))
-    return Story(
+    story = Story(
         seed,
         asks,
         workers=tuple(() if is_calm else _lives(rng, 0, 1, 1, 2) for _ in range(2)),
@@ -279,6 +282,23 @@ def make_up(seed: int) -> Story:
         poll_cost=rng.choice((0.1, 0.3, 2.0)),
         grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
     )
+    return _with_a_bad_moment(story)
+
+
+def _with_a_bad_moment(story: Story) -> Story:
+    """Add to some stories what is rare by chance. It has random numbers of its own, as all else shall stay."""
+    rng = random.Random(f"{story.seed} moment")  # noqa: S311
+    story = replace(story, every=rng.choice((None, None, None, 1.0, 5.0)))
+    kind, ask = rng.choice(("late", "refused", *[""] * 8)), rng.choice(story.asks)
+    if kind == "late" and ask.expires_in >= 20.0:  # a poll hangs while its request is delivered once more
+        at = ask.at + rng.uniform(6.0, 10.0)
+        hangs = Outage(at - 5.0, at, Failure("hangs"), payload=ask.payload)
+        return replace(story, every=5.0, duplicates=(at,), faults=(hangs, *story.faults))
+    if kind == "refused":  # a create, after one that is in doubt
+        doubt = Outage(0.0, 30.0, Failure("lost"), share=0.5, methods="POST")
+        refusal = Gateway(0.0, 30.0, Failure("status", 400), share=0.5, methods="POST")
+        return replace(story, faults=(doubt, refusal, *story.faults))
+    return story
 
 
 def _lives(rng: random.Random, *how_many: int) -> tuple[Life, ...]:

@@ -87,6 +87,8 @@ class WorkerHistory(History):
     """Numbers of requests, and: stored, duplicate, refused, unknown."""
     asked: dict[int, tuple[bool, bool]] = field(default_factory=dict)
     """Of each POST, by its number: whether its request was claimed, and whether it was decided."""
+    deliveries: dict[int, object] = field(default_factory=dict)
+    """Of each exchange, by its number: the delivery of its request, by identity."""
     stored: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """Of each operation: when its request was stored, also by the wall clock, and its deadline by the wall clock."""
     deaths: int = 0
@@ -259,6 +261,7 @@ with warnings.catch_warnings():
             history, database = self._process.world.history, self._process.world.database
             if self._process.step() == "dead":
                 raise aiohttp.ServerDisconnectedError
+            history.deliveries[history._events + 1] = asyncio.current_task()
             if method == "POST":
                 query = "SELECT asked IS NOT NULL, decided_at IS NOT NULL FROM request WHERE operation_id = ?"
                 operation_id = json.loads(options["data"])["operationId"]
