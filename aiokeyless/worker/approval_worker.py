@@ -136,6 +136,7 @@ class ApprovalWorker:
         except asyncio.CancelledError:
             self._running.cancel()
             await asyncio.wait({self._running})
+            self._ended.set()  # the task was perhaps cancelled before its first step
             raise
         if self._ended.is_set():
             await self._running
@@ -167,8 +168,11 @@ class ApprovalWorker:
             BrokerError: The broker cannot be reached, or something cannot be made as it must be.
         """
         self._use_up()
-        async with self._broker if self._is_owner else nullcontext():
-            await self._prepare_broker()
+        try:
+            async with self._broker if self._is_owner else nullcontext():
+                await self._prepare_broker()
+        finally:
+            self._ended.set()
 
     async def run(self) -> None:
         """Work until `stop` is called, and then until the deliveries in flight are done.

@@ -53,6 +53,23 @@ async def created(sandbox: Sandbox, operation_id: str) -> None:
 
 
 @looptime
+async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_that_was_cancelled_before_it_began(
+    client: KeylessClient, broker: SqliteBroker
+) -> None:
+    prepared, cancelled = ApprovalWorker(client, broker), ApprovalWorker(client, broker)
+    await prepared.prepare()
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled.__aenter__()
+    task.uncancel()
+    async with asyncio.timeout(1):
+        await prepared.shutdown()
+        await cancelled.shutdown()
+
+
+@looptime
 async def test_an_approval_comes_out(client: KeylessClient, sandbox: Sandbox) -> None:
     async with working(client) as broker:
         await submit_approval(broker, "c0ffee", operation_id="txn-1", operation_payload="Pay 40", context={"order": 7})
