@@ -22,6 +22,13 @@ def report(kind: type[BaseException], error: BaseException, traceback: Traceback
         sys.__excepthook__(kind, error, traceback)
 
 
-# Python calls a program "-m" until it has found the module to run, and imports the module's package meanwhile.
-if Path((sys.argv or [""])[0]).name.removesuffix(".exe") in {"aiokeyless", "-m"}:
+def _is_the_command() -> bool:
+    """Return whether this process is the command: ``aiokeyless``, or ``python -m aiokeyless``."""
+    program = Path((sys.argv or [""])[0]).name.removesuffix(".exe")
+    # Python calls a program "-m" until it has found the module to run. Meanwhile it imports the module's package, which
+    # may be another one that imports this one.
+    return program == "aiokeyless" or (program == "-m" and "aiokeyless" in sys.orig_argv)
+
+
+if _is_the_command():
     sys.excepthook = report

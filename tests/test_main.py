@@ -53,6 +53,7 @@ def test_ctrl_c_while_the_library_is_imported_for_the_command_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr(sys, "argv", [f"bin/{name}"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "aiokeyless", "demo"])
     importlib.reload(_interruption)
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr() == ("", "aiokeyless: interrupted\n")
@@ -60,10 +61,11 @@ def test_ctrl_c_while_the_library_is_imported_for_the_command_is_one_line(
     assert capsys.readouterr() == ("", "LookupError: no such thing\n")
 
 
-@pytest.mark.parametrize("arguments", [["shop.py"], ["bin/pytest"], [""], []])
+@pytest.mark.parametrize("arguments", [["shop.py"], ["bin/pytest"], ["-m", "shop"], [""], []])
 def test_another_programs_ctrl_c_is_reported_by_python(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", arguments[:1])
+    monkeypatch.setattr(sys, "orig_argv", ["python", *arguments])  # in python -m shop, its package may import this one
     importlib.reload(_interruption)
     assert sys.excepthook is sys.__excepthook__
 
