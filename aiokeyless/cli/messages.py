@@ -11,6 +11,7 @@ import shlex
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._http.protocol import address_of
+from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, evaluate
 from aiokeyless._waits.explanation import describe_failures
 from aiokeyless.errors import (
@@ -26,7 +27,6 @@ from aiokeyless.errors import (
     NotJsonError,
     RateLimitError,
     RequestTimeoutError,
-    ServerError,
     StatusError,
     TransportError,
 )
@@ -125,15 +125,14 @@ def describe(error: KeylessError) -> str:
 
 def _suggest_check(error: KeylessError) -> str:
     """Return how to check whether a failed create took effect; "" if it certainly did not, or for other errors."""
-    match error:
-        case (
-            TransportError(sent=True, operation_id=str(operation_id))
-            | DecodeError(operation_id=str(operation_id))
-            | ServerError(operation_id=str(operation_id))
-        ):
-            return (
-                f"; the operation may exist nevertheless, to check: aiokeyless get {quote_operation_id(operation_id)}"
-            )
+    if (
+        isinstance(error, TransportError | DecodeError | StatusError)
+        and error.operation_id is not None
+        and may_have_taken_effect(error)
+    ):
+        return (
+            f"; the operation may exist nevertheless, to check: aiokeyless get {quote_operation_id(error.operation_id)}"
+        )
     return ""
 
 

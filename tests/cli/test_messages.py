@@ -112,12 +112,15 @@ def test_a_rejected_answer_is_described_by_what_is_wrong_with_it(
         (TransportError("cut off", method="POST", path="/v2/x"), True),
         (TransportError("refused", method="POST", path="/v2/x", sent=False), False),
         (DecodeError("odd", status=200, method="POST", path="/v2/x"), True),
+        (ServerError(status=503, method="POST", path="/v2/x"), True),
+        (StatusError(status=408, method="POST", path="/v2/x"), True),
+        (StatusError(status=204, method="POST", path="/v2/x"), True),
         (BadRequestError(status=400, method="POST", path="/v2/x"), False),
     ],
     ids=repr,
 )
 def test_a_failed_create_says_how_to_check_only_where_it_may_have_taken_effect(
-    error: TransportError | DecodeError | BadRequestError, in_doubt: bool
+    error: TransportError | DecodeError | StatusError, in_doubt: bool
 ) -> None:
     assert "aiokeyless get" not in describe(error), "not of a create"
     error.operation_id = "txn-1"
