@@ -140,18 +140,17 @@ class Exchanges:
             return fail(delivery, FailureReason.CONFLICT, OTHER_REQUEST, now=self._clock())
         ticket, started_at = delivery.ticket, self._now()
         try:
-            with self._transport.call():
-                await OperationCreation(
-                    self._transport,
-                    ticket.user_id,
-                    NewOperation(
-                        operation_id=ticket.operation_id,
-                        operation_payload=delivery.payload,
-                        external_user_id=ticket.external_user_id,
-                    ),
-                    id_is_new=False,
-                    resumes=False,
-                ).run()
+            await OperationCreation(
+                self._transport,
+                ticket.user_id,
+                NewOperation(
+                    operation_id=ticket.operation_id,
+                    operation_payload=delivery.payload,
+                    external_user_id=ticket.external_user_id,
+                ),
+                id_is_new=False,
+                resumes=False,
+            ).run()
         except AlreadyApprovedError:
             # There was no operation before, and our create was in doubt. The user approved before the check found it.
             self._record_success(started_at)
