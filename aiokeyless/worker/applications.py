@@ -214,7 +214,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
             log(logging.WARNING, "outcome.not_put_off", {"place": outcome.place, "error": str(error)})
         raise
     try:
-        await outcome.handled()
+        await outcome.mark_handled()
     except UnavailableError as error:
         raise BrokerError(f"the outcome may be delivered again: {error}") from None
 
@@ -230,4 +230,4 @@ async def _next_event(side: ApplicationSide, reader: str) -> tuple[OutcomeDelive
             await outcome.put_off(_UPGRADED_IN)
         except msgspec.DecodeError as error:
             log(logging.ERROR, "outcome.unreadable", {"place": outcome.place, "error": str(error)})
-            await outcome.handled()
+            await outcome.mark_handled()

@@ -68,7 +68,7 @@ class NewRequest(NamedTuple):
 class OutcomeDelivery(ABC):
     """An outcome that a reader has not handled, delivered to one of the reader's processes.
 
-    On an application's connection it is in a transaction, which `handled` commits and `put_off` rolls back.
+    On an application's connection it is in a transaction, which `mark_handled` commits and `put_off` rolls back.
 
     Attributes:
         data: The event, as JSON.
@@ -81,7 +81,7 @@ class OutcomeDelivery(ABC):
     place: str
 
     @abstractmethod
-    async def handled(self) -> None:
+    async def mark_handled(self) -> None:
         """Do not deliver it to this reader again.
 
         Raises:

@@ -169,7 +169,7 @@ class Stuck(OutcomeDelivery):
         self.data = data
         self.place = "1"
 
-    async def handled(self) -> None:
+    async def mark_handled(self) -> None:
         raise BrokerError("it may be delivered again")
 
     async def put_off(self, delay: float | None = None) -> None:

@@ -51,7 +51,7 @@ class NatsOutcome(OutcomeDelivery):
         self.data: bytes = message.data
         self.place: str = str(message.metadata.sequence.stream)
 
-    async def handled(self) -> None:
+    async def mark_handled(self) -> None:
         with broker_errors():
             await self._message.ack()
 

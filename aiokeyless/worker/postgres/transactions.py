@@ -172,7 +172,7 @@ class Outcome(OutcomeDelivery):
         self._driver = driver
         self._reader = reader
 
-    async def handled(self) -> None:
+    async def mark_handled(self) -> None:
         """Commit; see `OutcomeDelivery`.
 
         Raises:

@@ -281,7 +281,7 @@ class _Outcome(OutcomeDelivery):
         self.data = unread.data
         self.place = f"request-{unread.id}"
 
-    async def handled(self) -> None:
+    async def mark_handled(self) -> None:
         await self._broker.forget_unread(self._unread)
 
     async def put_off(self, delay: float | None = None) -> None:

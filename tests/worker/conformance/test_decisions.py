@@ -25,7 +25,7 @@ async def test_a_decision_stores_the_outcome_and_removes_the_request(broker: Bro
     event = msgspec.json.decode(outcome.data, type=ApprovalEvent)
     assert (event.operation_id, event.outcome) == ("a", Outcome.APPROVED)
     assert outcome.place
-    await outcome.handled()
+    await outcome.mark_handled()
 
 
 async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(opened: Opened) -> None:
@@ -37,7 +37,7 @@ async def test_the_first_of_two_decisions_is_kept_whichever_delivery_it_is_of(op
     assert not await decide(second, present, Outcome.APPROVED)
     outcome = await first.next_outcome("shop")
     assert msgspec.json.decode(outcome.data, type=ApprovalEvent).outcome is Outcome.EXPIRED
-    await outcome.handled()
+    await outcome.mark_handled()
     await is_waiting(second, 0)
 
 
@@ -89,5 +89,5 @@ async def test_many_decisions_at_once_are_each_stored_once(opened: Opened) -> No
     for _ in expected:
         outcome = await second.next_outcome("shop")
         seen.add(msgspec.json.decode(outcome.data, type=ApprovalEvent).operation_id)
-        await outcome.handled()
+        await outcome.mark_handled()
     assert seen == expected

@@ -38,7 +38,7 @@ async def read(broker: Broker, reader: str, count: int) -> set[str | None]:
     for _ in range(count):
         outcome = await broker.next_outcome(reader)
         seen.add(operation_of(outcome))
-        await outcome.handled()
+        await outcome.mark_handled()
     return seen
 
 
@@ -56,7 +56,7 @@ async def test_a_reader_waits_for_what_is_decided_meanwhile(opened: Opened) -> N
     await decide_all(worker, "a")
     outcome = await reading
     assert operation_of(outcome) == "a"
-    await outcome.handled()
+    await outcome.mark_handled()
 
 
 async def test_each_reader_gets_each_outcome(broker: Broker) -> None:
@@ -107,7 +107,7 @@ async def test_an_outcome_that_is_put_off_again_and_again_is_so_for_longer_each_
     await outcome.put_off()
     outcome = await broker.next_outcome("shop")
     assert 1.8 <= loop.time() - began < 3.5 + storage.slack
-    await outcome.handled()
+    await outcome.mark_handled()
 
 
 async def test_a_reader_that_is_cancelled_while_it_waits_loses_nothing(broker: Broker) -> None:

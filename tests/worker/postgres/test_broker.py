@@ -115,7 +115,7 @@ async def test_a_pool_of_the_applications_stays_open(url: str) -> None:
             await broker.prepare(lease=LEASE, service="")
             await decide_all(broker, "a")
             outcome = await broker.next_outcome("shop")
-            await outcome.handled()
+            await outcome.mark_handled()
         assert await pool.fetchval("SELECT 1") == 1
 
 
@@ -135,7 +135,7 @@ async def test_outcomes_in_hand_leave_connections_for_what_their_bodies_do(url: 
         async def handle() -> None:
             outcome = await broker.next_outcome("shop")
             await submit(broker, f"next-{outcome.place}")
-            await outcome.handled()
+            await outcome.mark_handled()
 
         async with asyncio.timeout(PATIENCE):
             await asyncio.gather(*(handle() for _ in range(4)))
@@ -387,7 +387,7 @@ async def test_a_new_reader_misses_nothing_and_stops_nobody_while_outcomes_are_s
         while len(seen) < len(expected):
             outcome = await broker.next_outcome(reader)
             seen.append(outcome.place)
-            await outcome.handled()
+            await outcome.mark_handled()
         return seen
 
     deciding = asyncio.create_task(decide_them())
@@ -547,7 +547,7 @@ async def test_a_clock_that_is_set_back_holds_up_nothing_for_longer_than_200_sec
     await admin.execute("UPDATE keyless.waiting SET due_at = due_at + interval '1 h'")
     await admin.execute("UPDATE keyless.unread SET due_at = due_at + interval '1 h'")
     assert len(await take_n(broker, 2)) == 2
-    await (await asyncio.wait_for(broker.next_outcome("shop"), PATIENCE)).handled()
+    await (await asyncio.wait_for(broker.next_outcome("shop"), PATIENCE)).mark_handled()
 
 
 async def test_the_time_is_the_databases(broker: PostgresBroker, admin: Connection) -> None:

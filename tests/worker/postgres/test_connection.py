@@ -368,7 +368,7 @@ async def test_an_outcome_in_hand_is_in_no_other_hand_and_comes_again_at_once_if
     other.terminate()
     outcome = await asyncio.wait_for(reading, PATIENCE)
     assert outcome.data == dying.data
-    await outcome.handled()
+    await outcome.mark_handled()
     assert await unread(admin) == {}
 
 
@@ -387,7 +387,7 @@ async def test_one_that_kills_its_process_holds_up_no_other(
             assert deaths < 100
             connection.terminate()
         else:
-            await outcome.handled()
+            await outcome.mark_handled()
             await connection.close()
 
 

@@ -90,7 +90,7 @@ async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_
 
         await asyncio.gather(work(first), work(second))
         for _ in expected:
-            await (await second.next_outcome("shop")).handled()
+            await (await second.next_outcome("shop")).mark_handled()
     assert await admin.fetchval("SELECT count(*) FROM keyless.outcome") == len(expected)
     assert await unread(admin) == {}
 

@@ -138,7 +138,7 @@ async def test_a_readers_name_belongs_to_who_added_it_or_to_a_role_that_it_was_g
     await admin.execute("UPDATE keyless.reader SET owner = $1 WHERE name = 'ledger'", f"{database}_team")
     await admin.execute("SELECT keyless.welcome_readers()")
     outcome = await PostgresConnection(other).next_outcome("ledger")
-    await outcome.handled()
+    await outcome.mark_handled()
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await ledger.execute(READER[1])
     await admin.execute(f"DROP OWNED BY {database}_team; DROP ROLE {database}_team")
@@ -169,7 +169,7 @@ async def test_an_installer_that_may_not_make_roles_owns_the_schema_itself(
         await broker.prepare(lease=LEASE, service="")
         await decide_all(broker, "a")
         outcome = await broker.next_outcome("shop")
-        await outcome.handled()
+        await outcome.mark_handled()
     owner = server.execute(f"SELECT nspowner::regrole FROM pg_namespace WHERE nspname = '{database}_k'", database)
     assert owner == [[f"{database}_app"]]
     assert server.execute(f"SELECT count(*) FROM pg_roles WHERE rolname LIKE '{database}\\_k\\_%'") == [["0"]]

@@ -52,7 +52,7 @@ async def application(broker: SqliteBroker) -> None:
         return
     event = msgspec.json.decode(outcome.data, type=ApprovalEvent)
     say("handling", event.operation_id)
-    await outcome.handled()
+    await outcome.mark_handled()
     say("handled", event.operation_id)
 
 

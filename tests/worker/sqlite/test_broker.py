@@ -236,9 +236,9 @@ async def test_a_file_that_is_held_for_long_is_unavailable(
         with pytest.raises(UnavailableError, match="locked"):
             await submit(broker, "b")
         with pytest.raises(UnavailableError, match="locked"):
-            await outcome.handled()
+            await outcome.mark_handled()
         other.execute("COMMIT")
-    await outcome.handled()
+    await outcome.mark_handled()
 
 
 async def test_opening_a_file_that_is_held_for_long_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ async def test_what_nobody_needs_any_more_is_removed_in_time(
     await submit(memory, "read", "unread", "waiting")
     by_operation = {operation_of(message): message for message in await take_all(memory, 0.1)}
     await decide(memory, by_operation["read"])
-    await (await memory.next_outcome("shop")).handled()
+    await (await memory.next_outcome("shop")).mark_handled()
     await decide(memory, by_operation["unread"])
     await memory.put_off(by_operation["waiting"], 1.0, Exchange.ANSWERED)
     monkeypatch.setattr(memory, "_clock", lambda: clock() + timedelta(days=8))
@@ -461,5 +461,5 @@ async def test_an_outcome_that_another_process_takes_first_is_waited_for(
 
     monkeypatch.setattr(store.Store, "take_unread", take_unread)
     outcome = await broker.next_outcome("shop")
-    await outcome.handled()
+    await outcome.mark_handled()
     assert beaten
