@@ -32,26 +32,36 @@ class Batches(Generic[Call, Result]):
 
     async def call(self, call: Call) -> Result:
         """Have a call executed with others, and return its result."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._pending.append((call, future))
-        if self._running is None:
-            # Not by the loop's task factory: an eager one would run it before the other calls of this turn arrive.
-            self._running = asyncio.Task(self._run(), loop=loop)
+        self._start()
         return await future
 
     async def aclose(self) -> None:
         """Wait until all calls have their results."""
         while self._running is not None:
             await asyncio.wait({self._running})
+            await asyncio.sleep(0)  # its callback comes in the next turn
+
+    def _start(self) -> None:
+        if self._running is None and self._pending:
+            # Not by the loop's task factory: an eager one would run it before the other calls of this turn arrive.
+            self._running = asyncio.Task(self._run(), loop=asyncio.get_running_loop())
+            self._running.add_done_callback(self._on_end)
+
+    def _on_end(self, _running: asyncio.Task[None]) -> None:
+        """Go on after the task was cancelled, perhaps before its first step.
+
+        At its end, `asyncio.run` cancels all tasks. Those that clean up, such as a reader that puts an outcome off,
+        still get their results.
+        """
+        self._running = None
+        self._start()
 
     async def _run(self) -> None:
-        try:
-            while self._pending:
-                batch, self._pending = self._pending[: self._most], self._pending[self._most :]
-                await self._settle(batch)
-        finally:
-            self._running = None
+        while self._pending:
+            batch, self._pending = self._pending[: self._most], self._pending[self._most :]
+            await self._settle(batch)
 
     async def _settle(self, batch: list[tuple[Call, asyncio.Future[Result]]]) -> None:
         try:
@@ -60,6 +70,10 @@ class Batches(Generic[Call, Result]):
             for _, future in batch:
                 if not future.done():  # its caller was not cancelled
                     future.set_exception(error)
+        except BaseException:  # a cancellation: no caller must wait forever
+            for _, future in batch:
+                future.cancel()
+            raise
         else:
             for (_, future), result in zip(batch, results, strict=True):
                 if not future.done():

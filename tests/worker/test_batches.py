@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -85,3 +86,41 @@ async def test_closing_waits_until_all_calls_have_their_results() -> None:
     await batches.aclose()
     assert all(call.done() for call in calls)
     await batches.aclose()
+
+
+def cancel_all(*first: asyncio.Task[int]) -> None:
+    """Cancel all other tasks, some of them first, as `asyncio.run` does in any order at its end."""
+    for task in (*first, *(asyncio.all_tasks() - {asyncio.current_task(), *first})):
+        task.cancel()
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("turns", [1, 2], ids=["before the batch begins", "during the batch"])
+async def test_a_call_of_a_clean_up_gets_its_result_if_all_tasks_are_cancelled(turns: int) -> None:
+    batches = Batches(Executed(), most=100)
+
+    async def clean_up() -> int:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return await batches.call(2)
+
+    cleaning, calling = asyncio.create_task(clean_up()), asyncio.create_task(batches.call(1))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    cancel_all(cleaning)
+    async with asyncio.timeout(10):
+        assert await cleaning == 4
+        await batches.aclose()
+    assert calling.cancelled()
+
+
+@pytest.mark.looptime
+async def test_a_call_whose_batch_is_cancelled_is_cancelled_too() -> None:
+    batches = Batches(Executed(), most=100)
+    calling = asyncio.create_task(batches.call(1))
+    await asyncio.sleep(0.5)
+    (running,) = asyncio.all_tasks() - {asyncio.current_task(), calling}
+    running.cancel()
+    await asyncio.wait({calling}, timeout=10)
+    assert calling.cancelled()
+    assert await batches.call(3) == 6
