@@ -99,12 +99,13 @@ class SqliteBroker(TableBroker):
             self._thread = ThreadPoolExecutor(1, "aiokeyless-sqlite")
         try:
             self._store = await self._run(lambda: Store(self._path, lambda: self._clock().timestamp()))
+            self._is_open = True
         except UnavailableError as error:
             raise BrokerError(str(error)) from None
         finally:
-            if not hasattr(self, "_store") and self._thread is not None:
+            if not self._is_open and self._thread is not None:
                 self._thread.shutdown(wait=False)
-        self._is_open = True
+        self._readers.clear()  # the file may be another one than before
 
     async def aclose(self) -> None:
         if not self._is_open:

@@ -70,6 +70,20 @@ async def test_a_broker_is_opened_once(broker: SqliteBroker) -> None:
         await broker.open()
 
 
+@pytest.mark.looptime
+async def test_a_reader_gets_outcomes_of_a_broker_that_is_opened_again() -> None:
+    broker = SqliteBroker(":memory:")  # nothing in it survives its end, not even the readers
+    for _ in range(2):
+        async with broker:
+            await broker.prepare(lease=2.0, service="")
+            reading = asyncio.create_task(broker.next_outcome("shop"))
+            await submit(broker, "a")
+            (message,) = await take_all(broker, 0.1)
+            await decide(broker, message)
+            async with asyncio.timeout(10):
+                await (await reading).mark_handled()
+
+
 async def test_a_broker_that_is_not_open_says_how_to_open_it() -> None:
     broker = SqliteBroker(":memory:")
     with pytest.raises(ConfigurationError, match="async with"):
