@@ -29,7 +29,7 @@ from aiokeyless.worker.messages import deadline, is_about, read_names
 from .claims import NatsClaims, claims_signed_from, mark
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
-from .failures import NoStreamError, broker_errors
+from .failures import NoStreamError, broker_errors, raise_lost_cancellations
 from .fleet import KEYLESS, Fleet
 from .inspection import inspect
 from .intake import Intake, NatsMessage
@@ -204,14 +204,15 @@ class NatsBroker(Broker):
             advice = "set an event key, or trust all users of the account"
             log(logging.WARNING, "worker.events_unsigned", {"advice": advice})
         try:
-            window = await prepare(
-                stream,
-                self._fleet,
-                self._settings,
-                ack_wait=lease,
-                service=service,
-                claims_metadata=mark(keys, self._fleet),
-            )
+            with raise_lost_cancellations():
+                window = await prepare(
+                    stream,
+                    self._fleet,
+                    self._settings,
+                    ack_wait=lease,
+                    service=service,
+                    claims_metadata=mark(keys, self._fleet),
+                )
         except BrokerError:
             if self._loss is not None:  # the broker does not answer a request that it does not permit
                 raise self._loss from None

@@ -15,6 +15,8 @@ from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.logs import log
 
+from .failures import raise_lost_cancellations
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -106,8 +108,10 @@ async def connect(
 async def _connect_once(client: Client, servers: list[str], options: dict[str, Any]) -> None:
     """Try each server once. nats-py, if it may reconnect, would try for minutes or forever."""
     try:
-        async with asyncio.timeout(_CONNECT_WITHIN * (1 + len(servers))):  # nats-py limits only parts of each attempt
-            await client.connect(servers, **{**options, **_ONCE})
+        # nats-py limits only parts of each attempt.
+        async with asyncio.timeout(_CONNECT_WITHIN * (1 + len(servers))):
+            with raise_lost_cancellations():
+                await client.connect(servers, **{**options, **_ONCE})
         _check_version(client, servers)
     except BaseException:  # after a cancellation, too, no connection may stay open
         if client.is_connecting or client.is_connected:  # nats-py does not close a refused connection

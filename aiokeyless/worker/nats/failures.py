@@ -1,7 +1,8 @@
-"""Errors of nats-py, translated to the one that the worker knows."""
+"""Errors of nats-py, translated to the one that the worker knows, and the cancellations that it loses."""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,37 @@ class NoStreamError(UnavailableError):
 
 @contextmanager
 def broker_errors() -> Iterator[None]:
-    """Raise nats-py's errors as an `UnavailableError`."""
+    """Raise nats-py's errors as an `UnavailableError`, and a cancellation that it loses."""
+    with raise_lost_cancellations():
+        try:
+            yield
+        except nats.js.errors.APIError as error:
+            raise RefusedError(reason(error)) from None
+        except nats.js.errors.NoStreamResponseError as error:
+            raise NoStreamError(reason(error)) from None
+        except nats.errors.Error as error:
+            raise UnavailableError(reason(error)) from None
+        except OSError as error:
+            raise UnavailableError(f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def raise_lost_cancellations() -> Iterator[None]:
+    """Raise a cancellation that came in the block, and that nats-py lost.
+
+    It waits with `asyncio.wait_for`. On Python 3.11, that returns a result which comes at the same moment as a
+    cancellation, and drops the cancellation.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  # the block awaits
+    before = task.cancelling()
     try:
         yield
-    except nats.js.errors.APIError as error:
-        raise RefusedError(reason(error)) from None
-    except nats.js.errors.NoStreamResponseError as error:
-        raise NoStreamError(reason(error)) from None
-    except nats.errors.Error as error:
-        raise UnavailableError(reason(error)) from None
-    except OSError as error:
-        raise UnavailableError(f"{type(error).__name__}: {error}") from None
+    except Exception:
+        if task.cancelling() <= before:
+            raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def reason(error: nats.errors.Error) -> str:

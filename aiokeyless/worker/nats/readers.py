@@ -80,7 +80,8 @@ class Reader:
         with broker_errors():
             if self._subscription is None:
                 self._subscription = await self._subscribe()
-            while True:
+        while True:
+            with broker_errors():
                 # One at a time: in a batch, the last would wait for an application that is slow with the first.
                 message = await _next_message(self._subscription)
                 if message is None:

@@ -68,6 +68,6 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         assert (await opened.inspect()).waiting == 0
 
 
-def test_what_the_machine_raises_is_an_error_of_the_broker() -> None:
+async def test_what_the_machine_raises_is_an_error_of_the_broker() -> None:
     with pytest.raises(UnavailableError, match="ConnectionResetError: gone"), broker_errors():
         raise ConnectionResetError("gone")
