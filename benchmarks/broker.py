@@ -46,16 +46,20 @@ class NatsServer:
         """Start the server, and return when it accepts clients."""
         ports = self._folder / "ports"
         ports.mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(  # noqa: ASYNC220, S603  # it returns at once, and the process outlives the loop
-            [_PROGRAM, "-a", "127.0.0.1", "-p", str(self._port), "--ports_file_dir", ports, *self._options],
-            stderr=subprocess.DEVNULL,
-        )
+        log = self._folder / "nats-server.log"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(  # noqa: ASYNC220, S603  # it returns at once, and the process outlives the loop
+                [_PROGRAM, "-a", "127.0.0.1", "-p", str(self._port), "--ports_file_dir", ports, *self._options],
+                stderr=output,
+            )
         file = ports / f"nats-server_{self._process.pid}.ports"
         deadline = time.monotonic() + _START_WITHIN
         while (port := _port_in(file)) is None:
+            if (code := self._process.poll()) is not None:
+                raise RuntimeError(f"nats-server exited with {code}: {log.read_text()}")
             if time.monotonic() > deadline:
                 self.stop()
-                raise TimeoutError(f"nats-server did not start within {_START_WITHIN:g} s")
+                raise TimeoutError(f"nats-server did not start within {_START_WITHIN:g} s: {log.read_text()}")
             await asyncio.sleep(0.01)
         self._port = port
 
