@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from nats.aio.client import Client
     from nats.js import JetStreamContext
 
     from aiokeyless.worker.nats import StreamSettings
@@ -40,6 +41,11 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], patience: float
             return
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.01)
+
+
+def jetstream(connection: Client) -> JetStreamContext:
+    """JetStream's calls, for the tests: nats-py waits five seconds for an answer, which a busy machine may exceed."""
+    return connection.jetstream(timeout=PATIENCE)
 
 
 async def prepare(stream: JetStreamContext, settings: StreamSettings | None = None, *, ack_wait: float) -> float:

@@ -18,7 +18,7 @@ import aiohttp
 import nats
 import pytest
 from nats.js.api import StreamConfig
-from nats_server import PATIENCE, REQUESTS, NatsServer, until
+from nats_server import PATIENCE, REQUESTS, NatsServer, jetstream, until
 from ports import own_port
 
 import aiokeyless.worker
@@ -214,7 +214,7 @@ async def test_requests_in_flight_are_finished_when_it_is_stopped(
 async def test_as_json_every_line_is_an_object(workers: Workers, connection: Client, nats_url: str) -> None:
     worker = await workers.start("--broker", nats_url, "--json")
     await worker.logged("worker.ready")
-    await connection.jetstream().publish("keyless.approvals.request", b"no request\n")
+    await jetstream(connection).publish("keyless.approvals.request", b"no request\n")
     await worker.logged("approval.failed")
     assert await worker.stop() == 0
     lines: list[dict[str, Any]] = [json.loads(line) for line in worker.lines]
@@ -239,10 +239,10 @@ async def test_the_environment_names_the_broker_and_options_its_settings(
     )
     worker = await workers.start(*options, KEYLESS_BROKER=nats_url)
     await worker.logged("worker.ready")
-    config = (await connection.jetstream().stream_info("STAGING_REQUESTS")).config
+    config = (await jetstream(connection).stream_info("STAGING_REQUESTS")).config
     assert (config.duplicate_window, config.num_replicas) == (600, 1)
     assert (config.metadata or {})["aiokeyless-tenant"] == "shop"
-    assert (await connection.jetstream().stream_info("STAGING_OUTCOMES")).config.max_age == 3600
+    assert (await jetstream(connection).stream_info("STAGING_OUTCOMES")).config.max_age == 3600
     assert await worker.stop() == 0
 
 
@@ -398,7 +398,7 @@ async def test_a_wrong_password_is_one_line_without_it(workers: Workers, broker:
 
 
 async def test_a_stream_with_other_settings_is_one_line(workers: Workers, connection: Client, nats_url: str) -> None:
-    await connection.jetstream().add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
+    await jetstream(connection).add_stream(StreamConfig(name=REQUESTS, subjects=["keyless.approvals.request"]))
     worker = await workers.start("--broker", nats_url)
     assert (await refusal(worker)).startswith(
         f"stream {REQUESTS} exists with other settings: retention is limits, and must be workqueue; "

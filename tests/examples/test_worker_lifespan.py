@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import nats
 from example_process import example_process
-from nats_server import PATIENCE, REQUESTS
+from nats_server import PATIENCE, REQUESTS, jetstream
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import next_outcome, submit_approval
@@ -41,7 +41,7 @@ async def test_a_worker_that_fails_ends_the_process_of_its_server(broker: NatsSe
         await submit_approval(connection, "C0FFEE", operation_id="txn-1")
         async with next_outcome(connection, "test") as event:
             assert event.outcome == "approved"
-        await connection.jetstream().delete_stream(REQUESTS)  # which no worker can do without
+        await jetstream(connection).delete_stream(REQUESTS)  # which no worker can do without
         rest, _ = await server.communicate()
     assert server.returncode != 0
     assert f"the stream {REQUESTS} is gone" in rest.decode()

@@ -16,7 +16,18 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 from nats.js.api import RePublish
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, NatsServer, prepare, until
+from nats_server import (
+    CLAIMS,
+    CONSUMER,
+    OUTCOMES,
+    PATIENCE,
+    REQUEST_SUBJECT,
+    REQUESTS,
+    NatsServer,
+    jetstream,
+    prepare,
+    until,
+)
 from tenacity import wait_fixed
 from tenacity.wait import wait_base
 
@@ -103,7 +114,7 @@ async def outcomes(connection: Client, count: int, reader: str = "test") -> list
 
 async def all_outcomes(connection: Client) -> list[ApprovalEvent]:
     """Wait until no request is left, and return every event that there is."""
-    stream = connection.jetstream()
+    stream = jetstream(connection)
 
     async def no_request_is_left() -> bool:
         return (await stream.stream_info(REQUESTS)).state.messages == 0
@@ -115,11 +126,11 @@ async def all_outcomes(connection: Client) -> list[ApprovalEvent]:
 async def publish(connection: Client, request: bytes | dict[str, Any]) -> None:
     """Publish a request, or what is none, as an application without our helper does: without a ``Nats-Msg-Id``."""
     data = request if isinstance(request, bytes) else msgspec.json.encode({"version": 1, "user_id": "C0", **request})
-    await connection.jetstream().publish(REQUEST_SUBJECT, data, stream=REQUESTS)
+    await jetstream(connection).publish(REQUEST_SUBJECT, data, stream=REQUESTS)
 
 
 async def consumer(connection: Client) -> ConsumerInfo:
-    info: ConsumerInfo = await connection.jetstream().consumer_info(REQUESTS, CONSUMER)
+    info: ConsumerInfo = await jetstream(connection).consumer_info(REQUESTS, CONSUMER)
     return info
 
 
@@ -134,7 +145,7 @@ def now() -> float:
 @pytest.fixture
 async def streams(connection: Client) -> None:
     """Make what the worker lives on, so that there can be requests before the first one works."""
-    await prepare(connection.jetstream(), StreamSettings(), ack_wait=60)
+    await prepare(jetstream(connection), StreamSettings(), ack_wait=60)
 
 
 @pytest.fixture
@@ -191,7 +202,7 @@ async def test_a_trace_travels_in_the_header_that_instrumentations_know(
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         [event] = await outcomes(connection, 1)
-    message = await connection.jetstream().get_msg(OUTCOMES, 1)
+    message = await jetstream(connection).get_msg(OUTCOMES, 1)
     assert event.traceparent == traceparent
     assert message.headers is not None
     assert message.headers["traceparent"] == traceparent
@@ -288,7 +299,7 @@ async def test_a_request_that_outlived_its_claim_does_not_say_that_nobody_was_as
         await until(lambda: operation_id in sandbox.operations)
 
     async def no_claim_is_left() -> bool:
-        return (await connection.jetstream().stream_info(CLAIMS)).state.messages == 0
+        return (await jetstream(connection).stream_info(CLAIMS)).state.messages == 0
 
     await until(no_claim_is_left)  # no worker runs for longer than claims are kept
     sandbox.fail_next(times=None)
@@ -390,7 +401,7 @@ async def test_a_request_that_was_handed_back_at_first_takes_no_operation_from_b
 async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     async with working(client, broker):
         first = await submit_approval(connection, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
         await until(lambda: first.operation_id in sandbox.operations)
@@ -512,7 +523,7 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
 ) -> None:
     async with working(client, broker) as worker:
         name = {MESSAGE_ID: request_name(REQUEST)}
-        await connection.jetstream().publish(
+        await jetstream(connection).publish(
             KEYLESS.outcome_subject(Outcome.APPROVED), b"the other's", stream=OUTCOMES, headers=name
         )
         await publish(connection, {"operation_id": "txn-1"})
@@ -520,7 +531,7 @@ async def test_event_of_a_worker_that_is_gone_is_counted_as_a_duplicate(
         sandbox.approve("txn-1")
         await until(lambda: worker.statistics.duplicates == 1)
         assert worker.statistics.approved == 0
-    assert (await connection.jetstream().stream_info(OUTCOMES)).state.messages == 1
+    assert (await jetstream(connection).stream_info(OUTCOMES)).state.messages == 1
 
 
 @pytest.mark.usefixtures("one_ack_is_lost")
@@ -533,7 +544,7 @@ async def test_an_event_that_a_forger_stored_under_the_name_of_an_outcome_does_n
 ) -> None:
     """The name of an outcome follows from the request, so that who knows the one knows the other."""
     forged = {MESSAGE_ID: request_name(REQUEST)}
-    subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), connection.jetstream()
+    subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), jetstream(connection)
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
         await stream.publish(subject, b"forged", stream=OUTCOMES, headers=forged)
         await publish(connection, {"operation_id": "txn-1"})
@@ -564,7 +575,7 @@ async def test_an_event_that_a_worker_signed_for_another_request_does_not_keep_t
     data = msgspec.json.encode(event)
     headers = {MESSAGE_ID: request_name(REQUEST), SIGNATURE: EVENT_KEYS.sign(data, fleet="keyless")}
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
-        await connection.jetstream().publish(KEYLESS.outcome_subject(Outcome.FAILED), data, headers=headers)
+        await jetstream(connection).publish(KEYLESS.outcome_subject(Outcome.FAILED), data, headers=headers)
         await publish(connection, {"operation_id": "txn-1"})
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
@@ -577,7 +588,7 @@ async def test_an_event_that_was_removed_since_is_not_stored_again(
 ) -> None:
     """A worker with an event key reads what is there in place of its event."""
     stored = {MESSAGE_ID: request_name(REQUEST)}
-    subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), connection.jetstream()
+    subject, stream = KEYLESS.outcome_subject(Outcome.FAILED), jetstream(connection)
     async with working(client, broker, event_keys=EVENT_KEYS) as worker:
         await stream.publish(subject, b"the other's", stream=OUTCOMES, headers=stored)
         await stream.purge_stream(OUTCOMES)
@@ -616,11 +627,11 @@ async def test_request_whose_event_is_not_stored_is_not_done(
     async with working(client, broker) as worker:
         operation_id = await submit(connection, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
-        await connection.jetstream().delete_stream(OUTCOMES)
+        await jetstream(connection).delete_stream(OUTCOMES)
         sandbox.approve(operation_id)
         await until(lambda: "delivery.unsettled" in caplog.text)
         assert worker.statistics.approved == 0
-    assert (await connection.jetstream().stream_info(REQUESTS)).state.messages == 1
+    assert (await jetstream(connection).stream_info(REQUESTS)).state.messages == 1
 
 
 async def test_approval_that_is_seen_while_the_broker_is_away_is_not_lost(
@@ -813,7 +824,7 @@ async def test_a_worker_that_fails_cancels_the_body_and_raises_what_it_failed_wi
 ) -> None:
     with pytest.raises(BrokerError, match="is gone"):  # noqa: PT012  # the body is what is tested
         async with ApprovalWorker(client, broker.url):
-            await connection.jetstream().delete_stream(REQUESTS)
+            await jetstream(connection).delete_stream(REQUESTS)
             await asyncio.Event().wait()
     task = asyncio.current_task()
     assert task is not None
@@ -1086,7 +1097,7 @@ async def test_consumer_that_is_deleted_is_made_again_without_haste(
     async with working(client, broker):
         await publish(connection, {"operation_id": "before"})
         await until(lambda: "before" in sandbox.operations)
-        await connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+        await jetstream(connection).delete_consumer(REQUESTS, CONSUMER)
         await publish(connection, {"operation_id": "after"})
         await until(lambda: "after" in sandbox.operations)
         for operation_id in ("before", "after"):  # the former is delivered for the first time again
@@ -1118,7 +1129,7 @@ async def end_after(worker: ApprovalWorker, trouble: Callable[[], Awaitable[obje
 async def test_stream_that_is_deleted_ends_the_worker(
     client: KeylessClient, broker: NatsServer, connection: Client
 ) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     error = await end_after(ApprovalWorker(client, broker.url), lambda: stream.delete_stream(REQUESTS))
     assert error == f"the stream {REQUESTS} is gone, and the requests in it"
 
@@ -1220,7 +1231,7 @@ async def test_a_claim_that_a_stream_of_others_republished_makes_one_tap_count_f
         await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         await outcomes(connection, 1)
-        theirs, claim = connection.jetstream(), KEYLESS.claim_subject(sha256(b"txn-1").hexdigest())
+        theirs, claim = jetstream(connection), KEYLESS.claim_subject(sha256(b"txn-1").hexdigest())
         await theirs.add_stream(name="MINE", subjects=["mine"], republish=RePublish(src="mine", dest=claim))
         second = request_name(msgspec.structs.replace(REQUEST, context=msgspec.Raw(b'{"order":8}')))
         await theirs.publish("mine", second.encode())
@@ -1282,7 +1293,7 @@ async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no
             await nats.connect(broker.url, user="mallory", password="p") as mallory,
             working(client, broker, event_keys=EVENT_KEYS, connect_options={"user": "worker", "password": "p"}),
         ):
-            theirs = mallory.jetstream()
+            theirs = jetstream(mallory)
             # The broker publishes what is republished by itself, and asks no permissions.
             republish = RePublish(src="mine", dest="keyless.approvals.approved")
             await theirs.add_stream(name="MINE", subjects=["mine"], republish=republish)
@@ -1298,7 +1309,7 @@ async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no
             await theirs.publish("mine", msgspec.json.encode(forged))
 
             async def is_stored() -> bool:
-                return (await ours.jetstream().stream_info(OUTCOMES)).state.messages == 1
+                return (await jetstream(ours).stream_info(OUTCOMES)).state.messages == 1
 
             await until(is_stored)  # the broker's permissions did not keep it out
             assert [event.operation_id for event in await outcomes(ours, 1, "trusting")] == ["forged"]

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from nats.js.api import DiscardPolicy
-from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, until
+from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, jetstream, until
 from ports import own_port
 
 from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health, submit_approval
@@ -167,7 +167,7 @@ async def until_it_answers(server: web.AppRunner, *starts: str) -> None:
 @pytest.mark.usefixtures("_frequent_inspections")
 async def test_without_a_stream_it_is_not_ready(client: KeylessClient, broker: NatsServer, connection: Client) -> None:
     async with probed(client, broker) as server:
-        await connection.jetstream().delete_stream(OUTCOMES)
+        await jetstream(connection).delete_stream(OUTCOMES)
         await until_it_answers(server, f"the stream {OUTCOMES} is gone")
 
 
@@ -176,7 +176,7 @@ async def test_without_a_stream_it_is_not_ready(client: KeylessClient, broker: N
 async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
     client: KeylessClient, broker: NatsServer, connection: Client, full: str, expires_in: float
 ) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     async with probed(client, broker) as server:
         config = (await stream.stream_info(full)).config
         await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))

@@ -14,7 +14,18 @@ import nats.errors
 import nats.js.errors
 import pytest
 from nats.js.api import ConsumerConfig
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, NatsServer, prepare, until
+from nats_server import (
+    CLAIMS,
+    CONSUMER,
+    OUTCOMES,
+    PATIENCE,
+    REQUEST_SUBJECT,
+    REQUESTS,
+    NatsServer,
+    jetstream,
+    prepare,
+    until,
+)
 from tenacity import wait_fixed
 
 from aiokeyless.errors import BrokerError
@@ -99,7 +110,7 @@ def new_worker(client: KeylessClient, server: NatsServer, **options: object) -> 
 async def make_consumer(operator: Client, reader: str = "shop") -> None:
     """Make the consumer of a reader, as the guide has it."""
     place = ConsumerConfig(durable_name=reader, max_ack_pending=-1)
-    await operator.jetstream().add_consumer(OUTCOMES, place)
+    await jetstream(operator).add_consumer(OUTCOMES, place)
 
 
 async def approve(sandbox: Sandbox, operation_id: str) -> None:
@@ -125,7 +136,7 @@ async def ask_and_read(shop: Client, operator: Client, sandbox: Sandbox) -> None
         }
 
         async def the_first_is_acknowledged() -> bool:
-            place = await operator.jetstream().consumer_info(OUTCOMES, "shop")
+            place = await jetstream(operator).consumer_info(OUTCOMES, "shop")
             return place.ack_floor is not None and place.ack_floor.stream_seq >= 1
 
         await until(the_first_is_acknowledged)
@@ -175,7 +186,7 @@ async def test_a_worker_in_another_account_than_the_streams_reaches_them_by_a_pr
         worker = worker_on(client, NatsBroker(server.url, fleet=IMPORTED, event_keys=KEYS, connect_options=options))
         async with worker, connected(server, "worker") as shop, connected(server, "operator") as operator:
             await ask_and_read(shop, operator, sandbox)
-            assert (await operator.jetstream().stream_info(REQUESTS)).state.messages == 0
+            assert (await jetstream(operator).stream_info(REQUESTS)).state.messages == 0
 
 
 # -- what a user has the broker do, past its permissions
@@ -206,7 +217,7 @@ ATTACKS: Final = [
 
 async def counts(operator: Client) -> dict[str, int | None]:
     """Return how many messages each stream has, None for one that is gone."""
-    stream = operator.jetstream()
+    stream = jetstream(operator)
     found = dict[str, int | None]()
     for name in (REQUESTS, OUTCOMES, CLAIMS):
         try:
@@ -220,7 +231,7 @@ async def counts(operator: Client) -> dict[str, int | None]:
 async def with_messages(folder: Path, configuration: str) -> AsyncGenerator[tuple[NatsServer, Client]]:
     """Run a server whose streams have messages, and a consumer for the reader."""
     async with serving(folder, configuration) as server, connected(server, "operator") as operator:
-        stream = operator.jetstream()
+        stream = jetstream(operator)
         await prepare(stream, ack_wait=60)
         for subject in (REQUEST_SUBJECT, "keyless.approvals.approved", "keyless.claims.taken"):
             await stream.publish(subject, b"{}")
@@ -295,7 +306,7 @@ async def test_an_application_acknowledges_no_request_whatever_its_reader_is_cal
         with_messages(tmp_path, configuration) as (server, operator),
         connected(server, "shop") as shop,
     ):
-        pulled = await operator.jetstream().pull_subscribe_bind(CONSUMER, REQUESTS)
+        pulled = await jetstream(operator).pull_subscribe_bind(CONSUMER, REQUESTS)
         [request] = await pulled.fetch(1, timeout=PATIENCE)
         for subject in (request.reply, f"$JS.ACK.{REQUESTS}.{CONSUMER}.{OUTCOMES}.1.1.1.0"):
             with pytest.raises(nats.errors.NoRespondersError):
@@ -434,16 +445,17 @@ async def test_a_reader_at_a_leaf_node_removes_no_request_unless_it_may_acknowle
         serving(tmp_path / "leaf", STREAMS_LEAF.format(port=port, acks=acks), jetstream=False) as leaf,
         await nats.connect(leaf.url, **options) as shop,
     ):
-        await prepare(operator.jetstream(), ack_wait=60)
+        await prepare(jetstream(operator), ack_wait=60)
         await until(lambda: is_answered(shop, REQUEST_SUBJECT))
-        [request] = await (await operator.jetstream().pull_subscribe_bind(CONSUMER, REQUESTS)).fetch(1)
+        pulled = await jetstream(operator).pull_subscribe_bind(CONSUMER, REQUESTS)
+        [request] = await pulled.fetch(1, timeout=PATIENCE)
         await shop.request(REQUEST_SUBJECT, b"{}", timeout=PATIENCE)  # by now the leaf node knows of all subscriptions
-        before = (await operator.jetstream().stream_info(REQUESTS)).state.messages
+        before = (await jetstream(operator).stream_info(REQUESTS)).state.messages
         await shop.publish(request.reply, b"+ACK")
         await shop.publish(f"$JS.ACK.{REQUESTS}.{CONSUMER}.{OUTCOMES}.1.1.1.0", b"+ACK")
 
         async def is_over() -> bool:
-            removed = before - (await operator.jetstream().stream_info(REQUESTS)).state.messages
+            removed = before - (await jetstream(operator).stream_info(REQUESTS)).state.messages
             return (removed, len(refused)) == (1 - left, 2 * left)
 
         await until(is_over)
@@ -477,4 +489,4 @@ async def test_a_worker_and_an_application_at_a_leaf_node_of_the_workers_account
             ):
                 assert (await anext(events)).operation_id == "txn-1"
         async with await nats.connect(server.url) as operator:
-            assert (await operator.jetstream().stream_info(OUTCOMES)).state.messages == 1
+            assert (await jetstream(operator).stream_info(OUTCOMES)).state.messages == 1

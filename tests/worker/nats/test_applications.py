@@ -14,7 +14,7 @@ import nats.errors
 import pytest
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
-from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
+from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, jetstream, prepare, until
 
 from aiokeyless import ApprovalTicket, ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 async def stream(connection: Client) -> JetStreamContext:
     """The streams, as a worker makes them."""
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await prepare(stream, StreamSettings(), ack_wait=30)
     return stream
 
@@ -294,7 +294,7 @@ async def test_a_stream_that_has_no_leader_yet_is_waited_for(
     async with await nats.connect([broker.url, *others], dont_randomize=True) as connection:
         submitting = asyncio.create_task(submit_approval(connection, "c0ffee", operation_id="txn-1"))
         await until(lambda: len(refusals) > 1)
-        stream = connection.jetstream()
+        stream = jetstream(connection)
         await prepare(stream, StreamSettings(), ack_wait=30)
         assert not (await submitting).duplicate
         assert await stored(stream) == 1
@@ -462,7 +462,7 @@ async def test_a_broker_that_is_away_for_a_while_is_waited_for(tmp_path: Path) -
     broker, patience = NatsServer(tmp_path), {"reconnect_time_wait": 0.05, "error_cb": silent}
     await broker.start()
     async with await nats.connect(broker.url, **patience, max_reconnect_attempts=-1) as connection:
-        stream = connection.jetstream()
+        stream = jetstream(connection)
         await prepare(stream, StreamSettings(), ack_wait=30)
         async with reading(connection) as events:
             coming = asyncio.create_task(name_of_next(events))
@@ -666,7 +666,7 @@ async def mallory(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
 @pytest.fixture
 async def shop(guarded_broker: NatsServer) -> AsyncGenerator[Client]:
     async with await nats.connect(guarded_broker.url, user="worker", password="pass") as connection:
-        await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
+        await prepare(jetstream(connection), StreamSettings(), ack_wait=30)
         yield connection
 
 
@@ -708,7 +708,7 @@ async def test_what_others_send_to_a_readers_inbox_is_no_outcome(
         refused_by_the_broker = reply.startswith("$JS.ACK")
         if not refused_by_the_broker:
             await until(lambda: any("foreign" in line for line in caplog.messages))
-        await publish(shop.jetstream(), "true")
+        await publish(jetstream(shop), "true")
         assert await coming == "true"
     assert [line for line in caplog.messages if "foreign" in line] == (
         [] if refused_by_the_broker else ['broker.foreign_message stream="KEYLESS_OUTCOMES" durable="shop" count=1']
@@ -717,7 +717,7 @@ async def test_what_others_send_to_a_readers_inbox_is_no_outcome(
 
 async def test_what_a_stream_of_others_delivers_to_a_readers_inbox_is_no_outcome(shop: Client, mallory: Client) -> None:
     pulls = await mallory.subscribe("$JS.API.CONSUMER.MSG.NEXT.KEYLESS_OUTCOMES.>")
-    theirs = mallory.jetstream()
+    theirs = jetstream(mallory)
     await theirs.add_stream(name="MINE", subjects=["mine"])
     await theirs.add_consumer("MINE", durable_name="shop", ack_policy="explicit")
     await theirs.publish("mine", FORGED)
@@ -730,7 +730,7 @@ async def test_what_a_stream_of_others_delivers_to_a_readers_inbox_is_no_outcome
             return bool((await theirs.consumer_info("MINE", "shop")).num_ack_pending)
 
         await until(is_delivered)
-        await publish(shop.jetstream(), "true")
+        await publish(jetstream(shop), "true")
         assert await coming == "true"
         assert await is_delivered()  # it was not acknowledged either
 

@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CLAIMS, PATIENCE, prepare
+from nats_server import CLAIMS, PATIENCE, jetstream, prepare
 
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.broker import Claim, UnavailableError
@@ -34,8 +34,8 @@ TOMORROW = NOW + timedelta(days=1)
 
 @pytest.fixture
 async def stream(connection: Client) -> JetStreamContext:
-    await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
-    return connection.jetstream()
+    await prepare(jetstream(connection), StreamSettings(), ack_wait=30)
+    return jetstream(connection)
 
 
 @pytest.fixture(params=[None, KEYS], ids=["no keys", "keys"])
@@ -81,7 +81,7 @@ async def test_an_id_that_another_delivery_took_meanwhile_is_not_given_back(clai
 
 
 async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connection: Client) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await stream.update_stream((await stream.stream_info(CLAIMS)).config.evolve(sealed=True))
     with pytest.raises(UnavailableError, match="sealed"):
         await claims.claim(ID, OURS)
@@ -90,7 +90,7 @@ async def test_a_claim_that_cannot_be_stored_is_none(claims: NatsClaims, connect
 async def test_of_claims_that_are_gone_nothing_is_known(claims: NatsClaims, connection: Client) -> None:
     """That a request does not hold its id would make an approval an older one."""
     await claims.claim(ID, OURS)
-    await connection.jetstream().delete_stream(CLAIMS)
+    await jetstream(connection).delete_stream(CLAIMS)
     with pytest.raises(UnavailableError, match="stream not found"):
         await claims.holds(ID, OURS)
 
@@ -98,7 +98,7 @@ async def test_of_claims_that_are_gone_nothing_is_known(claims: NatsClaims, conn
 async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
     claims: NatsClaims, connection: Client
 ) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await stream.delete_stream(CLAIMS)
     await stream.add_stream(name="THEIRS", subjects=[KEYLESS.claim_subject("*")])
     with pytest.raises(UnavailableError, match="expected stream does not match"):
@@ -186,7 +186,7 @@ async def signed_from(connection: Client, keys: EventKeys = KEYS, now: datetime 
 
 
 async def test_in_a_stream_that_a_worker_with_keys_made_every_claim_must_be_signed(connection: Client) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await streams.prepare(
         stream, KEYLESS, StreamSettings(), ack_wait=30, service="", claims_metadata=mark(KEYS, KEYLESS)
     )

