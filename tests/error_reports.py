@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import sentry_sdk
 import structlog
@@ -31,11 +31,17 @@ def by_loguru(error: BaseException) -> str:
     return sink.getvalue()
 
 
+class Plain(Traceback):
+    """The same text without colours: to find them, rich reads every file of the traceback from its first line."""
+
+    LEXERS: ClassVar = {".py": "text"}
+
+
 def by_rich(error: BaseException) -> str:
     console = Console(width=400)
     with console.capture() as captured:
         console.print(
-            Traceback.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_length=99)
+            Plain.from_exception(type(error), error, error.__traceback__, show_locals=True, locals_max_length=99)
         )
     return captured.get()
 

@@ -54,20 +54,22 @@ def main(folder: str, database: str, act: str) -> None:
         }
     )
     django.setup()
-    if act == "submit":
-        django_orders.place(Order("committed"))
-        with transaction.atomic():
-            django_orders.place(Order("rolled-back"))
-            transaction.set_rollback(True)
-    elif act == "blocking":
+    if act == "blocking":
         blocking()
     else:
-        with transaction.atomic(), connection.cursor() as cursor:
-            cursor.execute("SELECT operation_id, outcome, event FROM keyless.next_outcome(%s)", ["shop"])
-            operation_id, outcome, event = cursor.fetchone()
-            cursor.execute(
-                "INSERT INTO payment VALUES (%s)", [f"{operation_id} {outcome} {json.loads(event)['version']}"]
-            )
+        plain()
+
+
+def plain() -> None:
+    """Submit an approval, and handle the outcome of another, with SQL alone."""
+    django_orders.place(Order("committed"))
+    with transaction.atomic():
+        django_orders.place(Order("rolled-back"))
+        transaction.set_rollback(True)
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SELECT operation_id, outcome, event FROM keyless.next_outcome(%s)", ["shop"])
+        operation_id, outcome, event = cursor.fetchone()
+        cursor.execute("INSERT INTO payment VALUES (%s)", [f"{operation_id} {outcome} {json.loads(event)['version']}"])
 
 
 def blocking() -> None:
