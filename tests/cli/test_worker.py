@@ -30,7 +30,7 @@ from aiokeyless.worker.nats import EventKeys, NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -164,9 +164,25 @@ async def refusal(worker: Worker) -> str:
     """Return the one line that a worker prints that cannot start."""
     assert await worker.ended() == 1
     assert "Traceback" not in "".join(worker.lines)
-    [line] = worker.lines
+    return the_one_line(worker.lines)
+
+
+def the_one_line(lines: list[str]) -> str:
+    [line] = lines
     assert line.startswith("aiokeyless: ")
     return line.removeprefix("aiokeyless: ")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a worker in this process, for one that ends before it asks the service, and returns its one line."""
+
+    def start(*arguments: str) -> str:
+        monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
+        assert run(["worker", *arguments]) == Exit.ERROR
+        return the_one_line(capsys.readouterr().err.splitlines())
+
+    return start
 
 
 # -- a worker that runs
@@ -275,21 +291,17 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
     ],
 )
 def test_a_file_of_the_connection_that_cannot_be_used_is_named_in_one_line(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    options: list[str], message: str, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
-    assert run(["worker", "--broker", "nats://127.0.0.1:1", *options]) == Exit.ERROR
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"aiokeyless: {message}")
+    assert refused("--broker", "nats://127.0.0.1:1", *options).startswith(message)
 
 
-async def test_with_a_certificate_authority_it_speaks_tls(workers: Workers, nats_url: str, tmp_path: Path) -> None:
+def test_with_a_certificate_authority_it_speaks_tls(refused: Callable[..., str], nats_url: str, tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text(ssl.DER_cert_to_PEM_cert(ssl.create_default_context().get_ca_certs(binary_form=True)[0]))
-    worker = await workers.start("--broker", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
-    message = await refusal(worker)  # this one has no TLS
+    message = refused("--broker", nats_url.replace("nats://", "tls://"), "--tls-ca", str(authority))
     assert message.startswith("no connection to the broker")
-    assert message.endswith(": it does not ask for TLS")
+    assert message.endswith(": it does not ask for TLS")  # this one has none
 
 
 async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) -> None:
@@ -312,9 +324,8 @@ async def test_what_it_learned_is_kept_in_a_file_and_another_file_is_one_line(
     assert message.endswith("; move it away to start anew")
 
 
-async def test_an_event_key_that_cannot_be_read_is_one_line(workers: Workers, nats_url: str, tmp_path: Path) -> None:
-    worker = await workers.start("--broker", nats_url, "--event-key", str(tmp_path / "none"))
-    assert "none: No such file" in await refusal(worker)
+def test_an_event_key_that_cannot_be_read_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "none: No such file" in refused("--broker", "nats://127.0.0.1:1", "--event-key", str(tmp_path / "none"))
 
 
 async def test_healthz_is_served_while_it_runs(workers: Workers, connection: Client, nats_url: str) -> None:
@@ -383,16 +394,14 @@ async def test_it_stops_in_a_loop_that_goes_on_as_it_does_in_a_process(
 # -- a worker that cannot start
 
 
-async def test_a_broker_that_is_not_there_is_one_line(workers: Workers) -> None:
-    worker = await workers.start("--broker", f"nats://worker:{PASSWORD}@127.0.0.1:1")
-    line = await refusal(worker)
+def test_a_broker_that_is_not_there_is_one_line(refused: Callable[..., str]) -> None:
+    line = refused("--broker", f"nats://worker:{PASSWORD}@127.0.0.1:1")
     assert line.startswith("no connection to the broker at 127.0.0.1:1: ")
     assert PASSWORD not in line
 
 
-async def test_a_wrong_password_is_one_line_without_it(workers: Workers, broker: NatsServer) -> None:
-    worker = await workers.start(KEYLESS_BROKER=broker.url.replace("//", "//worker:wr0ng@"))
-    line = await refusal(worker)
+def test_a_wrong_password_is_one_line_without_it(refused: Callable[..., str], broker: NatsServer) -> None:
+    line = refused("--broker", broker.url.replace("//", "//worker:wr0ng@"))
     assert line.endswith(": nats: 'Authorization Violation'")
     assert "wr0ng" not in line
 
@@ -477,13 +486,8 @@ async def test_a_file_needs_no_server(workers: Workers, sandbox: Sandbox, tmp_pa
 
 
 @pytest.mark.parametrize("option", ["name", "tenant", "domain", "prefix"])
-def test_a_fleet_that_cannot_be_is_one_line_that_names_the_option(
-    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KEYLESS_API_KEY", "a-key")
-    assert run(["worker", "--broker", "nats://127.0.0.1:1", f"--{option}", "a\n"]) == Exit.ERROR
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"aiokeyless: --{option} must be ")
+def test_a_fleet_that_cannot_be_is_one_line_that_names_the_option(option: str, refused: Callable[..., str]) -> None:
+    assert refused("--broker", "nats://127.0.0.1:1", f"--{option}", "a\n").startswith(f"--{option} must be ")
 
 
 def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
