@@ -204,7 +204,7 @@ class Dispatcher:
         Args:
             ready_at: When the circuit, the slots and the rate allow one.
         """
-        due = min((due for queue in self._open_queues() if (due := queue.next_due()) is not None), default=math.inf)
+        due = min([queue.next_due() for queue in self._open_queues()])
         if self._retries_wait():
             due = min(due, self._slow_at())
         return max(due, ready_at) if due < math.inf else due
@@ -234,10 +234,7 @@ class Dispatcher:
         if not self._unproven:
             return self._proven
         queues = self._queues if self._retries and not self._retries_wait() else self._queues[:2]
-        if not by_time:
-            return queues
-        due = [(when, number) for number, queue in enumerate(queues) if (when := queue.next_due()) is not None]
-        return [queues[number] for _, number in sorted(due)]
+        return sorted(queues, key=TimerQueue.next_due) if by_time else queues
 
     def _next_final(self, now: float) -> Poll | None:
         """Start the oldest queued final poll that a wait still needs, or lower `soonest`."""
@@ -340,11 +337,7 @@ class Dispatcher:
 
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
-        late = 0.0
-        for queue in self._queues:
-            due = queue.next_due()
-            if due is not None:
-                late = max(late, now - due)
+        due = min([queue.next_due() for queue in self._queues])
         if self._final_polls and self._final_polls[0][1].needs_final_poll():
-            late = max(late, now - self._final_polls[0][0])
-        return late
+            due = min(due, self._final_polls[0][0])
+        return max(0.0, now - due)

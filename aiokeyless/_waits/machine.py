@@ -129,14 +129,12 @@ class Machine:
 
     def is_settled(self, until: float) -> bool:
         """Return whether the driver, after a poll has started, has nothing else to do until it wakes at `until`."""
-        soonest, deadline = self._dispatcher.soonest, self._deadlines.next_due()
-        return soonest >= until and (deadline is None or deadline >= until) and not self._dispatcher.cut
+        dispatcher = self._dispatcher
+        return dispatcher.soonest >= until and self._deadlines.next_due() >= until and not dispatcher.cut
 
     def wake_at(self) -> float:
         """Return when time alone makes something happen: a poll may start, one is overdue, or a deadline passes."""
-        deadline = self._deadlines.next_due()
-        when = min(self._dispatcher.soonest, self._dispatcher.overdue_at())
-        return when if deadline is None else min(when, deadline)
+        return min(self._dispatcher.soonest, self._dispatcher.overdue_at(), self._deadlines.next_due())
 
     def take_cut(self) -> Sequence[Poll]:
         """Return the polls whose exchanges the driver must cut off, each once. It then calls `finish_poll`."""
@@ -624,14 +622,13 @@ class Application:
         return self._verdicts[key]
 
 
-def _deadlines_in_a_turn(now: float, due: float | None) -> int:
+def _deadlines_in_a_turn(now: float, due: float) -> int:
     """Return how many deadlines one turn of the loop handles: a batch, or a batch for each second they are late.
 
     Long turns are few turns. With one batch in each, waits would end later and later. The number depends only on the
     loop's clock, so it is the same if that clock does not advance within a turn.
     """
-    late = 0.0 if due is None else now - due
-    return int(min(BATCH * max(1.0, late), _MOST_DEADLINES))
+    return int(min(BATCH * max(1.0, now - due), _MOST_DEADLINES))
 
 
 def _update(wait: Wait, now: float, answer: Operation | KeylessError, *, due: float | None = None) -> None:

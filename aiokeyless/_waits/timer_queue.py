@@ -90,14 +90,12 @@ class TimerQueue(Generic[T]):
             self._live -= 1
             self._sweep()
 
-    def next_due(self) -> float | None:
-        """Return the time of the earliest entry; None if there is none.
+    def next_due(self) -> float:
+        """Return the time of the earliest entry; infinity if there is none.
 
         If very many stale entries precede it, the time is that of one of these. `pop_due` drops them.
         """
-        if not self._live:
-            return None
-        return self._front()[0].when
+        return self._front()[0].when if self._live else math.inf
 
     def pop_due(self, now: float) -> T | None:
         """Remove and return the earliest item that is due at `now`; None if there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import weakref
 
@@ -54,20 +55,20 @@ class Naive:
     def remove(self, item: Item) -> None:
         self.entries.pop(item, None)
 
-    def next_due(self) -> float | None:
-        return min(self.entries.values(), default=None)
+    def next_due(self) -> float:
+        return min(self.entries.values(), default=math.inf)
 
     def agrees(self, taken: Item | None, now: float) -> bool:
         """Whether this may have been taken then: of equal times, any of them; and take it."""
         first = self.next_due()
         if taken is None:
-            return first is None or first > now
-        return first is not None and first <= now and self.entries.pop(taken) == first
+            return first > now
+        return first <= now and self.entries.pop(taken) == first
 
 
 def test_an_empty_queue_has_nothing() -> None:
     queue: TimerQueue[Item] = TimerQueue()
-    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, None, None)
+    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, math.inf, None)
     queue.remove(Item(1))
     assert len(queue) == 0
 
@@ -78,7 +79,7 @@ def test_what_is_not_due_is_not_taken() -> None:
     assert queue.pop_due(4.999) is None
     assert (len(queue), queue.next_due(), item.scheduled_at) == (1, 5.0, 5.0)
     assert queue.pop_due(5.0) is item
-    assert (len(queue), queue.next_due(), item.scheduled_at) == (0, None, None)
+    assert (len(queue), queue.next_due(), item.scheduled_at) == (0, math.inf, None)
 
 
 def test_of_equal_times_the_items_decide() -> None:
@@ -117,7 +118,7 @@ def test_what_was_removed_does_not_come_and_can_be_scheduled_again() -> None:
     queue.schedule(item, 1.0)
     queue.remove(item)
     queue.remove(item)
-    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, None, None)
+    assert (len(queue), queue.next_due(), queue.pop_due(1e9)) == (0, math.inf, None)
     queue.schedule(item, 2.0)
     assert (len(queue), queue.next_due()) == (1, 2.0)
     assert queue.pop_due(1e9) is item
@@ -241,7 +242,7 @@ def test_a_queue_of_nothing_but_stale_entries_has_nothing_due() -> None:
         queue.schedule(item, 1.0)
     for item in reversed(items):
         queue.remove(item)
-    assert queue.next_due() is None
+    assert queue.next_due() == math.inf
     assert queue.pop_due(2.0) is None
 
 
