@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import math
 from typing import TYPE_CHECKING, Final
 
@@ -95,7 +94,9 @@ class Holds:
             lease.expiry.cancel()
             lease.expiry = None
         try:
-            await self._end(lease.wait, seconds)
+            # If the wait's deadline comes first, the hold ends as the wait does.
+            ends_within = lease.wait.deadline <= self._loop.time() + seconds + RESOLUTION
+            await asyncio.wait((lease.wait,), timeout=None if ends_within else seconds)
             if not lease.wait.done():
                 return None
             if self._leases.get(target) is lease:  # the next hold starts anew
@@ -107,23 +108,6 @@ class Holds:
         finally:
             self._release(target, lease)
             del lease  # else a cycle: its wait has the error, and the error's traceback has this frame
-
-    async def _end(self, wait: FutureWait, seconds: float) -> None:
-        """Wait until a wait has ended, for at most so many seconds. If its deadline comes first, without limit.
-
-        This is `asyncio.wait` in half of the memory.
-        """
-        ended: asyncio.Future[None] = self._loop.create_future()
-        end = functools.partial(_end, ended)
-        ends_within = wait.deadline <= self._loop.time() + seconds + RESOLUTION
-        timer = None if ends_within else self._loop.call_later(seconds, end, context=self._context)
-        wait.add_done_callback(end, context=self._context)
-        try:
-            await ended
-        finally:
-            wait.remove_done_callback(end)
-            if timer is not None:
-                timer.cancel()
 
     def _release(self, target: _Target, lease: _Lease) -> None:
         """After the last hold, let the wait go on for the next one, which also gets the outcome if the wait ends."""
@@ -151,8 +135,3 @@ class Holds:
             lease.expiry.cancel()
             if lease.explanation is not None:
                 lease.explanation.leave()
-
-
-def _end(ended: asyncio.Future[None], _wait: object = None) -> None:
-    if not ended.done():
-        ended.set_result(None)

@@ -428,7 +428,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/holds.py",
-        "ends_within = wait.deadline <= self._loop.time() + seconds + RESOLUTION",
+        "ends_within = lease.wait.deadline <= self._loop.time() + seconds + RESOLUTION",
         "ends_within = False",
         "a hold returns nothing although its ticket expires within it",
     ),
