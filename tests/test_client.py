@@ -635,7 +635,7 @@ class TestManyWaits:
         ids = [f"op{number}" for number in range(10_000)]
         for operation_id in ids:
             sandbox.approve(operation_id, user_id=USER)
-        outcomes = [outcome async for outcome in client.wait_for_approvals(ids)]
+        outcomes = [outcome async for outcome in client.wait_for_approvals(ids, timeout=None)]
         assert sorted(outcome.operation_id for outcome in outcomes) == sorted(ids)
         assert all(outcome.operation is not None for outcome in outcomes)
         assert client.statistics.polls == 10_000
