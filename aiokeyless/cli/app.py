@@ -160,6 +160,21 @@ def _check_seconds(_type: object, seconds: float) -> None:
         raise ValueError("Must be more than 0 seconds, and not infinite.")
 
 
+def _check_count(_type: object, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError("Must be at least 1.")
+
+
+def _check_delay(_type: object, delay: float | None) -> None:
+    if delay is not None and not 0 <= delay < math.inf:
+        raise ValueError("Must be a number of seconds, at least 0.")
+
+
+def _check_port(_type: object, port: int | None) -> None:
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError("Must be from 0 to 65535.")
+
+
 _check_operation_id = validator(check_operation_id, "operation_id")
 
 UserId = Annotated[str, Parameter(name="USER_ID", validator=validator(check_user_id, "user_id"))]
@@ -167,6 +182,11 @@ OperationId = Annotated[str, Parameter(name="OPERATION_ID", validator=_check_ope
 OptionalOperationId = Annotated[str | None, Parameter(validator=_check_operation_id)]
 Seconds = Annotated[float, Parameter(validator=_check_seconds)]
 Timeout = Annotated[float | None, Parameter(validator=_check_timeout)]
+Count = Annotated[int, Parameter(validator=_check_count)]
+OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
+OptionalDelay = Annotated[float | None, Parameter(validator=_check_delay)]
+Port = Annotated[int, Parameter(validator=_check_port)]
+OptionalPort = Annotated[int | None, Parameter(validator=_check_port)]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
 
 

@@ -17,7 +17,7 @@ from aiokeyless._validation import check_base_url, check_external_user_id, check
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, Device, Operation
 
-from .app import AsJson, CommandError, Exit, OperationId, UserId, validator
+from .app import AsJson, CommandError, Count, Exit, OperationId, OptionalCount, OptionalDelay, UserId, validator
 from .messages import VARIABLES, describe_argument, describe_method, format_count
 from .render import new_console, print_fact, print_json, print_line, print_table
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
@@ -59,19 +59,6 @@ class _Refusal(msgspec.Struct):
 def _check_status(_type: object, status: int) -> None:
     if not 200 <= status <= 599:
         raise ValueError("Must be from 200 to 599.")
-
-
-def _check_count(_type: object, count: int | None) -> None:
-    if count is not None and count < 1:
-        raise ValueError("Must be 1 or more.")
-
-
-def _check_delay(_type: object, delay: float | None) -> None:
-    if delay is not None and not 0 <= delay < float("inf"):
-        raise ValueError("Must be a number of seconds, at least 0.")
-
-
-Count = Annotated[int | None, Parameter(validator=_check_count)]
 
 
 # -- approving
@@ -120,7 +107,7 @@ async def decline(
     operation_id: OperationId,
     /,
     *,
-    code: Annotated[int, Parameter(validator=_check_count)] = 30003,
+    code: Count = 30003,
     auth_type: AuthType = "biom",
     user: User = None,
     as_json: AsJson = False,
@@ -182,8 +169,8 @@ async def list_operations(
 async def fail(
     *,
     status: Annotated[int, Parameter(validator=_check_status)] = 503,
-    times: Count = None,
-    retry_after: Annotated[float | None, Parameter(validator=_check_delay)] = None,
+    times: OptionalCount = None,
+    retry_after: OptionalDelay = None,
     stored: Flag = False,
     method: Method | None = None,
     as_json: AsJson = False,
@@ -206,7 +193,7 @@ async def fail(
 
 @sandbox.command(help_epilogue="Example:\n  aiokeyless sandbox drop --stored --method POST --times 1")
 async def drop(
-    *, times: Count = None, stored: Flag = False, method: Method | None = None, as_json: AsJson = False
+    *, times: OptionalCount = None, stored: Flag = False, method: Method | None = None, as_json: AsJson = False
 ) -> int:
     """Let the service drop connections without an answer.
 

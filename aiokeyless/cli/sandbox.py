@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import math
 import shlex
 import signal
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, Parameter
 
-from .app import AsJson, CommandError, Exit, app
+from .app import AsJson, CommandError, Exit, OptionalDelay, Port, app
 from .render import new_console, print_command, print_fact, print_json, print_line, print_title
 
 if TYPE_CHECKING:
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
 DEFAULT_PORT: Final = 3223
 DEFAULT_KEY: Final = "sandbox-key"
 _LOOPBACK: Final = "127.0.0.1"
-
-
-def check_port(_type: object, port: int | None) -> None:
-    """Refuse a number that is not a port."""
-    if port is not None and not 0 <= port <= 65535:
-        raise ValueError("Must be from 0 to 65535.")
-
-
-def _check_delay(_type: object, delay: float | None) -> None:
-    if delay is not None and not 0 <= delay < math.inf:
-        raise ValueError("Must be a number of seconds, at least 0.")
 
 
 sandbox: App = App(
@@ -63,9 +51,9 @@ app.command(sandbox)
 @sandbox.default
 async def serve(
     *,
-    port: Annotated[int, Parameter(validator=check_port)] = DEFAULT_PORT,
+    port: Port = DEFAULT_PORT,
     api_key: str = DEFAULT_KEY,
-    auto_approve: Annotated[float | None, Parameter(validator=_check_delay)] = None,
+    auto_approve: OptionalDelay = None,
     host: str = _LOOPBACK,
     quiet: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     as_json: AsJson = False,

@@ -17,19 +17,13 @@ from cyclopts import Parameter
 
 from aiokeyless.errors import ConfigurationError
 
-from .app import AsJson, CommandError, Exit, Seconds, UsageError, app, new_client
-from .sandbox import check_port
+from .app import AsJson, CommandError, Count, Exit, OptionalCount, OptionalPort, Seconds, UsageError, app, new_client
 
 if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.worker import ApprovalWorker, Broker
 
 _SUBJECT: Final = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
-
-
-def _check_count(_type: object, number: int | None) -> None:
-    if number is not None and number < 1:
-        raise ValueError("Must be at least 1.")
 
 
 def _check_rate(_type: object, rate: float) -> None:
@@ -46,10 +40,6 @@ def _check_grace(_type: object, grace: float) -> None:
 def _check_subject(_type: object, subject: str | None) -> None:
     if subject is not None and not _SUBJECT.fullmatch(subject):
         raise ValueError("Must be a subject: words of letters, digits, - and _, separated by dots.")
-
-
-Count = Annotated[int, Parameter(validator=_check_count)]
-OptionalCount = Annotated[int | None, Parameter(validator=_check_count)]
 
 
 @Parameter(name="*")
@@ -103,7 +93,7 @@ async def worker(
     max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     learned: Path | None = None,
-    health_port: Annotated[int | None, Parameter(validator=check_port)] = None,
+    health_port: OptionalPort = None,
     health_host: str = "127.0.0.1",
     prepare: bool = False,
     as_json: AsJson = False,

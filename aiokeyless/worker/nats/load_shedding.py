@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_FACTOR: Final = 16.0
-_DOUBLES_IN: Final = (
-    5.0  # seconds in which the factor doubles while new requests wait: a burst passes before it matters
-)
+#: Seconds in which the factor doubles while new requests wait: a burst passes before it matters.
+_DOUBLES_IN: Final = 5.0
 _HALVES_IN: Final = 2.5  # seconds, while none waits
 _SEEN_FOR: Final = 1.0  # seconds for which one delivery shows that new requests wait
 _NEGLIGIBLE: Final = 1.1  # as much as the schedule's own jitter
