@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import sentry_sdk
 import structlog
@@ -34,7 +34,7 @@ def by_loguru(error: BaseException) -> str:
 class Plain(Traceback):
     """The same text without colours: to find them, rich reads every file of the traceback from its first line."""
 
-    LEXERS: ClassVar = {".py": "text"}
+    LEXERS = {".py": "text"}  # noqa: RUF012  # rich declares it without ClassVar
 
 
 def by_rich(error: BaseException) -> str:

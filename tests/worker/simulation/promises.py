@@ -265,7 +265,9 @@ def one_at_a_time(seen: Evidence) -> Iterator[Broken]:
 def paced(seen: Evidence) -> Iterator[Broken]:
     """After an answer, a schedule of fixed delays sets the next poll; a late delivery does not."""
     every = seen.story.every
-    for ask in seen.story.asks if every is not None else ():
+    if every is None:
+        return
+    for ask in seen.story.asks:
         deadline = seen.history.stored.get(ask.operation_id, (0.0, 0.0, 0.0))[2]
         for first, second in pairwise(seen.deliveries(ask)):
             ended_at, again = first[-1].ended_at, second[0].sent_at
