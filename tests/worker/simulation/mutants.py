@@ -64,9 +64,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        "AND due_at <= ? ORDER BY due_at DESC LIMIT ?",
-        "AND due_at <= ? ORDER BY due_at LIMIT ?",
-        "good requests wait behind bad ones that were never tried",
+        '"INSERT INTO waiting VALUES (last_insert_rowid(), ?, 0, 0)", (now,)',
+        '"INSERT INTO waiting VALUES (last_insert_rowid(), ?, 0, 0)", (now + 2.0,)',
+        "a new request is asked for two seconds late",
     ),
     Mutant(
         "worker/sqlite/store.py",
@@ -148,6 +148,12 @@ MUTANTS: Final = (
         "                break\n",
         "",
         "each poll is repeated",
+    ),
+    Mutant(
+        "worker/exchanges.py",
+        "_LATE_REPEATS: Final = 2",
+        "_LATE_REPEATS: Final = 0",
+        "a final poll after the grace is sent once",
     ),
     # -- serving
     Mutant(

@@ -36,6 +36,10 @@ ASKED, ASKED_BY_PROBES = 1.0, 12.0
 SOON: Final = 5.0
 #: Seconds by which a poll of such a request may be late.
 LATE: Final = 0.5
+#: Requests that fail before a service seems to be down.
+OPENS: Final = 5
+#: Polls of a request from its deadline on, at least, if none is answered.
+REPEATED: Final = 3
 
 
 @dataclass
@@ -54,6 +58,10 @@ class Evidence:
         """The outcomes, with the requests that they name."""
         asks = {ask.number: ask for ask in self.story.asks}
         return [(asks[each.event.read_context(int)], each) for each in self.history.decided]
+
+    def deadline(self, ask: Ask) -> float:
+        """Return the deadline of a request by the wall clock; infinity if it was not stored."""
+        return self.history.stored.get(ask.operation_id, (0.0, 0.0, math.inf))[2]
 
     def sent(self, ask: Ask, method: str, until: float = math.inf) -> list[Exchange]:
         """Return the exchanges about an operation, those that had ended by a time."""
@@ -99,7 +107,12 @@ class Evidence:
     @cached_property
     def is_down(self) -> bool:
         """Return whether so many requests fail by themselves that the service seems to be down."""
-        return sum(isinstance(fault, Outage) and fault.payload is not None for fault in self.story.faults) >= 5
+        return sum(isinstance(fault, Outage) and fault.payload is not None for fault in self.story.faults) >= OPENS
+
+    @cached_property
+    def may_be_away(self) -> bool:
+        """Return whether the service may seem to be down to a worker, or asked it for a pause."""
+        return len(self.story.asks) >= OPENS or any(e.retry_after is not None for e in self.history.exchanges)
 
     def was_created(self, ask: Ask) -> bool:
         """Return whether a worker created the operation."""
@@ -135,7 +148,7 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
     for ask, each in seen.decided:
         if each.event.outcome != "expired":
             continue
-        deadline = seen.history.stored[ask.operation_id][2]
+        deadline = seen.deadline(ask)
         polls = [e for e in seen.sent(ask, "GET", each.at + EPS) if seen.wall(e.sent_at) >= deadline - EPS]
         said = [e for e in polls if e.status in {200, 404} and e.client == each.by]
         stored = seen.history.operations.get(ask.operation_id)
@@ -153,6 +166,8 @@ def no_approval_lost(seen: Evidence) -> Iterator[Broken]:
         gave_up = deadline + seen.story.grace - seen.wall(each.at)
         if not each.event.answered and not seen.story.steps and gave_up > EPS:
             yield ask, each.at, f"not answered, and given up {gave_up:.3f} s before the end of the grace"
+        if not each.event.answered and seen.story.is_steady and not seen.may_be_away and len(polls) < REPEATED:
+            yield ask, each.at, f"not answered, after {len(polls)} polls"
 
 
 def truth_about_asking(seen: Evidence) -> Iterator[Broken]:
@@ -181,7 +196,7 @@ def asked_once(seen: Evidence) -> Iterator[Broken]:
                 yield ask, post.sent_at, "a POST after the outcome"
             if not looked or (looked[-1] < before.get(post.client, -1.0) and seen.is_single):
                 yield ask, post.sent_at, "a POST without a poll that found nothing"
-            if seen.wall(post.sent_at) > seen.history.stored[ask.operation_id][2] + EPS:
+            if seen.wall(post.sent_at) > seen.deadline(ask) + EPS:
                 yield ask, post.sent_at, "a POST after the deadline"
             if post.sent_at > confirmed and seen.is_single and not seen.is_lied_about(ask):
                 yield ask, post.sent_at, "a POST after one that was confirmed"
@@ -268,7 +283,7 @@ def paced(seen: Evidence) -> Iterator[Broken]:
     if every is None:
         return
     for ask in seen.story.asks:
-        deadline = seen.history.stored.get(ask.operation_id, (0.0, 0.0, 0.0))[2]
+        deadline = seen.deadline(ask)
         for first, second in pairwise(seen.deliveries(ask)):
             ended_at, again = first[-1].ended_at, second[0].sent_at
             is_scheduled = _says(first[-1], b'"pending"') or _says(first[-1], b"success")
