@@ -68,7 +68,7 @@ class PollRate:
         if self._tokens >= 1.0:  # as of the last poll; there are more by now
             return now
         rate = self._fill(now)
-        return now if self._tokens >= 1.0 else now + (1.0 - self._tokens) / rate
+        return now + max(0.0, 1.0 - self._tokens) / rate
 
     def room(self, now: float) -> int | None:
         """Return how many polls may start at once; None if there is no limit."""
@@ -81,9 +81,8 @@ class PollRate:
             self._counted_before = self._counted if now < self._counted_at + 2 * _COUNTED else 0
             self._counted, self._counted_at = 0, now
         self._counted += 1
-        if self._tokens < math.inf or self._refused < math.inf:
-            rate = self._fill(now)
-            self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))
+        rate = self._fill(now)
+        self._tokens = max(self._tokens - 1.0, -max(1.0, rate * _BURST))
 
     def record_refusal(self, now: float, *, started_at: float) -> None:
         """Record a 429.

@@ -207,7 +207,7 @@ class Dispatcher:
         due = min([queue.next_due() for queue in self._open_queues()])
         if self._retries_wait():
             due = min(due, self._slow_at())
-        return max(due, ready_at) if due < math.inf else due
+        return max(due, ready_at)
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
@@ -286,9 +286,7 @@ class Dispatcher:
 
     def _enqueue(self, polled: PolledOperation) -> None:
         """Put an operation into the queue that fits the result of its last poll."""
-        rank = 2 * min(polled.failures, _MOST_FAILURES) if polled.failures else 0
-        if not polled.was_seen:
-            rank += 1
+        rank = 2 * min(polled.failures, _MOST_FAILURES) + (not polled.was_seen)
         if rank != polled.rank:
             self._dequeue(polled)
             polled.rank = rank

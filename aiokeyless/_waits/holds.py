@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.final import RESOLUTION
@@ -83,7 +82,7 @@ class Holds:
             wait = self._poller.start(
                 operation_id,
                 ticket=ticket,
-                timeout=math.inf if ticket is None else None,
+                timeout=None,
                 schedule=schedule,
                 may_be_missing=may_be_missing,
                 patience=seconds,

@@ -87,7 +87,6 @@ class Machine:
         self._no_answer = no_answer
         self._schedule = schedule
         self._learners = (schedule,) if isinstance(schedule, wait_adaptive) else ()
-        self._request_timeout = request_timeout
         self._circuit = Circuit(max_in_flight)
         self._rate = PollRate(max_polls_per_second)
         self._dispatcher = Dispatcher(

@@ -79,8 +79,7 @@ class TimerQueue(Generic[T]):
             item.entry.item = _REMOVED
         item.entry = Entry(when, item)
         heappush(self._heap, item.entry)
-        if self._old or len(self._heap) > 2 * self._live + _SLACK:
-            self._sweep()
+        self._sweep()
 
     def remove(self, item: T) -> None:
         """Remove an item's entry, if it has one."""
@@ -111,8 +110,7 @@ class TimerQueue(Generic[T]):
         item: T = heappop(heap).item  # type: ignore[assignment]  # it is live
         item.entry = None
         self._live -= 1
-        if self._old or len(self._heap) > 2 * self._live + _SLACK:
-            self._sweep()
+        self._sweep()
         return item
 
     def _front(self) -> list[Entry]:
