@@ -118,4 +118,5 @@ CASES: Final = (
     _raised("the client was closed", ClientClosedError("closed"), may_have_taken_effect=True),
     _raised("no connection", TransportError("refused", sent=False, **_POST), may_have_taken_effect=False),
     _raised("a wrong argument", ConfigurationError("wrong"), may_have_taken_effect=False),
+    _raised("a status that HTTP does not have", StatusError(status=600, **_POST), may_have_taken_effect=False),
 )

@@ -129,6 +129,22 @@ async def test_the_options_of_a_verifier_are_those_that_are_compared(client: Key
     assert await reason_for(verifier(audience="shop"), text, transaction_data="") is SignatureReason.WRONG_DATA
 
 
+@pytest.mark.parametrize(
+    ("seconds", "reason"),
+    [(-330, None), (-331, SignatureReason.TOO_OLD), (30, None), (31, SignatureReason.NOT_YET_VALID)],
+)
+async def test_without_options_a_token_may_be_five_minutes_old_and_a_clock_off_by_half_a_minute(
+    verifier: TransactionVerifier, monkeypatch: pytest.MonkeyPatch, seconds: int, reason: SignatureReason | None
+) -> None:
+    now = int(time.time())
+    text = token(claims(iat=now + seconds))
+    monkeypatch.setattr(time, "time", lambda: now)
+    if reason is None:
+        await verify(verifier, text)
+    else:
+        assert await reason_for(verifier, text) is reason
+
+
 # The keys
 
 
@@ -238,8 +254,10 @@ async def test_known_keys_serve_while_the_address_is_away() -> None:
         for _ in range(20):
             await verify(verifier, token())
         assert await reason_for(verifier, unknown(1)) is SignatureReason.KEYS_UNAVAILABLE
+        await asyncio.sleep(299)
+        await verify(verifier, token())
         assert len(server.heads) == 2
-        await asyncio.sleep(300)
+        await asyncio.sleep(1)
         await verify(verifier, token())
         assert len(server.heads) == 3
 

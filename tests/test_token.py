@@ -121,6 +121,12 @@ def test_any_text_can_be_signed(data: str) -> None:
     assert accept(token(claims(td=data)), transaction_data=data).transaction_data == data
 
 
+def test_the_longest_token_has_16_384_characters() -> None:
+    text = token(claims(more="m" * (3 * (16_384 - len(token(claims(more="")))) // 4)))
+    assert len(text) == 16_384
+    accept(text)
+
+
 @pytest.mark.parametrize("changes", [{"use": ..., "alg": ...}, {"more": 1}], ids=["no use, no alg", "more members"])
 def test_a_key_may_say_less_or_more(changes: dict[str, Any]) -> None:
     accept(token(), keys=[ec_jwk(**changes)])

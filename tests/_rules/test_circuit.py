@@ -131,6 +131,17 @@ def test_a_service_that_is_well_again_for_a_while_counts_as_well() -> None:
     assert circuit.is_probed
 
 
+def test_an_operation_that_usually_fails_between_good_answers_raises_the_number_that_opens() -> None:
+    circuit = Circuit(LIMIT)
+    for now in range(100):
+        fail(circuit, float(now))
+        circuit.record_success(float(now), started_at=float(now))
+    fail(circuit, 100.0, FAILURES_UNTIL_OPEN + 5)
+    assert circuit.is_closed
+    fail(circuit, 100.0, 2)
+    assert circuit.is_probed
+
+
 @pytest.mark.parametrize(("failing", "room"), [(0.3, (50, 64)), (0.5, (40, 64)), (0.7, (12, 45)), (0.9, (2, 20))])
 def test_the_more_fail_the_fewer_are_in_flight_and_some_always_are(failing: float, room: tuple[int, int]) -> None:
     circuit = Circuit(LIMIT)

@@ -121,6 +121,19 @@ class TestRefusals:
         rate.record_refusal(0.0, started_at=0.0)
         assert rate.per_second(0.0) == pytest.approx(0.5)
 
+    @pytest.mark.parametrize(
+        ("polls", "refused"),
+        [({0.0: 5, 1.5: 1}, 5), ({0.0: 5, 2.0: 1}, 1), ({0.0: 5, 10.0: 1}, 1), ({0.0: 1, 1.0: 1}, 1)],
+        ids=str,
+    )
+    def test_the_refused_rate_is_that_of_the_last_two_seconds(self, polls: dict[float, int], refused: int) -> None:
+        rate = PollRate(None)
+        for now, count in polls.items():
+            for _ in range(count):
+                rate.record_poll(now)
+        rate.record_refusal(now, started_at=now)
+        assert rate.per_second(now) == refused / 2
+
     def test_polls_at_an_earlier_time_count_once_each(self) -> None:
         rate = PollRate(1000.0)
         for now in (10.0, 9.5, 9.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -224,12 +225,12 @@ class TestOneHold:
     async def test_holds_of_one_target_at_once_are_one_wait(self, sandbox: Sandbox, client: KeylessClient) -> None:
         await old_ticket(client)
         start = now()
-        asyncio.get_running_loop().call_later(5, sandbox.approve, "op")
+        asyncio.get_running_loop().call_later(LEASE + 5, sandbox.approve, "op")
         held = await asyncio.gather(
-            *(client.hold_for_approval("op", seconds=seconds, schedule=wait_fixed(2)) for seconds in (1, 8, 9))
+            *(client.hold_for_approval("op", seconds=seconds, schedule=wait_fixed(4)) for seconds in (1, 18, 19))
         )
         assert [operation is not None for operation in held] == [False, True, True]
-        assert polls(sandbox) == pytest.approx([start, start + 2, start + 4, start + 6])
+        assert polls(sandbox) == pytest.approx([start + 4 * number for number in range(5)])
         assert client.statistics.approvals == 1
 
     async def test_holds_at_once_raise_errors_of_their_own(self, client: KeylessClient) -> None:
@@ -642,6 +643,28 @@ class TestBetweenTwoHolds:
             assert await client.hold_for_approval("op", seconds=1) is None
         assert [event.outcome for event in events if isinstance(event, WaitEnded)][1:] == [WaitOutcome.CLOSED]
 
+    async def test_it_ends_in_no_callers_context(self, sandbox: Sandbox) -> None:
+        caller, ends = ContextVar[str | None]("caller", default=None), []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, WaitEnded):
+                ends.append((event.outcome, caller.get()))
+
+        async with sandbox.client(listeners=[listen]) as client:
+            await old_ticket(client)
+            caller.set("ann")
+            await client.hold_for_approval("op", seconds=1)
+            await asyncio.sleep(LEASE)
+        assert ends == [(WaitOutcome.HELD, None)]
+
+    async def test_telemetry_is_not_asked_unless_it_is_to_be_explained(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        ticket = await old_ticket(client, expires_in=20)
+        with pytest.raises(ApprovalTimeoutError):
+            await hold_on(client, ticket, pieces=30, seconds=3)
+        assert not [r for r in sandbox.requests if "/authentications" in r.path]
+
     async def test_it_is_one_wait_to_an_explanation(self, sandbox: Sandbox, client: KeylessClient) -> None:
         ticket = await old_ticket(client, expires_in=20)
         sandbox.fail_authentication("op", error_code=30004)
@@ -652,14 +675,17 @@ class TestBetweenTwoHolds:
         assert await client.hold_for_approval("op", seconds=1, explain=True) is None
         await asyncio.sleep(LEASE)
         assert client.statistics.waiting == 0
+        sandbox.requests.clear()
+        await asyncio.sleep(600)
+        assert list(sandbox.requests) == []
 
     async def test_closing_the_client_ends_it_at_once(self, sandbox: Sandbox) -> None:
         client = sandbox.client()
         before = asyncio.all_tasks()
         await old_ticket(client)
-        assert await client.hold_for_approval("op", seconds=1, explain=True) is None
         holding = asyncio.create_task(client.hold_for_approval("other", seconds=60, if_missing="wait", explain=True))
         await asyncio.sleep(1)
+        assert await client.hold_for_approval("op", seconds=1, explain=True) is None
         start = now()
         await client.aclose()
         assert now() == start

@@ -311,6 +311,32 @@ class TestSlots:
         assert machine.wakes(0.6) == 1.5
         assert len(machine.started(1.5)) == 2
 
+    def test_a_driver_does_not_wake_for_the_share_of_those_that_failed_last_if_none_of_them_waits(self) -> None:
+        machine = Calls(4, schedule=wait_fixed(60))
+        *_, leaving = [machine.wait(name) for name in ("bad", "worse", "leaving")]
+        for poll in machine.started(0.0):
+            machine.answer(poll, 0.0, error(500))
+        machine.give_up(leaving, 0.1)
+        machine.wait("bad", at=0.2)
+        machine.wait("new", at=0.2, is_fresh=True)
+        assert len([*machine.started(0.2), *machine.started(0.5)]) == 2
+        assert machine.wakes(0.5) == 0.2 + TIMEOUT
+
+    def test_an_operation_that_always_fails_is_polled_again_and_again(self) -> None:
+        machine = Calls()
+        machine.wait()
+        polls = machine.run(100.0, lambda *_: error(500))
+        assert [at for at, _ in polls] == [0.25 * number * (number + 1) for number in range(20)]
+
+    def test_a_wait_for_an_operation_whose_caller_was_cancelled_is_polled_at_once(self) -> None:
+        machine = Calls()
+        cancelled = machine.wait()
+        cancelled.is_cancelled = True
+        assert machine.started(0.0) == []
+        machine.wait(at=0.0)
+        machine.leave(cancelled, 0.0)
+        assert names(machine.started(0.0)) == ["op"]
+
     def test_a_poll_is_overdue_after_the_request_timeout_and_backs_off(self) -> None:
         machine = Calls()
         machine.wait("first")
@@ -669,6 +695,13 @@ class TestDeadlines:
         assert not machine.is_settled(1.1)
         machine.give_up(machine.wait("third"), 0.0)
         assert machine.is_settled(1.0)
+
+    def test_a_driver_asks_again_if_another_poll_may_start(self) -> None:
+        machine = Calls(2)
+        for name in ("one", "other"):
+            machine.wait(name)
+        assert machine.next_poll(0.0) is not None
+        assert not machine.is_settled(1.0)
 
     def test_a_driver_has_to_cut_off_what_no_wait_needs(self) -> None:
         machine = Calls()
@@ -1076,6 +1109,7 @@ class TestResults:
         poll, _ = machine.started(0.0)
         machine.fail_poll(poll, ZeroDivisionError(), 0.5)
         machine.fail_poll(poll, ZeroDivisionError(), 0.5)
+        assert machine.wake_at() == 0.5
         assert (wait.outcome, other.outcome) == ("ZeroDivisionError", "")
         assert machine.statistics(0.5).in_flight == 1
 
@@ -1179,6 +1213,12 @@ class TestLearning:
             machine.wait(ticket=TICKET, schedule=each)
         machine.answer(machine.one(0.0), 0.0, "approved")
         assert schedule.observed == other.observed == [(0.0, 0.0)]
+
+    def test_a_schedule_that_does_not_learn_is_told_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
+        machine = Calls(schedule=wait_fixed(1))
+        machine.wait(ticket=TICKET)
+        machine.answer(machine.one(0.0), 0.0, "approved")
+        assert caplog.records == []
 
     def test_a_schedule_of_a_waits_own_learns_alone(self) -> None:
         schedule, own = Learner(), Learner()
@@ -1442,12 +1482,26 @@ class TestSharing:
             machine.answer(machine.one(at), at)
         assert (first.attempt, second.attempt) == (4, 4)
 
+    def test_a_caller_who_joins_takes_no_attempt_from_another_wait(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
+        poll = machine.one(0.0)
+        machine.give_up(machine.wait(at=0.2), 0.4)  # during a poll
+        machine.answer(poll, 0.5)
+        machine.answer(machine.one(0.5), 0.5)
+        machine.give_up(machine.wait(at=0.7, is_fresh=True, schedule=wait_fixed(60)), 0.9)  # between two
+        machine.answer(machine.one(1.5), 1.5)
+        assert wait.attempt == 4
+
     def test_a_wait_counts_no_attempt_before_its_own_schedule_would_poll(self) -> None:
         machine = Calls(schedule=wait_fixed(60))
         often, seldom = machine.wait(schedule=wait_fixed(1)), machine.wait(schedule=wait_fixed(10))
         for at in range(5):
             machine.answer(machine.one(float(at)), float(at))
         assert (often.attempt, seldom.attempt) == (6, 2)
+        machine.give_up(machine.wait(at=4.5), 4.5)
+        machine.answer(machine.one(5.0), 5.0)
+        assert (often.attempt, seldom.attempt) == (7, 2)
 
     def test_a_caller_who_comes_and_goes_changes_no_schedule(self) -> None:
         machine = Calls(schedule=wait_exponential(max=64))

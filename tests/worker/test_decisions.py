@@ -27,6 +27,7 @@ from aiokeyless.errors import (
 from aiokeyless.models import Operation, Secret
 from aiokeyless.schedule import wait_adaptive
 from aiokeyless.ticket import ApprovalTicket, payload_digest
+from aiokeyless.worker.broker import Exchange
 from aiokeyless.worker.decisions import (
     Decided,
     Decision,
@@ -143,9 +144,14 @@ def decided(decision: Decision | Next) -> Decided:
     return decision
 
 
-def delay(decision: Decision | Next) -> float:
+def delay(decision: Decision | Next, exchange: Exchange = Exchange.ANSWERED) -> float:
     assert isinstance(decision, Redeliver)
+    assert decision.exchange is exchange
     return decision.delay
+
+
+def delay_after_failure(decision: Decision | Next) -> float:
+    return delay(decision, Exchange.FAILED)
 
 
 def status(kind: type[Any], number: int, *, path: str = "/v2/x") -> KeylessError:
@@ -337,19 +343,19 @@ def test_a_request_that_fails_says_why() -> None:
 
 def test_a_request_that_an_outage_outlasts_is_expired_and_unknown() -> None:
     event, polled_at = after_outage(DELIVERY, now=at(LATE))
-    assert (event.outcome, event.answered, event.reason) == (Outcome.EXPIRED, False, None)
+    assert (event.outcome, event.answered, event.asked, event.reason) == (Outcome.EXPIRED, False, False, None)
     assert polled_at is None
 
 
 def test_what_this_request_may_have_created_is_not_created_again_where_it_is_missing_for_a_moment() -> None:
-    assert SHORTEST <= delay(polled(MISSING, 10, was_created=True)) <= 0.5
-    assert SHORTEST <= delay(polled(MISSING, FINAL, was_created=True, grace=30)) <= 0.5
+    assert SHORTEST <= delay_after_failure(polled(MISSING, 10, was_created=True)) <= 0.5
+    assert SHORTEST <= delay_after_failure(polled(MISSING, FINAL, was_created=True, grace=30)) <= 0.5
     assert decided(polled(MISSING, FINAL, was_created=True)).event.answered is False
 
 
 def test_a_gateway_that_refuses_everything_for_a_moment_does_not_end_what_users_were_asked() -> None:
     assert delay(polled(FORBIDDEN, 10, was_created=True, failures=9)) == 3  # by the schedule
-    assert SHORTEST <= delay(polled(FORBIDDEN, FINAL, was_created=True, grace=30)) <= 0.5
+    assert SHORTEST <= delay_after_failure(polled(FORBIDDEN, FINAL, was_created=True, grace=30)) <= 0.5
     event, *_ = decided(polled(FORBIDDEN, FINAL, was_created=True))
     assert (event.outcome, event.answered) == (Outcome.EXPIRED, False)
 
@@ -375,25 +381,25 @@ transient = pytest.mark.parametrize(
 
 @transient
 def test_a_transient_failure_is_retried_with_the_backoff(error: KeylessError) -> None:
-    assert SHORTEST <= delay(polled(error, 1, failures=1)) <= 0.5
+    assert SHORTEST <= delay_after_failure(polled(error, 1, failures=1)) <= 0.5
 
 
 def test_the_more_failures_in_a_row_the_longer_the_delay_may_be() -> None:
-    delays = [delay(polled(UNREACHABLE, 1, failures=6)) for _ in range(200)]
+    delays = [delay_after_failure(polled(UNREACHABLE, 1, failures=6)) for _ in range(200)]
     assert max(delays) > 2
     assert max(delays) <= 16
 
 
 @transient
 def test_a_service_that_wants_to_be_left_alone_is(error: KeylessError) -> None:
-    assert delay(polled(error, 1, paused_for=30)) == 30
-    assert delay(polled(error, 1, closed_for=30)) == 30
+    assert delay_after_failure(polled(error, 1, paused_for=30)) == 30
+    assert delay_after_failure(polled(error, 1, closed_for=30)) == 30
 
 
 @transient
 def test_a_pause_does_not_go_past_the_deadline(error: KeylessError) -> None:
-    assert delay(polled(error, IN_TIME, paused_for=30)) == 1
-    assert delay(polled(error, IN_TIME, took=9, paused_for=30)) == SHORTEST
+    assert delay_after_failure(polled(error, IN_TIME, paused_for=30)) == 1
+    assert delay_after_failure(polled(error, IN_TIME, took=9, paused_for=30)) == SHORTEST
 
 
 @transient
@@ -405,10 +411,10 @@ def test_a_final_poll_without_an_answer_is_expired_and_says_that_it_is_unknown(e
 
 @transient
 def test_a_final_poll_without_an_answer_is_repeated_in_the_grace_and_not_after_it(error: KeylessError) -> None:
-    assert SHORTEST <= delay(polled(error, FINAL, grace=30)) <= 0.5
-    assert delay(polled(error, FINAL + 29.9, paused_for=60, grace=30)) == 60
-    assert delay(polled(error, FINAL + 10, closed_for=15, grace=30)) == 15
-    assert delay(polled(error, FINAL + 10, closed_for=60, grace=30)) == 20  # then it can be told
+    assert SHORTEST <= delay_after_failure(polled(error, FINAL, grace=30)) <= 0.5
+    assert delay_after_failure(polled(error, FINAL + 29.9, paused_for=60, grace=30)) == 60
+    assert delay_after_failure(polled(error, FINAL + 10, closed_for=15, grace=30)) == 15
+    assert delay_after_failure(polled(error, FINAL + 10, closed_for=60, grace=30)) == 20  # then it can be told
     assert decided(polled(error, FINAL + 30, grace=30)).event.answered is False
 
 
@@ -436,9 +442,9 @@ def test_a_poll_that_fails_for_good_has_failed_at_once_with_its_reason(
 def test_what_could_not_be_created_is_retried_with_the_backoff_and_by_the_deadline(
     error: KeylessError,
 ) -> None:
-    assert SHORTEST <= delay(not_created(error, 1)) <= 0.5
-    assert delay(not_created(error, 1, paused_for=30)) == 30
-    assert delay(not_created(error, IN_TIME, paused_for=30)) == 1
+    assert SHORTEST <= delay_after_failure(not_created(error, 1)) <= 0.5
+    assert delay_after_failure(not_created(error, 1, paused_for=30)) == 30
+    assert delay_after_failure(not_created(error, IN_TIME, paused_for=30)) == 1
 
 
 @pytest.mark.parametrize("error", [status(NotFoundError, 404), status(BadRequestError, 400)], ids=repr)
@@ -490,7 +496,8 @@ def test_whatever_the_moment_a_delay_is_positive_and_ends_by_the_deadline(
         after_creation(DELIVERY, now, pacing(wait_fixed(every))),
     ):
         if not is_final(DELIVERY, at(age)):  # rounded to microseconds, it may be
-            assert SHORTEST <= delay(decision) <= longest
+            assert isinstance(decision, Redeliver)
+            assert SHORTEST <= decision.delay <= longest
 
 
 # -- no request
