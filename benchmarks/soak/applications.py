@@ -33,6 +33,7 @@ from aiokeyless import (
     TransportError,
     wait_adaptive,
 )
+from aiokeyless._waits.holds import LEASE
 from benchmarks.loops import loop_factory
 from benchmarks.server import API_KEY, allow_many_sockets
 
@@ -370,7 +371,7 @@ async def _run(base_url: str, plan: Plan, folder: Path) -> None:
             await applications.run()
             measuring.cancel()
             await asyncio.wait([measuring])
-            await asyncio.sleep(plan.sample)  # polls of the last turn end
+            await asyncio.sleep(LEASE + plan.sample)  # so long the waits of the last holds go on
             samples.write(_sample(client, Histogram(), 0.0))
 
 
