@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: Details of a conflict: the id is another operation's, or a different request holds it.
 OTHER_OPERATION: Final = "the operation id is taken by another operation"
 OTHER_REQUEST: Final = "the operation id belongs to a different request"
-_LONGEST_DETAIL: Final = 500  # characters: a message may name a path that holds an id of 512
+_LONGEST_TEXT: Final = 500  # characters of an answer: a longer event might not fit where the request did
 _FIRST_POLL: Final = 2  # the delivery of the first poll: the one before it created the operation
 
 
@@ -214,7 +214,7 @@ def fail_unreadable(message: Message, error: KeylessError, *, now: datetime) -> 
         version=VERSION,
         outcome=Outcome.FAILED,
         reason=FailureReason.INVALID_REQUEST,
-        detail=str(error)[:_LONGEST_DETAIL],
+        detail=str(error)[:_LONGEST_TEXT],
         requested_at=message.stored_at,
         decided_at=now,
         deliveries=message.number,
@@ -286,11 +286,11 @@ def _decide(
         user_id=ticket.user_id,
         external_user_id=ticket.external_user_id,
         payload_sha256=ticket.payload_sha256,
-        auth_type=auth_type,
+        auth_type=None if auth_type is None else auth_type[:_LONGEST_TEXT],
         answered=answered,
         asked=asked,
         reason=reason,
-        detail=None if detail is None else detail[:_LONGEST_DETAIL],
+        detail=None if detail is None else detail[:_LONGEST_TEXT],
         requested_at=ticket.created_at,
         decided_at=now,
         deliveries=delivery.number,

@@ -110,7 +110,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of an empty text if the request had none. Compare it and
             `user_id` with your request, because an operation id alone does not say what the user approved. None in the
             same case.
-        auth_type: If approved, how the user approved, or None; see `aiokeyless.AuthType`.
+        auth_type: If approved, how the user approved, in at most 500 characters, or None; see `aiokeyless.AuthType`.
         answered: If expired, whether the final poll was answered: the operation was pending, or did not exist. If
             False, the outcome is unknown; check it with ``get_operation`` before you repeat anything.
         asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve. None

@@ -166,13 +166,8 @@ class Reporter:
 
     async def watch(self) -> None:
         """Inspect the fleet again and again, until it is cancelled."""
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  # this runs in one
         while True:
             await self._inspect()
-            # On Python 3.11, asyncio.wait_for can lose a cancellation. Who cancelled this may not be able to repeat it.
-            if task.cancelling():
-                raise asyncio.CancelledError
             self._publish_inspection()
             await asyncio.sleep(_EVERY)
 
@@ -184,6 +179,10 @@ class Reporter:
             return
         except BrokerError as error:
             self._on_loss(error)
+            return
+        except Exception as error:  # noqa: BLE001  # a bug: /readyz must not keep its last figures as if all were well
+            log(logging.ERROR, "inspection.failed", exc_info=True)
+            self._silence = f"{type(error).__name__}: {error}"
             return
         self._silence = None
         self._lateness, self._longest_wait = self._longest_wait, 0.0

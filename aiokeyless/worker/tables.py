@@ -53,8 +53,8 @@ class TableBroker(Broker):
         while True:
             try:
                 await self._tidy(turn)
-            except (UnavailableError, BrokerError) as error:  # workers get this error, too
-                self._not_cleaned.log({"error": str(error)})
+            except Exception as error:  # noqa: BLE001  # even after a bug, requests need the next turn
+                self._not_cleaned.log({"error": f"{type(error).__name__}: {error}"})
             turn += 1
             await asyncio.sleep(self._TIDIES_EVERY)
 

@@ -471,12 +471,14 @@ def test_what_may_have_been_created_is_not_said_to_be_rejected() -> None:
     assert (event.outcome, event.reason, event.detail) == (Outcome.FAILED, FailureReason.POLL_REFUSED, str(error))
 
 
-def test_a_long_message_is_cut() -> None:
+def test_a_long_text_of_an_answer_is_cut() -> None:
     error = TransportError("x" * 10_000, method="GET", path="/v2/x")
     event, *_ = decided(after_bug(DELIVERY, error, now=at(1)))
     assert len(event.detail or "") <= 500
     event, *_ = decided(not_created(status(NotFoundError, 404, path="/v2/" + "y" * 10_000), 1))
     assert len(event.detail or "") == 500
+    event, *_ = decided(answered(1, **APPROVED, auth_type="x" * 10_000))
+    assert (event.outcome, len(event.auth_type or "")) == (Outcome.APPROVED, 500)
 
 
 @given(

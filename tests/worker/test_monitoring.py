@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -342,30 +342,26 @@ async def reporting(broker: FakeBroker, circuit: Circuit) -> AsyncGenerator[Repo
     watching.cancel()
 
 
-async def test_a_cancellation_that_an_inspection_loses_ends_it_nevertheless(
-    broker: FakeBroker, circuit: Circuit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As asyncio.wait_for loses it on Python 3.11, if the answer comes at the same moment."""
-    inspections = 0
-
-    async def lose_a_cancellation() -> Inspection:
-        nonlocal inspections
-        inspections += 1
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(3)
-        await asyncio.sleep(0)  # Python 3.11 traces no line after a cancellation, until the task is resumed without one
-        return Inspection(problems=("the last one",))
-
-    monkeypatch.setattr(broker, "inspect", lose_a_cancellation)
-    async with reporting(broker, circuit) as reporter:
-        [watching] = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.wait([watching])
-    assert watching.cancelled()
-    assert (inspections, problems(reporter)) == (1, ["the last one"])
-
-
 def problems(reporter: Reporter) -> list[str]:
     return list(reporter.statistics().problems)
+
+
+async def test_an_inspection_that_fails_for_a_bug_is_a_problem_until_one_succeeds(
+    broker: FakeBroker, circuit: Circuit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> Inspection:
+        raise LookupError("no such row")
+
+    async with reporting(broker, circuit) as reporter:
+        with monkeypatch.context() as patch:
+            patch.setattr(broker, "inspect", fail)
+            await asyncio.sleep(5)
+            assert problems(reporter) == ["the broker does not answer: LookupError: no such row"]
+        await asyncio.sleep(5)
+        assert problems(reporter) == []
+    [record] = caplog.records
+    assert (record.levelname, record.message) == ("ERROR", "inspection.failed")
+    assert record.exc_info is not None
 
 
 def delivery(*, number: int = 1, waited: float = 0.0) -> Message:

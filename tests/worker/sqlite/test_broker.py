@@ -380,11 +380,12 @@ async def test_what_nobody_needs_any_more_is_removed_in_time(
     assert not await memory.submit(new_request("read"))
 
 
+@pytest.mark.parametrize("error", [sqlite3.DatabaseError("out of order"), LookupError("a bug")], ids=repr)
 async def test_a_broker_that_cannot_be_cleaned_says_so_and_goes_on(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def refused(*_arguments: object) -> None:
-        raise sqlite3.DatabaseError("out of order")
+        raise error
 
     monkeypatch.setattr(store.Store, "repair", refused)
     async with SqliteBroker(path) as broker:
