@@ -301,15 +301,16 @@ class TestSlots:
         assert names(machine.started(0.4)) == ["good"]
         assert [name[:3] for name in names(machine.started(0.6))] == ["bad", "bad", "bet"]
 
-    def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(self) -> None:
-        machine = Calls(4)
-        for number in range(4):
+    @pytest.mark.parametrize(("slots", "share"), [(4, 2), (3, 1)])
+    def test_those_that_failed_last_and_hang_leave_their_share_after_a_second(self, slots: int, share: int) -> None:
+        machine = Calls(slots)
+        for number in range(slots):
             machine.wait(f"bad-{number}")
         for poll in machine.started(0.0):
             machine.answer(poll, 0.0, error(500))
-        assert len(machine.started(0.5)) == 2
+        assert len(machine.started(0.5)) == share
         assert machine.wakes(0.6) == 1.5
-        assert len(machine.started(1.5)) == 2
+        assert len(machine.started(1.5)) == share
 
     def test_a_driver_does_not_wake_for_the_share_of_those_that_failed_last_if_none_of_them_waits(self) -> None:
         machine = Calls(4, schedule=wait_fixed(60))
