@@ -55,8 +55,10 @@ class CuttingProxy:
     async def hang(self, seconds: float) -> None:
         """Hold back everything that is sent for so long; then it arrives."""
         self._flows.clear()
-        await asyncio.sleep(seconds)
-        self._flows.set()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._flows.set()
 
     async def __aenter__(self) -> Self:
         self._listening = await asyncio.start_unix_server(self._serve, self._folder / ".s.PGSQL.5432")
@@ -73,13 +75,13 @@ class CuttingProxy:
         task = asyncio.create_task(self._carry(client, to_client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: to_client.transport.abort())  # also if it is cut before its first step
 
     async def _carry(self, client: StreamReader, to_client: StreamWriter) -> None:
         """Carry one connection, until one of its ends is closed or it is cut."""
         try:
             server, to_server = await asyncio.open_unix_connection(self._server.folder / ".s.PGSQL.5432")
-        except (OSError, asyncio.CancelledError):  # the server is away
-            to_client.transport.abort()
+        except OSError:  # the server is away
             return
         is_cut = asyncio.Event()
         both = [self._ask(client, to_server, is_cut), self._answer(server, to_client, is_cut)]
@@ -87,7 +89,6 @@ class CuttingProxy:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            to_client.transport.abort()
             to_server.transport.abort()
             for task in tasks:
                 task.cancel()

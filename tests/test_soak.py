@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 from nats_server import PATIENCE
 
 from benchmarks.approval_times import seeded_random
+from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.soak.fleet import Told, payload_of
 from benchmarks.soak.histogram import Histogram
 from benchmarks.soak.journal import Reader, Writer
@@ -327,6 +329,49 @@ async def test_proxy_counts_the_faults_that_it_draws() -> None:
 def test_closed_proxy_has_no_url() -> None:
     with pytest.raises(RuntimeError):
         _ = FaultyProxy(seeded_random(1)).url
+
+
+# -- the proxy in front of PostgreSQL
+
+
+@contextlib.asynccontextmanager
+async def cutting_proxy(
+    folder: Path,
+) -> AsyncGenerator[tuple[CuttingProxy, asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Yield a proxy in front of a server that sends back what it gets, and a connection to the proxy."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    server = SimpleNamespace(folder=folder)
+    async with (
+        asyncio.timeout(PATIENCE),
+        await asyncio.start_unix_server(serve, folder / ".s.PGSQL.5432"),
+        CuttingProxy(server, cut_after=False) as proxy,  # type: ignore[arg-type]  # a folder is all that it needs
+    ):
+        reader, writer = await asyncio.open_unix_connection(proxy.url("").partition("host=")[2] + "/.s.PGSQL.5432")
+        yield proxy, reader, writer
+        writer.close()
+
+
+async def test_connection_is_cut_even_before_the_proxy_has_reached_the_server(tmp_path: Path) -> None:
+    async with cutting_proxy(tmp_path) as (proxy, reader, _):
+        while not proxy.cut_all():  # noqa: ASYNC110  # the very turn in which the proxy accepts it
+            await asyncio.sleep(0)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+
+
+async def test_network_that_hangs_no_more_because_the_run_has_ended_holds_nothing_back(tmp_path: Path) -> None:
+    async with cutting_proxy(tmp_path) as (proxy, reader, writer):
+        hanging = asyncio.create_task(proxy.hang(3600.0))
+        await asyncio.sleep(0)
+        hanging.cancel()
+        await asyncio.wait([hanging])
+        writer.write(b"question")
+        assert await reader.readexactly(8) == b"question"
 
 
 # -- all of it

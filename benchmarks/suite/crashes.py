@@ -41,7 +41,7 @@ _READERS: Final = 3
 _APPROVED_AFTER: Final = 0.5  # seconds
 _REQUEST_TIMEOUT: Final = 1.0  # seconds; so what a killed worker had in hand is due again after 13 s
 _SETTLED_WITHIN: Final = 240.0  # seconds
-_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
 class Sizes(NamedTuple):
