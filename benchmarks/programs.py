@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.context import SpawnProcess
     from typing import NoReturn
 
@@ -18,11 +20,13 @@ class Program:
     Args:
         target: What it runs, a function of a module.
         arguments: Of the function.
+        environment: Variables that it has beyond those of this process.
     """
 
-    def __init__(self, target: Callable[..., None], *arguments: object) -> None:
+    def __init__(self, target: Callable[..., None], *arguments: object, **environment: str) -> None:
         self._target = target
         self._arguments = arguments
+        self._environment = environment
         self._process: SpawnProcess | None = None
         self.starts = 0
         """How often it was started."""
@@ -38,7 +42,8 @@ class Program:
             self._process = multiprocessing.get_context("spawn").Process(
                 target=self._target, args=self._arguments, daemon=True
             )
-            self._process.start()
+            with environment(**self._environment):
+                self._process.start()
             self.starts += 1
 
     def kill(self) -> bool:
@@ -56,3 +61,18 @@ async def keep_running(programs: Sequence[Program]) -> NoReturn:
         for program in programs:
             program.keep_running()
         await asyncio.sleep(0.2)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Let processes that are started meanwhile have these variables, too."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]

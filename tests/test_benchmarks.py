@@ -11,7 +11,7 @@ pytestmark = pytest.mark.benchmarks
 
 ROOT = Path(__file__).parent.parent
 #: What a benchmark of these saves has its own name; tests/test_soak.py has the soak.
-ONLY_BY_NAME = {"crashes", "distributed", "fairness", "limits", "soak", "soak_fleet", "weather"}
+ONLY_BY_NAME = {"crashes", "distributed", "fairness", "limits", "reads", "soak", "soak_fleet", "weather"}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +48,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
         "listeners",
         "limits",
         "fairness",
+        "reads",
     ],
 )
 def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_benchmark_measures_and_writes_what_it_measured(name: str, tmp_path: Pat
     assert all(goal["figure"] is not None for goal in report["goals"])
     assert report["raw"]
     assert done.stdout == (tmp_path / f"{file}.txt").read_text()
-    if name in {"crashes", "distributed", "limits"}:  # the docs include the tables
+    if name in {"crashes", "distributed", "limits", "reads"}:  # the docs include the tables
         assert (tmp_path / f"{name}.md").read_text().count("\n| ---: |") == len(report["tables"])
 
 

@@ -325,6 +325,18 @@ def test_what_the_page_about_postgres_says_was_measured() -> None:
     assert crashes["orders committed"] == crashes["payments"] == crashes["orders that were paid"] == 300
 
 
+def test_what_the_page_of_limits_says_about_reads_was_measured() -> None:
+    page = " ".join((DOCS / "explanation" / "limits.md").read_text().split())
+    plain, mapped, uvloop = saved("reads").values()
+    reads, _, resident, _ = (list(column) for column in zip(*plain, strict=True))
+    early = reads.index(200_000)
+    grown = [(resident[early] - resident[0]) / 1e6, (resident[-1] - resident[early]) / 1e6]
+    assert f"{grown[0]:.0f} MB in the first 200 000 reads, {grown[1]:.0f} MB in the 800 000 after them" in page
+    (plain_cost, mapped_cost, uvloop_cost) = (of[-1][1] - of[0][1] for of in (plain, mapped, uvloop))
+    assert f"Each read then costs {(mapped_cost - plain_cost) / reads[-1] * 1e6:.0f} µs more" in page
+    assert uvloop_cost < plain_cost
+
+
 def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     page = (DOCS / "explanation" / "proof.md").read_text()
     results = [
