@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import math
 import signal
+import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -19,10 +20,14 @@ from aiokeyless import KeylessClient, KeylessError, wait_adaptive
 from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
 from benchmarks.server import API_KEY
 
+from . import heap
+from .heap import Heap  # noqa: TC001  # msgspec reads it
+from .journal import Writer
 from .verdicts import WORKER, Ending, Outcome
 
 if TYPE_CHECKING:
     import random
+    from pathlib import Path
     from typing import Any, NoReturn
 
     from aiokeyless.worker import ApprovalEvent
@@ -38,21 +43,39 @@ TABLES: Final = f"""
     );
     SELECT keyless.add_reader('{READER}');
 """
-_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 _AGAIN: Final = 0.2  # seconds until a program that lost its connection makes another one
 _POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
+_SAMPLES_EVERY: Final = 5.0  # seconds
 
 
-def work(url: str, base_url: str, request_timeout: float) -> None:
-    """Run a worker; it ends if the database or the service is away when it starts."""
+class Sample(NamedTuple):
+    """What a worker holds, as only the process itself can see it."""
+
+    at: float
+    blocks: int  # of memory that Python's objects take
+    heap: Heap | None  # of the C library, for what is larger
+
+
+def work(url: str, base_url: str, request_timeout: float, samples: Path) -> None:
+    """Run a worker that writes a `Sample` now and then; it ends if the database or the service is away at its start."""
 
     async def run() -> None:
         async with KeylessClient(API_KEY, base_url=base_url, request_timeout=request_timeout) as client:
+            sampling = asyncio.create_task(_sample(samples))
             await ApprovalWorker(client, url, schedule=wait_adaptive(poll_cost=_POLL_COST)).run()
+            sampling.cancel()
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(KeylessError):
         asyncio.run(run())
+
+
+async def _sample(samples: Path) -> NoReturn:
+    with Writer(samples) as writer:
+        while True:
+            writer.write(Sample(time.monotonic(), sys.getallocatedblocks(), heap.read()))
+            await asyncio.sleep(_SAMPLES_EVERY)
 
 
 def read(url: str) -> None:

@@ -1,8 +1,8 @@
 """An hour of a fleet on PostgreSQL: the server is restarted, connections are cut, workers are killed; nothing lost.
 
-A shop places orders with the request for their approval, and rolls some back. Two workers ask Keyless, two readers pay.
-A worker and a reader are killed now and then; the others live for the whole time, and their memory is measured. See
-`benchmarks.soak`.
+A shop places orders with the request for their approval, and rolls some back. Three workers ask Keyless, two readers
+pay. A worker and a reader are killed now and then; the others live for the whole time, and their memory is measured.
+One of these workers has another threshold of the C library's allocator. See `benchmarks.soak`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer, is_installed
 from benchmarks.programs import Program, keep_running
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
-from benchmarks.soak import fleet
-from benchmarks.soak.fleet import Shop, Told
+from benchmarks.soak import fleet, heap
+from benchmarks.soak.fleet import Sample, Shop, Told
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.proxy import FaultyProxy
 from benchmarks.soak.service import Habits, ServiceProcess
@@ -50,7 +50,12 @@ _SELDOM: Final = 3.0  # seconds: a server starts in one or two
 _MB: Final = 1e6
 _ROLES: Final = ("orders", "workers", "readers")
 _KEYLESS: Final = ("request", "waiting", "outcome", "unread")
-_PROGRAMS: Final = ("worker", "reader")
+#: Bytes. asyncio's own event loop allocates 256 KiB for each read, and gives back what the read did not need. From this
+#: threshold on that leaves no holes in the heap.
+_THRESHOLD: Final = "65536"
+_ENVIRONMENTS: Final[list[dict[str, str]]] = [{}, {heap.THRESHOLD: _THRESHOLD}]  # of the workers that nobody kills
+_WORKERS: Final = ("worker", f"worker with {heap.THRESHOLD}={_THRESHOLD}")
+_PROGRAMS: Final = (*_WORKERS, "reader")
 
 
 class Plan(NamedTuple):
@@ -74,7 +79,7 @@ class Reading(NamedTuple):
 
     at: float
     resident: list[int]  # bytes, as _PROGRAMS
-    cpu: float  # seconds, of both since their start
+    cpu: float  # seconds, of all since their start
     rows: list[int]  # as _KEYLESS
     size: int  # bytes of these tables and their indexes
 
@@ -88,6 +93,7 @@ class Soak:
         self._source = seeded_random(1)
         self._server = server
         self._database = server.new_database()
+        self._folder = folder
         self._record = folder / "record"
         approvals = ApprovalTimes(((1.0, plan.expires_in / 4, 0.8),), never=0.1)
         self.service = ServiceProcess(self._record, Habits(approvals, _MEMORY))
@@ -96,6 +102,7 @@ class Soak:
         self.shop = Shop(self._source, plan.expires_in, plan.rate)
         self.happened: Counter[str] = Counter()
         self.readings: list[Reading] = []
+        self.samples: list[list[Sample]] = []
         self.told: list[Told] = []
         self.paid: Counter[str] = Counter()
         self.verdicts = Verdicts(math.inf)
@@ -112,14 +119,14 @@ class Soak:
             await stack.enter_async_context(self.to_service)
             self.to_service.target = await self.service.start()
             self._start_programs()
-            keeping = asyncio.create_task(keep_running([*self.workers, *self.readers]))
+            keeping = asyncio.create_task(keep_running(self._programs))
             try:
                 await self._sell()
                 await self._until(self._is_settled)
                 self.readings.append(await asyncio.to_thread(self._read))
             finally:
                 keeping.cancel()
-                for program in (*self.workers, *self.readers):
+                for program in self._programs:
                     program.kill()
                 await self.service.kill()
         self._compare()
@@ -127,8 +134,14 @@ class Soak:
     def _start_programs(self) -> None:
         urls = {of: self.proxies[of].url(self._database) for of in self.proxies}
         base_url, timeout = self.to_service.url, self.plan.request_timeout
-        self.workers = [Program(fleet.work, urls["workers", after], base_url, timeout) for after in (True, False)]
-        self.readers = [Program(fleet.read, urls["readers", after]) for after in (True, False)]
+        self.lasting_workers = [
+            Program(fleet.work, urls["workers", True], base_url, timeout, self._folder / f"{k}", **environment)
+            for k, environment in enumerate(_ENVIRONMENTS)
+        ]
+        self.killed_worker = Program(fleet.work, urls["workers", False], base_url, timeout, self._folder / "killed")
+        self.lasting_reader = Program(fleet.read, urls["readers", True])
+        self.killed_reader = Program(fleet.read, urls["readers", False])
+        self._programs = [*self.lasting_workers, self.killed_worker, self.lasting_reader, self.killed_reader]
 
     async def _sell(self) -> None:
         """Place orders, and disturb everything once the first one is settled."""
@@ -200,10 +213,10 @@ class Soak:
         self.to_service.target = await self.service.start()
 
     async def _kill_worker(self) -> None:
-        self.happened["worker killed"] += self.workers[1].kill()
+        self.happened["worker killed"] += self.killed_worker.kill()
 
     async def _kill_reader(self) -> None:
-        self.happened["reader killed"] += self.readers[1].kill()
+        self.happened["reader killed"] += self.killed_reader.kill()
 
     async def _cut_commits(self) -> None:
         for proxy in self.proxies.values():
@@ -238,7 +251,7 @@ class Soak:
             )
             rows.append(int(count))
             size += int(held)
-        processes = [psutil.Process(self.workers[0].pid), psutil.Process(self.readers[0].pid)]
+        processes = [psutil.Process(program.pid) for program in (*self.lasting_workers, self.lasting_reader)]
         cpu = sum(sum(process.cpu_times()[:2]) for process in processes)
         return Reading(time.monotonic(), [process.memory_info().rss for process in processes], cpu, rows, size)
 
@@ -266,6 +279,7 @@ class Soak:
     def _compare(self) -> None:
         """Compare what the shop was told with what it ordered, and with the service's record."""
         self.told = [Told(*row) for row in self._ask(fleet.SELECT_TOLD)]
+        self.samples = [[*Reader(self._folder / f"{k}", Sample).read()] for k, _ in enumerate(_WORKERS)]
         self.paid = Counter(row[0] for row in self._ask("SELECT order_id FROM payment"))
         for entry in Reader(self._record, Entry).read():
             self.verdicts.record(entry)
@@ -313,7 +327,8 @@ def _report(soak: Soak, minutes: float) -> Report:
         Goal("payments beyond one for each order", 0, soak.paid.total() - len(soak.paid), required=True),
         Goal("users asked about an order that is not committed", 0, len(soak.asked - committed), required=True),
         Goal("outcomes that deny that the user was asked", 0, len(unasked & soak.asked), required=True),
-        Goal("starts of the worker that nobody kills", 1, soak.workers[0].starts, required=True),
+        Goal("starts of a worker that nobody kills", 1, max(of.starts for of in soak.lasting_workers), required=True),
+        Goal("growth of the worker's objects, an hour", 1.0, _blocks_growth(soak, 0), "%"),
         *(Goal(f"growth of the {name}'s memory, an hour", 1.0, _growth(soak, k), " MB") for k, name in _numbered()),
         Goal("growth of the broker's tables after a vacuum, an hour", 5.0, _table_growth(soak), "%"),
     ]
@@ -356,13 +371,29 @@ def _grown(soak: Soak) -> Table:
     for k, name in _numbered():
         start, end = (reading.resident[k] / _MB for reading in (warm[0], warm[-1]))
         table.rows.append([f"memory of the {name}, MB", f"{start:.1f}", f"{end:.1f}", f"{_growth(soak, k):.2f} MB"])
+    for k, name in enumerate(_WORKERS):
+        table.rows.extend(_held(soak, k, name))
     start, end = (reading.size / _MB for reading in (warm[0], warm[-1]))
     table.rows.append(["the broker's tables, MB", f"{start:.2f}", f"{end:.2f}", f"{_table_growth(soak):.1f}%"])
     for k, name in enumerate(_KEYLESS):
         table.rows.append([f"rows of {name}", f"{warm[0].rows[k]}", f"{warm[-1].rows[k]}", ""])
     table.rows.append(["polls a second", "", f"{polls / soak.plan.seconds:.0f}", ""])
-    table.rows.append(["CPU of the two, share of a core", "", f"{(last.cpu - first.cpu) / passed:.0%}", ""])
+    table.rows.append(["CPU of the three, share of a core", "", f"{(last.cpu - first.cpu) / passed:.0%}", ""])
     return table
+
+
+def _held(soak: Soak, k: int, name: str) -> list[list[str]]:
+    """Return what a worker's objects take, and what of the C library's heap is in use and free."""
+    warm = _warm_samples(soak, k)
+    start, end = warm[0], warm[-1]
+    rows = [[f"objects of the {name}, blocks", f"{start.blocks}", f"{end.blocks}", f"{_blocks_growth(soak, k):.2f}%"]]
+    heaps = [(sample.at, sample.heap) for sample in warm if sample.heap is not None]
+    for what, of in (("in use", "in_use"), ("free", "free")):
+        values = [(at, getattr(each, of) / _MB) for at, each in heaps]
+        if values:
+            start, end = values[0][1], values[-1][1]
+            rows.append([f"its heap, {what}, MB", f"{start:.2f}", f"{end:.2f}", f"{_an_hour(values):.2f} MB"])
+    return rows
 
 
 def _numbered() -> list[tuple[int, str]]:
@@ -373,6 +404,13 @@ def _warm(soak: Soak) -> list[Reading]:
     """Return the readings after the warm-up."""
     start = soak.readings[0].at + _WARM_UP * soak.plan.seconds
     return [reading for reading in soak.readings if reading.at >= start] or soak.readings[-1:]
+
+
+def _warm_samples(soak: Soak, k: int) -> list[Sample]:
+    """Return a worker's samples of the same time."""
+    readings = _warm(soak)
+    start, end = readings[0].at, readings[-1].at
+    return [sample for sample in soak.samples[k] if start <= sample.at <= end] or soak.samples[k][-1:]
 
 
 def _an_hour(points: list[tuple[float, float]]) -> float:
@@ -387,6 +425,12 @@ def _growth(soak: Soak, k: int) -> float:
     return _an_hour([(reading.at, reading.resident[k] / _MB) for reading in _warm(soak)])
 
 
+def _blocks_growth(soak: Soak, k: int) -> float:
+    """Return how fast the memory blocks of a worker's objects grew after the warm-up, in percent an hour."""
+    warm = _warm_samples(soak, k)
+    return 100 * _an_hour([(sample.at, sample.blocks) for sample in warm]) / warm[0].blocks
+
+
 def _table_growth(soak: Soak) -> float:
     """Return how fast the broker's tables grew after the warm-up, in percent an hour."""
     warm = _warm(soak)
@@ -397,6 +441,10 @@ def _raw(soak: Soak) -> dict[str, Any]:
     start = soak.readings[0].at
     return {
         "readings": [[r.at - start, r.resident, r.cpu, r.rows, r.size] for r in soak.readings],
+        "samples": [
+            [[s.at - start, s.blocks, *(s.heap or ())] for s in samples[:: 1 + len(samples) // 200]]
+            for samples in soak.samples
+        ],
         "warm_up": _WARM_UP * soak.plan.seconds,
         "orders": len(soak.shop.committed),
         "rolled back": len(soak.shop.rolled_back),
@@ -411,7 +459,7 @@ def draw(raw: dict[str, Any]) -> Figure:
     """Draw the memory of the processes that nobody kills, and the size of the broker's tables, over time."""
     figure, (memory, tables) = pictures.panels(2)
     minutes = [reading[0] / 60 for reading in raw["readings"]]
-    for (k, name), color in zip(_numbered(), (pictures.OURS, pictures.OTHERS[1]), strict=True):
+    for (k, name), color in zip(_numbered(), (pictures.OURS, *pictures.OTHERS[1:3]), strict=True):
         memory.plot(minutes, [reading[1][k] / _MB for reading in raw["readings"]], color=color, label=name)
     memory.set_ylabel("resident memory, MB")
     tables.plot(minutes, [reading[4] / _MB for reading in raw["readings"]], color=pictures.OURS)
