@@ -337,6 +337,21 @@ def test_what_the_page_of_limits_says_about_reads_was_measured() -> None:
     assert uvloop_cost < plain_cost
 
 
+def test_what_the_page_of_limits_says_about_the_memory_of_a_fleet_was_measured() -> None:
+    page = (DOCS / "explanation" / "limits.md").read_text()
+    raw = saved("soak_fleet")
+    warm = [reading for reading in raw["readings"] if reading[0] >= raw["warm_up"]]
+    names = "a worker that was not killed, after a third of the time; at the end", "a worker with", "the reader"
+    for k, name in enumerate(names):
+        start, end = (reading[1][k] / 1e6 for reading in (warm[0], warm[-1]))
+        assert re.search(rf"\| memory of {name}.* \| {start:.1f} MB; {end:.1f} MB \|", page), name
+    results = json.loads((ROOT / "benchmarks" / "results" / "soak_fleet.json").read_text())
+    grown = {goal["what"]: goal["figure"] for goal in results["benchmarks"]["soak_fleet"]["goals"]}
+    growth = grown["growth of the worker's memory, an hour"]
+    assert f"memory grew by {growth:.1f} MB an hour" in page
+    assert grown["growth of the worker's objects, an hour"] < 0
+
+
 def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     page = (DOCS / "explanation" / "proof.md").read_text()
     results = [
@@ -354,7 +369,7 @@ def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     fleet = saved("soak_fleet")
     restarts = fleet["happened"]["server stopped at once"] + fleet["happened"]["server shut down"]
     kills = fleet["happened"]["worker killed"] + fleet["happened"]["reader killed"]
-    assert f"| {fleet['orders']:,} orders, {restarts} restarts, {kills} kills,".replace(",", " ", 1) in page
+    assert f" {fleet['orders']:,} orders, {restarts} restarts, {kills} kills,".replace(",", " ", 1) in page
     assert (fleet["verdicts"]["lost"], fleet["verdicts"]["wrong"], fleet["verdicts"]["unexpected"]) == (0, 0, 0)
 
 
