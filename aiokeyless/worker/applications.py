@@ -12,7 +12,7 @@ import msgspec
 
 from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import check_operation_id, check_text, check_user_id, finite_seconds
-from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .broker import NewRequest, UnavailableError, broker_for
@@ -210,7 +210,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
     except BaseException:  # after a cancellation, too, the outcome must come again
         try:
             await outcome.put_off()
-        except (UnavailableError, BrokerError) as error:  # it comes again anyway; the body's error is raised
+        except (UnavailableError, KeylessError) as error:  # it comes again anyway; the body's error is raised
             log(logging.WARNING, "outcome.not_put_off", {"place": outcome.place, "error": str(error)})
         raise
     try:

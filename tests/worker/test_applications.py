@@ -194,3 +194,16 @@ async def test_where_the_broker_went_away_in_the_body_its_own_error_counts(
     assert "outcome.not_put_off" in caplog.text
     with pytest.raises(BrokerError, match="may be delivered again"):
         await read(broker, reader="shop")
+
+
+async def test_where_the_broker_was_closed_in_the_body_its_own_error_counts(
+    decided: SqliteBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def close() -> None:
+        async with next_outcome(decided, "shop"):
+            await decided.aclose()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await close()
+    assert "outcome.not_put_off" in caplog.text
