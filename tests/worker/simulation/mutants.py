@@ -155,6 +155,25 @@ MUTANTS: Final = (
         "_LATE_REPEATS: Final = 0",
         "a final poll after the grace is sent once",
     ),
+    # -- the end of asyncio.run, which cancels all tasks
+    Mutant(
+        "worker/batches.py",
+        "        self._running = None\n        self._start()\n",
+        "        self._running = None\n        if not _running.cancelled():\n            self._start()\n",
+        "calls of a clean-up wait for a batch that was cancelled",
+    ),
+    Mutant(
+        "worker/applications.py",
+        "    except BaseException:  # after a cancellation, too, the outcome must come again\n",
+        "    except Exception:\n",
+        "an outcome is not put off after a cancellation",
+    ),
+    Mutant(
+        "worker/sqlite/broker.py",
+        "        with suppress(TimeoutError):\n            async with asyncio.timeout(most):",
+        "        with suppress(TimeoutError, asyncio.CancelledError):\n            async with asyncio.timeout(most):",
+        "a wait for a change loses its cancellation",
+    ),
     # -- serving
     Mutant(
         "worker/serving.py",

@@ -251,11 +251,23 @@ def handled_once(seen: Evidence) -> Iterator[Broken]:
             if not any(d.result in {"handled", "unknown"} and d.event == each.event for d in deliveries):
                 yield ask, each.at, f"{reader} has not handled it"
             for number, (first, second) in enumerate(pairwise(deliveries)):
-                due = first.ended_at + 2.0**number if first.result == "failed" else first.began_at + 30.0
+                due = first.began_at + 30.0
+                if first.result in {"failed", "cancelled"}:
+                    due = min(due, first.ended_at + 2.0**number)
                 if first.result == "handled" and second.began_at > first.ended_at:
                     yield ask, second.began_at, f"{reader} got it again"
                 if second.began_at < due - EPS and not seen.story.steps:
                     yield ask, second.began_at, f"{reader} got it again too soon"
+
+
+def put_off(seen: Evidence) -> Iterator[Broken]:
+    """An outcome whose body was cancelled comes again after its pause, and not only when it is taken for lost."""
+    asks = {ask.number: ask for ask in seen.story.asks}
+    for each in seen.history.delivered if not seen.story.steps else ():
+        if each.put_off is not None and each.ended_at < each.began_at + 30.0 - EPS:
+            seconds, deliveries = each.put_off
+            if seconds > 2.0 ** (deliveries - 1) + EPS:
+                yield asks[each.number], each.ended_at, f"{each.reader} gets it again in {seconds:.3f} s"
 
 
 def read_soon(seen: Evidence) -> Iterator[Broken]:
@@ -313,7 +325,7 @@ def nothing_left(seen: Evidence) -> Iterator[Broken]:
 
 PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
     *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, asked_soon, ends_in_time),
-    *(true_reason, handled_once, read_soon, one_at_a_time, paced, few_polls, nothing_left),
+    *(true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls, nothing_left),
 )
 
 

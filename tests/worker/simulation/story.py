@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
 
 from simulation.faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
 from simulation.people import Person, someone
@@ -21,7 +22,7 @@ from aiokeyless import KeylessClient, wait_adaptive
 from aiokeyless.errors import BrokerError, InvalidRequestError, KeylessError
 from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
 
-from .world import Delivered, Life, Process, Session, WorkerHistory, World
+from .world import Delivered, Life, Process, Session, Task, WorkerHistory, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -107,7 +108,8 @@ class Story:
 def run(story: Story) -> WorkerHistory:
     """Run a story to its end."""
     history = WorkerHistory()
-    run_in_virtual_time(_main(story, history), story.seed, history)
+    with mock.patch.object(asyncio, "Task", Task):  # for tasks that go past the loop's factory
+        run_in_virtual_time(_main(story, history), story.seed, history)
     return history
 
 
@@ -115,6 +117,7 @@ async def _main(story: Story, history: WorkerHistory) -> None:
     people = {ask.payload: ask.person for ask in story.asks}
     service = Service(story.seed, copy.deepcopy(story.faults), people, history)  # some faults remember
     world = World(service, history)
+    world.loop.set_task_factory(lambda loop, work, **options: Task(work, loop=loop, **options))
     for ask in story.asks:
         if ask.earlier:
             payload = ask.payload if ask.earlier == "the same" else "something else"
@@ -212,7 +215,13 @@ async def _work(story: Story, process: Process) -> None:
     )
     process.stop = worker.stop
     try:
-        await worker.run()
+        if not process.life.is_cancelled:
+            await worker.run()
+        else:  # the worker is a task beside others
+            stopped = asyncio.Event()
+            process.stop = stopped.set
+            async with worker:
+                await stopped.wait()
     except BrokerError as error:
         if not process.is_dead:
             process.world.history.problems.append(f"{process.name} gave its broker up: {error}")
@@ -227,8 +236,13 @@ class _BodyError(Exception):
 
 
 async def _read(story: Story, reader: Reader, process: Process) -> None:
+    """Read in several tasks, if it is of interest what these do to each other at their end."""
+    await asyncio.gather(*(_read_on(story, reader, process) for _ in range(3 if process.life.is_cancelled else 1)))
+
+
+async def _read_on(story: Story, reader: Reader, process: Process) -> None:
     world = process.world
-    while True:
+    while not process.is_dead:
         delivered = None
         try:
             async with next_outcome(process.broker, reader.name) as event:
@@ -237,6 +251,8 @@ async def _read(story: Story, reader: Reader, process: Process) -> None:
                 delivered = Delivered(reader.name, number, event, world.loop.time())
                 world.history.delivered.append(delivered)
                 rng = random.Random(f"{story.seed} {reader.name} {number} {len(earlier)}")  # noqa: S311
+                if process.life.is_cancelled:
+                    await asyncio.sleep(rng.uniform(0.0, 2.0))
                 if rng.random() < reader.trouble and len(earlier) < 2:
                     await _have_trouble(process, rng.choice(reader.troubles))
                 delivered.result = "unknown"
@@ -246,6 +262,11 @@ async def _read(story: Story, reader: Reader, process: Process) -> None:
             delivered.result = "failed"
         except BrokerError:
             await asyncio.sleep(0.5)
+        except asyncio.CancelledError:
+            if delivered is not None and delivered.result == "died" and not process.is_dead:
+                delivered.result = "cancelled"
+                delivered.put_off = None if process.life.errors else world.put_off(delivered)
+            raise
         finally:
             if delivered is not None and not process.is_dead:
                 delivered.ended_at = world.loop.time()
@@ -282,7 +303,24 @@ def make_up(seed: int) -> Story:
         poll_cost=rng.choice((0.1, 0.3, 2.0)),
         grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
     )
-    return _with_a_bad_moment(story)
+    return _with_cancellations(_with_a_bad_moment(story))
+
+
+def _with_cancellations(story: Story) -> Story:
+    """Let processes of some stories end as `asyncio.run` does. It has random numbers of its own, as above."""
+    rng = random.Random(f"{story.seed} cancellations")  # noqa: S311
+
+    def cancelled(lives: tuple[Life, ...]) -> tuple[Life, ...]:
+        return tuple(replace(life, is_cancelled=rng.random() < 0.7) for life in lives)
+
+    if rng.random() < 0.5:
+        return story
+    return replace(
+        story,
+        asks=tuple(replace(ask, lives=cancelled(ask.lives)) for ask in story.asks),
+        workers=tuple(cancelled(lives) for lives in story.workers),
+        readers=tuple(replace(r, lives=cancelled(r.lives or _lives(rng, 0, 1, 2))) for r in story.readers),
+    )
 
 
 def _with_a_bad_moment(story: Story) -> Story:

@@ -47,10 +47,11 @@ DYING = {
 }
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["killed", "cancelled"])
 @pytest.mark.parametrize("who", DYING)
-def test_a_process_may_die_at_any_of_its_steps(who: str) -> None:
+def test_a_process_may_die_at_any_of_its_steps(who: str, is_cancelled: bool) -> None:
     for step in range(1, 1000):
-        story = DYING[who](Life(dies_at=step))
+        story = DYING[who](Life(dies_at=step, is_cancelled=is_cancelled))
         history = run(story)
         assert check(story, history) == []
         if not history.deaths:  # it has no more steps

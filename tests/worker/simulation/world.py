@@ -1,7 +1,8 @@
 """The world of a story: one database, one wall clock, and processes that die or fail at any of their steps.
 
 All processes share a database in memory. A dead process still runs its error handling, but nothing that it does has an
-effect. So it leaves behind what a killed process leaves behind.
+effect. So it leaves behind what a killed process leaves behind. A process may also end as `asyncio.run` ends: all its
+tasks are cancelled, in any order, and their error handling has its effects.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import sqlite3
 import warnings
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from unittest import mock
 
 import aiohttp
@@ -33,10 +37,18 @@ if TYPE_CHECKING:
 
     from aiokeyless.worker.messages import ApprovalEvent
 
+T = TypeVar("T")
+
 #: Seconds after which a process sees what another one stored. A broker in a file looks each 0.1 s.
 _NOTICED_AFTER: Final = 0.05
 #: Seconds between two looks without a change: for clocks that were set, and for takes that broke off.
 _LOOKS_EVERY: Final = 5.0
+#: Seconds that something takes in a broker's thread, at most, and until a process ends.
+_MOMENT: Final = 0.0005
+#: Seconds within which all tasks of a process end after they were cancelled.
+_ENDS_WITHIN: Final = 5.0
+#: The process whose code runs.
+_PROCESS: ContextVar[Process] = ContextVar("_PROCESS")
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Life:
     """Seconds after which it is told to stop."""
     errors: tuple[int, ...] = ()
     """Steps at which SQLite reports an I/O error. A COMMIT takes effect nevertheless, if the number is even."""
+    is_cancelled: bool = False
+    """Whether it is not killed, but ends as `asyncio.run` does."""
 
 
 @dataclass(slots=True)
@@ -74,7 +88,10 @@ class Delivered:
     began_at: float
     ended_at: float = math.inf
     result: str = "died"
-    """handled, failed, unknown (the broker did not confirm that it is handled), or died."""
+    """handled, failed, cancelled, unknown (the broker did not confirm that it is handled), or died."""
+    put_off: tuple[float, int] | None = None
+    """Of a body that was cancelled: in how many seconds it comes again, and how often it was delivered; None if another
+    process has handled it, or if SQLite may have failed."""
 
 
 @dataclass(slots=True)
@@ -115,6 +132,12 @@ class World:
         """Set the clock forward, or back if negative."""
         self.clock_error += seconds
 
+    def put_off(self, delivered: Delivered) -> tuple[float, int] | None:
+        """Return in how many seconds an outcome comes again, and how often it was delivered; None if it is handled."""
+        query = "SELECT due_at, failures FROM unread NATURAL JOIN request WHERE reader = ? AND operation_id = ?"
+        found = self.database.execute(query, (delivered.reader, delivered.event.operation_id)).fetchone()
+        return found and (found[0] - self.now().timestamp(), found[1])
+
     def deliver_twice(self) -> None:
         """Make every request due, also those that a worker is busy with."""
         self.database.execute("UPDATE waiting SET due_at = 0")
@@ -134,6 +157,17 @@ class World:
             process.broker._decided.notify()
 
 
+class Task(asyncio.Task[Any]):
+    """A task that knows its process, and its place among all tasks."""
+
+    _numbers = count()
+
+    def __init__(self, work: Coroutine[Any, Any, Any], **options: Any) -> None:
+        self.process = _PROCESS.get(None)
+        self.number = next(self._numbers)
+        super().__init__(work, **options)
+
+
 class Process:
     """A process while it lives."""
 
@@ -143,49 +177,91 @@ class Process:
     def __init__(self, world: World, name: str, life: Life) -> None:
         self.world = world
         self.name = name
+        self.life = life
         self.is_dead = False
         self.stop: Callable[[], None] = self.die
         self.steps = 0
-        self._life = life
+        self._end: asyncio.Future[None] = world.loop.create_future()
 
     async def run(self, main: Callable[[Process], Coroutine[Any, Any, None]]) -> None:
         """Live to the end of a coroutine, or to the death."""
-        world, life = self.world, self._life
+        world, life = self.world, self.life
         self.broker = Broker(self)
-        async with self.broker:
-            world.processes.append(self)
-            self._task = asyncio.create_task(main(self))
-            timers = [world.loop.call_later(min(life.dies_after, 1e9), self.die)]
-            timers.append(world.loop.call_later(min(life.stops_after, 1e9), self._stop))
-            try:
-                await asyncio.wait({self._task})
-            finally:
-                for timer in timers:
-                    timer.cancel()
-                self.die()
-                await asyncio.wait({self._task})
-                world.processes.remove(self)
-        if not self._task.cancelled():
+        world.processes.append(self)
+        token = _PROCESS.set(self)
+        self._task = asyncio.create_task(self._main(main))
+        _PROCESS.reset(token)
+        timers = [world.loop.call_later(min(life.dies_after, 1e9), self.die)]
+        timers.append(world.loop.call_later(min(life.stops_after, 1e9), self._stop))
+        try:
+            await asyncio.wait({self._task, self._end}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._task.done():
+                await self._cancel_all()
+        finally:
+            for timer in timers:
+                timer.cancel()
+            self._kill()
+            await asyncio.wait({self._task, *self._tasks()})
+            world.processes.remove(self)
+        if not (self._task.cancelled() or self._end.done()):
             self._task.result()
+
+    async def _main(self, main: Callable[[Process], Coroutine[Any, Any, None]]) -> None:
+        async with self.broker:
+            await main(self)
 
     def _stop(self) -> None:
         self.stop()
 
     def die(self) -> None:
+        """Be killed, or end as `asyncio.run` does, in one of the next turns of the event loop."""
+        if not self.life.is_cancelled:
+            self._kill()
+        elif not self._end.done():
+            self._end.set_result(None)
+
+    def _kill(self) -> None:
         """Have no effect any more."""
         if not self.is_dead:
             self.is_dead = True
             if self.world.database.in_transaction:
                 self.world.database.rollback()
-            self._task.cancel()
+            for task in self._tasks():
+                task.cancel()
+
+    async def _cancel_all(self) -> None:
+        """End as `asyncio.run` does, which neither cancels nor awaits the tasks that begin meanwhile."""
+        await _pass()
+        tasks = self._tasks()
+        random.shuffle(tasks)
+        for task in tasks:
+            task.cancel()
+        _, left = await asyncio.wait(tasks, timeout=_ENDS_WITHIN) if tasks else ((), ())
+        problems = [f"does not end: {task!r}" for task in tasks if task in left]
+        problems += [f"ends with an error: {task!r}" for task in tasks if _failed(task)]
+        self.world.history.problems += [f"{self.name} {problem}" for problem in problems]
+
+    def _tasks(self) -> list[Task]:
+        """Return its tasks, the oldest first."""
+        tasks = [task for task in asyncio.all_tasks() if isinstance(task, Task) and task.process is self]
+        return sorted(tasks, key=lambda task: task.number)
 
     def step(self) -> str:
         """Return what keeps the process from its next step: "dead", "error", or nothing."""
         self.steps += 1
-        if self.steps == self._life.dies_at and not self.is_dead:
+        if self.steps == self.life.dies_at and not self.is_dead:
             self.world.history.deaths += 1
             self.die()
-        return "dead" if self.is_dead else "error" if self.steps in self._life.errors else ""
+        return "dead" if self.is_dead else "error" if self.steps in self.life.errors else ""
+
+
+async def _pass() -> None:
+    """Let a moment pass: a turn of the event loop, or a little time."""
+    await asyncio.sleep(random.choice((0.0, random.uniform(0.0, _MOMENT))))  # noqa: S311
+
+
+def _failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 class Link:
@@ -237,11 +313,22 @@ class Broker(SqliteBroker):
     def __init__(self, process: Process) -> None:
         super().__init__(schema.MEMORY)
         self._process = process
+        self._has_thread = False
 
     async def open(self) -> None:
         with mock.patch.object(store, "connect", return_value=Link(self._process)):
             await super().open()
         self._clock = self._process.world.now
+        self._has_thread = self._process.life.is_cancelled
+
+    async def _run(self, do: Callable[[], T]) -> T:
+        """Do something, which takes a moment if there is a thread."""
+        if not self._has_thread:
+            return await super()._run(do)
+        await _pass()  # a cancellation now comes before it
+        result = do()
+        await _pass()  # a cancellation now comes too late
+        return result
 
     async def _wait_for(self, changed: asyncio.Event, most: float | None) -> None:
         await super()._wait_for(changed, _LOOKS_EVERY if most is None else min(most, _LOOKS_EVERY))
