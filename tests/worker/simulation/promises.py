@@ -96,7 +96,8 @@ class Evidence:
 
     def is_lied_about(self, ask: Ask) -> bool:
         """Return whether answers about an operation are false, or late news."""
-        return any(isinstance(f, Lag) or (isinstance(f, Lies) and f.payload == ask.payload) for f in self.story.faults)
+        payloads = {other.payload for other in self.story.asks if other.operation_id == ask.operation_id}
+        return any(isinstance(f, Lag) or (isinstance(f, Lies) and f.payload in payloads) for f in self.story.faults)
 
     def is_well(self, ask: Ask) -> bool:
         """Return whether nothing goes wrong for a request: faults concern others, and workers have room."""
