@@ -262,10 +262,12 @@ async def _read_on(story: Story, reader: Reader, process: Process) -> None:
             delivered.result = "failed"
         except BrokerError:
             await asyncio.sleep(0.5)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             if delivered is not None and delivered.result == "died" and not process.is_dead:
                 delivered.result = "cancelled"
-                delivered.put_off = None if process.life.errors else world.put_off(delivered)
+                is_body_cancelled = not isinstance(error.__context__, _BodyError)  # and not the clean-up after it
+                if is_body_cancelled and not process.life.errors:
+                    delivered.put_off = world.put_off(delivered)
             raise
         finally:
             if delivered is not None and not process.is_dead:

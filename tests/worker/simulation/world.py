@@ -91,7 +91,7 @@ class Delivered:
     """handled, failed, cancelled, unknown (the broker did not confirm that it is handled), or died."""
     put_off: tuple[float, int] | None = None
     """Of a body that was cancelled: in how many seconds it comes again, and how often it was delivered; None if another
-    process has handled it, or if SQLite may have failed."""
+    process has handled it, if SQLite may have failed, or if the body had failed before."""
 
 
 @dataclass(slots=True)
