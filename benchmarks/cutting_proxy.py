@@ -31,7 +31,8 @@ class CuttingProxy:
         self._server = server
         self._cut_after = cut_after
         self._is_armed = False
-        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-proxy-"))
+        # The name of a socket may have 107 bytes, and $TMPDIR may be long.
+        self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-proxy-", dir="/tmp"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._flows = asyncio.Event()
         self._flows.set()

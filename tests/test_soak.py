@@ -356,16 +356,23 @@ async def cutting_proxy(
         writer.close()
 
 
-async def test_connection_is_cut_even_before_the_proxy_has_reached_the_server(tmp_path: Path) -> None:
-    async with cutting_proxy(tmp_path) as (proxy, reader, _):
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the current folder, an empty one: the name of a socket may have 107 bytes, too few for `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    return Path()
+
+
+async def test_connection_is_cut_even_before_the_proxy_has_reached_the_server(here: Path) -> None:
+    async with cutting_proxy(here) as (proxy, reader, _):
         while not proxy.cut_all():  # noqa: ASYNC110  # the very turn in which the proxy accepts it
             await asyncio.sleep(0)
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""
 
 
-async def test_network_that_hangs_no_more_because_the_run_has_ended_holds_nothing_back(tmp_path: Path) -> None:
-    async with cutting_proxy(tmp_path) as (proxy, reader, writer):
+async def test_network_that_hangs_no_more_because_the_run_has_ended_holds_nothing_back(here: Path) -> None:
+    async with cutting_proxy(here) as (proxy, reader, writer):
         hanging = asyncio.create_task(proxy.hang(3600.0))
         await asyncio.sleep(0)
         hanging.cancel()
