@@ -370,7 +370,8 @@ def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     fleet = saved("soak_fleet")
     restarts = fleet["happened"]["server stopped at once"] + fleet["happened"]["server shut down"]
     kills = fleet["happened"]["worker killed"] + fleet["happened"]["reader killed"]
-    assert f" {fleet['orders']:,} orders, {restarts} restarts, {kills} kills,".replace(",", " ", 1) in page
+    minutes, orders = round(3 * fleet["warm_up"] / 60), f"{fleet['orders']:,}".replace(",", " ")
+    assert f"| {minutes} minutes: {orders} orders, {restarts} restarts, {kills} kills," in page
     assert (fleet["verdicts"]["lost"], fleet["verdicts"]["wrong"], fleet["verdicts"]["unexpected"]) == (0, 0, 0)
 
 

@@ -53,7 +53,7 @@ def fuzz(names: Sequence[str], folder: Path, *, seconds: int, seed: int) -> None
             name = names[data[0] % len(names)]
             try:
                 check(name, data[1:])
-            except BaseException:
+            except BaseException:  # whatever it was, Atheris reports it without the input
                 print(f"\ntarget {name}, input {data[1:]!r}", file=sys.stderr)  # noqa: T201  # Atheris shows no notes
                 raise
 

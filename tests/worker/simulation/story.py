@@ -309,7 +309,7 @@ def make_up(seed: int) -> Story:
 
 
 def _with_cancellations(story: Story) -> Story:
-    """Let processes of some stories end as `asyncio.run` does. It has random numbers of its own, as above."""
+    """Let processes of some stories end as `asyncio.run` does. With random numbers of its own, so all else stays."""
     rng = random.Random(f"{story.seed} cancellations")  # noqa: S311
 
     def cancelled(lives: tuple[Life, ...]) -> tuple[Life, ...]:
