@@ -18,6 +18,7 @@ import asyncpg
 
 from aiokeyless import KeylessClient, KeylessError, wait_adaptive
 from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
+from aiokeyless.worker.postgres.connection import ERRORS
 from benchmarks.server import API_KEY
 
 from . import heap
@@ -43,7 +44,7 @@ TABLES: Final = f"""
     );
     SELECT keyless.add_reader('{READER}');
 """
-_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+_ERRORS: Final = (BrokerError, *ERRORS)
 _AGAIN: Final = 0.2  # seconds until a program that lost its connection makes another one
 _POLL_COST: Final = 0.3  # seconds of lateness that a poll is worth: other programs need the machine, too
 _SAMPLES_EVERY: Final = 5.0  # seconds

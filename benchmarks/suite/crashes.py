@@ -19,6 +19,7 @@ from aiokeyless import KeylessClient
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
+from aiokeyless.worker.postgres.connection import ERRORS
 from benchmarks.approval_times import seeded_random
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer, is_installed
@@ -41,7 +42,7 @@ _READERS: Final = 3
 _APPROVED_AFTER: Final = 0.5  # seconds
 _REQUEST_TIMEOUT: Final = 1.0  # seconds; so what a killed worker had in hand is due again after 13 s
 _SETTLED_WITHIN: Final = 240.0  # seconds
-_ERRORS: Final = (BrokerError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+_ERRORS: Final = (BrokerError, *ERRORS)
 
 
 class Sizes(NamedTuple):
