@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import time
 import weakref
 from typing import TYPE_CHECKING, Final
 
 from ports import hold_port
+from waiting import PATIENCE
 
 from benchmarks import broker
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -22,25 +20,12 @@ if TYPE_CHECKING:
 
     from aiokeyless.worker.nats import StreamSettings
 
-PATIENCE: Final = 180.0  # seconds, against hangs only: what takes one may take minutes on a busy machine
-
 #: What the streams, the consumer and the subject of requests are called where the fleet has no name of its own.
 REQUESTS: Final = "KEYLESS_REQUESTS"
 OUTCOMES: Final = "KEYLESS_OUTCOMES"
 CLAIMS: Final = "KEYLESS_CLAIMS"
 CONSUMER: Final = "keyless-approvals"
 REQUEST_SUBJECT: Final = "keyless.approvals.request"
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]], patience: float = PATIENCE) -> None:
-    """Wait for something that a program outside this loop does."""
-    deadline = time.monotonic() + patience
-    while True:
-        met = condition()
-        if met if isinstance(met, bool) else await met:
-            return
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
 
 
 def jetstream(connection: Client) -> JetStreamContext:

@@ -7,11 +7,9 @@ import contextlib
 import re
 import socket
 import struct
-import time
 from typing import TYPE_CHECKING, Self
 
 import msgspec
-from nats_server import PATIENCE
 from ports import own_port
 
 if TYPE_CHECKING:
@@ -175,15 +173,6 @@ def unanswered() -> Iterator[str]:
 def refused() -> str:
     """Give the URL of a port at which nobody listens."""
     return f"http://127.0.0.1:{own_port()}"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the loop run until what other tasks do has come about; the loop's clock stands still."""
-    # Not a number of turns: uvloop makes a thousand of them before a socket has answered.
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        await asyncio.sleep(0)
 
 
 def now() -> float:

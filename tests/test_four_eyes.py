@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nats_server import until
+from waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

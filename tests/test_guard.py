@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nats_server import until
+from waiting import until
 
 from aiokeyless import ApprovalTicket
 

@@ -15,8 +15,8 @@ import aiohttp
 import nats
 import pytest
 from msgspec.structs import replace
-from nats_server import until
 from tenacity.wait import wait_fixed
+from waiting import until
 
 from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError, otel
 from aiokeyless.sandbox import Sandbox

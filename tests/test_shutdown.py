@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import PATIENCE, until
+from waiting import PATIENCE, until
 
 from aiokeyless import ClientClosedError, ConfigurationError, KeylessClient
 from aiokeyless.shutdown import close_on_signals

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import PATIENCE
+from waiting import PATIENCE
 
 from benchmarks.approval_times import seeded_random
 from benchmarks.cutting_proxy import CuttingProxy

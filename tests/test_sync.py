@@ -19,8 +19,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nats_server import PATIENCE, until
 from tenacity.wait import wait_fixed
+from waiting import PATIENCE, until
 
 import aiokeyless
 from aiokeyless import (

@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from raw_server import RawServer, answer, hang, now, operation, refused, reset, until
+from raw_server import RawServer, answer, hang, now, operation, refused, reset
+from waiting import spin_until
 
 from aiokeyless import (
     AlreadyApprovedError,
@@ -154,7 +155,7 @@ async def test_timeout_may_have_taken_effect(sandbox: Sandbox) -> None:
     sandbox.latency = 60
     async with sandbox.client(request_timeout=2) as client:
         call = asyncio.create_task(client.create_operation(USER))
-        await until(lambda: sandbox.operations)
+        await spin_until(lambda: sandbox.operations)
         sandbox.latency = 0
         ticket = await call
     assert list(sandbox.operations) == [ticket.operation_id]
@@ -448,7 +449,7 @@ async def test_one_tap_pays_once_for_every_answer_that_is_lost(
         return True
 
     first = asyncio.create_task(pay())
-    await until(lambda: sandbox.operations)
+    await spin_until(lambda: sandbox.operations)
     sandbox.approve("order-1")
     assert await first
     assert not await pay()
@@ -474,7 +475,7 @@ async def test_slow_answer_pays_once_too(sandbox: Sandbox) -> None:
         sandbox.approve("order-1")
         sandbox.latency = 60
         call = asyncio.create_task(client.create_operation(USER, operation_id="order-1"))
-        await until(lambda: len(sandbox.requests) == 2)
+        await spin_until(lambda: len(sandbox.requests) == 2)
         sandbox.latency = 0
         assert type(await failure(call)) is AlreadyApprovedError
 
@@ -512,7 +513,7 @@ async def test_taken_id_is_resumed(sandbox: Sandbox, client: KeylessClient) -> N
 async def test_resumed_request_waits_for_what_is_there(sandbox: Sandbox, client: KeylessClient) -> None:
     await client.create_operation(USER, operation_id="a")
     call = asyncio.create_task(client.request_approval(USER, operation_id="a", if_exists="resume"))
-    await until(lambda: sent(sandbox)[-1] == "GET")
+    await spin_until(lambda: sent(sandbox)[-1] == "GET")
     sandbox.approve("a")
     assert (await call).is_approved
 
@@ -717,7 +718,7 @@ async def test_ended_creation_leaves_nothing(
             with pytest.raises(asyncio.CancelledError):
                 await call
         assert now() == started
-        await until(lambda: not server.connections)
+        await spin_until(lambda: not server.connections)
         assert asyncio.all_tasks() <= before
         await asyncio.sleep(60)
         assert len(server.heads) == heads

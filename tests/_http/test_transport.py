@@ -20,19 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-from raw_server import (
-    RawServer,
-    answer,
-    drip,
-    hang,
-    now,
-    operation,
-    refused,
-    reset,
-    then_hang,
-    unanswered,
-    until,
-)
+from raw_server import RawServer, answer, drip, hang, now, operation, refused, reset, then_hang, unanswered
+from waiting import spin_until
 
 from aiokeyless import (
     AuthenticationError,
@@ -524,7 +513,7 @@ async def test_answer_of_more_is_cut_off(frame: Callable[[bytes], bytes]) -> Non
         assert type(error) is TransportError
         assert error.sent
         assert f"larger than {MIB} bytes" in str(error)
-        await until(lambda: not server.connections)
+        await spin_until(lambda: not server.connections)
 
 
 @pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found", b"500 Oh"])
@@ -841,7 +830,7 @@ async def test_session_that_its_owner_closed_ends_the_call(sandbox: Sandbox, ses
 async def test_session_that_its_owner_closes_ends_the_call_under_way(session: aiohttp.ClientSession) -> None:
     async with RawServer(hang) as server, KeylessClient(KEY, base_url=server.url, session=session) as client:
         call = asyncio.create_task(client.get_operation("a"))
-        await until(lambda: server.heads)
+        await spin_until(lambda: server.heads)
         await session.close()
         assert isinstance(await failure(call), ClientClosedError)
         assert len(server.heads) == 1
@@ -898,8 +887,8 @@ async def test_closing_ends_a_call(phase: Phase, lent: aiohttp.ClientSession | N
         await client.aclose()
         assert isinstance(await failure(call), ClientClosedError)
         assert now() == started
-        await until(lambda: not server.connections)
-        await until(lambda: others() <= before)
+        await spin_until(lambda: not server.connections)
+        await spin_until(lambda: others() <= before)
         assert lent is None or not lent.closed
 
 
@@ -909,7 +898,7 @@ async def test_closing_ends_every_kind_of_call(name: str, lent: aiohttp.ClientSe
     async with RawServer(hang) as server:
         client = KeylessClient(KEY, base_url=server.url, session=lent)
         call = asyncio.create_task(CALLS[name](client))
-        await until(lambda: server.heads)
+        await spin_until(lambda: server.heads)
         await client.aclose()
         error = await failure(call)
     assert isinstance(error, ClientClosedError)
@@ -1044,7 +1033,7 @@ async def test_failure_in_place_of_the_cancellation_is_that_of_closing() -> None
     async with RawServer(hang) as server, aiohttp.ClientSession(middlewares=[middleware]) as session:
         client = KeylessClient(KEY, base_url=server.url, session=session)
         call = begin(client)
-        await until(lambda: server.heads)
+        await spin_until(lambda: server.heads)
         await client.aclose()
         error = await failure(call)
     assert isinstance(error, ClientClosedError)
@@ -1062,8 +1051,8 @@ async def test_cancelled_call_leaves_nothing(phase: Phase, lent: aiohttp.ClientS
         with pytest.raises(asyncio.CancelledError):
             await call
         assert now() == started
-        await until(lambda: not server.connections)
-        await until(lambda: others() <= before)
+        await spin_until(lambda: not server.connections)
+        await spin_until(lambda: others() <= before)
         heads = len(server.heads)
         await asyncio.sleep(60)
         assert len(server.heads) == heads
@@ -1078,7 +1067,7 @@ async def test_cancelled_connecting_leaves_nothing() -> None:
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            await until(lambda: others() <= before)
+            await spin_until(lambda: others() <= before)
 
 
 async def test_callers_own_deadline_is_kept(sandbox: Sandbox, client: KeylessClient) -> None:
@@ -1144,7 +1133,7 @@ async def test_closed_twice_at_once(lent: aiohttp.ClientSession | None) -> None:
     async with RawServer(hang) as server:
         client = KeylessClient(KEY, base_url=server.url, session=lent)
         call = begin(client)
-        await until(lambda: server.heads)
+        await spin_until(lambda: server.heads)
         await asyncio.gather(client.aclose(), client.aclose())
         assert isinstance(await failure(call), ClientClosedError)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from leaks import armed_timers, tasks_since
 from tenacity import wait_fixed
+from waiting import spin_until
 
 from aiokeyless import (
     ApprovalTicket,
@@ -99,14 +99,6 @@ async def created(client: KeylessClient, operation_id: str = "op", **options: An
 
 def later(seconds: float, action: Callable[..., object], *arguments: object) -> None:
     asyncio.get_running_loop().call_later(seconds, action, *arguments)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until the server has noticed."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        await asyncio.sleep(0)
 
 
 async def timed_out(client: KeylessClient, target: ApprovalTicket | str, **options: Any) -> ApprovalTimeoutError:
@@ -416,7 +408,7 @@ class TestTrouble:
         await asyncio.sleep(0.1)
         assert tasks_since(before) == set()
         assert armed_timers() == []
-        await until(lambda: service.asking == 0)
+        await spin_until(lambda: service.asking == 0)
 
     async def test_a_request_goes_on_for_the_wait_that_stays(self, service: Service, client: KeylessClient) -> None:
         async def slow() -> Answer:
@@ -443,7 +435,7 @@ class TestTrouble:
             await waiting
         await asyncio.sleep(0.1)
         assert tasks_since(before) == set()
-        await until(lambda: service.asking == 0)
+        await spin_until(lambda: service.asking == 0)
 
     @pytest.mark.parametrize("explain", [None, 1, "yes"])
     async def test_a_wrong_argument_is_refused_before_anything_is_sent(

@@ -20,9 +20,9 @@ import aiohttp
 import msgspec
 import pytest
 from leaks import armed_timers, tasks_since
-from raw_server import until
 from tenacity import wait_chain, wait_exponential, wait_fixed
 from tenacity.wait import wait_base
+from waiting import spin_until
 
 from aiokeyless import (
     ApprovalError,
@@ -1749,7 +1749,7 @@ class TestNothingGrows:
             sandbox.approve(f"freed-{number}", user_id=USER)
             await client.wait_for_approval(f"freed-{number}", timeout=10_000)
         gc.collect()
-        await until(lambda: not kept())
+        await spin_until(lambda: not kept())
 
     async def test_the_error_of_an_ended_wait_keeps_no_frame_of_the_application(
         self, sandbox: Sandbox, client: KeylessClient
@@ -1764,7 +1764,7 @@ class TestNothingGrows:
             return weakref.ref(request)
 
         kept = await handler()
-        await until(lambda: kept() is None)
+        await spin_until(lambda: kept() is None)
 
     @pytest.mark.parametrize("ending", ["approved", "timed out", "failed", "held", "updates", "cancelled"])
     async def test_no_wait_leaves_work_to_the_garbage_collector(

@@ -18,8 +18,9 @@ import aiohttp
 import nats
 import pytest
 from nats.js.api import StreamConfig
-from nats_server import PATIENCE, REQUESTS, NatsServer, jetstream, until
+from nats_server import REQUESTS, NatsServer, jetstream
 from ports import own_port
+from waiting import PATIENCE, until
 
 import aiokeyless.worker
 from aiokeyless import wait_adaptive

@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
-from nats_server import PATIENCE, until
 from ports import own_port
+from waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from pathlib import Path

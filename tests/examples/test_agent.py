@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from mcp import Client
 from mcp.types import TextContent
-from nats_server import until
 from pydantic import ValidationError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart, ToolReturnPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
+from waiting import until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "agent"
 sys.path.insert(0, str(EXAMPLE))

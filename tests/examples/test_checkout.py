@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from chromium import chromium
 from example_server import ExampleServer
-from nats_server import PATIENCE, until
+from waiting import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
 

@@ -20,8 +20,8 @@ import nats.js.errors
 import pytest
 from msgspec.structs import replace
 from nats.js.api import DiscardPolicy
-from nats_server import PATIENCE, NatsServer, until
 from tenacity import wait_fixed
+from waiting import PATIENCE, until
 
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, submit_approval
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
     from nats.js.api import ConsumerInfo
+    from nats_server import NatsServer
 
     from aiokeyless.sandbox import Sandbox
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "guarded_bot"))
 import bot as example  # examples are programs, not a package
 from bot_api import TOKEN, ApiError, BotApiServer, refusal
 from leaks import tasks_since
-from nats_server import PATIENCE, until
+from waiting import PATIENCE, until
 
 from aiokeyless import ApprovalTimeoutError, Authentication
 from aiokeyless._waits import explanation

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from example_process import example_process
-from nats_server import PATIENCE
+from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import aiohttp
 import pytest
 import yaml
-from nats_server import PATIENCE, NatsServer
+from nats_server import NatsServer
+from waiting import PATIENCE
 
 from aiokeyless import KeylessClient
 from aiokeyless.cli.app import app

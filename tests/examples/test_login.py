@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from chromium import chromium
 from example_server import ExampleServer
-from nats_server import until
+from waiting import until
 
 if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox

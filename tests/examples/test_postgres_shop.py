@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_server import ExampleServer
-from nats_server import until
 from postgres_server import PostgresServer
+from waiting import until
 
 from aiokeyless.sandbox import Sandbox
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_process import example_process
-from nats_server import PATIENCE
+from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_process import example_process
-from nats_server import PATIENCE, until
+from waiting import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
 

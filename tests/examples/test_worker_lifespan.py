@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import aiohttp
 import nats
 from example_process import example_process
-from nats_server import PATIENCE, REQUESTS, jetstream
+from nats_server import REQUESTS, jetstream
+from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import next_outcome, submit_approval

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from raw_server import until
+from waiting import spin_until
 
 from aiokeyless.sandbox.journal import Journal
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 async def test_the_journal_records_how_long_an_answer_took(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 0.2
     asking = asyncio.create_task(get(http))
-    await until(lambda: sandbox.requests)
+    await spin_until(lambda: sandbox.requests)
     assert sandbox.requests[0].duration == 0
     await asking
     assert sandbox.requests[0].duration == pytest.approx(0.2)
@@ -36,7 +36,7 @@ async def test_the_journal_records_how_long_a_client_waited_that_left(
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):
             await get(http)
-    await until(lambda: sandbox.requests[0].duration)
+    await spin_until(lambda: sandbox.requests[0].duration)
     assert sandbox.requests[0].status is None
     assert sandbox.requests[0].duration == pytest.approx(1)
 

@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 from aiohttp import web
-from nats_server import PATIENCE
-from raw_server import until
+from waiting import PATIENCE, spin_until
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones
@@ -140,7 +139,7 @@ async def test_no_more_than_so_many_pages_are_served_at_once(sandbox: Sandbox, p
                 assert response.status == 503
                 assert await response.json() == {"error": "32 pages are open, which is the limit; close one"}
         opened[7].response.close()
-        await until(lambda: len(sandbox._phones._readers) < 32)  # nothing public tells who reads
+        await spin_until(lambda: len(sandbox._phones._readers) < 32)  # nothing public tells who reads
         assert (await picture(page))["phones"] == []
 
 
@@ -272,7 +271,7 @@ async def test_page_that_is_closed_leaves_nothing(sandbox: Sandbox, page: aiohtt
         await stream.next()
         assert len(sandbox._phones._readers) == 1  # nothing public tells who reads
         stream.response.close()
-    await until(lambda: not sandbox._phones._readers)
+    await spin_until(lambda: not sandbox._phones._readers)
     sandbox.approve("a", user_id=USER)
 
 

@@ -17,8 +17,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from chromium import chromium
-from nats_server import PATIENCE
 from tenacity import wait_fixed
+from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.sandbox.phone import Phones

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from ports import own_port
-from raw_server import until
+from waiting import spin_until
 
 from aiokeyless.client import KeylessClient
 from aiokeyless.errors import ConfigurationError, StatusError
@@ -228,9 +228,9 @@ async def test_a_client_that_leaves_within_its_body_causes_no_error(
     address = urlsplit(sandbox.url)
     _, writer = await asyncio.open_connection(address.hostname, address.port)
     writer.write(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{" % CREATE.encode())
-    await until(lambda: sandbox.requests)
+    await spin_until(lambda: sandbox.requests)
     writer.transport.abort()
-    await until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
+    await spin_until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
     await asyncio.sleep(0)
     assert [record.status for record in sandbox.requests] == [None]
     assert [record for record in caplog.records if record.name.startswith("aiohttp")] == []
@@ -532,7 +532,7 @@ async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aioht
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(1):
             await get(http)
-    await until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
+    await spin_until(lambda: not sandbox._handlers)  # nothing public tells that a handler is gone
     assert sandbox.requests[0].status is None
     assert now() == pytest.approx(1)
 
@@ -542,7 +542,7 @@ async def test_client_that_leaves_ends_its_handler(sandbox: Sandbox, http: aioht
 async def test_changed_latency_counts_for_requests_after_it(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 5
     slow = asyncio.create_task(get(http))
-    await until(lambda: sandbox.requests)
+    await spin_until(lambda: sandbox.requests)
     sandbox.latency = 0
     assert (await get(http))[0] == 404
     assert now() == 0
@@ -726,7 +726,7 @@ async def test_the_journal_records_each_request_its_time_and_its_answer(
 async def test_request_under_way_has_no_status_yet(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
     sandbox.latency = 1
     asking = asyncio.create_task(get(http))
-    await until(lambda: sandbox.requests)
+    await spin_until(lambda: sandbox.requests)
     [record] = sandbox.requests
     assert (record.status, record.at) == (None, 0)
     await asking
@@ -884,7 +884,7 @@ async def test_closing_does_not_wait_for_requests_that_hang() -> None:
             sandbox.latency = 3600
             url, http.headers["X-Api-Key"] = sandbox.url, sandbox.api_key
             asking = [asyncio.create_task(get(http, url + PENDING)) for _ in range(5)]
-            await until(lambda: len(sandbox.requests) == 5)
+            await spin_until(lambda: len(sandbox.requests) == 5)
             started = now()
         assert now() - started < 1
         results = await asyncio.gather(*asking, return_exceptions=True)
@@ -908,7 +908,7 @@ async def test_nothing_is_left_when_it_is_closed() -> None:
             await create(http)
         sandbox.latency = 3600
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        await until(lambda: len(sandbox.requests) == 2)
+        await spin_until(lambda: len(sandbox.requests) == 2)
     assert asyncio.all_tasks() == before
     assert await reader.read() == b""
     writer.close()
@@ -929,7 +929,7 @@ async def test_closing_does_not_wait_for_bodies_that_do_not_end() -> None:
             reader, writer = await asyncio.open_connection(address.hostname, address.port)
             writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{")
             connections.append((reader, writer))
-        await until(lambda: len(sandbox.requests) == 2)
+        await spin_until(lambda: len(sandbox.requests) == 2)
         assert await connections[0][0].readline() == b"HTTP/1.1 503 Service Unavailable\r\n"
         started = now()
     assert now() - started < 1

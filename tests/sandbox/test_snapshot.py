@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from raw_server import until
+from waiting import spin_until
 
 from aiokeyless.sandbox import Sandbox
 
@@ -148,7 +148,7 @@ async def test_journal_is_shown_latest_first_with_status_and_duration(
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await create(http, "b")
     asking = asyncio.create_task(get(http))
-    await until(lambda: len(sandbox.requests) == 3)
+    await spin_until(lambda: len(sandbox.requests) == 3)
     shown = await picture(page)
     assert [(each["method"], each["status"]) for each in shown["requests"]] == [
         ("GET", None),

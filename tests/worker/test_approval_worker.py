@@ -16,20 +16,10 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 from nats.js.api import RePublish
-from nats_server import (
-    CLAIMS,
-    CONSUMER,
-    OUTCOMES,
-    PATIENCE,
-    REQUEST_SUBJECT,
-    REQUESTS,
-    NatsServer,
-    jetstream,
-    prepare,
-    until,
-)
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, NatsServer, jetstream, prepare
 from tenacity import wait_fixed
 from tenacity.wait import wait_base
+from waiting import PATIENCE, until
 
 from aiokeyless import (
     AuthenticationError,

@@ -17,7 +17,8 @@ import msgspec
 import nats
 import nats.errors
 import pytest
-from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, prepare, until
+from nats_server import OUTCOMES, REQUESTS, NatsServer, prepare
+from waiting import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, BrokerError, Outcome, submit_approval

@@ -13,9 +13,10 @@ import nats
 import nats.errors
 import pytest
 from nats.js.api import ConsumerConfig
-from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, until
+from nats_server import OUTCOMES, REQUESTS, NatsServer
 from ports import own_port
 from tenacity import wait_fixed
+from waiting import PATIENCE, until
 
 from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, submit_approval
 from aiokeyless.worker.nats import Fleet, NatsBroker, StreamSettings

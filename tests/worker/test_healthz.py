@@ -14,8 +14,9 @@ import msgspec
 import pytest
 from aiohttp import web
 from nats.js.api import DiscardPolicy
-from nats_server import CLAIMS, OUTCOMES, PATIENCE, NatsServer, jetstream, until
+from nats_server import CLAIMS, OUTCOMES, NatsServer, jetstream
 from ports import own_port
+from waiting import PATIENCE, until
 
 from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health, submit_approval
 

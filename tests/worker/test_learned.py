@@ -8,7 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import PATIENCE, until
+from waiting import PATIENCE, until
 
 from aiokeyless import ConfigurationError, wait_adaptive
 from aiokeyless.worker import ApprovalWorker, learned, submit_approval

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-from nats_server import PATIENCE, until
 from outcome_cases import (
     CASES,
     EXTERNAL_USER_ID,
@@ -20,6 +19,7 @@ from outcome_cases import (
 )
 from tenacity import wait_fixed
 from tenacity.wait import wait_base
+from waiting import PATIENCE, until
 
 from aiokeyless import AuthenticationError, DecodeError, PermissionDeniedError
 from aiokeyless._rules.approval import Rejection

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from nats_server import until
 from tenacity import wait_fixed
+from waiting import until
 
 from aiokeyless._http.transport import Transport
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, exchanges, submit_approval

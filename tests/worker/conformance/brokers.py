@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import msgspec
 import pytest
-from nats_server import PATIENCE, NatsServer, until
+from nats_server import NatsServer
 from postgres_server import shared_server
+from waiting import PATIENCE, until
 
 from aiokeyless.worker.broker import NewRequest
 from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome, request_name

@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import PATIENCE
+from waiting import PATIENCE
 
 from aiokeyless.errors import InvalidRequestError
 from aiokeyless.worker.broker import Exchange

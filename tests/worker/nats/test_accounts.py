@@ -14,19 +14,9 @@ import nats.errors
 import nats.js.errors
 import pytest
 from nats.js.api import ConsumerConfig
-from nats_server import (
-    CLAIMS,
-    CONSUMER,
-    OUTCOMES,
-    PATIENCE,
-    REQUEST_SUBJECT,
-    REQUESTS,
-    NatsServer,
-    jetstream,
-    prepare,
-    until,
-)
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, NatsServer, jetstream, prepare
 from tenacity import wait_fixed
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval

@@ -14,7 +14,8 @@ import nats.errors
 import pytest
 from nats.js.api import AckPolicy, ConsumerConfig
 from nats.js.errors import NotFoundError
-from nats_server import OUTCOMES, PATIENCE, REQUESTS, NatsServer, jetstream, prepare, until
+from nats_server import OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
+from waiting import PATIENCE, until
 
 from aiokeyless import ApprovalTicket, ConfigurationError
 from aiokeyless.errors import InvalidIdentifierError

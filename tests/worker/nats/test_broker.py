@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import nats
 import pytest
-from nats_server import until
+from waiting import until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.broker import UnavailableError

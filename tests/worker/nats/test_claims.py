@@ -9,7 +9,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CLAIMS, PATIENCE, jetstream, prepare
+from nats_server import CLAIMS, jetstream, prepare
+from waiting import PATIENCE
 
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.broker import Claim, UnavailableError

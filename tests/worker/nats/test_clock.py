@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import PATIENCE, until
 from tenacity import wait_fixed
+from waiting import PATIENCE, until
 
 from aiokeyless.worker import ApprovalWorker, Outcome, submit_approval
 from aiokeyless.worker.clock import BrokerClock

@@ -13,7 +13,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import PATIENCE, NatsServer, until
+from nats_server import NatsServer
+from waiting import PATIENCE, until
 
 from aiokeyless import ConfigurationError
 from aiokeyless.worker import BrokerError

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.api import DiscardPolicy
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUEST_SUBJECT, REQUESTS, jetstream, prepare, until
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
+from waiting import PATIENCE, until
 
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import UnavailableError

@@ -7,7 +7,8 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CONSUMER, PATIENCE, REQUEST_SUBJECT, REQUESTS, jetstream, prepare, until
+from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
+from waiting import PATIENCE, until
 
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS

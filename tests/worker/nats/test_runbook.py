@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 import nats
 import pytest
 from nats.js.errors import APIError
-from nats_server import CLAIMS, OUTCOMES, PATIENCE, REQUESTS, NatsServer, jetstream, until
+from nats_server import CLAIMS, OUTCOMES, REQUESTS, NatsServer, jetstream
 from tenacity import wait_fixed
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval

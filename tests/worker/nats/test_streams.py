@@ -20,7 +20,8 @@ from nats.js.api import (
     StreamInfo,
 )
 from nats.js.errors import NotFoundError
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, PATIENCE, REQUESTS, NatsServer, jetstream, prepare
+from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
+from waiting import PATIENCE
 
 from aiokeyless.worker import BrokerError
 from aiokeyless.worker.nats import Fleet, StreamSettings, streams

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from nats_server import until
 from psycopg.rows import dict_row
+from waiting import until
 
 from aiokeyless import sync
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError

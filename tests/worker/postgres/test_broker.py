@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from nats_server import PATIENCE, until
 from postgres_server import PostgresServer
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.broker import Claim, Exchange, UnavailableError, broker_for

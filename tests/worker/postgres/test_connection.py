@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 import asyncpg
 import pytest
-from nats_server import PATIENCE, until
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker import next_outcome

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-from nats_server import PATIENCE, until
 from postgres_server import PostgresServer
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.sandbox import Sandbox

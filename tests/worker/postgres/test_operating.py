@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-from nats_server import PATIENCE
 from postgres_server import PostgresServer
+from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-from nats_server import PATIENCE
+from waiting import PATIENCE
 
 from aiokeyless.worker import next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker

@@ -1,0 +1,32 @@
+"""Waiting in tests, for something that another program, thread or task does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+PATIENCE: Final = 180.0  # seconds, against hangs only: what takes one may take minutes on a busy machine
+
+
+async def until(condition: Callable[[], bool | Awaitable[bool]], patience: float = PATIENCE) -> None:
+    """Wait until the condition holds. A moved clock moves meanwhile."""
+    deadline = time.monotonic() + patience
+    while True:
+        met = condition()
+        if met if isinstance(met, bool) else await met:
+            return
+        assert time.monotonic() < deadline, "the condition never held"
+        await asyncio.sleep(0.01)
+
+
+async def spin_until(condition: Callable[[], object]) -> None:
+    """Let the loop run until the condition holds. A moved clock stands still meanwhile."""
+    # Not a number of turns: uvloop makes a thousand of them before a socket has answered.
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        await asyncio.sleep(0)
