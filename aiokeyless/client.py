@@ -14,15 +14,25 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import TYPE_CHECKING, Final, Literal, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
+from types import TracebackType
+from typing import Final, Literal, NoReturn, Self, TypeAlias, TypedDict, TypeVar, get_args
 
 import aiohttp
 import anyio
+from anyio.streams.memory import MemoryObjectSendStream
+from tenacity.wait import wait_base
 
-from aiokeyless._validation import (
+from ._http import protocol
+from ._http.creation import ExternalUserCreation, OperationCreation, confirm_external_user
+from ._http.deletion import Deletion
+from ._http.transport import Transport
+from ._listeners import DEFAULT_LISTENERS, Listeners
+from ._rules.circuit import CircuitState
+from ._tracing import current_traceparent
+from ._validation import (
     are_operation_ids,
     check_base_url,
     check_external_user_id,
@@ -35,20 +45,13 @@ from aiokeyless._validation import (
     check_schedule,
     check_text,
     check_user_id,
+    finite_seconds,
     read_api_key,
+    seconds,
     whole_number,
 )
-
-from ._http import protocol
-from ._http.creation import ExternalUserCreation, OperationCreation, confirm_external_user
-from ._http.deletion import Deletion
-from ._http.transport import Transport
-from ._listeners import DEFAULT_LISTENERS, Listeners
-from ._rules.circuit import CircuitState
-from ._tracing import current_traceparent
-from ._validation import finite_seconds, seconds
 from ._waits.holds import Holds
-from ._waits.poller import Poller
+from ._waits.poller import FutureWait, Poller
 from ._waits.state import WaitResult
 from ._waits.updates import NewestUpdate
 from .errors import (
@@ -61,21 +64,11 @@ from .errors import (
     StatusError,
     TransportError,
 )
+from .events import Listener
 from .models import Authentications, Device, ExternalUser, NewOperation, Operation, PendingOperation, Region, User
-from .reports import ApprovalUpdate, Approved, ClientStatistics, NotApproved
+from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-    from types import TracebackType
-
-    from anyio.streams.memory import MemoryObjectSendStream
-    from tenacity.wait import wait_base
-
-    from ._waits.poller import FutureWait
-    from .events import Listener
-    from .reports import ApprovalOutcome
 
 
 class DefaultTimeout(Enum):
@@ -709,14 +702,14 @@ class KeylessClient:
         """Wait for one piece of a longer wait, as in an HTTP long poll, a tool call or a job that runs again.
 
         A hold is a lease on a wait. The wait goes on for 10 s after the last hold of its target has ended, also if that
-        was cancelled. So a series of holds polls like a single wait, if the pauses between them are shorter. A later
+        was interrupted. So a series of holds polls like a single wait, if the pauses between them are shorter. A later
         hold starts a new wait, with one poll at once. A hold that ends without an approval is no timeout, and makes no
         final poll.
 
         Args:
             target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
                 and the external user id of each answer.
-            seconds: The length of this piece; above 0 and finite. It may be cut short at any time by cancelling it.
+            seconds: The length of this piece; above 0 and finite.
             schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
             explain: Whether to ask for the user's attempts when the ticket expires, for `ApprovalTimeoutError`: see

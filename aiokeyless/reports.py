@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from .models import Model
-
-if TYPE_CHECKING:
-    from .errors import KeylessError
-    from .models import Authentication, Operation
+from .errors import KeylessError
+from .models import Authentication, Model, Operation
 
 __all__ = ["ApprovalOutcome", "ApprovalUpdate", "Approved", "ClientStatistics", "NotApproved"]
 

@@ -16,33 +16,41 @@ import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeAlias, TypeVar, cast
+from datetime import datetime
+from types import GenericAlias, TracebackType
+from typing import (
+    Any,
+    Concatenate,
+    Final,
+    NoReturn,
+    ParamSpec,
+    Self,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from tenacity.wait import wait_base
 
 from ._validation import check_flag, check_on_poll, check_schedule
 from .client import DefaultTimeout, IfExists, IfMissing, WaitTimeout, for_another_process
 from .client import KeylessClient as AsyncKeylessClient
 from .errors import ClientClosedError, ConfigurationError
-from .models import Secret
-from .reports import ApprovalUpdate
-from .ticket import DEFAULT_LIFETIME
-
-if TYPE_CHECKING:
-    from datetime import datetime
-    from types import TracebackType
-
-    from tenacity.wait import wait_base
-
-    from .events import Listener
-    from .models import Authentications, Device, ExternalUser, Operation, PendingOperation, Region, User
-    from .reports import ApprovalOutcome, ClientStatistics
-    from .ticket import ApprovalTicket
-    from .worker import ApprovalEvent, Broker, Submission
-    from .worker.broker import ApplicationSide
+from .events import Listener
+from .models import Operation, Region, Secret
+from .reports import ApprovalUpdate, ClientStatistics
+from .ticket import DEFAULT_LIFETIME, ApprovalTicket
+from .worker import ApprovalEvent, Broker, Submission, applications
+from .worker.broker import ApplicationSide, broker_for
 
 __all__ = ["KeylessClient", "OnPoll", "next_outcome", "submit_approval"]
 
 OnPoll: TypeAlias = Callable[[ApprovalUpdate], object]
 """Called for each poll of a wait, in the thread that waits: a plain function."""
+P = ParamSpec("P")
 T = TypeVar("T")
 
 #: The most seconds that a fork, or the end of the process, waits for the loop's thread. A listener may block it.
@@ -138,8 +146,6 @@ class _Background:
 
     async def open_broker(self, target: Broker | str) -> Broker:
         """Open a broker, or the broker of a URL, and return it. It stays open for later calls."""
-        from .worker.broker import broker_for  # noqa: PLC0415  # only where workers are used
-
         async with self._opening:
             if target not in self._brokers:
                 broker = cast("Broker", broker_for(target))  # as it is for a broker or a URL
@@ -214,6 +220,48 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows has no fork
         after_in_parent=_process.after_fork_in_parent,
         after_in_child=_process.after_fork_in_child,
     )
+
+
+def _call(
+    method: Callable[Concatenate[AsyncKeylessClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[KeylessClient, P], T]:
+    """Return a method of the other face as one that runs in the loop while its caller waits."""
+
+    def call(self: KeylessClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        background, client = self._open()
+        return background.run(method(client, *args, **kwargs))
+
+    _describe(call, method)
+    return call
+
+
+def _iteration(
+    method: Callable[Concatenate[AsyncKeylessClient, P], AsyncGenerator[T, None]],
+) -> Callable[Concatenate[KeylessClient, P], Generator[T, None, None]]:
+    """Return a method of the other face, one that makes an asynchronous generator, as one that makes a plain one."""
+
+    def iteration(self: KeylessClient, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
+        background, client = self._open()
+        return _iterate(background, method(client, *args, **kwargs))
+
+    _describe(iteration, method)
+    return iteration
+
+
+def _describe(ours: Callable[..., object], theirs: Callable[..., object]) -> None:
+    """Give a method the name, the signature and the documentation of that of the other face.
+
+    It gets no ``__wrapped__``: a framework that finds a coroutine function there awaits the result of this one.
+    """
+    ours.__name__, ours.__qualname__ = theirs.__name__, theirs.__qualname__
+    signature = inspect.signature(theirs, eval_str=True)
+    result = signature.return_annotation
+    if get_origin(result) is AsyncGenerator:
+        result = GenericAlias(Generator, (get_args(result)[0], None, None))
+    vars(ours)["__signature__"] = signature.replace(return_annotation=result)
+    ours.__annotations__ = get_type_hints(theirs) | {"return": result}
+    documentation = inspect.getdoc(theirs) or ""  # none with python -OO
+    ours.__doc__ = documentation.partition("\n\nExample:")[0].replace("aclose()", "close()")
 
 
 class KeylessClient:
@@ -354,302 +402,26 @@ class KeylessClient:
                 self._background = background
             return background, self._client
 
-    def _run(self, method: Callable[[AsyncKeylessClient], Coroutine[Any, Any, T]]) -> T:
-        background, client = self._open()
-        return background.run(method(client))
-
-    # -- single calls
-
-    def get_pending_operations(self, user_id: str) -> list[PendingOperation]:
-        """Return the operations that are waiting for a user's approval.
-
-        An operation's absence from the list does not prove that it was approved.
-
-        Args:
-            user_id: The user, in hex of either case.
-
-        Raises:
-            InvalidIdentifierError: The user id is not hex.
-            StatusError: The service answered with an error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
-
-        Source: Keyless documentation, Server API / Operations, "Get pending operations".
-        """
-        return self._run(lambda client: client.get_pending_operations(user_id))
-
-    def get_operation(self, operation_id: str) -> Operation:
-        """Return an operation in its current state.
-
-        `Operation.is_approved` is true if it is approved. Compare its ids, user and payload with yours, since this
-        method does not.
-
-        Args:
-            operation_id: The customer's id of the operation: 1 to 512 characters, no control characters.
-
-        Raises:
-            InvalidIdentifierError: The id cannot be sent.
-            NotFoundError: There is no such operation.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
-
-        Source: Keyless documentation, Server API / Operations, "Get operation".
-        """
-        return self._run(lambda client: client.get_operation(operation_id))
-
-    def get_authentications(
-        self, *, user_id: str | None = None, external_user_id: str | None = None, operation_id: str | None = None
-    ) -> Authentications:
-        """Return a user's attempts to authenticate of the last ten minutes, failed ones too (Telemetry).
-
-        They explain why an operation is not approved: the user cancelled, the face did not match. An attempt is never
-        an approval: only the operation itself says that it is approved.
-
-        Args:
-            user_id: The user, in hex of either case. Exactly one of `user_id` and `external_user_id` must be given.
-            external_user_id: Your own id of the user; case matters.
-            operation_id: Only the attempts for this operation. Default: all.
-
-        Returns:
-            The attempts on the first page, in the service's order, which is not documented. ``truncated`` is true if
-            there are more pages; the API does not document how to get them.
-
-        Raises:
-            ConfigurationError: Neither or both of the two ids are given.
-            InvalidIdentifierError: An id cannot be sent.
-            NotFoundError: There is no such user.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
-
-        Source: Keyless documentation, Server API / Telemetry, "User authentications".
-        """
-        return self._run(
-            lambda client: client.get_authentications(
-                user_id=user_id, external_user_id=external_user_id, operation_id=operation_id
-            )
-        )
-
-    def create_operation(
-        self,
-        user_id: str,
-        *,
-        operation_id: str | None = None,
-        operation_payload: str | None = None,
-        external_user_id: str | None = None,
-        expires_in: float = DEFAULT_LIFETIME,
-        if_exists: IfExists = "raise",
-    ) -> ApprovalTicket:
-        """Create an operation for a user to approve, exactly once.
-
-        After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client checks whether
-        the operation exists before it sends the request again. If you chose the id, the operation that it finds may
-        belong to an earlier request. Then `ApprovalTicket.reconciled` is true. If the operation is approved already,
-        the client raises `AlreadyApprovedError` instead. An operation id makes creating idempotent. It is not a lock on
-        what you do with the approval: keep a record of your own that changes from asked to paid exactly once.
-
-        Args:
-            user_id: The user, in hex of either case.
-            operation_id: The operation's id, unique in the tenant. Default: a UUID4.
-            operation_payload: What the user is asked to approve. Default: none.
-            external_user_id: Your own id of the user. Default: none.
-            expires_in: Seconds after which a wait for the ticket ends by default. Default: 120. The service has no
-                expiry: the user can still approve later.
-            if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
-                the id, if it has the same content and is pending. Default: ``"raise"``.
-
-        Returns:
-            The ticket to wait for, here or in another process.
-
-        Raises:
-            ConfigurationError: An argument is wrong; nothing was sent.
-            AlreadyApprovedError: The id names an operation of the same content that is approved already, perhaps for an
-                earlier request. One approval must not count twice.
-            ConflictError: Another operation has the id.
-            KeylessError: Creating failed. If the request may have taken effect, the client checked for the operation,
-                and either did not find it or could not check. The error's ``operation_id`` names the operation.
-
-        Source: Keyless documentation, Server API / Operations, "Create operation".
-        """
-        return self._run(
-            lambda client: client.create_operation(
-                user_id,
-                operation_id=operation_id,
-                operation_payload=operation_payload,
-                external_user_id=external_user_id,
-                expires_in=expires_in,
-                if_exists=if_exists,
-            )
-        )
-
-    # -- users and devices
-
-    def create_external_user(self, user_id: str, external_user_id: str) -> ExternalUser:
-        """Give a user your own id of them, exactly once; a user has at most one.
-
-        After an ambiguous failure (a lost answer, 408, 5xx, a success that does not decode) the client searches
-        for the external user id before it sends the request again. If this user has it by then, that is a success.
-
-        Args:
-            user_id: The user, in hex of either case.
-            external_user_id: Your own id of the user: 1 to 512 characters, no control characters. Keyless advises
-                against personal data in it. Ids must differ in more than case, see `find_users`.
-
-        Returns:
-            The link; its ``sdk_customer_id`` is None if it was found after a lost answer.
-
-        Raises:
-            InvalidIdentifierError: An id cannot be sent.
-            ConflictError: The user has an external user id already: `update_external_user` changes it. Or the id
-                conflicts with another user's.
-            NotFoundError: There is no such user.
-            KeylessError: Creating failed. If the request may have taken effect, the client searched for the id,
-                and either did not find it or could not search.
-
-        Source: Keyless documentation, Server API / External User ID.
-        """
-        return self._run(lambda client: client.create_external_user(user_id, external_user_id))
-
-    def update_external_user(self, user_id: str, external_user_id: str) -> ExternalUser:
-        """Give a user another external user id; it can be repeated.
-
-        Args:
-            user_id: The user, in hex of either case.
-            external_user_id: Your own id of the user, as for `create_external_user`.
-
-        Raises:
-            InvalidIdentifierError: An id cannot be sent.
-            NotFoundError: There is no such user.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape, or is about another user.
-
-        Source: Keyless documentation, Server API / External User ID.
-        """
-        return self._run(lambda client: client.update_external_user(user_id, external_user_id))
-
-    def find_users(self, external_user_id: str) -> list[User]:
-        """Return the users who have an external user id; perhaps none, perhaps several.
-
-        **The search ignores case, and its answer does not repeat the external user id.** So ``ALICE`` may return the
-        user of ``alice``. Use ids that differ in more than case, and compare ``user_id`` with your own record before
-        you trust a user that was found.
-
-        Args:
-            external_user_id: Your own id of the user.
-
-        Raises:
-            InvalidIdentifierError: The id cannot be sent.
-            StatusError: The service answered with an error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
-
-        Source: Keyless documentation, Server API / External User ID, "Get users".
-        """
-        return self._run(lambda client: client.find_users(external_user_id))
-
-    def get_user(self, external_user_id: str) -> User:
-        """Return the one user who has an external user id.
-
-        The search ignores case, like `find_users`. Compare ``user_id`` with your own record.
-
-        Args:
-            external_user_id: Your own id of the user.
-
-        Raises:
-            NotFoundError: No user has this id.
-            AmbiguousUserError: Several users have it.
-            KeylessError: As for `find_users`.
-        """
-        return self._run(lambda client: client.get_user(external_user_id))
-
-    def delete_external_user(self, external_user_id: str) -> None:
-        """Delete an external user id, here in its exact case; the user stays, and can get another one.
-
-        Args:
-            external_user_id: Your own id of the user. If it does not exist, that is no error.
-
-        Raises:
-            InvalidIdentifierError: The id cannot be sent.
-            KeylessError: Deleting failed; it may have taken effect, and can be repeated.
-
-        Source: Keyless documentation, Server API / External User ID.
-        """
-        self._run(lambda client: client.delete_external_user(external_user_id))
-
-    def delete_user(self, user_id: str) -> None:
-        """Delete a user **permanently**, with their devices and their biometric enrolment. There is no way back.
-
-        A 404 after an ambiguous failure is a success: the lost request deleted the user.
-
-        Args:
-            user_id: The user, in hex of either case.
-
-        Raises:
-            InvalidIdentifierError: The user id is not hex.
-            NotFoundError: There is no such user.
-            KeylessError: Deleting failed; it may have taken effect, and can be repeated.
-
-        Source: Keyless documentation, Server API / Users.
-        """
-        self._run(lambda client: client.delete_user(user_id))
-
-    def get_devices(self, user_id: str) -> list[Device]:
-        """Return the devices of a user.
-
-        Args:
-            user_id: The user, in hex of either case.
-
-        Raises:
-            InvalidIdentifierError: The user id is not hex.
-            NotFoundError: There is no such user.
-            StatusError: The service answered with another error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts.
-            DecodeError: The answer does not have the documented shape.
-
-        Source: Keyless documentation, Server API / Devices.
-        """
-        return self._run(lambda client: client.get_devices(user_id))
-
-    def delete_device(self, user_id: str, public_signing_key: str) -> None:
-        """Remove a device of a user, such as a lost phone: it can approve nothing from then on.
-
-        A 404 after an ambiguous failure is a success: the lost request removed the device.
-
-        Args:
-            user_id: The user, in hex of either case.
-            public_signing_key: `Device.public_signing_key`, as it is.
-
-        Raises:
-            InvalidIdentifierError: The user id is not hex, or the key cannot be sent.
-            NotFoundError: There is no such device or user.
-            KeylessError: Removing failed; it may have taken effect, and can be repeated.
-
-        Source: Keyless documentation, Server API / Devices.
-        """
-        self._run(lambda client: client.delete_device(user_id, public_signing_key))
-
-    # -- signed transactions
-
-    def get_key_set(self, tenant: str) -> bytes:
-        """Return the public keys of a tenant as they are published, for `aiokeyless.signatures.TransactionVerifier`.
-
-        They are fetched without the API key.
-
-        Args:
-            tenant: Name of the tenant, as in the address of its keys.
-
-        Raises:
-            InvalidIdentifierError: The name cannot be sent.
-            StatusError: The service answered with an error status; see the subclasses.
-            TransportError: No usable answer arrived in `max_attempts` attempts, or the key set is larger than 1 MiB.
-
-        Source: Keyless documentation, "JWT verification best practice".
-        """
-        return self._run(lambda client: client.get_key_set(tenant))
-
-    # -- waits
+    # -- what is the same on both faces; Final, as a public name's type must not need inferring
+
+    get_pending_operations: Final = _call(AsyncKeylessClient.get_pending_operations)
+    get_operation: Final = _call(AsyncKeylessClient.get_operation)
+    get_authentications: Final = _call(AsyncKeylessClient.get_authentications)
+    create_operation: Final = _call(AsyncKeylessClient.create_operation)
+    create_external_user: Final = _call(AsyncKeylessClient.create_external_user)
+    update_external_user: Final = _call(AsyncKeylessClient.update_external_user)
+    find_users: Final = _call(AsyncKeylessClient.find_users)
+    get_user: Final = _call(AsyncKeylessClient.get_user)
+    delete_external_user: Final = _call(AsyncKeylessClient.delete_external_user)
+    delete_user: Final = _call(AsyncKeylessClient.delete_user)
+    get_devices: Final = _call(AsyncKeylessClient.get_devices)
+    delete_device: Final = _call(AsyncKeylessClient.delete_device)
+    get_key_set: Final = _call(AsyncKeylessClient.get_key_set)
+    hold_for_approval: Final = _call(AsyncKeylessClient.hold_for_approval)
+    watch_approval: Final = _iteration(AsyncKeylessClient.watch_approval)
+    wait_for_approvals: Final = _iteration(AsyncKeylessClient.wait_for_approvals)
+
+    # -- waits with on_poll, which runs in the caller's thread
 
     def wait_for_approval(
         self,
@@ -699,8 +471,9 @@ class KeylessClient:
         Source: ``docs/rules.md``, "The rules of a wait".
         """
         if on_poll is None:
-            return self._run(
-                lambda client: client.wait_for_approval(
+            background, client = self._open()
+            return background.run(
+                client.wait_for_approval(
                     target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
                 )
             )
@@ -715,54 +488,6 @@ class KeylessClient:
                 operation = update.operation
         assert operation is not None  # noqa: S101  # where nothing was raised, the last update is the approval
         return operation
-
-    def hold_for_approval(
-        self,
-        target: str | ApprovalTicket,
-        *,
-        seconds: float,
-        schedule: wait_base | None = None,
-        if_missing: IfMissing = "raise",
-        explain: bool = False,
-    ) -> Operation | None:
-        """Wait for one piece of a longer wait, as in an HTTP long poll, a tool call or a job that runs again.
-
-        A hold is a lease on a wait. The wait goes on for 10 s after the last hold of its target has ended, also if that
-        was interrupted. So a series of holds polls like a single wait, if the pauses between them are shorter. A later
-        hold starts a new wait, with one poll at once. A hold that ends without an approval is no timeout, and makes no
-        final poll.
-
-        Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
-                and the external user id of each answer.
-            seconds: The length of this piece; above 0 and finite.
-            schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
-            if_missing: See `wait_for_approval`.
-            explain: Whether to ask for the user's attempts when the ticket expires, for `ApprovalTimeoutError`: see
-                `wait_for_approval`. The first hold of a series sets it. A hold that returns None does not ask; call
-                `get_authentications` for the reasons so far. Default: False.
-
-        Returns:
-            The approved operation; None if the operation is pending after so many seconds. A hold of a ticket returns
-            None only before its ``expires_at``. An operation id does not expire, so give up after some time.
-
-        Raises:
-            ConfigurationError: An argument is wrong, or the schedule did not return a number.
-            ApprovalTimeoutError: The ticket's ``expires_at`` passed during this hold, and a final poll found the
-                operation pending. It can still be approved later.
-            KeylessError: Any other error of `wait_for_approval`.
-
-        Source: ``docs/rules.md``, "Holds".
-
-        Example:
-            >>> def approved(client: KeylessClient, ticket: ApprovalTicket) -> bool:
-            ...     return client.hold_for_approval(ticket, seconds=25) is not None  # the browser asks again
-        """
-        return self._run(
-            lambda client: client.hold_for_approval(
-                target, seconds=seconds, schedule=schedule, if_missing=if_missing, explain=explain
-            )
-        )
 
     def request_approval(
         self,
@@ -808,70 +533,6 @@ class KeylessClient:
             if_exists=if_exists,
         )
         return self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
-
-    def watch_approval(
-        self,
-        target: str | ApprovalTicket,
-        *,
-        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
-        schedule: wait_base | None = None,
-        if_missing: IfMissing = "raise",
-        explain: bool = False,
-    ) -> Generator[ApprovalUpdate, None, None]:
-        """Wait as `wait_for_approval` does, and yield an update for each poll.
-
-        Polling continues while the caller handles an update. The wait starts with the first iteration and ends when
-        the iterator is exhausted, closed with ``close()``, or left by ``break``.
-
-        Args:
-            target: See `wait_for_approval`.
-            timeout: See `wait_for_approval`.
-            schedule: See `wait_for_approval`.
-            if_missing: See `wait_for_approval`.
-            explain: See `wait_for_approval`.
-
-        Yields:
-            One update per poll; the operation of the last one is approved.
-
-        Raises:
-            KeylessError: Any error of `wait_for_approval`; `ConfigurationError` at the call, before the iteration.
-        """
-        background, client = self._open()
-        return _iterate(
-            background,
-            client.watch_approval(target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain),
-        )
-
-    def wait_for_approvals(
-        self,
-        targets: Iterable[str | ApprovalTicket],
-        *,
-        timeout: WaitTimeout = DefaultTimeout.FROM_TARGET,
-        schedule: wait_base | None = None,
-        if_missing: IfMissing = "raise",
-    ) -> Generator[ApprovalOutcome, None, None]:
-        """Wait for many operations, and yield an outcome for each, in the order in which they end.
-
-        A wait that fails does not end the others. A target that is given twice has two outcomes.
-
-        Args:
-            targets: Operation ids and tickets.
-            timeout: Seconds for each wait; see `wait_for_approval`.
-            schedule: See `wait_for_approval`.
-            if_missing: See `wait_for_approval`.
-
-        Yields:
-            One outcome per target: its approved operation, or the error that `wait_for_approval` would have raised.
-
-        Raises:
-            ConfigurationError: An argument is wrong; raised at the call, before the iteration.
-            ClientClosedError: The client was closed before the iteration started. If it is closed later, this error is
-                the outcome of each remaining wait.
-        """
-        background, client = self._open()
-        return _iterate(
-            background, client.wait_for_approvals(targets, timeout=timeout, schedule=schedule, if_missing=if_missing)
-        )
 
     @property
     def statistics(self) -> ClientStatistics:
@@ -927,8 +588,6 @@ def submit_approval(
         BrokerError: The broker did not confirm that it stored the request. It is safe to submit it again under the
             error's `operation_id`.
     """
-    from .worker import applications  # noqa: PLC0415  # only where workers are used
-
     side, finish = _application_side(broker)
     submission: Submission = finish(
         applications.submit_approval(
@@ -972,8 +631,6 @@ def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, 
         ...     with next_outcome(connection, "shop") as event:
         ...         handle(event)
     """
-    from .worker import applications  # noqa: PLC0415  # as above
-
     side, finish = _application_side(broker)
     outcome = applications.next_outcome(side, reader)
     event: ApprovalEvent = finish(outcome.__aenter__())
@@ -987,8 +644,7 @@ def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, 
 
 def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Coroutine[Any, Any, Any]], Any]]:
     """Return the applications' side of a broker, and the function that runs its coroutines to their end."""
-    from .worker.broker import Broker  # noqa: PLC0415  # only where workers are used
-    from .worker.postgres.blocking import side_of  # noqa: PLC0415
+    from .worker.postgres.blocking import side_of  # noqa: PLC0415  # only where a connection is used
 
     _refuse_event_loop()
     if isinstance(broker, Broker | str):
