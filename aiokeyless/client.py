@@ -181,7 +181,7 @@ class KeylessClient:
         self._max_in_flight = whole_number(max_in_flight, "max_in_flight")
         self._max_polls_per_second = check_rate(max_polls_per_second, "max_polls_per_second")
         self._schedule = check_schedule(schedule) or wait_adaptive()
-        self._told: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
+        self._listeners: tuple[Listener, ...] = (*check_listeners(listeners), *DEFAULT_LISTENERS)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poller: Poller | None = None
         self._holds: Holds | None = None
@@ -206,7 +206,7 @@ class KeylessClient:
     @property
     def listeners(self) -> tuple[Listener, ...]:
         """All listeners for its events: its own, and those of instrumentations."""
-        return self._told
+        return self._listeners
 
     # -- opening and closing
 
@@ -261,7 +261,7 @@ class KeylessClient:
             raise ClientClosedError("the client is closed; create a new one, or close it later")
         loop = asyncio.get_running_loop()
         if self._loop is None:
-            listeners = Listeners(self._told) if self._told else None
+            listeners = Listeners(self._listeners) if self._listeners else None
             transport = Transport(
                 self._base_url,
                 self._api_key,

@@ -7,13 +7,11 @@ message never contains an API key, a payload or a raw body. All can be pickled.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 from ._base_errors import ConfigurationError, InvalidIdentifierError, KeylessError
-
-if TYPE_CHECKING:
-    from .models import Authentication, Operation
-    from .ticket import ApprovalTicket
+from .models import Authentication, Operation
+from .ticket import ApprovalTicket
 
 __all__ = [
     "AlreadyApprovedError",

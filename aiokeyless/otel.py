@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, assert_never
+from typing import Any, Final, NamedTuple, assert_never
 from weakref import WeakKeyDictionary
 
 from ._listeners import DEFAULT_LISTENERS
@@ -16,6 +17,7 @@ from ._version import __version__
 from .events import (
     CircuitChanged,
     DeliveryEnded,
+    Event,
     OutcomePublished,
     PollEnded,
     RequestEnded,
@@ -27,28 +29,23 @@ from .events import (
 
 try:
     from opentelemetry.context import Context
-    from opentelemetry.metrics import MeterProvider, Observation, get_meter, get_meter_provider
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter, get_meter_provider
     from opentelemetry.trace import (
         Link,
         NonRecordingSpan,
+        Span,
         SpanContext,
         SpanKind,
         Status,
         StatusCode,
         TraceFlags,
+        TracerProvider,
         get_tracer,
         set_span_in_context,
     )
 except ModuleNotFoundError as _missing:  # without the hint one would install "opentelemetry", which is another package
     raise ModuleNotFoundError('aiokeyless.otel needs the extra "otel"; install it', name=_missing.name) from _missing
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from opentelemetry.metrics import CallbackOptions, Meter
-    from opentelemetry.trace import Span, TracerProvider
-
-    from .events import Event
 
 __all__ = ["KeylessInstrumentor", "OpenTelemetryListener"]
 
@@ -238,7 +235,7 @@ class _Observed(NamedTuple):
 
     Attributes:
         circuits: How many circuits are in each state, a client's being closed at first.
-        workers: What each worker that runs told last, by its number.
+        workers: The last report of each worker that runs, by its number.
     """
 
     circuits: Counter[str]
@@ -275,11 +272,11 @@ def _create_gauges(meter: Meter, provider: MeterProvider) -> _Observed:
 
 
 def _of_fleets(
-    told: list[WorkerInspected], field: str, combine: Callable[[Iterable[float]], float]
+    reports: list[WorkerInspected], field: str, combine: Callable[[Iterable[float]], float]
 ) -> list[Observation]:
     """Return one observation for each fleet that this process has workers of."""
     fleets: dict[str, list[WorkerInspected]] = {}
-    for event in told:
+    for event in reports:
         fleets.setdefault(event.destination, []).append(event)
     return [
         Observation(combine([float(attrgetter(field)(event)) for event in fleet]), _messaging(fleet[0]))

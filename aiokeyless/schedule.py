@@ -22,18 +22,16 @@ import math
 import random
 import sys
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from operator import add
-from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, Self
+from typing import Annotated, Final, NamedTuple, Self
 
 import msgspec
 from tenacity import RetryCallState, Retrying
 from tenacity.wait import wait_base
 
 from .errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["next_delay", "wait_adaptive"]
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, TypeAlias
+from types import FrameType
+from typing import Final, TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
-    from types import FrameType
+from .client import KeylessClient
 
-    from .client import KeylessClient
-
-    _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int
 
 __all__ = ["close_on_signals"]
 

@@ -8,23 +8,20 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ._validation import check_required_text, check_tenant, check_text, check_user_id, finite_seconds, seconds
+from .client import KeylessClient
 from .errors import ConfigurationError, DecodeError, SignatureError, SignatureReason, StatusError, TransportError
 from .models import SignedTransaction
 
 try:
-    from ._token import Expectation, KeySet, read_token, verify
+    from ._token import Expectation, KeySet, VerifyingKey, read_token, verify
 # The package "jwt" is another one, so name the extra.
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(
         f'aiokeyless.signatures needs {_missing.name}: install the extra "jwt"', name=_missing.name
     ) from _missing
-
-if TYPE_CHECKING:
-    from ._token import VerifyingKey
-    from .client import KeylessClient
 
 __all__ = ["SignedTransaction", "TransactionVerifier"]
 

@@ -27,7 +27,7 @@ from aiokeyless.errors import (
     KeylessError,
 )
 
-from .messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quote
+from .error_messages import REQUIREMENTS, VARIABLES, describe, describe_argument, quote
 from .render import escape
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from aiokeyless.errors import ConfigurationError
 from aiokeyless.models import Authentication, Device, Operation
 
 from .app import AsJson, CommandError, Count, Exit, OperationId, OptionalCount, OptionalDelay, UserId, validator
-from .messages import VARIABLES, describe_argument, describe_method, format_count
+from .error_messages import VARIABLES, describe_argument, describe_method, format_count
 from .render import new_console, print_fact, print_json, print_line, print_table
 from .sandbox import DEFAULT_KEY, DEFAULT_PORT, sandbox
 

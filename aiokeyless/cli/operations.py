@@ -14,7 +14,7 @@ from aiokeyless.models import Operation, OperationState
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
 from .app import AsJson, CommandError, Exit, OperationId, OptionalOperationId, Seconds, UserId, app, new_client
-from .messages import describe_method, quote
+from .error_messages import describe_method, quote
 from .render import new_console, print_command, print_fact, print_json, print_table
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from aiokeyless._waits.explanation import describe_failures
 from aiokeyless.client import DefaultTimeout
 from aiokeyless.errors import NotFoundError
 
-from .messages import format_count
+from .error_messages import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

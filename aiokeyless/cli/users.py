@@ -13,7 +13,7 @@ from aiokeyless._validation import check_external_user_id, check_public_signing_
 from aiokeyless.errors import ConflictError, NotFoundError
 
 from .app import AsJson, CommandError, Exit, UserId, app, new_client, validator
-from .messages import quote
+from .error_messages import quote
 from .render import new_console, print_fact, print_json, print_table
 
 if TYPE_CHECKING:

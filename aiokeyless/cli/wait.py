@@ -32,7 +32,7 @@ from .app import (
     app,
     new_client,
 )
-from .messages import describe, describe_method, format_count, quote, quote_operation_id
+from .error_messages import describe, describe_method, format_count, quote, quote_operation_id
 from .render import Display, Progress, display_for, follow, new_console, print_fact, print_json
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -15,7 +16,7 @@ from aiokeyless._validation import check_operation_id, check_text, check_user_id
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
-from .broker import NewRequest, UnavailableError, broker_for
+from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError, broker_for
 from .logs import log
 from .messages import (
     VERSION,
@@ -26,11 +27,6 @@ from .messages import (
     read_event,
     request_name,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
-    from .broker import ApplicationSide, OutcomeDelivery
 
 _READER: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _UPGRADED_IN: Final = 60.0  # seconds until an event of a later version is delivered again

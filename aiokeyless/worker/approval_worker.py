@@ -8,11 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, Final, Self
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
 
+from tenacity.wait import wait_base
+
+from aiokeyless._http.transport import Transport
 from aiokeyless._listeners import Listeners
 from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
-from aiokeyless.client import transport_of
+from aiokeyless.client import KeylessClient, transport_of
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.schedule import next_delay, wait_adaptive
 
@@ -22,16 +27,6 @@ from .learned import LearnedFile
 from .logs import log
 from .monitoring import WorkerStatistics
 from .serving import Limits, Serving
-
-if TYPE_CHECKING:
-    from pathlib import Path
-    from types import TracebackType
-
-    from tenacity.wait import wait_base
-
-    from aiokeyless._http.transport import Transport
-    from aiokeyless.client import KeylessClient
-
 
 _SETTLED_WITHIN: Final = 5.0  # seconds
 _MARGIN: Final = 5.0  # seconds between the end of the longest delivery and its repetition

@@ -11,21 +11,16 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from datetime import datetime  # noqa: TC003  # msgspec reads the annotations
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
-
-import msgspec
+from types import ModuleType, TracebackType
+from typing import Any, Final, NamedTuple, Self
 
 from aiokeyless.errors import ConfigurationError
+from aiokeyless.events import Inspection
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import ModuleType, TracebackType
-
-    from aiokeyless.events import Inspection
-
-    from .messages import ApprovalEvent, ApprovalRequest
+from .messages import ApprovalEvent, ApprovalRequest, Message
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 #: Most seconds for which an unhandled outcome is put off.
@@ -120,8 +115,8 @@ class ApplicationSide(ABC):
             Whether the same request was stored already.
 
         Raises:
-            InvalidRequestError: A different request has this operation id. If the broker cannot tell, it stores the
-                request, and the worker decides it as a conflict.
+            InvalidRequestError: A different request has this operation id, which the message names. If the broker
+                cannot tell, it stores the request, and the worker decides it as a conflict.
             UnavailableError: The broker did not confirm that it stored the request, which can be submitted again.
             BrokerError: Requests cannot be stored, and that does not change by itself.
         """
@@ -141,26 +136,6 @@ class ApplicationSide(ABC):
             UnavailableError: The broker is away.
             BrokerError: Outcomes cannot be read, and that does not change by itself.
         """
-
-
-class Message(msgspec.Struct, kw_only=True, eq=False):
-    """One delivery of a request to a worker. A broker may add fields by which it recognizes the request.
-
-    Attributes:
-        id: The request's number at the broker.
-        body: The request as JSON.
-        stored_at: When the broker stored it, by its clock.
-        number: Number of this delivery, from 1.
-        failures: Exchanges for this request that failed in a row, as far as the broker knows.
-        traceparent: As it was submitted; None if there is none.
-    """
-
-    id: int
-    body: bytes
-    stored_at: datetime
-    number: int
-    failures: int = 0
-    traceparent: str | None = None
 
 
 class Exchange(Enum):
@@ -318,7 +293,7 @@ class Broker(ApplicationSide):
         """
 
     @abstractmethod
-    async def holds(self, message: Message) -> bool:
+    async def has_claim(self, message: Message) -> bool:
         """Return whether the request holds its operation id at this moment."""
 
     @abstractmethod

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.schedule import wait_adaptive
 
-    from .broker import Message
+    from .messages import Message
 
 #: Details of a conflict: the id is another operation's, or a different request holds it.
 OTHER_OPERATION: Final = "the operation id is taken by another operation"

@@ -192,7 +192,7 @@ class Exchanges:
         if (
             isinstance(answer, Operation)
             and _needs_claim(delivery, step)
-            and not await self._broker.holds(delivery.message)
+            and not await self._broker.has_claim(delivery.message)
         ):
             return after_unclaimed(delivery, answer, now=self._clock())
         return step
@@ -205,7 +205,7 @@ class Exchanges:
         contradicts = isinstance(answer, PermissionDeniedError) or (
             isinstance(answer, NotFoundError) and is_final(delivery, polled_at)
         )
-        return contradicts and await self._broker.holds(delivery.message)
+        return contradicts and await self._broker.has_claim(delivery.message)
 
     async def _get(self, delivery: Delivery, polled_at: datetime) -> Operation | KeylessError:
         """Return the operation, or the failure to get it."""

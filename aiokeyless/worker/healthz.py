@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 from aiohttp import web
 
 from aiokeyless.errors import BrokerError
 
-if TYPE_CHECKING:
-    from .approval_worker import ApprovalWorker
+from .approval_worker import ApprovalWorker
 
 #: aiohttp logs a traceback for each malformed request, and any client can send one.
 _SILENT: Final = logging.Logger(__name__, logging.CRITICAL)  # noqa: LOG001  # of this server alone

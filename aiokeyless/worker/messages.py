@@ -10,16 +10,13 @@ import re
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
 from aiokeyless._validation import check_operation_id, check_text, check_user_id, seconds
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
-
-if TYPE_CHECKING:
-    from .broker import Message
 
 __all__ = ["ApprovalEvent", "ApprovalRequest", "FailureReason", "Outcome"]
 
@@ -154,6 +151,26 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     def __repr__(self) -> str:
         return f"<ApprovalEvent {self.outcome} of operation {self.operation_id!r}>"
+
+
+class Message(msgspec.Struct, kw_only=True, eq=False):
+    """One delivery of a request to a worker. A broker may add fields by which it recognizes the request.
+
+    Attributes:
+        id: The request's number at the broker.
+        body: The request as JSON.
+        stored_at: When the broker stored it, by its clock.
+        number: Number of this delivery, from 1.
+        failures: Exchanges for this request that failed in a row, as far as the broker knows.
+        traceparent: As it was submitted; None if there is none.
+    """
+
+    id: int
+    body: bytes
+    stored_at: datetime
+    number: int
+    failures: int = 0
+    traceparent: str | None = None
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import logging
 import math
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator, Sized
+from typing import Final
 
 import msgspec
 
-from aiokeyless._rules.circuit import CircuitState, Transitions
+from aiokeyless._listeners import Listeners
+from aiokeyless._rules.circuit import Circuit, CircuitState, Transition, Transitions
 from aiokeyless._rules.outcome import poll_result
 from aiokeyless.errors import BrokerError, ClientClosedError, KeylessError
 from aiokeyless.events import (
@@ -22,20 +24,11 @@ from aiokeyless.events import (
     WaitOutcome,
     WorkerInspected,
 )
+from aiokeyless.models import Operation
 
-from .broker import RefusedError, UnavailableError
+from .broker import Broker, RefusedError, UnavailableError
 from .logs import log
-from .messages import FailureReason, Outcome
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sized
-
-    from aiokeyless._listeners import Listeners
-    from aiokeyless._rules.circuit import Circuit, Transition
-    from aiokeyless.models import Operation
-
-    from .broker import Broker, Message
-    from .messages import ApprovalEvent
+from .messages import ApprovalEvent, FailureReason, Message, Outcome
 
 _EVERY: Final = 5.0  # seconds between two inspections
 #: Seconds for which requests may wait while this worker receives none.

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from aiokeyless._http.transport import Transport
     from aiokeyless._listeners import Listeners
 
-    from .broker import Broker, Message
+    from .broker import Broker
     from .decisions import Decided, Decision
-    from .messages import ApprovalEvent, Delivery
+    from .messages import ApprovalEvent, Delivery, Message
 
 #: Seconds before each check of a refused key. If all checks are refused, the worker ends.
 KEY_CHECKS: Final = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -350,7 +350,7 @@ class Serving:
             return event
         age = (self._broker.now() - message.stored_at).total_seconds()
         is_kept = age < self._longest_wait + self._limits.grace
-        asked = not is_kept or await self._broker.holds(message)
+        asked = not is_kept or await self._broker.has_claim(message)
         return msgspec.structs.replace(event, asked=asked)
 
     def _learn(self, decided: Decided) -> None:

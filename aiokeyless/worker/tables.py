@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
     from typing import Any
 
-    from .broker import Message
+    from .messages import Message
 
 #: Bytes of one request, at most.
 LARGEST_REQUEST: Final = 1 << 20

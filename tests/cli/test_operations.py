@@ -19,7 +19,7 @@ from aiokeyless import (
     ServerError,
 )
 from aiokeyless.cli.app import CommandError, app
-from aiokeyless.cli.messages import describe
+from aiokeyless.cli.error_messages import describe
 
 from .terminal import lines_of_json, output_of
 

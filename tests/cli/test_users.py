@@ -13,7 +13,7 @@ from cyclopts import CycloptsError
 
 from aiokeyless import AmbiguousUserError, SignatureError, SignatureReason
 from aiokeyless.cli.app import CommandError, app
-from aiokeyless.cli.messages import describe
+from aiokeyless.cli.error_messages import describe
 
 from .terminal import Terminal, output_of
 

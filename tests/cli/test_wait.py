@@ -21,7 +21,7 @@ from aiokeyless import (
 )
 from aiokeyless.cli import run
 from aiokeyless.cli.app import InterruptedCommandError, app
-from aiokeyless.cli.messages import describe
+from aiokeyless.cli.error_messages import describe
 
 from .terminal import ESCAPE, Terminal, later, lines_of_json, output_of
 

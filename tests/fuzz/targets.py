@@ -30,7 +30,6 @@ from aiokeyless.errors import ConfigurationError, DecodeError, InvalidRequestErr
 from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 from aiokeyless.ticket import ApprovalTicket
-from aiokeyless.worker.broker import Message
 from aiokeyless.worker.decisions import fail, fail_unreadable
 from aiokeyless.worker.messages import (
     VERSION,
@@ -38,6 +37,7 @@ from aiokeyless.worker.messages import (
     ApprovalRequest,
     Delivery,
     FailureReason,
+    Message,
     is_about,
     read_context,
     read_event,

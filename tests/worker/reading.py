@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, next_outcome
-from aiokeyless.worker.broker import Message
+from aiokeyless.worker.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -14,7 +14,7 @@ from waiting import PATIENCE
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
-from aiokeyless.worker.broker import Message
+from aiokeyless.worker.messages import Message
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request

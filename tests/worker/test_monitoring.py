@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.events import Event, Listener
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker.broker import Message
+    from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
 

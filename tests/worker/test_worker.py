@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker.broker import Message, NewRequest
+    from aiokeyless.worker.broker import NewRequest
+    from aiokeyless.worker.messages import Message
 
 looptime = pytest.mark.looptime
 TRACEPARENT = f"00-{1:032x}-{2:016x}-01"

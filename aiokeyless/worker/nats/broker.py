@@ -13,18 +13,10 @@ import nats.js.errors
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError
-from aiokeyless.worker.broker import (
-    Broker,
-    Claimed,
-    Exchange,
-    Message,
-    NewRequest,
-    OutcomeDelivery,
-    UnavailableError,
-)
+from aiokeyless.worker.broker import Broker, Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
-from aiokeyless.worker.messages import deadline, is_about, read_names
+from aiokeyless.worker.messages import Message, deadline, is_about, read_names
 
 from .claims import NatsClaims, claims_signed_from, mark
 from .connection import check_options, connect, disconnect
@@ -302,7 +294,7 @@ class NatsBroker(Broker):
     async def claim(self, message: Message) -> Claimed:
         return await self._claims.claim(*_names(message))
 
-    async def holds(self, message: Message) -> bool:
+    async def has_claim(self, message: Message) -> bool:
         return await self._claims.holds(*_names(message))
 
     async def unclaim(self, message: Message, token: int) -> bool:

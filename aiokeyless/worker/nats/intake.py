@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Final
 from nats.aio.msg import Msg  # noqa: TC002  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless.worker.broker import Message, UnavailableError
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog, log
-from aiokeyless.worker.messages import deadline
+from aiokeyless.worker.messages import Message, deadline
 
 from .event_keys import TRACEPARENT
 from .failures import broker_errors

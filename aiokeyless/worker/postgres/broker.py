@@ -11,16 +11,9 @@ import msgspec
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import (
-    Claim,
-    Claimed,
-    Exchange,
-    Message,
-    NewRequest,
-    OutcomeDelivery,
-    UnavailableError,
-)
+from aiokeyless.worker.broker import Claim, Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.clock import BrokerClock
+from aiokeyless.worker.messages import Message
 from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
 
 from .connection import ERRORS, AsyncpgDriver
@@ -262,7 +255,7 @@ class PostgresBroker(TableBroker):
         claims = {row[0]: Claim.HELD if row[1] else Claim.NEW for row in rows}
         return [claims.get(id_, Claim.ANOTHERS) for id_, _ in calls]
 
-    async def holds(self, message: Message) -> bool:
+    async def has_claim(self, message: Message) -> bool:
         is_held: bool = await self._held.call(message.id)
         return is_held
 

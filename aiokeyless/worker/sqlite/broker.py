@@ -14,14 +14,7 @@ import msgspec
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import (
-    Claimed,
-    Exchange,
-    Message,
-    NewRequest,
-    OutcomeDelivery,
-    UnavailableError,
-)
+from aiokeyless.worker.broker import Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker
 
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from aiokeyless.events import Inspection
-    from aiokeyless.worker.messages import ApprovalEvent
+    from aiokeyless.worker.messages import ApprovalEvent, Message
 
 T = TypeVar("T")
 
@@ -203,7 +196,7 @@ class SqliteBroker(TableBroker):
     async def claim(self, message: Message) -> Claimed:
         return await self._do(lambda store: store.claim(message.id, message.number), lasting=True)
 
-    async def holds(self, message: Message) -> bool:
+    async def has_claim(self, message: Message) -> bool:
         return await self._do(lambda store: store.holds(message.id))
 
     async def unclaim(self, message: Message, token: int) -> bool:

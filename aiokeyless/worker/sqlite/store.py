@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
-from aiokeyless.worker.broker import (
-    LONGEST_PAUSE,
-    Claim,
-    Claimed,
-    Exchange,
-    Message,
-    NewRequest,
-    outcome_pause,
-)
+from aiokeyless.worker.broker import LONGEST_PAUSE, Claim, Claimed, Exchange, NewRequest, outcome_pause
+from aiokeyless.worker.messages import Message
 from aiokeyless.worker.tables import LONGEST_WAIT, time_of
 
 from .failures import broker_errors, retry_while_busy

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable
     from pathlib import Path
 
-    from aiokeyless.worker.broker import Broker, Message
+    from aiokeyless.worker.broker import Broker
+    from aiokeyless.worker.messages import Message
 
 #: Seconds of a lease: longer than a test takes on a busy machine. Over 200 s a broker takes it for a clock set back.
 LEASE: Final = 150.0

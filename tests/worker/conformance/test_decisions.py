@@ -45,9 +45,9 @@ async def test_a_claim_is_new_once_and_then_held(opened: Opened) -> None:
     worker, other = await opened(), await opened()
     await submit(worker, "a")
     (message,) = await take_n(worker, 1)
-    assert not await worker.holds(message)
+    assert not await worker.has_claim(message)
     assert (await worker.claim(message)).claim is Claim.NEW
-    assert await other.holds(message)
+    assert await other.has_claim(message)
     await worker.put_off(message, 0.0, Exchange.ANSWERED)
     (again,) = await take_n(other, 1)
     assert (await other.claim(again)).claim is Claim.HELD
@@ -61,9 +61,9 @@ async def test_a_claim_is_given_back_by_the_delivery_that_made_it_last(broker: B
     (again,) = await take_n(broker, 1)
     newer = (await broker.claim(again)).token
     assert not await broker.unclaim(message, token)
-    assert await broker.holds(message)
+    assert await broker.has_claim(message)
     assert await broker.unclaim(again, newer)
-    assert not await broker.holds(message)
+    assert not await broker.has_claim(message)
     assert (await broker.claim(again)).claim is Claim.NEW
 
 
@@ -76,7 +76,7 @@ async def test_a_claim_outlives_the_process_that_made_it(storage: Storage, opene
         await killed.claim(message)
     (again,) = await take_n(worker, 1)
     assert again.number > message.number
-    assert await worker.holds(again)
+    assert await worker.has_claim(again)
 
 
 async def test_many_decisions_at_once_are_each_stored_once(opened: Opened) -> None:

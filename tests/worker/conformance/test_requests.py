@@ -27,7 +27,8 @@ from .brokers import (
 )
 
 if TYPE_CHECKING:
-    from aiokeyless.worker.broker import Broker, Message
+    from aiokeyless.worker.broker import Broker
+    from aiokeyless.worker.messages import Message
 
     from .brokers import Opened, Storage
 

@@ -151,7 +151,7 @@ async def test_a_backup_is_restored_and_its_undecided_requests_wait_again(
         numbers = {operation_of(message): message for message in await take_n(broker, 2)}
         assert numbers.keys() == {"asked", "new"}
         assert numbers["asked"].number > token
-        assert await broker.holds(numbers["asked"])
+        assert await broker.has_claim(numbers["asked"])
         assert await decide(broker, numbers["asked"])
         outcomes = await read(primary.url(restored), 2)
         assert outcomes.keys() == {"decided", "asked"}

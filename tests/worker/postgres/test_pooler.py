@@ -84,7 +84,7 @@ async def test_workers_and_applications_need_no_setting_for_a_pooler_that_knows_
             while len(decided) < len(expected):
                 for message in await broker.take(len(expected), 0.3):
                     await broker.claim(message)
-                    assert await broker.holds(message)
+                    assert await broker.has_claim(message)
                     assert await decide(broker, message)
                     decided.add(operation_of(message))
 

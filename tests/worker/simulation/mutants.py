@@ -126,7 +126,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/exchanges.py",
-        "and not await self._broker.holds(delivery.message)\n        ):",
+        "and not await self._broker.has_claim(delivery.message)\n        ):",
         "and False\n        ):",
         "an approval from before the request counts",
     ),
@@ -177,7 +177,7 @@ MUTANTS: Final = (
     # -- serving
     Mutant(
         "worker/serving.py",
-        "asked = not is_kept or await self._broker.holds(message)",
+        "asked = not is_kept or await self._broker.has_claim(message)",
         "asked = False",
         "the event says that nobody was asked",
     ),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiokeyless.worker.broker import Claim, Exchange, Message, NewRequest
-from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Outcome
+from aiokeyless.worker.broker import Claim, Exchange, NewRequest
+from aiokeyless.worker.messages import VERSION, ApprovalEvent, ApprovalRequest, Message, Outcome
 from aiokeyless.worker.sqlite import SqliteBroker, schema, store
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ async def worker(broker: SqliteBroker) -> None:
 async def process(broker: SqliteBroker, message: Message) -> None:
     request = msgspec.json.decode(message.body, type=ApprovalRequest)
     assert request.operation_id is not None
-    if not await broker.holds(message):
+    if not await broker.has_claim(message):
         if (await broker.claim(message)).claim is Claim.NEW:
             say("asked", request.operation_id)
         await broker.put_off(message, 0.0, Exchange.ANSWERED)

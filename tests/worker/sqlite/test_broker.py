@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from aiokeyless.errors import BrokerError, ConfigurationError
-from aiokeyless.worker.broker import Claim, Exchange, Message, RefusedError, UnavailableError
-from aiokeyless.worker.messages import ApprovalEvent
+from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
+from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
 
@@ -327,7 +327,7 @@ async def test_nobody_is_asked_for_a_request_that_is_decided(memory: SqliteBroke
     (message,) = await take_all(memory)
     assert await decide(memory, message)
     assert (await memory.claim(message)).claim is Claim.ANOTHERS
-    assert not await memory.holds(message)
+    assert not await memory.has_claim(message)
 
 
 @pytest.mark.looptime

@@ -25,7 +25,7 @@ from aiokeyless import (
     StatusError,
     TransportError,
 )
-from aiokeyless.cli.messages import OPTIONS, REQUIREMENTS, VARIABLES, describe, quote, quote_operation_id
+from aiokeyless.cli.error_messages import OPTIONS, REQUIREMENTS, VARIABLES, describe, quote, quote_operation_id
 
 
 @pytest.mark.parametrize(
