@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
-from tenacity.wait import wait_base
 
 import aiokeyless
-import aiokeyless.sandbox
-import aiokeyless.shutdown
-import aiokeyless.signatures
-import aiokeyless.worker
 
 if TYPE_CHECKING:
     from docutils.nodes import Element, reference
@@ -58,16 +51,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"wait_base|Client|Connection|Broker|Path|web\.AppRunner"),
     ("py:.*", r"TracerProvider|MeterProvider"),
     # A type variable and names that users need in no other place.
-    ("py:class", r"aiokeyless\.worker\.messages\.T|Broker|HealthServer|aiokeyless\.sandbox\.service\.ClientOptions"),
+    ("py:class", r"aiokeyless\.worker\.messages\.T|Broker|HealthServer|aiokeyless\.sandbox\.server\.ClientOptions"),
 ]
 
-
-# Annotations name what modules import for type checkers only; a signature is formatted from the real thing.
-for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "aiokeyless"]:
-    for public in aiokeyless.__all__:
-        vars(module).setdefault(public, getattr(aiokeyless, public))
-    vars(module).setdefault("Path", Path)
-    vars(module).setdefault("wait_base", wait_base)
 
 # Napoleon would take the first words of an attribute's docstring, up to a colon, for its type.
 GoogleDocstring._consume_inline_attribute = lambda self: ("", self._dedent(self._consume_to_end()))  # type: ignore[method-assign]  # noqa: SLF001  # there is no option

@@ -5,6 +5,6 @@ does not import this package.
 """
 
 from .journal import RequestRecord
-from .service import Sandbox
+from .server import Sandbox
 
 __all__ = ["RequestRecord", "Sandbox"]

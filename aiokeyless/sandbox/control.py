@@ -27,7 +27,7 @@ from .users import device_fields
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from .service import Sandbox
+    from .service import Service
 
 IDENTITY: Final = "X-Keyless-Sandbox"
 """Header of every answer. Without it, the command line refuses the answer as not a sandbox's."""
@@ -121,7 +121,7 @@ class _NotFoundError(Exception):
     """There is no such operation."""
 
 
-def _list(sandbox: Sandbox, selection: Selection) -> object:
+def _list(sandbox: Service, selection: Selection) -> object:
     user = selection.user_id and selection.user_id.upper()
     return {
         "operations": [
@@ -132,55 +132,55 @@ def _list(sandbox: Sandbox, selection: Selection) -> object:
     }
 
 
-def _approve(sandbox: Sandbox, approval: Approval) -> object:
+def _approve(sandbox: Service, approval: Approval) -> object:
     if approval.user_id is None:
         _check_exists(sandbox, approval.operation_id)
     return operation_fields(sandbox.approve(**msgspec.structs.asdict(approval)))
 
 
-def _decline(sandbox: Sandbox, refusal: Refusal) -> object:
+def _decline(sandbox: Service, refusal: Refusal) -> object:
     if refusal.user_id is None:
         _check_exists(sandbox, refusal.operation_id)
     return attempt_fields(sandbox.fail_authentication(**msgspec.structs.asdict(refusal)))
 
 
-def _check_exists(sandbox: Sandbox, operation_id: str) -> None:
+def _check_exists(sandbox: Service, operation_id: str) -> None:
     if operation_id not in sandbox.operations:
         raise _NotFoundError(
             f"there is no operation {operation_id!r}; create it first, or name its user if the phone is to create it"
         )
 
 
-def _fail(sandbox: Sandbox, failure: Failure) -> object:
+def _fail(sandbox: Service, failure: Failure) -> object:
     sandbox.fail_next(**msgspec.structs.asdict(failure))
     return {}
 
 
-def _drop(sandbox: Sandbox, drop: Drop) -> object:
+def _drop(sandbox: Service, drop: Drop) -> object:
     sandbox.drop_next(**msgspec.structs.asdict(drop))
     return {}
 
 
-def _recover(sandbox: Sandbox, _nothing: Nothing) -> object:
+def _recover(sandbox: Service, _nothing: Nothing) -> object:
     sandbox.recover()
     return {}
 
 
-def _unlock(sandbox: Sandbox, user: User) -> object:
+def _unlock(sandbox: Service, user: User) -> object:
     sandbox.unlock(user.user_id)
     return {}
 
 
-def _enroll(sandbox: Sandbox, enrolment: Enrolment) -> object:
+def _enroll(sandbox: Service, enrolment: Enrolment) -> object:
     return device_fields(sandbox.enroll(enrolment.user_id, external_user_id=enrolment.external_user_id))
 
 
-def _sign(sandbox: Sandbox, signature: Signature) -> object:
+def _sign(sandbox: Service, signature: Signature) -> object:
     _check_exists(sandbox, signature.operation_id)
     return {"token": sandbox.sign(signature.operation_id, tampered=signature.tampered)}
 
 
-def _rotate(sandbox: Sandbox, rotation: Rotation) -> object:
+def _rotate(sandbox: Service, rotation: Rotation) -> object:
     return {"keyId": sandbox.rotate_keys(retire=rotation.retire)}
 
 
@@ -195,7 +195,7 @@ class Endpoint(NamedTuple):
 
     method: str
     body: type[Any]
-    act: Callable[[Sandbox, Any], object]
+    act: Callable[[Service, Any], object]
 
 
 ENDPOINTS: Final[Mapping[str, Endpoint]] = {
@@ -221,7 +221,7 @@ class Control:
         host: Name or address that the server listens on.
     """
 
-    def __init__(self, sandbox: Sandbox, host: str) -> None:
+    def __init__(self, sandbox: Service, host: str) -> None:
         self._sandbox = sandbox
         self._host = host
 
