@@ -87,11 +87,9 @@ _MAX_COUNTED: Final = 256
 #: A RetryCallState needs an owner; this one is never run.
 _RETRYING: Final = Retrying()
 
-_STATE_VERSION: Final = 2
-#: Bounds above every weight that can occur. As the weights fade, whole waits stay below 722 together, and pieces, which
-#: age others less, below six times that.
+_STATE_VERSION: Final = 1
+#: A bound above every weight that can occur: as they fade, all together stay below 722.
 _Weight = Annotated[float, msgspec.Meta(ge=0, le=10_000)]
-_Change = Annotated[float, msgspec.Meta(ge=-10_000, le=10_000)]
 
 
 class _StateVersion(msgspec.Struct):
@@ -100,7 +98,7 @@ class _StateVersion(msgspec.Struct):
 
 class _State(_StateVersion):
     approved: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS, max_length=_BINS)]
-    pending: Annotated[list[_Change], msgspec.Meta(min_length=_BINS + 1, max_length=_BINS + 1)]
+    pending: Annotated[list[_Weight], msgspec.Meta(min_length=_BINS + 1, max_length=_BINS + 1)]
 
 
 class wait_adaptive(wait_base):  # noqa: N801 - tenacity names its strategies so, and this is one of them
@@ -425,8 +423,7 @@ class _Histogram:
 
     Attributes:
         approved: Approvals in each bin.
-        pending: At each edge, the waits whose observation ended there without an approval. In states from earlier
-            releases, minus the waits whose observation began there.
+        pending: At each edge, the waits whose observation ended there without an approval.
         gain: The weight of the last observation in these figures. It grows with each observation, instead of reducing
             the weights of all earlier ones.
     """
@@ -441,7 +438,7 @@ class _Histogram:
     def rescale(self) -> None:
         """Reduce the figures so that the last observation has the weight 1."""
         self.approved = [weight / self.gain for weight in self.approved]
-        self.pending = [change / self.gain for change in self.pending]
+        self.pending = [weight / self.gain for weight in self.pending]
         self.gain = 1.0
 
     def age(self) -> None:
@@ -458,7 +455,7 @@ class _Histogram:
             # This is exact if the waits lasted longer than half of the approvals took: the odds are then those of the
             # sums. Otherwise it reduces too little, and is repeated. A saved state must not be reduced again.
             kept = _MOST_NEVER / (1.0 - _MOST_NEVER) * (1.0 - never) / never
-            self.pending = [change * kept for change in self.pending]
+            self.pending = [weight * kept for weight in self.pending]
             curve = _estimate(self.approved, self.pending)
         return curve
 
@@ -522,10 +519,8 @@ def _decode_state(text: str | bytes) -> _State:
     try:
         version = msgspec.json.decode(text, type=_StateVersion).version
         if version == _STATE_VERSION:
-            state = msgspec.json.decode(text, type=_State)
-            _check_at_risk(state)
-            return state
-    except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError, ValueError) as error:
+            return msgspec.json.decode(text, type=_State)
+    except (msgspec.DecodeError, UnicodeError, RecursionError, TypeError) as error:
         raise ConfigurationError(
             f"not a saved schedule ({error}); pass what wait_adaptive.to_json() returned", argument="text"
         ) from None
@@ -534,19 +529,6 @@ def _decode_state(text: str | bytes) -> _State:
         "wait_adaptive(), or use the release of aiokeyless that wrote it",
         argument="text",
     )
-
-
-def _check_at_risk(state: _State) -> None:
-    """Check that no more waits are approved or end than are observed: otherwise, there is no curve.
-
-    Raises:
-        ValueError: There are more.
-    """
-    at_risk = _PRIOR_WAITS + sum(state.approved) + sum(state.pending)
-    for expected, seen, given_up in zip(_PRIOR, state.approved, state.pending, strict=False):
-        at_risk -= expected + seen + given_up
-        if at_risk <= 0.0:
-            raise ValueError("more waits end in it than begin")
 
 
 def _check_number(name: str, value: object, least: float, most: float, right: str) -> float:

@@ -110,8 +110,7 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         auth_type: If approved, how the user approved, in at most 500 characters, or None; see `aiokeyless.AuthType`.
         answered: If expired, whether the final poll was answered: the operation was pending, or did not exist. If
             False, the outcome is unknown; check it with ``get_operation`` before you repeat anything.
-        asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve. None
-            if a worker of an earlier version decided.
+        asked: If expired, whether the user was asked, or may have been. If False, the user had nothing to approve.
         reason: If failed, why; see `FailureReason`.
         detail: If failed, what happened, in words.
         requested_at: When `expires_in` began to count.

@@ -439,7 +439,7 @@ async def test_repeated_creation_that_was_confirmed_is_not_reconciled() -> None:
 async def test_one_tap_pays_once_for_every_answer_that_is_lost(
     sandbox: Sandbox, client: KeylessClient, lose: Callable[[Sandbox, bool], None]
 ) -> None:
-    """The shop that relies on ConflictError: the third call, whose answer was lost, used to pay again."""
+    """The shop that relies on ConflictError: the third call, whose answer was lost, must not pay again."""
 
     async def pay() -> bool:
         try:

@@ -65,9 +65,9 @@ def beside(path: Path) -> list[Path]:
         (b"\xff\xfe", "not a saved schedule"),
         (b'{"order": 7}', "not a saved schedule"),
         (b"[" * 100_000, "not a saved schedule"),
-        (STATE.replace('"version":2', '"version":1').encode(), "the saved schedule has version 1, and only 2 is supp"),
+        (STATE.replace('"version":1', '"version":2').encode(), "the saved schedule has version 2, and only 1 is supp"),
     ],
-    ids=["empty", "torn", "no text", "foreign", "endless", "version 1"],
+    ids=["empty", "torn", "no text", "foreign", "endless", "version 2"],
 )
 async def test_a_file_of_something_else_is_refused_and_left_as_it_is(
     client: KeylessClient, path: Path, content: bytes, reason: str

@@ -606,7 +606,7 @@ async def test_a_thousand_events_that_a_reader_puts_off_keep_it_from_no_other_on
         await connection.publish(KEYLESS.outcome_subject(Outcome.FAILED), b'{"version": 2}')
     await connection.flush()
     await publish(stream, "b")
-    # A place that an earlier release made is changed.
+    # A consumer with JetStream's own limit is changed.
     await stream.add_consumer(OUTCOMES, ConsumerConfig(durable_name="shop", ack_policy=AckPolicy.EXPLICIT))
     async with asyncio.timeout(PATIENCE), reading(connection) as events:
         assert (await anext(events)).operation_id == "b"
