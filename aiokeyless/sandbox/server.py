@@ -81,9 +81,6 @@ class Sandbox(Service):
             operation = await client.request_approval("C0FFEE", operation_payload="Log in?")
     """
 
-    JOURNAL_LIMIT: Final = 10_000
-    """Largest number of records in `requests`; the oldest are removed. It keeps fewer if their paths are long."""
-
     def __init__(
         self,
         port: int = 0,
@@ -198,7 +195,7 @@ class Sandbox(Service):
         return self._phones.page(request) if wants_page(request) else await self._serve(request)
 
     async def _serve(self, request: web.Request) -> web.Response:
-        record = self._record(request)
+        record = self._record(request.method, request.raw_path)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a running coroutine belongs to a task
         self._handlers.add(task)
@@ -237,13 +234,6 @@ class Sandbox(Service):
         if latency:
             await asyncio.sleep(latency)
         return answer
-
-    def _record(self, request: web.Request) -> RequestRecord:
-        now = asyncio.get_running_loop().time()
-        record = self._journal.add(request.method, request.raw_path, now, self.JOURNAL_LIMIT)
-        self.request_count += 1
-        self._phones.refresh()
-        return record
 
     async def _take_effect(self, request: web.Request) -> Answer:
         body = b""

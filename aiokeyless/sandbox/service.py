@@ -66,6 +66,9 @@ class Service:
         host: See `Sandbox`.
     """
 
+    JOURNAL_LIMIT: Final = 10_000
+    """Largest number of records in `requests`; the oldest are removed. It keeps fewer if their paths are long."""
+
     def __init__(
         self, api_key: str, auto_approve: float | Callable[[Operation], float | None] | None, host: str
     ) -> None:
@@ -434,6 +437,12 @@ class Service:
                     del self._faults[index]
                 return fault
         return None
+
+    def _record(self, method: str, path: str) -> RequestRecord:
+        record = self._journal.add(method, path, self._now(), self.JOURNAL_LIMIT)
+        self.request_count += 1
+        self._phones.refresh()
+        return record
 
     def _now(self) -> float:
         """Return seconds by the clock of the sandbox's loop; before the first start, by this machine's."""
