@@ -33,6 +33,7 @@ from aiokeyless import (
     SignatureReason,
     User,
     WaitTimeout,
+    sync,
     wait_adaptive,
 )
 from aiokeyless.sandbox import Sandbox
@@ -56,6 +57,19 @@ async def calls(client: KeylessClient) -> None:
     assert_type(ApprovalTicket.from_json(ticket.to_json()), ApprovalTicket)
     assert_type(client.statistics, ClientStatistics)
     assert_type(client.statistics.circuit, str)
+
+
+def without_an_event_loop(client: sync.KeylessClient) -> None:
+    assert_type(client.get_operation("op"), Operation)
+    assert_type(client.create_operation("C0FFEE", operation_payload="Pay", expires_in=60), ApprovalTicket)
+    assert_type(client.hold_for_approval("op", seconds=25), Operation | None)
+    client.get_operation(5)  # type: ignore[arg-type]
+    client.get_operation("op", 5)  # type: ignore[call-arg]
+    client.hold_for_approval("op")  # type: ignore[call-arg]
+    for update in client.watch_approval("op"):
+        assert_type(update, ApprovalUpdate)
+    for outcome in client.wait_for_approvals(["op"], timeout=None):
+        assert_type(outcome, ApprovalOutcome)
 
 
 async def users(client: KeylessClient) -> None:
