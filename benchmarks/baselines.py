@@ -1,7 +1,6 @@
 """What users would write instead of using this library, as lean as possible, and the names of the sides in the tables.
 
-Most benchmarks need only this module: aiohttp with msgspec or another decoder. The other HTTP clients are in `clients`,
-so that a benchmark that does not use them does not import them either.
+The other HTTP clients are in `clients`, so that a benchmark that does not use them does not import them either.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from .server import API_KEY, OPERATIONS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiohttp_retry import RetryClient
-
     from .server import Server
 
 T = TypeVar("T")
@@ -28,7 +25,6 @@ T = TypeVar("T")
 OURS: Final = "aiokeyless"
 BARE: Final = "aiohttp + msgspec"
 BARE_REPEATED: Final = "aiohttp + msgspec, repeated"
-LOOP: Final = "a hand-written loop"
 
 
 class PlainOperation(msgspec.Struct, rename="camel"):
@@ -58,11 +54,6 @@ def bare_session(*, limit: int = 0) -> aiohttp.ClientSession:
     )
 
 
-def default_session() -> aiohttp.ClientSession:
-    """Make a session with default settings, as most users do."""
-    return aiohttp.ClientSession(headers=HEADERS)
-
-
 class AiohttpClient(Generic[T]):
     """aiohttp, with URLs made for each call in the fastest known way: see `benchmarks/README.md`.
 
@@ -72,9 +63,7 @@ class AiohttpClient(Generic[T]):
         decode: Decodes a body into an operation.
     """
 
-    def __init__(
-        self, session: aiohttp.ClientSession | RetryClient, server: Server, decode: Callable[[bytes], T]
-    ) -> None:
+    def __init__(self, session: aiohttp.ClientSession, server: Server, decode: Callable[[bytes], T]) -> None:
         self._session = session
         self._base = URL(server.base_url)
         self._decode = decode
@@ -92,5 +81,5 @@ class AiohttpClient(Generic[T]):
 class BareClient(AiohttpClient[PlainOperation]):
     """aiohttp and msgspec."""
 
-    def __init__(self, session: aiohttp.ClientSession | RetryClient, server: Server) -> None:
+    def __init__(self, session: aiohttp.ClientSession, server: Server) -> None:
         super().__init__(session, server, decode)

@@ -1,7 +1,8 @@
-"""The tools of a benchmark: its effort, fresh processes, progress messages, paired runs."""
+"""The tools of a benchmark: its effort, fresh processes, progress messages, the order of sides."""
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import sys
 import time
@@ -11,18 +12,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from .report import CannotMeasureError, Spread
+from .report import CannotMeasureError
 from .server import pin, split_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Effort(StrEnum):
-    """How much is measured: everything, about a minute, or just enough to test that it runs."""
+    """How much is measured: everything, some minutes, or just enough to test that it runs."""
 
     FULL = "full"
     QUICK = "quick"
@@ -66,19 +67,14 @@ class Bench:
                 raise CannotMeasureError("the measuring process died") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Two sides measured in turn, so that both values of a pair see the same load of the machine."""
-
-    ours: list[float]
-    theirs: list[float]
-
-    @property
-    def ratio(self) -> Spread:
-        """The ratios of ours to theirs, pair by pair."""
-        return Spread.of([a / b for a, b in zip(self.ours, self.theirs, strict=True)])
-
-
 def order(variants: list[T], round_number: int) -> list[T]:
     """Return the order of a round: alternately forwards and backwards, so that no variant always comes first."""
     return variants if round_number % 2 == 0 else variants[::-1]
+
+
+async def cancel(held: Iterable[object]) -> None:
+    """Cancel the tasks among these objects, and wait for their end; exceptions are ignored."""
+    tasks = [task for task in held if isinstance(task, asyncio.Task)]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

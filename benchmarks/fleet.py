@@ -1,6 +1,6 @@
 """Workers as in production: one process each, all on one real broker, with the benchmark server as the service.
 
-A benchmark submits requests to a fleet and measures its CPU, memory and disk. Only the server is pinned to a core:
+A benchmark submits requests to a fleet and measures its CPU. Only the server is pinned to a core:
 workers and broker run on any free core.
 """
 
@@ -12,73 +12,41 @@ import multiprocessing
 import signal
 import time
 import uuid
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil  # type: ignore[import-untyped]  # it has no type hints
 
 from aiokeyless import KeylessClient
 from aiokeyless.worker import ApprovalWorker, approval_request, submit_approval
-from aiokeyless.worker.nats import load_shedding
 
 from .report import CannotMeasureError
 from .server import API_KEY, EXTERNAL_USER_ID, OPERATION_PAYLOAD, USER_ID
-from .storages import NatsStorage, Storage, cpu, resident, total
+from .storages import cpu, total
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
-    from tenacity.wait import wait_base
-
     from aiokeyless.worker import Broker
 
     from .server import Server, ServerStatistics
+    from .storages import Storage
 
 EXPIRES_IN: Final = 3600.0  # seconds: longer than the benchmark takes
 _BATCH: Final = 256  # requests submitted concurrently
 _TIMEOUT: Final = 240.0  # seconds
 
 
-class Shares(NamedTuple):
-    """A quantity of all workers together, and of the broker."""
-
-    workers: float
-    broker: float
-
-
-class Pace(NamedTuple):
-    """How workers poll.
-
-    Attributes:
-        schedule: When; None for the default.
-        rate: Polls of a worker in a second, at most; None for as many as fit.
-        sheds_load: Whether they stretch their schedule while new requests wait.
-    """
-
-    schedule: wait_base | None
-    rate: float | None = None
-    sheds_load: bool = True
-
-
 class Fleet:
-    """A changing number of workers on one broker; made by `fleet`.
+    """A changing number of workers on one broker; made by `fleet`."""
 
-    Args:
-        server: The service that they poll.
-        storage: Where the requests are.
-        broker: The broker as an application has it.
-        pace: How they poll.
-    """
-
-    def __init__(self, server: Server, storage: Storage, broker: Broker, pace: Pace) -> None:
+    def __init__(self, server: Server, storage: Storage, broker: Broker, **options: Any) -> None:
         self.server = server
         self.storage = storage
         self.broker = broker
-        self._pace = pace
+        self._options = options
         self._workers: list[SpawnProcess] = []
-        self.submitted_at = 0.0
-        """When the last request was stored, by `time.perf_counter`."""
 
     async def resize(self, count: int) -> None:
         """Start or gracefully stop workers, and return when this many are running."""
@@ -95,7 +63,7 @@ class Fleet:
     def _start(self) -> Connection:
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
-        worker = spawn.Process(target=_work, args=(self.server, self.storage.url, self._pace, there), daemon=True)
+        worker = spawn.Process(target=_work, args=(self.server, self.storage.url, self._options, there), daemon=True)
         worker.start()
         there.close()
         self._workers.append(worker)
@@ -106,11 +74,6 @@ class Fleet:
         before = self.server.statistics().created
         await submit_to(self.broker, count)
         await self.until_created(before + count)
-
-    async def request(self, operation_id: str) -> None:
-        """Submit one request, as an application would."""
-        await _submit(self.broker, operation_id)
-        self.submitted_at = time.perf_counter()
 
     async def until(self, reached: Callable[[ServerStatistics], bool]) -> None:
         """Wait until the statistics of the server meet a condition."""
@@ -129,16 +92,9 @@ class Fleet:
         before = self.server.statistics().requests
         await self.until(lambda statistics: statistics.requests > before)
 
-    def cpu(self) -> Shares:
-        """Return the CPU seconds used so far."""
-        return self._shares(cpu)
-
-    def resident(self) -> Shares:
-        """Return the resident memory, in bytes."""
-        return self._shares(resident)
-
-    def _shares(self, of: Callable[[psutil.Process], float]) -> Shares:
-        return Shares(total(self._processes(), of), total(self.storage.processes(), of))
+    def cpu(self) -> tuple[float, float]:
+        """Return the CPU seconds that the workers and the broker used so far."""
+        return (total(self._processes(), cpu), total(self.storage.processes(), cpu))
 
     def logged(self) -> float:
         """Return how many bytes were written so far: see `Storage`."""
@@ -151,57 +107,50 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fleet(
-    server: Server, pace: Pace, workers: int = 1, storage: Callable[[], Storage] = NatsStorage
-) -> AsyncIterator[Fleet]:
-    """Run a broker that has stored nothing yet, and workers."""
+async def fleet(server: Server, workers: int, storage: type[Storage], **options: Any) -> AsyncIterator[Fleet]:
+    """Run a broker that has stored nothing yet, and workers with these options."""
     async with storage() as stored, stored.broker() as broker:
-        running = Fleet(server, stored, broker, pace)
-        await asyncio.to_thread(server.require_creation, required=True)  # a worker creates what is missing
+        running = Fleet(server, stored, broker, **options)
+        await asyncio.to_thread(server.require_creation)  # a worker creates what is missing
         try:
             await running.resize(workers)
             yield running
         finally:
             await running.resize(0)
-            await asyncio.to_thread(server.require_creation, required=False)
 
 
 async def submit_to(broker: Broker, count: int) -> None:
     """Submit this many requests to a broker."""
     for k in range(0, count, _BATCH):
-        await asyncio.gather(*(_submit(broker, str(uuid.uuid4())) for _ in range(min(_BATCH, count - k))))
+        await asyncio.gather(*(submit(broker, str(uuid.uuid4())) for _ in range(min(_BATCH, count - k))))
 
 
 def new_request() -> str:
     """Return one more request, as text."""
-    return approval_request(
-        USER_ID,
-        operation_id=str(uuid.uuid4()),
-        operation_payload=OPERATION_PAYLOAD,
-        external_user_id=EXTERNAL_USER_ID,
-        expires_in=EXPIRES_IN,
-    )
+    return approval_request(**_request(str(uuid.uuid4())))
 
 
-async def _submit(broker: Broker, operation_id: str) -> None:
-    await submit_approval(
-        broker,
-        USER_ID,
-        operation_id=operation_id,
-        operation_payload=OPERATION_PAYLOAD,
-        external_user_id=EXTERNAL_USER_ID,
-        expires_in=EXPIRES_IN,
-    )
+async def submit(broker: Broker, operation_id: str) -> None:
+    """Submit one request, as an application would."""
+    await submit_approval(broker, **_request(operation_id))
 
 
-def _work(server: Server, url: str, pace: Pace, ready: Connection) -> None:
+def _request(operation_id: str) -> dict[str, Any]:
+    return {
+        "user_id": USER_ID,
+        "operation_id": operation_id,
+        "operation_payload": OPERATION_PAYLOAD,
+        "external_user_id": EXTERNAL_USER_ID,
+        "expires_in": EXPIRES_IN,
+    }
+
+
+def _work(server: Server, url: str, options: dict[str, Any], ready: Connection) -> None:
     """Run a worker until SIGTERM."""
-    if not pace.sheds_load:
-        vars(load_shedding)["_MAX_FACTOR"] = 1.0
 
     async def work() -> None:
         async with KeylessClient(API_KEY, base_url=server.base_url, max_attempts=1) as client:
-            worker = ApprovalWorker(client, url, schedule=pace.schedule, max_polls_per_second=pace.rate)
+            worker = ApprovalWorker(client, url, **options)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
             async with asyncio.TaskGroup() as group:
                 group.create_task(worker.run())

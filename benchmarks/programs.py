@@ -1,27 +1,23 @@
-"""Processes that a benchmark kills, and that are started again, as a supervisor does."""
+"""Processes that a benchmark kills, and that are started again, as a supervisor does; and what else disturbs a run."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
 import os
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    import random
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
     from multiprocessing.context import SpawnProcess
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 
 class Program:
-    """A process that is started again whenever it has ended.
-
-    Args:
-        target: What it runs, a function of a module.
-        arguments: Of the function.
-        environment: Variables that it has beyond those of this process.
-    """
+    """A process that is started again whenever it has ended; ``environment`` adds to the variables of this one."""
 
     def __init__(self, target: Callable[..., None], *arguments: object, **environment: str) -> None:
         self._target = target
@@ -42,7 +38,7 @@ class Program:
             self._process = multiprocessing.get_context("spawn").Process(
                 target=self._target, args=self._arguments, daemon=True
             )
-            with environment(**self._environment):
+            with patch.dict(os.environ, self._environment):
                 self._process.start()
             self.starts += 1
 
@@ -63,16 +59,23 @@ async def keep_running(programs: Sequence[Program]) -> NoReturn:
         await asyncio.sleep(0.2)
 
 
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Let processes that are started meanwhile have these variables, too."""
-    before = dict(os.environ)
-    os.environ.update(variables)
+async def repeat(every: float, source: random.Random, do: Callable[[], Awaitable[None]]) -> NoReturn:
+    """Do something about every so many seconds."""
+    while True:
+        await asyncio.sleep(every * source.uniform(0.75, 1.25))
+        await do()
+
+
+@asynccontextmanager
+async def meanwhile(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run these until the end of the block; raise what one of them raised."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         yield
     finally:
-        for name in variables:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()

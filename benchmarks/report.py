@@ -1,15 +1,14 @@
-"""The result of a benchmark: tables for humans, goals with verdicts, raw numbers for machines.
-
-Nothing here measures anything.
-"""
+"""Results: tables to read, raw numbers to keep, goals to judge."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 
 class CannotMeasureError(Exception):
@@ -49,6 +48,11 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, title: str, formats: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> Table:
+        """Write the figures of each row by these formats, one for each column."""
+        return cls(title, [*formats], [[format(row[name], spec) for name, spec in formats.items()] for row in rows])
 
     def text(self) -> str:
         """Write it with aligned columns: names left, figures right."""
@@ -95,13 +99,18 @@ class Goal:
 
 @dataclass(slots=True)
 class Report:
-    """The results of one benchmark."""
+    """The results of one benchmark.
+
+    Attributes:
+        summary: What the tables show, in words, for the page that includes them.
+    """
 
     title: str
     tables: list[Table] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    raw: dict[str, Json] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
 
     @property
     def failed(self) -> bool:
@@ -114,7 +123,10 @@ class Report:
         lines = [goal.text() for goal in self.goals] + [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts + (["\n".join(lines)] if lines else []))
 
-    def data(self) -> dict[str, Json]:
+    def markdown(self) -> str:
+        """Write the tables, for a page."""
+        return "\n\n".join([*filter(None, [self.summary]), *(table.markdown() for table in self.tables)]) + "\n"
+
+    def data(self) -> dict[str, Any]:
         """Return it as plain data."""
-        data: dict[str, Json] = dataclasses.asdict(self)
-        return data
+        return dataclasses.asdict(self)

@@ -16,8 +16,9 @@ import os
 import time
 import uuid
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, cast
+
+from .report import CannotMeasureError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,83 +43,7 @@ class ServerStatistics(NamedTuple):
     wall: float
     cpu: float
     requests: int
-    connections: int  # open now
-    most_connections: int
-    polled: int  # operations answered since the last change, while a journal is kept
     created: int
-
-
-class Failure(StrEnum):
-    """How the service fails."""
-
-    UNAVAILABLE = "503"  # it answers with this status, as the next three
-    UNAUTHORIZED = "401"
-    FORBIDDEN = "403"
-    NOT_FOUND = "404"
-    DROPPED = "dropped"  # it closes the connection of each request without an answer
-
-
-class Journal(NamedTuple):
-    """What the server received, in seconds of its own clock."""
-
-    changes: list[float]  # when its behaviour was changed
-    requests: list[float]
-    first_polls: list[float]  # for each operation, when it was first answered since the last change
-
-
-class _Journal:
-    """A journal that is being kept."""
-
-    def __init__(self) -> None:
-        self._changes: list[float] = []
-        self._requests: list[float] = []
-        self._first_polls: dict[bytes, float] = {}
-
-    @property
-    def polled(self) -> int:
-        return len(self._first_polls)
-
-    def change(self) -> None:
-        self._changes.append(time.perf_counter())
-        self._first_polls.clear()
-
-    def request(self, operation_id: bytes, *, answered: bool) -> None:
-        now = time.perf_counter()
-        self._requests.append(now)
-        if answered:
-            self._first_polls.setdefault(operation_id, now)
-
-    def finish(self) -> Journal:
-        return Journal(self._changes, self._requests, [*self._first_polls.values()])
-
-
-class Approval(NamedTuple):
-    """The approval of an operation with a chosen time; by `time.perf_counter`, the same clock in all processes."""
-
-    due: float  # approved from then on
-    reported: float | None  # when an answer first contained it
-    polls: int
-
-
-class _Timed:
-    """An operation that is approved from a given time on."""
-
-    def __init__(self, due: float) -> None:
-        self._due = due
-        self._reported: float | None = None
-        self._polls = 0
-
-    def poll(self) -> _Template:
-        now = time.perf_counter()
-        self._polls += 1
-        if now < self._due:
-            return _PENDING
-        if self._reported is None:
-            self._reported = now
-        return _APPROVED
-
-    def approval(self) -> Approval:
-        return Approval(self._due, self._reported, self._polls)
 
 
 def approved_after(seconds: float) -> str:
@@ -127,8 +52,6 @@ def approved_after(seconds: float) -> str:
 
 
 class _Template(NamedTuple):
-    """An answer without the operation id."""
-
     text: bytes  # a format for the length of the body and the id
     length: int  # of the body without the id
 
@@ -159,84 +82,51 @@ _PENDING: Final = _operation(approved=False)
 _APPROVED: Final = _operation(approved=True)
 _CREATED: Final = _ok(b'{"success":true}')
 _MISSING: Final = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-#: Answers of a failing service; empty if the connection is closed instead.
-_FAILED: Final = {
-    Failure.UNAVAILABLE: b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
-    Failure.UNAUTHORIZED: b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
-    Failure.FORBIDDEN: b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
-    Failure.NOT_FOUND: _MISSING,
-    Failure.DROPPED: b"",
-}
 
 
 class _Service:
-    """The state that all connections share: counts, operations, failures."""
+    """The state that all connections share: counts and operations."""
 
     def __init__(self) -> None:
         self.requests = 0
         self._created = 0
-        self.connections = 0
-        self.most_connections = 0
-        self._failure: Failure | None = None
-        self._journal: _Journal | None = None
         self._operation = _PENDING
-        self._timed: dict[bytes, _Timed] = {}
+        self._timed: dict[bytes, float] = {}  # when these are approved, by `time.perf_counter`
         self._known: set[bytes] | None = None  # the operations that were created; None: every operation exists
 
     def answer(self, operation_id: bytes) -> bytes:
-        """Return the whole answer; empty if the connection is to be closed instead."""
+        """Return the whole answer."""
         self.requests += 1
-        if self._journal is not None:
-            self._journal.request(operation_id, answered=self._failure is None)
-        if self._failure is not None:
-            return _FAILED[self._failure]
         if self._known is not None and operation_id not in self._known:
             return _MISSING
         text, length = self._template(operation_id) if self._timed else self._operation
         return text % (length + len(operation_id), operation_id)
 
     def _template(self, operation_id: bytes) -> _Template:
-        timed = self._timed.get(operation_id)
-        return self._operation if timed is None else timed.poll()
+        due = self._timed.get(operation_id)
+        return self._operation if due is None else _APPROVED if time.perf_counter() >= due else _PENDING
 
     def create(self, body: bytes) -> bytes:
-        """Create an operation, and return the whole answer as above."""
-        if self._failure is not None:
-            return _FAILED[self._failure]
+        """Create an operation, and return the whole answer."""
         self._created += 1
         operation_id: str = json.loads(body)["operationId"]
         if self._known is not None:
             self._known.add(operation_id.encode())
         if operation_id.startswith(_APPROVED_AFTER):
             seconds = float(operation_id.removeprefix(_APPROVED_AFTER).partition("-")[0])
-            self._timed[operation_id.encode()] = _Timed(time.perf_counter() + seconds)
+            self._timed[operation_id.encode()] = time.perf_counter() + seconds
         return _CREATED
 
     def control(self, command: str) -> bytes:
-        if command == "keep":
-            self._journal = _Journal()
-        elif command in {"create-first", "all-exist"}:
-            self._known = set() if command == "create-first" else None
-        elif command == "journal" and self._journal is not None:
-            journal, self._journal = self._journal.finish(), None
-            return json.dumps(journal).encode()
+        if command == "create-first":
+            self._known = set()
+        elif command in {"approved", "pending"}:
+            self._operation = _APPROVED if command == "approved" else _PENDING
         elif command == "approvals":
             timed, self._timed = self._timed, {}
-            return json.dumps({name.decode(): operation.approval() for name, operation in timed.items()}).encode()
-        elif command != "statistics":
-            self._change(command)
-        polled = 0 if self._journal is None else self._journal.polled
-        counts = (self.requests, self.connections, self.most_connections, polled, self._created)
-        return json.dumps(ServerStatistics(time.perf_counter(), time.process_time(), *counts)).encode()
-
-    def _change(self, command: str) -> None:
-        if command in {*Failure}:
-            self._failure = Failure(command)
-        else:
-            self._failure = None
-            self._operation = _APPROVED if command == "approved" else _PENDING
-        if self._journal is not None:
-            self._journal.change()
+            return json.dumps({name.decode(): due for name, due in timed.items()}).encode()
+        counted = ServerStatistics(time.perf_counter(), time.process_time(), self.requests, self._created)
+        return json.dumps(counted).encode()
 
 
 class _Connection(asyncio.Protocol):
@@ -246,32 +136,23 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # a TCP transport; uvloop's is not a subclass
-        self._service.connections += 1
-        self._service.most_connections = max(self._service.most_connections, self._service.connections)
-
-    def connection_lost(self, _error: Exception | None) -> None:
-        self._service.connections -= 1
 
     def data_received(self, data: bytes) -> None:
         received = self._rest + data
         if received[0] == _POST:
-            answers = self._posted(received)
+            self._post(received)
         else:
             *heads, self._rest = received.split(_END_OF_HEAD)
-            answers = [self._answer(head) for head in heads]
-        if b"" in answers:
-            self._transport.abort()
-        else:
-            self._transport.write(b"".join(answers))
+            self._transport.write(b"".join(map(self._answer, heads)))
 
-    def _posted(self, received: bytes) -> list[bytes]:
+    def _post(self, received: bytes) -> None:
         """Create an operation once the whole request is there; clients send nothing more before the answer."""
         head, end_of_head, body = received.partition(_END_OF_HEAD)
-        if not end_of_head or len(body) < int(head.partition(b"\r\nContent-Length: ")[2].partition(b"\r\n")[0]):
+        if end_of_head and len(body) >= int(head.partition(b"\r\nContent-Length: ")[2].partition(b"\r\n")[0]):
+            self._rest = b""
+            self._transport.write(self._service.create(body))
+        else:
             self._rest = received
-            return []
-        self._rest = b""
-        return [self._service.create(body)]
 
     def _answer(self, head: bytes) -> bytes:
         target = head[4 : head.index(b" ", 4)]  # after b"GET "
@@ -315,28 +196,20 @@ class Server:
         return ServerStatistics(*json.loads(self._control("statistics")))
 
     def approve(self, *, approved: bool) -> None:
-        """Make all operations approved or pending from now on, and end a failure. Blocks."""
+        """Make all operations approved or pending from now on. Blocks."""
         self._control("approved" if approved else "pending")
 
-    def fail(self, failure: Failure) -> None:
-        """Fail from now on. Blocks."""
-        self._control(failure)
+    def require_creation(self) -> None:
+        """Answer 404 about operations that were not created from now on. Blocks."""
+        self._control("create-first")
 
-    def require_creation(self, *, required: bool) -> None:
-        """Answer 404 about operations that were not created from now on, or take all for existing. Blocks."""
-        self._control("create-first" if required else "all-exist")
+    def approvals(self) -> dict[str, float]:
+        """Return when operations with chosen times are approved, by id, and forget them. Blocks.
 
-    def keep_journal(self) -> None:
-        """Start a journal. Blocks."""
-        self._control("keep")
-
-    def journal(self) -> Journal:
-        """Stop the journal, and return it. Blocks."""
-        return Journal(*json.loads(self._control("journal")))
-
-    def approvals(self) -> dict[str, Approval]:
-        """Return the operations with chosen approval times, by id, and forget them. Blocks."""
-        return {name: Approval(*of) for name, of in json.loads(self._control("approvals")).items()}
+        The times are those of `time.perf_counter`, the same clock in all processes.
+        """
+        approvals: dict[str, float] = json.loads(self._control("approvals"))
+        return approvals
 
     def _control(self, command: str) -> bytes:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
@@ -365,6 +238,11 @@ class Workload:
     def bound(self) -> bool:
         """Whether the server was the bottleneck."""
         return self.share > _TOO_BUSY
+
+    def check(self) -> None:
+        """Raise CannotMeasureError if the server was the bottleneck."""
+        if self.bound:
+            raise CannotMeasureError(f"the server was the bottleneck ({self.share:.0%} of its core)")
 
 
 @contextlib.contextmanager

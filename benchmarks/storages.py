@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -19,16 +18,18 @@ from .report import CannotMeasureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
     from typing import Self
 
 _BLOCK: Final = 512  # bytes: the unit of st_blocks, independent of the block size of the disk
 
 
-class Storage(ABC):
-    """What stores requests and outcomes, in a folder of its own; an async context manager."""
+class Storage:
+    """What stores requests and outcomes, in a folder of its own; an async context manager.
 
-    name: ClassVar[str]
+    By itself it is a SQLite file, which has no server.
+    """
+
+    name: ClassVar[str] = "SQLite"
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="aiokeyless-"))
@@ -37,16 +38,14 @@ class Storage(ABC):
         await self._start()
         return self
 
-    async def __aexit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._stop()
         shutil.rmtree(self._folder)
 
     @property
-    @abstractmethod
     def url(self) -> str:
         """The broker's URL."""
+        return f"sqlite:{self._folder / 'keyless.db'}"
 
     def broker(self) -> Broker:
         """Return a broker, as one more process has it."""
@@ -54,75 +53,39 @@ class Storage(ABC):
         assert isinstance(broker, Broker)  # noqa: S101  # a URL is a broker's
         return broker
 
-    @abstractmethod
     async def _start(self) -> None:
         """Start the server, if there is one."""
 
-    @abstractmethod
     def _stop(self) -> None:
         """Stop it for good."""
 
-    @abstractmethod
     async def restart(self) -> None:
         """Kill the server at once, and start it again."""
 
-    @abstractmethod
     def processes(self) -> list[psutil.Process]:
         """Return the server's processes; none where there is no server."""
+        return []
 
-    @abstractmethod
     def logged(self, workers: Iterable[psutil.Process]) -> float:
-        """Return how many bytes were written so far, to the log that survives a crash or, without one, to files."""
+        """Return the bytes written so far to the log that survives a crash; here to files, but not to sockets."""
+        return float(sum(worker.io_counters().write_chars for worker in workers))
 
     def on_disk(self) -> float:
         """Return the bytes on disk of what is stored."""
         return sum(_BLOCK * path.stat().st_blocks for path in self._folder.rglob("*") if path.is_file())
 
 
-class SqliteStorage(Storage):
-    """A file; the workers themselves are its server."""
-
-    name = "SQLite"
-
-    @property
-    def url(self) -> str:
-        """See `Storage`."""
-        return f"sqlite:{self._folder / 'keyless.db'}"
-
-    async def _start(self) -> None:
-        """See `Storage`."""
-
-    def _stop(self) -> None:
-        """See `Storage`."""
-
-    async def restart(self) -> None:
-        """See `Storage`."""
-
-    def processes(self) -> list[psutil.Process]:
-        """See `Storage`."""
-        return []
-
-    def logged(self, workers: Iterable[psutil.Process]) -> float:
-        """See `Storage`. What goes to a socket is not in it."""
-        return float(sum(worker.io_counters().write_chars for worker in workers))
-
-
 class PostgresStorage(Storage):
     """A PostgreSQL server that makes its promises: it waits for the disk."""
 
     name = "PostgreSQL"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._server: PostgresServer
+    _server: PostgresServer
 
     @property
     def url(self) -> str:
-        """See `Storage`."""
         return self._server.url(self._database)
 
     async def _start(self) -> None:
-        """See `Storage`."""
         try:
             self._server = PostgresServer(fsync="on", shared_buffers="128MB")
         except FileNotFoundError as error:
@@ -130,25 +93,21 @@ class PostgresStorage(Storage):
         self._database = self._server.new_database()
 
     def _stop(self) -> None:
-        """See `Storage`."""
         self._server.close()
 
     async def restart(self) -> None:
-        """See `Storage`."""
         self._server.kill()
         self._server.start()
 
     def processes(self) -> list[psutil.Process]:
-        """See `Storage`."""
         postmaster = psutil.Process(self._server.pid)
         return [postmaster, *postmaster.children()]
 
     def logged(self, workers: Iterable[psutil.Process]) -> float:  # noqa: ARG002  # they write nothing
-        """See `Storage`."""
         return float(self._server.execute("SELECT pg_current_wal_insert_lsn() - '0/0'")[0][0])
 
     def on_disk(self) -> float:
-        """See `Storage`. Its log is not in it: that has a size of its own, and is used again."""
+        # Its log is not in it: that has a size of its own, and is used again.
         return float(self._server.execute(f"SELECT pg_database_size('{self._database}')")[0][0])  # ours
 
 
@@ -163,32 +122,30 @@ class NatsStorage(Storage):
 
     @property
     def url(self) -> str:
-        """See `Storage`."""
         return self._server.url
 
     async def _start(self) -> None:
-        """See `Storage`."""
         try:
             await self._server.start()
         except (OSError, TimeoutError) as error:
             raise CannotMeasureError(f"the broker did not start: {error}") from error
 
     def _stop(self) -> None:
-        """See `Storage`."""
         self._server.stop()
 
     async def restart(self) -> None:
-        """See `Storage`."""
         self._server.kill()
         await self._server.start()
 
     def processes(self) -> list[psutil.Process]:
-        """See `Storage`."""
         return [psutil.Process(self._server.pid)]
 
     def logged(self, workers: Iterable[psutil.Process]) -> float:  # noqa: ARG002  # they write nothing
-        """See `Storage`. By pages, since what goes to a socket counts as written, too."""
+        # By pages, since what goes to a socket counts as written, too.
         return float(sum(process.io_counters().write_bytes for process in self.processes()))
+
+
+STORAGES: Final[tuple[type[Storage], ...]] = (Storage, PostgresStorage, NatsStorage)
 
 
 def total(processes: Iterable[psutil.Process], of: Callable[[psutil.Process], float]) -> float:

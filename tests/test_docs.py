@@ -196,16 +196,14 @@ ROWS = {
     "aiohttp + pydantic": "aiohttp + pydantic",
     "niquests + msgspec": "niquests + msgspec",
     "httpx + msgspec": "httpx + msgspec",
-    "written and parsed by hand: the limit": "parsed by hand + msgspec: the limit",
 }
 
 
 @pytest.mark.parametrize(("column", "loop"), [(0, "asyncio's loop"), (1, "uvloop")])
 def test_the_figures_of_the_table_are_those_of_the_committed_run(column: int, loop: str) -> None:
     page = (DOCS / "explanation" / "costs.md").read_text()
-    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]["request"]
-    [table] = [table for table in results["tables"] if table["title"] == f"{loop}, 16 in flight"]
-    measured = {name: float(ratio.split()[0]) for name, _, ratio, _ in table["rows"]}
+    [table] = [table for table in saved("request")["tables"] if table["title"] == f"{loop}, 16 in flight"]
+    measured = {name: float(ratio.split()[0]) for name, _, ratio in table["rows"]}
     for row, name in ROWS.items():
         shown = re.findall(rf"^\| {re.escape(row)} \| (.*) \| (.*) \|$", page, re.MULTILINE)[0][column]
         decimals = len(shown.partition(".")[2])
@@ -220,8 +218,7 @@ LOG_NORMAL = "approval times: log-normal ({}); 1 in 5 waits is never approved"
 
 def lateness(title: str) -> dict[str, list[str]]:
     """Return the rows of a table of the committed run, without their spreads."""
-    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
-    [table] = [table for table in results["lateness"]["tables"] if table["title"].startswith(title)]
+    [table] = [table for table in saved("lateness")["tables"] if table["title"].startswith(title)]
     return {name: [figure.split()[0] for figure in figures] for name, *figures in table["rows"]}
 
 
@@ -262,9 +259,8 @@ def test_the_table_of_poll_costs_was_measured() -> None:
 
 def test_the_costs_that_the_pages_name_were_measured() -> None:
     page = " ".join((DOCS / "explanation" / "costs.md").read_text().split())
-    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
     ten_thousand, hundred_thousand = (
-        {name: float(longest.split()[0]) for name, longest, *_ in table["rows"]} for table in results["herd"]["tables"]
+        {name: float(longest.split()[0]) for name, longest, *_ in table["rows"]} for table in saved("herd")["tables"]
     )
     ours, semaphore, connector, unbounded = ten_thousand.values()
     assert f"ours {ours:.1f} ms, a semaphore {semaphore:.0f} ms, a connector" in page
@@ -272,7 +268,7 @@ def test_the_costs_that_the_pages_name_were_measured() -> None:
     blocked = f"block the event loop for {round(ours)} ms"
     assert f"{blocked}, a hundred thousand for {round(hundred_thousand['aiokeyless'])}:" in page
     assert blocked in (ROOT / "README.md").read_text()
-    *_, table = (table for table in results["waits"]["tables"] if table["title"] == "100000 waits")
+    [table] = [table for table in saved("waits")["tables"] if table["title"] == "100000 waits"]
     assert f"takes {int(table['rows'][0][1]) / 1000:.1f} KB" in page
     people = lateness(LOG_NORMAL.format("8 s, 0.8"))
     (requests, late, *_), (requests_of_loop, late_of_loop, *_) = people["aiokeyless, after 100"], people["every 1 s"]
@@ -285,37 +281,32 @@ def test_what_a_wait_is_made_of_adds_up_to_what_it_takes() -> None:
     page = (DOCS / "explanation" / "costs.md").read_text()
     parts = [int(part) for part in re.findall(r"^\| [^|]+ \| (\d+) \| \D+ \|$", page, re.MULTILINE)]
     assert len(parts) == 7
-    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
-    [table] = [table for table in results["waits"]["tables"] if table["title"] == "1000 waits"]
+    [table] = [table for table in saved("waits")["tables"] if table["title"] == "1000 waits"]
     assert sum(parts) == pytest.approx(int(table["rows"][0][1]), rel=0.03)  # each part is rounded
 
 
 def test_the_sizes_of_a_fleet_were_measured() -> None:
     page = (DOCS / "howto" / "operating-workers.md").read_text()
-    results = json.loads((DOCS.parent / "benchmarks" / "results" / "results.json").read_text())["benchmarks"]
-    polls, memory, *_ = results["fleet"]["tables"]
-    one_worker = float(polls["rows"][0][1].split()[0])
-    measured = {waiting: [float(figure) for figure in figures] for waiting, *figures in memory["rows"]}
-    shown = re.search(r"one core for ([\d ]+) polls a second; (\d+) MB, however many", page)
+    nats = saved("distributed")["raw"]["NATS"]
+    cpu = statistics.median(window["worker"] for window in nats["windows"]["1"])
+    shown = re.search(r"one core for ([\d ]+) polls a second", page)
     assert shown is not None
-    assert int(shown[1].replace(" ", "")) == pytest.approx(one_worker, rel=0.03)
-    assert int(shown[2]) == pytest.approx(measured["200000"][1], abs=0.5)
-    shown = re.search(r"requests that wait \| (\d+) and (\d+) MB of memory, (\d+) and (\d+) MB of disk", page)
+    assert int(shown[1].replace(" ", "")) == pytest.approx(1 / cpu, rel=0.03)
+    shown = re.search(r"100 000 requests that wait \| (\d+) MB of memory, (\d+) MB of disk", page)
     assert shown is not None
-    (few, _, few_on_disk), (many, _, many_on_disk) = measured["100000"], measured["200000"]
-    assert [int(size) for size in shown.groups()] == pytest.approx([few, many, few_on_disk, many_on_disk], abs=0.5)
+    held = nats["waiting"]["memory"] / 1e6, nats["waiting"]["on_disk"] / 1e6
+    assert [int(size) for size in shown.groups()] == pytest.approx(held, abs=0.5)
 
 
 def saved(name: str) -> dict[str, Any]:
-    """Return the raw numbers of a benchmark that is saved by itself."""
-    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    """Return what the committed run of a benchmark measured."""
+    results: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert results["effort"] == "full"
-    raw: dict[str, Any] = results["benchmarks"][name]["raw"]
-    return raw
+    return results
 
 
 def test_what_the_page_about_postgres_says_was_measured() -> None:
-    postgres, crashes = saved("distributed")["PostgreSQL"], saved("crashes")
+    postgres = saved("distributed")["raw"]["PostgreSQL"]
     thousand, ten_thousand = postgres["bursts"]
     assert thousand["size"] == 1000
     assert thousand["asked"] < 3
@@ -323,31 +314,27 @@ def test_what_the_page_about_postgres_says_was_measured() -> None:
     assert postgres["waiting"]["waiting"] == 100_000
     assert statistics.median(postgres["waiting"]["take"]) < 0.005
     assert all(window["logged"] < 30 for windows in postgres["windows"].values() for window in windows)
-    assert crashes["orders committed"] == crashes["payments"] == crashes["orders that were paid"] == 300
 
 
-def test_what_the_page_of_limits_says_about_reads_was_measured() -> None:
-    page = " ".join((DOCS / "explanation" / "limits.md").read_text().split())
-    plain, mapped, uvloop = saved("reads").values()
-    reads, _, resident, _ = (list(column) for column in zip(*plain, strict=True))
-    early = reads.index(200_000)
-    grown = [(resident[early] - resident[0]) / 1e6, (resident[-1] - resident[early]) / 1e6]
-    assert f"{grown[0]:.0f} MB in the first 200 000 reads, {grown[1]:.0f} MB in the 800 000 after them" in page
-    (plain_cost, mapped_cost, uvloop_cost) = (of[-1][1] - of[0][1] for of in (plain, mapped, uvloop))
-    assert f"Each read then costs {(mapped_cost - plain_cost) / reads[-1] * 1e6:.0f} µs more" in page
-    assert uvloop_cost < plain_cost
+def test_what_the_page_about_the_circuit_says_was_measured() -> None:
+    page = " ".join((DOCS / "explanation" / "circuit.md").read_text().split())
+    crowds, _, outages = saved("weather")["tables"]
+    late = next(float(row[1]) for row in crowds["rows"] if row[0] == "a third hang, 20 arrivals a second")
+    assert f"the others are {late:.1f} s late on average" in page
+    _, mean, most, *_ = outages["rows"][0]
+    assert f"notices its end {float(mean):.0f} s later on average, and {float(most):.0f} s at most" in page
 
 
 def test_what_the_page_of_limits_says_about_the_memory_of_a_fleet_was_measured() -> None:
     page = (DOCS / "explanation" / "limits.md").read_text()
-    raw = saved("soak_fleet")
-    warm = [reading for reading in raw["readings"] if reading[0] >= raw["warm_up"]]
+    results = saved("soak_fleet")
+    raw = results["raw"]
+    warm = [reading for reading in raw["readings"] if reading[0] >= raw["seconds"] / 3]
     names = "a worker that was not killed, after a third of the time; at the end", "a worker with", "the reader"
     for k, name in enumerate(names):
         start, end = (reading[1][k] / 1e6 for reading in (warm[0], warm[-1]))
         assert re.search(rf"\| memory of {name}.* \| {start:.1f} MB; {end:.1f} MB \|", page), name
-    results = json.loads((ROOT / "benchmarks" / "results" / "soak_fleet.json").read_text())
-    grown = {goal["what"]: goal["figure"] for goal in results["benchmarks"]["soak_fleet"]["goals"]}
+    grown = {goal["what"]: goal["figure"] for goal in results["goals"]}
     growth = grown["growth of the worker's memory, an hour"]
     assert f"memory grew by {growth:.1f} MB an hour" in page
     assert grown["growth of the worker's objects, an hour"] < 0
@@ -355,22 +342,14 @@ def test_what_the_page_of_limits_says_about_the_memory_of_a_fleet_was_measured()
 
 def test_what_the_page_of_what_was_tried_says_was_measured() -> None:
     page = (DOCS / "explanation" / "proof.md").read_text()
-    results = [
-        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["benchmarks"]
-        for name in ("results", "weather", "distributed")
-    ]
-    goals = [goal for benchmarks in results for report in benchmarks.values() for goal in report["goals"]]
+    names = ("request", "waits", "herd", "lateness", "weather", "distributed")
+    goals = [goal for name in names for goal in saved(name)["goals"]]
     missed = [goal for goal in goals if goal["figure"] is None or goal["figure"] > goal["at_most"]]
     assert f"| {len(goals)} goals | {len(missed)} missed:" in page
-    crashes = saved("crashes")
-    kills = crashes["workers killed"] + crashes["readers killed"]
-    cuts = sum(count for what, count in crashes.items() if what.startswith("COMMITs"))
-    stops = crashes["immediate stops of the server"]
-    assert f"| {crashes['orders committed']} orders, {kills} kills, {stops} stops of the server, {cuts} COMMITs" in page
-    fleet = saved("soak_fleet")
+    fleet = saved("soak_fleet")["raw"]
     restarts = fleet["happened"]["server stopped at once"] + fleet["happened"]["server shut down"]
     kills = fleet["happened"]["worker killed"] + fleet["happened"]["reader killed"]
-    minutes, orders = round(3 * fleet["warm_up"] / 60), f"{fleet['orders']:,}".replace(",", " ")
+    minutes, orders = round(fleet["seconds"] / 60), f"{fleet['orders']:,}".replace(",", " ")
     assert f"| {minutes} minutes: {orders} orders, {restarts} restarts, {kills} kills," in page
     assert (fleet["verdicts"]["lost"], fleet["verdicts"]["wrong"], fleet["verdicts"]["unexpected"]) == (0, 0, 0)
 

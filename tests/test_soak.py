@@ -119,23 +119,15 @@ def test_outcome_that_a_worker_told_is_decided_by_the_record(
     assert verdicts.evaluate(told.as_outcome(0.0, expires_in=60.0)) is verdict
 
 
-def test_wait_that_is_over_too_late_is_counted() -> None:
-    verdicts = Verdicts(memory=600.0)
-    verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
-    verdicts.evaluate(outcome(Ending.TIMED_OUT, ended=61.9, limit=62.0))
-    assert not verdicts.overrun
-    verdicts.evaluate(outcome(Ending.TIMED_OUT, ended=62.5, limit=62.0))
-    assert verdicts.overrun["wait"].quantile(1.0) == 0.5
-
-
 def test_lateness_counts_from_the_approval_or_from_a_later_wait() -> None:
     verdicts = Verdicts(memory=600.0)
     verdicts.record(Entry(Event.CREATED, 0.0, "a", "AB", "pay"))
     verdicts.record(Entry(Event.APPROVED, 30.0, "a"))
     verdicts.evaluate(APPROVED)
-    assert verdicts.lateness.counts == {"1": 1}
+    assert verdicts.lateness.quantile(1.0) == 1.0
     verdicts.evaluate(Outcome("a", "resumed", Ending.APPROVED, 100.0, 100.5, approved=("a", "AB", "pay")))
-    assert verdicts.lateness.counts == {"0.5": 1, "1": 1}
+    assert verdicts.lateness.quantile(0.5) == 0.5
+    assert verdicts.lateness.total == 2
 
 
 def test_old_operations_are_forgotten() -> None:
@@ -172,9 +164,6 @@ def test_histogram_has_the_quantiles_of_its_values() -> None:
     assert histogram.total == 99
     assert histogram.quantile(0.5) == 0.05
     assert histogram.quantile(1.0) == 0.099
-    histogram.update(Histogram(histogram.counts))
-    assert histogram.total == 198
-    assert histogram.quantile(0.5) == 0.05
     assert Histogram().quantile(0.5) == 0.0
 
 
@@ -385,12 +374,10 @@ async def test_network_that_hangs_no_more_because_the_run_has_ended_holds_nothin
 
 
 @pytest.mark.benchmarks
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path, loop: str) -> None:
-    pytest.importorskip(loop)  # uvloop is not on Windows
-    options = ["--uvloop"] if loop == "uvloop" else []
+def test_soak_runs_on_uvloop_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path) -> None:
+    pytest.importorskip("uvloop")  # it is not on Windows
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "soak", "--smoke", "--save", str(tmp_path), *options],
+        [sys.executable, "-m", "benchmarks", "soak", "--smoke", "--uvloop", "--save", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -398,9 +385,5 @@ def test_soak_runs_and_finds_nothing_lost_and_nothing_wrong(tmp_path: Path, loop
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "soak.json").read_text())["benchmarks"]["soak"]
-    assert report["raw"]["verdicts"]["right"] > 0
-    assert done.stdout == (tmp_path / "soak.txt").read_text()
-    assert (tmp_path / "soak.svg").exists()
-    assert not (tmp_path / "results.txt").exists()
-    assert ("the client ran on uvloop" in done.stdout) is (loop == "uvloop")
+    assert json.loads((tmp_path / "soak.json").read_text())["raw"]["verdicts"]["right"] > 0
+    assert "the client ran on uvloop" in done.stdout

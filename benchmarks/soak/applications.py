@@ -34,12 +34,9 @@ from aiokeyless import (
     wait_adaptive,
 )
 from aiokeyless._waits.holds import LEASE
-from benchmarks.loops import loop_factory
+from benchmarks.process import Heap, loop_factory, read_heap
 from benchmarks.server import API_KEY, allow_many_sockets
 
-from . import heap
-from .heap import Heap  # noqa: TC001  # msgspec reads the type of a sample
-from .histogram import Histogram
 from .journal import Writer
 from .verdicts import HOLD, Ending, Outcome
 
@@ -55,8 +52,6 @@ _PAYLOAD: Final = "Approve wire transfer of $500 to account "
 _POLL_COST: Final = 3.0  # seconds of lateness that a poll is worth: an hour on a machine that others use too
 _IN_BATCHES: Final = 0.1  # of the waits
 _BATCH: Final = 10
-_FINAL: Final = 2.05  # seconds that a wait may last beyond its deadline (rule 3), with the time to wake up its task
-_BEAT: Final = 0.05  # seconds between two readings of the event loop's lag
 _IN_FLIGHT: Final = 256  # polls; three processes share two cores, so an answer can take long
 _ASKS_FOR: Final = 120.0  # seconds after its ticket's end for which an application asks again
 
@@ -81,37 +76,24 @@ class Request(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The client, its event loop and its process at one instant."""
+    """The client and its process at one instant."""
 
     at: float
     tasks: int
     waiting: int
     polls: int
-    failures: int
-    lag: float  # of the polls, seconds
-    loop_lag: dict[str, int]  # since the sample before: a histogram
-    cancel: float  # seconds until the slowest cancelled wait since then had ended
-    circuit: str
     blocks: int  # of memory that Python's objects take: unlike the resident memory, without what is free between them
     heap: Heap | None  # of the C library, for what is larger
 
 
 class Applications:
-    """All applications of one client.
-
-    Args:
-        client: The client, open.
-        plan: What they do.
-        outcomes: Where they write down how their waits ended.
-        source: Of the random numbers.
-    """
+    """All applications of one client, which write down how their waits ended."""
 
     def __init__(self, client: KeylessClient, plan: Plan, outcomes: Writer, source: random.Random) -> None:
         self._client = client
         self._plan = plan
         self._outcomes = outcomes
         self._source = source
-        self.slowest_cancel = 0.0
 
     async def run(self) -> None:
         """Run all applications for the planned time, then cancel them."""
@@ -142,10 +124,6 @@ class Applications:
         if ticket := await self._create(request):
             await self._until_known("wait_for_approval", ticket, self._client.wait_for_approval(ticket))
 
-    async def _explained(self, request: Request) -> None:
-        if ticket := await self._create(request):
-            await self._until_known("explain", ticket, self._client.wait_for_approval(ticket, explain=True))
-
     async def _request(self, request: Request) -> None:
         operation_id = str(uuid.uuid4())
         waiting = self._client.request_approval(
@@ -168,34 +146,16 @@ class Applications:
         while ticket and ending in {Ending.HELD, Ending.UNKNOWN} and time.monotonic() < until:
             seconds = self._source.uniform(0.02, 0.2) * self._plan.expires_in
             hold = self._client.hold_for_approval(ticket, seconds=seconds)
-            ending = await self._outcome(HOLD, ticket.operation_id, hold, *_bounds(ticket), started=started)
-
-    async def _updates(self, request: Request) -> None:
-        if ticket := await self._create(request):
-            await self._until_known("watch_approval", ticket, self._last_update(ticket))
-
-    async def _last_update(self, ticket: ApprovalTicket) -> Operation | None:
-        operation = None
-        async with contextlib.aclosing(self._client.watch_approval(ticket)) as updates:
-            async for update in updates:
-                operation = update.operation
-        return operation
-
-    async def _bare(self, request: Request) -> None:
-        if ticket := await self._create(request):
-            await self._short(ticket)
-
-    async def _short(self, ticket: ApprovalTicket) -> None:
-        timeout = self._source.uniform(0.02, 0.8) * self._plan.expires_in
-        deadline = time.monotonic() + timeout
-        waiting = self._client.wait_for_approval(ticket.operation_id, timeout=timeout)
-        await self._outcome("an id, with a timeout", ticket.operation_id, waiting, deadline, deadline + _FINAL)
+            ending = await self._outcome(HOLD, ticket.operation_id, hold, _deadline(ticket), started=started)
 
     async def _shared(self, request: Request) -> None:
+        """Wait for a ticket, and for its bare id with a timeout."""
         if ticket := await self._create(request):
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._until_known("shared polls", ticket, self._client.wait_for_approval(ticket)))
-                group.create_task(self._short(ticket))
+            timeout = self._source.uniform(0.02, 0.8) * self._plan.expires_in
+            waiting = self._client.wait_for_approval(ticket.operation_id, timeout=timeout)
+            short = self._outcome("an id, with a timeout", ticket.operation_id, waiting, time.monotonic() + timeout)
+            long = self._until_known("shared polls", ticket, self._client.wait_for_approval(ticket))
+            await asyncio.gather(short, long)
 
     async def _cancelled(self, request: Request) -> None:
         if ticket := await self._create(request):
@@ -212,13 +172,12 @@ class Applications:
     async def _batch(self, request: Request) -> None:
         """Create a number of operations, and wait for all of them by one call."""
         tickets = [ticket for _ in range(_BATCH) if (ticket := await self._create(request))]
-        bounds = {ticket.operation_id: _bounds(ticket) for ticket in tickets}
+        deadlines = {ticket.operation_id: _deadline(ticket) for ticket in tickets}
         started = time.monotonic()
         async with contextlib.aclosing(self._client.wait_for_approvals(tickets)) as outcomes:
             async for outcome in outcomes:
                 told = _told("wait_for_approvals", outcome.operation_id, started, outcome.operation or outcome.error)
-                deadline, limit = bounds[outcome.operation_id]
-                self._outcomes.write(msgspec.structs.replace(told, deadline=deadline, limit=limit))
+                self._outcomes.write(msgspec.structs.replace(told, deadline=deadlines[outcome.operation_id]))
 
     # -- what they share
 
@@ -246,18 +205,17 @@ class Applications:
         if not patience.expired():
             return False
         now = time.monotonic()
-        self.slowest_cancel = max(self.slowest_cancel, asyncio.get_running_loop().time() - (patience.when() or now))
         self._outcomes.write(Outcome(ticket.operation_id, "cancelled", Ending.CANCELLED, now, now))
         return True
 
     async def _until_known(self, how: str, ticket: ApprovalTicket, waiting: Awaitable[Operation | None]) -> None:
         """Wait; where the outcome is unknown, ask again, as an application must."""
-        ending = await self._outcome(how, ticket.operation_id, waiting, *_bounds(ticket))
+        ending = await self._outcome(how, ticket.operation_id, waiting, _deadline(ticket))
         until = time.monotonic() + ticket.remaining() + _ASKS_FOR
         while ending is Ending.UNKNOWN and time.monotonic() < until:
             await asyncio.sleep(self._source.uniform(0.5, 2.0))
             again = self._client.wait_for_approval(ticket)
-            ending = await self._outcome("asked again", ticket.operation_id, again, *_bounds(ticket))
+            ending = await self._outcome("asked again", ticket.operation_id, again, _deadline(ticket))
 
     async def _outcome(
         self,
@@ -265,7 +223,6 @@ class Applications:
         operation_id: str,
         waiting: Awaitable[Operation | None],
         deadline: float,
-        limit: float | None = None,
         *,
         started: float | None = None,
     ) -> Ending:
@@ -275,33 +232,29 @@ class Applications:
             told = _told(how, operation_id, started, await waiting)
         except Exception as error:  # noqa: BLE001  # what a wait raises is what is measured
             told = _told(how, operation_id, started, error)
-        told = msgspec.structs.replace(told, deadline=deadline, limit=limit)
+        told = msgspec.structs.replace(told, deadline=deadline)
         self._outcomes.write(told)
         return told.ending
 
 
 #: How often each method is chosen, beside the others.
 _METHODS: Final[dict[Method, float]] = {
-    Applications._wait: 35,  # noqa: SLF001  # a table of the methods above
-    Applications._explained: 3,  # noqa: SLF001
+    Applications._wait: 40,  # noqa: SLF001  # a table of the methods above
     Applications._request: 10,  # noqa: SLF001
     Applications._hold: 15,  # noqa: SLF001
-    Applications._updates: 5,  # noqa: SLF001
-    Applications._bare: 10,  # noqa: SLF001
-    Applications._shared: 4,  # noqa: SLF001
+    Applications._shared: 15,  # noqa: SLF001
     Applications._cancelled: 6,  # noqa: SLF001
     Applications._resumed: 12,  # noqa: SLF001
 }
 
 
-def _bounds(ticket: ApprovalTicket) -> tuple[float, float | None]:
-    """Return until when an approval must be found, and when a wait that starts now must be over."""
-    now, left = time.monotonic(), ticket.remaining()
-    return (now + left, now + left + _FINAL) if left > 0 else (now, None)
+def _deadline(ticket: ApprovalTicket) -> float:
+    """Return until when an approval must be found."""
+    return time.monotonic() + max(ticket.remaining(), 0.0)
 
 
 def _told(how: str, operation_id: str, started: float, result: Operation | Exception | None) -> Outcome:
-    """Put what a wait returned or raised into an outcome, without its bounds."""
+    """Put what a wait returned or raised into an outcome, without its deadline."""
     now = time.monotonic()
     if isinstance(result, Exception):
         ending = _ending(result)
@@ -330,35 +283,17 @@ def _ending(error: Exception) -> Ending:
     return Ending.FAILED
 
 
-async def _measure(applications: Applications, client: KeylessClient, samples: Writer, every: float) -> None:
-    """Read the lag of the event loop all the time, and write a sample now and then, until cancelled."""
-    loop = asyncio.get_running_loop()
-    lags, due, written = Histogram(), loop.time(), loop.time()
-    while True:
-        due = max(due + _BEAT, loop.time())
-        await asyncio.sleep(due - loop.time())
-        lags.add(loop.time() - due)
-        if loop.time() - written >= every:
-            samples.write(_sample(client, lags, applications.slowest_cancel))
-            lags, written, applications.slowest_cancel = Histogram(), loop.time(), 0.0
-
-
-def _sample(client: KeylessClient, lags: Histogram, slowest_cancel: float) -> Sample:
+def _sample(client: KeylessClient) -> Sample:
     now = client.statistics
-    tasks, failures = len(asyncio.all_tasks()), now.transient_failures
     return Sample(
-        time.monotonic(),
-        tasks,
-        now.waiting,
-        now.polls,
-        failures,
-        now.lag,
-        lags.counts,
-        slowest_cancel,
-        now.circuit,
-        sys.getallocatedblocks(),
-        heap.read(),
+        time.monotonic(), len(asyncio.all_tasks()), now.waiting, now.polls, sys.getallocatedblocks(), read_heap()
     )
+
+
+async def _keep_sampling(client: KeylessClient, samples: Writer, every: float) -> None:
+    while True:
+        await asyncio.sleep(every)
+        samples.write(_sample(client))
 
 
 async def _run(base_url: str, plan: Plan, folder: Path) -> None:
@@ -366,23 +301,16 @@ async def _run(base_url: str, plan: Plan, folder: Path) -> None:
     with Writer(folder / "outcomes") as outcomes, Writer(folder / "samples") as samples:
         schedule = wait_adaptive(poll_cost=_POLL_COST)
         async with KeylessClient(API_KEY, base_url=base_url, schedule=schedule, max_in_flight=_IN_FLIGHT) as client:
-            applications = Applications(client, plan, outcomes, source)
-            measuring = asyncio.create_task(_measure(applications, client, samples, plan.sample))
-            await applications.run()
+            measuring = asyncio.create_task(_keep_sampling(client, samples, plan.sample))
+            await Applications(client, plan, outcomes, source).run()
             measuring.cancel()
             await asyncio.wait([measuring])
             await asyncio.sleep(LEASE + plan.sample)  # so long the waits of the last holds go on
-            samples.write(_sample(client, Histogram(), 0.0))
+            samples.write(_sample(client))
 
 
 def run(base_url: str, plan: Plan, folder: Path) -> None:
-    """Run the applications; the main function of their process.
-
-    Args:
-        base_url: Of the service, through the proxy.
-        plan: What the applications do.
-        folder: Where "outcomes" and "samples" are written.
-    """
+    """Run the applications, and write "outcomes" and "samples"; the main function of their process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
     logging.getLogger("aiokeyless").setLevel(logging.ERROR)  # that the circuit opens is what is expected here
     allow_many_sockets()

@@ -19,10 +19,9 @@ import asyncpg
 from aiokeyless import KeylessClient, KeylessError, wait_adaptive
 from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
 from aiokeyless.worker.postgres.connection import ERRORS
+from benchmarks.process import Heap, read_heap
 from benchmarks.server import API_KEY
 
-from . import heap
-from .heap import Heap  # noqa: TC001  # msgspec reads it
 from .journal import Writer
 from .verdicts import WORKER, Ending, Outcome
 
@@ -75,7 +74,7 @@ def work(url: str, base_url: str, request_timeout: float, samples: Path) -> None
 async def _sample(samples: Path) -> NoReturn:
     with Writer(samples) as writer:
         while True:
-            writer.write(Sample(time.monotonic(), sys.getallocatedblocks(), heap.read()))
+            writer.write(Sample(time.monotonic(), sys.getallocatedblocks(), read_heap()))
             await asyncio.sleep(_SAMPLES_EVERY)
 
 
@@ -109,21 +108,10 @@ async def _note(connection: asyncpg.Connection[Any], event: ApprovalEvent) -> No
 
 
 class Shop:
-    """Places orders; some are rolled back.
-
-    Args:
-        source: Of the random numbers.
-        expires_in: Seconds that a user has to approve.
-        rate: Orders in a second.
-
-    Attributes:
-        committed: When each order was placed, by the machine's monotonic clock.
-        rolled_back: The orders that were rolled back.
-        closes_at: Until when orders are placed.
-    """
+    """Places orders, until it closes; some are rolled back."""
 
     def __init__(self, source: random.Random, expires_in: float, rate: float) -> None:
-        self.committed: dict[str, float] = {}
+        self.committed: dict[str, float] = {}  # when each was placed, by the machine's monotonic clock
         self.rolled_back: set[str] = set()
         self.closes_at = math.inf
         self._source = source

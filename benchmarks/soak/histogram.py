@@ -6,27 +6,14 @@ from collections import Counter
 
 
 class Histogram:
-    """Durations, each kept as a count of its value to two significant digits.
+    """Durations, each kept as a count of its value to two significant digits."""
 
-    Args:
-        counts: What `counts` of another histogram returned.
-    """
-
-    def __init__(self, counts: dict[str, int] | None = None) -> None:
-        self._counts = Counter({float(value): count for value, count in (counts or {}).items()})
+    def __init__(self) -> None:
+        self._counts: Counter[float] = Counter()
 
     def add(self, seconds: float) -> None:
         """Count a duration; a negative one counts as none."""
         self._counts[float(f"{max(seconds, 0.0):.2g}")] += 1
-
-    def update(self, other: Histogram) -> None:
-        """Add all durations of another histogram."""
-        self._counts.update(other._counts)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The counts by value, for JSON."""
-        return {f"{value:g}": count for value, count in sorted(self._counts.items())}
 
     @property
     def total(self) -> int:

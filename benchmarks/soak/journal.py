@@ -14,11 +14,7 @@ T = TypeVar("T")
 
 
 class Writer:
-    """Appends lines; each is with the system, and so with all readers, when `write` returns.
-
-    Args:
-        path: The file; it may exist.
-    """
+    """Appends lines; each is with the system, and so with all readers, when `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
@@ -35,12 +31,7 @@ class Writer:
 
 
 class Reader(Generic[T]):
-    """Reads complete lines, from where it read last.
-
-    Args:
-        path: The file; it need not exist yet.
-        kind: The type of a line.
-    """
+    """Reads complete lines of one type, from where it read last; the file need not exist yet."""
 
     def __init__(self, path: Path, kind: type[T]) -> None:
         self._path = path

@@ -38,18 +38,9 @@ ANSWER_FAULTS: Final = tuple(Fault)
 
 
 class FaultyProxy:
-    """Forwards connections to one port, with faults.
+    """Forwards connections to the port `target`, with faults that hit this share of the chunks of bytes.
 
-    Args:
-        source: Of the random numbers.
-        rate: The share of the chunks of bytes, in either direction, to which something happens, 0 to 1.
-        longest_delay: Seconds.
-
-    Attributes:
-        target: The port on this machine to which connections are forwarded; None: each is reset at once.
-        rate: As above; it may be changed at any time.
-        counts: How often each fault happened.
-        connections: How many connections were accepted.
+    While there is no target, each connection is reset at once. Target and rate may be changed at any time.
     """
 
     def __init__(self, source: random.Random, *, rate: float = 0.0, longest_delay: float = 3.0) -> None:
@@ -97,17 +88,14 @@ class FaultyProxy:
         self.counts[fault] += 1
         return fault
 
+    @property
+    def source(self) -> random.Random:
+        """What decides about the faults."""
+        return self._source
+
     def delay(self) -> float:
         """Return how many seconds bytes are delayed."""
         return self._source.uniform(0.0, self._longest_delay)
-
-    def part(self, data: bytes) -> bytes:
-        """Return the first part of bytes, of random length, and never all of them."""
-        return data[: self._source.randrange(len(data))]
-
-    def garbage(self) -> bytes:
-        """Return random bytes."""
-        return self._source.randbytes(self._source.randrange(1, 200))
 
     def opened(self, end: End) -> None:
         """Remember an open connection; called by it."""
@@ -139,13 +127,7 @@ class FaultyProxy:
 
 
 class End(asyncio.Protocol):
-    """One end of a forwarded connection.
-
-    Args:
-        proxy: Says what happens to bytes.
-        faults: What can happen to bytes that are sent to this end.
-        other: The other end; None: this is the client's, and the connection to the service has yet to be made.
-    """
+    """One end of a forwarded connection; without another one it is the client's, and there is no connection yet."""
 
     def __init__(self, proxy: FaultyProxy, faults: tuple[Fault, ...], other: End | None = None) -> None:
         self._proxy = proxy
@@ -205,12 +187,15 @@ class End(asyncio.Protocol):
                 self._dead = True
                 self._transport.write_eof()
             case Fault.GARBAGE:
-                self._transport.write(self._proxy.garbage())
+                self._transport.write(self._garbage())
             case Fault.EXTRA:
-                self._transport.write(data + self._proxy.garbage())
+                self._transport.write(data + self._garbage())
             case Fault.TRUNCATION:
-                self._transport.write(self._proxy.part(data))
+                self._transport.write(data[: self._proxy.source.randrange(len(data))])
                 self.close()
+
+    def _garbage(self) -> bytes:
+        return self._proxy.source.randbytes(self._proxy.source.randrange(1, 200))
 
     def _send_delayed(self) -> None:
         delayed, self._delayed = self._delayed or [], None

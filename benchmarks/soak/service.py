@@ -14,7 +14,7 @@ import random
 import signal
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
@@ -40,43 +40,27 @@ _TICK: Final = 0.02  # seconds between two checks of which users approve
 _SWAP_AMONG: Final = 1000  # approved operations of others that can be answered in an operation's place
 
 
-class Illness(NamedTuple):
-    """The share of the requests, 0 to 1, that the service fails in each way.
-
-    Half of the POSTs that fail were stored before, those with a 429 excepted: it says that nothing was done.
-    """
-
-    error: float = 0.002  # 500
-    unavailable: float = 0.001  # 503, every third with Retry-After
-    rate_limit: float = 0.000_004  # 429 with Retry-After: it holds all polls of the client
-    page: float = 0.0005  # 200 with a page of a gateway
-    slow: float = 0.002  # answered after up to four seconds
-
-
+#: The share of the requests that fail, by how. Half of the POSTs that fail were stored before, but none with a 429.
+_FAILURES: Final = {
+    "500": 0.002,
+    "503": 0.001,  # every third with Retry-After
+    "429": 0.000_004,  # with Retry-After: it holds all polls of the client
+    "page": 0.0005,  # 200 with a page of a gateway
+    "slow": 0.002,  # answered after up to four seconds
+}
+_KINDS: Final = [*_FAILURES, "none"]
+_WEIGHTS: Final = [*_FAILURES.values(), 1.0 - sum(_FAILURES.values())]
 #: The share of the GETs of an operation that are answered with an approved operation of somebody else.
 _SWAPPED: Final = 0.0001
-
-
-class Habits(NamedTuple):
-    """How users and the service behave."""
-
-    approvals: ApprovalTimes
-    memory: float  # seconds after its creation for which an operation is remembered
-    illness: Illness = Illness()
+#: Seconds after its creation for which an operation is remembered: no wait asks later.
+MEMORY: Final = 1200.0
 
 
 class Service:
-    """Answers requests, keeps the record, and lets users approve.
+    """Answers requests, keeps the record, and lets users approve; what the record says is restored."""
 
-    Args:
-        record: The file of the record; what it says of recent operations is restored.
-        habits: How users and the service behave.
-        source: Of the random numbers.
-    """
-
-    def __init__(self, record: Path, habits: Habits, source: random.Random) -> None:
-        self._habits = habits
-        self._illnesses = [*habits.illness._asdict().items()]
+    def __init__(self, record: Path, approvals: ApprovalTimes, source: random.Random) -> None:
+        self._approvals = approvals
         self._source = source
         self._store = OperationStore()
         self._api = KeylessApi(self._store, API_KEY, self._created)
@@ -87,7 +71,7 @@ class Service:
         self._record = Writer(record)
 
     def _restore(self, record: Path) -> None:
-        oldest = time.monotonic() - self._habits.memory
+        oldest = time.monotonic() - MEMORY
         for entry in Reader(record, Entry).read():
             if entry.event is Event.CREATED and entry.at > oldest:
                 self._store.create(
@@ -107,7 +91,7 @@ class Service:
 
     def _created(self, operation: Operation) -> None:
         now = time.monotonic()
-        after = self._habits.approvals.draw(self._source)
+        after = self._approvals.draw(self._source)
         entry = Entry(
             Event.CREATED,
             now,
@@ -115,7 +99,7 @@ class Service:
             operation.user_id,
             operation.operation_payload or "",
             operation.external_user_id,
-            now + after if after < self._habits.memory else None,
+            now + after if after < MEMORY else None,
         )
         self._record.write(entry)
         self._remember(entry)
@@ -126,7 +110,7 @@ class Service:
             now = time.monotonic()
             while self._due and self._due[0][0] <= now:
                 self._approve(heapq.heappop(self._due)[1])
-            while self._ages and self._ages[0][0] < now - self._habits.memory:
+            while self._ages and self._ages[0][0] < now - MEMORY:
                 self._store.forget(self._ages.popleft()[1])
             await asyncio.sleep(_TICK)
 
@@ -173,14 +157,13 @@ class Service:
 
     async def _failure(self) -> web.Response | None:
         """Return the answer of a request that fails, or None, after the time that the answer takes."""
-        kind = self._draw()
-        match kind:
-            case "error":
+        match self._source.choices(_KINDS, _WEIGHTS)[0]:
+            case "500":
                 return web.json_response({"error": "an internal error"}, status=500)
-            case "unavailable":
+            case "503":
                 pause = {"Retry-After": "1"} if self._source.random() < 1 / 3 else {}
                 return web.Response(status=503, text=_GATEWAY_PAGE, content_type="text/html", headers=pause)
-            case "rate_limit":
+            case "429":
                 return web.Response(status=_TOO_MANY, headers={"Retry-After": "1"})
             case "page":
                 return web.Response(text=_GATEWAY_PAGE, content_type="text/html")
@@ -188,27 +171,13 @@ class Service:
                 await asyncio.sleep(self._source.uniform(0.2, 4.0))
         return None
 
-    def _draw(self) -> str:
-        """Return how a request fails, by its name in `Illness`, or ""."""
-        rest = self._source.random()
-        for kind, share in self._illnesses:
-            rest -= share
-            if rest < 0.0:
-                return kind
-        return ""
-
 
 class ServiceProcess:
-    """The service as a process that can be killed and started again.
+    """The service as a process that can be killed and started again."""
 
-    Args:
-        record: The file of its record.
-        habits: How users and the service behave.
-    """
-
-    def __init__(self, record: Path, habits: Habits) -> None:
+    def __init__(self, record: Path, approvals: ApprovalTimes) -> None:
         self._record = record
-        self._habits = habits
+        self._approvals = approvals
         self._process: SpawnProcess | None = None
         self.starts = 0
 
@@ -217,7 +186,9 @@ class ServiceProcess:
         self.starts += 1
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(self._record, self._habits, self.starts, there), daemon=True)
+        self._process = spawn.Process(
+            target=_serve, args=(self._record, self._approvals, self.starts, there), daemon=True
+        )
         self._process.start()
         there.close()
         port: int = await asyncio.to_thread(here.recv)
@@ -231,10 +202,10 @@ class ServiceProcess:
             self._process = None
 
 
-def _serve(record: Path, habits: Habits, seed: int, started: Connection) -> None:
+def _serve(record: Path, approvals: ApprovalTimes, seed: int, started: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it ends it
     allow_many_sockets()
-    asyncio.run(_listen(Service(record, habits, random.Random(seed)), started))  # noqa: S311  # simulated users, not keys
+    asyncio.run(_listen(Service(record, approvals, random.Random(seed)), started))  # noqa: S311  # simulated users, not keys
 
 
 async def _listen(service: Service, started: Connection) -> None:

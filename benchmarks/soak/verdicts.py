@@ -6,11 +6,13 @@ the machine's monotonic clock, which all processes share. Nothing here does I/O.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from enum import StrEnum
 from typing import Final
 
 import msgspec
+
+from benchmarks.report import Table
 
 from .histogram import Histogram
 
@@ -61,29 +63,16 @@ class Ending(StrEnum):
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What an application was told about one wait.
-
-    Attributes:
-        operation_id: The operation that was waited for.
-        how: How the application waited.
-        ending: What it was told.
-        started: When the wait started.
-        ended: When the application was told.
-        deadline: Until when an approval had to be found; None where nothing is promised.
-        limit: When the wait had to be over; None where that is not known.
-        approved: Operation id, user and payload of the operation that was returned.
-        detail: The error of a failed wait.
-    """
+    """What an application was told about one wait."""
 
     operation_id: str
-    how: str
+    how: str  # the application waited
     ending: Ending
     started: float
     ended: float
-    deadline: float | None = None
-    limit: float | None = None
-    approved: tuple[str, str, str] | None = None
-    detail: str = ""
+    deadline: float | None = None  # until when an approval had to be found; None where nothing is promised
+    approved: tuple[str, str, str] | None = None  # id, user and payload of the operation that was returned
+    detail: str = ""  # of a failed wait
 
 
 class Verdict(StrEnum):
@@ -109,14 +98,12 @@ class _Known:
 class Verdicts:
     """Compares outcomes with the record, as both are written.
 
-    Args:
-        memory: Seconds after its creation for which an operation is remembered.
+    An operation is remembered for ``memory`` seconds after its creation.
 
     Attributes:
         verdicts: How many outcomes each verdict was given to.
         endings: How many outcomes there were of each method and ending.
         lateness: Seconds from the approval, or from the start of a later wait, until the application was told.
-        overrun: Seconds by which waits ended after their limit, of those that did, by method.
         examples: The first findings, in words.
     """
 
@@ -127,7 +114,6 @@ class Verdicts:
         self.verdicts: Counter[Verdict] = Counter()
         self.endings: Counter[tuple[str, Ending]] = Counter()
         self.lateness = Histogram()
-        self.overrun: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.examples: list[str] = []
 
     def record(self, entry: Entry) -> None:
@@ -151,11 +137,19 @@ class Verdicts:
         verdict = self._verdict(outcome, self._operations.get(outcome.operation_id))
         self.verdicts[verdict] += 1
         self.endings[outcome.how, outcome.ending] += 1
-        if outcome.limit is not None and outcome.ended > outcome.limit:
-            self.overrun[outcome.how].add(outcome.ended - outcome.limit)
         if verdict is not Verdict.RIGHT and len(self.examples) < _EXAMPLES:
             self.examples.append(f"{verdict}: {outcome}")
         return verdict
+
+    def table(self) -> Table:
+        """Write what was found."""
+        figures = {
+            **{f"{verdict}": f"{self.verdicts[verdict]}" for verdict in Verdict},
+            "told after the approval, median, s": f"{self.lateness.quantile(0.5):.2f}",
+            "the same, 99%": f"{self.lateness.quantile(0.99):.2f}",
+            "the same, the longest": f"{self.lateness.quantile(1.0):.1f}",
+        }
+        return Table("compared with the service's record", ["", ""], [[*row] for row in figures.items()])
 
     def _verdict(self, outcome: Outcome, known: _Known | None) -> Verdict:
         match outcome.ending:

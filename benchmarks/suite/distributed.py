@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import asyncpg
 from tenacity import wait_chain, wait_fixed
 
+from aiokeyless.worker import Outcome, next_outcome
 from aiokeyless.worker.broker import Exchange
 from benchmarks import pictures
 from benchmarks.approval_times import seeded_random
-from benchmarks.bench import order
-from benchmarks.fleet import Fleet, Pace, fleet, new_request, submit_to
-from benchmarks.noticing import Plan, by_worker, known_of
-from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table, p95
-from benchmarks.server import Server, Workload, serving
-from benchmarks.storages import NatsStorage, PostgresStorage, SqliteStorage, Storage, resident, total
+from benchmarks.bench import cancel, order
+from benchmarks.fleet import Fleet, fleet, new_request, submit, submit_to
+from benchmarks.report import CannotMeasureError, Goal, Report, Table, p95
+from benchmarks.server import Server, Workload, approved_after, serving
+from benchmarks.storages import STORAGES, PostgresStorage, Storage, resident, total
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
     from aiokeyless.worker import Broker
     from benchmarks.bench import Bench
 
-#: It needs PostgreSQL, and takes its time.
-ONLY_BY_NAME: Final = True
+    Row = dict[str, Any]
 
-_STORAGES: Final[tuple[type[Storage], ...]] = (SqliteStorage, PostgresStorage, NatsStorage)
-_RATE: Final = 1000.0  # polls of a worker in a second: its default
+ON_PAGE: Final = True
+
 _READERS: Final = 8  # outcomes that the application handles at once
 _LOST_AFTER: Final = 120.0  # seconds after which an unnoticed approval counts as lost
 _AN_HOUR: Final = 36_000  # requests: ten a second
@@ -46,36 +46,12 @@ _TAKEN: Final = 64  # requests of each
 _PUT_OFF: Final = 190.0  # seconds: nearly as long as a broker puts off
 
 
-class Window(NamedTuple):
-    """A time in which workers polled as fast as they could."""
-
-    polls: float  # per second, all workers together
-    worker: float  # CPU seconds per poll, all workers together
-    broker: float
-    service: float
-    logged: float  # bytes per poll
-
-
-class Burst(NamedTuple):
-    """Requests that were all submitted at once, and approved some seconds after each was asked."""
-
-    size: int
-    submitted: float  # seconds until all were stored
-    asked: float  # seconds until the users of all were asked
-    late: list[float]  # seconds from each approval until the application was told
-    lost: int
-    on_disk: float  # bytes that it left
-
-
-class Waiting(NamedTuple):
-    """Many requests that wait."""
-
-    waiting: int
-    delivered: list[float]  # seconds from before the submit of one more until it is delivered
-    take: list[float]  # seconds of the function `take` alone; empty where there is none
-    memory: float  # bytes of the server
-    on_disk: float
-    restart: float  # seconds from the kill of the server until a new worker has a delivery
+#: Whose CPU a poll takes: the name and the color in the picture.
+_PARTS: Final = {
+    "worker": ("workers", pictures.OURS),
+    "broker": ("server", pictures.OTHERS[2]),
+    "service": ("service (a stand-in)", pictures.OTHERS[0]),
+}
 
 
 class Sizes(NamedTuple):
@@ -100,7 +76,7 @@ def run(bench: Bench) -> Report:
     )
     raw: dict[str, Any] = {}
     with serving() as server:
-        for storage in _STORAGES:
+        for storage in STORAGES:
             raw[storage.name] = asyncio.run(_measure(bench, server, storage, sizes))
     return _report(raw)
 
@@ -114,20 +90,16 @@ async def _measure(bench: Bench, server: Server, storage: type[Storage], sizes: 
         bursts.append(await _burst(server, storage, size, sizes.ages))
     bench.progress(f"  {storage.name}: {sizes.waiting} waiting")
     waiting = await _waiting(storage, sizes.waiting)
-    return {
-        "windows": {str(count): [window._asdict() for window in of] for count, of in windows.items()},
-        "bursts": [burst._asdict() for burst in bursts],
-        "waiting": waiting._asdict(),
-    }
+    return {"windows": windows, "bursts": bursts, "waiting": waiting}
 
 
 # -- polls
 
 
-async def _polls(server: Server, storage: type[Storage], sizes: Sizes) -> dict[int, list[Window]]:
-    windows: dict[int, list[Window]] = {1: [], 2: []}
-    pace = Pace(wait_chain(wait_fixed(sizes.first), wait_fixed(sizes.interval)))
-    async with fleet(server, pace, 2, storage) as workers:
+async def _polls(server: Server, storage: type[Storage], sizes: Sizes) -> dict[str, list[Row]]:
+    windows: dict[str, list[Row]] = {"1": [], "2": []}  # by the number of workers
+    schedule = wait_chain(wait_fixed(sizes.first), wait_fixed(sizes.interval))
+    async with fleet(server, 2, storage, schedule=schedule, max_polls_per_second=None) as workers:
         requests = server.statistics().requests
         await workers.submit(sizes.polled)
         await workers.until(lambda now: now.requests - requests > sizes.polled)
@@ -136,11 +108,11 @@ async def _polls(server: Server, storage: type[Storage], sizes: Sizes) -> dict[i
                 await workers.resize(count)
                 await workers.until_polled()
                 await asyncio.sleep(sizes.seconds / 4)
-                windows[count].append(await _window(workers, sizes.seconds))
+                windows[str(count)].append(await _window(workers, sizes.seconds))
     return windows
 
 
-async def _window(workers: Fleet, seconds: float) -> Window:
+async def _window(workers: Fleet, seconds: float) -> Row:
     logged = workers.logged()
     with Workload(workers.server) as service:
         before = workers.cpu()
@@ -150,39 +122,66 @@ async def _window(workers: Fleet, seconds: float) -> Window:
     polls = service.requests
     if not polls:
         raise CannotMeasureError("the workers made no poll: other programs took the machine")
-    if service.bound:
-        raise CannotMeasureError(f"the server was the bottleneck ({service.share:.0%} of its core)")
+    service.check()
     worker, broker = (b - a for a, b in zip(before, after, strict=True))
-    return Window(polls / service.wall, worker / polls, broker / polls, service.cpu / polls, logged / polls)
+    return {
+        "polls": polls / service.wall,
+        "worker": worker / polls,
+        "broker": broker / polls,
+        "service": service.cpu / polls,
+        "logged": logged / polls,
+    }
 
 
 # -- bursts
 
 
-async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[float, float]) -> Burst:
+async def _burst(server: Server, storage: type[Storage], size: int, ages: tuple[float, float]) -> Row:
     source = seeded_random(size)
-    plan = Plan([0.0] * size, [source.uniform(*ages) for _ in range(size)])
-    async with fleet(server, Pace(None, _RATE), 1, storage) as workers:
+    operation_ids = [approved_after(source.uniform(*ages)) for _ in range(size)]
+    told: dict[str, float] = {}  # when, by operation
+    all_told = asyncio.Event()
+    async with fleet(server, 1, storage) as workers:
         empty, created, began = workers.storage.on_disk(), server.statistics().created, time.perf_counter()
 
         async def until_all_are_asked() -> float:
             await workers.until_created(created + size)
             return time.perf_counter() - began
 
-        async with asyncio.TaskGroup() as group:
-            asked = group.create_task(until_all_are_asked())
-            reading = group.create_task(by_worker(workers, plan, lost_after=_LOST_AFTER, readers=_READERS))
-        noticed = reading.result()
-        on_disk = workers.storage.on_disk() - empty
-        submitted = workers.submitted_at - began
-    late = [one.late for one in known_of(f"burst of {size}", noticed)]
-    return Burst(size, submitted, asked.result(), late, noticed.count(None), on_disk)
+        async def read() -> None:
+            while True:
+                async with next_outcome(workers.broker, "benchmark") as event:
+                    if event.outcome is Outcome.APPROVED and event.operation_id is not None:
+                        told[event.operation_id] = time.perf_counter()
+                if len(told) == size:
+                    all_told.set()
+
+        asking = asyncio.create_task(until_all_are_asked())
+        reading = [asyncio.create_task(read()) for _ in range(_READERS)]
+        await asyncio.gather(*(submit(workers.broker, operation_id) for operation_id in operation_ids))
+        submitted = time.perf_counter() - began
+        with suppress(TimeoutError):  # approvals not told by then are lost
+            await asyncio.wait_for(all_told.wait(), ages[1] + _LOST_AFTER)
+        await cancel(reading)
+        asked, on_disk = await asking, workers.storage.on_disk() - empty
+    due = server.approvals()
+    late = [at - due[operation_id] for operation_id, at in told.items()]
+    if len(late) < 2:
+        raise CannotMeasureError(f"{len(late)} of {size} approvals were noticed")
+    return {
+        "size": size,
+        "submitted": submitted,
+        "asked": asked,
+        "late": late,
+        "lost": size - len(late),
+        "on_disk": on_disk,
+    }
 
 
 # -- waiting requests, and a crash
 
 
-async def _waiting(storage: type[Storage], count: int) -> Waiting:
+async def _waiting(storage: type[Storage], count: int) -> Row:
     async with storage() as stored:
         async with stored.broker() as broker:
             await broker.prepare(lease=_LEASE, service="")
@@ -201,7 +200,14 @@ async def _waiting(storage: type[Storage], count: int) -> Waiting:
             await broker.prepare(lease=_LEASE, service="")
             await _delivered(broker)
             restart = time.perf_counter() - began
-    return Waiting(count, delivered, take, memory, on_disk, restart)
+    return {
+        "waiting": count,
+        "delivered": delivered,
+        "take": take,
+        "memory": memory,
+        "on_disk": on_disk,
+        "restart": restart,
+    }
 
 
 async def _fill(stored: Storage, broker: Broker, count: int) -> None:
@@ -258,7 +264,7 @@ def _report(raw: dict[str, Any]) -> Report:
         first = of["bursts"][0]
         report.goals.append(Goal(f"{name}: seconds until a burst of {first['size']} is asked", 3, first["asked"]))
     postgres = raw[PostgresStorage.name]
-    polls = _spread(postgres["windows"]["1"], "polls").median
+    polls = _median(postgres["windows"]["1"], "polls")
     report.goals.append(Goal("PostgreSQL: 1000 polls/s, over those of one worker", 1, 1000 / polls))
     take = 1e3 * statistics.median(postgres["waiting"]["take"])
     report.goals.append(Goal(f"PostgreSQL: take with {postgres['waiting']['waiting']} waiting", 5, take, " ms"))
@@ -270,8 +276,8 @@ def _report(raw: dict[str, Any]) -> Report:
     return report
 
 
-def _spread(windows: list[dict[str, float]], what: str) -> Spread:
-    return Spread.of([window[what] for window in windows])
+def _median(windows: list[dict[str, float]], what: str) -> float:
+    return statistics.median(window[what] for window in windows)
 
 
 def _polls_table(raw: dict[str, Any]) -> Table:
@@ -279,9 +285,8 @@ def _polls_table(raw: dict[str, Any]) -> Table:
     table = Table("polls: more due than can be sent", columns)
     for name, of in raw.items():
         for count, windows in of["windows"].items():
-            cells = [f"{1e6 * _spread(windows, who).median:.0f}" for who in ("worker", "broker", "service")]
-            polls, logged = _spread(windows, "polls").median, _spread(windows, "logged").median
-            table.rows.append([name, count, f"{polls:.0f}", *cells, f"{logged:.0f}"])
+            figures = (_median(windows, "polls"), *(1e6 * _median(windows, who) for who in _PARTS))
+            table.rows.append([name, count, *(f"{each:.0f}" for each in (*figures, _median(windows, "logged")))])
     return table
 
 
@@ -297,38 +302,20 @@ def _bursts_table(raw: dict[str, Any]) -> Table:
 
 
 def _waiting_table(raw: dict[str, Any]) -> Table:
-    count = next(iter(raw.values()))["waiting"]["waiting"]
     columns = ["broker", "one more: delivered after, ms", "p95, ms", "take of 64, ms", "server, MB", "disk, MB"]
     columns += ["delivers again after a crash, s", "disk after an hour, MB"]
-    table = Table(f"{count} requests that wait", columns)
+    table = Table(f"{next(iter(raw.values()))['waiting']['waiting']} requests that wait", columns)
     for name, of in raw.items():
-        waiting, burst = Waiting(**of["waiting"]), Burst(**of["bursts"][-1])
-        table.rows.append(
-            [
-                name,
-                f"{1e3 * statistics.median(waiting.delivered):.0f}",
-                f"{1e3 * p95(waiting.delivered):.0f}",
-                f"{1e3 * statistics.median(waiting.take):.1f}" if waiting.take else "",
-                f"{waiting.memory / 1e6:.0f}" if waiting.memory else "",
-                f"{waiting.on_disk / 1e6:.0f}",
-                f"{waiting.restart:.1f}",
-                f"{burst.on_disk / burst.size * _AN_HOUR / 1e6:.0f}",
-            ]
-        )
+        waiting, burst = of["waiting"], of["bursts"][-1]
+        cells = [f"{1e3 * each:.0f}" for each in (statistics.median(waiting["delivered"]), p95(waiting["delivered"]))]
+        cells.append(f"{1e3 * statistics.median(waiting['take']):.1f}" if waiting["take"] else "")
+        cells.append(f"{waiting['memory'] / 1e6:.0f}" if waiting["memory"] else "")
+        cells += [f"{waiting['on_disk'] / 1e6:.0f}", f"{waiting['restart']:.1f}"]
+        table.rows.append([name, *cells, f"{burst['on_disk'] / burst['size'] * _AN_HOUR / 1e6:.0f}"])
     return table
 
 
-def page(raw: dict[str, Any]) -> str:
-    """Write the tables that docs/explanation/limits.md includes."""
-    return (
-        "\n\n".join(table.markdown() for table in (_polls_table(raw), _bursts_table(raw), _waiting_table(raw))) + "\n"
-    )
-
-
 # -- the picture
-
-_PARTS: Final = {"worker": pictures.OURS, "broker": pictures.OTHERS[2], "service": pictures.OTHERS[0]}
-_NAMES: Final = {"worker": "workers", "broker": "server", "service": "service (a stand-in)"}
 
 
 def draw(raw: dict[str, Any]) -> Figure:
@@ -336,12 +323,12 @@ def draw(raw: dict[str, Any]) -> Figure:
     figure, (costs, lateness) = pictures.panels(2)
     bars = [(f"{name}, {count}", of["windows"][count]) for name, of in raw.items() for count in of["windows"]]
     labels, bottom = [label for label, _ in bars], [0.0] * len(bars)
-    for who, color in _PARTS.items():
-        microseconds = [1e6 * _spread(windows, who).median for _, windows in bars]
-        costs.barh(labels, microseconds, 0.6, bottom, color=color, label=_NAMES[who])
+    for who, (label, color) in _PARTS.items():
+        microseconds = [1e6 * _median(windows, who) for _, windows in bars]
+        costs.barh(labels, microseconds, 0.6, bottom, color=color, label=label)
         bottom = [a + b for a, b in zip(bottom, microseconds, strict=True)]
     for (label, windows), right in zip(bars, bottom, strict=True):
-        text = f"{_spread(windows, 'polls').median:,.0f}/s".replace(",", " ")
+        text = f"{_median(windows, 'polls'):,.0f}/s".replace(",", " ")
         costs.annotate(text, (right, label), (3, 0), textcoords="offset points", va="center", fontsize=8)
     costs.invert_yaxis()
     costs.set_xlim(right=1.25 * max(bottom))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
+import selectors
+import time
 import uuid
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,33 +22,118 @@ from tenacity.wait import wait_base
 from aiokeyless import KeylessClient
 from benchmarks import pictures
 from benchmarks.baselines import OURS, BareClient, bare_session
-from benchmarks.bench import order
-from benchmarks.memory import forget_peak, peak, resident
-from benchmarks.probe import Blocks, Probe
+from benchmarks.bench import cancel, order
 from benchmarks.report import CannotMeasureError, Goal, Report, Spread, Table
-from benchmarks.server import API_KEY, Server, Workload, allow_many_sockets, serving
-from benchmarks.suite.waits import cancel
+from benchmarks.server import API_KEY, Server, allow_many_sockets, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from matplotlib.figure import Figure
     from tenacity import RetryCallState
 
     from benchmarks.bench import Bench
 
+    Start = Callable[[str], Coroutine[None, None, object]]
+
 _IN_FLIGHT: Final = 16
 _BATCH: Final = 64
 _MARGIN: Final = 0.2  # seconds: all waits must have started this long before they are due
 _SPARE_SOCKETS: Final = 1000
 _FEW: Final = 10_000  # up to here there is time for several rounds of each side
-_START_FACTORS: Final = (1.3, 2.5)  # the time to start the waits, relative to the estimate; one per try
-_GOALS: Final = {10_000: 0.005, 100_000: 0.010}  # seconds of the longest block
-_GOAL: Final = 0.005  # for other sizes
+_START: Final = 1.0  # seconds that there are to start the waits
+_START_ONE: Final = 0.001  # and for each of them
+_GOALS: Final = {10_000: 5.0, 100_000: 10.0}  # ms of the longest block
+_GOAL: Final = 5.0  # for other sizes
 
 SEMAPHORE: Final = "a semaphore"
 LIMIT: Final = "TCPConnector(limit=100)"
 UNBOUNDED: Final = "unbounded"
+
+
+class Blocks(NamedTuple):
+    """How long the event loop was blocked, at most, in seconds.
+
+    A *block* is the time between two checks of the loop's sockets: from the return of one ``select`` to the call of the
+    next. No other work waits longer than that. Other programs cannot lengthen the CPU time of the loop's thread. The
+    garbage collector counts separately: its pauses grow with the size of the whole process.
+    """
+
+    block: float  # CPU of the loop's thread, without garbage collection
+    wall_block: float  # wall clock, without garbage collection
+    collection: float  # of the garbage collector, wall clock
+
+
+class _Clocks(NamedTuple):
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> _Clocks:
+        return cls(time.perf_counter(), time.thread_time())
+
+
+class _Selector(selectors.DefaultSelector):
+    def __init__(self, on_wake: Callable[[], None], on_sleep: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_wake = on_wake
+        self._on_sleep = on_sleep
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._on_sleep()
+        ready = super().select(timeout)
+        self._on_wake()
+        return ready
+
+
+class Probe:
+    """Measures the blocks of the event loop that it runs, which is asyncio's own."""
+
+    def __init__(self) -> None:
+        self._on = False
+        self._since = self._collecting_since = self._collected = _Clocks(0.0, 0.0)
+        self.blocks = Blocks(0.0, 0.0, 0.0)
+        """What was measured so far."""
+
+    def run(self, main: Coroutine[None, None, None]) -> None:
+        """Run a coroutine as ``asyncio.run`` does, in a loop that can be measured."""
+        with asyncio.Runner(
+            loop_factory=lambda: asyncio.SelectorEventLoop(_Selector(self._on_wake, self._on_sleep))
+        ) as runner:
+            runner.run(main)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measure from this iteration of the loop until the end of the ``with`` block."""
+        gc.callbacks.append(self._collector)
+        self._on_wake()
+        self._on = True
+        try:
+            yield
+        finally:
+            self._on_sleep()
+            self._on = False
+            gc.callbacks.remove(self._collector)
+
+    def _on_wake(self) -> None:
+        self._since, self._collected = _Clocks.now(), _Clocks(0.0, 0.0)
+
+    def _on_sleep(self) -> None:
+        if self._on:
+            now, block = _Clocks.now(), self.blocks
+            wall = now.wall - self._since.wall - self._collected.wall
+            cpu = now.cpu - self._since.cpu - self._collected.cpu
+            self.blocks = Blocks(max(block.block, cpu), max(block.wall_block, wall), block.collection)
+
+    def _collector(self, phase: str, _info: object) -> None:
+        now = _Clocks.now()
+        if phase == "start":
+            self._collecting_since = now
+            return
+        wall, cpu = now.wall - self._collecting_since.wall, now.cpu - self._collecting_since.cpu
+        self._collected = _Clocks(self._collected.wall + wall, self._collected.cpu + cpu)
+        self.blocks = self.blocks._replace(collection=max(self.blocks.collection, wall))
 
 
 class Outcome(NamedTuple):
@@ -53,10 +141,6 @@ class Outcome(NamedTuple):
 
     blocks: Blocks
     total: float  # seconds from the due time to the end of the last wait
-    memory: float  # bytes: the growth of the process at its peak
-    sockets: int
-    server_share: float
-    server_bound: bool
 
 
 def run(bench: Bench) -> Report:
@@ -69,8 +153,8 @@ def run(bench: Bench) -> Report:
             name: [{**outcome._asdict(), "blocks": outcome.blocks._asdict()} for outcome in of]
             for name, of in outcomes.items()
         }
-        block = Spread.of([outcome.blocks.block for outcome in outcomes[OURS]]).median
-        report.goals.append(Goal(f"longest block, {size} waits", 1e3 * _GOALS.get(size, _GOAL), 1e3 * block, " ms"))
+        block = Spread.of([1e3 * outcome.blocks.block for outcome in outcomes[OURS]]).median
+        report.goals.append(Goal(f"longest block, {size} waits", _GOALS.get(size, _GOAL), block, " ms"))
     return report
 
 
@@ -84,7 +168,8 @@ def _measure_all(bench: Bench, size: int, report: Report) -> dict[str, list[Outc
                 continue  # that would take minutes
             bench.progress(f"  {size} waits, round {k + 1} of {rounds}: {name}")
             try:
-                outcome = _in_time(bench, name, size)
+                with serving() as server:
+                    outcome = bench.in_fresh_process(measure, server, name, size)
             except CannotMeasureError as error:
                 report.notes.append(f"{size} waits, {name}: not measured, {error}")
                 continue
@@ -94,62 +179,24 @@ def _measure_all(bench: Bench, size: int, report: Report) -> dict[str, list[Outc
     return {name: outcomes[name] for name in _HERDS if name in outcomes}
 
 
-def _in_time(bench: Bench, name: str, size: int) -> Outcome:
-    """Run one herd; once more with a later due time if the waits did not start in time."""
-    for start_factor in _START_FACTORS:
-        with serving() as server, contextlib.suppress(_TooLateError):
-            return bench.in_fresh_process(measure, server, name, size, start_factor)
-    raise CannotMeasureError("the waits did not start before they were due")
-
-
-class _TooLateError(Exception):
-    """Not all waits started before they were due."""
-
-
-_COLUMNS: Final[dict[str, Callable[[Outcome], float]]] = {
-    "block, ms CPU": lambda o: 1e3 * o.blocks.block,
-    "block, ms": lambda o: 1e3 * o.blocks.wall_block,
-    "callback, ms CPU": lambda o: 1e3 * o.blocks.callback,
-    "heartbeat late, ms": lambda o: 1e3 * o.blocks.late,
-    "p99": lambda o: 1e3 * o.blocks.late_p99,
-    "collector, ms": lambda o: 1e3 * o.blocks.collection,
-    "total, s": lambda o: o.total,
-}
-
-
 def _table(size: int, outcomes: dict[str, list[Outcome]]) -> Table:
-    table = Table(
-        f"{size} waits (the longest of each run, median of the runs)",
-        ["", *_COLUMNS, f"block over {OURS}", "sockets", "memory, MB", "server busy"],
-    )
+    columns = ["", "block, ms CPU", "block, ms", "collector, ms", "total, s", f"block over {OURS}"]
+    table = Table(f"{size} waits (the longest of each run, median of the runs)", columns)
     for name, of in outcomes.items():
+        longest = zip(*(outcome.blocks for outcome in of), strict=True)
         ratio = Spread.of([a.blocks.block / b.blocks.block for a, b in zip(of, outcomes[OURS], strict=False)])
-        # If the server was the bottleneck, the total measures the server.
-        total_is_ours = not any(outcome.server_bound for outcome in of)
-        table.rows.append(
-            [
-                name,
-                *(
-                    Spread.of([figure(outcome) for outcome in of]).text(2)
-                    if total_is_ours or column != "total, s"
-                    else "server-bound"
-                    for column, figure in _COLUMNS.items()
-                ),
-                "1" if name == OURS else ratio.text(1),
-                str(max(outcome.sockets for outcome in of)),
-                f"{Spread.of([outcome.memory for outcome in of]).median / 1e6:.0f}",
-                f"{max(outcome.server_share for outcome in of):.0%}",
-            ]
-        )
+        cells = [Spread.of([1e3 * value for value in values]).text(2) for values in longest]
+        cells.append(Spread.of([outcome.total for outcome in of]).text(2))
+        table.rows.append([name, *cells, "1" if name == OURS else ratio.text(1)])
     return table
 
 
-def measure(server: Server, name: str, size: int, start_factor: float) -> Outcome:
-    """Run one herd; ``start_factor`` scales the estimated time to start it."""
+def measure(server: Server, name: str, size: int) -> Outcome:
+    """Run one herd."""
     allowed = allow_many_sockets() - _SPARE_SOCKETS
     if name == UNBOUNDED and size > allowed:
         raise CannotMeasureError(f"it needs {size} sockets, and this system allows {allowed}")
-    herd = _Herd(server, size, start_factor)
+    herd = _Herd(server, size)
     try:
         herd.probe.run(_HERDS[name](herd))
     except aiohttp.ClientError as error:
@@ -162,99 +209,57 @@ class _Herd:
 
     outcome: Outcome
 
-    def __init__(self, server: Server, size: int, start_factor: float) -> None:
+    def __init__(self, server: Server, size: int) -> None:
         self.server = server
         self.size = size
-        self.start_factor = start_factor
         self.probe = Probe()
         self.due_at = math.inf
         self.left = size
+        self._ended = asyncio.Event()
 
     def time_left(self) -> float:
         """Return the seconds until the waits are due."""
         return max(0.0, self.due_at - asyncio.get_running_loop().time())
 
-    async def set_due_at(self, start: Callable[[str], Coroutine[None, None, object]]) -> None:
-        """Set a due time by which all waits will have started, extrapolated from the first ones."""
-        loop = asyncio.get_running_loop()
-        self.server.approve(approved=True)
-        self.due_at = loop.time()
-        await self._batch(start)  # opens the connections
-        started = loop.time()
-        count = min(self.size, 10 * _BATCH)
-        for _ in range(count // _BATCH + 1):
-            await self._batch(start)
-        self.due_at = loop.time() + 0.4 + self.start_factor * (loop.time() - started) * self.size / count
-
-    async def _batch(self, start: Callable[[str], Coroutine[None, None, object]]) -> None:
-        await asyncio.gather(*(start(str(uuid.uuid4())) for _ in range(_BATCH)))
-
-    async def measure(self, start: Callable[[str], Coroutine[None, None, object]], polled: Callable[[], int]) -> None:
+    async def measure(self, start: Start, polled: Callable[[], int]) -> None:
         """Start the waits, a few at a time, and measure the loop from just before they are due until the last one ends.
 
         Args:
             start: Waits for one operation.
             polled: Returns the number of waits that have been polled once, and sleep.
         """
-        await self.set_due_at(start)
+        loop = asyncio.get_running_loop()
+        self.server.approve(approved=True)
+        self.due_at = loop.time()
+        await asyncio.gather(*(start(str(uuid.uuid4())) for _ in range(_BATCH)))  # opens the connections
         self.server.approve(approved=False)
-        self.left = self.size
-        ended = asyncio.Event()
+        before, self.due_at = polled(), loop.time() + _START + self.size * _START_ONE
         tasks: list[asyncio.Task[None]] = []
         try:
-            await self._start(start, polled, tasks, ended)
+            for k in range(self.size):
+                tasks.append(asyncio.create_task(self._run_one(start)))
+                while k - (polled() - before) > _BATCH:  # noqa: ASYNC110  # there is no event to wait for
+                    await asyncio.sleep(0)
+            while polled() - before < self.size:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            if self.time_left() < _MARGIN:
+                raise CannotMeasureError("the waits did not start before they were due")
             self.server.approve(approved=True)
-            await asyncio.sleep(self.time_left() - 0.1)
-            self.outcome = await self._measured_outcome(ended)
+            await asyncio.sleep(self.time_left() - 0.02)
+            with self.probe.measuring():
+                await self._ended.wait()
+            self.outcome = Outcome(self.probe.blocks, loop.time() - self.due_at)
             await asyncio.gather(*tasks)
         finally:
             await cancel(tasks)
 
-    async def _start(
-        self,
-        start: Callable[[str], Coroutine[None, None, object]],
-        polled: Callable[[], int],
-        tasks: list[asyncio.Task[None]],
-        ended: asyncio.Event,
-    ) -> None:
-        before = polled()
-        for k in range(self.size):
-            tasks.append(asyncio.create_task(self._run_one(start, ended)))
-            while k - (polled() - before) > _BATCH:  # noqa: ASYNC110  # there is no event to wait for
-                await asyncio.sleep(0)
-            self._check_time_left()
-        while polled() - before < self.size:
-            await asyncio.sleep(0.01)
-            self._check_time_left()
-
-    def _check_time_left(self) -> None:
-        if self.time_left() < _MARGIN:
-            raise _TooLateError
-
-    async def _measured_outcome(self, ended: asyncio.Event) -> Outcome:
-        forget_peak()
-        memory = resident()
-        with Workload(self.server) as workload:
-            await asyncio.sleep(self.time_left() - 0.02)
-            with self.probe.measuring():
-                await ended.wait()
-            total = asyncio.get_running_loop().time() - self.due_at
-        return Outcome(
-            self.probe.blocks(),
-            total,
-            peak() - memory,
-            self.server.statistics().most_connections,
-            workload.share,
-            workload.bound,
-        )
-
-    async def _run_one(self, start: Callable[[str], Coroutine[None, None, object]], ended: asyncio.Event) -> None:
+    async def _run_one(self, start: Start) -> None:
         try:
             await start(str(uuid.uuid4()))
         finally:
             self.left -= 1
             if not self.left:
-                ended.set()
+                self._ended.set()
 
 
 class _AtDueTime(wait_base):
@@ -281,7 +286,8 @@ async def _ours(herd: _Herd) -> None:
         )
 
 
-async def _coroutines(herd: _Herd, gate: contextlib.AbstractAsyncContextManager[None], limit: int) -> None:
+async def _coroutines(herd: _Herd, gate: AbstractAsyncContextManager[object] | None = None, limit: int = 0) -> None:
+    """Run a hand-written loop for each wait."""
     polls = 0
     async with bare_session(limit=limit) as session:
         client = BareClient(session, herd.server)
@@ -289,7 +295,7 @@ async def _coroutines(herd: _Herd, gate: contextlib.AbstractAsyncContextManager[
         async def wait(operation_id: str) -> None:
             nonlocal polls
             while True:
-                async with gate:
+                async with gate or contextlib.nullcontext():
                     operation = await client.get_operation(operation_id)
                 polls += 1
                 if operation.state == "approved":
@@ -301,9 +307,9 @@ async def _coroutines(herd: _Herd, gate: contextlib.AbstractAsyncContextManager[
 
 _HERDS: Final[dict[str, Callable[[_Herd], Coroutine[None, None, None]]]] = {
     OURS: _ours,
-    SEMAPHORE: lambda herd: _coroutines(herd, asyncio.Semaphore(_IN_FLIGHT), limit=0),
-    LIMIT: lambda herd: _coroutines(herd, contextlib.nullcontext(), limit=100),
-    UNBOUNDED: lambda herd: _coroutines(herd, contextlib.nullcontext(), limit=0),
+    SEMAPHORE: lambda herd: _coroutines(herd, asyncio.Semaphore(_IN_FLIGHT)),
+    LIMIT: lambda herd: _coroutines(herd, limit=100),
+    UNBOUNDED: _coroutines,
 }
 
 
@@ -314,14 +320,10 @@ def draw(raw: dict[str, Any]) -> Figure:
         name: 1e3 * Spread.of([outcome["blocks"]["block"] for outcome in of]).median for name, of in raw[size].items()
     }
     figure, (ax,) = pictures.panels(1, width=7.0, height=2.4)
-    goal = 1e3 * _GOALS.get(int(size), _GOAL)
-    ax.axvline(goal, color="black", lw=1, ls="--", zorder=0.9)
-    ax.annotate(f"goal: {goal:g} ms", (goal, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
     bars = ax.barh([*blocks], [*blocks.values()], color=[pictures.OURS, *pictures.OTHERS[:1] * (len(blocks) - 1)])
     labels = [f"{block:.1f} ms" if block < 100 else f"{block:.0f} ms" for block in blocks.values()]
     ax.bar_label(bars, labels, padding=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    ax.set_xscale("log")
-    ax.set_xlim(min(0.5, *blocks.values()), 5 * max(blocks.values()))
+    ax.set(xscale="log", xlim=(min(0.5, *blocks.values()), 5 * max(blocks.values())))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")

@@ -1,7 +1,7 @@
 """CPU per get_operation and per poll of a wait, against other HTTP clients and decoders.
 
 All sides call the same server over keep-alive connections, in one process, in turn, and build the URL from the
-operation id for each call. Each combination of event loop and number in flight has a process of its own.
+operation id for each call. Each event loop has a process of its own.
 
 A poll of a wait is measured twice: the exchange alone, and as a whole, with all that a real wait does besides.
 """
@@ -13,177 +13,196 @@ import contextlib
 import gc
 import time
 import uuid
-from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
-import msgspec
+import httpx
+import httpx2
+import niquests
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.alias_generators import to_camel
 from tenacity import wait_fixed
 
 from aiokeyless import KeylessClient
-from benchmarks import pictures
-from benchmarks.baselines import BARE, BARE_REPEATED, OURS, AiohttpClient, BareClient, bare_session, default_session
-from benchmarks.clients import ContentClient, MinimalClient, httpx2_client, httpx_client, niquests_session
-from benchmarks.cpu_cost import CpuCost, cpu_cost_table, measure_in_turn
-from benchmarks.decoders import pydantic_operation
-from benchmarks.loops import loop_factory
-from benchmarks.report import CannotMeasureError, Goal, Report
-from benchmarks.server import API_KEY, Server, serving
+from benchmarks.baselines import (
+    BARE,
+    BARE_REPEATED,
+    HEADERS,
+    OURS,
+    AiohttpClient,
+    BareClient,
+    PlainOperation,
+    bare_session,
+    decode,
+)
+from benchmarks.bench import order
+from benchmarks.process import loop_factory
+from benchmarks.report import Goal, Report, Spread, Table
+from benchmarks.server import API_KEY, OPERATIONS, Server, Workload, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from matplotlib.figure import Figure
+    from collections.abc import Awaitable, Callable
 
     from benchmarks.bench import Bench
-    from benchmarks.cpu_cost import Call, Driven
-    from benchmarks.report import Json
 
-_GOAL_AT: Final = 16
-_WAITS_PER_SLOT: Final = 24  # each is due again after 20 ms, the least: so many keep all slots busy
+    Side = Callable[[int], Awaitable[float]]  # makes so many calls, and returns the CPU seconds of one
+
+_IN_FLIGHT: Final = 16
+_WAITS: Final = 24 * _IN_FLIGHT  # each is due again after 20 ms, the least: so many keep all slots busy
+_SLOW_EVERY: Final = 5  # slow sides take part in every fifth round
+_LOOPS: Final = {"asyncio's loop": False, "uvloop": True}
 WHOLE_POLL: Final = f"{OURS}, a whole poll of a wait"
 EXCHANGE: Final = f"{OURS}, a poll's exchange alone"
-DEFAULTS: Final = f"{BARE}, default session"
 PYDANTIC: Final = "aiohttp + pydantic"
 HTTPX: Final = "httpx + msgspec"
 HTTPX2: Final = "httpx2 + msgspec"
 NIQUESTS: Final = "niquests + msgspec"
-LIMIT: Final = "parsed by hand + msgspec: the limit"
+_SLOW: Final = {HTTPX, HTTPX2, NIQUESTS}
 
 
-class Loop(StrEnum):
-    """Which event loop the client runs on."""
+class ModelOperation(BaseModel):
+    """An operation, for pydantic."""
 
-    ASYNCIO = "asyncio's loop"
-    UVLOOP = "uvloop"
+    model_config = ConfigDict(alias_generator=to_camel)
+
+    id: int
+    timestamp: str
+    node_id: str
+    user_id: str
+    api_key: str
+    operation_id: str
+    result: bool
+    state: str
+    external_user_id: str | None = None
+    operation_payload: str | None = None
+    auth_type: str | None = None
 
 
 def run(bench: Bench) -> Report:
-    """Measure at 1, 16 and 100 in flight, on both loops."""
+    """Measure on both loops."""
     report = Report("request: CPU of the client process per get_operation")
     with serving() as server:
-        for loop in Loop:
-            for in_flight in bench.pick(full=[1, 16, 100], quick=[16], smoke=[16]):
-                key = _key(loop, in_flight)
-                bench.progress(f"  {key}")
-                try:
-                    costs = bench.in_fresh_process(measure, bench, server, loop, in_flight)
-                except CannotMeasureError as error:
-                    report.notes.append(f"{key}: not measured, {error}")
-                    continue
-                report.tables.append(cpu_cost_table(key, costs, BARE))
-                report.raw[key] = msgspec.to_builtins(costs, str_keys=True)
-                if in_flight == _GOAL_AT:
-                    report.goals += _goals(key, costs)
+        for loop, uvloop in _LOOPS.items():
+            key = f"{loop}, {_IN_FLIGHT} in flight"
+            bench.progress(f"  {key}")
+            with Workload(server) as workload:
+                seconds = bench.in_fresh_process(measure, bench, server, uvloop=uvloop)
+            workload.check()
+            report.tables.append(table := Table(key, ["", "CPU per call, us", f"over {BARE}"]))
+            for name, of in seconds.items():
+                microseconds = Spread.of([1e6 * each for each in of.values()]).text(1)
+                table.rows.append([name, microseconds, "1" if name == BARE else _over(seconds, name).text(3)])
+            report.raw[key] = {name: [*of.items()] for name, of in seconds.items()}
+            for name, at_most in ((OURS, 1.05), (WHOLE_POLL, 1.0)):
+                report.goals.append(Goal(f"{key}: {name} over {BARE}", at_most, _over(seconds, name).median, "x"))
     return report
 
 
-def _goals(key: str, costs: Mapping[str, CpuCost]) -> list[Goal]:
-    figures = {name: over.median for name in (OURS, WHOLE_POLL, EXCHANGE) if (over := costs[name].over(costs[BARE]))}
-    return [
-        Goal(f"{key}: {OURS} over {BARE}", 1.05, figures.get(OURS), "x"),
-        Goal("the same, stretch", 0.95, figures.get(OURS), "x"),
-        Goal("a whole poll of a wait", 1.0, figures.get(WHOLE_POLL), "x"),
-        Goal("a poll's exchange alone, stretch", 0.95, figures.get(EXCHANGE), "x"),
-    ]
+def _over(seconds: dict[str, dict[int, float]], name: str) -> Spread:
+    """Return the ratios to the reference of the rounds in which the side took part."""
+    return Spread.of([each / seconds[BARE][k] for k, each in seconds[name].items()])
 
 
-def _key(loop: Loop, in_flight: int) -> str:
-    return f"{loop}, {in_flight} in flight"
+def measure(bench: Bench, server: Server, *, uvloop: bool) -> dict[str, dict[int, float]]:
+    """Measure all sides on this loop: the CPU seconds of a call, by round."""
+    with asyncio.Runner(loop_factory=loop_factory(uvloop=uvloop)) as runner:
+        return runner.run(_measure(bench, server))
 
 
-def measure(bench: Bench, server: Server, loop: Loop, in_flight: int) -> dict[str, CpuCost]:
-    """Measure all sides on this loop."""
-    with asyncio.Runner(loop_factory=loop_factory(uvloop=loop is Loop.UVLOOP)) as runner:
-        return runner.run(_measure(bench, server, in_flight))
-
-
-async def _measure(bench: Bench, server: Server, in_flight: int) -> dict[str, CpuCost]:
+async def _measure(bench: Bench, server: Server) -> dict[str, dict[int, float]]:
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
         client = await enter(KeylessClient(API_KEY, base_url=server.base_url))
         bare = await enter(bare_session())
         transport, _ = client._open()  # noqa: SLF001  # there is no public method for a single poll
-        calls: dict[str, Call | Driven] = {
-            WHOLE_POLL: WholePolls(server, in_flight),
+        # Each with fast settings: as many connections as calls in flight, kept open, and no search for proxies.
+        limits = {"max_connections": _IN_FLIGHT, "max_keepalive_connections": _IN_FLIGHT, "keepalive_expiry": None}
+        with_httpx = httpx.AsyncClient(headers=HEADERS, limits=httpx.Limits(**limits), trust_env=False)
+        with_httpx2 = httpx2.AsyncClient(headers=HEADERS, limits=httpx2.Limits(**limits), trust_env=False)
+        with_niquests = niquests.AsyncSession(pool_maxsize=_IN_FLIGHT, headers=HEADERS)
+        with_niquests.trust_env = False
+        gets: dict[str, Callable[[str], Awaitable[object]]] = {
             EXCHANGE: transport.poll,
             OURS: client.get_operation,
             BARE: BareClient(bare, server).get_operation,
             BARE_REPEATED: BareClient(bare, server).get_operation,
-            DEFAULTS: BareClient(await enter(default_session()), server).get_operation,
-            PYDANTIC: AiohttpClient(bare, server, pydantic_operation).get_operation,
-            HTTPX: ContentClient(await enter(httpx_client(in_flight)), server).get_operation,
-            HTTPX2: ContentClient(await enter(httpx2_client(in_flight)), server).get_operation,
-            NIQUESTS: ContentClient(await enter(niquests_session(in_flight)), server).get_operation,
-            LIMIT: (await enter(MinimalClient(server))).get_operation,
+            PYDANTIC: AiohttpClient(bare, server, TypeAdapter(ModelOperation).validate_json).get_operation,
+            HTTPX: ContentClient(await enter(with_httpx), server).get_operation,
+            HTTPX2: ContentClient(await enter(with_httpx2), server).get_operation,
+            NIQUESTS: ContentClient(await enter(with_niquests), server).get_operation,
         }
-        return await measure_in_turn(
-            bench,
-            server,
-            calls,
-            in_flight=in_flight,
-            rounds=bench.pick(full=30, quick=10, smoke=2),
-            count=bench.pick(full=300, quick=200, smoke=50),
-            slow={HTTPX, HTTPX2, NIQUESTS},
-        )
+        sides: dict[str, Side] = {WHOLE_POLL: partial(_whole_polls, server)}
+        sides |= {name: partial(_calls, get) for name, get in gets.items()}
+        return await _in_turn(sides, *bench.pick(full=(30, 300), quick=(10, 200), smoke=(2, 50)))
 
 
-class WholePolls:
-    """The polls of real waits, so many of them that some are always due.
+async def _in_turn(sides: dict[str, Side], rounds: int, count: int) -> dict[str, dict[int, float]]:
+    """Measure the sides in turn, round by round, after one warm-up round.
 
-    Args:
-        server: Answers them.
-        in_flight: Polls in flight at once.
+    Slow sides make a third of the calls and skip rounds, so that they do not take most of the time.
+    """
+    counts = {name: max(count // 3, _IN_FLIGHT) if name in _SLOW else count for name in sides}
+    for name, side in sides.items():
+        await side(counts[name])
+    gc.collect()
+    gc.freeze()  # later collections skip the imports, which belong to no side
+    seconds: dict[str, dict[int, float]] = {name: {} for name in sides}
+    for k in range(rounds):
+        for name in order([name for name in sides if name not in _SLOW or k % _SLOW_EVERY == 0], k):
+            seconds[name][k] = await sides[name](counts[name])
+    return seconds
+
+
+async def _calls(get: Callable[[str], Awaitable[object]], count: int) -> float:
+    """Make so many calls, some at a time, and return the CPU seconds of a call."""
+    todo = iter([str(uuid.uuid4()) for _ in range(count)])
+
+    async def worker() -> None:
+        for operation_id in todo:
+            await get(operation_id)
+
+    gc.collect()
+    before = time.process_time()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(_IN_FLIGHT):
+            group.create_task(worker())
+    return (time.process_time() - before) / count
+
+
+async def _whole_polls(server: Server, count: int) -> float:
+    """Make so many polls of real waits, of which some are always due; return the CPU seconds of a poll.
+
+    Starting and ending the waits does not count.
     """
 
-    def __init__(self, server: Server, in_flight: int) -> None:
-        self._base_url = server.base_url
-        self._in_flight = in_flight
-        self._waits = _WAITS_PER_SLOT * in_flight
-
-    async def cpu_per_call(self, calls: int) -> float:
-        """Return the CPU seconds of a poll, measured over so many; starting and ending the waits does not count."""
-        async with KeylessClient(
-            API_KEY,
-            base_url=self._base_url,
-            max_in_flight=self._in_flight,
-            max_polls_per_second=None,
-            schedule=wait_fixed(0.0),
-        ) as client:
-            waiting = [asyncio.create_task(client.wait_for_approval(str(uuid.uuid4()))) for _ in range(self._waits)]
-            await self._until(client, self._waits)
-            gc.collect()
-            before, polls = time.process_time(), client.statistics.polls
-            await self._until(client, polls + calls)
-            seconds = (time.process_time() - before) / (client.statistics.polls - polls)
-        await asyncio.gather(*waiting, return_exceptions=True)
-        return seconds
-
-    async def _until(self, client: KeylessClient, polls: int) -> None:
+    async def until(polls: int) -> None:
         while client.statistics.polls < polls:  # noqa: ASYNC110  # no event tells that without costing each poll
             await asyncio.sleep(0.005)
 
+    options: dict[str, Any] = {"max_polls_per_second": None, "schedule": wait_fixed(0.0)}
+    async with KeylessClient(API_KEY, base_url=server.base_url, max_in_flight=_IN_FLIGHT, **options) as client:
+        waiting = [asyncio.create_task(client.wait_for_approval(str(uuid.uuid4()))) for _ in range(_WAITS)]
+        await until(_WAITS)
+        gc.collect()
+        before, polls = time.process_time(), client.statistics.polls
+        await until(polls + count)
+        seconds = (time.process_time() - before) / (client.statistics.polls - polls)
+    await asyncio.gather(*waiting, return_exceptions=True)
+    return seconds
 
-def draw(raw: Mapping[str, Json]) -> Figure:
-    """Draw the CPU of each side over the reference, at the number in flight of the goal; one diagram per loop."""
-    keys = [key for loop in Loop if (key := _key(loop, _GOAL_AT)) in raw]
-    figure, axes = pictures.panels(len(keys) or 1, width=5.6)
-    for key, ax in zip(keys, axes, strict=False):
-        costs = msgspec.convert(raw[key], dict[str, CpuCost], strict=False)  # keys are strings in JSON
-        ratios = {name: over.median for name in costs if (over := costs[name].over(costs[BARE]))}
-        # Bars start at the reference, on a log scale: half is as long as twice.
-        ax.set_xscale("log")
-        for name, ratio in ratios.items():
-            color = pictures.OURS if name in {OURS, WHOLE_POLL, EXCHANGE} else pictures.OTHERS[0]
-            ax.barh(name, ratio - 1, left=1, height=0.5, color=color)
-            ax.plot(ratio, name, "o", color=color)  # visible if the bar has no length
-            ax.annotate(f"{ratio:.2f}", (ratio, name), (8, 0), textcoords="offset points", va="center")
-        ax.axvline(1, color="black", linewidth=0.8, zorder=0)
-        ax.invert_yaxis()  # the first side on top
-        ax.margins(x=0.15)
-        ax.grid(visible=False, axis="y")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_title(key)
-        ax.set_xlabel(f"CPU per call over {BARE}")
-    for ax in axes[1:]:
-        ax.tick_params(labelleft=False)  # the same sides
-    return figure
+
+class ContentClient:
+    """httpx, httpx2 or niquests, which share the methods used here."""
+
+    def __init__(self, session: httpx.AsyncClient | httpx2.AsyncClient | niquests.AsyncSession, server: Server) -> None:
+        self._session = session
+        self._base = server.base_url + OPERATIONS
+
+    async def get_operation(self, operation_id: str) -> PlainOperation:
+        """Get an operation."""
+        url = self._base + quote(operation_id, safe="")
+        response = await self._session.get(url)
+        if response.status_code != 200:
+            raise RuntimeError(f"{url} answered {response.status_code}")
+        return decode(response.content or b"")

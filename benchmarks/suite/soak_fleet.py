@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import statistics
 import tempfile
 import time
 from collections import Counter
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -24,27 +24,27 @@ from benchmarks import pictures
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.cutting_proxy import CuttingProxy
 from benchmarks.postgres import PostgresServer, is_installed
-from benchmarks.programs import Program, keep_running
+from benchmarks.process import THRESHOLD
+from benchmarks.programs import Program, keep_running, meanwhile, repeat
 from benchmarks.report import CannotMeasureError, Goal, Report, Table
-from benchmarks.soak import fleet, heap
+from benchmarks.soak import fleet, growth
 from benchmarks.soak.fleet import Sample, Shop, Told
 from benchmarks.soak.journal import Reader
 from benchmarks.soak.proxy import FaultyProxy
-from benchmarks.soak.service import Habits, ServiceProcess
-from benchmarks.soak.verdicts import WORKER, Ending, Entry, Event, Verdict, Verdicts
+from benchmarks.soak.service import ServiceProcess
+from benchmarks.soak.verdicts import Entry, Event, Verdict, Verdicts
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from matplotlib.figure import Figure
 
     from benchmarks.bench import Bench
+    from benchmarks.soak.growth import Points
 
 #: It needs PostgreSQL, and takes an hour.
 ONLY_BY_NAME: Final = True
 
-_WARM_UP: Final = 1 / 3  # of the time
-_MEMORY: Final = 1200.0  # seconds after its creation for which the service remembers an operation
 _SETTLED_WITHIN: Final = 240.0  # seconds
 _SELDOM: Final = 3.0  # seconds: a server starts in one or two
 _MB: Final = 1e6
@@ -53,9 +53,11 @@ _KEYLESS: Final = ("request", "waiting", "outcome", "unread")
 #: Bytes. asyncio's own event loop allocates 256 KiB for each read, and gives back what the read did not need. From this
 #: threshold on that leaves no holes in the heap.
 _THRESHOLD: Final = "65536"
-_ENVIRONMENTS: Final[list[dict[str, str]]] = [{}, {heap.THRESHOLD: _THRESHOLD}]  # of the workers that nobody kills
-_WORKERS: Final = ("worker", f"worker with {heap.THRESHOLD}={_THRESHOLD}")
+_ENVIRONMENTS: Final[list[dict[str, str]]] = [{}, {THRESHOLD: _THRESHOLD}]  # of the workers that nobody kills
+_WORKERS: Final = ("worker", f"worker with {THRESHOLD}={_THRESHOLD}")
 _PROGRAMS: Final = (*_WORKERS, "reader")
+_OBJECTS: Final = "objects of the worker, blocks"
+_TABLES: Final = "the broker's tables, MB"
 
 
 class Plan(NamedTuple):
@@ -79,8 +81,6 @@ class Reading(NamedTuple):
 
     at: float
     resident: list[int]  # bytes, as _PROGRAMS
-    cpu: float  # seconds, of all since their start
-    rows: list[int]  # as _KEYLESS
     size: int  # bytes of these tables and their indexes
 
 
@@ -96,7 +96,7 @@ class Soak:
         self._folder = folder
         self._record = folder / "record"
         approvals = ApprovalTimes(((1.0, plan.expires_in / 4, 0.8),), never=0.1)
-        self.service = ServiceProcess(self._record, Habits(approvals, _MEMORY))
+        self.service = ServiceProcess(self._record, approvals)
         self.to_service = FaultyProxy(self._source)
         self.proxies = {(of, after): CuttingProxy(server, cut_after=after) for of in _ROLES for after in (False, True)}
         self.shop = Shop(self._source, plan.expires_in, plan.rate)
@@ -119,13 +119,12 @@ class Soak:
             await stack.enter_async_context(self.to_service)
             self.to_service.target = await self.service.start()
             self._start_programs()
-            keeping = asyncio.create_task(keep_running(self._programs))
             try:
-                await self._sell()
-                await self._until(self._is_settled)
-                self.readings.append(await asyncio.to_thread(self._read))
+                async with meanwhile(keep_running(self._programs)):
+                    await self._sell()
+                    await self._until(self._is_settled)
+                    self.readings.append(await asyncio.to_thread(self._read))
             finally:
-                keeping.cancel()
                 for program in self._programs:
                     program.kill()
                 await self.service.kill()
@@ -151,37 +150,25 @@ class Soak:
         self.shop.closes_at = time.monotonic() + self.plan.seconds
         self.readings.append(await asyncio.to_thread(self._read))
         self.to_service.rate = self.plan.faults
-        disturbing = [asyncio.create_task(doing) for doing in self._disturbances()]
-        disturbing.append(asyncio.create_task(self._observe()))
         try:
-            await asyncio.gather(*selling)
+            async with meanwhile(*self._disturbances(), self._observe()):
+                await asyncio.gather(*selling)
         finally:
             self.to_service.rate = 0.0
-            for task in disturbing:
-                task.cancel()
-            await asyncio.wait(disturbing)
-        for task in disturbing:
-            if not task.cancelled():
-                task.result()  # a server that did not start again
 
     # -- what is done to it
 
-    def _disturbances(self) -> list[Any]:
-        every = self.plan.every
-        return [
-            self._repeat(every(6), self._restart),
-            self._repeat(every(6), self._hang),
-            self._repeat(every(6), self._interrupt_service),
-            self._repeat(every(20), self._kill_worker),
-            self._repeat(every(20), self._kill_reader),
-            self._repeat(every(60), self._cut_commits),
-            self._repeat(every(60), self._cut_all),
-        ]
-
-    async def _repeat(self, every: float, do: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            await asyncio.sleep(every * self._source.uniform(0.75, 1.25))
-            await do()
+    def _disturbances(self) -> list[Coroutine[Any, Any, None]]:
+        times: dict[Callable[[], Awaitable[None]], int] = {
+            self._restart: 6,
+            self._hang: 6,
+            self._interrupt_service: 6,
+            partial(self._kill, "worker killed", self.killed_worker): 20,
+            partial(self._kill, "reader killed", self.killed_reader): 20,
+            self._cut_commits: 60,
+            self._cut_all: 60,
+        }
+        return [repeat(self.plan.every(count), self._source, do) for do, count in times.items()]
 
     async def _restart(self) -> None:
         """Restart the server: in turn at once, as after a power cut, and in order."""
@@ -212,11 +199,8 @@ class Soak:
         await asyncio.sleep(self.plan.down * self._source.uniform(0.2, 1.0))
         self.to_service.target = await self.service.start()
 
-    async def _kill_worker(self) -> None:
-        self.happened["worker killed"] += self.killed_worker.kill()
-
-    async def _kill_reader(self) -> None:
-        self.happened["reader killed"] += self.killed_reader.kill()
+    async def _kill(self, what: str, program: Program) -> None:
+        self.happened[what] += program.kill()
 
     async def _cut_commits(self) -> None:
         for proxy in self.proxies.values():
@@ -234,7 +218,7 @@ class Soak:
             await asyncio.sleep(self.plan.every(60))
             with suppress(RuntimeError, psutil.NoSuchProcess):  # the server is away
                 self.readings.append(await asyncio.to_thread(self._read))
-                self._bench.progress(f"  {self._line()}")
+                self._bench.progress(f"  {len(self.shop.committed)} orders; {dict(self.happened)}")
 
     def _read(self) -> Reading:
         # What is kept for a week, and what for 400 days, is that old after a twelfth and a sixth of the time.
@@ -243,25 +227,12 @@ class Soak:
                 f"UPDATE keyless.{table} SET decided_at = decided_at - interval '{days} days'"  # noqa: S608  # our own texts
                 f" WHERE decided_at BETWEEN now() - interval '1 day' AND now() - interval '{self.plan.every(share)} s'"
             )
-        rows, size = [], 0
+        size = 0
         for table in _KEYLESS:
             self._ask(f"VACUUM keyless.{table}")
-            ((count, held),) = self._ask(
-                f"SELECT count(*), pg_total_relation_size('keyless.{table}') FROM keyless.{table}"  # noqa: S608  # likewise
-            )
-            rows.append(int(count))
-            size += int(held)
+            size += int(self._ask(f"SELECT pg_total_relation_size('keyless.{table}')")[0][0])
         processes = [psutil.Process(program.pid) for program in (*self.lasting_workers, self.lasting_reader)]
-        cpu = sum(sum(process.cpu_times()[:2]) for process in processes)
-        return Reading(time.monotonic(), [process.memory_info().rss for process in processes], cpu, rows, size)
-
-    def _line(self) -> str:
-        last = self.readings[-1]
-        memory = ", ".join(f"{name} {held / _MB:.1f} MB" for name, held in zip(_PROGRAMS, last.resident, strict=True))
-        rows = ", ".join(f"{table} {count}" for table, count in zip(_KEYLESS, last.rows, strict=True))
-        ((outcomes,),) = self._ask("SELECT count(*) FROM told")
-        counts = f"{len(self.shop.committed)} orders, {len(self.shop.rolled_back)} rolled back, {outcomes} outcomes"
-        return f"{counts}; {memory}; rows: {rows}; {last.size / _MB:.1f} MB; {dict(self.happened)}"
+        return Reading(time.monotonic(), [process.memory_info().rss for process in processes], size)
 
     def _ask(self, statement: str) -> list[list[str]]:
         return self._server.execute(statement, self._database)
@@ -317,7 +288,8 @@ def _report(soak: Soak, minutes: float) -> Report:
     times = Counter(told.order_id for told in soak.told)
     unasked = {told.order_id for told in soak.told if told.asked == "f"}
     title = f"soak_fleet: {len(committed)} orders in PostgreSQL within {minutes:g} minutes, with faults everywhere"
-    report = Report(title, [_orders(soak), _disturbed(soak), _grown(soak)])
+    series = _series(soak)
+    report = Report(title, [_orders(soak), soak.verdicts.table(), _disturbed(soak), growth.table(series)])
     report.goals += [
         Goal("orders without an outcome", 0, len(committed - times.keys()), required=True),
         Goal("approvals lost", 0, counts[Verdict.LOST], required=True),
@@ -328,9 +300,19 @@ def _report(soak: Soak, minutes: float) -> Report:
         Goal("users asked about an order that is not committed", 0, len(soak.asked - committed), required=True),
         Goal("outcomes that deny that the user was asked", 0, len(unasked & soak.asked), required=True),
         Goal("starts of a worker that nobody kills", 1, max(of.starts for of in soak.lasting_workers), required=True),
-        Goal("growth of the worker's objects, an hour", 1.0, _blocks_growth(soak, 0), "%"),
-        *(Goal(f"growth of the {name}'s memory, an hour", 1.0, _growth(soak, k), " MB") for k, name in _numbered()),
-        Goal("growth of the broker's tables after a vacuum, an hour", 5.0, _table_growth(soak), "%"),
+        Goal("growth of the worker's objects, an hour", 1.0, growth.percent_an_hour(series[_OBJECTS]), "%"),
+        *(
+            Goal(
+                f"growth of the {name}'s memory, an hour",
+                1.0,
+                growth.an_hour(series[f"memory of the {name}, MB"]),
+                " MB",
+            )
+            for name in _PROGRAMS
+        ),
+        Goal(
+            "growth of the broker's tables after a vacuum, an hour", 5.0, growth.percent_an_hour(series[_TABLES]), "%"
+        ),
     ]
     report.notes += soak.verdicts.examples
     report.raw = _raw(soak)
@@ -338,20 +320,14 @@ def _report(soak: Soak, minutes: float) -> Report:
 
 
 def _orders(soak: Soak) -> Table:
-    verdicts, late = soak.verdicts, soak.verdicts.lateness
-    endings = {ending: verdicts.endings[WORKER, ending] for ending in Ending}
-    rows: list[tuple[str, object]] = [
-        ("orders committed", len(soak.shop.committed)),
-        ("orders rolled back", len(soak.shop.rolled_back)),
-        ("operations at Keyless", len(soak.asked)),
-        ("orders that were paid", len(soak.paid)),
-        *((f"outcome: {ending}", count) for ending, count in endings.items() if count),
-        *((f"compared with the service's record: {verdict}", verdicts.verdicts[verdict]) for verdict in Verdict),
-        ("paid after the approval, median, s", f"{late.quantile(0.5):.2f}"),
-        ("the same, 99%", f"{late.quantile(0.99):.2f}"),
-        ("the same, the longest", f"{late.quantile(1.0):.1f}"),
-    ]
-    return Table("orders", ["", "figure"], [[what, f"{figure}"] for what, figure in rows])
+    figures = {
+        "orders committed": len(soak.shop.committed),
+        "orders rolled back": len(soak.shop.rolled_back),
+        "operations at Keyless": len(soak.asked),
+        "orders that were paid": len(soak.paid),
+        **{f"outcome: {ending}": count for (_, ending), count in sorted(soak.verdicts.endings.items())},
+    }
+    return Table("orders", ["", ""], [[what, f"{figure}"] for what, figure in figures.items()])
 
 
 def _disturbed(soak: Soak) -> Table:
@@ -363,94 +339,29 @@ def _disturbed(soak: Soak) -> Table:
     return Table("what was done to it", ["", "times"], [[what, f"{times}"] for what, times in happened.items()])
 
 
-def _grown(soak: Soak) -> Table:
-    warm, first, last = _warm(soak), soak.readings[0], soak.readings[-1]
-    passed = last.at - first.at
-    polls = sum(int(told.deliveries) for told in soak.told)
-    table = Table("what it takes", ["", "after the warm-up", "at the end", "growth an hour"])
-    for k, name in _numbered():
-        start, end = (reading.resident[k] / _MB for reading in (warm[0], warm[-1]))
-        table.rows.append([f"memory of the {name}, MB", f"{start:.1f}", f"{end:.1f}", f"{_growth(soak, k):.2f} MB"])
-    for k, name in enumerate(_WORKERS):
-        table.rows.extend(_held(soak, k, name))
-    start, end = (reading.size / _MB for reading in (warm[0], warm[-1]))
-    table.rows.append(["the broker's tables, MB", f"{start:.2f}", f"{end:.2f}", f"{_table_growth(soak):.1f}%"])
-    for k, name in enumerate(_KEYLESS):
-        table.rows.append([f"rows of {name}", f"{warm[0].rows[k]}", f"{warm[-1].rows[k]}", ""])
-    table.rows.append(["polls a second", "", f"{polls / soak.plan.seconds:.0f}", ""])
-    table.rows.append(["CPU of the three, share of a core", "", f"{(last.cpu - first.cpu) / passed:.0%}", ""])
-    return table
-
-
-def _held(soak: Soak, k: int, name: str) -> list[list[str]]:
-    """Return what a worker's objects take, and what of the C library's heap is in use and free."""
-    warm = _warm_samples(soak, k)
-    start, end = warm[0], warm[-1]
-    rows = [[f"objects of the {name}, blocks", f"{start.blocks}", f"{end.blocks}", f"{_blocks_growth(soak, k):.2f}%"]]
-    heaps = [(sample.at, sample.heap) for sample in warm if sample.heap is not None]
-    for what, of in (("in use", "in_use"), ("free", "free")):
-        values = [(at, getattr(each, of) / _MB) for at, each in heaps]
-        if values:
-            start, end = values[0][1], values[-1][1]
-            rows.append([f"its heap, {what}, MB", f"{start:.2f}", f"{end:.2f}", f"{_an_hour(values):.2f} MB"])
-    return rows
-
-
-def _numbered() -> list[tuple[int, str]]:
-    return [*enumerate(_PROGRAMS)]
-
-
-def _warm(soak: Soak) -> list[Reading]:
-    """Return the readings after the warm-up."""
-    start = soak.readings[0].at + _WARM_UP * soak.plan.seconds
-    return [reading for reading in soak.readings if reading.at >= start] or soak.readings[-1:]
-
-
-def _warm_samples(soak: Soak, k: int) -> list[Sample]:
-    """Return a worker's samples of the same time."""
-    readings = _warm(soak)
-    start, end = readings[0].at, readings[-1].at
-    return [sample for sample in soak.samples[k] if start <= sample.at <= end] or soak.samples[k][-1:]
-
-
-def _an_hour(points: list[tuple[float, float]]) -> float:
-    """Return how fast a value grew in an hour, by a straight line through its values at times in seconds."""
-    if len(points) < 2:
-        return 0.0
-    return statistics.linear_regression([at / 3600 for at, _ in points], [value for _, value in points]).slope
-
-
-def _growth(soak: Soak, k: int) -> float:
-    """Return how fast the memory of a process grew after the warm-up, in MB an hour."""
-    return _an_hour([(reading.at, reading.resident[k] / _MB) for reading in _warm(soak)])
-
-
-def _blocks_growth(soak: Soak, k: int) -> float:
-    """Return how fast the memory blocks of a worker's objects grew after the warm-up, in percent an hour."""
-    warm = _warm_samples(soak, k)
-    return 100 * _an_hour([(sample.at, sample.blocks) for sample in warm]) / warm[0].blocks
-
-
-def _table_growth(soak: Soak) -> float:
-    """Return how fast the broker's tables grew after the warm-up, in percent an hour."""
-    warm = _warm(soak)
-    return 100 * _an_hour([(reading.at, reading.size) for reading in warm]) / warm[0].size
+def _series(soak: Soak) -> dict[str, Points]:
+    """Return the memory of the programs, what two of them hold, and the size of the tables, after the warm-up."""
+    start, readings = soak.readings[0].at, soak.readings
+    series = {
+        f"memory of the {name}, MB": [(reading.at - start, reading.resident[k] / _MB) for reading in readings]
+        for k, name in enumerate(_PROGRAMS)
+    }
+    for name, of in zip(_WORKERS, soak.samples, strict=True):
+        heaps = [(sample.at - start, sample.heap) for sample in of if sample.heap is not None]
+        series[f"objects of the {name}, blocks"] = [(sample.at - start, sample.blocks) for sample in of]
+        series[f"heap of the {name}, in use, MB"] = [(at, each.in_use / _MB) for at, each in heaps]
+        series[f"heap of the {name}, free, MB"] = [(at, each.free / _MB) for at, each in heaps]
+    series[_TABLES] = [(reading.at - start, reading.size / _MB) for reading in readings]
+    return {name: growth.warm(points, soak.plan.seconds) for name, points in series.items()}
 
 
 def _raw(soak: Soak) -> dict[str, Any]:
     start = soak.readings[0].at
     return {
-        "readings": [[r.at - start, r.resident, r.cpu, r.rows, r.size] for r in soak.readings],
-        "samples": [
-            [[s.at - start, s.blocks, *(s.heap or ())] for s in samples[:: 1 + len(samples) // 200]]
-            for samples in soak.samples
-        ],
-        "warm_up": _WARM_UP * soak.plan.seconds,
+        "readings": [[r.at - start, r.resident, r.size] for r in soak.readings],
+        "seconds": soak.plan.seconds,
         "orders": len(soak.shop.committed),
-        "rolled back": len(soak.shop.rolled_back),
-        "paid": len(soak.paid),
         "verdicts": {f"{verdict}": soak.verdicts.verdicts[verdict] for verdict in Verdict},
-        "lateness": soak.verdicts.lateness.counts,
         "happened": dict(soak.happened),
     }
 
@@ -458,15 +369,11 @@ def _raw(soak: Soak) -> dict[str, Any]:
 def draw(raw: dict[str, Any]) -> Figure:
     """Draw the memory of the processes that nobody kills, and the size of the broker's tables, over time."""
     figure, (memory, tables) = pictures.panels(2)
-    minutes = [reading[0] / 60 for reading in raw["readings"]]
-    for (k, name), color in zip(_numbered(), (pictures.OURS, *pictures.OTHERS[1:3]), strict=True):
-        memory.plot(minutes, [reading[1][k] / _MB for reading in raw["readings"]], color=color, label=name)
+    readings = raw["readings"]
+    series = {name: [(at, held[k] / _MB) for at, held, _ in readings] for k, name in enumerate(_PROGRAMS)}
+    growth.draw(memory, series, raw["seconds"])
     memory.set_ylabel("resident memory, MB")
-    tables.plot(minutes, [reading[4] / _MB for reading in raw["readings"]], color=pictures.OURS)
-    tables.set_ylabel("tables after a vacuum, MB")
-    for panel in (memory, tables):
-        panel.axvline(raw["warm_up"] / 60, color=pictures.OTHERS[0], linestyle="--", label="end of the warm-up")
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("minutes")
     memory.legend()
+    growth.draw(tables, {"tables": [(at, size / _MB) for at, _, size in readings]}, raw["seconds"])
+    tables.set_ylabel("tables after a vacuum, MB")
     return figure

@@ -1,39 +1,36 @@
 """Waits that share a client with bad operations and bad minutes, in simulated time: nobody is held hostage.
 
-The real poller against a simulated service. `python -m benchmarks crowd` has the same in full; here each case is small
-and has a seed, so that it always runs the same way.
+The real poller against a simulated service. `python -m benchmarks weather` has more; here each case is small and has a
+seed, so that it always runs the same way.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import TYPE_CHECKING
 
 import pytest
 from tenacity import wait_fixed
 
+from aiokeyless import ApprovalTimeoutError
+from benchmarks.approval_times import seeded_random
 from benchmarks.simulation import GOOD, HANGING, Simulation, failing
-from benchmarks.suite.crowd import (
-    ASKS_FOR_A_PAUSE,
-    FAILS,
-    KINDS,
-    brown_out,
-    late_beside_final_polls,
-    lateness_beside,
-    outage,
-    resumed,
-)
+from benchmarks.suite.weather import beside, outage
 
 if TYPE_CHECKING:
     from benchmarks.simulation import Answer
 
+FAILS = failing()
+REFUSED = failing(503, seconds=0.002)
+ASKS_FOR_A_PAUSE = failing(503, retry_after=30)
 HEALTHY = 60
 
 
 @pytest.fixture(scope="module")
 def alone() -> float:
     """How late approvals are noticed where every operation is well."""
-    return statistics.mean(lateness_beside(0, GOOD, seed=1, healthy=HEALTHY))
+    return statistics.mean(beside(0, GOOD, healthy=HEALTHY).late)
 
 
 @pytest.mark.parametrize(
@@ -53,23 +50,33 @@ def alone() -> float:
     ],
 )
 def test_operations_that_are_bad_do_not_make_the_others_late(bad: int, answer: Answer, alone: float) -> None:
-    late = lateness_beside(bad, answer, seed=1, healthy=HEALTHY)
+    late = beside(bad, answer, healthy=HEALTHY).late
     assert len(late) == HEALTHY
     assert statistics.mean(late) <= 1.5 * alone
 
 
 @pytest.mark.parametrize("down", [30.0, 120.0])
 def test_recovery_is_seen_soon_after_few_requests(down: float) -> None:
-    outages = [outage(down, seed=seed, waits=50) for seed in range(4)]
-    assert all(o.first_good <= 6 for o in outages)
-    assert statistics.mean(o.first_good for o in outages) <= 4
+    outages = [outage(down, REFUSED, seed=seed, waits=50) for seed in range(4)]
+    assert all(o.noticed <= 6 for o in outages)
+    assert statistics.mean(o.noticed for o in outages) <= 4
     # Four steps of the backoff, then one request in 3.75 s.
     assert all(o.requests <= 14 + 0.3 * down for o in outages)
 
 
 @pytest.mark.parametrize(("share", "least"), [(0.5, 20), (0.7, 10)])
 def test_where_answers_fail_at_random_the_others_are_still_polled(share: float, least: float) -> None:
-    assert brown_out(share, seed=1, waits=100, seconds=20).polls >= least  # of 50 a second
+    source = seeded_random(1)
+
+    async def scenario() -> None:
+        for k in range(100):
+            await simulation.sleep_until(2 * k / 100)
+            simulation.start(f"op-{k}")
+        await simulation.sleep_until(40)
+
+    simulation = Simulation(lambda _, now: FAILS if now >= 20 and source.random() < share else GOOD, wait_fixed(2))
+    simulation.run(scenario())
+    assert sum(poll.at >= 20 for poll in simulation.transport.sent) / 20 >= least  # of 50 a second
 
 
 def test_the_first_operations_that_ask_for_a_pause_hold_the_others_for_no_longer_than_an_open_circuit() -> None:
@@ -104,18 +111,34 @@ def test_no_operation_is_polled_before_the_pause_that_it_was_asked_for_is_over()
 
 
 def test_a_service_that_refuses_everything_by_its_rate_limit_gets_probes_only() -> None:
-    assert outage(60.0, seed=1, waits=100, answer=failing(429)).requests <= 34
+    assert outage(60.0, failing(429), waits=100).requests <= 34
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_where_a_third_of_the_operations_are_bad_the_others_are_not_late(kind: str, alone: float) -> None:
-    late = lateness_beside(26, KINDS[kind], seed=1, healthy=HEALTHY, bad_within=120.0)
+@pytest.mark.parametrize("answer", [FAILS, HANGING, ASKS_FOR_A_PAUSE], ids=["500", "hangs", "503, Retry-After 30"])
+def test_where_a_third_of_the_operations_are_bad_the_others_are_not_late(answer: Answer, alone: float) -> None:
+    late = beside(26, answer, within=120.0, healthy=HEALTHY).late
     assert statistics.mean(late) <= 1.5 * alone
 
 
 def test_final_polls_above_capacity_leave_slots_for_an_ordinary_one() -> None:
-    assert late_beside_final_polls(seed=1) <= 10
+    async def scenario() -> None:
+        simulation.start("ordinary", approved_in=12, timeout=90)
+        for k in range(1500):
+            await simulation.sleep_until(10 + k / 50)  # 50 a second, and 40 fit
+            simulation.start(f"op-{k}", timeout=0.5)
+        await simulation.sleep_until(90)
+
+    simulation = Simulation(lambda *_: GOOD, wait_fixed(2), max_in_flight=2)
+    simulation.run(scenario())
+    assert simulation.lateness.get("ordinary", math.inf) <= 10
 
 
 def test_very_many_expired_waits_that_are_resumed_at_once_are_all_answered() -> None:
-    assert resumed(2000, seed=1).unknown == 0
+    async def scenario() -> None:
+        for k in range(2000):
+            simulation.start(f"op-{k}", timeout=0.0)
+        await simulation.sleep_until(300)
+
+    simulation = Simulation(lambda *_: GOOD, wait_fixed(5))
+    simulation.run(scenario())
+    assert [kind for _, kind in simulation.outcomes.values()] == [ApprovalTimeoutError] * 2000

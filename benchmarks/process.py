@@ -1,17 +1,17 @@
-"""What the C library's allocator has handed out, and what it keeps besides: the holes between what is in use.
-
-The resident memory alone cannot tell a leak from holes. Objects up to 512 bytes are in memory of Python's own
-(`sys.getallocatedblocks`), all others here.
-"""
+"""This process: its resident memory, its heap, its event loop."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import psutil  # type: ignore[import-untyped]  # it has no type hints
+
+from .report import CannotMeasureError
+
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 _FIELDS: Final = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "top")
@@ -21,7 +21,11 @@ THRESHOLD: Final = "MALLOC_MMAP_THRESHOLD_"
 
 
 class Heap(NamedTuple):
-    """Bytes of the heap."""
+    """What the C library's allocator has handed out, and what it keeps besides: the holes between what is in use.
+
+    The resident memory alone cannot tell a leak from holes. Objects up to 512 bytes are in memory of Python's own
+    (`sys.getallocatedblocks`), all others here.
+    """
 
     in_use: int
     free: int
@@ -31,7 +35,7 @@ class _Mallinfo2(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in _FIELDS)
 
 
-def read() -> Heap | None:
+def read_heap() -> Heap | None:
     """Return the sizes; None where the C library is not glibc."""
     mallinfo2 = _mallinfo2()
     if mallinfo2 is None:
@@ -50,6 +54,22 @@ def _mallinfo2() -> Callable[[], _Mallinfo2] | None:
     return mallinfo2
 
 
-def threshold() -> str | None:
-    """Return the threshold that is set in the environment."""
-    return os.environ.get(THRESHOLD)
+def resident() -> int:
+    """Return the resident memory, in bytes."""
+    held: int = psutil.Process().memory_info().rss
+    return held
+
+
+def loop_factory(*, uvloop: bool) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the loop; None for asyncio's own.
+
+    Raises:
+        CannotMeasureError: uvloop is not installed.
+    """
+    if not uvloop:
+        return None
+    try:
+        from uvloop import new_event_loop  # noqa: PLC0415  # not on Windows
+    except ImportError:
+        raise CannotMeasureError("uvloop is not installed") from None
+    return new_event_loop
