@@ -92,7 +92,6 @@ async def worker(
     max_in_flight: Count = 64,
     max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
     grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
-    learned: Path | None = None,
     health_port: OptionalPort = None,
     health_host: str = "127.0.0.1",
     prepare: bool = False,
@@ -109,7 +108,6 @@ async def worker(
         max_in_flight: Requests to process at the same time.
         max_polls_per_second: Most polls of this worker in a second; others that are due stay at the broker.
         grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
-        learned: File that keeps what this worker learns about approval times.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address to serve these on.
         prepare: Only create, or migrate, what workers need at the broker; this needs no API key.
@@ -129,7 +127,6 @@ async def worker(
             opened,
             max_in_flight=max_in_flight,
             max_polls_per_second=max_polls_per_second,
-            learned=learned,
             grace=grace,
         )
         if prepare:

@@ -23,7 +23,6 @@ from aiokeyless.schedule import next_delay, wait_adaptive
 
 from .broker import Broker, broker_for
 from .exchanges import check_key
-from .learned import LearnedFile
 from .logs import log
 from .monitoring import WorkerStatistics
 from .serving import Limits, Serving
@@ -51,14 +50,11 @@ class ApprovalWorker:
         max_polls_per_second: Polls of this worker in a second; None for as many as fit. Further due polls stay at
             the broker, for this worker or another. A 429 halves the rate, as for a client. Default: 1000.
         schedule: When to poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`.
-        learned: A file that keeps what that default schedule learns, for this worker alone. The worker makes it if it
-            is missing, reads it at the start, and saves it every minute and at the end. If you pass a `schedule`, save
-            its `to_json` yourself. Default: none; then a restart forgets it.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated; 0: not at all. Give all
             workers of a broker the same. Default: 30.
 
     Raises:
-        ConfigurationError: An argument is wrong, or `learned` is a file of something else.
+        ConfigurationError: An argument is wrong.
 
     Example:
         >>> async with KeylessClient() as client:
@@ -73,7 +69,6 @@ class ApprovalWorker:
         max_in_flight: int = 64,
         max_polls_per_second: float | None = 1000.0,
         schedule: wait_base | None = None,
-        learned: Path | str | None = None,
         grace: float = 30.0,
     ) -> None:
         self._limits = Limits(
@@ -83,12 +78,7 @@ class ApprovalWorker:
             grace=seconds(grace, "grace", zero=True),
         )
         self._client = client
-        if learned is not None and schedule is not None:
-            raise ConfigurationError("learned and schedule must not both be given", argument="learned")
-        self._keeper = None if learned is None else LearnedFile(learned)
-        self._schedule = check_schedule(schedule) or (
-            wait_adaptive() if self._keeper is None else self._keeper.schedule
-        )
+        self._schedule = check_schedule(schedule) or wait_adaptive()
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a broken strategy fails here
         found = broker_for(broker)
         if not isinstance(found, Broker):
@@ -175,7 +165,7 @@ class ApprovalWorker:
         That takes one exchange with Keyless, or at most three if the answer to a create was lost.
 
         Raises:
-            ConfigurationError: It has run already, or what it learns cannot be saved.
+            ConfigurationError: It has run already.
             BrokerError: The broker cannot be reached at the start, does not permit what a worker does, or is not
                 as it should be. If the broker is away later, the worker waits for it.
             AuthenticationError: Keyless does not accept the key. Requests stay at the broker, for another worker.
@@ -221,20 +211,19 @@ class ApprovalWorker:
                 f"the broker allows waits of {allowed:g} s, which leaves no time before a grace of "
                 f"{self._limits.grace:g} s: shorten the grace, or lengthen what the broker allows"
             )
-        async with nullcontext() if self._keeper is None else self._keeper.keeping():
-            self._serving = Serving(
-                self._broker,
-                transport,
-                schedule=self._schedule,
-                limits=self._limits,
-                longest_wait=longest_wait,
-                on_fatal=self._fail,
-                listeners=Listeners(self._client.listeners) if self._client.listeners else None,
-            )
-            if self._stopping:
-                self._serving.stop()
-            self._started.set()
-            await self._serving.serve()
+        self._serving = Serving(
+            self._broker,
+            transport,
+            schedule=self._schedule,
+            limits=self._limits,
+            longest_wait=longest_wait,
+            on_fatal=self._fail,
+            listeners=Listeners(self._client.listeners) if self._client.listeners else None,
+        )
+        if self._stopping:
+            self._serving.stop()
+        self._started.set()
+        await self._serving.serve()
 
     async def _prepare_broker(self) -> float:
         lease = self._limits.longest_delivery + _MARGIN

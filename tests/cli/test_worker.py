@@ -23,7 +23,6 @@ from ports import own_port
 from waiting import PATIENCE, until
 
 import aiokeyless.worker
-from aiokeyless import wait_adaptive
 from aiokeyless.cli import run
 from aiokeyless.cli.app import Exit, app
 from aiokeyless.worker import Outcome, next_outcome, submit_approval
@@ -309,20 +308,6 @@ async def test_without_an_event_key_it_says_so(workers: Workers, nats_url: str) 
     worker = await workers.start("--broker", nats_url, KEYLESS_EVENT_KEY="")
     await worker.logged("worker.events_unsigned")
     assert await worker.stop() == 0
-
-
-async def test_what_it_learned_is_kept_in_a_file_and_another_file_is_one_line(
-    workers: Workers, nats_url: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "learned.json"
-    worker = await workers.start("--broker", nats_url, "--learned", str(file))
-    await worker.logged("worker.ready")
-    assert await worker.stop() == 0
-    assert wait_adaptive.from_json(file.read_text()).to_json() == wait_adaptive().to_json()
-    file.write_text('{"order": 7}')
-    message = await refusal(await workers.start("--broker", nats_url, "--learned", str(file)))
-    assert message.startswith(f"{file} holds something else: ")
-    assert message.endswith("; move it away to start anew")
 
 
 def test_an_event_key_that_cannot_be_read_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
