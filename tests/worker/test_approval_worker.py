@@ -1242,32 +1242,6 @@ async def test_a_claim_that_a_stream_of_others_republished_makes_one_tap_count_f
     assert "claim.unsigned sequence=" in caplog.text
 
 
-async def test_workers_that_are_given_keys_one_after_the_other_fail_no_request(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A worker without keys writes the claims that an earlier version does."""
-
-    async def ask(operation_id: str) -> None:
-        await submit(connection, "C0", operation_id=operation_id)
-        await until(lambda: operation_id in sandbox.operations)
-
-    async with working(client, broker):
-        async with working(client, broker):
-            await ask("before")
-        async with working(client, broker, event_keys=EVENT_KEYS):
-            await ask("while both work")
-        await ask("after the first was upgraded")
-    async with working(client, broker, event_keys=EVENT_KEYS):
-        async with working(client, broker, event_keys=EVENT_KEYS):
-            await ask("after the last was upgraded")
-        for operation_id in sandbox.operations:
-            sandbox.approve(operation_id)
-        events = await all_outcomes(connection)
-    assert len(events) == 4
-    assert {event.outcome for event in events} == {Outcome.APPROVED}
-    assert "claims.unsigned_believed until=" in caplog.text
-
-
 async def test_an_approval_that_a_stream_of_others_republished_is_believed_by_no_reader_with_the_key(
     tmp_path: Path, sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,7 @@ from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Message, deadline, is_about, read_names
 
-from .claims import NatsClaims, claims_signed_from, mark
+from .claims import NatsClaims
 from .connection import check_options, connect, disconnect
 from .event_keys import MESSAGE_ID, SIGNATURE, TRACEPARENT
 from .failures import NoStreamError, broker_errors, raise_lost_cancellations
@@ -191,20 +191,13 @@ class NatsBroker(Broker):
     # -- for workers
 
     async def prepare(self, *, lease: float, service: str) -> float:
-        connection, keys, stream = self._connected(), self._event_keys, self._stream()
-        if keys is None:
+        connection, stream = self._connected(), self._stream()
+        if self._event_keys is None:
             advice = "set an event key, or trust all users of the account"
             log(logging.WARNING, "worker.events_unsigned", {"advice": advice})
         try:
             with raise_lost_cancellations():
-                window = await prepare(
-                    stream,
-                    self._fleet,
-                    self._settings,
-                    ack_wait=lease,
-                    service=service,
-                    claims_metadata=mark(keys, self._fleet),
-                )
+                window = await prepare(stream, self._fleet, self._settings, ack_wait=lease, service=service)
         except BrokerError:
             if self._loss is not None:  # the broker does not answer a request that it does not permit
                 raise self._loss from None
@@ -212,11 +205,7 @@ class NatsBroker(Broker):
         self._lease = lease
         with suppress(UnavailableError):
             await self.inspect()  # which measures the broker's clock
-        if keys is None:
-            self._claims = NatsClaims(stream, self._fleet)
-        else:
-            signed_from = await claims_signed_from(connection, self._fleet, keys, now=self.now(), within=_ANSWER_WITHIN)
-            self._claims = NatsClaims(stream, self._fleet, keys=keys, signed_from=signed_from)
+        self._claims = NatsClaims(stream, self._fleet, self._event_keys)
         if self._intake is None:
             loop = asyncio.get_running_loop()
             self._intake = Intake(connection, self._fleet, now=loop.time, restore=self._restore)

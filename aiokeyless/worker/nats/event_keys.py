@@ -27,7 +27,6 @@ VARIABLE: Final = "KEYLESS_EVENT_KEY"
 #: Kinds of signed data. A signature of one kind is not valid for another.
 EVENT: Final = "event"
 CLAIM: Final = "claim"
-CLAIMS_SIGNED_FROM: Final = "claims signed from"
 _SHORTEST: Final = 32  # characters
 _LONGEST_FILE: Final = 64 << 10  # bytes
 _FORM: Final = "v1"

@@ -18,7 +18,7 @@ from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from nats.js import JetStreamContext
 
@@ -64,7 +64,6 @@ async def prepare(
     *,
     ack_wait: float,
     service: str,
-    claims_metadata: Mapping[str, str] | None = None,
 ) -> float:
     """Make or check the streams and the consumer.
 
@@ -74,7 +73,6 @@ async def prepare(
         settings: What the operator chose.
         ack_wait: Seconds after which the broker repeats an unacknowledged delivery: longer than any delivery takes.
         service: Base URL of the service that the workers of the fleet ask.
-        claims_metadata: Metadata for the stream of claims, if it is made.
 
     Returns:
         The duplicate window in force, in seconds, which bounds `expires_in`.
@@ -87,7 +85,7 @@ async def prepare(
         _check_owner(requests, fleet, service)
         outcomes = await _stream(stream, _outcomes(fleet, settings), _KEPT)
         window = min(requests.duplicate_window, outcomes.duplicate_window)
-        await _stream(stream, _claims(fleet, settings, window, claims_metadata), _CLAIMS)
+        await _stream(stream, _claims(fleet, settings, window), _CLAIMS)
         await _consumer(stream, fleet, ack_wait)
     except nats.js.errors.APIError as error:
         raise BrokerError(_refusal(error, fleet)) from None
@@ -149,7 +147,7 @@ def _outcomes(fleet: Fleet, settings: StreamSettings) -> StreamConfig:
     )
 
 
-def _claims(fleet: Fleet, settings: StreamSettings, window: float, metadata: Mapping[str, str] | None) -> StreamConfig:
+def _claims(fleet: Fleet, settings: StreamSettings, window: float) -> StreamConfig:
     return _config(
         settings._replace(duplicate_window=window),
         name=fleet.claims,
@@ -157,7 +155,6 @@ def _claims(fleet: Fleet, settings: StreamSettings, window: float, metadata: Map
         subjects=[fleet.claim_subject("*")],
         retention=RetentionPolicy.LIMITS,
         max_age=window,
-        metadata=dict(metadata or {}),
     )
 
 

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+import json
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
-from nats_server import CLAIMS, jetstream, prepare
-from waiting import PATIENCE
+from nats.js.api import RePublish
+from nats_server import CLAIMS, NatsServer, jetstream, prepare
+from tenacity import wait_fixed
+from waiting import PATIENCE, until
 
-from aiokeyless.worker import BrokerError
+from aiokeyless.worker import ApprovalWorker, FailureReason, Outcome, submit_approval
 from aiokeyless.worker.broker import Claim, UnavailableError
-from aiokeyless.worker.nats import EventKeys, Fleet, StreamSettings, streams
-from aiokeyless.worker.nats.claims import SIGNED_FROM, NatsClaims, claims_signed_from, mark
+from aiokeyless.worker.messages import ApprovalRequest, request_name
+from aiokeyless.worker.nats import EventKeys, NatsBroker, StreamSettings
+from aiokeyless.worker.nats.claims import NatsClaims
 from aiokeyless.worker.nats.event_keys import CLAIM, EVENT, SIGNATURE
 from aiokeyless.worker.nats.fleet import KEYLESS
 
+from ..reading import read  # noqa: TID252
+
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from nats.aio.client import Client
     from nats.js import JetStreamContext
-    from nats.js.api import StreamConfig
+
+    from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
 
 ID = "txn 1 \u00e9 > *"
 OURS, THEIRS = "request-1", "request-2"
 OLD, NEW = "old-" * 8, "new-" * 8
 KEYS = EventKeys(OLD)
 SUBJECT = KEYLESS.claim_subject(sha256(ID.encode()).hexdigest())
-NOW = datetime(2026, 11, 28, 6, tzinfo=UTC)
-TOMORROW = NOW + timedelta(days=1)
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ async def stream(connection: Client) -> JetStreamContext:
 
 @pytest.fixture(params=[None, KEYS], ids=["no keys", "keys"])
 async def claims(stream: JetStreamContext, request: pytest.FixtureRequest) -> NatsClaims:
-    return NatsClaims(stream, KEYLESS, keys=request.param)
+    return NatsClaims(stream, KEYLESS, request.param)
 
 
 async def test_the_first_one_holds_the_id_and_no_other_one_gets_it(claims: NatsClaims) -> None:
@@ -111,7 +119,7 @@ async def test_a_stream_of_others_is_not_asked_for_claims_again_and_again(
 
 @pytest.fixture
 async def signed(stream: JetStreamContext) -> NatsClaims:
-    return NatsClaims(stream, KEYLESS, keys=KEYS)
+    return NatsClaims(stream, KEYLESS, KEYS)
 
 
 async def is_ours(claims: NatsClaims) -> bool:
@@ -124,7 +132,7 @@ async def is_ours(claims: NatsClaims) -> bool:
 async def test_a_claim_without_a_signature_is_anothers(
     signed: NatsClaims, stream: JetStreamContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await NatsClaims(stream, KEYLESS).claim(ID, OURS)
+    await NatsClaims(stream, KEYLESS, None).claim(ID, OURS)
     assert not await is_ours(signed)
     assert "claim.unsigned sequence=1 count=1" in caplog.text
 
@@ -159,88 +167,55 @@ async def test_nobody_else_gives_an_id_back(signed: NatsClaims, stream: JetStrea
 
 
 async def test_while_keys_are_rotated_the_claims_of_either_key_are_believed(stream: JetStreamContext) -> None:
-    await NatsClaims(stream, KEYLESS, keys=EventKeys(OLD, NEW)).claim(ID, OURS)
-    rotated = NatsClaims(stream, KEYLESS, keys=EventKeys(NEW, OLD))
+    await NatsClaims(stream, KEYLESS, EventKeys(OLD, NEW)).claim(ID, OURS)
+    rotated = NatsClaims(stream, KEYLESS, EventKeys(NEW, OLD))
     assert await is_ours(rotated)  # which stores it again, under the new key
-    assert await is_ours(NatsClaims(stream, KEYLESS, keys=EventKeys(NEW)))
+    assert await is_ours(NatsClaims(stream, KEYLESS, EventKeys(NEW)))
 
 
-async def test_an_unsigned_claim_is_believed_if_it_was_stored_before_claims_had_to_be_signed(
-    stream: JetStreamContext,
+async def test_a_user_who_may_make_streams_makes_one_tap_count_for_no_second_request(
+    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
-    await NatsClaims(stream, KEYLESS).claim(ID, OURS)
-    stored_at = (await stream.get_last_msg(CLAIMS, SUBJECT)).time
-    assert stored_at is not None
-    assert not await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at))
-    assert await is_ours(NatsClaims(stream, KEYLESS, keys=KEYS, signed_from=stored_at + timedelta(seconds=1)))
+    """The broker publishes what a stream of theirs is to republish: a change of the stream of claims, and a claim."""
+    theirs = jetstream(connection)
 
+    async def publish_as_the_broker(subject: str, data: bytes) -> None:
+        await theirs.add_stream(name="MINE", subjects=["mine"], republish=RePublish(src="mine", dest=subject))
+        await theirs.publish("mine", data)
+        await theirs.delete_stream("MINE")
 
-# -- from when on claims must be signed
+    async with working(client, broker):
+        await submit_approval(connection, "C0", operation_id=ID, context={"order": 7})
+        await until(lambda: ID in sandbox.operations)
+        sandbox.approve(ID)
+        await read(connection, 1)
+    config = (await theirs.stream_info(CLAIMS)).config.as_dict() | {"metadata": {"changed": "by them"}}
+    await publish_as_the_broker(f"$JS.API.STREAM.UPDATE.{CLAIMS}", json.dumps(config).encode())
 
+    async def is_changed() -> bool:
+        return "changed" in ((await theirs.stream_info(CLAIMS)).config.metadata or {})
 
-async def config_of(stream: JetStreamContext) -> StreamConfig:
-    return (await stream.stream_info(CLAIMS)).config
-
-
-async def signed_from(connection: Client, keys: EventKeys = KEYS, now: datetime = NOW) -> datetime:
-    return await claims_signed_from(connection, KEYLESS, keys, now=now, within=5)
-
-
-async def test_in_a_stream_that_a_worker_with_keys_made_every_claim_must_be_signed(connection: Client) -> None:
-    stream = jetstream(connection)
-    await streams.prepare(
-        stream, KEYLESS, StreamSettings(), ack_wait=30, service="", claims_metadata=mark(KEYS, KEYLESS)
+    await until(is_changed)
+    second = request_name(
+        ApprovalRequest(version=1, user_id="C0", operation_id=ID, context=msgspec.Raw(b'{"order":8}'))
     )
-    made = await config_of(stream)
-    assert await signed_from(connection) == datetime(1970, 1, 1, tzinfo=UTC)
-    assert await config_of(stream) == made
+    await publish_as_the_broker(SUBJECT, second.encode())
+
+    async def is_claimed() -> bool:
+        return (await theirs.get_last_msg(CLAIMS, SUBJECT)).data == second.encode()
+
+    await until(is_claimed)
+    async with working(client, broker):  # a restart, as in a deploy
+        await submit_approval(connection, "C0", operation_id=ID, context={"order": 8})
+        [first, other] = await read(connection, 2, "another")
+    assert (first.outcome, first.read_context(dict)["order"]) == (Outcome.APPROVED, 7)
+    assert (other.outcome, other.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
 
 
-async def test_in_a_stream_that_is_there_claims_must_be_signed_a_day_after_the_first_worker_that_signs(
-    connection: Client, stream: JetStreamContext
-) -> None:
-    before = await config_of(stream)
-    assert await signed_from(connection) == TOMORROW
-    after = await config_of(stream)
-    assert replace(after, metadata=before.metadata) == before
-    assert await signed_from(connection, now=NOW + timedelta(days=30)) == TOMORROW
-    assert await config_of(stream) == after
-
-
-@pytest.mark.parametrize(
-    "forged",
-    [
-        "2099-01-01T00:00:00+00:00",
-        "2099-01-01T00:00:00+00:00 v1 d1136499c395ca36 b4cf",
-        mark(EventKeys(NEW), KEYLESS, datetime(2099, 1, 1, tzinfo=UTC))[SIGNED_FROM],
-        mark(KEYS, Fleet(name="staging"), datetime(2099, 1, 1, tzinfo=UTC))[SIGNED_FROM],
-        mark(KEYS, KEYLESS)[SIGNED_FROM].replace("1970", "2099"),
-        "",
-        "\u00e9",
-        "none",  # as the runbook has it, to go back and upgrade again
-    ],
-)
-async def test_nobody_else_says_from_when_on_claims_must_be_signed(
-    connection: Client, stream: JetStreamContext, forged: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    await stream.update_stream(await config_of(stream), metadata={SIGNED_FROM: forged})
-    assert await signed_from(connection) == TOMORROW
-    assert 'claims.unsigned_believed until="2026-11-29T06:00:00+00:00"' in caplog.text
-    assert await signed_from(connection, now=NOW + timedelta(hours=1)) == TOMORROW
-
-
-async def test_the_moment_outlives_the_key_that_signed_it(connection: Client, stream: JetStreamContext) -> None:
-    assert await signed_from(connection) == TOMORROW
-    for keys in (EventKeys(OLD, NEW), EventKeys(NEW, OLD), EventKeys(NEW)):
-        assert await signed_from(connection, keys, now=NOW + timedelta(days=30)) == TOMORROW
-    assert SIGNED_FROM in ((await config_of(stream)).metadata or {})
-
-
-async def test_a_stream_that_cannot_be_marked_is_one_line(connection: Client) -> None:
-    with pytest.raises(BrokerError, match=r"^the stream of claims cannot be marked as signed \(stream not found\)"):
-        await signed_from(connection)
-
-
-async def test_a_broker_that_does_not_answer_is_one_line(connection: Client) -> None:
-    with pytest.raises(BrokerError, match=r"\(nats: no responders.*this user publish to keyless\.api\.STREAM\.INFO"):
-        await claims_signed_from(connection, Fleet(prefix="keyless.api"), KEYS, now=NOW, within=5)
+@asynccontextmanager
+async def working(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[None]:
+    async with (
+        NatsBroker(broker.url, event_keys=KEYS) as opened,
+        ApprovalWorker(client, opened, schedule=wait_fixed(0.05)),
+    ):
+        yield
