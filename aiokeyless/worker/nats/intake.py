@@ -1,7 +1,8 @@
 """Deliveries pulled from JetStream, and kept here for a moment, until a worker takes them.
 
 nats-py's own ``fetch`` waits for a full batch, and so returns the first message a second late. This module sends a pull
-as a plain message to the consumer, and receives each delivery by a subscription when it arrives.
+as a plain message to the consumer, and receives each delivery by a subscription when it arrives. There is one pull at a
+time: several are no faster.
 
 JetStream repeats deliveries before it delivers new requests, and knows nothing of failures. So while Keyless fails,
 this module pulls more than there is room for, and chooses the best. Requests that always fail do not hold up the
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 #: Seconds for which one pull waits for deliveries.
 EXPIRES: Final = 1.0
-_LATE: Final = 2.0  # seconds after which the end of a pull is no longer expected
+_LATE: Final = 2.0  # seconds after which the end of a pull is no longer expected: it may be lost
 _EXPIRED: Final = "408"  # the pull has expired as requested
 _CHOICE: Final = 512  # deliveries to choose probes from
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
@@ -71,16 +72,6 @@ class NatsMessage(Message, kw_only=True, eq=False):
     def place(self) -> str:
         """A name that no other message of a stream has, even if the stream was deleted and made again."""
         return f"message-{self.raw.metadata.stream}-{self.id}-{self.stored_at.timestamp():.6f}"
-
-
-class _Pull:
-    """The deliveries still expected of a pull, and when it ends at the latest."""
-
-    __slots__ = ("left", "until")
-
-    def __init__(self, left: int, until: float) -> None:
-        self.left = left
-        self.until = until
 
 
 class Failures:
@@ -121,7 +112,7 @@ class Intake:
         self._restore = restore
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
-        self._pulls: deque[_Pull] = deque()  # the oldest first
+        self._left = 0  # deliveries of the pull that have not arrived
         self._pulled_at = now()
         self._refusals = 0  # of pulls, in a row
         self._pulls_from = now()  # after a refusal, no pull before this time
@@ -143,7 +134,7 @@ class Intake:
         try:
             return await self._take(up_to, self._now() + within, probing=probing)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().call_later(EXPIRES, self._leave, self._takes)
+            self._leaving = asyncio.create_task(self._leave(self._takes))
             raise
 
     async def _take(self, up_to: int, until: float, *, probing: bool) -> list[NatsMessage]:
@@ -171,43 +162,44 @@ class Intake:
         await self._hand_back_old()
         return taken
 
-    def _leave(self, takes: int) -> None:
+    async def _leave(self, takes: int) -> None:
         """Give back the deliveries that came after a cancelled take, unless another take has begun since."""
-        if takes != self._takes or self._subscription is None:
-            return
-        loop = asyncio.get_running_loop()
-        if self._expected():  # the broker would deliver them to this pull again
-            loop.call_later(EXPIRES, self._leave, takes)
-        else:
-            self._leaving = loop.create_task(self._hand_back())
+        await self._let_pull_end()
+        if takes == self._takes:
+            await self._hand_back()
 
-    async def _hand_back(self) -> None:
-        self._arrived, left = [], self._arrived
-        with suppress(UnavailableError), broker_errors():
-            for message in left:
-                await message.raw.nak()
-
-    async def close(self) -> None:
-        """Wait for the pulls to end, which takes `EXPIRES` at most, and give back the untaken deliveries.
-
-        A subscription that ends at once would lose deliveries in transit. The broker does not notice its end, and
-        repeats them only after the ack wait.
-        """
-        subscription, self._subscription = self._subscription, None
-        if subscription is None or not self._connection.is_connected:
-            return
-        while self._expected():
+    async def _let_pull_end(self) -> None:
+        """Wait for the end of the pull. The broker would deliver to it again what is given back before."""
+        while self._is_expecting():
             self._moved.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(EXPIRES):
                     await self._moved.wait()
-        await self._hand_back()  # no sooner: the broker would deliver them to these pulls again
+
+    async def _hand_back(self) -> None:
+        with suppress(UnavailableError), broker_errors():
+            while self._arrived:
+                await self._arrived.pop(0).raw.nak()
+
+    async def close(self) -> None:
+        """Wait for the pull to end, which takes `EXPIRES` at most, and give back the untaken deliveries.
+
+        A subscription that ends at once would lose deliveries in transit. The broker does not notice its end, and
+        repeats them only after the ack wait.
+        """
+        if self._leaving is not None:
+            self._leaving.cancel()
+        subscription, self._subscription = self._subscription, None
+        if subscription is None or not self._connection.is_connected:
+            return
+        await self._let_pull_end()
+        await self._hand_back()
         with suppress(UnavailableError), broker_errors():
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     def forget(self) -> None:
-        """Expect no more deliveries: the pulls ended with the connection."""
-        self._pulls.clear()
+        """Expect no more deliveries: the pull ended with the connection."""
+        self._left = 0
         self._moved.set()
 
     def wake(self) -> None:
@@ -218,22 +210,18 @@ class Intake:
         if not self._connection.is_connected:
             raise UnavailableError("there is no connection to the broker")
 
-    def _expected(self) -> int:
-        """Return how many requested deliveries have not arrived."""
-        while self._pulls and (self._pulls[0].until < self._now() or not self._pulls[0].left):
-            self._pulls.popleft()  # a lost connection or leader may not report its end
-        return sum(pull.left for pull in self._pulls)
+    def _is_expecting(self) -> bool:
+        """Return whether deliveries of the pull, or its end, have not arrived. A lost leader reports no end."""
+        return self._left > 0 and self._now() <= self._pulled_at + EXPIRES + _LATE
 
     async def _pull(self, wanted: int) -> None:
-        """Pull the missing deliveries, in batches and not one by one."""
-        now, expected = self._now(), self._expected()
-        missing = wanted - expected - len(self._arrived)
-        if missing <= 0 or (expected and missing < wanted // 4) or now < self._pulls_from:
+        """Pull the missing deliveries, unless a pull is under way."""
+        now, missing = self._now(), wanted - len(self._arrived)
+        if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
+        self._left, self._pulled_at = missing, now
         if self._refusals:
             await self._restore()
-        self._pulls.append(_Pull(missing, now + EXPIRES + _LATE))
-        self._pulled_at = now
         pull = {"batch": missing, "expires": int(EXPIRES * 1e9)}
         with broker_errors():
             await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._inbox)
@@ -267,7 +255,7 @@ class Intake:
         self._moved.set()
         if raw.reply:
             self._refusals = 0
-            self._count_off(1)
+            self._left = max(0, self._left - 1)
             metadata = raw.metadata
             failures = self.failures.of(metadata.sequence.stream)
             self._arrived.append(
@@ -287,13 +275,8 @@ class Intake:
         self._on_end(raw)
 
     def _on_end(self, raw: Msg) -> None:
-        """Note the end of the oldest pull; all pulls last equally long."""
-        headers = raw.headers or {}
-        unused = headers.get("Nats-Pending-Messages", "")
-        if unused.isdigit():
-            self._count_off(int(unused))
-        else:
-            self._pulls.clear()  # there is no consumer that would keep them
+        """Note the end of the pull, and why the broker refused it, if it did."""
+        headers, self._left = raw.headers or {}, 0
         status, description = headers.get("Status", ""), headers.get("Description", "")
         if status == _EXPIRED:
             self._refusals = 0
@@ -303,9 +286,3 @@ class Intake:
         self._refusals += 1
         self._pulls_from = self._now() + error_delay(self._refusals)
         log(logging.WARNING, "broker.refused", {"reason": reason.strip()})
-
-    def _count_off(self, count: int) -> None:
-        for pull in self._pulls:
-            used = min(count, pull.left)
-            pull.left -= used
-            count -= used
