@@ -166,10 +166,14 @@ async def until_it_answers(server: web.AppRunner, *starts: str) -> None:
 
 
 @pytest.mark.usefixtures("_frequent_inspections")
-async def test_without_a_stream_it_is_not_ready(client: KeylessClient, broker: NatsServer, connection: Client) -> None:
+@pytest.mark.parametrize("gone", [OUTCOMES, CLAIMS])
+async def test_without_a_stream_it_is_not_ready(
+    client: KeylessClient, broker: NatsServer, connection: Client, gone: str
+) -> None:
     async with probed(client, broker) as server:
-        await jetstream(connection).delete_stream(OUTCOMES)
-        await until_it_answers(server, f"the stream {OUTCOMES} is gone")
+        await jetstream(connection).delete_stream(gone)
+        await submit_approval(connection, "C0FFEE", operation_id="txn-1", expires_in=0.5)
+        await until_it_answers(server, "the broker refuses outcomes or claims: ")
 
 
 @pytest.mark.usefixtures("_frequent_inspections")
@@ -183,8 +187,7 @@ async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
         await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
         for number in range(2):
             await submit_approval(connection, "C0FFEE", operation_id=f"txn-{number}", expires_in=expires_in)
-        refused = "the broker refuses outcomes or claims: maximum messages exceeded"
-        await until_it_answers(server, f"the stream {full} is full: it has 1 messages", refused)
+        await until_it_answers(server, "the broker refuses outcomes or claims: maximum messages exceeded")
 
 
 async def test_while_the_key_is_refused_it_is_not_ready(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class NoStreamError(UnavailableError):
+class NoStreamError(RefusedError):
     """No stream took a message: there is none, or it has no leader during an election."""
 
 

@@ -1,6 +1,7 @@
-"""The state of a fleet, by JetStream: one request for each stream, and one for the consumer.
+"""The state of a fleet, by two requests to JetStream: for the stream of requests, and for its consumer.
 
-A worker needs permission for these requests anyway, and the broker answers them from memory.
+A worker needs permission for them anyway, and the broker answers them from memory. What becomes of the other streams,
+a worker notices when it stores an outcome or a claim.
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ class _Answer(msgspec.Struct):
     error: _Failure | None = None
 
 
-class _StreamAnswer(msgspec.Struct):
+class _Stream(msgspec.Struct):
     ts: datetime
     config: _Limits
     state: _Content
 
 
-class _ConsumerAnswer(msgspec.Struct):
+class _Consumer(msgspec.Struct):
     num_pending: int
     paused: bool = False
 
 
-_Info = TypeVar("_Info", _StreamAnswer, _ConsumerAnswer)
+_Info = TypeVar("_Info", _Stream, _Consumer)
 
 
 async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, within: float) -> Inspection:
@@ -76,26 +77,18 @@ async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, withi
         return _read(subject, answer.data, kind)
 
     asked_at = clock.now()
-    requests = await ask(f"STREAM.INFO.{fleet.requests}", _StreamAnswer)
-    if requests is not None:
-        clock.compare(requests.ts, asked_at=asked_at)
-    problems = [*_problems(fleet.requests, requests)]
-    for name in (fleet.outcomes, fleet.claims):
-        problems += _problems(name, await ask(f"STREAM.INFO.{name}", _StreamAnswer))
+    requests = await ask(f"STREAM.INFO.{fleet.requests}", _Stream)
     if requests is None:
-        return Inspection(clock_ahead=clock.ahead, problems=tuple(problems))
-    consumer = await ask(f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}", _ConsumerAnswer)
-    if consumer is None:
-        problems.append(f"the consumer {fleet.consumer} is gone")
-    elif consumer.paused:
-        problems.append(f"the consumer {fleet.consumer} is paused")
+        return Inspection(clock_ahead=clock.ahead, problems=(f"the stream {fleet.requests} is gone",))
+    clock.compare(requests.ts, asked_at=asked_at)
+    consumer = await ask(f"CONSUMER.INFO.{fleet.requests}.{fleet.consumer}", _Consumer)
     waiting = requests.state.messages
     return Inspection(
         waiting=waiting,
         backlog=0 if consumer is None else consumer.num_pending,
         oldest_age=(requests.ts - requests.state.first_ts).total_seconds() if waiting else 0.0,
         clock_ahead=clock.ahead,
-        problems=tuple(problems),
+        problems=tuple(_problems(fleet, requests, consumer)),
     )
 
 
@@ -112,12 +105,13 @@ def _read(subject: str, answer: bytes, kind: type[_Info]) -> _Info | None:
     return None
 
 
-def _problems(name: str, stream: _StreamAnswer | None) -> Iterator[str]:
-    if stream is None:
-        yield f"the stream {name} is gone"
-        return
-    limits, content = stream.config, stream.state
+def _problems(fleet: Fleet, requests: _Stream, consumer: _Consumer | None) -> Iterator[str]:
+    limits, content = requests.config, requests.state
     if 0 < limits.max_msgs <= content.messages:
-        yield f"the stream {name} is full: it has {content.messages} messages of at most {limits.max_msgs}"
+        yield f"the stream {fleet.requests} is full: it has {content.messages} messages of at most {limits.max_msgs}"
     elif 0 < limits.max_bytes < content.bytes + _ROOM:
-        yield f"the stream {name} is full: it has {content.bytes} bytes of at most {limits.max_bytes}"
+        yield f"the stream {fleet.requests} is full: it has {content.bytes} bytes of at most {limits.max_bytes}"
+    if consumer is None:
+        yield f"the consumer {fleet.consumer} is gone"
+    elif consumer.paused:
+        yield f"the consumer {fleet.consumer} is paused"

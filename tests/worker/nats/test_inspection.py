@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nats.js.api import DiscardPolicy
-from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
+from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
 from waiting import PATIENCE, until
 
 from aiokeyless.events import Inspection
@@ -43,11 +43,6 @@ async def inspected_with_backlog(connection: Client, backlog: int) -> Inspection
     return await inspected(connection)
 
 
-async def limit(stream: JetStreamContext, name: str, **limits: int) -> None:
-    config = (await stream.stream_info(name)).config
-    await stream.update_stream(config.evolve(discard=DiscardPolicy.NEW, **limits))
-
-
 @pytest.mark.usefixtures("stream")
 async def test_an_empty_fleet_is_well(connection: Client) -> None:
     found = await inspected(connection)
@@ -73,24 +68,22 @@ async def test_requests_are_counted_and_those_that_were_never_delivered(
     [({"max_msgs": 2}, "it has 2 messages of at most 2"), ({"max_bytes": 4200}, "bytes of at most 4200")],
     ids=["messages", "bytes"],
 )
-@pytest.mark.parametrize("name", [REQUESTS, OUTCOMES, CLAIMS])
-async def test_a_stream_that_is_full_is_named(
-    connection: Client, stream: JetStreamContext, name: str, limits: dict[str, int], described: str
+async def test_a_full_stream_of_requests_is_named(
+    connection: Client, stream: JetStreamContext, limits: dict[str, int], described: str
 ) -> None:
-    subjects = {REQUESTS: REQUEST_SUBJECT, OUTCOMES: "keyless.approvals.expired", CLAIMS: "keyless.claims.a"}
-    await limit(stream, name, **limits)
+    config = (await stream.stream_info(REQUESTS)).config
+    await stream.update_stream(config.evolve(discard=DiscardPolicy.NEW, **limits))
     assert (await inspected(connection)).problems == ()
     for _ in range(2):
-        await stream.publish(subjects[name], b"x" * 40)
+        await stream.publish(REQUEST_SUBJECT, b"x" * 40)
     [problem] = (await inspected(connection)).problems
-    assert problem.startswith(f"the stream {name} is full: it has ")
+    assert problem.startswith(f"the stream {REQUESTS} is full: it has ")
     assert problem.endswith(described)
 
 
-@pytest.mark.parametrize("name", [REQUESTS, OUTCOMES, CLAIMS])
-async def test_a_stream_that_is_gone_is_named(connection: Client, stream: JetStreamContext, name: str) -> None:
-    await stream.delete_stream(name)
-    assert (await inspected(connection)).problems == (f"the stream {name} is gone",)
+async def test_a_stream_of_requests_that_is_gone_is_named(connection: Client, stream: JetStreamContext) -> None:
+    await stream.delete_stream(REQUESTS)
+    assert (await inspected(connection)).problems == (f"the stream {REQUESTS} is gone",)
 
 
 async def test_a_consumer_that_is_gone_is_named(connection: Client, stream: JetStreamContext) -> None:
