@@ -5,41 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import signal
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from aiokeyless.errors import ConfigurationError
 
-from .app import AsJson, CommandError, Count, Exit, OptionalCount, OptionalPort, Seconds, UsageError, app, new_client
+from .app import AsJson, CommandError, Exit, OptionalCount, OptionalPort, UsageError, app, new_client
 
 if TYPE_CHECKING:
     from aiokeyless import KeylessClient
     from aiokeyless.worker import ApprovalWorker, Broker
-
-_SUBJECT: Final = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
-
-
-def _check_rate(_type: object, rate: float) -> None:
-    if not 0 < rate < float("inf"):
-        raise ValueError("Must be more than 0 polls, and not infinite.")
-
-
-def _check_grace(_type: object, grace: float) -> None:
-    # Negated, so that NaN is refused too.
-    if not grace >= 0:
-        raise ValueError("Must be at least 0 seconds.")
-
-
-def _check_subject(_type: object, subject: str | None) -> None:
-    if subject is not None and not _SUBJECT.fullmatch(subject):
-        raise ValueError("Must be a subject: words of letters, digits, - and _, separated by dots.")
 
 
 @Parameter(name="*")
@@ -49,33 +30,17 @@ class NatsOptions:
 
     Args:
         name: Name of the fleet; fleets of different names share a broker and nothing else.
-        tenant: Your name of the Keyless tenant; a worker with another name, or with none, does not start in this fleet.
         creds: File with the broker's credentials for this worker.
-        inbox_prefix: Subject for the broker's answers to this worker, if it may not subscribe to _INBOX.>.
         tls_ca: File with certificates to check the broker's with; those of the system if left out.
-        tls_cert: File with this worker's certificate, if the broker asks for one.
-        tls_key: File with the key of that certificate; the same file if left out.
         event_key: File with a key that signs events; given again, more keys that readers accept; or KEYLESS_EVENT_KEY.
-        domain: JetStream domain of the streams; that of the server if left out.
-        prefix: Prefix of JetStream's API, if another account exports it.
         replicas: Servers that store each message; if left out, 1 for new streams.
-        duplicate_window: Seconds within which a request that is published twice counts once; no wait may be longer.
-        max_age: Seconds for which new streams keep outcomes for absent readers; at least --duplicate-window.
     """
 
     name: str = "keyless"
-    tenant: str | None = None
     creds: Path | None = None
-    inbox_prefix: Annotated[str | None, Parameter(validator=_check_subject)] = None
     tls_ca: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
     event_key: Annotated[list[Path] | None, Parameter(negative="")] = None
-    domain: str | None = None
-    prefix: str | None = None
     replicas: OptionalCount = None
-    duplicate_window: Seconds = 24 * 3600.0
-    max_age: Seconds = 7 * 24 * 3600.0
 
 
 @app.command(
@@ -89,9 +54,6 @@ Example, as an orchestrator runs it, with KEYLESS_BROKER naming the database:
 async def worker(
     *,
     broker: str | None = None,
-    max_in_flight: Count = 64,
-    max_polls_per_second: Annotated[float, Parameter(validator=_check_rate)] = 1000.0,
-    grace: Annotated[float, Parameter(validator=_check_grace)] = 30.0,
     health_port: OptionalPort = None,
     health_host: str = "127.0.0.1",
     prepare: bool = False,
@@ -105,9 +67,6 @@ async def worker(
 
     Args:
         broker: The store of the requests: sqlite:FILE, postgresql://..., nats://...; or KEYLESS_BROKER.
-        max_in_flight: Requests to process at the same time.
-        max_polls_per_second: Most polls of this worker in a second; others that are due stay at the broker.
-        grace: Seconds after its deadline for which a request's final poll is repeated if it gets no answer.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address to serve these on.
         prepare: Only create, or migrate, what workers need at the broker; this needs no API key.
@@ -122,13 +81,7 @@ async def worker(
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     opened = _open_broker(broker or os.environ.get("KEYLESS_BROKER"), nats)
     async with _make_unused_client() if prepare else new_client() as client, opened:
-        service = ApprovalWorker(
-            client,
-            opened,
-            max_in_flight=max_in_flight,
-            max_polls_per_second=max_polls_per_second,
-            grace=grace,
-        )
+        service = ApprovalWorker(client, opened)
         if prepare:
             await service.prepare()
             return Exit.DONE
@@ -176,7 +129,7 @@ def _open_nats_broker(url: str, options: NatsOptions) -> Broker:
     except ModuleNotFoundError as error:
         raise CommandError(f'this broker needs {error.name}: install the extra "nats"') from None
     try:
-        fleet = Fleet(name=options.name, tenant=options.tenant, domain=options.domain, prefix=options.prefix)
+        fleet = Fleet(name=options.name)
     except ConfigurationError as error:
         raise CommandError(f"--{error}") from None
     keys = EventKeys.from_files(*options.event_key) if options.event_key else EventKeys.from_environment()
@@ -185,35 +138,18 @@ def _open_nats_broker(url: str, options: NatsOptions) -> Broker:
         # nats-py reads the file only if the broker asks for credentials.
         _check_readable("--creds", options.creds)
         connect_options["user_credentials"] = str(options.creds)
-    if options.inbox_prefix is not None:
-        connect_options["inbox_prefix"] = options.inbox_prefix
-    if options.tls_ca or options.tls_cert or options.tls_key:
-        connect_options["tls"] = _load_tls(options.tls_ca, options.tls_cert, options.tls_key)
-    settings = StreamSettings(
-        replicas=options.replicas, duplicate_window=options.duplicate_window, max_age=options.max_age
-    )
+    if options.tls_ca is not None:
+        connect_options["tls"] = _load_tls(options.tls_ca)
+    settings = StreamSettings(replicas=options.replicas)
     return NatsBroker(url, fleet=fleet, event_keys=keys, settings=settings, connect_options=connect_options)
 
 
-def _load_tls(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
-    if key and not certificate:
-        raise CommandError("--tls-key needs --tls-cert, the certificate that it is the key of")
-    for option, path in (("--tls-ca", ca), ("--tls-cert", certificate), ("--tls-key", key)):
-        # ssl does not name a file that it cannot read.
-        if path is not None:
-            _check_readable(option, path)
+def _load_tls(authority: Path) -> ssl.SSLContext:
+    _check_readable("--tls-ca", authority)  # ssl does not name a file that it cannot read
     try:
-        context = ssl.create_default_context(cafile=ca)
+        return ssl.create_default_context(cafile=authority)
     except OSError as error:
-        raise CommandError(f"--tls-ca must name a file with a certificate, not {ca}: {error}") from None
-    if certificate:
-        try:
-            context.load_cert_chain(certificate, key)
-        except OSError as error:
-            raise CommandError(
-                f"--tls-cert: {certificate} and the key in {key or certificate} cannot be used: {error}"
-            ) from None
-    return context
+        raise CommandError(f"--tls-ca must name a file with a certificate, not {authority}: {error}") from None
 
 
 def _check_readable(option: str, path: Path) -> None:

@@ -140,26 +140,6 @@ async def workers(environment: Mapping[str, str]) -> AsyncGenerator[Workers]:
     await workers.end()
 
 
-@pytest.mark.slow
-async def test_a_worker_with_its_own_inbox_needs_no_permission_for_that_of_all(
-    tmp_path: Path, workers: Workers
-) -> None:
-    configuration = tmp_path / "nats.conf"
-    configuration.write_text(
-        f'authorization {{ users = [ {{ user: {USER}, password: "{PASSWORD}", '
-        'permissions: { subscribe: ["_INBOX_worker.>"] } } ] }'
-    )
-    server = NatsServer(tmp_path, "-c", str(configuration))
-    await server.start()
-    try:
-        url = server.url.replace("//", f"//{USER}:{PASSWORD}@")
-        worker = await workers.start("--broker", url, "--inbox-prefix", "_INBOX_worker")
-        await worker.logged("worker.ready")
-        assert await worker.stop() == 0
-    finally:
-        server.stop()
-
-
 async def refusal(worker: Worker) -> str:
     """Return the one line that a worker prints that cannot start."""
     assert await worker.ended() == 1
@@ -192,7 +172,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 async def test_it_runs_until_it_is_stopped_and_exits_0(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox, number: int
 ) -> None:
-    worker = await workers.start("--broker", nats_url, "--max-in-flight", "8")
+    worker = await workers.start("--broker", nats_url)
     await worker.logged("worker.ready")
     submission = await submit_approval(
         connection, "c0ffee", operation_id="txn-1", expires_in=0.5
@@ -205,7 +185,7 @@ async def test_it_runs_until_it_is_stopped_and_exits_0(
     assert (event.outcome, event.operation_id) == (Outcome.APPROVED, operation_id)
     await worker.logged("approval.approved")
     assert await worker.stop(number) == 0
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ INFO worker\.ready max_in_flight=8", worker.lines[0])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ INFO worker\.ready max_in_flight=64", worker.lines[0])
     assert [line.split()[3] for line in worker.lines] == [
         "worker.ready",
         "approval.approved",
@@ -241,24 +221,9 @@ async def test_as_json_every_line_is_an_object(workers: Workers, connection: Cli
 async def test_the_environment_names_the_broker_and_options_its_settings(
     workers: Workers, connection: Client, nats_url: str
 ) -> None:
-    options = (
-        "--duplicate-window",
-        "600",
-        "--max-age",
-        "3600",
-        "--replicas",
-        "1",
-        "--name",
-        "staging",
-        "--tenant",
-        "shop",
-    )
-    worker = await workers.start(*options, KEYLESS_BROKER=nats_url)
+    worker = await workers.start("--name", "staging", "--replicas", "1", KEYLESS_BROKER=nats_url)
     await worker.logged("worker.ready")
-    config = (await jetstream(connection).stream_info("STAGING_REQUESTS")).config
-    assert (config.duplicate_window, config.num_replicas) == (600, 1)
-    assert (config.metadata or {})["aiokeyless-tenant"] == "shop"
-    assert (await jetstream(connection).stream_info("STAGING_OUTCOMES")).config.max_age == 3600
+    assert (await jetstream(connection).stream_info("STAGING_REQUESTS")).config.num_replicas == 1
     assert await worker.stop() == 0
 
 
@@ -282,11 +247,8 @@ async def test_it_signs_its_events_with_the_key_that_it_was_given(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
         (["--tls-ca", "no-such-file.pem"], "--tls-ca: no-such-file.pem cannot be read: "),
         (["--tls-ca", __file__], f"--tls-ca must name a file with a certificate, not {__file__}: "),
-        (["--tls-cert", __file__], f"--tls-cert: {__file__} and the key in {__file__} cannot be used: "),
-        (["--tls-cert", __file__, "--tls-key", "no-such-key.pem"], "--tls-key: no-such-key.pem cannot be read: "),
         (["--creds", "no-such-file.creds"], "--creds: no-such-file.creds cannot be read: "),
     ],
 )
@@ -440,7 +402,7 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], {"NATS_URL": "nats://127.0.0.1:4222"}, "NATS_URL alone names none"),
         (["--broker", "redis://127.0.0.1"], {}, "not a URL of the scheme 'redis'"),
         (["--broker", "sqlite:///keyless.db"], {}, "without //"),
-        (["--broker", "sqlite:keyless.db", "--tenant", "shop"], {}, "options for NATS"),
+        (["--broker", "sqlite:keyless.db", "--name", "shop"], {}, "options for NATS"),
     ],
 )
 def test_without_a_broker_that_is_known_it_is_one_line_and_exit_2(
@@ -471,9 +433,8 @@ async def test_a_file_needs_no_server(workers: Workers, sandbox: Sandbox, tmp_pa
     assert "broker.sqlite" in worker.lines[0]
 
 
-@pytest.mark.parametrize("option", ["name", "tenant", "domain", "prefix"])
-def test_a_fleet_that_cannot_be_is_one_line_that_names_the_option(option: str, refused: Callable[..., str]) -> None:
-    assert refused("--broker", "nats://127.0.0.1:1", f"--{option}", "a\n").startswith(f"--{option} must be ")
+def test_a_name_that_cannot_be_is_one_line_that_names_the_option(refused: Callable[..., str]) -> None:
+    assert refused("--broker", "nats://127.0.0.1:1", "--name", "a\n").startswith("--name must be ")
 
 
 def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,21 +445,9 @@ def test_without_a_key_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--max-in-flight", "0"], ["--max-in-flight", "at least 1"]),
-        (["--max-in-flight", "many"], ["--max-in-flight", "many"]),
         (["--replicas", "0"], ["--replicas", "at least 1"]),
-        *(
-            ([option, value], [option, "more than 0"])
-            for option in ("--duplicate-window", "--max-age")
-            for value in ("0", "-1", "nan", "inf")
-        ),
-        *((["--grace", value], ["--grace", "at least 0"]) for value in ("-1", "nan")),
-        *(
-            (["--max-polls-per-second", value], ["--max-polls", "more than 0", "not infinite"])
-            for value in ("0", "-1", "nan", "inf")
-        ),
+        (["--replicas", "many"], ["--replicas", "many"]),
         *((["--health-port", value], ["--health-port", "65535"]) for value in ("-1", "65536")),
-        *((["--inbox-prefix", value], ["--inbox-prefix"]) for value in ("", "_INBOX.", "_INBOX.*", "a b", ">")),
         (["--broker"], ["--broker"]),
         (["--nope"], ["--nope"]),
     ],

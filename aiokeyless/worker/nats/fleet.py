@@ -17,22 +17,18 @@ if TYPE_CHECKING:
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PREFIX: Final = re.compile(r"[^\s.*>]+(?:\.[^\s.*>]+)*")
-_TENANT: Final = re.compile(r"[ -~]{1,128}")
 _DOMAIN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """A fleet: all workers of one tenant, and the applications that submit requests and read outcomes.
 
-    Two fleets on one broker never see each other's messages. Give production and staging a name each, even if their
-    brokers are separate today.
+    Two fleets on one broker never see each other's messages, and only their names keep them apart. Give production and
+    staging a name each, even if their brokers are separate today.
 
     Attributes:
         name: In the names of all streams and subjects: a lower-case letter, then letters, digits and ``-``, 32 at most.
             Default: ``keyless``.
-        tenant: Your name of the Keyless tenant, any printable ASCII. The first worker stores it with the streams. A
-            worker of another tenant does not start; no tenant counts as another one. Default: none; applications need
-            none.
         domain: JetStream domain of the streams, if it is not the server's. Default: none.
         prefix: Prefix of JetStream's API, if another account has the streams and exports the API. Default: that of the
             domain, or ``$JS.API``.
@@ -42,7 +38,6 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str = "keyless"
-    tenant: str | None = None
     domain: str | None = None
     prefix: str | None = None
 
@@ -55,7 +50,6 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         if self.domain is not None and self.prefix is not None:
             raise ConfigurationError("prefix must not be given beside domain, which is a prefix too", argument="prefix")
         for argument, pattern, valid in (
-            ("tenant", _TENANT, "1 to 128 characters of printable ASCII"),
             ("domain", _DOMAIN, "1 to 64 letters, digits, '-' and '_'"),
             ("prefix", _PREFIX, "words separated by dots, without blanks, '*' and '>'"),
         ):

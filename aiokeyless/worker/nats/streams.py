@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     _Checks: TypeAlias = tuple[tuple[str, Callable[[Any, Any], bool], str], ...]
 
-_TENANT: Final = "aiokeyless-tenant"  # the key in a stream's metadata
-_SERVICE: Final = "aiokeyless-service"
+_SERVICE: Final = "aiokeyless-service"  # the key in a stream's metadata
 #: A limit that is none.
 UNLIMITED: Final = -1
 _NAME_IN_USE: Final = 10058  # the broker's code: there is a stream of this name, with other settings
@@ -78,7 +77,7 @@ async def prepare(
         The duplicate window in force, in seconds, which bounds `expires_in`.
 
     Raises:
-        BrokerError: One of them has other settings, or cannot be made; or the fleet is another tenant's.
+        BrokerError: One of them has other settings, or cannot be made; or the fleet asks another service.
     """
     try:
         requests = await _stream(stream, _requests(fleet, settings, service), ())
@@ -132,7 +131,7 @@ def _requests(fleet: Fleet, settings: StreamSettings, service: str) -> StreamCon
         description="Requests for approvals, until they are decided",
         subjects=[fleet.request_subject],
         retention=RetentionPolicy.WORK_QUEUE,  # a message stays until its ack, which ends its wait
-        metadata={key: value for key, value in ((_SERVICE, service), (_TENANT, fleet.tenant)) if value},
+        metadata={_SERVICE: service} if service else {},
     )
 
 
@@ -164,21 +163,13 @@ def _config(settings: StreamSettings, **own: Any) -> StreamConfig:
 
 
 def _check_owner(requests: StreamConfig, fleet: Fleet, service: str) -> None:
-    """Refuse a fleet whose requests are for another service or tenant: this worker would ask the wrong users.
-
-    A stream that an operator made may not name its service, and then the service is not compared. The tenant always is,
-    because all tenants of a region have one base URL.
-    """
-    metadata = requests.metadata or {}
-    for key, owner, own in (
-        (_SERVICE, metadata.get(_SERVICE, service), service),
-        (_TENANT, metadata.get(_TENANT), fleet.tenant),
-    ):
-        if owner != own:
-            raise BrokerError(
-                f"the fleet {fleet.name!r} on this broker belongs to {owner or 'no tenant'}, and this worker to "
-                f"{own or 'no tenant'}: give it another name, or set the metadata {key} of the stream {fleet.requests}"
-            )
+    """Refuse a fleet whose requests are for another service, unless an operator made the stream without naming one."""
+    owner = (requests.metadata or {}).get(_SERVICE, service)
+    if owner != service:
+        raise BrokerError(
+            f"the fleet {fleet.name!r} on this broker belongs to {owner}, and this worker to {service}: give it "
+            f"another name, or set the metadata {_SERVICE} of the stream {fleet.requests}"
+        )
 
 
 def is_delivery(reply: str, stream: str, consumer: str) -> bool:

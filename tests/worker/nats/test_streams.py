@@ -435,39 +435,6 @@ async def test_of_two_environments_that_start_at_once_one_is_told_whose_the_flee
     assert missed == [REQUESTS]
 
 
-async def test_a_worker_of_another_tenant_is_refused_in_one_line(stream: JetStreamContext) -> None:
-    await made(stream, Fleet(tenant="shop"), OURS)
-    await made(stream, Fleet(tenant="shop"), OURS)
-    with pytest.raises(BrokerError, match=r"belongs to shop, and this worker to bank"):
-        await made(stream, Fleet(tenant="bank"), OURS)
-    # All tenants of a region have one base URL, so a worker that says nothing may be of any.
-    with pytest.raises(BrokerError, match=r"belongs to shop, and this worker to no tenant"):
-        await made(stream, KEYLESS, OURS)
-
-
-async def test_a_worker_that_names_a_tenant_refuses_streams_that_have_none(stream: JetStreamContext) -> None:
-    """Otherwise workers of any tenants would share a fleet whose first worker named none."""
-    await made(stream, KEYLESS, OURS)
-    for tenant in ("shop", "bank"):
-        with pytest.raises(BrokerError) as caught:
-            await made(stream, Fleet(tenant=tenant), OURS)
-        assert str(caught.value) == (
-            f"the fleet 'keyless' on this broker belongs to no tenant, and this worker to {tenant}: give it another "
-            f"name, or set the metadata aiokeyless-tenant of the stream {REQUESTS}"
-        )
-
-
-async def test_a_tenant_that_an_operator_adds_to_a_stream_counts_from_then_on(stream: JetStreamContext) -> None:
-    await made(stream, KEYLESS, OURS)
-    kept = (await stream.stream_info(REQUESTS)).config
-    await stream.update_stream(kept.evolve(metadata={**(kept.metadata or {}), "aiokeyless-tenant": "shop"}))
-    await made(stream, Fleet(tenant="shop"), OURS)
-    with pytest.raises(BrokerError, match="belongs to https"):
-        await made(stream, Fleet(tenant="shop"), THEIRS)
-    with pytest.raises(BrokerError, match="belongs to shop, and this worker to no tenant"):
-        await made(stream, KEYLESS, OURS)
-
-
 async def test_streams_that_say_nothing_of_their_service_are_used(stream: JetStreamContext) -> None:
     await prepared(stream)
     await made(stream, KEYLESS, OURS)
