@@ -138,7 +138,7 @@ class NatsBroker(Broker):
     def _on_loss(self, error: BrokerError) -> None:
         self._loss = self._loss or error
         if self._intake is not None:
-            self._intake.wake()
+            self._intake.forget()
 
     def _connected(self) -> Client:
         if self._loss is not None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PREFIX: Final = re.compile(r"[^\s.*>]+(?:\.[^\s.*>]+)*")
-_DOMAIN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,17 +28,15 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: In the names of all streams and subjects: a lower-case letter, then letters, digits and ``-``, 32 at most.
             Default: ``keyless``.
-        domain: JetStream domain of the streams, if it is not the server's. Default: none.
-        prefix: Prefix of JetStream's API, if another account has the streams and exports the API. Default: that of the
-            domain, or ``$JS.API``.
+        prefix: Prefix of JetStream's API, if another account has the streams and exports the API, or a JetStream domain
+            has them: ``$JS.<domain>.API``. Default: ``$JS.API``.
 
     Raises:
         ConfigurationError: An attribute is wrong.
     """
 
     name: str = "keyless"
-    domain: str | None = None
-    prefix: str | None = None
+    prefix: str = "$JS.API"
 
     def __post_init__(self) -> None:
         if not _matches(_NAME, self.name):
@@ -47,15 +44,11 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
                 f"name must be a lower-case letter, and then up to 31 of them, digits and '-', not {self.name!r:.80}",
                 argument="name",
             )
-        if self.domain is not None and self.prefix is not None:
-            raise ConfigurationError("prefix must not be given beside domain, which is a prefix too", argument="prefix")
-        for argument, pattern, valid in (
-            ("domain", _DOMAIN, "1 to 64 letters, digits, '-' and '_'"),
-            ("prefix", _PREFIX, "words separated by dots, without blanks, '*' and '>'"),
-        ):
-            value = getattr(self, argument)
-            if value is not None and not _matches(pattern, value):
-                raise ConfigurationError(f"{argument} must be {valid}, not {value!r:.80}", argument=argument)
+        if not _matches(_PREFIX, self.prefix):
+            raise ConfigurationError(
+                f"prefix must be words separated by dots, without blanks, '*' and '>', not {self.prefix!r:.80}",
+                argument="prefix",
+            )
 
     @property
     def requests(self) -> str:
@@ -94,16 +87,9 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         """Return the subject of the claims on one operation id, by a name for the id."""
         return f"{self.name}.claims.{operation}"
 
-    @property
-    def api_prefix(self) -> str:
-        """Prefix of JetStream's API."""
-        if self.prefix is not None:
-            return self.prefix
-        return "$JS.API" if self.domain is None else f"$JS.{self.domain}.API"
-
     def jetstream(self, connection: Client, timeout: float) -> JetStreamContext:
         """Return the JetStream that has the streams, with a timeout for its requests in seconds."""
-        return connection.jetstream(prefix=self.api_prefix, timeout=timeout)
+        return connection.jetstream(prefix=self.prefix, timeout=timeout)
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:

@@ -73,7 +73,7 @@ async def inspect(connection: Client, fleet: Fleet, clock: BrokerClock, *, withi
 
     async def ask(subject: str, kind: type[_Info]) -> _Info | None:
         with broker_errors():
-            answer = await connection.request(f"{fleet.api_prefix}.{subject}", b"", timeout=within)
+            answer = await connection.request(f"{fleet.prefix}.{subject}", b"", timeout=within)
         return _read(subject, answer.data, kind)
 
     asked_at = clock.now()

@@ -107,7 +107,7 @@ class Intake:
     ) -> None:
         self._connection = connection
         self._fleet = fleet
-        self._subject = f"{fleet.api_prefix}.CONSUMER.MSG.NEXT.{fleet.requests}.{fleet.consumer}"
+        self._subject = f"{fleet.prefix}.CONSUMER.MSG.NEXT.{fleet.requests}.{fleet.consumer}"
         self._now = now
         self._restore = restore
         self._inbox = connection.new_inbox()
@@ -198,12 +198,8 @@ class Intake:
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
     def forget(self) -> None:
-        """Expect no more deliveries: the pull ended with the connection."""
+        """Expect no more deliveries, since the pull ended with the connection, and wake the takes that wait."""
         self._left = 0
-        self._moved.set()
-
-    def wake(self) -> None:
-        """Wake the takes that wait, so that they see that the broker is gone."""
         self._moved.set()
 
     def _check_connection(self) -> None:

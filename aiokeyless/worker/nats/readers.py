@@ -145,7 +145,7 @@ class Reader:
                 if silences == _ATTEMPTS:
                     raise BrokerError(
                         "outcomes cannot be read: the broker does not answer; is it there, and may this user publish "
-                        f"to {self._fleet.api_prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe "
+                        f"to {self._fleet.prefix}.CONSUMER.INFO.{self._fleet.outcomes}.{self._name} and subscribe "
                         "to its inbox?"
                     ) from None
 

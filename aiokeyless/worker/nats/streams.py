@@ -17,6 +17,8 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
+from .fleet import KEYLESS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -91,7 +93,7 @@ async def prepare(
     except nats.errors.Error as error:
         raise BrokerError(
             f"the broker did not answer a JetStream request ({type(error).__name__}): is JetStream on, are most "
-            f"servers of a cluster up, and may this user publish to {fleet.api_prefix}.>, $JS.ACK.>, "
+            f"servers of a cluster up, and may this user publish to {fleet.prefix}.>, $JS.ACK.>, "
             f"{fleet.name}.approvals.* and {fleet.name}.claims.*?"
         ) from None
     return window
@@ -105,9 +107,9 @@ def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
         )
     if not isinstance(error, nats.js.errors.ServiceUnavailableError):
         return f"the broker refused to make a stream or its consumer: {error.description}"
-    if fleet.domain is None and fleet.prefix is None:
+    if fleet.prefix == KEYLESS.prefix:
         return "the broker has no JetStream: start it with -js, or enable JetStream for this account"
-    return f"the broker has no JetStream at {fleet.api_prefix}: check the domain or the prefix"
+    return f"the broker has no JetStream at {fleet.prefix}: check the prefix"
 
 
 async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:

@@ -454,7 +454,7 @@ async def test_a_reader_at_a_leaf_node_removes_no_request_unless_it_may_acknowle
 async def test_a_worker_and_an_application_at_a_leaf_node_of_the_workers_account_use_the_streams_of_the_hub(
     tmp_path: Path, client: KeylessClient, sandbox: Sandbox
 ) -> None:
-    at_hub = Fleet(domain="hub")
+    at_hub = Fleet(prefix="$JS.hub.API")
     link = 'jetstream: {{ domain: leaf }}\nleafnodes: {{ remotes: [{{ url: "nats-leaf://127.0.0.1:{port}" }}] }}'
     async with (
         hub(tmp_path, "jetstream: { domain: hub }") as (server, port),

@@ -42,24 +42,10 @@ def test_two_fleets_share_no_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "prefix"),
-    [
-        ({}, "$JS.API"),
-        ({"domain": "hub"}, "$JS.hub.API"),
-        ({"prefix": "approvals.api"}, "approvals.api"),
-    ],
-)
-def test_jetstream_is_reached_by_its_domain_or_prefix(options: dict[str, str], prefix: str) -> None:
-    assert Fleet(**options).api_prefix == prefix
-
-
-@pytest.mark.parametrize(
     "wrong",
     [
         *({"name": name} for name in ("", "Keyless", "a.b", "a b", "a*", "a>", "-a", "a_b", "a" * 33, "\u00e9", 7)),
-        *({"domain": domain} for domain in ("", "a.b", "a b", 7)),
         *({"prefix": prefix} for prefix in ("", "a..b", ".a", "a.", "a.*", "a b", "a.>", 7)),
-        {"domain": "hub", "prefix": "$JS.hub.API"},
     ],
     ids=repr,
 )
