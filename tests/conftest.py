@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.sqlite import SqliteBroker
 
 # looptime asks for the current loop before tests that have none, too. Unless told that there is none, asyncio makes
 # one, which nobody closes.
@@ -112,6 +113,15 @@ async def broker(tmp_path: Path) -> AsyncGenerator[NatsServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+async def memory() -> AsyncGenerator[SqliteBroker]:
+    """A broker in memory, whose clock is the loop's."""
+    from aiokeyless.worker.sqlite import SqliteBroker  # here, as every test loads this module
+
+    async with SqliteBroker(":memory:") as broker:
+        yield broker
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import nats
 import pytest
 from msgspec.structs import replace
 from tenacity.wait import wait_fixed
-from waiting import until
 
 from aiokeyless import ApprovalTimeoutError, ApprovalUnknownError, KeylessClient, NotFoundError, otel
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalRequest, ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.broker import NewRequest
-from aiokeyless.worker.nats import Fleet, NatsBroker
 from aiokeyless.worker.sqlite import SqliteBroker
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
@@ -51,9 +48,9 @@ from aiokeyless.events import (
 from aiokeyless.otel import KeylessInstrumentor, OpenTelemetryListener
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-    from nats_server import NatsServer
     from opentelemetry.sdk.metrics.export import MetricsData
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.util.types import AttributeValue
@@ -348,12 +345,6 @@ async def next_event(broker: object) -> ApprovalEvent:
         return event
 
 
-@pytest.fixture
-async def memory() -> AsyncGenerator[SqliteBroker]:
-    async with SqliteBroker(":memory:") as broker:
-        yield broker
-
-
 class TestWorker:
     @pytest.mark.looptime
     async def test_a_request_is_one_span_in_the_trace_that_submitted_it_however_often_it_is_delivered(
@@ -510,29 +501,6 @@ class TestWorker:
             )
         assert recorder.of_fleets("waiting") == {"a": 1, "b": 1}
 
-    async def test_a_fleet_on_nats_is_told_apart_by_its_destination(
-        self, sandbox: Sandbox, broker: NatsServer, recorder: Recorder, short_pulls: None
-    ) -> None:
-        fleet = Fleet(name="staging")
-        async with (
-            sandbox.client(listeners=[recorder.listener]) as client,
-            NatsBroker(broker.url, fleet=fleet) as opened,
-            ApprovalWorker(client, opened, schedule=wait_fixed(0.05)),
-        ):
-            with recorder.tracer.start_as_current_span("checkout"):
-                await submit_approval(opened, USER, operation_id="txn-1")
-            await until(lambda: "txn-1" in sandbox.operations)
-            sandbox.approve("txn-1")
-            await until(lambda: "aiokeyless.wait" in [span.name for span in recorder.spans])
-        wait, checkout = recorder.span("aiokeyless.wait"), recorder.span("checkout").context
-        assert checkout is not None
-        assert wait.parent is not None
-        assert wait.parent.trace_id == checkout.trace_id
-        attributes = wait.attributes or {}
-        assert attributes["messaging.system"] == "nats"
-        assert attributes["messaging.destination.name"] == "staging.approvals.request"
-        assert attributes["aiokeyless.wait.outcome"] == "approved"
-
 
 def test_a_request_that_claims_to_be_centuries_old_is_a_span_that_can_be_exported(recorder: Recorder) -> None:
     recorder.listener(
@@ -649,14 +617,15 @@ class TestInstrumentor:
         assert b'"aiokeyless.wait.outcome": "approved"' in output
 
     @pytest.mark.slow
-    async def test_opentelemetry_instrument_traces_a_worker(self, broker: NatsServer) -> None:
-        async with Sandbox(auto_approve=0.1) as sandbox, await nats.connect(broker.url) as connection:
-            process = await instrumented(sandbox, "worker", "--broker", broker.url)
+    async def test_opentelemetry_instrument_traces_a_worker(self, tmp_path: Path) -> None:
+        path = tmp_path / "keyless.db"
+        async with Sandbox(auto_approve=0.1) as sandbox, SqliteBroker(path) as broker:
+            process = await instrumented(sandbox, "worker", "--broker", f"sqlite:{path}")
             assert process.stdout is not None
             while b"worker.ready" not in (line := await asyncio.wait_for(process.stdout.readline(), 60)):
                 assert line, "it ended"
-            await submit_approval(connection, USER, operation_id="txn-1")
-            assert (await next_event(connection)).outcome == "approved"
+            await submit_approval(broker, USER, operation_id="txn-1")
+            assert (await next_event(broker)).outcome == "approved"
             process.terminate()
             output, _ = await process.communicate()
         assert process.returncode == 0, output.decode()

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 
-from aiokeyless.worker.sqlite import SqliteBroker
-
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
@@ -21,13 +19,6 @@ if TYPE_CHECKING:
 async def connection(broker: NatsServer) -> AsyncGenerator[Client]:
     async with await nats.connect(broker.url) as connection:
         yield connection
-
-
-@pytest.fixture
-async def memory() -> AsyncGenerator[SqliteBroker]:
-    """A broker in memory, whose clock is the loop's."""
-    async with SqliteBroker(":memory:") as broker:
-        yield broker
 
 
 @pytest.fixture

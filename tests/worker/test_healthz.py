@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import sys
-from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
-from nats.js.api import DiscardPolicy
-from nats_server import CLAIMS, OUTCOMES, NatsServer, jetstream
-from ports import own_port
 from waiting import PATIENCE, until
 
 from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, serve_health, submit_approval
@@ -23,10 +17,9 @@ from aiokeyless.worker import ApprovalWorker, BrokerError, WorkerStatistics, ser
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from nats.aio.client import Client
-
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.sqlite import SqliteBroker
 
 STATISTICS = WorkerStatistics(
     in_flight=1,
@@ -57,11 +50,6 @@ class Worker:
 @pytest.fixture
 def worker() -> Worker:
     return Worker()
-
-
-@pytest.fixture
-def _frequent_inspections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiokeyless.worker.monitoring._EVERY", 0.05)
 
 
 @pytest.fixture
@@ -137,127 +125,34 @@ async def test_an_address_of_another_machine_is_one_line(worker: Worker) -> None
         await serve_health(cast("ApprovalWorker", worker), 0, "192.0.2.1")
 
 
-# -- a worker on a real broker
+# -- a worker
 
 
-@asynccontextmanager
-async def probed(client: KeylessClient, broker: NatsServer) -> AsyncGenerator[web.AppRunner]:
-    """Run a worker that is ready, and its probes."""
-    async with ApprovalWorker(client, broker.url) as worker:
-        server = await serve_health(worker, 0)
-        try:
-            await until_it_answers(server, "ok")
-            yield server
-            assert await asked_for_text(server, "/livez") == (200, "ok\n")
-        finally:
-            await server.cleanup()
-
-
-async def until_it_answers(server: web.AppRunner, *starts: str) -> None:
-    """Wait until there are as many lines as that, each with its start."""
+async def until_it_answers(server: web.AppRunner, start: str) -> None:
+    """Wait until the only line starts so."""
 
     async def answers() -> bool:
         status, text = await asked_for_text(server, "/readyz")
         assert (status == 200) is (text == "ok\n")
-        lines = text.splitlines()
-        return len(lines) == len(starts) and all(map(str.startswith, lines, starts))
+        return text.startswith(start) and text.count("\n") == 1
 
     await until(answers)
 
 
-@pytest.mark.usefixtures("_frequent_inspections")
-@pytest.mark.parametrize("gone", [OUTCOMES, CLAIMS])
-async def test_without_a_stream_it_is_not_ready(
-    client: KeylessClient, broker: NatsServer, connection: Client, gone: str
-) -> None:
-    async with probed(client, broker) as server:
-        await jetstream(connection).delete_stream(gone)
-        await submit_approval(connection, "C0FFEE", operation_id="txn-1", expires_in=0.5)
-        await until_it_answers(server, "the broker refuses outcomes or claims: ")
-
-
-@pytest.mark.usefixtures("_frequent_inspections")
-@pytest.mark.parametrize(("full", "expires_in"), [(OUTCOMES, 0.01), (CLAIMS, 3600.0)])
-async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
-    client: KeylessClient, broker: NatsServer, connection: Client, full: str, expires_in: float
-) -> None:
-    stream = jetstream(connection)
-    async with probed(client, broker) as server:
-        config = (await stream.stream_info(full)).config
-        await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
-        for number in range(2):
-            await submit_approval(connection, "C0FFEE", operation_id=f"txn-{number}", expires_in=expires_in)
-        await until_it_answers(server, "the broker refuses outcomes or claims: maximum messages exceeded")
-
-
+@pytest.mark.looptime
 async def test_while_the_key_is_refused_it_is_not_ready(
-    client: KeylessClient,
-    broker: NatsServer,
-    connection: Client,
-    sandbox: Sandbox,
-    monkeypatch: pytest.MonkeyPatch,
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (0.1,) * 1000)
-    async with probed(client, broker) as server:
+    monkeypatch.setattr("aiokeyless.worker.serving.KEY_CHECKS", (1.0,) * 1000)
+    async with ApprovalWorker(client, memory) as worker:
+        server = await serve_health(worker, 0)
         sandbox.fail_next(status=401, times=None)
-        await submit_approval(connection, "C0FFEE", operation_id="txn-1")
+        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
         await until_it_answers(server, "Keyless refuses the key: GET /v2/operations/")
+        assert await asked_for_text(server, "/livez") == (200, "ok\n")
         sandbox.recover()
         await until_it_answers(server, "ok")
-
-
-async def test_before_it_starts_and_after_it_ended_it_says_so(client: KeylessClient, broker: NatsServer) -> None:
-    seen = []
-    worker = ApprovalWorker(client, broker.url)
-    seen.append(worker.statistics.problems)
-    async with worker:
-        assert worker.statistics.is_ready
-    assert seen == [("the worker has not started yet",)]
-    assert worker.statistics.problems == ("the worker is about to end",)
-
-
-@pytest.mark.slow
-async def test_a_process_whose_broker_is_silent_or_killed_is_alive_and_not_ready_until_it_is_back(
-    broker: NatsServer, sandbox: Sandbox
-) -> None:
-    port = own_port()
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aiokeyless", "worker", "--broker", broker.url, "--health-port", str(port)),
-        env={**os.environ, "KEYLESS_API_KEY": sandbox.api_key, "KEYLESS_BASE_URL": sandbox.url},
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-
-    async def answer(path: str) -> tuple[int, str] | None:
-        with suppress(aiohttp.ClientConnectionError):
-            async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as response:
-                return response.status, await response.text()
-        return None
-
-    async def is_ready() -> bool:
-        return await answer("/readyz") == (200, "ok\n")
-
-    async def is_unsure() -> bool:
-        return (await answer("/readyz") or (0, ""))[0] == 503
-
-    async def is_cut_off() -> bool:
-        return await answer("/readyz") == (503, "the broker does not answer: there is no connection to the broker\n")
-
-    try:
-        await until(is_ready)
-        broker.pause()
-        try:
-            await until(is_unsure)
-        finally:
-            broker.resume()
-        await until(is_ready)
-        broker.kill()
-        await until(is_cut_off)
-        assert await answer("/livez") == (200, "ok\n")
-        await broker.start()
-        await until(is_ready)
-    finally:
-        worker.terminate()
-        await worker.wait()
+        await server.cleanup()
 
 
 # -- clients that mean no good

@@ -15,9 +15,11 @@ import pytest
 from tenacity import wait_fixed
 from waiting import until
 
+from aiokeyless import wait_adaptive
 from aiokeyless._http.transport import Transport
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, exchanges, submit_approval
 from aiokeyless.worker.broker import NewRequest
+from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import ApprovalRequest, request_name
 from aiokeyless.worker.sqlite import SqliteBroker
 
@@ -55,10 +57,10 @@ async def submit(broker: SqliteBroker, user_id: str, **options: Any) -> str:
     return (await submit_approval(broker, user_id, **options)).operation_id
 
 
-async def publish(broker: SqliteBroker, fields: dict[str, Any]) -> None:
-    """Store a request whose fields nobody has checked."""
+async def publish(broker: SqliteBroker, fields: dict[str, Any], body: bytes | None = None) -> None:
+    """Store a request whose fields nobody has checked, or what is none."""
     request = ApprovalRequest(version=1, **{"user_id": "C0", **fields})
-    await broker.submit(NewRequest(request, msgspec.json.encode(request), request_name(request), None))
+    await broker.submit(NewRequest(request, body or msgspec.json.encode(request), request_name(request), None))
 
 
 async def all_outcomes(broker: SqliteBroker) -> list[ApprovalEvent]:
@@ -549,3 +551,99 @@ async def test_no_more_deliveries_are_in_flight_than_there_is_room_for(
             await submit(broker, "C0FFEE", expires_in=1)
         await all_outcomes(broker)
     assert most_at_once(sandbox.requests) == 3
+
+
+async def test_the_same_request_after_everything_about_it_was_forgotten_is_not_approved_again(
+    client: KeylessClient, sandbox: Sandbox
+) -> None:
+    async with SqliteBroker(":memory:") as broker, working(client, broker):
+        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
+        await until(lambda: "order-7" in sandbox.operations)
+        sandbox.approve("order-7")
+        [event] = await all_outcomes(broker)
+        assert event.outcome is Outcome.APPROVED
+    async with SqliteBroker(":memory:") as broker, working(client, broker):  # which remembers nothing
+        await submit(broker, "C0FFEE", operation_id="order-7", operation_payload="Pay 40")
+        [event] = await all_outcomes(broker)
+    assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+class Remembering(wait_adaptive):
+    """A schedule that remembers its observations."""
+
+    def __init__(self) -> None:
+        super().__init__(min_interval=0.05, poll_cost=0.001, jitter=0)
+        self.observations: list[tuple[float, float | None]] = []
+
+    def observe(self, after: float, until: float | None) -> None:
+        self.observations.append((after, until))
+        super().observe(after, until)
+
+
+async def test_schedule_learns_when_people_approve(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
+) -> None:
+    schedule = Remembering()
+    async with working(client, broker, schedule=schedule) as worker:
+        operation_id = await submit(broker, "C0FFEE")
+        await until(lambda: worker.statistics.deliveries >= 3)  # the first creates it, and the second polls it
+        sandbox.approve(operation_id)
+        [event] = await all_outcomes(broker)
+    age = (event.decided_at - event.requested_at).total_seconds()
+    assert schedule.observations == [(schedule.observations[0][0], age)]
+    assert 0 < schedule.observations[0][0] < age
+
+
+async def test_schedule_that_fails_to_learn_costs_no_outcome_and_is_logged(
+    client: KeylessClient, broker: SqliteBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(wait_adaptive):
+        def observe(self, after: float, until: float | None) -> None:
+            raise RuntimeError("not today")
+
+    async with working(client, broker, schedule=Failing()) as worker:
+        await submit(broker, "C0FFEE", expires_in=0.2)
+        [event] = await all_outcomes(broker)
+        await until(lambda: worker.statistics.expired == 1)
+        assert worker.statistics.is_ready
+    assert event.outcome is Outcome.EXPIRED
+    assert "failed to learn" in caplog.text
+    assert "not today" in caplog.text
+
+
+async def test_logs_hold_no_payload_no_context_and_no_key(
+    client: KeylessClient,
+    broker: SqliteBroker,
+    sandbox: Sandbox,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiokeyless")
+    secrets = {"operation_payload": "hidden payload", "context": msgspec.Raw(b'"hidden context"')}
+    async with working(client, broker):
+        sandbox.fail_next()
+        for operation_id in ("approved", "lying", "unreadable"):
+            await publish(broker, {"operation_id": operation_id, **secrets})
+        await publish(broker, {"operation_id": "late", "created_at": LONG_AGO, **secrets})
+        await publish(broker, {"operation_id": "..", **secrets})
+        await publish(broker, {"operation_id": "no JSON"}, b"hidden payload, and no JSON")
+        await until(lambda: len(sandbox.operations) == 3)
+        sandbox.tamper("lying", operation_payload="another hidden payload")
+        sandbox.tamper("unreadable", operation_payload=["hidden payload"])
+        sandbox.approve("approved")
+        await all_outcomes(broker)
+        monkeypatch.setattr(exchanges, "after_creation", lambda *_: 1 / 0)
+        await publish(broker, {"operation_id": "internal", **secrets})
+        events = await all_outcomes(broker)
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("aiokeyless")]
+    assert len(events) == 7
+    assert {msgspec.json.decode(line, type=dict[str, object])["event"] for line in lines} >= {
+        "worker.ready",
+        "keyless.failed",
+        "approval.approved",
+        "approval.expired",
+        "approval.failed",
+        "delivery.failed",
+        "worker.done",
+    }
+    assert not [line for line in [*lines, caplog.text] if "hidden" in line or sandbox.api_key in line]

@@ -1,0 +1,281 @@
+"""How a worker starts, ends and is a context manager, on a broker in memory, on a clock that moves."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tenacity.wait import wait_base
+from waiting import until
+
+from aiokeyless import AuthenticationError, ClientClosedError, ConfigurationError, KeylessClient, PermissionDeniedError
+from aiokeyless.worker import ApprovalWorker, BrokerError, Outcome, approval_worker, submit_approval
+from aiokeyless.worker.serving import Serving
+
+from .reading import read
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+    from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker.sqlite import SqliteBroker
+
+pytestmark = [pytest.mark.platform, pytest.mark.looptime]
+
+MEMORY = "sqlite::memory:"  # of the worker's own, which it opens and closes
+
+
+async def running(worker: ApprovalWorker) -> asyncio.Task[None]:
+    """Run a worker until it is ready."""
+    task = asyncio.create_task(worker.run())
+    await until(lambda: worker.statistics.is_ready)
+    return task
+
+
+# -- the start
+
+
+@pytest.mark.parametrize("room", [0, -1, 2.5, True, "8", float("nan")])
+async def test_room_that_is_no_number_of_deliveries_is_refused(client: KeylessClient, room: Any) -> None:
+    with pytest.raises(ConfigurationError, match="max_in_flight"):
+        ApprovalWorker(client, MEMORY, max_in_flight=room)
+
+
+class NoSchedule(wait_base):
+    def __call__(self, retry_state: RetryCallState) -> float:
+        return float("nan")
+
+
+@pytest.mark.parametrize("schedule", [NoSchedule(), "every second"])
+async def test_schedule_that_names_no_delay_is_refused(client: KeylessClient, schedule: Any) -> None:
+    with pytest.raises(ConfigurationError, match="schedule"):
+        ApprovalWorker(client, MEMORY, schedule=schedule)
+
+
+async def test_worker_runs_once(client: KeylessClient) -> None:
+    async with ApprovalWorker(client, MEMORY) as worker:
+        for again in (worker.run, worker.__aenter__):
+            with pytest.raises(ConfigurationError, match="runs once"):
+                await again()
+        assert worker.statistics.is_ready
+    with pytest.raises(ConfigurationError, match="runs once"):
+        await worker.run()
+
+
+async def test_wrong_key_is_found_before_anything_is_taken(sandbox: Sandbox, memory: SqliteBroker) -> None:
+    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    async with KeylessClient("wrong", base_url=sandbox.url) as client:
+        with pytest.raises(AuthenticationError):
+            await ApprovalWorker(client, memory).run()
+    [message] = await memory.take(1, 0.0)
+    assert message.number == 1
+
+
+async def test_refusal_at_the_start_that_will_not_pass_ends_the_worker(client: KeylessClient, sandbox: Sandbox) -> None:
+    sandbox.fail_next(status=403)
+    with pytest.raises(PermissionDeniedError):
+        await ApprovalWorker(client, MEMORY).run()
+
+
+# -- the end
+
+
+async def test_a_client_that_is_closed_ends_the_worker(client: KeylessClient, memory: SqliteBroker) -> None:
+    run = await running(ApprovalWorker(client, memory))
+    await client.aclose()
+    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    with pytest.raises(ClientClosedError):
+        await run
+
+
+async def test_key_that_is_withdrawn_ends_the_worker_and_another_one_finishes_its_requests(
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    worker = ApprovalWorker(client, memory)
+    run = await running(worker)
+    ids = ["txn-1", "txn-2", "txn-3"]
+    for operation_id in ids:
+        await submit_approval(memory, "C0FFEE", operation_id=operation_id)
+    await until(lambda: len(sandbox.operations) == 3)
+    sandbox.fail_next(status=401, times=None)
+    with pytest.raises(AuthenticationError):
+        await run
+    assert not worker.statistics.is_ready
+    sandbox.recover()
+    for operation_id in ids:
+        sandbox.approve(operation_id)
+    async with sandbox.client() as other_client, ApprovalWorker(other_client, memory):
+        events = await read(memory, 3)
+    assert sorted(event.operation_id or "" for event in events) == ids
+    assert {event.outcome for event in events} == {Outcome.APPROVED}
+
+
+async def test_stop_finishes_what_is_in_flight_and_leaves_the_rest_to_others_at_once(
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    worker = ApprovalWorker(client, memory, max_in_flight=2)
+    run = await running(worker)
+    sandbox.latency = 0.5
+    for number in range(5):
+        await submit_approval(memory, "C0FFEE", operation_id=f"txn-{number}")
+    await until(lambda: worker.statistics.in_flight == 2)
+    worker.stop()
+    assert worker.statistics.is_draining
+    async with asyncio.timeout(2):
+        await run
+    assert (worker.statistics.in_flight, worker.statistics.created) == (0, 2)
+    async with sandbox.client() as other_client, ApprovalWorker(other_client, memory), asyncio.timeout(3):
+        await until(lambda: len(sandbox.operations) == 5)
+
+
+async def test_cancelling_returns_at_once_and_leaves_no_task_behind(
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    before = asyncio.all_tasks()
+    worker = ApprovalWorker(client, memory)
+    run = await running(worker)
+    sandbox.latency = 60
+    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await until(lambda: worker.statistics.in_flight == 1)
+    run.cancel()
+    async with asyncio.timeout(1):
+        await asyncio.wait({run})
+    assert run.cancelled()
+    await client.aclose()
+    await memory.aclose()
+    await until(lambda: asyncio.all_tasks() <= before)
+    assert worker.statistics.in_flight == 0
+
+
+async def test_a_cancellation_that_is_repeated_leaves_no_task_behind_either(client: KeylessClient) -> None:
+    before = asyncio.all_tasks()
+    run = await running(ApprovalWorker(client, MEMORY))
+    while not run.done():  # as a scope of anyio does
+        run.cancel()
+        await asyncio.sleep(0)
+    await client.aclose()
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_shutdown_waits_until_the_worker_has_ended(
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    worker = ApprovalWorker(client, memory)
+    run = await running(worker)
+    sandbox.latency = 0.3
+    await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+    await until(lambda: worker.statistics.in_flight == 1)
+    await worker.shutdown()
+    assert (worker.statistics.in_flight, worker.statistics.created) == (0, 1)
+    await worker.shutdown()
+    await run
+
+
+async def test_shutdown_of_a_worker_that_never_ran_returns_at_once_and_it_ends_when_it_is_run(
+    client: KeylessClient,
+) -> None:
+    worker = ApprovalWorker(client, MEMORY)
+    await worker.shutdown()
+    assert worker.statistics.is_draining
+    await worker.run()
+
+
+# -- as a context manager
+
+
+async def test_it_is_ready_in_the_body_and_has_ended_after_it(
+    client: KeylessClient, sandbox: Sandbox, memory: SqliteBroker
+) -> None:
+    worker = ApprovalWorker(client, memory)
+    assert worker.statistics.problems == ("the worker has not started yet",)
+    async with worker:
+        assert worker.statistics.is_ready
+        await submit_approval(memory, "C0FFEE", operation_id="txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
+    assert worker.statistics.is_draining
+    assert not worker.statistics.is_ready
+    assert worker.statistics.problems == ("the worker is about to end",)
+    assert worker._ended.is_set()
+
+
+async def test_a_worker_that_cannot_start_never_runs_the_body(client: KeylessClient) -> None:
+    with pytest.raises(BrokerError, match="no-such-folder"):
+        async with ApprovalWorker(client, "sqlite:/no-such-folder/keyless.db"):
+            pytest.fail("the body ran")
+
+
+def fail_once_connected(monkeypatch: pytest.MonkeyPatch, release: asyncio.Event) -> None:
+    async def serve(_serving: Serving) -> None:
+        await release.wait()
+        raise BrokerError("it failed")
+
+    monkeypatch.setattr(Serving, "serve", serve)
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+async def test_a_worker_that_fails_cancels_the_body_and_raises_what_it_failed_with(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch, *, swallows: bool
+) -> None:
+    fail_once_connected(monkeypatch, failing := asyncio.Event())
+    with pytest.raises(BrokerError, match="it failed"):  # noqa: PT012  # the body is what is tested
+        async with ApprovalWorker(client, MEMORY):
+            failing.set()
+            with suppress(asyncio.CancelledError) if swallows else nullcontext():
+                await asyncio.Event().wait()
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    await asyncio.sleep(0)
+
+
+async def entered(worker: ApprovalWorker) -> asyncio.Task[None]:
+    """Enter a worker in a task of its own, whose body never ends."""
+    is_entered = asyncio.Event()
+
+    async def body() -> None:
+        async with worker:
+            is_entered.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(body())
+    await is_entered.wait()
+    return task
+
+
+async def test_the_callers_cancellation_in_the_same_moment_stays_a_cancellation(
+    client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once_connected(monkeypatch, failing := asyncio.Event())
+    task = await entered(worker := ApprovalWorker(client, MEMORY))
+    assert worker._running is not None
+    worker._running.add_done_callback(lambda _: task.cancel())
+    failing.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_cancelling_the_body_ends_the_worker(client: KeylessClient) -> None:
+    task = await entered(worker := ApprovalWorker(client, MEMORY))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not worker.statistics.is_ready
+
+
+async def test_cancelling_the_start_ends_it(client: KeylessClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = asyncio.all_tasks()
+    hanging = asyncio.Event()
+
+    async def hang(_client: KeylessClient) -> None:
+        hanging.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(approval_worker, "check_key", hang)
+    starting = asyncio.create_task(ApprovalWorker(client, MEMORY).__aenter__())
+    await hanging.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert asyncio.all_tasks() <= before
