@@ -430,6 +430,17 @@ class TestTheWayThrough:
         assert now() - start == pytest.approx(30)
         assert caught.value.ticket is not None
 
+    async def test_single_calls_are_neither_delayed_nor_counted(self, sandbox: Sandbox, client: KeylessClient) -> None:
+        await client.create_operation(USER, operation_id="op")
+        sandbox.fail_next(503, retry_after=100)
+        wait = asyncio.create_task(client.wait_for_approval("op"))
+        await asyncio.sleep(1)
+        start = now()
+        await client.get_operation("op")
+        assert now() == start
+        assert client.statistics.polls == 1
+        wait.cancel()
+
 
 @pytest.mark.looptime
 class TestAttempts:
