@@ -88,7 +88,7 @@ def _unreadable(name: str, kind: type[DecodeError], body: bytes, *, status: int 
 #: What a sandbox can be told to answer.
 ANSWERED: Final = (
     # A success of whatever kind: the service documents 200 alone, and a 201 means the same.
-    *(_status(status, may_have_taken_effect=True) for status in range(202, 300)),
+    *(_status(status, may_have_taken_effect=True) for status in (202, 299)),
     *(_unreadable(f"{status} with a page", NotJsonError, b"<html>", status=status) for status in (200, 201)),
     *(_unreadable(f"{status} of another shape", DecodeError, b"{}", status=status) for status in (200, 201)),
     *(_unreadable(f"{status} with nothing", NotJsonError, b"", status=status) for status in (200, 201)),
@@ -114,6 +114,7 @@ def _raised(name: str, error: KeylessError, *, may_have_taken_effect: bool) -> A
 
 CASES: Final = (
     *ANSWERED,
+    *(_status(status, may_have_taken_effect=True) for status in range(203, 299)),
     _raised("no answer in time", RequestTimeoutError("no answer", **_POST), may_have_taken_effect=True),
     _raised("the client was closed", ClientClosedError("closed"), may_have_taken_effect=True),
     _raised("no connection", TransportError("refused", sent=False, **_POST), may_have_taken_effect=False),

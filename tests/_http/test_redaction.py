@@ -151,6 +151,7 @@ class BrokenConnector(aiohttp.TCPConnector):
         raise ProxyError(f"cannot reach the proxy for {headers}")
 
 
+@pytest.mark.looptime
 async def test_no_report_of_a_broken_connector_shows_the_key() -> None:
     async with (
         aiohttp.ClientSession(connector=BrokenConnector()) as session,
@@ -167,6 +168,7 @@ LARGE = answer(b"x" * (2 << 20), f"X-Echo: {KEY}".encode())
 NOT_A_GZIP = answer(b"x", f"X-Echo: {KEY}".encode(), b"Content-Encoding: gzip")
 
 
+@pytest.mark.looptime
 @pytest.mark.parametrize("call", [get, create, wait])
 @pytest.mark.parametrize("answered", [LARGE, NOT_A_GZIP], ids=["too large", "not a gzip"])
 async def test_no_report_shows_a_key_that_a_header_echoes(answered: bytes, call: Call) -> None:
@@ -203,6 +205,7 @@ HOOKS: dict[str, Callable[[str], BaseException]] = {
 }
 
 
+@pytest.mark.looptime
 @pytest.mark.parametrize("call", [get, wait])
 @pytest.mark.parametrize("make", HOOKS.values(), ids=HOOKS.keys())
 async def test_no_report_shows_what_a_hook_says_about_the_headers(

@@ -234,18 +234,6 @@ async def test_wait_resumes_a_ticket(
     assert "Approved" in text
 
 
-@pytest.mark.looptime
-async def test_wait_for_a_ticket_checks_user_and_payload(
-    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path
-) -> None:
-    file = tmp_path / "ticket.json"
-    file.write_text(await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", "--operation-id", "a", "--json"))
-    service.approve("a")
-    service.tamper("a", operation_payload="Pay 9000 to Mallory")
-    with pytest.raises(OperationMismatchError):
-        await app.run_async(["wait", "--ticket", str(file)])
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

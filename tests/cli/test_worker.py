@@ -276,15 +276,6 @@ def test_an_event_key_that_cannot_be_read_is_one_line(refused: Callable[..., str
     assert "none: No such file" in refused("--broker", "nats://127.0.0.1:1", "--event-key", str(tmp_path / "none"))
 
 
-async def test_healthz_is_served_while_it_runs(workers: Workers, connection: Client, nats_url: str) -> None:
-    assert connection.is_connected
-    port = own_port()
-    worker = await workers.start("--broker", nats_url, "--health-port", str(port))
-    await worker.logged("worker.ready")
-    assert await health(port) == (200, "ok")
-    assert await worker.stop() == 0
-
-
 async def test_no_line_holds_a_secret_or_a_payload(
     workers: Workers, connection: Client, nats_url: str, sandbox: Sandbox
 ) -> None:

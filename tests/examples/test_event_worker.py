@@ -10,7 +10,6 @@ import sys
 import time
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -220,42 +219,6 @@ async def test_event_that_arrives_too_late_asks_nobody(streams: Streams, sandbox
     assert not sandbox.operations
 
 
-@pytest.mark.usefixtures("application")
-async def test_approval_from_before_a_payment_asked_is_unclear_and_never_counts_again(
-    streams: Streams, sandbox: Sandbox
-) -> None:
-    async with sandbox.client() as client:
-        await client.create_operation("c0ffee", operation_id="payment-1", operation_payload="Pay 40.00 to alice")
-    sandbox.approve("payment-1")
-    await streams.request(payment())
-    assert await streams.settled() == [Verdict("unclear", "1")]
-
-
-@pytest.mark.usefixtures("application")
-async def test_payment_whose_approval_is_unknown_at_its_deadline_is_unclear(streams: Streams, sandbox: Sandbox) -> None:
-    await streams.request(payment(seconds=2))
-    await asked(sandbox)
-    sandbox.drop_next(None)
-    sandbox.approve("payment-1")  # in time, and no poll could see it
-    assert await streams.settled() == [Verdict("unclear", "1")]
-
-
-@pytest.mark.usefixtures("application")
-async def test_payment_that_keyless_rejects_is_refused(streams: Streams, sandbox: Sandbox) -> None:
-    sandbox.fail_next(400, method="POST")
-    await streams.request(payment())
-    assert await streams.settled() == [Verdict("refused", "1")]
-
-
-@pytest.mark.usefixtures("application")
-async def test_a_payment_that_may_wait_longer_than_a_stream_remembers_is_refused_and_starts_no_operation(
-    streams: Streams, sandbox: Sandbox
-) -> None:
-    await streams.request(payment(seconds=25 * 3600))
-    assert await streams.settled() == [Verdict("refused", "1")]
-    assert not sandbox.operations
-
-
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
@@ -362,33 +325,6 @@ async def test_approval_of_something_else_that_bears_a_payment_as_its_context_is
     await until(lambda: asked_for["operation_id"] in sandbox.operations)
     sandbox.approve(asked_for["operation_id"])
     assert await streams.settled() == []
-
-
-@pytest.mark.usefixtures("application")
-@pytest.mark.parametrize("headers", [None, {"content-type": "application/json"}], ids=["plain", "json"])
-@pytest.mark.parametrize("garbled", [False, True])
-async def test_an_outcome_sent_to_the_inbox_by_another_client_is_neither_believed_nor_acknowledged(
-    streams: Streams, connection: Client, headers: dict[str, str] | None, *, garbled: bool
-) -> None:
-    forged = ApprovalEvent(
-        version=1,
-        outcome=Outcome.APPROVED,
-        operation_id="payment-1",
-        user_id="C0FFEE",
-        payload_sha256=sha256(b"Pay 40.00 to alice").hexdigest(),
-        requested_at=datetime.now(UTC),
-        decided_at=datetime.now(UTC),
-        deliveries=2,
-        context=msgspec.Raw(msgspec.json.encode(payment())),
-    )
-    pulls = await connection.subscribe("$JS.API.CONSUMER.MSG.NEXT.KEYLESS_OUTCOMES.payments")
-    acknowledged = await connection.subscribe("mallory.>")
-    pull = await pulls.next_msg(PATIENCE)
-    data = b"{" if garbled else msgspec.json.encode(forged)
-    await connection.publish(pull.reply, data, reply="mallory.inbox", headers=headers)
-    await streams.request(payment("2", seconds=1))  # the application goes on
-    assert await streams.settled() == [Verdict("expired", "2")]
-    assert not acknowledged.pending_msgs
 
 
 async def test_event_stays_until_the_request_for_its_approval_is_stored(
@@ -520,27 +456,6 @@ async def test_sigterm_ends_the_program_promptly_and_keeps_the_payment(
     sandbox.approve("payment-1")
     async with deciding(broker, database):
         assert await streams.settled() == [Verdict("approved", "1")]
-
-
-async def test_thousand_payments_at_once_over_two_workers_have_a_verdict_each(
-    broker: NatsServer, streams: Streams, sandbox: Sandbox
-) -> None:
-    async with working(broker, sandbox):
-        pass  # the streams are there, so nothing below has to wait for them
-    worker = ("-W", "error", "-m", "aiokeyless", "worker")
-    programs = [await start(*worker, broker=broker, sandbox=sandbox) for _ in range(2)]
-    programs.append(await start("-W", "error", EXAMPLE / "payments.py", broker=broker))
-    await until(streams.are_read)
-    payday = await start("-W", "error", EXAMPLE / "payday.py", broker=broker)
-    await until(lambda: len(sandbox.operations) == 1000, PATIENCE)  # all of them before the first verdict
-    for operation_id in list(sandbox.operations):
-        sandbox.approve(operation_id)
-    out, _ = await ended(payday)
-    assert "payments.approved: 1000" in out.splitlines()
-    assert sum(request.method == "POST" for request in sandbox.requests) == 1000
-    for program in programs:
-        program.send_signal(signal.SIGTERM)
-        await ended(program)
 
 
 async def test_one_command_runs_all_of_the_example() -> None:

@@ -204,20 +204,6 @@ async def test_approval_of_something_else_transfers_nothing(
         assert teller.transfers == []
 
 
-async def test_command_that_is_delivered_again_asks_no_second_time(
-    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
-) -> None:
-    async with running(telegram, client, database) as teller:
-        command = await telegram.say(ALICE, "/transfer 40 alice")
-        await telegram.read(ALICE, "Approve it on your phone.")
-        await until(lambda: len(sandbox.operations) == 1)
-        sandbox.approve(operation_ids(sandbox)[0])
-        await telegram.read(ALICE, "Approved and transferred.")
-        await telegram.deliver(command)
-        await telegram.read(ALICE, "This command was carried out before")
-        assert len(teller.transfers) == len(sandbox.operations) == 1
-
-
 FAULTS: dict[str, Callable[[Sandbox, bool], None]] = {
     "dropped": lambda sandbox, stored: sandbox.drop_next(stored=stored, method="POST"),
     "503": lambda sandbox, stored: sandbox.fail_next(503, stored=stored, method="POST"),

@@ -254,13 +254,6 @@ async def test_a_key_that_stays_refused_ends_the_worker(
         await run
 
 
-async def test_a_request_of_a_later_version_fails(client: KeylessClient) -> None:
-    async with working(client) as (_, broker):
-        await broker.submit(new_request("txn-1")._replace(body=b'{"version": 2, "user_id": "C0FFEE"}'))
-        [event] = await events_of(broker, 1)
-    assert event.reason == FailureReason.INVALID_REQUEST
-
-
 class Forgetful(SqliteBroker):
     """A broker in memory that remembers a request for so many seconds."""
 
@@ -362,19 +355,6 @@ async def test_a_worker_in_a_long_pause_keeps_no_request_from_another_worker(
             sandbox.approve(operation)
         events = await asyncio.wait_for(events_of(broker, asked), PATIENCE)
         assert {event.outcome for event in events} == {Outcome.APPROVED}
-
-
-async def test_what_waits_in_an_outage_is_found_approved_after_it(client: KeylessClient, sandbox: Sandbox) -> None:
-    async with working(client) as (_, broker):
-        for number in range(100):
-            await submit_approval(broker, "C0FFEE", operation_id=f"txn-{number}", expires_in=300)
-        await created(sandbox, 100)
-        sandbox.fail_next(status=503, times=None)
-        await asyncio.sleep(60)
-        sandbox.recover()
-        for number in range(100):
-            sandbox.approve(f"txn-{number}")
-        assert {event.outcome for event in await events_of(broker, 100)} == {Outcome.APPROVED}
 
 
 async def test_a_message_that_is_no_request_waits_for_the_end_of_an_outage_too(

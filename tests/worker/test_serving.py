@@ -116,49 +116,28 @@ async def test_keyless_that_is_down_at_the_start_is_waited_for(
         await until(lambda: operation_id in sandbox.operations)
 
 
-def answers_503(sandbox: Sandbox, method: str) -> None:
-    sandbox.fail_next(times=2, method=method)
-
-
-def asks_to_come_later_429(sandbox: Sandbox, method: str) -> None:
-    sandbox.fail_next(status=429, times=2, retry_after=0.3, method=method)
-
-
-def asks_to_come_later_503(sandbox: Sandbox, method: str) -> None:
-    sandbox.fail_next(status=503, times=2, retry_after=0.3, method=method)
-
-
-def answers_a_page(sandbox: Sandbox, method: str) -> None:
-    sandbox.fail_next(status=200, times=2, body=b"<html>", content_type="text/html", method=method)
-
-
-def drops_the_connection(sandbox: Sandbox, method: str) -> None:
-    sandbox.drop_next(times=4, method=method)  # aiohttp repeats some by itself
-
-
-FAILURES = [answers_503, asks_to_come_later_429, asks_to_come_later_503, answers_a_page, drops_the_connection]
-
-
-@pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("fails", FAILURES)
-async def test_transient_failure_costs_no_approval(
-    client: KeylessClient,
-    broker: SqliteBroker,
-    sandbox: Sandbox,
-    *,
-    fails: Callable[[Sandbox, str], None],
-    method: str,
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda sandbox: sandbox.fail_next(times=2, method="POST"),
+        lambda sandbox: sandbox.fail_next(status=429, times=2, retry_after=0.3, method="POST"),
+        lambda sandbox: sandbox.fail_next(status=503, times=2, retry_after=0.3, method="POST"),
+        lambda sandbox: sandbox.fail_next(status=200, times=2, body=b"<html>", method="POST"),
+        lambda sandbox: sandbox.drop_next(times=4, method="POST"),  # aiohttp repeats some by itself
+    ],
+    ids=["503", "429 with Retry-After", "503 with Retry-After", "a page", "dropped"],
+)
+async def test_a_create_that_fails_for_a_moment_costs_no_approval(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, fail: Callable[[Sandbox], None]
 ) -> None:
     async with working(client, broker) as worker:
-        if method == "POST":
-            fails(sandbox, method)
+        fail(sandbox)
         operation_id = await submit(broker, "C0FFEE")
         await until(lambda: operation_id in sandbox.operations)
-        fails(sandbox, "GET")
         sandbox.approve(operation_id)
         [event] = await all_outcomes(broker)
         assert event.outcome is Outcome.APPROVED
-        assert worker.statistics.transient_failures >= (2 if method == "GET" else 3)
+        assert worker.statistics.transient_failures >= 2
     assert list(sandbox.operations) == [operation_id]
 
 
@@ -286,17 +265,6 @@ async def test_final_poll_starts_at_the_deadline(client: KeylessClient, broker: 
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, True, True)
 
 
-async def test_final_poll_without_an_answer_says_so(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, broker, schedule=AT_THE_DEADLINE, grace=0):
-        operation_id = await submit(broker, "C0FFEE", expires_in=0.5)
-        await until(lambda: operation_id in sandbox.operations)
-        sandbox.fail_next(times=None)
-        [event] = await all_outcomes(broker)
-    assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, True)
-
-
 async def test_a_request_that_expires_before_anybody_was_asked_says_so(
     client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
 ) -> None:
@@ -306,20 +274,6 @@ async def test_a_request_that_expires_before_anybody_was_asked_says_so(
         [event] = await all_outcomes(broker)
     assert (event.outcome, event.answered, event.asked) == (Outcome.EXPIRED, False, False)
     assert operation_id not in sandbox.operations
-
-
-async def test_approval_just_before_the_deadline_is_found(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, broker, schedule=AT_THE_DEADLINE):
-        asked_at = now()
-        operation_id = await submit(broker, "C0FFEE", expires_in=1.0)
-        await until(lambda: operation_id in sandbox.operations)
-        await until(lambda: now() > asked_at + 0.8)
-        sandbox.approve(operation_id)
-        [event] = await all_outcomes(broker)
-    assert event.outcome is Outcome.APPROVED
-    assert len(polls_of(sandbox, operation_id)) == 2  # one before the create
 
 
 async def test_approval_in_time_is_found_though_the_final_poll_got_no_answer(
@@ -410,21 +364,6 @@ async def test_an_outage_does_not_turn_an_old_approval_into_an_answer_to_this_re
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
 
 
-@pytest.mark.parametrize("method", ["POST", "GET", None])
-async def test_an_operation_that_somebody_else_waits_for_is_not_taken_for_ours(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, method: str | None
-) -> None:
-    await client.create_operation("C0", operation_id="txn-1", operation_payload="Pay 40")
-    async with working(client, broker):
-        sandbox.fail_next(503, method=method)
-        await publish(broker, {"operation_id": "txn-1", "operation_payload": "Pay 40"})
-        await until(lambda: bool(polls_of(sandbox, "txn-1")))
-        sandbox.approve("txn-1")
-        [event] = await all_outcomes(broker)
-    assert event.outcome is Outcome.FAILED
-    assert event.reason in {FailureReason.CONFLICT, FailureReason.ALREADY_APPROVED}
-
-
 async def test_operation_that_vanished_is_created_again_under_the_same_id(
     client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
 ) -> None:
@@ -446,6 +385,10 @@ def create_is_held_off(sandbox: Sandbox) -> None:
     sandbox.fail_next(status=429, retry_after=0.1, method="POST")
 
 
+def create_is_in_doubt(sandbox: Sandbox) -> None:
+    sandbox.fail_next(status=503, method="POST")
+
+
 def first_poll_fails(sandbox: Sandbox) -> None:
     sandbox.fail_next(method="GET")
 
@@ -457,7 +400,7 @@ def first_poll_finds_nothing(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("approved_before", [True, False])
 @pytest.mark.parametrize(
     "besides",
-    [nothing_else, create_is_held_off, first_poll_fails, first_poll_finds_nothing],
+    [nothing_else, create_is_held_off, create_is_in_doubt, first_poll_fails, first_poll_finds_nothing],
 )
 async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
     client: KeylessClient,
@@ -481,44 +424,6 @@ async def test_an_operation_from_before_the_request_is_never_taken_for_its_own(
     assert event.reason in {FailureReason.ALREADY_APPROVED, FailureReason.CONFLICT}
     if approved_before and besides is not first_poll_finds_nothing:  # else the create finds that the id is taken
         assert event.reason == FailureReason.ALREADY_APPROVED
-
-
-@pytest.mark.parametrize(
-    ("lie", "reason"),
-    [
-        ({"operation_id": "another"}, FailureReason.MISMATCH),
-        ({"result": False}, FailureReason.INCONSISTENT),
-        ({"state": "denied"}, FailureReason.INCONSISTENT),
-        ({"user_id": "BAD"}, FailureReason.CONFLICT),
-        ({"operation_payload": "Pay 9000"}, FailureReason.CONFLICT),
-        ({"state": 1}, FailureReason.UNREADABLE),
-    ],
-)
-async def test_answer_that_lies_is_no_approval(
-    client: KeylessClient,
-    broker: SqliteBroker,
-    sandbox: Sandbox,
-    *,
-    lie: dict[str, object],
-    reason: FailureReason,
-) -> None:
-    async with working(client, broker):
-        operation_id = await submit(broker, "C0FFEE", operation_payload="Pay 40")
-        await until(lambda: operation_id in sandbox.operations)
-        sandbox.tamper(operation_id, **lie)
-        sandbox.approve(operation_id)
-        [event] = await all_outcomes(broker)
-    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, reason, operation_id)
-
-
-async def test_request_that_the_service_refuses_fails(
-    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox
-) -> None:
-    async with working(client, broker):
-        sandbox.fail_next(status=404, method="POST")
-        operation_id = await submit(broker, "C0FFEE")
-        [event] = await all_outcomes(broker)
-    assert (event.outcome, event.reason, event.operation_id) == (Outcome.FAILED, FailureReason.REJECTED, operation_id)
 
 
 async def test_bug_in_the_worker_fails_the_request_once_and_is_logged(
