@@ -12,10 +12,8 @@ import math
 import pickle
 import subprocess
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import pytest
 from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt, wait_fixed
 
@@ -54,9 +52,6 @@ def now() -> float:
 
 
 class TestConstruction:
-    def test_it_can_be_made_where_no_loop_runs(self) -> None:
-        assert KeylessClient(KEY).statistics.waiting == 0
-
     def test_the_key_comes_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KEYLESS_API_KEY", " from-the-environment\n")
         assert KeylessClient()._api_key == Secret("from-the-environment")
@@ -165,15 +160,6 @@ class TestOpeningAndClosing:
             async with client:
                 pass
 
-    async def test_closing_twice_is_harmless(self, sandbox: Sandbox) -> None:
-        client = sandbox.client()
-        await client.get_pending_operations(USER)
-        await client.aclose()
-        await client.aclose()
-
-    async def test_closing_one_that_was_never_used_is_harmless(self) -> None:
-        await KeylessClient(KEY).aclose()
-
     async def test_everything_raises_once_it_is_closed(self, client: KeylessClient) -> None:
         await client.aclose()
         for call in (
@@ -207,21 +193,6 @@ class TestOpeningAndClosing:
             first.run_until_complete(client.aclose())
         finally:
             first.close()
-
-    async def test_dropped_without_closing_it_warns(self, sandbox: Sandbox) -> None:
-        async with aiohttp.ClientSession() as session:
-            client = sandbox.client(session=session)
-            await client.get_pending_operations(USER)
-            holder = [client]
-            del client
-            with pytest.warns(ResourceWarning, match="unclosed <KeylessClient"):
-                holder.clear()
-
-    def test_dropped_without_use_it_does_not_warn(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            KeylessClient(KEY)
-            gc.collect()
 
     def test_one_that_was_never_made_prints_nothing_when_it_is_dropped(self) -> None:
         unraisable: list[object] = []

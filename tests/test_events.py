@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 import msgspec
 import pytest
-from outage import live_through_an_outage
 from raw_server import RawServer
 from tenacity.wait import wait_fixed
 
@@ -251,49 +250,6 @@ class TestWaits:
         assert ended.age is not None
         assert ended.seconds <= ended.age
 
-    async def test_its_polls_are_told_between_these(self, sandbox: Sandbox) -> None:
-        told = Told()
-        async with sandbox.client(listeners=[told], schedule=wait_fixed(2)) as client:
-            ticket = await client.create_operation(USER)
-            asyncio.get_running_loop().call_later(3.5, sandbox.approve, ticket.operation_id)
-            sandbox.fail_next(503, method="GET")
-            await client.wait_for_approval(ticket)
-        started, *polls, ended = (event for event in told.events if not isinstance(event, RequestEnded))
-        assert isinstance(started, WaitStarted)
-        assert started.timeout == pytest.approx(120, abs=1)
-        assert isinstance(ended, WaitEnded)
-        assert ended.polls == len(polls)
-        assert all(isinstance(poll, PollEnded) and poll.waits == (started.wait,) for poll in polls)
-        results = [(poll.result, poll.error) for poll in told.of(PollEnded)]
-        assert results[0] == ("failed", "ServerError")
-        assert results[1:] == [*[("pending", None)] * (len(polls) - 2), ("approved", None)]
-        assert all(poll.lag == pytest.approx(0, abs=0.1) and not poll.is_final for poll in told.of(PollEnded))
-
-    async def test_a_final_poll_is_told_as_such_and_an_odd_answer_as_invalid(self, sandbox: Sandbox) -> None:
-        told = Told()
-        async with sandbox.client(listeners=[told]) as client:
-            await client.create_operation(USER, operation_id="op")
-            for state in ("pending", "odd"):
-                sandbox.tamper("op", state=state)
-                with pytest.raises(KeylessError):
-                    await client.wait_for_approval("op", timeout=1)
-        *_, final, odd = told.of(PollEnded)
-        assert (final.is_final, final.result) == (True, "pending")
-        assert (odd.is_final, odd.result) == (False, "invalid")
-        assert told.of(WaitStarted)[0].timeout == 1
-        assert told.of(WaitEnded)[0].age is None  # of a bare id it is not known
-
-    async def test_a_poll_that_no_wait_needs_any_more_is_told_as_cut_off(self, sandbox: Sandbox) -> None:
-        told = Told()
-        async with sandbox.client(listeners=[told]) as client:
-            await client.create_operation(USER, operation_id="op")
-            sandbox.latency = 5
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(1):
-                    await client.wait_for_approval("op")
-            await asyncio.sleep(1)
-        assert [(poll.result, poll.error) for poll in told.of(PollEnded)] == [("cut_off", None)]
-
     async def test_waits_for_one_operation_have_numbers_of_their_own_and_share_polls(self, sandbox: Sandbox) -> None:
         told = Told()
         async with sandbox.client(listeners=[told]) as client:
@@ -363,19 +319,6 @@ class TestWaits:
 
 
 @pytest.mark.looptime
-async def test_an_outage_opens_the_circuit_and_its_end_closes_it(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client:
-        await live_through_an_outage(sandbox, client, USER)
-    changes = told.of(CircuitChanged)
-    first, last = changes[0], changes[-1]
-    assert (first.previous, first.state, first.cause, first.waiting) == ("closed", "open", "ServerError", 20)
-    assert (last.state, last.cause) == ("closed", None)
-    assert [change.previous for change in changes[1:]] == [change.state for change in changes[:-1]]
-    assert sum(change.seconds for change in changes[1:]) >= 15
-
-
-@pytest.mark.looptime
 async def test_a_circuit_that_is_open_when_its_client_is_closed_is_told_to_be_gone(sandbox: Sandbox) -> None:
     told = Told()
     async with sandbox.client(listeners=[told], schedule=wait_fixed(1)) as client:
@@ -386,17 +329,6 @@ async def test_a_circuit_that_is_open_when_its_client_is_closed_is_told_to_be_go
     first, *_, last = told.of(CircuitChanged)
     assert (first.previous, first.state) == ("closed", "open")
     assert (last.state, last.cause, last.waiting) == ("closed", "ClientClosedError", 0)
-
-
-@pytest.mark.looptime
-async def test_final_polls_that_get_no_answer_open_the_circuit_and_that_is_told(sandbox: Sandbox) -> None:
-    told = Told()
-    async with sandbox.client(listeners=[told]) as client:
-        sandbox.latency = 3600
-        waits = [client.wait_for_approval(f"op-{number}", timeout=1) for number in range(20)]
-        await asyncio.gather(*waits, return_exceptions=True)
-    first = told.of(CircuitChanged)[0]
-    assert (first.previous, first.state, first.cause) == ("closed", "open", "RequestTimeoutError")
 
 
 async def test_headers_of_a_borrowed_session_are_sent_along_but_never_in_place_of_ours() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
 import pytest
-from outage import live_through_an_outage
 from tenacity.wait import wait_fixed
 
 from aiokeyless._rules.circuit import CircuitState
@@ -100,8 +100,17 @@ def test_while_the_service_fails_polls_are_late_on_purpose(
 @pytest.mark.looptime
 async def test_a_client_logs_an_outage_of_its_service(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "aiokeyless")
-    async with sandbox.client(schedule=wait_fixed(1)) as client:
-        await live_through_an_outage(sandbox, client, USER)
+    async with sandbox.client(schedule=wait_fixed(1)) as client, asyncio.TaskGroup() as tasks:
+        for number in range(20):
+            await client.create_operation(USER, operation_id=f"op-{number}")
+            tasks.create_task(client.wait_for_approval(f"op-{number}", timeout=300))
+        await asyncio.sleep(5)
+        sandbox.fail_next(503, times=None)
+        await asyncio.sleep(20)
+        sandbox.recover()
+        await asyncio.sleep(60)
+        for number in range(20):
+            sandbox.approve(f"op-{number}")
     opened, closed = lines(caplog)
     assert opened[0] == "WARNING"
     assert "20 waits" in opened[1]

@@ -209,24 +209,6 @@ async def test_a_request_that_outlived_its_claim_does_not_say_that_nobody_was_as
 # -- one request, one operation
 
 
-async def test_of_two_requests_that_take_one_id_at_the_same_time_one_conflicts(
-    client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
-) -> None:
-    sandbox.latency = 0.3
-    async with working(client, broker):
-        for expires_in in (60, 61):
-            await publish(connection, {"operation_id": "txn-1", "expires_in": expires_in})
-        await until(lambda: "txn-1" in sandbox.operations)
-        sandbox.latency = 0.0
-        sandbox.approve("txn-1")
-        events = await outcomes(connection, 2)
-    assert sorted((event.outcome, event.reason) for event in events) == [
-        (Outcome.APPROVED, None),
-        (Outcome.FAILED, FailureReason.CONFLICT),
-    ]
-    assert len(sandbox.operations) == 1
-
-
 async def test_two_requests_for_one_operation_have_one_outcome(
     client: KeylessClient, broker: NatsServer, connection: Client, sandbox: Sandbox
 ) -> None:
@@ -353,23 +335,6 @@ async def test_request_that_was_rejected_stays_so_though_it_is_created_when_it_c
         [event] = await all_outcomes(connection)
         assert (worker.statistics.failed, worker.statistics.approved, worker.statistics.duplicates) == (1, 0, 1)
     assert (event.outcome, event.reason) == (Outcome.FAILED, FailureReason.REJECTED)
-
-
-async def test_request_that_expired_stays_expired_though_it_is_approved_when_it_comes_again(
-    client: KeylessClient,
-    broker: NatsServer,
-    connection: Client,
-    sandbox: Sandbox,
-    one_ack_is_lost: Callable[[], bool],
-) -> None:
-    async with working(client, broker) as worker:
-        operation_id = await submit(connection, "C0FFEE", expires_in=0.2)
-        await until(one_ack_is_lost)
-        sandbox.approve(operation_id)
-        [event] = await all_outcomes(connection)
-        assert (worker.statistics.expired, worker.statistics.approved, worker.statistics.duplicates) == (1, 0, 1)
-    assert event.outcome is Outcome.EXPIRED
-    assert sandbox.operations[operation_id].is_approved
 
 
 @pytest.mark.usefixtures("one_ack_is_lost")
