@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from waiting import until
+
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, next_outcome
 from aiokeyless.worker.messages import Message
 
@@ -12,12 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import KeylessClient
+    from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import Broker
 
 
 def a_message(body: bytes = b"", **changed: Any) -> Message:
     facts: dict[str, Any] = {"id": 1, "stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1}
     return Message(body=body, **facts | changed)
+
+
+async def created(sandbox: Sandbox, count: int) -> None:
+    """Wait until users were asked to approve so many operations."""
+    await until(lambda: len(sandbox.operations) >= count)
 
 
 async def read(broker: object, count: int = 1, reader: str = "test") -> list[ApprovalEvent]:

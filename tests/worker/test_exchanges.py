@@ -18,7 +18,7 @@ from aiokeyless.worker.messages import Message
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import read
+from .reading import created, read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -39,11 +39,6 @@ async def working(client: KeylessClient, **options: Any) -> AsyncGenerator[tuple
 
 async def events_of(broker: SqliteBroker, count: int) -> list[ApprovalEvent]:
     return await read(broker, count)
-
-
-async def created(sandbox: Sandbox, count: int) -> None:
-    while len(sandbox.operations) < count:  # noqa: ASYNC110  # the sandbox has no event for it
-        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("status", [403, 404])

@@ -33,7 +33,7 @@ from aiokeyless.worker.monitoring import Reporter
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
-from .reading import read
+from .reading import created, read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -117,11 +117,6 @@ async def test_each_worker_of_a_process_has_a_number(sandbox: Sandbox) -> None:
         async with working(sandbox, told):
             await asyncio.sleep(1)
     assert len({event.worker for event in told.of(WorkerInspected)}) == 2
-
-
-async def created(sandbox: Sandbox, count: int) -> None:
-    while len(sandbox.operations) < count:  # noqa: ASYNC110  # the sandbox has no event for it
-        await asyncio.sleep(0.01)
 
 
 async def test_each_delivery_and_each_poll_is_told_and_the_outcome_once(sandbox: Sandbox) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from tenacity import wait_fixed
+from waiting import until
 
 from aiokeyless import BrokerError, ConfigurationError, KeylessClient
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, next_outcome, submit_approval
@@ -15,6 +16,7 @@ from aiokeyless.worker.broker import ApplicationSide, OutcomeDelivery, Unavailab
 from aiokeyless.worker.sqlite import SqliteBroker
 
 from .conformance.brokers import new_request
+from .reading import created
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -48,11 +50,6 @@ async def next_event(broker: SqliteBroker, reader: str = "test") -> ApprovalEven
         return event
 
 
-async def created(sandbox: Sandbox, operation_id: str) -> None:
-    while operation_id not in sandbox.operations:  # noqa: ASYNC110  # the sandbox has no event for it
-        await asyncio.sleep(0.01)
-
-
 @looptime
 async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_that_was_cancelled_before_it_began(
     client: KeylessClient, broker: SqliteBroker
@@ -74,7 +71,7 @@ async def test_shutdown_returns_at_once_after_a_preparation_and_after_a_start_th
 async def test_an_approval_comes_out(client: KeylessClient, sandbox: Sandbox) -> None:
     async with working(client) as broker:
         await submit_approval(broker, "c0ffee", operation_id="txn-1", operation_payload="Pay 40", context={"order": 7})
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         assert (await broker.inspect()).waiting == 1
         sandbox.approve("txn-1")
         event = await next_event(broker)
@@ -105,7 +102,7 @@ async def test_an_event_carries_the_trace_of_its_request_and_nothing_else_that_t
 ) -> None:
     async with working(client) as broker:
         await broker.submit(new_request("txn-1", sent))
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         event = await next_event(broker)
     assert (event.outcome, event.traceparent) == (Outcome.APPROVED, handed_back)
@@ -129,7 +126,7 @@ async def test_a_submission_carries_the_trace_of_its_caller(client: KeylessClien
     async with working(client) as broker:
         with trace.use_span(span):
             await submit_approval(broker, "c0ffee", operation_id="txn-1")
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         event = await next_event(broker)
     assert event.traceparent == TRACEPARENT
@@ -154,7 +151,7 @@ async def test_two_workers_share_the_requests(client: KeylessClient, sandbox: Sa
     async with first, second:
         for number in range(4):
             await submit_approval(broker, "c0ffee", operation_id=f"txn-{number}")
-            await created(sandbox, f"txn-{number}")
+            await created(sandbox, number + 1)
             sandbox.approve(f"txn-{number}")
         events = [await next_event(broker) for _ in range(4)]
     assert {event.outcome for event in events} == {Outcome.APPROVED}
@@ -167,7 +164,7 @@ async def test_a_worker_that_ends_leaves_its_requests_to_the_next_one(
 ) -> None:
     async with ApprovalWorker(client, broker):
         await submit_approval(broker, "c0ffee", operation_id="txn-1")
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
     sandbox.approve("txn-1")
     async with ApprovalWorker(client, broker):
         assert (await next_event(broker)).outcome is Outcome.APPROVED
@@ -186,7 +183,7 @@ async def test_a_worker_that_is_cancelled_leaves_its_deliveries_to_the_next_one(
     run.cancel()
     await asyncio.wait([run])
     async with ApprovalWorker(client, broker):
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         assert (await next_event(broker)).outcome is Outcome.APPROVED
 
@@ -197,7 +194,7 @@ async def test_a_worker_opens_and_closes_the_broker_of_a_url(
     path = tmp_path / "keyless.db"
     async with ApprovalWorker(client, f"sqlite:{path}"), SqliteBroker(path) as broker:
         await submit_approval(broker, "c0ffee", operation_id="txn-1")
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         assert (await next_event(broker)).outcome is Outcome.APPROVED
 
@@ -242,7 +239,7 @@ async def test_a_broker_that_is_away_is_waited_for_and_keeps_the_worker_from_bei
         await broker._do(lambda store: store.repair(1.0))
         assert worker.statistics.problems == () or "the cable is out" in worker.statistics.problems[0]
         broker.error = None
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
 
 
 @looptime
@@ -312,7 +309,7 @@ async def test_a_worker_that_was_shut_down_lets_the_body_go_on(client: KeylessCl
 async def test_polls_may_be_as_many_as_fit(client: KeylessClient, sandbox: Sandbox) -> None:
     async with working(client, max_polls_per_second=None) as broker:
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         assert (await next_event(broker)).outcome is Outcome.APPROVED
 
@@ -322,7 +319,7 @@ async def test_of_two_that_wait_for_a_readers_outcome_one_gets_it(client: Keyles
     async with working(client) as broker:
         waiting = [asyncio.create_task(broker.next_outcome("shop")) for _ in range(2)]
         await submit_approval(broker, "C0FFEE", operation_id="txn-1")
-        await created(sandbox, "txn-1")
+        await until(lambda: "txn-1" in sandbox.operations)
         sandbox.approve("txn-1")
         done, others = await asyncio.wait(waiting, timeout=20)
         assert (len(done), len(others)) == (1, 1)
