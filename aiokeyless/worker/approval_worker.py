@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 

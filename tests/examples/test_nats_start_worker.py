@@ -1,4 +1,4 @@
-"""examples/nats/worker.py on a real broker, by a user who may receive only at an inbox of their own."""
+"""examples/nats/start_worker.py on a real broker, by a user who may receive only at an inbox of their own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_a_worker_that_a_program_starts_has_the_settings_of_the_program(tm
             asyncio.timeout(PATIENCE),
             Sandbox(auto_approve=0.1) as sandbox,
             await nats.connect(server.url, user="shop", password="pass") as connection,
-            example_process("worker.py", folder=FOLDER, sandbox=sandbox, **variables) as process,
+            example_process("start_worker.py", folder=FOLDER, sandbox=sandbox, **variables) as process,
         ):
             assert process.stdout is not None
             assert b"worker.ready" in await process.stdout.readline()
