@@ -402,7 +402,8 @@ class KeylessClient:
                 self._background = background
             return background, self._client
 
-    # -- what is the same on both faces; Final, as a public name's type must not need inferring
+    # -- what is the same on both faces
+    # Final: a checker of a library's types infers no others.
 
     get_pending_operations: Final = _call(AsyncKeylessClient.get_pending_operations)
     get_operation: Final = _call(AsyncKeylessClient.get_operation)
