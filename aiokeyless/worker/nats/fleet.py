@@ -79,10 +79,6 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         """Return the subject of events of a kind."""
         return f"{self.name}.approvals.{outcome}"
 
-    def kind_of(self, subject: str) -> str:
-        """Return the kind of the events of a subject; the subject itself if it is not one of events."""
-        return subject.removeprefix(f"{self.name}.approvals.")
-
     def claim_subject(self, operation: str) -> str:
         """Return the subject of the claims on one operation id, by a name for the id."""
         return f"{self.name}.claims.{operation}"

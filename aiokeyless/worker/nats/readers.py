@@ -126,8 +126,8 @@ class Reader:
         except msgspec.DecodeError as error:
             return str(error)
         # A broker's permissions are for kinds of outcomes. One for a kind must not allow another kind.
-        kind = self._fleet.kind_of(message.subject)
-        return None if kind == event.outcome else f"{event.outcome} under {kind}"
+        is_right = message.subject == self._fleet.outcome_subject(event.outcome)
+        return None if is_right else f"{event.outcome} under {message.subject}"
 
     async def _subscribe(self) -> JetStreamContext.PullSubscription:
         stream = self._fleet.jetstream(self._connection, _ANSWER_WITHIN)
