@@ -17,8 +17,6 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Outcome
 
-from .fleet import KEYLESS
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -107,9 +105,10 @@ def _refusal(error: nats.js.errors.APIError, fleet: Fleet) -> str:
         )
     if not isinstance(error, nats.js.errors.ServiceUnavailableError):
         return f"the broker refused to make a stream or its consumer: {error.description}"
-    if fleet.prefix == KEYLESS.prefix:
-        return "the broker has no JetStream: start it with -js, or enable JetStream for this account"
-    return f"the broker has no JetStream at {fleet.prefix}: check the prefix"
+    return (
+        f"the broker has no JetStream at {fleet.prefix}: start it with -js, enable JetStream for this account, or "
+        "correct the prefix"
+    )
 
 
 async def restore_consumer(stream: JetStreamContext, fleet: Fleet, *, ack_wait: float) -> None:
