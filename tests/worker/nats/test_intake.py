@@ -349,6 +349,22 @@ async def test_what_comes_after_a_take_that_was_cancelled_goes_back_soon(
     assert hand.messages == []
 
 
+async def test_after_a_take_that_was_cancelled_another_one_keeps_what_comes(hand: Hand) -> None:
+    taking = asyncio.create_task(hand.intake.take(5, 60.0, probing=False))
+    await until(lambda: hand.intake.expected() == 5)
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    await hand.publish("a", "b")
+    [message] = await hand.intake.take(1, PATIENCE, probing=False)
+    assert message.body == b"a"
+    await hand.delivered(1)
+    await hand.answer("408")
+    assert hand.intake._leaving is not None
+    await hand.intake._leaving  # until the pull has ended
+    assert hand.texts == ["b"]
+
+
 async def test_closing_does_not_wait_for_ever_for_a_broker_that_is_silent(
     hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
