@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-#: Of the time: what caches and pools take by then is not growth, nor what the allocator keeps of the bursts of
-#: connections after the first outages, of which there is one in some five minutes.
+#: Of the time. Until then caches and pools fill, and the allocator keeps memory of the first bursts of connections.
 WARM_UP: Final = 1 / 3
 
 Points = list[tuple[float, float]]  # seconds since the start, and the value

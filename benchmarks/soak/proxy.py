@@ -48,7 +48,7 @@ class FaultyProxy:
         self.rate = rate
         self.counts: Counter[Fault] = Counter()
         self.connections = 0
-        self._source = source
+        self.source = source
         self._longest_delay = longest_delay
         self._server: asyncio.Server | None = None
         self._open: set[End] = set()
@@ -82,20 +82,15 @@ class FaultyProxy:
 
     def draw(self, faults: tuple[Fault, ...]) -> Fault | None:
         """Return what happens to the next bytes, and count it; None: they are forwarded as they are."""
-        if self._source.random() >= self.rate:
+        if self.source.random() >= self.rate:
             return None
-        fault = self._source.choice(faults)
+        fault = self.source.choice(faults)
         self.counts[fault] += 1
         return fault
 
-    @property
-    def source(self) -> random.Random:
-        """What decides about the faults."""
-        return self._source
-
     def delay(self) -> float:
         """Return how many seconds bytes are delayed."""
-        return self._source.uniform(0.0, self._longest_delay)
+        return self.source.uniform(0.0, self._longest_delay)
 
     def opened(self, end: End) -> None:
         """Remember an open connection; called by it."""

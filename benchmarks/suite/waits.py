@@ -1,7 +1,8 @@
 """Memory of a sleeping wait, alone and among those of `wait_for_approvals`.
 
-Each measurement has a process of its own: a few waits to warm up, which are cancelled; then all of them, each with its
-own operation id, each answered "pending" once and then asleep. The growth of the process is divided by their number.
+Each measurement has a process of its own. It starts a few waits to warm up, and cancels them. Then it starts all of
+them. Each has its own operation id, is answered "pending" once, and sleeps. The growth of the process is divided by
+their number.
 """
 
 from __future__ import annotations
