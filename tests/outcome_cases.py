@@ -1,7 +1,7 @@
 """What the result of a poll means for a wait, as one table of cases.
 
 The pure function (tests/_rules/test_outcome.py), the poller over real HTTP (tests/_waits/test_outcome.py) and the
-worker with a real broker (tests/worker/test_outcome.py) run the same table. It names the cases as docs/rules.md does.
+worker (tests/worker/test_outcome.py) run the same table. It names the cases as docs/rules.md does.
 """
 
 from __future__ import annotations

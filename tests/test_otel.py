@@ -607,6 +607,7 @@ class TestInstrumentor:
                 await used.wait_for_approval(ticket)
         assert [span.name for span in recorder.spans] == ["aiokeyless.wait"]
 
+    @pytest.mark.slow
     async def test_opentelemetry_instrument_traces_the_command_line(self) -> None:
         async with Sandbox(auto_approve=0.1) as sandbox, sandbox.client() as client:
             await client.create_operation(USER, operation_id="op")

@@ -316,6 +316,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_sentry_with_its_own_integrations_and_that_of_aiohttp_shows_no_key() -> None:
     async with RawServer(MISSING) as server:
         run = asyncio.create_subprocess_exec(
