@@ -153,10 +153,9 @@ class ApprovalEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class Message(msgspec.Struct, kw_only=True, eq=False):
-    """One delivery of a request to a worker. A broker may add fields by which it recognizes the request.
+    """One delivery of a request to a worker. A broker adds fields by which it recognizes the request.
 
     Attributes:
-        id: The request's number at the broker.
         body: The request as JSON.
         stored_at: When the broker stored it, by its clock.
         number: Number of this delivery, from 1.
@@ -164,7 +163,6 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
         traceparent: As it was submitted; None if there is none.
     """
 
-    id: int
     body: bytes
     stored_at: datetime
     number: int

@@ -1,4 +1,4 @@
-"""What the brokers in SQL databases share: limits of their tables, and takes that lose nothing if cancelled."""
+"""What the brokers in SQL databases share: names of requests, limits, and takes that lose nothing if cancelled."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import logging
 from abc import abstractmethod
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from aiokeyless.errors import BrokerError
 
 from .broker import Broker, Exchange, UnavailableError
 from .logs import RateLimitedLog
+from .messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
     from typing import Any
-
-    from .messages import Message
 
 #: Bytes of one request, at most.
 LARGEST_REQUEST: Final = 1 << 20
@@ -26,6 +25,36 @@ LARGEST_REQUEST: Final = 1 << 20
 LONGEST_WAIT: Final = 400 * 24 * 3600.0
 #: Most calls in one transaction, since others wait for it.
 LARGEST_BATCH: Final = 500
+
+
+class Row(NamedTuple):
+    """What names a request.
+
+    After a failover or a restored backup, other requests may get the ids of those that were lost. Their names differ.
+
+    Attributes:
+        id: The request's number.
+        name: A random number.
+    """
+
+    id: int
+    name: int
+
+
+class TableMessage(Message, kw_only=True, eq=False):
+    """One delivery of a request in a table.
+
+    Attributes:
+        row: The request.
+    """
+
+    row: Row
+
+
+def row_of(message: Message) -> Row:
+    """Return which request a broker's message is a delivery of."""
+    assert isinstance(message, TableMessage)  # noqa: S101  # the broker made it
+    return message.row
 
 
 class TableBroker(Broker):

@@ -245,7 +245,7 @@ def read(data: bytes) -> Delivery:
 
 
 def message(data: bytes) -> Message:
-    return Message(id=1, body=data, stored_at=NOW, number=1)
+    return Message(body=data, stored_at=NOW, number=1)
 
 
 def request(data: bytes) -> None:

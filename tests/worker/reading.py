@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def a_message(body: bytes = b"", **changed: Any) -> Message:
-    facts: dict[str, Any] = {"id": 1, "stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1}
+    facts: dict[str, Any] = {"stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1}
     return Message(body=body, **facts | changed)
 
 

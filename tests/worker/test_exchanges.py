@@ -14,8 +14,8 @@ from waiting import PATIENCE
 from aiokeyless import AuthenticationError, BrokerError, ClientClosedError, KeylessClient
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, serving, submit_approval
-from aiokeyless.worker.messages import Message
 from aiokeyless.worker.sqlite import SqliteBroker
+from aiokeyless.worker.tables import Row, TableMessage
 
 from .conformance.brokers import new_request
 from .reading import created, read
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
+    from aiokeyless.worker.broker import Message
 
 pytestmark = pytest.mark.looptime
 
@@ -145,7 +146,8 @@ async def test_an_approval_counts_whatever_the_time_that_the_service_gives_its_o
 def a_later_delivery(broker: SqliteBroker) -> Message:
     """Return one of the only request, as if the one in flight had not been settled in time."""
     broker._store._connection.execute("UPDATE waiting SET deliveries = deliveries + 1")
-    return Message(id=1, body=b"", stored_at=datetime.now(UTC), number=2)
+    row = Row(*broker._store._one("SELECT id, name FROM request"))
+    return TableMessage(row=row, body=b"", stored_at=datetime.now(UTC), number=2)
 
 
 async def test_a_create_that_a_later_delivery_overtook_ends_no_request(

@@ -54,11 +54,13 @@ class NatsMessage(Message, kw_only=True, eq=False):
     """One delivery by JetStream.
 
     Attributes:
+        id: The request's number in the stream.
         raw: The delivery.
         arrived_at: When it came.
         is_known: Whether this worker knows of an exchange for the request.
     """
 
+    id: int
     raw: Msg
     arrived_at: float
     is_known: bool

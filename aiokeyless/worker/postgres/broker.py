@@ -11,10 +11,16 @@ import msgspec
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.batches import Batches
-from aiokeyless.worker.broker import Claim, Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import (
+    Claim,
+    Claimed,
+    Exchange,
+    NewRequest,
+    OutcomeDelivery,
+    UnavailableError,
+)
 from aiokeyless.worker.clock import BrokerClock
-from aiokeyless.worker.messages import Message
-from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, time_of
+from aiokeyless.worker.tables import LARGEST_BATCH, Row, TableBroker, TableMessage, row_of, time_of
 
 from .connection import ERRORS, AsyncpgDriver
 from .failures import broker_errors
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 
     from asyncpg.pool import PoolConnectionProxy
 
-    from aiokeyless.worker.messages import ApprovalEvent
+    from aiokeyless.worker.messages import ApprovalEvent, Message
 
     from .connection import Connection
 
@@ -225,46 +231,52 @@ class PostgresBroker(TableBroker):
         return [_message(row) for row in rows]
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        await self._put_offs.call((message.id, message.number, delay, _EXCHANGES[exchange]))
+        await self._put_offs.call((*row_of(message), message.number, delay, _EXCHANGES[exchange]))
 
     async def _put_off(self, calls: list[tuple[Any, ...]]) -> list[None]:
         await self._fetch(
-            "SELECT {}.put_off($1::bigint[], $2::integer[], $3::double precision[], $4::integer[])", *_columns(calls)
+            "SELECT {}.put_off($1::bigint[], $2::bigint[], $3::integer[], $4::double precision[], $5::integer[])",
+            *_columns(calls),
         )
         return [None] * len(calls)
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         body = msgspec.json.encode(event).decode()
-        is_stored: bool = await self._decisions.call((message.id, event.outcome.value, body))
+        is_stored: bool = await self._decisions.call((*row_of(message), event.outcome.value, body))
         return is_stored
 
     async def _decide(self, calls: list[tuple[Any, ...]]) -> list[bool]:
-        rows = await self._fetch("SELECT id FROM {}.decide($1::bigint[], $2::text[], $3::text[])", *_columns(calls))
-        decided = {row[0] for row in rows}
+        rows = await self._fetch(
+            "SELECT id, name FROM {}.decide($1::bigint[], $2::bigint[], $3::text[], $4::text[])", *_columns(calls)
+        )
+        decided = {Row(*row) for row in rows}
         is_stored = []
-        for id_, *_ in calls:
-            is_stored.append(id_ in decided)
-            decided.discard(id_)  # of two decisions on one request, the first counts
+        for id_, name, *_ in calls:
+            is_stored.append((id_, name) in decided)
+            decided.discard(Row(id_, name))  # of two decisions on one request, the first counts
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
-        return Claimed(await self._claims.call((message.id, message.number)), message.number)
+        return Claimed(await self._claims.call((*row_of(message), message.number)), message.number)
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
-        rows = await self._fetch("SELECT id, was_asked FROM {}.claim($1::bigint[], $2::integer[])", *_columns(calls))
-        claims = {row[0]: Claim.HELD if row[1] else Claim.NEW for row in rows}
-        return [claims.get(id_, Claim.ANOTHERS) for id_, _ in calls]
+        rows = await self._fetch(
+            "SELECT id, name, was_asked FROM {}.claim($1::bigint[], $2::bigint[], $3::integer[])", *_columns(calls)
+        )
+        claims = {Row(id_, name): Claim.HELD if was_asked else Claim.NEW for id_, name, was_asked in rows}
+        return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 
     async def has_claim(self, message: Message) -> bool:
-        is_held: bool = await self._held.call(message.id)
+        is_held: bool = await self._held.call(row_of(message))
         return is_held
 
-    async def _fetch_asked(self, ids: list[int]) -> list[bool]:
-        asked = {row[0] for row in await self._fetch("SELECT id FROM {}.were_asked($1::bigint[])", ids)}
-        return [id_ in asked for id_ in ids]
+    async def _fetch_asked(self, rows: list[Row]) -> list[bool]:
+        found = await self._fetch("SELECT id, name FROM {}.were_asked($1::bigint[], $2::bigint[])", *_columns(rows))
+        asked = {Row(*row) for row in found}
+        return [row in asked for row in rows]
 
     async def unclaim(self, message: Message, token: int) -> bool:
-        rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::integer)", message.id, token)
+        rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::bigint, $3::integer)", *row_of(message), token)
         is_free: bool = rows[0][0]
         return is_free
 
@@ -351,9 +363,9 @@ def _columns(calls: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     return tuple(list(column) for column in zip(*calls, strict=True))
 
 
-def _message(row: asyncpg.Record) -> Message:
-    return Message(
-        id=row["id"],
+def _message(row: asyncpg.Record) -> TableMessage:
+    return TableMessage(
+        row=Row(row["id"], row["name"]),
         body=row["body"].encode(),
         stored_at=time_of(row["stored_at"]),
         number=row["number"],

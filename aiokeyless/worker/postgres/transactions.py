@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
-from aiokeyless.worker.tables import LARGEST_REQUEST
+from aiokeyless.worker.tables import LARGEST_REQUEST, Row
 
 from .failures import broker_errors, first_line, is_about_request, state_of
 
@@ -140,7 +140,7 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
         try:
             await driver.complete(driver.begin())
             row = await driver.execute(
-                "SELECT id, event, pg_current_xact_id()::text FROM {}.next_outcome($1::text)", reader
+                "SELECT id, name, event, pg_current_xact_id()::text FROM {}.next_outcome($1::text)", reader
             )
         except driver.errors as error:
             if state_of(error) != _NEW_READER:
@@ -160,15 +160,16 @@ class Outcome(OutcomeDelivery):
     Args:
         driver: The connection, in the transaction that was begun on it.
         reader: The reader.
-        row: The outcome's number, its event as JSON, and the server's number of the transaction.
+        row: The id and the name of its request, its event as JSON, and the server's number of the transaction.
     """
 
-    __slots__ = ("_driver", "_id", "_number", "_reader")
+    __slots__ = ("_driver", "_number", "_reader", "_row")
 
     def __init__(self, driver: Driver, reader: str, row: tuple[Any, ...]) -> None:
-        self._id, event, self._number = row
+        *names, event, self._number = row
+        self._row = Row(*names)
         self.data: bytes = event.encode()
-        self.place: str = f"request-{self._id}"
+        self.place: str = f"request-{self._row.id}"
         self._driver = driver
         self._reader = reader
 
@@ -225,5 +226,8 @@ class Outcome(OutcomeDelivery):
         with self._driver.limit():
             await self._driver.roll_back()
             await self._driver.execute_alone(
-                "SELECT {}.put_off_outcome($1::text, $2::bigint, $3::double precision)", self._reader, self._id, delay
+                "SELECT {}.put_off_outcome($1::text, $2::bigint, $3::bigint, $4::double precision)",
+                self._reader,
+                *self._row,
+                delay,
             )

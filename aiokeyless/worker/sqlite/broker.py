@@ -16,7 +16,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestErr
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.logs import log
-from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker
+from aiokeyless.worker.tables import LARGEST_BATCH, TableBroker, row_of
 
 from .schema import MEMORY
 from .store import Call, PutOff, Store, Unread
@@ -184,23 +184,23 @@ class SqliteBroker(TableBroker):
         return await self._take_or_give_back(self._do(lambda store: store.take_overdue(up_to, self._lease, grace)))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
-        await self._batches.call(PutOff(message, delay, exchange))
+        await self._batches.call(PutOff(row_of(message), message.number, delay, exchange))
         self._due.notify()
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
         data = msgspec.json.encode(event)
-        is_stored = await self._do(lambda store: store.decide(message.id, event.outcome.value, data), lasting=True)
+        is_stored = await self._do(lambda store: store.decide(row_of(message), event.outcome.value, data), lasting=True)
         self._decided.notify()
         return is_stored
 
     async def claim(self, message: Message) -> Claimed:
-        return await self._do(lambda store: store.claim(message.id, message.number), lasting=True)
+        return await self._do(lambda store: store.claim(row_of(message), message.number), lasting=True)
 
     async def has_claim(self, message: Message) -> bool:
-        return await self._do(lambda store: store.holds(message.id))
+        return await self._do(lambda store: store.holds(row_of(message)))
 
     async def unclaim(self, message: Message, token: int) -> bool:
-        return await self._do(lambda store: store.unclaim(message.id, token), lasting=True)
+        return await self._do(lambda store: store.unclaim(row_of(message), token), lasting=True)
 
     async def inspect(self) -> Inspection:
         return await self._read(Store.inspect)
@@ -273,7 +273,7 @@ class _Outcome(OutcomeDelivery):
         self._broker = broker
         self._unread = unread
         self.data = unread.data
-        self.place = f"request-{unread.id}"
+        self.place = f"request-{unread.row.id}"
 
     async def mark_handled(self) -> None:
         await self._broker.forget_unread(self._unread)

@@ -23,6 +23,7 @@ _MIGRATIONS: Final = (
     """
     CREATE TABLE request (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
+        name INTEGER NOT NULL DEFAULT (random()),
         operation_id TEXT NOT NULL UNIQUE,
         content_sha256 TEXT NOT NULL,
         body BLOB NOT NULL,
@@ -36,6 +37,7 @@ _MIGRATIONS: Final = (
     CREATE INDEX request_expires ON request (expires_at) WHERE decided_at IS NULL;
     CREATE TABLE waiting (
         id INTEGER PRIMARY KEY,
+        name INTEGER NOT NULL,
         due_at REAL NOT NULL,
         deliveries INTEGER NOT NULL,
         failures INTEGER NOT NULL

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
-from aiokeyless.worker.broker import LONGEST_PAUSE, Claim, Claimed, Exchange, NewRequest, outcome_pause
-from aiokeyless.worker.messages import Message
-from aiokeyless.worker.tables import LONGEST_WAIT, time_of
+from aiokeyless.worker.broker import (
+    LONGEST_PAUSE,
+    Claim,
+    Claimed,
+    Exchange,
+    NewRequest,
+    outcome_pause,
+)
+from aiokeyless.worker.tables import LONGEST_WAIT, Row, TableMessage, time_of
 
 from .failures import broker_errors, retry_while_busy
 from .schema import MEMORY, committing, connect
@@ -59,7 +65,8 @@ _HANDED_ON: Final = 30.0  # seconds after which an unhandled outcome is delivere
 class PutOff(NamedTuple):
     """A call that puts a request off: `Store.execute` takes many of them as one statement."""
 
-    message: Message
+    row: Row
+    number: int
     delay: float
     exchange: Exchange
 
@@ -69,13 +76,13 @@ class Unread(NamedTuple):
 
     Attributes:
         reader: The reader.
-        id: The request's row.
+        row: The request.
         failures: How often it was delivered.
         data: The event.
     """
 
     reader: str
-    id: int
+    row: Row
     failures: int
     data: bytes
 
@@ -154,7 +161,9 @@ class Store:
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (request.operation_id, new.digest, new.body, new.traceparent, asked_at, expires_at, now),
         )
-        self._connection.execute("INSERT INTO waiting VALUES (last_insert_rowid(), ?, 0, 0)", (now,))
+        self._connection.execute(
+            "INSERT INTO waiting SELECT id, name, ?, 0, 0 FROM request WHERE id = last_insert_rowid()", (now,)
+        )
         return False
 
     def add_reader(self, name: str) -> None:
@@ -170,29 +179,34 @@ class Store:
         """Take the outcome that has been due longest; None if none is due."""
         now = self._now()
         found = self._connection.execute(
-            "SELECT u.id, u.failures, o.body FROM unread u JOIN outcome o ON o.id = u.id"
+            "SELECT r.id, r.name, u.failures, o.body"
+            " FROM unread u JOIN outcome o ON o.id = u.id JOIN request r ON r.id = u.id"
             " WHERE u.reader = ? AND u.due_at <= ? ORDER BY u.due_at, u.id LIMIT 1",
             (reader, now),
         ).fetchone()
         if found is None:
             return None
-        id_, failures, data = found
+        id_, name, failures, data = found
         self._connection.execute(
             "UPDATE unread SET due_at = ?, failures = ? WHERE reader = ? AND id = ?",
             (now + max(_HANDED_ON, outcome_pause(failures + 1)), failures + 1, reader, id_),
         )
-        return Unread(reader, id_, failures + 1, data)
+        return Unread(reader, Row(id_, name), failures + 1, data)
 
     def forget_unread(self, unread: Unread) -> None:
         """Forget an outcome that the reader has handled."""
-        self._connection.execute("DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.id))
+        self._connection.execute(
+            "DELETE FROM unread WHERE reader = ? AND id = (SELECT id FROM request WHERE id = ? AND name = ?)",
+            (unread.reader, *unread.row),
+        )
 
     def put_off_unread(self, unread: Unread, delay: float | None) -> None:
         """Put an outcome off, unless another process of the reader has it by now."""
         due_at = self._now() + (outcome_pause(unread.failures) if delay is None else delay)
         self._connection.execute(
-            "UPDATE unread SET due_at = ? WHERE reader = ? AND id = ? AND failures = ?",
-            (due_at, unread.reader, unread.id, unread.failures),
+            "UPDATE unread SET due_at = ? WHERE reader = ?"
+            " AND id = (SELECT id FROM request WHERE id = ? AND name = ?) AND failures = ?",
+            (due_at, unread.reader, *unread.row, unread.failures),
         )
 
     # -- for workers
@@ -201,7 +215,7 @@ class Store:
         """Return when a request is due; None if none waits."""
         return self._time("SELECT min(due_at) FROM waiting")
 
-    def take(self, up_to: int, lease: float, *, probing: bool) -> list[Message]:
+    def take(self, up_to: int, lease: float, *, probing: bool) -> list[TableMessage]:
         """Take requests that are due."""
         return self._leased(self._probes(up_to) if probing else self._due(up_to), lease)
 
@@ -218,7 +232,7 @@ class Store:
             failures = self._one("SELECT min(failures) FROM waiting WHERE failures > ?", failures)[0]
         return chosen
 
-    def take_overdue(self, up_to: int, lease: float, grace: float) -> list[Message]:
+    def take_overdue(self, up_to: int, lease: float, grace: float) -> list[TableMessage]:
         """Take requests that are due and whose time is over."""
         now = self._now()
         overdue = self._ids(
@@ -233,7 +247,7 @@ class Store:
     def _ids(self, statement: str, *values: object) -> list[int]:
         return [id_ for (id_,) in self._connection.execute(statement, values).fetchall()]
 
-    def _leased(self, ids: list[int], lease: float) -> list[Message]:
+    def _leased(self, ids: list[int], lease: float) -> list[TableMessage]:
         """Deliver requests, and make them due again after the lease."""
         if not ids:
             return []
@@ -243,20 +257,20 @@ class Store:
             (self._now() + lease, chosen),
         )
         found = self._connection.execute(
-            "SELECT r.id, r.body, r.stored_at, r.traceparent, w.deliveries, w.failures FROM json_each(?) j"
+            "SELECT r.id, r.name, r.body, r.stored_at, r.traceparent, w.deliveries, w.failures FROM json_each(?) j"
             " JOIN request r ON r.id = j.value JOIN waiting w ON w.id = r.id ORDER BY j.key",
             (chosen,),
         )
         return [
-            Message(
-                id=id_,
+            TableMessage(
+                row=Row(id_, name),
                 body=body,
                 stored_at=time_of(stored_at),
                 number=number,
                 failures=failures,
                 traceparent=traceparent,
             )
-            for id_, body, stored_at, traceparent, number, failures in found.fetchall()
+            for id_, name, body, stored_at, traceparent, number, failures in found.fetchall()
         ]
 
     def _put_off(self, calls: list[PutOff]) -> None:
@@ -264,30 +278,30 @@ class Store:
         now = self._now()
         rows = [
             (
-                message.id,
-                message.number,
+                *row,
+                number,
                 now + min(delay, MOST_PUT_OFF),
                 exchange is Exchange.NONE,
                 exchange is Exchange.FAILED,
             )
-            for message, delay, exchange in calls
+            for row, number, delay, exchange in calls
         ]
         self._connection.execute(
-            "REPLACE INTO waiting SELECT w.id, json_extract(j.value, '$[2]'),"
-            " w.deliveries - json_extract(j.value, '$[3]'),"
-            " CASE WHEN json_extract(j.value, '$[3]') THEN w.failures"
-            " WHEN json_extract(j.value, '$[4]') THEN min(w.failures + 1, ?) ELSE 0 END"
+            "REPLACE INTO waiting SELECT w.id, w.name, json_extract(j.value, '$[3]'),"
+            " w.deliveries - json_extract(j.value, '$[4]'),"
+            " CASE WHEN json_extract(j.value, '$[4]') THEN w.failures"
+            " WHEN json_extract(j.value, '$[5]') THEN min(w.failures + 1, ?) ELSE 0 END"
             " FROM json_each(?) j JOIN waiting w ON w.id = json_extract(j.value, '$[0]')"
-            " WHERE w.deliveries = json_extract(j.value, '$[1]')",
+            " WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries = json_extract(j.value, '$[2]')",
             (_MOST_FAILURES, json.dumps(rows)),
         )
 
-    def decide(self, id_: int, outcome: str, data: bytes) -> bool:
+    def decide(self, row: Row, outcome: str, data: bytes) -> bool:
         """Store an outcome for each reader, and remove its request from the waiting ones."""
-        now = self._now()
-        self._connection.execute("DELETE FROM waiting WHERE id = ?", (id_,))
+        now, id_ = self._now(), row.id
+        self._connection.execute("DELETE FROM waiting WHERE id = ? AND name = ?", row)
         decided = self._connection.execute(
-            "UPDATE request SET decided_at = ? WHERE id = ? AND decided_at IS NULL", (now, id_)
+            "UPDATE request SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL", (now, *row)
         ).rowcount
         if not decided:
             return False
@@ -295,23 +309,25 @@ class Store:
         self._connection.execute("INSERT INTO unread SELECT name, ?, ?, 0 FROM reader", (id_, now))
         return True
 
-    def claim(self, id_: int, number: int) -> Claimed:
+    def claim(self, row: Row, number: int) -> Claimed:
         """Note that a delivery is about to ask the user; the operation id is its request's, until that is decided."""
         found = self._connection.execute(
-            "SELECT asked IS NOT NULL FROM request WHERE id = ? AND decided_at IS NULL", (id_,)
+            "SELECT asked IS NOT NULL FROM request WHERE id = ? AND name = ? AND decided_at IS NULL", row
         ).fetchone()
         if found is None:
             return Claimed(Claim.ANOTHERS, number)
-        self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (number, id_))
+        self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (number, row.id))
         return Claimed(Claim.HELD if found[0] else Claim.NEW, number)
 
-    def holds(self, id_: int) -> bool:
+    def holds(self, row: Row) -> bool:
         """Return whether the user may have been asked."""
-        return bool(self._one("SELECT count(*) FROM request WHERE id = ? AND asked IS NOT NULL", id_)[0])
+        return bool(self._one("SELECT count(*) FROM request WHERE id = ? AND name = ? AND asked IS NOT NULL", *row)[0])
 
-    def unclaim(self, id_: int, number: int) -> bool:
+    def unclaim(self, row: Row, number: int) -> bool:
         """Take back the note of a delivery."""
-        changed = self._connection.execute("UPDATE request SET asked = NULL WHERE id = ? AND asked = ?", (id_, number))
+        changed = self._connection.execute(
+            "UPDATE request SET asked = NULL WHERE id = ? AND name = ? AND asked = ?", (*row, number)
+        )
         return changed.rowcount > 0
 
     # -- housekeeping

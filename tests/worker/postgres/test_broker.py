@@ -18,6 +18,7 @@ from aiokeyless.worker.broker import Claim, Exchange, UnavailableError, broker_f
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
 from aiokeyless.worker.postgres import broker as module
+from aiokeyless.worker.tables import row_of
 from worker.conformance.brokers import LEASE, decide, new_request, operation_of, outcome_of, submit, take_all, take_n
 
 from .shop import decide_all, unread
@@ -45,9 +46,9 @@ async def fill(admin: Connection, count: int, due_in: str = "0 s") -> None:
             INSERT INTO keyless.request
                 (operation_id, content_sha256, body, requested_at, expires_at, stored_at)
             SELECT 'filler-' || n || clock_timestamp(), '', '{{}}', now(), now() + interval '1 h', now()
-            FROM generate_series(1, {count}) n RETURNING id
+            FROM generate_series(1, {count}) n RETURNING id, name
         )
-        INSERT INTO keyless.waiting SELECT id, clock_timestamp() + interval '{due_in}', 1, 0 FROM stored
+        INSERT INTO keyless.waiting SELECT id, name, clock_timestamp() + interval '{due_in}', 1, 0 FROM stored
         """  # noqa: S608  # numbers of this test's own
     )
 
@@ -305,12 +306,12 @@ async def test_a_promise_waits_for_the_disk_and_pacing_does_not_whatever_the_dat
 ) -> None:
     await admin.execute(f"SET synchronous_commit = {setting}")
     for statement, waits in (
-        ("SELECT keyless.claim('{1}', '{1}')", True),
-        ("SELECT keyless.unclaim(1, 1)", True),
-        ("SELECT keyless.decide('{}', '{}', '{}')", True),
+        ("SELECT keyless.claim('{1}', '{1}', '{1}')", True),
+        ("SELECT keyless.unclaim(1, 1, 1)", True),
+        ("SELECT keyless.decide('{}', '{}', '{}', '{}')", True),
         ("SELECT keyless.take(1, 1, NULL, false)", False),
         ("SELECT keyless.take_overdue(1, 1, 1)", False),
-        ("SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}')", False),
+        ("SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}', '{1}')", False),
         ("SELECT keyless.restore()", False),
     ):
         async with admin.transaction():
@@ -448,8 +449,9 @@ async def test_an_error_says_whether_it_may_pass(
     broker: PostgresBroker, admin: Connection, code: str, error: str
 ) -> None:
     await admin.execute(
-        "CREATE OR REPLACE FUNCTION keyless.decide(ids bigint[], outcomes text[], bodies text[])"
-        f" RETURNS TABLE (id bigint) LANGUAGE plpgsql AS $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$"
+        "CREATE OR REPLACE FUNCTION keyless.decide(ids bigint[], names bigint[], outcomes text[], bodies text[])"
+        " RETURNS TABLE (id bigint, name bigint) LANGUAGE plpgsql"
+        f" AS $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$"
     )
     await submit(broker, "a")
     (message,) = await take_n(broker, 1)
@@ -519,11 +521,11 @@ async def test_nobody_is_asked_for_a_request_that_is_decided_or_removed(
 ) -> None:
     await submit(broker, "a", "b", "c")
     removed, decided, other = messages = await take_n(broker, 3)
-    await admin.execute("DELETE FROM keyless.request WHERE id = $1", removed.id)
+    await admin.execute("DELETE FROM keyless.request WHERE id = $1", row_of(removed).id)
     assert await decide(broker, decided)
     claims = await asyncio.gather(*(broker.claim(message) for message in messages))
     assert [claimed.claim for claimed in claims] == [Claim.ANOTHERS, Claim.ANOTHERS, Claim.NEW]
-    assert await admin.fetch("SELECT id FROM keyless.request WHERE asked IS NOT NULL") == [(other.id,)]
+    assert await admin.fetch("SELECT id FROM keyless.request WHERE asked IS NOT NULL") == [(row_of(other).id,)]
     assert not await decide(broker, removed)
 
 

@@ -14,18 +14,21 @@ from waiting import PATIENCE, until
 from aiokeyless.errors import BrokerError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, Outcome, next_outcome, submit_approval
-from aiokeyless.worker.broker import Exchange, UnavailableError
+from aiokeyless.worker.broker import Claim, Exchange, UnavailableError
 from aiokeyless.worker.messages import FailureReason
 from aiokeyless.worker.postgres import PostgresBroker
 from aiokeyless.worker.postgres import broker as module
+from aiokeyless.worker.tables import row_of
 from worker.conformance.brokers import LEASE, SHORT_LEASE, decide, operation_of, submit, take_n
 
 from .shop import decide_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
 pytestmark = pytest.mark.slow
+
+_LOST = 40  # a sequence logs a record for 32 values, so a standby knows of some that were not given out
 
 
 @pytest.fixture
@@ -95,6 +98,57 @@ async def test_an_asynchronous_standby_takes_over_and_no_approval_counts_by_mist
                 await until(lambda: worker.statistics.is_ready)
     assert outcomes["kept"] == (Outcome.APPROVED, None)
     assert outcomes["claim-lost"] == (Outcome.FAILED, FailureReason.ALREADY_APPROVED)
+
+
+async def test_a_delivery_that_a_failover_overtook_decides_no_other_request_of_its_id(
+    primary: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RESTORES_EVERY", 1)
+    database = primary.new_database()
+    async with PostgresBroker(primary.url(database)) as broker:
+        await broker.prepare(lease=LEASE, service="")
+        await decide_all(broker, "first")  # so that the standby knows a value of the sequence
+    with standby_of(primary) as standby:
+        await caught_up(primary, standby)
+        standby.stop()  # what is committed from now on is lost
+        async with PostgresBroker(both(primary, standby, database)) as broker:
+            await broker.prepare(lease=LEASE, service="")
+            await submit(broker, *(f"pay-1-eur-{number}" for number in range(_LOST)))
+            lost = await take_n(broker, _LOST)
+            primary.kill()
+            standby.start()
+            standby.promote()
+            await until(lambda: standby.execute("SELECT pg_is_in_recovery()") == [["f"]])
+            await retried(lambda: submit(broker, "pay-1000000-eur-0"))
+            await submit(broker, *(f"pay-1000000-eur-{number}" for number in range(1, _LOST)))
+            theirs = {row_of(message).id: message for message in await take_n(broker, _LOST)}
+            again = [message for message in lost if row_of(message).id in theirs]
+            assert again  # ids did come again
+
+            for message in again:
+                await broker.put_off(message, 0.0, Exchange.FAILED)
+            assert await broker.take(_LOST, 0.5) == ()
+            for message in again:
+                assert not await broker.holds(message)
+                other = theirs[row_of(message).id]
+                claims = await asyncio.gather(broker.claim(message), broker.claim(other))
+                assert [claimed.claim for claimed in claims] == [Claim.ANOTHERS, Claim.NEW]
+                assert [await broker.holds(message), await broker.holds(other)] == [False, True]
+                assert not await broker.unclaim(message, claims[1].token)
+                stored = await asyncio.gather(decide(broker, message), decide(broker, other, Outcome.EXPIRED))
+                assert list(stored) == [False, True]
+        outcomes = standby.execute("SELECT outcome, count(*) FROM keyless.outcome GROUP BY 1 ORDER BY 1", database)
+    assert outcomes == [["approved", "1"], ["expired", str(len(again))]]
+
+
+async def retried(call: Callable[[], Awaitable[None]]) -> None:
+    """Call until the broker answers."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                return await call()
+            except UnavailableError:
+                await asyncio.sleep(0.1)
 
 
 async def read(url: str, count: int) -> dict[str | None, tuple[Outcome, str | None]]:

@@ -121,9 +121,12 @@ async def test_a_reader_adds_itself_once_and_puts_off_what_it_could_not_handle(
         for _ in range(2):
             await connection.execute("SELECT keyless.add_reader('ledger')")
         await decide_all(broker, "a")
-        row = await (await connection.execute("SELECT id FROM keyless.outcome")).fetchone()
+        row = await (await connection.execute("SELECT id, name FROM keyless.request")).fetchone()
         assert row is not None
-        await connection.execute("SELECT keyless.put_off_outcome('ledger', %s)", row)
+        id_, name = row
+        await connection.execute("SELECT keyless.put_off_outcome('ledger', %s, %s)", [id_, name ^ 1])  # another's
+        assert await unread(admin, "ledger") == {"a": 0}
+        await connection.execute("SELECT keyless.put_off_outcome('ledger', %s, %s)", row)
         assert await unread(admin, "ledger") == {"a": 1}
         for name in ("", "two words", "x" * 129):
             with pytest.raises(psycopg.errors.InvalidParameterValue):

@@ -53,16 +53,16 @@ ASKER = ("SELECT keyless.submit('{}')",)
 READER = (
     "SELECT keyless.add_reader('ledger')",
     "SELECT * FROM keyless.next_outcome('ledger')",
-    "SELECT keyless.put_off_outcome('ledger', 1)",
+    "SELECT keyless.put_off_outcome('ledger', 1, 1)",
 )
 WORKER = (
     "SELECT * FROM keyless.take(1, 1, NULL, false)",
     "SELECT * FROM keyless.take_overdue(1, 1, 1)",
-    "SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}')",
-    "SELECT * FROM keyless.claim('{1}', '{1}')",
-    "SELECT keyless.unclaim(1, 1)",
-    "SELECT * FROM keyless.were_asked('{1}')",
-    "SELECT * FROM keyless.decide('{}', '{}', '{}')",
+    "SELECT keyless.put_off('{1}', '{1}', '{1}', '{1}', '{1}')",
+    "SELECT * FROM keyless.claim('{1}', '{1}', '{1}')",
+    "SELECT keyless.unclaim(1, 1, 1)",
+    "SELECT * FROM keyless.were_asked('{1}', '{1}')",
+    "SELECT * FROM keyless.decide('{}', '{}', '{}', '{}')",
     "SELECT * FROM keyless.inspect()",
     "SELECT keyless.restore()",
     "SELECT keyless.welcome_readers()",
@@ -70,7 +70,7 @@ WORKER = (
 )
 NOBODY = (
     "SELECT * FROM keyless.deliver('{1}', 1)",
-    "SELECT keyless.lock_requests('{1}')",
+    "SELECT keyless.lock_requests('{1}', '{1}')",
     "SELECT keyless.check_reader('shop')",
     "CREATE TABLE keyless.mine (id integer)",
     "CREATE FUNCTION keyless.mine() RETURNS integer LANGUAGE sql AS 'SELECT 1'",

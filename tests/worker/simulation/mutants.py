@@ -45,8 +45,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        '"DELETE FROM unread WHERE reader = ? AND id = ?", (unread.reader, unread.id)',
-        "\"DELETE FROM unread WHERE ? <> '' AND id = ?\", (unread.reader, unread.id)",
+        '"DELETE FROM unread WHERE reader = ? AND id =',
+        "\"DELETE FROM unread WHERE ? <> '' AND id =",
         "what one reader has handled is lost to the others",
     ),
     Mutant(
@@ -64,8 +64,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        '"INSERT INTO waiting VALUES (last_insert_rowid(), ?, 0, 0)", (now,)',
-        '"INSERT INTO waiting VALUES (last_insert_rowid(), ?, 0, 0)", (now + 2.0,)',
+        'FROM request WHERE id = last_insert_rowid()", (now,)',
+        'FROM request WHERE id = last_insert_rowid()", (now + 2.0,)',
         "a new request is asked for two seconds late",
     ),
     Mutant(
@@ -76,8 +76,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        "\" WHERE w.deliveries = json_extract(j.value, '$[1]')\"",
-        "\" WHERE w.deliveries >= json_extract(j.value, '$[1]')\"",
+        "AND w.deliveries = json_extract(j.value, '$[2]')\"",
+        "AND w.deliveries >= json_extract(j.value, '$[2]')\"",
         "a late delivery puts off another's next poll",
     ),
     # -- decisions

@@ -17,10 +17,13 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError
 from aiokeyless.worker.messages import ApprovalEvent, Message
 from aiokeyless.worker.sqlite import SqliteBroker, failures, schema, store
+from aiokeyless.worker.tables import row_of
 from worker.conformance.brokers import decide, new_request, operation_of, submit, take_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Sequence
+
+    from aiokeyless.worker.broker import OutcomeDelivery
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "howto" / "running-workers.md").read_text()
 
@@ -290,6 +293,41 @@ async def test_the_backup_of_the_guide_has_what_a_broker_in_use_holds(
         await restored.prepare(lease=2.0, service="")
         assert [operation_of(message) for message in await take_all(restored)] == ["waits"]
         assert b'"decided"' in (await restored.next_outcome("shop")).data
+
+
+async def test_a_delivery_from_before_a_restore_changes_no_other_request_of_its_id(
+    broker: SqliteBroker, path: Path, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+        live.backup(backup)
+        lost, unread = await read_and_taken(broker, "a", "b")
+        backup.backup(live)  # under the running worker
+        other, others_unread = await read_and_taken(broker, "c", "d")
+    assert row_of(lost).id == row_of(other).id
+    assert unread.place == others_unread.place
+    assert not await broker.holds(lost)
+    assert (await broker.claim(lost)).claim is Claim.ANOTHERS
+    token = (await broker.claim(other)).token
+    assert not await broker.unclaim(lost, token)
+    assert await broker.holds(other)
+    await broker.put_off(lost, 0.0, Exchange.FAILED)
+    assert not await take_all(broker)
+    assert not await decide(broker, lost)
+    await unread.put_off(0.0)
+    await unread.mark_handled()
+    assert execute(path, "SELECT count(*) FROM unread WHERE due_at > ?", datetime.now(UTC).timestamp()) == [(1,)]
+    assert await decide(broker, other)
+
+
+async def read_and_taken(broker: SqliteBroker, decided: str, waiting: str) -> tuple[Message, OutcomeDelivery]:
+    """Return a delivery of a request, and one of another's outcome."""
+    await submit(broker, decided)
+    (message,) = await take_all(broker)
+    assert await decide(broker, message)
+    await submit(broker, waiting)
+    (message,) = await take_all(broker)
+    broker._readers.clear()  # it is in no restored file
+    return message, await broker.next_outcome("shop")
 
 
 def test_what_is_wrong_for_good_is_not_tried_again() -> None:

@@ -6,8 +6,12 @@
 --
 -- Later migrations add functions, and change none, because workers of two versions use them at once.
 
+-- After a failover that lost the last commits, or a restored backup, the ids of lost requests are given out again. A
+-- delivery that was under way must not decide another request of its id. So each request also has a random name, which
+-- workers and readers return with its id.
 CREATE TABLE {schema}.request (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name bigint NOT NULL DEFAULT hashtextextended(gen_random_uuid()::text, 0),
     operation_id text COLLATE "C" NOT NULL UNIQUE,
     content_sha256 text NOT NULL,
     body text NOT NULL,
@@ -26,6 +30,7 @@ COMMENT ON COLUMN {schema}.request.asked IS 'Number of the delivery that was abo
 -- Each poll changes all of its columns but one, so its pages are kept half empty and vacuumed often.
 CREATE UNLOGGED TABLE {schema}.waiting (
     id bigint PRIMARY KEY,
+    name bigint NOT NULL,
     due_at timestamptz NOT NULL,
     deliveries integer NOT NULL,
     failures integer NOT NULL
@@ -134,9 +139,10 @@ BEGIN
             (operation_id, content_sha256, body, traceparent, requested_at, expires_at, stored_at)
         VALUES (fields ->> 'operation_id', content, request, left(traceparent, 128), created_at, created_at + wait, moment)
         ON CONFLICT DO NOTHING
-        RETURNING r.id
+        RETURNING r.id, r.name
     )
-    INSERT INTO {schema}.waiting (id, due_at, deliveries, failures) SELECT stored.id, moment, 0, 0 FROM stored;
+    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures)
+    SELECT stored.id, stored.name, moment, 0, 0 FROM stored;
     IF FOUND THEN
         RETURN false;
     END IF;
@@ -188,43 +194,44 @@ END
 $function$;
 
 CREATE FUNCTION {schema}.next_outcome(reader text)
-RETURNS TABLE (id bigint, operation_id text, outcome text, event text)
+RETURNS TABLE (id bigint, name bigint, operation_id text, outcome text, event text)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
-    name constant text := reader;
+    reading constant text := reader;
     moment constant timestamptz := clock_timestamp();
     candidates bigint[];
     chosen bigint;
 BEGIN
-    IF NOT {schema}.check_reader(name) THEN
+    IF NOT {schema}.check_reader(reading) THEN
         RETURN;
     END IF;
     candidates := ARRAY(
-        SELECT u.id FROM {schema}.unread u WHERE u.reader = name AND u.due_at <= moment ORDER BY u.due_at LIMIT 100
+        SELECT u.id FROM {schema}.unread u WHERE u.reader = reading AND u.due_at <= moment ORDER BY u.due_at LIMIT 100
     );
     IF candidates = '{}' THEN
         -- Nothing is put off for longer than this, so the clock was set back.
         candidates := ARRAY(
-            SELECT u.id FROM {schema}.unread u WHERE u.reader = name AND u.due_at > moment + interval '300 s' LIMIT 100
+            SELECT u.id FROM {schema}.unread u WHERE u.reader = reading AND u.due_at > moment + interval '300 s' LIMIT 100
         );
     END IF;
     -- In a random order, so that an outcome that kills its process does not hold up the others.
     SELECT u.id INTO chosen FROM {schema}.unread u
-    WHERE u.reader = name AND u.id = ANY (candidates) ORDER BY random() LIMIT 1 FOR UPDATE SKIP LOCKED;
+    WHERE u.reader = reading AND u.id = ANY (candidates) ORDER BY random() LIMIT 1 FOR UPDATE SKIP LOCKED;
     IF chosen IS NULL THEN -- other processes have these hundred
         SELECT u.id INTO chosen FROM {schema}.unread u
-        WHERE u.reader = name AND u.due_at <= moment ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
+        WHERE u.reader = reading AND u.due_at <= moment ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
     END IF;
-    DELETE FROM {schema}.unread u WHERE u.reader = name AND u.id = chosen;
-    RETURN QUERY SELECT o.id, r.operation_id, o.outcome, o.body
+    DELETE FROM {schema}.unread u WHERE u.reader = reading AND u.id = chosen;
+    RETURN QUERY SELECT o.id, r.name, r.operation_id, o.outcome, o.body
     FROM {schema}.outcome o JOIN {schema}.request r ON r.id = o.id WHERE o.id = chosen;
 END
 $function$;
 COMMENT ON FUNCTION {schema}.next_outcome IS 'Take an outcome that this reader has not handled. It is handled when the transaction commits, and comes again if it does not.';
 
-CREATE FUNCTION {schema}.put_off_outcome(reader text, outcome bigint, delay double precision DEFAULT NULL) RETURNS void
+CREATE FUNCTION {schema}.put_off_outcome(reader text, outcome bigint, name bigint, delay double precision DEFAULT NULL)
+RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
 BEGIN
@@ -233,8 +240,9 @@ BEGIN
     SET failures = least(u.failures + 1, 15),
         due_at = clock_timestamp() + least(coalesce(delay, power(2, u.failures)), 300) * interval '1 s'
     FROM (
-        SELECT l.id FROM {schema}.unread l WHERE l.reader = put_off_outcome.reader AND l.id = outcome
-        FOR UPDATE SKIP LOCKED -- another process has it now
+        SELECT l.id FROM {schema}.unread l JOIN {schema}.request r ON r.id = l.id
+        WHERE l.reader = put_off_outcome.reader AND l.id = outcome AND r.name = put_off_outcome.name
+        FOR UPDATE OF l SKIP LOCKED -- another process has it now
     ) mine
     WHERE u.reader = put_off_outcome.reader AND u.id = mine.id;
 END
@@ -246,6 +254,7 @@ COMMENT ON FUNCTION {schema}.put_off_outcome IS 'Have an outcome that was not ha
 
 CREATE TYPE {schema}.delivery AS (
     id bigint,
+    name bigint,
     body text,
     traceparent text,
     stored_at double precision,
@@ -329,7 +338,7 @@ BEGIN
         WHERE w.id = ANY (chosen)
         RETURNING w.id, w.deliveries, w.failures
     )
-    SELECT r.id, r.body, r.traceparent, extract(epoch FROM r.stored_at)::double precision, delivered.deliveries,
+    SELECT r.id, r.name, r.body, r.traceparent, extract(epoch FROM r.stored_at)::double precision, delivered.deliveries,
         delivered.failures, extract(epoch FROM due.due_at)::double precision
     FROM delivered
     JOIN due ON due.id = delivered.id
@@ -340,8 +349,9 @@ END
 $function$;
 
 -- exchange: 0 answered well, 1 failed, 2 none, so the delivery does not count.
-CREATE FUNCTION {schema}.put_off(ids bigint[], numbers integer[], delays double precision[], exchanges integer[])
-RETURNS void
+CREATE FUNCTION {schema}.put_off(
+    ids bigint[], names bigint[], numbers integer[], delays double precision[], exchanges integer[]
+) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 DECLARE
@@ -351,8 +361,8 @@ BEGIN
     -- If another transaction has locked a request, it decides it, or has a later delivery of it.
     WITH mine AS (
         SELECT w.id, p.delay, p.exchange
-        FROM unnest(ids, numbers, delays, exchanges) p (id, number, delay, exchange)
-        JOIN {schema}.waiting w ON w.id = p.id AND w.deliveries = p.number
+        FROM unnest(ids, names, numbers, delays, exchanges) p (id, name, number, delay, exchange)
+        JOIN {schema}.waiting w ON w.id = p.id AND w.name = p.name AND w.deliveries = p.number
         FOR UPDATE OF w SKIP LOCKED
     )
     UPDATE {schema}.waiting w
@@ -363,70 +373,83 @@ BEGIN
 END
 $function$;
 
--- Lock several requests in the order of their ids, so that two transactions never wait for each other.
-CREATE FUNCTION {schema}.lock_requests(ids bigint[]) RETURNS void
+-- Lock several requests in the order of their ids, so that two transactions never wait for each other. Return the ids
+-- in the given order, with null in place of those whose request has another name.
+CREATE FUNCTION {schema}.lock_requests(ids bigint[], names bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET jit = off AS $function$
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
     PERFORM FROM {schema}.request r WHERE r.id = ANY (ids) ORDER BY r.id FOR NO KEY UPDATE;
+    RETURN ARRAY(
+        SELECT r.id FROM unnest(ids, names) WITH ORDINALITY n (id, name, place)
+        LEFT JOIN {schema}.request r ON r.id = n.id AND r.name = n.name ORDER BY n.place
+    );
 END
 $function$;
 
-CREATE FUNCTION {schema}.claim(ids bigint[], numbers integer[]) RETURNS TABLE (id bigint, was_asked boolean)
+CREATE FUNCTION {schema}.claim(ids bigint[], names bigint[], numbers integer[])
+RETURNS TABLE (id bigint, name bigint, was_asked boolean)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 #variable_conflict use_column
+DECLARE
+    locked constant bigint[] := {schema}.lock_requests(ids, names);
 BEGIN
-    PERFORM {schema}.lock_requests(ids);
-    RETURN QUERY SELECT r.id, r.asked IS NOT NULL FROM {schema}.request r WHERE r.id = ANY (ids) AND r.decided_at IS NULL;
-    UPDATE {schema}.request r SET asked = c.number FROM unnest(ids, numbers) c (id, number)
+    RETURN QUERY SELECT r.id, r.name, r.asked IS NOT NULL FROM {schema}.request r
+    WHERE r.id = ANY (locked) AND r.decided_at IS NULL;
+    UPDATE {schema}.request r SET asked = c.number FROM unnest(locked, numbers) c (id, number)
     WHERE r.id = c.id AND r.decided_at IS NULL;
 END
 $function$;
 COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before. A decided request has no row.';
 
-CREATE FUNCTION {schema}.unclaim(request bigint, number integer) RETURNS boolean
+CREATE FUNCTION {schema}.unclaim(request bigint, name bigint, number integer) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    locked constant bigint[] := {schema}.lock_requests(ARRAY[request], ARRAY[name]);
 BEGIN
-    PERFORM {schema}.lock_requests(ARRAY[request]);
-    UPDATE {schema}.request r SET asked = NULL WHERE r.id = request AND r.asked = number;
+    UPDATE {schema}.request r SET asked = NULL WHERE r.id = ANY (locked) AND r.asked = number;
     RETURN FOUND;
 END
 $function$;
 
-CREATE FUNCTION {schema}.were_asked(ids bigint[]) RETURNS TABLE (id bigint)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
-    SELECT r.id FROM {schema}.request r WHERE r.id = ANY (ids) AND r.asked IS NOT NULL
+CREATE FUNCTION {schema}.were_asked(ids bigint[], names bigint[]) RETURNS TABLE (id bigint, name bigint)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
+    SELECT r.id, r.name FROM unnest(ids, names) n (id, name)
+    JOIN {schema}.request r ON r.id = n.id AND r.name = n.name WHERE r.asked IS NOT NULL
 $function$;
 
-CREATE FUNCTION {schema}.decide(ids bigint[], outcomes text[], bodies text[]) RETURNS TABLE (id bigint)
+CREATE FUNCTION {schema}.decide(ids bigint[], names bigint[], outcomes text[], bodies text[])
+RETURNS TABLE (id bigint, name bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
     moment timestamptz;
+    locked bigint[];
     decided bigint[];
 BEGIN
     -- A reader that is added now is seen below, or waits for this transaction: see `welcome_readers`.
     PERFORM pg_advisory_xact_lock_shared({lock}, 2);
-    PERFORM {schema}.lock_requests(ids);
+    locked := {schema}.lock_requests(ids, names);
     moment := clock_timestamp();
     WITH changed AS (
-        UPDATE {schema}.request r SET decided_at = moment WHERE r.id = ANY (ids) AND r.decided_at IS NULL RETURNING r.id
+        UPDATE {schema}.request r SET decided_at = moment WHERE r.id = ANY (locked) AND r.decided_at IS NULL RETURNING r.id
     )
     SELECT array_agg(changed.id) INTO decided FROM changed;
     DELETE FROM {schema}.waiting w
-    WHERE w.id IN (SELECT l.id FROM {schema}.waiting l WHERE l.id = ANY (ids) ORDER BY l.id FOR UPDATE);
+    WHERE w.id IN (SELECT l.id FROM {schema}.waiting l WHERE l.id = ANY (locked) ORDER BY l.id FOR UPDATE);
     INSERT INTO {schema}.outcome (id, outcome, body, decided_at)
     SELECT DISTINCT ON (d.id) d.id, d.outcome, d.body, moment
-    FROM unnest(ids, outcomes, bodies) WITH ORDINALITY d (id, outcome, body, place)
+    FROM unnest(locked, outcomes, bodies) WITH ORDINALITY d (id, outcome, body, place)
     WHERE d.id = ANY (decided) ORDER BY d.id, d.place;
     INSERT INTO {schema}.unread (reader, id, due_at)
     SELECT r.name, d.id, moment FROM {schema}.reader r CROSS JOIN unnest(decided) d (id);
-    RETURN QUERY SELECT unnest(decided);
+    RETURN QUERY SELECT r.id, r.name FROM {schema}.request r WHERE r.id = ANY (decided);
 END
 $function$;
 COMMENT ON FUNCTION {schema}.decide IS 'Store outcomes and remove their requests from those that wait; return those that had no outcome yet.';
@@ -456,8 +479,8 @@ DECLARE
     restored bigint;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    INSERT INTO {schema}.waiting (id, due_at, deliveries, failures)
-    SELECT r.id, clock_timestamp(), coalesce(r.asked, 0), 0 FROM {schema}.request r
+    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures)
+    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0 FROM {schema}.request r
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
     FOR SHARE OF r SKIP LOCKED -- requests that are being decided
     ON CONFLICT DO NOTHING;
