@@ -399,6 +399,47 @@ async def test_a_new_reader_misses_nothing_and_stops_nobody_while_outcomes_are_s
         assert await unread(admin, reader) == {}
 
 
+async def test_outcomes_come_while_a_stranger_holds_all_locks_that_are_anybodys(
+    server: PostgresServer, database: str, url: str
+) -> None:
+    """A superuser keeps the brokers' functions from advisory locks; then it is of no use to hold those."""
+    async with PostgresBroker(url) as broker:
+        await broker.prepare(lease=LEASE, service="")
+        server.execute(
+            """
+            DO $$
+            DECLARE
+                lock regprocedure;
+            BEGIN
+                FOR lock IN SELECT oid FROM pg_proc WHERE proname LIKE 'pg%advisory%' LOOP
+                    EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', lock);
+                END LOOP;
+            END $$
+            """,
+            database,
+        )
+        await decide_all(broker, "a")
+        async with asyncio.timeout(PATIENCE):
+            await (await broker.next_outcome("shop")).mark_handled()
+
+
+async def test_open_transactions_hold_up_no_outcome(
+    broker: PostgresBroker, admin: Connection, connection: Connection, url: str
+) -> None:
+    other = await asyncpg.connect(url)
+    await decide_all(broker, "in hand")
+    async with connection.transaction(), other.transaction():
+        await connection.execute("SELECT keyless.add_reader('ledger')")
+        await connection.execute("SELECT keyless.submit($1)", new_request("uncommitted").body.decode())
+        await connection.execute("SELECT keyless.welcome_readers()")  # a worker that copies many outcomes
+        assert await other.fetchval("SELECT operation_id FROM keyless.next_outcome('shop')") == "in hand"
+        async with asyncio.timeout(3.0):
+            await decide_all(broker, "a")
+            await (await broker.next_outcome("shop")).mark_handled()
+            await (await broker.next_outcome("audit")).mark_handled()  # a new reader
+    await other.close()
+
+
 # -- failures
 
 

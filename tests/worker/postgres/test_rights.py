@@ -80,12 +80,13 @@ NOBODY = (
     "SET ROLE keyless_owner",
     *(
         statement.format(table)
-        for table in ("request", "waiting", "outcome", "reader", "unread")
+        for table in ("request", "waiting", "outcome", "reader", "unread", "welcome")
         for statement in (
             "SELECT * FROM keyless.{}",
             "DELETE FROM keyless.{}",
             "TRUNCATE keyless.{}",
             "DROP TABLE keyless.{}",
+            "SELECT 1; LOCK TABLE keyless.{} IN ACCESS SHARE MODE",
         )
     ),
     "INSERT INTO keyless.outcome VALUES (1, 'approved', '{}', now())",

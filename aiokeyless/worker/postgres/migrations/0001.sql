@@ -69,6 +69,10 @@ CREATE TABLE {schema}.unread (
 CREATE INDEX unread_due ON {schema}.unread (reader, due_at);
 COMMENT ON TABLE {schema}.unread IS 'Which reader has not handled which outcome.';
 
+-- Not an advisory lock: whoever may connect can take any of those, and hold up all outcomes.
+CREATE TABLE {schema}.welcome ();
+COMMENT ON TABLE {schema}.welcome IS 'Empty; a lock between outcomes that are stored and readers that are made ready.';
+
 
 -- For applications that submit.
 
@@ -434,7 +438,7 @@ DECLARE
     decided bigint[];
 BEGIN
     -- A reader that is added now is seen below, or waits for this transaction: see `welcome_readers`.
-    PERFORM pg_advisory_xact_lock_shared({lock}, 2);
+    LOCK TABLE {schema}.welcome IN ROW SHARE MODE;
     locked := {schema}.lock_requests(ids, names);
     moment := clock_timestamp();
     WITH changed AS (
@@ -497,8 +501,11 @@ DECLARE
     newcomer text;
 BEGIN
     FOR newcomer IN SELECT r.name FROM {schema}.reader r WHERE NOT r.ready FOR UPDATE SKIP LOCKED LOOP
-        PERFORM pg_advisory_lock({lock}, 2);
-        PERFORM pg_advisory_unlock({lock}, 2);
+        BEGIN
+            LOCK TABLE {schema}.welcome IN EXCLUSIVE MODE;
+            RAISE invalid_transaction_termination;
+        EXCEPTION WHEN invalid_transaction_termination THEN -- which releases the lock: the copy may take long
+        END;
         INSERT INTO {schema}.unread (reader, id, due_at)
         SELECT newcomer, o.id, clock_timestamp() FROM {schema}.outcome o
         ON CONFLICT DO NOTHING;
