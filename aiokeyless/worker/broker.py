@@ -41,7 +41,7 @@ class UnavailableError(Exception):
 
 
 class RefusedError(UnavailableError):
-    """The broker refused, because a disk or a stream is full, for example."""
+    """The broker refused, because a disk or a stream is full, for example; or it did not answer in time."""
 
 
 class NewRequest(NamedTuple):

@@ -61,7 +61,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True, kw_only=True):
         circuit: This worker's view of Keyless: ``closed`` (works), ``half_open`` (ramping up) or ``open`` (probes only,
             or none until its ``Retry-After``).
         is_ready: Whether the worker takes requests, which is so if there are no problems.
-        problems: Why the worker is not ready, in one line each. It is about to end, the broker is away or refuses
+        problems: Why the worker is not ready, in one line each. It is about to end, the broker is away or does not store
             outcomes, Keyless refuses the key, requests are not delivered, or the circuit is open and new requests wait.
         is_draining: Whether the worker is about to end.
     """
@@ -147,7 +147,7 @@ class Reporter:
             yield f"the broker does not answer: {self._silence}"
         yield from self._fleet.problems
         if now < self._refused_until:
-            yield f"the broker refuses outcomes or claims: {self._refusal}"
+            yield f"the broker does not store outcomes or claims: {self._refusal}"
         if self._stalled_since is not None and (waited := now - self._stalled_since) >= _STALLED_FOR:
             yield f"{backlog} requests wait, and none was delivered to this worker for {waited:.0f} s"
         if backlog and not self._circuit.is_closed:

@@ -27,7 +27,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.schedule import record_observation, wait_adaptive
 
-from .broker import Exchange, UnavailableError
+from .broker import Exchange, RefusedError, UnavailableError
 from .decisions import Redeliver, after_bug, after_outage, fail, fail_unreadable, left_of_grace, observation
 from .exchanges import Exchanges, check_key
 from .logs import RateLimitedLog, log
@@ -56,6 +56,8 @@ _LOST: Final = 0.1  # seconds after which a cancellation counts as lost
 TAKES_FOR: Final = 1.0
 #: Most seconds for which a delivery is given back. Longer than a take lasts, so that another worker can take it.
 _HANDED_BACK_FOR: Final = 1.5
+#: Seconds after which a request is delivered again whose outcome the broker refused: much less than the lease.
+_REFUSED_FOR: Final = 3.0
 
 
 class Limits(NamedTuple):
@@ -286,6 +288,9 @@ class Serving:
             is_too_much = self._room(now := self._loop.time()) < 0
             decision = self._decide_without_exchange(message, now) if is_too_much else await self._decide(message)
             await self._settle(message, decision)
+        except RefusedError as error:
+            await self._give_back(message, _REFUSED_FOR)
+            return error
         except UnavailableError as error:
             return error  # so the broker delivers it again; an event that was stored is kept once
         except KeylessError as error:  # the worker's or the broker's, and not the request's
@@ -293,10 +298,13 @@ class Serving:
                 self._suspect_key(error)
             else:
                 self._on_fatal(error)
-            with suppress(UnavailableError, BrokerError):  # otherwise it is delivered again by itself, a little later
-                await self._broker.put_off(message, error_delay(1), Exchange.NONE)
+            await self._give_back(message, error_delay(1))
             return error
         return None
+
+    async def _give_back(self, message: Message, delay: float) -> None:
+        with suppress(UnavailableError, BrokerError):  # otherwise it is delivered again by itself, a little later
+            await self._broker.put_off(message, delay, Exchange.NONE)
 
     def _read(self, message: Message) -> Delivery:
         return read_request(message, longest_wait=self._longest_wait, largest_request=self._broker.largest_request)

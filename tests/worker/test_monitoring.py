@@ -400,7 +400,7 @@ async def test_what_the_broker_names_are_problems(broker: FakeBroker, circuit: C
 async def test_an_event_that_is_refused_is_a_problem_until_one_is_stored(broker: FakeBroker, circuit: Circuit) -> None:
     async with reporting(broker, circuit) as reporter:
         reporter.report_settlement(1, RefusedError("insufficient storage"), started_at=0.0)
-        assert problems(reporter) == ["the broker refuses outcomes or claims: insufficient storage"]
+        assert problems(reporter) == ["the broker does not store outcomes or claims: insufficient storage"]
         reporter.report_outcome(an_event(), is_new=False)
         assert problems(reporter) == []
 

@@ -18,7 +18,7 @@ from waiting import until
 from aiokeyless import wait_adaptive
 from aiokeyless._http.transport import Transport
 from aiokeyless.worker import ApprovalEvent, ApprovalWorker, FailureReason, Outcome, exchanges, submit_approval
-from aiokeyless.worker.broker import NewRequest
+from aiokeyless.worker.broker import NewRequest, RefusedError
 from aiokeyless.worker.logs import JsonFormatter
 from aiokeyless.worker.messages import ApprovalRequest, request_name
 from aiokeyless.worker.sqlite import SqliteBroker
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiokeyless._http.protocol import Request
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.sandbox.journal import RequestRecord
+    from aiokeyless.worker.broker import Message
 
 pytestmark = pytest.mark.looptime
 
@@ -552,3 +553,24 @@ async def test_logs_hold_no_payload_no_context_and_no_key(
         "worker.done",
     }
     assert not [line for line in [*lines, caplog.text] if "hidden" in line or sandbox.api_key in line]
+
+
+async def test_an_outcome_that_a_full_disk_refused_comes_soon_after_there_is_room(
+    client: KeylessClient, broker: SqliteBroker, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decide, room_at = SqliteBroker.decide, now() + 20.0
+
+    async def decide_with_room(broker: SqliteBroker, message: Message, event: ApprovalEvent) -> bool:
+        if now() < room_at:
+            raise RefusedError("the disk is full")
+        return await decide(broker, message, event)
+
+    monkeypatch.setattr(SqliteBroker, "decide", decide_with_room)
+    async with working(client, broker) as worker:
+        operation_id = await submit(broker, "C0FFEE")
+        await until(lambda: operation_id in sandbox.operations)
+        sandbox.approve(operation_id)
+        [event] = await read(broker)
+        assert now() < room_at + 4.0
+        assert worker.statistics.unsettled < 10  # without haste
+    assert event.outcome is Outcome.APPROVED

@@ -318,6 +318,10 @@ class PostgresBroker(TableBroker):
                     except _PASSING:
                         if attempt == _ATTEMPTS:
                             raise
+                    except ERRORS:
+                        if loop.time() < giving_up.when():
+                            raise
+                        raise TimeoutError(f"no answer within {patience:g} s") from None
                     finally:
                         giving_up.cancel()
             attempt += 1

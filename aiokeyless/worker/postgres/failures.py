@@ -38,7 +38,8 @@ def broker_errors(schema: str, errors: tuple[type[Exception], ...]) -> Iterator[
             raise BrokerError(f"{reason}; check which roles this login has") from None
         if state.startswith(_LASTING):
             raise BrokerError(reason) from None
-        raise (RefusedError if state == _DISK_FULL else UnavailableError)(reason) from None
+        is_refused = state == _DISK_FULL or isinstance(error, TimeoutError)
+        raise (RefusedError if is_refused else UnavailableError)(reason) from None
 
 
 def is_about_request(error: Exception) -> bool:

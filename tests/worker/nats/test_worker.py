@@ -440,7 +440,7 @@ async def test_without_a_stream_it_is_not_ready(
     async with working(client, broker) as worker:
         await jetstream(connection).delete_stream(gone)
         await submit(connection, "C0FFEE", expires_in=0.5)
-        refused = "the broker refuses outcomes or claims: "
+        refused = "the broker does not store outcomes or claims: "
         await until(lambda: any(one.startswith(refused) for one in worker.statistics.problems))
 
 
@@ -461,7 +461,7 @@ async def test_while_what_a_worker_stores_is_refused_it_is_not_ready(
         await stream.update_stream(config.evolve(max_msgs=1, discard=DiscardPolicy.NEW))
         for _ in range(2):
             await submit(connection, "C0FFEE", expires_in=expires_in)
-        refused = "the broker refuses outcomes or claims: maximum messages exceeded"
+        refused = "the broker does not store outcomes or claims: maximum messages exceeded"
         await until(lambda: any(one.startswith(refused) for one in worker.statistics.problems))
 
 

@@ -14,7 +14,9 @@ from postgres_server import PostgresServer
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
-from aiokeyless.worker.broker import Claim, Exchange, UnavailableError, broker_for
+from aiokeyless.sandbox import Sandbox
+from aiokeyless.worker import ApprovalWorker
+from aiokeyless.worker.broker import Claim, Exchange, RefusedError, UnavailableError, broker_for
 from aiokeyless.worker.messages import Outcome
 from aiokeyless.worker.postgres import PostgresBroker, migrations
 from aiokeyless.worker.postgres import broker as module
@@ -423,9 +425,28 @@ async def test_outcomes_come_while_a_stranger_holds_all_locks_that_are_anybodys(
             await (await broker.next_outcome("shop")).mark_handled()
 
 
-async def test_open_transactions_hold_up_no_outcome(
-    broker: PostgresBroker, admin: Connection, connection: Connection, url: str
+@pytest.mark.slow
+async def test_outcomes_that_are_not_stored_are_a_problem_that_says_why(
+    broker: PostgresBroker, admin: Connection, url: str
 ) -> None:
+    async with (
+        Sandbox(auto_approve=0.1) as sandbox,
+        sandbox.client() as client,
+        ApprovalWorker(client, url) as worker,
+    ):
+        async with admin.transaction():
+            await admin.execute("LOCK TABLE keyless.outcome")
+            await submit(broker, "a")
+            await until(lambda: bool(worker.statistics.problems))
+            assert worker.statistics.problems == (
+                "the broker does not store outcomes or claims: no answer within 10 s",
+            )
+        async with asyncio.timeout(PATIENCE):
+            await (await broker.next_outcome("shop")).mark_handled()
+        await until(lambda: worker.statistics.is_ready)
+
+
+async def test_open_transactions_hold_up_no_outcome(broker: PostgresBroker, connection: Connection, url: str) -> None:
     other = await asyncpg.connect(url)
     await decide_all(broker, "in hand")
     async with connection.transaction(), other.transaction():
@@ -477,7 +498,7 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     await submit(broker, "a")
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
-        with pytest.raises(UnavailableError):
+        with pytest.raises(RefusedError, match=r"no answer within 0\.5 s"):
             await broker._fetch("SELECT * FROM {}.take(1, 1, NULL, false)", patience=0.5)
     assert len(await take_n(broker, 1)) == 1
 
