@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from enum import StrEnum
 from hashlib import sha256
 from typing import Final, TypeVar
@@ -29,6 +30,11 @@ MAX_DEPTH: Final = 64
 _LONGEST: Final = 1e9  # seconds: more than any broker allows
 _JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _JSON_BRACKET: Final = re.compile(rb"[\[\]{}]")
+_JSON_NUMBER: Final = re.compile(r"-?\d[\d.]*(?:[eE][+-]?\d+)?")
+#: PostgreSQL writes out each digit of a number: 17 KiB of ``1e131000`` cost a server 1 GB, ``0e-16000`` 120 MB.
+_LONGEST_NUMBER: Final = 400  # characters
+_LARGE_EXPONENT: Final = re.compile(r"[eE][+-]?0*[1-9]\d{3}")
+_SMALLEST_NUMBER, _TOO_LARGE = Decimal("1e-307"), Decimal("1.8e308")
 _NOTHING: Final = msgspec.Raw(b"null")
 
 
@@ -79,7 +85,8 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         expires_in: Seconds from `created_at` until waiting ends. Default: 120.
         created_at: When the application asked, with a zone. Default: when the broker stored the request. A later time
             counts as that.
-        context: Any JSON of yours, up to 64 KiB, which the event returns unchanged. Default: null.
+        context: Any JSON of yours, up to 64 KiB, which the event returns unchanged. Its numbers have at most 400
+            characters, and are 0 or of a magnitude from 1e-307 to 1.8e308. Default: null.
     """
 
     version: int
@@ -347,12 +354,24 @@ def context_refusal(context: msgspec.Raw) -> str | None:
     """Return why a context, which is valid JSON, is refused; None if it is accepted."""
     if len(context) > MAX_CONTEXT:
         return f"context is {len(context)} bytes of JSON; at most {MAX_CONTEXT} are handed on"
-    depth = 0
-    for bracket in _JSON_BRACKET.findall(_JSON_STRING.sub(b"", bytes(context))):
+    depth, without_strings = 0, _JSON_STRING.sub(b"", bytes(context))
+    for bracket in _JSON_BRACKET.findall(without_strings):
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_DEPTH:
             return f"context is nested more than {MAX_DEPTH} deep"
+    if not all(map(_is_moderate, _JSON_NUMBER.findall(without_strings.decode()))):
+        return (
+            f"numbers in context must have at most {_LONGEST_NUMBER} characters, and be 0 or of a magnitude from "
+            "1e-307 to 1.8e308"
+        )
     return None
+
+
+def _is_moderate(number: str) -> bool:
+    """Return whether a JSON number is neither long nor extreme: the rule of PostgreSQL's `submit`, too."""
+    if len(number) > _LONGEST_NUMBER or _LARGE_EXPONENT.search(number):
+        return False
+    return not (value := abs(Decimal(number))) or _SMALLEST_NUMBER <= value < _TOO_LARGE
 
 
 def request_name(request: ApprovalRequest) -> str:

@@ -17,6 +17,39 @@ if TYPE_CHECKING:
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.worker import Broker
 
+#: JSON numbers that a context may have, and some that it may not.
+MODERATE_NUMBERS = (
+    "0",
+    "-0.0",
+    "0e999",
+    "0e-0000999",
+    "12345678901234567890",
+    "1.7999e308",
+    "-1.7999e308",
+    "1e-307",
+    f"0.{'0' * 306}1",
+    "9" * 308,
+    f"1.{'0' * 398}",
+    f"1{'0' * 393}e-390",
+)
+EXTREME_NUMBERS = (
+    "1.8e308",
+    "-1.8e308",
+    "1E+309",
+    "1e131000",
+    "1e200000",
+    "0.99e-307",
+    "-0.99e-307",
+    "1e-16000",
+    "0e-16000",
+    "0e1000",
+    f"1e{'9' * 20}",
+    f"1.{'0' * 399}",
+    f"-1.{'0' * 398}",
+    f"{'2' * 309}e0",
+    "1" * 16_384,
+)
+
 
 def a_message(body: bytes = b"", **changed: Any) -> Message:
     facts: dict[str, Any] = {"stored_at": datetime(2026, 11, 24, 12, tzinfo=UTC), "number": 1}

@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+import msgspec
 import pytest
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker import approval_request, submit_approval
-from aiokeyless.worker.messages import VERSION
+from aiokeyless.worker.messages import MAX_CONTEXT, VERSION, context_refusal
 from aiokeyless.worker.postgres import PostgresBroker
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import new_request, operation_of, take_n
+from worker.reading import EXTREME_NUMBERS, MODERATE_NUMBERS
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
@@ -187,14 +193,16 @@ async def test_a_request_that_commits_late_is_taken_all_the_same(
         (text_of(created_at="2027-01-31T12:00:00"), "with a zone"),
         (text_of(created_at="tomorrow"), "with a zone"),
         (text_of(created_at="infinity"), "with a zone"),
-        (text_of(created_at=1800000000), "with a zone"),
+        (text_of(created_at=1800000000), "must be texts"),
         (text_of(created_at="2027-02-31T12:00:00Z"), "out of range"),
         (text_of(context="\x00"), "Unicode"),
         (text_of().replace('"a"', '"\\ud800"'), "surrogate|Unicode"),
         (text_of().replace("}", ', "context": ' + "[" * 65 + "]" * 65 + "}"), "at most 64 deep"),
         (text_of().replace("}", ', "context": ' + '{"a":' * 65 + "1" + "}" * 65 + "}"), "at most 64 deep"),
         (text_of().replace("}", ', "context": ' + "[" * 7000 + "]" * 7000 + "}"), "deep|stack depth"),
-        (text_of(context=10**5).replace("100000", "1e200000"), "overflow"),
+        (text_of(expires_in=120).replace("120", "1e131000"), "numbers must have"),
+        (text_of(expires_in=120).replace("120", f"120.{'0' * 400}"), "numbers must have"),
+        (text_of(context="x" * 65535), "context must have at most 65536 bytes"),
         (text_of(operation_payload="x" * (1 << 20)), "at most 1048576 bytes"),
     ],
 )
@@ -204,6 +212,52 @@ async def test_a_text_that_is_no_request_is_an_error_for_its_sender(
     with pytest.raises((asyncpg.DataError, asyncpg.StatementTooComplexError), match=reason):
         await submit_text(connection, text)
     assert await admin.fetchval("SELECT count(*) FROM keyless.request") == 0
+
+
+@pytest.mark.parametrize("number", [*MODERATE_NUMBERS, *EXTREME_NUMBERS], ids=lambda number: str(number)[:12])
+async def test_the_server_refuses_the_numbers_that_the_library_refuses(connection: Connection, number: str) -> None:
+    context = msgspec.Raw(f'{{"a": [true, "e1000", {number}]}}'.encode())
+    text = text_of().replace("}", f', "context": {bytes(context).decode()}}}')
+    if context_refusal(context) is None:
+        assert not await submit_text(connection, text)
+    else:
+        with pytest.raises(asyncpg.InvalidParameterValueError, match="numbers must have"):
+            await submit_text(connection, text)
+
+
+def in_context(item: str, size: int = MAX_CONTEXT) -> str:
+    return text_of().replace("}", f', "context": [{",".join([item] * ((size - 2) // (len(item) + 1)))}]}}')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(in_context(item) for item in ("1e131000", "1e-16000", "0e-16000", "1e999", "1e300", "1", "{}", '"\\"')),
+        in_context("1e131000", 1_000_000),
+        text_of(created_at=7).replace("7", f"[{','.join(['1e300'] * 170_000)}]"),
+        text_of(expires_in=7).replace("7", f"[{','.join(['1e300'] * 170_000)}]"),
+        text_of(operation_payload="\\" * 500_000),
+        text_of(version=1)[:-1] + ',"version":1' * 90_000 + "}",
+        text_of(version=1)[:-1] + '"' + '\\"' * 300_000,
+    ],
+    ids=lambda text: f"{text[60:90]} {len(text)}",
+)
+@pytest.mark.usefixtures("broker")
+async def test_no_text_costs_the_server_much(url: str, text: str) -> None:
+    connection = await asyncpg.connect(url)
+    status = Path(f"/proc/{connection.get_server_pid()}/status")
+
+    def most_memory() -> int:
+        """Return the most megabytes that the process of the connection ever had."""
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) >> 10
+
+    await submit_text(connection, text_of(operation_id="first"))
+    before, began = most_memory(), time.perf_counter()
+    with suppress(asyncpg.DataError, asyncpg.StatementTooComplexError):
+        await submit_text(connection, text)
+    assert time.perf_counter() - began < 5.0  # 0.1 s, unless the machine is busy
+    assert most_memory() - before < 100
+    await connection.close()
 
 
 async def test_a_broker_raises_it_as_an_invalid_request(broker: PostgresBroker) -> None:

@@ -80,8 +80,9 @@ CREATE FUNCTION {schema}.submit(request text, traceparent text DEFAULT NULL) RET
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 #variable_conflict use_variable
 DECLARE
-    fields constant jsonb := request;
+    fields jsonb;
     known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context}';
+    bounds constant text := 'must have at most 400 characters, and be 0 or of a magnitude from 1e-307 to 1.8e308';
     kept_for constant interval := '400 days';
     moment constant timestamptz := clock_timestamp();
     created_at timestamptz := moment;
@@ -90,11 +91,19 @@ DECLARE
     content text;
     found_content text;
 BEGIN
-    IF jsonb_typeof(fields) IS DISTINCT FROM 'object' THEN
-        RAISE 'the request must be a JSON object' USING ERRCODE = 'invalid_parameter_value';
-    ELSIF octet_length(request) > 1048576 THEN
+    IF octet_length(request) > 1048576 THEN
         RAISE 'the request must have at most 1048576 bytes, not %', octet_length(request)
             USING ERRCODE = 'invalid_parameter_value';
+    ELSIF octet_length((request::json -> 'context')::text) > 65536 THEN
+        RAISE 'context must have at most 65536 bytes of JSON' USING ERRCODE = 'invalid_parameter_value';
+    -- Before the cast below: jsonb writes out each zero of 1e131000 and of 0e-16000. The text is JSON, so its strings end.
+    ELSIF regexp_replace(request, E'"(?:[^"\\\\]|\\\\.)*"', '', 'g')
+        ~ '([0-9.eE+-]{200}){2}[0-9.eE+-]|[eE][+-]?0*[1-9][0-9]{3}' THEN
+        RAISE 'numbers %', bounds USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    fields := request;
+    IF jsonb_typeof(fields) IS DISTINCT FROM 'object' THEN
+        RAISE 'the request must be a JSON object' USING ERRCODE = 'invalid_parameter_value';
     ELSIF fields - known <> '{}' THEN
         RAISE 'the request has unknown fields: %', (SELECT string_agg(key, ', ') FROM jsonb_object_keys(fields - known) key)
             USING ERRCODE = 'invalid_parameter_value';
@@ -107,17 +116,21 @@ BEGIN
         OR length(fields ->> 'operation_id') NOT BETWEEN 1 AND 512 THEN
         RAISE 'operation_id must be a text of 1 to 512 characters' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_typeof(fields -> 'operation_payload') NOT IN ('string', 'null')
-        OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null') THEN
-        RAISE 'operation_payload and external_user_id must be texts' USING ERRCODE = 'invalid_parameter_value';
+        OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null')
+        OR jsonb_typeof(fields -> 'created_at') NOT IN ('string', 'null') THEN
+        RAISE 'operation_payload, external_user_id and created_at must be texts' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_path_exists(
         fields -> 'context', 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")'
     ) THEN
         RAISE 'context must be nested at most 64 deep' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_typeof(fields -> 'expires_in') <> 'number' OR (fields -> 'expires_in')::numeric <= 0 THEN
+        RAISE 'expires_in must be a positive number of seconds' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_path_exists(
+        fields, 'strict $.** ? (@ >= 1.8e308 || @ <= -1.8e308 || @ > -1e-307 && @ < 1e-307 && @ != 0)'
+    ) THEN
+        RAISE 'numbers %', bounds USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF fields ? 'expires_in' THEN
-        IF jsonb_typeof(fields -> 'expires_in') <> 'number' OR (fields -> 'expires_in')::numeric <= 0 THEN
-            RAISE 'expires_in must be a positive number of seconds' USING ERRCODE = 'invalid_parameter_value';
-        END IF;
         seconds := trim_scale((fields -> 'expires_in')::numeric);
         wait := least(seconds, extract(epoch FROM kept_for)) * interval '1 s';
     END IF;
