@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
 from aiokeyless.worker.postgres.migrations import VERSION
 from worker.conformance.brokers import LEASE, decide, new_request, submit, take_n
 
-from .shop import decide_all
+from .shop import decide_all, unread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -54,6 +55,7 @@ READER = (
     "SELECT keyless.add_reader('ledger')",
     "SELECT * FROM keyless.next_outcome('ledger')",
     "SELECT keyless.put_off_outcome('ledger', 1, 1)",
+    "SELECT keyless.remove_reader('ledger')",
 )
 WORKER = (
     "SELECT * FROM keyless.take(1, 1, NULL, false)",
@@ -80,7 +82,7 @@ NOBODY = (
     "SET ROLE keyless_owner",
     *(
         statement.format(table)
-        for table in ("request", "waiting", "outcome", "reader", "unread", "welcome")
+        for table in ("request", "waiting", "outcome", "reader", "login", "unread", "welcome")
         for statement in (
             "SELECT * FROM keyless.{}",
             "DELETE FROM keyless.{}",
@@ -145,6 +147,47 @@ async def test_a_readers_name_belongs_to_who_added_it_or_to_a_role_that_it_was_g
     await admin.execute(f"DROP OWNED BY {database}_team; DROP ROLE {database}_team")
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await other.execute(READER[1])
+
+
+async def test_a_login_has_at_most_100_readers_however_it_adds_them(admin: Connection, log_in: LogIn) -> None:
+    logins = [await log_in("reader", name="ledger") for _ in range(3)]
+
+    async def add(login: Connection, number: int) -> None:
+        async with login.transaction():
+            for place in range(40):
+                await login.execute("SELECT keyless.add_reader($1)", f"reader-{number}-{place}")
+
+    results = await asyncio.gather(*(add(*pair) for pair in zip(logins, range(3), strict=True)), return_exceptions=True)
+    assert [type(error) for error in results if error is not None] == [asyncpg.ProgramLimitExceededError]
+    assert await admin.fetchval("SELECT count(*) FROM keyless.reader WHERE owner <> 'postgres'") == 80
+    for place in range(20):
+        await logins[0].execute("SELECT keyless.add_reader($1)", f"more-{place}")
+    await logins[0].execute("SELECT keyless.add_reader('more-0')")  # which it has
+    with pytest.raises(asyncpg.ProgramLimitExceededError, match="100 readers"):
+        await logins[0].execute("SELECT keyless.add_reader('too-many')")
+    await logins[0].execute("SELECT keyless.remove_reader('more-0')")
+    await logins[0].execute("SELECT keyless.add_reader('one-more')")
+    other = await log_in("reader", name="other")
+    await other.execute("SELECT keyless.add_reader('others')")
+
+
+async def test_a_reader_that_its_login_removes_gets_nothing_and_may_be_added_again(
+    broker: PostgresBroker, admin: Connection, log_in: LogIn
+) -> None:
+    ledger = await log_in("reader", name="ledger")
+    await ledger.execute("SELECT keyless.add_reader('ledger')")
+    await admin.execute("SELECT keyless.welcome_readers()")
+    await decide_all(broker, "a")
+    await ledger.execute("SELECT keyless.remove_reader('ledger')")
+    assert await unread(admin, "ledger") == {}
+    await decide_all(broker, "b")
+    assert await unread(admin, "ledger") == {}
+    assert await unread(admin) == {"a": 0, "b": 0}
+    with pytest.raises(asyncpg.UndefinedObjectError):
+        await ledger.execute("SELECT keyless.remove_reader('ledger')")
+    await ledger.execute("SELECT keyless.add_reader('ledger')")
+    await admin.execute("SELECT keyless.welcome_readers()")
+    assert await unread(admin, "ledger") == {"a": 0, "b": 0}
 
 
 async def test_a_worker_of_the_workers_role_needs_no_other_right(

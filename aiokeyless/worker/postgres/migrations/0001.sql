@@ -59,6 +59,9 @@ CREATE TABLE {schema}.reader (
 );
 COMMENT ON COLUMN {schema}.reader.owner IS 'The login that may read under this name, or a role whose members may.';
 
+CREATE TABLE {schema}.login (name name PRIMARY KEY);
+COMMENT ON TABLE {schema}.login IS 'Logins that have added readers; a row is a lock, so that they count them one at a time.';
+
 CREATE TABLE {schema}.unread (
     reader text COLLATE "C" NOT NULL,
     id bigint NOT NULL,
@@ -184,11 +187,30 @@ BEGIN
     IF reader !~ '^[A-Za-z0-9_-]{1,128}$' THEN
         RAISE 'a reader''s name must be 1 to 128 letters, digits, "-" and "_"' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    INSERT INTO {schema}.reader (name, owner) VALUES (reader, session_user) ON CONFLICT DO NOTHING;
+    IF NOT EXISTS (SELECT FROM {schema}.reader r WHERE r.name = reader) THEN
+        INSERT INTO {schema}.login VALUES (session_user) ON CONFLICT DO NOTHING;
+        PERFORM FROM {schema}.login l WHERE l.name = session_user FOR UPDATE;
+        IF (SELECT count(*) FROM {schema}.reader r WHERE r.owner = session_user) >= 100 THEN
+            RAISE 'this login has 100 readers already' -- each outcome is stored for each of them
+                USING ERRCODE = 'program_limit_exceeded', HINT = 'SELECT {schema}.remove_reader(...) removes one.';
+        END IF;
+        INSERT INTO {schema}.reader (name, owner) VALUES (reader, session_user) ON CONFLICT DO NOTHING;
+    END IF;
     PERFORM {schema}.check_reader(reader);
 END
 $function$;
 COMMENT ON FUNCTION {schema}.add_reader IS 'Let this login read outcomes under a name. A new name gets all that are stored.';
+
+CREATE FUNCTION {schema}.remove_reader(reader text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+#variable_conflict use_variable
+BEGIN
+    PERFORM {schema}.check_reader(reader);
+    DELETE FROM {schema}.reader r WHERE r.name = reader;
+    DELETE FROM {schema}.unread u WHERE u.reader = remove_reader.reader;
+END
+$function$;
+COMMENT ON FUNCTION {schema}.remove_reader IS 'Forget a reader of this login, and what it has not handled.';
 
 -- A reader's name belongs to the login that added it.
 CREATE FUNCTION {schema}.check_reader(reader text) RETURNS boolean

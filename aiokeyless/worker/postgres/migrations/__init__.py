@@ -23,7 +23,7 @@ _LOCK_WITHIN: Final = "5s"
 #: The functions that each role may execute.
 _ROLES: Final = {
     "asker": ("submit",),
-    "reader": ("add_reader", "next_outcome", "put_off_outcome"),
+    "reader": ("add_reader", "remove_reader", "next_outcome", "put_off_outcome"),
     "worker": (
         "take",
         "take_overdue",
