@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from aiokeyless.errors import ConfigurationError
 
 from .names import READS_EVERY, SCHEMA, in_schema
-from .transactions import Driver, DriverConnection
+from .transactions import Driver, DriverConnection, floors_of
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -47,6 +47,7 @@ class _BlockingDriver(Driver):
     schema = SCHEMA
 
     def __init__(self, connection: Any) -> None:
+        self.floors = floors_of(connection)
         self._connection = connection
         self._transaction: AbstractContextManager[object] | None = None  # None if none was begun
 
@@ -111,7 +112,7 @@ class _Psycopg(_BlockingDriver):
 
 class _Django(_BlockingDriver):
     def __init__(self, connection: Any) -> None:
-        from django.db import Error, transaction  # noqa: PLC0415  # as above
+        from django.db import Error, connections, transaction  # noqa: PLC0415  # as above
 
         if connection.vendor != "postgresql":
             raise ConfigurationError(
@@ -119,7 +120,7 @@ class _Django(_BlockingDriver):
                 "as SqliteBroker",
                 argument="broker",
             )
-        super().__init__(connection)
+        super().__init__(connections[connection.alias])  # and no proxy for it
         self.errors = (Error,)
         self._atomic: Any = transaction.atomic
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import asyncpg
@@ -24,6 +25,7 @@ from aiokeyless.worker.tables import LARGEST_BATCH, Row, TableBroker, TableMessa
 
 from .connection import ERRORS, AsyncpgDriver
 from .failures import broker_errors
+from .floors import Floor
 from .migrations import prepare
 from .names import SCHEMA, check_schema, in_schema
 from .transactions import store_request, take_outcome
@@ -48,8 +50,6 @@ _PASSING: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError,
 _ATTEMPTS: Final = 5  # of a transaction that conflicts with another
 _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all due requests
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
-_COMMITS_WITHIN: Final = 1.0  # seconds within which most submitted requests are committed
-_LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two takes that start at the oldest index entries
 _RESTORES_EVERY: Final = 10  # turns of the housekeeping
 _CLEANS_EVERY: Final = 3600  # turns
 _EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2}
@@ -89,8 +89,8 @@ class PostgresBroker(TableBroker):
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
         self._clock = BrokerClock()
         self._take_from = 0.0  # of the loop's clock
-        self._look_below_at = 0.0  # of the loop's clock
-        self._floor = 0.0  # all requests due before were taken, except late commits
+        self._floor = Floor()  # of takes
+        self._floors: defaultdict[tuple[str, str], Floor] = defaultdict(Floor)  # of readers
         self._put_offs = self._batches(self._put_off)
         self._decisions = self._batches(self._decide)
         self._claims = self._batches(self._claim)
@@ -170,10 +170,12 @@ class PostgresBroker(TableBroker):
         await self._outcomes.acquire()
         try:
             with broker_errors(self._schema, ERRORS):
-                return _PooledDriver(pool, await pool.acquire(timeout=_ANSWER_WITHIN), self._schema, self._outcomes)
+                driver = _PooledDriver(pool, await pool.acquire(timeout=_ANSWER_WITHIN), self._schema, self._outcomes)
         except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
             raise
+        driver.floors = self._floors
+        return driver
 
     # -- for workers
 
@@ -202,20 +204,17 @@ class PostgresBroker(TableBroker):
                 return messages
 
     async def _take(self, up_to: int, probing: bool) -> list[Message]:
-        now, began = asyncio.get_running_loop().time(), self.now().timestamp()
-        floor: float | None = self._floor
-        if now >= self._look_below_at:
-            floor, self._look_below_at = None, now + _LOOKS_BELOW_EVERY
-        rows = await self._fetch(
-            "SELECT * FROM {}.take($1::integer, $2::double precision, $3::double precision, $4::boolean)",
-            up_to,
-            self._lease,
-            floor,
-            probing,
-        )
-        if not probing:
-            until = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
-            self._floor = until - _COMMITS_WITHIN
+        began = self.now().timestamp()
+        with self._floor.look() as look:
+            rows = await self._fetch(
+                "SELECT * FROM {}.take($1::integer, $2::double precision, $3::double precision, $4::boolean)",
+                up_to,
+                self._lease,
+                look.floor,
+                probing,
+            )
+            if not probing:
+                look.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
         return [_message(row) for row in rows]
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:

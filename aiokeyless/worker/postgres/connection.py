@@ -11,7 +11,7 @@ import asyncpg
 from aiokeyless.errors import ConfigurationError
 
 from .names import READS_EVERY, SCHEMA, check_schema, in_schema
-from .transactions import Driver, DriverConnection
+from .transactions import Driver, DriverConnection, floors_of
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -58,6 +58,7 @@ class AsyncpgDriver(Driver):
 
     def __init__(self, connection: Connection, schema: str) -> None:
         self.schema = schema
+        self.floors = floors_of(connection)
         self._connection = connection
         self._transaction: Transaction
 

@@ -6,20 +6,24 @@ This module imports no driver: asyncpg's is in `connection`, those of psycopg an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Final
+from weakref import WeakKeyDictionary
 
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
 from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.tables import LARGEST_REQUEST, Row
 
 from .failures import broker_errors, first_line, is_about_request, state_of
+from .floors import Floor
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 #: The SQL state of a reader that is not added yet.
 _NEW_READER: Final = "42704"
+_FLOORS: Final[WeakKeyDictionary[object, defaultdict[tuple[str, str], Floor]]] = WeakKeyDictionary()
 
 
 class Driver(ABC):
@@ -30,12 +34,14 @@ class Driver(ABC):
         example: How an application begins a transaction.
         savepoint: What an application uses for statements that may fail.
         schema: The broker's schema.
+        floors: From when each reader looks for outcomes, by schema and reader.
     """
 
     errors: tuple[type[Exception], ...]
     example: ClassVar[str]
     savepoint: ClassVar[str]
     schema: str
+    floors: defaultdict[tuple[str, str], Floor]
 
     @abstractmethod
     async def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
@@ -121,6 +127,14 @@ class DriverConnection(ApplicationSide):
             await self._driver.pause()
 
 
+def floors_of(connection: object) -> defaultdict[tuple[str, str], Floor]:
+    """Return the floors of a connection, which an application passes anew for each outcome."""
+    try:
+        return _FLOORS.setdefault(connection, defaultdict(Floor))
+    except TypeError:  # a pool of asyncpg has a new object for each use of a connection
+        return defaultdict(Floor)
+
+
 async def store_request(driver: Driver, new: NewRequest) -> bool:
     """Store a request in the transaction of a connection; return whether it was stored already."""
     try:
@@ -135,13 +149,19 @@ async def store_request(driver: Driver, new: NewRequest) -> bool:
 
 async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
     """Begin a transaction, and take an outcome in it. If there is none, end the transaction and return None."""
+    floor = driver.floors[driver.schema, reader]
     with broker_errors(driver.schema, driver.errors):
         row, is_new_reader = None, False
         try:
             await driver.complete(driver.begin())
-            row = await driver.execute(
-                "SELECT id, name, event, pg_current_xact_id()::text FROM {}.next_outcome($1::text)", reader
-            )
+            with floor.look() as look:
+                row = await driver.execute(
+                    "SELECT id, name, event, pg_current_xact_id()::text, oldest"
+                    " FROM {}.next_outcome($1::text, $2::double precision)",
+                    reader,
+                    look.floor,
+                )
+                look.oldest = None if row is None else row[-1]
         except driver.errors as error:
             if state_of(error) != _NEW_READER:
                 raise
@@ -160,14 +180,15 @@ class Outcome(OutcomeDelivery):
     Args:
         driver: The connection, in the transaction that was begun on it.
         reader: The reader.
-        row: The id and the name of its request, its event as JSON, and the server's number of the transaction.
+        row: The id and the name of its request, its event as JSON, the server's number of the transaction, and when the
+            oldest unread outcome was due.
     """
 
     __slots__ = ("_driver", "_number", "_reader", "_row")
 
     def __init__(self, driver: Driver, reader: str, row: tuple[Any, ...]) -> None:
-        *names, event, self._number = row
-        self._row = Row(*names)
+        id_, name, event, self._number, _ = row
+        self._row = Row(id_, name)
         self.data: bytes = event.encode()
         self.place: str = f"request-{self._row.id}"
         self._driver = driver

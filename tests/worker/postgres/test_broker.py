@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+import msgspec
 import pytest
 from postgres_server import PostgresServer
 from waiting import PATIENCE, until
@@ -302,6 +303,51 @@ async def test_a_take_does_not_get_slower_while_a_transaction_elsewhere_is_long(
     await submit(broker, "a")
 
 
+async def test_a_reader_does_not_get_slower_while_a_transaction_elsewhere_is_long(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    await decide_all(broker, "a", "b")
+    await admin.execute("ALTER TABLE keyless.unread SET (autovacuum_enabled = off)")
+    async with connection.transaction(isolation="repeatable_read"):
+        await connection.execute("SELECT * FROM payment")
+        await admin.execute(
+            """
+            INSERT INTO keyless.unread (reader, id, due_at)
+            SELECT 'shop', -n, clock_timestamp() - n * interval '1 s' FROM generate_series(1, 20000) n;
+            DELETE FROM keyless.unread WHERE id < 0
+            """
+        )
+        row: Any = await admin.fetchrow("SELECT * FROM keyless.next_outcome('shop')")
+
+        async def pages(floor: object) -> int:
+            plans = await explained(admin, f"SELECT * FROM keyless.next_outcome('shop', {floor})")  # noqa: S608  # a number
+            (plan,) = [plan for plan in plans if "LIMIT 100" in plan and "min(c.due_at)" in plan]
+            assert "Index Cond" in plan
+            found = re.search(r"Buffers: shared hit=(\d+)", plan)
+            assert found is not None
+            return int(found[1])
+
+        assert await pages(row["oldest"] - 1.0) < await pages("NULL") / 3
+
+
+async def test_an_outcome_that_commits_late_is_read_all_the_same(
+    broker: PostgresBroker, connection: Connection
+) -> None:
+    async with connection.transaction():
+        await connection.execute("SELECT keyless.submit($1)", new_request("late").body.decode())
+        (row,) = await connection.fetch("SELECT * FROM keyless.take(1, 100, NULL, false)")
+        event = msgspec.json.encode(outcome_of(module._message(row))).decode()
+        await connection.execute("SELECT keyless.decide($1, $2, '{approved}', $3)", [row["id"]], [row["name"]], [event])
+        await decide_all(broker, *(f"payment-{number}" for number in range(20)))
+        for _ in range(20):
+            await asyncio.sleep(0.1)  # so that the floor is above it
+            await (await broker.next_outcome("shop")).mark_handled()
+    async with asyncio.timeout(PATIENCE):
+        outcome = await broker.next_outcome("shop")
+    assert b'"late"' in outcome.data
+    await outcome.mark_handled()
+
+
 @pytest.mark.parametrize("setting", ["on", "off"])
 async def test_a_promise_waits_for_the_disk_and_pacing_does_not_whatever_the_database_says(
     admin: Connection, setting: str
@@ -449,15 +495,16 @@ async def test_outcomes_that_are_not_stored_are_a_problem_that_says_why(
 async def test_open_transactions_hold_up_no_outcome(broker: PostgresBroker, connection: Connection, url: str) -> None:
     other = await asyncpg.connect(url)
     await decide_all(broker, "in hand")
+    await other.execute("SELECT keyless.add_reader('audit')")
     async with connection.transaction(), other.transaction():
         await connection.execute("SELECT keyless.add_reader('ledger')")
         await connection.execute("SELECT keyless.submit($1)", new_request("uncommitted").body.decode())
         await connection.execute("SELECT keyless.welcome_readers()")  # a worker that copies many outcomes
         assert await other.fetchval("SELECT operation_id FROM keyless.next_outcome('shop')") == "in hand"
-        async with asyncio.timeout(3.0):
+        async with asyncio.timeout(PATIENCE):
             await decide_all(broker, "a")
             await (await broker.next_outcome("shop")).mark_handled()
-            await (await broker.next_outcome("audit")).mark_handled()  # a new reader
+            await (await broker.next_outcome("audit")).mark_handled()
     await other.close()
 
 

@@ -232,24 +232,27 @@ BEGIN
 END
 $function$;
 
-CREATE FUNCTION {schema}.next_outcome(reader text)
-RETURNS TABLE (id bigint, name bigint, operation_id text, outcome text, event text)
+CREATE FUNCTION {schema}.next_outcome(reader text, floor double precision DEFAULT NULL)
+RETURNS TABLE (id bigint, name bigint, operation_id text, outcome text, event text, oldest double precision)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
     reading constant text := reader;
     moment constant timestamptz := clock_timestamp();
+    lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
     candidates bigint[];
+    first_due timestamptz;
     chosen bigint;
 BEGIN
     IF NOT {schema}.check_reader(reading) THEN
         RETURN;
     END IF;
-    candidates := ARRAY(
-        SELECT u.id FROM {schema}.unread u WHERE u.reader = reading AND u.due_at <= moment ORDER BY u.due_at LIMIT 100
-    );
-    IF candidates = '{}' THEN
+    SELECT array_agg(c.id), min(c.due_at) INTO candidates, first_due FROM (
+        SELECT u.id, u.due_at FROM {schema}.unread u
+        WHERE u.reader = reading AND u.due_at <= moment AND u.due_at >= lowest ORDER BY u.due_at LIMIT 100
+    ) c;
+    IF candidates IS NULL AND floor IS NULL THEN
         -- Nothing is put off for longer than this, so the clock was set back.
         candidates := ARRAY(
             SELECT u.id FROM {schema}.unread u WHERE u.reader = reading AND u.due_at > moment + interval '300 s' LIMIT 100
@@ -260,10 +263,12 @@ BEGIN
     WHERE u.reader = reading AND u.id = ANY (candidates) ORDER BY random() LIMIT 1 FOR UPDATE SKIP LOCKED;
     IF chosen IS NULL THEN -- other processes have these hundred
         SELECT u.id INTO chosen FROM {schema}.unread u
-        WHERE u.reader = reading AND u.due_at <= moment ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
+        WHERE u.reader = reading AND u.due_at <= moment AND u.due_at >= lowest
+        ORDER BY u.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
     END IF;
     DELETE FROM {schema}.unread u WHERE u.reader = reading AND u.id = chosen;
-    RETURN QUERY SELECT o.id, r.name, r.operation_id, o.outcome, o.body
+    RETURN QUERY
+    SELECT o.id, r.name, r.operation_id, o.outcome, o.body, extract(epoch FROM first_due)::double precision
     FROM {schema}.outcome o JOIN {schema}.request r ON r.id = o.id WHERE o.id = chosen;
 END
 $function$;

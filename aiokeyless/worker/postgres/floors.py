@@ -1,0 +1,53 @@
+"""From when a search for what is due starts, so that it does not pass all that was due before. It imports no driver.
+
+While a transaction elsewhere is long, the server cannot remove what is handled from its indexes.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_COMMITS_WITHIN: Final = 1.0  # seconds within which most rows are committed
+_LOOKS_BELOW_EVERY: Final = 1.0  # seconds between two searches without a floor, which find late commits
+_LOOKS_BELOW_WITHIN: Final = 10.0  # seconds, if such a search is slow
+_SHARE: Final = 20  # until then, they take at most a twentieth of the time
+
+
+class Look:
+    """One search.
+
+    Attributes:
+        floor: Seconds since 1970 from which it starts; None for a search of everything.
+        oldest: When the oldest row that it left was due, by the server's clock; None if it is not known.
+    """
+
+    def __init__(self, floor: float | None) -> None:
+        self.floor = floor
+        self.oldest: float | None = None
+
+
+class Floor:
+    """Where the next search starts."""
+
+    def __init__(self) -> None:
+        self._floor = 0.0
+        self._looks_below_at = 0.0
+
+    @contextmanager
+    def look(self) -> Iterator[Look]:
+        """Search, and set `Look.oldest` in the body."""
+        began = time.monotonic()
+        look = Look(self._floor if began < self._looks_below_at else None)
+        if look.floor is None:
+            self._looks_below_at = began + _LOOKS_BELOW_EVERY
+        yield look
+        if look.floor is None:
+            pause = min(_SHARE * (time.monotonic() - began), _LOOKS_BELOW_WITHIN)
+            self._looks_below_at = max(self._looks_below_at, began + pause)
+        if look.oldest is not None:
+            self._floor = look.oldest - _COMMITS_WITHIN
