@@ -112,7 +112,7 @@ class _Psycopg(_BlockingDriver):
 
 class _Django(_BlockingDriver):
     def __init__(self, connection: Any) -> None:
-        from django.db import Error, connections, transaction  # noqa: PLC0415  # as above
+        from django.db import Error, transaction  # noqa: PLC0415  # as above
 
         if connection.vendor != "postgresql":
             raise ConfigurationError(
@@ -120,7 +120,8 @@ class _Django(_BlockingDriver):
                 "as SqliteBroker",
                 argument="broker",
             )
-        super().__init__(connections[connection.alias])  # and no proxy for it
+        super().__init__(connection)
+        self.floors = floors_of(connection.connection)  # the driver's: Django's own may be a proxy
         self.errors = (Error,)
         self._atomic: Any = transaction.atomic
 

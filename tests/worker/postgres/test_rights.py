@@ -166,7 +166,13 @@ async def test_a_login_has_at_most_100_readers_however_it_adds_them(admin: Conne
     with pytest.raises(asyncpg.ProgramLimitExceededError, match="100 readers"):
         await logins[0].execute("SELECT keyless.add_reader('too-many')")
     await logins[0].execute("SELECT keyless.remove_reader('more-0')")
+    transaction = logins[1].transaction(isolation="repeatable_read")
+    await transaction.start()
+    await logins[1].execute("SELECT 1")  # so that it counts as of now
     await logins[0].execute("SELECT keyless.add_reader('one-more')")
+    with pytest.raises(asyncpg.SerializationError):
+        await logins[1].execute("SELECT keyless.add_reader('too-many')")
+    await transaction.rollback()
     other = await log_in("reader", name="other")
     await other.execute("SELECT keyless.add_reader('others')")
 

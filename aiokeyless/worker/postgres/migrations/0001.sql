@@ -188,8 +188,8 @@ BEGIN
         RAISE 'a reader''s name must be 1 to 128 letters, digits, "-" and "_"' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF NOT EXISTS (SELECT FROM {schema}.reader r WHERE r.name = reader) THEN
-        INSERT INTO {schema}.login VALUES (session_user) ON CONFLICT DO NOTHING;
-        PERFORM FROM {schema}.login l WHERE l.name = session_user FOR UPDATE;
+        -- An update, and no lock alone, so that REPEATABLE READ, which would not count the new ones, fails.
+        INSERT INTO {schema}.login AS l VALUES (session_user) ON CONFLICT (name) DO UPDATE SET name = l.name;
         IF (SELECT count(*) FROM {schema}.reader r WHERE r.owner = session_user) >= 100 THEN
             RAISE 'this login has 100 readers already' -- each outcome is stored for each of them
                 USING ERRCODE = 'program_limit_exceeded', HINT = 'SELECT {schema}.remove_reader(...) removes one.';
