@@ -11,17 +11,24 @@ from aiokeyless.errors import ConfigurationError
 SCHEMA: Final = "keyless"
 READS_EVERY: Final = 0.25  # seconds between two polls for an outcome
 _SIMPLE_NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,49}")  # and a role's ending: PostgreSQL allows 63 bytes
+_NOT_ITS_OWN: Final = ("public", "information_schema")  # others may create there
 
 
 def check_schema(schema: object) -> str:
     """Return the name of a schema that needs no quotes.
 
     Raises:
-        ConfigurationError: The name needs quotes, or is too long.
+        ConfigurationError: The name needs quotes, is too long, or is a schema that others use.
     """
-    if not isinstance(schema, str) or not _SIMPLE_NAME.fullmatch(schema) or schema.startswith("pg_"):
+    if (
+        not isinstance(schema, str)
+        or not _SIMPLE_NAME.fullmatch(schema)
+        or schema.startswith("pg_")
+        or schema in _NOT_ITS_OWN
+    ):
         raise ConfigurationError(
-            f"schema must be 1 to 50 small letters, digits and '_', and not begin with pg_, not {schema!r:.80}",
+            "schema must be one of its own, of 1 to 50 small letters, digits and '_', and not begin with pg_, not "
+            f"{schema!r:.80}",
             argument="schema",
         )
     return schema

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import zlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
@@ -45,28 +46,87 @@ async def prepare(connection: Connection, schema: str) -> None:
 
     Raises:
         BrokerError: The schema is older than this worker needs, and this login may not change it. Or a later version of
-            the schema does not allow this worker.
+            the schema does not allow this worker. Or the schema is another's.
     """
+    # No name is looked up where others may create.
+    await connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WITHIN}'")
+    owner, is_trusted = await _owner(connection, schema)
+    if owner and not is_trusted and await _has_power(connection):
+        raise await _refusal(connection, schema, owner)
     version, oldest_worker = await _versions(connection, schema)
     if oldest_worker > VERSION:
         raise BrokerError(
             f"the schema {schema!r} was upgraded by a later version of this library: upgrade this one, too"
         )
-    if version < VERSION:
-        try:
-            await _migrate(connection, schema)
-        except asyncpg.InsufficientPrivilegeError as error:
-            raise BrokerError(
-                f"the schema {schema!r} is of version {version} of {VERSION}, and this login may not change that "
-                f"({error}): run aiokeyless worker --prepare as its owner, or as a user that may create it"
-            ) from None
+    if version == VERSION:
+        return
+    if owner and not is_trusted:
+        raise BrokerError(
+            f"the schema {schema!r} is of version {version} of {VERSION}, and belongs to {owner}: run "
+            "aiokeyless worker --prepare as it"
+        )
+    try:
+        await _migrate(connection, schema)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise BrokerError(
+            f"the schema {schema!r} is of version {version} of {VERSION}, and this login may not change that "
+            f"({error}): run aiokeyless worker --prepare as its owner, or as a user that may create it"
+        ) from None
+
+
+async def _owner(connection: Connection, schema: str) -> tuple[str, bool]:
+    """Return the owner of the schema, and whether this user trusts it; an empty name if there is no schema.
+
+    A user trusts itself, and the role that `_create` makes: nobody can log in as its owner, and this user is a member.
+    """
+    found: Any = await connection.fetchrow(
+        """
+        SELECT o.rolname::text, o.rolname = current_user OR (
+            o.rolname = $1 || '_owner' AND NOT o.rolcanlogin AND EXISTS ( -- pg_has_role is true for each superuser
+                SELECT FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member
+                WHERE m.roleid = o.oid AND r.rolname = current_user
+            )
+        )
+        FROM pg_namespace n JOIN pg_roles o ON o.oid = n.nspowner WHERE n.nspname = $1
+        """,
+        schema,
+    )
+    return ("", False) if found is None else tuple(found)
+
+
+async def _has_power(connection: Connection) -> bool:
+    """Return whether the owner of a function that this login calls could become more than its owner."""
+    return bool(
+        await connection.fetchval(
+            "SELECT bool_or(rolsuper OR rolcreaterole) FROM pg_roles WHERE rolname IN (current_user, session_user)"
+        )
+    )
+
+
+async def _refusal(connection: Connection, schema: str, owner: str) -> BrokerError:
+    user = await connection.fetchval("SELECT current_user::text")
+    return BrokerError(
+        f"the schema {schema!r} belongs to {owner}, and not to {user}: a superuser, or a login that may make roles, "
+        f"must own the schema, or be a member of the role {schema}_owner that owns it and cannot log in; prepare it as "
+        "its owner, or choose another schema"
+    )
 
 
 async def _versions(connection: Connection, schema: str) -> tuple[int, int]:
     """Return the version of the schema, 0 if there is none, and that of the oldest worker that it allows."""
-    if await connection.fetchval("SELECT to_regclass($1)", f"{quote(schema)}.migration") is None:
+    is_table = await connection.fetchval(
+        "SELECT c.relkind = 'r' AND c.relowner = n.nspowner FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = 'migration'",
+        schema,
+    )
+    if is_table is None:
         return 0, 0
+    if not is_table:
+        owner, _ = await _owner(connection, schema)
+        raise BrokerError(
+            f"{schema}.migration is no ordinary table of {owner}, who owns the schema: choose another one"
+        )
     ((version, oldest_worker),) = await connection.fetch(
         in_schema(schema, "SELECT coalesce(max(version), 0), coalesce(max(oldest_worker), 0) FROM {}.migration")
     )
@@ -74,19 +134,24 @@ async def _versions(connection: Connection, schema: str) -> tuple[int, int]:
 
 
 async def _migrate(connection: Connection, schema: str) -> None:
-    lock = lock_number(schema)
-    await connection.execute(f"SELECT pg_advisory_xact_lock({lock}, 1)")
-    owner = await _owner(connection, schema)
-    await connection.execute(f"SET LOCAL ROLE {owner}")
     name = quote(schema)
-    await connection.execute(
-        f"CREATE TABLE IF NOT EXISTS {name}.migration (version integer PRIMARY KEY, oldest_worker integer NOT NULL, "
-        "applied_at timestamptz NOT NULL DEFAULT now())"
+    owner, is_trusted = await _owner(connection, schema)
+    if not owner:
+        await _create(connection, schema)
+        owner, is_trusted = await _owner(connection, schema)  # another may have been faster
+    if not is_trusted:
+        raise await _refusal(connection, schema, owner)
+    await connection.execute(f"SET LOCAL ROLE {await connection.fetchval('SELECT quote_ident($1)', owner)}")
+    await _make_once(
+        connection,
+        f"CREATE TABLE {name}.migration (version integer PRIMARY KEY, oldest_worker integer NOT NULL, "
+        "applied_at timestamptz NOT NULL DEFAULT now())",
     )
-    version, _ = await _versions(connection, schema)  # another worker may have been faster
+    await connection.execute(f"LOCK TABLE {name}.migration IN EXCLUSIVE MODE")  # who may only read cannot take it
+    version, _ = await _versions(connection, schema)  # another may have been faster
     for number in range(version + 1, VERSION + 1):
         script = importlib.resources.files(__name__).joinpath(f"{number:04}.sql").read_text(encoding="utf-8")
-        await connection.execute(script.replace("{schema}", name).replace("{lock}", str(lock)))
+        await connection.execute(script.replace("{schema}", name).replace("{lock}", str(lock_number(schema))))
         await connection.execute(
             in_schema(schema, "INSERT INTO {}.migration (version, oldest_worker) VALUES ($1, $2)"),
             number,
@@ -95,32 +160,34 @@ async def _migrate(connection: Connection, schema: str) -> None:
     await _grant(connection, schema)
 
 
-def lock_number(schema: str) -> int:
-    """Return the first number of the schema's advisory locks; the second is 1 for migrations, 2 for new readers."""
-    return zlib.crc32(f"aiokeyless {schema}".encode()) - (1 << 31)
-
-
-async def _owner(connection: Connection, schema: str) -> str:
-    """Return the owner of the schema, quote for SQL. Make the schema, owner and roles, if missing and permitted."""
-    found: Any = await connection.fetchval(
-        "SELECT quote_ident(pg_get_userbyid(nspowner)) FROM pg_namespace WHERE nspname = $1", schema
-    )
-    if found is not None:
-        return str(found)
+async def _create(connection: Connection, schema: str) -> None:
+    """Make the schema and, if permitted, its owner and the roles."""
     if await connection.fetchval("SELECT getdatabaseencoding()") != "UTF8":
         raise BrokerError("the database must have the encoding UTF8, since requests are texts of any language")
-    may_make_roles = await connection.fetchval(
-        "SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user"
-    )
-    owner = await connection.fetchval("SELECT quote_ident(current_user)")
-    if may_make_roles:
-        for role in ("owner", *_ROLES):
-            if not await _exists(connection, f"{schema}_{role}"):
-                await connection.execute(f"CREATE ROLE {quote(f'{schema}_{role}')} NOLOGIN")
+    owner = "CURRENT_USER"
+    if await connection.fetchval("SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user"):
         owner = quote(f"{schema}_owner")
-        await connection.execute(f"GRANT {owner} TO CURRENT_USER")
-    await connection.execute(f"CREATE SCHEMA {quote(schema)} AUTHORIZATION {owner}")
-    return str(owner)
+        for role in ("owner", *_ROLES):
+            await _make_once(connection, f"CREATE ROLE {quote(f'{schema}_{role}')} NOLOGIN")
+        await _make_once(connection, f"GRANT {owner} TO CURRENT_USER")
+    await _make_once(connection, f"CREATE SCHEMA {quote(schema)} AUTHORIZATION {owner}")
+
+
+async def _make_once(connection: Connection, statement: str) -> None:
+    """Make something, unless another made it before, or does so at the same moment, perhaps in another database."""
+    with suppress(
+        asyncpg.DuplicateObjectError,
+        asyncpg.DuplicateSchemaError,
+        asyncpg.DuplicateTableError,
+        asyncpg.UniqueViolationError,
+    ):
+        async with connection.transaction():
+            await connection.execute(statement)
+
+
+def lock_number(schema: str) -> int:
+    """Return the first number of the schema's advisory locks; the second is 2 for new readers."""
+    return zlib.crc32(f"aiokeyless {schema}".encode()) - (1 << 31)
 
 
 async def _exists(connection: Connection, role: str) -> bool:
