@@ -54,6 +54,7 @@ Example, as an orchestrator runs it, with KEYLESS_BROKER naming the database:
 async def worker(
     *,
     broker: str | None = None,
+    schema: str | None = None,
     health_port: OptionalPort = None,
     health_host: str = "127.0.0.1",
     prepare: bool = False,
@@ -67,6 +68,7 @@ async def worker(
 
     Args:
         broker: The store of the requests: sqlite:FILE, postgresql://..., nats://...; or KEYLESS_BROKER.
+        schema: Schema of the database, if the broker is PostgreSQL; that of ?schema= in its URL, or keyless, if left out.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address to serve these on.
         prepare: Only create, or migrate, what workers need at the broker; this needs no API key.
@@ -79,7 +81,7 @@ async def worker(
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    opened = _open_broker(broker or os.environ.get("KEYLESS_BROKER"), nats)
+    opened = _open_broker(broker or os.environ.get("KEYLESS_BROKER"), schema, nats)
     async with _make_unused_client() if prepare else new_client() as client, opened:
         service = ApprovalWorker(client, opened)
         if prepare:
@@ -102,16 +104,22 @@ def _make_unused_client() -> KeylessClient:
     return KeylessClient(os.environ.get("KEYLESS_API_KEY") or "none")
 
 
-def _open_broker(url: str | None, options: NatsOptions | None) -> Broker:
+def _open_broker(url: str | None, schema: str | None, options: NatsOptions | None) -> Broker:
     from aiokeyless.worker.broker import Broker, broker_for  # noqa: PLC0415  # only when used
     from aiokeyless.worker.nats import SCHEMES  # noqa: PLC0415  # this needs no nats-py
+    from aiokeyless.worker.postgres import SCHEMES as POSTGRES  # noqa: PLC0415  # this needs no asyncpg
 
     if not url:
         found = "NATS_URL alone names none" if os.environ.get("NATS_URL") else "there is no default"
         raise UsageError(
             f"--broker or KEYLESS_BROKER must name the broker, {found}: sqlite:FILE, postgresql://... or nats://..."
         )
-    if url.partition(":")[0].lower() in SCHEMES:
+    scheme = url.partition(":")[0].lower()
+    if schema is not None:
+        if scheme not in POSTGRES:
+            raise UsageError("--schema needs a broker whose URL begins with postgresql:")
+        url += f"{'&' if '?' in url else '?'}schema={schema}"
+    if scheme in SCHEMES:
         return _open_nats_broker(url, options or NatsOptions())
     if options is not None:
         raise UsageError("options for NATS need a broker whose URL begins with nats: or tls:")

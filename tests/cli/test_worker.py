@@ -394,6 +394,8 @@ def forget_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--broker", "redis://127.0.0.1"], {}, "not a URL of the scheme 'redis'"),
         (["--broker", "sqlite:///keyless.db"], {}, "without //"),
         (["--broker", "sqlite:keyless.db", "--name", "shop"], {}, "options for NATS"),
+        (["--broker", "sqlite:keyless.db", "--schema", "shop"], {}, "--schema needs a broker whose URL begins with"),
+        (["--broker", "postgresql://127.0.0.1/shop", "--schema", "public"], {}, "--schema must be one of its own"),
     ],
 )
 def test_without_a_broker_that_is_known_it_is_one_line_and_exit_2(

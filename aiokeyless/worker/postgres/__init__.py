@@ -18,15 +18,20 @@ __all__ = ["PostgresBroker", "PostgresConnection"]
 SCHEMES: Final = ("postgresql", "postgres")
 DRIVER: Final = "asyncpg"
 HINT: Final = 'install the extra "postgres"'
+_SCHEMA: Final = "schema="
 
 _MODULES: Final = {"PostgresBroker": "broker", "PostgresConnection": "connection"}
 
 
 def from_url(url: str) -> PostgresBroker:
-    """Return the broker in the schema ``keyless`` of a database."""
+    """Return the broker of a database, in the schema that ``?schema=`` names; by default ``keyless``."""
     from .broker import PostgresBroker  # noqa: PLC0415  # it needs asyncpg
 
-    return PostgresBroker(url)
+    address, _, query = url.partition("?")
+    options = query.split("&")
+    schemas = [option.removeprefix(_SCHEMA) for option in options if option.startswith(_SCHEMA)]
+    others = "&".join(option for option in options if not option.startswith(_SCHEMA))
+    return PostgresBroker(f"{address}?{others}" if others else address, *schemas[-1:])
 
 
 def from_connection(connection: Any) -> PostgresConnection:

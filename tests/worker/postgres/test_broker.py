@@ -64,6 +64,18 @@ def test_a_url_picks_the_broker() -> None:
         assert repr(broker_for(url)) == "<PostgresBroker, schema 'keyless'>"
 
 
+@pytest.mark.parametrize(
+    ("url", "schema"),
+    [
+        ("postgresql://db/shop?schema=staging", "staging"),
+        ("postgresql://db/shop?host=/run&schema=staging&sslmode=disable", "staging"),
+        ("postgresql://db/shop?schema=production&schema=staging", "staging"),  # that of --schema is the last one
+    ],
+)
+def test_a_url_may_name_the_schema(url: str, schema: str) -> None:
+    assert repr(broker_for(url)) == f"<PostgresBroker, schema {schema!r}>"
+
+
 @pytest.mark.parametrize("schema", ["", "Keyless", "pg_mine", "key-less", 'a"b', "x" * 51, None])
 def test_a_schema_whose_name_needs_quotes_is_refused(schema: Any) -> None:
     with pytest.raises(ConfigurationError, match="schema must be"):

@@ -14,6 +14,7 @@ import pytest
 from postgres_server import PostgresServer
 from waiting import PATIENCE
 
+from aiokeyless.errors import BrokerError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 HOWTO = Path(__file__).parents[3] / "docs" / "howto"
 PAGE = HOWTO / "operating-postgres.md"
-ROLES, TEAM, FUNCTIONS, WORKERS, FIGURES, REMOVED_READER, REMOVED = re.findall(
+APART, ROLES, TEAM, FUNCTIONS, WORKERS, FIGURES, REMOVED_READER, REMOVED = re.findall(
     r"^```sql\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
 )
 
@@ -36,11 +37,11 @@ def own_server() -> Iterator[PostgresServer]:
     server.close()
 
 
-async def prepare(url: str) -> tuple[int | None, str]:
+async def prepare(url: str, *options: str) -> tuple[int | None, str]:
     """Run `aiokeyless worker --prepare`; return its exit status and its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYLESS_")}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aiokeyless", "worker", "--broker", url, "--prepare"),
+        *(sys.executable, "-m", "aiokeyless", "worker", "--broker", url, "--prepare", *options),
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -63,6 +64,29 @@ async def test_the_page_for_operators_works_as_it_is_written(own_server: Postgre
     own_server.execute(REMOVED_READER, database, "admin")
     assert own_server.execute("SELECT name FROM keyless.reader", database) == [["shop"]]
     own_server.execute(REMOVED, database, "admin")
+
+
+@pytest.mark.parametrize("in_url", [True, False])
+async def test_the_worker_of_another_environment_reads_and_approves_nothing(
+    own_server: PostgresServer, in_url: bool
+) -> None:
+    own_server.execute("CREATE DATABASE shop")
+    staging = own_server.new_database()
+    own_server.execute(f"CREATE ROLE admin LOGIN CREATEROLE; GRANT CREATE ON DATABASE shop, {staging} TO admin")
+    own_server.execute(APART)
+    assert await prepare(own_server.url("shop", "admin")) == (0, "")
+    named = (f"{own_server.url(staging, 'admin')}&schema=keyless_staging",)
+    assert await prepare(*(named if in_url else (named[0].partition("&")[0], "--schema", "keyless_staging"))) == (0, "")
+    own_server.execute("CREATE ROLE tester LOGIN; GRANT keyless_staging_worker TO tester", staging, "admin")
+    async with PostgresBroker(own_server.url(staging, "tester"), "keyless_staging") as broker:
+        await broker.prepare(lease=LEASE, service="")
+    with pytest.raises(BrokerError, match='permission denied for database "shop"'):
+        await PostgresBroker(own_server.url("shop", "tester")).open()
+    own_server.execute("GRANT CONNECT ON DATABASE shop TO PUBLIC")  # then the roles alone keep them apart
+    async with PostgresBroker(own_server.url("shop", "tester")) as broker:
+        for call in (broker.prepare(lease=LEASE, service=""), take_n(broker, 1), broker.inspect()):
+            with pytest.raises(BrokerError, match="permission denied for schema keyless"):
+                await call
 
 
 async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_server: PostgresServer) -> None:
