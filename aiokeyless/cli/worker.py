@@ -68,7 +68,7 @@ async def worker(
 
     Args:
         broker: The store of the requests: sqlite:FILE, postgresql://..., nats://...; or KEYLESS_BROKER.
-        schema: Schema of the database, if the broker is PostgreSQL; that of ?schema= in its URL, or keyless, if left out.
+        schema: Schema of the database, if the broker is PostgreSQL; if left out, ?schema= of its URL, or keyless.
         health_port: Port for GET /livez, /readyz and /healthz; none if left out.
         health_host: Address to serve these on.
         prepare: Only create, or migrate, what workers need at the broker; this needs no API key.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
-from contextlib import ExitStack, closing, contextmanager
+import stat
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless.errors import BrokerError
+from aiokeyless.worker.logs import log
 
 from .failures import broker_errors, retry_while_busy
 
@@ -70,6 +73,7 @@ _REMOTE: Final = frozenset(
     {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs"}
 )
 _MOUNTS: Final = Path("/proc/self/mounts")
+_LARGEST_LOG: Final = 16 << 20  # bytes that the log keeps after a long read of another program has made it grow
 
 
 def connect(path: str, *, now: float) -> sqlite3.Connection:
@@ -80,26 +84,59 @@ def connect(path: str, *, now: float) -> sqlite3.Connection:
     """
     if path != MEMORY:
         _create(path)
+        _check_owner(path)
     with broker_errors(path):
         connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
         with ExitStack() as unprepared:
             unprepared.callback(connection.close)
             retry_while_busy(lambda: _prepare(connection, path, now))
+            if path != MEMORY:
+                _close_to_others(path)
             unprepared.pop_all()
     return connection
 
 
 def _create(path: str) -> None:
-    """Make the file for this user alone; SQLite gives its log and its index the same mode."""
+    """Make the file for this user alone, if there is none; SQLite gives its log and its index the same mode."""
     if (remote := _remote_file_system(path)) is not None:
         raise BrokerError(
             f"{path} is on a file system of another machine ({remote}), where SQLite loses data: use a file on this "
             "machine's own disk"
         )
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not Path(path).is_file():  # to close one here would end the locks of the other brokers of this process
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
         raise BrokerError(f"{path} cannot be opened for writing: {error.strerror}") from None
+
+
+def _existing(path: str) -> list[tuple[Path, os.stat_result]]:
+    """Return the file, its log and its index; none on Windows, whose owners and modes are others."""
+    found: list[tuple[Path, os.stat_result]] = []
+    for ending in ("", "-wal", "-shm") if hasattr(os, "geteuid") else ():
+        file = Path(f"{path}{ending}")
+        with suppress(FileNotFoundError):  # the last process that closes the file removes the others
+            found.append((file, file.stat()))
+    return found
+
+
+def _check_owner(path: str) -> None:
+    """Refuse what another user made, and so could write approvals into."""
+    for file, found in _existing(path):
+        if found.st_uid != os.geteuid():
+            raise BrokerError(
+                f"{file} belongs to the user {found.st_uid}, and this process runs as the user {os.geteuid()}: run all "
+                "processes that use the file as one user, or name another file"
+            )
+
+
+def _close_to_others(path: str) -> None:
+    """Set the mode to 600 if others could use the file."""
+    for file, found in _existing(path):
+        if found.st_mode & 0o077:
+            file.chmod(found.st_mode & 0o600)
+            facts = {"file": str(file), "mode": "600", "before": f"{stat.S_IMODE(found.st_mode):o}"}
+            log(logging.WARNING, "broker.mode_changed", facts)
 
 
 def _remote_file_system(path: str) -> str | None:
@@ -119,6 +156,7 @@ def _prepare(connection: sqlite3.Connection, path: str, now: float) -> None:
         raise BrokerError(
             f"{path} cannot be shared by several processes here: its journal mode stays {mode!r}, not wal"
         )
+    connection.execute(f"PRAGMA journal_size_limit = {_LARGEST_LOG}")
     connection.execute("BEGIN IMMEDIATE")
     with committing(connection):
         _migrate(connection, path, now)

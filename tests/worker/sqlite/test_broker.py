@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import sqlite3
 import stat
+import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -52,10 +54,95 @@ def execute(path: Path, statement: str, *values: object) -> list[tuple[object, .
         return connection.execute(statement, values).fetchall()
 
 
+def mode_of(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def open_to_all(file: Path) -> None:
+    file.chmod(0o644)
+
+
 async def test_only_its_user_can_read_the_file(broker: SqliteBroker, path: Path) -> None:
     await submit(broker, "a")
     for file in files_in(path.parent):
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+        assert mode_of(file) == 0o600, file
+
+
+async def test_a_file_that_others_could_read_is_closed_to_them_and_logged(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with SqliteBroker(path) as kept_open:
+        await submit(kept_open, "a")
+        for file in files_in(path.parent):
+            open_to_all(file)
+        async with SqliteBroker(path):
+            pass
+        assert {mode_of(file) for file in files_in(path.parent)} == {0o600}
+    lines = [record.getMessage() for record in caplog.records if "mode_changed" in record.getMessage()]
+    assert [re.findall(r'"(.*?)"', line) for line in lines] == [
+        [f"{path}{ending}", "600", "644"] for ending in ("", "-wal", "-shm")
+    ]
+
+
+async def test_a_file_of_another_user_is_refused_with_both_ids(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with SqliteBroker(path):
+        pass
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert f"belongs to the user {mine}, and this process runs as the user 4711:" in await opening_fails(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
+@pytest.mark.parametrize("ending", ["-wal", "-shm"])
+async def test_a_log_that_another_user_planted_is_refused(path: Path, ending: str) -> None:
+    async with SqliteBroker(path):
+        pass
+    planted = path.with_name(f"{path.name}{ending}")
+    overwrite(planted, b"")
+    os.chown(planted, 4711, 4711)
+    assert f"{planted} belongs to the user 4711" in await opening_fails(path)
+
+
+async def test_windows_has_no_owners_and_no_modes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "geteuid")
+    overwrite(path, b"")
+    open_to_all(path)
+    async with SqliteBroker(path):
+        pass
+    assert mode_of(path) == 0o644
+
+
+async def test_another_applications_file_keeps_its_mode(path: Path) -> None:
+    execute(path, "CREATE TABLE orders (id INTEGER)")
+    open_to_all(path)
+    await opening_fails(path)
+    assert mode_of(path) == 0o644
+
+
+async def test_a_second_broker_of_a_process_ends_no_lock_of_the_first(path: Path) -> None:
+    program = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('PRAGMA journal_mode = DELETE')"
+    async with SqliteBroker(path):
+        async with SqliteBroker(path):
+            pass
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, path, stderr=asyncio.subprocess.PIPE
+        )
+        _, errors = await process.communicate()
+    assert b"database is locked" in errors
+
+
+async def test_the_log_shrinks_after_a_long_read_of_another_program(path: Path, broker: SqliteBroker) -> None:
+    log = path.with_name("keyless.db-wal")
+    large = new_request("a")._replace(body=b"x" * 500_000)
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM request").fetchall()
+        for number in range(50):
+            await broker.submit(large._replace(request=new_request(f"a-{number}").request))
+        assert log.stat().st_size > 24 << 20
+        reader.execute("COMMIT")
+    await submit(broker, "b", "c")
+    assert log.stat().st_size <= 16 << 20
 
 
 async def test_its_first_log_line_says_what_it_is_for(path: Path, caplog: pytest.LogCaptureFixture) -> None:
