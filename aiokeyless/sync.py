@@ -44,7 +44,7 @@ from .models import Operation, Region, Secret
 from .reports import ApprovalUpdate, ClientStatistics
 from .ticket import DEFAULT_LIFETIME, ApprovalTicket
 from .worker import ApprovalEvent, Broker, Submission, applications
-from .worker.broker import ApplicationSide, broker_for
+from .worker.broker import ApplicationSide, broker_for, hide_url
 
 __all__ = ["KeylessClient", "OnPoll", "next_outcome", "submit_approval"]
 
@@ -70,7 +70,7 @@ class _Background:
         # the two processes share.
         self._clients: set[AsyncKeylessClient] = set()
         self._iterations: set[AsyncGenerator[Any, None]] = set()
-        self._brokers: dict[Broker | str, Broker] = {}  # open brokers, by the caller's argument
+        self._brokers: dict[Broker | Secret, Broker] = {}  # open brokers, by the caller's argument
         self._opening = asyncio.Lock()
         self._thread = threading.Thread(target=self._serve, name="aiokeyless", daemon=True)
         self._thread.start()
@@ -144,7 +144,7 @@ class _Background:
         finally:
             self._clients.discard(client)
 
-    async def open_broker(self, target: Broker | str) -> Broker:
+    async def open_broker(self, target: Broker | Secret) -> Broker:
         """Open a broker, or the broker of a URL, and return it. It stays open for later calls."""
         async with self._opening:
             if target not in self._brokers:
@@ -589,6 +589,7 @@ def submit_approval(
         BrokerError: The broker did not confirm that it stored the request. It is safe to submit it again under the
             error's `operation_id`.
     """
+    broker = hide_url(broker)
     side, finish = _application_side(broker)
     submission: Submission = finish(
         applications.submit_approval(
@@ -632,6 +633,7 @@ def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, 
         ...     with next_outcome(connection, "shop") as event:
         ...         handle(event)
     """
+    broker = hide_url(broker)
     side, finish = _application_side(broker)
     outcome = applications.next_outcome(side, reader)
     event: ApprovalEvent = finish(outcome.__aenter__())
@@ -648,7 +650,7 @@ def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Corout
     from .worker.postgres.blocking import side_of  # noqa: PLC0415  # only where a connection is used
 
     _refuse_event_loop()
-    if isinstance(broker, Broker | str):
+    if isinstance(broker, Broker | Secret):
         with _process.lock:
             background = _process.background()
         return background.run(background.open_broker(broker)), background.run

@@ -14,9 +14,10 @@ import msgspec
 from aiokeyless._tracing import current_traceparent
 from aiokeyless._validation import check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
+from aiokeyless.models import Secret
 from aiokeyless.ticket import DEFAULT_LIFETIME
 
-from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError, broker_for
+from .broker import ApplicationSide, NewRequest, OutcomeDelivery, UnavailableError, broker_for, hide_url
 from .logs import log
 from .messages import (
     VERSION,
@@ -116,6 +117,7 @@ async def submit_approval(
         BrokerError: The broker did not confirm that it stored the request. It is safe to submit it again under the
             error's `operation_id`.
     """
+    broker = hide_url(broker)
     text = approval_request(
         user_id,
         operation_id=operation_id,
@@ -144,7 +146,7 @@ async def submit_approval(
 
 
 def _open_side(broker: object) -> ApplicationSide:
-    if isinstance(broker, str):  # a URL would be opened and closed for each call
+    if isinstance(broker, Secret):  # a URL would be opened and closed for each call
         raise ConfigurationError("broker must be an open broker or a connection, not a URL", argument="broker")
     return broker_for(broker)
 
@@ -194,6 +196,7 @@ async def next_outcome(broker: object, reader: str) -> AsyncGenerator[ApprovalEv
         ...     async with next_outcome(broker, "shop") as event:
         ...         await handle(event)
     """
+    broker = hide_url(broker)
     if not _READER.fullmatch(reader):
         raise ConfigurationError(f"reader must be 1 to 128 letters, digits, '-' and '_', not {reader!r:.80}")
     side = _open_side(broker)

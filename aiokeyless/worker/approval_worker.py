@@ -18,9 +18,10 @@ from aiokeyless._listeners import Listeners
 from aiokeyless._validation import check_rate, check_schedule, seconds, whole_number
 from aiokeyless.client import KeylessClient, transport_of
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
+from aiokeyless.models import Secret
 from aiokeyless.schedule import next_delay, wait_adaptive
 
-from .broker import Broker, broker_for
+from .broker import Broker, broker_for, hide_url
 from .exchanges import check_key
 from .logs import log
 from .monitoring import WorkerStatistics
@@ -70,6 +71,8 @@ class ApprovalWorker:
         schedule: wait_base | None = None,
         grace: float = 30.0,
     ) -> None:
+        hidden = hide_url(broker)
+        del broker
         self._limits = Limits(
             max_in_flight=whole_number(max_in_flight, "max_in_flight"),
             max_polls_per_second=check_rate(max_polls_per_second, "max_polls_per_second"),
@@ -79,11 +82,11 @@ class ApprovalWorker:
         self._client = client
         self._schedule = check_schedule(schedule) or wait_adaptive()
         next_delay(self._schedule, attempt_number=1, since_start=0.0)  # a broken strategy fails here
-        found = broker_for(broker)
+        found = broker_for(hidden)
         if not isinstance(found, Broker):
             raise ConfigurationError("broker must be a broker or a URL, not a driver's connection", argument="broker")
         self._broker: Broker = found
-        self._is_owner = isinstance(broker, str)
+        self._is_owner = isinstance(hidden, Secret)
         self._serving: Serving | None = None  # None until it is connected
         self._running: asyncio.Task[None] | None = None  # the run, if the worker is a context manager
         self._body: asyncio.Timeout  # of the context manager's body: it expires only if the run fails

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Inspection
+from aiokeyless.models import Secret
 
 from .messages import ApprovalEvent, ApprovalRequest, Message
 
@@ -323,8 +324,27 @@ def broker_for(target: object) -> ApplicationSide:
     Raises:
         ConfigurationError: No broker is for it, or a broker's library is not installed.
     """
+    found = _find_side(target)
+    del target  # before anything is raised: see `hide_url`
+    if isinstance(found, ConfigurationError):
+        raise found
+    return found
+
+
+def hide_url(broker: object) -> object:
+    """Return a broker's URL as a secret, and anything else unchanged.
+
+    A URL may hold a password, and error reporters print local variables.
+    """
+    return Secret(broker) if isinstance(broker, str) else broker
+
+
+def _find_side(target: object) -> ApplicationSide | ConfigurationError:
+    """Return the side, or the error. It is not raised here, where the URL is a local variable."""
     if isinstance(target, ApplicationSide):
         return target
+    if isinstance(target, Secret):
+        target = target.reveal()
     driver = type(target).__module__.partition(".")[0]
     found = _SCHEME.match(target) if isinstance(target, str) else None
     known: list[str] = []
@@ -337,9 +357,11 @@ def broker_for(target: object) -> ApplicationSide:
             elif driver == package.DRIVER:
                 return _side(package.from_connection(target))
         except ModuleNotFoundError as error:
-            raise ConfigurationError(f"this broker needs {error.name}: {package.HINT}", argument="broker") from None
+            return ConfigurationError(f"this broker needs {error.name}: {package.HINT}", argument="broker")
+        except ConfigurationError as error:
+            return error.with_traceback(None)
     shown = f"a URL of the scheme {found[1]!r:.40}" if found else type(target).__name__
-    raise ConfigurationError(
+    return ConfigurationError(
         f"broker must be a broker, a URL ({', '.join(known)}) or a driver's connection, not {shown}", argument="broker"
     )
 

@@ -13,6 +13,7 @@ import nats.js.errors
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError
+from aiokeyless.models import Secret
 from aiokeyless.worker.broker import Broker, Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
@@ -77,14 +78,16 @@ class NatsBroker(Broker):
         connect_options: Mapping[str, object] | None = None,
     ) -> None:
         self.system = "nats"
-        self.destination: str = fleet.request_subject
         self._fleet = fleet
+        self._url = Secret(broker) if isinstance(broker, str) else None
+        self._connection: Client | None = None if isinstance(broker, str) else broker
+        options = (connect_options or {}).items()
+        self._options = {name: Secret(value) if isinstance(value, str) else value for name, value in options}
+        del broker, connect_options, options  # before anything is raised: error reporters print local variables
+        check_options(self._options)
+        self.destination: str = fleet.request_subject
         self._event_keys = event_keys
         self._settings = settings or StreamSettings()
-        self._options = dict(connect_options or {})
-        check_options(self._options)
-        self._url = broker if isinstance(broker, str) else None
-        self._connection: Client | None = None if isinstance(broker, str) else broker
         if self._connection is not None:
             self.largest_request: int = self._connection.max_payload - _ROOM_FOR_EVENT
         self._loss: BrokerError | None = None  # why the connection will not come back
@@ -110,10 +113,18 @@ class NatsBroker(Broker):
             if self._connection is not None:
                 raise ConfigurationError("the broker is open already")
             self._loss = None
-            self._connection = await connect(
-                self._url, self._options, on_reconnect=self._on_reconnect, on_loss=self._on_loss
-            )
+            try:
+                self._connection = await self._connect(self._url)
+            except BaseException as error:  # noqa: BLE001  # a cancellation's frames, too, hold the password
+                error.__context__ = None
+                raise error.with_traceback(None) from None
             self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
+
+    async def _connect(self, url: Secret) -> Client:
+        options = {
+            name: value.reveal() if isinstance(value, Secret) else value for name, value in self._options.items()
+        }
+        return await connect(url.reveal(), options, on_reconnect=self._on_reconnect, on_loss=self._on_loss)
 
     async def aclose(self) -> None:
         connection = self._connection

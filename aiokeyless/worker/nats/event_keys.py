@@ -48,9 +48,10 @@ class EventKeys:
     """
 
     def __init__(self, *keys: str) -> None:
+        self._keys: dict[str, Secret] = {}  # by their ids, the first one signs
         parsed = _parse(keys)
         del keys  # before anything is raised: error reporters print local variables
-        self._keys: dict[str, Secret] = _raise_error(parsed)  # by their ids, the first one signs
+        self._keys = _raise_error(parsed)
 
     @classmethod
     def from_files(cls, *paths: Path | str) -> Self:
@@ -76,8 +77,9 @@ class EventKeys:
 
     @classmethod
     def _of(cls, parsed: dict[str, Secret] | ConfigurationError) -> Self:
+        keys = _raise_error(parsed)
         made = cls.__new__(cls)
-        made._keys = _raise_error(parsed)  # noqa: SLF001  # of the same class
+        made._keys = keys  # noqa: SLF001  # of the same class
         return made
 
     def __repr__(self) -> str:

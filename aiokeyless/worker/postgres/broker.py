@@ -11,6 +11,7 @@ import msgspec
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.events import Inspection
+from aiokeyless.models import Secret
 from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import (
     Claim,
@@ -77,13 +78,14 @@ class PostgresBroker(TableBroker):
     def __init__(self, database: str | asyncpg.Pool[Any], schema: str = SCHEMA) -> None:
         super().__init__()
         self.system = "postgresql"
-        self._schema = check_schema(schema)
-        self.destination: str = self._schema
-        if not isinstance(database, str | asyncpg.Pool):
+        self._schema = schema
+        self._database = Secret(database) if isinstance(database, str) else database
+        del database  # before anything is raised: error reporters print local variables
+        self.destination: str = check_schema(schema)
+        if not isinstance(self._database, Secret | asyncpg.Pool):
             raise ConfigurationError(
-                f"broker must be a URL or an asyncpg pool, not {type(database).__name__}", argument="broker"
+                f"broker must be a URL or an asyncpg pool, not {type(self._database).__name__}", argument="broker"
             )
-        self._database = database
         self._pool: asyncpg.Pool[Any] | None = None  # None while it is not open
         self._outcomes: asyncio.Semaphore  # connections for outcomes in progress
         self._calls: asyncio.Semaphore  # connections for all other calls, which wait for one without a limit
@@ -105,19 +107,23 @@ class PostgresBroker(TableBroker):
     async def open(self) -> None:
         if self._pool is not None:
             raise ConfigurationError("the broker is open already")
-        pool = self._database if isinstance(self._database, asyncpg.Pool) else await self._connect(self._database)
+        try:
+            pool = self._database if isinstance(self._database, asyncpg.Pool) else await self._connect(self._database)
+        except BaseException as error:  # noqa: BLE001  # a cancellation's frames, too, hold the password
+            error.__context__ = None
+            raise error.with_traceback(None) from None
         half = pool.get_max_size() // 2
         self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
         self._pool = pool
 
-    async def _connect(self, url: str) -> asyncpg.Pool[Any]:
+    async def _connect(self, url: Secret) -> asyncpg.Pool[Any]:
         try:
             with broker_errors(self._schema, ERRORS):
                 # No cache of prepared statements, and each statement in a transaction: so a pooler such as pgbouncer
                 # may use any of its connections for the next one. No minimum of open connections: a pool with one logs
                 # a traceback whenever the database is away.
                 pool = await asyncpg.create_pool(
-                    url,
+                    url.reveal(),
                     min_size=0,
                     max_size=_CONNECTIONS,
                     statement_cache_size=0,

@@ -40,13 +40,14 @@ class PostgresConnection(DriverConnection):
     """
 
     def __init__(self, connection: Connection, schema: str = SCHEMA) -> None:
+        super().__init__(AsyncpgDriver(connection, schema))
+        check_schema(schema)
         if not callable(getattr(connection, "is_in_transaction", None)):
             raise ConfigurationError(
                 f"broker must be an asyncpg connection or a PostgresBroker, not {type(connection).__name__}; "
                 "PostgresBroker(pool) makes one of a pool",
                 argument="broker",
             )
-        super().__init__(AsyncpgDriver(connection, check_schema(schema)))
 
 
 class AsyncpgDriver(Driver):

@@ -62,6 +62,7 @@ class SqliteBroker(TableBroker):
 
     def __init__(self, path: Path | str) -> None:
         super().__init__()
+        self._path = ""
         self._path = os.fspath(path)
         if not self._path:
             raise ConfigurationError("broker must name a file, such as sqlite:keyless.db", argument="broker")
