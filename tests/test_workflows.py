@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
-WORKFLOWS = sorted((Path(__file__).parents[1] / ".github" / "workflows").glob("*.yml"))  # none in the source archive
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))  # none in the source archive
 
 each_workflow = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 
@@ -27,3 +29,11 @@ def test_a_job_that_may_sign_installs_nothing(workflow: Path) -> None:
     assert jobs
     for job in jobs:
         assert not ("id-token: write" in job and re.search(r"\brun: ", job)), job
+
+
+def test_the_bill_of_materials_is_of_all_that_users_can_install() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = set(tomllib.load(file)["project"]["optional-dependencies"]) - {"dev", "docs", "examples", "test"}
+    for workflow in WORKFLOWS:
+        for listed in re.findall(r"dist/\*\.whl\)\[(.*?)\]", workflow.read_text(encoding="utf-8")):
+            assert set(listed.split(",")) == extras

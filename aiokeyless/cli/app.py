@@ -99,13 +99,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = " ".join(("aiokeyless", *(error.command_chain or ()), "--help"))
         message = _describe_unused(error) if isinstance(error, UnusedCliTokensError) else str(error)
         return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command}.", Exit.USAGE)
-    except KeylessError as error:
-        return _fail(describe(error), _exit_code(error))
     # The reader closed stdout, as `head` does.
     except BrokenPipeError:
         return Exit.ERROR
-    except (CommandError, OSError) as error:
-        return _fail(str(error), Exit.USAGE if isinstance(error, UsageError) else Exit.ERROR)
+    except (KeylessError, CommandError, OSError) as error:
+        return _fail(*describe_end(error))
     except (InterruptedCommandError, KeyboardInterrupt) as interruption:
         return _fail("; ".join(filter(None, ("interrupted", str(interruption)))), Exit.INTERRUPTED)
 
@@ -121,10 +119,13 @@ def _describe_unused(error: UnusedCliTokensError) -> str:
     return f'Unknown {what} "{unused}".{f" Did you mean {close[0]}?" if close else ""}'
 
 
-def _exit_code(error: KeylessError) -> Exit:
+def describe_end(error: KeylessError | CommandError | OSError) -> tuple[str, Exit]:
+    """Return the line and the exit code for an error that ends a command."""
+    if not isinstance(error, KeylessError):
+        return str(error), Exit.USAGE if isinstance(error, UsageError) else Exit.ERROR
     if isinstance(error, ApprovalUnknownError):
-        return Exit.UNKNOWN
-    return Exit.TIMED_OUT if isinstance(error, ApprovalTimeoutError) else Exit.ERROR
+        return describe(error), Exit.UNKNOWN
+    return describe(error), Exit.TIMED_OUT if isinstance(error, ApprovalTimeoutError) else Exit.ERROR
 
 
 def _fail(message: str, code: Exit) -> Exit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -10,17 +11,40 @@ import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  # cyclopts reads the annotations
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 from cyclopts import Parameter
 
-from aiokeyless.errors import ConfigurationError
+from aiokeyless.errors import ConfigurationError, KeylessError
 
-from .app import AsJson, CommandError, Exit, OptionalCount, OptionalPort, UsageError, app, new_client
+from .app import AsJson, CommandError, Exit, OptionalCount, OptionalPort, UsageError, app, describe_end, new_client
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from aiokeyless import KeylessClient
     from aiokeyless.worker import ApprovalWorker, Broker
+
+P = ParamSpec("P")
+
+
+def _ends_in_json(command: Callable[P, Awaitable[int]]) -> Callable[P, Awaitable[int]]:
+    """Write the error that ends a command as JSON, too, if its other lines are JSON."""
+
+    @functools.wraps(command)
+    async def run(*arguments: P.args, **options: P.kwargs) -> int:
+        try:
+            return await command(*arguments, **options)
+        except (KeylessError, CommandError, OSError) as error:
+            if not options.get("as_json"):
+                raise
+            from aiokeyless.worker.logs import log  # noqa: PLC0415  # only when used
+
+            message, code = describe_end(error)
+            log(logging.CRITICAL, "worker.ended", {"error": message})
+            return code
+
+    return run
 
 
 @Parameter(name="*")
@@ -51,6 +75,7 @@ Example, with a sandbox in another terminal, and no server:
 Example, as an orchestrator runs it, with KEYLESS_BROKER naming the database:
   aiokeyless worker --health-port 8080 --json"""
 )
+@_ends_in_json
 async def worker(
     *,
     broker: str | None = None,

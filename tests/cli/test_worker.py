@@ -360,6 +360,24 @@ async def test_a_wrong_key_is_one_line_without_it(workers: Workers, nats_url: st
     assert "wr0ng-key" not in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "message"),
+    [
+        (["--broker", "postgresql://127.0.0.1:1/shop"], {}, Exit.ERROR, "the database cannot be reached: "),
+        (["--broker", "sqlite::memory:"], {"KEYLESS_API_KEY": ""}, Exit.ERROR, "no API key: "),
+        ([], {}, Exit.USAGE, "--broker or KEYLESS_BROKER must name the broker, "),
+    ],
+)
+async def test_as_json_the_error_that_ends_it_is_an_object_too(
+    workers: Workers, arguments: list[str], variables: dict[str, str], code: Exit, message: str
+) -> None:
+    worker = await workers.start("--json", *arguments, **variables)
+    assert await worker.ended() == code
+    line = json.loads(worker.lines[-1])
+    assert (line["level"], line["event"]) == ("critical", "worker.ended")
+    assert line["error"].startswith(message)
+
+
 async def test_a_port_that_is_in_use_is_one_line(workers: Workers, nats_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.sandbox import Sandbox
 from aiokeyless.worker import ApprovalWorker, next_outcome, submit_approval
 from aiokeyless.worker.postgres import PostgresBroker
-from worker.conformance.brokers import LEASE, decide, take_n
+from worker.conformance.brokers import LEASE, decide, operation_of, submit, take_n
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +88,34 @@ async def test_the_worker_of_another_environment_reads_and_approves_nothing(
         for call in (broker.prepare(lease=LEASE, service=""), take_n(broker, 1), broker.inspect()):
             with pytest.raises(BrokerError, match="permission denied for schema keyless"):
                 await call
+
+
+async def test_the_backup_of_the_page_is_made_and_restored(own_server: PostgresServer) -> None:
+    own_server.execute("CREATE DATABASE shop")
+    own_server.execute("CREATE ROLE admin LOGIN CREATEROLE PASSWORD 'secret'; GRANT CREATE ON DATABASE shop TO admin")
+    own_server.execute("CREATE ROLE backup LOGIN; GRANT pg_read_all_data TO backup")
+    assert await prepare(own_server.url("shop", "admin")) == (0, "")
+    own_server.execute(ROLES, "shop", "admin")
+    own_server.execute("CREATE TABLE payment (operation_id text); SELECT keyless.add_reader('shop')", "shop")
+    async with PostgresBroker(own_server.url("shop")) as broker:
+        await submit(broker, "a", "b")
+    folder = own_server.new_folder("backup")
+    for command in re.findall(r"^(pg_dump.*)$", PAGE.read_text(), re.MULTILINE):
+        program, *arguments = shlex.split(command, comments=True)
+        arguments = [f"{folder}/{word}" if word.endswith((".sql", ".dump")) else word for word in arguments]
+        where = {"db": str(own_server.folder), "postgresql://backup@db/shop": own_server.url("shop", "backup")}
+        own_server.run(program, *(where.get(word, word) for word in arguments))
+    restored = PostgresServer()
+    try:
+        restored.run("psql", "--quiet", "--file", folder / "roles.sql", restored.url("postgres"))
+        restored.execute("CREATE DATABASE shop")
+        restored.run("pg_restore", "--dbname", restored.url("shop"), folder / "shop.dump")
+        assert await prepare(restored.url("shop", "admin")) == (0, "")
+        async with PostgresBroker(restored.url("shop", "approvals")) as broker:
+            await broker.prepare(lease=LEASE, service="")
+            assert {operation_of(message) for message in await take_n(broker, 2)} == {"a", "b"}
+    finally:
+        restored.close()
 
 
 async def test_an_installer_that_may_not_make_roles_grants_the_functions(own_server: PostgresServer) -> None:
