@@ -333,7 +333,8 @@ class PostgresBroker(TableBroker):
 
     async def _measure_time(self) -> None:
         asked_at = self._clock.now()
-        rows = await self._fetch("SELECT extract(epoch FROM clock_timestamp())::double precision")
+        # Qualified: the database's owner may set the search path of all its sessions.
+        rows = await self._fetch("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::double precision")
         self._clock.compare(time_of(rows[0][0]), asked_at=asked_at)
 
     async def _tidy(self, turn: int) -> None:

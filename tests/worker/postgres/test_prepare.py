@@ -117,6 +117,47 @@ async def test_an_installer_calls_no_function_of_a_schema_that_somebody_else_pre
     assert not thief.is_superuser
 
 
+@pytest.mark.usefixtures("may_create")
+async def test_a_member_of_a_superusers_role_calls_no_function_of_another(
+    server: PostgresServer, database: str, thief: Thief
+) -> None:
+    await prepare(server.url(database, thief.name))
+    thief.does(
+        "DROP FUNCTION keyless.restore; CREATE FUNCTION keyless.restore() RETURNS bigint LANGUAGE plpgsql AS "
+        f"$$ BEGIN SET ROLE {database}_root; EXECUTE 'ALTER ROLE {thief.name} SUPERUSER'; RETURN 0; END $$;"
+        "GRANT USAGE ON SCHEMA keyless TO PUBLIC; GRANT SELECT ON keyless.migration TO PUBLIC"
+    )
+    server.execute(
+        f"CREATE ROLE {database}_root SUPERUSER; CREATE ROLE {database}_w LOGIN NOINHERIT;"
+        f"GRANT {database}_root TO {database}_w"
+    )
+    with pytest.raises(BrokerError, match=f"belongs to {thief.name}, and not to {database}_w"):
+        await prepare(server.url(database, f"{database}_w"))
+    assert not thief.is_superuser
+
+
+async def test_a_search_path_of_the_databases_owner_is_not_followed(
+    server: PostgresServer, database: str, thief: Thief
+) -> None:
+    server.execute(f"ALTER DATABASE {database} OWNER TO {thief.name}")
+    thief.does(
+        f"CREATE SCHEMA mine; CREATE FUNCTION mine.clock_timestamp() RETURNS timestamptz {thief.robbed()};"
+        f"CREATE FUNCTION mine.getdatabaseencoding() RETURNS name {thief.robbed()};"
+        f"ALTER DATABASE {database} SET search_path = mine, pg_catalog"
+    )
+    await prepare(server.url(database))
+    assert not thief.is_superuser
+
+
+async def test_a_membership_that_another_gave_counts_for_nothing(server: PostgresServer, database: str) -> None:
+    schema, thief = f"{database}_k", f"{database}_thief"
+    server.execute(f"CREATE ROLE {thief} LOGIN CREATEROLE; GRANT CREATE ON DATABASE {database} TO {thief}")
+    server.execute(f"CREATE ROLE {schema}_owner; GRANT {schema}_owner TO postgres, {thief}", database, thief)
+    server.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {schema}_owner", database, thief)
+    with pytest.raises(BrokerError, match=f"belongs to {schema}_owner, and not to postgres"):
+        await prepare(server.url(database), schema)
+
+
 @pytest.mark.parametrize(
     "made",
     [

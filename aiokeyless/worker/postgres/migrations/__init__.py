@@ -78,14 +78,15 @@ async def prepare(connection: Connection, schema: str) -> None:
 async def _owner(connection: Connection, schema: str) -> tuple[str, bool]:
     """Return the owner of the schema, and whether this user trusts it; an empty name if there is no schema.
 
-    A user trusts itself, and the role that `_create` makes: nobody can log in as its owner, and this user is a member.
+    A user trusts itself. It also trusts the role that `_create` makes, if nobody can log in as that role, and if this
+    user or a superuser made this user a member.
     """
     found: Any = await connection.fetchrow(
         """
         SELECT o.rolname::text, o.rolname = current_user OR (
             o.rolname = $1 || '_owner' AND NOT o.rolcanlogin AND EXISTS ( -- pg_has_role is true for each superuser
-                SELECT FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member
-                WHERE m.roleid = o.oid AND r.rolname = current_user
+                SELECT FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member JOIN pg_roles g ON g.oid = m.grantor
+                WHERE m.roleid = o.oid AND r.rolname = current_user AND (g.oid = r.oid OR g.rolsuper)
             )
         )
         FROM pg_namespace n JOIN pg_roles o ON o.oid = n.nspowner WHERE n.nspname = $1
@@ -96,10 +97,11 @@ async def _owner(connection: Connection, schema: str) -> tuple[str, bool]:
 
 
 async def _has_power(connection: Connection) -> bool:
-    """Return whether the owner of a function that this login calls could become more than its owner."""
+    """Return whether a function that this login calls could make its owner a superuser, or give it roles."""
     return bool(
         await connection.fetchval(
-            "SELECT bool_or(rolsuper OR rolcreaterole) FROM pg_roles WHERE rolname IN (current_user, session_user)"
+            "SELECT EXISTS (SELECT FROM pg_roles r"
+            " WHERE (r.rolsuper OR r.rolcreaterole) AND pg_has_role(session_user, r.oid, 'MEMBER'))"
         )
     )
 
@@ -108,8 +110,8 @@ async def _refusal(connection: Connection, schema: str, owner: str) -> BrokerErr
     user = await connection.fetchval("SELECT current_user::text")
     return BrokerError(
         f"the schema {schema!r} belongs to {owner}, and not to {user}: a superuser, or a login that may make roles, "
-        f"must own the schema, or be a member of the role {schema}_owner that owns it and cannot log in; prepare it as "
-        "its owner, or choose another schema"
+        f"must own the schema, or be a member of the role {schema}_owner, by its own grant or a superuser's, that owns "
+        "it and cannot log in; prepare it as its owner, or choose another schema"
     )
 
 
@@ -147,7 +149,7 @@ async def _migrate(connection: Connection, schema: str) -> None:
         f"CREATE TABLE {name}.migration (version integer PRIMARY KEY, oldest_worker integer NOT NULL, "
         "applied_at timestamptz NOT NULL DEFAULT now())",
     )
-    await connection.execute(f"LOCK TABLE {name}.migration IN EXCLUSIVE MODE")  # who may only read cannot take it
+    await connection.execute(f"LOCK TABLE {name}.migration IN EXCLUSIVE MODE")  # no reader's right suffices
     version, _ = await _versions(connection, schema)  # another may have been faster
     for number in range(version + 1, VERSION + 1):
         script = importlib.resources.files(__name__).joinpath(f"{number:04}.sql").read_text(encoding="utf-8")
