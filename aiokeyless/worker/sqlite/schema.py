@@ -134,7 +134,12 @@ def _close_to_others(path: str) -> None:
     """Set the mode to 600 if others could use the file."""
     for file, found in _existing(path):
         if found.st_mode & 0o077:
-            file.chmod(found.st_mode & 0o600)
+            try:
+                file.chmod(found.st_mode & 0o600)
+            except OSError as error:
+                raise BrokerError(
+                    f"{file} is open to other users, and its mode cannot be set to 600: {error.strerror}"
+                ) from None
             facts = {"file": str(file), "mode": "600", "before": f"{stat.S_IMODE(found.st_mode):o}"}
             log(logging.WARNING, "broker.mode_changed", facts)
 

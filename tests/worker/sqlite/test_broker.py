@@ -103,6 +103,16 @@ async def test_a_log_that_another_user_planted_is_refused(path: Path, ending: st
     assert f"{planted} belongs to the user 4711" in await opening_fails(path)
 
 
+async def test_a_file_that_cannot_be_closed_to_others_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # as on a file system that has no modes
+
+    overwrite(path, b"")
+    open_to_all(path)
+    monkeypatch.setattr(Path, "chmod", fail)
+    assert "mode cannot be set to 600: Operation not permitted" in await opening_fails(path)
+
+
 async def test_windows_has_no_owners_and_no_modes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "geteuid")
     overwrite(path, b"")
