@@ -21,8 +21,8 @@ MUTANTS: Final = (
     # -- the broker
     Mutant(
         "worker/sqlite/store.py",
-        "SET decided_at = ? WHERE id = ? AND decided_at IS NULL",
-        "SET decided_at = ? WHERE id = ?",
+        "SET decided_at = ? WHERE id = ? AND name = ? AND decided_at IS NULL",
+        "SET decided_at = ? WHERE id = ? AND name = ?",
         "a second decision replaces the first",
     ),
     Mutant(
