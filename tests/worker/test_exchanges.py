@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aiokeyless import ApprovalTicket
-    from aiokeyless.worker.broker import Message
+    from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aiokeyless._http.protocol import Request
     from aiokeyless.sandbox import Sandbox
     from aiokeyless.sandbox.journal import RequestRecord
-    from aiokeyless.worker.broker import Message
+    from aiokeyless.worker.messages import Message
 
 pytestmark = pytest.mark.looptime
 

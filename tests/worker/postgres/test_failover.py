@@ -129,11 +129,11 @@ async def test_a_delivery_that_a_failover_overtook_decides_no_other_request_of_i
                 await broker.put_off(message, 0.0, Exchange.FAILED)
             assert await broker.take(_LOST, 0.5) == ()
             for message in again:
-                assert not await broker.holds(message)
+                assert not await broker.has_claim(message)
                 other = theirs[row_of(message).id]
                 claims = await asyncio.gather(broker.claim(message), broker.claim(other))
                 assert [claimed.claim for claimed in claims] == [Claim.ANOTHERS, Claim.NEW]
-                assert [await broker.holds(message), await broker.holds(other)] == [False, True]
+                assert [await broker.has_claim(message), await broker.holds(other)] == [False, True]
                 assert not await broker.unclaim(message, claims[1].token)
                 stored = await asyncio.gather(decide(broker, message), decide(broker, other, Outcome.EXPIRED))
                 assert list(stored) == [False, True]

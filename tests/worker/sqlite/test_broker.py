@@ -402,11 +402,11 @@ async def test_a_delivery_from_before_a_restore_changes_no_other_request_of_its_
         other, others_unread = await read_and_taken(broker, "c", "d")
     assert row_of(lost).id == row_of(other).id
     assert unread.place == others_unread.place
-    assert not await broker.holds(lost)
+    assert not await broker.has_claim(lost)
     assert (await broker.claim(lost)).claim is Claim.ANOTHERS
     token = (await broker.claim(other)).token
     assert not await broker.unclaim(lost, token)
-    assert await broker.holds(other)
+    assert await broker.has_claim(other)
     await broker.put_off(lost, 0.0, Exchange.FAILED)
     assert not await take_all(broker)
     assert not await decide(broker, lost)
