@@ -133,7 +133,7 @@ async def test_a_delivery_that_a_failover_overtook_decides_no_other_request_of_i
                 other = theirs[row_of(message).id]
                 claims = await asyncio.gather(broker.claim(message), broker.claim(other))
                 assert [claimed.claim for claimed in claims] == [Claim.ANOTHERS, Claim.NEW]
-                assert [await broker.has_claim(message), await broker.holds(other)] == [False, True]
+                assert [await broker.has_claim(message), await broker.has_claim(other)] == [False, True]
                 assert not await broker.unclaim(message, claims[1].token)
                 stored = await asyncio.gather(decide(broker, message), decide(broker, other, Outcome.EXPIRED))
                 assert list(stored) == [False, True]
