@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -153,7 +152,7 @@ async def _migrate(connection: Connection, schema: str) -> None:
     version, _ = await _versions(connection, schema)  # another may have been faster
     for number in range(version + 1, VERSION + 1):
         script = importlib.resources.files(__name__).joinpath(f"{number:04}.sql").read_text(encoding="utf-8")
-        await connection.execute(script.replace("{schema}", name).replace("{lock}", str(lock_number(schema))))
+        await connection.execute(script.replace("{schema}", name))
         await connection.execute(
             in_schema(schema, "INSERT INTO {}.migration (version, oldest_worker) VALUES ($1, $2)"),
             number,
@@ -185,11 +184,6 @@ async def _make_once(connection: Connection, statement: str) -> None:
     ):
         async with connection.transaction():
             await connection.execute(statement)
-
-
-def lock_number(schema: str) -> int:
-    """Return the first number of the schema's advisory locks; the second is 2 for new readers."""
-    return zlib.crc32(f"aiokeyless {schema}".encode()) - (1 << 31)
 
 
 async def _exists(connection: Connection, role: str) -> bool:
