@@ -227,6 +227,22 @@ class TestCancellation:
         await asyncio.sleep(10)
         assert sandbox.requests == []
 
+    async def test_cancelling_a_worker_from_outside_costs_no_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient
+    ) -> None:
+        await pending(client)
+        sandbox.latency = 0.5
+        before = asyncio.all_tasks()
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
+        await asyncio.sleep(4.5)
+        sandbox.approve("op")
+        await asyncio.sleep(0.75)
+        (worker,) = tasks_since({*before, wait})
+        await cancel([worker])
+        assert (await wait).is_approved
+        assert now() == pytest.approx(5.75)
+        assert client.statistics.transient_failures == 0
+
     async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
