@@ -243,6 +243,17 @@ class TestCancellation:
         assert now() == pytest.approx(5.75)
         assert client.statistics.transient_failures == 0
 
+    async def test_a_worker_that_is_cancelled_before_it_started_costs_no_final_poll(
+        self, sandbox: Sandbox, client: KeylessClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await pending(client)
+        wait = asyncio.create_task(client.wait_for_approval("op", schedule=wait_fixed(60), timeout=5))
+        await asyncio.sleep(4.5)
+        sandbox.approve("op")
+        killed = kill_next_worker(monkeypatch)
+        assert (await wait).is_approved
+        assert killed[0].cancelled()
+
     async def test_cancelling_while_the_deadline_passes_is_a_cancellation(
         self, sandbox: Sandbox, client: KeylessClient
     ) -> None:
