@@ -147,6 +147,27 @@ def check_text(text: str | None, name: str) -> str | None:
     return text
 
 
+#: Characters of a factor: more than the documented ones have.
+MAX_AUTH_TYPE: Final = 64
+
+
+def check_auth_type(auth_type: object) -> str | None:
+    """Return the factor that an approval must have, or None for any.
+
+    Raises:
+        ConfigurationError: It is not a printable string of 1 to 64 characters.
+    """
+    if auth_type is None:
+        return None
+    if not isinstance(auth_type, str) or not 1 <= len(auth_type) <= MAX_AUTH_TYPE or not auth_type.isprintable():
+        raise ConfigurationError(
+            f"require_auth_type must be a factor, such as 'biom' or 'pin', in 1 to {MAX_AUTH_TYPE} printable "
+            f"characters, or None for any, not {auth_type!r:.80}",
+            argument="require_auth_type",
+        )
+    return str.__str__(auth_type)  # without the name of an enum
+
+
 def check_required_text(text: str, name: str) -> str:
     """Return a text unchanged, if JSON can carry it.
 

@@ -34,6 +34,7 @@ from ._rules.circuit import CircuitState
 from ._tracing import current_traceparent
 from ._validation import (
     are_operation_ids,
+    check_auth_type,
     check_base_url,
     check_external_user_id,
     check_flag,
@@ -376,6 +377,7 @@ class KeylessClient:
         external_user_id: str | None = None,
         expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
+        require_auth_type: str | None = None,
     ) -> ApprovalTicket:
         """Create an operation for a user to approve, exactly once.
 
@@ -394,6 +396,8 @@ class KeylessClient:
                 expiry: the user can still approve later.
             if_exists: On a 409, ``"raise"`` raises an error. ``"resume"`` returns a ticket for the operation that has
                 the id, if it has the same content and is pending. Default: ``"raise"``.
+            require_auth_type: The factor that an approval must have: ``"biom"`` for a face. It is kept in the ticket
+                and not sent; a wait for the ticket compares it. Default: any, so a PIN counts, too.
 
         Returns:
             The ticket to wait for, here or in another process.
@@ -415,7 +419,7 @@ class KeylessClient:
             operation_payload=check_text(operation_payload, "operation_payload"),
             external_user_id=check_text(external_user_id, "external_user_id"),
         )
-        user_id = check_user_id(user_id)
+        user_id, require_auth_type = check_user_id(user_id), check_auth_type(require_auth_type)
         lifetime = _lifetime(expires_in)
         creation = OperationCreation(
             transport, user_id, operation, id_is_new=operation_id is None, resumes=if_exists == "resume"
@@ -433,6 +437,7 @@ class KeylessClient:
             payload_sha256=payload_digest(operation_payload),
             created_at=created_at,
             expires_at=created_at + lifetime,
+            require_auth_type=require_auth_type,
             reconciled=reconciled,
             traceparent=current_traceparent(),
         )
@@ -643,8 +648,8 @@ class KeylessClient:
         """Wait until the user approves this operation, and return only then.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
-                and the external user id of each answer.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the
+                payload, the external user id and the factor of each answer.
             timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
                 ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
             schedule: When to poll. Default: the client's schedule.
@@ -668,7 +673,8 @@ class KeylessClient:
             ApprovalTimeoutError: The deadline passed and the operation is pending. It can still be approved later.
             ApprovalUnknownError: The deadline passed and the final poll got no answer, so the outcome is unknown. It is
                 an `ApprovalTimeoutError` too.
-            OperationMismatchError: An answer is about another operation, user or payload.
+            OperationMismatchError: An answer is about another operation, user or payload, or has another factor than
+                the ticket requires.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
             NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
                 that, since a replica may lag.
@@ -707,8 +713,8 @@ class KeylessClient:
         final poll.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
-                and the external user id of each answer.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the
+                payload, the external user id and the factor of each answer.
             seconds: The length of this piece; above 0 and finite.
             schedule: When to poll; the first hold of a series sets it. Default: the client's schedule.
             if_missing: See `wait_for_approval`.
@@ -759,6 +765,7 @@ class KeylessClient:
         external_user_id: str | None = None,
         expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
+        require_auth_type: str | None = None,
         schedule: wait_base | None = None,
         on_poll: OnPoll | None = None,
         explain: bool = False,
@@ -772,6 +779,7 @@ class KeylessClient:
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait. Default: 120.
             if_exists: See `create_operation`. Default: ``"raise"``.
+            require_auth_type: See `create_operation`. Default: any.
             schedule: When to poll. Default: the client's schedule.
             on_poll: Called with an `ApprovalUpdate` for each poll; may be async. Default: none.
             explain: Whether to ask for the user's attempts: see `wait_for_approval`. Default: False.
@@ -792,6 +800,7 @@ class KeylessClient:
             external_user_id=external_user_id,
             expires_in=expires_in,
             if_exists=if_exists,
+            require_auth_type=require_auth_type,
         )
         return await self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
 

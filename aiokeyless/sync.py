@@ -437,8 +437,8 @@ class KeylessClient:
         """Wait until the user approves this operation, and return only then.
 
         Args:
-            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the payload
-                and the external user id of each answer.
+            target: An operation id, or an `ApprovalTicket`. With a ticket, the client also checks the user, the
+                payload, the external user id and the factor of each answer.
             timeout: Seconds for the whole wait; None for no limit. Default: for a ticket, the time until its
                 ``expires_at``; for an id, 120. A final poll starts at the deadline and may take 2 more seconds.
             schedule: When to poll. Default: the client's schedule.
@@ -461,7 +461,8 @@ class KeylessClient:
             ApprovalTimeoutError: The deadline passed and the operation is pending. It can still be approved later.
             ApprovalUnknownError: The deadline passed and the final poll got no answer, so the outcome is unknown. It is
                 an `ApprovalTimeoutError` too.
-            OperationMismatchError: An answer is about another operation, user or payload.
+            OperationMismatchError: An answer is about another operation, user or payload, or has another factor than
+                the ticket requires.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.
             NotFoundError: There is no such operation, and `if_missing` is ``"raise"``. A ticket must be 5 s old for
                 that, since a replica may lag.
@@ -499,6 +500,7 @@ class KeylessClient:
         external_user_id: str | None = None,
         expires_in: float = DEFAULT_LIFETIME,
         if_exists: IfExists = "raise",
+        require_auth_type: str | None = None,
         schedule: wait_base | None = None,
         on_poll: OnPoll | None = None,
         explain: bool = False,
@@ -512,6 +514,7 @@ class KeylessClient:
             external_user_id: Your own id of the user. Default: none.
             expires_in: Seconds for the wait. Default: 120.
             if_exists: See `create_operation`. Default: ``"raise"``.
+            require_auth_type: See `create_operation`. Default: any.
             schedule: When to poll. Default: the client's schedule.
             on_poll: A plain function, called with an `ApprovalUpdate` for each poll. Default: none.
             explain: Whether to ask for the user's attempts: see `wait_for_approval`. Default: False.
@@ -532,6 +535,7 @@ class KeylessClient:
             external_user_id=external_user_id,
             expires_in=expires_in,
             if_exists=if_exists,
+            require_auth_type=require_auth_type,
         )
         return self.wait_for_approval(ticket, schedule=schedule, on_poll=on_poll, explain=explain)
 
@@ -555,6 +559,7 @@ def submit_approval(
     expires_in: float = DEFAULT_LIFETIME,
     created_at: datetime | None = None,
     context: object = None,
+    require_auth_type: str | None = None,
 ) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it.
 
@@ -579,6 +584,8 @@ def submit_approval(
             the same deadline. It counts as now if it is in the future. Default: now, by the broker's clock.
         context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event
             returns it.
+        require_auth_type: The factor that an approval must have: ``"biom"`` for a face. Any other, or none, is
+            ``failed`` with `FailureReason.MISMATCH`. Default: any.
 
     Returns:
         The operation's id, and whether exactly this request was stored already.
@@ -601,6 +608,7 @@ def submit_approval(
             expires_in=expires_in,
             created_at=created_at,
             context=context,
+            require_auth_type=require_auth_type,
         )
     )
     return submission

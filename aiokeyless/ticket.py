@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from ._base_errors import ConfigurationError
-from ._validation import check_operation_id, check_text, check_user_id, finite_seconds, is_traceparent
+from ._validation import check_auth_type, check_operation_id, check_text, check_user_id, finite_seconds, is_traceparent
 
 __all__ = ["ApprovalTicket"]
 
@@ -48,6 +48,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         payload_sha256: SHA-256 of the payload's UTF-8, in hex; of the empty text if there is no payload.
         created_at: When the service confirmed the operation: aware, UTC, by this machine's clock.
         expires_at: When a wait for the ticket ends by default: aware, UTC.
+        require_auth_type: The factor that an approval must have, such as ``"biom"``; None for any.
         reconciled: True if the POST of this call was not confirmed, and a GET found the operation under its id with
             this content. It may belong to an earlier or a concurrent request.
         traceparent: The position in the trace that created it (W3C Trace Context); None without a trace.
@@ -63,6 +64,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
     payload_sha256: str
     created_at: datetime
     expires_at: datetime
+    require_auth_type: str | None = None
     reconciled: bool = False
     traceparent: str | None = None
     version: int = TICKET_VERSION
@@ -72,6 +74,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         check_operation_id(self.operation_id)
         msgspec.structs.force_setattr(self, "user_id", check_user_id(self.user_id))
         check_text(self.external_user_id, "external_user_id")
+        msgspec.structs.force_setattr(self, "require_auth_type", check_auth_type(self.require_auth_type))
         digest: object = self.payload_sha256
         if not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise ConfigurationError(
@@ -94,6 +97,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
         external_user_id: str | None = None,
         created_at: datetime | None = None,
         expires_in: float = DEFAULT_LIFETIME,
+        require_auth_type: str | None = None,
     ) -> ApprovalTicket:
         """Create a ticket for an operation that exists already, or that the phone will create.
 
@@ -107,6 +111,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             external_user_id: Your own id of the user, compared if it is given. Default: not compared.
             created_at: When the operation was created, aware. Default: now.
             expires_in: Seconds from `created_at` until a wait for the ticket ends by default. Default: 120.
+            require_auth_type: The factor that an approval must have: ``"biom"`` for a face. Default: any.
 
         Returns:
             The ticket to wait for.
@@ -122,6 +127,7 @@ class ApprovalTicket(msgspec.Struct, frozen=True, kw_only=True):
             payload_sha256=payload_digest(check_text(operation_payload, "operation_payload")),
             created_at=created_at,
             expires_at=_later(created_at, expires_in),
+            require_auth_type=require_auth_type,
         )
 
     def remaining(self, now: datetime | None = None) -> float:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 OPERATION_ID: Final = "txn-1"
 USER_ID: Final = "0123456789ABCDEF"
 PAYLOAD: Final = "Pay 40"
+AUTH_TYPE: Final = "biom"
 EXTERNAL_USER_ID: Final = "ann@example.com"
 _PATH: Final = f"/v2/operations/{OPERATION_ID}"
 
@@ -186,7 +187,7 @@ PENDING: Final = Operation(
 
 def _rejected(name: str, rejection: Rejection, **fields: object) -> OutcomeCase:
     """An answer that claims an approval, but for what is named, and is none."""
-    lie = {"state": "approved", "result": True, **fields}
+    lie = {"state": "approved", "result": True, "auth_type": AUTH_TYPE, **fields}
     answer = msgspec.structs.replace(PENDING, **lie)
     return OutcomeCase(name=name, rule="O2", answer=answer, arrange=_lie(**lie), rejection=rejection)
 
@@ -214,7 +215,7 @@ CASES: Final = (
     OutcomeCase(
         name="approved",
         rule="O1",
-        answer=msgspec.structs.replace(PENDING, state="approved", result=True),
+        answer=msgspec.structs.replace(PENDING, state="approved", result=True, auth_type=AUTH_TYPE),
         arrange=Sandbox.approve,
     ),
     _rejected("approved, and result is false", Rejection.RESULT_IS_FALSE, result=False),
@@ -224,6 +225,9 @@ CASES: Final = (
     _rejected("another payload", Rejection.OTHER_PAYLOAD, operation_payload="Pay 4000"),
     _rejected("another external user", Rejection.OTHER_EXTERNAL_USER, external_user_id="eve@example.com"),
     _rejected("pending, with another payload", Rejection.OTHER_PAYLOAD, state="pending", operation_payload="Pay 4000"),
+    _rejected("approved by a PIN", Rejection.OTHER_AUTH_TYPE, auth_type="pin"),
+    _rejected("approved by no factor", Rejection.OTHER_AUTH_TYPE, auth_type=None),
+    _rejected("pending, with a PIN", Rejection.OTHER_AUTH_TYPE, state="pending", auth_type="pin"),
     OutcomeCase(name="pending", rule="O3", answer=PENDING, arrange=lambda *_: None),
     OutcomeCase(
         name="pending, and result is true",

@@ -16,6 +16,7 @@ from parameter_ids import plain
 from rich.pretty import pretty_repr
 
 from aiokeyless.errors import ConfigurationError
+from aiokeyless.models import AuthType
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 KEY = "sdk-key-0123456789"
@@ -28,6 +29,7 @@ TICKET: dict[str, Any] = {
     "payload_sha256": payload_digest(PAYLOAD),
     "created_at": "2026-11-24T12:00:00Z",
     "expires_at": "2026-11-24T12:02:00Z",
+    "require_auth_type": None,
     "reconciled": False,
     "traceparent": None,
     "version": 1,
@@ -60,6 +62,7 @@ tickets = st.builds(
     payload_sha256=st.builds(payload_digest, st.none() | st.text()),
     created_at=instants,
     expires_at=instants,
+    require_auth_type=st.sampled_from([None, "biom", "pin"]),
     reconciled=st.booleans(),
 )
 
@@ -127,6 +130,8 @@ def test_a_text_that_is_not_a_ticket_is_refused_in_one_line(text: Any) -> None:
         ({"user_id": ""}, "user_id"),
         ({"user_id": "ann"}, "user_id"),
         ({"external_user_id": []}, "external_user_id"),
+        ({"require_auth_type": ""}, "require_auth_type"),
+        ({"require_auth_type": 1}, "require_auth_type"),
         ({"reconciled": 1}, "reconciled"),
         ({"payload_sha256": "0" * 63}, "payload_sha256"),
         ({"payload_sha256": "0" * 65}, "payload_sha256"),
@@ -206,6 +211,7 @@ def test_a_ticket_for_an_operation_binds_user_payload_and_external_id() -> None:
         external_user_id="ann",
         created_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
         expires_in=60,
+        require_auth_type=AuthType.BIOMETRIC,
     )
     assert made == ApprovalTicket(
         operation_id="txn-1",
@@ -214,7 +220,9 @@ def test_a_ticket_for_an_operation_binds_user_payload_and_external_id() -> None:
         payload_sha256=payload_digest(PAYLOAD),
         created_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
         expires_at=datetime(2026, 11, 24, 12, 1, tzinfo=UTC),
+        require_auth_type="biom",
     )
+    assert type(made.require_auth_type) is str
 
 
 def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
@@ -235,6 +243,11 @@ def test_a_ticket_for_an_operation_begins_now_and_lasts_two_minutes() -> None:
         ({"external_user_id": 7}, "external_user_id"),
         ({"created_at": datetime(2026, 11, 24)}, "created_at"),  # noqa: DTZ001  # naive is what is refused
         ({"created_at": "now"}, "created_at"),
+        ({"require_auth_type": ""}, "must be a factor, such as 'biom' or 'pin'"),
+        ({"require_auth_type": "x" * 65}, "in 1 to 64 printable characters"),
+        ({"require_auth_type": "biom\n"}, "printable"),
+        ({"require_auth_type": "\ud800"}, "printable"),
+        ({"require_auth_type": b"biom"}, "not b'biom'"),
         ({"expires_in": 0}, "expires_in"),
         ({"expires_in": -1}, "expires_in"),
         ({"expires_in": math.nan}, "expires_in"),
@@ -249,9 +262,10 @@ def test_a_ticket_for_an_operation_says_what_is_wrong(arguments: dict[str, Any],
     assert [caught.value.argument] == list(arguments)
 
 
-@pytest.mark.parametrize(
-    "field", [name for name in TICKET if name not in {"external_user_id", "reconciled", "traceparent"}]
-)
+OPTIONAL = {"external_user_id", "require_auth_type", "reconciled", "traceparent"}
+
+
+@pytest.mark.parametrize("field", sorted(TICKET.keys() - OPTIONAL))
 def test_a_ticket_lacking_a_field_is_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigurationError, match=field):
         ApprovalTicket.from_json(json.dumps({name: value for name, value in TICKET.items() if name != field}))

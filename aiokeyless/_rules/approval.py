@@ -19,7 +19,7 @@ from aiokeyless.errors import (
     KeylessError,
     OperationMismatchError,
 )
-from aiokeyless.models import Operation, OperationState
+from aiokeyless.models import AuthType, Operation, OperationState
 from aiokeyless.ticket import ApprovalTicket, payload_digest
 
 
@@ -37,27 +37,38 @@ class Verdict(Enum):
 
 
 class Rejection(Enum):
-    """Why an answer is rejected. Its value is a clause for the error's message.
-
-    It quotes nothing of the answer, which may echo the API key.
-    """
+    """Why an answer is rejected. Its value is a clause for the error's message, see `describe`."""
 
     OTHER_OPERATION = "the answer is about another operation"
     OTHER_USER = "it belongs to another user than the ticket"
     OTHER_PAYLOAD = "its payload is not the one that was created"
     OTHER_EXTERNAL_USER = "its external user id is not the one that was created"
+    OTHER_AUTH_TYPE = "its factor is not the required one"
     RESULT_IS_FALSE = "its state is 'approved', but its result is false"
     UNKNOWN_STATE = "its state is not documented"
 
     @property
     def is_mismatch(self) -> bool:
-        """Whether the answer is about another operation, user or payload."""
+        """Whether the answer is about another operation, user or payload, or has another factor."""
         return self not in {Rejection.RESULT_IS_FALSE, Rejection.UNKNOWN_STATE}
+
+    def describe(self, answer: Operation | KeylessError | None, ticket: ApprovalTicket | None) -> str:
+        """Return the reason for a message.
+
+        Of the answer, which may echo the API key, it quotes nothing but a documented factor.
+        """
+        if self is not Rejection.OTHER_AUTH_TYPE or not isinstance(answer, Operation) or ticket is None:
+            return self.value
+        answered = "no factor"
+        if answer.auth_type:
+            answered = repr(answer.auth_type) if answer.auth_type in _FACTORS else "an undocumented factor"
+        return f"{self.value}: it must be {ticket.require_auth_type!r}, and the answer has {answered}"
 
 
 #: Nearly all answers. A name is found faster than a member of an enum.
 STATE_PENDING: Final = OperationState.PENDING.value
 _PENDING: Final = Verdict.PENDING
+_FACTORS: Final = frozenset(factor.value for factor in AuthType)
 
 
 class WaitRecord(NamedTuple):
@@ -104,6 +115,10 @@ def _mismatch(operation: Operation, ticket: ApprovalTicket) -> Rejection | None:
         return Rejection.OTHER_PAYLOAD
     if ticket.external_user_id and operation.external_user_id != ticket.external_user_id:
         return Rejection.OTHER_EXTERNAL_USER
+    required, answered = ticket.require_auth_type, operation.auth_type
+    # The factor is optional in the API: while the operation is pending, there may be none yet.
+    if required and answered != required and (answered or operation.state == OperationState.APPROVED):
+        return Rejection.OTHER_AUTH_TYPE
     return None
 
 
@@ -118,8 +133,8 @@ def is_same_user(answered: str, asked: str) -> bool:
 def rejection_error(rejection: Rejection, record: WaitRecord) -> ApprovalError:
     """Make the error for an answer that is rejected; the caller sets ``last_operation`` to that answer."""
     message = (
-        f"operation {record.operation_id!r} was rejected: {rejection.value}; treat it as refused, "
-        ".last_operation has the answer"
+        f"operation {record.operation_id!r} was rejected: {rejection.describe(record.last_operation, record.ticket)}; "
+        "treat it as refused, .last_operation has the answer"
     )
     error = OperationMismatchError if rejection.is_mismatch else InconsistentOperationError
     return error(message, **record._asdict())

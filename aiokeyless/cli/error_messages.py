@@ -45,6 +45,7 @@ OPTIONS: Final = {
     "operation_id": "OPERATION_ID",
     "operation_payload": "--payload",
     "public_signing_key": "KEY",
+    "require_auth_type": "--require-auth-type",
     "tenant": "--tenant",
     "user_id": "USER_ID",
 }
@@ -73,6 +74,7 @@ REQUIREMENTS: Final = {
     ),
     "operation_payload": "valid UTF-8",
     "public_signing_key": 'a key as "devices list" prints it',
+    "require_auth_type": "a factor such as biom or pin, in 1 to 64 printable characters",
     "region": f"one of {', '.join(Region)}",
     "tenant": "1 to 512 characters, without control characters or invalid UTF-8, and not '.' or '..'",
     "user_id": "1 to 512 hex digits, such as 0123456789ABCDEF",
@@ -169,7 +171,7 @@ def _describe_timeout(error: ApprovalTimeoutError) -> str:
 
 def _describe_rejection(error: ApprovalError, answer: Operation) -> str:
     verdict = evaluate(answer, error.operation_id, error.ticket)
-    reason = f": {verdict.value}" if isinstance(verdict, Rejection) else ""
+    reason = f": {verdict.describe(answer, error.ticket)}" if isinstance(verdict, Rejection) else ""
     return (
         f"the answer for operation {error.operation_id} was rejected{reason}; do not act on it, and check the proxies "
         f"between you and Keyless; to see the answer: aiokeyless get {quote_operation_id(error.operation_id)}"

@@ -46,6 +46,7 @@ async def create(
     external_user_id: str | None = None,
     expires_in: Seconds = DEFAULT_LIFETIME,
     if_exists: IfExists = "raise",
+    require_auth_type: str | None = None,
     as_json: AsJson = False,
 ) -> int:
     """Create an operation for a user to approve.
@@ -57,6 +58,7 @@ async def create(
         external_user_id: Your own id of the user.
         expires_in: Seconds after which a wait for the ticket ends. The user can still approve later.
         if_exists: If this operation exists already and is pending, fail (raise), or take it (resume).
+        require_auth_type: The factor that an approval must have for a wait for the ticket: biom for a face.
         as_json: Print the ticket, for wait --ticket, and nothing else.
     """
     async with new_client() as client:
@@ -69,6 +71,7 @@ async def create(
                 external_user_id=external_user_id,
                 expires_in=expires_in,
                 if_exists=if_exists,
+                require_auth_type=require_auth_type,
             )
 
         ticket = await (_create_new(create_operation) if if_exists == "raise" else create_operation(if_exists))

@@ -105,7 +105,7 @@ def _check_target(operation_id: str | None = None, *, ticket: File | None = None
 Example:
   aiokeyless wait txn-1 --timeout 60
 
-Example, with the ticket, so that user and payload are also checked:
+Example, with the ticket, so that user, payload and factor are also checked:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
   aiokeyless wait --ticket ticket.json
 

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from aiokeyless._tracing import current_traceparent
-from aiokeyless._validation import check_operation_id, check_text, check_user_id, finite_seconds
+from aiokeyless._validation import check_auth_type, check_operation_id, check_text, check_user_id, finite_seconds
 from aiokeyless.errors import BrokerError, ConfigurationError, KeylessError
 from aiokeyless.models import Secret
 from aiokeyless.ticket import DEFAULT_LIFETIME
@@ -54,6 +54,7 @@ def approval_request(
     expires_in: float = DEFAULT_LIFETIME,
     created_at: datetime | None = None,
     context: object = None,
+    require_auth_type: str | None = None,
 ) -> str:
     """Return a request for an approval as text, for a broker that takes it by other means than `submit_approval`.
 
@@ -71,6 +72,7 @@ def approval_request(
         expires_in=finite_seconds(expires_in, "expires_in"),
         created_at=None if created_at is None else _check_aware(created_at),
         context=_encode(context),
+        require_auth_type=check_auth_type(require_auth_type),
     )
     return msgspec.json.encode(request).decode()
 
@@ -85,6 +87,7 @@ async def submit_approval(
     expires_in: float = DEFAULT_LIFETIME,
     created_at: datetime | None = None,
     context: object = None,
+    require_auth_type: str | None = None,
 ) -> Submission:
     """Ask for an approval; when this returns, the request is stored and a worker will process it.
 
@@ -107,6 +110,8 @@ async def submit_approval(
             the same deadline. It counts as now if it is in the future. Default: now, by the broker's clock.
         context: Anything that msgspec writes as JSON, up to 64 KiB and 64 lists or objects deep; the event
             returns it.
+        require_auth_type: The factor that an approval must have: ``"biom"`` for a face. Any other, or none, is
+            ``failed`` with `FailureReason.MISMATCH`. Default: any.
 
     Returns:
         The operation's id, and whether exactly this request was stored already.
@@ -126,6 +131,7 @@ async def submit_approval(
         expires_in=expires_in,
         created_at=created_at,
         context=context,
+        require_auth_type=require_auth_type,
     ).encode()
     request = msgspec.json.decode(text, type=ApprovalRequest)
     side = _open_side(broker)

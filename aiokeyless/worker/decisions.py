@@ -129,7 +129,7 @@ def after_poll(
     # No delivery knows what an earlier one saw. That one may have ended before it created the operation.
     verdict = poll_verdict(answer, ticket.operation_id, ticket, may_be_missing=True, was_seen=was_created)
     if isinstance(verdict, Rejection):
-        return _reject(delivery, verdict, now=now)
+        return _reject(delivery, verdict, answer, now=now)
     was_final = is_final(delivery, polled_at)
     if was_created and isinstance(answer, PermissionDeniedError):
         # A 403 does not open the circuit. With the backoff alone, many requests would poll hundreds of times a second.
@@ -170,7 +170,7 @@ def after_unclaimed(delivery: Delivery, operation: Operation, *, now: datetime) 
     """Decide about an operation under an id that this request does not hold: it is not this request's."""
     verdict = evaluate(operation, delivery.ticket.operation_id, delivery.ticket)
     if isinstance(verdict, Rejection):
-        return _reject(delivery, verdict, now=now)
+        return _reject(delivery, verdict, operation, now=now)
     if verdict is Verdict.APPROVED:
         detail = "an operation of this id and content was approved before this request asked; one approval counts once"
         return fail(delivery, FailureReason.ALREADY_APPROVED, detail, now=now)
@@ -257,14 +257,14 @@ def _cut_to_deadline(delivery: Delivery, now: datetime, delay: float) -> float:
     return max(MIN_DELAY, min(delay, delivery.ticket.remaining(now)))
 
 
-def _reject(delivery: Delivery, rejection: Rejection, *, now: datetime) -> Decided:
+def _reject(delivery: Delivery, rejection: Rejection, answer: Operation | KeylessError, *, now: datetime) -> Decided:
     if not rejection.is_mismatch:
         reason = FailureReason.INCONSISTENT
-    elif rejection is Rejection.OTHER_OPERATION:
+    elif rejection in {Rejection.OTHER_OPERATION, Rejection.OTHER_AUTH_TYPE}:
         reason = FailureReason.MISMATCH
     else:
         reason = FailureReason.CONFLICT
-    return fail(delivery, reason, rejection.value, now=now)
+    return fail(delivery, reason, rejection.describe(answer, delivery.ticket), now=now)
 
 
 def _decide(

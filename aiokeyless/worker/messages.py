@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from aiokeyless._validation import check_operation_id, check_text, check_user_id, seconds
+from aiokeyless._validation import check_auth_type, check_operation_id, check_text, check_user_id, seconds
 from aiokeyless.errors import ConfigurationError, InvalidRequestError
 from aiokeyless.ticket import DEFAULT_LIFETIME, ApprovalTicket, payload_digest
 
@@ -58,7 +58,8 @@ class FailureReason(StrEnum):
     """An operation of the same content was approved under this id before this request asked. That approval belongs to
     an earlier request. The user was not asked for this one, and did not approve it."""
     MISMATCH = "mismatch"
-    """An answer was about something other than the request; treat it as refused, and investigate."""
+    """An answer was about another operation, or had another factor than the request requires; treat it as refused, and
+    investigate."""
     INCONSISTENT = "inconsistent"
     """An answer contradicted itself or had an unknown state; treat it as refused, and investigate."""
     REJECTED = "rejected"
@@ -87,6 +88,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
             counts as that.
         context: Any JSON of yours, up to 64 KiB, which the event returns unchanged. Its numbers have at most 400
             characters, and are 0 or of a magnitude from 1e-307 to 1.8e308. Default: null.
+        require_auth_type: The factor that an approval must have, such as ``"biom"``. Default: any.
     """
 
     version: int
@@ -97,6 +99,7 @@ class ApprovalRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     expires_in: float = DEFAULT_LIFETIME
     created_at: datetime | None = None
     context: msgspec.Raw = _NOTHING
+    require_auth_type: str | None = None
 
     def __repr__(self) -> str:  # neither a payload nor an application's context belongs in a log
         return f"<ApprovalRequest of user {self.user_id!r}, operation {self.operation_id!r}>"
@@ -225,6 +228,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
         expires_at, created_at = _wait_of(request, message.stored_at, longest_wait)
         external_user_id = check_text(request.external_user_id, "external_user_id")
         payload = check_text(request.operation_payload, "operation_payload")
+        require_auth_type = check_auth_type(request.require_auth_type)
     except ConfigurationError as error:
         raise InvalidRequestError(str(error)) from None
     if (reason := context_refusal(request.context)) is not None:
@@ -236,6 +240,7 @@ def read_request(message: Message, *, longest_wait: float, largest_request: int)
         payload_sha256=payload_digest(payload),
         created_at=created_at,
         expires_at=expires_at,
+        require_auth_type=require_auth_type,
     )
     refusal = None
     if request.expires_in > longest_wait:
@@ -378,5 +383,6 @@ def request_name(request: ApprovalRequest) -> str:
     """Return the name of a request: a digest of all its content except `created_at`."""
     # An absent text and an empty one are the same.
     payload, external_user_id = request.operation_payload or "", request.external_user_id or ""
-    content = (request.operation_id, request.user_id.upper(), payload, external_user_id, float(request.expires_in))
+    whom = request.operation_id, request.user_id.upper(), external_user_id
+    content = (*whom, payload, float(request.expires_in), request.require_auth_type)
     return f"request-{sha256(msgspec.json.encode(content) + bytes(request.context)).hexdigest()}"

@@ -25,6 +25,7 @@ from aiokeyless import (
     KeylessClient,
     KeylessError,
     NotJsonError,
+    OperationMismatchError,
     PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
@@ -516,6 +517,26 @@ async def test_resumed_request_waits_for_what_is_there(sandbox: Sandbox, client:
     await spin_until(lambda: sent(sandbox)[-1] == "GET")
     sandbox.approve("a")
     assert (await call).is_approved
+
+
+async def test_what_a_pin_approved_is_resumed_for_nobody_who_wants_a_face(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    face: dict[str, Any] = {"operation_id": "a", "if_exists": "resume", "require_auth_type": "biom"}
+    ticket = await client.create_operation(USER, operation_id="a")
+    resumed = await client.create_operation(USER, **face)
+    assert (ticket.require_auth_type, resumed.require_auth_type) == (None, "biom")
+    sandbox.approve("a", auth_type="pin")
+    assert (await client.wait_for_approval(ticket)).auth_type == "pin"
+    assert isinstance(await failure(client.wait_for_approval(resumed)), OperationMismatchError)
+    assert type(await failure(client.create_operation(USER, **face))) is AlreadyApprovedError
+
+
+async def test_a_factor_that_cannot_be_is_refused_before_anything_is_sent(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    assert "require_auth_type must be" in str(await failure(client.create_operation(USER, require_auth_type="")))
+    assert not sandbox.requests
 
 
 async def test_new_id_is_created_where_it_might_have_been_resumed(client: KeylessClient) -> None:

@@ -46,6 +46,7 @@ def operation(**changed: Any) -> Operation:
         "operation_id": "txn-1",
         "operation_payload": PAYLOAD,
         "result": True,
+        "auth_type": "biom",
         "state": "approved",
     }
     return Operation(**fields | changed)
@@ -194,8 +195,45 @@ def test_texts_that_only_unicode_calls_equal_are_different(state: str, result: b
     assert evaluate(operation(operation_id=answered, state=state, result=result), asked) is Rejection.OTHER_OPERATION
 
 
+@pytest.mark.parametrize(
+    ("required", "answered", "approved", "pending"),
+    [
+        ("biom", "biom", Verdict.APPROVED, Verdict.PENDING),
+        ("biom", "pin", Rejection.OTHER_AUTH_TYPE, Rejection.OTHER_AUTH_TYPE),
+        ("biom", "BIOM", Rejection.OTHER_AUTH_TYPE, Rejection.OTHER_AUTH_TYPE),
+        ("biom", None, Rejection.OTHER_AUTH_TYPE, Verdict.PENDING),
+        ("biom", "", Rejection.OTHER_AUTH_TYPE, Verdict.PENDING),
+        ("pin", "pin", Verdict.APPROVED, Verdict.PENDING),
+        ("pin", "biom", Rejection.OTHER_AUTH_TYPE, Rejection.OTHER_AUTH_TYPE),
+        ("palm", "palm", Verdict.APPROVED, Verdict.PENDING),
+        (None, "pin", Verdict.APPROVED, Verdict.PENDING),
+        (None, None, Verdict.APPROVED, Verdict.PENDING),
+    ],
+)
+def test_only_the_required_factor_approves_and_a_pending_answer_need_not_name_one(
+    required: str | None, answered: str | None, approved: Verdict | Rejection, pending: Verdict | Rejection
+) -> None:
+    known = ticket(require_auth_type=required)
+    assert evaluate(operation(auth_type=answered), "txn-1", known) is approved
+    assert evaluate(operation(auth_type=answered, state="pending"), "txn-1", known) is pending
+
+
+@pytest.mark.parametrize(
+    ("answered", "named"),
+    [("pin", "'pin'"), (None, "no factor"), ("", "no factor"), ("the-api-key-echoed", "an undocumented factor")],
+)
+def test_a_wrong_factor_is_named_beside_the_required_one(answered: str | None, named: str) -> None:
+    answer, known = operation(auth_type=answered), ticket(require_auth_type="biom")
+    error = rejection_error(Rejection.OTHER_AUTH_TYPE, record(last_operation=answer, ticket=known))
+    assert isinstance(error, OperationMismatchError)
+    assert str(error) == (
+        "operation 'txn-1' was rejected: its factor is not the required one: it must be 'biom', and the answer has "
+        f"{named}; treat it as refused, .last_operation has the answer"
+    )
+
+
 def test_a_bare_id_asks_for_nothing_but_the_id() -> None:
-    other = operation(user_id="FF", operation_payload="other", external_user_id="other")
+    other = operation(user_id="FF", operation_payload="other", external_user_id="other", auth_type="pin")
     assert evaluate(other, "txn-1") is Verdict.APPROVED
 
 
@@ -213,10 +251,18 @@ externals = some([None, "", "x", "y"])
         user_id=answered_users,
         operation_payload=payloads,
         external_user_id=externals,
+        auth_type=some(["biom", "pin", None]),
         state=some(["approved", "approved", "pending", "denied", ""]) | st.text(max_size=3),
         result=some([True, True, False]),
     ),
-    known=st.none() | st.builds(ticket, user_id=users, payload=payloads, external_user_id=externals),
+    known=st.none()
+    | st.builds(
+        ticket,
+        user_id=users,
+        payload=payloads,
+        external_user_id=externals,
+        require_auth_type=some([None, "biom", "pin"]),
+    ),
 )
 def test_approved_only_if_everything_agrees(got: Operation, known: ApprovalTicket | None) -> None:
     agrees = got.operation_id == "txn-1" and (
@@ -225,6 +271,9 @@ def test_approved_only_if_everything_agrees(got: Operation, known: ApprovalTicke
             (got.user_id.isascii() and got.user_id.upper() == known.user_id.upper())
             and payload_digest(got.operation_payload) == known.payload_sha256
             and (not known.external_user_id or got.external_user_id == known.external_user_id)
+            and (
+                known.require_auth_type in {None, got.auth_type} or (got.auth_type is None and got.state != "approved")
+            )
         )
     )
     verdict = evaluate(got, "txn-1", known)
@@ -290,11 +339,14 @@ def test_a_message_names_the_operation_in_one_line_and_shows_no_payload(make: An
     ["x" * 10_000, "a\nb\u2028\x1b[31m\u202e", "\ud800", "the-api-key-echoed"],
     ids=["long", "odd", "surrogate", "key"],
 )
-@pytest.mark.parametrize("field", ["operation_id", "user_id", "operation_payload", "external_user_id", "state"])
+@pytest.mark.parametrize(
+    "field", ["operation_id", "user_id", "operation_payload", "external_user_id", "auth_type", "state"]
+)
 def test_a_hostile_answer_is_not_quoted(field: str, hostile: str) -> None:
-    got = evaluate(operation(**{field: hostile}), "txn-1", ticket())
+    answer, known = operation(**{field: hostile}), ticket(require_auth_type="biom")
+    got = evaluate(answer, "txn-1", known)
     assert isinstance(got, Rejection)
-    message = str(rejection_error(got, record()))
+    message = str(rejection_error(got, record(last_operation=answer, ticket=known)))
     assert hostile not in message
     assert message.isprintable()
     assert len(message) < 500

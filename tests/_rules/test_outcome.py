@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, RESULTS, USER_ID, OutcomeCase, Result
+from outcome_cases import (
+    AUTH_TYPE,
+    CASES,
+    EXTERNAL_USER_ID,
+    OPERATION_ID,
+    PAYLOAD,
+    RESULTS,
+    USER_ID,
+    OutcomeCase,
+    Result,
+)
 
 from aiokeyless import ApprovalTicket, NotFoundError, Operation
 from aiokeyless._rules import outcome
@@ -26,6 +36,7 @@ TICKET: Final = ApprovalTicket(
     payload_sha256=payload_digest(PAYLOAD),
     created_at=NOON,
     expires_at=NOON + timedelta(minutes=2),
+    require_auth_type=AUTH_TYPE,
 )
 RULES: Final = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
 

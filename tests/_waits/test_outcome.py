@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
-from outcome_cases import CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, USER_ID, OutcomeCase, Result
+from outcome_cases import AUTH_TYPE, CASES, EXTERNAL_USER_ID, OPERATION_ID, PAYLOAD, USER_ID, OutcomeCase, Result
 from tenacity import wait_fixed
 
 from aiokeyless import (
@@ -38,7 +38,11 @@ def interval(case: OutcomeCase) -> float:
 
 async def create(client: KeylessClient) -> ApprovalTicket:
     return await client.create_operation(
-        USER_ID, operation_id=OPERATION_ID, operation_payload=PAYLOAD, external_user_id=EXTERNAL_USER_ID
+        USER_ID,
+        operation_id=OPERATION_ID,
+        operation_payload=PAYLOAD,
+        external_user_id=EXTERNAL_USER_ID,
+        require_auth_type=AUTH_TYPE,
     )
 
 
@@ -61,7 +65,7 @@ def facts(answer: Operation | KeylessError) -> tuple[object, ...]:
         return type(answer), answer.status, answer.retry_after
     if isinstance(answer, Operation):
         of_whom = answer.operation_id, answer.user_id, answer.operation_payload, answer.external_user_id
-        return answer.state, answer.result, *of_whom
+        return answer.state, answer.result, answer.auth_type, *of_whom
     return (type(answer),)
 
 

@@ -68,6 +68,19 @@ async def test_the_command_that_create_prints_accepts_no_other_payload(
         await app.run_async(["wait", "--ticket", "-"])
 
 
+@pytest.mark.looptime
+async def test_the_command_that_create_prints_takes_no_pin_for_a_face(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    options = "--operation-id=a", "--require-auth-type=biom"
+    text = await output_of(monkeypatch, io.StringIO(), "create", "C0FFEE", *options)
+    service.approve("a", auth_type="pin")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed_ticket(text).to_json().encode())))
+    with pytest.raises(OperationMismatchError) as caught:
+        await app.run_async(["wait", "--ticket", "-"])
+    assert "it must be 'biom', and the answer has 'pin'" in describe(caught.value)
+
+
 def printed_ticket(text: str) -> ApprovalTicket:
     """Return the ticket that the printed command gives to `wait`, as a shell reads it."""
     [command] = re.findall(r"\n  (printf %s .+) \| aiokeyless wait --ticket -\n", text)

@@ -126,6 +126,7 @@ def test_bytes_that_are_no_request_are_refused_with_a_reason(data: bytes, reason
         ({"operation_payload": 40}, "Expected `str | null`"),
         ({"external_user_id": "\udfff"}, "no request"),
         ({"external_user_id": []}, "Expected `str | null`"),
+        ({"require_auth_type": ""}, "require_auth_type must be a factor"),
         ({"expires_in": 0}, "expires_in must be more than 0"),
         ({"expires_in": -1}, "expires_in must be more than 0"),
         ({"expires_in": True}, "Expected `float`"),
@@ -262,6 +263,7 @@ def test_a_request_with_everything_is_read_whole() -> None:
             expires_in=30,
             created_at="2026-11-24T13:59:50+02:00",
             context={"order": 7},
+            require_auth_type="biom",
         )
     )
     ticket = delivery.ticket
@@ -269,6 +271,7 @@ def test_a_request_with_everything_is_read_whole() -> None:
     assert ticket.created_at == STORED_AT - timedelta(seconds=10)
     assert ticket.expires_at == STORED_AT + timedelta(seconds=20)
     assert ticket.payload_sha256 == payload_digest("Pay 40")
+    assert ticket.require_auth_type == "biom"
     assert delivery.payload == "Pay 40"
     assert bytes(delivery.context) == b'{"order": 7}'
 
@@ -301,6 +304,7 @@ CONTENT: dict[str, Any] = {
     "external_user_id": "eve",
     "expires_in": 120.0,
     "context": msgspec.Raw(b"[1]"),
+    "require_auth_type": "biom",
 }
 
 
@@ -316,13 +320,14 @@ def test_a_request_is_named_by_all_that_is_in_it() -> None:
         "external_user_id": "mallory",
         "expires_in": 121.0,
         "context": msgspec.Raw(b"[2]"),
+        "require_auth_type": None,
     }
     names = [named(), *(named(**{name: changes[name]}) for name in CONTENT)]
     assert len(set(names)) == len(names)
 
 
 def test_a_name_is_short_plain_ascii_and_never_changes_from_release_to_release() -> None:
-    assert named() == "request-514f8fc0c7bc0cd1c29170cf24b88429aa383799a3ca9bde9f6bf1994f0524c4"
+    assert named() == "request-f77ef3d0151eb794678e177b617c2abd52ad89672115dc53d52a457e153e0844"
 
 
 def test_an_absent_text_and_an_empty_one_are_the_same_request() -> None:

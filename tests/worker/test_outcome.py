@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 from outcome_cases import (
+    AUTH_TYPE,
     CASES,
     EXTERNAL_USER_ID,
     OPERATION_ID,
@@ -44,6 +45,7 @@ REASONS: Final = {
     Rejection.OTHER_USER: FailureReason.CONFLICT,
     Rejection.OTHER_PAYLOAD: FailureReason.CONFLICT,
     Rejection.OTHER_EXTERNAL_USER: FailureReason.CONFLICT,
+    Rejection.OTHER_AUTH_TYPE: FailureReason.MISMATCH,
     Rejection.RESULT_IS_FALSE: FailureReason.INCONSISTENT,
     Rejection.UNKNOWN_STATE: FailureReason.INCONSISTENT,
 }
@@ -103,6 +105,7 @@ async def submit(broker: SqliteBroker, expires_in: float) -> None:
         operation_payload=PAYLOAD,
         external_user_id=EXTERNAL_USER_ID,
         expires_in=expires_in,
+        require_auth_type=AUTH_TYPE,
     )
 
 
@@ -119,7 +122,8 @@ def result_of(event: ApprovalEvent, case: OutcomeCase) -> Result:
     if event.outcome is Outcome.EXPIRED:
         return Result.TIMED_OUT if event.answered else Result.UNANSWERED
     if case.rejection is not None:
-        assert (event.reason, event.detail) == (REASONS[case.rejection], case.rejection.value)
+        assert event.detail is not None
+        assert (event.reason, event.detail.partition(": ")[0]) == (REASONS[case.rejection], case.rejection.value)
         return Result.REJECTED
     unreadable = isinstance(case.answer, DecodeError)
     assert event.reason == (FailureReason.UNREADABLE if unreadable else FailureReason.POLL_REFUSED)

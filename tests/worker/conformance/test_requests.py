@@ -64,11 +64,13 @@ async def test_the_same_request_twice_is_one_also_if_only_created_at_differs(bro
     assert not await take_all(broker)
 
 
+@pytest.mark.parametrize("changed", [{"operation_payload": "Pay 4000 EUR"}, {"require_auth_type": None}], ids=str)
 async def test_a_different_request_under_a_used_operation_id_is_refused_or_left_to_the_worker(
-    broker: Broker, storage: Storage
+    broker: Broker, storage: Storage, changed: dict[str, str | None]
 ) -> None:
-    await broker.submit(new_request("payment-1", operation_payload="Pay 40 EUR"))
-    other = new_request("payment-1", operation_payload="Pay 4000 EUR")
+    fields = {"operation_payload": "Pay 40 EUR", "require_auth_type": "biom"}
+    await broker.submit(new_request("payment-1", **fields))
+    other = new_request("payment-1", **fields | changed)
     if storage.refuses_conflicts:
         with pytest.raises(InvalidRequestError, match="payment-1"):
             await broker.submit(other)

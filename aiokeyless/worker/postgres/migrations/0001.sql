@@ -84,7 +84,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $func
 #variable_conflict use_variable
 DECLARE
     fields jsonb;
-    known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context}';
+    known constant text[] := '{version,user_id,operation_id,operation_payload,external_user_id,expires_in,created_at,context,require_auth_type}';
     bounds constant text := 'must have at most 400 characters, and be 0 or of a magnitude from 1e-307 to 1.8e308';
     kept_for constant interval := '400 days';
     moment constant timestamptz := clock_timestamp();
@@ -122,6 +122,9 @@ BEGIN
         OR jsonb_typeof(fields -> 'external_user_id') NOT IN ('string', 'null')
         OR jsonb_typeof(fields -> 'created_at') NOT IN ('string', 'null') THEN
         RAISE 'operation_payload, external_user_id and created_at must be texts' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF jsonb_typeof(fields -> 'require_auth_type') NOT IN ('string', 'null')
+        OR length(fields ->> 'require_auth_type') NOT BETWEEN 1 AND 64 THEN
+        RAISE 'require_auth_type must be a text of 1 to 64 characters' USING ERRCODE = 'invalid_parameter_value';
     ELSIF jsonb_path_exists(
         fields -> 'context', 'strict $.**{64 to last} ? (@.type() == "array" || @.type() == "object")'
     ) THEN
@@ -151,7 +154,8 @@ BEGIN
         coalesce(fields ->> 'operation_payload', ''),
         coalesce(fields ->> 'external_user_id', ''),
         seconds,
-        fields -> 'context'
+        fields -> 'context',
+        fields ->> 'require_auth_type'
     )::text, 'UTF8')), 'hex');
 
     WITH stored AS (
