@@ -413,7 +413,7 @@ class ApprovalUnknownError(ApprovalTimeoutError):
 
 
 class OperationMismatchError(ApprovalError):
-    """The answer is about an operation, user or payload other than the expected one.
+    """The answer is about another operation, user or payload, or has another factor than the ticket requires.
 
     What to do: refuse, and investigate. A proxy may mix up answers, or someone else may use your operation ids.
     """

@@ -14,7 +14,10 @@ async def main() -> None:
     async with KeylessClient() as client:
         try:
             operation = await client.request_approval(
-                "0123456789ABCDEF", operation_payload="Pay 40 EUR to Alice", expires_in=60
+                "0123456789ABCDEF",
+                operation_payload="Pay 40 EUR to Alice",
+                expires_in=60,
+                require_auth_type="biom",  # a face: a PIN does not pay
             )
         except ApprovalTimeoutError as timeout:  # not a denial: it can still be approved later
             print(f"Not paid. Before you ask again, check: get_operation({timeout.operation_id!r})")

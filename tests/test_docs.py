@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +32,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 import aiokeyless.events
 import aiokeyless.sandbox
 import aiokeyless.worker
-from aiokeyless import KeylessClient, Region
+from aiokeyless import KeylessClient, Operation, OperationMismatchError, Region
 from aiokeyless.cli.app import app
 from aiokeyless.events import (
     CircuitChanged,
@@ -52,7 +55,7 @@ from aiokeyless.worker import ApprovalWorker
 from aiokeyless.worker.nats.event_keys import VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Coroutine, Iterator
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -98,32 +101,46 @@ APPLICATIONS = [
 ]
 EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
 PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS]
+#: Programs that do more with an approval than to show how one waits for it.
+PAYING = [
+    block for block in PROGRAMS if re.search(r"\bpay\b|\bpaid\b|Delete|create_external_user", block.code, re.IGNORECASE)
+]
+
+
+Run = Callable[..., list[str]]
 
 
 @pytest.fixture
-def outputs_of_two_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], list[str]]:
+def outputs_of_two_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a program twice in one folder, beside a service whose users approve after two seconds of a moved clock."""
     programs: list[Coroutine[object, object, object]] = []
     outputs: list[str] = []
 
-    async def beside_a_service() -> None:
-        async with Sandbox(auto_approve=2) as sandbox:
+    async def beside_a_service(factor: str) -> None:
+        def approve(operation: Operation) -> None:
+            approval = functools.partial(sandbox.approve, operation.operation_id, auth_type=factor)
+            asyncio.get_running_loop().call_later(2, approval)
+
+        async with Sandbox(auto_approve=approve) as sandbox:
             monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
             monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
             for program in programs:
                 sandbox.enroll("C0FFEE", external_user_id="account-1042")
-                await program
+                with (
+                    contextlib.nullcontext()
+                    if factor == "biom"
+                    else contextlib.suppress(OperationMismatchError, AssertionError)
+                ):
+                    await program
                 outputs.append(capsys.readouterr().out)
 
-    def run_twice(code: str) -> list[str]:
+    def run_twice(code: str, factor: str = "biom") -> list[str]:
         for _ in range(2):
             exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})  # noqa: S102  # our own pages
             if not programs:  # it has no event loop
                 outputs.append(capsys.readouterr().out)
         with asyncio.Runner(loop_factory=looptime.new_event_loop) as runner:
-            runner.run(beside_a_service())
+            runner.run(beside_a_service(factor))
         return outputs
 
     # From Python 3.12 on, a runner gives the threads that resolved names five minutes to end: a moved clock's five.
@@ -134,16 +151,20 @@ def outputs_of_two_runs(
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
-def test_a_program_of_the_docs_runs_and_runs_again(
-    block: Block, outputs_of_two_runs: Callable[[str], list[str]]
-) -> None:
+def test_a_program_of_the_docs_runs_and_runs_again(block: Block, outputs_of_two_runs: Run) -> None:
     outputs = outputs_of_two_runs(block.code)
     assert block.output is None or outputs == [block.output] * 2
 
 
+@pytest.mark.parametrize("block", PAYING, ids=str)
+def test_no_program_of_the_docs_that_acts_on_an_approval_takes_a_pin(block: Block, outputs_of_two_runs: Run) -> None:
+    for output in outputs_of_two_runs(block.code, "pin"):
+        assert not re.search(r"^(.*: )?(pay|paid|approved|deleted|logged in)\b", output, re.IGNORECASE | re.MULTILINE)
+
+
 @pytest.mark.parametrize("block", FAILURES, ids=range(len(FAILURES)))
 def test_a_loop_fails_as_said_and_a_wait_does_not(
-    block: Block, monkeypatch: pytest.MonkeyPatch, outputs_of_two_runs: Callable[[str], list[str]]
+    block: Block, monkeypatch: pytest.MonkeyPatch, outputs_of_two_runs: Run
 ) -> None:
     loop = ModuleType("loop")
     exec(LOOP.code, vars(loop))  # noqa: S102
@@ -168,13 +189,14 @@ def test_the_tests_of_the_docs_pass(tmp_path: Path, mode: str) -> None:
     assert f"{sum(block.code.count('def test_') for block in TESTS)} passed" in run_tests(tmp_path, mode)
 
 
+@pytest.mark.parametrize(("factor", "outcome"), [("biom", "approved"), ("pin", "failed")])
 @pytest.mark.parametrize("block", APPLICATIONS, ids=str)
 async def test_an_application_of_the_docs_needs_no_server_and_handles_what_it_prints(
-    block: Block, tmp_path: Path
+    block: Block, tmp_path: Path, factor: str, outcome: str
 ) -> None:
     (tmp_path / "program.py").write_text(block.code)
     async with (
-        Sandbox(auto_approve=0.1) as sandbox,
+        Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type=factor)) as sandbox,
         sandbox.client(max_attempts=1) as client,
         ApprovalWorker(client, f"sqlite:{tmp_path / 'keyless.db'}"),
     ):
@@ -182,7 +204,7 @@ async def test_an_application_of_the_docs_needs_no_server_and_handles_what_it_pr
             *(sys.executable, "-u", "-W", "error", "program.py"), cwd=tmp_path, stdout=asyncio.subprocess.PIPE
         )
         output, _ = await program.communicate()
-    assert (program.returncode, output) == (0, b"approved order-7\n")
+    assert (program.returncode, output.decode()) == (0, f"{outcome} order-7\n")
     with closing(sqlite3.connect(tmp_path / "keyless.db")) as file:
         assert file.execute("SELECT count(*) FROM unread").fetchone() == (0,)
 

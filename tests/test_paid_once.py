@@ -124,6 +124,16 @@ async def test_unapproved_order_is_asked_about_once_and_can_still_be_paid(
     assert len(sandbox.operations) == 1
 
 
+@pytest.mark.looptime
+async def test_a_pin_pays_nothing_now_or_later(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with shop(sandbox, tmp_path) as pay:
+        call = asyncio.create_task(pay("order-1"))
+        await until(lambda: "order-1" in sandbox.operations)
+        sandbox.approve("order-1", auth_type="pin")
+        assert not await call
+        assert not await pay("order-1")
+
+
 @pytest.mark.parametrize("approved", [False, True], ids=["pending", "approved"])
 @pytest.mark.looptime
 async def test_operation_of_other_content_under_the_orders_id_pays_nothing(

@@ -105,7 +105,11 @@ class Gate:
         """Return the open request for a transfer, after making one where there was none; nobody is asked here."""
         request = secrets.token_hex(8)
         ticket = ApprovalTicket.for_operation(
-            request, user_id=self._user_id, operation_payload=transfer.payload, expires_in=self._expires_in
+            request,
+            user_id=self._user_id,
+            operation_payload=transfer.payload,
+            expires_in=self._expires_in,
+            require_auth_type="biom",
         )
         row = (request, transfer.payload, ticket.to_json(), False, "asked")
         self._record.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", row)

@@ -130,13 +130,19 @@ async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
         return order
     try:
         ticket = await client.create_operation(
-            order.user_id, operation_id=order.operation_id, operation_payload=order.payload, expires_in=order.lifetime
+            order.user_id,
+            operation_id=order.operation_id,
+            operation_payload=order.payload,
+            expires_in=order.lifetime,
+            require_auth_type="biom",
         )
-    except (
-        aiokeyless.ConflictError
-    ):  # asked before, maybe approved (AlreadyApprovedError); the wait compares the content
+    except aiokeyless.ConflictError:  # asked before, maybe approved: the wait compares content and factor
         ticket = aiokeyless.ApprovalTicket.for_operation(
-            order.operation_id, user_id=order.user_id, operation_payload=order.payload, expires_in=order.lifetime
+            order.operation_id,
+            user_id=order.user_id,
+            operation_payload=order.payload,
+            expires_in=order.lifetime,
+            require_auth_type="biom",
         )
     except aiokeyless.KeylessError as error:  # the operation may exist: clicking again is safe, and finds it
         log.warning("order %s: %s", order.id, error)

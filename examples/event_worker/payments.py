@@ -63,6 +63,8 @@ class Payment(msgspec.Struct, frozen=True):
 
     def is_asked_by(self, event: ApprovalEvent) -> bool:
         """Return whether the outcome is that of exactly this payment: others can submit it as a context, too."""
+        if event.outcome is Outcome.APPROVED and event.auth_type != "biom":
+            return False  # a request that asked for no face
         return (event.operation_id, event.user_id, event.payload_sha256) == (
             f"payment-{self.payment_id}",
             self.user_id.upper(),
@@ -136,6 +138,7 @@ def make_app(
             operation_payload=payment.text,
             expires_in=max(time_to_approve, 1e-6),  # too late: nobody is asked
             context=payment,
+            require_auth_type="biom",
             created_at=payment.requested_at,  # so that an event that is delivered again is the same request
         )
 

@@ -167,9 +167,12 @@ class Teller:
                 operation_payload=payload,
                 expires_in=self._lifetime,
                 if_exists="resume",
+                require_auth_type="biom",
             )
         except aiokeyless.AlreadyApprovedError:  # by the record it was not acted on: it is the approval to wait for
-            return aiokeyless.ApprovalTicket.for_operation(operation_id, user_id=user, operation_payload=payload)
+            return aiokeyless.ApprovalTicket.for_operation(
+                operation_id, user_id=user, operation_payload=payload, require_auth_type="biom"
+            )
 
     async def _say(self, shown: Message, text: str) -> None:
         for _ in range(3):

@@ -137,7 +137,11 @@ def reserve(record: sqlite3.Connection, new: Prompt, user: str, email: str, pend
         shown = prompt_on_phone(record, user, pending)
         if shown is None:
             ticket = ApprovalTicket.for_operation(
-                new.login, user_id=user, operation_payload=new.payload, expires_in=LIFETIME
+                new.login,
+                user_id=user,
+                operation_payload=new.payload,
+                expires_in=LIFETIME,
+                require_auth_type="biom",
             )
             row = (new.login, new.browser, email, ticket.to_json(), "pending", user, new.number, time.time())
             record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)

@@ -24,7 +24,9 @@ class Order(Protocol):
 def place(order: Order) -> None:
     """Store an order, and have its customer asked."""
     order.save()
-    submit_approval(connection, order.user_id, operation_id=order.id, operation_payload=order.text)
+    submit_approval(
+        connection, order.user_id, operation_id=order.id, operation_payload=order.text, require_auth_type="biom"
+    )
 
 
 def read(settle: Callable[[ApprovalEvent], None]) -> None:

@@ -43,7 +43,9 @@ class NewOrder(BaseModel):
 async def place(new: NewOrder) -> dict[str, str]:
     """Store an order, and have its customer asked."""
     order = Order(id=new.id, user_id=new.user_id, text=f"Pay {new.amount} EUR to Fern & Clay, order {new.id}")
-    request = approval_request(order.user_id, operation_id=order.id, operation_payload=order.text)
+    request = approval_request(
+        order.user_id, operation_id=order.id, operation_payload=order.text, require_auth_type="biom"
+    )
     with contextlib.suppress(IntegrityError):  # it is there already
         async with sessions.begin() as session:
             session.add(order)

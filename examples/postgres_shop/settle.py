@@ -28,6 +28,9 @@ async def settle(connection: asyncpg.Connection, event: ApprovalEvent) -> None:
     ):
         log.warning("%s is about no order that is open", event)
         return
+    if event.outcome is Outcome.APPROVED and event.auth_type != "biom":
+        log.warning("%s is no face's: somebody submitted a request that requires none", event)
+        return
     await connection.execute("UPDATE orders SET state = $2 WHERE id = $1", order["id"], STATES[event.outcome])
     if event.outcome is Outcome.APPROVED:
         await connection.execute("INSERT INTO payments (order_id) VALUES ($1)", order["id"])

@@ -8,7 +8,7 @@ from aiogram.client.session.aiohttp import AiohttpSession
 from aiogram.client.telegram import TelegramAPIServer
 from aiogram.types import Message
 
-from aiokeyless import ClientClosedError, KeylessClient
+from aiokeyless import ApprovalError, ClientClosedError, KeylessClient
 
 client = KeylessClient()
 dispatcher = Dispatcher()
@@ -21,8 +21,10 @@ async def pay(message: Message) -> None:
     task = asyncio.current_task()
     handlers.add(task)
     try:
-        await client.request_approval("C0FFEE", operation_payload=message.text)
+        await client.request_approval("C0FFEE", operation_payload=message.text, require_auth_type="biom")
         await message.answer("Approved.")
+    except ApprovalError:  # time is up, a PIN, or an answer about something else
+        await message.answer("Not approved: nothing is paid.")
     except ClientClosedError:
         await message.answer("The bot was stopped: nothing is paid.")
     finally:

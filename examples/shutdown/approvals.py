@@ -1,6 +1,6 @@
 """What the servers of this folder share: they ask a user, and answer a long poll. Each of them imports it."""
 
-from aiokeyless import ApprovalTicket, ApprovalTimeoutError, ClientClosedError, KeylessClient
+from aiokeyless import ApprovalError, ApprovalTicket, ApprovalTimeoutError, ClientClosedError, KeylessClient
 
 client = KeylessClient()
 tickets: dict[str, ApprovalTicket] = {}  # a real site keeps them in its database, each with the user who may read it
@@ -8,7 +8,7 @@ tickets: dict[str, ApprovalTicket] = {}  # a real site keeps them in its databas
 
 async def ask() -> dict[str, str]:
     """Ask the user; the ticket binds each later wait to this user and this payload."""
-    ticket = await client.create_operation("C0FFEE", operation_payload="Pay 40 to Alice")
+    ticket = await client.create_operation("C0FFEE", operation_payload="Pay 40 to Alice", require_auth_type="biom")
     tickets[ticket.operation_id] = ticket
     return {"operation_id": ticket.operation_id}
 
@@ -21,6 +21,8 @@ async def state(operation_id: str) -> dict[str, str]:
         operation = await client.hold_for_approval(ticket, seconds=25)
     except ApprovalTimeoutError:
         return {"state": "timed out"}
+    except ApprovalError:  # a PIN, or an answer about something else
+        return {"state": "refused"}
     except ClientClosedError:  # the server stops: the caller asks the next one
         return {"state": "pending"}
     return {"state": "pending" if operation is None else "approved"}

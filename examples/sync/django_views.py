@@ -4,7 +4,7 @@ from django.contrib.sessions.backends.base import SessionBase
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
-from aiokeyless import ApprovalTicket, ApprovalTimeoutError
+from aiokeyless import ApprovalError, ApprovalTicket, ApprovalTimeoutError
 from aiokeyless.sync import KeylessClient
 
 keyless = KeylessClient()
@@ -18,7 +18,9 @@ class Request(HttpRequest):  # type: ignore[misc]  # Django has no types
 
 def pay(request: Request) -> JsonResponse:
     """Ask the user's phone, and keep the ticket in the session."""
-    ticket = keyless.create_operation(str(request.POST["user_id"]), operation_payload="Pay 40 to Alice")
+    ticket = keyless.create_operation(
+        str(request.POST["user_id"]), operation_payload="Pay 40 to Alice", require_auth_type="biom"
+    )
     request.session["ticket"] = ticket.to_json()
     return JsonResponse({"id": ticket.operation_id})
 
@@ -30,6 +32,8 @@ def payment(request: Request) -> JsonResponse:
         approved = keyless.hold_for_approval(ticket, seconds=25)
     except ApprovalTimeoutError:
         return JsonResponse({"state": "timed out"})
+    except ApprovalError:  # a PIN, or an answer about something else
+        return JsonResponse({"state": "refused"})
     return JsonResponse({"state": "pending" if approved is None else "approved"})
 
 

@@ -2,7 +2,7 @@
 
 from flask import Flask, request
 
-from aiokeyless import ApprovalTicket, ApprovalTimeoutError
+from aiokeyless import ApprovalError, ApprovalTicket, ApprovalTimeoutError
 from aiokeyless.sync import KeylessClient
 
 app = Flask(__name__)
@@ -13,7 +13,9 @@ tickets: dict[str, ApprovalTicket] = {}  # a real application keeps them with it
 @app.post("/payments")
 def pay() -> dict[str, str]:
     """Ask the user's phone."""
-    ticket = keyless.create_operation(request.form["user_id"], operation_payload="Pay 40 to Alice")
+    ticket = keyless.create_operation(
+        request.form["user_id"], operation_payload="Pay 40 to Alice", require_auth_type="biom"
+    )
     tickets[ticket.operation_id] = ticket
     return {"id": ticket.operation_id}
 
@@ -25,4 +27,6 @@ def payment(payment_id: str) -> dict[str, str]:
         approved = keyless.hold_for_approval(tickets[payment_id], seconds=25)
     except ApprovalTimeoutError:
         return {"state": "timed out"}
+    except ApprovalError:  # a PIN, or an answer about something else
+        return {"state": "refused"}
     return {"state": "pending" if approved is None else "approved"}

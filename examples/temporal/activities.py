@@ -77,6 +77,7 @@ class Approvals:
                 operation_payload=request.payload,
                 expires_in=request.expires_in,
                 if_exists="resume",
+                require_auth_type="biom",
             )
         except AlreadyApprovedError:
             if info.attempt == 1:
@@ -87,6 +88,7 @@ class Approvals:
                 user_id=request.user_id,
                 operation_payload=request.payload,
                 expires_in=request.expires_in,
+                require_auth_type="biom",
             )
 
 

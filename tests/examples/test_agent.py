@@ -74,6 +74,13 @@ async def test_unapproved_transfer_is_not_made(gate: Gate) -> None:
     assert not gate.spend(FORTY, request)
 
 
+async def test_a_pin_makes_no_transfer(gate: Gate, sandbox: Sandbox) -> None:
+    _, request = await gate.hold(FORTY, seconds=1)
+    sandbox.approve(request, auth_type="pin")
+    assert (await gate.hold(FORTY, request=request)).state == "refused"
+    assert not gate.spend(FORTY, request)
+
+
 async def test_phone_shows_what_the_code_wrote(gate: Gate, sandbox: Sandbox) -> None:
     _, request = await gate.hold(FORTY, seconds=1)
     assert sandbox.operations[request].operation_payload == "Pay 40.00 EUR to Alice"

@@ -257,7 +257,9 @@ class TestOverHttp:
         assert await hasty.pay() == 200
         assert len(asked(keyless, hasty.order["user_id"])) == 1
 
-    @pytest.mark.parametrize("lie", [{"operation_payload": "Pay 1.00 EUR"}, {"user_id": "BAD0"}, {"result": False}])
+    @pytest.mark.parametrize(
+        "lie", [{"operation_payload": "Pay 1.00 EUR"}, {"user_id": "BAD0"}, {"auth_type": "pin"}, {"result": False}]
+    )
     async def test_an_answer_that_does_not_match_is_refused_for_good(
         self, keyless: Sandbox, hasty: Customer, lie: dict[str, object]
     ) -> None:

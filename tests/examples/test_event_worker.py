@@ -193,6 +193,28 @@ async def asked(sandbox: Sandbox, payment_id: str = "1") -> None:
     await until(lambda: f"payment-{payment_id}" in sandbox.operations)
 
 
+@pytest.mark.usefixtures("worker")  # it makes the streams
+async def test_a_pin_pays_nothing_whoever_submitted_the_request(
+    broker: NatsServer,
+    database: sqlite3.Connection,
+    connection: Client,
+    streams: Streams,
+    sandbox: Sandbox,
+) -> None:
+    paid: list[Payment] = []
+    forged = payment("2")
+    async with deciding(broker, database, paid):
+        await streams.request(payment("1"))
+        await submit_approval(  # by another application, which requires no face
+            connection, "C0FFEE", operation_id="payment-2", operation_payload=forged.text, context=forged
+        )
+        for number in ("1", "2"):
+            await asked(sandbox, number)
+            sandbox.approve(f"payment-{number}", auth_type="pin")
+        assert await streams.settled() == [Verdict("refused", "1")]
+    assert not paid
+
+
 @pytest.mark.usefixtures("application")
 async def test_payment_that_nobody_approves_expires(streams: Streams, sandbox: Sandbox) -> None:
     await streams.request(payment(seconds=1))

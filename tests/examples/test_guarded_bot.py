@@ -109,6 +109,17 @@ async def test_order_that_nobody_approves_transfers_nothing_and_says_so(
         assert teller.transfers == []
 
 
+async def test_a_pin_transfers_nothing(
+    telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
+) -> None:
+    async with running(telegram, client, database) as teller:
+        await telegram.say(ALICE, "/transfer 40 alice")
+        await until(lambda: len(sandbox.operations) == 1)
+        sandbox.approve(*operation_ids(sandbox), auth_type="pin")
+        await telegram.read(ALICE, TOO_LATE)
+        assert teller.transfers == []
+
+
 async def test_late_approval_is_no_answer_to_the_next_question(
     telegram: BotApiServer, client: KeylessClient, database: sqlite3.Connection, sandbox: Sandbox
 ) -> None:

@@ -73,21 +73,37 @@ print(browser.get("/payment").json()["state"])
 
 CELERY = """
 import celery_tasks
-print(celery_tasks.settle.apply([celery_tasks.keyless.create_operation("C0FFEE").to_json()]).get())
+print(celery_tasks.settle.apply([celery_tasks.ask("C0FFEE")]).get())
 """
 
 
-@pytest.mark.parametrize(
-    ("program", "printed"),
-    [(FLASK, "approved"), (DJANGO, "approved"), (CELERY, "paid"), ("import script", "approved")],
+each_program = pytest.mark.parametrize(
+    ("program", "printed", "by_pin"),
+    [
+        (FLASK, "approved\n", "refused\n"),
+        (DJANGO, "approved\n", "refused\n"),
+        (CELERY, "paid\n", "not paid\n"),
+        ("import script", "approved\n", "OperationMismatchError"),
+    ],
     ids=["flask", "django", "celery", "script"],
 )
-async def test_synchronous_code_waits_in_a_background_loop_and_ends(program: str, printed: str) -> None:
+
+
+@each_program
+async def test_synchronous_code_waits_in_a_background_loop_and_ends(program: str, printed: str, by_pin: str) -> None:
+    assert await output_of(program, "biom") == printed
+    output = await output_of(program, "pin")
+    assert by_pin in output
+    assert "approved\n" not in output
+
+
+async def output_of(program: str, factor: str) -> str:
+    """Run a program beside a service whose users approve by this factor."""
     async with (
-        Sandbox(auto_approve=0.2) as sandbox,
+        Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type=factor)) as sandbox,
         example_process("-c", program, folder=EXAMPLES / "sync", sandbox=sandbox) as process,
         asyncio.timeout(PATIENCE),
     ):
         output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
-    assert output.decode() == f"{printed}\n"
+    assert factor == "pin" or process.returncode == 0, output.decode()
+    return output.decode()

@@ -81,6 +81,14 @@ async def test_approval_logs_in_the_browser_that_asked_and_no_other(sandbox: San
         assert await mallory.who() is None
 
 
+async def test_a_pin_logs_nobody_in(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()
+        sandbox.approve(alice.login, auth_type="pin")
+        assert await alice.follow() == "refused"
+        assert await alice.who() is None
+
+
 async def test_one_approval_counts_once_however_often_it_is_asked_about(sandbox: Sandbox, tmp_path: Path) -> None:
     async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
         await alice.start()

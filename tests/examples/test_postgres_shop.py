@@ -125,6 +125,32 @@ async def test_each_order_is_paid_once_whatever_is_killed(
             await program.end()
 
 
+async def test_a_pin_pays_nothing_whoever_submitted_the_request(server: PostgresServer, tmp_path: Path) -> None:
+    database = server.new_database()
+    url = server.url(database)
+    async with Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type="pin")) as sandbox:
+        environment = {"DATABASE_URL": url, "KEYLESS_API_KEY": sandbox.api_key}
+        programs = [
+            Program(WORKER, url, sandbox.url, log=tmp_path / "worker", **environment),
+            Program(EXAMPLE / "settle.py", log=tmp_path / "reader", **environment),
+        ]
+        shop = ExampleServer(EXAMPLE / "orders.py", sandbox, tmp_path, port="SHOP_PORT", DATABASE_URL=url)
+        try:
+            async with shop, aiohttp.ClientSession() as session:
+                await place(session, shop, 1)
+                server.execute("INSERT INTO orders VALUES ('order-2', 'C0FFEE', 'Pay', 'asked')", database)
+                forged = '{"version": 1, "user_id": "C0FFEE", "operation_id": "order-2", "operation_payload": "Pay"}'
+                server.execute(f"SELECT keyless.submit('{forged}')", database)
+                await until(lambda: "is no face's" in programs[1].log.read_text(), 60)
+                await until(lambda: "order order-1: failed" in programs[1].log.read_text(), 60)
+                states = server.execute("SELECT state FROM orders ORDER BY id", database)
+                assert [state for (state,) in states] == ["refused", "asked"]
+                assert not server.execute("SELECT * FROM payments", database)
+        finally:
+            for program in programs:
+                await program.end()
+
+
 async def place_later(session: aiohttp.ClientSession, shop: ExampleServer, number: int) -> None:
     await asyncio.sleep(number * 0.12)
     await place(session, shop, number)

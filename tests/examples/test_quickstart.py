@@ -33,6 +33,13 @@ async def test_an_approval_is_reported() -> None:
         assert operation.is_approved
 
 
+async def test_a_pin_does_not_pay() -> None:
+    async with Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type="pin")) as sandbox:
+        code, output, errors = await run(QUICKSTART, sandbox)
+        assert (code, output) == (1, "")
+        assert "it must be 'biom', and the answer has 'pin'" in errors
+
+
 async def test_a_timeout_is_reported_with_what_is_needed_to_check_again(tmp_path: Path) -> None:
     hasty = tmp_path / "quickstart.py"
     text = QUICKSTART.read_text()

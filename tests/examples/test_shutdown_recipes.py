@@ -104,6 +104,23 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
     assert "Traceback" not in program.output
 
 
+async def test_a_pin_is_refused() -> None:
+    async with (
+        Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type="pin")) as sandbox,
+        BotApiServer() as telegram,
+        aiohttp.ClientSession() as http,
+        running(*RECIPES["FastAPI"], sandbox=sandbox) as program,
+        running("aiogram_bot.py", sandbox=sandbox, BOT_TOKEN=TOKEN, BOT_API_URL=telegram.url),
+    ):
+        approvals = (await program.read_until(r"unning on (http://127\.0\.0\.1:[1-9]\d*)"))[1] + "/approvals"
+        async with http.post(approvals) as response:
+            operation_id = (await response.json())["operation_id"]
+        async with http.get(f"{approvals}/{operation_id}") as response:
+            assert await response.json() == {"state": "refused"}
+        await telegram.say(7, "Pay 40 to Alice")
+        await telegram.read(7, "nothing is paid")
+
+
 async def test_a_bot_that_waits_stops_and_says_so() -> None:
     async with Sandbox() as sandbox, BotApiServer() as telegram:
         environment = {"BOT_TOKEN": TOKEN, "BOT_API_URL": telegram.url}

@@ -99,6 +99,18 @@ async def test_worker_that_died_before_its_first_heartbeat_loses_no_approval(
     assert await Attempt(client, number=2).run() is Outcome.APPROVED
 
 
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_pin_transfers_nothing(client: KeylessClient, sandbox: Sandbox, number: int) -> None:
+    if number == 2:  # the worker of the first attempt died before its first heartbeat
+        await client.create_operation("C0FFEE", operation_id="transfer-1", operation_payload=REQUEST.payload)
+    running = asyncio.create_task(Attempt(client, number=number).run())
+    await until(lambda: "transfer-1" in sandbox.operations)
+    sandbox.approve("transfer-1", auth_type="pin")
+    with pytest.raises(ApplicationError) as raised:
+        await running
+    assert (raised.value.type, raised.value.non_retryable) == ("OperationMismatchError", True)
+
+
 async def test_approval_from_before_the_first_attempt_is_another_requests(
     client: KeylessClient, sandbox: Sandbox
 ) -> None:
