@@ -26,6 +26,7 @@ import looptime
 import msgspec
 import pytest
 from cyclopts import CycloptsError
+from factors import ApprovingSandbox
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, Sum
 
@@ -102,9 +103,7 @@ APPLICATIONS = [
 EXCERPTS = [block for block in OTHERS if any(block.code in program for program in EXAMPLES)]
 PROGRAMS = [block for block in OTHERS if block not in TESTS + EXCERPTS + APPLICATIONS]
 #: Programs that do more with an approval than to show how one waits for it.
-PAYING = [
-    block for block in PROGRAMS if re.search(r"\bpay\b|\bpaid\b|Delete|create_external_user", block.code, re.IGNORECASE)
-]
+PAYING = [block for block in PROGRAMS if re.search(r"\bpay\b|\bpaid\b|Delete", block.code, re.IGNORECASE)]
 
 
 Run = Callable[..., list[str]]
@@ -125,7 +124,6 @@ def outputs_of_two_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
             monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
             monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
             for program in programs:
-                sandbox.enroll("C0FFEE", external_user_id="account-1042")
                 with (
                     contextlib.nullcontext()
                     if factor == "biom"
@@ -196,7 +194,7 @@ async def test_an_application_of_the_docs_needs_no_server_and_handles_what_it_pr
 ) -> None:
     (tmp_path / "program.py").write_text(block.code)
     async with (
-        Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type=factor)) as sandbox,
+        ApprovingSandbox(factor) as sandbox,
         sandbox.client(max_attempts=1) as client,
         ApprovalWorker(client, f"sqlite:{tmp_path / 'keyless.db'}"),
     ):

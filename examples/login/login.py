@@ -16,20 +16,18 @@ from typing import Annotated, NamedTuple, TypedDict
 import uvicorn
 from fastapi import Body, Cookie, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
+from phones import ACCOUNTS, open_record
 
 from aiokeyless import (
-    AmbiguousUserError,
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
     ClientClosedError,
     KeylessClient,
     KeylessError,
-    NotFoundError,
 )
 from aiokeyless.shutdown import close_on_signals
 
-ACCOUNTS = {"alice@example.com": "account-1", "bob@example.com": "account-2"}  # a real site has a table of them
 UNREACHABLE = "We cannot reach Keyless. There is nothing wrong with your phone; try again in a moment."
 ELSEWHERE = (
     "Your phone asks about a login in another browser. Approve it only if it is yours, or try again in 2 minutes."
@@ -49,9 +47,7 @@ class State(TypedDict):
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncGenerator[State]:
     """Open the record and the client. The signal that stops the server closes the client, which ends the long polls."""
-    path = os.environ.get("LOGIN_DB", "login.sqlite3")
-    record = sqlite3.connect(path, isolation_level=None)  # each statement commits
-    record.execute("CREATE TABLE IF NOT EXISTS users (account PRIMARY KEY, user_id)")
+    record = open_record()
     record.execute(
         "CREATE TABLE IF NOT EXISTS logins (id PRIMARY KEY, browser, email, ticket, state, user_id, number, asked)"
     )
@@ -97,16 +93,22 @@ async def start(
     account = ACCOUNTS.get(email.lower())
     if account is None:
         raise HTTPException(404, "We do not know this address.")
-    user = await user_of(client, record, account)
+    linked = record.execute("SELECT user_id FROM users WHERE account = ?", (account,)).fetchone()
+    if linked is None:
+        raise HTTPException(409, "This account has no phone yet.")
+    [user] = linked
     number = f"{secrets.randbelow(1000):03}"
     new = Prompt(secrets.token_hex(8), secrets.token_urlsafe(32), number, time.time() + LIFETIME)
+    listed_at = time.time()  # before the list is asked for: it may be slow, and lack what was created meanwhile
     try:
         pending = {operation.operation_id for operation in await client.get_pending_operations(user)}
-        prompt = reserve(record, new, user, email.lower(), pending)
+        prompt = reserve(record, new, user, email.lower(), pending, listed_at=listed_at)
         if prompt is new:
             await client.create_operation(
                 user, operation_id=new.login, operation_payload=new.payload, expires_in=LIFETIME
             )
+            query = "UPDATE logins SET state = 'pending', asked = ? WHERE id = ? AND state = 'asking'"
+            record.execute(query, (time.time(), new.login))
     except KeylessError as error:
         record.execute("UPDATE logins SET state = 'failed' WHERE id = ?", (new.login,))
         raise HTTPException(503, UNREACHABLE) from error
@@ -130,11 +132,13 @@ class Prompt(NamedTuple):
         return f"Log in to Fern & Clay? Number {self.number}"
 
 
-def reserve(record: sqlite3.Connection, new: Prompt, user: str, email: str, pending: set[str]) -> Prompt:
+def reserve(
+    record: sqlite3.Connection, new: Prompt, user: str, email: str, pending: set[str], *, listed_at: float
+) -> Prompt:
     """Return the login that the user's phone shows, or else store the new one, before the user is asked."""
     with record:
         record.execute("BEGIN IMMEDIATE")  # no other process asks this user meanwhile
-        shown = prompt_on_phone(record, user, pending)
+        shown = prompt_on_phone(record, user, pending, listed_at)
         if shown is None:
             ticket = ApprovalTicket.for_operation(
                 new.login,
@@ -143,48 +147,28 @@ def reserve(record: sqlite3.Connection, new: Prompt, user: str, email: str, pend
                 expires_in=LIFETIME,
                 require_auth_type="biom",
             )
-            row = (new.login, new.browser, email, ticket.to_json(), "pending", user, new.number, time.time())
+            row = (new.login, new.browser, email, ticket.to_json(), "asking", user, new.number, time.time())
             record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
     return shown or new
 
 
-def prompt_on_phone(record: sqlite3.Connection, user: str, pending: set[str]) -> Prompt | None:
+def prompt_on_phone(record: sqlite3.Connection, user: str, pending: set[str], listed_at: float) -> Prompt | None:
     """Return the login that the user's phone shows now, or None if it may be asked.
 
     An operation stays pending after its login has ended, so one that is older than a login's lifetime does not count.
+    The list may lack what was created after it was asked for, or shortly before.
     """
     now = time.time()
     query = "SELECT id, browser, number, state, asked FROM logins WHERE user_id = ? AND asked > ?"
     asked = record.execute(query, (user, now - PERIOD)).fetchall()
     for login, browser, number, state, since in asked:
-        is_shown = login in pending or (state == "pending" and since > now - UNLISTED)
+        is_unlisted = state == "asking" or (state == "pending" and since > listed_at - UNLISTED)
+        is_shown = login in pending or is_unlisted
         if is_shown and since > now - LIFETIME:
             return Prompt(login, browser, number, since + LIFETIME)
     if sum(state != "failed" for *_, state, _ in asked) >= PROMPTS:
         raise HTTPException(429, "This phone was asked too often. Try again in 10 minutes.")
     return None
-
-
-async def user_of(client: KeylessClient, record: sqlite3.Connection, account: str) -> str:
-    """Return the Keyless user of an account, whose name is the user's external id in Keyless.
-
-    The search ignores case, and its answer does not repeat the id: so an account keeps the user of its first login.
-    """
-    try:
-        user = await client.get_user(account)
-    except NotFoundError as error:
-        raise HTTPException(409, "This account has no phone yet.") from error
-    except AmbiguousUserError as error:
-        log.warning("%s: %s", account, error)
-        raise HTTPException(409, "This account has several users.") from error
-    except KeylessError as error:
-        raise HTTPException(503, UNREACHABLE) from error
-    record.execute("INSERT OR IGNORE INTO users VALUES (?, ?)", (account, user.user_id))
-    [known] = record.execute("SELECT user_id FROM users WHERE account = ?", (account,)).fetchone()
-    if known != user.user_id:
-        log.warning("%s has another user than before", account)
-        raise HTTPException(409, "This account had another user before.")
-    return user.user_id
 
 
 @app.get("/login/{login}")
@@ -202,12 +186,14 @@ async def follow(
     if found is None:
         raise HTTPException(404, "no login of this browser")
     stored, state = found
-    if state == "pending":
+    if state in {"asking", "pending"}:
         state = await outcome(client, ApprovalTicket.from_json(stored), wait)
     if state != "pending":
         # The first to know decides, across tabs, repeated requests and processes; a later answer changes nothing.
-        query = "UPDATE logins SET state = ? WHERE id = ? AND state = 'pending'"
-        if record.execute(query, (state, login)).rowcount == 1:
+        # An approval by a user who was replaced meanwhile, as after a theft, counts for nothing.
+        still = "state IN ('asking', 'pending') AND (? != 'approved' OR user_id IN (SELECT user_id FROM users))"
+        query = f"UPDATE logins SET state = ? WHERE id = ? AND {still}"  # noqa: S608  # a constant
+        if record.execute(query, (state, login, state)).rowcount == 1:
             log.info("login %s: %s", login, state)
         [state] = record.execute("SELECT state FROM logins WHERE id = ?", (login,)).fetchone()
     return {"state": state}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from example_process import example_process
+from factors import ApprovingSandbox
 from waiting import PATIENCE
 
 from aiokeyless.sandbox import Sandbox
@@ -100,7 +101,7 @@ async def test_synchronous_code_waits_in_a_background_loop_and_ends(program: str
 async def output_of(program: str, factor: str) -> str:
     """Run a program beside a service whose users approve by this factor."""
     async with (
-        Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type=factor)) as sandbox,
+        ApprovingSandbox(factor) as sandbox,
         example_process("-c", program, folder=EXAMPLES / "sync", sandbox=sandbox) as process,
         asyncio.timeout(PATIENCE),
     ):

@@ -5,35 +5,70 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import sqlite3
+import sys
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
 import pytest
 from chromium import chromium
+from example_process import example_process
 from example_server import ExampleServer
+from fastapi import HTTPException, Response
 from waiting import until
 
+from aiokeyless import ApprovalTimeoutError, KeylessClient, PendingOperation
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "login"
+sys.path.insert(0, str(EXAMPLE))
+
+import login as site  # noqa: E402  # from the folder of the example
+import phones  # noqa: E402
+
+sys.path.remove(str(EXAMPLE))
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aiokeyless.sandbox import Sandbox
 
 
 ALICE = "A11CE0"
-LOGIN = Path(__file__).parents[2] / "examples" / "login" / "login.py"
+LOGIN = EXAMPLE / "login.py"
 
 
 @pytest.fixture
 def sandbox(keyless_sandbox: Sandbox) -> Sandbox:
-    """A sandbox in which Alice is enrolled; Bob is not."""
-    keyless_sandbox.enroll(ALICE, external_user_id="account-1")
     return keyless_sandbox
 
 
+@contextmanager
+def opened(folder: Path) -> Iterator[sqlite3.Connection]:
+    """Open the record of the site in this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGIN_DB", str(folder / "login.sqlite3"))
+        with closing(phones.open_record()) as record:
+            yield record
+
+
+async def link(sandbox: Sandbox, folder: Path, account: str, user: str, **approval: str) -> str:
+    """Link an account to a user whose phone authenticates under the offered id; return the linked user."""
+    with opened(folder) as record:
+        operation_id = phones.offer(record, account)
+        sandbox.approve(operation_id, user_id=user, **approval)
+        async with sandbox.client() as client:
+            return await phones.link(client, record, operation_id)
+
+
 class Server(ExampleServer):
-    """The login, with its database."""
+    """The login, with its database, in which Alice has a phone and Bob has none."""
 
     def __init__(self, sandbox: Sandbox, folder: Path, **settings: str) -> None:
         settings["LOGIN_DB"] = str(folder / "login.sqlite3")
+        with opened(folder) as record:
+            record.execute("INSERT OR IGNORE INTO users VALUES ('account-1', ?, NULL)", (ALICE,))
         super().__init__(LOGIN, sandbox, folder, port="LOGIN_PORT", **settings)
 
 
@@ -175,17 +210,105 @@ async def test_outage_is_told_and_nobody_is_logged_in(sandbox: Sandbox, tmp_path
         assert await alice.follow() == "approved"
 
 
-async def test_user_is_found_by_the_account_and_stays_that_of_its_first_login(sandbox: Sandbox, tmp_path: Path) -> None:
-    async with Server(sandbox, tmp_path) as server, Browser(server) as browser, sandbox.client() as client:
-        assert await browser.start("bob@example.com") == 409
-        assert await browser.start() == 200
-        assert sandbox.operations[browser.login].user_id == ALICE
-        mallory = sandbox.enroll("BAD", external_user_id="ACCOUNT-1").user_id
-        assert await browser.start() == 409, "there are two now"
-        await client.delete_external_user("account-1")
-        assert await client.get_user("account-1") == (await client.find_users("ACCOUNT-1"))[0]
-        assert await browser.start() == 409, "the account had another user before"
-        assert not [each for each in sandbox.operations.values() if each.user_id == mallory]
+# -- linking
+
+
+async def test_an_account_without_a_phone_asks_nobody(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as bob:
+        assert await bob.start("bob@example.com") == 409
+        assert not sandbox.operations
+
+
+async def test_an_account_belongs_to_the_user_who_used_the_offered_id(sandbox: Sandbox, tmp_path: Path) -> None:
+    assert await link(sandbox, tmp_path, "account-2", "B0B") == "B0B"
+    async with Server(sandbox, tmp_path) as server, Browser(server) as bob:
+        assert await bob.start("bob@example.com") == 200
+        assert sandbox.operations[bob.login].user_id == "B0B"
+
+
+async def test_an_attacker_who_sends_a_victims_ids_takes_over_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        await alice.start()  # the victim
+        sandbox.approve(alice.login)
+        sent = [ALICE, "account-1", alice.login, "", "a-random-id"]
+        sandbox.approve("a-random-id", user_id=ALICE, external_user_id="account-2")  # which the attacker's app made up
+        with opened(tmp_path) as record:
+            phones.offer(record, "account-2")  # the attacker's own, which no phone has used
+            async with sandbox.client() as client:
+                for operation_id in sent:
+                    with pytest.raises(PermissionError):
+                        await phones.link(client, record, operation_id)
+            assert record.execute("SELECT account, user_id FROM users").fetchall() == [("account-1", ALICE)]
+
+
+async def test_what_the_app_says_of_account_and_payload_links_nothing_else(sandbox: Sandbox, tmp_path: Path) -> None:
+    words = {"external_user_id": "account-1", "operation_payload": "account-1"}
+    assert await link(sandbox, tmp_path, "account-2", "BAD", **words) == "BAD"
+    with opened(tmp_path) as record:
+        assert record.execute("SELECT account, user_id FROM users").fetchall() == [("account-2", "BAD")]
+
+
+async def test_a_user_is_linked_to_one_account(sandbox: Sandbox, tmp_path: Path) -> None:
+    await link(sandbox, tmp_path, "account-1", ALICE)
+    with pytest.raises(sqlite3.IntegrityError):
+        await link(sandbox, tmp_path, "account-2", ALICE.lower())
+
+
+async def test_an_offer_links_once_and_not_after_its_time(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as record:
+        async with sandbox.client() as client:
+            used = phones.offer(record, "account-2")
+            sandbox.approve(used, user_id="B0B")
+            twice = await asyncio.gather(*(phones.link(client, record, used) for _ in range(2)), return_exceptions=True)
+            assert {type(each) for each in twice} == {str, PermissionError}
+            monkeypatch.setattr(phones, "OFFER", 0.2)
+            late = phones.offer(record, "account-2")
+            with pytest.raises(ApprovalTimeoutError):
+                await phones.link(client, record, late)
+            sandbox.approve(late, user_id="BAD")
+            with pytest.raises(PermissionError):
+                await phones.link(client, record, late)
+        assert record.execute("SELECT user_id FROM users").fetchall() == [("B0B",)]
+
+
+async def test_after_enrolling_again_the_new_user_logs_in_and_the_old_one_does_not(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as thief, Browser(server) as alice:
+        await thief.start()
+        stolen = thief.login
+        assert await link(sandbox, tmp_path, "account-1", "A11CE1") == "A11CE1"
+        sandbox.approve(stolen)
+        assert await thief.follow() == "pending"
+        assert await thief.who() is None
+        assert await alice.start() == 200
+        sandbox.approve(alice.login)
+        assert await alice.follow() == "approved"
+        assert sandbox.operations[alice.login].user_id == "A11CE1"
+
+
+async def test_the_phone_is_known_if_it_is_the_users_only_device(sandbox: Sandbox, tmp_path: Path) -> None:
+    phone = sandbox.enroll("B0B").public_signing_key
+    await link(sandbox, tmp_path, "account-2", "B0B")
+    with opened(tmp_path) as record:
+        assert record.execute("SELECT phone FROM users").fetchall() == [(phone,)]
+        sandbox.enroll("B0B")  # a backup, perhaps
+        await link(sandbox, tmp_path, "account-2", "B0B")
+        assert record.execute("SELECT phone FROM users").fetchall() == [(None,)]
+
+
+async def test_the_program_links_an_account(sandbox: Sandbox, tmp_path: Path) -> None:
+    environment = {"LOGIN_DB": str(tmp_path / "login.sqlite3")}
+    async with example_process(
+        "phones.py", "bob@example.com", folder=EXAMPLE, sandbox=sandbox, **environment
+    ) as process:
+        assert process.stdout is not None
+        line = (await process.stdout.readline()).decode()
+        sandbox.approve(line.split()[-1], user_id="B0B")
+        output, _ = await process.communicate()
+    assert output.decode() == "bob@example.com is user B0B\n"
 
 
 async def test_bad_input_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -213,6 +336,48 @@ async def test_a_phone_is_asked_once_at_a_time_and_few_times_in_ten_minutes(sand
             assert await alice.follow() == "approved"
         assert await alice.start() == 429
         assert len(sandbox.operations) == 5
+
+
+class SlowList(KeylessClient):
+    """A client whose list of pending operations is on its way for as long as a test wants."""
+
+    arrived: asyncio.Event
+
+    async def get_pending_operations(self, user_id: str) -> list[PendingOperation]:
+        pending = await super().get_pending_operations(user_id)
+        await self.arrived.wait()
+        return pending
+
+
+async def test_a_slow_list_of_pending_operations_brings_no_second_prompt(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "UNLISTED", 0.05)
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice:
+        with opened(tmp_path) as record:
+            async with SlowList(sandbox.api_key, base_url=sandbox.url) as slow:
+                slow.arrived = asyncio.Event()
+                second = asyncio.create_task(site.start(slow, record, Response(), "alice@example.com", browser=""))
+                await until(lambda: any(request.path.endswith("/pending") for request in sandbox.requests))
+                assert await alice.start() == 200
+                await asyncio.sleep(0.2)  # the phone's prompt is older than UNLISTED when the list arrives
+                slow.arrived.set()
+                with pytest.raises(HTTPException, match="409"):
+                    await second
+    assert list(sandbox.operations) == [alice.login]
+
+
+async def test_a_prompt_that_is_being_created_brings_no_second_one(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "UNLISTED", 0.0)
+    async with Server(sandbox, tmp_path), sandbox.client() as client:
+        with opened(tmp_path) as record:
+            new = site.Prompt("first", "browser", "417", 0.0)
+            site.reserve(record, new, ALICE, "alice@example.com", set(), listed_at=0.0)
+            with pytest.raises(HTTPException, match="409"):
+                await site.start(client, record, Response(), "alice@example.com", browser="")
+    assert not sandbox.operations
 
 
 async def test_a_login_that_has_ended_keeps_nobody_from_asking_though_the_phone_shows_it(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_server import ExampleServer
+from factors import ApprovingSandbox
 from postgres_server import PostgresServer
 from waiting import until
 
@@ -128,7 +129,7 @@ async def test_each_order_is_paid_once_whatever_is_killed(
 async def test_a_pin_pays_nothing_whoever_submitted_the_request(server: PostgresServer, tmp_path: Path) -> None:
     database = server.new_database()
     url = server.url(database)
-    async with Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type="pin")) as sandbox:
+    async with ApprovingSandbox("pin") as sandbox:
         environment = {"DATABASE_URL": url, "KEYLESS_API_KEY": sandbox.api_key}
         programs = [
             Program(WORKER, url, sandbox.url, log=tmp_path / "worker", **environment),

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from factors import ApprovingSandbox
+
 from aiokeyless.sandbox import Sandbox
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
@@ -34,7 +36,7 @@ async def test_an_approval_is_reported() -> None:
 
 
 async def test_a_pin_does_not_pay() -> None:
-    async with Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type="pin")) as sandbox:
+    async with ApprovingSandbox("pin") as sandbox:
         code, output, errors = await run(QUICKSTART, sandbox)
         assert (code, output) == (1, "")
         assert "it must be 'biom', and the answer has 'pin'" in errors

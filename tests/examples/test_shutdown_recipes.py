@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_process import example_process
+from factors import ApprovingSandbox
 from waiting import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
@@ -106,7 +107,7 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
 
 async def test_a_pin_is_refused() -> None:
     async with (
-        Sandbox(auto_approve=lambda asked: sandbox.approve(asked.operation_id, auth_type="pin")) as sandbox,
+        ApprovingSandbox("pin") as sandbox,
         BotApiServer() as telegram,
         aiohttp.ClientSession() as http,
         running(*RECIPES["FastAPI"], sandbox=sandbox) as program,
