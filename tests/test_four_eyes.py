@@ -49,6 +49,14 @@ class Treasury:
         query = "SELECT person FROM questions WHERE payment = ?"
         return [person for (person,) in self._record.execute(query, (payment,))]
 
+    def give_another_name(self, name: str, user: str) -> None:
+        """Give a user a second name, under which they may approve, too."""
+        self._names["STAFF"][name] = user
+        self._names["APPROVERS"] += (name,)
+
+    def payments(self) -> int:
+        return len(self._record.execute("SELECT * FROM payments").fetchall())
+
     def question_again(self) -> None:
         self._record.execute("INSERT INTO questions SELECT * FROM questions LIMIT 1")
 
@@ -92,6 +100,32 @@ def test_one_person_is_asked_once_and_who_asks_is_not(treasury: Treasury) -> Non
     assert treasury.prepare(requested_by="bob") == ["alice", "carol"]
     with pytest.raises(sqlite3.IntegrityError):
         treasury.question_again()
+
+
+@pytest.mark.parametrize("requested_by", ["Alice", "alice ", " alice", "ALICE", "\u0430lice", "", "mallory"], ids=ascii)
+def test_nobody_requests_a_payment_under_a_name_that_is_not_on_the_list(treasury: Treasury, requested_by: str) -> None:
+    with pytest.raises(PermissionError):
+        treasury.prepare(requested_by)
+    assert treasury.payments() == 1, "nothing is recorded"
+
+
+@pytest.mark.parametrize("spelling", ["A11CE0", "a11ce0"])
+def test_another_name_of_the_requester_approves_nothing(treasury: Treasury, spelling: str) -> None:
+    treasury.give_another_name("alice.smith", spelling)
+    assert treasury.prepare(requested_by="alice.smith") == ["bob", "carol"]
+    assert treasury.prepare(requested_by="alice") == ["bob", "carol"]
+    assert len(treasury.prepare(requested_by="dave")) == 3, "two names of one person are one voice"
+
+
+async def test_a_pin_is_no_voice(sandbox: Sandbox, client: KeylessClient, treasury: Treasury) -> None:
+    deciding = asyncio.create_task(treasury.decide(client))
+    await approve(sandbox, treasury, "alice")
+    await until(lambda: treasury.operation("bob") in sandbox.operations)
+    sandbox.approve(treasury.operation("bob"), auth_type="pin")
+    await asyncio.sleep(60)
+    assert not deciding.done()
+    await approve(sandbox, treasury, "carol")
+    assert await deciding
 
 
 async def test_an_approval_of_something_else_does_not_count(
