@@ -245,7 +245,7 @@ def _make_key(raw: dict[str, Any]) -> VerifyingKey | None:
     kind = next((kind for kind in _KINDS if (raw.get("kty"), raw.get("crv")) == (kind.kty, kind.crv)), None)
     if kind is None or raw.get("alg", kind.algorithm) != kind.algorithm:
         return None
-    if raw.get("use", "sig") != "sig" or _PRIVATE & raw.keys():
+    if raw.get("use", "sig") != "sig" or raw.get("key_ops", ["verify"]) != ["verify"] or _PRIVATE & raw.keys():
         return None
     try:
         key = jwt.PyJWK({name: raw.get(name) for name in kind.members}, kind.algorithm)
@@ -269,12 +269,13 @@ def _decode(part: str) -> bytes | None:
 
 
 def _read_object(body: bytes | None) -> dict[str, Any] | None:
-    """Return a JSON object; None if it is not one, or has a duplicate name at any depth."""
+    """Return a JSON object; None if it is not one, or has a duplicate name or a lone surrogate at any depth."""
     if body is None:
         return None
     try:
         document = json.loads(body.decode(), object_pairs_hook=_refuse_duplicates)
-    # Invalid UTF-8, and a number with too many digits, are a ValueError too.
+        json.dumps(document, ensure_ascii=False).encode()
+    # Invalid UTF-8, a lone surrogate, and a number with too many digits, are a ValueError too.
     except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

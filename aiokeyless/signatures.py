@@ -12,7 +12,15 @@ from typing import Final
 
 from ._validation import check_required_text, check_tenant, check_text, check_user_id, finite_seconds, seconds
 from .client import KeylessClient
-from .errors import ConfigurationError, DecodeError, SignatureError, SignatureReason, StatusError, TransportError
+from .errors import (
+    ClientClosedError,
+    ConfigurationError,
+    DecodeError,
+    SignatureError,
+    SignatureReason,
+    StatusError,
+    TransportError,
+)
 from .models import SignedTransaction
 
 try:
@@ -31,6 +39,8 @@ _LIFETIME: Final = 24 * 3600.0
 _REFRESH: Final = 300.0
 #: Seconds between fetches while there is no key set.
 _RETRY: Final = 10.0
+#: Seconds from the start of a fetch for which a known key waits for it, since it may have been revoked.
+_KNOWN_WAITS: Final = 1.0
 
 
 class TransactionVerifier:
@@ -84,7 +94,8 @@ class TransactionVerifier:
         self._next_fetch_at = -math.inf
         # The failure of the last fetch; None if it succeeded.
         self._failure: Exception | None = None
-        self._fetching = asyncio.Lock()
+        self._fetching: asyncio.Task[None] | None = None
+        self._fetch_began = -math.inf
 
     async def verify(
         self, token: str, *, user_id: str, transaction_data: str, external_user_id: str | None = None
@@ -103,7 +114,7 @@ class TransactionVerifier:
         Raises:
             ConfigurationError: An argument is wrong.
             SignatureError: The token is refused; its ``reason`` says why.
-            ClientClosedError: A fetch of the keys is due, and the client is closed.
+            ClientClosedError: The client is closed, and the token's key is not known.
 
         Source: Keyless documentation, "JWT verification best practice".
         """
@@ -127,15 +138,23 @@ class TransactionVerifier:
 
         Raises:
             SignatureError: There is no such key, or the last fetch failed.
+            ClientClosedError: The client is closed, and the key is not known.
         """
-        if self._is_fetch_due(key_id):
-            # Concurrent verifications share one fetch.
-            async with self._fetching:
-                if self._is_fetch_due(key_id):
-                    await self._fetch()
+        if self._find(key_id) is None:
+            if self._fetching is not None:
+                await asyncio.shield(self._fetching)
+            if self._is_fetch_due(key_id):
+                await asyncio.shield(self._start_fetch())
+        elif self._is_fetch_due(key_id):
+            # A known key does not wait for an address that hangs.
+            fetching = self._start_fetch()
+            left = self._fetch_began + _KNOWN_WAITS - asyncio.get_running_loop().time()
+            await asyncio.wait({fetching}, timeout=max(0.0, left))
         key = self._find(key_id)
         if key is not None:
             return key
+        if isinstance(self._failure, ClientClosedError):
+            raise self._failure.with_traceback(None)
         if self._failure is not None:
             raise SignatureError(SignatureReason.KEYS_UNAVAILABLE) from self._failure
         raise SignatureError(SignatureReason.UNKNOWN_KEY)
@@ -147,6 +166,13 @@ class TransactionVerifier:
     def _find(self, key_id: str) -> VerifyingKey | None:
         return None if self._keys is None else self._keys.find(key_id)
 
+    def _start_fetch(self) -> asyncio.Task[None]:
+        """Return the fetch that concurrent verifications share, and that none of them cancels."""
+        if self._fetching is None:
+            self._fetch_began = asyncio.get_running_loop().time()
+            self._fetching = asyncio.create_task(self._fetch())
+        return self._fetching
+
     async def _fetch(self) -> None:
         """Fetch the key set. If that fails, keep the current one."""
         clock = asyncio.get_running_loop().time
@@ -154,11 +180,15 @@ class TransactionVerifier:
         is_extra = clock() < self._stale_at
         try:
             self._keys = KeySet(await self._client.get_key_set(self._tenant))
+        except ClientClosedError as error:
+            self._failure = error
         except (DecodeError, StatusError, TransportError, ValueError) as error:
             self._failure = error.with_traceback(None)
             self._next_fetch_at = clock() + (_RETRY if self._keys is None else _REFRESH)
-            return
-        self._failure = None
-        self._stale_at = clock() + _LIFETIME
-        if is_extra:
-            self._next_fetch_at = clock() + _REFRESH
+        else:
+            self._failure = None
+            self._stale_at = clock() + _LIFETIME
+            if is_extra:
+                self._next_fetch_at = clock() + _REFRESH
+        finally:
+            self._fetching = None

@@ -46,6 +46,8 @@ from aiokeyless.signatures import SignedTransaction, TransactionVerifier
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine
 
+    from raw_server import Handler
+
 pytestmark = pytest.mark.looptime
 
 KEYS = [ec_jwk(), rsa_jwk()]
@@ -229,7 +231,7 @@ BODIES: dict[str, bytes] = {
 
 
 @asynccontextmanager
-async def served(*answers: bytes, **options: Any) -> AsyncGenerator[tuple[RawServer, TransactionVerifier]]:
+async def served(*answers: bytes | Handler, **options: Any) -> AsyncGenerator[tuple[RawServer, TransactionVerifier]]:
     async with RawServer(*answers) as server, KeylessClient(KEY, base_url=server.url, **options) as client:
         yield server, TransactionVerifier(client, tenant=TENANT)
 
@@ -260,6 +262,40 @@ async def test_known_keys_serve_while_the_address_is_away() -> None:
         await asyncio.sleep(1)
         await verify(verifier, token())
         assert len(server.heads) == 3
+
+
+async def test_a_known_key_does_not_wait_for_an_address_that_hangs() -> None:
+    good = answer(json.dumps(key_set(*KEYS)).encode())
+    async with served(good, hang) as (server, verifier):
+        loop = asyncio.get_running_loop()
+        await verify(verifier, token())
+        await asyncio.sleep(24 * 3600)
+        began = loop.time()
+        await asyncio.gather(*(verify(verifier, token()) for _ in range(20)))
+        assert loop.time() - began == pytest.approx(1.0), "a second, in which a key that was revoked is noticed"
+        began = loop.time()
+        for _ in range(20):
+            await verify(verifier, token())
+        assert loop.time() == pytest.approx(began), "the fetch goes on, and nobody waits for it"
+        assert len(server.heads) == 2
+        assert await reason_for(verifier, unknown(1)) is SignatureReason.KEYS_UNAVAILABLE, "who needs it waits"
+        began = loop.time()
+        await verify(verifier, token())
+        assert loop.time() == pytest.approx(began), "nor is there another one for five minutes"
+
+
+async def test_a_fetch_goes_on_though_the_verification_that_started_it_is_cancelled(
+    service: StrictService, verifier: TransactionVerifier
+) -> None:
+    await verify(verifier, token())
+    await asyncio.sleep(24 * 3600)
+    first = asyncio.create_task(verify(verifier, token()))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await verify(verifier, token())
+    assert len(service.requests) == 2
 
 
 @pytest.mark.parametrize(("status", "cause"), [(b"503 Busy", StatusError), (b"302 Found", StatusError)])
