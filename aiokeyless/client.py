@@ -334,8 +334,8 @@ class KeylessClient:
     ) -> Authentications:
         """Return a user's attempts to authenticate of the last ten minutes, failed ones too (Telemetry).
 
-        They explain why an operation is not approved: the user cancelled, the face did not match. An attempt is never
-        an approval: only the operation itself says that it is approved.
+        They explain why an operation is not approved: the user left the scan, the face did not match. An attempt is
+        never an approval: only the operation itself says that it is approved.
 
         Args:
             user_id: The user, in hex of either case. Exactly one of `user_id` and `external_user_id` must be given.

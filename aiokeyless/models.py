@@ -216,14 +216,20 @@ class PendingOperation(Model, frozen=True, kw_only=True):
 
 # "Many of these are predictions only" (the vendor's page "Error handling"), so the texts must not accuse anybody.
 _REASONS: Final = {
+    512: "the face did not match well enough",
     534: "the user is not known or not active",
     535: "the device is not known or not active",
     1131: "the user is not enrolled on this device",
+    1167: "the user has set no PIN",
+    20000: "the user is not enrolled",
     30000: "the face could not be checked",
-    30003: "the user cancelled",
+    30003: "the user left the scan",
     30004: "the face did not match",
+    30005: "the phone was offline",
     30007: "locked out for some minutes",
     30008: "the attempt was rejected",
+    30009: "the app may not use the camera",
+    40002: "the device could not be checked",
 }
 
 

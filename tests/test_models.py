@@ -405,7 +405,7 @@ def test_no_repr_shows_an_external_id() -> None:
 
 def test_a_cancelled_attempt_says_so_in_words_and_keeps_its_number() -> None:
     attempt = Authentication(created_at="2025-05-21T10:34:00.000", result="FAILED", error_code=30003, auth_type="pin")
-    assert attempt.reason == "the user cancelled"
+    assert attempt.reason == "the user left the scan"
     assert attempt.to_dict() == {
         "created_at": "2025-05-21T10:34:00.000",
         "result": "FAILED",
@@ -413,11 +413,13 @@ def test_a_cancelled_attempt_says_so_in_words_and_keeps_its_number() -> None:
         "operation_id": None,
         "device_id": None,
         "auth_type": "pin",
-        "reason": "the user cancelled",
+        "reason": "the user left the scan",
     }
 
 
-@pytest.mark.parametrize("code", [534, 535, 1131, 30000, 30003, 30004, 30007, 30008])
+@pytest.mark.parametrize(
+    "code", [512, 534, 535, 1131, 1167, 20000, 30000, 30003, 30004, 30005, 30007, 30008, 30009, 40002]
+)
 def test_a_documented_code_has_words_that_accuse_nobody(code: int) -> None:
     reason = Authentication(error_code=code).reason
     assert reason

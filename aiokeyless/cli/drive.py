@@ -116,7 +116,7 @@ async def decline(
 
     Args:
         operation_id: The operation.
-        code: Why: 30003 the user cancelled, 30004 the face did not match, or another code of the vendor.
+        code: Why: 30003 the user left the scan, 30004 the face did not match, or another code of the vendor.
         auth_type: With the face (biom), or with the PIN (pin).
         user: The user, in hex: needed only if the phone is to create the operation.
         as_json: Print the attempt as one JSON object and nothing else.

@@ -209,7 +209,7 @@ class Service:
         Args:
             operation_id: The operation; it must not be approved. If it does not exist, the attempt is for one that the
                 phone would create.
-            error_code: Why it fails: 30003 cancelled by the user, 30004 the face does not match, or another code from
+            error_code: Why it fails: 30003 the user left the scan, 30004 the face does not match, or another code from
                 the vendor's page "Error handling". Default: 30004.
             user_id: The user, in hex; required only if there is no such operation. Default: not compared.
             auth_type: ``"biom"`` (biometric) or ``"pin"``. Default: ``"biom"``.

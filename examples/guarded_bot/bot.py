@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 
 from aiogram import Bot, Dispatcher, F, html
@@ -25,21 +24,15 @@ import aiokeyless
 
 ORDER = re.compile(r"(?=.*[1-9])([0-9]{1,6}(?:\.[0-9]{2})?) +(\S.{0,63})")
 USAGE = "Send /transfer 40 alice, and approve it on your phone."
-DECLINED = "You declined on your phone."
 TOO_LATE = "Nothing was transferred. If you approve it later, nothing is transferred either."
 SETTLED = {
     "paid": "This command was carried out before, and is not carried out again.",
     "closed": "This command was closed before, and nothing was transferred. Send a new one.",
 }
-CANCELLED = 30003  # the error code of an attempt that the user cancelled
 EDITS_APART = 0.05  # seconds, for all chats together: Telegram allows a bot about 30 messages a second
 GRACE = 5.0  # seconds in which the chats are told that the bot stops
 
 _LOGGER = logging.getLogger(__name__)
-
-
-class DeclinedError(Exception):
-    """The user cancelled on the phone. For Keyless the operation is pending: to end the wait is our decision."""
 
 
 class Record:
@@ -132,7 +125,6 @@ class Teller:
 
         async def progress(update: aiokeyless.ApprovalUpdate) -> None:
             nonlocal next_edit
-            stop_if_declined(update)
             if update.next_poll_in is None or clock() < max(next_edit, self._next_edit):
                 return
             next_edit, self._next_edit = clock() + self._edit_every, clock() + EDITS_APART
@@ -147,8 +139,6 @@ class Teller:
             ticket = await self._ask(operation_id, user, payload)
             await self._client.wait_for_approval(ticket, on_poll=progress, explain=True)
             state, end = "paid", "Approved and transferred."
-        except DeclinedError:
-            state, end = "closed", f"{DECLINED} {TOO_LATE}"
         except aiokeyless.KeylessError as error:
             _LOGGER.warning("%s: %s", operation_id, error)
             state, end = "closed", f"{explain(error)} {TOO_LATE}"
@@ -195,18 +185,6 @@ class Teller:
             await asyncio.gather(*late, return_exceptions=True)
 
 
-def declined(attempts: Sequence[aiokeyless.Authentication]) -> bool:
-    """Return whether the user's last attempt was cancelled; one who goes on trying has not declined."""
-    return bool(attempts) and attempts[-1].error_code == CANCELLED
-
-
-def stop_if_declined(update: aiokeyless.ApprovalUpdate) -> None:
-    """End the wait of a user who declined, unless they approved after all."""
-    approved = update.operation is not None and update.operation.is_approved
-    if declined(update.attempts) and not approved:
-        raise DeclinedError
-
-
 def news(update: aiokeyless.ApprovalUpdate) -> str:
     """Return what the chat is told of a wait that goes on: whose turn it is, Keyless's or the user's."""
     if update.error is not None:
@@ -221,7 +199,7 @@ def explain(error: aiokeyless.KeylessError) -> str:
         case aiokeyless.ApprovalUnknownError():
             return "Keyless is not reachable: your approval could not be checked."
         case aiokeyless.ApprovalTimeoutError():
-            return DECLINED if declined(error.attempts) else "Not approved in time."
+            return "Not approved in time."
         case aiokeyless.ApprovalError() | aiokeyless.ConflictError():
             return "What Keyless holds for this command is not this transfer."
         case aiokeyless.ClientClosedError():

@@ -117,7 +117,9 @@ class TestWhatIsLearned:
         async for update in client.watch_approval(ticket, explain=True):
             if update.attempts:
                 break
-        assert [(attempt.reason, attempt.error_code) for attempt in update.attempts] == [("the user cancelled", 30003)]
+        assert [(attempt.reason, attempt.error_code) for attempt in update.attempts] == [
+            ("the user left the scan", 30003)
+        ]
         assert update.elapsed == pytest.approx(17, abs=1)  # asked after 5 s and after 15 s, told with the next poll
         assert service.asked() == pytest.approx([started + 5, started + 15], abs=0.1)
 

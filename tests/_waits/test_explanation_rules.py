@@ -70,14 +70,14 @@ def test_the_newest_hundred_attempts_are_kept() -> None:
         ([attempt(), attempt()], "2 attempts failed: the face did not match (30004)"),
         (
             [attempt(), attempt(0), attempt(30003)],
-            "2 attempts failed: the face did not match (30004), the user cancelled (30003)",
+            "2 attempts failed: the face did not match (30004), the user left the scan (30003)",
         ),
         ([attempt(12345)], "1 attempt failed: error 12345"),
         ([Authentication(result="the-secret-key")], "1 attempt failed: no reason was given"),
         (
             [attempt(code) for code in (30000, 30003, 30004, 30008, 30008)],
             (
-                "5 attempts failed: the user cancelled (30003), the face did not match (30004), "
+                "5 attempts failed: the user left the scan (30003), the face did not match (30004), "
                 "the attempt was rejected (30008)"
             ),
         ),

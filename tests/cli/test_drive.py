@@ -57,7 +57,7 @@ async def test_an_operation_is_listed_declined_and_approved(monkeypatch: pytest.
     async with service.client() as client:
         await client.create_operation(USER, operation_id="a\u202e", operation_payload="Pay 5", external_user_id="ann")
     assert await printed(monkeypatch, "decline", "a\u202e") == (
-        "a\\u202e is declined: the user cancelled (30003). It stays pending.\n"
+        "a\\u202e is declined: the user left the scan (30003). It stays pending.\n"
     )
     assert "(30004)" in await printed(monkeypatch, "decline", "a\u202e", "--code", "30004")
     assert "declined: failed (99)" in await printed(monkeypatch, "decline", "a\u202e", "--code", "99")

@@ -260,7 +260,7 @@ async def test_attempts_shows_each_attempt_with_its_reason_and_that_none_is_an_a
     service.fail_authentication("other", 30004)
     text = await output_of(monkeypatch, io.StringIO(), "attempts", "txn 1")
     assert re.match(r"  Operation  txn 1\n  State      pending\n\n", text)
-    assert re.search(r"\n20[\dT:.-]+ +FAILED +the user cancelled \(30003\) +biom +sandbox-phone *\n", text)
+    assert re.search(r"\n20[\dT:.-]+ +FAILED +the user left the scan \(30003\) +biom +sandbox-phone *\n", text)
     assert re.search(r"\n20[\dT:.-]+ +FAILED +error 12345 +pin +sandbox-phone *\n", text)
     assert "30004" not in text
     service.approve("txn 1")

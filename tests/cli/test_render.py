@@ -150,7 +150,7 @@ async def test_a_poll_without_an_answer_is_a_line_that_names_the_error() -> None
 @pytest.mark.parametrize(
     ("attempt", "shown"),
     [
-        (Authentication(result=HOSTILE, error_code=30003), "1 attempt failed: the user cancelled (30003)"),
+        (Authentication(result=HOSTILE, error_code=30003), "1 attempt failed: the user left the scan (30003)"),
         (Authentication(result="APPROVED", error_code=0), ""),
     ],
     ids=["failed", "not failed"],

@@ -289,7 +289,7 @@ async def test_wait_shows_attempts_that_failed(monkeypatch: pytest.MonkeyPatch, 
         service.fail_authentication("txn-1", code)
     later(20, service.approve, "txn-1")
     text = await output_of(monkeypatch, io.StringIO(), "wait", "txn-1")
-    assert re.search(r"\n +\d+\.\d\d s  1 attempt failed: the user cancelled \(30003\)\n", text)
+    assert re.search(r"\n +\d+\.\d\d s  1 attempt failed: the user left the scan \(30003\)\n", text)
     assert text.count("1 attempt failed: the face did not match (30004)") == 1
     assert text.count("attempt failed") == 2
 

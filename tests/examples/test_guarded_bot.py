@@ -28,7 +28,6 @@ from bot_api import TOKEN, ApiError, BotApiServer, refusal
 from leaks import tasks_since
 from waiting import PATIENCE, until
 
-from aiokeyless import ApprovalTimeoutError, Authentication
 from aiokeyless._waits import explanation
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ async def test_nothing_is_transferred_where_keyless_cannot_be_asked_and_the_chat
         assert teller.transfers == []
 
 
-async def test_user_whose_face_did_not_match_is_asked_to_try_again_and_one_who_declines_is_told_at_once(
+async def test_user_whose_face_did_not_match_or_who_left_the_scan_is_asked_to_try_again_and_may_approve(
     telegram: BotApiServer,
     client: KeylessClient,
     database: sqlite3.Connection,
@@ -186,18 +185,10 @@ async def test_user_whose_face_did_not_match_is_asked_to_try_again_and_one_who_d
         sandbox.fail_authentication(operation_id, error_code=30004)
         await telegram.read(ALICE, "Your phone tells us that the face did not match; please try again: ")
         sandbox.fail_authentication(operation_id, error_code=30003)
-        await telegram.read(ALICE, f"You declined on your phone. {TOO_LATE}")
+        await telegram.read(ALICE, "Your phone tells us that the user left the scan; please try again: ")
         sandbox.approve(operation_id)
-        await telegram.say(ALICE, "/transfer 40 alice")
-        await until(lambda: len(sandbox.operations) == 2)
-        assert teller.transfers == []
-
-
-def test_user_who_declined_in_the_last_moment_did_not_just_run_out_of_time() -> None:
-    error = ApprovalTimeoutError("not approved", operation_id="transfer-1")
-    assert example.explain(error) == "Not approved in time."
-    error.attempts = (Authentication(error_code=30003),)
-    assert example.explain(error) == example.DECLINED
+        await telegram.read(ALICE, "Approved and transferred.")
+        assert teller.transfers == [("A11CE0", "40", "alice")]
 
 
 async def test_approval_of_something_else_transfers_nothing(

@@ -439,7 +439,7 @@ async def test_the_page_works_for_every_host_the_sandbox_listens_on(host: str) -
 # Refusing
 
 
-@pytest.mark.parametrize(("code", "reason"), [(30003, "the user cancelled"), (30004, "the face did not match")])
+@pytest.mark.parametrize(("code", "reason"), [(30003, "the user left the scan"), (30004, "the face did not match")])
 async def test_attempt_fails_as_the_button_says_and_the_operation_stays_pending(
     sandbox: Sandbox, http: aiohttp.ClientSession, page: aiohttp.ClientSession, code: int, reason: str
 ) -> None:

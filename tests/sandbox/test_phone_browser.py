@@ -445,8 +445,8 @@ async def test_attempts_fail_as_the_buttons_say_until_the_phone_is_locked(
     card = phone(page).get_by_role("listitem").filter(has_text="Pay for a")
     history = page.get_by_role("region", name="History").get_by_role("listitem")
     await card.get_by_role("button", name="Cancel").click()
-    await expect(card).to_contain_text("The user cancelled (30003). The operation stays pending.")
-    await expect(history.first).to_contain_text("The user cancelled (30003)Pay for aC0FFEE, ")
+    await expect(card).to_contain_text("The user left the scan (30003). The operation stays pending.")
+    await expect(history.first).to_contain_text("The user left the scan (30003)Pay for aC0FFEE, ")
     for number in range(5):
         await card.get_by_role("button", name="Face does not match").click()
         await expect(history).to_have_count(number + 2)
