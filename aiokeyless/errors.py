@@ -415,7 +415,8 @@ class ApprovalUnknownError(ApprovalTimeoutError):
 class OperationMismatchError(ApprovalError):
     """The answer is about another operation, user or payload, or has another factor than the ticket requires.
 
-    What to do: refuse, and investigate. A proxy may mix up answers, or someone else may use your operation ids.
+    What to do: refuse. After another factor, such as a PIN, ask again under a new id. Otherwise investigate: a proxy
+    may mix up answers, or someone else may use your operation ids.
     """
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NamedTuple
 
+import msgspec
 from cyclopts import Parameter
 
 from aiokeyless._version import __version__
@@ -93,9 +94,17 @@ def _read_ticket(_type: object, tokens: Sequence[Token]) -> File:
         ) from None
 
 
-def _check_target(operation_id: str | None = None, *, ticket: File | None = None, **_others: object) -> None:
+def _check_target(
+    operation_id: str | None = None,
+    *,
+    ticket: File | None = None,
+    require_auth_type: str | None = None,
+    **_others: object,
+) -> None:
     if (operation_id is None) == (ticket is None):
         raise ValueError("Name what to wait for: either OPERATION_ID or --ticket FILE.")
+    if require_auth_type is not None and ticket is None:
+        raise ValueError("--require-auth-type needs --ticket FILE: with OPERATION_ID, nothing is compared.")
 
 
 @app.command(
@@ -130,6 +139,7 @@ async def wait(
     ] = None,
     timeout: Timeout = None,  # noqa: ASYNC109  # the client's own
     if_missing: IfMissing = "raise",
+    require_auth_type: str | None = None,
     as_json: AsJson = False,
 ) -> int:
     """Wait until an operation is approved.
@@ -139,10 +149,13 @@ async def wait(
         ticket: Instead of an id, a file with the ticket of create --json; - is stdin.
         timeout: Seconds, or inf for no limit; if left out: the ticket's remaining time, or 120 for an id.
         if_missing: If there is no such operation, fail (raise), or wait until the phone creates it (wait).
+        require_auth_type: The factor that the approval must have, such as biom; if left out: the ticket's.
         as_json: Print a line of JSON for each poll and each attempt of the user, and one for the outcome.
     """
     target = operation_id if ticket is None else ticket.ticket
     assert target is not None  # noqa: S101  # see _check_target
+    if isinstance(target, ApprovalTicket) and require_auth_type is not None:
+        target = msgspec.structs.replace(target, require_auth_type=require_auth_type)
     budget = timeout or (DEFAULT_LIFETIME if isinstance(target, str) else target.remaining())
     console = new_console()
     async with new_client() as client:
@@ -167,7 +180,9 @@ async def wait(
         except asyncio.CancelledError:
             if as_json:
                 print_json(console, _compose_outcome(progress, "interrupted"))
-            options = _format_options(timeout=timeout, if_missing=if_missing, as_json=as_json)
+            options = _format_options(
+                timeout=timeout, if_missing=if_missing, require_auth_type=require_auth_type, as_json=as_json
+            )
             raise InterruptedCommandError(_explain_resuming(operation_id or ticket, options)) from None
     if as_json:
         print_json(console, _compose_outcome(progress, "approved", operation=operation))
@@ -179,11 +194,14 @@ async def wait(
     return Exit.DONE
 
 
-def _format_options(*, timeout: float | None, if_missing: IfMissing, as_json: bool) -> str:
+def _format_options(
+    *, timeout: float | None, if_missing: IfMissing, require_auth_type: str | None, as_json: bool
+) -> str:
     """Return the options to repeat for the same wait."""
     return (
         ("" if timeout is None else f" --timeout {timeout:g}")
         + ("" if if_missing == "raise" else f" --if-missing {if_missing}")
+        + ("" if require_auth_type is None else f" --require-auth-type={quote(require_auth_type)}")
         + (" --json" if as_json else "")
     )
 

@@ -185,6 +185,10 @@ async def test_the_last_line_of_json_names_every_outcome(
             "to resume: aiokeyless wait --timeout inf --if-missing wait --json a",
         ),
         (["--ticket", "FILE"], "to resume: aiokeyless wait --ticket=FILE"),
+        (
+            ["--ticket", "FILE", "--require-auth-type", "biom"],
+            "to resume: aiokeyless wait --require-auth-type=biom --ticket=FILE",
+        ),
         (["--ticket", "-"], "to resume with the same ticket on stdin: aiokeyless wait --ticket=-"),
     ],
     ids=repr,
@@ -278,6 +282,28 @@ def test_a_wait_is_for_an_id_or_a_ticket_and_not_both(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ticket.encode())))
     assert run(["wait", "a", "--ticket", "-"]) == 2
     assert "either OPERATION_ID or --ticket FILE. See aiokeyless wait --help.\n" in capsys.readouterr().err
+
+
+def test_a_factor_is_compared_with_a_ticket_and_not_with_an_id(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["wait", "a", "--require-auth-type", "biom"]) == 2
+    assert "--require-auth-type needs --ticket FILE" in capsys.readouterr().err
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize("factor", ["biom", "pin"])
+async def test_wait_takes_no_other_factor_than_the_required_one(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox, tmp_path: Path, factor: str
+) -> None:
+    async with service.client() as client:
+        ticket = await client.create_operation("C0FFEE", operation_id="txn-1")
+    (tmp_path / "ticket.json").write_text(ticket.to_json())
+    service.approve("txn-1", auth_type=factor)
+    command = "wait", "--ticket", str(tmp_path / "ticket.json"), "--require-auth-type", "biom"
+    if factor == "biom":
+        assert "Approved" in await output_of(monkeypatch, io.StringIO(), *command)
+    else:
+        with pytest.raises(OperationMismatchError):
+            await app.run_async(list(command))
 
 
 @pytest.mark.looptime
