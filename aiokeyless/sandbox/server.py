@@ -7,7 +7,10 @@ clock, so a test that moves that clock moves the sandbox too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import struct
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from http import HTTPStatus
@@ -35,6 +38,8 @@ logger: Final = logging.getLogger("aiokeyless")
 _BODY_LIMIT: Final = 1024 * 1024
 #: Seconds. Only a connection that is still reading a refused body delays a shutdown by this much.
 _SHUTDOWN_GRACE: Final = 0.1
+#: A socket that is closed with it resets the connection.
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 #: Addresses to connect to, by the wildcard addresses that a server can listen on.
 _REACHABLE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # a key of a table, not bound to
 
@@ -94,6 +99,7 @@ class Sandbox(Service):
         self._port = port
         self._on_request = on_request
         self._handlers: set[asyncio.Task[Any]] = set()
+        self._old_connections: set[web.RequestHandler] = set()
         self._runner: web.AppRunner | None = None
         self._url: str | None = None
 
@@ -176,6 +182,14 @@ class Sandbox(Service):
         """
         return KeylessClient(self._api_key, base_url=self.url, **options)
 
+    def reset_connections(self) -> None:
+        """Reset each connection that is open now at its next API request, as a balancer that has failed over does.
+
+        New connections work. The requests that are lost do not reach the service, and `requests` does not have them.
+        """
+        if self._runner is not None and self._runner.server is not None:
+            self._old_connections = set(self._runner.server.connections)
+
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=_BODY_LIMIT)
         application.router.add_get("/", self._serve_root)
@@ -195,6 +209,8 @@ class Sandbox(Service):
         return self._phones.page(request) if wants_page(request) else await self._serve(request)
 
     async def _serve(self, request: web.Request) -> web.Response:
+        if request.protocol in self._old_connections:
+            _reset(request)
         record = self._record(request.method, request.raw_path)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  # a running coroutine belongs to a task
@@ -279,3 +295,10 @@ def _drop(request: web.Request) -> NoReturn:
     """Close the connection, and end the handler as a lost connection does."""
     request.protocol.force_close()
     raise asyncio.CancelledError
+
+
+def _reset(request: web.Request) -> NoReturn:
+    """Reset the connection, and end the handler as a lost connection does."""
+    with contextlib.suppress(AttributeError):  # no socket: the client has left
+        request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    _drop(request)

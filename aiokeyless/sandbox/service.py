@@ -398,8 +398,8 @@ class Service:
     def drop_next(self, times: int | None = 1, *, stored: bool = False, method: str | None = None) -> None:
         """Close the connection of the next requests without an answer. These faults share the queue of `fail_next`.
 
-        aiohttp's client by itself repeats a GET once if the dropped connection was a kept-alive one. The repetition is
-        another request, and takes another fault.
+        The client by itself sends a GET once more if it loses the connection. That is another request, and takes
+        another fault.
 
         Args:
             times: Number of requests; None: all until `recover`. Default: 1.

@@ -443,6 +443,37 @@ async def test_wrong_fault_is_refused_and_not_queued(
     assert (await get(http, PENDING))[0] == 200
 
 
+async def read_pending(sandbox: Sandbox, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Send a request on a connection that stays open, and return the first line of the answer."""
+    head = f"GET {PENDING} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nX-Api-Key: {sandbox.api_key}"
+    writer.write(f"{head}\r\n\r\n".encode())
+    answer = await reader.readuntil(b"[]")
+    return answer.partition(b"\r\n")[0]
+
+
+async def test_each_open_connection_is_reset_at_its_next_request_and_new_ones_work(sandbox: Sandbox) -> None:
+    port = urlsplit(sandbox.url).port
+    used, unused = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+    assert await read_pending(sandbox, *used) == b"HTTP/1.1 200 OK"
+    sandbox.reset_connections()
+    new = await asyncio.open_connection("127.0.0.1", port)
+    assert await read_pending(sandbox, *new) == b"HTTP/1.1 200 OK"
+    for connection in (used, unused):
+        with pytest.raises(ConnectionResetError):
+            await read_pending(sandbox, *connection)
+    assert await read_pending(sandbox, *new) == b"HTTP/1.1 200 OK"
+    assert [record.status for record in sandbox.requests] == [200] * 3
+    for _, writer in (used, unused, new):
+        writer.close()
+
+
+async def test_closed_sandbox_has_no_connections_to_reset() -> None:
+    sandbox = Sandbox()
+    sandbox.reset_connections()
+    async with sandbox, session_for(sandbox) as http:
+        assert await create(http) == 200
+
+
 async def test_wrong_drop_is_refused(sandbox: Sandbox) -> None:
     with pytest.raises(ConfigurationError, match="times"):
         sandbox.drop_next(times=0)
