@@ -6,6 +6,8 @@ This module exports all names of the client. `aiokeyless.sandbox` has the sandbo
 from . import _interruption as _interruption  # first: the others take long
 
 # isort: split
+import logging
+
 from ._version import __version__
 from .client import DefaultTimeout, IfExists, IfMissing, KeylessClient, OnPoll, WaitTimeout
 from .errors import (
@@ -56,6 +58,9 @@ from .models import (
 from .reports import ApprovalOutcome, ApprovalUpdate, Approved, ClientStatistics, NotApproved
 from .schedule import wait_adaptive
 from .ticket import ApprovalTicket
+
+# Without it, Python prints warnings of a library to stderr if the application has set up no log.
+logging.getLogger("aiokeyless").addHandler(logging.NullHandler())
 
 __all__ = [
     "AlreadyApprovedError",

@@ -28,6 +28,7 @@ from tenacity.wait import wait_base
 from ._http import protocol
 from ._http.creation import ExternalUserCreation, OperationCreation, confirm_external_user
 from ._http.deletion import Deletion
+from ._http.keys import make_api_keys
 from ._http.transport import Transport
 from ._listeners import DEFAULT_LISTENERS, Listeners
 from ._rules.circuit import CircuitState
@@ -47,7 +48,6 @@ from ._validation import (
     check_text,
     check_user_id,
     finite_seconds,
-    read_api_key,
     seconds,
     whole_number,
 )
@@ -118,12 +118,15 @@ class KeylessClient:
     another one. Close it with ``async with`` or `aclose`; after that, each call raises `ClientClosedError`.
 
     Args:
-        api_key: The API key. Default: ``$KEYLESS_API_KEY``.
+        api_key: The API key, or a plain function that returns it, for keys that rotate. It is called for each HTTP
+            exchange, so it must be quick. If it raises or returns no key, the call or the wait ends with
+            `ConfigurationError`. Default: ``$KEYLESS_API_KEY``.
         region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
         base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
             with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored if `region` is given.
         session: An aiohttp session to use, for proxies, tracing or your own TLS settings; the client never closes it.
-            Its default headers, cookies and middlewares apply; its timeouts, redirects and error handling do not.
+            Its default headers, cookies and middlewares apply; its timeouts, redirects and error handling do not. The
+            client's name is appended to its ``User-Agent``.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
         max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
         max_in_flight: Polls of all waits together that have been in flight for less than a second. Slower polls and
@@ -151,7 +154,7 @@ class KeylessClient:
 
     def __init__(
         self,
-        api_key: str | None = None,
+        api_key: str | Callable[[], str] | None = None,
         *,
         region: Region | str | None = None,
         base_url: str | None = None,
@@ -166,11 +169,11 @@ class KeylessClient:
         self._closing: asyncio.Task[None] | None = None
         self._region: Region | None = None
         self._base_url: str = ""
-        key = read_api_key(_from_environment(api_key, "KEYLESS_API_KEY"))
+        keys = make_api_keys(_from_environment(api_key, "KEYLESS_API_KEY"))
         del api_key  # before anything is raised: error reporters print local variables
-        if isinstance(key, ConfigurationError):
-            raise key
-        self._api_key = key
+        if isinstance(keys, ConfigurationError):
+            raise keys
+        self._api_keys = keys
         if session is not None and not isinstance(session, aiohttp.ClientSession):
             raise ConfigurationError(
                 f"session must be an aiohttp.ClientSession, not {type(session).__name__}", argument="session"
@@ -265,7 +268,7 @@ class KeylessClient:
             listeners = Listeners(self._listeners) if self._listeners else None
             transport = Transport(
                 self._base_url,
-                self._api_key,
+                self._api_keys,
                 session=self._session,
                 request_timeout=self._request_timeout,
                 max_attempts=self._max_attempts,

@@ -200,12 +200,22 @@ class AuthenticationError(StatusError):
 
     What to do: use the secret server key of your tenant, issued for this region or ``base_url``. Two other keys do not
     work here: the one for downloading the SDK, and the API key in the configuration of the mobile SDK.
+
+    Attributes:
+        is_replaced: Whether ``api_key`` is a function that no longer returned the refused key. Try again then.
     """
+
+    is_replaced: bool = False
 
     advice = (
         "this is not the secret server key of this region; the key that downloads the SDK and the mobile SDK's API key "
         "do not work here, check KEYLESS_API_KEY and the region"
     )
+
+    @property
+    def is_transient(self) -> bool:
+        """True if the key was replaced during the request; see `KeylessError.is_transient`."""
+        return self.is_replaced
 
 
 class PermissionDeniedError(StatusError):

@@ -98,10 +98,14 @@ class _Background:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop, and return its result. If the caller is interrupted, cancel it."""
+        return self.call(lambda: coroutine)
+
+    def call(self, method: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run what a function returns. If the caller is interrupted before the loop calls it, there is no coroutine."""
         # Made here: with asyncio.run_coroutine_threadsafe, an interruption could come before the future exists.
         future: Future[T] = Future()
         try:
-            self._loop.call_soon_threadsafe(self._begin, coroutine, future)
+            self._loop.call_soon_threadsafe(self._begin, method, future)
             # In pieces: a signal that comes just before this thread sleeps, or to another thread, does not wake it.
             while not future.done():
                 wait({future}, timeout=_SIGNAL_WITHIN)
@@ -112,8 +116,8 @@ class _Background:
         finally:
             del future  # otherwise the error and this frame would reference each other
 
-    def _begin(self, coroutine: Coroutine[Any, Any, T], future: Future[T]) -> None:
-        task = self._loop.create_task(coroutine)
+    def _begin(self, method: Callable[[], Coroutine[Any, Any, T]], future: Future[T]) -> None:
+        task = self._loop.create_task(_call_in_loop(method))
 
         def cancel(done: Future[T]) -> None:
             if done.cancelled():
@@ -229,7 +233,7 @@ def _call(
 
     def call(self: KeylessClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
         background, client = self._open()
-        return background.run(method(client, *args, **kwargs))
+        return background.call(lambda: method(client, *args, **kwargs))
 
     _describe(call, method)
     return call
@@ -275,7 +279,9 @@ class KeylessClient:
     `ConfigurationError`, as it would stop that loop: use `aiokeyless.KeylessClient` there.
 
     Args:
-        api_key: The API key. Default: ``$KEYLESS_API_KEY``.
+        api_key: The API key, or a plain function that returns it, for keys that rotate. It is called for each HTTP
+            exchange, so it must be quick. If it raises or returns no key, the call or the wait ends with
+            `ConfigurationError`. Default: ``$KEYLESS_API_KEY``.
         region: Region of the tenant: ``eu``, ``us``, ``latam`` or ``sg``. Default: ``$KEYLESS_REGION``, else ``eu``.
         base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
             with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored if `region` is given.
@@ -308,7 +314,7 @@ class KeylessClient:
 
     def __init__(
         self,
-        api_key: str | None = None,
+        api_key: str | Callable[[], str] | None = None,
         *,
         region: Region | str | None = None,
         base_url: str | None = None,
@@ -319,10 +325,10 @@ class KeylessClient:
         schedule: wait_base | None = None,
         listeners: Iterable[Listener] = (),
     ) -> None:
-        key = None if api_key is None else Secret(api_key)
+        reveal = _hide(api_key)
         del api_key  # before anything is raised: error reporters print local variables
         self._client = AsyncKeylessClient(
-            None if key is None else key.reveal(),
+            reveal(),
             region=region,
             base_url=base_url,
             request_timeout=request_timeout,
@@ -474,8 +480,8 @@ class KeylessClient:
         """
         if on_poll is None:
             background, client = self._open()
-            return background.run(
-                client.wait_for_approval(
+            return background.call(
+                lambda: client.wait_for_approval(
                     target, timeout=timeout, schedule=schedule, if_missing=if_missing, explain=explain
                 )
             )
@@ -546,7 +552,7 @@ class KeylessClient:
         if background is None or background.ended:
             return client.statistics
         _refuse_event_loop()
-        return background.run(_statistics(client))
+        return background.call(lambda: _statistics(client))
 
 
 def submit_approval(
@@ -690,6 +696,15 @@ def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
         future.set_result(task.result())
     else:
         future.set_exception(error)
+
+
+async def _call_in_loop(method: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    return await method()
+
+
+def _hide(value: T) -> Callable[[], T]:
+    """Return a function that returns the value, which no repr shows."""
+    return lambda: value
 
 
 async def _statistics(client: AsyncKeylessClient) -> ClientStatistics:

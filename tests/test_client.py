@@ -54,7 +54,7 @@ def now() -> float:
 class TestConstruction:
     def test_the_key_comes_from_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KEYLESS_API_KEY", " from-the-environment\n")
-        assert KeylessClient()._api_key == Secret("from-the-environment")
+        assert KeylessClient()._api_keys.current().secret == Secret("from-the-environment")
 
     @pytest.mark.parametrize("value", [None, ""])
     def test_no_key_is_an_error_that_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import os
@@ -13,6 +14,7 @@ import sqlite3
 import sys
 import threading
 import time
+import warnings
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
@@ -353,6 +355,27 @@ async def test_a_call_that_is_interrupted_while_it_is_handed_to_the_loop_is_canc
         with pytest.raises(KeyboardInterrupt):
             keyless.wait_for_approval(ticket)
         assert ends_its_waits(keyless)
+
+    await asyncio.to_thread(program)
+
+
+@pytest.mark.parametrize("call", [lambda client: client.statistics, lambda client: client.get_operation("a")])
+async def test_a_call_that_is_interrupted_before_it_is_handed_to_the_loop_leaves_no_coroutine(
+    keyless: KeylessClient, monkeypatch: pytest.MonkeyPatch, call: Callable[[KeylessClient], object]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def program() -> None:
+        keyless.create_operation("C0FFEE")
+        monkeypatch.setattr(sync._process.background()._loop, "call_soon_threadsafe", interrupted)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with contextlib.suppress(KeyboardInterrupt):
+                call(keyless)
+                pytest.fail("it was not interrupted")
+        assert caught == []  # such as of a coroutine that was never awaited
 
     await asyncio.to_thread(program)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from .transport import Transport
 
+T = TypeVar("T")
 Sent = TypeVar("Sent")
 Found = TypeVar("Found")
 Result = TypeVar("Result")
@@ -99,25 +100,34 @@ class Creation(ABC, Generic[Sent, Found, Result]):
 
     async def _attempt(self, number: int) -> Result:
         try:
-            return self._confirm(await self._transport.send(self._post, attempt=number))
+            result = self._confirm(await self._transport.send(self._post, attempt=number))
         except KeylessError as error:
             failure = error.with_traceback(None)
+        else:
+            if number == 1:
+                self._transport.quota.give_back()
+            return result
         conflicts = isinstance(failure, ConflictError)
         if may_have_taken_effect(failure):
             self._ambiguous = failure
         elif not conflicts or (self._ambiguous is None and not self._resumes):
             raise failure
-        result = await self._resolve(conflicts=conflicts)
-        if result is None:
+        found = await self._resolve(conflicts=conflicts)
+        if found is None:
             raise failure
-        return result
+        return found
 
     async def _resolve(self, *, conflicts: bool) -> Result | None:
         """Return the result for the object that exists; None if there is none.
 
         Raises:
-            KeylessError: The search failed; the ambiguous failure is then final. Or see `_accept`.
+            KeylessError: The search failed, or may not be made; the ambiguous failure is then final. Or see `_accept`.
         """
+        if self._ambiguous is not None and not self._transport.take_tokens(
+            self._ambiguous, "whether it took effect was not checked"
+        ):
+            self._is_final = True
+            raise self._ambiguous
         # After a 409 the object exists, so an empty answer comes from a lagging replica. Otherwise it is faster to send
         # the POST again than to wait.
         pauses = iter(_LAG if conflicts else ())
@@ -141,6 +151,10 @@ class Creation(ABC, Generic[Sent, Found, Result]):
         except KeylessError:
             self._is_final = True
             raise
+
+    async def _fetch(self, request: protocol.Request[T]) -> T:
+        """Send a GET as `Transport.fetch` does, but give no token back: it is part of a call that has failed."""
+        return await self._transport.retry(lambda number: self._transport.send(request, attempt=number))
 
     def _may_repeat(self, error: KeylessError) -> bool:
         # After an ambiguous failure or a conflict, the search found nothing: otherwise `_is_final` is set.
@@ -194,7 +208,7 @@ class OperationCreation(Creation[SuccessAnswer, Operation, bool]):
 
     async def _search(self) -> Operation | None:
         try:
-            return await self._transport.fetch(self._get)
+            return await self._fetch(self._get)
         except NotFoundError:
             return None
 
@@ -238,7 +252,7 @@ class ExternalUserCreation(Creation[ExternalUser, User, ExternalUser]):
         return confirm_external_user(answer, self._post, self._user_id, self._external_user_id)
 
     async def _search(self) -> User | None:
-        users = await self._transport.fetch(self._get)
+        users = await self._fetch(self._get)
         return next((user for user in users if is_same_user(user.user_id, self._user_id)), None)
 
     def _accept(self, found: User) -> ExternalUser:

@@ -39,6 +39,8 @@ class Deletion:
     async def _attempt(self, number: int) -> None:
         try:
             await self._transport.send(self._request, attempt=number)
+            if number == 1:
+                self._transport.quota.give_back()
         except NotFoundError:
             if not self._may_be_done:
                 raise

@@ -1,4 +1,4 @@
-"""`Redaction`: makes text of an answer printable, short, and free of the API key in any encoding, for errors."""
+"""`Redaction`: makes text of an answer printable, short, and free of API keys in any encoding, for errors."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ _ENTITIES: Final = (("amp", "&"), ("lt", "<"), ("gt", ">"), ("quot", '"'), ("apo
 
 
 class Redaction:
-    """Redacts one API key in texts.
+    """Redacts API keys in texts.
 
     Args:
-        api_key: The key.
+        api_keys: The keys, at least one.
     """
 
-    # No attribute is the key itself, since error reporters print attributes by their repr.
-    __slots__ = ("_echo", "_echo_in_bytes", "_is_placeholder", "_reach")
+    # No attribute is a key itself, since error reporters print attributes by their repr.
+    __slots__ = ("_echo", "_echo_in_bytes", "_reach", "_repeated")
 
-    def __init__(self, api_key: Secret) -> None:
-        # The key in plain form, and as JSON, a URL and HTML encode it, with runs of blanks folded as in `redact`.
-        characters = " ".join(api_key.reveal().split())
-        self._is_placeholder = len(characters) < _SHORTEST_KEY
-        self._echo = re.compile("".join(_build_pattern(character) for character in characters))
-        self._echo_in_bytes = re.compile(self._echo.pattern.encode())
+    def __init__(self, *api_keys: Secret) -> None:
+        # With runs of blanks folded as in `redact`. Longer keys first: another one may begin like them.
+        keys = sorted({" ".join(key.reveal().split()) for key in api_keys}, key=len, reverse=True)
+        self._echo = _compile_patterns(keys)
+        # Those for which answers are searched: a placeholder is in texts by chance.
+        self._repeated = _compile_patterns([key for key in keys if len(key) >= _SHORTEST_KEY])
+        self._echo_in_bytes = re.compile(self._repeated.pattern.encode())
         # The longest input that can become MAX_DETAIL characters. Each of these is a character of the text, or part of
-        # the "***" for an echo of the key.
-        self._reach = MAX_DETAIL * _LONGEST_SPELLING * (len(characters) + 1)
+        # the "***" for an echo of a key.
+        self._reach = MAX_DETAIL * _LONGEST_SPELLING * (len(keys[0]) + 1)
 
     def is_echoed_in(self, answer: object, body: bytes) -> bool:
-        """Return whether a text of an answer repeats the key; a `Secret` does not count.
+        """Return whether a text of an answer repeats a key; a `Secret` does not count.
 
         These texts cannot be redacted, since a wait compares them, and applications log them.
 
@@ -50,7 +51,7 @@ class Redaction:
             body: Its JSON.
         """
         # Without a backslash, the JSON contains each text unchanged, so one search is enough for nearly all answers.
-        if self._is_placeholder or (b"\\" not in body and self._echo_in_bytes.search(body) is None):
+        if b"\\" not in body and self._echo_in_bytes.search(body) is None:
             return False
         return self._is_in(answer)
 
@@ -59,10 +60,10 @@ class Redaction:
             return any(map(self._is_in, answer))
         if isinstance(answer, msgspec.Struct):
             return any(map(self._is_in, msgspec.structs.astuple(answer)))
-        return isinstance(answer, str) and self._echo.search(answer) is not None
+        return isinstance(answer, str) and self._repeated.search(answer) is not None
 
     def redact(self, text: str) -> str | None:
-        """Return at most 200 printable characters of a text, without the key; None if nothing is left."""
+        """Return at most 200 printable characters of a text, without the keys; None if nothing is left."""
         # Redacted before the cut, so that no part of a key remains.
         text = self._echo.sub("***", " ".join(text.split())[: self._reach])
         text = text[:MAX_DETAIL]
@@ -70,6 +71,11 @@ class Redaction:
         if not text.isprintable():
             text = "".join(c if c.isprintable() else " " for c in text)
         return text.strip() or None
+
+
+def _compile_patterns(keys: list[str]) -> re.Pattern[str]:
+    """Compile a pattern for keys in plain form, and as JSON, a URL and HTML encode them; for none, it never matches."""
+    return re.compile("|".join("".join(map(_build_pattern, key)) for key in keys) or "(?!)")
 
 
 def _build_pattern(character: str) -> str:

@@ -19,11 +19,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import aiohttp
+from multidict import istr
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 from yarl import URL
 
+from aiokeyless._rules.quota import RepetitionQuota
 from aiokeyless._version import __version__
 from aiokeyless.errors import (
+    AuthenticationError,
     ClientClosedError,
     ConfigurationError,
     DecodeError,
@@ -35,14 +38,19 @@ from aiokeyless.errors import (
 from aiokeyless.events import RequestEnded
 
 from . import protocol
-from .redaction import Redaction
+from .content import UnusableContentError, decode_content, larger_than
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
+    from aiohttp.connector import Connection
+
     from aiokeyless._listeners import Listeners
-    from aiokeyless.models import Operation, Secret
+    from aiokeyless.models import Operation
+
+    from .keys import ApiKey, ApiKeys
+    from .redaction import Redaction
 
 T = TypeVar("T")
 
@@ -52,11 +60,19 @@ logger = logging.getLogger("aiokeyless")
 MAX_RETRY_AFTER: Final = 30.0
 #: Exceptions that an exchange raises unchanged. Any other exception is a failure of the exchange.
 _PROPAGATED: Final = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
-#: Bytes that aiohttp reads ahead, and decompresses at once.
+#: Bytes that aiohttp reads ahead.
 _BUFFER: Final = 1 << 18
-_HEADERS: Final = {"Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
+_USER_AGENT: Final = f"aiokeyless/{__version__}"
+# Looking up an istr takes half the time of a str.
+_CONTENT_ENCODING: Final = istr("Content-Encoding")
 _IS_TRANSIENT: Final[Callable[[KeylessError], bool]] = attrgetter("is_transient")
 _FULL_JITTER: Final = wait_random_exponential(multiplier=0.25, max=MAX_RETRY_AFTER)
+
+
+def _make_headers(user_agent: str | None) -> dict[str, str]:
+    """Return the headers of all requests; the client's name follows that of the application."""
+    name = f"{user_agent} {_USER_AGENT}" if user_agent else _USER_AGENT
+    return {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": name}
 
 
 def _max_connections(session: aiohttp.ClientSession) -> float:
@@ -71,7 +87,7 @@ class Transport:
 
     Args:
         base_url: Checked base URL, without a trailing slash.
-        api_key: The API key.
+        api_keys: The API key of each exchange.
         session: A session to borrow, or None to create one.
         request_timeout: Seconds for one exchange, from connecting to the last byte.
         max_attempts: Attempts of one call on transient failures.
@@ -81,7 +97,7 @@ class Transport:
     def __init__(
         self,
         base_url: str,
-        api_key: Secret,
+        api_keys: ApiKeys,
         *,
         session: aiohttp.ClientSession | None,
         request_timeout: float,
@@ -94,37 +110,31 @@ class Transport:
         self._listeners = listeners
         self._now = asyncio.get_running_loop().time
         self._base_path = self._base.raw_path.rstrip("/")
-        self._api_key = api_key
-        self._redaction = Redaction(api_key)
+        self._api_keys = api_keys
         self._max_attempts = max_attempts
+        self.quota = RepetitionQuota()
+        """Tokens for repetitions and checks, of this client and of all views of this transport."""
         self.request_timeout = request_timeout
-        # These override the session's settings. A borrowed session may raise for statuses, follow redirects, not
-        # decompress, or decompress a bomb at once into a buffer of any size.
+        # These override the session's settings. A borrowed session may raise for statuses, follow redirects, or
+        # decompress a bomb into a buffer of any size.
         self._options: dict[str, Any] = {
             "allow_redirects": False,
             "raise_for_status": False,
-            "auto_decompress": True,
+            "auto_decompress": False,
             "read_bufsize": _BUFFER,
         }
-        self._owns_session = session is None
+        self._owned_sessions: list[aiohttp.ClientSession] = []
+        self._headers: dict[str, str] = {}
+        # The second one is for what must not go on a connection that is kept: it may be dead, as all others are.
         if session is None:
-            session = aiohttp.ClientSession(
-                # The poller limits the polls in flight, at a lower cost.
-                connector=aiohttp.TCPConnector(limit=0),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                # Cheaper than per request: aiohttp then has nothing to merge.
-                headers=_make_headers(api_key),
-            )
-        self.max_connections: float = math.inf if self._owns_session else _max_connections(session)
-        """Requests at once, of all that the session is used for: more would queue in its connector."""
-        self._session = session
-        # The sessions to close: our own, and later perhaps one that does not send the key. Views share this list.
-        self._owned_sessions = [session] if self._owns_session else []
-        # By itself, aiohttp repeats a DELETE if the connection is lost. The 404 of the second request would then look
-        # like an answer to the first. A borrowed session keeps its own middlewares, which these would replace.
-        self._delete_options = (
-            {**self._options, "middlewares": (_send_without_repeating,)} if self._owns_session else self._options
-        )
+            self._session, self._session_of_new_connections = _make_session(), _make_session(force_close=True)
+            self._owned_sessions += self._session, self._session_of_new_connections
+            self.max_connections: float = math.inf
+            """Requests at once, of all that the session is used for: more would queue in its connector."""
+        else:
+            self._session = self._session_of_new_connections = session
+            self._headers = _make_headers(session.headers.get("User-Agent"))
+            self.max_connections = _max_connections(session)
         # No total: aiohttp's timer is entered twice. If the caller cancels in the same turn of the loop as the timeout,
         # it takes both cancellations for its own, and the caller's is lost. asyncio.timeout keeps that.
         self._call_timeout = aiohttp.ClientTimeout(total=None)
@@ -171,9 +181,9 @@ class Transport:
             request: The request.
             attempt: Which attempt of its call this is, for the listeners.
         """
-        endpoint, url = request.endpoint, self.url(request)
-        exchange = self._exchange(endpoint, url, timeouts=self._call_timeout, body=request.body)
-        return await self._read_answer(endpoint, url, exchange, attempt=attempt)
+        return await self._exchange(
+            request.endpoint, self.url(request), timeouts=self._call_timeout, body=request.body, attempt=attempt
+        )
 
     def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
         """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
@@ -182,23 +192,35 @@ class Transport:
         """
         path = self._base_path + protocol.operation_path(operation_id)
         url = self._base.with_path(path, encoded=True)
-        exchange = self._exchange(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
-        return self._read_answer(protocol.GET_OPERATION, url, exchange, attempt=1)
+        return self._exchange(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
 
-    async def _read_answer(
-        self, endpoint: protocol.Endpoint[T], url: URL, exchange: Awaitable[protocol.Answer], *, attempt: int
+    async def _exchange(
+        self,
+        endpoint: protocol.Endpoint[T],
+        url: URL,
+        *,
+        timeouts: aiohttp.ClientTimeout,
+        body: bytes | None = None,
+        attempt: int = 1,
     ) -> T:
-        """Run an exchange, read its answer, and report the end to the listeners."""
+        """Send a request, read its answer, and report the end to the listeners."""
         started = self._now()
         status: int | None = None
         request_id: str | None = None
         failure: str | None = None
         try:
-            answer = await exchange
+            key = self._api_keys.current()
+            answer = await self._receive(endpoint, url, key, timeouts=timeouts, body=body, is_first=attempt == 1)
             if self._listeners is not None:
                 status = answer.status
-                request_id = protocol.request_id(answer, self._redaction)
-            return protocol.read(endpoint, self._shown_path(endpoint, url), answer, self._redaction)
+                request_id = protocol.request_id(answer, key.redaction)
+            try:
+                return protocol.read(endpoint, self._shown_path(endpoint, url), answer, key.redaction)
+            except AuthenticationError as error:
+                if self._api_keys.is_replaced(key):
+                    error.is_replaced = True
+                    error.args = (f"{error.args[0].partition(':')[0]}: the key was replaced meanwhile; try again",)
+                raise
         except BaseException as error:
             failure = type(error).__name__
             raise
@@ -226,11 +248,13 @@ class Transport:
         """Send a request and read its answer. Retry transient failures, up to `max_attempts` attempts in total."""
         with self.call():
             try:
-                return await self.send(request)
+                answer = await self.send(request)
             except KeylessError as error:
                 if not self._should_repeat(error, _IS_TRANSIENT):
                     raise
                 return await self._repeat(lambda number: self.send(request, attempt=number), error, _IS_TRANSIENT)
+            self.quota.give_back()
+            return answer
 
     async def retry(
         self, attempt: Callable[[int], Awaitable[T]], may_repeat: Callable[[KeylessError], bool] = _IS_TRANSIENT
@@ -247,6 +271,18 @@ class Transport:
             if not self._should_repeat(error, may_repeat):
                 raise
             return await self._repeat(attempt, error, may_repeat)
+
+    def take_tokens(self, failure: KeylessError, omitted: str) -> bool:
+        """Take the tokens for a request that follows a failure. If there are too few, the failure says so.
+
+        Args:
+            failure: The failure, which ends the call without a token.
+            omitted: What the client then does not do.
+        """
+        if self.quota.take(failure):
+            return True
+        failure.args = (f"{failure.args[0]}; {omitted}, as too many calls of this client fail",)
+        return False
 
     def _should_repeat(self, error: KeylessError, may_repeat: Callable[[KeylessError], bool]) -> bool:
         return self._max_attempts > 1 and _is_worth_repeating(error, may_repeat)
@@ -273,6 +309,8 @@ class Transport:
         def note(retry_state: RetryCallState) -> None:
             failure = _get_failure(retry_state)
             assert isinstance(failure, KeylessError)  # noqa: S101  # nothing else is repeated
+            if not self.take_tokens(failure, "it was not repeated"):
+                raise failure
             earlier.append(failure.with_traceback(None))
 
         retrying = AsyncRetrying(
@@ -297,51 +335,45 @@ class Transport:
             while states:
                 states.pop().outcome = None
 
-    async def _exchange(
+    async def _receive(
         self,
         endpoint: protocol.Endpoint[Any],
         url: URL,
+        key: ApiKey,
         *,
         timeouts: aiohttp.ClientTimeout,
-        body: bytes | None = None,
+        body: bytes | None,
+        is_first: bool,
     ) -> protocol.Answer:
+        """Send a request and return its answer. What goes wrong becomes a `KeylessError` without aiohttp's frames."""
         if self._calls.are_closed:
             raise ClientClosedError("the client is closed; nothing was sent")
         method = endpoint.method
         started = time.perf_counter() if logger.isEnabledFor(logging.DEBUG) else 0.0
-        response: aiohttp.ClientResponse | None = None
         outcome: BaseException
         failure: BaseException | None = None
         try:
             if timeouts is self._call_timeout:
                 async with asyncio.timeout(self.request_timeout):
-                    response, content = await self._request(endpoint, url, timeouts, body)
+                    answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first)
             else:
-                response, content = await self._request(endpoint, url, timeouts, body)
+                answer = await self._request(endpoint, url, key, timeouts, body, is_first=is_first)
         # Most often, a cancellation.
         except _PROPAGATED as interruption:
             outcome = interruption
             outcome.__context__ = outcome.__cause__ = None
         except BaseException as error:  # noqa: BLE001  # connectors, middlewares and tracing hooks can raise anything
-            outcome, failure = self._make_error(method, self._shown_path(endpoint, url), error), error
+            outcome, failure = self._make_error(method, self._shown_path(endpoint, url), key, error), error
         else:
             if started:
                 elapsed = (time.perf_counter() - started) * 1000
-                path = self._shown_path(endpoint, url)
-                logger.debug("%s %s -> %d in %.0f ms", method, path, response.status, elapsed)
-            if content is not None:
-                return protocol.Answer(response.status, response.headers, content)
-            path = self._shown_path(endpoint, url)
-            outcome = TransportError(
-                f"{method} {path}: the answer is larger than {endpoint.max_body} bytes and was cut off",
-                method=method,
-                path=path,
-            )
+                logger.debug("%s %s -> %d in %.0f ms", method, self._shown_path(endpoint, url), answer.status, elapsed)
+            return answer
         _drop_tracebacks(failure, handled=sys.exception())
         # Raised outside the except block and without aiohttp's frames. Their variables include the request's headers,
         # and so the key. Error reporters print the local variables of every frame of a traceback, of its context and of
-        # its causes. The repr of a response shows its headers, which may echo the key.
-        response = body = failure = None
+        # its causes.
+        body = failure = None
         try:
             raise outcome.with_traceback(None)
         finally:
@@ -349,45 +381,66 @@ class Transport:
             del outcome
 
     async def _request(
-        self, endpoint: protocol.Endpoint[Any], url: URL, timeouts: aiohttp.ClientTimeout, body: bytes | None
-    ) -> tuple[aiohttp.ClientResponse, bytes | None]:
-        """Send a request, and return its answer and the body; the body is None if it is too large."""
-        options = self._delete_options if endpoint.method == "DELETE" else self._options
-        session = self._session if endpoint.sends_key else self._session_without_key()
-        response = await session.request(
-            endpoint.method, url, timeout=timeouts, data=body, headers=self._add_headers(endpoint, body), **options
-        )
+        self,
+        endpoint: protocol.Endpoint[Any],
+        url: URL,
+        key: ApiKey,
+        timeouts: aiohttp.ClientTimeout,
+        body: bytes | None,
+        *,
+        is_first: bool,
+    ) -> protocol.Answer:
+        """Send a request and return its answer.
+
+        A GET that loses its connection is sent once more, on a new one: a balancer that fails over resets each old
+        connection at its next use. If a new connection is lost, the service has failed. Repetitions have new ones.
+        """
+        session = self._session if is_first else self._session_of_new_connections
+        options = {
+            "timeout": timeouts,
+            "data": body,
+            "headers": self._add_headers(endpoint, key, body),
+            **self._options,
+        }
         try:
-            return response, await _read(response, endpoint.max_body)
+            response = await session.request(endpoint.method, url, **options)
+        except _ConnectionLostError as error:
+            if endpoint.method != "GET" or not is_first or error.had_begun:
+                raise
+            response = None
+        if response is None:
+            response = await self._session_of_new_connections.request(endpoint.method, url, **options)
+        try:
+            content = await _read(response, endpoint.max_body)
         # After a cancellation, too, the rest of the answer must not reach the next request.
         except BaseException:
             response.close()
             raise
+        if _CONTENT_ENCODING in response.headers:
+            encoding = key.redaction.redact(", ".join(response.headers.getall(_CONTENT_ENCODING)))
+            content = decode_content(content, encoding or "", endpoint.max_body)
+        return protocol.Answer(response.status, response.headers, content)
 
-    def _session_without_key(self) -> aiohttp.ClientSession:
-        """Return a session that does not send the key by itself: our usual one does, a borrowed one does not."""
-        if not self._owns_session:
-            return self._session
-        if self._owned_sessions[-1] is self._session:
-            self._owned_sessions.append(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
-        return self._owned_sessions[-1]
-
-    def _add_headers(self, endpoint: protocol.Endpoint[Any], body: bytes | None) -> dict[str, str] | None:
+    def _add_headers(self, endpoint: protocol.Endpoint[Any], key: ApiKey, body: bytes | None) -> dict[str, str]:
         """Return the headers that the session does not send already."""
-        if not endpoint.sends_key:
-            return dict(_HEADERS)
-        headers = {} if self._owns_session else _make_headers(self._api_key)
+        headers = self._headers.copy()
+        if endpoint.sends_key:
+            headers["X-Api-Key"] = key.secret.reveal()
         if body is not None:
             headers["Content-Type"] = "application/json"
-        return headers or None
+        return headers
 
-    def _make_error(self, method: str, path: str, failure: BaseException) -> KeylessError:
+    def _make_error(self, method: str, path: str, key: ApiKey, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
         if self._calls.are_closed:
             return ClientClosedError(f"the client was closed during {method} {path}; the request may have taken effect")
         if self._session.closed:
             return ClientClosedError("the session that the client borrowed is closed; close it after the client")
+        if isinstance(failure, _ConnectionLostError):
+            failure = failure.error
         logger.debug("%s %s failed: %s", method, path, type(failure).__name__)
+        if isinstance(failure, UnusableContentError):
+            return TransportError(f"{method} {path}: {failure}", method=method, path=path)
         # If connecting failed, nothing was sent. A total timeout does not show how far the exchange got.
         sent = not isinstance(failure, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
         error: TransportError
@@ -400,20 +453,24 @@ class Transport:
                 sent=sent,
             )
         else:
-            words = self._describe_tls(tls_error) if tls_error is not None else cause and cause.strerror
+            words = _describe_tls(tls_error, key.redaction) if tls_error is not None else cause and cause.strerror
             reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
-            is_untrusted = isinstance(tls_error, ssl.SSLCertVerificationError)
-            advice = "check base_url, and which authorities the session trusts" if is_untrusted else "try again later"
+            if isinstance(tls_error, ssl.SSLCertVerificationError):
+                advice = "check base_url, and which authorities the session trusts"
+            elif not sent and self._ignores_proxy(failure):
+                advice = "$HTTPS_PROXY is set, but only a session= with trust_env=True uses it"
+            else:
+                advice = "try again later"
             error = TransportError(
                 f"{method} {path} got no answer ({reason}); {advice}", method=method, path=path, sent=sent
             )
         error.__cause__ = cause
         return error
 
-    def _describe_tls(self, tls_error: ssl.SSLError) -> str | None:
-        """Return OpenSSL's reason, redacted: a hook may raise such an error with any text, even with the key."""
-        words = getattr(tls_error, "verify_message", None) or getattr(tls_error, "reason", None)
-        return self._redaction.redact(words if isinstance(words, str) else "TLS failed")
+    def _ignores_proxy(self, failure: BaseException) -> bool:
+        """Return whether the environment names a proxy for this server, which the session does not use."""
+        is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
+        return is_named and not self._session.trust_env and not isinstance(failure, aiohttp.ClientProxyConnectionError)
 
 
 class _Calls(set["_Call"]):
@@ -459,25 +516,52 @@ class _Call:
             ) from None
 
 
-def _make_headers(api_key: Secret) -> dict[str, str]:
-    return {"X-Api-Key": api_key.reveal(), **_HEADERS}
+class _ConnectionLostError(aiohttp.ClientConnectionError):
+    """The connection was lost before the head of an answer was complete. aiohttp repeats nothing after this error.
+
+    Attributes:
+        error: aiohttp's error.
+        had_begun: Whether a part of an answer is known to have arrived.
+    """
+
+    def __init__(self, error: aiohttp.ClientOSError | aiohttp.ServerDisconnectedError) -> None:
+        super().__init__()
+        self.error = error
+        self.had_begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
 
 
-async def _send_without_repeating(
-    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-) -> aiohttp.ClientResponse:
-    """Turn the loss of a connection into an error after which aiohttp does not repeat the request."""
-    try:
-        return await handler(request)
-    # Nothing was sent, and aiohttp does not repeat the request.
-    except aiohttp.ClientConnectorError:
-        raise
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise aiohttp.ClientConnectionError from error
+class _Response(aiohttp.ClientResponse):
+    """An answer on one of our own sessions.
+
+    By itself, aiohttp repeats a GET or a DELETE if the connection is lost, on the next one of its pool, which may be as
+    dead. The 404 of a second DELETE would look like an answer to the first.
+    """
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        try:
+            return await super().start(connection)
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            raise _ConnectionLostError(error) from error
 
 
-async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None:
-    """Return the body. If it has more than `max_body` bytes after decompression, close the connection, return None."""
+def _make_session(*, force_close: bool = False) -> aiohttp.ClientSession:
+    """Make a session that does not send the key by itself."""
+    return aiohttp.ClientSession(
+        # The poller limits the polls in flight, at a lower cost.
+        connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        # Cheaper than per request.
+        headers=_make_headers(None),
+        response_class=_Response,
+    )
+
+
+async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes:
+    """Return the body as it arrived.
+
+    Raises:
+        UnusableContentError: It has more than `max_body` bytes.
+    """
     content = response.content
     chunks: list[bytes] = []
     size = 0
@@ -485,10 +569,8 @@ async def _read(response: aiohttp.ClientResponse, max_body: int) -> bytes | None
     while not content.at_eof():
         chunk = await content.readany()
         size += len(chunk)
-        # The first chunk, too, may be large after decompression.
         if size > max_body:
-            response.close()
-            return None
+            raise larger_than(max_body)
         chunks.append(chunk)
     # Does not copy a single chunk.
     return b"".join(chunks)
@@ -527,12 +609,20 @@ def _drop_tracebacks(failure: BaseException | None, *, handled: BaseException | 
         failure = failure.__cause__ or failure.__context__
 
 
+def _describe_tls(tls_error: ssl.SSLError, redaction: Redaction) -> str | None:
+    """Return OpenSSL's reason, redacted: a hook may raise such an error with any text, even with the key."""
+    words = getattr(tls_error, "verify_message", None) or getattr(tls_error, "reason", None)
+    return redaction.redact(words if isinstance(words, str) else "TLS failed")
+
+
 def _find_tls_error(failure: BaseException) -> ssl.SSLError | None:
     """Return the TLS error of a failure.
 
-    While connecting, aiohttp's error wraps it. Later, it is the cause of an OSError.
+    While connecting, aiohttp's error wraps it, in different versions under different names. Later, it is the cause of
+    an OSError.
     """
-    for error in (getattr(failure, "os_error", None), failure, failure.__cause__):
+    wrapped = (getattr(failure, name, None) for name in ("os_error", "certificate_error"))
+    for error in (*wrapped, failure, failure.__cause__):
         if isinstance(error, ssl.SSLError):
             return error
     return None

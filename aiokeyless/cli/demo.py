@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
@@ -52,8 +51,6 @@ async def demo(*, as_json: AsJson = False) -> int:
         as_json: Print one JSON object at the end, and nothing else.
     """
     console = new_console()
-    # An outage is part of the demo, so its log is not shown.
-    logging.getLogger("aiokeyless").addHandler(logging.NullHandler())
     if as_json:
         scenes = {"approval": play_people, "outage": play_outage, "mismatch": play_mismatch}
         results = {name: msgspec.to_builtins(await play(_draw_nothing)) for name, play in scenes.items()}

@@ -233,7 +233,8 @@ class Exchanges:
 
     def _record_error(self, delivery: Delivery, error: KeylessError, started_at: float, *, is_probe: bool) -> None:
         """Record what a failure says about the service. If it says something about this worker, raise it."""
-        if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError):
+        # Of these, only the refusal of a key that was replaced meanwhile is transient.
+        if isinstance(error, AuthenticationError | ConfigurationError | ClientClosedError) and not error.is_transient:
             raise error
         if not error.is_transient:
             self._record_success(started_at)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import ssl
+import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from aiohttp_version import may_not_leak, needs_free_sessions, needs_middlewares
 from raw_server import RawServer, answer, drip, hang, now, operation, refused, reset, then_hang, unanswered
 from waiting import spin_until
 
@@ -42,8 +44,10 @@ from aiokeyless import (
     StatusError,
     TransportError,
     UnsupportedMediaTypeError,
+    __version__,
 )
 from aiokeyless._http import protocol, transport
+from aiokeyless._http.keys import ApiKeys
 from aiokeyless.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -57,6 +61,7 @@ pytestmark = [pytest.mark.platform, pytest.mark.looptime]
 USER = "C0FFEE"
 KEY = "k3y/S3CRET+odd"
 MIB = 1 << 20
+OWN_NAME = f"aiokeyless/{__version__}"
 TRUNCATED = answer(b"{", length=100)
 NOTHING = answer(b"", status=b"404 Not Found")
 BUSY = answer(b"busy", b"Retry-After: 30", status=b"503 Busy")
@@ -448,8 +453,6 @@ BROKEN: dict[str, bytes | Handler] = {
     "no HTTP": b"220 mail.example ESMTP\r\n\r\n",
     "headers without end": answer(b"{}", b"X-Long: " + b"a" * 9000),
     "two lengths": answer(operation(), b"Content-Length: 3"),
-    "not gzip": answer(b"plain", b"Content-Encoding: gzip"),
-    "not deflate": answer(b"\xff\xffplain", b"Content-Encoding: deflate"),
 }
 
 
@@ -471,11 +474,36 @@ async def test_broken_answer_breaks_no_other_call() -> None:
         assert (await client.get_operation("a")).operation_id == "a"
 
 
+# Compressed answers
+
+
+@pytest.mark.parametrize("encoding", [b"gzip", b"GZip"])
+async def test_gzip_of_a_gateway_is_read(lent: aiohttp.ClientSession | None, encoding: bytes) -> None:
+    assert await asked(answer(gzip.compress(operation()), b"Content-Encoding: " + encoding), session=lent)
+
+
 @pytest.mark.parametrize(
-    ("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)]
+    ("body", "encoding", "words"),
+    [
+        (gzip.compress(operation())[:-9], b"gzip", "the gzip of the answer is truncated"),
+        (gzip.compress(operation()) * 2, b"gzip", "the gzip of the answer is followed by more data"),
+        (operation(), b"gzip", "the answer is not the gzip that its content encoding says"),
+        (zlib.compress(operation()), b"deflate", "the answer has the content encoding deflate, but none was accepted"),
+        (operation(), b"br", "the answer has the content encoding br, but none was accepted"),
+        (operation(), b"gzip\r\nContent-Encoding: br", "the content encoding gzip, br, but none was accepted"),
+    ],
+    ids=["truncated", "two members", "no gzip", "deflate", "br", "two headers"],
 )
-async def test_compressed_answer_is_read(encoding: str, compress: Callable[[bytes], bytes]) -> None:
-    assert await asked(answer(compress(operation()), b"Content-Encoding: " + encoding.encode()))
+@pytest.mark.parametrize("status", [b"200 OK", b"503 Busy"])
+async def test_any_other_encoding_is_a_transient_error_that_names_it(
+    lent: aiohttp.ClientSession | None, body: bytes, encoding: bytes, words: str, status: bytes
+) -> None:
+    error = await failed(answer(body, b"Content-Encoding: " + encoding, status=status), session=lent)
+    assert type(error) is TransportError
+    assert str(error).startswith("GET /v2/operations/a: ")
+    assert str(error).endswith(words)
+    assert error.is_transient
+    assert error.sent
 
 
 # Answers over the limit
@@ -616,6 +644,45 @@ async def test_neither_a_proxy_nor_a_password_comes_from_the_environment(
         assert b"authorization" not in server.heads[0].lower()
 
 
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
+async def test_connection_that_cannot_be_made_past_a_proxy_names_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://proxy.example:3128")
+    async with once(refused().replace("http:", "https:")) as client:
+        error = await failure(client.get_operation("a"))
+    words = "; $HTTPS_PROXY is set, but only a session= with trust_env=True uses it"
+    assert str(error).endswith(f"(ClientConnectorError: Connection refused){words}")
+    assert "proxy.example" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("variable", "scheme", "options"),
+    [
+        ("HTTPS_PROXY", "http", {}),
+        ("HTTP_PROXY", "https", {}),
+        ("HTTPS_PROXY", "https", {"trust_env": True}),
+    ],
+    ids=["no https", "another proxy", "it is used"],
+)
+async def test_no_other_failure_names_the_proxy(
+    monkeypatch: pytest.MonkeyPatch, variable: str, scheme: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv(variable, refused())
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    async with (
+        aiohttp.ClientSession(**options) as session,
+        once(refused().replace("http:", f"{scheme}:"), session=session) as client,
+    ):
+        error = await failure(client.get_operation("a"))
+    assert "HTTPS_PROXY" not in str(error)
+    assert str(error).endswith("try again later")
+
+
+async def test_failure_of_a_connection_that_was_made_does_not_name_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    assert "HTTPS_PROXY" not in str(await failed(reset))
+
+
 ECHOES: dict[str, bytes | Handler] = {
     "a reset": reset,
     "silence": hang,
@@ -753,6 +820,12 @@ async def test_log_is_silent_by_default(client: KeylessClient, caplog: pytest.Lo
     assert own(caplog) == []
 
 
+def test_log_without_handlers_prints_nothing() -> None:
+    program = "import logging, aiokeyless; logging.getLogger('aiokeyless').warning('the circuit opens')"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert run.stderr == b""
+
+
 # A borrowed session
 
 
@@ -794,9 +867,22 @@ async def test_key_is_not_put_on_a_borrowed_session(session: aiohttp.ClientSessi
     assert "X-Api-Key" not in session.headers
 
 
+@pytest.mark.parametrize(
+    ("headers", "sent"), [({"user-agent": "shop/2"}, f"shop/2 {OWN_NAME}"), ({"X-Mine": "1"}, OWN_NAME), ({}, OWN_NAME)]
+)
+async def test_name_of_the_client_is_appended_to_that_of_the_session(headers: dict[str, str], sent: str) -> None:
+    async with (
+        RawServer(answer(operation())) as server,
+        aiohttp.ClientSession(headers=headers) as session,
+        once(server.url, session=session) as client,
+    ):
+        await client.get_operation("a")
+        assert f"\r\nUser-Agent: {sent}\r\n".encode() in server.heads[0]
+    assert dict(session.headers) == headers
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "statuses raise": {"raise_for_status": True},
-    "a base URL": {"base_url": "http://127.0.0.1:9/other/"},
     "no unzipping": {"auto_decompress": False},
     "a short timeout": {"timeout": aiohttp.ClientTimeout(total=0.1, sock_read=0.1, sock_connect=0.1)},
     "headers": {"headers": {"X-Api-Key": "other", "Accept": "text/html", "User-Agent": "other", "Content-Type": "x/y"}},
@@ -805,7 +891,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(setting, id=name) for name, setting in SETTINGS.items()),
+        pytest.param({"base_url": "http://127.0.0.1:9/other/"}, id="a base URL", marks=needs_free_sessions),
+    ],
+)
 async def test_settings_of_a_borrowed_session_do_not_matter(sandbox: Sandbox, settings: dict[str, Any]) -> None:
     sandbox.latency = 1
     async with aiohttp.ClientSession(**settings) as session, sandbox.client(session=session) as client:
@@ -1023,6 +1115,7 @@ async def test_deadline_at_the_instant_of_closing_stays_one(sandbox: Sandbox, fi
     assert {type(outcome) for outcome in outcomes} == {type(None), TimeoutError}
 
 
+@needs_middlewares
 async def test_failure_in_place_of_the_cancellation_is_that_of_closing() -> None:
     async def middleware(request: aiohttp.ClientRequest, handle: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         try:
@@ -1092,7 +1185,7 @@ async def test_closed_client_sends_nothing(sandbox: Sandbox, name: str) -> None:
 
 
 async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
-    sender = transport.Transport(sandbox.url, Secret(KEY), session=None, request_timeout=1.0, max_attempts=1)
+    sender = transport.Transport(sandbox.url, ApiKeys(Secret(KEY)), session=None, request_timeout=1.0, max_attempts=1)
     await sender.aclose()
     assert isinstance(await failure(sender.poll("a")), ClientClosedError)
     assert sandbox.requests == []
@@ -1100,7 +1193,9 @@ async def test_closed_room_sends_nothing(sandbox: Sandbox) -> None:
 
 async def test_a_transport_with_other_attempts_is_closed_with_the_one_it_is_of(sandbox: Sandbox) -> None:
     async with aiohttp.ClientSession() as session:
-        sender = transport.Transport(sandbox.url, Secret(KEY), session=session, request_timeout=1.0, max_attempts=3)
+        sender = transport.Transport(
+            sandbox.url, ApiKeys(Secret(KEY)), session=session, request_timeout=1.0, max_attempts=3
+        )
         once = sender.with_max_attempts(1)
         sandbox.fail_next(times=1)
         with pytest.raises(ServerError):
@@ -1114,7 +1209,7 @@ async def test_a_transport_with_other_attempts_is_closed_with_the_one_it_is_of(s
 
 async def test_a_poll_returns_the_operation(sandbox: Sandbox) -> None:
     sender = transport.Transport(
-        sandbox.url, Secret(sandbox.api_key), session=None, request_timeout=1.0, max_attempts=1
+        sandbox.url, ApiKeys(Secret(sandbox.api_key)), session=None, request_timeout=1.0, max_attempts=1
     )
     assert await sender.poll("a") == await sender.send(protocol.get_operation("a"))
     await sender.aclose()
@@ -1233,6 +1328,7 @@ async def test_cancellation_in_the_turn_in_which_the_timeout_passes_is_not_lost(
         assert call.cancelled()
 
 
+@needs_middlewares
 @pytest.mark.parametrize("max_attempts", [1, 2])
 @pytest.mark.parametrize("name", ["get_operation", "create_operation"])
 async def test_call_in_an_except_block_leaves_the_handled_error_its_traceback(name: str, max_attempts: int) -> None:
@@ -1279,7 +1375,7 @@ def uncollected() -> Iterator[Callable[[], list[str]]]:
 @pytest.mark.parametrize("max_attempts", [1, 3])
 @pytest.mark.parametrize(
     "answering",
-    [reset, BUSY, TRUNCATED, answer(b"<html>"), answer(b"{}"), None],
+    [pytest.param(reset, marks=may_not_leak), BUSY, TRUNCATED, answer(b"<html>"), answer(b"{}"), None],
     ids=["reset", "503", "cut off", "page", "another shape", "refused"],
 )
 @pytest.mark.parametrize("name", ["get_operation", "create_operation"])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from aiohttp_version import AIOHTTP
 from aioresponses import aioresponses
 from raw_server import RawServer, answer, operation
 from yarl import URL
@@ -22,7 +23,12 @@ USER = "0123456789abcdef"
 ODD_ID = "a/b?c#d%2F é"
 ODD_PATH = "/v2/operations/a%2Fb%3Fc%23d%252F%20%C3%A9"
 CREATED = b'{"success": true}'
-HEADERS = {"X-Api-Key": "key", "Accept": "application/json", "User-Agent": f"aiokeyless/{__version__}"}
+HEADERS = {
+    "X-Api-Key": "key",
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": f"aiokeyless/{__version__}",
+}
 
 
 class _NothingSent:
@@ -33,7 +39,9 @@ class _Response(aiohttp.ClientResponse):
     """What aioresponses 0.7.9 makes lacks an argument that aiohttp 3.14 wants."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, stream_writer=_NothingSent())  # type: ignore[arg-type]  # enough of one
+        if AIOHTTP >= (3, 14):
+            kwargs["stream_writer"] = _NothingSent()
+        super().__init__(*args, **kwargs)
 
 
 @pytest.fixture
@@ -139,7 +147,7 @@ async def test_heads_on_the_wire(borrowed: bool, base_path: str) -> None:
             await client.get_authentications(user_id=USER, operation_id=ODD_ID)
             await client.get_authentications(external_user_id=ODD_ID)
     prefix, odd = base_path.rstrip("/"), ODD_PATH.rpartition("/")[2]
-    common = HEADERS | {"Host": server.url.removeprefix("http://"), "Accept-Encoding": "gzip, deflate"}
+    common = HEADERS | {"Host": server.url.removeprefix("http://")}
     body = '{"operationId":"a/b?c#d%2F é","operationPayload":"é"}'.encode()
     assert [parsed(head) for head in server.heads] == [
         (f"GET {prefix}{ODD_PATH} HTTP/1.1", common),

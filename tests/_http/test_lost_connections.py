@@ -1,0 +1,223 @@
+"""Connections that are lost: a balancer fails over and resets each old one at its next use, while new ones work."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from raw_server import RawServer, answer, hang, now, operation, reset
+from tenacity import wait_fixed
+
+from aiokeyless import KeylessClient, RequestTimeoutError, TransportError
+from aiokeyless.events import PollEnded, RequestEnded
+from aiokeyless.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from raw_server import Handler
+
+    from aiokeyless.events import Event
+
+    Call = Callable[[KeylessClient], Awaitable[object]]
+
+pytestmark = [pytest.mark.platform, pytest.mark.looptime]
+
+USER = "C0FFEE"
+DEAD = 12  # connections in the pool
+
+
+@pytest.fixture
+def events() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+async def client(sandbox: Sandbox, events: list[Event]) -> AsyncGenerator[KeylessClient]:
+    async with sandbox.client(listeners=[events.append]) as client:
+        yield client
+
+
+async def fail_over(sandbox: Sandbox, client: KeylessClient) -> None:
+    """Let all connections in the client's pool die at their next use."""
+    sandbox.approve("warm", user_id=USER)
+    sandbox.latency = 0.1  # so that each request has a connection of its own
+    await asyncio.gather(*(client.get_operation("warm") for _ in range(DEAD)))
+    sandbox.latency = 0
+    sandbox.reset_connections()
+    sandbox.requests.clear()
+
+
+async def test_get_is_asked_once_more_on_a_new_connection(
+    sandbox: Sandbox, client: KeylessClient, events: list[Event]
+) -> None:
+    await fail_over(sandbox, client)
+    events.clear()
+    started = now()
+    for _ in range(DEAD + 3):
+        assert (await client.get_operation("warm")).is_approved
+    assert now() == started
+    assert len(sandbox.requests) == DEAD + 3
+    ended = [event for event in events if isinstance(event, RequestEnded)]
+    assert [(event.status, event.error, event.attempt) for event in ended] == [(200, None, 1)] * (DEAD + 3)
+
+
+async def test_create_with_nothing_but_dead_connections_creates_one_operation(
+    sandbox: Sandbox, client: KeylessClient
+) -> None:
+    await fail_over(sandbox, client)
+    ticket = await client.create_operation(USER, operation_id="a")
+    assert not ticket.reconciled
+    assert [record.method for record in sandbox.requests] == ["GET", "POST"]
+    assert set(sandbox.operations) == {"warm", "a"}
+
+
+REPEATED: dict[str, Call] = {
+    "PATCH": lambda client: client.update_external_user(USER, "ann"),
+    "DELETE": lambda client: client.delete_external_user("ann"),
+}
+
+
+@pytest.mark.parametrize("method", REPEATED)
+async def test_repetition_goes_on_a_new_connection(sandbox: Sandbox, client: KeylessClient, method: str) -> None:
+    sandbox.enroll(USER, external_user_id="ann")
+    await fail_over(sandbox, client)
+    await REPEATED[method](client)
+    assert [record.method for record in sandbox.requests] == [method]
+
+
+# What is asked twice
+
+
+HALF = b"HTTP/1.1 200 OK\r\nContent-Le"
+
+
+@pytest.mark.parametrize(
+    ("answered", "times"), [(reset, 2), (b"", 2), (b"H", 1), (HALF, 1), (HALF + b"ngth: 9\r\n\r\n{", 1)]
+)
+async def test_get_is_two_requests_at_most_and_one_if_an_answer_began(answered: bytes | Handler, times: int) -> None:
+    async with RawServer(answered) as server, KeylessClient("key", base_url=server.url, max_attempts=1) as client:
+        with pytest.raises(TransportError):
+            await client.get_operation("a")
+        assert len(server.heads) == times
+
+
+async def test_repetition_that_loses_a_new_connection_is_not_asked_again() -> None:
+    async with RawServer(reset) as server, KeylessClient("key", base_url=server.url, max_attempts=3) as client:
+        with pytest.raises(TransportError, match="ClientOSError: Connection reset by peer"):
+            await client.get_operation("a")
+        assert len(server.heads) == 2 + 1 + 1
+
+
+@pytest.mark.parametrize("name", ["delete_external_user", "update_external_user", "create_operation"])
+async def test_no_other_method_is_asked_twice_in_one_attempt(name: str) -> None:
+    calls: dict[str, Call] = {
+        "delete_external_user": REPEATED["DELETE"],
+        "update_external_user": REPEATED["PATCH"],
+        "create_operation": lambda client: client.create_operation(USER),
+    }
+    async with (
+        RawServer(reset, answer(b"", status=b"404 No")) as server,
+        KeylessClient("key", base_url=server.url, max_attempts=1) as client,
+    ):
+        with pytest.raises(TransportError) as caught:
+            await calls[name](client)
+        assert caught.value.sent
+        methods = [head.split(b" ", 1)[0] for head in server.heads]
+        assert [method for method in methods if method != b"GET"] == methods[:1]
+
+
+async def test_borrowed_session_is_asked_once_more_as_it_is() -> None:
+    async with (
+        RawServer(reset) as server,
+        aiohttp.ClientSession() as session,
+        KeylessClient("key", base_url=server.url, session=session, max_attempts=1) as client,
+    ):
+        with pytest.raises(TransportError):
+            await client.get_operation("a")
+        assert len(server.heads) == 2
+
+
+async def test_both_requests_have_one_request_timeout() -> None:
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.5)
+        await reset(reader, writer)
+
+    async with (
+        RawServer(late, hang) as server,
+        KeylessClient("key", base_url=server.url, max_attempts=1, request_timeout=2.5) as client,
+    ):
+        started = now()
+        with pytest.raises(RequestTimeoutError):
+            await client.get_operation("a")
+        assert now() - started == pytest.approx(2.5, abs=1e-3)
+        assert len(server.heads) == 2
+
+
+async def test_only_the_second_answer_counts() -> None:
+    async with (
+        RawServer(reset, answer(operation(nodeId="second"))) as server,
+        KeylessClient("key", base_url=server.url, max_attempts=1) as client,
+    ):
+        assert (await client.get_operation("a")).node_id == "second"
+
+
+async def test_new_connection_is_not_kept() -> None:
+    async def answer_and_stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(operation()).replace(b"Connection: close", b"Connection: keep-alive"))
+        await reader.read()
+
+    async with RawServer(reset, answer_and_stay) as server, KeylessClient("key", base_url=server.url) as client:
+        await client.get_operation("a")
+        await asyncio.sleep(1)
+        assert server.connections == 0
+
+
+# Waits
+
+
+async def lateness(sandbox: Sandbox, client: KeylessClient, waits: int, **options: Any) -> list[float]:
+    """Return how late waits learn of approvals within the five seconds that follow a failover."""
+    loop = asyncio.get_running_loop()
+    late: list[float] = []
+
+    async def learn(name: str, at: float) -> None:
+        await client.wait_for_approval(name, **options)
+        late.append(loop.time() - at)
+
+    names = [str(number) for number in range(waits)]
+    await asyncio.gather(*(client.create_operation(USER, operation_id=name) for name in names))
+    fails_over_at = loop.time() + 5
+    async with asyncio.TaskGroup() as group:
+        for number, name in enumerate(names):
+            at = fails_over_at + 5 * number / waits
+            loop.call_at(at, sandbox.approve, name)
+            group.create_task(learn(name, at))
+        loop.call_at(fails_over_at, sandbox.reset_connections)
+    return late
+
+
+@pytest.mark.parametrize("waits", [20, 60, 100])
+async def test_waits_after_a_failover_are_no_later_than_before(
+    sandbox: Sandbox, client: KeylessClient, events: list[Event], waits: int
+) -> None:
+    sandbox.latency = 0.05
+    late = await lateness(sandbox, client, waits)
+    assert len(late) == waits
+    assert statistics.mean(late) < 1.0
+    assert {event.result for event in events if isinstance(event, PollEnded)} == {"pending", "approved"}
+    assert client.statistics.transient_failures == 0
+
+
+async def test_waits_whose_connections_serve_one_request_are_in_time(events: list[Event]) -> None:
+    async with (
+        Sandbox(on_request=lambda _: sandbox.reset_connections()) as sandbox,
+        sandbox.client(listeners=[events.append]) as client,
+    ):
+        sandbox.latency = 0.05
+        late = await lateness(sandbox, client, 20, schedule=wait_fixed(1))
+        assert statistics.mean(late) < 0.7
+        assert client.statistics.transient_failures == 0

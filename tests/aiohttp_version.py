@@ -1,0 +1,16 @@
+"""Which aiohttp the tests run on: `nox -s lowest` runs them on the lowest one that pyproject.toml allows."""
+
+from __future__ import annotations
+
+import aiohttp
+import pytest
+
+AIOHTTP = tuple(map(int, aiohttp.__version__.split(".")[:2]))
+#: The end of the reasons below, for tests/conftest.py.
+NOT_THERE = "of this aiohttp"
+
+needs_middlewares = pytest.mark.skipif(AIOHTTP < (3, 12), reason=f"no middlewares {NOT_THERE}")
+#: aiohttp 3.10 keeps what was reset until the garbage collector comes.
+may_not_leak = pytest.mark.skipif(AIOHTTP < (3, 11), reason=f"a flaw {NOT_THERE}")
+#: A session of aiohttp 3.10 with a base URL sends nothing to another one.
+needs_free_sessions = pytest.mark.skipif(AIOHTTP < (3, 11), reason=f"a limit {NOT_THERE}")
