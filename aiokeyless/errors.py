@@ -67,7 +67,7 @@ class ClientClosedError(KeylessError, RuntimeError):
 class TransportError(KeylessError):
     """No usable answer arrived: no connection, TLS failure, reset, an incomplete answer, or a body over the limit.
 
-    What to do: try again later. Single calls were already tried ``max_attempts`` times; waits retry until their
+    What to do: try again later. Single calls were already tried up to ``max_attempts`` times; waits retry until their
     deadline.
 
     Attributes:
@@ -291,7 +291,7 @@ class RateLimitError(StatusError):
 class ServerError(StatusError):
     """5xx: the service or its gateway failed.
 
-    What to do: try again later. Single calls were already tried ``max_attempts`` times; waits retry until their
+    What to do: try again later. Single calls were already tried up to ``max_attempts`` times; waits retry until their
     deadline.
     """
 

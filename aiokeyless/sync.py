@@ -286,7 +286,8 @@ class KeylessClient:
         base_url: Base URL of the API, instead of a region's: https, or http to a loopback host. It cannot be combined
             with `region`. Default: ``$KEYLESS_BASE_URL``, which is ignored if `region` is given.
         request_timeout: Seconds for one HTTP exchange, from connecting to the last byte. Default: 10.
-        max_attempts: Attempts of one call on transient failures; 1 means no retry. Default: 3.
+        max_attempts: Attempts of one call on transient failures; 1 means no retry. If many calls fail, only some are
+            retried, and the errors of the others say so. Default: 3.
         max_in_flight: Polls of all waits together that have been in flight for less than a second. Slower polls and
             final polls have room of their own: at most ten times as many connections. Default: 64.
         max_polls_per_second: Polls that start in a second, of all waits together; None for as many as fit. If more are

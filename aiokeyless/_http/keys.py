@@ -49,7 +49,7 @@ class ApiKeys:
         """Return the key of an exchange that begins now.
 
         Raises:
-            ConfigurationError: The function raised, or returned what is no key.
+            ConfigurationError: The function raised, or did not return a key.
         """
         if self._ask is not None:
             return self._update(_read(self._ask))

@@ -238,6 +238,10 @@ with warnings.catch_warnings():
             """There is none."""
 
         @property
+        def headers(self) -> CIMultiDict[str]:
+            return CIMultiDict()
+
+        @property
         def closed(self) -> bool:
             return False
 
