@@ -198,6 +198,28 @@ async def test_a_key_that_is_refused_for_a_moment_ends_no_worker(
     assert {event.outcome for event in events} == {Outcome.APPROVED}
 
 
+async def test_a_key_that_was_replaced_while_it_was_refused_is_no_refusal_of_the_key(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [sandbox.api_key]
+
+    def newest() -> str:
+        if sandbox.requests and sandbox.requests[-1].status == 401:
+            keys.append("the new key")
+        return keys[-1]
+
+    async with KeylessClient(newest, base_url=sandbox.url) as client, working(client) as (worker, broker):
+        await submit_approval(broker, "C0FFEE", operation_id="txn-1")
+        await created(sandbox, 1)
+        sandbox._api._key = "the new key"
+        await asyncio.sleep(2)
+        sandbox.approve("txn-1")
+        [event] = await events_of(broker, 1)
+        assert worker.statistics.transient_failures == 1
+    assert event.outcome is Outcome.APPROVED
+    assert "keyless.key_refused" not in caplog.text
+
+
 async def test_a_gateway_that_refuses_the_check_of_the_key_in_another_way_ends_no_worker(
     client: KeylessClient, sandbox: Sandbox
 ) -> None:
