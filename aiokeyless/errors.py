@@ -65,7 +65,7 @@ class ClientClosedError(KeylessError, RuntimeError):
 
 
 class TransportError(KeylessError):
-    """No usable answer arrived: no connection, TLS failure, reset, an incomplete answer, or a body over the limit.
+    """No usable answer arrived: no connection, TLS failure, reset, or an answer that is cut off, too large or encoded.
 
     What to do: try again later. Single calls were already tried up to ``max_attempts`` times; waits retry until their
     deadline.
@@ -202,10 +202,10 @@ class AuthenticationError(StatusError):
     work here: the one for downloading the SDK, and the API key in the configuration of the mobile SDK.
 
     Attributes:
-        is_replaced: Whether ``api_key`` is a function that no longer returned the refused key. Try again then.
+        key_was_replaced: Whether ``api_key`` is a function that no longer returned the refused key. Try again then.
     """
 
-    is_replaced: bool = False
+    key_was_replaced: bool = False
 
     advice = (
         "this is not the secret server key of this region; the key that downloads the SDK and the mobile SDK's API key "
@@ -215,7 +215,7 @@ class AuthenticationError(StatusError):
     @property
     def is_transient(self) -> bool:
         """True if the key was replaced during the request; see `KeylessError.is_transient`."""
-        return self.is_replaced
+        return self.key_was_replaced
 
 
 class PermissionDeniedError(StatusError):

@@ -218,7 +218,7 @@ class Transport:
                 return protocol.read(endpoint, self._shown_path(endpoint, url), answer, key.redaction)
             except AuthenticationError as error:
                 if self._api_keys.is_replaced(key):
-                    error.is_replaced = True
+                    error.key_was_replaced = True
                     error.args = (f"{error.args[0].partition(':')[0]}: the key was replaced meanwhile; try again",)
                 raise
         except BaseException as error:

@@ -225,7 +225,7 @@ async def test_refusal_of_a_replaced_key_says_so() -> None:
     async with RawServer(rotate) as server, KeylessClient(rotation, base_url=server.url, max_attempts=1) as client:
         error = await failure(client)
     assert isinstance(error, AuthenticationError)
-    assert error.is_replaced
+    assert error.key_was_replaced
     assert error.is_transient
     assert pickle.loads(pickle.dumps(error)).is_transient  # noqa: S301  # our own
     assert str(error) == "GET /v2/operations/a answered 401: the key was replaced meanwhile; try again"
@@ -239,7 +239,7 @@ async def test_refusal_of_the_current_key_is_final() -> None:
         error = await failure(client)
         assert len(server.heads) == 1
     assert isinstance(error, AuthenticationError)
-    assert not error.is_replaced
+    assert not error.key_was_replaced
     assert not error.is_transient
     assert "check KEYLESS_API_KEY and the region" in str(error)
 
