@@ -9,8 +9,9 @@ import asyncio
 import json
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
+from aiokeyless._rules.quota import RepetitionQuota
 from aiokeyless.errors import ConflictError, NotFoundError, ServerError
 from aiokeyless.models import Operation, SuccessAnswer
 from aiokeyless.worker import ApprovalWorker, submit_approval
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 
     from aiokeyless import KeylessClient
     from aiokeyless._http.protocol import Request
+    from aiokeyless.errors import KeylessError
     from aiokeyless.worker import Broker
     from benchmarks.bench import Bench
+
+T = TypeVar("T")
 
 _USER: Final = "C0FFEE"
 _BAD: Final = 200
@@ -40,6 +44,7 @@ class PartlyFailing:
     listeners: tuple[()] = ()
 
     def __init__(self) -> None:
+        self.quota = RepetitionQuota()
         self.created: dict[str, tuple[float, str]] = {}  # when, with its payload
         self.seen: dict[str, float] = {}  # when it was first answered as approved
 
@@ -58,9 +63,13 @@ class PartlyFailing:
         """Send a GET."""
         return await self.send(request)
 
-    async def retry(self, attempt: Callable[[int], Awaitable[bool]], _may_repeat: object) -> bool:
+    async def retry(self, attempt: Callable[[int], Awaitable[T]], _may_repeat: object = None) -> T:
         """Try once."""
         return await attempt(1)
+
+    def take_tokens(self, failure: KeylessError, _omitted: str) -> bool:
+        """Take the tokens for a check."""
+        return self.quota.take(failure)
 
     async def send(self, request: Request[Any], *, attempt: int = 1) -> Any:  # noqa: ARG002  # as the transport has it
         """Answer a request."""
