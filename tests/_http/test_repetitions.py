@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiokeyless import ConflictError, KeylessClient, KeylessError, NotFoundError, ServerError, TransportError
+from aiokeyless.events import RequestEnded
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aiokeyless.events import Event
     from aiokeyless.sandbox import Sandbox
 
     Call = Callable[[KeylessClient], Awaitable[object]]
@@ -141,18 +143,35 @@ async def test_link_without_a_token_says_that_it_was_not_checked(sandbox: Sandbo
     assert len(sandbox.requests) == 1
 
 
-async def test_check_and_its_own_repetition_take_one_token_each(sandbox: Sandbox, client: KeylessClient) -> None:
-    use_up(client)
+async def test_check_that_finds_the_operation_gives_no_token_back(sandbox: Sandbox, client: KeylessClient) -> None:
     sandbox.approve("b", user_id=USER)
-    for _ in range(3):
-        await client.get_operation("b")
-    sandbox.requests.clear()
-    sandbox.drop_next(method="POST")
-    sandbox.fail_next(503, method="GET")
-    await client.create_operation(USER)  # a check, its repetition, and the POST once more
-    assert [record.method for record in sandbox.requests] == ["POST", "GET", "GET", "POST"]
+    use_up(client)
+    await client.get_operation("b")
+    sandbox.drop_next(method="POST", stored=True)
+    assert (await client.create_operation(USER)).reconciled
     sandbox.fail_next(503)
     assert str(await failure(client.get_operation("b"))).endswith(NOT_REPEATED)
+
+
+async def test_check_and_its_own_repetition_take_one_token_each(sandbox: Sandbox) -> None:
+    ended: list[tuple[str, int]] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RequestEnded):
+            ended.append((event.method, event.attempt))
+
+    async with sandbox.client(listeners=[listen]) as client:
+        use_up(client)
+        sandbox.approve("b", user_id=USER)
+        for _ in range(3):
+            await client.get_operation("b")
+        ended.clear()
+        sandbox.drop_next(method="POST")
+        sandbox.fail_next(503, method="GET")
+        await client.create_operation(USER)
+        assert ended == [("POST", 1), ("GET", 1), ("GET", 2), ("POST", 2)]
+        sandbox.fail_next(503)
+        assert str(await failure(client.get_operation("b"))).endswith(NOT_REPEATED)
 
 
 @pytest.mark.parametrize(
