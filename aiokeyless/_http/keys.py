@@ -45,6 +45,10 @@ class ApiKeys:
         else:
             self._ask = source
 
+    def static(self) -> Secret | None:
+        """Return the key if it is always the same."""
+        return self._current.secret if self._ask is None and self._current is not None else None
+
     def current(self) -> ApiKey:
         """Return the key of an exchange that begins now.
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
 
     from aiokeyless._listeners import Listeners
-    from aiokeyless.models import Operation
+    from aiokeyless.models import Operation, Secret
 
     from .keys import ApiKey, ApiKeys
     from .redaction import Redaction
@@ -125,9 +125,13 @@ class Transport:
         }
         self._owned_sessions: list[aiohttp.ClientSession] = []
         self._headers: dict[str, str] = {}
-        # The second one is for what must not go on a connection that is kept: it may be dead, as all others are.
+        # Whether `_session` sends the key by itself.
+        self._sends_key = session is None and api_keys.static() is not None
+        # The second one is for what must not go on a connection that is kept, which may be dead as all others are.
         if session is None:
-            self._session, self._session_of_new_connections = _make_session(), _make_session(force_close=True)
+            # Cheaper than per request: aiohttp then has nothing to merge.
+            self._session = _make_session(api_keys.static())
+            self._session_of_new_connections = _make_session(None, force_close=True)
             self._owned_sessions += self._session, self._session_of_new_connections
             self.max_connections: float = math.inf
             """Requests at once, of all that the session is used for: more would queue in its connector."""
@@ -174,22 +178,21 @@ class Transport:
         """Return the path for messages; an external user id may be personal, so then it is the documented route."""
         return endpoint.route if endpoint.is_personal else self.path(url)
 
-    async def send(self, request: protocol.Request[T], *, attempt: int = 1) -> T:
+    def send(self, request: protocol.Request[T], *, attempt: int = 1) -> Coroutine[Any, Any, T]:
         """Send a request once and read its answer.
+
+        It returns the exchange's own coroutine: another one around it would make each call a little slower.
 
         Args:
             request: The request.
             attempt: Which attempt of its call this is, for the listeners.
         """
-        return await self._exchange(
+        return self._exchange(
             request.endpoint, self.url(request), timeouts=self._call_timeout, body=request.body, attempt=attempt
         )
 
     def poll(self, operation_id: str) -> Coroutine[Any, Any, Operation]:
-        """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long.
-
-        It returns the exchange's own coroutine: another one around it would make each poll a little slower.
-        """
+        """Poll an operation once. The caller has checked the id, and cancels an exchange that takes too long."""
         path = self._base_path + protocol.operation_path(operation_id)
         url = self._base.with_path(path, encoded=True)
         return self._exchange(protocol.GET_OPERATION, url, timeouts=self._poll_timeout)
@@ -395,40 +398,50 @@ class Transport:
         A GET that loses its connection is sent once more, on a new one: a balancer that fails over resets each old
         connection at its next use. If a new connection is lost, the service has failed. Repetitions have new ones.
         """
-        session = self._session if is_first else self._session_of_new_connections
-        options = {
-            "timeout": timeouts,
-            "data": body,
-            "headers": self._add_headers(endpoint, key, body),
-            **self._options,
-        }
-        try:
-            response = await session.request(endpoint.method, url, **options)
-        except _ConnectionLostError as error:
-            if endpoint.method != "GET" or not is_first or error.had_begun:
-                raise
-            response = None
+        response: aiohttp.ClientResponse | None = None
+        # Only the session of new connections never sends the key by itself.
+        if is_first and endpoint.sends_key:
+            try:
+                response = await self._session.request(
+                    endpoint.method,
+                    url,
+                    timeout=timeouts,
+                    data=body,
+                    headers=self._add_headers(None if self._sends_key else key, body),
+                    **self._options,
+                )
+            except _ConnectionLostError as error:
+                if endpoint.method != "GET" or error.had_begun:
+                    raise
         if response is None:
-            response = await self._session_of_new_connections.request(endpoint.method, url, **options)
+            response = await self._session_of_new_connections.request(
+                endpoint.method,
+                url,
+                timeout=timeouts,
+                data=body,
+                headers=self._add_headers(key if endpoint.sends_key else None, body),
+                **self._options,
+            )
+        headers = response.headers
         try:
             content = await _read(response, endpoint.max_body)
         # After a cancellation, too, the rest of the answer must not reach the next request.
         except BaseException:
             response.close()
             raise
-        if _CONTENT_ENCODING in response.headers:
-            encoding = key.redaction.redact(", ".join(response.headers.getall(_CONTENT_ENCODING)))
+        if _CONTENT_ENCODING in headers:
+            encoding = key.redaction.redact(", ".join(headers.getall(_CONTENT_ENCODING)))
             content = decode_content(content, encoding or "", endpoint.max_body)
-        return protocol.Answer(response.status, response.headers, content)
+        return protocol.Answer(response.status, headers, content)
 
-    def _add_headers(self, endpoint: protocol.Endpoint[Any], key: ApiKey, body: bytes | None) -> dict[str, str]:
-        """Return the headers that the session does not send already."""
+    def _add_headers(self, key: ApiKey | None, body: bytes | None) -> dict[str, str] | None:
+        """Return the headers that the session does not send already, for most requests none."""
         headers = self._headers.copy()
-        if endpoint.sends_key:
+        if key is not None:
             headers["X-Api-Key"] = key.secret.reveal()
         if body is not None:
             headers["Content-Type"] = "application/json"
-        return headers
+        return headers or None
 
     def _make_error(self, method: str, path: str, key: ApiKey, failure: BaseException) -> KeylessError:
         """Return the error to raise for a failed exchange."""
@@ -544,14 +557,16 @@ class _Response(aiohttp.ClientResponse):
             raise _ConnectionLostError(error) from error
 
 
-def _make_session(*, force_close: bool = False) -> aiohttp.ClientSession:
-    """Make a session that does not send the key by itself."""
+def _make_session(key: Secret | None, *, force_close: bool = False) -> aiohttp.ClientSession:
+    """Make a session; it sends the key, if there is one, with each request."""
+    headers = _make_headers(None)
+    if key is not None:
+        headers["X-Api-Key"] = key.reveal()
     return aiohttp.ClientSession(
         # The poller limits the polls in flight, at a lower cost.
         connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
         cookie_jar=aiohttp.DummyCookieJar(),
-        # Cheaper than per request.
-        headers=_make_headers(None),
+        headers=headers,
         response_class=_Response,
     )
 
