@@ -470,7 +470,7 @@ class Transport:
             reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
             if isinstance(tls_error, ssl.SSLCertVerificationError):
                 advice = "check base_url, and which authorities the session trusts"
-            elif not sent and self._ignores_proxy(failure):
+            elif not sent and self._ignores_proxy():
                 advice = "$HTTPS_PROXY is set, but only a session= with trust_env=True uses it"
             else:
                 advice = "try again later"
@@ -480,10 +480,10 @@ class Transport:
         error.__cause__ = cause
         return error
 
-    def _ignores_proxy(self, failure: BaseException) -> bool:
+    def _ignores_proxy(self) -> bool:
         """Return whether the environment names a proxy for this server, which the session does not use."""
         is_named = self._base.scheme == "https" and any(map(os.environ.get, ("HTTPS_PROXY", "https_proxy")))
-        return is_named and not self._session.trust_env and not isinstance(failure, aiohttp.ClientProxyConnectionError)
+        return is_named and not self._session.trust_env
 
 
 class _Calls(set["_Call"]):
