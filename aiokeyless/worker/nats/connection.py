@@ -86,21 +86,23 @@ async def connect(
         **options,
     }
     servers = [url.strip() for url in nats_url.split(",")]
-    if given.get("tls") and "ws" in _schemes(servers):
+    # The scheme of a WebSocket decides about TLS, before the server sends anything.
+    schemes = {server.partition("://")[0].lower() for server in servers if "://" in server}
+    if given.get("tls") and "ws" in schemes:
         raise BrokerError(f"no connection to the broker at {_hosts(servers)}: ws:// is without TLS, use wss://")
-    client = _client(servers, given)
-    reports = _Reports(client, on_reconnect, on_loss)
+    is_secure = (bool(given.get("tls")) or "tls" in schemes) and schemes.isdisjoint({"ws", "wss"})
+    client = _Client(on_reconnect, on_loss, is_secure=is_secure)
     try:
-        await _connect_once(client, servers, {**given, **reports.callbacks()})
+        await _connect_once(client, servers, {**given, **client.callbacks()})
     except ModuleNotFoundError as error:  # nats-py imports it to sign with credentials
         raise BrokerError(f'credentials need {error.name}: install the extra "nats"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
         # nats-py raises that no server is left; the reason is an earlier error.
         is_summary = isinstance(error, nats.errors.NoServersError | TimeoutError)
-        cause = reports.failures[-1] if reports.failures and is_summary else error
+        cause = client.failures[-1] if client.failures and is_summary else error
         reason = str(cause) or type(cause).__name__
         raise BrokerError(f"no connection to the broker at {_hosts(servers)}: {reason}") from None
-    reports.is_connected = True
+    client.is_made = True
     client.options.update(_FOREVER)
     return client
 
@@ -119,25 +121,37 @@ async def _connect_once(client: Client, servers: list[str], options: dict[str, A
         raise
 
 
-class _Reports:
-    """What nats-py reports of a connection: first why it cannot be made, and later what happens to it.
+class _Client(Client):
+    """A client that reports why its connection cannot be made, and later what happens to it.
+
+    It always reports its end, even if the broker is away. If nats-py still has data for a broker that is away, its
+    close fails before the callback, and before all of its tasks have ended. It would not reconnect either, so its
+    worker would never receive anything again.
+
+    Args:
+        on_reconnect: As for `connect`.
+        on_loss: As for `connect`.
+        is_secure: Whether it speaks TLS or not at all. If the first line of the server does not ask for TLS, nats-py
+            goes on without TLS and sends its password. That line is not encrypted, so an attacker on the network can
+            forge it.
 
     Attributes:
-        failures: Why it could not be made so far.
-        is_connected: Whether it was made.
+        failures: Why the connection could not be made so far.
+        is_made: Whether it was made.
     """
 
     def __init__(
-        self, client: Client, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None]
+        self, on_reconnect: Callable[[], None], on_loss: Callable[[BrokerError], None], *, is_secure: bool
     ) -> None:
+        super().__init__()
         self.failures: list[Exception] = []
-        self.is_connected: bool = False
-        self._client = client
+        self.is_made: bool = False
         self._reconnect = on_reconnect
         self._lose = on_loss
+        self._is_secure = is_secure
 
     def callbacks(self) -> dict[str, Any]:
-        """Return the options of ``nats.connect`` by which a worker observes its connection."""
+        """Return the options of ``nats.connect`` by which it observes its connection."""
         return {
             "error_cb": self._on_error,
             "disconnected_cb": self._on_disconnect,
@@ -146,7 +160,7 @@ class _Reports:
         }
 
     async def _on_error(self, error: Exception) -> None:
-        if not self.is_connected:
+        if not self.is_made:
             self.failures.append(error)
             return
         log(logging.WARNING, "broker.error", {"error": f"{type(error).__name__}: {error}"})
@@ -154,35 +168,36 @@ class _Reports:
             self._lose(BrokerError(f"the broker does not permit what a worker does: {error}"))
 
     async def _on_disconnect(self) -> None:
-        if self.is_connected and not self._client.is_closed:  # by the worker itself, at its end
+        if self.is_made and not self.is_closed:  # by the worker itself, at its end
             log(logging.WARNING, "broker.disconnected")
 
     async def _on_reconnect(self) -> None:
         self._reconnect()
 
     async def _on_close(self) -> None:
-        if self.is_connected:
-            reason = self._client.last_error or "it did not say why"
+        if self.is_made:
+            reason = self.last_error or "it did not say why"
             self._lose(BrokerError(f"the broker ended the connection for good: {reason}"))
 
+    async def _process_err(self, err_msg: str) -> None:
+        if "authentication expired" in err_msg:  # nats-py would close for good, but the credentials may be renewed
+            await self._on_error(nats.errors.Error(f"nats: {err_msg}"))
+            await self._process_op_err(nats.errors.StaleConnectionError())
+        else:
+            await super()._process_err(err_msg)
 
-def _client(servers: list[str], given: dict[str, Any]) -> Client:
-    # The scheme of a WebSocket decides about TLS, before the server sends anything.
-    schemes = _schemes(servers)
-    is_secure = bool(given.get("tls")) or "tls" in schemes
-    return _SecureClient() if is_secure and schemes.isdisjoint({"ws", "wss"}) else _Client()
+    def _connect_command(self) -> bytes:
+        try:
+            return super()._connect_command()
+        except Exception as error:  # noqa: BLE001  # of a file that is just being replaced; nats-py would stop trying
+            assert self._transport is not None  # noqa: S101  # nats-py forgets it without closing it
+            self._transport.close()  # type: ignore[no-untyped-call]  # nats-py has no types here
+            raise nats.errors.Error(f"the credentials cannot be used: {type(error).__name__}") from None
 
-
-def _schemes(servers: list[str]) -> set[str]:
-    return {server.partition("://")[0].lower() for server in servers if "://" in server}
-
-
-class _Client(Client):
-    """A client that always reports its end, even if the broker is away.
-
-    If nats-py still has data for a broker that is away, its close fails before the callback, and before all of its
-    tasks have ended. It would not reconnect either, so its worker would never receive anything again.
-    """
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if self._is_secure and initial_connection and not info.get("tls_required"):
+            raise nats.errors.Error("it does not ask for TLS")
+        await super()._process_info(info, initial_connection)
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         try:
@@ -193,19 +208,6 @@ class _Client(Client):
                 subscription._stop_processing()  # noqa: SLF001
             if do_cbs and self._closed_cb is not None:
                 await self._closed_cb()
-
-
-class _SecureClient(_Client):
-    """A client that speaks TLS or not at all.
-
-    If the first line of the server does not ask for TLS, nats-py goes on without TLS and sends its password. That line
-    is not encrypted, so an attacker on the network can forge it.
-    """
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if initial_connection and not info.get("tls_required"):
-            raise nats.errors.Error("it does not ask for TLS")
-        await super()._process_info(info, initial_connection)
 
 
 def _check_version(client: Client, servers: list[str]) -> None:

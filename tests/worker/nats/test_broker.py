@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import nats
 import pytest
-from waiting import until
+from nats_logins import Operator
+from nats_server import NatsServer
+from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.nats import NatsBroker
 from aiokeyless.worker.nats.failures import broker_errors
 
+from ..conformance.brokers import decide, submit, take_n  # noqa: TID252
+from ..reading import read  # noqa: TID252
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nats.aio.client import Client
-    from nats_server import NatsServer
 
 SERVICE = "https://keyless.test"
 
@@ -66,6 +73,30 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         await broker.start()
         await until(lambda: connection.is_connected)
         assert (await opened.inspect()).waiting == 0
+
+
+async def test_a_login_that_expires_stops_neither_a_worker_nor_an_application(tmp_path: Path) -> None:
+    operator, credentials, configuration = Operator(), tmp_path / "app.creds", tmp_path / "nats.conf"
+    configuration.write_text(operator.configuration)
+    server = NatsServer(tmp_path, "-c", str(configuration))
+    await server.start()
+    operator.write_login(credentials, lasts=3)
+    try:
+        async with NatsBroker(server.url, connect_options={"user_credentials": str(credentials)}) as opened:
+            await opened.prepare(lease=30.0, service=SERVICE)
+            connection = opened._connection
+            assert connection is not None
+            reading = asyncio.create_task(read(opened))
+            operator.write_login(credentials, lasts=3600)
+            await until(lambda: connection.stats["reconnects"] > 0 and connection.is_connected)
+            await submit(opened, "txn-1")
+            [message] = await take_n(opened, 1)
+            await decide(opened, message)
+            async with asyncio.timeout(PATIENCE):
+                [event] = await reading
+    finally:
+        server.stop()
+    assert event.operation_id == "txn-1"
 
 
 async def test_what_the_machine_raises_is_an_error_of_the_broker() -> None:

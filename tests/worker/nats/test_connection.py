@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from nats_logins import Operator
 from nats_server import NatsServer
 from waiting import PATIENCE, until
 
@@ -325,6 +326,35 @@ async def test_a_connection_that_the_broker_ends_for_good_is_told_of(guarded: Na
     assert [str(loss) for loss in losses] == [
         "the broker ended the connection for good: nats: unknown protocol operation"
     ]
+
+
+@pytest.mark.parametrize("renewed", ["in time", "late, after a moment in which the file was empty"])
+async def test_a_login_that_expires_comes_back_once_its_file_is_renewed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, renewed: str
+) -> None:
+    """nats-py closes the connection for good."""
+    operator, credentials, losses, back = Operator(), tmp_path / "worker.creds", list[BrokerError](), asyncio.Event()
+    configuration = tmp_path / "nats.conf"
+    configuration.write_text(operator.configuration)
+    server = NatsServer(tmp_path, "-c", str(configuration), jetstream=False)
+    await server.start()
+    operator.write_login(credentials, lasts=2)
+    options = {"user_credentials": str(credentials)}
+    client = await connect(server.url, options, on_reconnect=back.set, on_loss=losses.append)
+    try:
+        if renewed == "in time":
+            operator.write_login(credentials, lasts=3600)
+        else:
+            credentials.write_text("")
+            await until(lambda: "the credentials cannot be used" in caplog.text)
+            operator.write_login(credentials, lasts=3600)
+        await asyncio.wait_for(back.wait(), PATIENCE)
+        await client.flush(int(PATIENCE))
+        assert losses == []
+        assert "user authentication expired" in caplog.text
+    finally:
+        await disconnect(client)
+        server.stop()
 
 
 @pytest.mark.parametrize("told", [True, False])
