@@ -245,8 +245,7 @@ class NatsBroker(Broker):
             intake.failures.record(delivery.id, failed=exchange is Exchange.FAILED)
         if exchange is Exchange.ANSWERED:
             delay = self._stretch(message, delay, intake.load_shedding.factor)
-        with broker_errors():
-            await delivery.raw.nak(delay=delay)
+        await intake.put_off(delivery, delay)
 
     def _stretch(self, message: Message, delay: float, factor: float) -> float:
         """Stretch a delay while new requests wait, but not past the deadline of its own request."""
@@ -304,7 +303,9 @@ class NatsBroker(Broker):
         connection = self._connected()
         if not connection.is_connected:
             raise UnavailableError("there is no connection to the broker")
-        return await inspect(connection, self._fleet, self._clock, within=_ANSWER_WITHIN)
+        found = await inspect(connection, self._fleet, self._clock, within=_ANSWER_WITHIN)
+        problem = None if self._intake is None else self._intake.problem
+        return found if problem is None else msgspec.structs.replace(found, problems=(*found.problems, problem))
 
 
 def _delivery(message: Message) -> NatsMessage:

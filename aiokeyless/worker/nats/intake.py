@@ -12,8 +12,10 @@ others.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
+import re
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -48,6 +50,12 @@ _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
 _BETTER_WITHIN: Final = 0.1  # seconds to wait for a better probe than a failed request
 _REMEMBERED: Final = 10_000  # recently polled requests
 _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
+_LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer
+_TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
+_REFUSALS: Final = 5  # of pulls in a row that are a problem; an election takes fewer
+_CONFIRMED_WITHIN: Final = 1.0  # seconds; a healthy broker needs milliseconds
+#: Seconds for which an unconfirmed put-off is repeated. An election takes up to ten.
+_REPEATED_FOR: Final = 15.0
 
 
 class NatsMessage(Message, kw_only=True, eq=False):
@@ -114,29 +122,33 @@ class Intake:
         self._restore = restore
         self._inbox = connection.new_inbox()
         self._subscription: Subscription | None = None
+        self._pulls = itertools.count()
+        self._reply = ""  # the subject to which the broker reports the end of the last pull
         self._left = 0  # deliveries of the pull that have not arrived
         self._pulled_at = now()
+        self._largest = _LARGEST
         self._refusals = 0  # of pulls, in a row
+        self._refusal = ""  # why the broker refused the last one
         self._pulls_from = now()  # after a refusal, no pull before this time
         self._arrived: list[NatsMessage] = []  # the oldest first
         self._moved = asyncio.Event()
-        self._takes = 0  # takes that were begun
-        self._leaving: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None  # after a cancelled take
         self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
         self.failures: Failures = Failures()
         self.load_shedding: LoadShedding = LoadShedding(now)
 
     async def open(self) -> None:
         """Subscribe to deliveries."""
-        self._subscription = await self._connection.subscribe(self._inbox, cb=self._on_message)
+        self._subscription = await self._connection.subscribe(f"{self._inbox}.*", cb=self._on_message)
 
     async def take(self, up_to: int, within: float, *, probing: bool) -> list[NatsMessage]:
         """See `Broker.take`."""
-        self._takes += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
         try:
             return await self._take(up_to, self._now() + within, probing=probing)
         except asyncio.CancelledError:
-            self._leaving = asyncio.create_task(self._leave(self._takes))
+            self._leaving = asyncio.create_task(self._leave())
             raise
 
     async def _take(self, up_to: int, until: float, *, probing: bool) -> list[NatsMessage]:
@@ -164,21 +176,31 @@ class Intake:
         await self._hand_back_old()
         return taken
 
-    async def _leave(self, takes: int) -> None:
-        """Give back the deliveries that came after a cancelled take, unless another take has begun since."""
-        await self._let_pull_end()
-        if takes == self._takes:
-            await self._hand_back()
+    async def put_off(self, message: NatsMessage, delay: float) -> None:
+        """Put a delivery off, and repeat that until the broker confirms it. A leader that is being lost confirms none.
 
-    async def _let_pull_end(self) -> None:
-        """Wait for the end of the pull. The broker would deliver to it again what is given back before."""
+        Without it, the broker would repeat the delivery only after the ack wait.
+        """
+        due, until = self._now() + delay, self._now() + _REPEATED_FOR
+        while True:
+            nak = b'-NAK {"delay": %d}' % int(max(0.0, due - self._now()) * 1e9)
+            try:
+                with broker_errors():
+                    await self._connection.request(message.raw.reply, nak, timeout=_CONFIRMED_WITHIN)
+            except UnavailableError as error:
+                if self._now() >= until:
+                    raise UnavailableError(f"the broker does not confirm a put-off: {error}") from None
+            else:
+                return
+            await asyncio.sleep(error_delay(1))
+
+    async def _leave(self) -> None:
+        """Give back the untaken deliveries, once the pull has ended. It would get them again before."""
         while self._is_expecting():
             self._moved.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(EXPIRES):
                     await self._moved.wait()
-
-    async def _hand_back(self) -> None:
         with suppress(UnavailableError), broker_errors():
             while self._arrived:
                 await self._arrived.pop(0).raw.nak()
@@ -194,8 +216,7 @@ class Intake:
         subscription, self._subscription = self._subscription, None
         if subscription is None or not self._connection.is_connected:
             return
-        await self._let_pull_end()
-        await self._hand_back()
+        await self._leave()
         with suppress(UnavailableError), broker_errors():
             await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no types here
 
@@ -203,6 +224,11 @@ class Intake:
         """Expect no more deliveries, since the pull ended with the connection, and wake the takes that wait."""
         self._left = 0
         self._moved.set()
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing is delivered: the broker has refused several pulls in a row."""
+        return f"the broker refuses each pull: {self._refusal}" if self._refusals >= _REFUSALS else None
 
     def _check_connection(self) -> None:
         if not self._connection.is_connected:
@@ -217,12 +243,13 @@ class Intake:
         now, missing = self._now(), wanted - len(self._arrived)
         if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
-        self._left, self._pulled_at = missing, now
+        self._left, self._pulled_at = min(missing, self._largest), now
         if self._refusals:
             await self._restore()
-        pull = {"batch": missing, "expires": int(EXPIRES * 1e9)}
+        self._reply = f"{self._inbox}.{next(self._pulls)}"
+        pull = {"batch": self._left, "expires": int(EXPIRES * 1e9)}
         with broker_errors():
-            await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._inbox)
+            await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._reply)
 
     def _choose(self, up_to: int, *, probing: bool) -> list[NatsMessage]:
         if probing:
@@ -270,7 +297,8 @@ class Intake:
                 )
             )
             return
-        self._on_end(raw)
+        if raw.subject == self._reply:
+            self._on_end(raw)
 
     def _on_end(self, raw: Msg) -> None:
         """Note the end of the pull, and why the broker refused it, if it did."""
@@ -280,7 +308,9 @@ class Intake:
             self._refusals = 0
             return
         # The consumer has no leader just now, or is gone. nats-py may find a description although there is none.
-        reason = f"{status} {description}" if description.isprintable() else status
+        self._refusal = (f"{status} {description}" if description.isprintable() else status).strip()
+        if (limit := _TOO_LARGE.fullmatch(description)) is not None:
+            self._largest = int(limit[1])
         self._refusals += 1
         self._pulls_from = self._now() + error_delay(self._refusals)
-        log(logging.WARNING, "broker.refused", {"reason": reason.strip()})
+        log(logging.WARNING, "broker.refused", {"reason": self._refusal})

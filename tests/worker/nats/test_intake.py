@@ -10,6 +10,7 @@ import pytest
 from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
 from waiting import PATIENCE, until
 
+from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
@@ -17,6 +18,7 @@ from aiokeyless.worker.nats.intake import Intake, NatsMessage
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+    from nats_server import NatsServer
 
 EXPIRES = 5.0
 
@@ -65,7 +67,7 @@ class Hand:
 
     async def answer(self, status: str, **headers: str) -> None:
         """End a pull as the broker does."""
-        await self.connection.publish(self.intake._inbox, headers={"Status": status, **headers})
+        await self.connection.publish(self.intake._reply, headers={"Status": status, **headers})
 
     async def is_waited_for(self) -> bool:
         """Whether a pull waits at the consumer."""
@@ -144,7 +146,7 @@ async def test_what_others_send_to_the_inbox_is_ignored_and_logged_once(
 ) -> None:
     await hand.intake.ask(2)
     for _ in range(3):
-        await hand.connection.publish(hand.intake._inbox, b"forged", reply=reply)
+        await hand.connection.publish(hand.intake._reply, b"forged", reply=reply)
     await hand.publish("true")
     await hand.delivered(1)
     assert (hand.texts, hand.ends, hand.intake.expected()) == (["true"], 0, 1)
@@ -157,7 +159,7 @@ async def test_a_delivery_of_another_stream_is_ignored(hand: Hand, connection: C
     await stream.add_stream(name="MINE", subjects=["mine"])
     await stream.add_consumer("MINE", durable_name=CONSUMER, ack_policy="explicit")
     await stream.publish("mine", b"forged")
-    await connection.publish(f"$JS.API.CONSUMER.MSG.NEXT.MINE.{CONSUMER}", b"1", reply=hand.intake._inbox)
+    await connection.publish(f"$JS.API.CONSUMER.MSG.NEXT.MINE.{CONSUMER}", b"1", reply=f"{hand.intake._inbox}.0")
     await until_read(connection, "MINE")
     await hand.intake.ask(1)
     await hand.publish("true")
@@ -203,9 +205,20 @@ async def test_where_there_is_no_consumer_the_end_of_a_pull_says_so(hand: Hand) 
 
 async def test_an_end_without_headers_is_one(hand: Hand) -> None:
     await hand.intake.ask(5)
-    await hand.connection.publish(hand.intake._inbox, b"")
+    await hand.connection.publish(hand.intake._reply, b"")
     await until(lambda: hand.ends == 1)
     assert hand.intake.expected() == 0
+
+
+async def test_the_end_of_an_earlier_pull_is_not_that_of_the_present_one(hand: Hand) -> None:
+    await hand.intake.ask(5)
+    earlier = hand.intake._reply
+    hand.intake.forget()
+    await hand.intake.ask(3)
+    await hand.connection.publish(earlier, headers={"Status": "408"})
+    await hand.publish("a")
+    await hand.delivered(1)
+    assert (hand.ends, hand.intake.expected()) == (0, 2)
 
 
 async def test_more_deliveries_than_were_asked_for_are_handed_on_and_owe_nothing(hand: Hand) -> None:
@@ -235,6 +248,73 @@ async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
     await hand.intake.ask(5)
     hand.intake.forget()
     assert hand.intake.expected() == 0
+
+
+# -- refusals
+
+
+async def change_consumer(connection: Client, **settings: object) -> None:
+    """Change settings of the consumer, as an operator does. nats-py does not know all of them."""
+    subject = f"$JS.API.CONSUMER.INFO.{REQUESTS}.{CONSUMER}"
+    config = json.loads((await connection.request(subject, timeout=PATIENCE)).data)["config"]
+    wanted = json.dumps({"stream_name": REQUESTS, "config": config | settings}).encode()
+    answer = await connection.request(f"$JS.API.CONSUMER.CREATE.{REQUESTS}.{CONSUMER}", wanted, timeout=PATIENCE)
+    assert "error" not in json.loads(answer.data)
+
+
+async def test_a_limit_of_a_pull_that_the_broker_names_is_obeyed(hand: Hand) -> None:
+    await change_consumer(hand.connection, max_batch=2)
+    await hand.publish(*"abc")
+    await hand.intake.ask(512)
+    await until(lambda: hand.ends == 1)
+    await hand.intake.ask(512)
+    await hand.delivered(2)
+    await hand.intake.ask(512)
+    await hand.delivered(3)
+    assert hand.texts == ["a", "b", "c"]
+
+
+async def test_a_broker_that_refuses_five_pulls_in_a_row_is_a_problem_until_it_takes_one(hand: Hand) -> None:
+    await change_consumer(hand.connection, max_expires=1_000_000)
+    for number in range(5):
+        assert hand.intake.problem is None
+        await hand.intake.ask(1)
+        await until(lambda count=number + 1: hand.ends == count)  # type: ignore[misc]  # a default binds it
+    assert hand.intake.problem == "the broker refuses each pull: 409 Exceeded MaxRequestExpires of 1ms"
+    await change_consumer(hand.connection, max_expires=0)
+    await hand.intake.ask(1)
+    await hand.publish("a")
+    await hand.delivered(1)
+    assert hand.intake.problem is None
+
+
+# -- put-offs
+
+
+async def test_a_put_off_that_a_dying_broker_swallowed_is_repeated(hand: Hand, broker: NatsServer) -> None:
+    hand.intake._now = asyncio.get_running_loop().time
+    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
+    await prepare(jetstream(hand.connection), ack_wait=3600)
+    await hand.publish("a")
+    [message] = await hand.intake.take(1, PATIENCE, probing=False)
+    broker.pause()
+    putting_off = asyncio.create_task(hand.intake.put_off(message, 0.0))
+    await until(lambda: hand.connection._pending_data_size == 0)  # the socket has it
+    broker.kill()
+    await broker.start()
+    await putting_off
+    [again] = await hand.intake.take(1, PATIENCE, probing=False)
+    assert (again.body, again.number) == (b"a", 2)
+
+
+async def test_a_put_off_that_is_never_confirmed_is_unsettled(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_REPEATED_FOR", 0.0)
+    await hand.publish("a")
+    await hand.intake.ask(1)
+    await hand.delivered(1)
+    await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
+    with pytest.raises(UnavailableError, match="does not confirm a put-off: nats: no responders"):
+        await hand.intake.put_off(hand.messages[0], 1.0)
 
 
 # -- what a worker takes
@@ -361,7 +441,7 @@ async def test_after_a_take_that_was_cancelled_another_one_keeps_what_comes(hand
     await hand.delivered(1)
     await hand.answer("408")
     assert hand.intake._leaving is not None
-    await hand.intake._leaving  # until the pull has ended
+    await asyncio.wait({hand.intake._leaving})  # it gave nothing back
     assert hand.texts == ["b"]
 
 
