@@ -66,7 +66,7 @@ class Reader:
     """One reading application's place in the stream of outcomes. Without event keys it believes every event."""
 
     def __init__(self, connection: Client, fleet: Fleet, name: str, event_keys: EventKeys | None) -> None:
-        self._connection = connection
+        self._stream = fleet.jetstream(connection, _ANSWER_WITHIN)
         self._fleet = fleet
         self._name = name
         self._event_keys = event_keys
@@ -83,13 +83,24 @@ class Reader:
         while True:
             with broker_errors():
                 # One at a time: in a batch, the last would wait for an application that is slow with the first.
-                message = await _next_message(self._subscription)
+                message = await self._next_message(self._subscription)
                 if message is None:
                     continue
                 if not is_outcome(message.reply, self._name, fleet=self._fleet):
                     self._foreign.log({"stream": self._fleet.outcomes, "durable": self._name})
                 elif await self._is_believed(message):
                     return NatsOutcome(message)
+
+    async def _next_message(self, subscription: JetStreamContext.PullSubscription) -> Msg | None:
+        """Return the next message; None if there was none for a while."""
+        with suppress(nats.errors.TimeoutError):
+            try:
+                return (await subscription.fetch(1, timeout=_READ_FOR))[0]
+            except nats.js.errors.APIError:  # the consumer has no leader just now, or it was deleted
+                await asyncio.sleep(error_delay(1))
+                with suppress(nats.js.errors.ServiceUnavailableError):
+                    await _ensure_place(self._stream, self._fleet, self._name)
+        return None
 
     async def close(self) -> None:
         """End the subscription."""
@@ -130,12 +141,11 @@ class Reader:
         return None if is_right else f"{event.outcome} under {message.subject}"
 
     async def _subscribe(self) -> JetStreamContext.PullSubscription:
-        stream = self._fleet.jetstream(self._connection, _ANSWER_WITHIN)
         silences = 0
         while True:
             try:
-                await _ensure_place(stream, self._fleet, self._name)
-                return await stream.pull_subscribe_bind(self._name, self._fleet.outcomes)
+                await _ensure_place(self._stream, self._fleet, self._name)
+                return await self._stream.pull_subscribe_bind(self._name, self._fleet.outcomes)
             except nats.js.errors.NotFoundError:
                 raise BrokerError(
                     "outcomes cannot be read: there is no stream; start a worker first, it makes it"
@@ -188,17 +198,3 @@ async def _ensure_place(stream: JetStreamContext, fleet: Fleet, durable: str) ->
             f"outcomes cannot be read: the consumer {durable} of {fleet.outcomes} is missing or has other settings, "
             "and this account may not make it; have an operator make it"
         ) from None
-
-
-async def _next_message(subscription: JetStreamContext.PullSubscription) -> Msg | None:
-    """Return the next message; None if there was none for a while."""
-    try:
-        return (await subscription.fetch(1, timeout=_READ_FOR))[0]
-    except nats.errors.TimeoutError:
-        return None
-    except nats.js.errors.APIError:
-        # The consumer has no leader just now, or it was deleted.
-        await asyncio.sleep(error_delay(1))
-        with suppress(nats.errors.TimeoutError, nats.js.errors.ServiceUnavailableError):
-            await subscription.consumer_info()
-        return None

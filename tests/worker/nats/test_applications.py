@@ -529,15 +529,31 @@ async def test_a_name_that_is_taken_for_something_else_is_one_line(
 
 
 @pytest.mark.usefixtures("_short_pulls")
-async def test_a_place_in_the_stream_that_was_deleted_is_an_error_and_not_a_wait_without_end(
+async def test_a_place_in_the_stream_that_was_deleted_is_made_again_and_what_is_kept_comes_again(
     connection: Client, stream: JetStreamContext
 ) -> None:
     await publish(stream, "a")
     async with reading(connection) as events:
         await name_of_next(events)
         await stream.delete_consumer(OUTCOMES, "shop")
-        with pytest.raises(BrokerError, match=r"^outcomes cannot be read: consumer not found$"):
+        await publish(stream, "b")
+        assert [await name_of_next(events) for _ in range(2)] == ["a", "b"]
+
+
+@pytest.mark.usefixtures("_short_pulls")
+async def test_a_reader_whose_stream_was_deleted_says_so_and_goes_on_with_the_next_one(
+    connection: Client, stream: JetStreamContext
+) -> None:
+    await publish(stream, "a")
+    async with reading(connection) as events:
+        await name_of_next(events)
+        await stream.delete_stream(OUTCOMES)
+        with pytest.raises(BrokerError, match=r"^outcomes cannot be read: stream not found$"):
             await name_of_next(events)
+    await prepare(stream, ack_wait=30.0)
+    await publish(stream, "b")
+    async with reading(connection) as events:
+        assert await name_of_next(events) == "b"
 
 
 async def test_a_connection_that_is_closed_ends_the_reading(broker: NatsServer, stream: JetStreamContext) -> None:

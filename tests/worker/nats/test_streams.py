@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import nats
@@ -18,6 +19,7 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
     StreamInfo,
+    SubjectTransform,
 )
 from nats.js.errors import NotFoundError
 from nats_server import CLAIMS, CONSUMER, OUTCOMES, REQUESTS, NatsServer, jetstream, prepare
@@ -82,6 +84,15 @@ def claims(**changed: Any) -> StreamConfig:
     return StreamConfig(**settings | changed)
 
 
+@dataclass
+class OperatorsConsumer(ConsumerConfig):
+    """A consumer's settings, with some that nats-py does not know."""
+
+    max_expires: int | None = None  # nanoseconds
+    priority_groups: list[str] | None = None
+    priority_policy: str | None = None
+
+
 def consumer(**changed: Any) -> ConsumerConfig:
     settings: dict[str, Any] = {
         "durable_name": CONSUMER,
@@ -90,7 +101,7 @@ def consumer(**changed: Any) -> ConsumerConfig:
         "max_deliver": -1,
         "max_ack_pending": -1,
     }
-    return ConsumerConfig(**settings | changed)
+    return OperatorsConsumer(**settings | changed)
 
 
 async def settings_of(stream: JetStreamContext) -> tuple[StreamConfig, StreamConfig]:
@@ -193,7 +204,12 @@ async def test_a_larger_duplicate_window_is_used_and_the_smaller_of_two_counts(s
         (outcomes(max_msgs=10), "max_msgs is 10"),
         (requests(max_msgs_per_subject=9, discard=DiscardPolicy.NEW), "max_msgs_per_subject is 9, and must be"),
         (requests(allow_rollup_hdrs=True), "allow_rollup_hdrs is True, and must be off: by them a publisher removes"),
+        (requests(allow_msg_ttl=True), "allow_msg_ttl is True, and must be off: by it a publisher has messages vanish"),
         (requests(no_ack=True), "no_ack is True"),
+        (
+            outcomes(subject_transform=SubjectTransform("keyless.approvals.*", "moved.{{wildcard(1)}}")),
+            "subject_transform is .*moved.*, and must be unset",
+        ),
         (
             outcomes(max_msg_size=1024),
             "max_msg_size is 1024, and must be unlimited: what is over it would never be stored",
@@ -237,6 +253,8 @@ async def test_a_stream_with_too_few_replicas_is_refused(stream: JetStreamContex
         ({"backoff": [40.0, 60.0]}, "backoff is"),
         ({"headers_only": True}, "headers_only is True"),
         ({"pause_until": "2999-01-01T00:00:00Z"}, "pause_until is 2999"),
+        ({"max_expires": 500_000_000}, "max_expires is 500000000, and must be unset"),
+        ({"priority_groups": ["a"], "priority_policy": "overflow"}, r"priority_groups is \['a'\], and must be unset"),
     ],
     ids=repr,
 )
