@@ -8,7 +8,7 @@ from contextlib import suppress
 import nats.errors
 import pytest
 
-from aiokeyless.worker.broker import UnavailableError
+from aiokeyless.worker.broker import RefusedError, UnavailableError
 from aiokeyless.worker.nats.failures import broker_errors
 
 
@@ -30,6 +30,11 @@ async def test_a_cancellation_that_nats_py_loses_is_raised_nevertheless(error: E
     losing.cancel()
     await asyncio.wait({losing})
     assert losing.cancelled()
+
+
+async def test_a_broker_that_does_not_answer_in_time_may_have_a_full_disk() -> None:
+    with pytest.raises(RefusedError, match="is a disk of the broker full"), broker_errors():
+        raise nats.errors.TimeoutError
 
 
 async def test_a_clean_up_after_a_cancellation_is_not_cancelled_again() -> None:
