@@ -9,7 +9,7 @@ Rule 2 of docs/rules.md. Source: Keyless documentation, Server API / Operations,
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiokeyless.errors import (
     ApprovalError,
@@ -21,6 +21,9 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import AuthType, Operation, OperationState
 from aiokeyless.ticket import ApprovalTicket, payload_digest
+
+if TYPE_CHECKING:
+    from .final import Unanswered
 
 
 class Verdict(Enum):
@@ -150,10 +153,10 @@ def timeout_error(record: WaitRecord) -> ApprovalTimeoutError:
     return ApprovalTimeoutError(message, **record._asdict())
 
 
-def unknown_error(record: WaitRecord) -> ApprovalUnknownError:
-    """Make the error for a wait whose final poll got no answer."""
+def unknown_error(record: WaitRecord, why: Unanswered) -> ApprovalUnknownError:
+    """Make the error for a wait whose final poll got no answer, or could not be sent."""
     message = (
-        f"operation {record.operation_id!r}: time is up after {record.length}, and no final poll was answered, so the "
-        "outcome is unknown: check it with get_operation before you repeat anything"
+        f"operation {record.operation_id!r}: time is up after {record.length}, and {why.value}; the outcome is "
+        "unknown: check it with get_operation before you repeat anything"
     )
     return ApprovalUnknownError(message, **record._asdict())

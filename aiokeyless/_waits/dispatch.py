@@ -11,7 +11,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState
-from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered, may_start
+from aiokeyless._rules.window import Window
 
 from .state import Poll, PolledOperation
 from .timer_queue import TimerQueue
@@ -62,6 +63,7 @@ class Dispatcher:
         self._max_connections = max_connections
         self._least = min(max_in_flight, max_connections)  # there is always room for so many polls in flight
         self._request_timeout = request_timeout
+        self._window = Window()
         # In the order of probes: by an operation's failures in a row, then by whether it was ever answered well.
         self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
             TimerQueue() for _ in range(2 * (_MOST_FAILURES + 1))
@@ -81,7 +83,7 @@ class Dispatcher:
         # The poll that was cut off to make room for another one; None once it has ended.
         self._giving_way: Poll | None = None
         self.soonest = math.inf
-        """A lower bound of the time at which the next poll may start. It does not foresee the end of a poll."""
+        """When to ask `next_poll` again: what it returned, or sooner if a poll was scheduled or has ended since."""
 
     def __len__(self) -> int:
         """Return the number of operations for which an ordinary poll is scheduled."""
@@ -110,8 +112,10 @@ class Dispatcher:
 
     # -- polling
 
-    def next_poll(self, now: float) -> Poll | None:
-        """Start the next poll that may start now, or set `soonest` to the time at which one may.
+    def next_poll(self, now: float) -> Poll | float:
+        """Start the next poll that may start now, or return the soonest time at which one may.
+
+        That time does not foresee the end of a poll.
 
         1. If a final poll is queued and may start, it goes first.
         2. If all slots are taken, the oldest poll gives its slot back once it is a second old.
@@ -120,34 +124,42 @@ class Dispatcher:
            is open, the order is that of probes.
         4. If no more polls may be in flight, the oldest slow one gives way to one that is due.
         """
-        self.soonest = math.inf
+        found = self._next_final(now) if self._final_polls else math.inf  # 1
+        if isinstance(found, float):
+            ordinary = self._next_ordinary(now)
+            found = min(found, ordinary) if isinstance(ordinary, float) else ordinary
+        self.soonest = found if isinstance(found, float) else now
+        return found
+
+    def _next_ordinary(self, now: float) -> Poll | float:
+        """Start the next ordinary poll, or return when one may start."""
         circuit = self._circuit
-        if self._final_polls and (poll := self._next_final(now)) is not None:  # 1
-            return poll
         ready_at = self._rate.ready_at(now)
         slots = self._max_in_flight if circuit.is_calm else circuit.limit
         if len(self._slots) >= slots or self._retries_wait():  # 2
             self._free_slots(now)
             if len(self._slots) >= slots:
                 ready_at = max(ready_at, self._slow_at())
+        if self._window.limit < math.inf:
+            ready_at = max(ready_at, self._window.opens_at(now, self._ordinary_starts()))
         if not circuit.is_calm:
             ready_at = max(ready_at, circuit.retry_at())
         if ready_at > now + RESOLUTION:
-            self.soonest = min(self.soonest, self._due_at(ready_at))
-            return None
+            return self._due_at(ready_at)
         if self._has_room(now):  # 3
-            poll = self._next_due(now)
-            if poll is not None:  # perhaps it is not the only one that may start
-                self.soonest = min(self.soonest, self._slow_at() if len(self._slots) >= slots else now)
-            else:
-                self.soonest = min(self.soonest, self._due_at(now))
-            return poll
+            return self._next_due(now) or self._due_at(now)
         due = self._due_at(now)
-        if due <= now + RESOLUTION:  # 4
-            self._make_room(now)
-        else:
-            self.soonest = min(self.soonest, due)
-        return None
+        return due if due > now + RESOLUTION else self._make_room(now)  # 4
+
+    def record_success(self, poll: Poll, now: float) -> None:
+        """Record a good answer to a poll that is still in flight."""
+        self._circuit.record_success(now, started_at=poll.started_at)
+        if self._window.record_success(now, started_at=poll.started_at):
+            self._window.adapt(now, self._ordinary_starts())
+
+    def _ordinary_starts(self) -> list[float]:
+        """Return when the ordinary polls in flight started, in order."""
+        return [poll.started_at for poll in self.in_flight if not poll.final]
 
     def _free_slots(self, now: float) -> None:
         """Free the slots of slow polls, and of polls that started before the circuit opened."""
@@ -177,18 +189,17 @@ class Dispatcher:
         times = _MOST_BESIDE_GOOD if now - self._circuit.answered_at <= SLOW else _MOST
         return in_flight - len(self.final_in_flight) < times * self._max_in_flight
 
-    def _make_room(self, now: float) -> None:
-        """Cut off the oldest slow poll, one at a time. If none is slow, lower `soonest` to when one will be."""
-        if self._giving_way is not None:
-            return
-        for poll in self.in_flight:
-            if not poll.final and not poll.is_over:
-                if poll.started_at + SLOW > now + RESOLUTION:
-                    self.soonest = min(self.soonest, poll.started_at + SLOW)
-                else:
+    def _make_room(self, now: float) -> float:
+        """Cut off the oldest slow poll, one at a time. If none is slow, return when one will be."""
+        if self._giving_way is None:
+            for poll in self.in_flight:
+                if not poll.final and not poll.is_over:
+                    if poll.started_at + SLOW > now + RESOLUTION:
+                        return poll.started_at + SLOW
                     self._giving_way = poll
                     self.cut_off(poll, overdue=True)
-                return
+                    break
+        return math.inf
 
     def _slow_at(self) -> float:
         """Return when the oldest poll that holds a slot gives it back at the latest."""
@@ -236,33 +247,35 @@ class Dispatcher:
         queues = self._queues if self._retries and not self._retries_wait() else self._queues[:2]
         return sorted(queues, key=TimerQueue.next_due) if by_time else queues
 
-    def _next_final(self, now: float) -> Poll | None:
-        """Start the oldest queued final poll that a wait still needs, or lower `soonest`."""
+    def _next_final(self, now: float) -> Poll | float:
+        """Start the oldest queued final poll that a wait still needs, or return when one may start."""
         if len(self.in_flight) >= self._max_connections:
-            self._make_room(now)
-            return None
+            return self._make_room(now)
         if self._circuit.state is CircuitState.OPEN:
             # One final poll at a time. One that goes on for other waits after its two seconds does not count.
             for poll in self.final_in_flight:
                 ends_at = poll.started_at + FINAL_POLL_TIMEOUT
                 if not poll.is_over and ends_at > now + RESOLUTION:
-                    self.soonest = min(self.soonest, ends_at)
-                    return None
+                    return ends_at
         elif len(self.final_in_flight) >= _MOST_FINAL * self._max_in_flight:
-            return None
+            return math.inf
         for _ in range(min(_MOST_SKIPPED, len(self._final_polls))):
             _, polled = self._final_polls.popleft()
             polled.final_poll_queued = False
-            if polled.needs_final_poll():
+            if polled.needs_final_poll(now):
                 poll = Poll(polled, now, polled.active_waits(), final=True)
                 self.in_flight[poll] = self.final_in_flight[poll] = None
                 self._rate.record_poll(now)
                 if polled.due <= now + RESOLUTION:  # it replaces an ordinary poll that is due
                     self.unschedule(polled)
                 return poll
-        if self._final_polls:
-            self.soonest = now  # in the next turn
-        return None
+        return now if self._final_polls else math.inf  # in the next turn
+
+    def why_no_final_poll(self, deadline: float) -> Unanswered:
+        """Return why no final poll could start for a wait with this deadline."""
+        if self._circuit.state is not CircuitState.OPEN or not may_start(deadline - self._circuit.since):
+            return Unanswered.NO_SLOT
+        return Unanswered.CIRCUIT_OPEN if self._circuit.is_probed else Unanswered.PAUSE
 
     def finish(self, poll: Poll, now: float) -> None:
         """Remove a poll that has ended, and schedule another one if its operation needs it."""
@@ -336,6 +349,6 @@ class Dispatcher:
     def lag(self, now: float) -> float:
         """Return the seconds by which the poll that has been due longest is late."""
         due = min([queue.next_due() for queue in self._queues])
-        if self._final_polls and self._final_polls[0][1].needs_final_poll():
+        if self._final_polls and self._final_polls[0][1].needs_final_poll(now):
             due = min(due, self._final_polls[0][0])
         return max(0.0, now - due)

@@ -21,9 +21,9 @@ from aiokeyless._rules.approval import (
     timeout_error,
     unknown_error,
 )
-from aiokeyless._rules.backoff import error_delay, requested_pause
+from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
 from aiokeyless._rules.circuit import Circuit
-from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, is_final, repeat_final_after
+from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
 from aiokeyless._rules.outcome import YOUNG, poll_verdict
 from aiokeyless._rules.rate import PollRate
 from aiokeyless.errors import ApprovalTimeoutError, KeylessError, RateLimitError
@@ -98,6 +98,7 @@ class Machine:
         )
         self._polled: dict[str, PolledOperation] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
+        self._expired_at = self._woke_at = -math.inf  # when `expire` was called last; when, after the loop stood still
         self._waiting = 0
         self._polls = 0
         self._approvals = 0
@@ -114,7 +115,7 @@ class Machine:
     def next_poll(self, now: float) -> Poll | None:
         """Start the next poll that may start now; None if none may before `wake_at` or the end of a poll."""
         poll = self._dispatcher.next_poll(now)
-        if poll is None:
+        if isinstance(poll, float):
             return None
         self._polls += 1
         if poll.lag >= LATE or self._reporter.polls_are_late:
@@ -122,14 +123,9 @@ class Machine:
         for wait in poll.waits:
             wait.polls += 1
             # By time, not by phase: if many deadlines pass at once, this one may not be handled yet.
-            if wait.final is None and (wait.had_expired or is_final(wait.deadline - now)):
-                wait.final = poll
+            if wait.last_poll is None and (wait.had_expired or is_final(wait.deadline - now)):
+                wait.last_poll, wait.was_last_polled = poll, True
         return poll
-
-    def is_settled(self, until: float) -> bool:
-        """Return whether the driver, after a poll has started, has nothing else to do until it wakes at `until`."""
-        dispatcher = self._dispatcher
-        return dispatcher.soonest >= until and self._deadlines.next_due() >= until and not dispatcher.cut
 
     def wake_at(self) -> float:
         """Return when time alone makes something happen: a poll may start, one is overdue, or a deadline passes."""
@@ -186,6 +182,7 @@ class Machine:
         wait.origin = now - age if age else now
         wait.deadline = now + (patience if had_expired else timeout)
         wait.had_expired = had_expired
+        wait.was_last_polled = False
         wait.phase = _POLLING
         wait.schedule = schedule
         wait.ticket = ticket
@@ -194,7 +191,7 @@ class Machine:
         wait.attempt = 1 + is_fresh
         wait.own_due = -math.inf
         wait.polls = wait.number = 0
-        wait.error = wait.final = wait.entry = None
+        wait.error = wait.last_poll = wait.entry = None
         wait.polled = polled = self._polled_operation(operation_id, wait)
         polled.add(wait)
         self._waiting += 1
@@ -257,11 +254,11 @@ class Machine:
         self._deadlines.remove(wait)
         if wait.updates is not None:
             wait.updates.close()
-        final, wait.final = wait.final, None  # that poll has the wait
+        last, wait.last_poll = wait.last_poll, None  # that poll has the wait
         if not polled.live:
             self._stop_polling(polled)
-        elif final is not None and not final.serves_any():  # the other waits have passed their deadlines, too
-            self._dispatcher.cut_off(final)
+        elif last is not None and not last.serves_any():  # the other waits have passed their deadlines, too
+            self._dispatcher.cut_off(last)
         if self._reporter.listens:
             self._reporter.wait_ended(wait, now)
 
@@ -294,20 +291,19 @@ class Machine:
         """
         for poll in self._dispatcher.overdue(now):
             self._dispatcher.cut_off(poll, overdue=True)
+        due = self._deadlines.next_due()
+        if now - max(due, self._expired_at) > STOOD_STILL:  # the driver was to be here at one of these times
+            self._woke_at = now
+        self._expired_at = now
         passed: set[PolledOperation] = set()
-        for _ in range(_deadlines_in_a_turn(now, self._deadlines.next_due())):
+        for _ in range(_deadlines_in_a_turn(now, due)):
             wait = self._deadlines.pop_due(now + RESOLUTION)
             if wait is None:
                 break
+            if wait.phase is _POLLING:
+                passed.add(wait.polled)
             try:
-                if wait.phase is _POLLING:
-                    self._pass_deadline(wait)
-                    self._queue_final_poll(wait, wait.deadline)
-                    passed.add(wait.polled)
-                elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a failed one is over
-                    self._queue_final_poll(wait, now)
-                else:
-                    self._end_unknown(wait, now)
+                self._expire_wait(wait, now)
             except Exception as error:  # noqa: BLE001  # a bug: it must end the wait that it concerns, and not hang it
                 self.end(wait, error, now)
         if passed:
@@ -315,6 +311,19 @@ class Machine:
             for poll in self._dispatcher.in_flight:
                 if poll.polled in passed and not poll.serves_any():
                     self._dispatcher.cut_off(poll)
+
+    def _expire_wait(self, wait: Wait, now: float) -> None:
+        """Queue the final poll of a wait, or end it."""
+        ends_at = wait.deadline if wait.phase is _POLLING else wait.deadline + FINAL_POLL_TIMEOUT
+        if ends_at < self._woke_at - STOOD_STILL:
+            wait.deadline = self._woke_at
+        if wait.phase is _POLLING:
+            self._pass_deadline(wait)
+            self._queue_final_poll(wait, wait.deadline)
+        elif now + RESOLUTION < wait.deadline + FINAL_POLL_TIMEOUT:  # the pause after a failed one is over
+            self._queue_final_poll(wait, now)
+        else:
+            self._end_unknown(wait, now)
 
     def _pass_deadline(self, wait: Wait) -> None:
         """Let only a final poll count for a wait from now on."""
@@ -327,13 +336,16 @@ class Machine:
     def _queue_final_poll(self, wait: Wait, since: float) -> None:
         """Queue a final poll for a wait whose deadline has passed, unless its final poll is in flight."""
         self._deadlines.schedule(wait, wait.deadline + FINAL_POLL_TIMEOUT)
-        if wait.final is None:
+        if wait.last_poll is None:
             self._dispatcher.queue_final_poll(wait.polled, since)
 
     def _end_unknown(self, wait: Wait, now: float) -> None:
-        """End a wait whose final polls were not answered in time, or found no slot."""
-        poll = wait.final
-        if poll is not None:
+        """End a wait whose final polls were not answered in time, or could not be sent."""
+        poll, why = wait.last_poll, Unanswered.FAILED
+        if poll is None and not wait.was_last_polled:
+            why = self._dispatcher.why_no_final_poll(wait.deadline)
+        elif poll is not None:
+            why = Unanswered.NO_ANSWER
             wait.error = self._no_answer(wait.polled.operation_id, now - poll.started_at)
             # Once for all waits that share it, and not if it started too late to be answered.
             if not poll.counted_as_failure and now - poll.started_at >= SLOW - RESOLUTION:
@@ -342,7 +354,7 @@ class Machine:
                 self._circuit.record_failure(now, wait.polled.operation_id, started_at=poll.started_at, is_probe=False)
                 if self._circuit.state is not self._reporter.circuit:
                     self._report_circuit(wait.error, now)
-        self.end(wait, unknown_error(_record(wait, now)), now)
+        self.end(wait, unknown_error(_record(wait, now), why), now)
 
     # -- events: a poll ends
 
@@ -371,7 +383,7 @@ class Machine:
             self._failures += 1
             self._record_error(poll, answer, now)
         else:  # also a 404 about an operation that was seen: the service answers, and only this operation backs off
-            circuit.record_success(now, started_at=poll.started_at)
+            self._dispatcher.record_success(poll, now)
         if circuit.state is not reporter.circuit:
             self._report_circuit(answer, now)
         if isinstance(answer, Operation) and self._apply_directly(poll, answer, now):
@@ -401,7 +413,7 @@ class Machine:
             polled.live != 1
             or wait.done()
             or wait.phase is not _POLLING
-            or wait.final is not None
+            or wait.last_poll is not None
             or wait.updates is not None
             or evaluate(answer, polled.operation_id, wait.ticket) is not _PENDING
         ):
@@ -414,7 +426,8 @@ class Machine:
         except KeylessError as error:
             self.end(wait, error, now)
         else:
-            wait.attempt += wait.own_due <= poll.started_at
+            if wait.own_due <= poll.started_at:  # the poll was its own, not another caller's
+                wait.attempt += 1
             self._dispatcher.schedule(polled, now + delay)
         return True
 
@@ -467,7 +480,7 @@ class Machine:
         for wait in waits:
             if isinstance(answer, KeylessError):  # a 404 that counts as pending
                 wait.error = answer
-            if wait.final is poll:
+            if wait.last_poll is poll:
                 _update(wait, now, answer)
                 self.end(wait, timeout_error(_record(wait, now, answer)), now)
             elif wait.phase is _POLLING:  # else it waits for its final poll
@@ -492,7 +505,7 @@ class Machine:
             if isinstance(delay, KeylessError):
                 self.end(wait, copy.copy(delay), now)
                 continue
-            if wait.own_due <= application.poll.started_at:
+            if wait.own_due <= application.poll.started_at:  # the poll was its own, not another caller's
                 wait.own_due = now + delay
                 wait.attempt += 1
             self._dispatcher.schedule(polled, now + delay)
@@ -506,14 +519,18 @@ class Machine:
             application.failed = True
             polled.failures += 1
             self._failures += not error.is_transient  # transient ones are counted already
-            application.retry_at = now + max(error_delay(polled.failures), requested_pause(error))
+            counted = polled.failures
+            if error.is_transient and polled.pending_at is not None:  # a 404 is a fault of this operation
+                since_good, since_own = now - self._circuit.answered_at, now - polled.pending_at
+                counted = failures_that_count(counted, since_good=since_good, since_own=since_own)
+            application.retry_at = now + max(error_delay(counted), requested_pause(error))
             # While an ordinary poll is in flight, a final one sets no time: it could be over when that poll fails.
             if polled.before_deadline and polled.poll in (None, poll):
                 self._dispatcher.schedule(polled, application.retry_at)
         backoff = max(error_delay(1), requested_pause(error))
         for wait in waits:
             wait.error = error
-            if wait.final is poll:
+            if wait.last_poll is poll:
                 self._repeat_final(wait, error, backoff, now)
             else:
                 due = min(polled.due, application.retry_at)
@@ -521,18 +538,17 @@ class Machine:
 
     def _repeat_final(self, wait: Wait, error: KeylessError, backoff: float, now: float) -> None:
         """Repeat a final poll that failed; if that is too late, end the wait at once."""
-        wait.final = None
+        wait.last_poll = None
         if wait.had_expired and wait.phase is _POLLING:  # from now on, it has a deadline
             wait.deadline = now
             self._pass_deadline(wait)  # else the next poll would be final, too, and move the deadline again
-        left = wait.deadline + FINAL_POLL_TIMEOUT - now
-        delay = repeat_final_after(backoff, left=left, is_awaited=True)
-        if delay is not None:
-            self._deadlines.schedule(wait, now + delay)
-            _update(wait, now, error, due=now + delay)
+        again_at = now + backoff
+        if may_start(wait.deadline - again_at):
+            self._deadlines.schedule(wait, again_at)
+            _update(wait, now, error, due=again_at)
         else:
             _update(wait, now, error)
-            self.end(wait, unknown_error(_record(wait, now)), now)
+            self.end(wait, unknown_error(_record(wait, now), Unanswered.FAILED), now)
 
     def abandon_poll(self, poll: Poll, now: float, *, backs_off: bool) -> None:
         """Free the slot of a poll whose exchange ended without an answer and without a `KeylessError`; harmless twice.
@@ -550,10 +566,10 @@ class Machine:
                 pass
             return
         for wait in poll.waits:
-            if wait.final is poll:
-                wait.final = None
+            if wait.last_poll is poll:
+                wait.last_poll = None
         self._dispatcher.finish(poll, now)
-        if poll.polled.needs_final_poll():
+        if poll.polled.needs_final_poll(now):
             self._dispatcher.queue_final_poll(poll.polled, now)
 
     def fail_poll(self, poll: Poll, error: Exception, now: float) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
+from aiokeyless._rules.final import may_start
 from aiokeyless.models import Operation
 
 from .timer_queue import Scheduled
@@ -36,7 +37,7 @@ class WaitPhase(Enum):
     POLLING = auto()
     """Its deadline has not passed: the schedule or the backoff sets its polls."""
     FINAL = auto()
-    """Its deadline has passed: only the answer to a final poll counts."""
+    """Its deadline has passed: only the answer to a poll from then on counts."""
     ENDED = auto()
     """It has its outcome, or its caller is gone."""
 
@@ -72,7 +73,8 @@ class Wait(Scheduled):
         own_due: float
         polls: int
         error: KeylessError | None  # the last one
-        final: Poll | None  # its final poll, while that is in flight
+        last_poll: Poll | None  # in flight, and started at its deadline or later, or its ticket had expired
+        was_last_polled: bool  # there is one, or was one that failed
         number: int  # for listeners, if there are any
         entry: Entry | None  # in the queue of deadlines
     else:
@@ -96,8 +98,8 @@ class Wait(Scheduled):
 
 
 WAIT_SLOTS: Final = (
-    *("attempt", "deadline", "entry", "error", "final", "had_expired", "may_be_missing", "number", "origin", "own_due"),
-    *("phase", "polled", "polls", "schedule", "started_at", "ticket", "updates"),
+    *("attempt", "deadline", "entry", "error", "had_expired", "last_poll", "may_be_missing", "number", "origin"),
+    *("own_due", "phase", "polled", "polls", "schedule", "started_at", "ticket", "updates", "was_last_polled"),
 )
 
 
@@ -162,9 +164,12 @@ class PolledOperation(_Opaque, Scheduled, msgspec.Struct, eq=False):
         """Return the waits that have not ended, in the order in which they started."""
         return [wait for wait in self.waits if not wait.done()]
 
-    def needs_final_poll(self) -> bool:
-        """Return whether a wait's deadline has passed, and no final poll of it is in flight."""
-        return any(wait.phase is WaitPhase.FINAL and wait.final is None for wait in self.active_waits())
+    def needs_final_poll(self, now: float) -> bool:
+        """Return whether a wait's deadline has passed, no last poll of it is in flight, and one may still start."""
+        return any(
+            wait.phase is WaitPhase.FINAL and wait.last_poll is None and may_start(wait.deadline - now)
+            for wait in self.active_waits()
+        )
 
 
 class Poll(_Opaque, msgspec.Struct, eq=False):
@@ -179,6 +184,7 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     is_retry: bool = False
     """Whether it is an ordinary one, of an operation that failed before."""
     final: bool = False
+    """Whether it is beside the ordinary ones, for waits whose deadline has passed."""
     is_over: bool = False
     """Whether it was cut off, or has ended: nothing stops it any more."""
     is_overdue: bool = False
@@ -188,8 +194,8 @@ class Poll(_Opaque, msgspec.Struct, eq=False):
     """It no longer serves so many of the first waits, and never will."""
 
     def serves(self, wait: Wait) -> bool:
-        """Return whether the answer counts for a wait. After the wait's deadline, only its final poll does."""
-        return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final is self)
+        """Return whether the answer counts for a wait. After the wait's deadline, only its last poll does."""
+        return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.last_poll is self)
 
     def serves_any(self) -> bool:
         """Return whether the answer counts for any wait. Repeated calls do not check a wait again after a no."""

@@ -14,7 +14,6 @@ from aiokeyless._rules import final
 from aiokeyless._rules.ambiguity import may_have_taken_effect
 from aiokeyless._rules.approval import Rejection, Verdict, evaluate
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.final import repeat_final_after
 from aiokeyless._rules.outcome import poll_verdict
 from aiokeyless.errors import DecodeError, KeylessError, NotFoundError, PermissionDeniedError
 from aiokeyless.models import Operation
@@ -143,9 +142,8 @@ def after_poll(
             return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
         left = left_of_grace(delivery, polled_at, pacing.grace)
         # If the circuit stays open for longer than that, the application still gets an outcome in time.
-        delay = repeat_final_after(pacing.after_failure(left), left=left, is_awaited=False)
-        if delay is not None:
-            return Redeliver(delay, Exchange.FAILED)
+        if left > 0.0:  # no caller waits for the outcome, so the repetition may be later than that
+            return Redeliver(pacing.after_failure(left), Exchange.FAILED)
     return _end(delivery, answer, verdict, now)._replace(polled_at=polled_at)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from aiokeyless._rules.approval import (
     timeout_error,
     unknown_error,
 )
+from aiokeyless._rules.final import Unanswered
 from aiokeyless.errors import (
     ApprovalError,
     ApprovalTimeoutError,
@@ -301,7 +303,7 @@ def record(**changed: Any) -> WaitRecord:
 
 ERRORS = [
     pytest.param(timeout_error, ApprovalTimeoutError, id="timed out"),
-    pytest.param(unknown_error, ApprovalUnknownError, id="unknown"),
+    pytest.param(partial(unknown_error, why=Unanswered.NO_SLOT), ApprovalUnknownError, id="unknown"),
     pytest.param(
         lambda told: rejection_error(Rejection.OTHER_PAYLOAD, told),
         OperationMismatchError,
@@ -361,10 +363,11 @@ def test_a_timeout_says_that_it_is_no_denial_and_what_was_seen() -> None:
     assert " and 1 poll; " in str(timeout_error(record(polls=1)))
 
 
-def test_an_unanswered_final_poll_says_that_the_outcome_is_unknown() -> None:
-    assert str(unknown_error(record())) == (
-        "operation 'txn-1': time is up after 120.0 s and 7 polls, and no final poll was answered, so the outcome is "
-        "unknown: check it with get_operation before you repeat anything"
+@pytest.mark.parametrize("why", Unanswered)
+def test_an_unanswered_final_poll_says_why_the_outcome_is_unknown(why: Unanswered) -> None:
+    assert str(unknown_error(record(), why)) == (
+        f"operation 'txn-1': time is up after 120.0 s and 7 polls, and {why.value}; the outcome is unknown: check it "
+        "with get_operation before you repeat anything"
     )
 
 

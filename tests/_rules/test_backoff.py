@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from aiokeyless._rules.backoff import error_delay, requested_pause
+from aiokeyless._rules.backoff import error_delay, failures_that_count, requested_pause
 from aiokeyless.errors import (
     KeylessError,
     NotFoundError,
@@ -34,6 +36,26 @@ def test_the_delay_is_in_the_second_half_of_a_window_that_doubles_from_half_a_se
 
 def test_the_delay_after_very_many_failures_is_no_overflow() -> None:
     assert 0 < error_delay(10**6) <= LONGEST
+
+
+# -- how many failures count
+
+
+@pytest.mark.parametrize(
+    ("failures", "since_good", "since_own", "counted"),
+    [
+        (1, 0.0, 0.0, 1),
+        (2, 0.0, 0.0, 2),
+        (9, 1.0, 20.0, 2),
+        (9, 1.01, 20.0, 9),
+        (9, 1.0, 20.01, 9),
+        (9, math.inf, math.inf, 9),
+    ],
+)
+def test_where_answers_fail_at_random_two_failures_count(
+    failures: int, since_good: float, since_own: float, counted: int
+) -> None:
+    assert failures_that_count(failures, since_good=since_good, since_own=since_own) == counted
 
 
 # -- what the service asks for

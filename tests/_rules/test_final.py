@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiokeyless._rules.final import is_final, repeat_final_after
+from aiokeyless._rules.final import is_final, may_start
 
 
 @pytest.mark.parametrize(
@@ -15,18 +15,7 @@ def test_a_poll_that_starts_at_the_deadline_is_the_final_one_to_a_microsecond(le
 
 
 @pytest.mark.parametrize(
-    ("delay", "left", "awaited", "alone"),
-    [
-        (0.5, 2.0, 0.5, 0.5),
-        (1.9, 2.0, 1.9, 1.9),
-        (2.0, 2.0, None, 2.0),
-        (60.0, 0.1, None, 60.0),
-        (0.5, 0.0, None, None),
-        (0.5, -1.0, None, None),
-    ],
+    ("left", "expected"), [(10.0, True), (0.0, True), (-1.5, True), (-1.5001, False), (-2.0, False), (-9.0, False)]
 )
-def test_a_final_poll_is_repeated_while_there_is_time(
-    delay: float, left: float, awaited: float | None, alone: float | None
-) -> None:
-    assert repeat_final_after(delay, left=left, is_awaited=True) == awaited
-    assert repeat_final_after(delay, left=left, is_awaited=False) == alone
+def test_a_final_poll_does_not_start_in_its_last_half_second(left: float, *, expected: bool) -> None:
+    assert may_start(left) is expected

@@ -13,9 +13,10 @@ from tenacity.wait import wait_base
 from aiokeyless import ApprovalTicket, ConfigurationError, wait_adaptive
 from aiokeyless._listeners import Listeners
 from aiokeyless._rules import circuit as circuit_module
+from aiokeyless._rules.final import Unanswered
 from aiokeyless._waits import machine as machine_module
 from aiokeyless._waits.machine import BATCH
-from aiokeyless._waits.state import WaitPhase
+from aiokeyless._waits.state import Poll, WaitPhase
 from aiokeyless.events import CircuitChanged, Event, PollEnded, WaitEnded, WaitOutcome, WaitStarted
 
 from .calls import TIMEOUT, USER, Calls, Updates, error, names, operation
@@ -69,7 +70,7 @@ class TestPolls:
         wait = machine.wait(ticket=TICKET, timeout=2.0, is_fresh=True)
         poll = machine.one(2.0)
         assert poll.final
-        assert wait.final is poll
+        assert wait.last_poll is poll
 
     def test_the_clock_of_the_schedule_starts_at_the_earliest_creation_that_a_wait_knows_of(self) -> None:
         asked: list[float | None] = []
@@ -103,6 +104,15 @@ class TestPolls:
             order.append(poll.polled.operation_id)
             machine.answer(poll, 0.0)
         assert order == ["c", "a", "b"]
+
+    def test_a_poll_that_becomes_due_during_another_one_waits_for_its_end(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        machine.wait()
+        poll = machine.one(0.0)
+        machine.wait(at=0.5)  # it wants one at once
+        assert machine.started(0.5) == []
+        machine.answer(poll, 3.0)
+        assert names(machine.started(3.0)) == ["op"]
 
     def test_a_wait_that_starts_during_a_poll_is_served_by_its_approval_only(self) -> None:
         machine = Calls()
@@ -171,6 +181,22 @@ class TestSlots:
             if machine.take_cut():
                 break
         assert in_flight == most
+
+    def test_a_saturated_service_gets_as_many_polls_at_once_as_it_answers_soon(self) -> None:
+        machine = Calls(64, schedule=wait_fixed(1))
+        for number in range(200):
+            machine.wait(f"op-{number}")
+        queue: list[Poll] = []
+        for answered in range(3000):  # twenty a second
+            at = answered / 20
+            queue += machine.started(at)
+            assert not machine.take_cut()
+            poll = queue.pop(0)
+            assert not poll.is_over  # nothing is sent in vain
+            machine.answer(poll, at)
+        assert 2 <= len(queue) <= 20  # a second's worth
+        machine.wait("final", at=150.0, timeout=0.1)
+        assert names(machine.started(150.1)) == ["final"]  # these do not wait for it
 
     def test_at_the_most_the_oldest_slow_poll_gives_way_and_counts_as_failed(self) -> None:
         machine = Calls(1)
@@ -270,7 +296,7 @@ class TestSlots:
             assert machine.started(1.0) == []
             assert machine.wake_at() == 1.0
         assert names(machine.started(1.0)) == ["needed"]
-        assert needed.final is not None
+        assert needed.last_poll is not None
 
     def test_no_poll_starts_for_callers_that_are_gone(self) -> None:
         machine = Calls()
@@ -328,6 +354,25 @@ class TestSlots:
         machine.wait()
         polls = machine.run(100.0, lambda *_: error(500))
         assert [at for at, _ in polls] == [0.25 * number * (number + 1) for number in range(20)]
+
+    def test_in_a_brown_out_an_operation_that_answered_lately_counts_two_of_its_failures(self) -> None:
+        machine = Calls(schedule=wait_fixed(0.5))
+        machine.wait("well")
+        machine.wait("half")
+        polls = machine.run(60.0, lambda name, at: error(503) if name == "half" and at > 1.0 else "pending")
+        times = [at for at, name in polls if name == "half"]
+        assert times[:25] == [0.0, 0.5, 1.0, 1.5, *range(2, 23)]
+        assert times[25] > 30.0  # it always fails
+
+    @pytest.mark.parametrize("failing", [503, 404])
+    def test_nothing_but_a_brown_out_cuts_the_backoff_of_an_operation(self, failing: int) -> None:
+        machine = Calls(schedule=wait_fixed(0.5))
+        if failing == 404:  # then the service is well, but this operation alone is not
+            machine.wait("well")
+        machine.wait("bad")
+        polls = machine.run(20.0, lambda name, at: error(failing) if name == "bad" and at > 1.0 else "pending")
+        times = [at for at, name in polls if name == "bad"]
+        assert times == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 6.5, 9.0, 12.0, 15.5, 19.5]
 
     def test_a_wait_for_an_operation_whose_caller_was_cancelled_is_polled_at_once(self) -> None:
         machine = Calls()
@@ -682,35 +727,15 @@ class TestDeadlines:
         assert machine.wakes(5.0) == 7.0
         machine.wait("next", at=5.1)
         machine.answer(final, 5.1, error(500))
-        assert machine.next_poll(5.1) is not None
-        assert machine.wake_at() == 5.6
-        assert not machine.is_settled(6.0)
+        assert names(machine.started(5.1)) == ["next"]
+        assert machine.wakes(5.1) == 5.6
 
-    def test_a_driver_has_nothing_else_to_do_while_all_slots_are_taken(self) -> None:
+    def test_a_driver_sleeps_while_all_slots_are_taken(self) -> None:
         machine = Calls(1, schedule=wait_fixed(60))
-        for name in ("one", "other", "third"):
-            machine.wait(name)
-        machine.answer(machine.one(0.0), 0.0)
-        assert machine.next_poll(0.0) is not None
-        assert machine.is_settled(1.0)
-        assert not machine.is_settled(1.1)
-        machine.give_up(machine.wait("third"), 0.0)
-        assert machine.is_settled(1.0)
-
-    def test_a_driver_asks_again_if_another_poll_may_start(self) -> None:
-        machine = Calls(2)
         for name in ("one", "other"):
             machine.wait(name)
-        assert machine.next_poll(0.0) is not None
-        assert not machine.is_settled(1.0)
-
-    def test_a_driver_has_to_cut_off_what_no_wait_needs(self) -> None:
-        machine = Calls()
-        wait = machine.wait()
         machine.one(0.0)
-        assert machine.is_settled(TIMEOUT)
-        machine.give_up(wait, 1.0)
-        assert not machine.is_settled(TIMEOUT)
+        assert machine.wakes(0.0) == 1.0
 
     def test_the_final_poll_says_pending(self) -> None:
         machine = Calls(schedule=wait_fixed(4))
@@ -754,8 +779,8 @@ class TestDeadlines:
             ([error(500), "approved"], "approved", 5.5),
             ([error(500), "pending"], "ApprovalTimeoutError", 5.5),
             ([error(500), error(503), error(500), error(500)], "ApprovalUnknownError", 6.5),
-            ([error(503, retry_after=1.75), "approved"], "approved", 6.75),
-            ([error(503, retry_after=2.0)], "ApprovalUnknownError", 5.0),
+            ([error(503, retry_after=1.5), "approved"], "approved", 6.5),
+            ([error(503, retry_after=1.51)], "ApprovalUnknownError", 5.0),
             (4 * [error(404)], "ApprovalUnknownError", 6.5),
         ],
         ids=["approved", "pending", "unknown", "asked for", "too late", "404"],
@@ -826,6 +851,71 @@ class TestDeadlines:
         machine.expire(3.0)
         assert wait.outcome == "ApprovalUnknownError"
         assert machine.statistics(3.0).transient_failures == failures
+
+    @pytest.mark.parametrize("circuit", ["closed", "open", "pause"])
+    def test_a_wait_whose_final_poll_could_not_be_sent_says_why(self, circuit: str) -> None:
+        machine = Calls(5, schedule=wait_fixed(60))
+        if circuit == "open":
+            opened(machine, 0.0)
+        elif circuit == "pause":
+            machine._circuit.record_pause(0.0, 60.0)
+        waits = [machine.wait(f"op-{number}", timeout=1.0, is_fresh=True) for number in range(21)]
+        assert len(machine.started(1.0)) == (20 if circuit == "closed" else 1)
+        sent = [wait for wait in waits if wait.last_poll is not None]
+        machine.expire(3.0)  # then the circuit opens, if it was not open
+        why = {"closed": Unanswered.NO_SLOT, "open": Unanswered.CIRCUIT_OPEN, "pause": Unanswered.PAUSE}[circuit]
+        for wait in waits:
+            assert f"and {(Unanswered.NO_ANSWER if wait in sent else why).value};" in str(wait.result())
+
+    def test_a_wait_whose_final_poll_failed_says_so_even_if_the_repetition_could_not_be_sent(self) -> None:
+        machine = Calls(connections=1, schedule=wait_fixed(60))
+        wait = machine.wait(timeout=1.0, is_fresh=True)
+        machine.answer(machine.one(1.0), 1.0, error(500))
+        machine.wait("busy", at=1.0)
+        machine.one(1.0)
+        assert machine.started(1.5) == []
+        machine.expire(3.0)
+        assert "and its final poll failed;" in str(wait.result())
+
+    @pytest.mark.parametrize(("at", "starts"), [(2.5, True), (2.51, False)])
+    def test_a_final_poll_does_not_start_in_its_last_half_second(self, at: float, *, starts: bool) -> None:
+        machine = Calls(connections=1, schedule=wait_fixed(60))
+        machine.wait("busy")
+        busy = machine.one(0.0)
+        wait = machine.wait(timeout=1.0)
+        machine.expire(1.0)
+        machine.answer(busy, at)
+        assert bool(machine.started(at)) is starts
+        machine.expire(3.0)
+        assert wait.outcome == "ApprovalUnknownError"
+
+    @pytest.mark.parametrize(("stood_still", "ends_at"), [(0.5, 7.0), (0.51, 7.51), (3.0, 10.0), (3600.0, 3607.0)])
+    def test_if_the_loop_stood_still_across_the_deadline_the_final_poll_gets_its_time_then(
+        self, stood_still: float, ends_at: float
+    ) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        waits = [machine.wait(timeout=5.0) for _ in range(2)]
+        machine.answer(machine.one(0.0), 0.0)
+        final = machine.one(5.0 + stood_still)
+        assert final.final
+        assert machine.wakes(5.0 + stood_still) == ends_at
+        machine.answer(final, ends_at - 0.1, "approved")
+        assert [wait.outcome for wait in waits] == ["approved"] * 2
+
+    def test_if_it_stood_still_while_a_final_poll_was_in_flight_the_answer_still_counts(self) -> None:
+        machine = Calls(schedule=wait_fixed(60))
+        wait = machine.wait(timeout=5.0, is_fresh=True)
+        final = machine.one(5.0)
+        assert machine.started(9.0) == []  # the answer is there, but not read yet
+        machine.answer(final, 9.0, "approved")
+        assert wait.outcome == "approved"
+
+    def test_a_machine_that_is_busy_with_many_deadlines_did_not_stand_still(self) -> None:
+        machine = Calls(1, schedule=wait_fixed(60))
+        waits = [machine.wait(f"op-{number}", timeout=5.0, is_fresh=True) for number in range(1000)]
+        for turn in range(30):
+            machine.started(5.0 + turn / 10)
+        assert {wait.outcome for wait in waits} == {"ApprovalUnknownError"}
 
     def test_no_final_poll_starts_for_a_wait_that_left_even_if_another_one_goes_on(self) -> None:
         machine = Calls(connections=1, schedule=wait_fixed(60))
@@ -905,9 +995,10 @@ class TestDeadlines:
     def test_a_final_poll_that_fails_beside_one_in_flight_sets_nothing(self) -> None:
         machine = Calls(schedule=wait_fixed(1))
         machine.wait()
-        machine.wait(timeout=5.0)
+        ending = machine.wait(timeout=5.0)
         hanging = machine.one(0.0)
         machine.answer(machine.one(5.0), 5.0, error(500))
+        machine.give_up(ending, 5.0)
         machine.answer(hanging, 8.0, error(500))
         assert machine.started(8.9) == []
         assert names(machine.started(9.0)) == ["op"]
@@ -924,7 +1015,7 @@ class TestDeadlines:
         assert list(machine.take_cut()) == [hanging]
         machine.give_up(first, 6.0)
         assert list(machine.take_cut()) == [final]
-        assert machine.one(6.0) is second.final
+        assert machine.one(6.0) is second.last_poll
 
     @pytest.mark.parametrize("answer", ["pending", "approved"])
     def test_an_expired_ticket_has_one_poll_without_a_deadline(self, answer: str) -> None:

@@ -31,6 +31,8 @@ TIMED_OUT, UNKNOWN = "ApprovalTimeoutError", "ApprovalUnknownError"
 EPS: Final = 1e-4
 #: Seconds that a final poll may take, its repetitions included (rule 3).
 FINAL: Final = 2.0
+#: The last of these, in which none starts.
+TOO_LATE: Final = 0.5
 #: Seconds for which a wait that is held goes on after the last hold.
 LEASE: Final = 10.0
 #: Seconds for which an operation may still be missing, since a replica lags (rule 5).

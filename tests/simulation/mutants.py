@@ -233,7 +233,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/machine.py",
-        "if wait.final is poll:\n                _update(wait, now, answer)",
+        "if wait.last_poll is poll:\n                _update(wait, now, answer)",
         "if poll.final:\n                _update(wait, now, answer)",
         "the final poll of one wait ends the others",
     ),
@@ -252,7 +252,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/state.py",
-        "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.final is self)",
+        "return not wait.done() and (wait.phase is WaitPhase.POLLING or wait.last_poll is self)",
         "return False",
         "the deadline of one wait cuts the poll of the others off",
     ),
@@ -344,7 +344,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "_waits/machine.py",
-        "        wait.final = None\n        if wait.had_expired",
+        "        wait.last_poll = None\n        if wait.had_expired",
         "        if wait.had_expired",
         "a wait whose final poll failed gets no other one",
     ),

@@ -9,7 +9,7 @@ import math
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, SLOW, Evidence
+from .evidence import EPS, FAILURES_UNTIL_OPEN, FINAL, LONGEST_PAUSE, SLOW, TOO_LATE, Evidence
 from .faults import Outage, RateLimit, Shard, Slowness
 
 if TYPE_CHECKING:
@@ -63,6 +63,16 @@ def _needs_until(evidence: Evidence, wait: ObservedWait, poll: Exchange, last: f
     if any(b.had_expired or b.deadline <= poll.sent_at + EPS for b in budgets):
         return wait.ended_at
     return last if wait.number > poll.number or wait.ended_at < deadline - EPS else deadline
+
+
+def final_polls_have_time(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """Rule 3: no poll starts if all who wait for it end within half a second."""
+    for poll in evidence.polls:
+        waits = evidence.waits_at(poll.operation_id, poll.sent_at)
+        budgets = [budget for wait in waits for budget in evidence.budgets(wait)]
+        last = max((math.inf if b.had_expired else b.deadline + FINAL - TOO_LATE for b in budgets), default=math.inf)
+        if poll.sent_at > last + EPS:
+            yield evidence.violation("final polls have time", poll, poll.sent_at, f"the last could start at {last:.4f}")
 
 
 def single_flight(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -383,6 +393,7 @@ def _concerns(fault: Fault, begins: float, ends: float) -> bool:
 PROMISES = (
     polls_for_somebody,
     cut_at_the_deadline,
+    final_polls_have_time,
     single_flight,
     polls_in_flight,
     rate_of_polls,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from .evidence import EPS, FINAL, LEASE, TIMED_OUT, UNKNOWN, YOUNG, Budget, Evidence, Reading, verdict
+from .evidence import EPS, FINAL, LEASE, TIMED_OUT, TOO_LATE, UNKNOWN, YOUNG, Budget, Evidence, Reading, verdict
 from .faults import Lies, Outage
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _wrong_unknown(evidence: Evidence, wait: ObservedWait, budget: Budget) -> st
     final = [poll for poll in evidence.polls_of[wait.operation_id] if poll.sent_at >= budget.deadline - EPS]
     if any(poll.retry_after and poll.status in {429, 503} for poll in final):
         return ""
-    if wait.ended_at < budget.deadline + FINAL - BACKOFF - EPS:
+    if wait.ended_at < budget.deadline + FINAL - TOO_LATE - BACKOFF - EPS:
         return "a final poll that fails is repeated"
     return ""
 

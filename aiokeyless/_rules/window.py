@@ -1,0 +1,93 @@
+"""The polls that a saturated service gets at once: as many as it answers soon. Pure.
+
+A service that answers so many requests in a second, and no more, queues the rest. Then more polls in flight bring no
+more answers, only later ones, until each is cut off before its answer comes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Good answers that are compared at a time. A slow one among them, as of a slow shard, is no sign.
+_ROUND: Final = 8
+#: Answers are late if the quickest of a round takes so many times as long as the quickest ever, and so much more.
+_TIMES_QUICKEST: Final = 2.0
+_SECONDS_MORE: Final = 0.3
+#: A queue grows if answers come in so many times the time in which their polls were sent.
+_GROWS: Final = 1.2
+#: What is left of the polls in flight if answers are late.
+_LEFT: Final = 0.7
+_LEAST: Final = 2.0
+#: If fewer polls in flight change that by less, the polls are not the cause.
+_HARDLY: Final = 0.95
+#: A limit of so many times the polls in flight is not needed.
+_UNUSED: Final = 4.0
+#: A poll in flight for so many times a round trip, and for a second, hangs.
+_ROUND_TRIPS: Final = 3.0
+_SECONDS: Final = 1.0
+
+
+class Window:
+    """How many polls may be in flight, by how long good answers take. It starts without a limit."""
+
+    __slots__ = ("_answers", "_before", "_hangs_after", "_quickest", "_since", "limit")
+
+    def __init__(self) -> None:
+        self.limit: float = math.inf
+        """Polls that may be in flight, without those that hang."""
+        self._quickest = math.inf  # seconds of an answer
+        self._answers: list[tuple[float, float]] = []  # of this round: when the poll started, and when the answer came
+        self._since = -math.inf  # when the limit fell last
+        self._before = math.inf  # seconds of an answer before it fell last, if that was not the first time
+        self._hangs_after = _SECONDS
+
+    def opens_at(self, now: float, started: Sequence[float]) -> float:
+        """Return when one more poll may start, if none ends before.
+
+        Args:
+            now: The time.
+            started: When the polls in flight started, in order.
+        """
+        limit = int(self.limit)
+        return now if self._counted(now, started) < limit else started[-limit] + self._hangs_after
+
+    def record_success(self, now: float, *, started_at: float) -> bool:
+        """Record a good answer. Return whether the limit must be adapted."""
+        if started_at < self._since:  # it shows nothing about the present limit
+            return False
+        self._answers.append((started_at, now))
+        return len(self._answers) >= _ROUND
+
+    def adapt(self, now: float, started: Sequence[float]) -> None:
+        """Adapt the limit. The arguments are those of `opens_at`."""
+        answers, self._answers = self._answers, []
+        seconds = [at - start for start, at in answers]
+        quickest = min(seconds)
+        self._quickest = min(self._quickest, quickest)
+        self._hangs_after = max(_SECONDS, _ROUND_TRIPS * max(seconds))
+        starts = [start for start, _ in answers]
+        grows = answers[-1][1] - answers[0][1] > _GROWS * (max(starts) - min(starts))
+        grows &= max(starts[: _ROUND // 2]) <= min(starts[_ROUND // 2 :])  # a queue keeps the order
+        if quickest <= _TIMES_QUICKEST * self._quickest + _SECONDS_MORE:
+            self._before = math.inf
+            self.limit += _ROUND / self.limit
+            if self.limit > _UNUSED * self._counted(now, started):
+                self.limit = math.inf
+        elif self.limit == math.inf:
+            if grows:  # else all answers take longer, by whatever cause
+                self._fall(now, started)
+        elif self.limit <= _LEAST or _HARDLY <= quickest / self._before <= 1.0 / _HARDLY:
+            self._quickest, self._before, self.limit = quickest, math.inf, math.inf
+        else:
+            self._before = quickest
+            self._fall(now, started)
+
+    def _fall(self, now: float, started: Sequence[float]) -> None:
+        self.limit, self._since = max(_LEAST, _LEFT * self._counted(now, started)), now
+
+    def _counted(self, now: float, started: Sequence[float]) -> int:
+        return sum(at > now - self._hangs_after for at in started)

@@ -1,0 +1,142 @@
+"""How many polls a service gets at once: as many as it answers soon, and without a limit if that is not the cause."""
+
+from __future__ import annotations
+
+import math
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aiokeyless._rules.window import Window
+from benchmarks.approval_times import seeded_random
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Service:
+    """A service, and polls that are sent to it as fast as a window allows, and at most so many a second.
+
+    Args:
+        answers_at: When a poll that starts at a time is answered.
+        per_second: Polls that are due.
+    """
+
+    def __init__(self, answers_at: Callable[[float], float], per_second: float) -> None:
+        self.window = Window()
+        self.limits: list[float] = []
+        self._now = self._due_at = 0.0
+        self._answers_at = answers_at
+        self._per_second = per_second
+        self._in_flight: list[tuple[float, float]] = []  # when each started, and when it is answered
+
+    def run(self, until: float) -> None:
+        """Let the time pass."""
+        while self._now < until:
+            window, started = self.window, [start for start, _ in self._in_flight]
+            opens_at = self._now if window.limit == math.inf else window.opens_at(self._now, started)
+            starts_at = max(opens_at, self._due_at)
+            first = min(self._in_flight, key=itemgetter(1), default=(0.0, math.inf))
+            self._now = now = min(starts_at, first[1])
+            if starts_at <= first[1]:
+                self._in_flight.append((now, self._answers_at(now)))
+                self._due_at = now + 1 / self._per_second
+                continue
+            if window.record_success(now, started_at=first[0]):
+                window.adapt(now, started)
+                self.limits.append(window.limit)
+            self._in_flight.remove(first)
+
+
+def queue(capacity: float, seconds: float = 0.0) -> Callable[[float], float]:
+    """Return a service that answers so many requests a second, one after another."""
+    free_at = 0.0
+
+    def answers_at(now: float) -> float:
+        nonlocal free_at
+        free_at = max(free_at, now) + 1 / capacity
+        return free_at + seconds
+
+    return answers_at
+
+
+@pytest.mark.parametrize("capacity", [5.0, 20.0, 100.0])
+def test_a_service_with_more_to_do_than_it_can_has_a_short_queue(capacity: float) -> None:
+    service = Service(queue(capacity), 4 * capacity)
+    service.run(300.0)
+    seconds = [limit / capacity for limit in service.limits[-100:]]
+    assert max(seconds) <= 2.0
+    assert min(service.limits[-100:]) >= 2.0
+
+
+@pytest.mark.parametrize("seconds", [0.05, 2.0, 9.0])
+def test_a_service_that_is_far_away_has_no_limit(seconds: float) -> None:
+    service = Service(lambda now: now + seconds, 50.0)
+    service.run(60.0)
+    assert set(service.limits) == {math.inf}
+
+
+@pytest.mark.parametrize("seconds", [2.0, 5.0, 9.0])
+def test_a_service_whose_answers_begin_to_take_longer_at_any_load_has_no_limit(seconds: float) -> None:
+    service = Service(lambda now: now + (seconds if 30.0 <= now < 90.0 else 0.05), 50.0)
+    service.run(120.0)
+    assert set(service.limits) == {math.inf}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_that_take_any_time_are_no_queue(seed: int) -> None:
+    source = seeded_random(seed)
+    service = Service(lambda now: now + (source.uniform(1.0, 3.0) if now >= 30.0 else 0.05), 20.0)
+    service.run(200.0)
+    assert service.limits.count(math.inf) > 0.9 * len(service.limits)
+
+
+def test_a_slow_shard_is_no_queue() -> None:
+    source = seeded_random(1)
+    service = Service(lambda now: now + (5.0 if source.random() < 1 / 3 else 0.05), 50.0)
+    service.run(200.0)
+    assert set(service.limits) == {math.inf}
+
+
+def test_once_the_service_is_quick_again_the_limit_rises_until_it_is_gone() -> None:
+    saturated = queue(20.0)
+    service = Service(lambda now: saturated(now) if now < 60.0 else now + 0.05, 50.0)
+    service.run(60.0)
+    assert service.limits[-1] < 10.0
+    service.run(120.0)
+    assert service.limits[-1] == math.inf
+
+
+def test_if_fewer_polls_in_flight_make_the_answers_no_quicker_there_is_no_limit() -> None:
+    saturated = queue(20.0)
+    service = Service(lambda now: saturated(now) if now < 30.0 else now + 3.0, 50.0)
+    service.run(30.0)
+    assert service.limits[-1] < math.inf
+    service.run(120.0)
+    assert service.limits[-1] == math.inf
+    assert min(service.limits) > 2.0
+
+
+def test_nor_is_there_one_if_they_take_any_time_at_the_least_that_may_be_in_flight() -> None:
+    source, saturated = seeded_random(1), queue(20.0)
+    service = Service(lambda now: saturated(now) if now < 30.0 else now + source.uniform(2.0, 9.0), 50.0)
+    service.run(400.0)
+    assert service.limits[-1] == math.inf
+
+
+def test_each_fall_leaves_seven_tenths_of_the_polls_in_flight() -> None:
+    window = Window()
+    for round_ in range(2):
+        window.record_success(now := float(round_), started_at=now - 0.05)
+    for number in range(6):  # of eight, the quickest is well
+        assert window.record_success(2.0 + number, started_at=2.0 + number / 2) is (number == 5)
+    window.adapt(8.0, [7.5] * 10)
+    assert window.limit == math.inf
+    for number in range(8):
+        window.record_success(10.0 + number, started_at=9.0 + number / 2)
+    window.adapt(17.0, [0.0] + [16.5] * 10)  # the first one hangs, for over three round trips
+    assert window.limit == 7.0
+    assert not window.record_success(18.0, started_at=16.9)  # it started before the limit fell
+    assert window.opens_at(18.0, [17.0] * 6) == 18.0
+    assert window.opens_at(18.0, [16.0, *[17.0] * 6]) == 16.0 + 3 * 4.5
