@@ -20,9 +20,10 @@ MAX_PAUSE: Final = 120.0
 _ERROR_BACKOFF: Final = wait_exponential(multiplier=0.25, max=2.5) + wait_random_exponential(multiplier=0.25, max=2.5)
 #: If answers fail at random, no more failures than this count.
 _AT_RANDOM: Final = 2
-#: They do if a good answer came within so many seconds, and one to this operation within so many.
+#: They do if a good answer came within so many seconds, and one to this operation within so many. One of its polls may
+#: have hung in between.
 _GOOD: Final = 1.0
-_OWN: Final = 20.0
+_OWN: Final = 30.0
 
 
 def error_delay(failures: int) -> float:

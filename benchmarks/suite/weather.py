@@ -1,4 +1,4 @@
-"""Bad weather, simulated: shards that hang, a service with a limit, outages in which the service hangs.
+"""Bad weather, simulated: shards that hang, limits, outages, answers that fail at random, a saturated service.
 
 The real poller of a default client against a simulated service (`benchmarks.simulation`), with round trips of 50 ms if
 nothing else is said. Nothing is timed, so the figures do not depend on the machine.
@@ -6,6 +6,8 @@ nothing else is said. Nothing is timed, so the figures do not depend on the mach
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import statistics
 from collections import deque
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tenacity import wait_fixed
 
-from aiokeyless import ApprovalUnknownError, wait_adaptive
+from aiokeyless import ApprovalUnknownError, KeylessError, wait_adaptive
 from aiokeyless.events import PollEnded, PollResult
 from benchmarks.approval_times import ApprovalTimes, seeded_random
 from benchmarks.report import Goal, Report, Table, p95
@@ -123,6 +125,90 @@ def limiter(clients: int, *, waits: int = 2000, seconds: float = 180.0) -> Share
     return Shared(sum(shares) / would, jain, refused / would)
 
 
+class BrownOut(NamedTuple):
+    """The measurements of a service whose answers fail at random."""
+
+    late: float  # seconds, mean
+    requests: float
+
+
+def brown_out(hanging: float, *, is_loop: bool, waits: int = 300, seeds: int = 8) -> BrownOut:
+    """Let half of the answers be 503, and this share of the requests hang, for waits of ours or loops of a second."""
+    found = [_brown_out(hanging, waits, seed, is_loop=is_loop) for seed in range(seeds)]
+    return BrownOut(*(statistics.mean(figures) for figures in zip(*found, strict=True)))
+
+
+def _brown_out(hanging: float, waits: int, seed: int, *, is_loop: bool) -> BrownOut:
+    source, users = seeded_random(seed), seeded_random(seed + 1)
+    starts = sorted((users.uniform(0, _ARRIVALS), _EVERYBODY.draw(users)) for _ in range(waits))
+
+    def service(_: str, __: float) -> Answer:
+        drawn = source.random()
+        return HANGING if drawn < hanging else failing(503) if drawn < hanging + 0.5 * (1 - hanging) else GOOD
+
+    async def loop(name: str, approved_at: float) -> None:
+        simulation.transport.approved_at[name] = approved_at
+        while True:
+            with contextlib.suppress(TimeoutError, KeylessError):
+                async with asyncio.timeout(simulation.transport.request_timeout):
+                    if (await simulation.transport.poll(name)).is_approved:
+                        break
+            await asyncio.sleep(1)
+        simulation.lateness[name] = simulation.now - approved_at
+
+    async def scenario() -> None:
+        async with asyncio.TaskGroup() as loops:
+            for k, (at, approved_in) in enumerate(starts):
+                await simulation.sleep_until(at)
+                if is_loop:
+                    loops.create_task(loop(f"op-{k}", simulation.now + approved_in))
+                else:
+                    simulation.start(f"op-{k}", approved_in=approved_in, timeout=_TIMEOUT)
+        await simulation.sleep_until(_ARRIVALS + _TIMEOUT + 3)
+
+    simulation = Simulation(service, wait_adaptive(), seed=seed)
+    simulation.run(scenario())
+    return BrownOut(statistics.mean(simulation.lateness.values()), len(simulation.transport.sent))
+
+
+class Saturated(NamedTuple):
+    """What becomes of the requests to a service that can answer so many a second."""
+
+    cut_off: float  # of the requests, before they are answered
+    answered: float  # of what it can
+    in_flight: int  # at the end
+
+
+def saturated(capacity: float, *, waits: int, seconds: float = 240.0) -> Saturated:
+    """Let waits poll a service that answers one request after another, also those that nobody waits for any more."""
+    free_at, warm, answered, cut_off = 0.0, seconds / 4, 0, 0
+
+    def service(_: str, now: float) -> Answer:
+        nonlocal free_at
+        free_at = max(free_at, now) + 1 / capacity
+        return free_at - now, None
+
+    def on_event(event: object) -> None:
+        nonlocal answered, cut_off
+        if isinstance(event, PollEnded) and simulation.now > warm:
+            answered += event.result is PollResult.PENDING
+            cut_off += event.result is PollResult.FAILED
+
+    async def scenario() -> None:
+        nonlocal in_flight
+        for k in range(waits):
+            await simulation.sleep_until(5 * k / waits)
+            simulation.start(f"op-{k}")
+        await simulation.sleep_until(seconds)
+        in_flight = simulation.transport.in_flight
+
+    in_flight = 0
+    simulation = Simulation(service, wait_adaptive(), listeners=(on_event,))
+    simulation.run(scenario())
+    would = capacity * (seconds - warm)
+    return Saturated(cut_off / (cut_off + answered), answered / would, in_flight)
+
+
 class Outage(NamedTuple):
     """The measurements of one outage."""
 
@@ -166,9 +252,11 @@ def outage(
 
 def run(bench: Bench) -> Report:
     """Simulate all of it."""
-    report = Report("weather: shards that hang, a limit, outages, simulated")
+    report = Report("weather: shards that hang, limits, outages, answers that fail at random, simulated")
     _crowds(bench, report)
+    _brown_outs(bench, report)
     _limits(bench, report)
+    _saturated(bench, report)
     _outages(bench, report)
     return report
 
@@ -200,6 +288,33 @@ def _limits(bench: Bench, report: Report) -> None:
         table.rows.append([f"{clients} clients", *(f"{figure:.3f}" for figure in shared)])
         report.goals.append(Goal(f"{clients} clients: limit not used", 0.15, 1 - shared.goodput))
         report.raw[f"limit, {clients} clients"] = {**shared._asdict()}
+
+
+def _brown_outs(bench: Bench, report: Report) -> None:
+    columns = ["", "late, mean s", "of a loop of 1 s", "requests, of the loop's"]
+    report.tables.append(table := Table("300 waits, half of the answers are 503", columns))
+    seeds, waits = bench.pick(full=(16, 300), quick=(4, 300), smoke=(1, 30))
+    for name, hanging, most in (("the others are good", 0.0, 1.0), ("and 5 % of the requests hang", 0.05, 1.1)):
+        bench.progress(f"  a brown-out, {name}")
+        ours, loop = (brown_out(hanging, is_loop=is_loop, waits=waits, seeds=seeds) for is_loop in (False, True))
+        requests = ours.requests / loop.requests
+        table.rows.append([name, f"{ours.late:.2f}", f"{loop.late:.2f}", f"{requests:.2f}"])
+        report.goals.append(Goal(f"half fail, {name}: late, of the loop", most, ours.late / loop.late))
+        report.goals.append(Goal(f"half fail, {name}: requests, of the loop's", 1.2, requests))
+        report.raw[f"half fail, {name}"] = {"ours": ours._asdict(), "loop": loop._asdict()}
+
+
+def _saturated(bench: Bench, report: Report) -> None:
+    columns = ["", "cut off before the answer", "answered, of what it can", "in flight, at the end"]
+    report.tables.append(table := Table("a service that answers so many requests a second", columns))
+    for capacity, waits in ((20.0, 1000), (5.0, 200)):
+        bench.progress(f"  a service of {capacity:g} requests a second")
+        found = saturated(capacity, waits=waits, seconds=bench.pick(full=240.0, quick=240.0, smoke=20.0))
+        name = f"{capacity:g}, {waits} waits"
+        table.rows.append([name, f"{found.cut_off:.0%}", f"{found.answered:.0%}", f"{found.in_flight}"])
+        report.goals.append(Goal(f"saturated, {name}: cut off", 0.05, found.cut_off))
+        report.goals.append(Goal(f"saturated, {name}: capacity not used", 0.1, 1 - found.answered))
+        report.raw[f"saturated, {name}"] = {**found._asdict()}
 
 
 def _outages(bench: Bench, report: Report) -> None:
