@@ -181,6 +181,8 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
                     news = {"trouble": update.error is not None, "reason": reasons[-1] if reasons else None}
                     yield ServerSentEvent(data={"state": "waiting", **news})
             end = "paid"  # only an approval of this ticket gets here: everything else raises
+        except aiokeyless.ApprovalUnknownError:  # perhaps approved
+            end = "unknown"
         except aiokeyless.ApprovalTimeoutError:  # not a denial: following this order later polls again
             end = "timed_out"
         except aiokeyless.ClientClosedError:

@@ -8,7 +8,7 @@ from aiogram.client.session.aiohttp import AiohttpSession
 from aiogram.client.telegram import TelegramAPIServer
 from aiogram.types import Message
 
-from aiokeyless import ApprovalError, ClientClosedError, KeylessClient
+from aiokeyless import ApprovalError, ApprovalUnknownError, ClientClosedError, KeylessClient
 
 client = KeylessClient()
 dispatcher = Dispatcher()
@@ -23,6 +23,8 @@ async def pay(message: Message) -> None:
     try:
         await client.request_approval("C0FFEE", operation_payload=message.text, require_auth_type="biom")
         await message.answer("Approved.")
+    except ApprovalUnknownError:  # a real bot stores the ticket, and looks again
+        await message.answer("Perhaps approved: nothing is paid until we know.")
     except ApprovalError:  # time is up, a PIN, or an answer about something else
         await message.answer("Not approved: nothing is paid.")
     except ClientClosedError:

@@ -1,6 +1,13 @@
 """What the servers of this folder share: they ask a user, and answer a long poll. Each of them imports it."""
 
-from aiokeyless import ApprovalError, ApprovalTicket, ApprovalTimeoutError, ClientClosedError, KeylessClient
+from aiokeyless import (
+    ApprovalError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ClientClosedError,
+    KeylessClient,
+)
 
 client = KeylessClient()
 tickets: dict[str, ApprovalTicket] = {}  # a real site keeps them in its database, each with the user who may read it
@@ -19,6 +26,8 @@ async def state(operation_id: str) -> dict[str, str]:
         return {"state": "unknown"}
     try:
         operation = await client.hold_for_approval(ticket, seconds=25)
+    except ApprovalUnknownError:  # perhaps approved: the caller asks again in a while, which polls once more
+        return {"state": "unknown"}
     except ApprovalTimeoutError:
         return {"state": "timed out"}
     except ApprovalError:  # a PIN, or an answer about something else

@@ -4,7 +4,7 @@ import os
 
 from celery import Celery, Task
 
-from aiokeyless import ApprovalError, ApprovalTicket
+from aiokeyless import ApprovalError, ApprovalTicket, ApprovalUnknownError, KeylessError
 from aiokeyless.sync import KeylessClient
 
 app = Celery("payments", broker=os.environ.get("CELERY_BROKER", "memory://"))
@@ -17,13 +17,18 @@ def ask(user_id: str) -> str:
     return ticket.to_json()
 
 
-@app.task(bind=True, max_retries=None)  # type: ignore[untyped-decorator]  # Celery has no types
+# By default, Celery forgets a task when it starts it. With the last two, the task of a killed process runs again.
+@app.task(  # type: ignore[untyped-decorator]  # Celery has no types
+    bind=True, max_retries=1500, acks_late=True, reject_on_worker_lost=True
+)
 def settle(task: Task, ticket: str) -> str:
-    """Pay once the ticket is approved; until its time is up, try again later."""
+    """Pay once the ticket is approved; try again until that is decided. It may run twice: pay once for each ticket."""
     try:
         approved = keyless.hold_for_approval(ApprovalTicket.from_json(ticket), seconds=25)
-    except ApprovalError:  # time is up, a PIN, or an answer about something else
-        return "not paid"
+    except KeylessError as error:
+        if isinstance(error, ApprovalError) and not isinstance(error, ApprovalUnknownError):
+            return "not paid"  # time is up, a PIN, or an answer about something else
+        raise task.retry(exc=error, countdown=60) from error  # perhaps approved: look again, for a day
     if approved is None:
         raise task.retry(countdown=1)
     return "paid"

@@ -4,7 +4,13 @@ from django.contrib.sessions.backends.base import SessionBase
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
-from aiokeyless import ApprovalError, ApprovalTicket, ApprovalTimeoutError
+from aiokeyless import (
+    ApprovalError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ClientClosedError,
+)
 from aiokeyless.sync import KeylessClient
 
 keyless = KeylessClient()
@@ -30,10 +36,14 @@ def payment(request: Request) -> JsonResponse:
     ticket = ApprovalTicket.from_json(request.session["ticket"])
     try:
         approved = keyless.hold_for_approval(ticket, seconds=25)
+    except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
+        return JsonResponse({"state": "unknown"})
     except ApprovalTimeoutError:
         return JsonResponse({"state": "timed out"})
     except ApprovalError:  # a PIN, or an answer about something else
         return JsonResponse({"state": "refused"})
+    except ClientClosedError:  # the server stops: the page asks the next one
+        return JsonResponse({"state": "pending"})
     return JsonResponse({"state": "pending" if approved is None else "approved"})
 
 

@@ -2,7 +2,13 @@
 
 from flask import Flask, request
 
-from aiokeyless import ApprovalError, ApprovalTicket, ApprovalTimeoutError
+from aiokeyless import (
+    ApprovalError,
+    ApprovalTicket,
+    ApprovalTimeoutError,
+    ApprovalUnknownError,
+    ClientClosedError,
+)
 from aiokeyless.sync import KeylessClient
 
 app = Flask(__name__)
@@ -25,8 +31,12 @@ def payment(payment_id: str) -> dict[str, str]:
     """Answer once it is approved, or that it is pending: the page then asks again."""
     try:
         approved = keyless.hold_for_approval(tickets[payment_id], seconds=25)
+    except ApprovalUnknownError:  # perhaps approved: the page asks again in a while, which polls once more
+        return {"state": "unknown"}
     except ApprovalTimeoutError:
         return {"state": "timed out"}
     except ApprovalError:  # a PIN, or an answer about something else
         return {"state": "refused"}
+    except ClientClosedError:  # the server stops: the page asks the next one
+        return {"state": "pending"}
     return {"state": "pending" if approved is None else "approved"}

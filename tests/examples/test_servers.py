@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 from example_process import example_process
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 from aiokeyless.sandbox import Sandbox
 
@@ -88,3 +89,24 @@ async def test_celery_asks_for_approvals_in_the_processes_of_its_pool(approving:
         async with asyncio.timeout(PATIENCE):
             ending, _ = await process.communicate()
     assert process.returncode == 0, ending.decode()
+
+
+async def test_the_task_of_a_killed_process_runs_again(sandbox: Sandbox) -> None:
+    command = ["-m", "celery", "-A", "settling", "worker", "-P", "prefork", "-c", "1", "-l", "info"]
+    alone = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    path = os.pathsep.join([str(FOLDER.parents[2] / "examples" / "sync"), os.environ.get("PYTHONPATH", "")])
+    async with example_process(*command, *alone, folder=FOLDER, sandbox=sandbox, PYTHONPATH=path) as process:
+        await printed(process, "(settle).* received")
+        await until(lambda: any(request.method == "GET" for request in sandbox.requests))
+        os.kill(only_child_of(process.pid), signal.SIGKILL)
+        sandbox.approve(*sandbox.operations)
+        await printed(process, r"succeeded in .*('paid')")
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE):
+            await process.communicate()
+
+
+def only_child_of(process: int) -> int:
+    """Return the number of the process that this one has forked."""
+    [child] = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return int(child)
