@@ -672,3 +672,10 @@ def test_the_changelog_says_one_thing_once() -> None:
         subjects = re.findall(r"^- [^`\n]{0,40}(`[^`]+`)", section, re.MULTILINE)
         repeated = {subject for subject in subjects if subjects.count(subject) > 1}
         assert not repeated, f"merge the lines about {repeated}"
+
+
+def test_a_first_release_has_changed_nothing() -> None:
+    """Nor does a merge bring back what was."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    if len(re.findall(r"^## ", text, re.MULTILINE)) == 1:
+        assert re.findall(r"^### (.*)$", text, re.MULTILINE) == ["Added"]
