@@ -181,7 +181,7 @@ class Saturated(NamedTuple):
 
 def saturated(capacity: float, *, waits: int, seconds: float = 240.0) -> Saturated:
     """Let waits poll a service that answers one request after another, also those that nobody waits for any more."""
-    free_at, warm, answered, cut_off = 0.0, seconds / 4, 0, 0
+    free_at, warm, answered, cut_off, in_flight = 0.0, seconds / 4, 0, 0, 0
 
     def service(_: str, now: float) -> Answer:
         nonlocal free_at
@@ -202,7 +202,6 @@ def saturated(capacity: float, *, waits: int, seconds: float = 240.0) -> Saturat
         await simulation.sleep_until(seconds)
         in_flight = simulation.transport.in_flight
 
-    in_flight = 0
     simulation = Simulation(service, wait_adaptive(), listeners=(on_event,))
     simulation.run(scenario())
     would = capacity * (seconds - warm)
