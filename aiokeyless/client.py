@@ -675,8 +675,8 @@ class KeylessClient:
         Raises:
             ConfigurationError: An argument is wrong, or the schedule did not return a number.
             ApprovalTimeoutError: The deadline passed and the operation is pending. It can still be approved later.
-            ApprovalUnknownError: The deadline passed and the final poll got no answer, so the outcome is unknown. It is
-                an `ApprovalTimeoutError` too.
+            ApprovalUnknownError: The deadline passed and the final poll got no answer, or could not be sent, so the
+                outcome is unknown. It is an `ApprovalTimeoutError` too.
             OperationMismatchError: An answer is about another operation, user or payload, or has another factor than
                 the ticket requires.
             InconsistentOperationError: An answer contradicts itself, or its state is unknown.

@@ -415,7 +415,7 @@ class ApprovalTimeoutError(ApprovalError, TimeoutError):
 
 
 class ApprovalUnknownError(ApprovalTimeoutError):
-    """The deadline passed, and the final poll got no answer: the outcome is unknown.
+    """The deadline passed, and the final poll got no answer, or could not be sent: the outcome is unknown.
 
     What to do: refuse, and check with ``get_operation(operation_id)`` when the service answers again. Do not
     create a second operation before you know the outcome of the first.

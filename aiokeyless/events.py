@@ -82,7 +82,7 @@ class WaitOutcome(StrEnum):
     TIMED_OUT = "timed_out"
     """`ApprovalTimeoutError`: the final poll said pending."""
     UNKNOWN = "unknown"
-    """`ApprovalUnknownError`: the final poll got no answer."""
+    """`ApprovalUnknownError`: the final poll got no answer, or could not be sent."""
     REJECTED = "rejected"
     """`OperationMismatchError` or `InconsistentOperationError`: an answer contradicts itself or the ticket."""
     FAILED = "failed"

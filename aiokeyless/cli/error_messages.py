@@ -162,7 +162,7 @@ def _describe_timeout(error: ApprovalTimeoutError) -> str:
     check = f"check it: aiokeyless get {quote_operation_id(error.operation_id)}"
     if isinstance(error, ApprovalUnknownError):
         reason = "" if error.last_error is None else f" (last failure: {describe(error.last_error)})"
-        return f"time is up after {spent}: the final poll got no answer, and the outcome is unknown; {check}{reason}"
+        return f"time is up after {spent}, and the outcome is unknown; {check}{reason}"
     state = "missing" if error.last_operation is None else "pending"
     words = describe_failures(error.attempts)
     failed = f"{words}; " if words else ""

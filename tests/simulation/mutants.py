@@ -153,6 +153,12 @@ MUTANTS: Final = (
         "failures are retried five times as fast",
     ),
     Mutant(
+        "_rules/backoff.py",
+        "return min(failures, _AT_RANDOM) if since_good <= _GOOD and since_own <= _OWN else failures",
+        "return failures",
+        "an operation backs off for long although answers fail at random",
+    ),
+    Mutant(
         "_rules/circuit.py",
         "FAILURES_UNTIL_OPEN: Final = 5",
         "FAILURES_UNTIL_OPEN: Final = 1000",
@@ -226,10 +232,16 @@ MUTANTS: Final = (
         "a final poll that hangs is waited for too long",
     ),
     Mutant(
-        "_rules/final.py",
-        "return delay if (delay if is_awaited else 0.0) < left else None",
-        "return None",
+        "_waits/machine.py",
+        "if may_start(wait.deadline - again_at):",
+        "if False:",
         "a final poll that fails is not repeated",
+    ),
+    Mutant(
+        "_rules/final.py",
+        "_TOO_LATE: Final = 0.5",
+        "_TOO_LATE: Final = 0.0",
+        "a final poll starts when it can hardly be answered",
     ),
     Mutant(
         "_waits/machine.py",

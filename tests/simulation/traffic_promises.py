@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: The backoff's shortest first pause, its shortest last one, and its longest.
 SHORTEST, SHORTEST_LAST, LONGEST = 0.25, 2.5, 5.0
+#: The longest pause if answers fail at random, and the seconds within which an operation was answered then.
+LONGEST_AT_RANDOM, AT_RANDOM_WITHIN = 1.0, 10.0
 #: Polls in flight at most, of all kinds, in multiples of `max_in_flight`.
 MOST = 6 + 4
 #: Seconds within which two operations are refused if the limit is the tenant's.
@@ -247,6 +249,8 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                 continue
             # A Retry-After is the operation's own, and longer.
             longest = LONGEST if reading.kind == "failed" else min(wait.delays[1] for wait in waits)
+            if reading.kind == "failed" and any(_fails_at_random(evidence, wait, poll) for wait in waits):
+                longest = LONGEST_AT_RANDOM
             if reading.kind == "cut":  # perhaps it gave way to another one, which counts as a failure
                 longest = max(longest, LONGEST)
             due = poll.ended_at + longest
@@ -263,6 +267,15 @@ def not_too_late(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Viola
                     due,
                     f"the next poll is due, and starts at {sent:.4f} s",
                 )
+
+
+def _fails_at_random(evidence: Evidence, wait: ObservedWait, poll: Exchange) -> bool:
+    """Return whether the service answered another poll well a moment ago, and one of this operation lately."""
+    at = poll.ended_at
+    before = (p for p in evidence.sent_between(at - AT_RANDOM_WITHIN, at) if p.ended_at < at - EPS)
+    good = [p for p in before if p.number > wait.number and _is_pending(evidence.read(p), p)]
+    is_own = any(p.operation_id == poll.operation_id for p in good)
+    return is_own and any(p.ended_at > at - 1.0 + EPS for p in good)
 
 
 def _retries(evidence: Evidence, at: float) -> int:
