@@ -99,6 +99,7 @@ class Machine:
         self._polled: dict[str, PolledOperation] = {}
         self._deadlines: TimerQueue[Wait] = TimerQueue()
         self._expired_at = self._woke_at = -math.inf  # when `expire` was called last; when, after the loop stood still
+        self._slept = 0.0  # seconds between these calls
         self._waiting = 0
         self._polls = 0
         self._approvals = 0
@@ -293,7 +294,7 @@ class Machine:
             self._dispatcher.cut_off(poll, overdue=True)
         due = self._deadlines.next_due()
         if now - max(due, self._expired_at) > STOOD_STILL:  # the driver was to be here at one of these times
-            self._woke_at = now
+            self._woke_at, self._slept = now, now - self._expired_at
         self._expired_at = now
         passed: set[PolledOperation] = set()
         for _ in range(_deadlines_in_a_turn(now, due)):
@@ -314,8 +315,10 @@ class Machine:
 
     def _expire_wait(self, wait: Wait, now: float) -> None:
         """Queue the final poll of a wait, or end it."""
-        ends_at = wait.deadline if wait.phase is _POLLING else wait.deadline + FINAL_POLL_TIMEOUT
-        if ends_at < self._woke_at - STOOD_STILL:
+        late = self._woke_at - wait.deadline
+        # Their end moves only if they passed unseen. Otherwise it would do so again in each long turn of the loop.
+        unseen = 0.0 if wait.phase is _POLLING else FINAL_POLL_TIMEOUT
+        if late > unseen + STOOD_STILL and self._slept > unseen:
             wait.deadline = self._woke_at
         if wait.phase is _POLLING:
             self._pass_deadline(wait)
@@ -638,12 +641,12 @@ class Application:
 
 
 def _deadlines_in_a_turn(now: float, due: float) -> int:
-    """Return how many deadlines one turn of the loop handles: a batch, or a batch for each second they are late.
+    """Return how many deadlines one turn of the loop handles: a batch, or two for each second they are late.
 
     Long turns are few turns. With one batch in each, waits would end later and later. The number depends only on the
     loop's clock, so it is the same if that clock does not advance within a turn.
     """
-    return int(min(BATCH * max(1.0, now - due), _MOST_DEADLINES))
+    return int(min(BATCH * max(1.0, 2.0 * (now - due)), _MOST_DEADLINES))
 
 
 def _update(wait: Wait, now: float, answer: Operation | KeylessError, *, due: float | None = None) -> None:
