@@ -30,7 +30,7 @@ def broker_errors() -> Iterator[None]:
         except nats.js.errors.NoStreamResponseError as error:
             raise NoStreamError(reason(error)) from None
         except nats.errors.TimeoutError:  # a server whose disk is full answers other requests, but stores nothing
-            raise RefusedError("no answer within the time: is a disk of the broker full?") from None
+            raise RefusedError("no answer in time: the broker is away, or its disk is full") from None
         except nats.errors.Error as error:
             raise UnavailableError(reason(error)) from None
         except OSError as error:

@@ -33,7 +33,7 @@ async def test_a_cancellation_that_nats_py_loses_is_raised_nevertheless(error: E
 
 
 async def test_a_broker_that_does_not_answer_in_time_may_have_a_full_disk() -> None:
-    with pytest.raises(RefusedError, match="is a disk of the broker full"), broker_errors():
+    with pytest.raises(RefusedError, match="or its disk is full"), broker_errors():
         raise nats.errors.TimeoutError
 
 

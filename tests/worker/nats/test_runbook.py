@@ -132,9 +132,9 @@ async def test_a_full_disk_is_a_problem_and_nothing_is_lost_once_there_is_room_a
                 while True:
                     file.write(bytes(4096))
             sandbox.approve("txn-1")
-            problem = "the broker does not store outcomes or claims: no answer within the time: is a disk of the broker"
+            problem = "the broker does not store outcomes or claims: no answer in time: the broker is away, or its disk"
             await until(lambda: any(found.startswith(problem) for found in worker.statistics.problems))
-            with pytest.raises(BrokerError, match=r"not stored, as far as is known .*is a disk of the broker full"):
+            with pytest.raises(BrokerError, match=r"not stored, as far as is known .*its disk is full"):
                 await submit_approval(connection, USER, operation_id="txn-2", context="x" * 10_000)
             filler.unlink()
             stored = worker.statistics.approved
