@@ -318,7 +318,8 @@ class PostgresBroker(TableBroker):
                 async with self._calls, pool.acquire(timeout=_ANSWER_WITHIN) as connection:
                     giving_up = loop.call_later(patience, connection.terminate)
                     try:
-                        async with connection.transaction():
+                        # Not the database's default: a function must see what was committed while it waited for a lock.
+                        async with connection.transaction(isolation="read_committed"):
                             return await do(connection)
                     except _PASSING:
                         if attempt == _ATTEMPTS:

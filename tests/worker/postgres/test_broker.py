@@ -518,6 +518,58 @@ async def test_open_transactions_hold_up_no_outcome(broker: PostgresBroker, conn
     await other.close()
 
 
+async def test_a_decision_that_hangs_stops_no_outcome_while_there_is_a_new_reader(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    async with connection.transaction():
+        await connection.execute("SELECT keyless.decide('{}', '{}', '{}', '{}')")  # of a worker without a network
+        await admin.execute("SELECT keyless.add_reader('ledger')")
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await admin.execute("SELECT keyless.welcome_readers()")
+        await decide_all(broker, "a")
+    async with asyncio.timeout(PATIENCE):
+        assert (await broker.next_outcome("ledger")).place
+
+
+async def test_a_process_of_the_server_does_not_wait_for_a_lock_long_after_its_worker_gave_up(
+    admin: Connection,
+) -> None:
+    rows = await admin.fetch(
+        "SELECT proname, substring(proconfig::text FROM 'lock_timeout=([0-9]+)s')::integer FROM pg_proc"
+        " WHERE pronamespace = 'keyless'::regnamespace AND has_function_privilege('keyless_worker', oid, 'EXECUTE')"
+    )
+    assert len(rows) == len(migrations._ROLES["worker"])
+    for name, seconds in rows:
+        assert seconds == (1 if name == "welcome_readers" else 1.5 * module._ANSWER_WITHIN), name
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "take(1, 1, NULL, false)",
+        "take_overdue(1, 1, 1)",
+        "put_off('{1}', '{1}', '{1}', '{1}', '{1}')",
+        "claim('{1}', '{1}', '{1}')",
+        "unclaim(1, 1, 1)",
+        "decide('{}', '{}', '{}', '{}')",
+    ],
+)
+async def test_the_server_ends_a_transaction_whose_worker_lost_its_network(admin: Connection, statement: str) -> None:
+    async with admin.transaction():
+        await admin.execute(f"SELECT keyless.{statement}")
+        assert await admin.fetchval("SHOW idle_in_transaction_session_timeout") == "30s"
+    assert await admin.fetchval("SHOW idle_in_transaction_session_timeout") == "0"
+
+
+async def test_a_workers_transactions_are_read_committed_whatever_is_the_default(
+    server: PostgresServer, database: str, url: str
+) -> None:
+    """Else a decision that waited for `welcome_readers` would not see the new reader, which would miss the outcome."""
+    server.execute(f"ALTER DATABASE {database} SET default_transaction_isolation = 'repeatable read'")
+    async with PostgresBroker(url) as broker:
+        assert await broker._fetch("SHOW transaction_isolation") == [("read committed",)]
+
+
 # -- failures
 
 
@@ -746,6 +798,50 @@ async def test_a_reader_that_is_removed_holds_up_no_cleaning(broker: PostgresBro
     await grow_older(admin, 8)
     await clean(admin)
     assert (await counts(admin))["outcome"] == 0
+
+
+async def test_what_a_new_reader_gets_is_not_removed_meanwhile(
+    broker: PostgresBroker, admin: Connection, connection: Connection
+) -> None:
+    """If it were, 100 numbers of outcomes that are no more would hide all later ones from the reader."""
+    await decide_all(broker, "a")
+    await admin.execute("DELETE FROM keyless.unread")
+    await grow_older(admin, 8)
+    async with connection.transaction():
+        await connection.execute("SELECT keyless.add_reader('early')")
+        await connection.execute("SELECT keyless.welcome_readers()")
+        await connection.execute("SELECT keyless.add_reader('late')")
+    await clean(admin)  # as 'late' is not ready
+    assert await unread(admin, "early") == {"a": 0}
+    assert (await counts(admin))["outcome"] == 1
+    await admin.execute("DELETE FROM keyless.unread; UPDATE keyless.reader SET ready = true")
+    async with connection.transaction():
+        await clean(connection)
+        await admin.execute("SELECT keyless.add_reader('later')")
+        with pytest.raises(asyncpg.LockNotAvailableError):  # it waits for what is being cleaned
+            await admin.execute("SELECT keyless.welcome_readers()")
+    await admin.execute("SELECT keyless.welcome_readers()")
+    assert await counts(admin) == {"request": 1, "outcome": 0, "unread": 0}
+
+
+async def test_a_reader_that_is_added_again_gets_nothing_that_is_no_more(
+    broker: PostgresBroker, admin: Connection
+) -> None:
+    await admin.execute(
+        # As by decisions that saw the reader, and were committed after it was removed.
+        "INSERT INTO keyless.unread SELECT 'ledger', 1000 + n, now() FROM generate_series(1, 100) n;"
+        "SELECT keyless.add_reader('ledger')"
+    )
+    await decide_all(broker, "a")
+    async with asyncio.timeout(PATIENCE):
+        assert (await broker.next_outcome("ledger")).place == "request-1"
+
+
+async def test_a_reader_with_much_to_copy_holds_up_no_other(admin: Connection) -> None:
+    await admin.execute("SELECT keyless.add_reader('one'), keyless.add_reader('two')")
+    for ready in (2, 3):
+        await admin.execute("SELECT keyless.welcome_readers()")
+        assert await admin.fetchval("SELECT count(*) FROM keyless.reader WHERE ready") == ready
 
 
 async def test_what_the_housekeeping_meets_is_logged_and_it_goes_on(

@@ -199,6 +199,8 @@ BEGIN
                 USING ERRCODE = 'program_limit_exceeded', HINT = 'SELECT {schema}.remove_reader(...) removes one.';
         END IF;
         INSERT INTO {schema}.reader (name, owner) VALUES (reader, session_user) ON CONFLICT DO NOTHING;
+        -- An outcome that was being stored when an earlier reader of this name was removed.
+        DELETE FROM {schema}.unread u WHERE u.reader = add_reader.reader;
     END IF;
     PERFORM {schema}.check_reader(reader);
 END
@@ -299,6 +301,9 @@ COMMENT ON FUNCTION {schema}.put_off_outcome IS 'Have an outcome that was not ha
 
 
 -- For workers. Times of polls need not survive a crash, so they do not wait for the disk. Claims and outcomes do.
+--
+-- A worker that got no answer for 10 s closes its connection, but the server's process would wait on for a lock: so
+-- each wait has an end. So has a transaction whose worker lost its power or its network, and so cannot end it.
 
 CREATE TYPE {schema}.delivery AS (
     id bigint,
@@ -313,7 +318,7 @@ CREATE TYPE {schema}.delivery AS (
 
 CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, probing boolean)
 RETURNS SETOF {schema}.delivery
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 DECLARE
     moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
@@ -355,7 +360,7 @@ $function$;
 
 CREATE FUNCTION {schema}.take_overdue(up_to integer, lease double precision, grace double precision)
 RETURNS SETOF {schema}.delivery
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
 AS $function$
 DECLARE
@@ -377,6 +382,7 @@ RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 BEGIN
+    PERFORM set_config('idle_in_transaction_session_timeout', '30s', true);
     RETURN QUERY
     WITH due AS (
         SELECT w.id, w.due_at FROM {schema}.waiting w WHERE w.id = ANY (chosen)
@@ -400,12 +406,12 @@ $function$;
 CREATE FUNCTION {schema}.put_off(
     ids bigint[], names bigint[], numbers integer[], delays double precision[], exchanges integer[]
 ) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 DECLARE
     moment constant timestamptz := clock_timestamp();
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true);
+    PERFORM set_config('synchronous_commit', 'off', true), set_config('idle_in_transaction_session_timeout', '30s', true);
     -- If another transaction has locked a request, it decides it, or has a later delivery of it.
     WITH mine AS (
         SELECT w.id, p.delay, p.exchange
@@ -427,6 +433,7 @@ CREATE FUNCTION {schema}.lock_requests(ids bigint[], names bigint[]) RETURNS big
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 BEGIN
+    PERFORM set_config('idle_in_transaction_session_timeout', '30s', true);
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
@@ -440,7 +447,7 @@ $function$;
 
 CREATE FUNCTION {schema}.claim(ids bigint[], names bigint[], numbers integer[])
 RETURNS TABLE (id bigint, name bigint, was_asked boolean)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
@@ -455,7 +462,7 @@ $function$;
 COMMENT ON FUNCTION {schema}.claim IS 'Note that deliveries are about to ask users; return of each whether one was before. A decided request has no row.';
 
 CREATE FUNCTION {schema}.unclaim(request bigint, name bigint, number integer) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s' AS $function$
 DECLARE
     locked constant bigint[] := {schema}.lock_requests(ARRAY[request], ARRAY[name]);
 BEGIN
@@ -465,7 +472,7 @@ END
 $function$;
 
 CREATE FUNCTION {schema}.were_asked(ids bigint[], names bigint[]) RETURNS TABLE (id bigint, name bigint)
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
     SELECT r.id, r.name FROM unnest(ids, names) n (id, name)
     JOIN {schema}.request r ON r.id = n.id AND r.name = n.name WHERE r.asked IS NOT NULL
@@ -473,7 +480,7 @@ $function$;
 
 CREATE FUNCTION {schema}.decide(ids bigint[], names bigint[], outcomes text[], bodies text[])
 RETURNS TABLE (id bigint, name bigint)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 #variable_conflict use_column
 DECLARE
@@ -504,7 +511,7 @@ COMMENT ON FUNCTION {schema}.decide IS 'Store outcomes and remove their requests
 
 CREATE FUNCTION {schema}.inspect()
 RETURNS TABLE (waiting bigint, backlog bigint, oldest_age double precision, is_standby boolean)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s' AS $function$
 #variable_conflict use_column
 BEGIN
     IF pg_is_in_recovery() THEN -- a standby has no unlogged table
@@ -522,7 +529,8 @@ $function$;
 -- After a crash, a failover or a restored backup, the table of waiting requests is empty. The numbers of deliveries go
 -- on after the last one that may have asked the user.
 CREATE FUNCTION {schema}.restore() RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
+SET enable_seqscan = off SET jit = off AS $function$
 DECLARE
     restored bigint;
 BEGIN
@@ -538,29 +546,33 @@ END
 $function$;
 
 -- A new reader gets all stored outcomes. If `decide` stores one now, there are two cases: it sees the reader, and adds
--- the outcome itself; or it began before the reader was added, and this function waits for it.
+-- the outcome itself; or it began before the reader was added, and this function waits for it. Likewise, `clean` keeps
+-- what it would copy. While it waits, outcomes wait behind it, so it gives up soon, and the next turn tries again.
 CREATE FUNCTION {schema}.welcome_readers() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $function$
 DECLARE
     newcomer text;
 BEGIN
-    FOR newcomer IN SELECT r.name FROM {schema}.reader r WHERE NOT r.ready FOR UPDATE SKIP LOCKED LOOP
-        BEGIN
-            LOCK TABLE {schema}.welcome IN EXCLUSIVE MODE;
-            RAISE invalid_transaction_termination;
-        EXCEPTION WHEN invalid_transaction_termination THEN -- which releases the lock: the copy may take long
-        END;
-        INSERT INTO {schema}.unread (reader, id, due_at)
-        SELECT newcomer, o.id, clock_timestamp() FROM {schema}.outcome o
-        ON CONFLICT DO NOTHING;
-        UPDATE {schema}.reader r SET ready = true WHERE r.name = newcomer;
-    END LOOP;
+    -- One at a time: the copies for a hundred could take longer than a turn may.
+    SELECT r.name INTO newcomer FROM {schema}.reader r WHERE NOT r.ready LIMIT 1 FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    BEGIN
+        LOCK TABLE {schema}.welcome IN EXCLUSIVE MODE;
+        RAISE invalid_transaction_termination;
+    EXCEPTION WHEN invalid_transaction_termination THEN -- which releases the lock: the copy may take long
+    END;
+    INSERT INTO {schema}.unread (reader, id, due_at)
+    SELECT newcomer, o.id, clock_timestamp() FROM {schema}.outcome o
+    ON CONFLICT DO NOTHING;
+    UPDATE {schema}.reader r SET ready = true WHERE r.name = newcomer;
 END
 $function$;
 
 -- Remove one page of old rows. Return where the next page begins, or null at the end.
 CREATE FUNCTION {schema}.clean(after bigint) RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $function$
 DECLARE
     page constant integer := 1000;
@@ -570,6 +582,10 @@ DECLARE
     old bigint[];
     removed bigint;
 BEGIN
+    LOCK TABLE {schema}.welcome IN ROW SHARE MODE; -- as in `decide`
+    IF EXISTS (SELECT FROM {schema}.reader r WHERE NOT r.ready) THEN
+        RETURN NULL; -- outcomes are being copied
+    END IF;
     SELECT max(p.id), coalesce(array_agg(p.id) FILTER (WHERE p.decided_at < body_until), '{}') INTO last, old
     FROM (SELECT o.id, o.decided_at FROM {schema}.outcome o WHERE o.id > after ORDER BY o.id LIMIT page) p;
     UPDATE {schema}.request r SET body = '' WHERE r.id = ANY (old) AND r.body <> '';
