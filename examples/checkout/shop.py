@@ -19,7 +19,7 @@ import aiokeyless
 from aiokeyless.shutdown import close_on_signals
 from aiokeyless.signatures import TransactionVerifier
 
-FINAL = ("paid", "refused", "cancelled")
+FINAL = ("paid", "refused", "cancelled", "declined")  # the last one until the customer is asked anew
 log = logging.getLogger("uvicorn.error")
 client = aiokeyless.KeylessClient()  # one for all customers; key and address come from the environment
 verifier = TransactionVerifier(client, tenant=os.environ.get("CHECKOUT_TENANT", "sandbox"))
@@ -44,7 +44,7 @@ class Order(BaseModel):
     price: str = "38.00 EUR"
     payload: str = Field(default_factory=lambda o: f"Pay {o['price']} to Fern & Clay, order {o['id'][:6].upper()}")
     asked: int = 1  # how often: the questions before this one were declined, and are answered no more
-    state: str = "open"  # then waiting, declined, timed_out or unknown (these may still be approved), one of FINAL
+    state: str = "open"  # then waiting, timed_out or unknown (these may still be approved), or one of FINAL
     lifetime: float = float(os.environ.get("CHECKOUT_EXPIRES_IN", "120"))
     ticket: str | None = Field(default=None, exclude=True)
 
@@ -74,7 +74,7 @@ def move(order: Order, state: str, ticket: str | None = None) -> Order:
     approval. Many streams may learn of one approval; one of them changes the row, and that one ships.
     """
     change = "UPDATE orders SET state = ?, ticket = coalesce(ticket, ?)"
-    query = change + " WHERE id = ? AND asked = ? AND state NOT IN (?, ?, ?)"
+    query = change + " WHERE id = ? AND asked = ? AND state NOT IN (?, ?, ?, ?)"
     if db.execute(query, (state, ticket, order.id, order.asked, *FINAL)).rowcount == 1 and state == "paid":
         log.info("order %s is paid: ship it", order.id)
     return find(order.session, order.id) or order
@@ -151,7 +151,10 @@ async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
 
 @app.post("/order/{order_id}/decline", dependencies=[Depends(same_origin)])
 async def decline(order: Annotated[Order, Depends(own_order)]) -> Order:
-    """Take the customer's word, given on the page. The phone has no word for it: who leaves the scan may try again."""
+    """Take the customer's word, given on the page: from here on an approval pays for nothing.
+
+    The phone has no word for it: who leaves the scan may try again.
+    """
     return move(order, "declined")
 
 
@@ -159,7 +162,7 @@ async def decline(order: Annotated[Order, Depends(own_order)]) -> Order:
 async def ask_again(order: Annotated[Order, Depends(own_order)]) -> Order:
     """Ask anew after the customer declined: by a new operation, since the declined one stays pending.
 
-    From here on only an approval of the new one pays; the payload tells the customer which is which.
+    The payload tells the customer which is which.
     """
     payload = f"{order.payload.partition(', request ')[0]}, request {order.asked + 1}"
     change = "UPDATE orders SET asked = asked + 1, payload = ?, ticket = NULL, state = 'open'"
