@@ -146,7 +146,7 @@ class KeylessClient:
 
     Example:
         >>> async with KeylessClient() as client:
-        ...     operation = await client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
+        ...     operation = await client.request_approval("0123456789ABCDEF", operation_payload="Log in?")
     """
 
     # On the class, since __del__ reads them even if __init__ was called with an unknown argument.

@@ -305,7 +305,7 @@ class KeylessClient:
 
     Example:
         >>> with KeylessClient() as client:
-        ...     operation = client.request_approval("0123456789ABCDEF", operation_payload="Pay 40 to Alice")
+        ...     operation = client.request_approval("0123456789ABCDEF", operation_payload="Log in?")
     """
 
     # On the class, since __del__ and __repr__ read them even if __init__ raised.

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 Example:
   aiokeyless create C0FFEE --payload "Pay 40 to Alice"
 
-Example, with the ticket, which binds the wait to user and payload:
-  aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
+Example, with the ticket, which binds the wait to user, payload and factor:
+  aiokeyless create C0FFEE --payload "Pay 40 to Alice" \\
+    --require-auth-type biom --json > ticket.json
   aiokeyless wait --ticket ticket.json
 
 Example, which can be repeated:

@@ -115,7 +115,8 @@ Example:
   aiokeyless wait txn-1 --timeout 60
 
 Example, with the ticket, so that user, payload and factor are also checked:
-  aiokeyless create C0FFEE --payload "Pay 40 to Alice" --json > ticket.json
+  aiokeyless create C0FFEE --payload "Pay 40 to Alice" \\
+    --require-auth-type biom --json > ticket.json
   aiokeyless wait --ticket ticket.json
 
 Example, for an operation that the phone will create:

@@ -1,7 +1,7 @@
 """The gate between an agent and money: what the code wrote, one person approves, and one approval acts once.
 
-The agent, which may be wrong, tricked or lying, chooses the arguments and nothing else: not whom to ask, not what the
-phone shows, not whether it was approved.
+The agent, which may be wrong, tricked or lying, chooses the arguments and nothing else: not whom to ask, not the text
+of the question, not whether it was approved.
 """
 
 import secrets
@@ -37,7 +37,7 @@ class Transfer(BaseModel, frozen=True):
 
     @property
     def payload(self) -> str:
-        """What the phone shows: made by code from the validated arguments, never by the agent."""
+        """What the user is asked: made by code from the validated arguments, never by the agent."""
         return f"Pay {self.amount:.2f} EUR to {self.recipient}"
 
 

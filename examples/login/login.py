@@ -128,7 +128,7 @@ class Prompt(NamedTuple):
 
     @property
     def payload(self) -> str:
-        """What the phone shows: with the number of the page, so that users approve what they started."""
+        """What the app must show: with the number of the page, so that users approve what they started."""
         return f"Log in to Fern & Clay? Number {self.number}"
 
 
