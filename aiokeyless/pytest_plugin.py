@@ -1,36 +1,54 @@
 """pytest fixtures for users of the library: `keyless_sandbox`, `keyless_client`, `keyless_worker`, `keyless_broker`.
 
 pytest loads this module whenever aiokeyless is installed, so it imports the rest of the library only when a test
-requests a fixture. The fixtures run in the event loop of the test, from pytest-asyncio (either mode, any loop scope) or
-anyio's plugin. Each plugin accepts only async fixtures that are marked as its own. So each fixture is defined once per
-plugin and scope, and the public fixtures select one.
+requests a fixture. In an async test, the fixtures run in the event loop of the test, from pytest-asyncio (either mode,
+any loop scope) or anyio's plugin; in a plain test, in the loop of `aiokeyless.sync`. Each plugin accepts only async
+fixtures that are marked as its own. So each fixture is defined once per plugin and scope, and the public fixtures
+select one.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+import inspect
+import sys
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from tenacity.wait import wait_base
 
+    from aiokeyless import sync
     from aiokeyless.client import KeylessClient
     from aiokeyless.sandbox import Sandbox
-    from aiokeyless.worker import ApprovalWorker
-    from aiokeyless.worker.sqlite import SqliteBroker
+    from aiokeyless.worker import ApprovalWorker, Broker
+
+
+@pytest.fixture
+def keyless_sandbox_options() -> dict[str, Any]:
+    """The arguments of `keyless_sandbox`, by name. Override this fixture to set some. Default: none."""
+    return {}
+
+
+@pytest.fixture
+def keyless_broker_url() -> str | None:
+    """The URL of `keyless_broker`, if the code under test has requests and outcomes in its own database.
+
+    Override this fixture. A PostgreSQL database must be of this test process alone: each test begins without the
+    requests and outcomes of the others. Default: None, a broker in memory.
+    """
+    return None
 
 
 @pytest.fixture
 def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
     """A running `aiokeyless.sandbox.Sandbox`, closed after the test.
 
-    It runs in the event loop of the test, which must be async. To use other options, override this fixture:
-    `keyless_client` then connects to your sandbox.
+    In a plain test, its methods can be called in any thread, and its `client` returns one of `aiokeyless.sync`.
 
     Example::
 
@@ -44,18 +62,25 @@ def keyless_sandbox(request: pytest.FixtureRequest) -> Sandbox:
 
 
 @pytest.fixture
-def keyless_client(request: pytest.FixtureRequest, keyless_sandbox: Sandbox) -> KeylessClient:  # noqa: ARG001  # its order
-    """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test.
+def keyless_client(
+    request: pytest.FixtureRequest,
+    keyless_sandbox: Sandbox,  # noqa: ARG001  # its order
+) -> KeylessClient | sync.KeylessClient:
+    """An `aiokeyless.KeylessClient` for `keyless_sandbox`, closed after the test; in a plain test, `aiokeyless.sync`'s.
 
     It polls every 20 ms at first, since tests approve faster than people, and then less often, up to every 2 s. A wait
     of two minutes takes about a hundred polls: milliseconds, if looptime moves the clock.
     """
-    client: KeylessClient = request.getfixturevalue(f"_keyless_client_{_find_loop(request)}")
+    client: KeylessClient | sync.KeylessClient = request.getfixturevalue(f"_keyless_client_{_find_loop(request)}")
     return client
 
 
 @pytest.fixture
-def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient) -> ApprovalWorker:  # noqa: ARG001  # its order
+def keyless_worker(
+    request: pytest.FixtureRequest,
+    keyless_client: object,  # noqa: ARG001  # its order
+    keyless_broker_url: str | None,
+) -> ApprovalWorker:
     """A running `aiokeyless.worker.ApprovalWorker` on `keyless_broker`, stopped after the test.
 
     It polls as often as `keyless_client`.
@@ -66,14 +91,16 @@ def keyless_worker(request: pytest.FixtureRequest, keyless_client: KeylessClient
             submission = await submit_approval(keyless_broker, "C0FFEE", operation_id="order-1")
             ...
     """
+    if keyless_broker_url is not None:
+        _refuse_hidden_transaction()
     worker: ApprovalWorker = request.getfixturevalue(f"_keyless_worker_{_find_loop(request)}")[0]
     return worker
 
 
 @pytest.fixture
-def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorker) -> SqliteBroker:  # noqa: ARG001  # its order
-    """The broker of `keyless_worker`, in memory. Pass it to the code under test in place of its own."""
-    broker: SqliteBroker = request.getfixturevalue(f"_keyless_worker_{_find_loop(request)}")[1]
+def keyless_broker(request: pytest.FixtureRequest, keyless_worker: ApprovalWorker) -> Broker:  # noqa: ARG001  # its order
+    """The broker of `keyless_worker`: in memory, or that of `keyless_broker_url`. Pass it to the code under test."""
+    broker: Broker = request.getfixturevalue(f"_keyless_worker_{_find_loop(request)}")[1]
     return broker
 
 
@@ -84,7 +111,10 @@ def _make_schedule() -> wait_base:
 
 
 def _find_loop(request: pytest.FixtureRequest) -> str:
-    """Return ``"anyio"`` if anyio runs the test, else the scope of the loop that pytest-asyncio provides for it."""
+    """Return whose loop a test uses: ``"sync"``, ``"anyio"``, or the scope of that of pytest-asyncio."""
+    test = request.function
+    if not inspect.iscoroutinefunction(getattr(getattr(test, "hypothesis", None), "inner_test", test)):
+        return "sync"
     if "anyio_backend" in request.fixturenames:
         backend = request.getfixturevalue("anyio_backend_name")
         if backend == "asyncio":
@@ -93,35 +123,92 @@ def _find_loop(request: pytest.FixtureRequest) -> str:
     marker = request.node.get_closest_marker("asyncio")
     if marker is None or not request.config.pluginmanager.has_plugin("asyncio"):
         pytest.fail(
-            f"{request.fixturename} runs in the event loop of a test: make the test async, and run it with "
-            "pytest-asyncio or anyio's plugin",
+            f"{request.fixturename} runs in the event loop of this async test, which has none: mark it with "
+            "@pytest.mark.asyncio of pytest-asyncio, or with @pytest.mark.anyio",
             pytrace=False,
         )
     return str(marker.kwargs.get("loop_scope") or request.config.getini("asyncio_default_test_loop_scope"))
 
 
+@asynccontextmanager
+async def _run_worker(client: KeylessClient, url: str | None) -> AsyncGenerator[tuple[ApprovalWorker, Broker]]:
+    """Run a worker on a broker that has no request and no outcome yet."""
+    from aiokeyless.worker import ApprovalWorker, broker  # noqa: PLC0415  # only when used
+    from aiokeyless.worker.sqlite import SqliteBroker  # noqa: PLC0415
+
+    opened: Any = SqliteBroker(":memory:") if url is None else broker.broker_for(broker.hide_url(url))
+    async with opened:
+        if opened.system == "postgresql":
+            await _empty(opened)
+        async with ApprovalWorker(client, opened, schedule=_make_schedule()) as worker:
+            yield worker, opened
+
+
+def _refuse_hidden_transaction() -> None:
+    """Refuse a test of Django whose transaction never commits, as its requests would never reach the worker."""
+    if "django.db" in sys.modules:
+        from django.conf import settings  # noqa: PLC0415
+        from django.db import connections  # noqa: PLC0415
+
+        if settings.configured and any(each.in_atomic_block for each in connections.all(initialized_only=True)):
+            pytest.fail(
+                "this test runs in a transaction that never commits, so keyless_worker would see no request: use "
+                "transactional_db, or @pytest.mark.django_db(transaction=True), or django.test.TransactionTestCase",
+                pytrace=False,
+            )
+
+
+async def _empty(broker: Any) -> None:  # Any: of PostgreSQL, whose driver is optional
+    """Remove what an earlier test has left in the schema, if there is one."""
+    if await broker._fetch("SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1", broker.destination):  # noqa: SLF001
+        tables = ", ".join(f"{{0}}.{name}" for name in ("request", "waiting", "outcome", "unread", "reader"))
+        await broker._fetch(f"TRUNCATE {tables}")  # noqa: SLF001
+
+
+@pytest.fixture
+def _keyless_sandbox_sync(keyless_sandbox_options: dict[str, Any]) -> Generator[Sandbox]:
+    from aiokeyless import sync  # noqa: PLC0415
+    from aiokeyless.sandbox.threads import ThreadSafeSandbox  # noqa: PLC0415
+
+    background = sync.get_background()
+    sandbox = ThreadSafeSandbox(background.call, sync.KeylessClient, **keyless_sandbox_options)
+    with background.holding(sandbox):
+        yield sandbox
+
+
+@pytest.fixture
+def _keyless_client_sync(keyless_sandbox: Any) -> Generator[sync.KeylessClient]:
+    with keyless_sandbox.client(schedule=_make_schedule()) as client:
+        yield client
+
+
+@pytest.fixture
+def _keyless_worker_sync(
+    keyless_client: Any, keyless_broker_url: str | None
+) -> Generator[tuple[ApprovalWorker, Broker]]:
+    background, client = keyless_client._open()  # noqa: SLF001
+    with background.holding(_run_worker(client, keyless_broker_url)) as (worker, broker), background.lending(broker):
+        yield worker, broker
+
+
 def _make_fixtures(loop: str, fixture: Callable[..., Any]) -> dict[str, object]:  # Any: the decorators are overloaded
     """Create the async fixtures for one kind of loop, as new functions, since pytest-asyncio marks functions."""
 
-    async def sandbox() -> AsyncGenerator[Sandbox]:
+    async def sandbox(keyless_sandbox_options: dict[str, Any]) -> AsyncGenerator[Sandbox]:
         from aiokeyless.sandbox import Sandbox  # noqa: PLC0415  # only when used
 
-        async with Sandbox() as sandbox:
+        async with Sandbox(**keyless_sandbox_options) as sandbox:
             yield sandbox
 
     async def client(keyless_sandbox: Sandbox) -> AsyncGenerator[KeylessClient]:
         async with keyless_sandbox.client(schedule=_make_schedule()) as client:
             yield client
 
-    async def worker(keyless_client: KeylessClient) -> AsyncGenerator[tuple[ApprovalWorker, SqliteBroker]]:
-        from aiokeyless.worker import ApprovalWorker  # noqa: PLC0415
-        from aiokeyless.worker.sqlite import SqliteBroker  # noqa: PLC0415
-
-        async with (
-            SqliteBroker(":memory:") as broker,
-            ApprovalWorker(keyless_client, broker, schedule=_make_schedule()) as worker,
-        ):
-            yield worker, broker
+    async def worker(
+        keyless_client: KeylessClient, keyless_broker_url: str | None
+    ) -> AsyncGenerator[tuple[ApprovalWorker, Broker]]:
+        async with _run_worker(keyless_client, keyless_broker_url) as running:
+            yield running
 
     names = {"_keyless_sandbox": sandbox, "_keyless_client": client, "_keyless_worker": worker}
     return {f"{name}_{loop}": fixture(name=f"{name}_{loop}")(function) for name, function in names.items()}

@@ -15,7 +15,8 @@ import os
 import threading
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from types import GenericAlias, TracebackType
 from typing import (
@@ -132,6 +133,37 @@ class _Background:
             asyncio.run_coroutine_threadsafe(method(), self._loop)
 
     @contextlib.contextmanager
+    def holding(self, context: AbstractAsyncContextManager[T]) -> Generator[T, None, None]:
+        """Enter an asynchronous context manager in the loop, and leave it there, in one task."""
+        entered: Future[T] = Future()
+        left: Future[None] = Future()
+
+        async def hold() -> None:
+            async with context as value:
+                entered.set_result(value)
+                await asyncio.wrap_future(left)
+
+        held = asyncio.run_coroutine_threadsafe(hold(), self._loop)
+        either: set[Future[Any]] = {entered, held}
+        wait(either, return_when=FIRST_COMPLETED)
+        if not entered.done():
+            held.result()  # raises why
+        try:
+            yield entered.result()
+        finally:
+            left.set_result(None)
+            held.result()
+
+    @contextlib.contextmanager
+    def lending(self, broker: Broker) -> Generator[None, None, None]:
+        """Let calls use a broker that is open in the loop already."""
+        self._brokers[broker] = broker
+        try:
+            yield
+        finally:
+            del self._brokers[broker]
+
+    @contextlib.contextmanager
     def iterating(self, values: AsyncGenerator[Any, None]) -> Generator[None, None, None]:
         """Keep an asynchronous generator, so that the garbage collector does not take it with its iterator."""
         self._iterations.add(values)
@@ -224,6 +256,12 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows has no fork
         after_in_parent=_process.after_fork_in_parent,
         after_in_child=_process.after_fork_in_child,
     )
+
+
+def get_background() -> _Background:
+    """Return the loop of this process, for the fixtures of tests."""
+    with _process.lock:
+        return _process.background()
 
 
 def _call(

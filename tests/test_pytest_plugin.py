@@ -6,15 +6,24 @@ import asyncio
 import importlib.util
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import integers
+from waiting import PATIENCE
 
-from aiokeyless import ApprovalTimeoutError
+from aiokeyless import ApprovalTimeoutError, ConfigurationError, sync
+from aiokeyless.sync import KeylessClient as SyncKeylessClient
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiokeyless import KeylessClient
     from aiokeyless.sandbox import Sandbox
+    from aiokeyless.worker import ApprovalWorker, Broker
 
 pytestmark = pytest.mark.platform
 
@@ -102,7 +111,100 @@ async def test_a_quick_approval_is_noticed_quickly(keyless_sandbox: Sandbox, key
     assert now() - approved_at < 0.2
 
 
+# -- in these plain tests
+
+
+def test_a_plain_test_gets_the_other_face(keyless_sandbox: Sandbox, keyless_client: SyncKeylessClient) -> None:
+    ticket = keyless_client.create_operation("C0FFEE", operation_payload="Pay 40")
+    keyless_sandbox.approve(*keyless_sandbox.operations)
+    assert keyless_client.wait_for_approval(ticket).is_approved
+    [attempt] = keyless_sandbox.authentications
+    assert attempt.operation_id == ticket.operation_id
+    another: object = keyless_sandbox.client()
+    assert isinstance(another, SyncKeylessClient)
+    another.close()
+
+
+def test_a_plain_test_and_its_threads_drive_the_sandbox_while_it_serves(
+    keyless_sandbox: Sandbox, keyless_client: SyncKeylessClient
+) -> None:
+    def pay(number: int) -> bool:
+        operation_id = keyless_client.create_operation("C0FFEE", operation_id=f"op-{number}").operation_id
+        assert operation_id in [*keyless_sandbox.operations]
+        keyless_sandbox.approve(operation_id)
+        return keyless_client.get_operation(operation_id).is_approved
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(pay, range(100)))
+
+
+def test_an_error_of_the_sandbox_is_raised_where_a_plain_test_made_it(keyless_sandbox: Sandbox) -> None:
+    with pytest.raises(ConfigurationError, match="no operation"):
+        keyless_sandbox.approve("nobody-asked")
+
+
+def test_a_worker_serves_a_plain_test(
+    keyless_worker: ApprovalWorker, keyless_broker: Broker, keyless_sandbox: Sandbox
+) -> None:
+    sync.submit_approval(keyless_broker, "C0FFEE", operation_id="order-1", operation_payload="Pay 40")
+    wait_for(lambda: "order-1" in keyless_sandbox.operations)
+    keyless_sandbox.approve("order-1")
+    with sync.next_outcome(keyless_broker, "test") as event:
+        assert event.outcome == "approved"
+    assert keyless_worker.statistics.approved == 1
+
+
+@given(number=integers())
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_an_async_test_of_hypothesis_is_one(number: int, keyless_client: KeylessClient) -> None:
+    assert await keyless_client.get_pending_operations(f"{abs(number):X}") == []
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.01)
+
+
 # -- in other suites
+
+
+def test_options_of_the_sandbox_are_a_fixture_of_both_kinds_of_tests(pytester: pytest.Pytester) -> None:
+    options = """
+        import pytest
+
+        @pytest.fixture
+        def keyless_sandbox_options():
+            return {"auto_approve": 0}
+    """
+    test = """
+        async def test_async(keyless_client):
+            assert (await keyless_client.request_approval("C0FFEE")).is_approved
+
+        def test_plain(keyless_client):
+            assert keyless_client.request_approval("C0FFEE").is_approved
+    """
+    passes(pytester, test, *AUTO, conftest=options, passed=2)
+
+
+def test_a_plain_test_needs_no_plugin(pytester: pytest.Pytester) -> None:
+    test = """
+        def test_plain(keyless_client):
+            assert keyless_client.get_pending_operations("C0FFEE") == []
+    """
+    passes(pytester, test, "-p", "no:looptime_plugin", "-p", "no:asyncio")
+
+
+def test_a_plain_test_whose_worker_cannot_start_is_told_why(pytester: pytest.Pytester) -> None:
+    url = """
+        import pytest
+
+        @pytest.fixture
+        def keyless_broker_url():
+            return "sqlite:/nowhere/at/all.db"
+    """
+    fails_with(pytester, "nowhere", "def test_plain(keyless_worker): pass", *STRICT, conftest=url)
 
 
 def test_pytest_asyncio_in_auto_mode_runs_them(pytester: pytest.Pytester) -> None:
@@ -208,8 +310,9 @@ async def test_an_approval_that_is_there_is_noticed_within_moments(
 # -- where they cannot live
 
 
-def test_a_test_that_is_not_async_is_told_so(pytester: pytest.Pytester) -> None:
-    fails_with(pytester, "make the test async", "def test_sync(keyless_sandbox): pass", *STRICT)
+def test_an_async_test_without_a_mark_is_told_its_name(pytester: pytest.Pytester) -> None:
+    test = "async def test_async(keyless_sandbox): pass"
+    fails_with(pytester, "mark it with @pytest.mark.asyncio", test, *STRICT)
 
 
 def test_a_backend_other_than_asyncio_is_told_so(pytester: pytest.Pytester) -> None:
