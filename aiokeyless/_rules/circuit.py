@@ -62,7 +62,6 @@ class Circuit:
 
     Args:
         limit: Polls that may be in flight while all is well.
-        longest_poll: The most seconds for which a poll is in flight.
     """
 
     __slots__ = (
@@ -72,7 +71,6 @@ class Circuit:
         "_limit",
         "_probe_at",
         "_probes",
-        "_proven_after",
         "_refusals",
         "_usual",
         "answered_at",
@@ -81,10 +79,8 @@ class Circuit:
         "state",
     )
 
-    def __init__(self, limit: int, *, longest_poll: float = 0.0) -> None:
+    def __init__(self, limit: int) -> None:
         self._full = limit
-        # In a closed circuit all polls count. Those that hung when it opened must be over, or they would take its room.
-        self._proven_after = max(_PROVEN, longest_poll)
         self._limit = float(limit)
         self.is_calm: bool = True
         """Whether nothing failed lately, so the circuit is closed and its limit is full. That is nearly always so."""
@@ -228,7 +224,7 @@ class Circuit:
     def _is_proven(self, now: float) -> bool:
         """Return whether it has been half open for long enough, and nearly all answers are good."""
         is_half_open = self.state is CircuitState.HALF_OPEN
-        return is_half_open and now - self.since >= self._proven_after and self._usual < _RARE
+        return is_half_open and now - self.since >= _PROVEN and self._usual < _RARE
 
     def _enter(self, state: CircuitState, now: float) -> None:
         """Change the state. Only this method does so."""

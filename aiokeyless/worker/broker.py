@@ -143,7 +143,9 @@ class Exchange(Enum):
     """How a delivery's exchange with Keyless ended."""
 
     ANSWERED = auto()
-    """Keyless answered well, which resets the request's failures."""
+    """Keyless answered a poll well, which resets the request's failures."""
+    CREATED = auto()
+    """The operation was created, or is there already. That resets them too, but no poll was answered."""
     FAILED = auto()
     """It failed transiently, which adds one failure to the request."""
     NONE = auto()
@@ -238,18 +240,18 @@ class Broker(ApplicationSide):
         """Return the time by the broker's clock, as last measured. The same clock stamps stored requests."""
 
     @abstractmethod
-    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+    async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
         """Take requests that are due; wait for some if there are none.
 
         Several workers may call it at once, even on one broker object. If a call is cancelled, the requests that it has
-        taken come again. Requests come in the order in which they are due.
+        taken come again. Requests come in the order in which they are due, or in that of `aiokeyless._rules.probes`.
 
         Args:
             up_to: How many at most; at least 1.
             within: Seconds after which it returns at the latest, even without a request.
-            probing: Whether Keyless fails. If so, the requests with the fewest failures come first. Among equals, the
-                answered ones come first, in the order in which they are due. Untried ones follow, the newest first. So
-                bad requests do not hold up good ones.
+            untried: None unless requests fail. Then so many that were never tried come first, and the others by fewest
+                failures: among equals those that a poll answered well, then those that were tried and no more, then
+                those never tried, the newest first.
         """
 
     @abstractmethod

@@ -98,7 +98,7 @@ class Pacing(NamedTuple):
 
 def after_creation(delivery: Delivery, now: datetime, pacing: Pacing) -> Redeliver:
     """Decide after the operation was created. No user approves at once, so do not poll yet."""
-    return Redeliver(_scheduled_delay(delivery, now, pacing))
+    return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.CREATED)
 
 
 def after_poll(
@@ -185,7 +185,8 @@ def after_failed_creation(
     if error.is_transient:
         return Redeliver(_cut_to_deadline(delivery, now, pacing.after_failure()), Exchange.FAILED)
     if may_have_taken_effect(error) or (may_exist and isinstance(error, NotFoundError | PermissionDeniedError)):
-        return Redeliver(_scheduled_delay(delivery, now, pacing))  # polls find out; a 403 or 404 is a gateway's
+        # Polls find out; a 403 or 404 is a gateway's.
+        return Redeliver(_scheduled_delay(delivery, now, pacing), Exchange.CREATED)
     reason = FailureReason.POLL_REFUSED if may_exist else FailureReason.REJECTED
     return fail(delivery, reason, str(error), now=now)
 

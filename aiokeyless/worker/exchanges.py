@@ -26,7 +26,7 @@ from aiokeyless.errors import (
 )
 from aiokeyless.models import NewOperation, Operation
 
-from .broker import Claim
+from .broker import Claim, Exchange
 from .decisions import (
     OTHER_OPERATION,
     OTHER_REQUEST,
@@ -52,10 +52,11 @@ if TYPE_CHECKING:
     from aiokeyless._http.transport import Transport
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
+    from aiokeyless._rules.slots import Slots
 
     from .broker import Broker
     from .decisions import Decision
-    from .messages import Delivery
+    from .messages import Delivery, Message
     from .monitoring import Reporter
 
 #: No operation has this id. If Keyless reports it missing, it has accepted the key.
@@ -91,6 +92,7 @@ class Exchanges:
         *,
         schedule: wait_base,
         circuit: Circuit,
+        slots: Slots[Message],
         rate: PollRate,
         grace: float,
         reporter: Reporter,
@@ -99,6 +101,7 @@ class Exchanges:
         self._broker = broker
         self._schedule = schedule
         self._circuit = circuit
+        self._slots = slots
         self._rate = rate
         self._grace = grace
         self._clock = broker.now
@@ -117,7 +120,7 @@ class Exchanges:
             step = await self._create(delivery)
         if isinstance(step, Next):
             # The create found the operation, but no poll has yet. One soon will, even if a replica lags behind.
-            return Redeliver(error_delay(1))
+            return Redeliver(error_delay(1), Exchange.CREATED)
         return step
 
     async def _poll_until_answered(self, delivery: Delivery) -> Decision | Next:
@@ -241,6 +244,7 @@ class Exchanges:
             return
         self._reporter.count("transient_failures")
         now, operation_id = self._now(), delivery.ticket.operation_id
+        is_probe = is_probe and not self._slots.has_failed(delivery.message)
         self._circuit.record_failure(now, operation_id, started_at=started_at, is_probe=is_probe)
         if isinstance(error, RateLimitError) and self._circuit.record_refusal(
             now, operation_id, error, is_probe=is_probe, is_repeated=delivery.message.failures > 0

@@ -179,6 +179,11 @@ class Message(msgspec.Struct, kw_only=True, eq=False):
     failures: int = 0
     traceparent: str | None = None
 
+    @property
+    def is_untried(self) -> bool:
+        """Whether no exchange was tried for the request, as far as the broker knows."""
+        return self.number == 1
+
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One delivery of a request: what the request asks for, and the broker's message.

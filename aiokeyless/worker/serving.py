@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless._rules.circuit import Circuit, CircuitState
+from aiokeyless._rules.circuit import Circuit
+from aiokeyless._rules.probes import Alternation
 from aiokeyless._rules.rate import PollRate
+from aiokeyless._rules.slots import Slots, most_in_flight
 from aiokeyless._tracing import context_without_traces
 from aiokeyless._validation import is_traceparent
 from aiokeyless.errors import (
@@ -64,7 +66,7 @@ class Limits(NamedTuple):
     """What bounds the deliveries of a worker.
 
     Attributes:
-        max_in_flight: Deliveries in flight at once.
+        max_in_flight: Slots. A delivery holds one for its first second.
         max_polls_per_second: Polls of this worker in a second; None for as many as fit.
         longest_delivery: Most seconds that one delivery takes.
         grace: Seconds past the deadline for which a final poll that got no answer is repeated.
@@ -101,9 +103,11 @@ class Serving:
         self._limits = limits
         self._longest_wait = longest_wait
         self._on_fatal = on_fatal
-        self._circuit = Circuit(limits.max_in_flight, longest_poll=limits.longest_delivery)
+        self._circuit = Circuit(limits.max_in_flight)
+        self._slots: Slots[Message] = Slots(self._circuit)
+        self._alternation = Alternation()
         self._rate = PollRate(limits.max_polls_per_second)
-        self._deliveries: dict[asyncio.Task[None], float] = {}  # in flight, and when each started
+        self._deliveries: dict[asyncio.Task[None], Message] = {}  # in flight
         # A request belongs to the trace of its submitter, and its polls have no spans.
         self._context = context_without_traces()
         self._reporter = Reporter(broker, self._circuit, self._deliveries, listeners=listeners, on_loss=on_fatal)
@@ -112,6 +116,7 @@ class Serving:
             broker,
             schedule=schedule,
             circuit=self._circuit,
+            slots=self._slots,
             rate=self._rate,
             grace=limits.grace,
             reporter=self._reporter,
@@ -162,16 +167,19 @@ class Serving:
             room = min(room, polls)
         try:
             if room > 0:
-                is_probing = self._circuit.state is not CircuitState.CLOSED
-                await self._receive(self._broker.take(room, TAKES_FOR, probing=is_probing))
+                is_fair = not self._circuit.is_closed or self._slots.are_held_by_failing
+                untried = self._alternation.untried(room) if is_fair else None
+                await self._receive(self._broker.take(room, TAKES_FOR, untried=untried))
             else:
                 # Requests past their deadline need no exchange, so applications get these outcomes in time.
-                free = self._limits.max_in_flight - len(self._deliveries)
+                free = self._most_in_flight(now) - len(self._deliveries)
                 if self._is_away(now) and self._key_check is None and free > 0:
                     await self._receive(self._broker.take_overdue(free, self._limits.grace))
                 now = self._loop.time()
-                closed_for = max(self._circuit.retry_at(), self._rate.ready_at(now)) - now
-                await self._pause(min(max(closed_for, _EARLY), TAKES_FOR) if closed_for > 0 else TAKES_FOR)
+                ready_at = max(self._circuit.retry_at(), self._rate.ready_at(now))
+                if ready_at <= now:  # the slots are held
+                    ready_at = self._slots.slow_at()
+                await self._pause(min(max(ready_at - now, _EARLY), TAKES_FOR))
         except UnavailableError as error:
             self._silences += 1
             self._reporter.report_silence(error)
@@ -189,6 +197,8 @@ class Serving:
             return
         messages = taken.result()
         self._silences = 0
+        new = sum(message.is_untried for message in messages)
+        self._alternation.record(untried=new, others=len(messages) - new)
         for message in messages:
             self._take(message)
 
@@ -198,15 +208,14 @@ class Serving:
 
     def _room(self, now: float) -> int:
         """Return how many more deliveries may be in flight; negative if there are too many."""
+        held, in_flight = self._slots.held(now), len(self._deliveries)
         if self._key_check is not None:
-            return -len(self._deliveries)
-        return min(self._circuit.room(now) - self._occupied_room(), self._limits.max_in_flight - len(self._deliveries))
+            return -in_flight
+        return min(self._circuit.room(now) - held, self._most_in_flight(now) - in_flight)
 
-    def _occupied_room(self) -> int:
-        """Return the deliveries in flight that take room."""
-        if self._circuit.is_closed:  # all of them, without a loop: each delivery calls this
-            return len(self._deliveries)
-        return sum(self._circuit.takes_room(started_at) for started_at in self._deliveries.values())
+    def _most_in_flight(self, now: float) -> int:
+        most = most_in_flight(self._limits.max_in_flight, now, answered_at=self._circuit.answered_at)
+        return int(min(most, self._transport.max_connections))  # what waits for a connection looks like hanging
 
     async def _pause(self, seconds: float) -> None:
         """Wait for a delivery to end, or for something else that makes room."""
@@ -265,11 +274,12 @@ class Serving:
         self._reporter.report_delivery(message)
         # Not by the loop's task factory: an eager one would run the delivery before it is counted below.
         task = asyncio.Task(self._deliver(message), loop=self._loop, context=self._context)
-        self._deliveries[task] = self._loop.time()
+        self._deliveries[task] = message
+        self._slots.take(message, self._loop.time(), is_retry=message.failures > 0)
         task.add_done_callback(self._forget_delivery)
 
     def _forget_delivery(self, task: asyncio.Task[None]) -> None:
-        del self._deliveries[task]
+        self._slots.release(self._deliveries.pop(task))
         self._changed.set()
 
     async def _deliver(self, message: Message) -> None:

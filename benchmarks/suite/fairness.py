@@ -1,4 +1,4 @@
-"""Good requests among many whose operations always fail: how long until each is asked, and approved.
+"""Good requests among many whose operations are created and then fail: how long until each is asked, and approved.
 
 The service is in memory, the brokers are real.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from aiokeyless._rules.quota import RepetitionQuota
-from aiokeyless.errors import ConflictError, NotFoundError, ServerError
+from aiokeyless.errors import ConflictError, NotFoundError, RateLimitError, RequestTimeoutError, ServerError
 from aiokeyless.models import Operation, SuccessAnswer
 from aiokeyless.worker import ApprovalWorker, submit_approval
 from benchmarks.report import Goal, Report, Table
@@ -30,20 +31,66 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _USER: Final = "C0FFEE"
-_BAD: Final = 200
 _APPROVES_AFTER: Final = 4.0  # seconds after the user was asked
-_BEFORE: Final = 5.0  # seconds of good requests alone
+_RATE: Final = 10.0  # good requests a second
 _ROUND_TRIP: Final = 0.05  # seconds
+_ENDS_AFTER: Final = 15.0  # seconds after the last good request
+
+
+class Weather(NamedTuple):
+    """What becomes of bad requests.
+
+    Attributes:
+        name: How the table names it.
+        failure: What a poll of theirs is answered with; None if it hangs.
+        bad: How many there are.
+        arrive_within: Seconds in which they arrive.
+        are_created: Whether their operations are created first.
+        goal: The most seconds until 95 % of the good ones are asked, and until their approvals are seen; None if good
+            ones are late by the rules.
+    """
+
+    name: str
+    failure: Callable[[str, str], KeylessError] | None
+    bad: int = 200
+    arrive_within: float = 6.0
+    are_created: bool = True
+    goal: tuple[float, float] | None = (2.0, 3.0)
+
+
+def _error(method: str, path: str) -> ServerError:
+    return ServerError(status=500, method=method, path=path)
+
+
+def _busy(method: str, path: str) -> ServerError:
+    return ServerError(status=503, method=method, path=path, retry_after=5.0)
+
+
+def _refused(method: str, path: str) -> RateLimitError:
+    return RateLimitError(status=429, method=method, path=path)
+
+
+WEATHERS: Final = (
+    Weather("500", _error),
+    Weather("500, at once", _error, arrive_within=0.0),
+    Weather("500 to their create", _error, are_created=False),
+    Weather("2 000 of 500", _error, bad=2000, goal=(6.0, 8.0)),
+    Weather("hang", None, goal=(5.0, 6.0)),
+    Weather("503 with Retry-After", _busy),
+    Weather("429", _refused, goal=None),
+)
 
 
 class PartlyFailing:
-    """What a worker needs of a client, its transport and the service; operations called "bad-..." get a 500."""
+    """What a worker needs of a client, its transport and the service; operations called "bad-..." fail."""
 
     request_timeout: Final = 10.0
+    max_connections: Final = math.inf
     base_url: Final = "https://api.keyless.io"
     listeners: tuple[()] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, weather: Weather) -> None:
+        self._weather = weather
         self.quota = RepetitionQuota()
         self.created: dict[str, tuple[float, str]] = {}  # when, with its payload
         self.seen: dict[str, float] = {}  # when it was first answered as approved
@@ -78,8 +125,11 @@ class PartlyFailing:
         operation_id = path.rpartition("/")[2] if method == "GET" else body["operationId"]
         await asyncio.sleep(_ROUND_TRIP)
         now = asyncio.get_running_loop().time()
-        if operation_id.startswith("bad"):
-            raise ServerError(status=500, method=method, path=path)
+        if operation_id.startswith("bad") and (operation_id in self.created or not self._weather.are_created):
+            if self._weather.failure is not None:
+                raise self._weather.failure(method, path)
+            await asyncio.sleep(self.request_timeout - _ROUND_TRIP)
+            raise RequestTimeoutError("no answer", method=method, path=path)
         if method == "POST":
             if operation_id in self.created:
                 raise ConflictError(status=409, method=method, path=path)
@@ -108,61 +158,79 @@ class Lateness(NamedTuple):
 
     asked: list[float]
     approved: list[float]
-    missing: int
+    submitted: int
 
     def p95(self) -> tuple[float, float]:
-        """Return how late 95 % of them were asked, and of the approvals seen, at most."""
-        asked, approved = (sorted(values)[int(len(values) * 0.95)] for values in (self.asked, self.approved))
+        """Return how late 95 % of them were asked and seen as approved, at most; infinity if more than 5 % never."""
+        asked, approved = (_p95(values, self.submitted) for values in (self.asked, self.approved))
         return asked, approved
 
 
-async def measure(broker: Broker, *, bad: int, rate: float, seconds: float) -> Lateness:
-    """Submit good requests at a rate a second, and bad ones, all at once, after the first few; return how late."""
-    loop, keyless = asyncio.get_running_loop(), PartlyFailing()
+def _p95(values: list[float], count: int) -> float:
+    return sorted([*values, *[math.inf] * (count - len(values))])[int(count * 0.95)]
+
+
+async def measure(
+    broker: Broker, weather: Weather, *, before: int = 60, after: int = 140, quiet: float = 6.0
+) -> Lateness:
+    """Submit ten good requests a second, with a break for the bad ones; return how late the good ones were.
+
+    Args:
+        broker: The broker.
+        weather: What becomes of the bad ones.
+        before: Good requests before the bad ones. Most are approved in the break, so no good answer closes the circuit.
+        after: Good requests after the break.
+        quiet: Seconds of the break.
+    """
+    loop, keyless = asyncio.get_running_loop(), PartlyFailing(weather)
     submitted: dict[str, float] = {}
+    began = loop.time()
+
+    async def submit(name: str, at: float, expires_in: float) -> None:
+        await asyncio.sleep(began + at - loop.time())
+        if name.startswith("good"):
+            submitted[name] = loop.time()
+        await submit_approval(broker, _USER, operation_id=name, expires_in=expires_in)
+
+    gap = weather.arrive_within / weather.bad
+    times = [number / _RATE + quiet * (number >= before) for number in range(before + after)]
     async with ApprovalWorker(cast("KeylessClient", keyless), broker):
-        began = loop.time()
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, began + number / rate - loop.time()))
-            if number == int(_BEFORE * rate):
-                names = [f"bad-{other}" for other in range(bad)]
-                await asyncio.gather(
-                    *(submit_approval(broker, _USER, operation_id=name, expires_in=600) for name in names)
-                )
-            submitted[f"good-{number}"] = loop.time()
-            await submit_approval(broker, _USER, operation_id=f"good-{number}", expires_in=120)
+        await asyncio.gather(
+            *(submit(f"good-{number}", at, 120.0) for number, at in enumerate(times)),
+            *(submit(f"bad-{number}", before / _RATE + number * gap, 600.0) for number in range(weather.bad)),
+        )
         with suppress(TimeoutError):
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(_ENDS_AFTER):
                 while len(keyless.seen) < len(submitted):  # noqa: ASYNC110  # it is on a clock that moves, too
                     await asyncio.sleep(0.1)
-    created = {name: at for name, (at, _) in keyless.created.items()}
     return Lateness(
-        asked=[created[name] - at for name, at in submitted.items() if name in created],
-        approved=[at - created[name] - _APPROVES_AFTER for name, at in keyless.seen.items()],
-        missing=len(submitted.keys() - keyless.seen.keys()),
+        asked=[keyless.created[name][0] - at for name, at in submitted.items() if name in keyless.created],
+        approved=[at - keyless.created[name][0] - _APPROVES_AFTER for name, at in keyless.seen.items()],
+        submitted=len(submitted),
     )
 
 
 def run(bench: Bench) -> Report:
-    """Measure at each broker, at each rate of good requests."""
+    """Measure at each broker, in each weather."""
     logging.getLogger("aiokeyless.worker").setLevel(logging.CRITICAL)
-    report = Report(f"fairness: good requests among {_BAD} that always fail")
-    columns = ["broker", "good requests a second", "until asked, p95 s", "until the approval is seen", "never"]
-    report.tables.append(table := Table("seconds late", columns))
-    seconds = bench.pick(full=60.0, quick=10.0, smoke=7.0)
-    for storage in STORAGES:
-        for rate in bench.pick(full=(1.0, 2.0, 10.0), quick=(10.0,), smoke=(10.0,)):
-            bench.progress(f"  {storage.name}, {rate:g} a second")
-            found = asyncio.run(_measure(storage, rate, seconds))
+    report = Report("fairness: good requests among bad ones")
+    columns = ["bad ones", "broker", "asked", "approved", "until asked, p95 s", "until the approval is seen, p95 s"]
+    report.tables.append(table := Table(f"{_RATE:g} good requests a second, and 200 bad ones within 6 s", columns))
+    after = bench.pick(full=140, quick=40, smoke=10)
+    for weather in bench.pick(full=WEATHERS, quick=WEATHERS[:3], smoke=WEATHERS[:1]):
+        for storage in STORAGES:
+            bench.progress(f"  {weather.name}, {storage.name}")
+            found = asyncio.run(_measure(storage, weather, after))
             asked, approved = found.p95()
-            name = f"{storage.name}, {rate:g}/s"
-            table.rows.append([storage.name, f"{rate:g}", f"{asked:.2f}", f"{approved:.2f}", str(found.missing)])
-            report.raw[name] = {**found._asdict()}
-            report.goals.append(Goal(f"{name}: asked, p95", 2.0, asked, " s"))
-            report.goals.append(Goal(f"{name}: approved, p95", 3.0, approved, " s"))
+            counts = (f"{len(values)} of {found.submitted}" for values in (found.asked, found.approved))
+            table.rows.append([weather.name, storage.name, *counts, f"{asked:.2f}", f"{approved:.2f}"])
+            report.raw[name := f"{storage.name}, {weather.name}"] = {**found._asdict()}
+            if weather.goal is not None:
+                report.goals.append(Goal(f"{name}: asked, p95", weather.goal[0], asked, " s"))
+                report.goals.append(Goal(f"{name}: approved, p95", weather.goal[1], approved, " s"))
     return report
 
 
-async def _measure(storage: type[Storage], rate: float, seconds: float) -> Lateness:
+async def _measure(storage: type[Storage], weather: Weather, after: int) -> Lateness:
     async with storage() as stored, stored.broker() as broker:
-        return await measure(broker, bad=_BAD, rate=rate, seconds=seconds)
+        return await measure(broker, weather, after=after)

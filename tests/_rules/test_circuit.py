@@ -324,16 +324,6 @@ def test_where_few_wait_it_is_closed_after_half_a_minute_of_good_answers() -> No
     assert circuit.limit == 33
 
 
-def test_where_few_wait_it_is_not_closed_while_polls_may_hang_since_before() -> None:
-    circuit = Circuit(LIMIT, longest_poll=60.0)
-    circuit.record_pause(100.0, 1.0)
-    for now in range(110, 170):
-        circuit.record_success(now, started_at=now)
-        assert circuit.state is CircuitState.HALF_OPEN
-    circuit.record_success(170.0, started_at=170.0)
-    assert circuit.is_closed
-
-
 def test_where_one_of_three_fails_it_is_not_closed_by_time() -> None:
     circuit = open_at(100.0)
     circuit.record_success(110.0, started_at=110.0)

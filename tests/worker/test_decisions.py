@@ -327,12 +327,12 @@ def test_an_operation_from_before_the_request_that_a_pin_approved_is_no_face_and
 
 
 def test_just_created_it_is_polled_when_the_schedule_says() -> None:
-    assert delay(after_creation(DELIVERY, at(1), pacing(wait_fixed(3)))) == 3
-    assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3)))) == 1
+    assert delay(after_creation(DELIVERY, at(1), pacing(wait_fixed(3))), Exchange.CREATED) == 3
+    assert delay(after_creation(DELIVERY, at(IN_TIME), pacing(wait_fixed(3))), Exchange.CREATED) == 1
 
 
 def test_created_after_the_deadline_there_is_still_the_final_poll() -> None:
-    assert delay(after_creation(DELIVERY, at(LATE), pacing(wait_fixed(3)))) == SHORTEST
+    assert delay(after_creation(DELIVERY, at(LATE), pacing(wait_fixed(3))), Exchange.CREATED) == SHORTEST
 
 
 def test_a_bug_fails_the_request_and_shows_nothing_of_it() -> None:
@@ -462,14 +462,14 @@ def test_what_is_not_to_be_created_is_rejected(error: KeylessError) -> None:
 
 @pytest.mark.parametrize("error", [MISSHAPEN, status(StatusError, 202)], ids=repr)
 def test_a_create_that_may_have_taken_effect_ends_no_request(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True)) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True)) == 1
+    assert delay(not_created(error, 10, may_exist=True), Exchange.CREATED) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.CREATED) == 1
 
 
 @pytest.mark.parametrize("error", [MISSING, FORBIDDEN], ids=repr)
 def test_what_may_have_been_created_is_not_given_up_where_a_gateway_refuses_it(error: KeylessError) -> None:
-    assert delay(not_created(error, 10, may_exist=True)) == 3
-    assert delay(not_created(error, IN_TIME, may_exist=True)) == 1
+    assert delay(not_created(error, 10, may_exist=True), Exchange.CREATED) == 3
+    assert delay(not_created(error, IN_TIME, may_exist=True), Exchange.CREATED) == 1
 
 
 def test_what_may_have_been_created_is_not_said_to_be_rejected() -> None:

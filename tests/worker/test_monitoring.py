@@ -182,7 +182,7 @@ async def test_outcomes_are_told_in_the_words_for_waits_of_a_client(
     memory: SqliteBroker,
 ) -> None:
     told = Told()
-    circuit = Circuit(64, longest_poll=35.0)
+    circuit = Circuit(64)
     reporter = Reporter(memory, circuit, (), listeners=Listeners((told,)), on_loss=print)
     reporter.report_outcome(an_event(outcome=kind, answered=answered, reason=reason), is_new=True)
     [published] = told.of(OutcomePublished)
@@ -324,7 +324,7 @@ def broker() -> FakeBroker:
 
 @pytest.fixture
 def circuit() -> Circuit:
-    return Circuit(64, longest_poll=35.0)
+    return Circuit(64)
 
 
 @asynccontextmanager

@@ -220,10 +220,10 @@ class Failing(SqliteBroker):
         super().__init__(":memory:")
         self.error: Exception | None = None
 
-    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+    async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
         if self.error is not None:
             raise self.error
-        return await super().take(up_to, within, probing=probing)
+        return await super().take(up_to, within, untried=untried)
 
 
 @looptime

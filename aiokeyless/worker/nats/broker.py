@@ -233,17 +233,16 @@ class NatsBroker(Broker):
     def keeps_delays(self) -> bool:
         return self._intake is None or not self._intake.load_shedding.is_noticeable
 
-    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
-        return await self._open_intake().take(up_to, within, probing=probing)
+    async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
+        return await self._open_intake().take(up_to, within, untried=untried)
 
     async def take_overdue(self, up_to: int, grace: float) -> Sequence[Message]:
         return await self._open_intake().take_overdue(up_to, self.now() - timedelta(seconds=grace))
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
         intake, delivery = self._open_intake(), _delivery(message)
-        if exchange is not Exchange.NONE:
-            intake.failures.record(delivery.id, failed=exchange is Exchange.FAILED)
-        if exchange is Exchange.ANSWERED:
+        intake.failures.record(delivery.id, exchange)
+        if exchange in {Exchange.ANSWERED, Exchange.CREATED}:
             delay = self._stretch(message, delay, intake.load_shedding.factor)
         await intake.put_off(delivery, delay)
 

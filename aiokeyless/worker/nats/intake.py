@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Final
 from nats.aio.msg import Msg  # noqa: TC002  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
-from aiokeyless.worker.broker import UnavailableError
+from aiokeyless._rules.probes import Rank, Standing, choose
+from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog, log
 from aiokeyless.worker.messages import Message, deadline
 
@@ -49,6 +50,8 @@ _CHOICE: Final = 512  # deliveries to choose probes from
 _HELD_FOR: Final = 1.5  # seconds for which a delivery waits here to be taken
 _BETTER_WITHIN: Final = 0.1  # seconds to wait for a better probe than a failed request
 _REMEMBERED: Final = 10_000  # recently polled requests
+_UNKNOWN: Final = (0, Standing.UNTRIED)
+_MANY: Final = 15  # failures after which the backoff no longer grows
 _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
 _LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer
 _TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
@@ -65,18 +68,23 @@ class NatsMessage(Message, kw_only=True, eq=False):
         id: The request's number in the stream.
         raw: The delivery.
         arrived_at: When it came.
-        is_known: Whether this worker knows of an exchange for the request.
+        standing: What this worker knows of the request.
     """
 
     id: int
     raw: Msg
     arrived_at: float
-    is_known: bool
+    standing: Standing
 
     @property
-    def rank(self) -> tuple[int, bool, float]:
+    def is_untried(self) -> bool:
+        return self.standing is Standing.UNTRIED
+
+    @property
+    def rank(self) -> Rank:
         """Its place in the order of probes, see `Broker.take`."""
-        return self.failures, not self.is_known, self.arrived_at if self.is_known else -self.id
+        since = -self.id if self.is_untried else self.arrived_at
+        return Rank(self.failures, self.standing, since)
 
     @property
     def place(self) -> str:
@@ -85,18 +93,22 @@ class NatsMessage(Message, kw_only=True, eq=False):
 
 
 class Failures:
-    """The failures in a row of recently polled requests, by their numbers in the stream."""
+    """The failures in a row and the standing of recently polled requests, by their numbers in the stream."""
 
     def __init__(self) -> None:
-        self._counts: OrderedDict[int, int] = OrderedDict()
+        self._counts: OrderedDict[int, tuple[int, Standing]] = OrderedDict()
 
-    def of(self, sequence: int) -> int | None:
-        """Return the failures of a request, 0 after a good answer; None if it is unknown here."""
-        return self._counts.get(sequence)
+    def of(self, sequence: int) -> tuple[int, Standing]:
+        """Return the failures and the standing of a request. An unknown one counts as never tried."""
+        return self._counts.get(sequence, _UNKNOWN)
 
-    def record(self, sequence: int, *, failed: bool) -> None:
-        """Record the result of an exchange."""
-        self._counts[sequence] = self._counts.get(sequence, 0) + 1 if failed else 0
+    def record(self, sequence: int, exchange: Exchange) -> None:
+        """Record how an exchange ended."""
+        if exchange is Exchange.NONE:
+            return
+        failures, standing = self.of(sequence)
+        standing = min(standing, Standing.ANSWERED if exchange is Exchange.ANSWERED else Standing.CREATED)
+        self._counts[sequence] = failures + 1 if exchange is Exchange.FAILED else 0, standing
         self._counts.move_to_end(sequence)
         if len(self._counts) > _REMEMBERED:
             self._counts.popitem(last=False)
@@ -131,6 +143,7 @@ class Intake:
         self._refusal = ""  # why the broker refused the last one
         self._pulls_from = now()  # after a refusal, no pull before this time
         self._arrived: list[NatsMessage] = []  # the oldest first
+        self._pending = 0  # new requests at the broker, as the last delivery said
         self._moved = asyncio.Event()
         self._leaving: asyncio.Task[None] | None = None  # after a cancelled take
         self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
@@ -141,27 +154,27 @@ class Intake:
         """Subscribe to deliveries."""
         self._subscription = await self._connection.subscribe(f"{self._inbox}.*", cb=self._on_message)
 
-    async def take(self, up_to: int, within: float, *, probing: bool) -> list[NatsMessage]:
+    async def take(self, up_to: int, within: float, *, untried: int | None) -> list[NatsMessage]:
         """See `Broker.take`."""
         if self._leaving is not None:
             self._leaving.cancel()
         try:
-            return await self._take(up_to, self._now() + within, probing=probing)
+            return await self._take(up_to, self._now() + within, untried=untried)
         except asyncio.CancelledError:
             self._leaving = asyncio.create_task(self._leave())
             raise
 
-    async def _take(self, up_to: int, until: float, *, probing: bool) -> list[NatsMessage]:
+    async def _take(self, up_to: int, until: float, *, untried: int | None) -> list[NatsMessage]:
         while True:
             self._moved.clear()
             self._check_connection()
-            await self._pull(max(up_to, _CHOICE) if probing else up_to)
+            await self._pull(up_to if untried is None else max(up_to, _CHOICE))
             await self._hand_back_old()
-            if taken := self._choose(up_to, probing=probing):
-                return taken
             left = until - self._now()
-            if left <= 0:
-                return []
+            if (taken := self._choose(up_to, untried, is_last=left <= 0)) or left <= 0:
+                return taken
+            if len(self._arrived) >= _CHOICE:
+                await self._hand_back_worse()
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left, _BETTER_WITHIN) if self._arrived else left):
                     await self._moved.wait()
@@ -251,16 +264,23 @@ class Intake:
         with broker_errors():
             await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._reply)
 
-    def _choose(self, up_to: int, *, probing: bool) -> list[NatsMessage]:
-        if probing:
-            self._arrived.sort(key=lambda message: message.rank)
-            if self._arrived and self._arrived[0].failures and self._now() < self._pulled_at + _BETTER_WITHIN:
+    def _choose(self, up_to: int, untried: int | None, *, is_last: bool) -> list[NatsMessage]:
+        taken = self._arrived[:up_to]
+        if untried is not None:
+            taken = choose(self._arrived, lambda message: message.rank, up_to, untried)
+            if not is_last and taken and self._may_get_better(taken[0], untried):
                 return []
-        taken, self._arrived = self._arrived[:up_to], self._arrived[up_to:]
+        self._arrived = [message for message in self._arrived if message not in taken]
         for message in taken:
             pending = message.raw.metadata.num_pending
             self.load_shedding.on_delivery(redelivered=message.number > 1, backlog=pending)
         return taken
+
+    def _may_get_better(self, best: NatsMessage, untried: int) -> bool:
+        """Return whether better ones may come in a moment."""
+        if untried and self._pending:
+            return not best.is_untried
+        return best.failures > 0 and self._now() < self._pulled_at + _BETTER_WITHIN
 
     async def _hand_back_old(self) -> None:
         """Put off untaken deliveries. Another worker may have room, and other requests wait behind them."""
@@ -272,6 +292,14 @@ class Intake:
             for message in old:
                 await message.raw.nak(delay=error_delay(message.failures) if message.failures else _NEGLIGIBLE)
 
+    async def _hand_back_worse(self) -> None:
+        """Put off the worse half for long, since the broker delivers new requests only after all of these."""
+        self._arrived.sort(key=lambda message: message.rank)
+        worse, self._arrived = self._arrived[_CHOICE // 2 :], self._arrived[: _CHOICE // 2]
+        with broker_errors():
+            for message in worse:
+                await message.raw.nak(delay=error_delay(_MANY))
+
     async def _on_message(self, raw: Msg) -> None:
         if raw.reply and not is_delivery(raw.reply, self._fleet.requests, self._fleet.consumer):
             # Another user published it to this inbox; the stream did not deliver it.
@@ -282,18 +310,19 @@ class Intake:
             self._refusals = 0
             self._left = max(0, self._left - 1)
             metadata = raw.metadata
-            failures = self.failures.of(metadata.sequence.stream)
+            self._pending = metadata.num_pending
+            failures, standing = self.failures.of(metadata.sequence.stream)
             self._arrived.append(
                 NatsMessage(
                     id=metadata.sequence.stream,
                     body=raw.data,
                     stored_at=metadata.timestamp,
                     number=metadata.num_delivered,
-                    failures=failures or 0,
+                    failures=failures,
                     traceparent=(raw.headers or {}).get(TRACEPARENT),
                     raw=raw,
                     arrived_at=self._now(),
-                    is_known=failures is not None,
+                    standing=standing,
                 )
             )
             return

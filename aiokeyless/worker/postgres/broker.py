@@ -53,7 +53,7 @@ _TAKES_EVERY: Final = 0.1  # seconds between two takes, if the last one got all 
 _TAKES_AGAIN: Final = 0.02  # seconds between two takes, if there were more
 _RESTORES_EVERY: Final = 10  # turns of the housekeeping
 _CLEANS_EVERY: Final = 3600  # turns
-_EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2}
+_EXCHANGES: Final = {Exchange.ANSWERED: 0, Exchange.FAILED: 1, Exchange.NONE: 2, Exchange.CREATED: 3}
 
 
 class PostgresBroker(TableBroker):
@@ -194,7 +194,7 @@ class PostgresBroker(TableBroker):
             raise BrokerError(f"the schema {self._schema!r} cannot be prepared: {error}") from None
         return self._keep_house(lease)
 
-    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+    async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
         loop = asyncio.get_running_loop()
         until = loop.time() + within
         while True:
@@ -204,22 +204,22 @@ class PostgresBroker(TableBroker):
                 return ()
             await asyncio.sleep(pause)
             began = loop.time()
-            messages = await self._take_or_give_back(self._take(up_to, probing))
+            messages = await self._take_or_give_back(self._take(up_to, untried))
             self._take_from = began + (_TAKES_AGAIN if len(messages) == up_to else _TAKES_EVERY)
             if messages:
                 return messages
 
-    async def _take(self, up_to: int, probing: bool) -> list[Message]:
+    async def _take(self, up_to: int, untried: int | None) -> list[Message]:
         began = self.now().timestamp()
         with self._floor.look() as look:
             rows = await self._fetch(
-                "SELECT * FROM {}.take($1::integer, $2::double precision, $3::double precision, $4::boolean)",
+                "SELECT * FROM {}.take($1::integer, $2::double precision, $3::double precision, $4::integer)",
                 up_to,
                 self._lease,
                 look.floor,
-                probing,
+                untried,
             )
-            if not probing:
+            if untried is None:
                 look.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
         return [_message(row) for row in rows]
 

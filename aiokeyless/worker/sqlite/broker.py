@@ -159,7 +159,7 @@ class SqliteBroker(TableBroker):
             log(logging.INFO, "broker.sqlite", {"file": self._path, "advice": _ADVICE})
         return self._keep_house(lease)
 
-    async def take(self, up_to: int, within: float, *, probing: bool = False) -> Sequence[Message]:
+    async def take(self, up_to: int, within: float, *, untried: int | None = None) -> Sequence[Message]:
         loop = asyncio.get_running_loop()
         until = loop.time() + within
         while True:
@@ -172,7 +172,7 @@ class SqliteBroker(TableBroker):
             if due is not None and due <= now:
                 self._take_from = loop.time() + _TAKES_EVERY
                 messages = await self._take_or_give_back(
-                    self._do(lambda store: store.take(up_to, self._lease, probing=probing))
+                    self._do(lambda store: store.take(up_to, self._lease, untried=untried))
                 )
                 if messages:
                     return messages

@@ -43,10 +43,13 @@ _MIGRATIONS: Final = (
         name INTEGER NOT NULL,
         due_at REAL NOT NULL,
         deliveries INTEGER NOT NULL,
-        failures INTEGER NOT NULL
+        failures INTEGER NOT NULL,
+        answered INTEGER NOT NULL
     );
     CREATE INDEX waiting_due ON waiting (due_at);
-    CREATE INDEX waiting_probes ON waiting (failures, (deliveries = 0), due_at);
+    CREATE INDEX waiting_probes ON waiting (
+        failures, (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END), due_at
+    );
     CREATE TABLE outcome (
         id INTEGER PRIMARY KEY,
         outcome TEXT NOT NULL,

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from aiokeyless._rules.probes import Standing
 from aiokeyless.errors import BrokerError
 from aiokeyless.events import Inspection
 from aiokeyless.worker.broker import (
@@ -51,13 +52,10 @@ _CLEANING: Final = (
 )
 #: Failures are counted up to this. Beyond it the backoff no longer grows, and the order of probes needs few numbers.
 _MOST_FAILURES: Final = 15
-#: Among requests with equally many failures, the answered ones come first, then the untried ones, the newest first. If
-#: many bad ones came at once, before the circuit opened, good ones do not wait behind them.
-_PROVEN: Final = (
-    "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = 0 AND due_at <= ? ORDER BY due_at LIMIT ?"
-)
-_UNTRIED: Final = (
-    "SELECT id FROM waiting WHERE failures = ? AND (deliveries = 0) = 1 AND due_at <= ? ORDER BY due_at DESC LIMIT ?"
+#: The requests of one number of failures and one `Standing`, by the index.
+_RANKED: Final = (
+    "SELECT id FROM waiting WHERE failures = ? AND (CASE WHEN answered THEN 0 WHEN deliveries THEN 1 ELSE 2 END) = ?"
+    " AND due_at <= ? ORDER BY due_at{} LIMIT ?"
 )
 _HANDED_ON: Final = 30.0  # seconds after which an unhandled outcome is delivered again
 
@@ -162,7 +160,7 @@ class Store:
             (request.operation_id, new.digest, new.body, new.traceparent, asked_at, expires_at, now),
         )
         self._connection.execute(
-            "INSERT INTO waiting SELECT id, name, ?, 0, 0 FROM request WHERE id = last_insert_rowid()", (now,)
+            "INSERT INTO waiting SELECT id, name, ?, 0, 0, 0 FROM request WHERE id = last_insert_rowid()", (now,)
         )
         return False
 
@@ -215,20 +213,22 @@ class Store:
         """Return when a request is due; None if none waits."""
         return self._time("SELECT min(due_at) FROM waiting")
 
-    def take(self, up_to: int, lease: float, *, probing: bool) -> list[TableMessage]:
+    def take(self, up_to: int, lease: float, *, untried: int | None) -> list[TableMessage]:
         """Take requests that are due."""
-        return self._leased(self._probes(up_to) if probing else self._due(up_to), lease)
+        return self._leased(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)
 
     def _due(self, up_to: int) -> list[int]:
         return self._ids("SELECT id FROM waiting WHERE due_at <= ? ORDER BY due_at LIMIT ?", self._now(), up_to)
 
-    def _probes(self, up_to: int) -> list[int]:
+    def _probes(self, up_to: int, untried: int) -> list[int]:
         """Return the probes. One search of the index for each number of failures avoids a sort of thousands."""
-        chosen: list[int] = []
+        newest = self._ids(_RANKED.format(" DESC"), 0, Standing.UNTRIED, self._now(), up_to)
+        chosen, rest = newest[:untried], newest[untried:]
         failures = self._one("SELECT min(failures) FROM waiting")[0]
         while failures is not None and len(chosen) < up_to:
-            for statement in (_PROVEN, _UNTRIED):
-                chosen += self._ids(statement, failures, self._now(), up_to - len(chosen))
+            for standing in (Standing.ANSWERED, Standing.CREATED):
+                chosen += self._ids(_RANKED.format(""), failures, standing, self._now(), up_to - len(chosen))
+            chosen, rest = [*chosen, *rest][:up_to], []  # which have no failures
             failures = self._one("SELECT min(failures) FROM waiting WHERE failures > ?", failures)[0]
         return chosen
 
@@ -283,6 +283,7 @@ class Store:
                 now + min(delay, MOST_PUT_OFF),
                 exchange is Exchange.NONE,
                 exchange is Exchange.FAILED,
+                exchange is Exchange.ANSWERED,
             )
             for row, number, delay, exchange in calls
         ]
@@ -290,7 +291,8 @@ class Store:
             "REPLACE INTO waiting SELECT w.id, w.name, json_extract(j.value, '$[3]'),"
             " w.deliveries - json_extract(j.value, '$[4]'),"
             " CASE WHEN json_extract(j.value, '$[4]') THEN w.failures"
-            " WHEN json_extract(j.value, '$[5]') THEN min(w.failures + 1, ?) ELSE 0 END"
+            " WHEN json_extract(j.value, '$[5]') THEN min(w.failures + 1, ?) ELSE 0 END,"
+            " max(w.answered, json_extract(j.value, '$[6]'))"
             " FROM json_each(?) j JOIN waiting w ON w.id = json_extract(j.value, '$[0]')"
             " WHERE w.name = json_extract(j.value, '$[1]') AND w.deliveries = json_extract(j.value, '$[2]')",
             (_MOST_FAILURES, json.dumps(rows)),

@@ -151,13 +151,13 @@ async def submit(broker: Broker, *operation_ids: str) -> None:
         assert not await broker.submit(new_request(operation_id))
 
 
-async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100, probing: bool = False) -> list[Message]:
+async def take_all(broker: Broker, within: float = 0.3, *, up_to: int = 100) -> list[Message]:
     """Take what is due, and what becomes due within so many seconds."""
     loop = asyncio.get_running_loop()
     until = loop.time() + within
     taken: list[Message] = []
     while (left := until - loop.time()) > 0 and len(taken) < up_to:
-        taken += await broker.take(up_to - len(taken), left, probing=probing)
+        taken += await broker.take(up_to - len(taken), left)
     return taken
 
 

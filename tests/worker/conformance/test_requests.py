@@ -172,20 +172,48 @@ async def test_an_earlier_delivery_does_not_put_off_a_later_one(opened: Opened) 
     assert (await take_n(first, 1))[0].failures == 0
 
 
+async def exchange_in_turn(broker: Broker, *exchanges: dict[str, Exchange]) -> None:
+    """Have requests delivered and put off again."""
+    for exchange in exchanges:
+        for message in await take_n(broker, len(exchange)):
+            await broker.put_off(message, 0.0, exchange[operation_of(message)])
+
+
 @ORDERING
-async def test_while_keyless_fails_good_requests_come_before_bad_ones_and_proven_ones_first(broker: Broker) -> None:
-    await submit(broker, "bad", "worse", "proven")
-    by_operation = {operation_of(message): message for message in await take_n(broker, 3)}
-    await put_off_all(broker, [by_operation["bad"], by_operation["worse"]], 0.0, Exchange.FAILED)
-    await broker.put_off(by_operation["proven"], 0.0, Exchange.ANSWERED)
-    (again,) = await broker.take(1, PATIENCE, probing=True)
-    assert operation_of(again) == "proven"
-    twice = {operation_of(message): message for message in await take_n(broker, 2)}
-    await put_off_all(broker, [twice["worse"]], 0.0, Exchange.FAILED)
-    await put_off_all(broker, [twice["bad"], again], 0.0, Exchange.NONE)
-    await submit(broker, "new")
-    order = [operation_of(message) for _ in range(4) for message in await broker.take(1, PATIENCE, probing=True)]
-    assert order == ["proven", "new", "bad", "worse"]
+async def test_while_requests_fail_the_order_is_that_of_probes(broker: Broker) -> None:
+    await submit(broker, "created", "bad", "worse", "answered", "was-answered")
+    await exchange_in_turn(
+        broker,
+        {
+            "created": Exchange.CREATED,
+            "bad": Exchange.FAILED,
+            "worse": Exchange.FAILED,
+            "answered": Exchange.ANSWERED,
+            "was-answered": Exchange.ANSWERED,
+        },
+        {
+            "created": Exchange.NONE,
+            "bad": Exchange.NONE,
+            "worse": Exchange.FAILED,
+            "answered": Exchange.CREATED,  # that it was answered is not forgotten
+            "was-answered": Exchange.FAILED,
+        },
+    )
+    await submit(broker, "new", "newest")
+    taken = [*await broker.take(1, PATIENCE, untried=0), *await broker.take(6, PATIENCE, untried=0)]
+    order = ["answered", "created", "newest", "new", "was-answered", "bad", "worse"]
+    assert [operation_of(message) for message in taken] == order
+
+
+@ORDERING
+async def test_so_many_as_are_told_are_ones_that_were_never_tried(broker: Broker) -> None:
+    await submit(broker, "answered", "created")
+    await exchange_in_turn(broker, {"answered": Exchange.ANSWERED, "created": Exchange.CREATED})
+    await submit(broker, "a", "b", "c")
+    taken = list(await broker.take(4, PATIENCE, untried=2))
+    assert [operation_of(message) for message in taken] == ["c", "b", "answered", "created"]
+    assert [message.is_untried for message in taken] == [True, True, False, False]
+    assert [operation_of(message) for message in await broker.take(3, PATIENCE, untried=5)] == ["a"]
 
 
 async def test_those_whose_time_is_over_are_told_apart(broker: Broker, storage: Storage) -> None:

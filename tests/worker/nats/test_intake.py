@@ -10,7 +10,8 @@ import pytest
 from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
 from waiting import PATIENCE, until
 
-from aiokeyless.worker.broker import UnavailableError
+from aiokeyless._rules.probes import Standing
+from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.nats import StreamSettings, intake
 from aiokeyless.worker.nats.fleet import KEYLESS
 from aiokeyless.worker.nats.intake import Intake, NatsMessage
@@ -322,31 +323,31 @@ async def test_a_put_off_that_is_never_confirmed_is_unsettled(hand: Hand, monkey
 
 async def test_what_was_pulled_is_taken_in_order_and_up_to_what_there_is_room_for(hand: Hand) -> None:
     await hand.publish(*"abc")
-    taken = [message.body for message in await hand.intake.take(2, 5.0, probing=False)]
+    taken = [message.body for message in await hand.intake.take(2, 5.0, untried=None)]
     while len(taken) < 3:
-        taken += [message.body for message in await hand.intake.take(3 - len(taken), 5.0, probing=False)]
+        taken += [message.body for message in await hand.intake.take(3 - len(taken), 5.0, untried=None)]
     assert taken == [b"a", b"b", b"c"]
 
 
 async def test_while_keyless_fails_the_best_of_what_was_pulled_is_taken_first(hand: Hand) -> None:
     hand.intake._now = asyncio.get_running_loop().time
     await hand.publish("bad", "worse", "proven", "new")
-    hand.intake.failures.record(1, failed=True)
+    hand.intake.failures.record(1, Exchange.FAILED)
     for _ in range(2):
-        hand.intake.failures.record(2, failed=True)
-    hand.intake.failures.record(3, failed=False)
+        hand.intake.failures.record(2, Exchange.FAILED)
+    hand.intake.failures.record(3, Exchange.ANSWERED)
     await hand.intake.ask(4)
     await hand.delivered(4)
     await asyncio.sleep(0.2)  # better ones have had their time to come
-    taken = [await hand.intake.take(1, 5.0, probing=True) for _ in range(4)]
+    taken = [await hand.intake.take(1, 5.0, untried=0) for _ in range(4)]
     assert [message.body for [message] in taken] == [b"proven", b"new", b"bad", b"worse"]
 
 
 async def test_one_that_failed_waits_a_moment_for_better_ones(hand: Hand) -> None:
     await hand.publish("bad")
     hand.intake._now = asyncio.get_running_loop().time
-    hand.intake.failures.record(1, failed=True)
-    taking = asyncio.create_task(hand.intake.take(1, 60.0, probing=True))
+    hand.intake.failures.record(1, Exchange.FAILED)
+    taking = asyncio.create_task(hand.intake.take(1, 60.0, untried=0))
     await hand.delivered(1)
     await hand.publish("good")
     [message] = await taking
@@ -355,7 +356,7 @@ async def test_one_that_failed_waits_a_moment_for_better_ones(hand: Hand) -> Non
 
 async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:
     await hand.publish("bad", "good")
-    hand.intake.failures.record(1, failed=True)
+    hand.intake.failures.record(1, Exchange.FAILED)
     await hand.intake.ask(2)
     await hand.delivered(2)
     hand.time = 2.0
@@ -366,7 +367,7 @@ async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> No
     await other.intake.open()
     taken: list[bytes] = []
     while len(taken) < 2:
-        taken += [message.body for message in await other.intake.take(2, 1.0, probing=False)]
+        taken += [message.body for message in await other.intake.take(2, 1.0, untried=None)]
     assert sorted(taken) == [b"bad", b"good"]
 
 
@@ -374,10 +375,10 @@ async def test_no_more_is_remembered_than_is_bounded(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(intake, "_REMEMBERED", 2)
     failures = intake.Failures()
     for number in (1, 2, 1, 3):
-        failures.record(number, failed=True)
-    assert [failures.of(number) for number in (1, 2, 3)] == [2, None, 1]
+        failures.record(number, Exchange.FAILED)
+    assert [failures.of(number)[0] for number in (1, 2, 3)] == [2, 0, 1]
     failures.forget(1)
-    assert failures.of(1) is None
+    assert failures.of(1) == failures.of(2) == (0, Standing.UNTRIED)
 
 
 # -- the end
@@ -413,7 +414,7 @@ async def test_what_comes_after_a_take_that_was_cancelled_goes_back_soon(
     hand: Hand, connection: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "EXPIRES", 1.0)
-    taking = asyncio.create_task(hand.intake.take(5, 60.0, probing=False))
+    taking = asyncio.create_task(hand.intake.take(5, 60.0, untried=None))
     await until(lambda: hand.intake.expected() == 5)
     monkeypatch.setattr(intake, "EXPIRES", 0.01)  # so that it looks again and again whether the pull is over
     taking.cancel()
@@ -424,19 +425,19 @@ async def test_what_comes_after_a_take_that_was_cancelled_goes_back_soon(
     other = Hand(connection)
     other.intake._now = asyncio.get_running_loop().time
     await other.intake.open()
-    [message] = await other.intake.take(1, PATIENCE, probing=False)
+    [message] = await other.intake.take(1, PATIENCE, untried=None)
     assert message.body == b"late"
     assert hand.messages == []
 
 
 async def test_after_a_take_that_was_cancelled_another_one_keeps_what_comes(hand: Hand) -> None:
-    taking = asyncio.create_task(hand.intake.take(5, 60.0, probing=False))
+    taking = asyncio.create_task(hand.intake.take(5, 60.0, untried=None))
     await until(lambda: hand.intake.expected() == 5)
     taking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await taking
     await hand.publish("a", "b")
-    [message] = await hand.intake.take(1, PATIENCE, probing=False)
+    [message] = await hand.intake.take(1, PATIENCE, untried=None)
     assert message.body == b"a"
     await hand.delivered(1)
     await hand.answer("408")

@@ -57,7 +57,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
-        "return self._leased(self._probes(up_to) if probing else self._due(up_to), lease)",
+        "return self._leased(self._due(up_to) if untried is None else self._probes(up_to, untried), lease)",
         "return self._leased(self._ids('SELECT id FROM waiting WHERE due_at <= ? ORDER BY failures DESC LIMIT ?', "
         "self._now(), up_to), lease)",
         "bad requests go first",
@@ -79,6 +79,19 @@ MUTANTS: Final = (
         "AND w.deliveries = json_extract(j.value, '$[2]')\"",
         "AND w.deliveries >= json_extract(j.value, '$[2]')\"",
         "a late delivery puts off another's next poll",
+    ),
+    # -- the order of probes
+    Mutant(
+        "_rules/probes.py",
+        "return (count + 1 - self._lead) // 2",
+        "return 0",
+        "new requests wait for all that were created and then failed",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        "                exchange is Exchange.ANSWERED,\n",
+        "                exchange in {Exchange.ANSWERED, Exchange.CREATED},\n",
+        "a create counts as a good answer",
     ),
     # -- decisions
     Mutant(

@@ -305,7 +305,7 @@ def make_up(seed: int) -> Story:
         poll_cost=rng.choice((0.1, 0.3, 2.0)),
         grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
     )
-    return _with_cancellations(_with_a_bad_moment(story))
+    return _with_cancellations(_with_created_ones(_with_a_bad_moment(story)))
 
 
 def _with_cancellations(story: Story) -> Story:
@@ -323,6 +323,18 @@ def _with_cancellations(story: Story) -> Story:
         workers=tuple(cancelled(lives) for lives in story.workers),
         readers=tuple(replace(r, lives=cancelled(r.lives or _lives(rng, 0, 1, 2))) for r in story.readers),
     )
+
+
+def _with_created_ones(story: Story) -> Story:
+    """Let the bad requests of some crowds be created and then fail. It has random numbers of its own, as below."""
+
+    def created(fault: Fault) -> Fault:
+        if isinstance(fault, Outage) and (fault.payload or "").startswith("Bad"):
+            return replace(fault, methods="GET")
+        return fault
+
+    rng = random.Random(f"{story.seed} created")  # noqa: S311
+    return replace(story, faults=tuple(map(created, story.faults))) if rng.random() < 0.5 else story
 
 
 def _with_a_bad_moment(story: Story) -> Story:

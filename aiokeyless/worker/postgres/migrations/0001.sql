@@ -33,7 +33,8 @@ CREATE UNLOGGED TABLE {schema}.waiting (
     name bigint NOT NULL,
     due_at timestamptz NOT NULL,
     deliveries integer NOT NULL,
-    failures integer NOT NULL
+    failures integer NOT NULL,
+    answered boolean NOT NULL
 ) WITH (
     fillfactor = 50,
     autovacuum_vacuum_scale_factor = 0.05,
@@ -41,8 +42,10 @@ CREATE UNLOGGED TABLE {schema}.waiting (
     autovacuum_vacuum_cost_delay = 0
 );
 CREATE INDEX waiting_due ON {schema}.waiting (due_at);
-CREATE INDEX waiting_probes ON {schema}.waiting (failures, least(deliveries, 1) DESC, due_at);
+CREATE INDEX waiting_probes ON {schema}.waiting
+    (failures, (CASE WHEN answered THEN 0 WHEN deliveries > 0 THEN 1 ELSE 2 END), due_at);
 COMMENT ON TABLE {schema}.waiting IS 'When the undecided requests are due.';
+COMMENT ON COLUMN {schema}.waiting.answered IS 'Whether a poll was answered well.';
 
 CREATE TABLE {schema}.outcome (
     id bigint PRIMARY KEY,
@@ -165,8 +168,8 @@ BEGIN
         ON CONFLICT DO NOTHING
         RETURNING r.id, r.name
     )
-    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures)
-    SELECT stored.id, stored.name, moment, 0, 0 FROM stored;
+    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered)
+    SELECT stored.id, stored.name, moment, 0, 0, false FROM stored;
     IF FOUND THEN
         RETURN false;
     END IF;
@@ -316,30 +319,40 @@ CREATE TYPE {schema}.delivery AS (
     due_at double precision
 );
 
-CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, probing boolean)
+CREATE FUNCTION {schema}.take(up_to integer, lease double precision, floor double precision, untried integer)
 RETURNS SETOF {schema}.delivery
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '15s'
 SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $function$
 DECLARE
     moment constant timestamptz := clock_timestamp(); -- in a variable, since WHERE would call it for each row
     lowest constant timestamptz := coalesce(to_timestamp(floor), '-infinity');
+    newest bigint[];
     chosen bigint[] := '{}';
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    IF probing THEN
+    IF untried IS NOT NULL THEN
+        -- Of those never tried, the newest first. Then many bad ones that came at once hold up no later one.
+        newest := ARRAY(
+            SELECT w.id FROM {schema}.waiting w
+            WHERE w.failures = 0 AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 2
+                AND w.due_at <= moment
+            ORDER BY w.due_at DESC LIMIT up_to FOR UPDATE SKIP LOCKED
+        );
+        chosen := newest[:untried];
         FOR failed IN 0 .. 15 LOOP
             EXIT WHEN cardinality(chosen) >= up_to;
-            chosen := chosen || ARRAY(
-                SELECT w.id FROM {schema}.waiting w
-                WHERE w.failures = failed AND least(w.deliveries, 1) = 1 AND w.due_at <= moment
-                ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
-            );
-            -- Of those never tried, the newest first. Then many bad ones that came at once hold up no later one.
-            chosen := chosen || ARRAY(
-                SELECT w.id FROM {schema}.waiting w
-                WHERE w.failures = failed AND least(w.deliveries, 1) = 0 AND w.due_at <= moment
-                ORDER BY w.due_at DESC LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
-            );
+            FOR standing IN 0 .. 1 LOOP
+                chosen := chosen || ARRAY(
+                    SELECT w.id FROM {schema}.waiting w
+                    WHERE w.failures = failed
+                        AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = standing
+                        AND w.due_at <= moment
+                    ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+                );
+            END LOOP;
+            IF failed = 0 THEN
+                chosen := (chosen || newest[untried + 1:])[:up_to];
+            END IF;
         END LOOP;
     ELSE
         chosen := ARRAY(
@@ -402,7 +415,7 @@ BEGIN
 END
 $function$;
 
--- exchange: 0 answered well, 1 failed, 2 none, so the delivery does not count.
+-- exchange: 0 a poll was answered well, 1 failed, 2 none, so the delivery does not count, 3 created and no more.
 CREATE FUNCTION {schema}.put_off(
     ids bigint[], names bigint[], numbers integer[], delays double precision[], exchanges integer[]
 ) RETURNS void
@@ -422,7 +435,8 @@ BEGIN
     UPDATE {schema}.waiting w
     SET due_at = moment + least(mine.delay, 200) * interval '1 s',
         deliveries = w.deliveries - (mine.exchange = 2)::integer,
-        failures = CASE mine.exchange WHEN 0 THEN 0 WHEN 1 THEN least(w.failures + 1, 15) ELSE w.failures END
+        failures = CASE mine.exchange WHEN 1 THEN least(w.failures + 1, 15) WHEN 2 THEN w.failures ELSE 0 END,
+        answered = w.answered OR mine.exchange = 0
     FROM mine WHERE w.id = mine.id;
 END
 $function$;
@@ -535,8 +549,8 @@ DECLARE
     restored bigint;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures)
-    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0 FROM {schema}.request r
+    INSERT INTO {schema}.waiting (id, name, due_at, deliveries, failures, answered)
+    SELECT r.id, r.name, clock_timestamp(), coalesce(r.asked, 0), 0, false FROM {schema}.request r
     WHERE r.decided_at IS NULL AND NOT EXISTS (SELECT FROM {schema}.waiting w WHERE w.id = r.id)
     FOR SHARE OF r SKIP LOCKED -- requests that are being decided
     ON CONFLICT DO NOTHING;
