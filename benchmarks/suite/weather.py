@@ -24,6 +24,8 @@ from benchmarks.simulation import GOOD, HANGING, LATENCY, Answer, Simulation, fa
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
 
+ON_PAGE: Final = True
+
 _EVERYBODY: Final = ApprovalTimes(((1.0, 8.0, 0.8),), never=0.0)
 _ARRIVALS: Final = 120.0  # seconds in which waits start
 _TIMEOUT: Final = 120.0

@@ -16,7 +16,7 @@ from tenacity import wait_fixed
 from aiokeyless import ApprovalTimeoutError
 from benchmarks.approval_times import seeded_random
 from benchmarks.simulation import GOOD, HANGING, Simulation, failing
-from benchmarks.suite.weather import beside, outage
+from benchmarks.suite.weather import beside, brown_out, outage, saturated
 
 if TYPE_CHECKING:
     from benchmarks.simulation import Answer
@@ -77,6 +77,18 @@ def test_where_answers_fail_at_random_the_others_are_still_polled(share: float, 
     simulation = Simulation(lambda _, now: FAILS if now >= 20 and source.random() < share else GOOD, wait_fixed(2))
     simulation.run(scenario())
     assert sum(poll.at >= 20 for poll in simulation.transport.sent) / 20 >= least  # of 50 a second
+
+
+def test_where_half_of_the_answers_fail_waits_are_no_later_than_loops_of_a_second() -> None:
+    ours, loop = (brown_out(0.0, is_loop=is_loop, waits=150, seeds=2) for is_loop in (False, True))
+    assert ours.late <= loop.late
+    assert ours.requests <= 1.2 * loop.requests
+
+
+def test_a_service_with_more_to_do_than_it_can_answers_nearly_all_that_it_gets() -> None:
+    found = saturated(20.0, waits=500, seconds=80.0)
+    assert found.cut_off <= 0.05
+    assert found.answered >= 0.9
 
 
 def test_the_first_operations_that_ask_for_a_pause_hold_the_others_for_no_longer_than_an_open_circuit() -> None:
