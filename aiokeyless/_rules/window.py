@@ -59,20 +59,26 @@ class Window:
         """Record a good answer. Return whether the limit must be adapted."""
         if started_at < self._since:  # it shows nothing about the present limit
             return False
-        self._answers.append((started_at, now))
-        return len(self._answers) >= _ROUND
+        answers = self._answers
+        answers.append((started_at, now))
+        if len(answers) < _ROUND:
+            return False
+        self._quickest = min(self._quickest, quickest := min([at - start for start, at in answers]))
+        if self.limit == math.inf and not self._is_late(quickest):  # nearly always
+            answers.clear()
+            return False
+        return True
 
     def adapt(self, now: float, started: Sequence[float]) -> None:
         """Adapt the limit. The arguments are those of `opens_at`."""
         answers, self._answers = self._answers, []
         seconds = [at - start for start, at in answers]
         quickest = min(seconds)
-        self._quickest = min(self._quickest, quickest)
         self._hangs_after = max(_SECONDS, _ROUND_TRIPS * max(seconds))
         starts = [start for start, _ in answers]
         grows = answers[-1][1] - answers[0][1] > _GROWS * (max(starts) - min(starts))
         grows &= max(starts[: _ROUND // 2]) <= min(starts[_ROUND // 2 :])  # a queue keeps the order
-        if quickest <= _TIMES_QUICKEST * self._quickest + _SECONDS_MORE:
+        if not self._is_late(quickest):
             self._before = math.inf
             self.limit += _ROUND / self.limit
             if self.limit > _UNUSED * self._counted(now, started):
@@ -85,6 +91,9 @@ class Window:
         else:
             self._before = quickest
             self._fall(now, started)
+
+    def _is_late(self, seconds: float) -> bool:
+        return seconds > _TIMES_QUICKEST * self._quickest + _SECONDS_MORE
 
     def _fall(self, now: float, started: Sequence[float]) -> None:
         self.limit, self._since = max(_LEAST, _LEFT * self._counted(now, started)), now

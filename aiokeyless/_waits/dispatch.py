@@ -128,14 +128,20 @@ class Dispatcher:
         if isinstance(found, float):
             ordinary = self._next_ordinary(now)
             found = min(found, ordinary) if isinstance(ordinary, float) else ordinary
-        self.soonest = found if isinstance(found, float) else now
+        if isinstance(found, float):
+            self.soonest = found
+        else:  # perhaps it is not the only one that may start
+            self.soonest = now if self._final_polls or len(self._slots) < self._all_slots() else self._slow_at()
         return found
+
+    def _all_slots(self) -> int:
+        return self._max_in_flight if self._circuit.is_calm else self._circuit.limit
 
     def _next_ordinary(self, now: float) -> Poll | float:
         """Start the next ordinary poll, or return when one may start."""
         circuit = self._circuit
         ready_at = self._rate.ready_at(now)
-        slots = self._max_in_flight if circuit.is_calm else circuit.limit
+        slots = self._all_slots()
         if len(self._slots) >= slots or self._retries_wait():  # 2
             self._free_slots(now)
             if len(self._slots) >= slots:

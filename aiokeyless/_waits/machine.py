@@ -128,6 +128,11 @@ class Machine:
                 wait.last_poll, wait.was_last_polled = poll, True
         return poll
 
+    def is_settled(self, until: float) -> bool:
+        """Return whether the driver, after a poll has started, has nothing else to do until it wakes at `until`."""
+        dispatcher = self._dispatcher
+        return dispatcher.soonest >= until and self._deadlines.next_due() >= until and not dispatcher.cut
+
     def wake_at(self) -> float:
         """Return when time alone makes something happen: a poll may start, one is overdue, or a deadline passes."""
         return min(self._dispatcher.soonest, self._dispatcher.overdue_at(), self._deadlines.next_due())

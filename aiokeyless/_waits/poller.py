@@ -306,9 +306,10 @@ class Poller:
             if more is not None:
                 self._loop.call_soon(self._apply_more, more, context=self._context)
             poll = None if self._is_closed else machine.next_poll(now)
-            if poll is not None:
-                self._dispatch(now)  # perhaps it is not the only one that may start
-            self._arm(now)
+            if poll is None or not machine.is_settled(self._timer_at):
+                if poll is not None:
+                    self._dispatch(now)
+                self._arm(now)
 
     def _after_cancellation(
         self, poll: Poll, worker: asyncio.Task[None], cancellation: asyncio.CancelledError

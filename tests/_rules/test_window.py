@@ -45,7 +45,7 @@ class Service:
                 continue
             if window.record_success(now, started_at=first[0]):
                 window.adapt(now, started)
-                self.limits.append(window.limit)
+            self.limits.append(window.limit)
             self._in_flight.remove(first)
 
 
@@ -65,9 +65,9 @@ def queue(capacity: float, seconds: float = 0.0) -> Callable[[float], float]:
 def test_a_service_with_more_to_do_than_it_can_has_a_short_queue(capacity: float) -> None:
     service = Service(queue(capacity), 4 * capacity)
     service.run(300.0)
-    seconds = [limit / capacity for limit in service.limits[-100:]]
+    seconds = [limit / capacity for limit in service.limits[-800:]]
     assert max(seconds) <= 2.0
-    assert min(service.limits[-100:]) >= 2.0
+    assert min(service.limits[-800:]) >= 2.0
 
 
 @pytest.mark.parametrize("seconds", [0.05, 2.0, 9.0])
@@ -127,14 +127,10 @@ def test_nor_is_there_one_if_they_take_any_time_at_the_least_that_may_be_in_flig
 
 def test_each_fall_leaves_seven_tenths_of_the_polls_in_flight() -> None:
     window = Window()
-    for round_ in range(2):
-        window.record_success(now := float(round_), started_at=now - 0.05)
-    for number in range(6):  # of eight, the quickest is well
-        assert window.record_success(2.0 + number, started_at=2.0 + number / 2) is (number == 5)
-    window.adapt(8.0, [7.5] * 10)
-    assert window.limit == math.inf
+    for number in range(8):  # of eight, the quickest is in time
+        assert not window.record_success(float(number), started_at=number / 2 - 0.05)
     for number in range(8):
-        window.record_success(10.0 + number, started_at=9.0 + number / 2)
+        assert window.record_success(10.0 + number, started_at=9.0 + number / 2) is (number == 7)
     window.adapt(17.0, [0.0] + [16.5] * 10)  # the first one hangs, for over three round trips
     assert window.limit == 7.0
     assert not window.record_success(18.0, started_at=16.9)  # it started before the limit fell

@@ -727,15 +727,38 @@ class TestDeadlines:
         assert machine.wakes(5.0) == 7.0
         machine.wait("next", at=5.1)
         machine.answer(final, 5.1, error(500))
-        assert names(machine.started(5.1)) == ["next"]
-        assert machine.wakes(5.1) == 5.6
+        assert machine.next_poll(5.1) is not None
+        assert machine.wake_at() == 5.6
+        assert not machine.is_settled(6.0)
 
-    def test_a_driver_sleeps_while_all_slots_are_taken(self) -> None:
+    def test_a_driver_has_nothing_else_to_do_while_all_slots_are_taken(self) -> None:
         machine = Calls(1, schedule=wait_fixed(60))
+        for name in ("one", "other", "third"):
+            machine.wait(name)
+        machine.answer(machine.one(0.0), 0.0)
+        assert machine.next_poll(0.0) is not None
+        assert machine.is_settled(1.0)
+        assert not machine.is_settled(1.1)
+        machine.give_up(machine.wait("third"), 0.0)
+        assert machine.is_settled(1.0)
+        machine.wait("final", timeout=0.5)
+        machine.expire(0.5)
+        assert not machine.is_settled(1.0)
+
+    def test_a_driver_asks_again_if_another_poll_may_start(self) -> None:
+        machine = Calls(2)
         for name in ("one", "other"):
             machine.wait(name)
+        assert machine.next_poll(0.0) is not None
+        assert not machine.is_settled(1.0)
+
+    def test_a_driver_has_to_cut_off_what_no_wait_needs(self) -> None:
+        machine = Calls()
+        wait = machine.wait()
         machine.one(0.0)
-        assert machine.wakes(0.0) == 1.0
+        assert machine.is_settled(TIMEOUT)
+        machine.give_up(wait, 1.0)
+        assert not machine.is_settled(TIMEOUT)
 
     def test_the_final_poll_says_pending(self) -> None:
         machine = Calls(schedule=wait_fixed(4))
