@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .event_keys import EventKeys
 
 _ANSWER_WITHIN: Final = 5.0  # seconds
+#: Seconds for the check whether the consumer is gone. During an election nobody answers it, and deliveries wait for it.
+_RESTORED_WITHIN: Final = 1.0
 _SUBMISSIONS: Final = 3  # attempts
 #: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
 _LEADERLESS_FOR: Final = 15.0
@@ -224,7 +226,8 @@ class NatsBroker(Broker):
         return window
 
     async def _restore(self) -> None:
-        await restore_consumer(self._stream(), self._fleet, ack_wait=self._lease)
+        stream = self._fleet.jetstream(self._connected(), _RESTORED_WITHIN)
+        await restore_consumer(stream, self._fleet, ack_wait=self._lease)
 
     def now(self) -> datetime:
         return self._clock.now()

@@ -55,7 +55,8 @@ _MANY: Final = 15  # failures after which the backoff no longer grows
 _NEGLIGIBLE: Final = 1.0  # seconds for which an untaken delivery without failures is put off
 _LARGEST: Final = 4096  # deliveries of one pull, unless the broker allows fewer
 _TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
-_REFUSALS: Final = 5  # of pulls in a row that are a problem; an election takes fewer
+_REFUSALS: Final = 5  # of pulls in a row that are a problem
+_LONGEST_DELAY: Final = 3  # failures whose delay is the longest between two pulls: an election lasts only seconds
 _CONFIRMED_WITHIN: Final = 1.0  # seconds; a healthy broker needs milliseconds
 #: Seconds for which an unconfirmed put-off is repeated. An election takes up to ten.
 _REPEATED_FOR: Final = 15.0
@@ -341,5 +342,5 @@ class Intake:
         if (limit := _TOO_LARGE.fullmatch(description)) is not None:
             self._largest = int(limit[1])
         self._refusals += 1
-        self._pulls_from = self._now() + error_delay(self._refusals)
+        self._pulls_from = self._now() + error_delay(min(self._refusals, _LONGEST_DELAY))
         log(logging.WARNING, "broker.refused", {"reason": self._refusal})
