@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from .event_keys import EventKeys
 
 _ANSWER_WITHIN: Final = 5.0  # seconds
-#: Seconds for the check whether the consumer is gone. During an election nobody answers it, and deliveries wait for it.
-_RESTORED_WITHIN: Final = 1.0
+_RESTORED_WITHIN: Final = 1.0  # seconds; during an election nobody answers, and deliveries wait for it
 _SUBMISSIONS: Final = 3  # attempts
 #: Seconds for which a submission waits for the stream to have a leader. An election takes up to ten.
 _LEADERLESS_FOR: Final = 15.0

@@ -58,8 +58,7 @@ _TOO_LARGE: Final = re.compile(r"Exceeded MaxRequestBatch of ([1-9]\d{0,5})")
 _REFUSALS: Final = 5  # of pulls in a row that are a problem
 _LONGEST_DELAY: Final = 3  # failures whose delay is the longest between two pulls: an election lasts only seconds
 _CONFIRMED_WITHIN: Final = 1.0  # seconds; a healthy broker needs milliseconds
-#: Seconds for which an unconfirmed put-off is repeated. An election takes up to ten.
-_REPEATED_FOR: Final = 15.0
+_REPEATED_FOR: Final = 15.0  # seconds for which an unconfirmed put-off is repeated: longer than an election takes
 
 
 class NatsMessage(Message, kw_only=True, eq=False):
@@ -191,10 +190,7 @@ class Intake:
         return taken
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
-        """Put a delivery off, and repeat that until the broker confirms it. A leader that is being lost confirms none.
-
-        Without it, the broker would repeat the delivery only after the ack wait.
-        """
+        """Put a delivery off, again and again until the broker confirms it. A leader that is lost may swallow it."""
         due, until = self._now() + delay, self._now() + _REPEATED_FOR
         while True:
             nak = b'-NAK {"delay": %d}' % int(max(0.0, due - self._now()) * 1e9)
@@ -202,7 +198,7 @@ class Intake:
                 with broker_errors():
                     await self._connection.request(message.raw.reply, nak, timeout=_CONFIRMED_WITHIN)
             except UnavailableError as error:
-                if self._now() >= until:
+                if self._now() >= until or self._connection.is_closed:
                     raise UnavailableError(f"the broker does not confirm a put-off: {error}") from None
             else:
                 return
@@ -257,11 +253,12 @@ class Intake:
         now, missing = self._now(), wanted - len(self._arrived)
         if missing <= 0 or self._is_expecting() or now < self._pulls_from:
             return
-        self._left, self._pulled_at = min(missing, self._largest), now
+        batch = min(missing, self._largest)
+        self._left, self._pulled_at = batch, now
         if self._refusals:
             await self._restore()
         self._reply = f"{self._inbox}.{next(self._pulls)}"
-        pull = {"batch": self._left, "expires": int(EXPIRES * 1e9)}
+        pull = {"batch": batch, "expires": int(EXPIRES * 1e9)}
         with broker_errors():
             await self._connection.publish(self._subject, json.dumps(pull).encode(), reply=self._reply)
 
