@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 from error_reports import reports
 from ports import own_port
@@ -17,7 +18,7 @@ from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
 # Made here, so that no line of source that a reporter quotes holds it.
 PASSWORD = f"password-{secrets.token_hex(8)}"
@@ -111,7 +112,23 @@ async def test_no_report_of_a_broker_that_is_away_shows_its_password(
     check(caught.value)
 
 
-async def test_no_report_of_a_cancelled_start_shows_a_password() -> None:
+async def call_with_pool(call: Callable[[PostgresBroker], Awaitable[object]]) -> None:
+    async with asyncpg.create_pool(POSTGRES, min_size=0) as pool, PostgresBroker(pool) as broker:
+        await call(broker)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: PostgresBroker(POSTGRES).open(),
+        lambda: call_with_pool(lambda broker: submit_approval(broker, "C0FFEE", operation_id="a")),
+        lambda: call_with_pool(lambda broker: read(broker, "shop")),
+    ],
+    ids=["a start", "a submission", "a reader"],
+)
+async def test_no_report_of_what_is_cancelled_while_it_connects_shows_a_password(
+    call: Callable[[], Coroutine[Any, Any, object]],
+) -> None:
     connected = asyncio.Event()
     ended = asyncio.Event()
 
@@ -121,11 +138,11 @@ async def test_no_report_of_a_cancelled_start_shows_a_password() -> None:
         writer.close()
 
     async with await asyncio.start_server(swallow, "127.0.0.1", PORT):
-        opening = asyncio.create_task(PostgresBroker(POSTGRES).open())
+        calling = asyncio.create_task(call())
         await connected.wait()
-        opening.cancel()
+        calling.cancel()
         with pytest.raises(asyncio.CancelledError) as caught:
-            await opening
+            await calling
         ended.set()
     check(caught.value)
 

@@ -107,11 +107,8 @@ class PostgresBroker(TableBroker):
     async def open(self) -> None:
         if self._pool is not None:
             raise ConfigurationError("the broker is open already")
-        try:
-            pool = self._database if isinstance(self._database, asyncpg.Pool) else await self._connect(self._database)
-        except BaseException as error:  # noqa: BLE001  # a cancellation's frames, too, hold the password
-            error.__context__ = None
-            raise error.with_traceback(None) from None
+        database = self._database
+        pool = database if isinstance(database, asyncpg.Pool) else await _without_frames(self._connect(database))
         half = pool.get_max_size() // 2
         self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
         self._pool = pool
@@ -176,7 +173,7 @@ class PostgresBroker(TableBroker):
         await self._outcomes.acquire()
         try:
             with broker_errors(self._schema, ERRORS):
-                driver = _PooledDriver(pool, await pool.acquire(timeout=_ANSWER_WITHIN), self._schema, self._outcomes)
+                driver = _PooledDriver(pool, await _acquire(pool), self._schema, self._outcomes)
         except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
             raise
@@ -315,7 +312,8 @@ class PostgresBroker(TableBroker):
         attempt = 1
         while True:
             with broker_errors(self._schema, ERRORS):
-                async with self._calls, pool.acquire(timeout=_ANSWER_WITHIN) as connection:
+                async with self._calls:
+                    connection = await _acquire(pool)
                     giving_up = loop.call_later(patience, connection.terminate)
                     try:
                         # Not the database's default: a function must see what was committed while it waited for a lock.
@@ -330,6 +328,7 @@ class PostgresBroker(TableBroker):
                         raise TimeoutError(f"no answer within {patience:g} s") from None
                     finally:
                         giving_up.cancel()
+                        await pool.release(connection)
             attempt += 1
 
     async def _measure_time(self) -> None:
@@ -364,6 +363,21 @@ class _PooledDriver(AsyncpgDriver):
     async def release(self) -> None:
         self._slots.release()
         await self._pool.release(self._pooled)
+
+
+async def _acquire(pool: asyncpg.Pool[Any]) -> PoolConnectionProxy[Any]:
+    """Return a connection of the pool, which may have to connect."""
+    connection: PoolConnectionProxy[Any] = await _without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
+    return connection
+
+
+async def _without_frames(connecting: Awaitable[T]) -> T:
+    """Raise an error, or a cancellation, without the driver's frames, which hold the password."""
+    try:
+        return await connecting
+    except BaseException as error:  # noqa: BLE001  # as above
+        error.__context__ = None
+        raise error.with_traceback(None) from None
 
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:
