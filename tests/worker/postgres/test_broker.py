@@ -569,8 +569,8 @@ async def test_a_workers_transactions_are_read_committed_whatever_is_the_default
     """Else a decision that waited for `welcome_readers` would not see the new reader, which would miss the outcome."""
     server.execute(f"ALTER DATABASE {database} SET default_transaction_isolation = 'repeatable read'")
     async with PostgresBroker(url) as broker:
-        [row] = await broker._fetch("SHOW transaction_isolation")
-    assert row[0] == "read committed"
+        ((isolation,),) = await broker._fetch("SHOW transaction_isolation")
+        assert isolation == "read committed"
 
 
 # -- failures
