@@ -48,6 +48,8 @@ MISTAKES: dict[str, Callable[[KeylessClient], Any]] = {
     "a URL for a reader's broker": lambda _: read(POSTGRES, "shop"),
     "a reader": lambda _: read(POSTGRES, "no name"),
     "a URL with a mistake": lambda _: opened(PostgresBroker(f"{POSTGRES}?a")),
+    "a password with a question mark": lambda _: opened(PostgresBroker(f"postgresql://worker:a?{PASSWORD}@db/shop")),
+    "a password with a slash": lambda _: opened(PostgresBroker(f"postgresql://worker:{PASSWORD}/a@db/shop")),
 }
 AWAY: dict[str, Callable[[KeylessClient], Awaitable[object]]] = {
     "PostgresBroker": lambda _: opened(PostgresBroker(POSTGRES)),

@@ -132,8 +132,11 @@ class PostgresBroker(TableBroker):
                     return pool
         except UnavailableError as error:
             raise BrokerError(f"the database cannot be reached: {error}") from None
-        except ValueError as error:  # of the URL
-            raise ConfigurationError(f"broker must be the URL of a database: {error}", argument="broker") from None
+        except ValueError:  # its text may quote a part of the password
+            raise ConfigurationError(
+                "broker must be the URL of a database, with %2F in place of a / in the password, %3F of a ?, %23 of a #",
+                argument="broker",
+            ) from None
 
     async def aclose(self) -> None:
         if self._pool is None:
