@@ -26,7 +26,7 @@ MEMORY: Final = 600.0
 """Seconds for which Telemetry remembers an attempt."""
 
 LOCKOUT: Final = 600.0
-"""Seconds for which a user is locked out; the service's default is 300 to 600."""
+"""Seconds for which a user is locked out: the service's default."""
 
 MOST_FAILURES: Final = 5
 """Failed attempts in a row after which a user is locked out."""

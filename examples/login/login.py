@@ -35,6 +35,8 @@ ELSEWHERE = (
 LIFETIME = float(os.environ.get("LOGIN_EXPIRES_IN", "120"))
 PROMPTS, PERIOD = 5, 600.0  # a user is asked so often at most, in so many seconds
 UNLISTED = 5.0  # seconds for which the service may not list a new operation yet
+# The account still has the user who was asked, and not a new one, such as after a theft.
+SAME_USER = "EXISTS (SELECT 1 FROM users WHERE users.account = logins.account AND users.user_id = logins.user_id)"
 
 
 class State(TypedDict):
@@ -49,7 +51,8 @@ async def lifespan(_app: FastAPI) -> AsyncGenerator[State]:
     """Open the record and the client. The signal that stops the server closes the client, which ends the long polls."""
     record = open_record()
     record.execute(
-        "CREATE TABLE IF NOT EXISTS logins (id PRIMARY KEY, browser, email, ticket, state, user_id, number, asked)"
+        "CREATE TABLE IF NOT EXISTS logins"
+        " (id PRIMARY KEY, browser, email, account, ticket, state, user_id, number, asked)"
     )
     async with KeylessClient() as client, close_on_signals(client):
         yield {"client": client, "record": record}
@@ -147,8 +150,9 @@ def reserve(
                 expires_in=LIFETIME,
                 require_auth_type="biom",
             )
-            row = (new.login, new.browser, email, ticket.to_json(), "asking", user, new.number, time.time())
-            record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            whose = email, ACCOUNTS[email]
+            row = (new.login, new.browser, *whose, ticket.to_json(), "asking", user, new.number, time.time())
+            record.execute("INSERT INTO logins VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
     return shown or new
 
 
@@ -190,8 +194,7 @@ async def follow(
         state = await outcome(client, ApprovalTicket.from_json(stored), wait)
     if state != "pending":
         # The first to know decides, across tabs, repeated requests and processes; a later answer changes nothing.
-        # An approval by a user who was replaced meanwhile, as after a theft, counts for nothing.
-        still = "state IN ('asking', 'pending') AND (? != 'approved' OR user_id IN (SELECT user_id FROM users))"
+        still = f"state IN ('asking', 'pending') AND (? != 'approved' OR {SAME_USER})"
         query = f"UPDATE logins SET state = ? WHERE id = ? AND {still}"  # noqa: S608  # a constant
         if record.execute(query, (state, login, state)).rowcount == 1:
             log.info("login %s: %s", login, state)
@@ -219,7 +222,7 @@ async def outcome(client: KeylessClient, ticket: ApprovalTicket, seconds: float)
 @app.get("/me")
 async def me(record: Record, browser: Annotated[str, Cookie()] = "") -> dict[str, str]:
     """Say who is logged in: an approved login is the session of the browser that started it."""
-    query = "SELECT email FROM logins WHERE browser = ? AND state = 'approved'"
+    query = f"SELECT email FROM logins WHERE browser = ? AND state = 'approved' AND {SAME_USER}"  # noqa: S608  # a constant
     found = record.execute(query, (browser,)).fetchone()
     if found is None:
         raise HTTPException(401, "not logged in")

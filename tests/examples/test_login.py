@@ -289,6 +289,27 @@ async def test_after_enrolling_again_the_new_user_logs_in_and_the_old_one_does_n
         assert sandbox.operations[alice.login].user_id == "A11CE1"
 
 
+async def test_an_account_that_is_linked_again_ends_its_sessions(sandbox: Sandbox, tmp_path: Path) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as thief:
+        await thief.start()
+        sandbox.approve(thief.login)
+        assert await thief.follow() == "approved"
+        await link(sandbox, tmp_path, "account-1", "A11CE1")
+        assert await thief.who() is None
+
+
+async def test_a_user_who_moved_to_another_account_approves_no_login_of_the_first(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as thief:
+        await thief.start()
+        await link(sandbox, tmp_path, "account-1", "A11CE1")
+        await link(sandbox, tmp_path, "account-2", ALICE)
+        sandbox.approve(thief.login)
+        assert await thief.follow() == "pending"
+        assert await thief.who() is None
+
+
 async def test_the_phone_is_known_if_it_is_the_users_only_device(sandbox: Sandbox, tmp_path: Path) -> None:
     phone = sandbox.enroll("B0B").public_signing_key
     await link(sandbox, tmp_path, "account-2", "B0B")
