@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
 
@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse
 from phones import ACCOUNTS, open_record
 
 from aiokeyless import (
+    AlreadyApprovedError,
     ApprovalError,
     ApprovalTicket,
     ApprovalTimeoutError,
@@ -106,19 +107,31 @@ async def start(
     try:
         pending = {operation.operation_id for operation in await client.get_pending_operations(user)}
         prompt = reserve(record, new, user, email.lower(), pending, listed_at=listed_at)
-        if prompt is new:
-            await client.create_operation(
-                user, operation_id=new.login, operation_payload=new.payload, expires_in=LIFETIME
-            )
+        if prompt is not new and prompt.browser != browser:
+            raise HTTPException(409, ELSEWHERE)
+        response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax")
+        if prompt.state == "asking":
+            await ask(client, user, prompt)
             query = "UPDATE logins SET state = 'pending', asked = ? WHERE id = ? AND state = 'asking'"
-            record.execute(query, (time.time(), new.login))
+            record.execute(query, (time.time(), prompt.login))
     except KeylessError as error:
-        record.execute("UPDATE logins SET state = 'failed' WHERE id = ?", (new.login,))
-        raise HTTPException(503, UNREACHABLE) from error
-    if prompt is not new and prompt.browser != browser:
-        raise HTTPException(409, ELSEWHERE)
-    response.set_cookie("browser", prompt.browser, httponly=True, samesite="lax")
+        if not (error.is_transient or isinstance(error, ClientClosedError)):  # else the phone may show it
+            record.execute("UPDATE logins SET state = 'failed' WHERE id = ? AND state = 'asking'", (new.login,))
+        # With the cookie, if there is one: the next request of this browser goes on with this login.
+        raise HTTPException(503, UNREACHABLE, dict(response.headers)) from error
     return {"id": prompt.login, "number": prompt.number, "left": prompt.ends - time.time()}
+
+
+async def ask(client: KeylessClient, user: str, prompt: "Prompt") -> None:
+    """Create the operation of a login. If an earlier request was interrupted, it is there already, perhaps approved."""
+    with suppress(AlreadyApprovedError):
+        await client.create_operation(
+            user,
+            operation_id=prompt.login,
+            operation_payload=prompt.payload,
+            expires_in=LIFETIME,
+            if_exists="resume",
+        )
 
 
 class Prompt(NamedTuple):
@@ -128,6 +141,7 @@ class Prompt(NamedTuple):
     browser: str
     number: str
     ends: float  # by this machine's clock
+    state: str = "asking"
 
     @property
     def payload(self) -> str:
@@ -169,7 +183,7 @@ def prompt_on_phone(record: sqlite3.Connection, user: str, pending: set[str], li
         is_unlisted = state == "asking" or (state == "pending" and since > listed_at - UNLISTED)
         is_shown = login in pending or is_unlisted
         if is_shown and since > now - LIFETIME:
-            return Prompt(login, browser, number, since + LIFETIME)
+            return Prompt(login, browser, number, since + LIFETIME, state)
     if sum(state != "failed" for *_, state, _ in asked) >= PROMPTS:
         raise HTTPException(429, "This phone was asked too often. Try again in 10 minutes.")
     return None

@@ -210,6 +210,44 @@ async def test_outage_is_told_and_nobody_is_logged_in(sandbox: Sandbox, tmp_path
         assert await alice.follow() == "approved"
 
 
+async def test_a_create_that_an_outage_interrupts_leaves_the_login_to_its_own_browser(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Server(sandbox, tmp_path) as server, Browser(server) as alice, Browser(server) as mallory:
+        with monkeypatch.context() as outage:
+            # From the list of pending operations on: the create takes effect, and nothing is answered.
+            outage.setattr(sandbox, "_on_request", lambda _record: sandbox.fail_next(503, times=None, stored=True))
+            assert await alice.start() == 503
+        [asked] = sandbox.operations
+        sandbox.recover()
+        assert await mallory.start() == 409
+        assert (await alice.start(), alice.login) == (200, asked)
+        assert list(sandbox.operations) == [asked]
+        sandbox.approve(asked)
+        assert await alice.follow() == "approved"
+
+
+async def test_a_create_that_the_end_of_the_server_interrupts_goes_on_at_the_next_one(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(sandbox, tmp_path)
+    async with Browser(server) as alice:
+        async with server:
+            with monkeypatch.context() as slow:
+                # From the list of pending operations on: only the create hangs.
+                slow.setattr(sandbox, "_on_request", lambda _record: setattr(sandbox, "latency", 600))
+                interrupted = asyncio.create_task(alice.start())
+                await until(lambda: len(sandbox.operations) == 1)
+            await server.end(signal.SIGTERM)
+            assert await interrupted == 503
+        sandbox.latency = 0
+        async with server:
+            assert await alice.start() == 200
+            assert list(sandbox.operations) == [alice.login]
+            sandbox.approve(alice.login)
+            assert await alice.follow() == "approved"
+
+
 # -- linking
 
 
@@ -408,7 +446,11 @@ async def test_a_login_that_has_ended_keeps_nobody_from_asking_though_the_phone_
         await alice.start()
         assert await alice.follow() == "timed_out"
         async with Browser(server) as another:
-            assert await another.start() == 200
+            await until(lambda: starts(another))
+
+
+async def starts(browser: Browser) -> bool:
+    return await browser.start() == 200
 
 
 @pytest.mark.browser
