@@ -700,21 +700,19 @@ def next_outcome(broker: object, reader: str) -> Generator[ApprovalEvent, None, 
 
 def _application_side(broker: object) -> tuple[ApplicationSide, Callable[[Coroutine[Any, Any, Any]], Any]]:
     """Return the applications' side of a broker, and the function that runs its coroutines to their end."""
-    from .worker.postgres.blocking import side_of  # noqa: PLC0415  # only where a connection is used
+    from .worker.postgres import PostgresConnection  # noqa: PLC0415  # only where a broker is used
 
     _refuse_event_loop()
     if isinstance(broker, Broker | Secret):
         with _process.lock:
             background = _process.background()
         return background.run(background.open_broker(broker)), background.run
-    side = side_of(broker)
-    if side is None:
-        raise ConfigurationError(
-            "broker must be a connection of psycopg or Django to PostgreSQL, a broker that is not open, or its URL, "
-            f"not {type(broker).__name__}; a SQLite file must be the broker's own: SqliteBroker(path)",
-            argument="broker",
-        )
-    return side, _finish
+    if isinstance(side := broker_for(broker), PostgresConnection):
+        return side, _finish
+    raise ConfigurationError(
+        f"broker must be a connection to PostgreSQL, a closed broker, or a broker's URL, not {type(broker).__name__}",
+        argument="broker",
+    )
 
 
 def _finish(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -319,9 +319,9 @@ class Broker(ApplicationSide):
 def broker_for(target: object) -> ApplicationSide:
     """Return the broker of a URL, the application's side for a driver's connection, or the given broker itself.
 
-    A folder of this package is a broker if its ``__init__`` has ``SCHEMES``, ``DRIVER``, ``from_url(url)`` and
-    ``from_connection(connection)``. ``DRIVER`` is the top-level module of the driver's types. Importing the folder must
-    not need the driver.
+    A folder of this package is a broker if its ``__init__`` has ``SCHEMES``, ``DRIVERS``, ``from_url(url)`` and
+    ``from_connection(connection)``. ``DRIVERS`` are top-level modules of its drivers' types. Importing the folder must
+    not need a driver.
 
     Raises:
         ConfigurationError: No broker is for it, or a broker's library is not installed.
@@ -347,7 +347,7 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
         return target
     if isinstance(target, Secret):
         target = target.reveal()
-    driver = type(target).__module__.partition(".")[0]
+    modules = {base.__module__.partition(".")[0] for base in type(target).__mro__}
     found = _SCHEME.match(target) if isinstance(target, str) else None
     known: list[str] = []
     for package in _brokers():
@@ -356,7 +356,7 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
             if isinstance(target, str):
                 if found is not None and found[1].lower() in package.SCHEMES:
                     return _side(package.from_url(target))
-            elif driver == package.DRIVER:
+            elif not modules.isdisjoint(package.DRIVERS):
                 return _side(package.from_connection(target))
         except ModuleNotFoundError as error:
             return ConfigurationError(f"this broker needs {error.name}: {package.HINT}", argument="broker")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["EventKeys", "Fleet", "NatsBroker", "StreamSettings", "is_outcome"]
 
 SCHEMES: Final = ("nats", "tls", "ws", "wss")
-DRIVER: Final = "nats"
+DRIVERS: Final = ("nats",)
 HINT: Final = 'install the extra "nats"'
 
 _MODULES: Final = {"NatsBroker": "broker", "StreamSettings": "streams", "is_outcome": "readers"}

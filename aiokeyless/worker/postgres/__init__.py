@@ -1,7 +1,7 @@
 """The broker in PostgreSQL (extra ``postgres``): a request commits with the order, an outcome with the payment.
 
 `PostgresBroker` is for workers, and for applications without a database connection of their own. `PostgresConnection`
-is for applications with their own asyncpg connection, in their own transactions.
+is for applications with a connection of their own, in their own transactions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["PostgresBroker", "PostgresConnection"]
 
 SCHEMES: Final = ("postgresql", "postgres")
-DRIVER: Final = "asyncpg"
+DRIVERS: Final = ("asyncpg", "psycopg", "psycopg2", "sqlalchemy", "django")
 HINT: Final = 'install the extra "postgres"'
 _SCHEMA: Final = "schema="
 
@@ -36,7 +36,7 @@ def from_url(url: str) -> PostgresBroker:
 
 def from_connection(connection: Any) -> PostgresConnection:
     """Return the application's side of the schema ``keyless``, on a connection of its own."""
-    from .connection import PostgresConnection  # noqa: PLC0415  # as above
+    from .connection import PostgresConnection  # noqa: PLC0415  # only where one is used
 
     return PostgresConnection(connection)
 

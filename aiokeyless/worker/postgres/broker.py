@@ -24,7 +24,7 @@ from aiokeyless.worker.broker import (
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.tables import LARGEST_BATCH, Row, TableBroker, TableMessage, row_of, time_of
 
-from .connection import ERRORS, AsyncpgDriver
+from .adapters.asyncpg import ERRORS, Adapter
 from .failures import broker_errors
 from .floors import Floor
 from .migrations import prepare
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from aiokeyless.worker.messages import ApprovalEvent, Message
 
-    from .connection import Connection
+    from .adapters.asyncpg import Connection
 
 T = TypeVar("T")
 
@@ -154,9 +154,7 @@ class PostgresBroker(TableBroker):
     # -- for applications
 
     async def submit(self, new: NewRequest) -> bool:
-        return await self._in_transaction(
-            lambda connection: store_request(AsyncpgDriver(connection, self._schema), new)
-        )
+        return await self._in_transaction(lambda connection: store_request(Adapter(connection, self._schema), new))
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         """See `ApplicationSide`. The outcome is in a transaction until the body ends; the body itself is in none."""
@@ -352,7 +350,7 @@ class PostgresBroker(TableBroker):
         return None if last is None else int(last)
 
 
-class _PooledDriver(AsyncpgDriver):
+class _PooledDriver(Adapter):
     """A connection of the pool, for one outcome of an application without its own connection."""
 
     def __init__(

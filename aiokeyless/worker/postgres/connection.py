@@ -1,109 +1,89 @@
-"""`PostgresConnection`: the application's own asyncpg connection."""
+"""`PostgresConnection`: the application's own connection or session."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Final
-
-import asyncpg
+from typing import TYPE_CHECKING, Any
 
 from aiokeyless.errors import ConfigurationError
+from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDelivery
+from aiokeyless.worker.tables import LARGEST_REQUEST
 
-from .names import READS_EVERY, SCHEMA, check_schema, in_schema
-from .transactions import Driver, DriverConnection, floors_of
+from .adapters import adapter_for
+from .names import SCHEMA, check_schema
+from .transactions import store_request, take_outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
-
-    from asyncpg.pool import PoolConnectionProxy
-    from asyncpg.transaction import Transaction
-
-    Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
-
-ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-_ENDS_WITHIN: Final = 5.0  # seconds in which the server must end an uncommitted transaction
+    from .adapters.driver import Driver
 
 
-class PostgresConnection(DriverConnection):
-    """The application's side of the broker, on an asyncpg connection of its own.
+class PostgresConnection(ApplicationSide):
+    """The application's side of the broker, on a connection or session of its own.
 
     For the schema ``keyless``, `submit_approval` and `next_outcome` also take the connection itself.
 
     Args:
-        connection: The connection. A request is stored in the connection's transaction. For `next_outcome`, it must not
-            be in a transaction: the outcome begins one, in which the body runs.
+        connection: The connection of asyncpg, psycopg, psycopg2 or Django, or the session or connection of SQLAlchemy.
+            A request is stored in its transaction. For `next_outcome`, it must not be in a transaction: the outcome
+            begins one, in which the body runs.
         schema: The broker's schema. Default: ``keyless``.
 
     Raises:
         ConfigurationError: It is no connection.
     """
 
-    def __init__(self, connection: Connection, schema: str = SCHEMA) -> None:
-        super().__init__(AsyncpgDriver(connection, schema))
-        check_schema(schema)
-        if not callable(getattr(connection, "is_in_transaction", None)):
+    def __init__(self, connection: Any, schema: str = SCHEMA) -> None:
+        self.largest_request: int = LARGEST_REQUEST
+        driver = adapter_for(connection, check_schema(schema))
+        if driver is None:
             raise ConfigurationError(
-                f"broker must be an asyncpg connection or a PostgresBroker, not {type(connection).__name__}; "
-                "PostgresBroker(pool) makes one of a pool",
+                "broker must be a broker, a connection of asyncpg, psycopg, psycopg2 or Django, or a session or "
+                f"connection of SQLAlchemy, not {type(connection).__name__}; PostgresBroker(pool) takes asyncpg's pool",
                 argument="broker",
             )
+        self._driver: Driver = driver
 
+    def __repr__(self) -> str:
+        return f"<PostgresConnection, schema {self._driver.schema!r}>"
 
-class AsyncpgDriver(Driver):
-    """asyncpg."""
+    async def submit(self, new: NewRequest) -> bool:
+        """See `ApplicationSide`. The driver's own errors end the transaction, and are raised unchanged."""
+        self._check_face()
+        if not await self._driver.joins_transaction():
+            raise ConfigurationError(
+                "the connection must be in a transaction, so that the request is stored if and only if that commits: "
+                f"submit inside {self._driver.example}",
+                argument="broker",
+            )
+        return await store_request(self._driver, new)
 
-    errors: tuple[type[Exception], ...] = ERRORS
-    example: ClassVar[str] = "'async with connection.transaction()', or after the first statement of a session"
-    savepoint: ClassVar[str] = "a savepoint: 'async with connection.transaction()'"
+    async def next_outcome(self, reader: str) -> OutcomeDelivery:
+        self._check_face()
+        if self._driver.is_in_transaction():
+            raise ConfigurationError(
+                "the connection must be in no transaction, since next_outcome begins one: commit or roll back first; "
+                f"in one of your own, use the function {self._driver.schema}.next_outcome",
+                argument="broker",
+            )
+        while True:
+            outcome = await take_outcome(self._driver, reader)
+            if outcome is not None:
+                return outcome
+            await self._driver.pause()
 
-    def __init__(self, connection: Connection, schema: str) -> None:
-        self.schema = schema
-        self.floors = floors_of(connection)
-        self._connection = connection
-        self._transaction: Transaction
-
-    async def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
-        row = await self._connection.fetchrow(in_schema(self.schema, statement), *arguments)
-        return None if row is None else tuple(row)
-
-    def is_in_transaction(self) -> bool:
-        return self._connection.is_in_transaction()
-
-    def joins_transaction(self) -> bool:
-        return self._connection.is_in_transaction()
-
-    async def begin(self) -> None:
-        self._transaction = self._connection.transaction(isolation="read_committed")
-        await self._transaction.start()
-
-    async def commit(self) -> None:
-        await self._transaction.commit()
-
-    async def roll_back(self) -> None:
-        if not self._connection.is_closed():
-            await self._transaction.rollback()  # if the body has ended it, the server only warns
-
-    async def pause(self) -> None:
-        await asyncio.sleep(READS_EVERY)
-
-    async def complete(self, step: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(step)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieves a late error
+    def _check_face(self) -> None:
+        """Check that a connection that blocks is used without an event loop, and any other one with it."""
         try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            with self.limit():
-                while not task.done():
-                    with suppress(asyncio.CancelledError):  # anyio's scopes cancel each await
-                        await asyncio.wait({task})
-            raise
-
-    @contextmanager
-    def limit(self) -> Iterator[None]:
-        """Close a connection whose transaction takes too long to end. The server then ends the transaction itself."""
-        giving_up = asyncio.get_running_loop().call_later(_ENDS_WITHIN, self._connection.terminate)
-        try:
-            yield
-        finally:
-            giving_up.cancel()
+            asyncio.get_running_loop()
+        except RuntimeError:
+            if not self._driver.blocks:
+                raise ConfigurationError(
+                    "the connection is asynchronous: use aiokeyless.worker, which has the same functions",
+                    argument="broker",
+                ) from None
+            return
+        if self._driver.blocks:
+            raise ConfigurationError(
+                "the connection blocks, and this thread runs an event loop: use aiokeyless.sync in another thread",
+                argument="broker",
+            )

@@ -28,18 +28,23 @@ def broker_errors(schema: str, errors: tuple[type[Exception], ...]) -> Iterator[
     try:
         yield
     except errors as error:
-        state, reason = state_of(error), first_line(error)
-        if state in _MISSING:
-            raise BrokerError(
-                f"the schema {schema!r} is missing, or older than this library: run aiokeyless worker --prepare as a "
-                "user that may create it"
-            ) from None
-        if state == _DENIED:
-            raise BrokerError(f"{reason}; check which roles this login has") from None
-        if state.startswith(_LASTING):
-            raise BrokerError(reason) from None
-        is_refused = state == _DISK_FULL or isinstance(error, TimeoutError)
-        raise (RefusedError if is_refused else UnavailableError)(reason) from None
+        if (lasting := lasting_error(schema, error)) is not None:
+            raise lasting from None
+        is_refused = state_of(error) == _DISK_FULL or isinstance(error, TimeoutError)
+        raise (RefusedError if is_refused else UnavailableError)(first_line(error)) from None
+
+
+def lasting_error(schema: str, error: Exception) -> BrokerError | None:
+    """Return what to raise for an error that does not change by itself; None for any other."""
+    state, reason = state_of(error), first_line(error)
+    if state in _MISSING:
+        return BrokerError(
+            f"the schema {schema!r} is missing, or older than this library: run aiokeyless worker --prepare as a user "
+            "that may create it"
+        )
+    if state == _DENIED:
+        return BrokerError(f"{reason}; check which roles this login has")
+    return BrokerError(reason) if state.startswith(_LASTING) else None
 
 
 def is_about_request(error: Exception) -> bool:
@@ -48,10 +53,25 @@ def is_about_request(error: Exception) -> bool:
 
 
 def state_of(error: Exception) -> str:
-    """Return the SQL state of an error, even if Django has wrapped it; empty if it has none."""
-    return getattr(error.__cause__ or error, "sqlstate", None) or ""
+    """Return the SQL state of an error; empty if it has none."""
+    return _state(_told(error))
 
 
 def first_line(error: Exception) -> str:
     """Return the message of a driver's error, without the values that details and contexts quote."""
+    error = _told(error)
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _told(error: Exception) -> Exception:
+    """Return the driver's own error, if SQLAlchemy or Django has wrapped it."""
+    told, cause = error, error.__cause__
+    while isinstance(cause, Exception):
+        if _state(cause):
+            told = cause
+        cause = cause.__cause__
+    return told
+
+
+def _state(error: Exception) -> str:
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or ""  # psycopg2 has the latter

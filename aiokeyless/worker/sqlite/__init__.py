@@ -11,7 +11,7 @@ from .broker import SqliteBroker
 __all__ = ["SqliteBroker"]
 
 SCHEMES: Final = ("sqlite",)
-DRIVER: Final = "sqlite3"
+DRIVERS: Final = ("sqlite3",)
 HINT: Final = "it is a part of Python, which some distributions pack separately"
 
 

@@ -18,7 +18,6 @@ from waiting import until
 
 from aiokeyless import sync
 from aiokeyless.errors import BrokerError, ConfigurationError, InvalidRequestError
-from aiokeyless.worker.postgres import PostgresBroker, blocking
 
 from .shop import decide_all, payments, unread
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from postgres_server import PostgresServer
 
     from aiokeyless.worker import ApprovalEvent
+    from aiokeyless.worker.postgres import PostgresBroker
 
     from .shop import Connection
 
@@ -270,7 +270,7 @@ async def test_an_interruption_of_a_statement_leaves_no_transaction_behind(
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(blocking, "in_schema", interrupt)
+    monkeypatch.setattr("aiokeyless.worker.postgres.adapters.psycopg.in_schema", interrupt)
     with pytest.raises(KeyboardInterrupt):
         await handle(psycopg_url, pay)
 
@@ -296,7 +296,7 @@ async def test_a_schema_that_is_missing_is_named(server: PostgresServer) -> None
 
 @pytest.mark.parametrize("target", [sqlite3.connect(":memory:"), object(), None], ids=["sqlite3", "object", "None"])
 async def test_what_is_no_connection_is_refused(target: object) -> None:
-    with pytest.raises(ConfigurationError, match="SqliteBroker"):
+    with pytest.raises(ConfigurationError, match=r"SqliteBroker|driver's connection"):
         await asyncio.to_thread(sync.submit_approval, target, "C0FFEE", operation_id="a")
 
 

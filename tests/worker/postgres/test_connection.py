@@ -17,7 +17,7 @@ from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.worker import next_outcome
 from aiokeyless.worker.broker import UnavailableError
 from aiokeyless.worker.postgres import PostgresBroker, PostgresConnection
-from aiokeyless.worker.postgres import connection as module
+from aiokeyless.worker.postgres.adapters import driver as module
 from benchmarks.cutting_proxy import CuttingProxy
 from worker.conformance.brokers import LEASE
 
@@ -416,5 +416,5 @@ async def test_while_it_waits_the_connection_is_in_no_transaction(
 
 @pytest.mark.parametrize("target", [asyncpg.Record, object()])
 def test_what_is_no_connection_is_refused(target: object) -> None:
-    with pytest.raises(ConfigurationError, match="asyncpg connection"):
+    with pytest.raises(ConfigurationError, match="connection of asyncpg"):
         PostgresConnection(target)  # type: ignore[arg-type]  # under test

@@ -177,7 +177,7 @@ async def test_the_driver_connection_of_a_session_is_in_no_transaction_before_it
 ) -> None:
     async with AsyncSession(engine) as session, session.begin():
         driver = (await (await session.connection()).get_raw_connection()).driver_connection
-        with pytest.raises(ConfigurationError, match="after the first statement of a session"):
+        with pytest.raises(ConfigurationError, match="pass the session itself"):
             await submit_approval(driver, "C0FFEE", operation_id="a")
         await session.execute(text("SELECT 1"))
         await submit_approval(driver, "C0FFEE", operation_id="a")

@@ -12,7 +12,7 @@ from aiokeyless.errors import BrokerError
 from aiokeyless.worker.postgres.names import in_schema, quote
 
 if TYPE_CHECKING:
-    from aiokeyless.worker.postgres.connection import Connection
+    from aiokeyless.worker.postgres.adapters.asyncpg import Connection
 
 #: Version of the schema that this worker knows. It also serves a later version that allows it.
 VERSION: Final = 1

@@ -1,0 +1,265 @@
+"""An application's own connection of each family: one table of promises for all."""
+
+# ruff: noqa: ARG001, PT012  # admin has made the tables; a body has several statements
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from django.utils.connection import ConnectionProxy
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session
+from waiting import PATIENCE, until
+
+from aiokeyless import BrokerError, ConfigurationError, sync, worker
+from aiokeyless.worker.postgres.adapters import driver
+from worker.conformance.brokers import decide, take_n
+
+from . import families
+from .families import FAMILIES, Family, ask, handle
+from .shop import decide_all, payments, unread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Iterator
+
+    from postgres_server import PostgresServer
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from aiokeyless.worker.postgres import PostgresBroker
+
+    from .shop import Connection
+
+#: What the shop meets after each body; whether the order is paid; whether its outcome comes again.
+TABLE = {
+    "ends": ("nothing", True, False),
+    "raises": ("RefusalError", False, True),
+    "fails_in_a_savepoint": ("nothing", True, False),
+    "swallows_an_error": ("BrokerError", False, True),
+    "breaks_a_constraint": ("BrokerError", False, True),
+    "commits": ("ConfigurationError", True, False),
+    "loses_its_backend": ("BrokerError", False, True),
+    "is_cancelled": ("TimeoutError", False, True),
+    "is_cancelled_in_a_statement": ("TimeoutError", False, True),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def shop(request: pytest.FixtureRequest, server: PostgresServer, database: str) -> Family:
+    return FAMILIES[request.param](server.folder, database)
+
+
+async def start(shop: Family, *arguments: str) -> asyncio.subprocess.Process:
+    program = [families.__file__, type(shop).__name__, shop.folder, shop.database, *arguments]
+    return await asyncio.create_subprocess_exec(sys.executable, *program, stdout=asyncio.subprocess.PIPE)
+
+
+async def run(shop: Family, act: Any, *names: str) -> Any:
+    if "Django" not in type(shop).__name__:
+        return await shop.run(act(shop, list(names)))
+    process = await start(shop, act.__name__, *names)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return json.loads(output)
+
+
+async def operations(admin: Connection) -> set[str]:
+    return {row[0] for row in await admin.fetch("SELECT operation_id FROM keyless.request")}
+
+
+async def test_however_a_body_ends_its_writes_and_the_outcome_are_committed_together_or_neither(
+    broker: PostgresBroker, admin: Connection, shop: Family
+) -> None:
+    await admin.execute(
+        """
+        CREATE TABLE after (name text);
+        CREATE TABLE item (payment text REFERENCES payment DEFERRABLE INITIALLY DEFERRED)
+        """
+    )
+    table = {name: row for name, row in TABLE.items() if not (shop.blocks and "cancelled" in name)}
+    await decide_all(broker, *table)
+    async with asyncio.timeout(PATIENCE):
+        met = await run(shop, handle, *table)
+    paid, left = await payments(admin), await unread(admin)
+    assert {name: (met[name], name in paid, name in left) for name in met} == table
+
+
+async def test_a_request_is_stored_if_and_only_if_its_transaction_commits(admin: Connection, shop: Family) -> None:
+    await run(shop, ask, "a", "b", "c", "d", "e")
+    assert await operations(admin) == {"a", "b", "c", "e"}
+
+
+@pytest.mark.slow
+async def test_each_order_that_was_committed_is_paid_once_whatever_fails(
+    broker: PostgresBroker, admin: Connection, shop: Family
+) -> None:
+    asking = await start(shop, "ask", *(f"order-{number}" for number in range(20)))
+    assert await asking.wait() == 0
+    for message in await take_n(broker, 15):
+        assert await decide(broker, message)
+    dying = await start(shop, "settle", "raise", "kill")
+    assert await dying.wait() == -signal.SIGKILL
+    assert await payments(admin) == set()
+    settling = await start(shop, "settle")
+
+    async def is_over() -> bool:
+        return not await unread(admin) or settling.returncode is not None
+
+    await until(is_over)
+    settling.kill()
+    assert await settling.wait() == -signal.SIGKILL  # a second payment would have ended it
+    assert await payments(admin) == {f"order-{number}" for number in range(20) if number % 4 != 3}
+
+
+# -- what is refused, before anything is stored or taken
+
+
+async def blocking(call: Callable[[], Any]) -> Any:
+    return await asyncio.to_thread(call)
+
+
+def outcome_in(target: Any) -> Any:
+    return sync.next_outcome(target, "shop").__enter__()
+
+
+def ask_in(target: Any) -> Any:
+    return sync.submit_approval(target, "C0FFEE", operation_id="a")
+
+
+@pytest.fixture
+def engine(admin: Connection, server: PostgresServer, database: str) -> Iterator[Engine]:
+    engine = create_engine(f"postgresql+psycopg2://postgres@/{database}?host={server.folder}")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+async def async_engine(admin: Connection, server: PostgresServer, database: str) -> AsyncGenerator[AsyncEngine]:
+    engine = create_async_engine(f"postgresql+psycopg://postgres@/{database}?host={server.folder}")
+    yield engine
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("call", [outcome_in, ask_in])
+async def test_a_session_in_autocommit_is_refused_although_it_says_that_it_is_in_a_transaction(
+    broker: PostgresBroker, admin: Connection, engine: Engine, call: Callable[[Any], Any]
+) -> None:
+    await decide_all(broker, "b")
+    autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session(autocommit) as session, pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
+        await blocking(lambda: call(session))
+    with autocommit.connect() as connection, pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
+        await blocking(lambda: call(connection))
+    assert await operations(admin) == {"b"}
+    assert await unread(admin) == {"b": 0}
+
+
+async def test_a_session_that_is_in_a_transaction_gets_no_outcome(engine: Engine) -> None:
+    with Session(engine) as session:
+        session.execute(text("SELECT 1"))
+        with pytest.raises(ConfigurationError, match="commit or roll back first"):
+            await blocking(lambda: outcome_in(session))
+
+
+async def test_a_session_that_is_joined_to_an_outer_transaction_asks_in_it_and_gets_no_outcome(
+    admin: Connection, engine: Engine
+) -> None:
+    with engine.connect() as connection, connection.begin() as outer, Session(connection) as session:
+        with pytest.raises(ConfigurationError, match="must be in no transaction"):
+            await blocking(lambda: outcome_in(session))
+        await blocking(lambda: ask_in(session))
+        session.commit()
+        outer.rollback()
+    assert await operations(admin) == set()
+
+
+async def test_a_session_that_does_not_begin_by_itself_asks_in_no_transaction(engine: Engine) -> None:
+    with Session(engine, autobegin=False) as session, pytest.raises(InvalidRequestError, match="Autobegin"):
+        await blocking(lambda: ask_in(session))
+
+
+async def test_a_connection_for_the_other_face_is_refused(engine: Engine, async_engine: AsyncEngine) -> None:
+    with Session(engine) as session, pytest.raises(ConfigurationError, match=r"use aiokeyless\.sync"):
+        await worker.submit_approval(session, "C0FFEE", operation_id="a")
+    async with AsyncSession(async_engine) as asynchronous:
+        for call in (ask_in, outcome_in):
+            with pytest.raises(ConfigurationError, match=r"use aiokeyless\.worker"):
+                await blocking(lambda call=call: call(asynchronous))  # type: ignore[misc]  # a loop's variable
+
+
+async def test_an_asynchronous_scoped_session_is_called_first(admin: Connection, async_engine: AsyncEngine) -> None:
+    sessions = async_scoped_session(async_sessionmaker(async_engine), asyncio.current_task)
+    async with sessions.begin():
+        await worker.submit_approval(sessions, "C0FFEE", operation_id="a")
+    await sessions.remove()
+    assert await operations(admin) == {"a"}
+
+
+def test_what_is_over_another_driver_or_no_connection_is_refused() -> None:
+    other = create_engine("sqlite://")
+    with Session(other) as session, pytest.raises(ConfigurationError, match="must be asyncpg, psycopg or psycopg2"):
+        ask_in(session)
+    with pytest.raises(ConfigurationError, match="not Engine"):
+        ask_in(other)
+    with pytest.raises(ConfigurationError, match="not to a cache"):
+        ask_in(ConnectionProxy({"default": object()}, "default"))
+
+
+async def test_a_missing_schema_is_named_to_who_asks_as_to_who_reads(server: PostgresServer) -> None:
+    async with await psycopg.AsyncConnection.connect(server.url(server.new_database())) as connection:
+        for call in (worker.submit_approval(connection, "C0FFEE", operation_id="a"), read(connection)):
+            with pytest.raises(BrokerError, match="run aiokeyless worker --prepare"):
+                await call
+            await connection.rollback()
+
+
+async def read(target: Any) -> None:
+    async with worker.next_outcome(target, "shop"):
+        pass
+
+
+# -- cancellation
+
+
+async def test_a_cancellation_while_it_waits_leaves_no_transaction_behind(admin: Connection, url: str) -> None:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        for turns in range(0, 40, 3):
+            waiting = asyncio.create_task(read(connection))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert connection.info.transaction_status == 0
+
+
+async def test_a_server_that_hangs_at_the_end_of_a_cancelled_body_costs_the_connection(
+    broker: PostgresBroker, admin: Connection, async_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_ENDS_WITHIN", 0.2)
+    await decide_all(broker, "a")
+    async with AsyncSession(async_engine) as session, admin.transaction():
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(None) as limit, worker.next_outcome(session, "shop"):
+                # Queued until this transaction ends; then putting the outcome off waits for it.
+                locking = asyncio.create_task(admin.execute("LOCK TABLE keyless.reader"))
+                while not await session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
+                    pass
+                limit.reschedule(asyncio.get_running_loop().time())
+                await asyncio.sleep(60)
+        await locking
+        assert not session.in_transaction()
+    assert await unread(admin) == {"a": 0}
