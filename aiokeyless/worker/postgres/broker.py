@@ -134,7 +134,7 @@ class PostgresBroker(TableBroker):
             raise BrokerError(f"the database cannot be reached: {error}") from None
         except ValueError:  # its text may quote a part of the password
             raise ConfigurationError(
-                "broker must be the URL of a database, with %2F in place of a / in the password, %3F of a ?, %23 of a #",
+                "broker must be the URL of a database; in its password, write %2F for a /, %3F for a ? and %23 for a #",
                 argument="broker",
             ) from None
 

@@ -297,14 +297,14 @@ async def test_a_put_off_that_a_dying_broker_swallowed_is_repeated(hand: Hand, b
     await jetstream(hand.connection).delete_consumer(REQUESTS, CONSUMER)
     await prepare(jetstream(hand.connection), ack_wait=3600)
     await hand.publish("a")
-    [message] = await hand.intake.take(1, PATIENCE, probing=False)
+    [message] = await hand.intake.take(1, PATIENCE, untried=None)
     broker.pause()
     putting_off = asyncio.create_task(hand.intake.put_off(message, 0.0))
     await until(lambda: hand.connection._pending_data_size == 0)  # the socket has it
     broker.kill()
     await broker.start()
     await putting_off
-    [again] = await hand.intake.take(1, PATIENCE, probing=False)
+    [again] = await hand.intake.take(1, PATIENCE, untried=None)
     assert (again.body, again.number) == (b"a", 2)
 
 
