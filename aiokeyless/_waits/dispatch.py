@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from aiokeyless._rules.circuit import CircuitState
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, Unanswered, may_start
+from aiokeyless._rules.probes import Alternation
+from aiokeyless._rules.slots import SLOW, most_in_flight
 from aiokeyless._rules.window import Window
 
 from .state import Poll, PolledOperation
@@ -23,13 +25,7 @@ if TYPE_CHECKING:
     from aiokeyless._rules.circuit import Circuit
     from aiokeyless._rules.rate import PollRate
 
-#: Seconds after which a poll in flight gives its slot back.
-SLOW: Final = 1.0
-#: The most ordinary polls in flight, in multiples of `max_in_flight`: while the service also answers well, and while it
-#: does not.
-_MOST_BESIDE_GOOD: Final = 6
-_MOST: Final = 2
-#: The most final polls in flight, likewise.
+#: The most final polls in flight, in multiples of `max_in_flight`.
 _MOST_FINAL: Final = 4
 #: Probes prefer operations that failed less often in a row. From this many failures on, they make no difference.
 _MOST_FAILURES: Final = 8
@@ -64,11 +60,13 @@ class Dispatcher:
         self._least = min(max_in_flight, max_connections)  # there is always room for so many polls in flight
         self._request_timeout = request_timeout
         self._window = Window()
-        # In the order of probes: by an operation's failures in a row, then by whether it was ever answered well.
+        # In the order of `_rules.probes`: by an operation's failures in a row, then by whether it was ever answered well.
         self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
             TimerQueue() for _ in range(2 * (_MOST_FAILURES + 1))
         )
         self._proven = self._queues[:1]
+        self._untried = self._queues[1]
+        self._alternation = Alternation()
         self._unproven = 0  # operations in all queues but the first
         self._retries = 0  # of these, those that failed when they were polled last
         self._slots: dict[Poll, None] = {}  # the polls that hold one, oldest first
@@ -121,7 +119,7 @@ class Dispatcher:
         2. If all slots are taken, the oldest poll gives its slot back once it is a second old.
         3. An ordinary poll starts if it is due, and if the circuit, the slots and the rate allow it. The operation that
            has been due longest goes first. Operations whose last poll failed get half of the slots. While the circuit
-           is open, the order is that of probes.
+           is not closed, or such operations hold over a quarter of the slots, the order is that of probes.
         4. If no more polls may be in flight, the oldest slow one gives way to one that is due.
         """
         found = self._next_final(now) if self._final_polls else math.inf  # 1
@@ -192,8 +190,8 @@ class Dispatcher:
             return True
         if self._giving_way is not None or in_flight >= self._max_connections:
             return False
-        times = _MOST_BESIDE_GOOD if now - self._circuit.answered_at <= SLOW else _MOST
-        return in_flight - len(self.final_in_flight) < times * self._max_in_flight
+        most = most_in_flight(self._max_in_flight, now, answered_at=self._circuit.answered_at)
+        return in_flight - len(self.final_in_flight) < most
 
     def _make_room(self, now: float) -> float:
         """Cut off the oldest slow poll, one at a time. If none is slow, return when one will be."""
@@ -228,15 +226,21 @@ class Dispatcher:
 
     def _next_due(self, now: float) -> Poll | None:
         """Start the ordinary poll that goes first, if one is due."""
-        for queue in self._open_queues(by_time=self._circuit.state is not CircuitState.OPEN):
+        is_fair = not self._circuit.is_closed or 4 * self._slots_of_retries > self._circuit.limit
+        queues = self._open_queues(by_time=not is_fair)
+        if is_fair and self._alternation.untried(1):
+            queues = (self._untried, *queues)
+        for queue in queues:
+            newest_first = is_fair and queue is self._untried
             for _ in range(_MOST_SKIPPED):
-                polled = queue.pop_due(now + RESOLUTION)
+                polled = queue.pop_newest(now + RESOLUTION) if newest_first else queue.pop_due(now + RESOLUTION)
                 if polled is None:
                     break
                 if polled.rank:
                     self._count(polled.rank, -1)
                 if waits := polled.active_waits():
                     poll = Poll(polled, now, waits, max(0.0, now - polled.due), polled.rank > 1)
+                    self._alternation.record(untried=polled.rank == 1, others=polled.rank != 1)
                     self.in_flight[poll] = self._slots[poll] = None
                     self._slots_of_retries += poll.is_retry
                     self._rate.record_poll(now)

@@ -26,12 +26,13 @@ from aiokeyless._rules.circuit import Circuit
 from aiokeyless._rules.final import FINAL_POLL_TIMEOUT, RESOLUTION, STOOD_STILL, Unanswered, is_final, may_start
 from aiokeyless._rules.outcome import YOUNG, poll_verdict
 from aiokeyless._rules.rate import PollRate
+from aiokeyless._rules.slots import SLOW
 from aiokeyless.errors import ApprovalTimeoutError, KeylessError, RateLimitError
 from aiokeyless.models import Operation
 from aiokeyless.reports import ApprovalUpdate, ClientStatistics
 from aiokeyless.schedule import next_delay, record_observation, wait_adaptive
 
-from .dispatch import SLOW, Dispatcher
+from .dispatch import Dispatcher
 from .reporting import LATE
 from .state import Poll, PolledOperation, Wait, WaitPhase
 from .timer_queue import TimerQueue

@@ -55,6 +55,34 @@ def test_operations_that_are_bad_do_not_make_the_others_late(bad: int, answer: A
     assert statistics.mean(late) <= 1.5 * alone
 
 
+@pytest.mark.parametrize("good_answers", [0, 1], ids=["never answered", "answered once"])
+@pytest.mark.parametrize("seed", [1, 3])
+def test_many_that_start_at_once_and_fail_do_not_hold_up_later_ones(good_answers: int, seed: int) -> None:
+    polls: dict[str, int] = {}
+    first: dict[str, float] = {}
+
+    def service(name: str, now: float) -> Answer:
+        polls[name] = polls.get(name, 0) + 1
+        first.setdefault(name, now)
+        return GOOD if name.startswith("good") or polls[name] <= good_answers else FAILS
+
+    async def scenario() -> None:
+        for number in range(200):
+            simulation.start(f"bad-{number}", approved_in=math.inf, timeout=600.0)
+        for number in range(100):
+            await simulation.sleep_until(6.0 + number / 10)
+            simulation.start(f"good-{number}", approved_in=4.0, timeout=120.0)
+        await simulation.sleep_until(40.0)
+
+    simulation = Simulation(service, wait_fixed(1.0), seed=seed)
+    simulation.run(scenario())
+    good = [f"good-{number}" for number in range(100)]
+    assert all(name in simulation.lateness for name in good)
+    asked = sorted(first[name] - (6.0 + number / 10) for number, name in enumerate(good))
+    assert asked[94] < 5.5  # one step of the longest backoff
+    assert sorted(simulation.lateness[name] for name in good)[94] < 10.0
+
+
 @pytest.mark.parametrize("down", [30.0, 120.0])
 def test_recovery_is_seen_soon_after_few_requests(down: float) -> None:
     outages = [outage(down, REFUSED, seed=seed, waits=50) for seed in range(4)]
