@@ -92,8 +92,14 @@ async def connect(
         raise BrokerError(f"no connection to the broker at {_hosts(servers)}: ws:// is without TLS, use wss://")
     is_secure = (bool(given.get("tls")) or "tls" in schemes) and schemes.isdisjoint({"ws", "wss"})
     client = _Client(on_reconnect, on_loss, is_secure=is_secure)
+    callbacks = {
+        "error_cb": client.on_error,
+        "disconnected_cb": client.on_disconnect,
+        "reconnected_cb": client.on_reconnect,
+        "closed_cb": client.on_close,
+    }
     try:
-        await _connect_once(client, servers, {**given, **client.callbacks()})
+        await _connect_once(client, servers, {**given, **callbacks})
     except ModuleNotFoundError as error:  # nats-py imports it to sign with credentials
         raise BrokerError(f'credentials need {error.name}: install the extra "nats"') from None
     except (nats.errors.Error, OSError, ValueError) as error:
@@ -128,13 +134,6 @@ class _Client(Client):
     close fails before the callback, and before all of its tasks have ended. It would not reconnect either, so its
     worker would never receive anything again.
 
-    Args:
-        on_reconnect: As for `connect`.
-        on_loss: As for `connect`.
-        is_secure: Whether it speaks TLS or not at all. If the first line of the server does not ask for TLS, nats-py
-            goes on without TLS and sends its password. That line is not encrypted, so an attacker on the network can
-            forge it.
-
     Attributes:
         failures: Why the connection could not be made so far.
         is_made: Whether it was made.
@@ -150,16 +149,7 @@ class _Client(Client):
         self._lose = on_loss
         self._is_secure = is_secure
 
-    def callbacks(self) -> dict[str, Any]:
-        """Return the options of ``nats.connect`` by which it observes its connection."""
-        return {
-            "error_cb": self._on_error,
-            "disconnected_cb": self._on_disconnect,
-            "reconnected_cb": self._on_reconnect,
-            "closed_cb": self._on_close,
-        }
-
-    async def _on_error(self, error: Exception) -> None:
+    async def on_error(self, error: Exception) -> None:
         if not self.is_made:
             self.failures.append(error)
             return
@@ -167,21 +157,21 @@ class _Client(Client):
         if "permissions violation" in str(error).lower():  # then the connection is useless
             self._lose(BrokerError(f"the broker does not permit what a worker does: {error}"))
 
-    async def _on_disconnect(self) -> None:
+    async def on_disconnect(self) -> None:
         if self.is_made and not self.is_closed:  # by the worker itself, at its end
             log(logging.WARNING, "broker.disconnected")
 
-    async def _on_reconnect(self) -> None:
+    async def on_reconnect(self) -> None:
         self._reconnect()
 
-    async def _on_close(self) -> None:
+    async def on_close(self) -> None:
         if self.is_made:
             reason = self.last_error or "it did not say why"
             self._lose(BrokerError(f"the broker ended the connection for good: {reason}"))
 
     async def _process_err(self, err_msg: str) -> None:
         if "authentication expired" in err_msg:  # nats-py would close for good, but the credentials may be renewed
-            await self._on_error(nats.errors.Error(f"nats: {err_msg}"))
+            await self.on_error(nats.errors.Error(f"nats: {err_msg}"))
             await self._process_op_err(nats.errors.StaleConnectionError())
         else:
             await super()._process_err(err_msg)
@@ -195,6 +185,8 @@ class _Client(Client):
             raise nats.errors.Error(f"the credentials cannot be used: {type(error).__name__}") from None
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # Otherwise nats-py goes on without TLS, and sends its password. The first line of the server is not encrypted, so
+        # an attacker on the network can forge it.
         if self._is_secure and initial_connection and not info.get("tls_required"):
             raise nats.errors.Error("it does not ask for TLS")
         await super()._process_info(info, initial_connection)

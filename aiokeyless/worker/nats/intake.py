@@ -24,6 +24,7 @@ from nats.aio.msg import Msg  # noqa: TC002  # msgspec reads the annotations
 
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless._rules.probes import Rank, Standing, choose
+from aiokeyless.worker.batches import Batches
 from aiokeyless.worker.broker import Exchange, UnavailableError
 from aiokeyless.worker.logs import RateLimitedLog, log
 from aiokeyless.worker.messages import Message, deadline
@@ -146,6 +147,7 @@ class Intake:
         self._pending = 0  # new requests at the broker, as the last delivery said
         self._moved = asyncio.Event()
         self._leaving: asyncio.Task[None] | None = None  # after a cancelled take
+        self._put_offs = Batches(self._put_off, _LARGEST)
         self._foreign = RateLimitedLog(logging.WARNING, "broker.foreign_message")
         self.failures: Failures = Failures()
         self.load_shedding: LoadShedding = LoadShedding(now)
@@ -190,18 +192,25 @@ class Intake:
         return taken
 
     async def put_off(self, message: NatsMessage, delay: float) -> None:
-        """Put a delivery off, again and again until the broker confirms it. A leader that is lost may swallow it."""
-        due, until = self._now() + delay, self._now() + _REPEATED_FOR
+        """Put a delivery off."""
+        await self._put_offs.call((message.raw.reply, self._now() + delay))
+
+    async def _put_off(self, batch: list[tuple[str, float]]) -> list[None]:
+        """Put deliveries off, again and again until the broker confirms it. A leader that is lost may swallow some."""
+        until = self._now() + _REPEATED_FOR
         while True:
-            nak = b'-NAK {"delay": %d}' % int(max(0.0, due - self._now()) * 1e9)
+            naks = [(reply, b'-NAK {"delay": %d}' % int(max(0.0, due - self._now()) * 1e9)) for reply, due in batch]
             try:
                 with broker_errors():
-                    await self._connection.request(message.raw.reply, nak, timeout=_CONFIRMED_WITHIN)
+                    for reply, nak in naks[:-1]:
+                        await self._connection.publish(reply, nak)
+                    # The consumer takes them in order, so this confirms those before it.
+                    await self._connection.request(*naks[-1], timeout=_CONFIRMED_WITHIN)
             except UnavailableError as error:
                 if self._now() >= until or self._connection.is_closed:
                     raise UnavailableError(f"the broker does not confirm a put-off: {error}") from None
             else:
-                return
+                return [None] * len(batch)
             await asyncio.sleep(error_delay(1))
 
     async def _leave(self) -> None:
