@@ -185,8 +185,8 @@ class _Client(Client):
             raise nats.errors.Error(f"the credentials cannot be used: {type(error).__name__}") from None
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # Otherwise nats-py goes on without TLS, and sends its password. The first line of the server is not encrypted, so
-        # an attacker on the network can forge it.
+        # Otherwise nats-py goes on without TLS and sends its password. The server's first line is not encrypted, so an
+        # attacker on the network can forge it.
         if self._is_secure and initial_connection and not info.get("tls_required"):
             raise nats.errors.Error("it does not ask for TLS")
         await super()._process_info(info, initial_connection)
