@@ -97,7 +97,7 @@ class CuttingProxy:
 
     async def _ask(self, client: StreamReader, to_server: StreamWriter, is_cut: asyncio.Event) -> None:
         while data := await client.read(1 << 16):
-            if self._is_armed and b"COMMIT" in data:
+            if self._is_armed and b"COMMIT" in data.replace(b"READ COMMITTED", b""):  # of a BEGIN
                 self._is_armed = False
                 self.cuts += 1
                 is_cut.set()
