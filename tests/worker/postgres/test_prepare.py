@@ -158,6 +158,19 @@ async def test_a_membership_that_another_gave_counts_for_nothing(server: Postgre
         await prepare(server.url(database), schema)
 
 
+@pytest.mark.parametrize("role", ["owner", "worker"])
+async def test_a_role_that_another_made_before_is_given_nothing(
+    server: PostgresServer, database: str, role: str
+) -> None:
+    """From PostgreSQL 16 on, who may make roles is no superuser, but may join each role that it made."""
+    schema, thief = f"{database}_k", f"{database}_thief"
+    server.execute(f"CREATE ROLE {thief} LOGIN CREATEROLE")
+    server.execute(f"CREATE ROLE {schema}_{role}; GRANT {schema}_{role} TO {thief}", database, thief)
+    with pytest.raises(BrokerError, match=f"belongs to {schema}_owner, and not to|{schema}_worker.* already exists"):
+        await prepare(server.url(database), schema)
+    assert server.execute(f"SELECT FROM pg_namespace WHERE nspname = '{schema}'", database) == []
+
+
 @pytest.mark.parametrize(
     "made",
     [

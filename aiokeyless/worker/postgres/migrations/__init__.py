@@ -168,13 +168,15 @@ async def _create(connection: Connection, schema: str) -> None:
     owner = "CURRENT_USER"
     if await connection.fetchval("SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user"):
         owner = quote(f"{schema}_owner")
-        for role in ("owner", *_ROLES):
-            await _make_once(connection, f"CREATE ROLE {quote(f'{schema}_{role}')} NOLOGIN")
-        await _make_once(connection, f"GRANT {owner} TO CURRENT_USER")
+        # Whoever made one of these roles may be a member of it: so all are made here, or this user is a member already.
+        if await _make_once(connection, f"CREATE ROLE {owner} NOLOGIN"):
+            await connection.execute(f"GRANT {owner} TO CURRENT_USER")
+            for role in _ROLES:
+                await connection.execute(f"CREATE ROLE {quote(f'{schema}_{role}')} NOLOGIN")
     await _make_once(connection, f"CREATE SCHEMA {quote(schema)} AUTHORIZATION {owner}")
 
 
-async def _make_once(connection: Connection, statement: str) -> None:
+async def _make_once(connection: Connection, statement: str) -> bool:
     """Make something, unless another made it before, or does so at the same moment, perhaps in another database."""
     with suppress(
         asyncpg.DuplicateObjectError,
@@ -184,10 +186,8 @@ async def _make_once(connection: Connection, statement: str) -> None:
     ):
         async with connection.transaction():
             await connection.execute(statement)
-
-
-async def _exists(connection: Connection, role: str) -> bool:
-    return await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", role) is not None
+            return True
+    return False
 
 
 async def _grant(connection: Connection, schema: str) -> None:
@@ -195,7 +195,7 @@ async def _grant(connection: Connection, schema: str) -> None:
     name = quote(schema)
     await connection.execute(f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {name} FROM PUBLIC")
     for role, functions in _ROLES.items():
-        if await _exists(connection, f"{schema}_{role}"):
+        if await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", f"{schema}_{role}"):
             granted = quote(f"{schema}_{role}")
             await connection.execute(f"GRANT USAGE ON SCHEMA {name} TO {granted}")
             await connection.execute(f"GRANT SELECT ON {name}.migration TO {granted}")
