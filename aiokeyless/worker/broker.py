@@ -11,17 +11,19 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import datetime
 from enum import Enum, auto
 from types import ModuleType, TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from aiokeyless.errors import ConfigurationError
 from aiokeyless.events import Inspection
 from aiokeyless.models import Secret
 
 from .messages import ApprovalEvent, ApprovalRequest, Message
+
+T = TypeVar("T")
 
 _SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
 #: Most seconds for which an unhandled outcome is put off.
@@ -339,6 +341,15 @@ def hide_url(broker: object) -> object:
     A URL may hold a password, and error reporters print local variables.
     """
     return Secret(broker) if isinstance(broker, str) else broker
+
+
+async def without_frames(connecting: Awaitable[T]) -> T:
+    """Raise an error, or a cancellation, without the driver's frames, which hold the password."""
+    try:
+        return await connecting
+    except BaseException as error:  # noqa: BLE001  # see above
+        error.__context__ = None
+        raise error.with_traceback(None) from None
 
 
 def _find_side(target: object) -> ApplicationSide | ConfigurationError:

@@ -14,7 +14,15 @@ import nats.js.errors
 from aiokeyless._rules.backoff import error_delay
 from aiokeyless.errors import BrokerError, ConfigurationError
 from aiokeyless.models import Secret
-from aiokeyless.worker.broker import Broker, Claimed, Exchange, NewRequest, OutcomeDelivery, UnavailableError
+from aiokeyless.worker.broker import (
+    Broker,
+    Claimed,
+    Exchange,
+    NewRequest,
+    OutcomeDelivery,
+    UnavailableError,
+    without_frames,
+)
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.logs import log
 from aiokeyless.worker.messages import Message, deadline, is_about, read_names
@@ -114,11 +122,7 @@ class NatsBroker(Broker):
             if self._connection is not None:
                 raise ConfigurationError("the broker is open already")
             self._loss = None
-            try:
-                self._connection = await self._connect(self._url)
-            except BaseException as error:  # noqa: BLE001  # a cancellation's frames, too, hold the password
-                error.__context__ = None
-                raise error.with_traceback(None) from None
+            self._connection = await without_frames(self._connect(self._url))
             self.largest_request = self._connection.max_payload - _ROOM_FOR_EVENT
 
     async def _connect(self, url: Secret) -> Client:

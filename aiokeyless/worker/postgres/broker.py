@@ -20,6 +20,7 @@ from aiokeyless.worker.broker import (
     NewRequest,
     OutcomeDelivery,
     UnavailableError,
+    without_frames,
 )
 from aiokeyless.worker.clock import BrokerClock
 from aiokeyless.worker.tables import LARGEST_BATCH, Row, TableBroker, TableMessage, row_of, time_of
@@ -108,7 +109,7 @@ class PostgresBroker(TableBroker):
         if self._pool is not None:
             raise ConfigurationError("the broker is open already")
         database = self._database
-        pool = database if isinstance(database, asyncpg.Pool) else await _without_frames(self._connect(database))
+        pool = database if isinstance(database, asyncpg.Pool) else await without_frames(self._connect(database))
         half = pool.get_max_size() // 2
         self._outcomes, self._calls = asyncio.Semaphore(max(1, half)), asyncio.Semaphore(max(1, half))
         self._pool = pool
@@ -210,13 +211,7 @@ class PostgresBroker(TableBroker):
     async def _take(self, up_to: int, untried: int | None) -> list[Message]:
         began = self.now().timestamp()
         with self._floor.look() as look:
-            rows = await self._fetch(
-                "SELECT * FROM {}.take($1::integer, $2::double precision, $3::double precision, $4::integer)",
-                up_to,
-                self._lease,
-                look.floor,
-                untried,
-            )
+            rows = await self._fetch("SELECT * FROM {}.take($1, $2, $3, $4)", up_to, self._lease, look.floor, untried)
             if untried is None:
                 look.oldest = min(began, rows[-1]["due_at"]) if len(rows) == up_to else began
         return [_message(row) for row in rows]
@@ -225,22 +220,14 @@ class PostgresBroker(TableBroker):
         return await self._take_or_give_back(self._take_overdue(up_to, grace))
 
     async def _take_overdue(self, up_to: int, grace: float) -> list[Message]:
-        rows = await self._fetch(
-            "SELECT * FROM {}.take_overdue($1::integer, $2::double precision, $3::double precision)",
-            up_to,
-            self._lease,
-            grace,
-        )
+        rows = await self._fetch("SELECT * FROM {}.take_overdue($1, $2, $3)", up_to, self._lease, grace)
         return [_message(row) for row in rows]
 
     async def put_off(self, message: Message, delay: float, exchange: Exchange) -> None:
         await self._put_offs.call((*row_of(message), message.number, delay, _EXCHANGES[exchange]))
 
     async def _put_off(self, calls: list[tuple[Any, ...]]) -> list[None]:
-        await self._fetch(
-            "SELECT {}.put_off($1::bigint[], $2::bigint[], $3::integer[], $4::double precision[], $5::integer[])",
-            *_columns(calls),
-        )
+        await self._fetch("SELECT {}.put_off($1, $2, $3, $4, $5)", *_columns(calls))
         return [None] * len(calls)
 
     async def decide(self, message: Message, event: ApprovalEvent) -> bool:
@@ -249,9 +236,7 @@ class PostgresBroker(TableBroker):
         return is_stored
 
     async def _decide(self, calls: list[tuple[Any, ...]]) -> list[bool]:
-        rows = await self._fetch(
-            "SELECT id, name FROM {}.decide($1::bigint[], $2::bigint[], $3::text[], $4::text[])", *_columns(calls)
-        )
+        rows = await self._fetch("SELECT id, name FROM {}.decide($1, $2, $3, $4)", *_columns(calls))
         decided = {Row(*row) for row in rows}
         is_stored = []
         for id_, name, *_ in calls:
@@ -263,9 +248,7 @@ class PostgresBroker(TableBroker):
         return Claimed(await self._claims.call((*row_of(message), message.number)), message.number)
 
     async def _claim(self, calls: list[tuple[Any, ...]]) -> list[Claim]:
-        rows = await self._fetch(
-            "SELECT id, name, was_asked FROM {}.claim($1::bigint[], $2::bigint[], $3::integer[])", *_columns(calls)
-        )
+        rows = await self._fetch("SELECT id, name, was_asked FROM {}.claim($1, $2, $3)", *_columns(calls))
         claims = {Row(id_, name): Claim.HELD if was_asked else Claim.NEW for id_, name, was_asked in rows}
         return [claims.get(Row(id_, name), Claim.ANOTHERS) for id_, name, _ in calls]
 
@@ -274,12 +257,12 @@ class PostgresBroker(TableBroker):
         return is_held
 
     async def _fetch_asked(self, rows: list[Row]) -> list[bool]:
-        found = await self._fetch("SELECT id, name FROM {}.were_asked($1::bigint[], $2::bigint[])", *_columns(rows))
+        found = await self._fetch("SELECT id, name FROM {}.were_asked($1, $2)", *_columns(rows))
         asked = {Row(*row) for row in found}
         return [row in asked for row in rows]
 
     async def unclaim(self, message: Message, token: int) -> bool:
-        rows = await self._fetch("SELECT {}.unclaim($1::bigint, $2::bigint, $3::integer)", *row_of(message), token)
+        rows = await self._fetch("SELECT {}.unclaim($1, $2, $3)", *row_of(message), token)
         is_free: bool = rows[0][0]
         return is_free
 
@@ -346,7 +329,7 @@ class PostgresBroker(TableBroker):
             await self._clean()
 
     async def _clean_page(self, after: int) -> int | None:
-        ((last,),) = await self._fetch("SELECT {}.clean($1::bigint)", after)
+        ((last,),) = await self._fetch("SELECT {}.clean($1)", after)
         return None if last is None else int(last)
 
 
@@ -368,17 +351,8 @@ class _PooledDriver(Adapter):
 
 async def _acquire(pool: asyncpg.Pool[Any]) -> PoolConnectionProxy[Any]:
     """Return a connection of the pool, which may have to connect."""
-    connection: PoolConnectionProxy[Any] = await _without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
+    connection: PoolConnectionProxy[Any] = await without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
     return connection
-
-
-async def _without_frames(connecting: Awaitable[T]) -> T:
-    """Raise an error, or a cancellation, without the driver's frames, which hold the password."""
-    try:
-        return await connecting
-    except BaseException as error:  # noqa: BLE001  # as above
-        error.__context__ = None
-        raise error.with_traceback(None) from None
 
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:

@@ -20,7 +20,7 @@ _NEW_READER: Final = "42704"
 async def store_request(driver: Driver, new: NewRequest) -> bool:
     """Store a request in the transaction of a connection; return whether it was stored already."""
     try:
-        row = await driver.execute("SELECT {}.submit($1::text, $2::text)", new.body.decode(), new.traceparent)
+        row = await driver.execute("SELECT {}.submit($1, $2)", new.body.decode(), new.traceparent)
     except driver.errors as error:
         if is_about_request(error):
             raise InvalidRequestError(first_line(error)) from None
@@ -44,8 +44,7 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
                 )
             with floor.look() as look:
                 row = await driver.execute(
-                    "SELECT id, name, event, pg_current_xact_id()::text, oldest"
-                    " FROM {}.next_outcome($1::text, $2::double precision)",
+                    "SELECT id, name, event, pg_current_xact_id()::text, oldest FROM {}.next_outcome($1, $2)",
                     reader,
                     look.floor,
                 )
@@ -58,7 +57,7 @@ async def take_outcome(driver: Driver, reader: str) -> Outcome | None:
             if row is None:
                 await driver.complete(driver.roll_back())
         if is_new_reader:
-            await driver.complete(driver.execute_alone("SELECT {}.add_reader($1::text)", reader))
+            await driver.complete(driver.execute_alone("SELECT {}.add_reader($1)", reader))
     return None if row is None else Outcome(driver, reader, row)
 
 
@@ -136,7 +135,7 @@ class Outcome(OutcomeDelivery):
         with self._driver.limit():
             await self._driver.roll_back()
             await self._driver.execute_alone(
-                "SELECT {}.put_off_outcome($1::text, $2::bigint, $3::bigint, $4::double precision)",
+                "SELECT {}.put_off_outcome($1, $2, $3, $4)",
                 self._reader,
                 *self._row,
                 delay,

@@ -198,7 +198,7 @@ class SqliteBroker(TableBroker):
         return await self._do(lambda store: store.claim(row_of(message), message.number), lasting=True)
 
     async def has_claim(self, message: Message) -> bool:
-        return await self._do(lambda store: store.holds(row_of(message)))
+        return await self._do(lambda store: store.was_asked(row_of(message)))
 
     async def unclaim(self, message: Message, token: int) -> bool:
         return await self._do(lambda store: store.unclaim(row_of(message), token), lasting=True)

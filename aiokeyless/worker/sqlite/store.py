@@ -321,7 +321,7 @@ class Store:
         self._connection.execute("UPDATE request SET asked = ? WHERE id = ?", (number, row.id))
         return Claimed(Claim.HELD if found[0] else Claim.NEW, number)
 
-    def holds(self, row: Row) -> bool:
+    def was_asked(self, row: Row) -> bool:
         """Return whether the user may have been asked."""
         return bool(self._one("SELECT count(*) FROM request WHERE id = ? AND name = ? AND asked IS NOT NULL", *row)[0])
 
