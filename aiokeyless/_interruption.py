@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Report what ends the process; after a KeyboardInterrupt, Python ends it as the signal would: 130 in a shell."""
+    """Report the exception that ends the process. After a KeyboardInterrupt, a shell sees the exit code 130."""
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write("aiokeyless: interrupted\n")
     else:

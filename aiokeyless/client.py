@@ -138,8 +138,8 @@ class KeylessClient:
             minute. Default: 1000.
         schedule: When waits poll: a `wait_adaptive` or any other tenacity wait strategy. Default: a `wait_adaptive`
             that only this client uses.
-        listeners: Functions that are called with each `Event`, such as the end of a wait, while it happens: polls and
-            waits are delayed if one is slow. If one raises, that is logged. Default: none.
+        listeners: Functions that are called with each `Event` while it happens. A slow one delays polls and waits. If
+            one raises, that is logged. Default: none.
 
     Raises:
         ConfigurationError: An argument is wrong; the message names it and states the valid values.

@@ -363,8 +363,8 @@ class _Curve(NamedTuple):
         It is the d with ``integral of S(t)/S(u) - 1 over u = t .. t+d  ==  poll_cost``. The left side is the lateness
         of the approvals not yet noticed, relative to the operations that are still pending at u. For a constant hazard
         h that is ``exp(h*d) - 1 - h*d == h*poll_cost``, the exact optimum, and ``sqrt(2*poll_cost/h)`` for small steps.
-        Unlike that formula, it takes later changes of the hazard into account: it polls in time when a hazard of zero
-        rises, and seldom at the end, when few approvals are still to come.
+        Unlike that formula, it knows later changes of the hazard. So it polls in time when a hazard of zero rises, and
+        seldom at the end, when few approvals are still to come.
 
         Args:
             start: t, seconds since the operation was created, from 0.

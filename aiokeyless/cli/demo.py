@@ -44,8 +44,8 @@ async def demo(*, as_json: AsJson = False) -> int:
     """Compare waits with loops of one poll a second, without a key or a network.
 
     Both wait at the same time for the same operations of a sandbox on this machine,
-    over real HTTP: while all is well, during an outage, and if an answer is about
-    something else. The loop survives errors. Takes less than 25 seconds.
+    over real HTTP. First all is well, then there is an outage, and at last answers
+    are about something else. The loop survives errors. Takes less than 25 seconds.
 
     Args:
         as_json: Print one JSON object at the end, and nothing else.

@@ -32,7 +32,7 @@ class Look:
 
 
 class Floor:
-    """Where the next search starts."""
+    """The place at which the next search starts."""
 
     def __init__(self) -> None:
         self._floor = 0.0
