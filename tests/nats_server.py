@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import weakref
@@ -42,6 +43,15 @@ async def prepare(stream: JetStreamContext, settings: StreamSettings | None = No
 
     made = settings or StreamSettings()
     return await streams.prepare(stream, Fleet(), made, ack_wait=ack_wait, service="")
+
+
+async def change_consumer(connection: Client, **settings: object) -> None:
+    """Change settings of the consumer, as an operator does. nats-py does not know all of them."""
+    subject = f"$JS.API.CONSUMER.INFO.{REQUESTS}.{CONSUMER}"
+    config = json.loads((await connection.request(subject, timeout=PATIENCE)).data)["config"]
+    wanted = json.dumps({"stream_name": REQUESTS, "config": config | settings}).encode()
+    answer = await connection.request(f"$JS.API.CONSUMER.CREATE.{REQUESTS}.{CONSUMER}", wanted, timeout=PATIENCE)
+    assert "error" not in json.loads(answer.data)
 
 
 class NatsServer(broker.NatsServer):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 from nats_logins import Operator
-from nats_server import NatsServer
+from nats_server import NatsServer, change_consumer
 from waiting import PATIENCE, until
 
 from aiokeyless.errors import BrokerError, ConfigurationError
@@ -73,6 +73,38 @@ async def test_a_connection_that_is_lost_is_waited_for(broker: NatsServer) -> No
         await broker.start()
         await until(lambda: connection.is_connected)
         assert (await opened.inspect()).waiting == 0
+
+
+async def test_a_consumer_that_refuses_every_pull_is_a_problem_of_the_fleet(connection: Client) -> None:
+    async def not_seen() -> None:
+        """The check of the settings would find this cause, but not every one."""
+
+    async with NatsBroker(connection) as opened:
+        await opened.prepare(lease=30.0, service=SERVICE)
+        assert opened._intake is not None
+        opened._intake._restore = not_seen
+        await change_consumer(connection, max_expires=1_000_000)
+
+        async def is_noticed() -> bool:
+            await opened.take(1, 0.1)
+            return bool((await opened.inspect()).problems)
+
+        await until(is_noticed)
+        found = (await opened.inspect()).problems
+    assert found == ("the broker refuses each pull: 409 Exceeded MaxRequestExpires of 1ms",)
+
+
+async def test_a_consumer_that_is_changed_into_one_that_refuses_pulls_ends_the_worker(connection: Client) -> None:
+    async with NatsBroker(connection) as opened:
+        await opened.prepare(lease=30.0, service=SERVICE)
+        await change_consumer(connection, max_expires=1_000_000)
+
+        async def take_again_and_again() -> None:
+            while True:
+                await opened.take(1, 0.1)
+
+        with pytest.raises(BrokerError, match="exists with other settings: max_expires is 1000000, and must be unset"):
+            await take_again_and_again()
 
 
 async def test_a_login_that_expires_stops_neither_a_worker_nor_an_application(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, jetstream, prepare
+from nats_server import CONSUMER, REQUEST_SUBJECT, REQUESTS, change_consumer, jetstream, prepare
 from waiting import PATIENCE, until
 
 from aiokeyless._rules.probes import Standing
@@ -252,15 +252,6 @@ async def test_a_broker_that_is_gone_owes_nothing(hand: Hand) -> None:
 
 
 # -- refusals
-
-
-async def change_consumer(connection: Client, **settings: object) -> None:
-    """Change settings of the consumer, as an operator does. nats-py does not know all of them."""
-    subject = f"$JS.API.CONSUMER.INFO.{REQUESTS}.{CONSUMER}"
-    config = json.loads((await connection.request(subject, timeout=PATIENCE)).data)["config"]
-    wanted = json.dumps({"stream_name": REQUESTS, "config": config | settings}).encode()
-    answer = await connection.request(f"$JS.API.CONSUMER.CREATE.{REQUESTS}.{CONSUMER}", wanted, timeout=PATIENCE)
-    assert "error" not in json.loads(answer.data)
 
 
 async def test_a_limit_of_a_pull_that_the_broker_names_is_obeyed(hand: Hand) -> None:
