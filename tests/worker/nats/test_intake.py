@@ -299,6 +299,23 @@ async def test_a_put_off_that_a_dying_broker_swallowed_is_repeated(hand: Hand, b
     assert (again.body, again.number) == (b"a", 2)
 
 
+async def test_put_offs_of_one_turn_are_confirmed_by_their_last_one(hand: Hand) -> None:
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish(*"abc")
+    await hand.intake.ask(3)
+    await hand.delivered(3)
+    naks = await hand.connection.subscribe("$JS.ACK.>")
+    messages = [*hand.messages]
+    hand.messages.clear()
+    await asyncio.gather(*(hand.intake.put_off(message, 0.0) for message in messages))
+    sent = [await naks.next_msg(PATIENCE) for _ in messages]
+    assert [nak.data for nak in sent] == [b'-NAK {"delay": 0}'] * 3
+    assert [bool(nak.reply) for nak in sent] == [False, False, True]
+    await hand.intake.ask(3)
+    await hand.delivered(3)
+    assert [message.number for message in hand.messages] == [2, 2, 2]
+
+
 async def test_a_put_off_that_is_never_confirmed_is_unsettled(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "_REPEATED_FOR", 0.0)
     await hand.publish("a")
