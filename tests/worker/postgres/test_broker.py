@@ -4,7 +4,6 @@ import asyncio
 import importlib.resources
 import logging
 import re
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,10 @@ from worker.conformance.brokers import LEASE, decide, new_request, operation_of,
 from .shop import decide_all, unread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from asyncpg.pool import PoolConnectionProxy
 
     from .shop import Connection
 
@@ -161,19 +162,22 @@ async def test_a_burst_of_requests_waits_for_connections_as_long_as_it_takes(
     broker: PostgresBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool gives a connection within a time or not at all, so no more calls ask it than it has connections."""
-    acquire = asyncpg.Pool.acquire
+    acquire, release = asyncpg.Pool.acquire, asyncpg.Pool.release
     inside = most = 0
 
-    @asynccontextmanager
-    async def counted(pool: asyncpg.Pool[Any], *, timeout: float | None = None) -> AsyncIterator[object]:
+    async def counted(pool: asyncpg.Pool[Any], *, timeout: float | None = None) -> object:
         nonlocal inside, most
         inside += 1
         most = max(most, inside)
-        async with acquire(pool, timeout=timeout) as connection:
-            yield connection
+        return await acquire(pool, timeout=timeout)
+
+    async def released(pool: asyncpg.Pool[Any], connection: PoolConnectionProxy[Any]) -> None:
+        nonlocal inside
         inside -= 1
+        await release(pool, connection)
 
     monkeypatch.setattr(asyncpg.Pool, "acquire", counted)
+    monkeypatch.setattr(asyncpg.Pool, "release", released)
     await asyncio.gather(*(broker.submit(new_request(f"payment-{number}")) for number in range(200)))
     assert 1 < most <= module._CONNECTIONS
 
