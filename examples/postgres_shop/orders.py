@@ -32,7 +32,10 @@ app = FastAPI(lifespan=lifespan)
 
 
 class NewOrder(BaseModel):
-    """What a customer orders; the id is chosen by the page, so that a second click is the same order."""
+    """An order from the shop's pages, which take the user from their session, and never from the customer.
+
+    A page chooses the order's id, so that a second click is the same order.
+    """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
     user_id: Annotated[str, Field(pattern=r"^[0-9A-F]{1,128}$")]

@@ -23,9 +23,9 @@ class Request(HttpRequest):  # type: ignore[misc]  # Django has no types
 
 
 def pay(request: Request) -> JsonResponse:
-    """Ask the user's phone, and keep the ticket in the session."""
+    """Ask the phone of the user whom your login stored in the session, and never of one whom the browser names."""
     ticket = keyless.create_operation(
-        str(request.POST["user_id"]), operation_payload="Pay 40 to Alice", require_auth_type="biom"
+        request.session["user_id"], operation_payload="Pay 40 to Alice", require_auth_type="biom"
     )
     request.session["ticket"] = ticket.to_json()
     return JsonResponse({"id": ticket.operation_id})

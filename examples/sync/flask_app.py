@@ -1,6 +1,6 @@
-"""Approvals in Flask views: `flask --app flask_app run`."""
+"""Approvals in Flask views: `flask --app flask_app run`. FLASK_SECRET_KEY signs the sessions."""
 
-from flask import Flask, request
+from flask import Flask, session
 
 from aiokeyless import (
     ApprovalError,
@@ -12,16 +12,15 @@ from aiokeyless import (
 from aiokeyless.sync import KeylessClient
 
 app = Flask(__name__)
+app.config.from_prefixed_env()
 keyless = KeylessClient()
 tickets: dict[str, ApprovalTicket] = {}  # a real application keeps them with its orders
 
 
 @app.post("/payments")
 def pay() -> dict[str, str]:
-    """Ask the user's phone."""
-    ticket = keyless.create_operation(
-        request.form["user_id"], operation_payload="Pay 40 to Alice", require_auth_type="biom"
-    )
+    """Ask the phone of the user whom your login stored in the session, and never of one whom the browser names."""
+    ticket = keyless.create_operation(session["user_id"], operation_payload="Pay 40 to Alice", require_auth_type="biom")
     tickets[ticket.operation_id] = ticket
     return {"id": ticket.operation_id}
 

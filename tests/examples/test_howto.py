@@ -61,10 +61,15 @@ async def test_structlog_shows_an_outage_as_json_beside_the_applications_lines()
     assert sorted(approved) == WAITS
 
 
+# The browser names a user of its own, who is not asked.
 FLASK = """
 import flask_app
+flask_app.app.secret_key = "key"
 with flask_app.app.test_client() as browser:
-    payment = browser.post("/payments", data={"user_id": "C0FFEE"}).json["id"]
+    with browser.session_transaction() as session:
+        session["user_id"] = "C0FFEE"
+    payment = browser.post("/payments", data={"user_id": "BAD"}).json["id"]
+    assert flask_app.tickets[payment].user_id == "C0FFEE"
     print(browser.get(f"/payments/{payment}").json["state"])
 """
 
@@ -78,7 +83,12 @@ settings.configure(
 import django, django.test
 django.setup()
 browser = django.test.Client()
-browser.post("/pay", {"user_id": "C0FFEE"})
+session = browser.session
+session["user_id"] = "C0FFEE"
+session.save()
+browser.cookies[settings.SESSION_COOKIE_NAME] = session.session_key
+browser.post("/pay", {"user_id": "BAD"})
+assert '"user_id":"C0FFEE"' in browser.session["ticket"]
 print(browser.get("/payment").json()["state"])
 """
 
