@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 #: Options and parameters, by the arguments of the library that receive them.
 OPTIONS: Final = {
     "api_key": "--api-key",
+    "audience": "--audience",
     "expires_in": "--expires-in",
     "external_id": "EXTERNAL_ID",
     "external_user_id": "--external-user-id",
@@ -60,6 +61,7 @@ VARIABLES: Final = {
 #: The valid values of each argument of the library, worded to follow "must be".
 REQUIREMENTS: Final = {
     "api_key": "printable ASCII, with no spaces around it",
+    "audience": "valid UTF-8",
     "base_url": (
         "an https URL such as https://api.keyless.io, without user name, query, fragment, '..' or /v2 at its end "
         "(http only for this machine, such as a sandbox)"

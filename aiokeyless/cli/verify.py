@@ -25,6 +25,7 @@ async def verify(
     user: Annotated[str, Parameter(validator=validator(check_user_id, "user_id"))],
     data: str,
     external_user_id: str | None = None,
+    audience: str | None = None,
     max_age: Seconds = 300.0,
     as_json: AsJson = False,
 ) -> int:
@@ -38,6 +39,7 @@ async def verify(
         user: The user who must have signed, in hex.
         data: The text that the user must have signed, byte by byte.
         external_user_id: Your own id of the user that the token must name; not compared if left out.
+        audience: The aud that the token must have; if left out, a token with one is refused.
         max_age: Seconds that may have passed since the user signed.
         as_json: Print one JSON object and nothing else.
     """
@@ -46,7 +48,7 @@ async def verify(
     except ModuleNotFoundError:
         raise CommandError('verify needs PyJWT: install the extra "jwt"') from None
     async with new_client() as client:
-        verifier = TransactionVerifier(client, tenant=tenant, max_age=max_age)
+        verifier = TransactionVerifier(client, tenant=tenant, audience=audience, max_age=max_age)
         signed = await verifier.verify(token, user_id=user, transaction_data=data, external_user_id=external_user_id)
     console = new_console()
     if as_json:

@@ -188,6 +188,19 @@ async def test_a_token_that_is_refused_is_an_error(service: Sandbox) -> None:
     assert caught.value.reason is SignatureReason.MALFORMED
 
 
+async def test_a_token_for_an_audience_is_verified_for_that_one_alone(
+    monkeypatch: pytest.MonkeyPatch, service: Sandbox
+) -> None:
+    service.approve("a", user_id=USER, operation_payload=TEXT)
+    token = service.sign("a", claims={"aud": "shop"})
+    arguments = ("verify", token, "--tenant", service.tenant, "--user", USER, "--data", TEXT)
+    assert f"By         {USER}\n" in await printed(monkeypatch, *arguments, "--audience", "shop")
+    for refused in (arguments, (*arguments, "--audience", "bank")):
+        with pytest.raises(SignatureError) as caught:
+            await app.run_async(refused)
+        assert caught.value.reason is SignatureReason.WRONG_AUDIENCE
+
+
 async def test_verify_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch, service: Sandbox) -> None:
     arguments = (*signed(service), "--data", TEXT)
     monkeypatch.setitem(sys.modules, "aiokeyless.signatures", None)
