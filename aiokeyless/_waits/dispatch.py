@@ -60,8 +60,7 @@ class Dispatcher:
         self._least = min(max_in_flight, max_connections)  # there is always room for so many polls in flight
         self._request_timeout = request_timeout
         self._window = Window()
-        # In the order of `_rules.probes`: by an operation's failures in a row, then by whether it was ever answered
-        # well.
+        # In the order of probes: by an operation's failures in a row, then by whether it was ever answered well.
         self._queues: tuple[TimerQueue[PolledOperation], ...] = tuple(
             TimerQueue() for _ in range(2 * (_MOST_FAILURES + 1))
         )

@@ -252,8 +252,8 @@ class Broker(ApplicationSide):
             up_to: How many at most; at least 1.
             within: Seconds after which it returns at the latest, even without a request.
             untried: None unless requests fail. Then so many that were never tried come first, and the others by fewest
-                failures: among equals those that a poll answered well, then those that were tried and no more, then
-                those never tried, the newest first.
+                failures. Among equals, those that a poll answered well come first. Those that were tried and no more
+                follow, and then those never tried, the newest first.
         """
 
     @abstractmethod

@@ -362,6 +362,31 @@ async def test_one_that_failed_waits_a_moment_for_better_ones(hand: Hand) -> Non
     assert message.body == b"good"
 
 
+async def test_a_new_one_is_found_behind_more_bad_ones_than_are_pulled_at_once(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_CHOICE", 2)
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish("bad", "worse", "answered", "new")
+    for number, exchange in ((1, Exchange.FAILED), (2, Exchange.FAILED), (3, Exchange.ANSWERED)):
+        hand.intake.failures.record(number, exchange)
+    [message] = await hand.intake.take(1, PATIENCE, untried=1)
+    assert message.body == b"new"
+    [message] = await hand.intake.take(1, PATIENCE, untried=0)
+    assert message.body == b"answered"
+
+
+async def test_without_a_new_one_in_time_the_best_of_the_others_is_taken(hand: Hand) -> None:
+    hand.intake._now = asyncio.get_running_loop().time
+    await hand.publish("created")
+    hand.intake.failures.record(1, Exchange.CREATED)
+    await hand.intake.ask(1)
+    await hand.delivered(1)
+    hand.intake._pending = 1  # another worker gets it
+    [message] = await hand.intake.take(1, 0.3, untried=1)
+    assert (message.body, message.is_untried) == (b"created", False)
+
+
 async def test_what_nobody_takes_goes_back(hand: Hand, connection: Client) -> None:
     await hand.publish("bad", "good")
     hand.intake.failures.record(1, Exchange.FAILED)
