@@ -13,7 +13,7 @@ from waiting import PATIENCE
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from playwright.async_api import Browser
+    from playwright.async_api import Browser, Page, Route
 
 CHROMIUM = shutil.which("chromium")
 #: It must not call home, and must not ask questions when it starts for the first time.
@@ -38,3 +38,19 @@ async def chromium() -> AsyncGenerator[Browser]:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags, timeout=PATIENCE * 1000)
         yield browser
         await browser.close()
+
+
+async def lose_answers(page: Page, url: str) -> None:
+    """Let a page get no answer from these addresses, then a proxy's 502, and then one that never comes."""
+    faults = ["lost", "502", "silent"]
+
+    async def answer(route: Route) -> None:
+        fault = faults.pop(0) if faults else None
+        if fault == "lost":
+            await route.abort()
+        elif fault == "502":
+            await route.fulfill(status=502, body="<h1>Bad gateway</h1>")
+        elif fault is None:
+            await route.continue_()
+
+    await page.route(url, answer)

@@ -21,14 +21,14 @@ from aiokeyless.signatures import TransactionVerifier
 
 FINAL = ("paid", "refused", "cancelled", "declined")  # the last one until the customer is asked anew
 log = logging.getLogger("uvicorn.error")
-client = aiokeyless.KeylessClient()  # one for all customers; key and address come from the environment
-verifier = TransactionVerifier(client, tenant=os.environ.get("CHECKOUT_TENANT", "sandbox"))
 
 
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-    """Close the client when the server is told to stop: it stops once all streams have ended."""
-    async with close_on_signals(client):
+    """Make one client for all customers. Close it when the server is told to stop: it stops once all streams ended."""
+    async with aiokeyless.KeylessClient() as client, close_on_signals(client):  # its key is in the environment
+        app.state.client = client
+        app.state.verifier = TransactionVerifier(client, tenant=os.environ.get("CHECKOUT_TENANT", "sandbox"))
         yield
 
 
@@ -128,7 +128,7 @@ async def pay(order: Annotated[Order, Depends(own_order)]) -> Order:
     if order.ticket:
         return order
     try:
-        ticket = await client.create_operation(
+        ticket = await app.state.client.create_operation(
             order.user_id,
             operation_id=order.operation_id,
             operation_payload=order.payload,
@@ -178,7 +178,7 @@ async def follow(order: Annotated[Order, Depends(own_order)]) -> AsyncIterator[S
         ticket = aiokeyless.ApprovalTicket.from_json(order.ticket)
         yield ServerSentEvent(data={"state": "waiting", "left": ticket.remaining()}, retry=1000)
         try:
-            async with contextlib.aclosing(client.watch_approval(ticket, explain=True)) as updates:
+            async with contextlib.aclosing(app.state.client.watch_approval(ticket, explain=True)) as updates:
                 async for update in updates:
                     reasons = [attempt.reason for attempt in update.attempts if attempt.failed]
                     news = {"trouble": update.error is not None, "reason": reasons[-1] if reasons else None}
@@ -202,7 +202,7 @@ async def keep_evidence(order_id: str, token: Annotated[str, Body(embed=True)]) 
     """Keep the token that the customer's app hands over. It is evidence, and pays for nothing."""
     order = by_id(order_id)
     try:
-        signed = await verifier.verify(token, user_id=order.user_id, transaction_data=order.payload)
+        signed = await app.state.verifier.verify(token, user_id=order.user_id, transaction_data=order.payload)
     except aiokeyless.SignatureError as error:
         log.warning("order %s: %s", order.id, error)
         raise HTTPException(503 if error.is_transient else 422, "this is no evidence") from error

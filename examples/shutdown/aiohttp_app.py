@@ -3,30 +3,39 @@
 import os
 
 from aiohttp import web
-from approvals import ask, client, state
+from approvals import ask, state
+
+from aiokeyless import KeylessClient
 
 routes = web.RouteTableDef()
+CLIENT = web.AppKey("client", KeylessClient)
 
 
 @routes.post("/approvals")
-async def create(_request: web.Request) -> web.Response:
+async def create(request: web.Request) -> web.Response:
     """Ask the user."""
-    return web.json_response(await ask())
+    return web.json_response(await ask(request.app[CLIENT]))
 
 
 @routes.get("/approvals/{operation_id}")
 async def approval(request: web.Request) -> web.Response:
     """Answer a long poll."""
-    return web.json_response(await state(request.match_info["operation_id"]))
+    return web.json_response(await state(request.app[CLIENT], request.match_info["operation_id"]))
 
 
-async def close_client(_app: web.Application) -> None:
+async def make_client(app: web.Application) -> None:
+    """Make the client."""
+    app[CLIENT] = KeylessClient()
+
+
+async def close_client(app: web.Application) -> None:
     """Close the client before aiohttp waits for the requests; on_cleanup and cleanup_ctx come after that."""
-    await client.aclose()
+    await app[CLIENT].aclose()
 
 
 app = web.Application()
 app.add_routes(routes)
+app.on_startup.append(make_client)
 app.on_shutdown.append(close_client)
 
 if __name__ == "__main__":

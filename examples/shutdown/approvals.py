@@ -9,18 +9,17 @@ from aiokeyless import (
     KeylessClient,
 )
 
-client = KeylessClient()
 tickets: dict[str, ApprovalTicket] = {}  # a real site keeps them in its database, each with the user who may read it
 
 
-async def ask() -> dict[str, str]:
+async def ask(client: KeylessClient) -> dict[str, str]:
     """Ask the user; the ticket binds each later wait to this user and this payload."""
     ticket = await client.create_operation("C0FFEE", operation_payload="Pay 40 to Alice", require_auth_type="biom")
     tickets[ticket.operation_id] = ticket
     return {"operation_id": ticket.operation_id}
 
 
-async def state(operation_id: str) -> dict[str, str]:
+async def state(client: KeylessClient, operation_id: str) -> dict[str, str]:
     """Answer once the user has approved, or after 25 seconds that it is pending: the caller then asks again."""
     if (ticket := tickets.get(operation_id)) is None:  # an id out of a URL names a ticket, and is not waited for
         return {"state": "unknown"}

@@ -4,26 +4,28 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from approvals import ask, client, state
+from approvals import ask, state
 from django.conf import settings
 from django.core.asgi import get_asgi_application
-from django.http import HttpRequest, JsonResponse
+from django.core.handlers.asgi import ASGIRequest
+from django.http import JsonResponse
 from django.urls import path
 
+from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-async def create(_request: HttpRequest) -> JsonResponse:
+async def create(request: ASGIRequest) -> JsonResponse:
     """Ask the user."""
-    return JsonResponse(await ask())
+    return JsonResponse(await ask(request.scope["state"]["client"]))
 
 
-async def approval(_request: HttpRequest, operation_id: str) -> JsonResponse:
+async def approval(request: ASGIRequest, operation_id: str) -> JsonResponse:
     """Answer a long poll."""
-    return JsonResponse(await state(operation_id))
+    return JsonResponse(await state(request.scope["state"]["client"], operation_id))
 
 
 urlpatterns = [path("approvals", create), path("approvals/<operation_id>", approval)]
@@ -35,12 +37,13 @@ django = get_asgi_application()
 
 
 async def application(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-    """Serve the ASGI lifespan, which Django does not, so that the client is closed when the signal arrives."""
+    """Serve the ASGI lifespan, which Django does not: make the client, and close it when the signal arrives."""
     if scope["type"] != "lifespan":
         await django(scope, receive, send)
         return
     await receive()  # the server starts
-    async with close_on_signals(client):
+    async with KeylessClient() as client, close_on_signals(client):
+        scope["state"]["client"] = client
         await send({"type": "lifespan.startup.complete"})
         await receive()  # it has waited for its requests
     await send({"type": "lifespan.shutdown.complete"})

@@ -3,29 +3,31 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from approvals import ask, client, state
-from litestar import Litestar, get, post
+from approvals import ask, state
+from litestar import Litestar, Request, get, post
 
+from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
 
 
 @asynccontextmanager
-async def lifespan(_app: Litestar) -> AsyncGenerator[None]:
-    """Close the client when the signal arrives; on_shutdown would come after the server has waited."""
-    async with close_on_signals(client):
+async def lifespan(app: Litestar) -> AsyncGenerator[None]:
+    """Make the client, and close it when the signal arrives; on_shutdown would come after the server has waited."""
+    async with KeylessClient() as client, close_on_signals(client):
+        app.state.client = client
         yield
 
 
 @post("/approvals")
-async def create() -> dict[str, str]:
+async def create(request: Request) -> dict[str, str]:
     """Ask the user."""
-    return await ask()
+    return await ask(request.app.state.client)
 
 
 @get("/approvals/{operation_id:str}")
-async def approval(operation_id: str) -> dict[str, str]:
+async def approval(request: Request, operation_id: str) -> dict[str, str]:
     """Answer a long poll."""
-    return await state(operation_id)
+    return await state(request.app.state.client, operation_id)
 
 
 app = Litestar([create, approval], lifespan=[lifespan])

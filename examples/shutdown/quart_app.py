@@ -6,9 +6,10 @@ they have waited for their requests: then run one process for each worker, and l
 
 from collections.abc import AsyncGenerator
 
-from approvals import ask, client, state
+from approvals import ask, state
 from quart import Quart
 
+from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
 
 app = Quart(__name__)
@@ -16,18 +17,19 @@ app = Quart(__name__)
 
 @app.while_serving
 async def lifespan() -> AsyncGenerator[None]:
-    """Close the client when the signal arrives; after_serving would come after the server has waited."""
-    async with close_on_signals(client):
+    """Make the client, and close it when the signal arrives; after_serving would come after the server has waited."""
+    async with KeylessClient() as client, close_on_signals(client):
+        app.config["client"] = client
         yield
 
 
 @app.post("/approvals")
 async def create() -> dict[str, str]:
     """Ask the user."""
-    return await ask()
+    return await ask(app.config["client"])
 
 
 @app.get("/approvals/<operation_id>")
 async def approval(operation_id: str) -> dict[str, str]:
     """Answer a long poll."""
-    return await state(operation_id)
+    return await state(app.config["client"], operation_id)

@@ -1,6 +1,7 @@
 """Approvals in Django's synchronous views; `urlpatterns` belongs to the project's `urls.py`."""
 
 from django.contrib.sessions.backends.base import SessionBase
+from django.db import transaction
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
@@ -31,6 +32,7 @@ def pay(request: Request) -> JsonResponse:
     return JsonResponse({"id": ticket.operation_id})
 
 
+@transaction.non_atomic_requests  # type: ignore[untyped-decorator]  # with ATOMIC_REQUESTS, it would hold a transaction
 def payment(request: Request) -> JsonResponse:
     """Answer once it is approved, or that it is pending: the page then asks again."""
     ticket = ApprovalTicket.from_json(request.session["ticket"])

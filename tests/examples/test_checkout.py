@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 import pytest
 import pytest_asyncio
-from chromium import chromium
+from chromium import chromium, lose_answers
 from example_server import ExampleServer
 from waiting import PATIENCE, until
 
@@ -510,6 +510,18 @@ class TestInTheBrowser:
                 await shows(page, "paid")
             assert [len(asked(keyless, user)) for user in users] == [1, 1]
             assert all("ERR_" in error for error in ada.errors + bob.errors)  # the connection that was lost
+
+    async def test_the_page_asks_again_after_a_lost_answer_a_502_and_an_answer_that_never_comes(
+        self, keyless: Sandbox, backend: Backend, browser: Browser
+    ) -> None:
+        async with Visitor(browser) as visitor:
+            page = await visitor.tab(backend)
+            user = await visitor.user_id(page)
+            await lose_answers(page, "**/events")
+            await click(page, "Pay")
+            await until(lambda: bool(asked(keyless, user)))
+            keyless.approve(*(operation.operation_id for operation in asked(keyless, user)))
+            await shows(page, "paid")
 
     async def test_a_timed_out_order_is_checked_again(
         self, keyless: Sandbox, hasty_backend: Backend, browser: Browser

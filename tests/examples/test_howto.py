@@ -160,7 +160,8 @@ async def ask_of_celery(module: ModuleType, ticket: ApprovalTicket) -> str:
 
 async def ask_of_a_server(module: ModuleType, ticket: ApprovalTicket) -> str:
     module.tickets["order-1"] = ticket
-    return str((await module.state("order-1"))["state"])
+    async with module.KeylessClient() as client:
+        return str((await module.state(client, "order-1"))["state"])
 
 
 @pytest.mark.parametrize(
@@ -192,9 +193,7 @@ async def test_an_approval_that_an_outage_hides_at_the_deadline_is_found_later(
         assert await ask(program, ticket) == unknown
         sandbox.recover()
         assert await ask(program, ticket) == approved
-        if ask is ask_of_a_server:
-            await program.client.aclose()
-        else:
+        if ask is not ask_of_a_server:
             await asyncio.to_thread(program.keyless.close)
 
 

@@ -7,13 +7,14 @@ import re
 import signal
 import sqlite3
 import sys
+import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
 import pytest
-from chromium import chromium
+from chromium import chromium, lose_answers
 from example_process import example_process
 from example_server import ExampleServer
 from fastapi import HTTPException, Response
@@ -479,3 +480,21 @@ async def test_page_logs_in_and_shows_the_number_of_the_phone(sandbox: Sandbox, 
             plain = await context.new_page()
             await plain.goto(server.url)
             await expect(plain.locator("noscript p")).to_be_visible()
+
+
+@pytest.mark.browser
+async def test_page_asks_again_after_a_lost_answer_a_502_and_an_answer_that_never_comes(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    async with Server(sandbox, tmp_path) as server, chromium() as browser:
+        from playwright.async_api import expect  # chromium() skips where it is missing
+
+        page = await browser.new_page()
+        await lose_answers(page, "**/login/*")
+        await page.goto(server.url)
+        await page.get_by_role("button", name="Log in with your face").click()
+        await expect(page.locator("#number")).to_be_visible()
+        sandbox.approve(*sandbox.operations)
+        began = time.monotonic()
+        await expect(page.get_by_role("status")).to_have_text("You are logged in as alice@example.com.")
+        assert 35 < time.monotonic() - began < 60  # and at once if the page was hidden meanwhile: the other two pages

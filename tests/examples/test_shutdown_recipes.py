@@ -105,6 +105,44 @@ async def test_an_open_long_poll_does_not_keep_a_server_from_stopping(name: str)
     assert "Traceback" not in program.output
 
 
+@pytest.mark.parametrize("end", ["SIGTERM", "--max-requests"])
+async def test_an_open_long_poll_does_not_keep_a_worker_of_gunicorn_from_ending(end: str) -> None:
+    command = ("-m", "gunicorn", "-c", "gunicorn_conf.py", "-w", "1", "-b", "127.0.0.1:0", "--max-requests", "3")
+    async with (
+        Sandbox() as sandbox,
+        aiohttp.ClientSession() as http,
+        example_process(*command, "flask_app:app", folder=FOLDER.parent / "sync", sandbox=sandbox) as process,
+    ):
+        program = Program(process)
+        payments = (await program.read_until(r"(http://127\.0\.0\.1:[1-9]\d*)"))[1] + "/payments"
+        async with http.post(payments, data={"user_id": "C0FFEE"}) as response:
+            payment = (await response.json())["id"]
+        answer = asyncio.create_task(http.get(f"{payments}/{payment}"))
+        await until_polled(sandbox)
+        async with asyncio.timeout(AT_ONCE):
+            if end == "SIGTERM":
+                assert await program.stop() == 0, program.output
+            else:
+                async with http.get(f"{payments}/nobody") as response:  # the third request
+                    assert response.status == 500
+            async with await answer as response:
+                assert await response.json() == {"state": "pending"}
+
+
+async def test_a_lifespan_that_is_entered_twice_has_a_client_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ApprovingSandbox("biom") as sandbox:
+        monkeypatch.setenv("KEYLESS_BASE_URL", sandbox.url)
+        monkeypatch.setenv("KEYLESS_API_KEY", sandbox.api_key)
+        monkeypatch.syspath_prepend(FOLDER)
+        from approvals import ask, state
+        from fastapi_app import app, lifespan
+
+        for _ in range(2):
+            async with lifespan(app) as serving:
+                client = serving["client"]
+                assert await state(client, (await ask(client))["operation_id"]) == {"state": "approved"}
+
+
 async def test_a_pin_is_refused() -> None:
     async with (
         ApprovingSandbox("pin") as sandbox,
