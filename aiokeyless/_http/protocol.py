@@ -427,6 +427,8 @@ def _choose_advice(status: int) -> str | None:
         return "a redirect, not followed since that would send the API key to another host; check base_url"
     if 200 <= status < 300:
         return "a success that the API does not document, so it does not count as one; check base_url and the proxies"
+    if status == 407:
+        return "from a proxy; check its URL, user name and password"
     if status in TRANSIENT_STATUSES - _STATUS_ERRORS.keys():
         return "a temporary failure; try again later"
     return None

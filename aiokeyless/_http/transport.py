@@ -470,6 +470,10 @@ class Transport:
             reason = f"{type(failure).__name__}: {words}" if words else type(failure).__name__
             if isinstance(tls_error, ssl.SSLCertVerificationError):
                 advice = "check base_url, and which authorities the session trusts"
+            elif isinstance(failure, aiohttp.ClientHttpProxyError):
+                advice = f"the proxy refused with {failure.status}; check its URL, user name and password"
+            elif isinstance(failure, aiohttp.ClientResponseError):
+                advice = "what came is not HTTP/1.1, as from a gateway that speaks HTTP/2 only; check base_url"
             elif not sent and self._ignores_proxy():
                 advice = "$HTTPS_PROXY is set, but only a session= with trust_env=True uses it"
             else:

@@ -680,6 +680,32 @@ async def test_no_other_failure_names_the_proxy(
     assert str(error).endswith("try again later")
 
 
+@pytest.mark.parametrize("base_url", ["https://api.example", "http://127.0.0.1:1"], ids=["tunnel", "plain"])
+async def test_proxy_that_wants_a_password_is_named(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        RawServer(answer(status=b"407 Proxy Authentication Required")) as proxy,
+        aiohttp.ClientSession(trust_env=True) as session,
+        KeylessClient("key", base_url=base_url, session=session, max_attempts=1) as client,
+    ):
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        with pytest.raises(KeylessError, match=r"407.*proxy|proxy.*407") as caught:
+            await client.get_operation("txn-1")
+    assert "user name and password" in str(caught.value)
+
+
+async def test_gateway_that_speaks_http_2_only_is_named() -> None:
+    settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    async with (
+        RawServer(settings) as gateway,
+        KeylessClient("key", base_url=gateway.url, max_attempts=1) as client,
+    ):
+        with pytest.raises(TransportError, match=r"not HTTP/1\.1, as from a gateway that speaks HTTP/2 only"):
+            await client.get_operation("txn-1")
+
+
 ECHOES: dict[str, bytes | Handler] = {
     "a reset": reset,
     "silence": hang,
