@@ -615,9 +615,9 @@ def submit_approval(
     ``failed`` with `FailureReason.CONFLICT`.
 
     Args:
-        broker: A connection of psycopg or Django to the PostgreSQL that has the broker: the request is stored if and
-            only if the connection's transaction commits. Or a broker's URL, or a broker that is not open: it is opened
-            on first use, and stays open.
+        broker: A session or connection of SQLAlchemy, psycopg, psycopg2 or Django to the PostgreSQL that has the
+            broker: the request is stored if and only if its transaction commits. Or a broker's URL, or a broker that is
+            not open: it is opened on first use, and stays open.
         user_id: The user, in hex of either case.
         operation_id: The operation's id, unique in the tenant. An id is for one approval only: to ask again, use
             a new one. Store it with what the approval is for, before you ask.

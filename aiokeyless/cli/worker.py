@@ -139,7 +139,7 @@ def _open_broker(url: str | None, schema: str | None, options: NatsOptions | Non
         raise UsageError(
             f"--broker or KEYLESS_BROKER must name the broker, {found}: sqlite:FILE, postgresql://... or nats://..."
         )
-    scheme = url.partition(":")[0].lower()
+    scheme = url.partition(":")[0].partition("+")[0].lower()
     if schema is not None:
         if scheme not in POSTGRES:
             raise UsageError("--schema needs a broker whose URL begins with postgresql:")
@@ -160,7 +160,7 @@ def _open_nats_broker(url: str, options: NatsOptions) -> Broker:
     try:
         from aiokeyless.worker.nats import EventKeys, Fleet, NatsBroker, StreamSettings  # noqa: PLC0415  # as above
     except ModuleNotFoundError as error:
-        raise CommandError(f'this broker needs {error.name}: install the extra "nats"') from None
+        raise CommandError(f'--broker needs {error.name}, which is not installed: install the extra "nats"') from None
     try:
         fleet = Fleet(name=options.name)
     except ConfigurationError as error:

@@ -12,7 +12,7 @@ from .applications import Submission, approval_request, next_outcome, submit_app
 from .approval_worker import ApprovalWorker
 from .broker import Broker
 from .healthz import serve_health
-from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome
+from .messages import ApprovalEvent, ApprovalRequest, FailureReason, Outcome, read_event
 from .monitoring import WorkerStatistics
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "WorkerStatistics",
     "approval_request",
     "next_outcome",
+    "read_event",
     "serve_health",
     "submit_approval",
 ]

@@ -25,7 +25,8 @@ from .messages import ApprovalEvent, ApprovalRequest, Message
 
 T = TypeVar("T")
 
-_SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*):", re.IGNORECASE)
+#: The scheme of a URL, of which one for SQLAlchemy also names a driver. A drive of Windows is none.
+_SCHEME: Final = re.compile(r"([a-z][a-z0-9.-]+)(\+\w+)?:", re.IGNORECASE)
 #: Most seconds for which an unhandled outcome is put off.
 LONGEST_PAUSE: Final = 300.0
 
@@ -370,10 +371,14 @@ def _find_side(target: object) -> ApplicationSide | ConfigurationError:
             elif not modules.isdisjoint(package.DRIVERS):
                 return _side(package.from_connection(target))
         except ModuleNotFoundError as error:
-            return ConfigurationError(f"this broker needs {error.name}: {package.HINT}", argument="broker")
+            return ConfigurationError(
+                f"broker needs {error.name}, which is not installed: {package.HINT}", argument="broker"
+            )
         except ConfigurationError as error:
             return error.with_traceback(None)
     shown = f"a URL of the scheme {found[1]!r:.40}" if found else type(target).__name__
+    if isinstance(target, str) and not found:
+        shown = "a text without a scheme: a SQLite file is sqlite:PATH"
     return ConfigurationError(
         f"broker must be a broker, a URL ({', '.join(known)}) or a driver's connection, not {shown}", argument="broker"
     )

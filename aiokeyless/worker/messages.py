@@ -319,13 +319,20 @@ def deadline(message: Message) -> datetime | None:
         return None
 
 
-def read_event(data: bytes) -> ApprovalEvent:
-    """Read a worker's message.
+def read_event(data: bytes | str) -> ApprovalEvent:
+    """Read an event that you have by other means than `next_outcome`, such as SQL.
+
+    Args:
+        data: The event, as JSON: its bytes or its text.
+
+    Returns:
+        The event, checked.
 
     Raises:
-        msgspec.DecodeError: It is not an event of a known form. If it is of a later version, a `NewerVersionError`.
+        msgspec.DecodeError: It is not an event of a known form, or of a later version than this library knows.
     """
-    event = _decode(data, ApprovalEvent)
+    encoded = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+    event = _decode(encoded, ApprovalEvent)
     if (reason := context_refusal(event.context)) is not None:
         raise msgspec.DecodeError(reason)
     return event

@@ -8,12 +8,11 @@ from typing import Annotated
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
-from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from tables import DATABASE_URL, Order, Table
 
-from aiokeyless.worker import approval_request
+from aiokeyless.worker import submit_approval
 
 engine = create_async_engine(DATABASE_URL.replace("postgresql:", "postgresql+asyncpg:", 1), pool_pre_ping=True)
 sessions = async_sessionmaker(engine, expire_on_commit=False)
@@ -46,14 +45,13 @@ class NewOrder(BaseModel):
 async def place(new: NewOrder) -> dict[str, str]:
     """Store an order, and have its customer asked."""
     order = Order(id=new.id, user_id=new.user_id, text=f"Pay {new.amount} EUR to Fern & Clay, order {new.id}")
-    request = approval_request(
-        order.user_id, operation_id=order.id, operation_payload=order.text, require_auth_type="biom"
-    )
     with contextlib.suppress(IntegrityError):  # it is there already
         async with sessions.begin() as session:
             session.add(order)
             await session.flush()
-            await session.execute(text("SELECT keyless.submit(:request)"), {"request": request})
+            await submit_approval(
+                session, order.user_id, operation_id=order.id, operation_payload=order.text, require_auth_type="biom"
+            )
     return await show(new.id)
 
 

@@ -59,7 +59,8 @@ def test_a_broker_is_taken_as_it_is() -> None:
     ("target", "message"),
     [
         ("redis://127.0.0.1", "a URL of the scheme 'redis'"),
-        ("keyless.db", "not str"),
+        ("keyless.db", "not a text without a scheme: a SQLite file is sqlite:PATH"),
+        ("C:\\keyless.db", "a SQLite file is sqlite:PATH"),
         (None, "not NoneType"),
         ("sqlite:", "must name a file"),
         ("sqlite:///keyless.db", "without //"),
@@ -90,7 +91,7 @@ def test_a_broker_whose_library_is_missing_says_what_to_install(monkeypatch: pyt
     for name in [name for name in sys.modules if name.startswith("aiokeyless.worker.nats.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nats", None)
-    with pytest.raises(ConfigurationError, match=r'needs nats.*: install the extra "nats"'):
+    with pytest.raises(ConfigurationError, match=r'^broker needs nats, which is not .*: install the extra "nats"$'):
         broker_for("nats://127.0.0.1:4222")
 
 

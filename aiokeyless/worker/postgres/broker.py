@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The beginning of a URL that names a driver, as SQLAlchemy's do.
+_SQLALCHEMYS: Final = re.compile(r"^(\w+)\+\w+(?=:)")
 _CONNECTIONS: Final = 20  # at most; half of them for outcomes in progress
 _ANSWER_WITHIN: Final = 10.0  # seconds
 _TIDIES_WITHIN: Final = 120.0  # seconds: after a crash, one statement restores all waiting requests
@@ -63,7 +66,8 @@ class PostgresBroker(TableBroker):
     An application with its own connection needs no broker object: see `PostgresConnection`.
 
     Args:
-        database: A URL such as ``postgresql://user@host/database``; or an asyncpg pool, which stays yours.
+        database: A URL such as ``postgresql://user@host/database``, or SQLAlchemy's; or an asyncpg pool, which
+            stays yours.
         schema: The schema. A worker makes or migrates it, if its login has the rights. Default: ``keyless``.
 
     Raises:
@@ -121,7 +125,7 @@ class PostgresBroker(TableBroker):
                 # may use any of its connections for the next one. No minimum of open connections: a pool with one logs
                 # a traceback whenever the database is away.
                 pool = await asyncpg.create_pool(
-                    url.reveal(),
+                    _SQLALCHEMYS.sub(r"\1", url.reveal()),
                     min_size=0,
                     max_size=_CONNECTIONS,
                     statement_cache_size=0,

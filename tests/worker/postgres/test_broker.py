@@ -61,8 +61,13 @@ async def fill(admin: Connection, count: int, due_in: str = "0 s") -> None:
 
 
 def test_a_url_picks_the_broker() -> None:
-    for url in ("postgresql://localhost/shop", "postgres://localhost/shop"):
-        assert repr(broker_for(url)) == "<PostgresBroker, schema 'keyless'>"
+    for scheme in ("postgresql", "postgres", "postgresql+psycopg", "postgresql+asyncpg", "POSTGRESQL"):
+        assert repr(broker_for(f"{scheme}://localhost/shop")) == "<PostgresBroker, schema 'keyless'>"
+
+
+async def test_a_url_of_sqlalchemy_opens_the_database_that_it_names(url: str) -> None:
+    async with PostgresBroker(url.replace("postgresql:", "postgresql+psycopg2:")) as broker:
+        await broker.prepare(lease=LEASE, service="")
 
 
 @pytest.mark.parametrize(

@@ -417,4 +417,4 @@ async def test_while_it_waits_the_connection_is_in_no_transaction(
 @pytest.mark.parametrize("target", [asyncpg.Record, object()])
 def test_what_is_no_connection_is_refused(target: object) -> None:
     with pytest.raises(ConfigurationError, match="connection of asyncpg"):
-        PostgresConnection(target)  # type: ignore[arg-type]  # under test
+        PostgresConnection(target)

@@ -8,6 +8,7 @@ import asyncio
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -29,8 +30,12 @@ from aiokeyless.worker.postgres.adapters import driver
 from worker.conformance.brokers import decide, take_n
 
 from . import families
-from .families import FAMILIES, Family, ask, handle
+from .families import FAMILIES, Family, Payment, RefusalError, ask, handle
 from .shop import decide_all, payments, unread
+
+sys.path.append(str(Path(__file__).parents[3] / "examples" / "postgres_shop"))
+
+import session_orders  # examples are programs, not a package
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -59,7 +64,7 @@ TABLE = {
 
 @pytest.fixture(params=FAMILIES)
 def shop(request: pytest.FixtureRequest, server: PostgresServer, database: str) -> Family:
-    return FAMILIES[request.param](server.folder, database)
+    return FAMILIES[request.param](str(server.folder), database)
 
 
 async def start(shop: Family, *arguments: str) -> asyncio.subprocess.Process:
@@ -103,6 +108,18 @@ async def test_a_request_is_stored_if_and_only_if_its_transaction_commits(admin:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "shop",
+    [
+        "Asyncpg",
+        "PsycopgAsync",
+        "Psycopg2Dict",
+        "SqlalchemySession",
+        "SqlalchemyAsyncSession",
+        "DjangoPsycopg2",
+    ],
+    indirect=True,
+)
 async def test_each_order_that_was_committed_is_paid_once_whatever_fails(
     broker: PostgresBroker, admin: Connection, shop: Family
 ) -> None:
@@ -122,6 +139,28 @@ async def test_each_order_that_was_committed_is_paid_once_whatever_fails(
     settling.kill()
     assert await settling.wait() == -signal.SIGKILL  # a second payment would have ended it
     assert await payments(admin) == {f"order-{number}" for number in range(20) if number % 4 != 3}
+
+
+async def test_the_examples_reader_commits_what_it_adds_with_the_outcome(
+    broker: PostgresBroker, admin: Connection, engine: Engine
+) -> None:
+    def pay(session: Session, event: worker.ApprovalEvent) -> None:
+        if session.get(Payment, "a") is not None:
+            raise RefusalError
+        session.add(Payment(operation_id=event.operation_id))
+
+    await decide_all(broker, "a")
+    with Session(engine) as session:
+        reading = asyncio.create_task(blocking(lambda: session_orders.read(session, pay)))
+        await until(lambda: unread_is(admin, {}))
+        await decide_all(broker, "b")
+        with pytest.raises(RefusalError):
+            await reading
+    assert await payments(admin) == {"a"}
+
+
+async def unread_is(admin: Connection, expected: dict[str, int]) -> bool:
+    return await unread(admin) == expected
 
 
 # -- what is refused, before anything is stored or taken

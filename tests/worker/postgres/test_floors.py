@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiokeyless.worker.postgres import floors
+from aiokeyless.worker.postgres.adapters.driver import _floors_of as floors_of
 from aiokeyless.worker.postgres.floors import Floor
-from aiokeyless.worker.postgres.transactions import floors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
