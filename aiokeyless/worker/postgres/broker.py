@@ -179,7 +179,8 @@ class PostgresBroker(TableBroker):
         await self._outcomes.acquire()
         try:
             with broker_errors(self._schema, ERRORS):
-                driver = _PooledDriver(pool, await _acquire(pool), self._schema, self._outcomes)
+                connection = await without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
+                driver = _PooledDriver(pool, connection, self._schema, self._outcomes)
         except BaseException:  # after a cancellation, too, the place is free again
             self._outcomes.release()
             raise
@@ -301,7 +302,7 @@ class PostgresBroker(TableBroker):
         while True:
             with broker_errors(self._schema, ERRORS):
                 async with self._calls:
-                    connection = await _acquire(pool)
+                    connection = await without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
                     giving_up = loop.call_later(patience, connection.terminate)
                     try:
                         # Not the database's default: a function must see what was committed while it waited for a lock.
@@ -351,12 +352,6 @@ class _PooledDriver(Adapter):
     async def release(self) -> None:
         self._slots.release()
         await self._pool.release(self._pooled)
-
-
-async def _acquire(pool: asyncpg.Pool[Any]) -> PoolConnectionProxy[Any]:
-    """Return a connection of the pool, which may have to connect."""
-    connection: PoolConnectionProxy[Any] = await without_frames(pool.acquire(timeout=_ANSWER_WITHIN))
-    return connection
 
 
 async def _reset_nothing(_connection: asyncpg.Connection[Any]) -> None:
