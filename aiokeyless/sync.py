@@ -141,7 +141,7 @@ class _Background:
         async def hold() -> None:
             async with context as value:
                 entered.set_result(value)
-                await asyncio.wrap_future(left)
+                await asyncio.shield(asyncio.wrap_future(left))  # which is left even if the context cancels this task
 
         held = asyncio.run_coroutine_threadsafe(hold(), self._loop)
         either: set[Future[Any]] = {entered, held}

@@ -36,7 +36,7 @@ from aiokeyless import (
     sync,
     worker,
 )
-from aiokeyless.sync import KeylessClient, OnPoll
+from aiokeyless.sync import KeylessClient, OnPoll, get_background
 from aiokeyless.worker.sqlite import SqliteBroker
 
 if TYPE_CHECKING:
@@ -814,3 +814,14 @@ async def test_a_fork_in_a_listener_does_not_wait_for_its_own_thread(sandbox: Sa
 
     await asyncio.to_thread(program)
     assert children == [1]
+
+
+def test_a_context_that_ends_the_task_in_which_it_is_held_raises_when_it_is_left() -> None:
+    @asynccontextmanager
+    async def failing() -> AsyncGenerator[None]:
+        async with asyncio.timeout(0):
+            yield
+
+    background = get_background()
+    with pytest.raises(TimeoutError), background.holding(failing()):
+        background.run(asyncio.sleep(0.01))  # after the time-out
