@@ -230,7 +230,8 @@ async def _consumer(stream: JetStreamContext, fleet: Fleet, ack_wait: float) -> 
     )
     subject = f"{fleet.prefix}.CONSUMER.INFO.{fleet.requests}.{fleet.consumer}"
     try:
-        found = _Consumer.from_response((await stream._api_request(subject))["config"])  # noqa: SLF001  # nats-py drops some
+        answer = await stream._api_request(subject, timeout=stream._timeout)  # noqa: SLF001  # see `_Consumer`
+        found: ConsumerConfig | None = _Consumer.from_response(answer["config"])
     except nats.js.errors.NotFoundError:
         found = (await stream.add_consumer(fleet.requests, wanted)).config
     _check(f"consumer {fleet.consumer} of stream {fleet.requests}", found, wanted, _CONSUMER)

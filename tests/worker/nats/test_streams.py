@@ -386,7 +386,11 @@ async def test_where_the_consumer_has_no_leader_nothing_is_done(
     strict_broker: NatsServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with await nats.connect(strict_broker.url, user="nobody", password="pass", error_cb=silent) as connection:
+        began = time.monotonic()
         await restore_consumer(connection.jetstream(timeout=0.2), KEYLESS, ack_wait=ACK_WAIT)
+        assert (
+            time.monotonic() - began < 4
+        )  # nats-py's own timeout is five seconds, in which nothing would be delivered
     assert "broker.unsettled" in caplog.text
 
 
