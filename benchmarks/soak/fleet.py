@@ -18,7 +18,7 @@ import asyncpg
 
 from aiokeyless import KeylessClient, KeylessError, wait_adaptive
 from aiokeyless.worker import ApprovalWorker, BrokerError, next_outcome, submit_approval
-from aiokeyless.worker.postgres.connection import ERRORS
+from aiokeyless.worker.postgres.adapters.asyncpg import ERRORS
 from benchmarks.process import Heap, read_heap
 from benchmarks.server import API_KEY
 
