@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 from approvals import ask, state
 from litestar import Litestar, Request, get, post
+from litestar.datastructures import State
 
 from aiokeyless import KeylessClient
 from aiokeyless.shutdown import close_on_signals
@@ -19,13 +20,13 @@ async def lifespan(app: Litestar) -> AsyncGenerator[None]:
 
 
 @post("/approvals")
-async def create(request: Request) -> dict[str, str]:
+async def create(request: Request[None, None, State]) -> dict[str, str]:
     """Ask the user."""
     return await ask(request.app.state.client)
 
 
 @get("/approvals/{operation_id:str}")
-async def approval(request: Request, operation_id: str) -> dict[str, str]:
+async def approval(request: Request[None, None, State], operation_id: str) -> dict[str, str]:
     """Answer a long poll."""
     return await state(request.app.state.client, operation_id)
 
