@@ -80,19 +80,6 @@ MUTANTS: Final = (
         "AND w.deliveries >= json_extract(j.value, '$[2]')\"",
         "a late delivery puts off another's next poll",
     ),
-    # -- the order of probes
-    Mutant(
-        "_rules/probes.py",
-        "return (count + 1 - self._lead) // 2",
-        "return 0",
-        "new requests wait for all that were created and then failed",
-    ),
-    Mutant(
-        "worker/sqlite/store.py",
-        "                exchange is Exchange.ANSWERED,\n",
-        "                exchange in {Exchange.ANSWERED, Exchange.CREATED},\n",
-        "a create counts as a good answer",
-    ),
     # -- decisions
     Mutant(
         "worker/decisions.py",
