@@ -22,7 +22,7 @@ class Standing(IntEnum):
     CREATED = 1
     """It was created or tried, and no poll was answered well. A create that succeeds says nothing about the polls."""
     UNTRIED = 2
-    """It was never tried. Of these the newest goes first, so many bad ones that came at once hold up no later one."""
+    """It was never tried."""
 
 
 class Rank(NamedTuple):
@@ -31,7 +31,8 @@ class Rank(NamedTuple):
     Attributes:
         failures: Transient failures in a row.
         standing: What is known of it.
-        since: When it was due; of untried ones the negative of it.
+        since: When it was due. Of those that no poll answered well, the negative of it: the newest goes first, so many
+            bad ones that came at once hold up no later one.
     """
 
     failures: int

@@ -254,7 +254,7 @@ class Broker(ApplicationSide):
             within: Seconds after which it returns at the latest, even without a request.
             untried: None unless requests fail. Then so many that were never tried come first, and the others by fewest
                 failures. Among equals, those that a poll answered well come first. Those that were tried and no more
-                follow, and then those never tried, the newest first.
+                follow, and then those never tried; of both, the newest first.
         """
 
     @abstractmethod

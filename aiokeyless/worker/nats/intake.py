@@ -84,7 +84,7 @@ class NatsMessage(Message, kw_only=True, eq=False):
     @property
     def rank(self) -> Rank:
         """Its place in the order of probes, see `Broker.take`."""
-        since = -self.id if self.is_untried else self.arrived_at
+        since = self.arrived_at if self.standing is Standing.ANSWERED else -self.id
         return Rank(self.failures, self.standing, since)
 
     @property

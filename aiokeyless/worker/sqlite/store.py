@@ -226,8 +226,8 @@ class Store:
         chosen, rest = newest[:untried], newest[untried:]
         failures = self._one("SELECT min(failures) FROM waiting")[0]
         while failures is not None and len(chosen) < up_to:
-            for standing in (Standing.ANSWERED, Standing.CREATED):
-                chosen += self._ids(_RANKED.format(""), failures, standing, self._now(), up_to - len(chosen))
+            for standing, order in ((Standing.ANSWERED, ""), (Standing.CREATED, " DESC")):
+                chosen += self._ids(_RANKED.format(order), failures, standing, self._now(), up_to - len(chosen))
             chosen, rest = [*chosen, *rest][:up_to], []  # which have no failures
             failures = self._one("SELECT min(failures) FROM waiting WHERE failures > ?", failures)[0]
         return chosen

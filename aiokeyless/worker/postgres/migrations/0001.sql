@@ -331,7 +331,7 @@ DECLARE
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
     IF untried IS NOT NULL THEN
-        -- Of those never tried, the newest first. Then many bad ones that came at once hold up no later one.
+        -- Of those that no poll answered, the newest first. Then many bad ones that came at once hold up no later one.
         newest := ARRAY(
             SELECT w.id FROM {schema}.waiting w
             WHERE w.failures = 0 AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 2
@@ -341,15 +341,18 @@ BEGIN
         chosen := newest[:untried];
         FOR failed IN 0 .. 15 LOOP
             EXIT WHEN cardinality(chosen) >= up_to;
-            FOR standing IN 0 .. 1 LOOP
-                chosen := chosen || ARRAY(
-                    SELECT w.id FROM {schema}.waiting w
-                    WHERE w.failures = failed
-                        AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = standing
-                        AND w.due_at <= moment
-                    ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
-                );
-            END LOOP;
+            chosen := chosen || ARRAY(
+                SELECT w.id FROM {schema}.waiting w
+                WHERE w.failures = failed AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 0
+                    AND w.due_at <= moment
+                ORDER BY w.due_at LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+            );
+            chosen := chosen || ARRAY(
+                SELECT w.id FROM {schema}.waiting w
+                WHERE w.failures = failed AND CASE WHEN w.answered THEN 0 WHEN w.deliveries > 0 THEN 1 ELSE 2 END = 1
+                    AND w.due_at <= moment
+                ORDER BY w.due_at DESC LIMIT up_to - cardinality(chosen) FOR UPDATE SKIP LOCKED
+            );
             IF failed = 0 THEN
                 chosen := (chosen || newest[untried + 1:])[:up_to];
             END IF;
