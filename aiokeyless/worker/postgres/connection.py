@@ -10,6 +10,7 @@ from aiokeyless.worker.broker import ApplicationSide, NewRequest, OutcomeDeliver
 from aiokeyless.worker.tables import LARGEST_REQUEST
 
 from .adapters import adapter_for
+from .failures import broker_errors
 from .names import SCHEMA, check_schema
 from .transactions import store_request, take_outcome
 
@@ -59,7 +60,9 @@ class PostgresConnection(ApplicationSide):
 
     async def next_outcome(self, reader: str) -> OutcomeDelivery:
         self._check_face()
-        if self._driver.is_in_transaction():
+        with broker_errors(self._driver.schema, self._driver.errors):
+            is_in_transaction = self._driver.is_in_transaction()  # Django may connect for it
+        if is_in_transaction:
             raise ConfigurationError(
                 "the connection must be in no transaction, since next_outcome begins one: commit or roll back first; "
                 f"in one of your own, use the function {self._driver.schema}.next_outcome",

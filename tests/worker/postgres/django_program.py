@@ -15,7 +15,7 @@ import pytest
 from django.conf import settings
 from django.db import connection, connections, transaction
 
-from aiokeyless import ConfigurationError, InvalidRequestError, sync
+from aiokeyless import BrokerError, ConfigurationError, InvalidRequestError, sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +51,7 @@ def main(folder: str, database: str, act: str) -> None:
                 "USER": "postgres",
             },
             "other": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
+            "away": {"ENGINE": "django.db.backends.postgresql", "NAME": database, "HOST": "/nowhere"},
         }
     )
     django.setup()
@@ -85,6 +86,12 @@ def blocking() -> None:
         refused("in no transaction", lambda: sync.next_outcome(connection, "shop").__enter__())
     refused("in a transaction", lambda: sync.submit_approval(connection, "C0FFEE", operation_id="refused"))
     refused("SqliteBroker", lambda: sync.submit_approval(connections["other"], "C0FFEE", operation_id="refused"))
+    with pytest.raises(BrokerError, match="cannot be read"):
+        sync.next_outcome(connections["away"], "shop").__enter__()
+    connection.connection.close()  # it breaks, and Django does not know
+    with pytest.raises(BrokerError, match="cannot be read"):
+        sync.next_outcome(connection, "shop").__enter__()
+    connection.close()
     committed: list[str | None] = []
 
     def settle(event: ApprovalEvent) -> None:
