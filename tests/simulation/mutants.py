@@ -405,11 +405,11 @@ MUTANTS: Final = (
     Mutant(
         "_waits/dispatch.py",
         "            # One final poll at a time.",
-        "            if self.final_in_flight:\n                return None\n            # One final poll at a time.",
+        "            if self.final_in_flight:\n                return math.inf\n            # One final poll at a time.",
         "a final poll that goes on for other waits holds up all final polls of an outage",
     ),
     Mutant(
-        "_waits/dispatch.py",
+        "_rules/slots.py",
         "SLOW: Final = 1.0",
         "SLOW: Final = 10.0",
         "a poll that hangs keeps its slot",

@@ -33,9 +33,12 @@ class PostgresConnection(ApplicationSide):
         ConfigurationError: It is no connection.
     """
 
+    _schema: str = SCHEMA  # for the repr, also if __init__ raised
+
     def __init__(self, connection: Any, schema: str = SCHEMA) -> None:
         self.largest_request: int = LARGEST_REQUEST
-        driver = adapter_for(connection, check_schema(schema))
+        self._schema = check_schema(schema)
+        driver = adapter_for(connection, self._schema)
         if driver is None:
             raise ConfigurationError(
                 "broker must be a broker, a connection of asyncpg, psycopg, psycopg2 or Django, or a session or "
@@ -45,7 +48,7 @@ class PostgresConnection(ApplicationSide):
         self._driver: Driver = driver
 
     def __repr__(self) -> str:
-        return f"<PostgresConnection, schema {self._driver.schema!r}>"
+        return f"<PostgresConnection, schema {self._schema!r}>"
 
     async def submit(self, new: NewRequest) -> bool:
         """See `ApplicationSide`. The driver's own errors end the transaction, and are raised unchanged."""

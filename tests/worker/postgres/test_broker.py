@@ -557,7 +557,7 @@ async def test_a_process_of_the_server_does_not_wait_for_a_lock_long_after_its_w
 @pytest.mark.parametrize(
     "statement",
     [
-        "take(1, 1, NULL, false)",
+        "take(1, 1, NULL, NULL)",
         "take_overdue(1, 1, 1)",
         "put_off('{1}', '{1}', '{1}', '{1}', '{1}')",
         "claim('{1}', '{1}', '{1}')",
@@ -620,7 +620,7 @@ async def test_a_server_that_does_not_answer_costs_a_connection_and_not_the_work
     async with admin.transaction():
         await admin.execute("LOCK TABLE keyless.waiting")
         with pytest.raises(RefusedError, match=r"no answer within 0\.5 s"):
-            await broker._fetch("SELECT * FROM {}.take(1, 1, NULL, false)", patience=0.5)
+            await broker._fetch("SELECT * FROM {}.take(1, 1, NULL, NULL)", patience=0.5)
     assert len(await take_n(broker, 1)) == 1
 
 

@@ -83,8 +83,8 @@ MUTANTS: Final = (
     # -- decisions
     Mutant(
         "worker/decisions.py",
-        "        if delay is not None:\n            return Redeliver(delay, Exchange.FAILED)\n",
-        "",
+        "        if left > 0.0:",
+        "        if left > 1e9:",
         "an unanswered final poll is not repeated",
     ),
     Mutant(
