@@ -405,7 +405,7 @@ MUTANTS: Final = (
     Mutant(
         "_waits/dispatch.py",
         "            # One final poll at a time.",
-        "            if self.final_in_flight:\n                return math.inf\n            # One final poll at a time.",
+        "            if self.final_in_flight:\n                return 1e9\n            # One final poll at a time.",
         "a final poll that goes on for other waits holds up all final polls of an outage",
     ),
     Mutant(
