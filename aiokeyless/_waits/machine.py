@@ -117,7 +117,7 @@ class Machine:
     def next_poll(self, now: float) -> Poll | None:
         """Start the next poll that may start now; None if none may before `wake_at` or the end of a poll."""
         poll = self._dispatcher.next_poll(now)
-        if isinstance(poll, float):
+        if not isinstance(poll, Poll):
             return None
         self._polls += 1
         if poll.lag >= LATE or self._reporter.polls_are_late:

@@ -11,7 +11,9 @@ from .server import Sandbox
 from .service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from aiokeyless.models import Authentication, Operation
 
 
 def _in_loop(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,9 +51,17 @@ class ThreadSafeSandbox(Sandbox):
         self._make_client = make_client
         super().__init__(**options)
 
-    # A copy: what another thread changes cannot be iterated over.
-    operations = property(_in_loop(lambda self: dict(Sandbox.operations.__get__(self))))
-    authentications = property(_in_loop(Sandbox.authentications.__get__))
+    @property
+    @_in_loop
+    def operations(self) -> Mapping[str, Operation]:
+        """The operations by operation id. A copy: what another thread changes cannot be iterated over."""
+        return dict(super().operations)
+
+    @property
+    @_in_loop
+    def authentications(self) -> list[Authentication]:
+        """All users' attempts to authenticate in the last ten minutes, failed ones too, oldest first."""
+        return super().authentications
 
     def client(self, **options: Any) -> Any:
         """Return a new client, one that `make_client` makes; the caller must close it."""

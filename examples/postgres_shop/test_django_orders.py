@@ -27,7 +27,7 @@ def keyless_sandbox_options() -> dict[str, Any]:
 
 def test_an_approved_order_is_paid(order: Order, keyless_worker: ApprovalWorker) -> None:
     """The worker asks what was committed, and the outcome comes in a transaction."""
-    place(order)
+    place(order)  # pyright: ignore[reportArgumentType]  # Django has no types
     with next_outcome(connection, "shop") as event:
         assert (event.operation_id, event.outcome) == (order.id, "approved")
     assert keyless_worker.statistics.approved == 1

@@ -45,7 +45,7 @@ class Adapter(Driver):
         return not self._connection.get_autocommit()
 
     async def begin(self) -> None:
-        atomic = transaction.atomic(using=self._connection.alias, durable=True)
+        atomic: Any = transaction.atomic(using=self._connection.alias, durable=True)
         atomic.__enter__()
         self._atomic = atomic
         await self.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
