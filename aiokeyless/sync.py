@@ -64,7 +64,7 @@ class _Background:
     """The event loop of this process, in a daemon thread, and the clients that belong to it."""
 
     def __init__(self) -> None:
-        self.ended = False  # also in a forked child, in which its thread does not exist
+        self.ended: bool = False  # also in a forked child, in which its thread does not exist
         self._loop = asyncio.new_event_loop()
         # The clients that are not closed, and the iterations that are not over. A forked child never releases them, nor
         # the frame of `_serve`. If it collected a client, that would remove the parent's sockets from the epoll that

@@ -112,7 +112,7 @@ class Transport:
         self._base_path = self._base.raw_path.rstrip("/")
         self._api_keys = api_keys
         self._max_attempts = max_attempts
-        self.quota = RepetitionQuota()
+        self.quota: RepetitionQuota = RepetitionQuota()
         """Tokens for repetitions and checks, of this client and of all views of this transport."""
         self.request_timeout = request_timeout
         # These override the session's settings. A borrowed session may raise for statuses, follow redirects, or

@@ -52,16 +52,16 @@ class ThreadSafeSandbox(Sandbox):
         super().__init__(**options)
 
     @property
-    @_in_loop
     def operations(self) -> Mapping[str, Operation]:
         """The operations by operation id. A copy: what another thread changes cannot be iterated over."""
-        return dict(super().operations)
+        operations: dict[str, Operation] = _in_loop(lambda sandbox: dict(Sandbox.operations.__get__(sandbox)))(self)
+        return operations
 
     @property
-    @_in_loop
     def authentications(self) -> list[Authentication]:
         """All users' attempts to authenticate in the last ten minutes, failed ones too, oldest first."""
-        return super().authentications
+        attempts: list[Authentication] = _in_loop(Sandbox.authentications.__get__)(self)
+        return attempts
 
     def client(self, **options: Any) -> Any:
         """Return a new client, one that `make_client` makes; the caller must close it."""

@@ -38,7 +38,7 @@ class Adapter(Driver):
         with self._connection.cursor() as cursor:
             cursor.execute(PARAMETER.sub("%s", in_schema(self.schema, statement)), arguments)
             row: tuple[Any, ...] | None = cursor.fetchone() if cursor.description else None
-        self.raw = self._connection.connection
+        self.raw: Any = self._connection.connection
         return row
 
     def is_in_transaction(self) -> bool:

@@ -45,10 +45,10 @@ class Driver(ABC):
     savepoint: ClassVar[str]
 
     def __init__(self, raw: Any, schema: str, *, blocks: bool, owner: object = None) -> None:
-        self.raw = raw
+        self.raw: Any = raw
         self.schema = schema
         self.blocks = blocks
-        self.floors = _floors_of(raw if owner is None else owner)
+        self.floors: defaultdict[tuple[str, str], Floor] = _floors_of(raw if owner is None else owner)
 
     @abstractmethod
     async def execute(self, statement: str, *arguments: object) -> tuple[Any, ...] | None:
