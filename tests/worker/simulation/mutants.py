@@ -64,6 +64,18 @@ MUTANTS: Final = (
     ),
     Mutant(
         "worker/sqlite/store.py",
+        "                exchange is Exchange.ANSWERED,\n",
+        "                exchange in {Exchange.ANSWERED, Exchange.CREATED},\n",
+        "a create counts as a good answer",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
+        '(Standing.CREATED, " DESC")',
+        '(Standing.CREATED, "")',
+        "the oldest of those that were only created goes first",
+    ),
+    Mutant(
+        "worker/sqlite/store.py",
         'FROM request WHERE id = last_insert_rowid()", (now,)',
         'FROM request WHERE id = last_insert_rowid()", (now + 2.0,)',
         "a new request is asked for two seconds late",
@@ -79,6 +91,12 @@ MUTANTS: Final = (
         "AND w.deliveries = json_extract(j.value, '$[2]')\"",
         "AND w.deliveries >= json_extract(j.value, '$[2]')\"",
         "a late delivery puts off another's next poll",
+    ),
+    Mutant(
+        "_rules/probes.py",
+        "return (count + 1 - self._lead) // 2",
+        "return 0",
+        "new requests wait for all that were created and then failed",
     ),
     # -- decisions
     Mutant(

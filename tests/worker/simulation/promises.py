@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 EPS: Final = 1e-3
 #: Seconds until a request is asked for at a service that is well to it: at once, or two probes beside bad requests.
 ASKED, ASKED_BY_PROBES = 1.0, 12.0
+#: Seconds from the approval of a good request until it is noticed beside bad ones.
+NOTICED_BY_PROBES: Final = 15.0
 #: Seconds until the end of such a request is noticed.
 SOON: Final = 5.0
 #: Seconds by which a poll of such a request may be late.
@@ -214,6 +216,14 @@ def asked_soon(seen: Evidence) -> Iterator[Broken]:
             yield ask, stored_at, f"stored at {stored_at:.3f}, asked at {first:.3f}"
 
 
+def noticed_soon(seen: Evidence) -> Iterator[Broken]:
+    """Bad requests hold no approval up."""
+    for ask, each in seen.decided if seen.is_down else ():
+        stored = seen.history.operations.get(ask.operation_id)
+        if seen.is_well(ask) and stored is not None and each.at > stored.approved_at + NOTICED_BY_PROBES:
+            yield ask, each.at, f"approved at {stored.approved_at:.3f}"
+
+
 def ends_in_time(seen: Evidence) -> Iterator[Broken]:
     """A request ends at its deadline; later if nobody answers, or if workers die or the clock is set."""
     story = seen.story
@@ -325,8 +335,8 @@ def nothing_left(seen: Evidence) -> Iterator[Broken]:
 
 
 PROMISES: Final[tuple[Callable[[Evidence], Iterator[Broken]], ...]] = (
-    *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, asked_soon, ends_in_time),
-    *(true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls, nothing_left),
+    *(one_outcome, no_wrong_approval, no_approval_lost, truth_about_asking, asked_once, asked_soon, noticed_soon),
+    *(ends_in_time, true_reason, handled_once, put_off, read_soon, one_at_a_time, paced, few_polls, nothing_left),
 )
 
 

@@ -287,6 +287,8 @@ async def _have_trouble(process: Process, trouble: str) -> None:
 
 def make_up(seed: int) -> Story:
     """Return the story of a seed."""
+    if (rush := random.Random(f"{seed} crowd")).random() < 0.01:  # noqa: S311
+        return _rush(seed, rush)
     rng = random.Random(seed)  # noqa: S311
     asks = _crowd(rng) if rng.random() < 0.1 else _asks(rng)
     is_calm = rng.random() < 0.25
@@ -306,6 +308,27 @@ def make_up(seed: int) -> Story:
         grace=rng.choice((0.0, 5.0, 5.0, 30.0)),
     )
     return _with_cancellations(_with_created_ones(_with_a_bad_moment(story)))
+
+
+def _rush(seed: int, rng: random.Random) -> Story:
+    """Return a story of so many bad requests, created within seconds, that the good ones after them need the order."""
+    within, begins, gap = rng.choice((0.0, 1.0, 3.0)), rng.uniform(8.0, 12.0), rng.uniform(1.0, 4.0)
+    bad = [Ask(n, rng.uniform(0.0, within), f"bad-{n}", f"Bad {n}", 40.0, Person(math.inf)) for n in range(100)]
+    good = [
+        Ask(100 + n, begins + n * gap, f"good-{n}", f"Pay {n}", 40.0, Person(rng.uniform(2.0, 5.0))) for n in range(3)
+    ]
+    failure = rng.choice((Failure("status", 500), Failure("status", 503), Failure("refused")))
+    return Story(
+        seed,
+        (*bad, *good),
+        workers=((),) * rng.choice((1, 2)),
+        faults=(
+            *(Outage(0.0, math.inf, failure, payload=ask.payload, methods="GET") for ask in bad),
+            RoundTrips(0.1, 0.3),
+        ),
+        grace=0.0,
+        every=rng.choice((None, None, 5.0)),
+    )
 
 
 def _with_cancellations(story: Story) -> Story:
