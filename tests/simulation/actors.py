@@ -12,10 +12,12 @@ import math
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from unittest import mock
 
 from tenacity import wait_fixed
 
 from aiokeyless import ApprovalTicket, KeylessClient, Operation, wait_adaptive
+from aiokeyless._http import transport
 from aiokeyless.events import WaitEnded, WaitStarted
 
 from .history import Known, ObservedClient, ObservedCreate, ObservedWait
@@ -177,12 +179,11 @@ class Application:
         process = self._process
         self._generation += 1
         self.name = f"process {self._number}.{self._generation}"
-        self.session = SimulatedSession(self._service, self.name)
+        self.sessions: list[SimulatedSession] = []
         self._created, self._leases, self._numbers = {}, {}, {}
         self.client = KeylessClient(
             "key",
             base_url="https://keyless.test",
-            session=self.session,
             request_timeout=process.request_timeout,
             max_attempts=process.max_attempts,
             max_in_flight=process.max_in_flight,
@@ -190,15 +191,23 @@ class Application:
             schedule=wait_adaptive(poll_cost=process.poll_cost),
             listeners=[self._on_event],
         )
+        with mock.patch.object(transport, "_make_session", self._make_session):
+            self.context.run(self.client._open)
         self.observed = observe_client(self.history, process, self.name, asyncio.get_running_loop().time())
 
+    def _make_session(self, _key: object, *, force_close: bool = False) -> SimulatedSession:
+        session = SimulatedSession(self._service, self.name, force_close=force_close)
+        self.sessions.append(session)
+        return session
+
     async def _close(self) -> None:
-        session, client, observed = self.session, self.client, self.observed
+        client, observed = self.client, self.observed
         observed.closed_at = asyncio.get_running_loop().time()
         await client.aclose()
         statistics = client.statistics
-        if session.under_way or statistics.waiting or statistics.in_flight:
-            observed.leftovers.append(f"closed: {session.under_way} requests under way, {statistics}")
+        under_way = sum(session.under_way for session in self.sessions)
+        if under_way or statistics.waiting or statistics.in_flight:
+            observed.leftovers.append(f"closed: {under_way} requests under way, {statistics}")
 
     def _note_leftovers(self, client: KeylessClient) -> None:
         """Note what is left where no wait is under way."""

@@ -5,13 +5,13 @@ Each function is one promise, by "Creating" in the documentation, and yields wha
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .evidence import EPS, Evidence, read
 from .faults import Lies
+from .service import CREATED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .faults import Fault
     from .history import Exchange, ObservedCreate
     from .service import Stored
+
+#: Requests of single calls after which the client may have too few tokens left to repeat one.
+QUOTA = 25
 
 
 def never_sent_twice_blindly(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -50,6 +53,19 @@ def _is_ambiguous(post: Exchange) -> bool:
     if post.status is None:
         return not post.was_refused
     return post.status in {200, 408} or post.status >= 500
+
+
+def created_through_dead_connections(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
+    """A POST on a kept connection that is lost is checked, and sent again, on new ones."""
+    attempts = evidence.client.max_attempts
+    for create, exchanges in _calls(evidence):
+        dead = [exchange for exchange in exchanges if exchange.was_dead]
+        is_given_up = create.outcome == "TransportError" and all(e.was_dead or e.status == 404 for e in exchanges)
+        single = [e for e in evidence.exchanges if not e.is_poll and e.number < create.number]
+        must_be_created = attempts > 1 and len(single) < QUOTA
+        if len(dead) > 1 or (dead and is_given_up and must_be_created):
+            text = f"{create.outcome}: {len(dead)} of its requests were sent on dead connections"
+            yield evidence.violation("created through dead connections", create, create.ended_at, text)
 
 
 def exactly_one(evidence: Evidence, _faults: Sequence[Fault]) -> Iterator[Violation]:
@@ -115,7 +131,7 @@ def _wrong_end(create: ObservedCreate, exchanges: list[Exchange], true: Stored |
 def _expected(create: ObservedCreate, last: Exchange) -> str | None:
     """Return what the last answer of a call means; None where it is no success."""
     if last.method == "POST":
-        return "created" if last.status == 200 and json.loads(last.body or b"{}") == {"success": True} else None
+        return "created" if last.status == 200 and last.body == CREATED else None
     said = read(last, math.inf).said if last.status == 200 else None
     if said is None:
         return None
@@ -153,4 +169,4 @@ def _calls(evidence: Evidence) -> Iterator[tuple[ObservedCreate, list[Exchange]]
             )
 
 
-PROMISES = (never_sent_twice_blindly, exactly_one, truth_about_creation)
+PROMISES = (never_sent_twice_blindly, created_through_dead_connections, exactly_one, truth_about_creation)

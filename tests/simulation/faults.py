@@ -132,6 +132,22 @@ class Outage:
 
 
 @dataclass(frozen=True)
+class FailOver:
+    """A balancer fails over: a connection that was made before its end is lost at its next use. New ones work."""
+
+    begins: float
+    ends: float
+    """The same time: once. Later: until then each connection is lost at its second request."""
+
+    def fate(self, request: Request, rng: random.Random) -> Fate | None:
+        """Let it through: what gets to the service is answered."""
+
+    def has_lost(self, made_at: float, now: float) -> bool:
+        """Return whether a connection that was made at a time, and used then, is dead."""
+        return self.begins <= now and made_at < self.ends
+
+
+@dataclass(frozen=True)
 class Shard:
     """For some time the requests about one in three operations fail, those that live on one shard of the service."""
 

@@ -31,6 +31,8 @@ class Exchange:
     """There was no connection, so that nothing was sent."""
     was_cut: bool = False
     """The client gave it up."""
+    was_dead: bool = False
+    """The connection had been kept, and was lost at this use."""
 
     def tell(self) -> str:
         """Return it as a line of a timeline."""

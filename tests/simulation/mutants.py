@@ -304,6 +304,31 @@ MUTANTS: Final = (
         "if heap[0].when > now - 0.5 or not",
         "everything is half a second late",
     ),
+    # -- connections that die
+    Mutant(
+        "_http/transport.py",
+        'if endpoint.method != "GET" or error.had_begun:',
+        "if True:",
+        "a poll on a dead connection fails",
+    ),
+    Mutant(
+        "_http/transport.py",
+        "self._session_of_new_connections = _make_session(None, force_close=True)",
+        "self._session_of_new_connections = self._session",
+        "a poll on a dead connection is asked once more on another dead one",
+    ),
+    Mutant(
+        "_http/transport.py",
+        'if endpoint.method != "GET" or error.had_begun:',
+        "if error.had_begun:",
+        "a create whose connection is lost is sent again without a check",
+    ),
+    Mutant(
+        "_http/transport.py",
+        "if is_first and endpoint.sends_key:",
+        "if endpoint.sends_key:",
+        "a create is sent again on another dead connection",
+    ),
     # -- creating
     Mutant(
         "_rules/ambiguity.py",

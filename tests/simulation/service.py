@@ -11,17 +11,20 @@ import math
 import random
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 import aiohttp
 from multidict import CIMultiDict
 
-from .faults import Fate, Request
+from aiokeyless._http.transport import _ConnectionLostError
+
+from .faults import FailOver, Fate, Request
 from .history import Exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from yarl import URL
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Requests in one story: more means that something polls without end.
 MOST_REQUESTS: Final = 60_000
+#: The body of the answer to a create that succeeds.
+CREATED: Final = b'{"success": true}'
 
 
 class TooManyRequestsError(Exception):
@@ -135,6 +140,10 @@ class Service:
         payload = "" if stored is None else stored.payload or ""
         return exchange, Request(now, method, operation_id, user_id, body, payload)
 
+    def has_lost(self, made_at: float, now: float) -> bool:
+        """Return whether a connection that was made at a time, and kept since, is dead."""
+        return any(isinstance(fault, FailOver) and fault.has_lost(made_at, now) for fault in self._faults)
+
     def fate(self, request: Request) -> Fate:
         """Return what becomes of a request: the first fault that applies decides."""
         for fault in self._faults:
@@ -178,24 +187,32 @@ class Service:
                 created_by=number,
             )
         )
-        return 200, b'{"success": true}'
+        return 200, CREATED
 
 
 class _Answer:
-    """The part of aiohttp's response that the library reads, its content included."""
+    """The part of aiohttp's response that the library reads, its content included.
 
-    def __init__(self, exchange: Exchange, fate: Fate) -> None:
+    Args:
+        exchange: What it answers.
+        fate: How it arrives.
+        keep: Called at its end: the connection is free then.
+    """
+
+    def __init__(self, exchange: Exchange, fate: Fate, keep: Callable[[], None]) -> None:
         self.status = exchange.status
         self.headers = CIMultiDict({} if exchange.retry_after is None else {"Retry-After": f"{exchange.retry_after:g}"})
         self.content = self
         self._exchange = exchange
         self._fate = fate
+        self._keep = keep
         body, size = exchange.body, -(-len(exchange.body) // fate.pieces) or 1
         self._pieces = [body[start : start + size] for start in range(0, len(body), size)]
 
     def at_eof(self) -> bool:
         if not self._pieces:
             self._exchange.ended_at = asyncio.get_running_loop().time()
+            self._keep()
         return not self._pieces
 
     async def readany(self) -> bytes:
@@ -222,15 +239,23 @@ with warnings.catch_warnings():
         Args:
             service: The model.
             client: The name of the client that it belongs to.
+            force_close: Whether no connection is kept.
         """
 
-        def __init__(self, service: Service, client: str) -> None:  # nothing of aiohttp's is set up, nor closed
+        def __init__(  # nothing of aiohttp's is set up, nor closed
+            self, service: Service, client: str, *, force_close: bool
+        ) -> None:
             self._service = service
             self._name = client
+            self._force_close = force_close
+            self._kept: list[float] = []  # when each connection was made that nobody uses
             self.under_way = 0
             """Requests without an end."""
 
         def __del__(self, _warnings: object = None) -> None:
+            """Close nothing."""
+
+        async def close(self) -> None:
             """Close nothing."""
 
         @property
@@ -255,6 +280,10 @@ with warnings.catch_warnings():
             **_: Any,
         ) -> _Answer:
             now = asyncio.get_running_loop().time()
+            made_at = self._kept.pop() if self._kept else now
+            is_dead = made_at < now and self._service.has_lost(made_at, now)
+            if is_dead and method == "GET":  # it gets to nobody, and is no request until it is asked once more
+                raise _ConnectionLostError(aiohttp.ServerDisconnectedError())
             parts = url.raw_path.split("/")
             exchange, request = self._service.receive(
                 self._name,
@@ -265,16 +294,19 @@ with warnings.catch_warnings():
                 user_id=parts[3],
                 body=data or b"",
             )
+            exchange.was_dead = is_dead
             self.under_way += 1
             try:
-                return await self._send(request, exchange)
+                if is_dead:
+                    raise _ConnectionLostError(aiohttp.ServerDisconnectedError())  # noqa: TRY301  # as below
+                return await self._send(request, exchange, made_at)
             except BaseException as error:
                 _fail(exchange, error)
                 raise
             finally:
                 self.under_way -= 1
 
-        async def _send(self, request: Request, exchange: Exchange) -> _Answer:
+        async def _send(self, request: Request, exchange: Exchange, made_at: float) -> _Answer:
             fate = self._service.fate(request)
             if fate.is_refused:
                 await _pass(fate.latency)
@@ -289,7 +321,11 @@ with warnings.catch_warnings():
                 body,
                 fate.retry_after,
             )
-            return _Answer(exchange, fate)
+            return _Answer(exchange, fate, partial(self._keep, made_at))
+
+        def _keep(self, made_at: float) -> None:
+            if not self._force_close:
+                self._kept.append(made_at)
 
 
 def _fail(exchange: Exchange, error: BaseException) -> None:

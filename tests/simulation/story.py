@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from .actors import Actor, Application, Leg, Process, act
-from .faults import LIES, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
+from .faults import LIES, FailOver, Failure, Lag, Lies, Outage, RateLimit, RoundTrips, Shard, Slowness
 from .history import History
 from .people import someone
 from .service import Service, TooManyRequestsError
@@ -144,6 +144,7 @@ def make_up(seed: int) -> Story:
         faults += _faults(rng, begins, new)
     faults += _rare_lies(seed, actors)
     faults += _weather(seed, actors)
+    faults += _fail_overs(seed, actors)
     actors = _slow_handlers(seed, actors)
     closes = rng.random() < 0.3
     jumps = rng.random() < 0.3
@@ -304,6 +305,13 @@ def _weather(seed: int, actors: list[Actor]) -> list[Fault]:
         faults.append(Outage(victim.at, victim.at + rng.choice((10.0, 300.0)), refused, payload=victim.payload))
     shortest = rng.choice((0.005, 0.02, 0.1, 0.4))
     return [*faults, RoundTrips(shortest, rng.uniform(shortest, 0.5))]
+
+
+def _fail_overs(seed: int, actors: list[Actor]) -> list[Fault]:
+    """Return when connections die, at one moment or for some time. With random numbers of its own, as the lies."""
+    rng = random.Random(f"{seed} connections")  # noqa: S311
+    begins = [rng.choice(actors).at + rng.uniform(-5.0, 60.0) for _ in range(rng.choice((0, 0, 1, 3)))]
+    return [FailOver(at, at + rng.choice((0.0, 0.0, 60.0, 600.0))) for at in begins]
 
 
 def _slow_handlers(seed: int, actors: list[Actor]) -> list[Actor]:

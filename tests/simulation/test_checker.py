@@ -211,6 +211,12 @@ def _create_twice(history: History) -> None:
     history.exchanges.insert(1, again)
 
 
+def _give_up_on_a_dead_connection(history: History) -> None:
+    post = next(exchange for exchange in history.exchanges if exchange.method == "POST")
+    post.status, post.was_dead = None, True
+    history.creates[0].outcome = "TransportError"
+
+
 def _create_something_else(history: History) -> None:
     history.operations[history.waits[0].operation_id].payload = "Pay 9 to Mallory"
 
@@ -261,6 +267,7 @@ BREAKAGES: list[tuple[Tamper, str]] = [
     (_ignore_a_pause, "pauses are kept"),
     (_stay_away_after_the_outage, "polled after an outage"),
     (_create_twice, "created once"),
+    (_give_up_on_a_dead_connection, "created through dead connections"),
     (_hide_what_was_created, "exactly one"),
     (_create_something_else, "truth about creation"),
     (_deny_what_was_created, "truth about creation"),

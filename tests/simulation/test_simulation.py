@@ -58,6 +58,7 @@ def test_stories_try_everything() -> None:
         "phone",
     }
     assert {type(fault).__name__ for story in stories for fault in story.faults} == {
+        "FailOver",
         "Lag",
         "Lies",
         "Outage",
