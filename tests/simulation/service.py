@@ -243,7 +243,7 @@ with warnings.catch_warnings():
         """
 
         def __init__(  # nothing of aiohttp's is set up, nor closed
-            self, service: Service, client: str, *, force_close: bool
+            self, service: Service, client: str, *, force_close: bool = False
         ) -> None:
             self._service = service
             self._name = client
