@@ -86,7 +86,7 @@ class Window:
         elif self.limit == math.inf:
             if grows:  # else all answers take longer, by whatever cause
                 self._fall(now, started)
-        elif self.limit <= _LEAST or _HARDLY <= quickest / self._before <= 1.0 / _HARDLY:
+        elif _HARDLY <= quickest / self._before <= 1.0 / _HARDLY:
             self._quickest, self._before, self.limit = quickest, math.inf, math.inf
         else:
             self._before = quickest
