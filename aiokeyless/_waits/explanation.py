@@ -160,7 +160,8 @@ class Explainer:
                     answer = await self._transport.send(get_authentications(user_id, subject.operation_id))
         except KeylessError as error:
             logger.debug("the attempts at operation %r are not known: %s", subject.operation_id, error)
-            was_refused = isinstance(error, AuthenticationError | PermissionDeniedError)
+            # Not if the key was replaced meanwhile.
+            was_refused = isinstance(error, AuthenticationError | PermissionDeniedError) and not error.is_transient
             pause = _REFUSED_FOR if was_refused else requested_pause(error)
             self._not_before = max(self._not_before, self._loop.time() + pause)
         else:

@@ -376,6 +376,24 @@ class TestTrouble:
         await asyncio.gather(*(client.wait_for_approval(ticket, explain=True) for ticket in tickets))
         assert len(service.asked()) == 2  # both at the same time; neither again
 
+    async def test_telemetry_that_refuses_a_key_that_was_replaced_meanwhile_is_asked_again_with_the_new_one(
+        self, service: Service
+    ) -> None:
+        keys = [service.api_key]
+
+        async def rotate() -> Answer:
+            keys[0] = service._api._key = "the next key"
+            service.trouble = None
+            return error_answer(401, "the key was revoked")
+
+        service.trouble = rotate
+        async with KeylessClient(lambda: keys[0], base_url=service.url, schedule=wait_fixed(1)) as client:
+            ticket = await created(client)
+            later(16, service.fail_authentication, "op")
+            error = await timed_out(client, ticket, timeout=30)
+        assert len(service.asked()) == 3
+        assert len(error.attempts) == 1
+
     async def test_retry_after_holds_what_is_asked_about_every_operation(
         self, service: Service, client: KeylessClient
     ) -> None:
